@@ -1,0 +1,70 @@
+"""All that a term or a weight may look at for the steps of one chunk. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from retort.errors import SignalError
+from retort.signals import SignalRows, as_compute, entropy
+
+
+@dataclass(eq=False)
+class Context:
+    """The student's live outputs, the named signals and the stored values, for N steps (or one chunk of them).
+
+    Attributes:
+        student_logits_NV: Live logits over the shared vocabulary, already divided by the loss temperature; any float
+            dtype.
+        tokens_N: The token written at each step.
+        signals: Each view's answer for these steps.
+        stored: Per-step values of the score pass (`old_logp`, baselines), detached, by name.
+        engine_logp_N: The rollout engine's log-probs, nats, where it gave any.
+        rollout_N, turn_N, position_N: Where each step stands.
+        step, total_steps: How far the run is (optimizer steps).
+    """
+
+    student_logits_NV: Tensor
+    tokens_N: Tensor
+    signals: Mapping[str, SignalRows]
+    stored: Mapping[str, Tensor] = field(default_factory=lambda: {})
+    engine_logp_N: Tensor | None = None
+    rollout_N: Tensor | None = None
+    turn_N: Tensor | None = None
+    position_N: Tensor | None = None
+    step: int = 0
+    total_steps: int | None = None
+
+    def signal(self, view: str) -> SignalRows:
+        """The answer of one view."""
+        if view not in self.signals:
+            raise SignalError(f"the method asks view '{view}', which gave no signal (given: {sorted(self.signals)})")
+        return self.signals[view]
+
+    @cached_property
+    def student_logp_NV(self) -> Tensor:
+        """Live log-probs of the whole vocabulary, nats, softmax in fp32 or better."""
+        return torch.log_softmax(as_compute(self.student_logits_NV), dim=-1)
+
+    @cached_property
+    def student_logp_N(self) -> Tensor:
+        """Live log-prob of the written token, nats."""
+        return self.student_logp_NV.gather(-1, self.tokens_N[:, None]).squeeze(-1)
+
+    @cached_property
+    def student_entropy_N(self) -> Tensor:
+        """Live entropy, nats, differentiable."""
+        return entropy(self.student_logp_NV)
+
+    @property
+    def old_logp_N(self) -> Tensor:
+        """The student's log-prob of the written token before the first update on this batch, nats, detached.
+
+        Strictly on-policy (nothing stored), it is the live value without its gradient.
+        """
+        old = self.stored.get("old_logp")
+        return self.student_logp_N.detach() if old is None else old

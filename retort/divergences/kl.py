@@ -1,0 +1,80 @@
+"""Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Divergence
+from retort.types import DENSE, Need
+
+
+@dataclass(frozen=True)
+class Support:
+    """Which ids a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
+
+    top: int | None = None
+
+
+def full() -> Support:
+    """The whole vocabulary."""
+    return Support()
+
+
+def teacher_top(k: int) -> Support:
+    """The teacher's `k` most likely ids (k at or above the vocabulary means all of it)."""
+    if k < 1:
+        raise UserError(f"teacher_top: k must be at least 1, not {k}")
+    return Support(k)
+
+
+def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
+    """KL(P || Q) per row, nats, of log-probs [N, V] -> [N]; differentiable in both.
+
+    An id that P rules out (-inf) contributes exactly 0, whatever Q says. An id that only Q rules out makes the
+    divergence infinite, and infinity is what comes back, never NaN, even where P's probability underflows.
+    Q need not sum to one over the ids given (a support).
+    """
+    possible_NV = p_logp_NV > -math.inf
+    # Both sides are replaced before the product: -inf * 0 would be NaN in the value and, worse, in the gradient.
+    p_NV = p_logp_NV.masked_fill(~possible_NV, 0.0)
+    q_NV = q_logp_NV.masked_fill(~possible_NV, 0.0)
+    term_NV = torch.where(possible_NV, p_NV.exp() * (p_NV - q_NV), 0.0)
+    return torch.where(possible_NV & (q_logp_NV == -math.inf), math.inf, term_NV).sum(-1)
+
+
+def forward_kl(support: Support | None = None) -> Divergence:
+    r"""Forward KL, mode covering: :math:`D_{KL}(p_T \Vert p_S)`, nats.
+
+    With `teacher_top(k)` the teacher is renormalised inside its top-k while the student keeps its full-vocabulary
+    softmax (EOPD, arXiv 2603.07079): the gradient with respect to a student logit is :math:`p_S - \tilde p_T`, so
+    probability outside the k ids is pushed down, and the minimum is the truncated teacher, not the teacher.
+    """
+    top = None if support is None else support.top
+    if top is None:
+
+        def exact(context: Context, view: str) -> Tensor:
+            return kl_values(context.signal(view).logp_NV, context.student_logp_NV)
+
+        return Divergence("forward_kl", exact, frozenset({DENSE}))
+
+    def truncated(context: Context, view: str) -> Tensor:
+        ids_NK, teacher_logp_NK = context.signal(view).topk(top)
+        kept_logp_NK = teacher_logp_NK.log_softmax(-1)
+        return kl_values(kept_logp_NK, context.student_logp_NV.gather(-1, ids_NK))
+
+    return Divergence(f"forward_kl(teacher top-{top})", truncated, frozenset({Need("topk", top)}))
+
+
+def reverse_kl() -> Divergence:
+    r"""Reverse KL over the whole vocabulary, mode seeking: :math:`D_{KL}(p_S \Vert p_T)`, nats."""
+
+    def exact(context: Context, view: str) -> Tensor:
+        return kl_values(context.student_logp_NV, context.signal(view).logp_NV)
+
+    return Divergence("reverse_kl", exact, frozenset({DENSE}))

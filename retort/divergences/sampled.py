@@ -1,0 +1,50 @@
+"""Estimators of the divergence from the written token alone. Axis letters: see `retort.types`.
+
+With d = log p_S(y) - log p_T(y) for y drawn from the student, k1 = d, k2 = d^2 / 2 and k3 = exp(-d) - 1 + d. As
+*values* all three estimate the reverse KL (k2 with a bias). What they descend when back-propagated is another matter,
+and each docstring says it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.parts import Divergence
+from retort.types import SAMPLED
+
+
+def _gap(context: Context, view: str) -> Tensor:
+    return context.student_logp_N - context.signal(view).sampled_logp_N
+
+
+def k1() -> Divergence:
+    """The log-ratio d itself. Only as a (detached) reward: see `not_pathwise`."""
+    return Divergence(
+        "k1",
+        _gap,
+        frozenset({SAMPLED}),
+        not_pathwise=(
+            "the gradient of k1 does not depend on the teacher (its expectation is zero); "
+            "use score_function(log_ratio()) for the reverse KL, or pathwise(k2())"
+        ),
+    )
+
+
+def k2() -> Divergence:
+    """d^2 / 2: back-propagated on student samples, an unbiased gradient of the *reverse* KL."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return _gap(context, view).square() / 2
+
+    return Divergence("k2", value, frozenset({SAMPLED}))
+
+
+def k3() -> Divergence:
+    """exp(-d) - 1 + d: back-propagated on student samples, an unbiased gradient of the *forward* KL."""
+
+    def value(context: Context, view: str) -> Tensor:
+        gap_N = _gap(context, view)
+        return (-gap_N).expm1() + gap_N
+
+    return Divergence("k3", value, frozenset({SAMPLED}))

@@ -1,0 +1,33 @@
+"""Baselines of the score function, in closed form. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.divergences.kl import kl_values
+from retort.parts import Baseline
+from retort.types import DENSE, Need
+
+
+def reverse_kl_value(top_k: int | None = None) -> Baseline:
+    r"""The value of a step when the reward is the log-ratio: :math:`V = -D_{KL}(p_S \Vert p_T)`, nats.
+
+    From vOPD, arXiv 2605.07865.
+
+    Args:
+        top_k: None for the whole vocabulary (Eqs. 9-10). Otherwise both sides are renormalised on the student's `top_k`
+            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        student_logp_NV = context.student_logp_NV.detach()
+        teacher_logp_NV = context.signal(view).logp_NV
+        if top_k is not None and top_k < student_logp_NV.shape[-1]:
+            student_logp_NV, ids_NK = student_logp_NV.topk(top_k, dim=-1)
+            student_logp_NV = student_logp_NV.log_softmax(-1)
+            teacher_logp_NV = teacher_logp_NV.gather(-1, ids_NK).log_softmax(-1)
+        return -kl_values(student_logp_NV, teacher_logp_NV)
+
+    need = DENSE if top_k is None else Need("student_topk", top_k)
+    return Baseline("reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})", value, frozenset({need}))

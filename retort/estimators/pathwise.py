@@ -1,0 +1,52 @@
+"""Pathwise: differentiate the divergence itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Divergence, Part
+from retort.types import Need, TokenLoss
+
+
+@dataclass(frozen=True)
+class Pathwise:
+    """Back-propagates a divergence. Made by `pathwise`."""
+
+    divergence: Divergence
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the teacher."""
+        return self.divergence.needs
+
+    @property
+    def stored(self) -> Mapping[str, Part]:
+        """Values that must be taken before the first update on a batch: none."""
+        return {}
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """It differentiates the live student only."""
+        return False
+
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor, counted_N: Tensor) -> TokenLoss:
+        """The divergence at each step; 0 where the weight is 0: infinity behind a shut gate is harmless."""
+        value_N = self.divergence.value(context, view)
+        return TokenLoss(torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N, counted_N)
+
+
+def pathwise(divergence: Divergence) -> Pathwise:
+    """The estimator that differentiates `divergence`.
+
+    Raises:
+        UserError: For a divergence whose own gradient is not that of any divergence (k1), with the reason.
+    """
+    if divergence.not_pathwise is not None:
+        raise UserError(f"pathwise({divergence.name}) is refused: {divergence.not_pathwise}")
+    return Pathwise(divergence)

@@ -1,0 +1,97 @@
+"""Score function: a policy gradient on the token that was written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Advantage, Baseline, Part, Quantity
+from retort.types import Need, TokenLoss
+
+
+@dataclass(frozen=True)
+class ScoreFunction:
+    """Policy gradient with an optional baseline, importance ratio and PPO clip. Made by `score_function`."""
+
+    advantage: Advantage
+    baseline: Baseline | None
+    baseline_coef: float
+    clip: float | None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the teacher."""
+        return self.advantage.needs | (self.baseline.needs if self.baseline else frozenset[Need]())
+
+    @property
+    def stored(self) -> Mapping[str, Part]:
+        """Values that must be taken before the first update on a batch."""
+        return {"baseline": self.baseline} if self.baseline else {}
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """Advantage and ratio are taken against the student before the first update."""
+        return True
+
+    def advantage_N(self, context: Context, view: str, term: str) -> Tensor:
+        """Advantage minus baseline, nats, detached."""
+        advantage_N = self.advantage.value(context, view)
+        if self.baseline is not None:
+            baseline_N = context.stored.get(f"{term}.baseline")
+            if baseline_N is None:
+                baseline_N = self.baseline.value(context, view)
+            advantage_N = advantage_N - self.baseline_coef * baseline_N
+        return advantage_N.detach()
+
+    def _ratio_N(self, context: Context) -> Tensor:
+        return (context.student_logp_N - context.old_logp_N).exp()
+
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor, counted_N: Tensor) -> TokenLoss:
+        """The clipped surrogate at each step.
+
+        The weight multiplies the advantage *before* the clip: a negative weight flips the sign of the advantage, and so
+        which side of the clip binds. Only then does the weight's size scale the result.
+        """
+        advantage_N = self.advantage_N(context, view, term)
+        advantage_N = torch.where(weight_N < 0, -advantage_N, advantage_N)
+        ratio_N = self._ratio_N(context)
+        value_N = -advantage_N * ratio_N
+        if self.clip is not None:
+            value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(1.0 - self.clip, 1.0 + self.clip))
+        value_N = torch.where(weight_N == 0, torch.zeros_like(value_N), value_N)
+        return TokenLoss(value_N, weight_N.abs(), counted_N)
+
+    def clipped(self, term: str) -> Quantity:
+        """Where the clip binds (1) or not (0), to watch."""
+
+        def value(context: Context, view: str) -> Tensor:
+            ratio_N = self._ratio_N(context).detach()
+            if self.clip is None:
+                return torch.zeros_like(ratio_N)
+            up_N = self.advantage_N(context, view, term) > 0
+            return torch.where(up_N, ratio_N > 1.0 + self.clip, ratio_N < 1.0 - self.clip).to(ratio_N.dtype)
+
+        return Quantity("clip_fraction", value, self.needs)
+
+
+def score_function(
+    advantage: Advantage, *, baseline: Baseline | None = None, baseline_coef: float = 1.0, clip: float | None = None
+) -> ScoreFunction:
+    r"""The estimator :math:`-A_t \rho_t` with :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`, optionally PPO-clipped.
+
+    With one optimizer step per batch the ratio is identically 1 and its gradient is that of REINFORCE.
+
+    Args:
+        advantage: A_t, nats; detached.
+        baseline: Subtracted from the advantage, times `baseline_coef`; detached.
+        baseline_coef: 1 in the papers; 0 switches the baseline off.
+        clip: PPO's epsilon, both sides: the larger of the plain and the clipped loss is taken. None: no clip.
+    """
+    if clip is not None and clip <= 0:
+        raise UserError(f"clip must be positive, or none for no clip; it is {clip}")
+    return ScoreFunction(advantage, baseline, baseline_coef, clip)

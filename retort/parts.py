@@ -1,0 +1,63 @@
+"""The small pure functions that a method is composed of, each with what it asks of a teacher.
+
+A part is evaluated on one chunk of steps at a time: `part.value(context, view)` returns one number per step, [N].
+The subclasses are slots, not behaviour: they keep a weight from being passed where a divergence belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.types import Need
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of the context that gives one number per step.
+
+    Attributes:
+        name: Readable name, with its settings.
+        value: (context, view) -> [N].
+        needs: What it asks of the view's teacher.
+    """
+
+    name: str
+    value: Callable[[Context, str], Tensor]
+    needs: frozenset[Need] = frozenset()
+
+
+@dataclass(frozen=True)
+class Divergence(Part):
+    """Disagreement of student and teacher at each step, nats; differentiable in the student.
+
+    Attributes:
+        not_pathwise: Why back-propagating it is wrong, for divergences where it is.
+        vanishes: True if it is zero when the two distributions are equal.
+    """
+
+    not_pathwise: str | None = None
+    vanishes: bool = True
+
+
+@dataclass(frozen=True)
+class Advantage(Part):
+    """How much better than expected the written token was, nats; always used detached."""
+
+
+@dataclass(frozen=True)
+class Baseline(Part):
+    """A value, nats, that does not depend on the token written: subtracting it from an advantage adds no bias."""
+
+
+@dataclass(frozen=True)
+class Quantity(Part):
+    """Something to gate on or to watch."""
+
+
+@dataclass(frozen=True)
+class Weight(Part):
+    """How much each step counts in a term; detached by the framework."""

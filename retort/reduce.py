@@ -1,0 +1,103 @@
+"""The only place where per-step losses become a scalar. Axis letters: see `retort.types`.
+
+Every term has its own denominator, counted over the *whole optimizer batch* (all micro-batches, all ranks). So the
+loss of a step does not depend on how the batch was cut, and adding a term never rescales another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.types import TokenLoss
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """What a term is divided by.
+
+    Attributes:
+        kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
+            `rollouts` (mean over rollouts of the mean over their steps), `constant`.
+        value: For `constant`.
+    """
+
+    kind: Literal["tokens", "weighted", "rollouts", "constant"]
+    value: float = 1.0
+
+
+def tokens() -> Denominator:
+    """All counted steps."""
+    return Denominator("tokens")
+
+
+def weighted() -> Denominator:
+    """The sum of the term's weights."""
+    return Denominator("weighted")
+
+
+def rollout_means() -> Denominator:
+    """Each rollout counts the same, however long it is."""
+    return Denominator("rollouts")
+
+
+def constant(value: float) -> Denominator:
+    """A fixed number."""
+    return Denominator("constant", value)
+
+
+def _identity(total: Tensor) -> Tensor:
+    return total
+
+
+def shares(
+    denominator: Denominator,
+    *,
+    counted_N: Tensor,
+    rollout_N: Tensor,
+    weight_N: Tensor | None = None,
+    over_ranks: Callable[[Tensor], Tensor] = _identity,
+) -> Tensor:
+    """What each step of the whole optimizer batch is multiplied by, [N]: one over its denominator.
+
+    Args:
+        denominator: Of the term.
+        counted_N: bool.
+        rollout_N: Index of the rollout of each step; needed for `rollouts`.
+        weight_N: The term's weights over the whole batch; needed for `weighted`.
+        over_ranks: Sums a total over all ranks (an all-reduce); the identity where there is one.
+    """
+    ones_N = counted_N.double()  # one third must be one third in a float64 check, too
+    if denominator.kind == "constant":
+        return ones_N / denominator.value
+    if denominator.kind == "rollouts":
+        steps_R = torch.zeros(int(rollout_N.max()) + 1 if len(rollout_N) else 0, dtype=ones_N.dtype)
+        steps_R = steps_R.to(ones_N.device).index_add_(0, rollout_N, ones_N)
+        rollouts = over_ranks((steps_R > 0).sum().to(ones_N.dtype))
+        return ones_N / (steps_R.clamp_min(1)[rollout_N] * rollouts.clamp_min(1))
+    if denominator.kind == "weighted":
+        if weight_N is None:
+            raise ValueError("a weighted denominator needs the weights of the whole batch")
+        total = over_ranks((weight_N.double() * ones_N).sum())
+        return torch.where(total > 0, ones_N / total, torch.zeros_like(ones_N))
+    return ones_N / over_ranks(ones_N.sum()).clamp_min(1)
+
+
+def scalar(terms: Mapping[str, TokenLoss], shares_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:
+    """Sum over terms of coef * sum over steps of value * weight * share; differentiable.
+
+    `shares_N` are those of the steps at hand, cut from the shares of the whole batch: micro-batches add up to the
+    batch.
+    """
+    losses = [coefs[name] * total(term, shares_N[name]) for name, term in terms.items()]
+    return torch.stack(losses).sum()
+
+
+def total(term: TokenLoss, share_N: Tensor) -> Tensor:
+    """One term's part of the loss, before its coefficient; an uncounted step cannot poison it."""
+    value_N = torch.where(term.counted_N, term.value_N, torch.zeros_like(term.value_N))
+    return (value_N * term.weight_N.to(value_N.dtype) * share_N.to(value_N.dtype)).sum()

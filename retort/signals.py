@@ -1,0 +1,317 @@
+"""What a teacher said about each step of a pack. Axis letters: see `retort.types`.
+
+A signal detaches what it is given, checks that it speaks of the same tokens as the rollouts, and refuses NaN:
+alignment is an invariant here, not a slice somewhere. `rows` cuts out a chunk, on which a term may ask for anything
+that the signal can answer; asking for more is an error that names what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from retort.errors import SignalError
+from retort.types import NeedKind, require_finite
+
+
+class SignalRows:
+    """A teacher's answer for the C steps of one chunk. The base class answers nothing."""
+
+    #: Name of the teacher or view, for messages.
+    source: str = "teacher"
+    #: Width of the distribution, where there is one.
+    vocab: int | None = None
+
+    def _missing(self, what: str) -> SignalError:
+        return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        """Log-prob of the token that was written, nats."""
+        raise self._missing("log-prob of the written token")
+
+    @property
+    def entropy_N(self) -> Tensor:
+        """Entropy of the whole distribution, nats."""
+        raise self._missing("entropy")
+
+    @property
+    def logp_NV(self) -> Tensor:
+        """Log-probs of the whole vocabulary, nats."""
+        raise self._missing("full distribution")
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
+        raise self._missing("top-k")
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSignal:
+    """Base of all signals: N steps, the tokens they are about, and who says it."""
+
+    tokens_N: Tensor
+    source: str = "teacher"
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.tokens_N)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        """The kinds of `Need` this signal can answer."""
+        raise NotImplementedError
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        """The answer for some of the steps.
+
+        Args:
+            index_C: Which steps.
+            vocab: Width that student and teacher share; ids from there on are no tokens and get no probability.
+        """
+        raise NotImplementedError
+
+    def select(self, index_N: Tensor) -> TeacherSignal:
+        """The signal about some of the steps only, in the order given."""
+        raise NotImplementedError
+
+    def check_tokens(self, tokens_N: Tensor) -> None:
+        """Raises `SignalError` unless the signal is about exactly these tokens."""
+        if self.tokens_N.shape != tokens_N.shape:
+            raise SignalError(f"{self.source}: scored {len(self.tokens_N)} tokens, the rollouts have {len(tokens_N)}")
+        wrong = (self.tokens_N.to(tokens_N.device) != tokens_N).nonzero()
+        if len(wrong):
+            step = int(wrong[0])
+            raise SignalError(
+                f"{self.source}: misaligned at step {step}: it scored id {int(self.tokens_N[step])}, "
+                f"the rollout has id {int(tokens_N[step])}"
+            )
+
+
+class _SampledRows(SignalRows):
+    def __init__(self, source: str, logp_N: Tensor) -> None:
+        self.source = source
+        self._logp_N = logp_N
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        return self._logp_N
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled(TeacherSignal):
+    """Only the log-prob of the token that was written, [N], nats."""
+
+    logp_N: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "logp_N", self.logp_N.detach())
+        _same_length(self, "logp_N", self.logp_N)
+        require_finite("log-prob of a written token", self.logp_N, self.source, allow_minus_inf=True)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        return frozenset({"sampled"})
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        return _SampledRows(self.source, self.logp_N[index_C])
+
+    def select(self, index_N: Tensor) -> Sampled:
+        return Sampled(self.tokens_N[index_N], self.source, self.logp_N[index_N])
+
+
+class _TopKRows(SignalRows):
+    def __init__(self, signal: TopK, index_C: Tensor | slice) -> None:
+        self.source = signal.source
+        self._signal = signal
+        self._index_C = index_C
+
+    def _cut(self, values: Tensor | None, what: str) -> Tensor:
+        if values is None:
+            raise self._missing(what)
+        return values[self._index_C]
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        return self._cut(self._signal.sampled_logp_N, "log-prob of the written token")
+
+    @property
+    def entropy_N(self) -> Tensor:
+        return self._cut(self._signal.entropy_N, "entropy")
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        kept = self._signal.ids_NK.shape[1]
+        if k > kept and not self._signal.whole:
+            raise self._missing(f"top-{k} (it kept {kept})")
+        return self._signal.ids_NK[self._index_C, :k], self._signal.logp_NK[self._index_C, :k]
+
+
+@dataclass(frozen=True, eq=False)
+class TopK(TeacherSignal):
+    """The teacher's most likely ids, most likely first, and what else was asked for.
+
+    Attributes:
+        ids_NK: int64.
+        logp_NK: Log-probs under the whole distribution (not renormalised), nats.
+        sampled_logp_N: Log-prob of the written token, nats, where asked for.
+        entropy_N: Of the whole distribution, nats, where asked for.
+        entropy_exact: False if the entropy is only a lower bound computed from the top-k and one tail bucket.
+        whole: True if K is the whole vocabulary.
+    """
+
+    ids_NK: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    logp_NK: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    sampled_logp_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+    entropy_exact: bool = True
+    whole: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("ids_NK", "logp_NK", "sampled_logp_N", "entropy_N"):
+            values: Tensor | None = self.__dict__[name]
+            if values is not None:
+                object.__setattr__(self, name, values.detach())
+                _same_length(self, name, values)
+        require_finite("top-k log-prob", self.logp_NK, self.source, allow_minus_inf=True)
+        if self.sampled_logp_N is not None:
+            require_finite("log-prob of a written token", self.sampled_logp_N, self.source, allow_minus_inf=True)
+        if self.entropy_N is not None:
+            require_finite("entropy", self.entropy_N, self.source)
+
+    @property
+    def tail_N(self) -> Tensor:
+        """Probability outside the kept ids."""
+        return (1.0 - self.logp_NK.exp().sum(-1)).clamp_min(0.0)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        kinds: set[NeedKind] = {"topk"} if self.ids_NK.shape[1] else set()
+        if self.sampled_logp_N is not None:
+            kinds.add("sampled")
+        if self.entropy_N is not None:
+            kinds.add("entropy")
+        return frozenset(kinds)
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        return _TopKRows(self, index_C)
+
+    def select(self, index_N: Tensor) -> TopK:
+        return TopK(
+            self.tokens_N[index_N],
+            self.source,
+            self.ids_NK[index_N],
+            self.logp_NK[index_N],
+            None if self.sampled_logp_N is None else self.sampled_logp_N[index_N],
+            None if self.entropy_N is None else self.entropy_N[index_N],
+            self.entropy_exact,
+            self.whole,
+        )
+
+
+def entropy_lower_bound(logp_NK: Tensor) -> Tensor:
+    """Entropy, nats, of top-k log-probs [N, K] plus one bucket for the rest: never above the true entropy."""
+    tail_N = (1.0 - logp_NK.exp().sum(-1)).clamp_min(0.0)
+    return -torch.xlogy(logp_NK.exp(), logp_NK.exp()).sum(-1) - torch.xlogy(tail_N, tail_N)
+
+
+class DistributionRows(SignalRows):
+    """Everything that follows from logits [C, V], each computed once and only when asked for."""
+
+    def __init__(self, logits_NV: Tensor, tokens_N: Tensor, source: str) -> None:
+        self.source = source
+        self.vocab = logits_NV.shape[-1]
+        self._tokens_N = tokens_N
+        # The normaliser is NaN or infinite exactly when a logit is NaN or +inf, or when all are -inf.
+        normaliser_N = logits_NV.logsumexp(-1, keepdim=True)
+        require_finite("a logit (or the sum of all)", normaliser_N, source)
+        self._logp_NV = logits_NV - normaliser_N
+
+    @property
+    def logp_NV(self) -> Tensor:
+        return self._logp_NV
+
+    @cached_property
+    def sampled_logp_N(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._logp_NV.gather(-1, self._tokens_N[:, None]).squeeze(-1)
+
+    @cached_property
+    def entropy_N(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return entropy(self._logp_NV)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        logp_NK, ids_NK = self._logp_NV.topk(min(k, self._logp_NV.shape[-1]), dim=-1)
+        return ids_NK, logp_NK
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """Entropy in nats, [N], of log-probs [N, V]; an impossible id (-inf) contributes nothing."""
+    return -(logp_NV.exp() * logp_NV.clamp_min(torch.finfo(logp_NV.dtype).min)).sum(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(TeacherSignal):
+    """The whole distribution, as a function from steps to logits [C, V]; never held as [N, V] by us.
+
+    Attributes:
+        logits: Index of steps -> logits [C, V], any float dtype; computed without gradient.
+        width: V, the teacher's own width.
+        temperature: What the logits are divided by.
+    """
+
+    logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
+    width: int = 0
+    temperature: float = 1.0
+
+    @staticmethod
+    def of(logits_NV: Tensor, tokens_N: Tensor, *, source: str = "teacher", temperature: float = 1.0) -> Dense:
+        """From a plain tensor [N, V]."""
+        kept_NV = logits_NV.detach()
+        return Dense(tokens_N, source, lambda index_C: kept_NV[index_C], kept_NV.shape[-1], temperature)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        return frozenset({"dense"})
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> DistributionRows:
+        with torch.no_grad():
+            logits_CV = self.logits(index_C)[:, : vocab or self.width]
+            logits_CV = as_compute(logits_CV) / self.temperature
+            return DistributionRows(logits_CV, self.tokens_N[index_C], self.source)
+
+    def select(self, index_N: Tensor) -> Dense:
+        def logits(rows: Tensor | slice) -> Tensor:
+            return self.logits(index_N[rows])
+
+        return replace(self, tokens_N=self.tokens_N[index_N], logits=logits)
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict(TeacherSignal):
+    """A score or a text about whole rollouts, from a teacher that gives no probabilities."""
+
+    score_R: Tensor | None = None
+    text_R: tuple[str, ...] = ()
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        return frozenset({"text"})
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        return SignalRows()
+
+    def select(self, index_N: Tensor) -> Verdict:
+        return replace(self, tokens_N=self.tokens_N[index_N])
+
+
+def as_compute(values: Tensor) -> Tensor:
+    """Softmaxes and sums are done in fp32, or in float64 where that is what came in."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _same_length(signal: TeacherSignal, name: str, values: Tensor) -> None:
+    if len(values) != signal.steps:
+        raise SignalError(f"{signal.source}: {name} has {len(values)} steps, the rollouts have {signal.steps}")

@@ -1,0 +1,276 @@
+"""The values that flow through Retort (torch and the standard library only).
+
+Axis letters, used at the end of every tensor's name:
+    N  decision steps (tokens the student wrote), packed end to end without padding
+    R  rollouts in a pack
+    V  vocabulary
+    K  kept candidates of a distribution
+    D  width of a hidden state
+    C  one chunk of N
+    L  all tokens of one rollout: prompt, actions and tool replies, interleaved
+    A  the decision steps of one rollout (those of its L tokens that it acted)
+
+Log-probabilities and entropies are in nats. Nothing here is mutated after it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.errors import SignalError
+
+NeedKind = Literal["text", "sampled", "topk", "student_topk", "entropy", "dense", "hidden"]
+
+
+@dataclass(frozen=True, order=True)
+class Need:
+    """One thing a method asks of a teacher, per view.
+
+    Attributes:
+        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `student_topk`
+            (the teacher's log-probs at the student's most likely ids, which must be produced first), `entropy` (of the
+            whole distribution, nats), `dense` (every log-prob), `hidden`, `text`.
+        k: for the top-k kinds, how many candidates.
+    """
+
+    kind: NeedKind
+    k: int = 0
+
+    def __str__(self) -> str:
+        names = {"topk": f"its top-{self.k}", "student_topk": f"log-probs at the student's top-{self.k} ids"}
+        names |= {"sampled": "log-prob of the token written", "entropy": "entropy", "dense": "the whole distribution"}
+        return names.get(self.kind, self.kind)
+
+
+SAMPLED = Need("sampled")
+ENTROPY = Need("entropy")
+DENSE = Need("dense")
+
+#: What a capability answers besides itself: whoever has the whole distribution has all that follows from it.
+IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "student_topk", "entropy"})}
+
+
+def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
+    """Whether a teacher with these capabilities can answer the need."""
+    return any(need.kind == has or need.kind in IMPLIED.get(has, ()) for has in capabilities)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem to write about.
+
+    Attributes:
+        id: Stable name of the row; random streams are keyed by it.
+        messages: The conversation so far. A row's plain `prompt` is one user message.
+        plain: True if the row had a plain `prompt`: it is rendered as bare text where the tokenizer has no
+            chat template (a base model), whereas `messages` need a template.
+        answer: What a verifier compares with; never shown to a model.
+        response: A given answer to learn from off-policy, if the data has one.
+        privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
+        domain: Free label, for metrics by domain.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    plain: bool = True
+    answer: str | None = None
+    response: str | None = None
+    privileged: Mapping[str, str] = field(default_factory=lambda: {})
+    domain: str = ""
+
+    @property
+    def text(self) -> str:
+        """The bare text: all contents, one after another."""
+        return "\n".join(message.content for message in self.messages)
+
+
+class Status(StrEnum):
+    """How a rollout ended."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One piece of writing, token by token, with who wrote what.
+
+    Attributes:
+        prompt: What it answers.
+        tokens_L: Ids of everything in order, int64.
+        acted_L: True where the student (or the data set) decided the token; bool.
+        turn_L: Index of the turn each token belongs to, int64; None for a single turn.
+        spans: Named token ranges (start, end) within L.
+        engine_logp_A: What the rollout engine reported for each acted token, nats; None for data.
+        policy_version: Optimizer steps the student had taken when it wrote this.
+        member: Which of the samples of its prompt this is; rollouts of one prompt are a group.
+        status: How it ended.
+        source: Who wrote it.
+        text: The acted tokens, decoded.
+        reward: What the verifier said, if one was asked.
+        reward_parts: The reward by component.
+    """
+
+    prompt: Prompt
+    tokens_L: Tensor
+    acted_L: Tensor
+    turn_L: Tensor | None = None
+    spans: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=lambda: {})
+    engine_logp_A: Tensor | None = None
+    policy_version: int = 0
+    member: int = 0
+    status: Status = Status.COMPLETED
+    source: Literal["student", "teacher", "dataset"] = "student"
+    text: str = ""
+    reward: float | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=lambda: {})
+
+    def __post_init__(self) -> None:
+        if self.tokens_L.shape != self.acted_L.shape or self.tokens_L.ndim != 1:
+            raise ValueError(f"tokens_L {tuple(self.tokens_L.shape)} and acted_L {tuple(self.acted_L.shape)} differ")
+        if bool(self.acted_L[:1].any()):
+            raise ValueError("the first token of a rollout has no context to be decided from; it cannot be acted")
+        if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
+            raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} acted tokens")
+
+    @property
+    def steps(self) -> int:
+        """Number of decision steps (acted tokens)."""
+        return int(self.acted_L.sum())
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Ids before the first acted token."""
+        acted = self.acted_L.nonzero()
+        first = int(acted[0]) if len(acted) else len(self.tokens_L)
+        return [int(token) for token in self.tokens_L[:first]]
+
+    @property
+    def action_ids(self) -> list[int]:
+        """Ids of the acted tokens."""
+        return [int(token) for token in self.tokens_L[self.acted_L]]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The decision steps of several rollouts, end to end, without padding.
+
+    Attributes:
+        rollouts: The R rollouts, in order.
+        tokens_N: The token written at each step, int64.
+        rollout_N: Index (into R) of the rollout a step belongs to, int64.
+        position_N: Index of the step within its rollout, int64.
+        turn_N: Index of the turn, int64.
+        group_R: Index of the prompt a rollout answers, int64.
+        engine_logp_N: The engine's log-prob of each token, nats; NaN where the token came from data.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    tokens_N: Tensor
+    rollout_N: Tensor
+    position_N: Tensor
+    turn_N: Tensor
+    group_R: Tensor
+    engine_logp_N: Tensor
+
+    @property
+    def steps(self) -> int:
+        """N, the number of decision steps."""
+        return len(self.tokens_N)
+
+    def steps_of(self, rollouts: Sequence[int]) -> Tensor:
+        """Places in N of the steps of some rollouts, in the order given."""
+        ends_R = torch.bincount(self.rollout_N, minlength=len(self.rollouts)).cumsum(0)
+        return torch.cat([torch.arange(int(ends_R[i]) - self.rollouts[i].steps, int(ends_R[i])) for i in rollouts])
+
+    @staticmethod
+    def of(rollouts: tuple[Rollout, ...] | list[Rollout]) -> Pack:
+        """Packs rollouts in the order given."""
+        if not rollouts:
+            raise ValueError("cannot pack zero rollouts")
+        steps_R = torch.tensor([rollout.steps for rollout in rollouts])
+        names = {name: index for index, name in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
+        engine = [
+            torch.full((r.steps,), float("nan")) if r.engine_logp_A is None else r.engine_logp_A for r in rollouts
+        ]
+        turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_L is None else r.turn_L[r.acted_L] for r in rollouts]
+        return Pack(
+            rollouts=tuple(rollouts),
+            tokens_N=torch.cat([r.tokens_L[r.acted_L] for r in rollouts]),
+            rollout_N=torch.repeat_interleave(torch.arange(len(rollouts)), steps_R),
+            position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
+            turn_N=torch.cat(turns),
+            group_R=torch.tensor([names[r.prompt.id] for r in rollouts]),
+            engine_logp_N=torch.cat(engine).float(),
+        )
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """What one term says about each step. `value_N * weight_N * counted_N` is its loss before any division.
+
+    Attributes:
+        value_N: Divergence or surrogate, nats; differentiable.
+        weight_N: Detached weight >= 0 (a gate is 0 or 1).
+        counted_N: Steps that take part, bool.
+    """
+
+    value_N: Tensor
+    weight_N: Tensor
+    counted_N: Tensor
+
+    @property
+    def value(self) -> Tensor:
+        """Same as `value_N`."""
+        return self.value_N
+
+    @property
+    def weight(self) -> Tensor:
+        """Same as `weight_N`."""
+        return self.weight_N
+
+    @property
+    def counted(self) -> Tensor:
+        """Same as `counted_N`."""
+        return self.counted_N
+
+
+@dataclass(frozen=True)
+class TokenLosses:
+    """A method applied to one whole optimizer batch.
+
+    Attributes:
+        loss: Scalar, differentiable.
+        terms: Per-step values of each term, by the term's name.
+        state: State of the method's stateful parts, to pass to the next call.
+    """
+
+    loss: Tensor
+    terms: Mapping[str, TokenLoss]
+    state: Mapping[str, Tensor] = field(default_factory=lambda: {})
+
+
+def require_finite(name: str, values: Tensor, source: str, *, allow_minus_inf: bool = False) -> None:
+    """Raises `SignalError` where a teacher's numbers hold NaN or infinity (a banned id may be minus infinity)."""
+    bad = values.isnan() | (values == float("inf"))
+    if not allow_minus_inf:
+        bad = bad | (values == float("-inf"))
+    if bool(bad.any()):
+        step = int(bad.nonzero()[0][0])
+        worst = float(values[bad][0])
+        raise SignalError(f"{source}: {name} is {worst} at step {step} of the batch; stopping before it is learnt")

@@ -1,0 +1,6 @@
+"""How much each step counts: gates and the quantities they look at."""
+
+from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.weights.ops import above
+
+__all__ = ["above", "sampled_reverse_kl", "student_entropy", "teacher_entropy", "teacher_top_mass"]

@@ -1,0 +1,18 @@
+"""Weights made from quantities. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.parts import Quantity, Weight
+
+
+def above(quantity: Quantity, threshold: float) -> Weight:
+    """A hard gate: 1 where the quantity is strictly greater than the threshold, else 0."""
+
+    def value(context: Context, view: str) -> Tensor:
+        value_N = quantity.value(context, view)
+        return (value_N > threshold).to(value_N.dtype)
+
+    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs)
