@@ -1,0 +1,116 @@
+"""A method applied to steps: what `retort.functional` and the trainer share, so that they cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from retort import reduce
+from retort.context import Context
+from retort.errors import UserError
+from retort.method import Method, Watch
+from retort.schedules import at
+from retort.types import Need, NeedKind, TokenLoss, can_meet
+
+
+def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
+    """Raises `UserError` unless every view's teacher can answer what the method asks of it."""
+    for view in method.views:
+        if view not in offers:
+            raise UserError(f"method '{method.name}' needs a signal for view '{view}', which was not given")
+        missing = sorted(need for need in method.needs(view) if not can_meet(offers[view], need))
+        if missing:
+            has = ", ".join(sorted(offers[view])) or "nothing"
+            wants = " and ".join(str(need) for need in missing)
+            raise UserError(f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}")
+
+
+def wanted(method: Method, view: str, capabilities: frozenset[NeedKind]) -> frozenset[Need]:
+    """What to ask of a teacher: all that is needed, and what the curves would like if it can give it."""
+    return method.needs(view) | {need for need in method.welcomes(view) if can_meet(capabilities, need)}
+
+
+def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives `<term>.value` and `<term>.weight` for every term, [C] each."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for term in method.terms:
+            weight_C = torch.ones_like(context.student_logp_N.detach())
+            if term.weight is not None:
+                stored_C = context.stored.get(f"{term.name}.weight")
+                weight_C = term.weight.value(context, term.against) if stored_C is None else stored_C
+            weight_C = weight_C.detach()
+            loss = term.estimator.token_loss(
+                context, term.against, term.name, weight_C, torch.ones_like(weight_C, dtype=torch.bool)
+            )
+            found[f"{term.name}.value"] = loss.value_N
+            found[f"{term.name}.weight"] = loss.weight_N
+        return found
+
+    return values
+
+
+def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what the score pass stores, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found = {
+            name: part.value(context, view).detach()
+            for name, (part, view) in method.stored.items()
+            if not weights_only or name.endswith(".weight")
+        }
+        return found if weights_only else {"old_logp": context.student_logp_N.detach(), **found}
+
+    return values
+
+
+def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives watched numbers, NaN on steps that a curve leaves out, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for watch in watches:
+            value_C = watch.part.value(context, watch.against).detach()
+            if watch.where is not None:
+                in_C = watch.where.value(context, watch.against) != 0
+                value_C = value_C.masked_fill(~in_C, float("nan"))
+            found[f"watch.{watch.name}"] = value_C
+        return found
+
+    return values
+
+
+def batch_shares(
+    method: Method, *, counted_N: Tensor, rollout_N: Tensor, stored: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What each step of the whole optimizer batch is multiplied by, per term, [N] each."""
+    return {
+        term.name: reduce.shares(
+            term.denominator,
+            counted_N=counted_N,
+            rollout_N=rollout_N,
+            weight_N=stored[f"{term.name}.weight"].abs() if f"{term.name}.weight" in stored else None,
+        )
+        for term in method.terms
+    }
+
+
+def losses(
+    method: Method,
+    values: Mapping[str, Tensor],
+    *,
+    counted_N: Tensor,
+    shares_N: Mapping[str, Tensor],
+    step: int,
+    total_steps: int | None,
+) -> tuple[Tensor, dict[str, TokenLoss]]:
+    """The scalar of these steps and the terms behind it."""
+    terms = {
+        term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N)
+        for term in method.terms
+    }
+    coefs = {term.name: at(term.coef, step, total_steps) for term in method.terms}
+    return reduce.scalar(terms, shares_N, coefs), terms

@@ -1,0 +1,264 @@
+"""The losses for people with their own trainer. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.apply import batch_shares, check_needs, losses, stored_values, term_values
+from retort.errors import UserError
+from retort.method import Method
+from retort.models.head import Head, Steps, per_token
+from retort.registry import load
+from retort.signals import Dense, TeacherSignal
+from retort.types import TokenLoss, TokenLosses
+
+__all__ = ["Head", "linear_token_losses", "token_losses"]
+
+
+def token_losses(
+    method: Method | str,
+    *,
+    student_logits: Tensor,
+    teacher_logits: Tensor | TeacherSignal | None = None,
+    tokens: Tensor,
+    mask: Tensor | None = None,
+    turns: Tensor | None = None,
+    rollouts: Tensor | None = None,
+    groups: Tensor | None = None,
+    rewards: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    engine_logp: Tensor | None = None,
+    extra_views: Mapping[str, Tensor | TeacherSignal] | None = None,
+    student_hidden: Tensor | None = None,
+    step: int = 0,
+    total_steps: int | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> TokenLosses:
+    """A method applied to plain logits as one whole optimizer batch: the definition all else must equal.
+
+    Row n holds the distributions from which token n was (or could have been) written: in a padded batch that is
+    `logits[:, :-1]` against `tokens[:, 1:]`, flattened.
+
+    Args:
+        method: A `Method`, or a name for the paper's defaults.
+        student_logits: [N, V], any float dtype; softmax is in fp32 (float64 stays float64).
+        teacher_logits: [N, V'] under the view `teacher`, or a `TeacherSignal` (sampled, top-k). V' may differ from V:
+            the ids that both have are shared, the others are padding and get no probability.
+        tokens: Ids written, [N], int64.
+        mask: Steps that count, [N], bool; all by default. Rows outside it are never read.
+        turns: Turn of each step, [N].
+        rollouts: Rollout of each step, [N], int64 from 0; one rollout by default.
+        groups: Prompt of each rollout, [R].
+        rewards: Of each rollout, [R].
+        old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
+            batch counts as strictly on-policy.
+        engine_logp: What the rollout engine reported, nats, [N].
+        extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
+        student_hidden: The student's hidden states [N, D], for methods that compare them.
+        step: Optimizer steps done, for scheduled dials.
+        total_steps: Of the run, for scheduled dials.
+        state: State of the method's stateful parts from the previous call.
+
+    Returns:
+        `TokenLosses`; per-step values are 0 outside the mask.
+
+    Raises:
+        UserError: Shapes that do not fit, ids outside the vocabulary, or something the method needs and was not given.
+        SignalError: A teacher's answer that is misaligned or not finite.
+    """
+    batch = _Batch.of(
+        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, step, total_steps, state
+    )
+    batch.check_rows("student_logits", student_logits, 2)
+    if student_hidden is not None:
+        batch.check_rows("student_hidden", student_hidden, 2)
+    views: dict[str, Tensor | TeacherSignal] = {} if teacher_logits is None else {"teacher": teacher_logits}
+    signals = {name: batch.signal(name, given) for name, given in (views | dict(extra_views or {})).items()}
+    return batch.evaluate(student_logits[batch.kept_N], None, student_logits.shape[-1], signals, chunk=len(tokens) or 1)
+
+
+def linear_token_losses(
+    method: Method | str,
+    *,
+    student_hidden: Tensor,
+    student_head: Tensor | Head,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Tensor | Head | None = None,
+    tokens: Tensor,
+    chunk: int | None = None,
+    mask: Tensor | None = None,
+    turns: Tensor | None = None,
+    rollouts: Tensor | None = None,
+    groups: Tensor | None = None,
+    rewards: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    engine_logp: Tensor | None = None,
+    extra_views: Mapping[str, tuple[Tensor, Tensor | Head] | TeacherSignal] | None = None,
+    step: int = 0,
+    total_steps: int | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> TokenLosses:
+    """The same as `token_losses` on the products of hidden states and heads, without ever holding an [N, V] tensor.
+
+    Args:
+        method: As in `token_losses`, as are all arguments not named here.
+        student_hidden: [N, D].
+        student_head: Weight [V, D], or a `Head` with bias, scale and soft-cap.
+        teacher_hidden: [N, D'].
+        teacher_head: Weight [V', D'], or a `Head`.
+        tokens: Ids written, [N], int64.
+        chunk: Steps per chunk; None picks about 128 MiB of logits.
+        mask: Steps that count; rows outside it are never projected.
+        turns: As in `token_losses`.
+        rollouts: As in `token_losses`.
+        groups: As in `token_losses`.
+        rewards: As in `token_losses`.
+        old_logp: As in `token_losses`.
+        engine_logp: As in `token_losses`.
+        extra_views: Further views: pairs of hidden states and head, or a `TeacherSignal`.
+        step: As in `token_losses`.
+        total_steps: As in `token_losses`.
+        state: As in `token_losses`.
+
+    Returns:
+        `TokenLosses`, equal to those of `token_losses` in value and gradient.
+
+    Raises:
+        UserError: As in `token_losses`.
+        SignalError: As in `token_losses`.
+    """
+    batch = _Batch.of(
+        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, step, total_steps, state
+    )
+    batch.check_rows("student_hidden", student_hidden, 2)
+    given: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})
+    if teacher_hidden is not None:
+        if teacher_head is None:
+            raise UserError("teacher_hidden was given without teacher_head")
+        given["teacher"] = (teacher_hidden, teacher_head)
+    head = _head(student_head)
+    signals = {
+        name: batch.signal(name, view) if isinstance(view, TeacherSignal) else batch.linear_signal(name, *view)
+        for name, view in given.items()
+    }
+    return batch.evaluate(student_hidden[batch.kept_N], head, head.width, signals, chunk=chunk)
+
+
+def _head(head: Tensor | Head) -> Head:
+    return head if isinstance(head, Head) else Head(head)
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """The checked arguments that both entry points share, cut to the steps that count."""
+
+    method: Method
+    tokens_N: Tensor
+    kept_N: Tensor
+    steps: Steps
+    rollout_N: Tensor
+    state: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(
+        method: Method | str,
+        tokens: Tensor,
+        mask: Tensor | None,
+        turns: Tensor | None,
+        rollouts: Tensor | None,
+        groups: Tensor | None,
+        rewards: Tensor | None,
+        old_logp: Tensor | None,
+        engine_logp: Tensor | None,
+        step: int,
+        total_steps: int | None,
+        state: Mapping[str, Tensor] | None,
+    ) -> _Batch:
+        if tokens.ndim != 1 or tokens.is_floating_point():
+            raise UserError(f"tokens must be [N] integers, not {tuple(tokens.shape)} {tokens.dtype}")
+        per_step = {
+            "mask": mask,
+            "turns": turns,
+            "rollouts": rollouts,
+            "old_logp": old_logp,
+            "engine_logp": engine_logp,
+        }
+        for name, values in per_step.items():
+            if values is not None and values.shape != tokens.shape:
+                raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
+        rollout_N = torch.zeros_like(tokens) if rollouts is None else rollouts
+        count = int(rollout_N.max()) + 1 if len(rollout_N) else 0
+        for name, values in {"groups": groups, "rewards": rewards}.items():
+            if values is not None and values.shape != (count,):
+                raise UserError(f"{name} must be [R] = ({count},), one per rollout, not {tuple(values.shape)}")
+        kept_N = torch.arange(len(tokens), device=tokens.device) if mask is None else mask.bool().nonzero().squeeze(-1)
+        steps = Steps(
+            tokens_N=tokens[kept_N],
+            stored={} if old_logp is None else {"old_logp": old_logp.detach()[kept_N]},
+            engine_logp_N=None if engine_logp is None else engine_logp.detach()[kept_N],
+            rollout_N=rollout_N[kept_N],
+            turn_N=None if turns is None else turns[kept_N],
+            step=step,
+            total_steps=total_steps,
+        )
+        found = load(method) if isinstance(method, str) else method
+        return _Batch(found, tokens, kept_N, steps, rollout_N[kept_N], dict(state or {}))
+
+    def check_rows(self, name: str, values: Tensor, ndim: int) -> None:
+        if values.ndim != ndim or len(values) != len(self.tokens_N):
+            raise UserError(f"{name} must have one row per token ({len(self.tokens_N)}), not {tuple(values.shape)}")
+
+    def signal(self, name: str, given: Tensor | TeacherSignal) -> TeacherSignal:
+        """The steps that count of logits [N, V] or of a signal about all N steps."""
+        if isinstance(given, TeacherSignal):
+            given.check_tokens(self.tokens_N)
+            return given.select(self.kept_N)
+        self.check_rows(f"{name} logits", given, 2)
+        return Dense.of(given[self.kept_N], self.steps.tokens_N, source=name, temperature=self.method.temperature)
+
+    def linear_signal(self, name: str, hidden_ND: Tensor, head: Tensor | Head) -> TeacherSignal:
+        """The same from hidden states and a head."""
+        self.check_rows(f"{name} hidden states", hidden_ND, 2)
+        found, kept_ND = _head(head), hidden_ND.detach()[self.kept_N]
+        return Dense(
+            self.steps.tokens_N, name, lambda rows: found.logits(kept_ND[rows]), found.width, self.method.temperature
+        )
+
+    def evaluate(
+        self, hidden_ND: Tensor, head: Head | None, width: int, signals: Mapping[str, TeacherSignal], chunk: int | None
+    ) -> TokenLosses:
+        check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
+        vocab = min([width, *(signal.width for signal in signals.values() if isinstance(signal, Dense))])
+        tokens_N = self.steps.tokens_N
+        if len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
+            raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
+        steps = self.steps
+        arguments = {"hidden_ND": hidden_ND, "head": head, "vocab": vocab, "temperature": self.method.temperature}
+        if self.method.weighs_batch:
+            with torch.no_grad():
+                found = per_token(
+                    stored_values(self.method, weights_only=True), steps, signals, chunk=chunk, **arguments
+                )
+            steps = Steps(**{**steps.__dict__, "stored": {**steps.stored, **found}})
+        values = per_token(term_values(self.method), steps, signals, chunk=chunk, **arguments)
+        counted_N = torch.ones_like(tokens_N, dtype=torch.bool)
+        shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=steps.stored)
+        loss, terms = losses(
+            self.method, values, counted_N=counted_N, shares_N=shares_N, step=steps.step, total_steps=steps.total_steps
+        )
+        return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, self.state)
+
+    def _spread(self, term: TokenLoss) -> TokenLoss:
+        """Back to all N steps; 0 where the mask is."""
+
+        def spread(values: Tensor) -> Tensor:
+            if len(self.kept_N) == len(self.tokens_N):
+                return values
+            empty_N = torch.zeros(len(self.tokens_N), dtype=values.dtype, device=values.device)
+            return empty_N.index_copy(0, self.kept_N, values)
+
+        return TokenLoss(spread(term.value_N), spread(term.weight_N), spread(term.counted_N))

@@ -1,0 +1,191 @@
+"""A method as a value: who writes, what teachers see, which terms disagree about what, what it collapses to."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, ParamSpec
+
+from retort.errors import UserError, did_you_mean
+from retort.estimators import Estimator
+from retort.parts import Part, Quantity, Weight
+from retort.reduce import Denominator, tokens
+from retort.rollout.plan import RolloutPlan
+from retort.schedules import Schedule
+from retort.teachers.view import View
+from retort.types import Need
+
+Status = Literal["faithful", "partial", "reconstructed"]
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str | None = None
+    url: str | None = None
+    venue: str | None = None
+
+    def bibtex(self, key: str) -> str:
+        """A BibTeX entry."""
+        fields = {"title": f"{{{self.title}}}", "author": self.authors, "year": str(self.year)}
+        if self.arxiv:
+            fields |= {"eprint": self.arxiv, "archivePrefix": "arXiv"}
+        fields |= {name: value for name, value in (("url", self.url), ("note", self.venue)) if value}
+        body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+        return f"@misc{{{key},\n{body}\n}}"
+
+
+@dataclass(frozen=True)
+class Term:
+    """One disagreement: how it is estimated, against which view, where it counts and what it is divided by."""
+
+    name: str
+    estimator: Estimator
+    against: str = "teacher"
+    weight: Weight | None = None
+    coef: float | Schedule = 1.0
+    denominator: Denominator = field(default_factory=tokens)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the term asks of its view's teacher."""
+        return self.estimator.needs | (self.weight.needs if self.weight else frozenset[Need]())
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A curve the paper looks at. It is logged if the teacher's answer allows it; it never makes a teacher necessary.
+
+    Attributes:
+        name: Of the curve.
+        part: The number per step that is averaged over counted steps.
+        where: Average only over steps on which this is not 0.
+        against: The view.
+        alarm_below: Say `advice` once if the average falls below this.
+        advice: One sentence for the user.
+    """
+
+    name: str
+    part: Part
+    where: Weight | None = None
+    against: str = "teacher"
+    alarm_below: float | None = None
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Executable documentation: with these settings the method equals another one, in value and gradient."""
+
+    settings: Mapping[str, Any]
+    equals: tuple[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A distillation method. Compose it from parts; `retort.load` makes the published ones.
+
+    Attributes:
+        rollout: Who writes.
+        views: What each teacher sees, by name.
+        terms: The loss, a sum.
+        temperature: Both distributions are evaluated at this temperature, in training and in `token_losses`.
+        limits: What it collapses to.
+        watch: Curves worth looking at.
+        recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
+        name, settings, paper, status, summary: Filled in by the `method` decorator.
+    """
+
+    rollout: RolloutPlan
+    terms: tuple[Term, ...]
+    views: Mapping[str, View] = field(default_factory=lambda: {"teacher": View.same_prompt()})
+    temperature: float = 1.0
+    limits: tuple[Limit, ...] = ()
+    watch: tuple[Watch, ...] = ()
+    recipe: Mapping[str, Any] = field(default_factory=lambda: {})
+    name: str = "custom"
+    settings: Mapping[str, Any] = field(default_factory=lambda: {})
+    paper: Paper | None = None
+    status: Status = "faithful"
+    summary: str = ""
+
+    def __post_init__(self) -> None:
+        names = [term.name for term in self.terms]
+        if not names:
+            raise UserError(f"method {self.name} has no terms, so nothing would be learnt")
+        if len(set(names)) != len(names):
+            raise UserError(f"method {self.name} has two terms of one name: {names}")
+        for term in self.terms:
+            if term.against not in self.views:
+                raise UserError(
+                    f"term '{term.name}' is against view '{term.against}'; {did_you_mean(term.against, self.views)}"
+                )
+        if self.temperature <= 0:
+            raise UserError(f"temperature must be positive, not {self.temperature}")
+
+    def needs(self, view: str = "teacher") -> frozenset[Need]:
+        """What the method cannot do without from the teacher behind a view."""
+        return frozenset[Need]().union(*(term.needs for term in self.terms if term.against == view))
+
+    def welcomes(self, view: str = "teacher") -> frozenset[Need]:
+        """What its curves would like to know besides."""
+        watched = [watch for watch in self.watch if watch.against == view]
+        parts: list[Part] = [watch.part for watch in watched] + [watch.where for watch in watched if watch.where]
+        return frozenset[Need]().union(*(part.needs for part in parts)) - self.needs(view)
+
+    @property
+    def stored(self) -> Mapping[str, tuple[Part, str]]:
+        """Parts, with their view, that the score pass must evaluate before the first of several updates on a batch."""
+        found: dict[str, tuple[Part, str]] = {}
+        for term in self.terms:
+            for name, part in term.estimator.stored.items():
+                found[f"{term.name}.{name}"] = (part, term.against)
+            if term.weight is not None and term.denominator.kind == "weighted":
+                found[f"{term.name}.weight"] = (term.weight, term.against)
+        return found
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """Whether some term compares with the student before the first update on a batch."""
+        return any(term.estimator.uses_old_logp for term in self.terms)
+
+    @property
+    def weighs_batch(self) -> bool:
+        """Whether a denominator can only be known after a pass over the whole batch."""
+        return any(term.denominator.kind == "weighted" for term in self.terms)
+
+
+def watch(quantity: Quantity, *, where: Weight | None = None, name: str | None = None) -> Watch:
+    """A curve of a quantity's mean."""
+    return Watch(name or quantity.name, quantity, where)
+
+
+def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
+    """Marks a function as a published method: its name is the method's, its signature the home of the defaults."""
+
+    def mark(build: Callable[P, Method]) -> Callable[P, Method]:
+        summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
+
+        @functools.wraps(build)
+        def made(*args: P.args, **settings: P.kwargs) -> Method:
+            bound = inspect.signature(build).bind(*args, **settings)
+            bound.apply_defaults()
+            return replace(
+                build(*args, **settings),
+                name=build.__name__,
+                settings=dict(bound.arguments),
+                paper=paper,
+                status=status,
+                summary=summary,
+            )
+
+        return made
+
+    return mark

@@ -1,0 +1,52 @@
+"""On-policy distillation: the sampled reverse KL."""
+
+from retort.advantages import log_ratio
+from retort.estimators import score_function
+from retort.method import Method, Paper, Term, Watch, method
+from retort.rollout.plan import RolloutPlan
+from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
+
+
+@method(
+    paper=Paper(
+        title="On-Policy Distillation",
+        authors="Lu, Kevin and {Thinking Machines Lab}",
+        year=2025,
+        url="https://thinkingmachines.ai/blog/on-policy-distillation/",
+    ),
+    status="faithful",
+)
+def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, temperature: float = 1.0) -> Method:
+    r"""Sampled reverse KL: the log-ratio of the token written is its advantage.
+
+    .. math:: \ell_t = -\rho_t A_t, \quad A_t = \log p_T(y_t) - \log p_{old}(y_t),
+              \quad \rho_t = p_S(y_t) / p_{old}(y_t)
+
+    In expectation over the student's tokens, and with one update per batch, its gradient is that of the reverse KL
+    :math:`D_{KL}(p_S \Vert p_T)` at each prefix. Value and entropies in nats; divided by all counted tokens.
+
+    Args:
+        coef: Weight of the term (`kl_penalty_coef`), dimensionless.
+        clip: PPO's epsilon on the ratio; the recipe has none.
+        samples: Rollouts per prompt. The recipe writes 4; its published code centres nothing over them.
+        temperature: Of sampling and of both distributions.
+
+    Departures from the recipe: the ratio and the advantage are against the trainer's own log-probs before the first
+        update on
+    the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not offered.
+    """
+    return Method(
+        rollout=RolloutPlan(samples=samples, temperature=temperature),
+        temperature=temperature,
+        terms=(Term("reverse", score := score_function(log_ratio(), clip=clip), coef=coef),),
+        recipe={
+            "rollout": {"prompts": 512, "max_new_tokens": 4096},
+            "optimizer": {"learning_rate": 5e-5, "schedule": "constant", "updates": 1},
+        },
+        watch=(
+            Watch("reverse_kl", sampled_reverse_kl()),
+            Watch("student_entropy", student_entropy()),
+            Watch("teacher_entropy", teacher_entropy()),
+            Watch("clip_fraction", score.clipped("reverse")),
+        ),
+    )

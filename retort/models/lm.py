@@ -1,0 +1,189 @@
+"""A causal language model of transformers: hidden states of decided steps, and the head. Axes: `retort.types`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from retort.align.stops import StopTokens, stop_tokens
+from retort.errors import UserError
+from retort.models.head import Head
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Precision = Literal["bf16", "fp32"]
+
+
+def best_precision(device: torch.device) -> Precision:
+    """bf16 where the machine multiplies in it natively, else fp32. A fixed rule, so that runs repeat."""
+    if device.type == "cuda":
+        return "bf16"
+    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore[reportPrivateUsage]
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A model, its tokenizer, and where it stops.
+
+    Attributes:
+        model: Of transformers. A student's weights are fp32; a teacher's are in its compute precision.
+        tokenizer: Its own.
+        stops: Tokens on which it ends an answer.
+        name: Path or hub name, for messages.
+        precision: What products are computed in.
+        written_generation: The generation settings to save beside the model (decoding here ignores them).
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    stops: StopTokens
+    name: str
+    precision: Precision
+    written_generation: GenerationConfig
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def parameters(self) -> int:
+        """How many parameters it has, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def context(self) -> int:
+        """The longest sequence it takes, tokens."""
+        text_config = self.model.config.get_text_config()
+        return int(getattr(text_config, "max_position_embeddings", None) or 2**31)
+
+    def head(self) -> Head:
+        """The output head, with the scale or soft-cap that the family applies to its logits."""
+        layer: Any = self.model.get_output_embeddings()
+        config = self.model.config.get_text_config()
+        # Families name the same transformation differently; what none of these covers is caught by `check_head`.
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        return Head(
+            layer.weight,
+            getattr(layer, "bias", None),
+            float(scale),
+            getattr(config, "final_logit_softcapping", None),
+        )
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        """Products in the model's precision; master weights stay as they are."""
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        """Hidden states [N, D] from which the acted tokens of these sequences were (or would be) decided, in order.
+
+        Args:
+            tokens: Ids of each sequence, [L].
+            acted: True where a token is a decision, [L]; never the first.
+        """
+        # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
+        ids_RL = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(self.device)
+        acted_RL = torch.nn.utils.rnn.pad_sequence(list(acted), batch_first=True).to(self.device)
+        with self.compute():
+            hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
+        return hidden_RLD[:, :-1][acted_RL[:, 1:]]
+
+    @torch.no_grad()
+    def all_hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> Tensor:
+        """The same for any number of sequences, without gradient, in batches of at most `budget` padded tokens."""
+        parts: dict[int, Tensor] = {}
+        for batch in token_batches([len(tokens_L) for tokens_L in tokens], budget):
+            hidden_ND = self.hidden([tokens[i] for i in batch], [acted[i] for i in batch])
+            parts.update(zip(batch, hidden_ND.split([int(acted[i].sum()) for i in batch]), strict=True))
+        return torch.cat([parts[index] for index in range(len(tokens))])
+
+    def check_head(self) -> None:
+        """Raises `UserError` if head and hidden states do not give the model's own logits."""
+        ids_RL = torch.arange(1, 5, device=self.device)[None] % self.head().width
+        with torch.no_grad():
+            own = self.model(input_ids=ids_RL, use_cache=False).logits.float()
+            ours = (
+                self.head().logits(self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state).float()
+            )
+        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.std()) + 1e-6):
+            raise UserError(
+                f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
+                "please open an issue that names this family"
+            )
+
+
+def load_model(
+    name: str,
+    *,
+    role: Literal["student", "teacher"],
+    precision: Precision,
+    device: torch.device,
+    attention: str | None = None,
+    stop: Sequence[int | str] | None = None,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Loads a model folder or hub name; only safetensors weights are read.
+
+    Raises:
+        UserError: Not found, not a causal language model, no usable stop token.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    path = Path(name).expanduser()
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{role} {name}: no config.json in that folder, so it is not a model folder")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError(f"{role} {name}: no such folder")
+    dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
+    source = str(path) if path.exists() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{role} {name}: cannot be loaded: {reason}") from None
+    model.to(device)  # type: ignore[arg-type]
+    model.requires_grad_(role == "student")
+    _without_dropout(model)
+    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=f"{role} {name}", override=stop)
+    written = model.generation_config
+    # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would
+    # make rollouts come from another distribution than the one that is scored.
+    model.generation_config = GenerationConfig()
+    loaded = LanguageModel(model, tokenizer, stops, name, precision, written)
+    loaded.check_head()
+    return loaded
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    """Switches dropout off for good: a student is taught about the very distribution that it wrote from."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if "attention_dropout" in vars(module):
+            vars(module)["attention_dropout"] = 0.0
+
+
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of sequences, shortest first, cut into padded batches of at most `budget` tokens (or one sequence)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
+            batches.append([])
+        batches[-1].append(index)
+    return batches

@@ -1,0 +1,55 @@
+"""Finding methods by name: the method `x` is the function `x` in `retort/methods/x.py`, and nothing else lists it."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import retort.methods
+from retort.errors import UserError, did_you_mean
+from retort.method import Method
+
+
+def names() -> list[str]:
+    """Names of all published methods, sorted."""
+    found = pkgutil.iter_modules(retort.methods.__path__)
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def builder(name: str) -> Callable[..., Method]:
+    """The function that makes a method; its signature holds the settings and their defaults.
+
+    Raises:
+        UserError: Unknown name, with the nearest one.
+    """
+    if name not in names():
+        raise UserError(f"unknown method '{name}'; {did_you_mean(name, names())}")
+    return getattr(importlib.import_module(f"retort.methods.{name}"), name)
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """Settings of a method with their default values."""
+    return {key: parameter.default for key, parameter in inspect.signature(builder(name)).parameters.items()}
+
+
+def load(name: str, **settings: Any) -> Method:
+    """Makes a published method, with the paper's defaults unless `settings` say otherwise.
+
+    Raises:
+        UserError: Unknown method or setting (with the nearest known one), or a value of the wrong type.
+    """
+    from pydantic import ConfigDict, ValidationError, validate_call
+
+    build = builder(name)
+    for key in settings:
+        if key not in defaults(name):
+            raise UserError(f"method '{name}' has no setting '{key}'; {did_you_mean(key, defaults(name))}")
+    try:
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"method.{where}: {first['msg']} (it is {first['input']!r})") from None

@@ -1,0 +1,1 @@
+"""Rollout engines, imported lazily by whoever needs one."""

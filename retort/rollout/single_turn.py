@@ -1,0 +1,65 @@
+"""One prompt, one answer: from prompts to rollouts, ungraded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.rollout.engines.hf import HFEngine, Request
+from retort.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Task:
+    """An answer to be written.
+
+    Attributes:
+        prompt: To what.
+        prompt_ids: As the writer sees it.
+        member: Which of the samples of its prompt.
+        uniforms: See `Request`.
+    """
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    member: int
+    uniforms: Tensor
+
+
+def write(
+    engine: HFEngine,
+    tasks: Sequence[Task],
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    version: int = 0,
+) -> list[Rollout]:
+    """Has the engine answer all tasks, in order."""
+    written = engine.write(
+        [Request(task.prompt_ids, task.uniforms) for task in tasks],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    return [
+        Rollout(
+            prompt=task.prompt,
+            tokens_L=torch.tensor([*task.prompt_ids, *answer.ids]),
+            acted_L=acted(len(task.prompt_ids), len(answer.ids)),
+            engine_logp_A=answer.logp_A,
+            policy_version=version,
+            member=task.member,
+            status=answer.status,
+            text=str(engine.lm.tokenizer.decode(answer.ids, skip_special_tokens=True)),
+        )
+        for task, answer in zip(tasks, written, strict=True)
+    ]
+
+
+def acted(prompt: int, answer: int) -> Tensor:
+    """The mask of a prompt followed by an answer, bool."""
+    return torch.arange(prompt + answer) >= prompt

@@ -1,0 +1,276 @@
+"""What every registered method promises, on a toy model in float64."""
+
+import inspect
+import math
+
+import pytest
+import retort
+import torch
+from retort import registry
+from retort.apply import check_needs, wanted
+from retort.errors import UserError
+from retort.functional import linear_token_losses, token_losses
+from retort.method import Method
+from retort.models.head import Head
+from retort.signals import Dense, Sampled, TopK
+from retort.teachers.local import reduced
+from torch import Tensor
+
+NAMES = registry.names()
+#: Methods whose loss is not 0 at student == teacher, and why.
+NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass"}
+
+
+class Toy:
+    """A batch of steps with hidden states and heads, float64."""
+
+    def __init__(self, steps: int = 37, vocab: int = 23, seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.hidden = torch.randn(steps, 6, generator=draw, dtype=torch.float64).requires_grad_()
+        self.head = torch.randn(vocab, 6, generator=draw, dtype=torch.float64).requires_grad_()
+        self.teacher_hidden = torch.randn(steps, 8, generator=draw, dtype=torch.float64).requires_grad_()
+        self.teacher_head = torch.randn(vocab, 8, generator=draw, dtype=torch.float64).requires_grad_()
+        self.tokens = torch.randint(0, vocab, (steps,), generator=draw)
+        self.rollouts = torch.arange(steps) * 5 // steps
+        self.old = (self.logits.detach().log_softmax(-1).gather(-1, self.tokens[:, None])).squeeze(-1) - 0.1
+
+    @property
+    def logits(self) -> Tensor:
+        return self.hidden @ self.head.T
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        return self.teacher_hidden @ self.teacher_head.T
+
+    def dense(self, method: Method, **more: object) -> "retort.types.TokenLosses":
+        arguments = {"tokens": self.tokens, "rollouts": self.rollouts, **more}
+        return token_losses(method, student_logits=self.logits, teacher_logits=self.teacher_logits, **arguments)  # type: ignore[arg-type]
+
+    def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, (self.hidden, self.head))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zero_when_student_equals_teacher(name: str) -> None:
+    toy = Toy()
+    losses = token_losses(name, student_logits=toy.logits, teacher_logits=toy.logits, tokens=toy.tokens)
+    if name in NOT_ZERO:
+        assert losses.loss.item() >= 0, NOT_ZERO[name]
+        assert losses.terms["reverse"].value.abs().max() < 1e-12
+        return
+    assert losses.loss.abs().item() < 1e-12
+    for gradient in toy.gradients(losses.loss):
+        assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("chunk", [1, 5, 36, 64])
+def test_chunked_equals_dense_in_value_and_gradient(name: str, chunk: int) -> None:
+    toy, method = Toy(), registry.load(name)
+    mask = torch.rand(len(toy.tokens), generator=torch.Generator().manual_seed(1)) > 0.3
+    dense = toy.dense(method, mask=mask, old_logp=toy.old)
+    linear = linear_token_losses(
+        method,
+        student_hidden=toy.hidden,
+        student_head=toy.head,
+        teacher_hidden=toy.teacher_hidden,
+        teacher_head=toy.teacher_head,
+        tokens=toy.tokens,
+        rollouts=toy.rollouts,
+        mask=mask,
+        old_logp=toy.old,
+        chunk=chunk,
+    )
+    torch.testing.assert_close(linear.loss, dense.loss, rtol=1e-12, atol=1e-12)
+    for term, values in dense.terms.items():
+        torch.testing.assert_close(linear.terms[term].value, values.value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(linear.terms[term].weight, values.weight, rtol=0, atol=0)
+        assert torch.equal(linear.terms[term].counted, mask)
+    for ours, theirs in zip(toy.gradients(linear.loss), toy.gradients(dense.loss), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_gradient_reaches_the_teacher_or_the_weights(name: str) -> None:
+    toy = Toy()
+    losses = toy.dense(registry.load(name))
+    found = torch.autograd.grad(losses.loss, (toy.teacher_hidden, toy.teacher_head), allow_unused=True)
+    assert found == (None, None)
+    assert all(not term.weight.requires_grad for term in losses.terms.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mask_is_a_slice(name: str) -> None:
+    toy, method = Toy(), registry.load(name)
+    mask = torch.arange(len(toy.tokens)) % 3 != 0
+    poisoned = toy.logits.detach().clone()
+    poisoned[~mask] = math.nan
+    whole = token_losses(method, student_logits=poisoned, teacher_logits=toy.teacher_logits, tokens=toy.tokens, mask=mask)
+    sliced = token_losses(
+        method,
+        student_logits=toy.logits[mask],
+        teacher_logits=toy.teacher_logits[mask],
+        tokens=toy.tokens[mask],
+    )
+    torch.testing.assert_close(whole.loss, sliced.loss, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_order_and_micro_batches_do_not_matter(name: str) -> None:
+    toy, method = Toy(), registry.load(name)
+    order = torch.randperm(len(toy.tokens), generator=torch.Generator().manual_seed(2))
+    whole = toy.dense(method)
+    moved = token_losses(
+        method,
+        student_logits=toy.logits[order],
+        teacher_logits=toy.teacher_logits[order],
+        tokens=toy.tokens[order],
+        rollouts=toy.rollouts[order],
+    )
+    torch.testing.assert_close(whole.loss, moved.loss, rtol=1e-12, atol=1e-13)
+    halves = [torch.arange(0, 20), torch.arange(20, len(toy.tokens))]
+    parts = [
+        token_losses(
+            method, student_logits=toy.logits[half], teacher_logits=toy.teacher_logits[half], tokens=toy.tokens[half]
+        ).loss
+        * len(half)
+        / len(toy.tokens)
+        for half in halves
+    ]
+    torch.testing.assert_close(whole.loss, torch.stack(parts).sum(), rtol=1e-12, atol=1e-13)
+
+
+LIMITS = [(name, place) for name in NAMES for place in range(len(registry.load(name).limits))]
+
+
+@pytest.mark.parametrize(("name", "place"), LIMITS)
+def test_limits_hold_in_value_and_gradient(name: str, place: int) -> None:
+    toy = Toy()
+    limit = registry.load(name).limits[place]
+    other, settings = limit.equals
+    ours = toy.dense(registry.load(name, **limit.settings), old_logp=toy.old)
+    theirs = toy.dense(registry.load(other, **settings), old_logp=toy.old)
+    torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-13, atol=1e-13)
+    for one, two in zip(toy.gradients(ours.loss), toy.gradients(theirs.loss), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_needs_are_sufficient(name: str) -> None:
+    """The smallest signal that answers the declared needs gives the very same loss as the whole distribution."""
+    toy, method = Toy(), registry.load(name)
+    dense = Dense.of(toy.teacher_logits, toy.tokens)
+    if any(need.kind in ("dense", "student_topk") for need in method.needs()):
+        pytest.skip("needs the whole distribution")
+    small = reduced(dense, method.needs())
+    assert isinstance(small, Sampled | TopK)
+    ours = token_losses(method, student_logits=toy.logits, teacher_logits=small, tokens=toy.tokens)
+    torch.testing.assert_close(ours.loss, toy.dense(method).loss, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_needs_are_minimal(name: str) -> None:
+    """A teacher that lacks any one of the needs is refused, by name, before anything is computed."""
+    method = registry.load(name)
+    for need in method.needs():
+        lacking = frozenset(other.kind for other in method.needs() if other.kind != need.kind)
+        with pytest.raises(UserError, match=f"method '{name}' needs"):
+            check_needs(method, {"teacher": lacking})
+    check_needs(method, {"teacher": frozenset({"dense"})})
+    assert method.needs() <= wanted(method, "teacher", frozenset({"dense"}))
+
+
+def test_a_teacher_of_sampled_log_probs_serves_opd_and_no_other() -> None:
+    sampled = {"teacher": frozenset({"sampled"})}
+    check_needs(registry.load("opd"), sampled)  # type: ignore[arg-type]
+    for name in ("eopd", "gkd", "vopd"):
+        with pytest.raises(UserError, match="gives only: sampled"):
+            check_needs(registry.load(name), sampled)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_file_one_function_all_defaults(name: str) -> None:
+    build = registry.builder(name)
+    assert build.__name__ == name
+    for parameter in inspect.signature(build).parameters.values():
+        assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        assert parameter.default is not inspect.Parameter.empty
+        assert f"{parameter.name}:" in (build.__doc__ or ""), f"{name}: {parameter.name} is not documented"
+    made = registry.load(name)
+    assert made.paper is not None
+    assert made.summary.endswith(".")
+    assert made.settings == registry.defaults(name)
+    source = inspect.getsource(inspect.getmodule(build))  # type: ignore[arg-type]
+    assert len(source.splitlines()) <= 120
+
+
+def test_paper_defaults() -> None:
+    """Pinned: the defaults are the papers'."""
+    assert registry.defaults("eopd") == {
+        "entropy_threshold": 0.8,
+        "top_k": 16,
+        "forward_coef": 1.0,
+        "clip": 0.2,
+        "samples": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+    }
+    assert registry.defaults("opd") == {"coef": 1.0, "clip": None, "samples": 1, "temperature": 1.0}
+    assert registry.defaults("vopd") == {"top_k": 20, "baseline_coef": 1.0, "samples": 1, "temperature": 1.0}
+    assert registry.defaults("gkd") == {
+        "divergence": "jsd",
+        "teacher_weight": 0.5,
+        "on_policy_fraction": 0.5,
+        "samples": 1,
+        "temperature": 0.9,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"entropy_treshold": 1.0}, "did you mean 'entropy_threshold'"),
+        ({"top_k": "many"}, "method.top_k"),
+        ({"top_k": 0}, "at least 1"),
+        ({"clip": -1.0}, "clip must be positive"),
+        ({"samples": 0}, "samples must be at least 1"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        registry.load("eopd", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'eopd'"):
+        registry.load("eodp")
+
+
+def test_head_transformations_are_honoured() -> None:
+    toy = Toy()
+    bias = torch.linspace(-1, 1, 23, dtype=torch.float64)
+    head = Head(toy.head, bias, scale=0.5, soft_cap=3.0)
+    products = torch.tanh(0.5 * (toy.hidden @ toy.head.T + bias) / 3.0) * 3.0
+    linear = linear_token_losses(
+        "eopd",
+        student_hidden=toy.hidden,
+        student_head=head,
+        teacher_hidden=toy.teacher_hidden,
+        teacher_head=toy.teacher_head,
+        tokens=toy.tokens,
+        chunk=7,
+    )
+    dense = token_losses("eopd", student_logits=products, teacher_logits=toy.teacher_logits, tokens=toy.tokens)
+    torch.testing.assert_close(linear.loss, dense.loss)
+    for ours, theirs in zip(toy.gradients(linear.loss), toy.gradients(dense.loss), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
+    toy, method = Toy(), registry.load(name)
+    padding = torch.full((len(toy.tokens), 9), 50.0, dtype=torch.float64)
+    wide = torch.cat([toy.teacher_logits.detach(), padding], dim=-1)
+    losses = token_losses(method, student_logits=toy.logits, teacher_logits=wide, tokens=toy.tokens)
+    torch.testing.assert_close(losses.loss, toy.dense(method).loss)
