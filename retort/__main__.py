@@ -1,0 +1,5 @@
+"""`python -m retort`."""
+
+from retort.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,97 @@
+"""`retort.distill`: a whole run in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retort import config as configuration
+from retort.method import Method
+from retort.train import runner
+from retort.train.observe import Observer
+
+
+def distill(
+    *,
+    student: str | None = None,
+    teacher: str | None = None,
+    data: str | None = None,
+    method: str | Method | Mapping[str, Any] | None = None,
+    out: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+    observer: Observer | None = None,
+) -> runner.Run:
+    """Distils a teacher into a student, on-policy. Without models and data it runs the built-in task.
+
+    Args:
+        student: Model folder or hub name.
+        teacher: Model folder or hub name.
+        data: JSON lines, Parquet or a hub name, with a column `prompt` or `messages`.
+        method: A name, a mapping with `name` and settings, or a `Method` of your own (which cannot be resumed by name).
+        out: Folder of the run; by default `runs/<method>-<time>`.
+        steps: Batches of rollouts; by default once through the data.
+        seed: Of all random streams.
+        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`.
+        observer: Who watches; nobody by default.
+
+    Returns:
+        The finished run: `.folder`, `.results` (the before/after table), `.setup.student`.
+
+    Raises:
+        UserError: Anything about the input is wrong; one line says what and what to do.
+        RunError: The run had to stop; it names the checkpoint to go on from.
+    """
+    own = method if isinstance(method, Method) else None
+    named = {"name": own.name, **own.settings} if own else ({"name": method} if isinstance(method, str) else method)
+    if own is not None and own.name not in configuration.registry.names():
+        named = None
+    given = {
+        "student": student,
+        "teacher": teacher,
+        "data": data,
+        "method": named,
+        "out": out,
+        "steps": steps,
+        "seed": seed,
+    }
+    config = assemble({key: value for key, value in given.items() if value is not None}, settings or {})
+    run = runner.start(config, folder_of(config), observer, method=own)
+    run.go()
+    write_report(run.folder)
+    return run
+
+
+def assemble(*layers: Mapping[str, Any]) -> configuration.Config:
+    """The configuration of a run: the built-in recipe beneath, if no model and no data is named."""
+    named = {key for layer in layers for key in layer}
+    builtin = not named & {"student", "teacher", "data"}
+    below = [builtin_recipe()] if builtin else []
+    return configuration.resolve(*below, *layers)
+
+
+def builtin_recipe() -> dict[str, Any]:
+    """The recipe `countdown`, with the models that ship with Retort."""
+    from retort.tasks import countdown
+
+    models = {"student": str(countdown.student_path()), "teacher": str(countdown.teacher_path()), "data": "countdown"}
+    return {**configuration.recipe("countdown"), **models}
+
+
+def folder_of(config: configuration.Config) -> Path:
+    """Where a run goes: `out`, or runs/<method>-<time>, numbered if that is taken."""
+    if config.out:
+        return Path(config.out)
+    base = Path("runs") / f"{config.method['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
+    return base if not base.exists() else next(path for path in taken if not path.exists())
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` of a run."""
+    from retort.report.page import build_report
+
+    return build_report([folder], folder / "report.html")

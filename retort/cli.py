@@ -1,0 +1,209 @@
+"""The command `retort`. Exit codes: 0 done, 2 the input is wrong (one line says what), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import retort
+from retort.errors import RetortError, UserError, did_you_mean
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        arguments = _arguments(words)
+        return int(arguments.run(arguments) or 0)
+    except RetortError as error:
+        print(f"retort: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("retort: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        return 1
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    """Options and key=value words may come in any order, which argparse alone does not allow."""
+    arguments, rest = _parser().parse_known_args(words)
+    for word in rest:
+        if word.startswith("-") or "words" not in arguments:
+            known = _options(_parser(), words[0])
+            raise UserError(f"unknown option {word}; {did_you_mean(word.partition('=')[0], known)}")
+    if rest:
+        arguments.words = [*arguments.words, *rest]
+    return arguments
+
+
+def _options(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """Long options of a command."""
+    chosen = next(action.choices[command] for action in parser._actions if isinstance(action.choices, dict))
+    return [option for action in chosen._actions for option in action.option_strings if option.startswith("--")]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments end like all wrong input: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (retort --help shows what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="retort", description="On-policy distillation: the student writes, the teacher answers.")
+    parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="distil; with no argument, the built-in task", description=_TRAIN)
+    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
+    train.add_argument("--method", help="name of a method: see `retort methods`")
+    train.add_argument("--student", help="model folder or hub name")
+    train.add_argument("--teacher", help="model folder or hub name")
+    train.add_argument("--data", help="JSON lines, Parquet or hub name")
+    train.add_argument("--out", help="folder of the run")
+    train.add_argument("--steps", type=int, help="batches of rollouts")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--resume", metavar="DIR", help="folder of a run (its newest checkpoint), or one checkpoint")
+    train.set_defaults(run=_train)
+
+    judge = commands.add_parser("eval", help="avg@k and pass@k of any model folder")
+    judge.add_argument("model", help="model folder or hub name")
+    judge.add_argument("--data", default="countdown", help="data file with answers; default: the built-in task")
+    judge.add_argument("--teacher", help="compare distributions with this model too")
+    judge.add_argument("--json", action="store_true", help="print JSON")
+    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, e.g. samples=16")
+    judge.set_defaults(run=_eval)
+
+    report = commands.add_parser("report", help="report.html of one run, or of several side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN")
+    report.add_argument("--out", help="file; default: report.html in the first run (one run) or here (several)")
+    report.set_defaults(run=_report)
+
+    methods = commands.add_parser("methods", help="the published methods and their settings")
+    methods.add_argument("--json", action="store_true")
+    methods.set_defaults(run=_methods)
+
+    cite = commands.add_parser("cite", help="BibTeX of a method")
+    cite.add_argument("name")
+    cite.set_defaults(run=_cite)
+    return parser
+
+
+_TRAIN = (
+    "With no argument: the built-in task, in minutes, on a laptop. With --student, --teacher and --data: any causal "
+    "language models of transformers. Settings come from a TOML file and from key=value words such as "
+    "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win."
+)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api, config
+    from retort.console import RichObserver, quiet_libraries
+    from retort.train import runner
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    given = {name: getattr(arguments, name) for name in ("student", "teacher", "data", "out", "steps", "seed")}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.method is not None:
+        flags["method"] = {"name": arguments.method}
+    quiet_libraries()
+    observer = RichObserver(Console())
+    try:
+        if arguments.resume is not None:
+            _only_steps(flags, files, pairs)
+            run = runner.resume(Path(arguments.resume), observer, steps=arguments.steps)
+        else:
+            settings = api.assemble(*[config.read_toml(Path(file)) for file in files], flags, pairs)
+            run = runner.start(settings, api.folder_of(settings), observer)
+        run.go()
+    finally:
+        observer.close()
+    page = api.write_report(run.folder)
+    print(f"model:  {run.folder / 'model'}\nreport: {page}")
+    return 0
+
+
+def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
+    others = [*(set(flags) - {"steps"}), *files, *pairs]
+    if others:
+        raise UserError(
+            f"--resume goes on with the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
+        )
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort.console import RichObserver, quiet_libraries
+    from retort.train.evaluation import evaluate
+
+    quiet_libraries()
+    observer = RichObserver(Console(stderr=arguments.json))
+    try:
+        results = evaluate(arguments.model, arguments.data, arguments.teacher, arguments.words, observer)
+    finally:
+        observer.close()
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+    else:
+        observer.table(results)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from retort.report.page import build_report
+
+    runs = [Path(run) for run in arguments.runs]
+    for run in runs:
+        if not (run / "config.json").is_file():
+            raise UserError(f"{run}: not the folder of a run (no config.json)")
+    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+    print(build_report(runs, Path(arguments.out) if arguments.out else default))
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from retort import registry
+
+    rows: list[dict[str, Any]] = []
+    for name in registry.names():
+        made = registry.load(name)
+        rows.append(
+            {
+                "name": name,
+                "summary": made.summary,
+                "status": made.status,
+                "settings": made.settings,
+                "needs": {view: [str(need) for need in sorted(made.needs(view))] for view in made.views},
+                "paper": made.paper.title if made.paper else None,
+                "arxiv": made.paper.arxiv if made.paper else None,
+            }
+        )
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        where = f"arXiv {row['arxiv']}" if row["arxiv"] else "no arXiv id"
+        print(f"{row['name']}  ({row['status']}; {where})\n    {row['summary']}")
+        print(f"    paper:    {row['paper']}")
+        print(f"    settings: {', '.join(f'{key}={value}' for key, value in row['settings'].items())}")
+        print(f"    needs:    {'; '.join(', '.join(asked) for asked in row['needs'].values())}\n")
+    return 0
+
+
+def _cite(arguments: argparse.Namespace) -> int:
+    from retort import registry
+
+    made = registry.load(arguments.name)
+    if made.paper is None:
+        raise UserError(f"method '{arguments.name}' names no paper")
+    print(made.paper.bibtex(arguments.name))
+    return 0

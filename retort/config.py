@@ -1,0 +1,250 @@
+"""What a run is made of: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from retort import registry
+from retort.errors import UserError, did_you_mean
+
+DEFAULT_METHOD = "eopd"
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+
+class RolloutSection(_Section):
+    """How the student writes."""
+
+    prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
+    max_new_tokens: int = Field(default=4096, ge=1, description="longest answer, tokens")
+    max_prompt_tokens: int = Field(
+        default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
+    )
+    parallel: int = Field(default=256, ge=1, description="rollouts written at once")
+    stop: list[str] | None = Field(
+        default=None, description="stop tokens; default: those of the student's generation settings"
+    )
+    thinking: bool = Field(default=False, description="passed to chat templates that know `enable_thinking`")
+
+
+class OptimizerSection(_Section):
+    """How the student learns. AdamW on fp32 master weights."""
+
+    learning_rate: float = Field(default=3e-6, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
+    warmup: int = Field(default=0, ge=0, description="optimizer steps")
+    final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate at the end")
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
+    updates: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts (mini-batches)")
+    epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
+    batch_tokens: int = Field(default=16384, ge=1, description="padded tokens per forward pass")
+    gradient_checkpointing: bool = False
+
+
+class EvalSection(_Section):
+    """How the student is judged, on prompts it never learns from."""
+
+    data: str | None = Field(
+        default=None, description="data file with answers; default: prompts held out of the training data"
+    )
+    problems: int = Field(default=64, ge=0, description="prompts; 0 for no evaluation")
+    samples: int = Field(default=8, ge=1, description="k of avg@k and pass@k")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, description="default: as in training")
+    every: int = Field(
+        default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
+    )
+    teacher: bool = Field(default=True, description="judge the teacher too")
+    threshold: float = Field(
+        default=0.8, description="nats of teacher entropy above which it counts as uncertain in the tables"
+    )
+
+
+class CheckpointSection(_Section):
+    """When the run is saved."""
+
+    every: int = Field(default=50, ge=0, description="steps; 0: only at the end and when interrupted")
+    keep: int = Field(
+        default=2, ge=1, description="newest checkpoints kept; the best by held-out avg@k is kept besides"
+    )
+
+
+class RecordSection(_Section):
+    """What is written down of the rollouts."""
+
+    rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
+
+
+class DataSection(_Section):
+    """Names of the columns, where a file calls them otherwise."""
+
+    columns: dict[str, str] = Field(default_factory=dict, description="our name = the file's, e.g. prompt = 'problem'")
+    split: str = "train"
+    limit: int | None = Field(default=None, ge=1, description="use only the first rows")
+
+
+class Config(_Section):
+    """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
+
+    student: str | None = Field(default=None, description="model folder or hub name")
+    teacher: str | None = Field(default=None, description="model folder or hub name")
+    data: str | None = Field(
+        default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
+    )
+    task: Literal["countdown", "math", "exact"] | None = Field(
+        None, description="how answers are graded; default: math-verify where the data has answers"
+    )
+    method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
+    steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
+    seed: int = 0
+    out: str | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of products; master weights are always fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: str | None = Field(
+        default=None, description="attention implementation of transformers, e.g. sdpa or eager"
+    )
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with a model; off unless you ask for it"
+    )
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    columns: DataSection = DataSection()
+    rollout: RolloutSection = RolloutSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    record: RecordSection = RecordSection()
+
+    @property
+    def builtin(self) -> bool:
+        """Whether this is the task that ships with Retort."""
+        return self.data == "countdown"
+
+
+def resolve(*layers: Mapping[str, Any]) -> Config:
+    """One configuration from nested settings; later layers win, the recipe of the method's paper lies beneath.
+
+    Raises:
+        UserError: Unknown key, section, method or setting (with the nearest known name), or a value of the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, layer)
+    chosen = dict(merged.get("method") or {})
+    name = str(chosen.get("name", DEFAULT_METHOD))
+    made = registry.load(name, **{key: value for key, value in chosen.items() if key != "name"})
+    merged = merge(dict(made.recipe), merged)
+    # Settings are stored with every default filled in, so that a run's config.json says all that it did.
+    merged["method"] = {"name": name, **made.settings}
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_first_problem(error)) from None
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping):
+            if value.get("name", old.get("name")) != old.get("name"):
+                # Only what the other method also understands is carried over (say, the number of samples).
+                known = registry.defaults(str(value["name"]))
+                old = {name: setting for name, setting in old.items() if name in known}
+            merged[key] = {**old, **value}
+        else:
+            both = isinstance(value, Mapping) and isinstance(old, Mapping)
+            merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: not a readable TOML file: {error}") from None
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Settings of a recipe that ships with Retort."""
+    return read_toml(RECIPES / f"{name}.toml")
+
+
+def overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """Nested settings from `section.key=value` words; values are read as TOML where they can be, else as text."""
+    nested: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{pair}' is neither a .toml file nor key=value (such as method.entropy_threshold=0.6)")
+        place = nested
+        *sections, last = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value(text)
+    return nested
+
+
+def value(text: str) -> Any:
+    """A setting's value: TOML, or null/none, or the text itself."""
+    if text.lower() in ("null", "none"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as JSON. Infinity is written as the word, so that any reader can read it."""
+    path.write_text(json.dumps(_plain(config.model_dump()), indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Config:
+    """A resolved configuration."""
+    try:
+        return resolve(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _plain(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return {key: _plain(item) for key, item in thing.items()}
+    if isinstance(thing, float) and thing in (float("inf"), float("-inf")):
+        return "inf" if thing > 0 else "-inf"
+    return thing
+
+
+def _first_problem(error: ValidationError) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    key = ".".join(place)
+    if first["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in place[:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        return f"unknown key '{key}'; {did_you_mean(place[-1], known)}"
+    return f"{key}: {first['msg']} (it is {first['input']!r})"

@@ -1,0 +1,145 @@
+"""What the command line shows: a summary, a progress bar with the curves that matter, and the before/after table."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+#: Shown in the progress line, if there: metric and label.
+_CURVES = (
+    ("reward", "reward"),
+    ("reverse_kl", "KL"),
+    ("forward_kl_gated", "fKL gated"),
+    ("student_entropy", "entropy"),
+    ("length", "length"),
+)
+#: Rows of the table: metric, label, how it is printed.
+_ROWS = (
+    ("length", "mean length, tokens", "{:.1f}"),
+    ("truncated", "truncated", "{:.1%}"),
+    ("student_entropy", "own entropy, nats", "{:.3f}"),
+    ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:.3f}"),
+    ("reverse_kl", "reverse KL, nats", "{:.3f}"),
+)
+
+
+class RichObserver:
+    """Draws a run in a terminal; in a file or pipe it prints a line now and then instead."""
+
+    def __init__(self, console: Console) -> None:
+        """Draws nothing yet."""
+        self.console = console
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._phase: str | None = None
+        self._seen: list[dict[str, Any]] = []
+
+    def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
+        """The start-up summary."""
+        table = Table.grid(padding=(0, 2))
+        for heading, text in lines.items():
+            table.add_row(f"[bold]{escape(heading)}[/]", escape(text))
+        self.console.print(table)
+        for text in notes:
+            self.note(text)
+
+    def note(self, text: str) -> None:
+        """A warning or remark."""
+        self.console.print(f"[yellow]note:[/] {escape(text)}")
+
+    def phase(self, text: str, done: int, total: int) -> None:
+        """Judging a model."""
+        if self._phase != text:
+            self.close()
+            self._open(text, total)
+            self._phase = text
+        self._advance(done, "")
+        if done >= total:
+            self.close()
+
+    def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
+        """One batch of rollouts done."""
+        if self._phase is not None or self._progress is None:
+            self.close()
+            self._open("distilling", steps)
+        self._seen = [*self._seen, dict(metrics)][-10:]
+        shown = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
+        if "eval/avg@8" in metrics:
+            shown.append(f"held-out avg@8 {metrics['eval/avg@8']:.3f}")
+        text = "  ".join([*shown, f"{self._mean('tokens_per_second'):,.0f} tok/s"])
+        self._advance(step, text)
+        if not self.console.is_terminal and (step in (1, steps) or step % max(1, steps // 10) == 0):
+            self.console.print(f"step {step}/{steps}  {text}", soft_wrap=True)
+        if step >= steps:
+            self.close()
+
+    def table(self, results: Mapping[str, Any]) -> None:
+        """The before/after table."""
+        self.close()
+        k, rows = results["k"], results["rows"]
+        table = Table(title=f"{results['problems']} held-out prompts, {k} answers each (± half of a 95 % interval)")
+        table.add_column("")
+        for row in rows:
+            table.add_column(row["who"], justify="right")
+        for name, label, form in ((f"avg@{k}", f"avg@{k}", "{:.1%}"), (f"pass@{k}", f"pass@{k}", "{:.1%}"), *_ROWS):
+            cells = [row.get(name) for row in rows]
+            if any(cells):
+                table.add_row(label, *(_cell(cell, form) for cell in cells))
+        self.console.print(table)
+        for name, share in results.get("gap_recovered", {}).items():
+            self.console.print(f"{name}: [bold]{share:.0%}[/] of the gap to the teacher recovered")
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress, self._task, self._phase = None, None, None
+
+    def _mean(self, name: str) -> float:
+        values = [row[name] for row in self._seen if name in row]
+        return sum(values) / len(values) if values else float("nan")
+
+    def _open(self, text: str, total: int) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[curves]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._progress.add_task(text, total=total, curves="")
+        self._progress.start()
+
+    def _advance(self, done: int, curves: str) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, curves=curves)
+
+
+def _cell(cell: Mapping[str, float] | None, form: str) -> str:
+    if not cell:
+        return "-"
+    half = form.format((cell["high"] - cell["low"]) / 2)
+    return f"{form.format(cell['value'])} ± {half}"
+
+
+def quiet_libraries() -> None:
+    """Keeps the progress bars and advice of libraries out of ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with contextlib.suppress(ImportError):
+        from datasets.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")

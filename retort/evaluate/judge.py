@@ -1,0 +1,179 @@
+"""Judging a model on fixed prompts. Axis letters: see `retort.types`.
+
+It draws from its own random stream, keyed by prompt and member only: the same prompts, seed and weights give the same
+answers, whenever it is done, and nothing of a run's training is moved by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.align.chat import render
+from retort.context import Context
+from retort.divergences import kl_values
+from retort.evaluate.passk import Estimate, pass_at_k
+from retort.models.head import Steps, per_token
+from retort.models.lm import LanguageModel
+from retort.rewards.verify import Verifier
+from retort.rollout.engines.hf import HFEngine
+from retort.rollout.single_turn import Task, write
+from retort.streams import uniforms
+from retort.teachers.local import Teacher
+from retort.teachers.view import View
+from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet
+
+#: Prompts that are written and scored at once: bounds what is held in memory.
+_BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """How models are judged.
+
+    Attributes:
+        prompts: Fixed.
+        verifier: Grades answers; without one only lengths and divergences are measured.
+        samples: k, answers per prompt.
+        seed: Of the run.
+        max_new_tokens, temperature, top_p: Of sampling.
+        vocab: Ids that are tokens.
+        parallel: Answers written at once.
+        batch_tokens: Padded tokens per forward pass.
+        thinking: For chat templates that know it.
+        threshold: Nats of teacher entropy above which it counts as uncertain.
+        score_temperature: At which distributions are compared.
+    """
+
+    prompts: Sequence[Prompt]
+    verifier: Verifier | None
+    samples: int
+    seed: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    vocab: int
+    parallel: int
+    batch_tokens: int
+    thinking: bool
+    threshold: float
+    score_temperature: float = 1.0
+
+    def judge(
+        self,
+        lm: LanguageModel,
+        *,
+        teacher: Teacher | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """One row of the before/after table.
+
+        Args:
+            lm: Who answers.
+            teacher: Whom its answers are compared with, where it can give distributions.
+            progress: Called with prompts done and prompts in all.
+
+        Returns:
+            `avg@k`, `pass@k`, `length`, `truncated`, `student_entropy` (the writer's own), `reverse_kl`,
+            `forward_kl_uncertain`: each with value, low and high, where it could be measured; and `pass_at`, pass@k
+            for k = 1, 2, 4, ...
+        """
+        engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
+        rewards: list[list[float]] = []
+        tallies: dict[str, tuple[list[float], list[float]]] = {}
+        for start in range(0, len(self.prompts), _BLOCK):
+            block = self.prompts[start : start + _BLOCK]
+            rollouts = self._answers(engine, block)
+            for index, prompt in enumerate(block):
+                own = rollouts[index * self.samples : (index + 1) * self.samples]
+                if self.verifier is not None:
+                    rewards.append([self.verifier(prompt, rollout.text) for rollout in own])
+                _tally(tallies, "length", [float(rollout.steps) for rollout in own])
+                _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
+            self._compare(lm, teacher, rollouts, tallies)
+            if progress is not None:
+                progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
+        return self._row(rewards, tallies)
+
+    def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
+        tasks: list[Task] = []
+        for prompt in prompts:
+            prompt_ids = render(prompt, engine.lm.tokenizer, thinking=self.thinking)
+            for member in range(self.samples):
+                chance = uniforms(self.seed, "evaluation", prompt.id, member, count=self.max_new_tokens)
+                tasks.append(Task(prompt, prompt_ids, member, chance))
+        return write(engine, tasks, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+
+    @torch.no_grad()
+    def _compare(
+        self,
+        lm: LanguageModel,
+        teacher: Teacher | None,
+        rollouts: Sequence[Rollout],
+        tallies: dict[str, tuple[list[float], list[float]]],
+    ) -> None:
+        """Entropies and divergences at every token of the answers, summed per prompt."""
+        pack = Pack.of(list(rollouts))
+        dense = teacher is not None and can_meet(teacher.capabilities, DENSE)
+        signals = {}
+        if dense and teacher is not None:
+            signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), self.score_temperature)}
+        was_training = lm.model.training
+        lm.model.eval()
+        hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
+        with lm.compute():
+            values = per_token(
+                self._values(dense),
+                Steps(pack.tokens_N.to(lm.device), {}),
+                signals,
+                hidden_ND=hidden_ND,
+                head=lm.head(),
+                vocab=self.vocab,
+                temperature=self.score_temperature,
+            )
+        lm.model.train(was_training)
+        for group in range(int(pack.group_R.max()) + 1):
+            inside_N = (pack.group_R[pack.rollout_N] == group).to(lm.device)
+            for name, values_N in values.items():
+                own_N = values_N[inside_N]
+                _tally(tallies, name, own_N[~own_N.isnan()].double().tolist())
+
+    def _values(self, dense: bool) -> Callable[[Context], dict[str, Tensor]]:
+        def values(context: Context) -> dict[str, Tensor]:
+            found = {"student_entropy": context.student_entropy_N}
+            if dense:
+                rows = context.signal("teacher")
+                forward_N = kl_values(rows.logp_NV, context.student_logp_NV)
+                uncertain_N = rows.entropy_N > self.threshold
+                found["forward_kl_uncertain"] = forward_N.masked_fill(~uncertain_N, float("nan"))
+                found["uncertain"] = uncertain_N.float()
+                found["reverse_kl"] = kl_values(context.student_logp_NV, rows.logp_NV)
+            return found
+
+        return values
+
+    def _row(
+        self, rewards: Sequence[Sequence[float]], tallies: dict[str, tuple[list[float], list[float]]]
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {}
+        k = self.samples
+        if rewards:
+            right = [sum(reward > 0.5 for reward in own) for own in rewards]
+            row[f"avg@{k}"] = Estimate.of([sum(own) / k for own in rewards])
+            row[f"pass@{k}"] = Estimate.of([pass_at_k(k, count, k) for count in right])
+            ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
+            row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
+        for name, (sums, counts) in tallies.items():
+            row[name] = Estimate.ratio(sums, counts)
+        return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in row.items()}
+
+
+def _tally(tallies: dict[str, tuple[list[float], list[float]]], name: str, values: Sequence[float]) -> None:
+    """Adds one prompt's sum and count."""
+    sums, counts = tallies.setdefault(name, ([], []))
+    sums.append(sum(values))
+    counts.append(float(len(values)))

@@ -1,0 +1,49 @@
+"""avg@k and pass@k, with intervals over problems."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over problems with its 95 % interval (normal approximation over problems)."""
+
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Estimate | None:
+        """The mean of one number per problem; None without any."""
+        if not values:
+            return None
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1) / len(values))
+        return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
+
+    @staticmethod
+    def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
+        """A mean over tokens, sum of sums over sum of counts, with its interval over problems (linearised)."""
+        whole = sum(counts)
+        if not whole:
+            return None
+        mean = sum(sums) / whole
+        squares = sum((x - mean * count) ** 2 for x, count in zip(sums, counts, strict=True))
+        spread = math.sqrt(squares * len(sums) / max(1, len(sums) - 1)) / whole
+        return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
+
+
+def pass_at_k(samples: int, right: int, k: int) -> float:
+    """Unbiased estimate of the probability that at least one of k answers is right: 1 - C(n - c, k) / C(n, k).
+
+    Args:
+        samples: n, answers written.
+        right: c, of which right.
+        k: At most n.
+    """
+    if not 0 < k <= samples:
+        raise ValueError(f"k must lie between 1 and the {samples} samples, not {k}")
+    return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)

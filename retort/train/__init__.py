@@ -1,0 +1,1 @@
+"""The runner and what it keeps: batches, updates, checkpoints, metrics, records."""

@@ -1,0 +1,197 @@
+"""Checkpoints: whole or absent, and never believed without checking.
+
+A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. It is written
+under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
+SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
+(`retort.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
+continues bit by bit.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retort.errors import RunError, UserError
+
+_NAME = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        step: Batches of rollouts done.
+        weights: Master weights by name, fp32.
+        optimizer: Optimizer tensors, flat, as `<index>.<name>`.
+        state: Plain values: updates done, data fingerprint, choices made at the start, best score so far.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `folder/step-N`, whole or not at all.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    target, temporary = folder / f"step-{checkpoint.step}", folder / f".writing-step-{checkpoint.step}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
+        save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
+        state = {"step": checkpoint.step, **checkpoint.state}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if target.exists():  # the same step saved again (a resumed run that changed nothing)
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _flush(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        last = newest(folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise RunError(f"cannot write {target}: {reason(error)}; {kept}") from None
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint after checking every file of it.
+
+    Raises:
+        UserError: A file is missing, truncated or changed; the message names it and the previous checkpoint.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        raise _refused(path, "manifest.json", "is missing or unreadable") from None
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+        file = path / name
+        if not file.is_file():
+            raise _refused(path, name, "is missing")
+        if _digest(file) != manifest.get(name):
+            raise _refused(path, name, "is truncated or was changed after it was written")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(
+        int(state.pop("step")),
+        load_file(path / "weights.safetensors"),
+        load_file(path / "optimizer.safetensors"),
+        state,
+    )
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step."""
+    return max(_all(folder), key=_step, default=None)
+
+
+def find(path: Path) -> tuple[Path, Path]:
+    """The run's folder and the checkpoint meant by `--resume PATH` (a run: its newest; or one checkpoint).
+
+    Raises:
+        UserError: There is none.
+    """
+    path = path.resolve()
+    if _NAME.search(path.name) and path.parent.name == "checkpoints":
+        if not path.is_dir():
+            there = ", ".join(p.name for p in sorted(_all(path.parent), key=_step)) or "none"
+            raise UserError(f"{path}: no such checkpoint (there: {there})")
+        return path.parents[1], path
+    last = newest(path / "checkpoints")
+    if last is None:
+        raise UserError(
+            f"{path}: no checkpoint to resume from; --resume takes the folder of a run, or one of its checkpoints"
+        )
+    return path, last
+
+
+def prune(folder: Path, *, keep: int, best: int | None) -> None:
+    """Removes all but the `keep` newest checkpoints and the best one."""
+    found = sorted(_all(folder), key=_step)
+    for path in found[:-keep]:
+        if _step(path) != best:
+            shutil.rmtree(path)
+
+
+def reason(error: Exception) -> str:
+    """An operating system error in words for people; safetensors wraps them in text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        return "the disk is full; make room and resume"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in str(error):
+        return "no permission to write there"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors."""
+    states: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, state in states.items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts `optimizer_tensors` back."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, field = name.partition(".")
+        states.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _all(folder: Path) -> Iterable[Path]:
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _refused(path: Path, name: str, what: str) -> UserError:
+    older = [other for other in _all(path.parent) if _step(other) < _step(path)]
+    previous = max(older, key=_step, default=None)
+    remedy = f"resume from the one before it: --resume {previous}" if previous else "there is no earlier checkpoint"
+    return UserError(f"checkpoint refused: {path / name} {what}; {remedy}")
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,91 @@
+"""`retort eval`: any model folder on the built-in task or a data file with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from retort import config as configuration
+from retort.align.stops import stop_map
+from retort.align.tokens import check_same_tokenizer
+from retort.data import load_prompts
+from retort.errors import UserError
+from retort.evaluate.judge import Judge
+from retort.models.lm import LanguageModel, best_precision, load_model
+from retort.rewards.verify import verifier_for
+from retort.teachers.local import LocalTeacher
+from retort.train.observe import Observer
+from retort.train.setup import countdown_prompts
+
+
+def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], observer: Observer) -> dict[str, Any]:
+    """avg@k, pass@k and, with a teacher, the divergences from it.
+
+    Args:
+        model: Folder or hub name.
+        data: `countdown`, or a data file with answers.
+        teacher: Folder or hub name, if distributions are to be compared.
+        words: Settings as `key=value`: those of the section `eval`, or of others by their full name.
+        observer: Who watches.
+
+    Returns:
+        A table of one row, in the form of `eval.json`.
+    """
+    short = [word if "." in word.partition("=")[0] or "=" not in word else f"eval.{word}" for word in words]
+    given = configuration.overrides([word.replace("eval.seed=", "seed=") for word in short])
+    recipe = configuration.recipe("countdown") if data == "countdown" else {}
+    config = configuration.resolve(recipe, {"data": data}, given)
+    if data == "countdown":
+        prompts = countdown_prompts("held_out", config.eval.problems)
+    else:
+        prompts = load_prompts(data, limit=config.eval.problems or None, columns=config.columns.columns)
+    verifier = verifier_for("countdown" if data == "countdown" else config.task, prompts)
+    if verifier is None and teacher is None:
+        raise UserError(
+            f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    precision = best_precision(device) if config.precision == "auto" else config.precision
+    settings = {"precision": precision, "device": device, "attention": config.attention}
+    lm = load_model(model, role="student", stop=config.rollout.stop, **settings)
+    vocab = min(lm.head().width, max(lm.tokenizer.get_vocab().values()) + 1)
+    other = None
+    if teacher is not None:
+        vocab, other = _teacher(lm, load_model(teacher, role="teacher", **settings), config)
+    judge = Judge(
+        prompts=prompts,
+        verifier=verifier,
+        samples=config.eval.samples,
+        seed=config.seed,
+        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        vocab=vocab,
+        parallel=config.rollout.parallel,
+        batch_tokens=config.optimizer.batch_tokens,
+        thinking=config.rollout.thinking,
+        threshold=config.eval.threshold,
+    )
+    row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
+    cells = {name: cell for name, cell in row.items() if name != "pass_at"}
+    return {
+        "k": judge.samples,
+        "problems": len(prompts),
+        "seed": judge.seed,
+        "rows": [{"who": model, **cells}],
+        "pass_at": {model: row.get("pass_at", {})},
+    }
+
+
+def _teacher(lm: LanguageModel, teacher: LanguageModel, config: configuration.Config) -> tuple[int, LocalTeacher]:
+    known = check_same_tokenizer(lm.tokenizer, teacher.tokenizer)
+    vocab = min(known, lm.head().width, teacher.head().width)
+    return vocab, LocalTeacher(
+        teacher,
+        vocab=vocab,
+        stop_map=stop_map(lm.stops, teacher.stops),
+        batch_tokens=config.optimizer.batch_tokens,
+        thinking=config.rollout.thinking,
+    )

@@ -1,0 +1,84 @@
+"""The trained student as a Hugging Face folder with a model card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retort.errors import RunError
+from retort.train.checkpoint import reason
+from retort.train.setup import Setup
+
+
+def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: int) -> None:
+    """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written.
+    """
+    student, temporary = setup.student, folder.with_name(".writing-model")
+    shutil.rmtree(temporary, ignore_errors=True)
+    bare = student.model.generation_config
+    try:
+        student.model.generation_config = student.written_generation
+        student.model.save_pretrained(temporary)
+        student.tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card(setup, results, step), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
+    finally:
+        student.model.generation_config = bare
+
+
+def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
+    """The model card: what was done with what, and what came of it."""
+    method, config = setup.method, setup.config
+    paper = method.paper
+    origin = f"{paper.title} ({paper.year}{', arXiv ' + paper.arxiv if paper.arxiv else ''})" if paper else "custom"
+    settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [on-policy-distillation, retort]",
+        "---",
+        "",
+        f"# {Path(setup.student.name).name}, distilled with {method.name}",
+        "",
+        "Trained by on-policy distillation with Retort: the student wrote, the teacher answered every token of it.",
+        "",
+        f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
+        f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)",
+        f"- method: `{method.name}` ({method.status}): {origin}",
+        f"- settings: {settings}",
+        f"- data: `{Path(str(config.data)).name}`, {len(setup.train)} prompts",
+        f"- training: {step} batches of {setup.batch_prompts} prompts, seed {config.seed}, fp32 master weights, "
+        f"{setup.precision} products",
+        "",
+        *_table(results),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _table(results: Mapping[str, Any]) -> list[str]:
+    if not results.get("rows"):
+        return ["No evaluation was made."]
+    names = [name for name in results["rows"][0] if name != "who"]
+    lines = [
+        f"Held-out prompts: {results['problems']}, {results['k']} answers each; 95 % intervals over prompts.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for row in results["rows"]:
+        cells = [_cell(row.get(name)) for name in names]
+        lines.append(f"| {row['who']} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(cell: Mapping[str, float] | None) -> str:
+    return "-" if not cell else f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"

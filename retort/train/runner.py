@@ -1,0 +1,316 @@
+"""The runner: it knows no paper. Read `Run.go` from top to bottom."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from retort import config as configuration
+from retort.apply import check_needs, wanted
+from retort.config import Config
+from retort.data import fingerprint
+from retort.errors import RunError, UserError
+from retort.evaluate.judge import Judge
+from retort.method import Method
+from retort.schedules import decay
+from retort.teachers.local import answers
+from retort.tracking import Tracker, open_tracker
+from retort.train import checkpoint, export, record, results
+from retort.train.metrics import JsonLines, Means, Stopwatch
+from retort.train.observe import Observer, Silent
+from retort.train.setup import Setup, prepare, run_folder
+from retort.train.summary import summary
+from retort.train.update import Batch, learn, score
+from retort.train.write import write_rollouts
+from retort.types import Pack, Status
+
+
+@dataclass
+class Run:
+    """A distillation run.
+
+    Attributes:
+        setup: All its parts.
+        folder: Where its files go.
+        observer: Who watches.
+        step: Batches of rollouts done.
+        updates: Optimizer steps done.
+        best: Best held-out score so far, and the step that had it.
+    """
+
+    setup: Setup
+    folder: Path
+    observer: Observer = field(default_factory=Silent)
+    step: int = 0
+    updates: int = 0
+    best: tuple[float, int] | None = None
+
+    def __post_init__(self) -> None:
+        settings = self.setup.config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.setup.student.model.parameters() if p.requires_grad],
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        self.metrics = JsonLines(self.folder / "metrics.jsonl")
+        self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
+        self.results: dict[str, Any] = {}
+        self._advised: set[str] = set()
+
+    def go(self) -> Run:
+        """Runs to the end.
+
+        Raises:
+            RunError: It had to stop (interrupted, disk full, a teacher gone wrong); a checkpoint says where to go on.
+        """
+        setup, config = self.setup, self.setup.config
+        check_needs(setup.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
+        self.observer.summary(summary(setup), setup.notes)
+        judge = self._judge()
+        self.results = results.read(self.folder, judge, config)
+        if judge is not None and not results.has(self.results, results.BEFORE):
+            self._judge_before(judge)
+
+        tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
+        with _Interruptions() as interrupted:
+            while self.step < setup.steps:
+                metrics = self._one_step()
+                if judge is not None and config.eval.every and self.step % config.eval.every == 0:
+                    metrics |= self._judge_now(judge)
+                # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
+                self._log(metrics, tracker)
+                if interrupted.by is not None:
+                    raise self._stopped(interrupted.by)
+                due = config.checkpoint.every and self.step % config.checkpoint.every == 0
+                if due or (self.best is not None and self.best[1] == self.step):
+                    self.save()
+
+        self.save()
+        if judge is not None:
+            row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
+            self.results = results.add(self.folder, self.results, results.AFTER, row)
+            self.observer.table(self.results)
+        tracker.close()
+        export.write_model(setup, self.folder / "model", self.results, self.step)
+        return self
+
+    def _one_step(self) -> dict[str, Any]:
+        """Write, ask the teachers, learn: one batch of rollouts."""
+        setup, watch = self.setup, Stopwatch()
+        with watch("generate"):
+            rollouts = write_rollouts(setup, self.step, self.updates)
+        pack = Pack.of(rollouts)
+        with watch("teacher"):
+            signals = answers(
+                setup.teachers,
+                setup.method.views,
+                pack,
+                lambda view: wanted(setup.method, view, setup.teachers[view].capabilities),
+                setup.method.temperature,
+            )
+        with watch("score"):
+            batch = score(setup, pack, signals, self.step, setup.steps)
+        self.updates, means, values = learn(setup, batch, self.optimizer, self._factor(), self.updates, watch)
+        self.step += 1
+        for row in record.rows(setup, batch, values, self.step):
+            self.rollouts.append(row)
+        times = watch.values()
+        speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
+        return {"step": self.step, **means.values(), **_rollout_metrics(batch), **speed, **times}
+
+    def _factor(self) -> Any:
+        settings = self.setup.config.optimizer
+        schedule = decay(settings.schedule, warmup=settings.warmup, floor=settings.final)
+        plan = self.setup.method.rollout
+        # A batch is the same number of rollouts at every step, or (with given answers) one less often than a prompt's
+        # samples.
+        per_batch = min(settings.updates, self.setup.batch_prompts * plan.samples) * settings.epochs
+        return lambda update: schedule(update, self.setup.steps * per_batch)
+
+    def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
+        self.metrics.append(metrics)
+        tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
+        self.observer.step(self.step, self.setup.steps, metrics)
+        for watch in self.setup.method.watch:
+            low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
+            if low and watch.name not in self._advised:
+                self._advised.add(watch.name)
+                self.observer.note(f"{watch.name} is {metrics[watch.name]:.2f}: {watch.advice}")
+
+    def save(self) -> Path:
+        """Writes a checkpoint of this moment, and drops those that are not to be kept."""
+        folder = self.folder / "checkpoints"
+        state = {
+            "updates": self.updates,
+            "best": self.best,
+            "data": fingerprint(self.setup.train),
+            "precision": self.setup.precision,
+            "advised": sorted(self._advised),
+        }
+        weights = dict(self.setup.student.model.named_parameters())
+        tensors = checkpoint.optimizer_tensors(self.optimizer)
+        path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state))
+        checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
+        return path
+
+    def restore(self, path: Path) -> None:
+        """Puts the run where a checkpoint was taken; lines written after it are dropped, to be written again."""
+        found = checkpoint.load(path)
+        if found.state["data"] != fingerprint(self.setup.train):
+            raise UserError(
+                f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
+            )
+        with torch.no_grad():
+            for name, parameter in self.setup.student.model.named_parameters():
+                parameter.copy_(found.weights[name])
+        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+        self.step, self.updates = found.step, int(found.state["updates"])
+        self.best = tuple(found.state["best"]) if found.state["best"] else None
+        self._advised = set(found.state["advised"])
+        self.metrics.cut(self.step)
+        self.rollouts.cut(self.step)
+        if self.setup.steps < self.step:
+            raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
+
+    def _judge(self) -> Judge | None:
+        config = self.setup.config
+        if not self.setup.held_out:
+            self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
+            return None
+        return Judge(
+            prompts=self.setup.held_out,
+            verifier=self.setup.verifier,
+            samples=config.eval.samples,
+            seed=config.seed,
+            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            vocab=self.setup.vocab,
+            parallel=config.rollout.parallel,
+            batch_tokens=config.optimizer.batch_tokens,
+            thinking=config.rollout.thinking,
+            threshold=config.eval.threshold,
+            score_temperature=self.setup.method.temperature,
+        )
+
+    def _teacher(self) -> Any:
+        return next(iter(self.setup.teachers.values()))
+
+    def _progress(self, text: str) -> Any:
+        return lambda done, total: self.observer.phase(text, done, total)
+
+    def _judge_before(self, judge: Judge) -> None:
+        setup = self.setup
+        if self.step:
+            return  # resumed without the first table (evaluation was switched on later): there is no "before" any more
+        if setup.config.eval.teacher:
+            row = judge.judge(setup.teacher_lm, teacher=self._teacher(), progress=self._progress("judging the teacher"))
+            self.results = results.add(self.folder, self.results, results.TEACHER, row)
+        row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
+        self.results = results.add(self.folder, self.results, results.BEFORE, row)
+
+    def _judge_now(self, judge: Judge) -> dict[str, float]:
+        row = judge.judge(self.setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
+        found = {
+            f"eval/{name}": cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell
+        }
+        # Best: highest avg@k, or where nothing can be graded the lowest reverse KL on held-out prompts.
+        score_now = found.get(f"eval/avg@{judge.samples}", -found.get("eval/reverse_kl", 0.0))
+        if self.best is None or score_now > self.best[0]:
+            self.best = (score_now, self.step)
+        return found
+
+    def _stopped(self, by: str) -> RunError:
+        self.save()
+        return RunError(
+            f"{by} at step {self.step} of {self.setup.steps}; everything is saved, go on with: "
+            f"retort train --resume {self.folder}"
+        )
+
+
+def start(config: Config, folder: Path, observer: Observer | None = None, *, method: Method | None = None) -> Run:
+    """A new run in a folder of its own.
+
+    Args:
+        config: Resolved.
+        folder: Of the run.
+        observer: Who watches.
+        method: A method of the caller's own, instead of the one that the configuration names.
+
+    Raises:
+        UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
+    """
+    if (folder / "config.json").exists():
+        raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
+    run_folder(folder)
+    setup = prepare(config, method)
+    # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
+    chosen = {"precision": setup.precision, "device": setup.student.device.type, "steps": setup.steps}
+    resolved = config.model_copy(update={**chosen, "out": str(folder)})
+    configuration.save(resolved, folder / "config.json")
+    return Run(replace(setup, config=resolved), folder, observer or Silent())
+
+
+def resume(path: Path, observer: Observer | None = None, *, steps: int | None = None) -> Run:
+    """A run continued from its newest checkpoint, or from the one that `path` names.
+
+    Args:
+        path: Folder of a run, or of one of its checkpoints.
+        observer: Who watches.
+        steps: A new number of steps; schedules that end with the run then end with the new one.
+
+    Raises:
+        UserError: No checkpoint, or a damaged one.
+    """
+    folder, chosen = checkpoint.find(path)
+    config = configuration.read_json(folder / "config.json")
+    if steps is not None:
+        config = config.model_copy(update={"steps": steps})
+    checkpoint.load(chosen)  # refuse a damaged one before minutes are spent on loading models
+    run = Run(prepare(config), folder, observer or Silent())
+    run.restore(chosen)
+    if steps is not None:
+        configuration.save(config, folder / "config.json")
+    return run
+
+
+def _rollout_metrics(batch: Batch) -> dict[str, float]:
+    means = Means()
+    for rollout in batch.pack.rollouts:
+        if rollout.source == "student":
+            means.add("length", rollout.steps)
+            means.add("truncated_fraction", float(rollout.status == Status.TRUNCATED))
+            if rollout.reward is not None:
+                means.add("reward", rollout.reward)
+    return means.values()
+
+
+class _Interruptions:
+    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.by: str | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruptions:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.by is not None:
+            raise KeyboardInterrupt
+        self.by = "interrupted" if number == signal.SIGINT else "terminated"

@@ -1,0 +1,265 @@
+"""From a configuration to all parts of a run, with every check that can be made before the first token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from retort import registry
+from retort.align.chat import render
+from retort.align.stops import describe_stop_map, stop_map
+from retort.align.tokens import check_same_tokenizer
+from retort.config import Config
+from retort.data import load_prompts
+from retort.errors import UserError
+from retort.method import Method
+from retort.models.lm import LanguageModel, Precision, best_precision, load_model
+from retort.rewards.verify import Verifier, verifier_for
+from retort.rollout.engines.hf import HFEngine
+from retort.streams import permutation
+from retort.teachers.local import LocalTeacher, Teacher
+from retort.types import Message, Prompt
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """All parts of a run.
+
+    Attributes:
+        config: Resolved.
+        method: What is learnt.
+        student: The model that learns.
+        teacher_lm: The teacher's model, to judge it by the same measure.
+        teachers: Who answers, by view.
+        vocab: Ids that student and teacher share.
+        engine: How the student writes.
+        train: Prompts to learn from.
+        held_out: Prompts to be judged on.
+        verifier: Grades answers, where they can be graded.
+        precision: Of products, resolved.
+        notes: What the user should know before the run starts.
+    """
+
+    config: Config
+    method: Method
+    student: LanguageModel
+    teacher_lm: LanguageModel
+    teachers: dict[str, Teacher]
+    vocab: int
+    engine: HFEngine
+    train: list[Prompt]
+    held_out: list[Prompt]
+    verifier: Verifier | None
+    precision: Precision
+    notes: list[str] = field(default_factory=list)
+
+    def render(self, prompt: Prompt) -> list[int]:
+        """The prompt as the student sees it."""
+        return render(prompt, self.student.tokenizer, thinking=self.config.rollout.thinking)
+
+    @property
+    def batch_prompts(self) -> int:
+        """Prompts per batch: what was asked for, or all there are."""
+        return min(self.config.rollout.prompts, len(self.train))
+
+    @property
+    def steps(self) -> int:
+        """Batches of rollouts in the run."""
+        return self.config.steps or -(-len(self.train) // self.batch_prompts)
+
+
+def prepare(config: Config, method: Method | None = None) -> Setup:
+    """Loads and checks everything; a method given is used instead of the configuration's.
+
+    Raises:
+        UserError: Whatever is wrong, in one line.
+    """
+    student_name, teacher_name, data = _three(config)
+    method = method or registry.load(**config.method)
+    notes: list[str] = []
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    train, held_out = _prompts(config, data, notes)
+    if method.rollout.on_policy_fraction < 1:
+        _need_responses(train, method)
+    verifier = verifier_for("countdown" if config.builtin else config.task, [*train, *held_out])
+
+    device = torch.device(_device(config))
+    precision = best_precision(device) if config.precision == "auto" else config.precision
+    _refuse_same_name(method, student_name, teacher_name)
+    shared = {
+        "precision": precision,
+        "device": device,
+        "attention": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    student = load_model(student_name, role="student", stop=config.rollout.stop, **shared)
+    teacher = load_model(teacher_name, role="teacher", **shared)
+    if config.optimizer.gradient_checkpointing:
+        student.model.activation_checkpointing_enable({"use_reentrant": False})
+        student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+    known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
+    vocab = min(known, student.head().width, teacher.head().width)
+    swap = stop_map(student.stops, teacher.stops)
+    if swap:
+        notes.append(describe_stop_map(swap, student.tokenizer, teacher.tokenizer))
+    _refuse_same_weights(method, student, teacher)
+
+    local = LocalTeacher(
+        teacher,
+        vocab=vocab,
+        stop_map=swap,
+        batch_tokens=config.optimizer.batch_tokens,
+        thinking=config.rollout.thinking,
+    )
+    teachers: dict[str, Teacher] = dict.fromkeys(method.views, local)
+    setup = Setup(
+        config=config,
+        method=method,
+        student=student,
+        teacher_lm=teacher,
+        teachers=teachers,
+        vocab=vocab,
+        engine=HFEngine(student, vocab=vocab, max_parallel=config.rollout.parallel),
+        train=train,
+        held_out=held_out,
+        verifier=verifier,
+        precision=precision,
+        notes=notes,
+    )
+    _check_lengths(setup)
+    if setup.batch_prompts < config.rollout.prompts:
+        notes.append(
+            f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
+        )
+    return setup
+
+
+def run_folder(path: Path) -> Path:
+    """Makes the folder of a run, or says why it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        why = "no permission to write there" if isinstance(error, PermissionError) else (error.strerror or str(error))
+        raise UserError(f"out = {path}: {why}; choose another folder with --out") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"out = {path}: no permission to write there; choose another folder with --out")
+    return path
+
+
+def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
+    """Prompts of the built-in task."""
+    from retort.tasks import countdown
+
+    rows = countdown.rows("held_out" if split == "held_out" else "train", count)
+    return [
+        Prompt(
+            id=str(row["id"]),
+            messages=(Message("user", str(row["prompt"])),),
+            answer=str(row["answer"]),
+            response=str(row["response"]),
+        )
+        for row in rows
+    ]
+
+
+def _three(config: Config) -> tuple[str, str, str]:
+    for name in ("student", "teacher", "data"):
+        if getattr(config, name) is None:
+            raise UserError(
+                f"{name} is missing: give --student, --teacher and --data together, or none for the built-in task"
+            )
+    return str(config.student), str(config.teacher), str(config.data)
+
+
+def _device(config: Config) -> str:
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"
+        )
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.device
+
+
+def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
+    wanted = config.eval.problems
+    if config.builtin:
+        return countdown_prompts("train", config.columns.limit), countdown_prompts("held_out", wanted) if wanted else []
+    prompts = load_prompts(data, split=config.columns.split, limit=config.columns.limit, columns=config.columns.columns)
+    if config.eval.data is not None:
+        return prompts, load_prompts(config.eval.data, limit=wanted or None, columns=config.columns.columns)
+    # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
+    held = min(wanted, len(prompts) // 5)
+    if wanted and held < wanted:
+        notes.append(
+            f"{held} of {len(prompts)} prompts are held out for evaluation (a fifth at most; eval.problems = {wanted})"
+        )
+    order = permutation(config.seed, "holdout", count=len(prompts))
+    chosen = set(order[:held])
+    train = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
+    return train, [prompts[index] for index in sorted(chosen)]
+
+
+def _need_responses(train: Sequence[Prompt], method: Method) -> None:
+    for prompt in train:
+        if prompt.response is None:
+            raise UserError(
+                f"method '{method.name}' takes {1 - method.rollout.on_policy_fraction:.0%} of its answers from data, "
+                f"but row '{prompt.id}' has no `response`; add the column, or set method.on_policy_fraction=1"
+            )
+
+
+def _refuse_same_name(method: Method, student: str, teacher: str) -> None:
+    def known(name: str) -> str:
+        return str(Path(name).resolve()) if Path(name).exists() else name
+
+    if known(student) == known(teacher) and _only_same_prompt(method):
+        raise _vanishes(method, "are the same model")
+
+
+def _refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
+    ours, theirs = dict(student.model.named_parameters()), dict(teacher.model.named_parameters())
+    if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
+        return
+    if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):
+        raise _vanishes(method, "hold the same weights")
+
+
+def _only_same_prompt(method: Method) -> bool:
+    return all(view.render is None for view in method.views.values())
+
+
+def _vanishes(method: Method, how: str) -> UserError:
+    return UserError(
+        f"student and teacher {how} and see the same prompt: the loss of '{method.name}' would vanish; "
+        "choose another teacher"
+    )
+
+
+def _check_lengths(setup: Setup) -> None:
+    """Refuses prompts that do not fit, before anything is generated; nothing is cut silently."""
+    rollout, evaluation = setup.config.rollout, setup.config.eval
+    context = min(setup.student.context, setup.teacher_lm.context)
+    longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
+    for prompt in [*setup.train, *setup.held_out]:
+        length = len(setup.render(prompt))
+        if length == 0:
+            raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
+        if length > rollout.max_prompt_tokens:
+            raise UserError(
+                f"row '{prompt.id}': its prompt has {length} tokens, more than rollout.max_prompt_tokens = "
+                f"{rollout.max_prompt_tokens}; raise that, or drop the row"
+            )
+        if length + longest > context:
+            raise UserError(
+                f"row '{prompt.id}': {length} prompt tokens and {longest} new ones exceed the context of {context}; "
+                "lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
+            )

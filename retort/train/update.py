@@ -1,0 +1,228 @@
+"""Learning from one batch of rollouts: score pass, then optimizer steps. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort import reduce
+from retort.apply import batch_shares, losses, stored_values, term_values, watch_values
+from retort.context import Context
+from retort.errors import RunError, SignalError
+from retort.method import Watch
+from retort.models.head import Steps, per_token
+from retort.models.lm import token_batches
+from retort.signals import Dense, TeacherSignal
+from retort.streams import permutation
+from retort.train.metrics import Means, Stopwatch
+from retort.train.setup import Setup
+from retort.types import Pack, can_meet
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch of rollouts with all that was said about it."""
+
+    pack: Pack
+    signals: Mapping[str, TeacherSignal]
+    stored: Mapping[str, Tensor]
+    watches: tuple[Watch, ...]
+    step: int
+    total_steps: int
+
+
+def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: int, total_steps: int) -> Batch:
+    """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
+    method, optimizer = setup.method, setup.config.optimizer
+    watches = tuple(
+        watch
+        for watch in method.watch
+        if all(can_meet(signals[watch.against].offers, need) for need in watch.part.needs)
+    )
+    bare = Batch(pack, signals, {}, watches, step, total_steps)
+    several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
+    if not several and not method.weighs_batch:
+        return bare
+    values = stored_values(method, weights_only=not several)
+    stored: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for chosen in _micro_batches(setup, pack, range(len(pack.rollouts))):
+            _fill(stored, pack, chosen, _evaluate(setup, bare, chosen, values))
+    return Batch(pack, signals, stored, watches, step, total_steps)
+
+
+def learn(
+    setup: Setup,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    factor: Callable[[int], float],
+    updates_done: int,
+    watch: Stopwatch,
+) -> tuple[int, Means, dict[str, Tensor]]:
+    """All optimizer steps on one batch of rollouts.
+
+    Args:
+        setup: Of the run.
+        batch: Scored rollouts.
+        optimizer: Of the student.
+        factor: Optimizer step -> factor on the learning rate.
+        updates_done: Optimizer steps before this batch.
+        watch: Takes the times.
+
+    Returns:
+        Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
+    """
+    settings, pack = setup.config.optimizer, batch.pack
+    means = Means()
+    recorded: dict[str, Tensor] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rollouts = len(pack.rollouts)
+    for epoch in range(settings.epochs):
+        order = permutation(setup.config.seed, "data", "updates", batch.step, epoch, count=rollouts)
+        parts = min(settings.updates, rollouts)
+        for part in range(parts):
+            chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
+            values = _gradients(setup, batch, chosen, means, watch)
+            if epoch == 0:
+                index_N = pack.steps_of(chosen)
+                for name, values_N in values.items():
+                    recorded.setdefault(name, torch.full_like(values_N, math.nan))[index_N] = values_N[index_N]
+            with watch("optimizer"):
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+                if not math.isfinite(norm):
+                    raise RunError(f"step {batch.step + 1}: the gradient is {norm}; stopping before the update")
+                rate = settings.learning_rate * factor(updates_done)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            means.add("grad_norm", norm)
+            means.add("lr", rate)
+            updates_done += 1
+    return updates_done, means, recorded
+
+
+def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, watch: Stopwatch) -> dict[str, Tensor]:
+    """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
+    method, pack = setup.method, batch.pack
+    terms, curves = term_values(method), watch_values(batch.watches)
+    shares_N = _shares(setup, batch, chosen)
+    found: dict[str, Tensor] = {}
+    total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
+    for micro in _micro_batches(setup, pack, chosen):
+        with watch("student"):
+            values = _evaluate(setup, batch, micro, lambda context: {**terms(context), **curves(context)})
+            index_N = pack.steps_of(micro)
+            device = setup.student.device
+            here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
+            counted_N = torch.ones(len(index_N), dtype=torch.bool, device=device)
+            loss, parts = losses(
+                method, values, counted_N=counted_N, shares_N=here, step=batch.step, total_steps=batch.total_steps
+            )
+            if not bool(torch.isfinite(loss.detach())):
+                raise _not_finite(setup, batch, micro, values)
+            loss.backward()
+        total["loss"] += float(loss.detach())
+        for name, part in parts.items():
+            total[f"loss/{name}"] += float(reduce.total(part, here[name]).detach())
+        _fill(found, pack, micro, values)
+    for name, value in total.items():
+        means.add(name, value)
+    written_N = torch.tensor([rollout.source == "student" for rollout in pack.rollouts])[pack.rollout_N]
+    for watched in batch.watches:
+        values_N = found[f"watch.{watched.name}"]
+        kept_N = values_N[~values_N.isnan() & written_N]
+        means.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+    return found
+
+
+def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
+    """What each step is multiplied by in this optimizer step, by place in N."""
+    index_N = batch.pack.steps_of(chosen)
+    cut = batch_shares(
+        setup.method,
+        counted_N=torch.ones(len(index_N), dtype=torch.bool),
+        rollout_N=batch.pack.rollout_N[index_N],
+        stored={name: values_N[index_N] for name, values_N in batch.stored.items()},
+    )
+    return {name: torch.zeros(batch.pack.steps, dtype=torch.float64).index_copy(0, index_N, share_N) for name, share_N in cut.items()}
+
+
+def _fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
+    """Files the values of some rollouts under their place in N."""
+    index_N = pack.steps_of(rollouts)
+    for name, values_N in values.items():
+        found.setdefault(name, torch.full((pack.steps,), math.nan))[index_N] = values_N.detach().float().cpu()
+
+
+def _evaluate(
+    setup: Setup, batch: Batch, rollouts: Sequence[int], values: Callable[[Context], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Student forward and loss core for some rollouts."""
+    pack, device = batch.pack, setup.student.device
+    index_N = pack.steps_of(rollouts)
+    hidden_ND = setup.student.hidden(
+        [pack.rollouts[i].tokens_L for i in rollouts], [pack.rollouts[i].acted_L for i in rollouts]
+    )
+    steps = Steps(
+        tokens_N=pack.tokens_N[index_N].to(device),
+        stored={name: stored_N[index_N].to(device) for name, stored_N in batch.stored.items()},
+        engine_logp_N=pack.engine_logp_N[index_N].to(device),
+        rollout_N=pack.rollout_N[index_N].to(device),
+        turn_N=pack.turn_N[index_N].to(device),
+        position_N=pack.position_N[index_N].to(device),
+        step=batch.step,
+        total_steps=batch.total_steps,
+    )
+    signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
+    with setup.student.compute():
+        return per_token(
+            values,
+            steps,
+            signals,
+            hidden_ND=hidden_ND,
+            head=setup.student.head(),
+            vocab=setup.vocab,
+            temperature=setup.method.temperature,
+        )
+
+
+def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
+    lengths = [len(pack.rollouts[i].tokens_L) for i in rollouts]
+    return [[rollouts[i] for i in part] for part in token_batches(lengths, setup.config.optimizer.batch_tokens)]
+
+
+def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
+    """Which token, of which rollout, and by which id a loss stopped being finite."""
+    steps = batch.pack.steps_of(rollouts)
+    for term in setup.method.terms:
+        bad = (~values[f"{term.name}.value"].detach().isfinite()).nonzero()
+        if not len(bad):
+            continue
+        step = int(steps[int(bad[0])])
+        rollout = batch.pack.rollouts[int(batch.pack.rollout_N[step])]
+        ids = _banned(batch.signals[term.against], step, int(batch.pack.tokens_N[step]))
+        names = ", ".join(f"{i} ({setup.student.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
+        banned = f"the teacher gives probability 0 to id {names}, which the student may write"
+        return RunError(
+            f"step {batch.step + 1}: term '{term.name}' is infinite at token {int(batch.pack.position_N[step])} of an "
+            f"answer to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
+            "(a forward KL or jsd stays finite where the teacher rules out an id)"
+        )
+    return RunError(f"step {batch.step + 1}: the loss is not finite; stopping before the update")
+
+
+def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
+    """Ids that the teacher rules out at a step: the one written, or all it can name."""
+    if isinstance(signal, Dense):
+        logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
+        banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
+        return [token] if token in banned else banned
+    try:
+        return [token] if float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf") else []
+    except SignalError:
+        return []

@@ -1,0 +1,60 @@
+"""Shared by all tests: one thread (tiny models only), no network, and models that are made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from support import make_model
+
+torch.set_num_threads(1)
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a model folder, once per set of arguments."""
+    made: dict[str, Path] = {}
+
+    def make(**arguments: Any) -> Path:
+        name = json.dumps(arguments, sort_keys=True)
+        if name not in made:
+            made[name] = make_model(tmp_path_factory.mktemp("model"), **arguments)
+        return made[name]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data file with answers and given responses."""
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    rows = [
+        {"prompt": f"{a} + {b} =", "answer": str(a + b), "response": f"{a + b}"} for a in range(1, 7) for b in range(1, 6)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def tiny_run(model_folder: Callable[..., Path], prompts_file: Path) -> dict[str, Any]:
+    """Settings of a run of a second or two: random models on real arithmetic."""
+    return {
+        "student": str(model_folder(seed=1)),
+        "teacher": str(model_folder(seed=2, hidden_size=24, padded_to=64)),
+        "data": str(prompts_file),
+        "task": "exact",
+        "precision": "fp32",
+        "device": "cpu",
+        "steps": 4,
+        "rollout": {"prompts": 4, "max_new_tokens": 6, "max_prompt_tokens": 32},
+        "optimizer": {"learning_rate": 1e-2, "updates": 2, "batch_tokens": 64},
+        "eval": {"problems": 4, "samples": 2, "top_p": 1.0, "max_new_tokens": 6},
+        "checkpoint": {"every": 2},
+    }

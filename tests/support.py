@@ -1,0 +1,80 @@
+"""Models and tokenizers made on the spot, for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WORDS = [str(number) for number in range(40)] + list("+-*=,:()") + ["from", "so", "the", "answer", "is", "add", "and"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }} {{ message.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+)
+
+
+def make_tokenizer(*, eos: str = "<eos>", chat: bool = False, words: list[str] | None = None) -> Any:
+    """A word-level tokenizer in memory."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<unk>", "<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: place for place, token in enumerate([*specials, *(words or WORDS)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(specials)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=eos, clean_up_tokenization_spaces=False
+    )
+    if chat:
+        fast.chat_template = CHATML
+    return fast
+
+
+def make_model(
+    folder: Path,
+    *,
+    family: str = "qwen3",
+    seed: int = 0,
+    padded_to: int | None = None,
+    eos: str = "<eos>",
+    chat: bool = False,
+    words: list[str] | None = None,
+    **settings: Any,
+) -> Path:
+    """A random-weight model folder of a family, with its tokenizer."""
+    import transformers
+
+    tokenizer = make_tokenizer(eos=eos, chat=chat, words=words)
+    shape = {
+        "vocab_size": padded_to or len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        **settings,
+    }
+    classes = {
+        "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
+        "llama": ("LlamaConfig", "LlamaForCausalLM"),
+        "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
+        "cohere": ("CohereConfig", "CohereForCausalLM"),
+        "granite": ("GraniteConfig", "GraniteForCausalLM"),
+    }
+    config_name, model_name = classes[family]
+    torch.manual_seed(seed)
+    model = getattr(transformers, model_name)(getattr(transformers, config_name)(**shape))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.35)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
