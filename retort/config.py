@@ -88,14 +88,6 @@ class RecordSection(_Section):
     rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
 
 
-class DataSection(_Section):
-    """Names of the columns, where a file calls them otherwise."""
-
-    columns: dict[str, str] = Field(default_factory=dict, description="our name = the file's, e.g. prompt = 'problem'")
-    split: str = "train"
-    limit: int | None = Field(default=None, ge=1, description="use only the first rows")
-
-
 class Config(_Section):
     """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
 
@@ -123,7 +115,11 @@ class Config(_Section):
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
-    columns: DataSection = DataSection()
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
+    )
+    split: str = Field(default="train", description="of a hub data set")
+    limit: int | None = Field(default=None, ge=1, description="use only the first rows of the data")
     rollout: RolloutSection = RolloutSection()
     optimizer: OptimizerSection = OptimizerSection()
     eval: EvalSection = EvalSection()

@@ -17,6 +17,7 @@ from support import make_model
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes a model folder, once per set of arguments."""
@@ -36,7 +37,9 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data file with answers and given responses."""
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [
-        {"prompt": f"{a} + {b} =", "answer": str(a + b), "response": f"{a + b}"} for a in range(1, 7) for b in range(1, 6)
+        {"prompt": f"{a} + {b} =", "answer": str(a + b), "response": f"{a + b}"}
+        for a in range(1, 7)
+        for b in range(1, 6)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

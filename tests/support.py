@@ -25,7 +25,11 @@ def make_tokenizer(*, eos: str = "<eos>", chat: bool = False, words: list[str] |
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(specials)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token=eos, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token=eos,
+        clean_up_tokenization_spaces=False,
     )
     if chat:
         fast.chat_template = CHATML

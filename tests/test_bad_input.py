@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support import make_model
+from transformers import AutoModelForCausalLM
+
 from retort import config as configuration
 from retort.cli import main
 from retort.errors import RunError, UserError
@@ -18,7 +20,6 @@ from retort.signals import Dense, Sampled, TeacherSignal
 from retort.teachers.view import View
 from retort.train import runner
 from retort.types import Need, NeedKind, Pack
-from transformers import AutoModelForCausalLM
 
 Command = Callable[..., tuple[int, str]]
 
@@ -91,7 +92,7 @@ def test_data_files(command: Command, tmp_path: Path) -> None:
     said(command(data=data("")), "bad.jsonl", "no rows")
     said(command(data=data('{"prompt": "1 + 1 ="}\n{"prompt": "1 +')), "bad.jsonl", "2")
     said(command(data=data('{"promt": "1 + 1 ="}\n')), "promt", "did you mean")
-    said(command("columns.columns={prompt='question'}", data=data('{"problem": "1"}\n')), "question")
+    said(command("columns.prompt=question", data=data('{"problem": "1"}\n')), "question")
     rows = '{"prompt": "1 + 1 ="}\n' * 8
     said(command("--method", "gkd", data=data(rows)), "response", "method.on_policy_fraction=1")
 
@@ -100,7 +101,11 @@ def test_prompts_that_do_not_fit(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps({"id": f"row-{n}", "prompt": "1 + " * n}) + "\n" for n in (1, 2, 3, 4, 70)))
     said(command("eval.problems=0", "task=none", data=str(path)), "row 'row-70'", "rollout.max_prompt_tokens")
-    said(command("eval.problems=0", "task=none", "rollout.max_prompt_tokens=200", data=str(path)), "row 'row-70'", "context of 128")
+    said(
+        command("eval.problems=0", "task=none", "rollout.max_prompt_tokens=200", data=str(path)),
+        "row 'row-70'",
+        "context of 128",
+    )
 
 
 def test_fewer_prompts_than_a_batch_are_trained_on_and_said(
@@ -166,9 +171,7 @@ class FakeTeacher:
 
     name = "fake"
 
-    def __init__(
-        self, capabilities: set[NeedKind], answer: Callable[[Pack], TeacherSignal]
-    ) -> None:
+    def __init__(self, capabilities: set[NeedKind], answer: Callable[[Pack], TeacherSignal]) -> None:
         self.capabilities = frozenset(capabilities)
         self._answer = answer
         self.asked: list[frozenset[Need]] = []

@@ -9,7 +9,7 @@ import torch
 
 from retort import config as configuration
 from retort.align.stops import stop_map
-from retort.align.tokens import check_same_tokenizer
+from retort.align.tokens import check_same_tokenizer, vocabulary_width
 from retort.data import load_prompts
 from retort.errors import UserError
 from retort.evaluate.judge import Judge
@@ -40,7 +40,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     if data == "countdown":
         prompts = countdown_prompts("held_out", config.eval.problems)
     else:
-        prompts = load_prompts(data, limit=config.eval.problems or None, columns=config.columns.columns)
+        prompts = load_prompts(data, limit=config.eval.problems or None, columns=config.columns)
     verifier = verifier_for("countdown" if data == "countdown" else config.task, prompts)
     if verifier is None and teacher is None:
         raise UserError(
@@ -50,7 +50,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     precision = best_precision(device) if config.precision == "auto" else config.precision
     settings = {"precision": precision, "device": device, "attention": config.attention}
     lm = load_model(model, role="student", stop=config.rollout.stop, **settings)
-    vocab = min(lm.head().width, max(lm.tokenizer.get_vocab().values()) + 1)
+    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer))
     other = None
     if teacher is not None:
         vocab, other = _teacher(lm, load_model(teacher, role="teacher", **settings), config)
@@ -85,7 +85,7 @@ def _teacher(lm: LanguageModel, teacher: LanguageModel, config: configuration.Co
     return vocab, LocalTeacher(
         teacher,
         vocab=vocab,
-        stop_map=stop_map(lm.stops, teacher.stops),
+        stop_map=stop_map(lm.stops, teacher.stops, width=vocab),
         batch_tokens=config.optimizer.batch_tokens,
         thinking=config.rollout.thinking,
     )

@@ -104,7 +104,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
     known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
     vocab = min(known, student.head().width, teacher.head().width)
-    swap = stop_map(student.stops, teacher.stops)
+    swap = stop_map(student.stops, teacher.stops, width=vocab)
     if swap:
         notes.append(describe_stop_map(swap, student.tokenizer, teacher.tokenizer))
     _refuse_same_weights(method, student, teacher)
@@ -192,10 +192,10 @@ def _device(config: Config) -> str:
 def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
     wanted = config.eval.problems
     if config.builtin:
-        return countdown_prompts("train", config.columns.limit), countdown_prompts("held_out", wanted) if wanted else []
-    prompts = load_prompts(data, split=config.columns.split, limit=config.columns.limit, columns=config.columns.columns)
+        return countdown_prompts("train", config.limit), countdown_prompts("held_out", wanted) if wanted else []
+    prompts = load_prompts(data, split=config.split, limit=config.limit, columns=config.columns)
     if config.eval.data is not None:
-        return prompts, load_prompts(config.eval.data, limit=wanted or None, columns=config.columns.columns)
+        return prompts, load_prompts(config.eval.data, limit=wanted or None, columns=config.columns)
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
     held = min(wanted, len(prompts) // 5)
     if wanted and held < wanted:

@@ -149,7 +149,10 @@ def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tens
         rollout_N=batch.pack.rollout_N[index_N],
         stored={name: values_N[index_N] for name, values_N in batch.stored.items()},
     )
-    return {name: torch.zeros(batch.pack.steps, dtype=torch.float64).index_copy(0, index_N, share_N) for name, share_N in cut.items()}
+    return {
+        name: torch.zeros(batch.pack.steps, dtype=torch.float64).index_copy(0, index_N, share_N)
+        for name, share_N in cut.items()
+    }
 
 
 def _fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:

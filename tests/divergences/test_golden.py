@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from retort.divergences import jsd, jsd_values, kl_values, teacher_top
 from retort.errors import UserError
 

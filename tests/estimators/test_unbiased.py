@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+
 from retort.divergences import k1, k2, k3, kl_values
 from retort.errors import UserError
 from retort.estimators import pathwise
@@ -11,7 +13,6 @@ from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from torch import Tensor
 
 V, T = 5, 3
 
@@ -37,9 +38,7 @@ def _expected_gradient(method: Method | str, student: Tensor, teacher: Tensor) -
         places = torch.tensor([_place(sequence[:length]) for length in range(T)])
         tokens = torch.tensor(sequence)
         probability = logp[places].gather(-1, tokens[:, None]).sum().exp()
-        losses = token_losses(
-            method, student_logits=student[places], teacher_logits=teacher[places], tokens=tokens
-        )
+        losses = token_losses(method, student_logits=student[places], teacher_logits=teacher[places], tokens=tokens)
         (gradient,) = torch.autograd.grad(losses.loss * T, student)
         total += probability * gradient
     return total

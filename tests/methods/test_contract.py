@@ -4,8 +4,10 @@ import inspect
 import math
 
 import pytest
-import retort
 import torch
+from torch import Tensor
+
+import retort
 from retort import registry
 from retort.apply import check_needs, wanted
 from retort.errors import UserError
@@ -14,7 +16,6 @@ from retort.method import Method
 from retort.models.head import Head
 from retort.signals import Dense, Sampled, TopK
 from retort.teachers.local import reduced
-from torch import Tensor
 
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
@@ -105,7 +106,9 @@ def test_a_mask_is_a_slice(name: str) -> None:
     mask = torch.arange(len(toy.tokens)) % 3 != 0
     poisoned = toy.logits.detach().clone()
     poisoned[~mask] = math.nan
-    whole = token_losses(method, student_logits=poisoned, teacher_logits=toy.teacher_logits, tokens=toy.tokens, mask=mask)
+    whole = token_losses(
+        method, student_logits=poisoned, teacher_logits=toy.teacher_logits, tokens=toy.tokens, mask=mask
+    )
     sliced = token_losses(
         method,
         student_logits=toy.logits[mask],

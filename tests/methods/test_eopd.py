@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
 from retort.divergences import forward_kl, kl_values
 from retort.estimators import pathwise
 from retort.functional import token_losses
@@ -11,7 +13,6 @@ from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
 from retort.signals import TopK, entropy, entropy_lower_bound
-from torch import Tensor
 
 STUDENT = torch.tensor([[0.5, 0.4, 0.1]] * 2, dtype=torch.float64).log()
 TEACHER = torch.tensor([0.6, 0.3], dtype=torch.float64).log()

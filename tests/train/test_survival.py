@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from retort import config as configuration
 from retort.errors import RunError, UserError
 from retort.train import checkpoint, runner
 from retort.train.observe import Silent
-from safetensors.torch import load_file
 
 KILLED_AT = """
 import json, os, signal, sys

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from retort.models.lm import LanguageModel
 from retort.types import Status
@@ -71,7 +72,8 @@ class _InverseCdf:
 def nucleus(logp_BV: Tensor, top_p: float) -> Tensor:
     """Log-probs renormalised on the smallest set of most likely tokens that holds `top_p`; -inf outside."""
     sorted_BV, order_BV = logp_BV.sort(dim=-1, descending=True)
-    before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
+    # What lies before a token, summed without it: subtracting it again would leave rounding at the edge.
+    before_BV = functional.pad(sorted_BV.exp().cumsum(-1)[:, :-1], (1, 0))
     outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
     return torch.log_softmax(logp_BV.masked_fill(outside_BV, float("-inf")), dim=-1)
 

@@ -1,0 +1,15 @@
+"""Whether student and teacher speak of the same tokens: vocabularies, chat templates, stop tokens."""
+
+from retort.align.chat import render
+from retort.align.stops import StopMap, StopTokens, describe_stop_map, stop_map, stop_tokens
+from retort.align.tokens import check_same_tokenizer
+
+__all__ = [
+    "StopMap",
+    "StopTokens",
+    "check_same_tokenizer",
+    "describe_stop_map",
+    "render",
+    "stop_map",
+    "stop_tokens",
+]

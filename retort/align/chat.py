@@ -1,0 +1,86 @@
+"""From a prompt to the ids that a model continues."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from retort.errors import UserError
+from retort.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["render"]
+
+
+def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> list[int]:
+    """The ids of a prompt, up to where the model's own writing begins.
+
+    With a chat template: the conversation, and the beginning of the assistant's turn. Without one, a plain prompt is
+    the bare text with the special tokens that this tokenizer puts before a text, but without an end-of-text token
+    after it: after that, a model would begin a new document.
+
+    Args:
+        prompt: What to render; nothing but its messages is shown.
+        tokenizer: Of the model that continues.
+        thinking: Passed to the template as `enable_thinking`; templates that do not know it ignore it.
+
+    Returns:
+        At least one id.
+
+    Raises:
+        UserError: Messages without a chat template, a conversation that the template refuses, or nothing to encode.
+    """
+    if tokenizer.chat_template:
+        ids = _templated(prompt, tokenizer, thinking)
+    elif prompt.plain:
+        ids = _bare(prompt, tokenizer)
+    else:
+        raise UserError(
+            f"prompt '{prompt.id}' is a conversation, but the tokenizer{_named(tokenizer)} has no chat template; "
+            "give it one (chat_template.jinja in its folder), or use a plain column 'prompt'"
+        )
+    if not ids:
+        raise UserError(f"prompt '{prompt.id}' encodes to no tokens with the tokenizer{_named(tokenizer)}")
+    return ids
+
+
+def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
+    conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
+    try:
+        # As text first: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        # The template writes its own special tokens, a beginning-of-text among them.
+        return list(tokenizer.encode(str(text), add_special_tokens=False))
+    except Exception as error:  # jinja2's errors, and what the template itself raises ("system role not supported")
+        raise UserError(f"prompt '{prompt.id}': {_why('chat template', tokenizer, error)}") from error
+
+
+def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        ids = list(tokenizer.encode(prompt.text, add_special_tokens=True))
+        bare = list(tokenizer.encode(prompt.text, add_special_tokens=False))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise UserError(f"prompt '{prompt.id}': {_why('tokenizer', tokenizer, error)}") from error
+    eos = tokenizer.eos_token_id
+    # One that the text itself ends with is the text's own business.
+    added = _trailing(ids, eos) - _trailing(bare, eos)
+    return ids[: len(ids) - added] if added > 0 else ids
+
+
+def _trailing(ids: list[int], eos: object) -> int:
+    count = 0
+    while count < len(ids) and ids[-1 - count] == eos:
+        count += 1
+    return count
+
+
+def _why(part: str, tokenizer: PreTrainedTokenizerBase, error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"the {part}{_named(tokenizer)} refuses it: {first}"
+
+
+def _named(tokenizer: PreTrainedTokenizerBase) -> str:
+    return f" of {tokenizer.name_or_path}" if tokenizer.name_or_path else ""

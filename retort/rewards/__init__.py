@@ -1,0 +1,5 @@
+"""What a piece of writing is worth: verifiers that compare it with the answer."""
+
+from retort.rewards.verify import CountdownVerifier, ExactVerifier, MathVerifier, Verifier, verifier_for
+
+__all__ = ["CountdownVerifier", "ExactVerifier", "MathVerifier", "Verifier", "verifier_for"]

@@ -1,0 +1,38 @@
+"""pass@k against brute force, and the intervals."""
+
+import itertools
+
+import pytest
+
+from retort.evaluate import Estimate, pass_at_k
+
+
+@pytest.mark.parametrize(("samples", "right"), [(8, 0), (8, 1), (8, 3), (8, 8), (5, 2)])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer(samples: int, right: int) -> None:
+    answers = [1] * right + [0] * (samples - right)
+    for k in range(1, samples + 1):
+        subsets = list(itertools.combinations(answers, k))
+        assert pass_at_k(samples, right, k) == pytest.approx(sum(any(s) for s in subsets) / len(subsets))
+
+
+def test_pass_at_1_is_the_mean() -> None:
+    assert pass_at_k(8, 3, 1) == pytest.approx(3 / 8)
+
+
+def test_more_answers_than_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="between 1 and the 8 samples"):
+        pass_at_k(8, 3, 9)
+
+
+def test_intervals() -> None:
+    found = Estimate.of([0.0, 1.0, 1.0, 0.0])
+    assert found is not None
+    assert (found.value, found.high - found.value) == pytest.approx((0.5, 1.96 * (1 / 3 / 4) ** 0.5))
+    assert Estimate.of([]) is None
+    same = Estimate.ratio([2.0, 2.0], [4.0, 4.0])
+    assert same is not None
+    assert (same.value, same.low, same.high) == pytest.approx((0.5, 0.5, 0.5))
+    # with equal counts, a ratio is a mean of means
+    ratio = Estimate.ratio([0.0, 1.0, 1.0, 0.0], [1.0] * 4)
+    assert ratio is not None
+    assert (ratio.value, ratio.high) == pytest.approx((found.value, found.high))

@@ -1,0 +1,120 @@
+"""The local teacher: what it returns, in whose words, and when it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retort.errors import SignalError
+from retort.models.lm import load_model
+from retort.signals import Dense, Sampled, TopK
+from retort.teachers.local import LocalTeacher
+from retort.teachers.view import View
+from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout
+
+
+def prompt(text: str = "3 + 4 =") -> Prompt:
+    return Prompt("p", (Message("user", text),))
+
+
+def rollout(lm: Any, actions: list[int], text: str = "3 + 4 =") -> Rollout:
+    ids = lm.tokenizer(text)["input_ids"]
+    tokens = torch.tensor([*ids, *actions])
+    return Rollout(prompt(text), tokens, torch.arange(len(tokens)) >= len(ids))
+
+
+@pytest.fixture(scope="module")
+def lm(model_folder: Callable[..., Path]) -> Any:
+    folder = model_folder(seed=2, padded_to=80)
+    return load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
+
+
+def teacher(lm: Any, **more: Any) -> LocalTeacher:
+    return LocalTeacher(lm, **{"vocab": 61, "stop_map": {}, "batch_tokens": 8, **more})
+
+
+def test_every_signal_says_the_same(lm: Any) -> None:
+    pack = Pack.of([rollout(lm, [12, 13, 2]), rollout(lm, [7]), rollout(lm, [20, 2], "1 =")])
+    dense = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0)
+    top = teacher(lm).answer(pack, frozenset({Need("topk", 5), ENTROPY, SAMPLED}), View(), 1.0)
+    sampled = teacher(lm).answer(pack, frozenset({SAMPLED}), View(), 1.0)
+    assert isinstance(dense, Dense)
+    assert isinstance(top, TopK)
+    assert isinstance(sampled, Sampled)
+    rows = dense.rows(slice(None), 61)
+    torch.testing.assert_close(top.rows(slice(None)).sampled_logp_N, rows.sampled_logp_N)
+    torch.testing.assert_close(sampled.logp_N, rows.sampled_logp_N)
+    torch.testing.assert_close(top.rows(slice(None)).entropy_N, rows.entropy_N)
+    torch.testing.assert_close(top.logp_NK, rows.topk(5)[1])
+    # against transformers, sequence by sequence, with the padding rows left out
+    expected = []
+    for item in pack.rollouts:
+        with torch.no_grad():
+            logp = lm.model(input_ids=item.tokens_L[None]).logits[0, :, :61].log_softmax(-1)
+        places = item.acted_L.nonzero().squeeze(-1)
+        expected.append(logp[places - 1].gather(-1, item.tokens_L[places][:, None]).squeeze(-1))
+    torch.testing.assert_close(sampled.logp_N, torch.cat(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_temperature_divides_the_logits(lm: Any) -> None:
+    pack = Pack.of([rollout(lm, [12, 13])])
+    warm = teacher(lm).answer(pack, frozenset({DENSE}), View(), 2.0).rows(slice(None))
+    plain = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
+    torch.testing.assert_close(warm.logp_NV, (plain.logp_NV / 2).log_softmax(-1))
+
+
+def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None:
+    ours, theirs = 2, 4
+    mapped = teacher(lm, stop_map={ours: theirs, theirs: ours})
+    student_pack = Pack.of([rollout(lm, [12, ours])])
+    teacher_pack = Pack.of([rollout(lm, [12, theirs])])
+    said = mapped.answer(student_pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
+    own = teacher(lm).answer(teacher_pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
+    torch.testing.assert_close(said.sampled_logp_N, own.sampled_logp_N)
+    torch.testing.assert_close(said.logp_NV[:, ours], own.logp_NV[:, theirs])
+    torch.testing.assert_close(said.logp_NV[:, theirs], own.logp_NV[:, ours])
+    torch.testing.assert_close(said.entropy_N, own.entropy_N)
+
+
+def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
+    pack = Pack.of([rollout(lm, [12, 13])])
+    view = View(render=lambda seen: replace(seen, messages=(Message("user", "7 3 + 4 ="),)))
+    said = teacher(lm).answer(pack, frozenset({SAMPLED}), view, 1.0)
+    other = teacher(lm).answer(Pack.of([rollout(lm, [12, 13], "7 3 + 4 =")]), frozenset({SAMPLED}), View(), 1.0)
+    assert isinstance(said, Sampled)
+    assert isinstance(other, Sampled)
+    torch.testing.assert_close(said.logp_N, other.logp_N)
+    assert torch.equal(said.tokens_N, pack.tokens_N)
+
+
+def test_a_head_that_changed_after_scoring_is_noticed(lm: Any) -> None:
+    pack = Pack.of([rollout(lm, [12, 13])])
+    dense = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0)
+    with torch.no_grad():
+        lm.head().weight_VD.mul_(1.0)
+    with pytest.raises(SignalError, match="changed after it had scored"):
+        dense.rows(slice(None))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_signals_refuse_what_is_not_finite(value: float) -> None:
+    tokens = torch.tensor([3, 4])
+    with pytest.raises(SignalError, match="log-prob of a written token"):
+        Sampled(tokens, "t", torch.tensor([-1.0, value]))
+    with pytest.raises(SignalError, match="top-k log-prob"):
+        TopK(tokens, "t", torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-1.0], [value]]))
+    with pytest.raises(SignalError, match="a logit"):
+        Dense.of(torch.tensor([[0.0, value], [0.0, 0.0]]), tokens).rows(slice(None))
+
+
+def test_signals_refuse_other_lengths_and_cut_their_graph() -> None:
+    tokens = torch.tensor([3, 4])
+    with pytest.raises(SignalError, match="has 3 steps, the rollouts have 2"):
+        Sampled(tokens, "t", torch.zeros(3))
+    logp = torch.zeros(2, requires_grad=True)
+    assert not Sampled(tokens, "t", logp * 2).logp_N.requires_grad
