@@ -12,7 +12,7 @@ from retort.context import Context
 from retort.errors import UserError
 from retort.method import Method, Watch
 from retort.schedules import at
-from retort.types import Need, NeedKind, TokenLoss, can_meet
+from retort.types import SAMPLED, Need, NeedKind, TokenLoss, can_meet
 
 
 def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
@@ -78,6 +78,19 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
                 in_C = watch.where.value(context, watch.against) != 0
                 value_C = value_C.masked_fill(~in_C, float("nan"))
             found[f"watch.{watch.name}"] = value_C
+        return found
+
+    return values
+
+
+def recorded_values(offers: Mapping[str, frozenset[NeedKind]]) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives both sides' log-probs of the written token, for the per-token record."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found = {"student_logp": context.student_logp_N.detach()}
+        for view, kinds in offers.items():
+            if can_meet(kinds, SAMPLED):
+                found[f"{view}_logp"] = context.signal(view).sampled_logp_N
         return found
 
     return values

@@ -58,8 +58,9 @@ def open_tracker(name: str | None, *, run_dir: Path, config: Mapping[str, Any]) 
 
 
 def _start(name: str, run_dir: Path) -> GeneralTracker:
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    PartialState()  # the trackers' own log messages fail without it
     if name == "tensorboard":
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir)
     run = run_dir.resolve().name

@@ -1,5 +1,8 @@
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -63,3 +66,22 @@ def test_tensorboard_holds_the_numbers_and_the_config(tmp_path: Path) -> None:
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.5), (2, 0.375)]
     assert [event.value for event in events.Scalars("loss/reverse")] == [0.25]
     assert "entropy_threshold: 0.8" in next(tmp_path.rglob("hparams.yml")).read_text()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_services_get_the_numbers_and_the_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = pytest.importorskip("accelerate").PartialState
+    monkeypatch.setattr(state, "_shared_state", {})  # as in a fresh process
+    said: list[Any] = []
+    run = SimpleNamespace(log=lambda values, step: said.append((values, step)), finish=lambda: said.append("finished"))
+    service = SimpleNamespace(
+        init=lambda **options: said.append((options["project"], options["name"])) or run,
+        config=SimpleNamespace(update=lambda values, allow_val_change: said.append(values)),
+    )
+    monkeypatch.setitem(sys.modules, name, service)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda package: object())
+
+    tracker = open_tracker(name, run_dir=tmp_path / "mine", config={"a": {"b": 1}})
+    tracker.log({"loss": 0.5}, step=3)
+    tracker.close()
+    assert said == [("retort", "mine"), {"a.b": 1}, ({"loss": 0.5}, 3), "finished"]

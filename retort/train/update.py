@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retort import reduce
-from retort.apply import batch_shares, losses, stored_values, term_values, watch_values
+from retort.apply import batch_shares, losses, recorded_values, stored_values, term_values, watch_values
 from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Watch
@@ -109,13 +109,19 @@ def learn(
 def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, watch: Stopwatch) -> dict[str, Tensor]:
     """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
     method, pack = setup.method, batch.pack
-    terms, curves = term_values(method), watch_values(batch.watches)
+    every = (
+        term_values(method),
+        watch_values(batch.watches),
+        recorded_values({view: signal.offers for view, signal in batch.signals.items()}),
+    )
     shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}
     total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
     for micro in _micro_batches(setup, pack, chosen):
         with watch("student"):
-            values = _evaluate(setup, batch, micro, lambda context: {**terms(context), **curves(context)})
+            values = _evaluate(
+                setup, batch, micro, lambda context: {k: v for part in every for k, v in part(context).items()}
+            )
             index_N = pack.steps_of(micro)
             device = setup.student.device
             here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}

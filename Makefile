@@ -1,0 +1,64 @@
+# make demo   a real run on the built-in task, with the core install only
+# make test   lint, formatting, types, layers, tests
+# Both share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
+
+PYTHON ?= python3
+ARGS   ?=
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+STAGE   = @printf '\n== %s\n'
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types layers tests core dev clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: core ## ARGS="--method opd --steps 20" goes to the command
+	$(BIN)/retort train $(ARGS)
+
+test: lint types layers tests
+
+lint: dev
+	$(STAGE) 'ruff check'
+	@$(BIN)/ruff check .
+	$(STAGE) 'ruff format --check'
+	@$(BIN)/ruff format --check .
+
+types: dev
+	$(STAGE) 'pyright'
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+layers: dev
+	$(STAGE) 'import-linter'
+	@$(BIN)/lint-imports --no-logo
+
+# Tiny models run fastest on one thread; two on a busy machine spin.
+tests: dev
+	$(STAGE) 'pytest'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+core: $(VENV)/.core
+dev: $(VENV)/.dev
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Retort needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Name another one: make PYTHON=python3.12 ..." >&2; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch goes first, by itself: whichever build of it is already there then satisfies everything else.
+$(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP) torch
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.core
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

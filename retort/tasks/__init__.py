@@ -1,0 +1,1 @@
+"""Built-in tasks: small, complete, checkable, and ready without a download."""
