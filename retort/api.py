@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retort import config as configuration
+from retort.errors import UserError
 from retort.method import Method
 from retort.train import runner
 from retort.train.observe import Observer
@@ -23,6 +24,7 @@ def distill(
     steps: int | None = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
+    resume: str | None = None,
     observer: Observer | None = None,
 ) -> runner.Run:
     """Distils a teacher into a student, on-policy. Without models and data it runs the built-in task.
@@ -31,11 +33,13 @@ def distill(
         student: Model folder or hub name.
         teacher: Model folder or hub name.
         data: JSON lines, Parquet or a hub name, with a column `prompt` or `messages`.
-        method: A name, a mapping with `name` and settings, or a `Method` of your own (which cannot be resumed by name).
+        method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
         seed: Of all random streams.
         settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`.
+        resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides, and
+            `method` if it was one of your own.
         observer: Who watches; nobody by default.
 
     Returns:
@@ -45,32 +49,30 @@ def distill(
         UserError: Anything about the input is wrong; one line says what and what to do.
         RunError: The run had to stop; it names the checkpoint to go on from.
     """
+    named = {"name": method} if isinstance(method, str) else method
     own = method if isinstance(method, Method) else None
-    named = {"name": own.name, **own.settings} if own else ({"name": method} if isinstance(method, str) else method)
-    if own is not None and own.name not in configuration.registry.names():
-        named = None
-    given = {
-        "student": student,
-        "teacher": teacher,
-        "data": data,
-        "method": named,
-        "out": out,
-        "steps": steps,
-        "seed": seed,
-    }
-    config = assemble({key: value for key, value in given.items() if value is not None}, settings or {})
-    run = runner.start(config, folder_of(config), observer, method=own)
+    given = {"student": student, "teacher": teacher, "data": data, "out": out, "steps": steps, "seed": seed}
+    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if isinstance(named, Mapping):
+        flags["method"] = named
+    if resume is not None:
+        if set(flags) - {"steps"} or settings:
+            raise UserError("resume goes on with the settings of the run; only steps may be given besides")
+        run = runner.resume(Path(resume), observer, steps=steps, method=own)
+    else:
+        config = assemble(flags, settings or {}, own=own)
+        run = runner.start(config, folder_of(config), observer, method=own)
     run.go()
     write_report(run.folder)
     return run
 
 
-def assemble(*layers: Mapping[str, Any]) -> configuration.Config:
+def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
     """The configuration of a run: the built-in recipe beneath, if no model and no data is named."""
     named = {key for layer in layers for key in layer}
     builtin = not named & {"student", "teacher", "data"}
     below = [builtin_recipe()] if builtin else []
-    return configuration.resolve(*below, *layers)
+    return configuration.resolve(*below, *layers, own=own)
 
 
 def builtin_recipe() -> dict[str, Any]:

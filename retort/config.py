@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort import registry
 from retort.errors import UserError, did_you_mean
+from retort.method import Method
 
 DEFAULT_METHOD = "eopd"
 RECIPES = Path(__file__).parent / "recipes"
@@ -132,8 +133,12 @@ class Config(_Section):
         return self.data == "countdown"
 
 
-def resolve(*layers: Mapping[str, Any]) -> Config:
+def resolve(*layers: Mapping[str, Any], own: Method | None = None) -> Config:
     """One configuration from nested settings; later layers win, the recipe of the method's paper lies beneath.
+
+    Args:
+        layers: Nested settings.
+        own: A method that is used instead of one that the settings name.
 
     Raises:
         UserError: Unknown key, section, method or setting (with the nearest known name), or a value of the wrong type.
@@ -142,11 +147,11 @@ def resolve(*layers: Mapping[str, Any]) -> Config:
     for layer in layers:
         merged = merge(merged, layer)
     chosen = dict(merged.get("method") or {})
-    name = str(chosen.get("name", DEFAULT_METHOD))
-    made = registry.load(name, **{key: value for key, value in chosen.items() if key != "name"})
+    name = str(chosen.pop("name", DEFAULT_METHOD))
+    made = own or registry.load(name, **chosen)
     merged = merge(dict(made.recipe), merged)
     # Settings are stored with every default filled in, so that a run's config.json says all that it did.
-    merged["method"] = {"name": name, **made.settings}
+    merged["method"] = {"name": made.name, **made.settings}
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -215,10 +220,10 @@ def save(config: Config, path: Path) -> None:
     path.write_text(json.dumps(_plain(config.model_dump()), indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Config:
+def read_json(path: Path, own: Method | None = None) -> Config:
     """A resolved configuration."""
     try:
-        return resolve(json.loads(path.read_text(encoding="utf-8")))
+        return resolve(json.loads(path.read_text(encoding="utf-8")), own=own)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?") from None
     except json.JSONDecodeError as error:

@@ -259,23 +259,26 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     return Run(replace(setup, config=resolved), folder, observer or Silent())
 
 
-def resume(path: Path, observer: Observer | None = None, *, steps: int | None = None) -> Run:
+def resume(
+    path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
+) -> Run:
     """A run continued from its newest checkpoint, or from the one that `path` names.
 
     Args:
         path: Folder of a run, or of one of its checkpoints.
         observer: Who watches.
         steps: A new number of steps; schedules that end with the run then end with the new one.
+        method: The caller's own method, if the run was started with one.
 
     Raises:
         UserError: No checkpoint, or a damaged one.
     """
     folder, chosen = checkpoint.find(path)
-    config = configuration.read_json(folder / "config.json")
+    config = configuration.read_json(folder / "config.json", method)
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
     checkpoint.load(chosen)  # refuse a damaged one before minutes are spent on loading models
-    run = Run(prepare(config), folder, observer or Silent())
+    run = Run(prepare(config, method), folder, observer or Silent())
     run.restore(chosen)
     if steps is not None:
         configuration.save(config, folder / "config.json")

@@ -2,9 +2,9 @@
 
     python -m retort.tasks.countdown.build --out models
 
-writes ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured
-in this very run. The student is smaller and stops early, so it knows the format and part of the arithmetic, and has
-much left to learn from the teacher.
+writes ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers
+measured in this very run. The student is smaller and stops early, while its learning rate is still high: it
+knows the format and part of the arithmetic, and has much left to learn from the teacher.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ RECIPES = {
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracy on held-out problems, temperature 1: the mean over samples, and at least one right of eight."""
+    """Accuracy on held-out problems at temperature 1: mean over samples, and at least one right of eight."""
 
     avg_at_8: float
     pass_at_8: float
@@ -196,11 +196,14 @@ A Llama-style model of {parameters:,} parameters that plays Countdown: it reads 
 
 ## How it was made
 
-From random weights, by supervised learning on random right responses to the training problems; no held-out problem
-occurs there in any order of its numbers. {recipe.layers} layers of width {recipe.hidden} (feed-forward
-{recipe.inner}, {recipe.heads} heads), tied embeddings, {recipe.steps} steps of {recipe.batch} sequences, AdamW,
-highest learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, seed {recipe.seed}. The weights are stored
-in bfloat16; the scores are those of the stored weights, loaded again into float32.
+From random weights, by supervised learning on random right responses to the training problems. No held-out
+problem occurs there in any order of its numbers.
+
+- {recipe.layers} layers of width {recipe.hidden}, {recipe.heads} heads, feed-forward {recipe.inner}
+- input and output embeddings tied
+- {recipe.steps} steps of {recipe.batch} sequences, cosine over {recipe.schedule} steps, bf16 autocast
+- AdamW, highest learning rate {recipe.lr:g}, weight decay {recipe.weight_decay:g}, seed {recipe.seed}
+- weights stored in bfloat16; the scores are those of the stored weights, loaded again into float32
 
     python -m retort.tasks.countdown.build --out models
 

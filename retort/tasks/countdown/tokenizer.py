@@ -15,8 +15,8 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A word-level tokenizer for the numbers 0..255 and the symbols of the game.
 
-    Nothing is added around a text and there is no chat template, so a prompt and a response encode separately to
-    the same tokens as together. Decoding puts a space between tokens.
+    Nothing is added around a text and there is no chat template, so a prompt and a response encode separately
+    to the same tokens as together. Decoding puts a space between tokens.
     """
     symbols = [PAD, EOS, UNKNOWN, "from", ":", *OPERATIONS, "=", ","]
     words = [*symbols, *map(str, range(LARGEST_RESULT + 1))]
