@@ -27,14 +27,13 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         model: Folder or hub name.
         data: `countdown`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
-        words: Settings as `key=value`: those of the section `eval`, or of others by their full name.
+        words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.
 
     Returns:
         A table of one row, in the form of `eval.json`.
     """
-    short = [word if "." in word.partition("=")[0] or "=" not in word else f"eval.{word}" for word in words]
-    given = configuration.overrides([word.replace("eval.seed=", "seed=") for word in short])
+    given = configuration.overrides([_full(word) for word in words])
     recipe = configuration.recipe("countdown") if data == "countdown" else {}
     config = configuration.resolve(recipe, {"data": data}, given)
     if data == "countdown":
@@ -77,6 +76,12 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         "rows": [{"who": model, **cells}],
         "pass_at": {model: row.get("pass_at", {})},
     }
+
+
+def _full(word: str) -> str:
+    """`samples=4` means eval.samples here; keys of the top level and of other sections keep their names."""
+    key = word.partition("=")[0]
+    return word if "." in key or "=" not in word or key in configuration.Config.model_fields else f"eval.{word}"
 
 
 def _teacher(lm: LanguageModel, teacher: LanguageModel, config: configuration.Config) -> tuple[int, LocalTeacher]:

@@ -118,16 +118,12 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Tens
         for problem, found in rng.choices(pool, k=recipe.batch):
             shown = type(problem)(tuple(rng.sample(problem.numbers, NUMBERS)), problem.target)
             texts.append(f"{shown.prompt} {rng.choice(found)} {tokenizer.eos_token}")
-        yield torch.tensor(
-            [[word[part] for part in text.split()] for text in texts]
-        )  # all have the same length
+        yield torch.tensor([[word[part] for part in text.split()] for text in texts])  # all have the same length
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
     """Supervised learning: cross-entropy of the response tokens, bf16 autocast, AdamW, cosine."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     prompt = NUMBERS + 3
     start = time.monotonic()
     data = batches(tokenizer, recipe)
@@ -145,9 +141,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
         optimizer.step()
         if step % 200 == 0 or step == recipe.steps:
             score, spent = measure(model, tokenizer), time.monotonic() - start
-            print(
-                f"  step {step} of {recipe.steps}, {spent:.0f} s, loss {loss.item():.4f}, {score}", flush=True
-            )
+            print(f"  step {step} of {recipe.steps}, {spent:.0f} s, loss {loss.item():.4f}, {score}", flush=True)
 
 
 @torch.no_grad()
@@ -168,9 +162,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Scor
     encoded = torch.tensor(tokenizer(prompts).input_ids).repeat_interleave(SAMPLES, 0)
     right: list[bool] = []
     for at, tokens in enumerate(sample(model, encoded, torch.Generator().manual_seed(0)).tolist()):
-        end = (
-            tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else 0
-        )  # no end is wrong
+        end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else 0  # no end is wrong
         right.append(check(prompts[at // SAMPLES], tokenizer.decode(tokens[:end])))
     right_PK = torch.tensor(right).view(-1, SAMPLES)
     return Score(right_PK.float().mean().item(), right_PK.any(1).float().mean().item())

@@ -1,0 +1,55 @@
+"""`retort eval` on any model folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from retort.cli import main
+
+SMALL = ["task=exact", "precision=fp32", "samples=4", "problems=3", "max_new_tokens=5", "top_p=1.0"]
+
+
+def test_a_data_file_with_answers(
+    model_folder: Callable[..., Path], prompts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(model_folder(seed=1))
+    words = ["eval", folder, "--data", str(prompts_file), "--json", *SMALL]
+    assert main(words) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert (first["k"], first["problems"]) == (4, 3)
+    assert {"avg@4", "pass@4", "length", "student_entropy"} <= set(first["rows"][0])
+    assert first["pass_at"][folder].keys() == {"1", "2", "4"}
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out) == first, "the same seed must give the same answers"
+
+
+def test_compared_with_a_teacher(
+    model_folder: Callable[..., Path], prompts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = str(model_folder(seed=2, hidden_size=24, padded_to=64))
+    words = ["eval", str(model_folder(seed=1)), "--data", str(prompts_file), "--teacher", teacher, "--json", *SMALL]
+    assert main(words) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    assert row["reverse_kl"]["value"] > 0
+    assert row["forward_kl_uncertain"]["value"] > 0
+
+
+def test_a_table_for_people(
+    model_folder: Callable[..., Path], prompts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", str(model_folder(seed=1)), "--data", str(prompts_file), *SMALL]) == 0
+    assert "pass@4" in capsys.readouterr().out
+
+
+def test_data_without_answers(
+    model_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "bare.jsonl"
+    data.write_text('{"prompt": "1 + 1 ="}\n')
+    assert main(["eval", str(model_folder(seed=1)), "--data", str(data)]) == 2
+    assert "nothing can be graded" in capsys.readouterr().err
+    assert main(["eval", str(model_folder(seed=1)), "--data", str(data), "sampels=3"]) == 2
+    assert "did you mean 'samples'" in capsys.readouterr().err
