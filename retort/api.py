@@ -71,16 +71,8 @@ def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configura
     """The configuration of a run: the built-in recipe beneath, if no model and no data is named."""
     named = {key for layer in layers for key in layer}
     builtin = not named & {"student", "teacher", "data"}
-    below = [builtin_recipe()] if builtin else []
+    below = [configuration.recipe("countdown")] if builtin else []
     return configuration.resolve(*below, *layers, own=own)
-
-
-def builtin_recipe() -> dict[str, Any]:
-    """The recipe `countdown`, with the models that ship with Retort."""
-    from retort.tasks import countdown
-
-    models = {"student": str(countdown.student_path()), "teacher": str(countdown.teacher_path()), "data": "countdown"}
-    return {**configuration.recipe("countdown"), **models}
 
 
 def folder_of(config: configuration.Config) -> Path:

@@ -21,11 +21,11 @@ _CURVES = (
 )
 #: Rows of the table: metric, label, how it is printed.
 _ROWS = (
-    ("length", "mean length, tokens", "{:.1f}"),
+    ("length", "mean length, tokens", "{:z.1f}"),
     ("truncated", "truncated", "{:.1%}"),
-    ("student_entropy", "own entropy, nats", "{:.3f}"),
-    ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:.3f}"),
-    ("reverse_kl", "reverse KL, nats", "{:.3f}"),
+    ("student_entropy", "own entropy, nats", "{:z.3f}"),
+    ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:z.3f}"),
+    ("reverse_kl", "reverse KL, nats", "{:z.3f}"),
 )
 
 

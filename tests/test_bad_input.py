@@ -158,7 +158,7 @@ def test_a_stop_token_that_is_an_ordinary_word(command: Command, tmp_path: Path)
 
 def test_resume_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--resume", str(tmp_path)]) == 2
-    assert "no checkpoint to resume from" in capsys.readouterr().err
+    assert "no run to resume" in capsys.readouterr().err
 
 
 def test_resume_takes_no_other_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

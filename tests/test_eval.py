@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from retort.cli import main
 
 SMALL = ["task=exact", "precision=fp32", "samples=4", "problems=3", "max_new_tokens=5", "top_p=1.0"]

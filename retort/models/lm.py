@@ -124,6 +124,7 @@ class LanguageModel:
 def load_model(
     name: str,
     *,
+    source: str | None = None,
     role: Literal["student", "teacher"],
     precision: Precision,
     device: torch.device,
@@ -133,12 +134,22 @@ def load_model(
 ) -> LanguageModel:
     """Loads a model folder or hub name; only safetensors weights are read.
 
+    Args:
+        name: What the user calls it, for messages.
+        source: Where it lies, if not at `name`.
+        role: A student's weights are fp32 and learn; a teacher's are in its precision and do not.
+        precision: Of products.
+        device: Where to.
+        attention: Attention implementation of transformers; None for its default.
+        stop: Stop tokens instead of the model's own.
+        trust_remote_code: Run code that comes with the model.
+
     Raises:
         UserError: Not found, not a causal language model, no usable stop token.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    path = Path(name).expanduser()
+    path = Path(source or name).expanduser()
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"{role} {name}: no config.json in that folder, so it is not a model folder")
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

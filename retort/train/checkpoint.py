@@ -107,11 +107,11 @@ def newest(folder: Path) -> Path | None:
     return max(_all(folder), key=_step, default=None)
 
 
-def find(path: Path) -> tuple[Path, Path]:
-    """The run's folder and the checkpoint meant by `--resume PATH` (a run: its newest; or one checkpoint).
+def find(path: Path) -> tuple[Path, Path | None]:
+    """The folder and the checkpoint meant by `--resume PATH` (a run: its newest, if it has any; or one checkpoint).
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such checkpoint, or no run.
     """
     path = path.resolve()
     if _NAME.search(path.name) and path.parent.name == "checkpoints":
@@ -119,12 +119,9 @@ def find(path: Path) -> tuple[Path, Path]:
             there = ", ".join(p.name for p in sorted(_all(path.parent), key=_step)) or "none"
             raise UserError(f"{path}: no such checkpoint (there: {there})")
         return path.parents[1], path
-    last = newest(path / "checkpoints")
-    if last is None:
-        raise UserError(
-            f"{path}: no checkpoint to resume from; --resume takes the folder of a run, or one of its checkpoints"
-        )
-    return path, last
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no run to resume; --resume takes the folder of a run, or one of its checkpoints")
+    return path, newest(path / "checkpoints")
 
 
 def prune(folder: Path, *, keep: int, best: int | None) -> None:

@@ -17,14 +17,14 @@ from retort.models.lm import LanguageModel, best_precision, load_model
 from retort.rewards.verify import verifier_for
 from retort.teachers.local import LocalTeacher
 from retort.train.observe import Observer
-from retort.train.setup import countdown_prompts
+from retort.train.setup import countdown_prompts, located
 
 
 def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], observer: Observer) -> dict[str, Any]:
     """avg@k, pass@k and, with a teacher, the divergences from it.
 
     Args:
-        model: Folder or hub name.
+        model: Folder, hub name, or `countdown:student` and `countdown:teacher`.
         data: `countdown`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
@@ -48,11 +48,11 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
     precision = best_precision(device) if config.precision == "auto" else config.precision
     settings = {"precision": precision, "device": device, "attention": config.attention}
-    lm = load_model(model, role="student", stop=config.rollout.stop, **settings)
+    lm = load_model(model, source=located(model), role="student", stop=config.rollout.stop, **settings)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer))
     other = None
     if teacher is not None:
-        vocab, other = _teacher(lm, load_model(teacher, role="teacher", **settings), config)
+        vocab, other = _teacher(lm, load_model(teacher, source=located(teacher), role="teacher", **settings), config)
     judge = Judge(
         prompts=prompts,
         verifier=verifier,

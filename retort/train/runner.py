@@ -262,7 +262,7 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
 def resume(
     path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
 ) -> Run:
-    """A run continued from its newest checkpoint, or from the one that `path` names.
+    """A run continued from its newest checkpoint (from its start, if it has none), or from the one that `path` names.
 
     Args:
         path: Folder of a run, or of one of its checkpoints.
@@ -271,15 +271,20 @@ def resume(
         method: The caller's own method, if the run was started with one.
 
     Raises:
-        UserError: No checkpoint, or a damaged one.
+        UserError: No run there, or a damaged checkpoint.
     """
     folder, chosen = checkpoint.find(path)
     config = configuration.read_json(folder / "config.json", method)
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
-    checkpoint.load(chosen)  # refuse a damaged one before minutes are spent on loading models
+    if chosen is not None:
+        checkpoint.load(chosen)  # refuse a damaged one before minutes are spent on loading models
     run = Run(prepare(config, method), folder, observer or Silent())
-    run.restore(chosen)
+    if chosen is not None:
+        run.restore(chosen)
+    else:  # stopped before its first checkpoint: the same seed takes the same way again
+        run.metrics.cut(0)
+        run.rollouts.cut(0)
     if steps is not None:
         configuration.save(config, folder / "config.json")
     return run

@@ -97,8 +97,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         "attention": config.attention,
         "trust_remote_code": config.trust_remote_code,
     }
-    student = load_model(student_name, role="student", stop=config.rollout.stop, **shared)
-    teacher = load_model(teacher_name, role="teacher", **shared)
+    student = load_model(student_name, source=located(student_name), role="student", stop=config.rollout.stop, **shared)
+    teacher = load_model(teacher_name, source=located(teacher_name), role="teacher", **shared)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
@@ -168,6 +168,14 @@ def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
         )
         for row in rows
     ]
+
+
+def located(name: str) -> str:
+    """Where a model lies: `countdown:student` and `countdown:teacher` ship with Retort, wherever that is installed."""
+    from retort.tasks import countdown
+
+    bundled = {"countdown:student": countdown.student_path, "countdown:teacher": countdown.teacher_path}
+    return str(bundled[name]()) if name in bundled else name
 
 
 def _three(config: Config) -> tuple[str, str, str]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
+
 from retort.apply import wanted
 from retort.models.head import CHUNK_ELEMENTS
 from retort.train.setup import Setup
@@ -34,11 +38,11 @@ def summary(setup: Setup) -> dict[str, str]:
 
 
 def forecast(setup: Setup) -> str:
-    """Rough peak: weights, gradients and Adam in fp32, teacher, activations, cache of generation, a chunk of logits."""
+    """Rough peak of memory: what is loaded, gradients and Adam in fp32, and the larger of learning and writing."""
     student, config = setup.student, setup.config
     text = student.model.config.get_text_config()
-    trained = 16 * student.parameters
-    frozen = sum(p.numel() * p.element_size() for p in setup.teacher_lm.model.parameters())
+    loaded = _loaded(setup)
+    learning = 12 * student.parameters  # gradients and two moments; the weights are loaded already
     tokens = config.optimizer.batch_tokens
     kept = 2 if config.optimizer.gradient_checkpointing else 34
     activations = tokens * text.hidden_size * text.num_hidden_layers * kept * 2
@@ -46,17 +50,30 @@ def forecast(setup: Setup) -> str:
     longest = config.rollout.max_new_tokens + config.rollout.max_prompt_tokens
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rollouts = min(config.rollout.parallel, setup.batch_prompts * setup.method.rollout.samples)
-    cache = rollouts * longest * heads * width * text.num_hidden_layers * 2 * 2
+    judged = config.eval.samples * len(setup.held_out)
+    rollouts = min(config.rollout.parallel, max(judged, setup.batch_prompts * setup.method.rollout.samples))
+    writing = rollouts * longest * heads * width * text.num_hidden_layers * 2 * 4
     parts = {
-        "student and Adam": trained,
-        "teacher": frozen,
-        "activations": activations,
-        "cache": cache,
-        "logits": logits,
+        "loaded": loaded,
+        "gradients and Adam": learning,
+        "a forward and backward pass": activations + logits,
+        "the cache of generation": writing,
     }
-    whole = sum((trained, frozen, max(activations + logits, cache)))
+    whole = loaded + learning + max(activations + logits, writing)
     return f"about {_size(whole)} at peak ({', '.join(f'{name} {_size(size)}' for name, size in parts.items())})"
+
+
+def _loaded(setup: Setup) -> int:
+    """Bytes in use already: of the device, or of this process."""
+    if setup.student.device.type == "cuda":
+        return torch.cuda.memory_allocated(setup.student.device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        models = (setup.student.model, setup.teacher_lm.model)
+        return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _count(parameters: int) -> str:

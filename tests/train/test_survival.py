@@ -88,6 +88,17 @@ def test_kill_9_and_resume_is_bit_identical(tiny_run: dict[str, Any], tmp_path: 
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    settings = changed(tiny_run, checkpoint={"every": 0})
+    command = [sys.executable, "-c", KILLED_AT, json.dumps(settings), str(tmp_path / "killed"), "2"]
+    subprocess.run(command, capture_output=True, check=False)
+    with pytest.raises(UserError, match="holds a run already; go on with --resume"):
+        runner.start(configuration.resolve(settings), tmp_path / "killed")
+    runner.resume(tmp_path / "killed").go()
+    go(settings, tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_judging_changes_nothing_and_repeats(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     go(changed(tiny_run, eval={"every": 0}), tmp_path / "unwatched")
     go(changed(tiny_run, eval={"every": 1}), tmp_path / "watched")

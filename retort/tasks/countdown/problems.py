@@ -57,21 +57,26 @@ def solutions(problem: Problem) -> list[str]:
 
 
 @cache
-def problems(split: Split, numbers: int = 3) -> tuple[Problem, ...]:
+def problems(
+    split: Split,
+    numbers: int = 3,
+    *,
+    largest_number: int = LARGEST_NUMBER,
+    largest_target: int = LARGEST_TARGET,
+) -> tuple[Problem, ...]:
     """All solvable problems of one split, each once with its numbers in ascending order.
 
     Args:
         split: ``train`` or ``held_out``.
         numbers: how many numbers a problem gives.
-
-    Returns:
-        Problems with numbers in 1..12 and targets in 1..60.
+        largest_number: the task has numbers in 1..12; a wider range is for training a teacher.
+        largest_target: the task has targets in 1..60.
     """
     return tuple(
         Problem(given, target)
-        for given in combinations_with_replacement(range(1, LARGEST_NUMBER + 1), numbers)
+        for given in combinations_with_replacement(range(1, largest_number + 1), numbers)
         for target in sorted(_reachable(given))
-        if 1 <= target <= LARGEST_TARGET and split_of(Problem(given, target)) == split
+        if 1 <= target <= largest_target and split_of(Problem(given, target)) == split
     )
 
 
