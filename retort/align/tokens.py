@@ -65,8 +65,7 @@ def vocabulary_width(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 _REMEDY = (
-    "Use a teacher of the student's family; distilling across tokenizers is possible, but takes another method that is "
-    "not in this version"
+    "Use a teacher of the student's family; cross-tokenizer methods exist for such a pair, but none is in this version"
 )
 
 
