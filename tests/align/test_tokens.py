@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
