@@ -29,6 +29,8 @@ from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet
 
 #: Prompts that are written and scored at once: bounds what is held in memory.
 _BLOCK = 64
+#: Measures that are shares.
+_SHARES = ("avg@", "pass@", "truncated", "uncertain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,14 @@ class Judge:
             row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
         for name, (sums, counts) in tallies.items():
             row[name] = Estimate.ratio(sums, counts)
-        return {name: asdict(value) if isinstance(value, Estimate) else value for name, value in row.items()}
+        return {name: _plain(name, value) for name, value in row.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """An estimate as a dictionary; shares stay within 0 and 1."""
+    if not isinstance(value, Estimate):
+        return value
+    return asdict(value.share() if name.startswith(_SHARES) else value)
 
 
 def _tally(tallies: dict[str, tuple[list[float], list[float]]], name: str, values: Sequence[float]) -> None:

@@ -15,6 +15,10 @@ class Estimate:
     low: float
     high: float
 
+    def share(self) -> Estimate:
+        """The same for a share: the interval ends at 0 and 1."""
+        return Estimate(self.value, max(0.0, self.low), min(1.0, self.high))
+
     @staticmethod
     def of(values: Sequence[float]) -> Estimate | None:
         """The mean of one number per problem; None without any."""

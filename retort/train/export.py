@@ -81,4 +81,4 @@ def _table(results: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(cell: Mapping[str, float] | None) -> str:
-    return "-" if not cell else f"{cell['value']:.3f} ({cell['low']:.3f} to {cell['high']:.3f})"
+    return "-" if not cell else f"{cell['value']:z.3f} ({cell['low']:z.3f} to {cell['high']:z.3f})"
