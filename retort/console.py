@@ -6,10 +6,12 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 #: Shown in the progress line, if there: metric and label.
 _CURVES = (
@@ -35,8 +37,10 @@ class RichObserver:
     def __init__(self, console: Console) -> None:
         """Draws nothing yet."""
         self.console = console
+        self._live: Live | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+        self._curves = Text()
         self._phase: str | None = None
         self._seen: list[dict[str, Any]] = []
 
@@ -65,7 +69,7 @@ class RichObserver:
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
         """One batch of rollouts done."""
-        if self._phase is not None or self._progress is None:
+        if self._phase is not None or self._live is None:
             self.close()
             self._open("distilling", steps)
         self._seen = [*self._seen, dict(metrics)][-10:]
@@ -93,13 +97,14 @@ class RichObserver:
                 table.add_row(label, *(_cell(cell, form) for cell in cells))
         self.console.print(table)
         for name, share in results.get("gap_recovered", {}).items():
-            self.console.print(f"{name}: [bold]{share:.0%}[/] of the gap to the teacher recovered")
+            what = "recovered" if share >= 0 else "lost: the student moved away from the teacher"
+            self.console.print(f"{name}: [bold]{abs(share):.0%}[/] of the gap to the teacher {what}")
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._progress is not None:
-            self._progress.stop()
-        self._progress, self._task, self._phase = None, None, None
+        if self._live is not None:
+            self._live.stop()
+        self._live, self._phase = None, None
 
     def _mean(self, name: str) -> float:
         values = [row[name] for row in self._seen if name in row]
@@ -111,16 +116,19 @@ class RichObserver:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[curves]}"),
             console=self.console,
-            disable=not self.console.is_terminal,
         )
-        self._task = self._progress.add_task(text, total=total, curves="")
-        self._progress.start()
+        self._task = self._progress.add_task(text, total=total)
+        self._curves = Text(style="dim")
+        # In a file or a pipe there is nothing to redraw: `step` prints a line now and then instead.
+        self._live = Live(Group(self._progress, self._curves), console=self.console)
+        if self.console.is_terminal:
+            self._live.start()
 
     def _advance(self, done: int, curves: str) -> None:
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, curves=curves)
+            self._progress.update(self._task, completed=done)
+            self._curves.plain = curves
 
 
 def _cell(cell: Mapping[str, float] | None, form: str) -> str:

@@ -79,6 +79,11 @@ class Watch:
     alarm_below: float | None = None
     advice: str = ""
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the curve would like to know."""
+        return self.part.needs | (self.where.needs if self.where else frozenset[Need]())
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -136,9 +141,8 @@ class Method:
 
     def welcomes(self, view: str = "teacher") -> frozenset[Need]:
         """What its curves would like to know besides."""
-        watched = [watch for watch in self.watch if watch.against == view]
-        parts: list[Part] = [watch.part for watch in watched] + [watch.where for watch in watched if watch.where]
-        return frozenset[Need]().union(*(part.needs for part in parts)) - self.needs(view)
+        watched = (watch.needs for watch in self.watch if watch.against == view)
+        return frozenset[Need]().union(*watched) - self.needs(view)
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:

@@ -41,7 +41,7 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
     watches = tuple(
         watch
         for watch in method.watch
-        if all(can_meet(signals[watch.against].offers, need) for need in watch.part.needs)
+        if all(can_meet(signals[watch.against].offers, need) for need in watch.needs)
     )
     bare = Batch(pack, signals, {}, watches, step, total_steps)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
