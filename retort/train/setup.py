@@ -131,7 +131,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         precision=precision,
         notes=notes,
     )
-    _check_lengths(setup)
+    _check_prompts(setup)
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -252,22 +252,30 @@ def _vanishes(method: Method, how: str) -> UserError:
     )
 
 
-def _check_lengths(setup: Setup) -> None:
-    """Refuses prompts that do not fit, before anything is generated; nothing is cut silently."""
+def _check_prompts(setup: Setup) -> None:
+    """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other views."""
     rollout, evaluation = setup.config.rollout, setup.config.eval
-    context = min(setup.student.context, setup.teacher_lm.context)
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
+    differing = 0
     for prompt in [*setup.train, *setup.held_out]:
-        length = len(setup.render(prompt))
-        if length == 0:
+        ours = setup.render(prompt)
+        if not ours:
             raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
-        if length > rollout.max_prompt_tokens:
+        if len(ours) > rollout.max_prompt_tokens:
             raise UserError(
-                f"row '{prompt.id}': its prompt has {length} tokens, more than rollout.max_prompt_tokens = "
+                f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
                 f"{rollout.max_prompt_tokens}; raise that, or drop the row"
             )
-        if length + longest > context:
-            raise UserError(
-                f"row '{prompt.id}': {length} prompt tokens and {longest} new ones exceed the context of {context}; "
-                "lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
-            )
+        theirs = render(prompt, setup.teacher_lm.tokenizer, thinking=rollout.thinking)
+        differing += ours != theirs
+        for who, ids, lm in (("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)):
+            if len(ids) + longest > lm.context:
+                raise UserError(
+                    f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
+                    f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
+                )
+    if differing:
+        setup.notes.append(
+            f"{differing} of {len(setup.train) + len(setup.held_out)} prompts read differently to student and teacher: "
+            "each sees its own chat template"
+        )

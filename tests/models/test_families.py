@@ -162,6 +162,15 @@ def test_chat_models_with_different_stops_are_mapped_and_said(
     assert config["eos_token_id"] == 2  # the student's own stop is saved, not the teacher's
 
 
+def test_a_base_student_of_a_chat_teacher_is_told_that_they_read_prompts_differently(
+    model_folder: Callable[..., Path], tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    sections = {"student": str(model_folder(seed=1)), "teacher": str(model_folder(seed=2, chat=True)), "steps": 1}
+    run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
+    assert any("30 of 30 prompts read differently" in note for note in run.setup.notes)
+    run.go()
+
+
 @pytest.mark.skipif(not MATH.exists(), reason="../shared/data/math is absent")
 def test_real_prompts_graded_by_math_verify(model_folder: Callable[..., Path], tmp_path: Path) -> None:
     pytest.importorskip("math_verify", reason="needs the extra 'math'")
