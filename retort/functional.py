@@ -52,8 +52,8 @@ def token_losses(
         mask: Steps that count, [N], bool; all by default. Rows outside it are never read.
         turns: Turn of each step, [N].
         rollouts: Rollout of each step, [N], int64 from 0; one rollout by default.
-        groups: Prompt of each rollout, [R].
-        rewards: Of each rollout, [R].
+        groups: Prompt of each rollout, [R], or repeated per step, [N]; for methods that compare siblings.
+        rewards: Of each rollout, [R] or [N]; for methods that learn from them.
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: What the rollout engine reported, nats, [N].
@@ -193,8 +193,10 @@ class _Batch:
         rollout_N = torch.zeros_like(tokens) if rollouts is None else rollouts
         count = int(rollout_N.max()) + 1 if len(rollout_N) else 0
         for name, values in {"groups": groups, "rewards": rewards}.items():
-            if values is not None and values.shape != (count,):
-                raise UserError(f"{name} must be [R] = ({count},), one per rollout, not {tuple(values.shape)}")
+            if values is not None and values.shape not in ((count,), tokens.shape):
+                raise UserError(
+                    f"{name} must be [R] = ({count},), one per rollout, or repeated per step, not {tuple(values.shape)}"
+                )
         kept_N = torch.arange(len(tokens), device=tokens.device) if mask is None else mask.bool().nonzero().squeeze(-1)
         steps = Steps(
             tokens_N=tokens[kept_N],
