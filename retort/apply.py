@@ -43,11 +43,9 @@ def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
                 stored_C = context.stored.get(f"{term.name}.weight")
                 weight_C = term.weight.value(context, term.against) if stored_C is None else stored_C
             weight_C = weight_C.detach()
-            loss = term.estimator.token_loss(
-                context, term.against, term.name, weight_C, torch.ones_like(weight_C, dtype=torch.bool)
-            )
-            found[f"{term.name}.value"] = loss.value_N
-            found[f"{term.name}.weight"] = loss.weight_N
+            value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
+            found[f"{term.name}.value"] = value_C
+            found[f"{term.name}.weight"] = weight_C
         return found
 
     return values

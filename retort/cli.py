@@ -34,16 +34,17 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     arguments, rest = _parser().parse_known_args(words)
     for word in rest:
         if word.startswith("-") or "words" not in arguments:
-            known = _options(_parser(), words[0])
+            known = _options(_parser(), words)
             raise UserError(f"unknown option {word}; {did_you_mean(word.partition('=')[0], known)}")
     if rest:
         arguments.words = [*arguments.words, *rest]
     return arguments
 
 
-def _options(parser: argparse.ArgumentParser, command: str) -> list[str]:
-    """Long options of a command."""
-    chosen = next(action.choices[command] for action in parser._actions if isinstance(action.choices, dict))
+def _options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """Long options of the command among the words."""
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    chosen = next(commands[word] for word in words if word in commands)
     return [option for action in chosen._actions for option in action.option_strings if option.startswith("--")]
 
 

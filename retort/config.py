@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort import registry
 from retort.errors import UserError, did_you_mean
+from retort.files import write_text
 from retort.method import Method
 
 DEFAULT_METHOD = "eopd"
@@ -115,6 +116,7 @@ class Config(_Section):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
+    own_method: bool = Field(default=False, description="the method is the caller's own, not the published one")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
@@ -133,12 +135,13 @@ class Config(_Section):
         return self.data == "countdown"
 
 
-def resolve(*layers: Mapping[str, Any], own: Method | None = None) -> Config:
+def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:
     """One configuration from nested settings; later layers win, the recipe of the method's paper lies beneath.
 
     Args:
         layers: Nested settings.
         own: A method that is used instead of one that the settings name.
+        with_recipe: Take what the user leaves open from the method's paper; else from the defaults here.
 
     Raises:
         UserError: Unknown key, section, method or setting (with the nearest known name), or a value of the wrong type.
@@ -149,9 +152,10 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None) -> Config:
     chosen = dict(merged.get("method") or {})
     name = str(chosen.pop("name", DEFAULT_METHOD))
     made = own or registry.load(name, **chosen)
-    merged = merge(dict(made.recipe), merged)
+    merged = merge(dict(made.recipe) if with_recipe else {}, merged)
     # Settings are stored with every default filled in, so that a run's config.json says all that it did.
     merged["method"] = {"name": made.name, **made.settings}
+    merged["own_method"] = not made.as_published
     try:
         return Config.model_validate(merged)
     except ValidationError as error:
@@ -161,7 +165,8 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None) -> Config:
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
     merged = dict(below)
-    for key, value in above.items():
+    for key, given in above.items():
+        value = {"name": given} if key == "method" and isinstance(given, str) else given
         old = merged.get(key)
         if key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping):
             if value.get("name", old.get("name")) != old.get("name"):
@@ -201,6 +206,8 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
         *sections, last = key.split(".")
         for section in sections:
             place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise UserError(f"'{pair}': {section} was given a value before, so it has no key '{last}'")
         place[last] = value(text)
     return nested
 
@@ -217,17 +224,23 @@ def value(text: str) -> Any:
 
 def save(config: Config, path: Path) -> None:
     """Writes the resolved configuration as JSON. Infinity is written as the word, so that any reader can read it."""
-    path.write_text(json.dumps(_plain(config.model_dump()), indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(_plain(config.model_dump()), indent=2) + "\n")
 
 
 def read_json(path: Path, own: Method | None = None) -> Config:
     """A resolved configuration."""
     try:
-        return resolve(json.loads(path.read_text(encoding="utf-8")), own=own)
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
+    if settings.get("own_method") and own is None:
+        raise UserError(
+            f"{path.parent}: the method of this run ('{settings['method']['name']}') is not the published one; "
+            "go on with retort.distill(resume=..., method=...)"
+        )
+    return resolve(settings, own=own)
 
 
 def _plain(thing: Any) -> Any:

@@ -74,8 +74,8 @@ class RichObserver:
             self._open("distilling", steps)
         self._seen = [*self._seen, dict(metrics)][-10:]
         shown = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
-        if "eval/avg@8" in metrics:
-            shown.append(f"held-out avg@8 {metrics['eval/avg@8']:.3f}")
+        judged = [name for name in metrics if name.startswith("eval/avg@")]
+        shown += [f"held-out {name.removeprefix('eval/')} {metrics[name]:.3f}" for name in judged]
         text = "  ".join([*shown, f"{self._mean('tokens_per_second'):,.0f} tok/s"])
         self._advance(step, text)
         if not self.console.is_terminal and (step in (1, steps) or step % max(1, steps // 10) == 0):

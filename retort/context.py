@@ -25,7 +25,7 @@ class Context:
         stored: Per-step values of the score pass (`old_logp`, baselines), detached, by name.
         engine_logp_N: The rollout engine's log-probs, nats, where it gave any.
         rollout_N, turn_N, position_N: Where each step stands.
-        step, total_steps: How far the run is (optimizer steps).
+        step, total_steps: How far the run is (batches of rollouts).
     """
 
     student_logits_NV: Tensor

@@ -13,7 +13,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.head import Head, Steps, per_token
 from retort.registry import load
-from retort.signals import Dense, TeacherSignal
+from retort.signals import Dense, TeacherSignal, TopK
 from retort.types import TokenLoss, TokenLosses
 
 __all__ = ["Head", "linear_token_losses", "token_losses"]
@@ -59,7 +59,7 @@ def token_losses(
         engine_logp: What the rollout engine reported, nats, [N].
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
         student_hidden: The student's hidden states [N, D], for methods that compare them.
-        step: Optimizer steps done, for scheduled dials.
+        step: Batches of rollouts done, for scheduled dials.
         total_steps: Of the run, for scheduled dials.
         state: State of the method's stateful parts from the previous call.
 
@@ -234,6 +234,8 @@ class _Batch:
         self, hidden_ND: Tensor, head: Head | None, width: int, signals: Mapping[str, TeacherSignal], chunk: int | None
     ) -> TokenLosses:
         check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
+        for name, signal in signals.items():
+            self._check_top_k(name, signal, width)
         vocab = min([width, *(signal.width for signal in signals.values() if isinstance(signal, Dense))])
         tokens_N = self.steps.tokens_N
         if len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
@@ -253,6 +255,18 @@ class _Batch:
             self.method, values, counted_N=counted_N, shares_N=shares_N, step=steps.step, total_steps=steps.total_steps
         )
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, self.state)
+
+    def _check_top_k(self, name: str, signal: TeacherSignal, width: int) -> None:
+        """Refuses a top-k signal that is shorter than the method needs, or that holds ids the student does not have."""
+        if not isinstance(signal, TopK):
+            return
+        wanted, kept = max((need.k for need in self.method.needs(name)), default=0), signal.ids_NK.shape[1]
+        if kept < wanted and not signal.whole:
+            raise UserError(
+                f"method '{self.method.name}' needs the top-{wanted} of '{name}', which gives its top-{kept}"
+            )
+        if signal.ids_NK.numel() and int(signal.ids_NK.max()) >= width:
+            raise UserError(f"'{name}' names id {int(signal.ids_NK.max())}; the student's vocabulary has {width}")
 
     def _spread(self, term: TokenLoss) -> TokenLoss:
         """Back to all N steps; 0 where the mask is."""

@@ -105,7 +105,7 @@ class Method:
         limits: What it collapses to.
         watch: Curves worth looking at.
         recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
-        name, settings, paper, status, summary: Filled in by the `method` decorator.
+        name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
     """
 
     rollout: RolloutPlan
@@ -120,6 +120,7 @@ class Method:
     paper: Paper | None = None
     status: Status = "faithful"
     summary: str = ""
+    made_of: tuple[object, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         names = [term.name for term in self.terms]
@@ -134,6 +135,12 @@ class Method:
                 )
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
+
+    @property
+    def as_published(self) -> bool:
+        """Whether this is what its name and settings make, with no part replaced."""
+        parts = (self.rollout, self.terms, self.views, self.temperature)
+        return bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """What the method cannot do without from the teacher behind a view."""
@@ -181,8 +188,10 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
         def made(*args: P.args, **settings: P.kwargs) -> Method:
             bound = inspect.signature(build).bind(*args, **settings)
             bound.apply_defaults()
+            bare = build(*args, **settings)
             return replace(
-                build(*args, **settings),
+                bare,
+                made_of=(bare.rollout, bare.terms, bare.views, bare.temperature),
                 name=build.__name__,
                 settings=dict(bound.arguments),
                 paper=paper,

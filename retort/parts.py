@@ -36,11 +36,9 @@ class Divergence(Part):
 
     Attributes:
         not_pathwise: Why back-propagating it is wrong, for divergences where it is.
-        vanishes: True if it is zero when the two distributions are equal.
     """
 
     not_pathwise: str | None = None
-    vanishes: bool = True
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Dials that move with the run: functions from the optimizer step to a number."""
+"""Dials that move with the run: functions from a step to a number.
+
+A method's dials move with batches of rollouts, the learning rate with optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def decay(name: ScheduleName, *, warmup: int = 0, floor: float = 0.0) -> Schedul
 
     Args:
         name: `constant`, `linear`, or half a `cosine`; the latter two reach `floor` at the last step.
-        warmup: Optimizer steps.
+        warmup: Steps.
         floor: Final factor, between 0 and 1.
     """
 

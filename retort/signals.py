@@ -183,11 +183,6 @@ class TopK(TeacherSignal):
             require_finite("entropy", self.entropy_N, self.source)
 
     @property
-    def tail_N(self) -> Tensor:
-        """Probability outside the kept ids."""
-        return (1.0 - self.logp_NK.exp().sum(-1)).clamp_min(0.0)
-
-    @property
     def offers(self) -> frozenset[NeedKind]:
         kinds: set[NeedKind] = {"topk"} if self.ids_NK.shape[1] else set()
         if self.sampled_logp_N is not None:
@@ -287,24 +282,6 @@ class Dense(TeacherSignal):
             return self.logits(index_N[rows])
 
         return replace(self, tokens_N=self.tokens_N[index_N], logits=logits)
-
-
-@dataclass(frozen=True, eq=False)
-class Verdict(TeacherSignal):
-    """A score or a text about whole rollouts, from a teacher that gives no probabilities."""
-
-    score_R: Tensor | None = None
-    text_R: tuple[str, ...] = ()
-
-    @property
-    def offers(self) -> frozenset[NeedKind]:
-        return frozenset({"text"})
-
-    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
-        return SignalRows()
-
-    def select(self, index_N: Tensor) -> Verdict:
-        return replace(self, tokens_N=self.tokens_N[index_N])
 
 
 def as_compute(values: Tensor) -> Tensor:

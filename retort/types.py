@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retort.errors import SignalError
 
-NeedKind = Literal["text", "sampled", "topk", "student_topk", "entropy", "dense", "hidden"]
+NeedKind = Literal["text", "sampled", "topk", "entropy", "dense", "hidden"]
 
 
 @dataclass(frozen=True, order=True)
@@ -33,18 +33,21 @@ class Need:
     """One thing a method asks of a teacher, per view.
 
     Attributes:
-        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `student_topk`
-            (the teacher's log-probs at the student's most likely ids, which must be produced first), `entropy` (of the
+        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `entropy` (of the
             whole distribution, nats), `dense` (every log-prob), `hidden`, `text`.
-        k: for the top-k kinds, how many candidates.
+        k: for `topk`, how many candidates.
     """
 
     kind: NeedKind
     k: int = 0
 
     def __str__(self) -> str:
-        names = {"topk": f"its top-{self.k}", "student_topk": f"log-probs at the student's top-{self.k} ids"}
-        names |= {"sampled": "log-prob of the token written", "entropy": "entropy", "dense": "the whole distribution"}
+        names = {
+            "topk": f"its top-{self.k}",
+            "sampled": "log-prob of the token written",
+            "entropy": "entropy",
+            "dense": "the whole distribution",
+        }
         return names.get(self.kind, self.kind)
 
 
@@ -53,7 +56,7 @@ ENTROPY = Need("entropy")
 DENSE = Need("dense")
 
 #: What a capability answers besides itself: whoever has the whole distribution has all that follows from it.
-IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "student_topk", "entropy"})}
+IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "entropy"})}
 
 
 def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
@@ -118,7 +121,8 @@ class Rollout:
         spans: Named token ranges (start, end) within L.
         engine_logp_A: What the rollout engine reported for each acted token, nats; None for data.
         policy_version: Optimizer steps the student had taken when it wrote this.
-        member: Which of the samples of its prompt this is; rollouts of one prompt are a group.
+        member: Which of the samples of its prompt this is; rollouts of one visit to a prompt are a group.
+        visit: How many times the run had been through the data when it came to this prompt.
         status: How it ended.
         source: Who wrote it.
         text: The acted tokens, decoded.
@@ -134,6 +138,7 @@ class Rollout:
     engine_logp_A: Tensor | None = None
     policy_version: int = 0
     member: int = 0
+    visit: int = 0
     status: Status = Status.COMPLETED
     source: Literal["student", "teacher", "dataset"] = "student"
     text: str = ""
@@ -176,7 +181,7 @@ class Pack:
         rollout_N: Index (into R) of the rollout a step belongs to, int64.
         position_N: Index of the step within its rollout, int64.
         turn_N: Index of the turn, int64.
-        group_R: Index of the prompt a rollout answers, int64.
+        group_R: Index of the group (one visit to one prompt) that a rollout belongs to, int64.
         engine_logp_N: The engine's log-prob of each token, nats; NaN where the token came from data.
     """
 
@@ -204,7 +209,7 @@ class Pack:
         if not rollouts:
             raise ValueError("cannot pack zero rollouts")
         steps_R = torch.tensor([rollout.steps for rollout in rollouts])
-        names = {name: index for index, name in enumerate(dict.fromkeys(r.prompt.id for r in rollouts))}
+        names = {name: index for index, name in enumerate(dict.fromkeys((r.prompt.id, r.visit) for r in rollouts))}
         engine = [
             torch.full((r.steps,), float("nan")) if r.engine_logp_A is None else r.engine_logp_A for r in rollouts
         ]
@@ -215,7 +220,7 @@ class Pack:
             rollout_N=torch.repeat_interleave(torch.arange(len(rollouts)), steps_R),
             position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
             turn_N=torch.cat(turns),
-            group_R=torch.tensor([names[r.prompt.id] for r in rollouts]),
+            group_R=torch.tensor([names[r.prompt.id, r.visit] for r in rollouts]),
             engine_logp_N=torch.cat(engine).float(),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def test_a_run_in_one_call(tiny_run: dict[str, Any], tmp_path: Path) -> None:
 def test_a_method_of_ones_own_is_resumed_with_itself(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     named, rest = arguments(tiny_run)
     retort.distill(**named, method=own_method(), out=str(tmp_path / "own"), steps=2, settings=rest)
-    assert json.loads((tmp_path / "own" / "config.json").read_text())["method"] == {"name": "mine"}
-    with pytest.raises(UserError, match="unknown method 'mine'"):
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    assert (config["method"], config["own_method"]) == ({"name": "mine"}, True)
+    with pytest.raises(UserError, match=r"'mine'\) is not the published one; go on with retort.distill"):
         retort.distill(resume=str(tmp_path / "own"), steps=3)
     run = retort.distill(resume=str(tmp_path / "own"), steps=3, method=own_method())
     assert run.step == 3
@@ -70,3 +72,16 @@ def test_a_weighted_denominator_does_not_depend_on_the_cut(tiny_run: dict[str, A
         retort.distill(**named, method=own_method(), out=str(out), steps=1, settings=settings)
         losses.append(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_published_method_with_a_part_replaced_is_not_the_published_one(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    named, rest = arguments(tiny_run)
+    eopd = retort.load("eopd")
+    assert eopd.as_published
+    bare = replace(eopd, terms=eopd.terms[:1])
+    assert not bare.as_published
+    retort.distill(**named, method=bare, out=str(tmp_path / "run"), steps=2, settings=rest)
+    with pytest.raises(UserError, match="not the published one"):
+        retort.distill(resume=str(tmp_path / "run"), steps=3)

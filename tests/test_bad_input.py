@@ -140,7 +140,7 @@ def test_no_write_permission(command: Command, tmp_path: Path) -> None:
 
 
 def test_same_model_twice(command: Command, tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    said(command(teacher=tiny_run["student"]), "are the same model", "would vanish")
+    said(command(teacher=tiny_run["student"]), "are the same model", "nothing to learn")
     copy = make_model(tmp_path / "copy", seed=1)
     said(command(teacher=str(copy)), "hold the same weights")
 
@@ -260,3 +260,42 @@ def test_a_misaligned_teacher_is_refused(tiny_run: dict[str, Any], tmp_path: Pat
 
     with pytest.raises(RunError, match="fake: scored"):
         run_with(FakeTeacher({"sampled"}, short), tiny_run, tmp_path / "short", "opd").go()
+
+
+def test_odd_words(command: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said(command("rollout=3", "rollout.prompts=4"), "rollout was given a value before")
+    assert main(["--foo", "train"]) == 2
+    assert "unknown option --foo" in capsys.readouterr().err
+    assert command("method=opd")[0] == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["method"]["name"] == "opd"
+    assert main(["train", "--resume", str(tmp_path / "run"), "--steps", "0"]) == 2
+    assert "at least 1" in capsys.readouterr().err
+
+
+def test_unlabelled_training_prompts_and_a_labelled_evaluation_file(
+    tiny_run: dict[str, Any], prompts_file: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare.jsonl"
+    rows = [json.loads(line) for line in prompts_file.read_text().splitlines()]
+    bare.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    sections = {"data": str(bare), "eval": {"data": str(prompts_file)}, "steps": 1}
+    run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
+    assert any("not every training prompt has an answer" in note for note in run.setup.notes)
+    run.go()
+    assert "avg@2" in run.results["rows"][0]
+    sections["eval"] = {"data": str(prompts_file), "problems": 0}  # type: ignore[assignment]
+    none = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "none")
+    assert none.setup.held_out == []
+
+
+def test_a_missing_tracker_package_is_said_before_anything_is_judged(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(name: str | None, **_: object) -> None:
+        raise UserError(f"tracker: {name} is not installed")
+
+    monkeypatch.setattr(runner, "open_tracker", missing)
+    with pytest.raises(UserError, match="not installed"):
+        runner.start(configuration.resolve({**tiny_run, "tracker": "trackio"}), tmp_path / "run").go()
+    monkeypatch.undo()
+    runner.start(configuration.resolve(tiny_run), tmp_path / "run")  # the folder is not taken by the attempt

@@ -54,3 +54,25 @@ def test_data_without_answers(
     assert "nothing can be graded" in capsys.readouterr().err
     assert main(["eval", str(model_folder(seed=1)), "--data", str(data), "sampels=3"]) == 2
     assert "did you mean 'samples'" in capsys.readouterr().err
+    for words, message in (
+        (["teacher=x"], "does not read 'teacher'"),
+        (["problems=0"], "nothing to judge"),
+        (["task=exact"], "has no answer"),
+    ):
+        assert main(["eval", str(model_folder(seed=1)), "--data", str(data), *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_only_the_settings_given_count(
+    model_folder: Callable[..., Path], prompts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No method is run here, so no paper's recipe may change how it samples."""
+    words = ["eval", str(model_folder(seed=1)), "--data", str(prompts_file), "task=exact", "precision=fp32", "--json"]
+    small = ["problems=2", "samples=2"]
+    assert main([*words, *small, "max_new_tokens=300"]) == 2
+    assert "exceed the model's context of 128" in capsys.readouterr().err
+    found = []
+    for more in ([], ["top_p=1.0"], ["top_p=0.3"]):
+        assert main([*words, *small, "max_new_tokens=6", *more]) == 0
+        found.append(json.loads(capsys.readouterr().out)["rows"])
+    assert found[0] == found[1] != found[2]

@@ -86,7 +86,7 @@ def stop_tokens(
     return StopTokens(frozenset(ids), primary)
 
 
-def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = None) -> dict[int, int]:
+def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = None) -> StopMap:
     """How the teacher reads the student's stop: `{}`, or the two primary stops swapped (the student's first).
 
     A swap and not a replacement, so that the map stays one to one on the vocabulary: the probability of the teacher's

@@ -41,9 +41,10 @@ def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
     Q need not sum to one over the ids given (a support).
     """
     possible_NV = p_logp_NV > -math.inf
-    # Both sides are replaced before the product: -inf * 0 would be NaN in the value and, worse, in the gradient.
+    # Replaced before the product on both sides: -inf * 0 would be NaN in the value and, worse, in the gradient, where
+    # it would reach even a step whose weight is 0.
     p_NV = p_logp_NV.masked_fill(~possible_NV, 0.0)
-    q_NV = q_logp_NV.masked_fill(~possible_NV, 0.0)
+    q_NV = q_logp_NV.masked_fill(~possible_NV | (q_logp_NV == -math.inf), 0.0)
     term_NV = torch.where(possible_NV, p_NV.exp() * (p_NV - q_NV), 0.0)
     return torch.where(possible_NV & (q_logp_NV == -math.inf), math.inf, term_NV).sum(-1)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from retort.context import Context
 from retort.divergences.kl import kl_values
 from retort.parts import Baseline
-from retort.types import DENSE, Need
+from retort.types import DENSE
 
 
 def reverse_kl_value(top_k: int | None = None) -> Baseline:
@@ -17,7 +17,8 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
 
     Args:
         top_k: None for the whole vocabulary (Eqs. 9-10). Otherwise both sides are renormalised on the student's `top_k`
-            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written.
+            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written. Either way
+            the teacher is asked for its whole distribution.
     """
 
     def value(context: Context, view: str) -> Tensor:
@@ -29,5 +30,5 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
             teacher_logp_NV = teacher_logp_NV.gather(-1, ids_NK).log_softmax(-1)
         return -kl_values(student_logp_NV, teacher_logp_NV)
 
-    need = DENSE if top_k is None else Need("student_topk", top_k)
-    return Baseline("reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})", value, frozenset({need}))
+    name = "reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})"
+    return Baseline(name, value, frozenset({DENSE}))

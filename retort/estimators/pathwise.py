@@ -11,7 +11,7 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.parts import Divergence, Part
-from retort.types import Need, TokenLoss
+from retort.types import Need
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Pathwise:
         """It differentiates the live student only."""
         return False
 
-    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor, counted_N: Tensor) -> TokenLoss:
-        """The divergence at each step; 0 where the weight is 0: infinity behind a shut gate is harmless."""
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and weight at each step; 0 where the weight is 0, so that infinity behind a shut gate is harmless."""
         value_N = self.divergence.value(context, view)
-        return TokenLoss(torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N, counted_N)
+        return torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N
 
 
 def pathwise(divergence: Divergence) -> Pathwise:

@@ -11,7 +11,7 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.parts import Advantage, Baseline, Part, Quantity
-from retort.types import Need, TokenLoss
+from retort.types import Need
 
 
 @dataclass(frozen=True)
@@ -51,20 +51,21 @@ class ScoreFunction:
     def _ratio_N(self, context: Context) -> Tensor:
         return (context.student_logp_N - context.old_logp_N).exp()
 
-    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor, counted_N: Tensor) -> TokenLoss:
-        """The clipped surrogate at each step.
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The clipped surrogate at each step, and the size of its weight.
 
         The weight multiplies the advantage *before* the clip: a negative weight flips the sign of the advantage, and so
         which side of the clip binds. Only then does the weight's size scale the result.
         """
         advantage_N = self.advantage_N(context, view, term)
         advantage_N = torch.where(weight_N < 0, -advantage_N, advantage_N)
+        # Zeroed before the product, not after: an infinite advantage behind a shut gate would leave a NaN gradient.
+        advantage_N = torch.where(weight_N == 0, torch.zeros_like(advantage_N), advantage_N)
         ratio_N = self._ratio_N(context)
         value_N = -advantage_N * ratio_N
         if self.clip is not None:
             value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(1.0 - self.clip, 1.0 + self.clip))
-        value_N = torch.where(weight_N == 0, torch.zeros_like(value_N), value_N)
-        return TokenLoss(value_N, weight_N.abs(), counted_N)
+        return value_N, weight_N.abs()
 
     def clipped(self, term: str) -> Quantity:
         """Where the clip binds (1) or not (0), to watch."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import render
+from retort.config import Config
 from retort.context import Context
 from retort.divergences import kl_values
 from retort.evaluate.passk import Estimate, pass_at_k
@@ -64,6 +65,32 @@ class Judge:
     thinking: bool
     threshold: float
     score_temperature: float = 1.0
+
+    @staticmethod
+    def of(
+        config: Config,
+        prompts: Sequence[Prompt],
+        verifier: Verifier | None,
+        *,
+        vocab: int,
+        score_temperature: float = 1.0,
+    ) -> Judge:
+        """As a run's settings say."""
+        return Judge(
+            prompts=prompts,
+            verifier=verifier,
+            samples=config.eval.samples,
+            seed=config.seed,
+            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
+            temperature=config.eval.temperature,
+            top_p=config.eval.top_p,
+            vocab=vocab,
+            parallel=config.rollout.parallel,
+            batch_tokens=config.optimizer.batch_tokens,
+            thinking=config.rollout.thinking,
+            threshold=config.eval.threshold,
+            score_temperature=score_temperature,
+        )
 
     def judge(
         self,

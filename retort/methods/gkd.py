@@ -6,7 +6,7 @@ from retort.divergences import forward_kl, jsd, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
+from retort.weights import student_entropy, teacher_entropy
 
 
 @method(
@@ -49,7 +49,7 @@ def gkd(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
         terms=(Term("divergence", pathwise(chosen)),),
         watch=(
-            Watch("reverse_kl", sampled_reverse_kl()),
+            Watch("reverse_kl", reverse_kl()),
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
         ),

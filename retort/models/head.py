@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from retort.context import Context
-from retort.signals import TeacherSignal
+from retort.signals import TeacherSignal, as_compute
 
 #: Elements of one chunk of logits: 128 MiB in fp32.
 CHUNK_ELEMENTS = 2**25
@@ -122,7 +122,7 @@ def per_token(
     def run(rows: slice, hidden_CD: Tensor) -> dict[str, Tensor]:
         logits_CV = hidden_CD[:, :vocab] if head is None else head.logits(hidden_CD, vocab)
         if temperature != 1.0:
-            logits_CV = logits_CV / temperature
+            logits_CV = as_compute(logits_CV) / temperature  # not in bf16: the teacher's are divided in fp32, too
         return values(steps.context(rows, logits_CV, signals, vocab))
 
     cuts = [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)] or [slice(0, 0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,15 @@ class LanguageModel:
         """The longest sequence it takes, tokens."""
         text_config = self.model.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", None) or 2**31)
+
+    def digest(self) -> str:
+        """A fingerprint of the weights: their names and shapes, and a sample of each."""
+        found = hashlib.sha256()
+        for name, parameter in self.model.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+            found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
+        return found.hexdigest()
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
@@ -186,8 +196,10 @@ def _without_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if "attention_dropout" in vars(module):
-            vars(module)["attention_dropout"] = 0.0
+        # Many families keep the probability as a number and call the function: dropout, attention_dropout, layerdrop...
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                vars(module)[name] = 0.0
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -21,12 +21,14 @@ class Task:
         prompt_ids: As the writer sees it.
         member: Which of the samples of its prompt.
         uniforms: See `Request`.
+        visit: See `Rollout`.
     """
 
     prompt: Prompt
     prompt_ids: list[int]
     member: int
     uniforms: Tensor
+    visit: int = 0
 
 
 def write(
@@ -53,6 +55,7 @@ def write(
             engine_logp_A=answer.logp_A,
             policy_version=version,
             member=task.member,
+            visit=task.visit,
             status=answer.status,
             text=str(engine.lm.tokenizer.decode(answer.ids, skip_special_tokens=True)),
         )

@@ -67,6 +67,12 @@ class LocalTeacher:
         self.thinking = thinking
         self.name = lm.name
 
+    def in_its_own_words(self) -> LocalTeacher:
+        """The same teacher about answers that end in its own stop token, such as its own."""
+        return LocalTeacher(
+            self.lm, vocab=self.vocab, stop_map={}, batch_tokens=self.batch_tokens, thinking=self.thinking
+        )
+
     def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
         """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once."""
         hidden_ND, logits = self._hidden(pack, view), self._logits
@@ -79,7 +85,7 @@ class LocalTeacher:
             return logits(head, hidden_ND[index_C])
 
         dense = Dense(pack.tokens_N.to(self.lm.device), self.name, rows, self.vocab, temperature)
-        if any(need.kind in ("dense", "student_topk") for need in needs):
+        if any(need.kind == "dense" for need in needs):
             return dense
         return reduced(dense, needs)
 

@@ -9,7 +9,6 @@ continues bit by bit.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -26,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retort.errors import RunError, UserError
+from retort.files import reason
 
 _NAME = re.compile(r"step-(\d+)$")
 
@@ -129,17 +129,17 @@ def prune(folder: Path, *, keep: int, best: int | None) -> None:
     found = sorted(_all(folder), key=_step)
     for path in found[:-keep]:
         if _step(path) != best:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed is only in the way, not lost
 
 
-def reason(error: Exception) -> str:
-    """An operating system error in words for people; safetensors wraps them in text."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-        return "the disk is full; make room and resume"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or "Permission denied" in str(error):
-        return "no permission to write there"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def supersede(folder: Path, step: int) -> None:
+    """Sets aside checkpoints later than the step that a run goes back to: they are of another course of it."""
+    for path in _all(folder):
+        if _step(path) > step:
+            aside = folder / "superseded" / path.name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,16 +8,35 @@ from typing import Any
 import torch
 
 from retort import config as configuration
+from retort.align.chat import render
 from retort.align.stops import stop_map
 from retort.align.tokens import check_same_tokenizer, vocabulary_width
 from retort.data import load_prompts
-from retort.errors import UserError
+from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
 from retort.models.lm import LanguageModel, best_precision, load_model
 from retort.rewards.verify import verifier_for
 from retort.teachers.local import LocalTeacher
 from retort.train.observe import Observer
-from retort.train.setup import countdown_prompts, located
+from retort.train.setup import countdown_prompts, device_of, located
+
+#: Settings that have a meaning here.
+_READ = (
+    *(
+        "attention",
+        "columns",
+        "device",
+        "eval",
+        "optimizer",
+        "precision",
+        "rollout",
+        "seed",
+        "split",
+        "task",
+        "threads",
+    ),
+    "trust_remote_code",
+)
 
 
 def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], observer: Observer) -> dict[str, Any]:
@@ -34,39 +53,45 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         A table of one row, in the form of `eval.json`.
     """
     given = configuration.overrides([_full(word) for word in words])
+    for key in given:
+        if key not in _READ:
+            raise UserError(f"retort eval does not read '{key}'; {did_you_mean(key, _READ)}")
     recipe = configuration.recipe("countdown") if data == "countdown" else {}
-    config = configuration.resolve(recipe, {"data": data}, given)
+    config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
+    if config.eval.problems == 0:
+        raise UserError("problems=0 leaves nothing to judge")
+    if config.threads:
+        torch.set_num_threads(config.threads)
     if data == "countdown":
         prompts = countdown_prompts("held_out", config.eval.problems)
     else:
-        prompts = load_prompts(data, limit=config.eval.problems or None, columns=config.columns)
+        prompts = load_prompts(data, split=config.split, limit=config.eval.problems, columns=config.columns)
     verifier = verifier_for("countdown" if data == "countdown" else config.task, prompts)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() and config.device != "cpu" else "cpu")
+    device = torch.device(device_of(config))
     precision = best_precision(device) if config.precision == "auto" else config.precision
-    settings = {"precision": precision, "device": device, "attention": config.attention}
+    settings = {
+        "precision": precision,
+        "device": device,
+        "attention": config.attention,
+        "trust_remote_code": config.trust_remote_code,
+    }
     lm = load_model(model, source=located(model), role="student", stop=config.rollout.stop, **settings)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer))
     other = None
     if teacher is not None:
         vocab, other = _teacher(lm, load_model(teacher, source=located(teacher), role="teacher", **settings), config)
-    judge = Judge(
-        prompts=prompts,
-        verifier=verifier,
-        samples=config.eval.samples,
-        seed=config.seed,
-        max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        vocab=vocab,
-        parallel=config.rollout.parallel,
-        batch_tokens=config.optimizer.batch_tokens,
-        thinking=config.rollout.thinking,
-        threshold=config.eval.threshold,
-    )
+    judge = Judge.of(config, prompts, verifier, vocab=vocab)
+    for prompt in prompts:
+        length = len(render(prompt, lm.tokenizer, thinking=config.rollout.thinking))
+        if length + judge.max_new_tokens > lm.context:
+            raise UserError(
+                f"row '{prompt.id}': {length} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
+                f"context of {lm.context}; lower max_new_tokens"
+            )
     row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
     cells = {name: cell for name, cell in row.items() if name != "pass_at"}
     return {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import RunError
-from retort.train.checkpoint import reason
+from retort.files import reason
 from retort.train.setup import Setup
 
 

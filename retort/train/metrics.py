@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import RunError
-from retort.train.checkpoint import reason
+from retort.files import reason, write_text
 
 
 class Means:
@@ -83,22 +83,15 @@ class JsonLines:
         if not self.path.exists():
             return
         kept: list[str] = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        # Not `splitlines`: it also cuts at separators that JSON text may hold, such as U+2028.
+        for line in self.path.read_text(encoding="utf-8").split("\n"):
             try:
                 row = json.loads(line)
             except ValueError:
                 break
             if row["step"] <= step:
                 kept.append(line)
-        temporary = self.path.with_suffix(".cut")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self.path)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All lines."""
-        if not self.path.exists():
-            return []
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        write_text(self.path, "".join(line + "\n" for line in kept))
 
 
 def _finite(thing: Any) -> Any:

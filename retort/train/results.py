@@ -9,6 +9,7 @@ from typing import Any
 
 from retort.config import Config
 from retort.evaluate.judge import Judge
+from retort.files import write_text
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 
@@ -46,9 +47,7 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
         "pass_at": {**results["pass_at"], **({who: row["pass_at"]} if "pass_at" in row else {})},
     }
     updated["gap_recovered"] = _recovered(updated)
-    temporary = folder / "eval.json.new"
-    temporary.write_text(json.dumps(updated, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(folder / "eval.json")
+    write_text(folder / "eval.json", json.dumps(updated, indent=2) + "\n")
     return updated
 
 

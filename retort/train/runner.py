@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from retort.errors import RunError, UserError
 from retort.evaluate.judge import Judge
 from retort.method import Method
 from retort.schedules import decay
-from retort.teachers.local import answers
+from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, export, record, results
 from retort.train.metrics import JsonLines, Means, Stopwatch
@@ -64,6 +65,8 @@ class Run:
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
         self._advised: set[str] = set()
+        self._interrupted = _Interruptions()
+        self._saved: Path | None = None
 
     def go(self) -> Run:
         """Runs to the end.
@@ -74,32 +77,32 @@ class Run:
         setup, config = self.setup, self.setup.config
         check_needs(setup.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
         self.observer.summary(summary(setup), setup.notes)
-        judge = self._judge()
-        self.results = results.read(self.folder, judge, config)
-        if judge is not None and not results.has(self.results, results.BEFORE):
-            self._judge_before(judge)
-
         tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
-        with _Interruptions() as interrupted:
+        with contextlib.closing(tracker), self._interrupted:
+            judge = self._judge()
+            self.results = results.read(self.folder, judge, config)
+            if judge is not None and not results.has(self.results, results.BEFORE):
+                self._judge_before(judge)
+
             while self.step < setup.steps:
                 metrics = self._one_step()
                 if judge is not None and config.eval.every and self.step % config.eval.every == 0:
                     metrics |= self._judge_now(judge)
                 # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
                 self._log(metrics, tracker)
-                if interrupted.by is not None:
-                    raise self._stopped(interrupted.by)
+                self._stop_if_asked()
                 due = config.checkpoint.every and self.step % config.checkpoint.every == 0
                 if due or (self.best is not None and self.best[1] == self.step):
                     self.save()
 
-        self.save()
-        if judge is not None:
-            row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
-            self.results = results.add(self.folder, self.results, results.AFTER, row)
-            self.observer.table(self.results)
-        tracker.close()
-        export.write_model(setup, self.folder / "model", self.results, self.step)
+            self.save()
+            if judge is not None:
+                row = judge.judge(
+                    setup.student, teacher=self._teacher(), progress=self._progress("judging the student")
+                )
+                self.results = results.add(self.folder, self.results, results.AFTER, row)
+                self.observer.table(self.results)
+            export.write_model(setup, self.folder / "model", self.results, self.step)
         return self
 
     def _one_step(self) -> dict[str, Any]:
@@ -148,16 +151,19 @@ class Run:
     def save(self) -> Path:
         """Writes a checkpoint of this moment, and drops those that are not to be kept."""
         folder = self.folder / "checkpoints"
+        if self._saved is not None and self._saved == folder / f"step-{self.step}":
+            return self._saved
         state = {
             "updates": self.updates,
             "best": self.best,
             "data": fingerprint(self.setup.train),
+            "teacher": self.setup.teacher_lm.digest(),
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
         }
         weights = dict(self.setup.student.model.named_parameters())
         tensors = checkpoint.optimizer_tensors(self.optimizer)
-        path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state))
+        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state))
         checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
 
@@ -168,36 +174,37 @@ class Run:
             raise UserError(
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
+        if found.state["teacher"] != self.setup.teacher_lm.digest():
+            raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
+        parameters = dict(self.setup.student.model.named_parameters())
+        if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
+            raise UserError(
+                f"{path}: the student {self.setup.student.name} is another model than the one it was made with"
+            )
         with torch.no_grad():
-            for name, parameter in self.setup.student.model.named_parameters():
+            for name, parameter in parameters.items():
                 parameter.copy_(found.weights[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
-        self.metrics.cut(self.step)
-        self.rollouts.cut(self.step)
         if self.setup.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
+        self.metrics.cut(self.step)
+        self.rollouts.cut(self.step)
+        checkpoint.supersede(path.parent, self.step)
+        self._saved = path
 
     def _judge(self) -> Judge | None:
         config = self.setup.config
         if not self.setup.held_out:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
             return None
-        return Judge(
-            prompts=self.setup.held_out,
-            verifier=self.setup.verifier,
-            samples=config.eval.samples,
-            seed=config.seed,
-            max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
-            temperature=config.eval.temperature,
-            top_p=config.eval.top_p,
+        return Judge.of(
+            config,
+            self.setup.held_out,
+            self.setup.judge_verifier,
             vocab=self.setup.vocab,
-            parallel=config.rollout.parallel,
-            batch_tokens=config.optimizer.batch_tokens,
-            thinking=config.rollout.thinking,
-            threshold=config.eval.threshold,
             score_temperature=self.setup.method.temperature,
         )
 
@@ -205,14 +212,21 @@ class Run:
         return next(iter(self.setup.teachers.values()))
 
     def _progress(self, text: str) -> Any:
-        return lambda done, total: self.observer.phase(text, done, total)
+        def report(done: int, total: int) -> None:
+            self.observer.phase(text, done, total)
+            self._stop_if_asked()
+
+        return report
 
     def _judge_before(self, judge: Judge) -> None:
         setup = self.setup
         if self.step:
             return  # resumed without the first table (evaluation was switched on later): there is no "before" any more
         if setup.config.eval.teacher:
-            row = judge.judge(setup.teacher_lm, teacher=self._teacher(), progress=self._progress("judging the teacher"))
+            teacher = self._teacher()
+            if isinstance(teacher, LocalTeacher):
+                teacher = teacher.in_its_own_words()
+            row = judge.judge(setup.teacher_lm, teacher=teacher, progress=self._progress("judging the teacher"))
             self.results = results.add(self.folder, self.results, results.TEACHER, row)
         row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
         self.results = results.add(self.folder, self.results, results.BEFORE, row)
@@ -228,10 +242,12 @@ class Run:
             self.best = (score_now, self.step)
         return found
 
-    def _stopped(self, by: str) -> RunError:
+    def _stop_if_asked(self) -> None:
+        if self._interrupted.by is None:
+            return
         self.save()
-        return RunError(
-            f"{by} at step {self.step} of {self.setup.steps}; everything is saved, go on with: "
+        raise RunError(
+            f"{self._interrupted.by} at step {self.step} of {self.setup.steps}; everything is saved, go on with: "
             f"retort train --resume {self.folder}"
         )
 
@@ -248,13 +264,17 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
-    if (folder / "config.json").exists():
+    begun = [name for name in ("metrics.jsonl", "eval.json", "checkpoints", "model") if (folder / name).exists()]
+    if (folder / "config.json").exists() and begun:
         raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     run_folder(folder)
     setup = prepare(config, method)
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
     chosen = {"precision": setup.precision, "device": setup.student.device.type, "steps": setup.steps}
-    resolved = config.model_copy(update={**chosen, "out": str(folder)})
+    # So are places: a run may be resumed from another folder than it was started from.
+    places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "data")}
+    judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
+    resolved = config.model_copy(update={**chosen, **places, "eval": judged, "out": str(folder)})
     configuration.save(resolved, folder / "config.json")
     return Run(replace(setup, config=resolved), folder, observer or Silent())
 
@@ -273,6 +293,8 @@ def resume(
     Raises:
         UserError: No run there, or a damaged checkpoint.
     """
+    if steps is not None and steps < 1:
+        raise UserError(f"steps must be at least 1, not {steps}")
     folder, chosen = checkpoint.find(path)
     config = configuration.read_json(folder / "config.json", method)
     if steps is not None:
@@ -288,6 +310,11 @@ def resume(
     if steps is not None:
         configuration.save(config, folder / "config.json")
     return run
+
+
+def _absolute(place: str | None) -> str | None:
+    """A local path in full; a hub name as it is."""
+    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
 
 
 def _rollout_metrics(batch: Batch) -> dict[str, float]:

@@ -39,7 +39,8 @@ class Setup:
         engine: How the student writes.
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
-        verifier: Grades answers, where they can be graded.
+        verifier: Grades training rollouts, where the training data has answers.
+        judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
         notes: What the user should know before the run starts.
     """
@@ -54,6 +55,7 @@ class Setup:
     train: list[Prompt]
     held_out: list[Prompt]
     verifier: Verifier | None
+    judge_verifier: Verifier | None
     precision: Precision
     notes: list[str] = field(default_factory=list)
 
@@ -86,9 +88,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     train, held_out = _prompts(config, data, notes)
     if method.rollout.on_policy_fraction < 1:
         _need_responses(train, method)
-    verifier = verifier_for("countdown" if config.builtin else config.task, [*train, *held_out])
+    verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
-    device = torch.device(_device(config))
+    device = torch.device(device_of(config))
     precision = best_precision(device) if config.precision == "auto" else config.precision
     _refuse_same_name(method, student_name, teacher_name)
     shared = {
@@ -128,6 +130,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         train=train,
         held_out=held_out,
         verifier=verifier,
+        judge_verifier=judge_verifier,
         precision=precision,
         notes=notes,
     )
@@ -187,7 +190,8 @@ def _three(config: Config) -> tuple[str, str, str]:
     return str(config.student), str(config.teacher), str(config.data)
 
 
-def _device(config: Config) -> str:
+def device_of(config: Config) -> str:
+    """The device that the settings name, or the best there is."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"
@@ -199,11 +203,13 @@ def _device(config: Config) -> str:
 
 def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
     wanted = config.eval.problems
-    if config.builtin:
-        return countdown_prompts("train", config.limit), countdown_prompts("held_out", wanted) if wanted else []
-    prompts = load_prompts(data, split=config.split, limit=config.limit, columns=config.columns)
+    if wanted == 0:
+        return _load(config, data, limit=config.limit), []
+    if config.builtin and config.eval.data is None:
+        return _load(config, data, limit=config.limit), countdown_prompts("held_out", wanted)
+    prompts = _load(config, data, limit=config.limit)
     if config.eval.data is not None:
-        return prompts, load_prompts(config.eval.data, limit=wanted or None, columns=config.columns)
+        return prompts, _load(config, config.eval.data, limit=wanted)
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
     held = min(wanted, len(prompts) // 5)
     if wanted and held < wanted:
@@ -214,6 +220,26 @@ def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt],
     chosen = set(order[:held])
     train = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
     return train, [prompts[index] for index in sorted(chosen)]
+
+
+def _load(config: Config, data: str, *, limit: int | None) -> list[Prompt]:
+    if data == "countdown":
+        return countdown_prompts("train", limit)
+    return load_prompts(data, split=config.split, limit=limit, columns=config.columns)
+
+
+def _verifiers(
+    config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt], notes: list[str]
+) -> tuple[Verifier | None, Verifier | None]:
+    """Who grades training rollouts and who grades held-out answers: each only where all its prompts have an answer."""
+    task = "countdown" if config.builtin else config.task
+    answered = all(prompt.answer is not None for prompt in train)
+    judge = verifier_for(task, held_out) if held_out else None
+    if answered:
+        return judge or verifier_for(task, train), judge
+    if judge is not None or task is not None:
+        notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
+    return None, judge
 
 
 def _need_responses(train: Sequence[Prompt], method: Method) -> None:
@@ -247,7 +273,7 @@ def _only_same_prompt(method: Method) -> bool:
 
 def _vanishes(method: Method, how: str) -> UserError:
     return UserError(
-        f"student and teacher {how} and see the same prompt: the loss of '{method.name}' would vanish; "
+        f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
         "choose another teacher"
     )
 

@@ -49,7 +49,7 @@ def write_rollouts(setup: Setup, step: int, version: int) -> list[Rollout]:
         prompt_ids = setup.render(visit.prompt)
         for member in range(plan.samples):
             chance = uniforms(seed, "rollouts", visit.epoch, visit.prompt.id, member, count=longest)
-            tasks.append(Task(visit.prompt, prompt_ids, member, chance))
+            tasks.append(Task(visit.prompt, prompt_ids, member, chance, visit.epoch))
     written = write(
         setup.engine,
         tasks,
@@ -61,11 +61,12 @@ def write_rollouts(setup: Setup, step: int, version: int) -> list[Rollout]:
     if setup.verifier is not None:
         grade = setup.verifier
         written = [replace(rollout, reward=grade(rollout.prompt, rollout.text)) for rollout in written]
-    return written + [_given_rollout(setup, visit.prompt) for visit in given]
+    return written + [_given_rollout(setup, visit) for visit in given]
 
 
-def _given_rollout(setup: Setup, prompt: Prompt) -> Rollout:
+def _given_rollout(setup: Setup, visit: Visit) -> Rollout:
     """The data's own answer to a prompt, closed with the student's stop token."""
+    prompt = visit.prompt
     assert prompt.response is not None  # checked by `prepare`
     longest = setup.config.rollout.max_new_tokens
     prompt_ids = setup.render(prompt)
@@ -82,6 +83,7 @@ def _given_rollout(setup: Setup, prompt: Prompt) -> Rollout:
         tokens_L=torch.tensor([*prompt_ids, *ids[:longest]]),
         acted_L=acted(len(prompt_ids), len(ids[:longest])),
         status=status,
+        visit=visit.epoch,
         source="dataset",
         text=prompt.response,
     )

@@ -139,6 +139,15 @@ def test_generation_settings_of_the_model_do_not_bend_rollouts(
     assert lm.written_generation.repetition_penalty == 5.0
 
 
+@pytest.mark.parametrize("arguments", [{"attention_dropout": 0.5}], ids=["attention"])
+def test_dropout_is_off_even_in_training_mode(model_folder: Callable[..., Path], arguments: dict[str, Any]) -> None:
+    lm = load(model_folder(seed=1, **arguments))
+    lm.model.train()
+    tokens, acted = [torch.tensor([5, 9, 12, 7])], [torch.tensor([False, True, True, True])]
+    with torch.no_grad():
+        assert torch.equal(lm.hidden(tokens, acted), lm.hidden(tokens, acted))
+
+
 def test_token_batches_hold_their_budget() -> None:
     lengths = [7, 3, 3, 9, 1, 20]
     batches = token_batches(lengths, 10)
@@ -158,6 +167,9 @@ def test_chat_models_with_different_stops_are_mapped_and_said(
     run.go()
     rollout = json.loads((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()[0])
     assert rollout["status"] in ("completed", "truncated")
+    rows = {row["who"]: row for row in run.results["rows"]}
+    assert rows["teacher"]["reverse_kl"]["value"] == pytest.approx(0.0, abs=1e-5), "the teacher differs from itself"
+    assert rows["student before"]["reverse_kl"]["value"] > 0.01
     config = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert config["eos_token_id"] == 2  # the student's own stop is saved, not the teacher's
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from retort import config as configuration
 from retort.errors import RunError, UserError
 from retort.train import checkpoint, runner
+from retort.train.metrics import JsonLines
 from retort.train.observe import Silent
 
 KILLED_AT = """
@@ -271,3 +272,100 @@ def test_the_student_learns(model_folder: Callable[..., Path], tiny_run: dict[st
     run = go(changed(tiny_run, rollout={"prompts": 8}, checkpoint={"every": 0}, **sections), tmp_path / "run")
     rows = {row["who"]: row for row in run.results["rows"]}
     assert rows["student after"]["reverse_kl"]["value"] < 0.7 * rows["student before"]["reverse_kl"]["value"]
+
+
+def test_going_back_sets_later_checkpoints_aside(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """Otherwise the next resume would jump to a checkpoint of the abandoned course."""
+    settings = changed(tiny_run, steps=6, checkpoint={"every": 2, "keep": 3})
+    go(settings, tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+
+    class Interrupter(Silent):
+        def step(self, step: int, steps: int, metrics: object) -> None:
+            if step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunError, match="interrupted at step 3"):
+        runner.resume(checkpoints / "step-2", Interrupter(), steps=8).go()
+    assert checkpoint.newest(checkpoints) == checkpoints / "step-3"
+    runner.resume(tmp_path / "run").go()
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 9))
+    assert sorted(path.name for path in (checkpoints / "superseded").iterdir()) == ["step-4", "step-6"]
+
+
+def test_line_separators_inside_text_do_not_cut_a_line(tmp_path: Path) -> None:
+    file = JsonLines(tmp_path / "rollouts.jsonl")
+    for step in range(1, 6):
+        file.append({"step": step, "text": "a\u2028b\u2029c\u0085d" if step == 2 else "x"})
+    file.cut(4)
+    kept = [json.loads(line)["step"] for line in file.path.read_text().strip().split("\n")]
+    assert kept == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interruption_while_judging_says_how_to_go_on(
+    tiny_run: dict[str, Any], tmp_path: Path, number: signal.Signals
+) -> None:
+    class Interrupter(Silent):
+        def phase(self, text: str, done: int, total: int) -> None:
+            os.kill(os.getpid(), number)
+
+    run = runner.start(configuration.resolve(tiny_run), tmp_path / "cut", Interrupter())
+    with pytest.raises(RunError, match=r"at step 0 of 4; everything is saved, go on with: retort train --resume"):
+        run.go()
+    runner.resume(tmp_path / "cut").go()
+    go(tiny_run, tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_another_teacher_or_student_is_not_resumed_with(
+    model_folder: Callable[..., Path], tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    import shutil
+
+    for role, message in (("teacher", "the teacher's weights changed"), ("student", "is another model")):
+        own = Path(shutil.copytree(tiny_run[role], tmp_path / role))
+        go(changed(tiny_run, **{role: str(own)}), tmp_path / f"run-{role}")
+        shutil.rmtree(own)
+        shutil.copytree(model_folder(seed=7, hidden_size=32, padded_to=64), own)
+        with pytest.raises(UserError, match=message):
+            runner.resume(tmp_path / f"run-{role}")
+
+
+def test_a_run_is_resumed_from_another_folder(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text(Path(tiny_run["data"]).read_text())
+    monkeypatch.chdir(tmp_path)
+    go(changed(tiny_run, data="prompts.jsonl", steps=2), tmp_path / "run")
+    monkeypatch.chdir(tmp_path.parent)
+    assert runner.resume(tmp_path / "run", steps=3).go().step == 3
+
+
+def test_a_full_disk_under_the_table_is_said(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.write_text
+
+    def full(self: Path, *arguments: Any, **more: Any) -> int:
+        if "eval.json" in self.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *arguments, **more)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"eval.json: the disk is full"):
+        go(tiny_run, tmp_path / "run")
+
+
+def test_the_last_step_is_saved_once(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    real = checkpoint.save
+
+    def noted(folder: Path, found: checkpoint.Checkpoint) -> Path:
+        saved.append(found.step)
+        return real(folder, found)
+
+    monkeypatch.setattr(checkpoint, "save", noted)
+    go(tiny_run, tmp_path / "run")
+    assert saved == [2, 4]
