@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from retort.context import Context
 from retort.signals import TeacherSignal, as_compute
 
-#: Elements of one chunk of logits: 128 MiB in fp32.
-CHUNK_ELEMENTS = 2**25
+#: Elements of one chunk of logits: 64 MiB in fp32, of which a divergence holds several at once.
+CHUNK_ELEMENTS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,9 @@ class Head:
 
     def logits(self, hidden_CD: Tensor, vocab: int | None = None) -> Tensor:
         """Logits [C, V] of the first `vocab` ids, in the dtype of the product."""
-        weight_VD = self.weight_VD[:vocab]
-        bias_V = None if self.bias_V is None else self.bias_V[:vocab]
+        weight_VD, bias_V = self.weight_VD, self.bias_V
+        if vocab is not None and vocab < self.width:  # a slice costs a copy of the whole gradient in every chunk
+            weight_VD, bias_V = weight_VD[:vocab], None if bias_V is None else bias_V[:vocab]
         logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
         if self.scale != 1.0:
             logits_CV = logits_CV * self.scale
@@ -106,7 +107,7 @@ def per_token(
         head: The student's head.
         vocab: Ids that student and teachers share; all others get no probability.
         temperature: Student logits are divided by it.
-        chunk: Steps per chunk; None picks about 128 MiB of logits. If all steps fit in one chunk nothing is recomputed.
+        chunk: Steps per chunk; None picks about 64 MiB of logits. If all steps fit in one chunk nothing is recomputed.
 
     Returns:
         Named values [N], differentiable in the hidden states and the head.
