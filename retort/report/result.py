@@ -13,7 +13,7 @@ from retort.report.read import RunFiles, as_object, number
 #: Metrics of `eval.json`: words, unit, kind.
 METRICS: Mapping[str, tuple[str, str, Kind]] = {
     "length": ("Length", "tokens", "number"),
-    "student_entropy": ("Student's entropy", "nats", "number"),
+    "student_entropy": ("Own entropy", "nats", "number"),
     "forward_kl_uncertain": ("Forward KL where the teacher is uncertain", "nats", "number"),
     "truncated": ("Truncated", "", "share"),
     "uncertain": ("Tokens where the teacher is uncertain", "", "share"),
