@@ -10,7 +10,7 @@ from typing import Any, Literal, ParamSpec
 
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
-from retort.parts import Part, Quantity, Weight
+from retort.parts import Part, Weight
 from retort.reduce import Denominator, tokens
 from retort.rollout.plan import RolloutPlan
 from retort.schedules import Schedule
@@ -171,11 +171,6 @@ class Method:
     def weighs_batch(self) -> bool:
         """Whether a denominator can only be known after a pass over the whole batch."""
         return any(term.denominator.kind == "weighted" for term in self.terms)
-
-
-def watch(quantity: Quantity, *, where: Weight | None = None, name: str | None = None) -> Watch:
-    """A curve of a quantity's mean."""
-    return Watch(name or quantity.name, quantity, where)
 
 
 def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:

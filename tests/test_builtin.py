@@ -42,3 +42,27 @@ def test_eval_of_the_bundled_models(capsys: pytest.CaptureFixture[str]) -> None:
     student = json.loads(capsys.readouterr().out)["rows"][0]
     assert student["avg@8"]["value"] <= 0.5 * teacher["avg@8"]["value"]
     assert teacher["avg@8"]["value"] > 0.6
+
+
+def test_a_folder_named_like_the_data_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "countdown").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--steps", "1", "--out", "run", *SHORT]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == "countdown"
+    assert main(["train", "--resume", "run", "--steps", "2"]) == 0
+
+
+def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> None:
+    """They must be the held-out ones: `countdown` as training data means the others."""
+    from retort import config as configuration
+    from retort.train.setup import countdown_prompts, prepare
+
+    data = tmp_path / "own.jsonl"
+    rows = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in countdown_prompts("train", 20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = configuration.recipe("countdown")
+    sections = {"data": str(data), "eval": {"data": "countdown", "problems": 12}}
+    setup = prepare(configuration.resolve(settings, sections))
+    assert [prompt.id for prompt in setup.held_out] == [prompt.id for prompt in countdown_prompts("held_out", 12)]
+    assert setup.judge_verifier is not None
+    assert setup.judge_verifier.name == "countdown"

@@ -53,9 +53,10 @@ def test_data_without_answers(
     assert main(["eval", str(model_folder(seed=1)), "--data", str(data)]) == 2
     assert "nothing can be graded" in capsys.readouterr().err
     assert main(["eval", str(model_folder(seed=1)), "--data", str(data), "sampels=3"]) == 2
-    assert "did you mean 'samples'" in capsys.readouterr().err
+    assert "did you mean 'eval.samples'" in capsys.readouterr().err
     for words, message in (
         (["teacher=x"], "does not read 'teacher'"),
+        (["optimizer.learning_rate=1"], "does not read 'optimizer.learning_rate'"),
         (["problems=0"], "nothing to judge"),
         (["task=exact"], "has no answer"),
     ):

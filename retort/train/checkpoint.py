@@ -77,8 +77,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     return target
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint after checking every file of it.
+def verify(path: Path) -> None:
+    """Checks every file of a checkpoint.
 
     Raises:
         UserError: A file is missing, truncated or changed; the message names it and the previous checkpoint.
@@ -93,6 +93,15 @@ def load(path: Path) -> Checkpoint:
             raise _refused(path, name, "is missing")
         if _digest(file) != manifest.get(name):
             raise _refused(path, name, "is truncated or was changed after it was written")
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint after verifying it.
+
+    Raises:
+        UserError: As `verify`.
+    """
+    verify(path)
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(
         int(state.pop("step")),

@@ -9,33 +9,19 @@ import torch
 
 from retort import config as configuration
 from retort.align.chat import render
-from retort.align.stops import stop_map
-from retort.align.tokens import check_same_tokenizer, vocabulary_width
-from retort.data import load_prompts
+from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
-from retort.models.lm import LanguageModel, best_precision, load_model
 from retort.rewards.verify import verifier_for
-from retort.teachers.local import LocalTeacher
 from retort.train.observe import Observer
-from retort.train.setup import countdown_prompts, device_of, located
+from retort.train.setup import judge_prompts, load, local_teacher
 
 #: Settings that have a meaning here.
-_READ = (
-    *(
-        "attention",
-        "columns",
-        "device",
-        "eval",
-        "optimizer",
-        "precision",
-        "rollout",
-        "seed",
-        "split",
-        "task",
-        "threads",
-    ),
-    "trust_remote_code",
+_READ = frozenset(
+    {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code"}
+    | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
+    | {f"rollout.{name}" for name in ("max_new_tokens", "parallel", "stop", "thinking")}
+    | {"optimizer.batch_tokens"}
 )
 
 
@@ -52,38 +38,26 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     Returns:
         A table of one row, in the form of `eval.json`.
     """
-    given = configuration.overrides([_full(word) for word in words])
-    for key in given:
-        if key not in _READ:
+    full = [_full(word) for word in words]
+    for key in (word.partition("=")[0] for word in full if "=" in word):
+        if key not in _READ and not key.startswith("columns."):
             raise UserError(f"retort eval does not read '{key}'; {did_you_mean(key, _READ)}")
+    given = configuration.overrides(full)
     recipe = configuration.recipe("countdown") if data == "countdown" else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
     if config.eval.problems == 0:
         raise UserError("problems=0 leaves nothing to judge")
     if config.threads:
         torch.set_num_threads(config.threads)
-    if data == "countdown":
-        prompts = countdown_prompts("held_out", config.eval.problems)
-    else:
-        prompts = load_prompts(data, split=config.split, limit=config.eval.problems, columns=config.columns)
+    prompts = judge_prompts(config, data)
     verifier = verifier_for("countdown" if data == "countdown" else config.task, prompts)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
         )
-    device = torch.device(device_of(config))
-    precision = best_precision(device) if config.precision == "auto" else config.precision
-    settings = {
-        "precision": precision,
-        "device": device,
-        "attention": config.attention,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    lm = load_model(model, source=located(model), role="student", stop=config.rollout.stop, **settings)
-    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer))
-    other = None
-    if teacher is not None:
-        vocab, other = _teacher(lm, load_model(teacher, source=located(teacher), role="teacher", **settings), config)
+    lm = load(config, model, "student")
+    other = None if teacher is None else local_teacher(config, lm, load(config, teacher, "teacher"))
+    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
         length = len(render(prompt, lm.tokenizer, thinking=config.rollout.thinking))
@@ -107,15 +81,3 @@ def _full(word: str) -> str:
     """`samples=4` means eval.samples here; keys of the top level and of other sections keep their names."""
     key = word.partition("=")[0]
     return word if "." in key or "=" not in word or key in configuration.Config.model_fields else f"eval.{word}"
-
-
-def _teacher(lm: LanguageModel, teacher: LanguageModel, config: configuration.Config) -> tuple[int, LocalTeacher]:
-    known = check_same_tokenizer(lm.tokenizer, teacher.tokenizer)
-    vocab = min(known, lm.head().width, teacher.head().width)
-    return vocab, LocalTeacher(
-        teacher,
-        vocab=vocab,
-        stop_map=stop_map(lm.stops, teacher.stops, width=vocab),
-        batch_tokens=config.optimizer.batch_tokens,
-        thinking=config.rollout.thinking,
-    )

@@ -232,7 +232,11 @@ class Run:
         self.results = results.add(self.folder, self.results, results.BEFORE, row)
 
     def _judge_now(self, judge: Judge) -> dict[str, float]:
-        row = judge.judge(self.setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
+        # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
+        def progress(done: int, total: int) -> None:
+            self.observer.phase("judging the student", done, total)
+
+        row = judge.judge(self.setup.student, teacher=self._teacher(), progress=progress)
         found = {
             f"eval/{name}": cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell
         }
@@ -300,7 +304,7 @@ def resume(
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
     if chosen is not None:
-        checkpoint.load(chosen)  # refuse a damaged one before minutes are spent on loading models
+        checkpoint.verify(chosen)  # refuse a damaged one before minutes are spent on loading models
     run = Run(prepare(config, method), folder, observer or Silent())
     if chosen is not None:
         run.restore(chosen)
@@ -313,8 +317,9 @@ def resume(
 
 
 def _absolute(place: str | None) -> str | None:
-    """A local path in full; a hub name as it is."""
-    return str(Path(place).resolve()) if place is not None and Path(place).exists() else place
+    """A local path in full; a hub name and the built-in data as they are."""
+    local = place is not None and place != "countdown" and Path(place).exists()
+    return str(Path(place).resolve()) if local and place is not None else place
 
 
 def _rollout_metrics(batch: Batch) -> dict[str, float]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -90,34 +90,16 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         _need_responses(train, method)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
-    device = torch.device(device_of(config))
-    precision = best_precision(device) if config.precision == "auto" else config.precision
     _refuse_same_name(method, student_name, teacher_name)
-    shared = {
-        "precision": precision,
-        "device": device,
-        "attention": config.attention,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    student = load_model(student_name, source=located(student_name), role="student", stop=config.rollout.stop, **shared)
-    teacher = load_model(teacher_name, source=located(teacher_name), role="teacher", **shared)
+    student = load(config, student_name, "student")
+    teacher = load(config, teacher_name, "teacher")
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
-    known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
-    vocab = min(known, student.head().width, teacher.head().width)
-    swap = stop_map(student.stops, teacher.stops, width=vocab)
-    if swap:
-        notes.append(describe_stop_map(swap, student.tokenizer, teacher.tokenizer))
+    local = local_teacher(config, student, teacher)
+    if local.stop_map:
+        notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
     _refuse_same_weights(method, student, teacher)
-
-    local = LocalTeacher(
-        teacher,
-        vocab=vocab,
-        stop_map=swap,
-        batch_tokens=config.optimizer.batch_tokens,
-        thinking=config.rollout.thinking,
-    )
     teachers: dict[str, Teacher] = dict.fromkeys(method.views, local)
     setup = Setup(
         config=config,
@@ -125,13 +107,13 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         student=student,
         teacher_lm=teacher,
         teachers=teachers,
-        vocab=vocab,
-        engine=HFEngine(student, vocab=vocab, max_parallel=config.rollout.parallel),
+        vocab=local.vocab,
+        engine=HFEngine(student, vocab=local.vocab, max_parallel=config.rollout.parallel),
         train=train,
         held_out=held_out,
         verifier=verifier,
         judge_verifier=judge_verifier,
-        precision=precision,
+        precision=student.precision,
         notes=notes,
     )
     _check_prompts(setup)
@@ -152,8 +134,6 @@ def run_folder(path: Path) -> Path:
     except OSError as error:
         why = "no permission to write there" if isinstance(error, PermissionError) else (error.strerror or str(error))
         raise UserError(f"out = {path}: {why}; choose another folder with --out") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"out = {path}: no permission to write there; choose another folder with --out")
     return path
 
 
@@ -171,6 +151,38 @@ def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
         )
         for row in rows
     ]
+
+
+def load(config: Config, name: str, role: Literal["student", "teacher"]) -> LanguageModel:
+    """A model as the settings say."""
+    device = torch.device(device_of(config))
+    return load_model(
+        name,
+        source=located(name),
+        role=role,
+        precision=best_precision(device) if config.precision == "auto" else config.precision,
+        device=device,
+        attention=config.attention,
+        stop=config.rollout.stop if role == "student" else None,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
+    """A teacher for this student: with the ids that both share, and their stops mapped.
+
+    Raises:
+        UserError: Their tokenizers disagree.
+    """
+    known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
+    vocab = min(known, student.head().width, teacher.head().width)
+    return LocalTeacher(
+        teacher,
+        vocab=vocab,
+        stop_map=stop_map(student.stops, teacher.stops, width=vocab),
+        batch_tokens=config.optimizer.batch_tokens,
+        thinking=config.rollout.thinking,
+    )
 
 
 def located(name: str) -> str:
@@ -203,13 +215,12 @@ def device_of(config: Config) -> str:
 
 def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
     wanted = config.eval.problems
+    prompts = countdown_prompts("train", config.limit) if config.builtin else _load(config, data, config.limit)
     if wanted == 0:
-        return _load(config, data, limit=config.limit), []
-    if config.builtin and config.eval.data is None:
-        return _load(config, data, limit=config.limit), countdown_prompts("held_out", wanted)
-    prompts = _load(config, data, limit=config.limit)
-    if config.eval.data is not None:
-        return prompts, _load(config, config.eval.data, limit=wanted)
+        return prompts, []
+    judged = config.eval.data or ("countdown" if config.builtin else None)
+    if judged is not None:
+        return prompts, judge_prompts(config, judged)
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
     held = min(wanted, len(prompts) // 5)
     if wanted and held < wanted:
@@ -222,9 +233,14 @@ def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt],
     return train, [prompts[index] for index in sorted(chosen)]
 
 
-def _load(config: Config, data: str, *, limit: int | None) -> list[Prompt]:
+def judge_prompts(config: Config, data: str) -> list[Prompt]:
+    """The prompts to judge on: held-out problems of the built-in task, or a file."""
     if data == "countdown":
-        return countdown_prompts("train", limit)
+        return countdown_prompts("held_out", config.eval.problems)
+    return _load(config, data, config.eval.problems)
+
+
+def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
     return load_prompts(data, split=config.split, limit=limit, columns=config.columns)
 
 
@@ -233,10 +249,11 @@ def _verifiers(
 ) -> tuple[Verifier | None, Verifier | None]:
     """Who grades training rollouts and who grades held-out answers: each only where all its prompts have an answer."""
     task = "countdown" if config.builtin else config.task
-    answered = all(prompt.answer is not None for prompt in train)
-    judge = verifier_for(task, held_out) if held_out else None
-    if answered:
-        return judge or verifier_for(task, train), judge
+    judged = config.eval.data or config.data
+    judge_task = "countdown" if judged == "countdown" else config.task
+    judge = verifier_for(judge_task, held_out) if held_out else None
+    if all(prompt.answer is not None for prompt in train):
+        return judge if judge and judge_task == task else verifier_for(task, train), judge
     if judge is not None or task is not None:
         notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
     return None, judge
@@ -256,7 +273,7 @@ def _refuse_same_name(method: Method, student: str, teacher: str) -> None:
         return str(Path(name).resolve()) if Path(name).exists() else name
 
     if known(student) == known(teacher) and _only_same_prompt(method):
-        raise _vanishes(method, "are the same model")
+        raise _nothing_to_learn(method, "are the same model")
 
 
 def _refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
@@ -264,14 +281,14 @@ def _refuse_same_weights(method: Method, student: LanguageModel, teacher: Langua
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return
     if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):
-        raise _vanishes(method, "hold the same weights")
+        raise _nothing_to_learn(method, "hold the same weights")
 
 
 def _only_same_prompt(method: Method) -> bool:
     return all(view.render is None for view in method.views.values())
 
 
-def _vanishes(method: Method, how: str) -> UserError:
+def _nothing_to_learn(method: Method, how: str) -> UserError:
     return UserError(
         f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
         "choose another teacher"

@@ -369,3 +369,26 @@ def test_the_last_step_is_saved_once(tiny_run: dict[str, Any], tmp_path: Path, m
     monkeypatch.setattr(checkpoint, "save", noted)
     go(tiny_run, tmp_path / "run")
     assert saved == [2, 4]
+
+
+def test_interruption_while_judging_inside_the_run_loses_no_line(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """The step is learnt but not logged yet when it is judged; a checkpoint taken there would claim a missing line."""
+    settings = changed(tiny_run, eval={"every": 2})
+
+    class Interrupter(Silent):
+        stepped = False
+
+        def step(self, step: int, steps: int, metrics: object) -> None:
+            self.stepped = step == 1
+
+        def phase(self, text: str, done: int, total: int) -> None:
+            if self.stepped:
+                os.kill(os.getpid(), signal.SIGTERM)
+                self.stepped = False
+
+    run = runner.start(configuration.resolve(settings), tmp_path / "cut", Interrupter())
+    with pytest.raises(RunError, match="terminated at step 2 of 4"):
+        run.go()
+    runner.resume(tmp_path / "cut").go()
+    go(settings, tmp_path / "whole")
+    assert_same(tmp_path / "whole", tmp_path / "cut")
