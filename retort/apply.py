@@ -81,14 +81,22 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
     return values
 
 
-def recorded_values(offers: Mapping[str, frozenset[NeedKind]]) -> Callable[[Context], dict[str, Tensor]]:
-    """The function of a chunk that gives both sides' log-probs of the written token, for the per-token record."""
+def recorded_values(
+    method: Method, offers: Mapping[str, frozenset[NeedKind]]
+) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what only the per-token record needs, [C] each, detached.
+
+    Both sides' log-probs of the written token, and what a term's estimator shows of itself (`<term>.advantage`).
+    """
 
     def values(context: Context) -> dict[str, Tensor]:
         found = {"student_logp": context.student_logp_N.detach()}
         for view, kinds in offers.items():
             if can_meet(kinds, SAMPLED):
                 found[f"{view}_logp"] = context.signal(view).sampled_logp_N
+        for term in method.terms:
+            for name, value_C in term.estimator.shown(context, term.against, term.name).items():
+                found[f"{term.name}.{name}"] = value_C
         return found
 
     return values

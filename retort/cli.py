@@ -81,8 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     judge.set_defaults(run=_eval)
 
     report = commands.add_parser("report", help="report.html of one run, or of several side by side")
-    report.add_argument("runs", nargs="+", metavar="RUN")
-    report.add_argument("--out", help="file; default: report.html in the first run (one run) or here (several)")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder with runs in it")
+    report.add_argument("--out", help="file; default: report.html in the folder (one) or here (several)")
     report.set_defaults(run=_report)
 
     methods = commands.add_parser("methods", help="the published methods and their settings")
@@ -163,9 +163,6 @@ def _report(arguments: argparse.Namespace) -> int:
     from retort.report.page import build_report
 
     runs = [Path(run) for run in arguments.runs]
-    for run in runs:
-        if not (run / "config.json").is_file():
-            raise UserError(f"{run}: not the folder of a run (no config.json)")
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     print(build_report(runs, Path(arguments.out) if arguments.out else default))
     return 0

@@ -71,7 +71,7 @@ class EvalSection(_Section):
     )
     teacher: bool = Field(default=True, description="judge the teacher too")
     threshold: float = Field(
-        default=0.8, description="nats of teacher entropy above which it counts as uncertain in the tables"
+        default=0.8, description="nats of entropy above which a model counts as uncertain in the tables"
     )
 
 
@@ -88,6 +88,7 @@ class RecordSection(_Section):
     """What is written down of the rollouts."""
 
     rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
+    answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
 
 
 class Config(_Section):

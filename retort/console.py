@@ -26,6 +26,7 @@ _ROWS = (
     ("length", "mean length, tokens", "{:z.1f}"),
     ("truncated", "truncated", "{:.1%}"),
     ("student_entropy", "own entropy, nats", "{:z.3f}"),
+    ("student_entropy_uncertain", "own entropy where the teacher is uncertain, nats", "{:z.3f}"),
     ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:z.3f}"),
     ("reverse_kl", "reverse KL, nats", "{:z.3f}"),
 )

@@ -40,6 +40,10 @@ class Pathwise:
         value_N = self.divergence.value(context, view)
         return torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N
 
+    def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
+        """What else is worth seeing of each token: nothing, its value says it all."""
+        return {}
+
 
 def pathwise(divergence: Divergence) -> Pathwise:
     """The estimator that differentiates `divergence`.

@@ -67,6 +67,10 @@ class ScoreFunction:
             value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(1.0 - self.clip, 1.0 + self.clip))
         return value_N, weight_N.abs()
 
+    def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
+        """What else is worth seeing of each token, [N] each."""
+        return {"advantage": self.advantage_N(context, view, term)}
+
     def clipped(self, term: str) -> Quantity:
         """Where the clip binds (1) or not (0), to watch."""
 

@@ -6,7 +6,7 @@ answers, whenever it is done, and nothing of a run's training is moved by it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,10 +18,12 @@ from retort.config import Config
 from retort.context import Context
 from retort.divergences import kl_values
 from retort.evaluate.passk import Estimate, pass_at_k
+from retort.evaluate.profile import Profile
 from retort.models.head import Steps, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.verify import Verifier
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
 from retort.streams import uniforms
 from retort.teachers.local import Teacher
@@ -31,7 +33,7 @@ from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet
 #: Prompts that are written and scored at once: bounds what is held in memory.
 _BLOCK = 64
 #: Measures that are shares.
-_SHARES = ("avg@", "pass@", "truncated", "uncertain")
+_SHARES = ("avg@", "pass@", "truncated", "uncertain", "student_uncertain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +50,8 @@ class Judge:
         parallel: Answers written at once.
         batch_tokens: Padded tokens per forward pass.
         thinking: For chat templates that know it.
-        threshold: Nats of teacher entropy above which it counts as uncertain.
+        threshold: Nats of entropy above which a model counts as uncertain.
+        recorded: Prompts whose first answer is kept token by token.
         score_temperature: At which distributions are compared.
     """
 
@@ -64,6 +67,7 @@ class Judge:
     batch_tokens: int
     thinking: bool
     threshold: float
+    recorded: int = 0
     score_temperature: float = 1.0
 
     @staticmethod
@@ -89,6 +93,7 @@ class Judge:
             batch_tokens=config.optimizer.batch_tokens,
             thinking=config.rollout.thinking,
             threshold=config.eval.threshold,
+            recorded=config.record.answers,
             score_temperature=score_temperature,
         )
 
@@ -107,13 +112,17 @@ class Judge:
             progress: Called with prompts done and prompts in all.
 
         Returns:
-            `avg@k`, `pass@k`, `length`, `truncated`, `student_entropy` (the writer's own), `reverse_kl`,
-            `forward_kl_uncertain`: each with value, low and high, where it could be measured; and `pass_at`, pass@k
-            for k = 1, 2, 4, ...
+            Estimates with value, low and high, where they could be measured: `avg@k`, `pass@k`, `length`, `truncated`,
+            `student_entropy` (the writer's own), `student_uncertain` (share of tokens where it exceeds the threshold),
+            and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
+            tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
+            Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first answer
+            to each of the first `recorded` prompts, token by token.
         """
         engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
         rewards: list[list[float]] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
+        profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)
@@ -123,10 +132,16 @@ class Judge:
                     rewards.append([self.verifier(prompt, rollout.text) for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
-            self._compare(lm, teacher, rollouts, tallies)
+            values, pack = self._compare(lm, teacher, rollouts)
+            self._tally_values(tallies, values, pack)
+            profile.add(values, pack.position_N)
+            for index in range(max(0, min(len(block), self.recorded - start))):
+                reward = rewards[start + index][0] if rewards else None
+                answers.append(self._recorded(lm, pack, index * self.samples, values, reward))
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
-        return self._row(rewards, tallies)
+        row = {**self._row(rewards, tallies), "profile": profile.plain()}
+        return {**row, "answers": answers} if answers else row
 
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
@@ -139,24 +154,19 @@ class Judge:
 
     @torch.no_grad()
     def _compare(
-        self,
-        lm: LanguageModel,
-        teacher: Teacher | None,
-        rollouts: Sequence[Rollout],
-        tallies: dict[str, tuple[list[float], list[float]]],
-    ) -> None:
-        """Entropies and divergences at every token of the answers, summed per prompt."""
+        self, lm: LanguageModel, teacher: Teacher | None, rollouts: Sequence[Rollout]
+    ) -> tuple[dict[str, Tensor], Pack]:
+        """Entropies, divergences and log-probs at every token of the answers, [N] each, on the CPU."""
         pack = Pack.of(list(rollouts))
-        dense = teacher is not None and can_meet(teacher.capabilities, DENSE)
         signals = {}
-        if dense and teacher is not None:
+        if teacher is not None and can_meet(teacher.capabilities, DENSE):
             signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), self.score_temperature)}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
         with lm.compute():
             values = per_token(
-                self._values(dense),
+                _against_teacher if signals else _alone,
                 Steps(pack.tokens_N.to(lm.device), {}),
                 signals,
                 hidden_ND=hidden_ND,
@@ -165,25 +175,27 @@ class Judge:
                 temperature=self.score_temperature,
             )
         lm.model.train(was_training)
+        return {name: values_N.cpu() for name, values_N in values.items()}, pack
+
+    def _tally_values(
+        self, tallies: dict[str, tuple[list[float], list[float]]], values: Mapping[str, Tensor], pack: Pack
+    ) -> None:
+        """Sums per prompt of what the table shows."""
+        measures = _measures(values, self.threshold)
         for group in range(int(pack.group_R.max()) + 1):
-            inside_N = (pack.group_R[pack.rollout_N] == group).to(lm.device)
-            for name, values_N in values.items():
+            inside_N = pack.group_R[pack.rollout_N] == group
+            for name, values_N in measures.items():
                 own_N = values_N[inside_N]
                 _tally(tallies, name, own_N[~own_N.isnan()].double().tolist())
 
-    def _values(self, dense: bool) -> Callable[[Context], dict[str, Tensor]]:
-        def values(context: Context) -> dict[str, Tensor]:
-            found = {"student_entropy": context.student_entropy_N}
-            if dense:
-                rows = context.signal("teacher")
-                forward_N = kl_values(rows.logp_NV, context.student_logp_NV)
-                uncertain_N = rows.entropy_N > self.threshold
-                found["forward_kl_uncertain"] = forward_N.masked_fill(~uncertain_N, float("nan"))
-                found["uncertain"] = uncertain_N.float()
-                found["reverse_kl"] = kl_values(context.student_logp_NV, rows.logp_NV)
-            return found
-
-        return values
+    def _recorded(
+        self, lm: LanguageModel, pack: Pack, index: int, values: Mapping[str, Tensor], reward: float | None
+    ) -> dict[str, Any]:
+        """One answer, token by token, in the form of the lines of `rollouts.jsonl`."""
+        named = {**values}
+        if "teacher_entropy" in named:
+            named["gate"] = (named["teacher_entropy"] > self.threshold).float()
+        return token_row(pack, index, named, lm.tokenizer) | {"reward": reward}
 
     def _row(
         self, rewards: Sequence[Sequence[float]], tallies: dict[str, tuple[list[float], list[float]]]
@@ -199,6 +211,34 @@ class Judge:
         for name, (sums, counts) in tallies.items():
             row[name] = Estimate.ratio(sums, counts)
         return {name: _plain(name, value) for name, value in row.items()}
+
+
+def _alone(context: Context) -> dict[str, Tensor]:
+    return {"student_logp": context.student_logp_N, "student_entropy": context.student_entropy_N}
+
+
+def _against_teacher(context: Context) -> dict[str, Tensor]:
+    rows = context.signal("teacher")
+    return {
+        **_alone(context),
+        "teacher_logp": rows.sampled_logp_N,
+        "teacher_entropy": rows.entropy_N,
+        "reverse_kl": kl_values(context.student_logp_NV, rows.logp_NV),
+        "forward_kl": kl_values(rows.logp_NV, context.student_logp_NV),
+    }
+
+
+def _measures(values: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """What the table shows, [N] each; NaN on tokens that a measure leaves out."""
+    entropy_N = values["student_entropy"]
+    found = {"student_entropy": entropy_N, "student_uncertain": (entropy_N > threshold).float()}
+    if "teacher_entropy" not in values:
+        return found
+    uncertain_N = values["teacher_entropy"] > threshold
+    found |= {"reverse_kl": values["reverse_kl"], "uncertain": uncertain_N.float()}
+    for name in ("forward_kl", "student_entropy", "teacher_entropy"):
+        found[f"{name}_uncertain"] = values[name].masked_fill(~uncertain_N, float("nan"))
+    return found
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -29,6 +29,16 @@ class Estimate:
         return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
 
     @staticmethod
+    def of_runs(values: Sequence[float]) -> Estimate | None:
+        """The mean over runs that differ in their seed, with Student's t; None with fewer than two."""
+        if len(values) < 2:
+            return None
+        mean = sum(values) / len(values)
+        spread = math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values))
+        reach = student_t(len(values) - 1) * spread
+        return Estimate(mean, mean - reach, mean + reach)
+
+    @staticmethod
     def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
         """A mean over tokens, sum of sums over sum of counts, with its interval over problems (linearised)."""
         whole = sum(counts)
@@ -38,6 +48,18 @@ class Estimate:
         squares = sum((x - mean * count) ** 2 for x, count in zip(sums, counts, strict=True))
         spread = math.sqrt(squares * len(sums) / max(1, len(sums) - 1)) / whole
         return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
+
+
+#: 97.5 % quantiles of Student's t by degrees of freedom, from 1.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond ten degrees of freedom to three digits (an expansion about 1.96)."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:

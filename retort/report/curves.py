@@ -1,12 +1,12 @@
-"""The curves of a run, or of several runs overlaid."""
+"""The curves of a run, or of several overlaid."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retort.report.plots import Kind, Series, plot
-from retort.report.read import RunFiles
+from retort.report.groups import Group, any_of
+from retort.report.plots import Kind, Series, plot, smoothed, thinned
 
 COLORS = 6
 DASHES = 5
@@ -28,10 +28,11 @@ PLOTS = (
     Curves("Forward KL, gate open", "nats per token", {"forward_kl_gated": "forward KL, gated"}),
     Curves("Forward KL", "nats per token", {"forward_kl": "forward KL"}),
     Curves("Entropy", "nats per token", {"student_entropy": "student", "teacher_entropy": "teacher"}),
+    Curves("Student's entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
     Curves("Gate open", "share of tokens", {"gate_open_fraction": "gate open"}, "share"),
     Curves("Teacher's top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
-    Curves("Reward", "mean over rollouts", {"reward": "reward"}),
+    Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),
     Curves("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
@@ -41,30 +42,32 @@ PLOTS = (
 
 
 def series_of(
-    run: RunFiles,
-    run_index: int,
+    group: Group,
     place: int,
     label: str,
     points: Sequence[tuple[float, float]],
+    band: Sequence[tuple[float, float]] = (),
     *,
     several: bool,
     alone: bool,
 ) -> Series:
     """One run on the page: a colour for each curve. Several: a colour for each run and a dash for each curve."""
     if several:
-        name, run_name = (run.name, "") if alone else (label, run.name)
-        return Series(name, points, run_index % COLORS, place % DASHES, run_name)
-    return Series("" if alone else label, points, place % COLORS)
+        name, run = (group.name, "") if alone else (label, group.name)
+        return Series(name, points, group.color % COLORS, place % DASHES, run, band)
+    return Series("" if alone else label, points, place % COLORS, band=band)
 
 
-def curves_section(runs: Sequence[RunFiles]) -> str:
+def curves_section(groups: Sequence[Group]) -> str:
     """The section with all curves; empty if there is none."""
-    known = [_loss(runs), *PLOTS[:8], _accuracy(runs), *PLOTS[8:], _times(runs)]
+    runs = any_of(groups)
+    known = [_loss(groups), *PLOTS[:9], _accuracy(groups), *PLOTS[9:], _times(groups)]
     shown = {key for curves in known for key in curves.keys} | {"tokens"}
-    every = {key for run in runs for key in run.curves if not key.startswith("time/")}
-    others = sorted(every - shown)
-    main = "".join(_figure(runs, curves) for curves in known)
-    rest = "".join(_figure(runs, Curves(key, "", {key: key}, _kind(key))) for key in others)
+    every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
+    judged = _keys(groups, "eval/")
+    others = [*sorted(every - shown), *(key for key in judged if key not in shown)]
+    main = "".join(_figure(groups, curves) for curves in known)
+    rest = "".join(_figure(groups, _other(key)) for key in others)
     if not main and not rest:
         return ""
     several = len(others) > 1
@@ -73,48 +76,62 @@ def curves_section(runs: Sequence[RunFiles]) -> str:
         if rest
         else ""
     )
+    bands = any(group.several for group in groups)
+    drawn = (
+        "Lines are means over seeds, bands their 95 % intervals (Student's t)."
+        if bands
+        else "Long curves are drawn thin, with a running mean on top."
+    )
     return (
         '<section aria-labelledby="curves"><h2 id="curves">Curves</h2>'
-        '<p class="muted">The numbers above a plot are its last ones; point at a plot to read every plot at that step. '
-        f'Long curves are drawn thin, with a running mean on top.</p><div class="plots">{main}</div>{more}</section>'
+        '<p class="muted">The numbers above a plot are its last ones; point at a plot, or go along it with the arrow '
+        f'keys, to read every plot at that step. {drawn}</p><div class="plots">{main}</div>{more}</section>'
     )
 
 
-def _keys(runs: Sequence[RunFiles], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key for run in runs for key in run.curves if key.startswith(prefix)))
+def _keys(groups: Sequence[Group], prefix: str) -> list[str]:
+    return list(dict.fromkeys(key for run in any_of(groups) for key in run.curves if key.startswith(prefix)))
 
 
-def _kind(key: str) -> Kind:
-    return "share" if key.endswith("_fraction") or "@" in key else "number"
+def _other(key: str) -> Curves:
+    title = f"Held-out: {key.removeprefix('eval/').replace('_', ' ')}" if key.startswith("eval/") else key
+    return Curves(title, "", {key: key}, "share" if key.endswith("_fraction") or "@" in key else "number")
 
 
-def _loss(runs: Sequence[RunFiles]) -> Curves:
-    terms = _keys(runs, "loss/")
+def _loss(groups: Sequence[Group]) -> Curves:
+    terms = _keys(groups, "loss/")
     return Curves("Loss", "nats per token", {"loss": "all terms"} | {key: key.removeprefix("loss/") for key in terms})
 
 
-def _accuracy(runs: Sequence[RunFiles]) -> Curves:
-    keys = {key: key.removeprefix("eval/") for key in _keys(runs, "eval/") if "@" in key}
+def _accuracy(groups: Sequence[Group]) -> Curves:
+    keys = {key: key.removeprefix("eval/") for key in _keys(groups, "eval/") if "@" in key}
     return Curves("Accuracy during the run", "held-out problems", keys, "share")
 
 
-def _times(runs: Sequence[RunFiles]) -> Curves:
-    if len(runs) > 1:
+def _times(groups: Sequence[Group]) -> Curves:
+    if len(groups) > 1:
         return Curves("Time", "seconds per step", {"time/step": "whole step"})
-    keys = {key: key.removeprefix("time/") for key in _keys(runs, "time/") if key != "time/step"}
+    keys = {key: key.removeprefix("time/") for key in _keys(groups, "time/") if key != "time/step"}
     return Curves("Time", "seconds per step", keys)
 
 
-def _figure(runs: Sequence[RunFiles], curves: Curves) -> str:
+def _figure(groups: Sequence[Group], curves: Curves) -> str:
+    runs = any_of(groups)
     present = [key for key in curves.keys if any(run.curves.get(key) for run in runs)]
     if curves.title == "Loss" and len(present) == 2:
         present = ["loss"] if "loss" in present else present  # a single term is the whole
     series = [
-        series_of(run, index, place, curves.keys[key], run.curves[key], several=len(runs) > 1, alone=len(present) == 1)
+        _smooth_seeds(
+            series_of(
+                group, place, curves.keys[key], *group.curve(key), several=len(groups) > 1, alone=len(present) == 1
+            ),
+            curves.smooth,
+        )
         for place, key in enumerate(present)
-        for index, run in enumerate(runs)
-        if run.curves.get(key)
+        for group in groups
+        if any(run.curves.get(key) for run in group.runs)
     ]
+    series = [one for one in series if one.points]
     if not series:
         return ""
     steps = [step for run in runs for points in run.curves.values() for step in (points[0][0], points[-1][0])]
@@ -126,3 +143,15 @@ def _figure(runs: Sequence[RunFiles], curves: Curves) -> str:
         x_range=(min(steps), max(steps)),
         smooth=curves.smooth,
     )
+
+
+def _smooth_seeds(one: Series, smooth: bool) -> Series:
+    """A mean over seeds with its band, both as running means where they are long: the noise of a step is no news."""
+    one = thinned(one)
+    if not one.band or not smooth or len(one.points) < 40:
+        return one
+    xs = [x for x, _ in one.points]
+    lows = smoothed([(x, low) for x, (low, _) in zip(xs, one.band, strict=True)])
+    highs = smoothed([(x, high) for x, (_, high) in zip(xs, one.band, strict=True)])
+    band = [(low, high) for (_, low), (_, high) in zip(lows, highs, strict=True)]
+    return Series(one.label, smoothed(one.points), one.color, one.dash, one.run, band)

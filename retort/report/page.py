@@ -1,4 +1,4 @@
-"""The page about a run: one HTML file that loads nothing; whatever came from a model or from data is escaped in it."""
+"""The page about runs: one HTML file that loads nothing; whatever came from a model or from data is escaped in it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from retort.errors import RunError, UserError
 from retort.report.curves import COLORS, curves_section
+from retort.report.groups import Group, grouped, leaves, method_name
 from retort.report.plots import KEY
-from retort.report.read import FILES, RunFiles, read_runs
+from retort.report.profiles import profiles_section
+from retort.report.read import FILES, RunFiles, find_runs, read_runs
 from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
 
-#: Rollouts shown, over all runs.
-ROLLOUTS = 12
+#: Rollouts read, over all runs; the page shows fewer where they are long.
+ROLLOUTS = 240
 
 
-def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
+def build_report(places: Sequence[Path], out: Path) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
+    Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
+
     Args:
-        run_dirs: Folders of the runs; files that are missing in them are named on the page.
+        places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
         out: The file to write; its folder is made if needed.
 
     Returns:
@@ -36,35 +39,37 @@ def build_report(run_dirs: Sequence[Path], out: Path) -> Path:
         UserError: A folder does not exist or holds no run.
         RunError: The page cannot be written.
     """
-    runs = read_runs([Path(path) for path in run_dirs], ROLLOUTS)
+    if not places:
+        raise UserError("report: name at least one run's folder")
+    runs = read_runs(find_runs([Path(place) for place in places]), ROLLOUTS)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = out.with_name(f".{out.name}.part")
         # A lone surrogate, which JSON can smuggle in, has no UTF-8.
-        temporary.write_bytes(_page(runs).encode("utf-8", "replace"))
+        temporary.write_bytes(_page(grouped(runs)).encode("utf-8", "replace"))
         temporary.replace(out)
     except OSError as error:
         raise RunError(f"report: cannot write {out}: {error.strerror}") from error
     return out
 
 
-def _page(runs: Sequence[RunFiles]) -> str:
-    style = resources.files("retort.report").joinpath("page.css").read_text(encoding="utf-8")
-    script = resources.files("retort.report").joinpath("page.js").read_text(encoding="utf-8")
-    title = _title(runs)
+def _asset(name: str) -> str:
+    return resources.files("retort.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _page(groups: Sequence[Group]) -> str:
+    style, script = _asset("page.css"), _asset("plots.js") + _asset("tokens.js")
+    title = _title(groups)
     # Only this style and this script may run, and nothing may be loaded, whatever a model wrote.
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
-    body = "".join(
-        (
-            _header(runs, title),
-            result_section(runs),
-            curves_section(runs),
-            rollouts_section(runs),
-            _settings(runs),
-            _footer(runs),
-        )
+    sections = (
+        result_section(groups),
+        profiles_section(groups),
+        rollouts_section(groups),
+        curves_section(groups),
+        _settings(groups),
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -72,7 +77,8 @@ def _page(runs: Sequence[RunFiles]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
         f"<title>{escape(title)}</title><style>{style}</style></head>\n"
-        f"<body>{body}<script>{script}</script></body></html>\n"
+        f"<body>{_header(groups, title, sections)}<main>{''.join(sections)}</main>{_footer(groups)}"
+        f"<script>{script}</script></body></html>\n"
     )
 
 
@@ -82,16 +88,22 @@ def _hash(text: str) -> str:
 
 # --- header ---
 
+#: What the links at the top are called, by the id of the section.
+_LINKS = {
+    "result": "Before and after",
+    "where": "Where they disagree",
+    "rollouts": "Token by token",
+    "curves": "Curves",
+    "settings": "Settings",
+}
 
-def _title(runs: Sequence[RunFiles]) -> str:
-    if len(runs) == 1:
-        return " · ".join(dict.fromkeys([_method(runs[0]) or "Distillation", runs[0].name]))
-    return f"{len(runs)} runs: {', '.join(run.name for run in runs)}"
 
-
-def _method(run: RunFiles) -> str:
-    method = run.config.get("method", "")
-    return str(method.get("name", "")) if isinstance(method, Mapping) else str(method)
+def _title(groups: Sequence[Group]) -> str:
+    if len(groups) > 1:
+        seeds = sum(len(group.runs) for group in groups)
+        what = f"{len(groups)} runs" if seeds == len(groups) else f"{len(groups)} experiments, {seeds} runs"
+        return f"{what}: {', '.join(group.name for group in groups)}"
+    return " · ".join(dict.fromkeys([method_name(groups[0].runs[0]) or "Distillation", groups[0].name]))
 
 
 def _paper(name: str) -> str:
@@ -108,32 +120,41 @@ def _paper(name: str) -> str:
     return " · ".join(part for part in (paper.title, str(paper.year), source) if part)
 
 
-def _header(runs: Sequence[RunFiles], title: str) -> str:
+def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>"]
-    for name in dict.fromkeys(_method(run) for run in runs):
+    runs = [run for group in groups for run in group.runs]
+    for name in dict.fromkeys(method_name(run) for run in runs):
         paper = _paper(name) if name else ""
         if paper:
-            parts.append(f'<p class="muted">{escape(f"{name}: {paper}" if len(runs) > 1 else paper)}</p>')
-    parts += [f'<p class="lead">{escape(sentence)}</p>' for run in runs for sentence in headlines(run, len(runs) > 1)]
-    if len(runs) > 1:
-        parts.append(f'<ul class="runs">{"".join(_run_key(index, run) for index, run in enumerate(runs))}</ul>')
+            parts.append(f'<p class="muted">{escape(f"{name}: {paper}" if len(groups) > 1 else paper)}</p>')
+    parts += [f'<p class="lead">{escape(sentence)}</p>' for sentence in headlines(groups)]
+    if len(groups) > 1:
+        parts.append(f'<ul class="runs">{"".join(_run_key(group) for group in groups)}</ul>')
     else:
-        parts.append(_facts(runs[0]))
+        parts.append(_facts(groups[0]))
     notes = [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
     if notes:
         parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
-    return "".join(parts) + "</header>"
+    links = "".join(
+        f'<a href="#{key}">{words}</a>'
+        for key, words in _LINKS.items()
+        if any(f'<h2 id="{key}"' in section for section in sections)
+    )
+    return f'{"".join(parts)}</header><nav aria-label="Sections">{links}</nav>'
 
 
-def _run_key(index: int, run: RunFiles) -> str:
-    swatch = KEY.format(f"c{index % COLORS}", 0)
-    facts = " · ".join(fact for fact in (_method(run), f"seed {run.config.get('seed', '?')}") if fact)
-    return f'<li>{swatch}{escape(run.name)} <span class="muted">{escape(facts)}</span></li>'
+def _run_key(group: Group) -> str:
+    swatch = KEY.format(f"c{group.color % COLORS}", 0)
+    facts = " · ".join(fact for fact in (method_name(group.runs[0]), group.seeds()) if fact)
+    return f'<li>{swatch}{escape(group.name)} <span class="muted">{escape(facts)}</span></li>'
 
 
-def _facts(run: RunFiles) -> str:
-    keys = ("student", "teacher", "data", "task", "steps", "seed", "precision", "device")
+def _facts(group: Group) -> str:
+    run = group.runs[0]
+    keys = ("student", "teacher", "data", "task", "steps", "precision", "device")
     found = [(key.capitalize(), str(run.config[key])) for key in keys if run.config.get(key) not in (None, "")]
+    if "seed" in run.config:
+        found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(
         f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in found
     )
@@ -143,50 +164,46 @@ def _facts(run: RunFiles) -> str:
 # --- settings ---
 
 
-def _settings(runs: Sequence[RunFiles]) -> str:
-    configs = [run for run in runs if run.config]
+def _settings(groups: Sequence[Group]) -> str:
+    configs = [run for group in groups for run in group.runs[:1] if run.config]
     if not configs:
         return ""
+    names = {id(group.runs[0]): group.name for group in groups}
     blocks = "".join(
-        f"<details><summary>{escape(run.name)}</summary>"
+        f"<details><summary>{escape(names[id(run)])}</summary>"
         f"<pre>{escape(json.dumps(run.config, indent=2, ensure_ascii=False))}</pre></details>"
         for run in configs
     )
+    differing = _differences(configs, [names[id(run)] for run in configs]) if len(configs) > 1 else ""
+    seeds = '<p class="muted">Of the first seed of each.</p>' if any(group.several for group in groups) else ""
     return (
-        '<section aria-labelledby="settings"><h2 id="settings">Settings</h2>'
-        f"{_differences(configs) if len(configs) > 1 else ''}{blocks}</section>"
-    )
+        '<section aria-labelledby="settings"><h2 id="settings">Settings</h2>' + seeds + differing + blocks
+    ) + "</section>"
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
-
-
-def _differences(runs: Sequence[RunFiles]) -> str:
-    leaves = [_leaves(run.config) for run in runs]
+def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
+    flats: list[Mapping[str, object]] = [leaves(run.config) for run in runs]
     missing = object()
     rows = [
-        (key, [str(flat.get(key, "–")) for flat in leaves])
-        for key in dict.fromkeys(key for flat in leaves for key in flat)
-        if any(flat.get(key, missing) != leaves[0].get(key, missing) for flat in leaves)
+        (key, [str(flat.get(key, "–")) for flat in flats])
+        for key in dict.fromkeys(key for flat in flats for key in flat)
+        if key != "out" and any(flat.get(key, missing) != flats[0].get(key, missing) for flat in flats)
     ]
     if not rows:
         return "<p>The runs have the same settings.</p>"
-    head = "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
-    body = "".join(f'<tr><th scope="row"><code>{escape(key)}</code></th>{_cells(values)}</tr>' for key, values in rows)
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
+    body = "".join(
+        f'<tr><th scope="row"><code>{escape(key)}</code></th>'
+        f"{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        for key, values in rows
+    )
     return (
-        '<p class="muted">What differs between the runs.</p><div class="scroll"><table>'
+        '<p class="muted">What differs between the runs.</p>'
+        '<div class="scroll" tabindex="0" role="region" aria-label="Settings that differ"><table>'
         f'<thead><tr><th scope="col">Setting</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def _cells(values: Sequence[str]) -> str:
-    return "".join(f"<td>{escape(value)}</td>" for value in values)
-
-
-def _footer(runs: Sequence[RunFiles]) -> str:
-    names = escape(", ".join(run.name for run in runs))
+def _footer(groups: Sequence[Group]) -> str:
+    names = escape(", ".join(run.name for group in groups for run in group.runs))
     return f"<footer>Made by Retort from {', '.join(FILES)} of {names}. This page loads nothing.</footer>"

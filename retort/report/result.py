@@ -1,48 +1,63 @@
-"""Before and after: the table with its intervals, and pass@k."""
+"""Before and after: the table with its intervals, differences between runs, and pass@k."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from retort.report.axes import Kind, minus, percent
 from retort.report.curves import series_of
-from retort.report.plots import Kind, Series, minus, percent, plot
-from retort.report.read import RunFiles, as_object, number
+from retort.report.groups import Group, over_seeds, paired
+from retort.report.plots import Series, plot
+from retort.report.read import as_object, number
+
+BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
+#: Colours of those three in plots about one run; the last of the palette is grey.
+WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
 
 #: Metrics of `eval.json`: words, unit, kind.
 METRICS: Mapping[str, tuple[str, str, Kind]] = {
     "length": ("Length", "tokens", "number"),
-    "student_entropy": ("Own entropy", "nats", "number"),
-    "forward_kl_uncertain": ("Forward KL where the teacher is uncertain", "nats", "number"),
     "truncated": ("Truncated", "", "share"),
+    "student_entropy": ("Own entropy", "nats", "number"),
+    "student_uncertain": ("Tokens where it is itself uncertain", "", "share"),
     "uncertain": ("Tokens where the teacher is uncertain", "", "share"),
-    "reverse_kl": ("Reverse KL", "nats", "number"),
+    "student_entropy_uncertain": ("Own entropy where the teacher is uncertain", "nats", "number"),
+    "teacher_entropy_uncertain": ("Teacher’s entropy where it is uncertain", "nats", "number"),
+    "forward_kl_uncertain": ("Forward KL where the teacher is uncertain", "nats", "number"),
+    "reverse_kl": ("Reverse KL, all tokens", "nats", "number"),
 }
 
 
-def _rows(run: RunFiles) -> list[Mapping[str, Any]]:
-    rows = run.eval.get("rows")
-    return [row for row in rows if isinstance(row, Mapping)] if isinstance(rows, list) else []
+def _words(metric: str) -> tuple[str, str, Kind]:
+    right = metric.startswith(("avg@", "pass@"))
+    return METRICS.get(metric, (metric, "", "share" if right else "number"))
 
 
-def _metrics(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Metrics that any row has: shares of right answers first, then the rest as they come."""
-    names = dict.fromkeys(
-        key for row in rows for key, value in row.items() if key != "who" and isinstance(value, Mapping)
-    )
-    return sorted(names, key=lambda name: (not name.startswith("avg@"), not name.startswith("pass@")))
+def _ordered(metrics: Sequence[str]) -> list[str]:
+    """Right answers first, then in the order of METRICS, then whatever else there is."""
+    known = list(METRICS)
+    place = {name: index for index, name in enumerate(known)}
+    return sorted(metrics, key=lambda name: -1 if "@" in name else place.get(name, len(known)))
 
 
-def _cell(rows: Iterable[Mapping[str, Any]], who: str, metric: str) -> Mapping[str, Any]:
-    return next((as_object(row.get(metric)) for row in rows if row.get("who") == who), {})
+# --- in words ---
 
 
-def headlines(run: RunFiles, named: bool) -> list[str]:
-    """What the run did to the student, in a sentence: avg@k before and after, and how much of the gap is closed."""
-    rows = _rows(run)
-    for metric in (name for name in _metrics(rows) if name.startswith("avg@")):
-        cells = [_cell(rows, who, metric) for who in ("student before", "student after", "teacher")]
+def headlines(groups: Sequence[Group]) -> list[str]:
+    """What the runs did to the student, and how they differ, in sentences."""
+    named = len(groups) > 1
+    found = [sentence for group in groups for sentence in _headline(group, named)]
+    if named:
+        found += [sentence for group in groups[1:3] for sentence in _against(group, groups[0])]
+    return found
+
+
+def _headline(group: Group, named: bool) -> list[str]:
+    """avg@k before and after, and how much of the gap is closed."""
+    for metric in (name for name in group.metrics() if name.startswith("avg@")):
+        cells = [group.cell(who, metric) for who in (BEFORE, AFTER, TEACHER)]
         before, after, teacher = (number(cell.get("value")) for cell in cells)
         if before is None or after is None:
             continue
@@ -53,11 +68,39 @@ def headlines(run: RunFiles, named: bool) -> list[str]:
             text += " (the intervals overlap)"
         if teacher is not None:
             text += f"; the teacher reaches {percent(teacher, 1)}"
-        recovered = number(as_object(run.eval.get("gap_recovered")).get(metric))
+        recovered = _recovered(group, metric)
         if recovered is not None:
             text += f", so {percent(recovered, 0)} of the gap to it is recovered"
-        return [f"{run.name}: {text}." if named else f"{text}."]
+        if group.several:
+            text += f" (means over {group.seeds()})"
+        return [f"{group.name}: {text}." if named else f"{text}."]
     return []
+
+
+def _recovered(group: Group, metric: str) -> float | None:
+    shares = [number(as_object(run.eval.get("gap_recovered")).get(metric)) for run in group.runs]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _against(group: Group, other: Group) -> list[str]:
+    """The difference in right answers within each seed, where there are seeds to say something about it."""
+    parts: list[str] = []
+    for metric in (name for name in group.metrics() if name.startswith(("avg@", "pass@"))):
+        cell = paired(group, other, AFTER, metric)
+        if "low" in cell:
+            sure = "" if cell["low"] > 0 or cell["high"] < 0 else ", which is no difference that these seeds can show"
+            parts.append(f"{metric} {_points(cell)}{sure}")
+            count = cell["n"]
+    if not parts:
+        return []
+    weak = "; few seeds" if count <= 3 else ""
+    return [f"{group.name} against {other.name}, within each of {count} seeds{weak}: {'; '.join(parts)}."]
+
+
+def _points(cell: Mapping[str, float]) -> str:
+    value, low, high = (minus(f"{100 * cell[key]:+.1f}") for key in ("value", "low", "high"))
+    return f"{value} points [{low}, {high}]"
 
 
 def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -68,48 +111,91 @@ def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return low_one <= high_other and low_other <= high_one
 
 
-def result_section(runs: Sequence[RunFiles]) -> str:
+# --- tables ---
+
+
+def result_section(groups: Sequence[Group]) -> str:
     """The section with the table, and pass@k beside it; empty if nothing was evaluated."""
-    tables = "".join(_eval_table(run, len(runs) > 1) for run in runs if _rows(run))
-    pass_at = _pass_at(runs)
-    if not tables and not pass_at:
+    judged = [group for group in groups if group.whos()]
+    table = _side_by_side(judged) if len(groups) > 1 and judged else "".join(_one_table(group) for group in judged)
+    pass_at = _pass_at(groups)
+    if not table and not pass_at:
         return ""
-    about = next(run.eval for run in runs if run.eval)
+    return (
+        '<section aria-labelledby="result"><h2 id="result">Before and after</h2>'
+        f'<p class="muted">{escape(_about(groups))}</p>'
+        f'<div class="result{" wide" if len(groups) > 1 else ""}"><div>{table}</div>{pass_at}</div></section>'
+    )
+
+
+def _about(groups: Sequence[Group]) -> str:
+    about = next(run.eval for group in groups for run in group.runs if run.eval)
     words = [f"task {about['task']}"] if "task" in about else []
     words += [f"{about['problems']} problems"] if "problems" in about else []
     words += [f"{about['k']} samples each"] if "k" in about else []
-    words += ["in brackets the 95 % interval over problems"]
+    seeds = any(group.several for group in groups)
+    words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
     words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []
     text = "; ".join(words)
-    return (
-        '<section aria-labelledby="result"><h2 id="result">Before and after</h2>'
-        f'<p class="muted">{escape(text[0].upper() + text[1:])}.</p>'
-        f'<div class="result"><div>{tables}</div>{pass_at}</div></section>'
-    )
+    once = len(groups) > 1 and not seeds
+    more = " One seed each: the intervals say how exactly the models were measured, not what another seed would give."
+    return f"{text[0].upper()}{text[1:]}.{more if once else ''}"
 
 
-def _eval_table(run: RunFiles, named: bool) -> str:
-    rows = _rows(run)
-    gap = as_object(run.eval.get("gap_recovered"))
-    who = [str(row.get("who", "?")) for row in rows]
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in [*who, *(["gap recovered"] if gap else [])])
+def _one_table(group: Group) -> str:
+    """Metrics down, writers across."""
+    whos = group.whos()
+    gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
+    head = [*whos, *(["gap recovered"] if gap else [])]
     body: list[str] = []
-    for metric in _metrics(rows):
-        right = metric.startswith(("avg@", "pass@"))
-        words, unit, kind = METRICS.get(metric, (metric, "", "share" if right else "number"))
-        cells = "".join(f"<td>{_value(as_object(row.get(metric)), kind)}</td>" for row in rows)
-        recovered = number(gap.get(metric))
+    for metric in _ordered(group.metrics()):
+        kind = _words(metric)[2]
+        cells = "".join(f"<td>{_value(group.cell(who, metric), kind)}</td>" for who in whos)
+        recovered = gap.get(metric)
         last = f"<td>{'' if recovered is None else f'<b>{percent(recovered, 0)}</b>'}</td>" if gap else ""
-        unit = f' <span class="muted">{escape(unit)}</span>' if unit else ""
-        body.append(f'<tr><th scope="row">{escape(words)}{unit}</th>{cells}{last}</tr>')
-    caption = f"<caption>{escape(run.name)}</caption>" if named else ""
+        body.append(f'<tr><th scope="row">{_named(metric)}</th>{cells}{last}</tr>')
+    return _table(head, body)
+
+
+def _side_by_side(groups: Sequence[Group]) -> str:
+    """Metrics down; across, what each run made of its student, how that differs from the first one, and the teacher."""
+    metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics()))
+    compared = [group for group in groups[1:] if any("low" in paired(group, groups[0], AFTER, m) for m in metrics)]
+    teacher = next((group for group in groups if any(group.cell(TEACHER, metric) for metric in metrics)), None)
+    head = [group.name for group in groups]
+    head += [f"{group.name} − {groups[0].name}" for group in compared]
+    head += ["teacher"] if teacher else []
+    body: list[str] = []
+    for metric in _ordered(metrics):
+        kind = _words(metric)[2]
+        cells = [
+            _value(group.cell(AFTER, metric), kind, before=group.cell(BEFORE, metric), colored=group.color)
+            for group in groups
+        ]
+        cells += [_difference(paired(group, groups[0], AFTER, metric), kind) for group in compared]
+        cells += [_value(teacher.cell(TEACHER, metric), kind)] if teacher else []
+        body.append(f'<tr><th scope="row">{_named(metric)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    caption = "The student after each run, and before it"
+    if compared:
+        caption += "; differences are taken within each seed, bold where the interval excludes 0"
+    return _table(head, body, caption)
+
+
+def _table(head: Sequence[str], body: Sequence[str], caption: str = "") -> str:
+    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    said = f"<caption>{escape(caption)}.</caption>" if caption else ""
     return (
-        f'<div class="scroll"><table>{caption}<thead><tr><th scope="col">Metric</th>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="Results"><table>{said}<thead><tr>'
+        f'<th scope="col">Metric</th>{top}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
 
-def _value(cell: Mapping[str, Any], kind: Kind) -> str:
+def _named(metric: str) -> str:
+    words, unit, _ = _words(metric)
+    return f"{escape(words)}{f' <span class=muted>{escape(unit)}</span>' if unit else ''}"
+
+
+def _value(cell: Mapping[str, Any], kind: Kind, *, before: Mapping[str, Any] | None = None, colored: int = 0) -> str:
     value, low, high = (number(cell.get(key)) for key in ("value", "low", "high"))
     if value is None:
         return '<span class="muted">–</span>'
@@ -119,20 +205,43 @@ def _value(cell: Mapping[str, Any], kind: Kind) -> str:
     digits = 1 if share or abs(value) >= 10 else 3
     shown = [minus(f"{x * (100 if share else 1):,.{digits}f}") for x in (value, low, high) if x is not None]
     interval = f"<small>[{shown[1]}, {shown[2]}]</small>" if len(shown) == 3 else ""
-    return f"{percent(value, 1) if share else shown[0]}{interval}"
+    text = percent(value, 1) if share else shown[0]
+    old = number((before or {}).get("value"))
+    if old is None:
+        return f"{text}{interval}"
+    was = percent(old, 1) if share else minus(f"{old:,.{digits}f}")
+    return f'<b class="c{colored % 6}">{text}</b>{interval}<small>before {was}</small>'
 
 
-def _pass_at(runs: Sequence[RunFiles]) -> str:
-    order = [str(row.get("who")) for run in runs for row in _rows(run)]
-    whos = dict.fromkeys([*order, *(str(who) for run in runs for who in as_object(run.eval.get("pass_at")))])
+def _difference(cell: Mapping[str, Any], kind: Kind) -> str:
+    value, low, high = (number(cell.get(key)) for key in ("value", "low", "high"))
+    if value is None or low is None or high is None:
+        return '<span class="muted">–</span>'
+    scale, digits = (100, 1) if kind == "share" else (1, 1 if abs(value) >= 10 else 3)
+    shown = [minus(f"{scale * x:+,.{digits}f}") for x in (value, low, high)]
+    text = f"<b>{shown[0]}</b>" if low > 0 or high < 0 else shown[0]
+    return f"{text}<small>[{shown[1]}, {shown[2]}]</small><small>{cell['n']} seeds</small>"
+
+
+# --- pass@k ---
+
+
+def _pass_at(groups: Sequence[Group]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    judged = [who for group in groups for who in group.whos()]
+    whos = dict.fromkeys([*judged, *(str(who) for run in runs for who in as_object(run.eval.get("pass_at")))])
+    several = len(groups) > 1
     series: list[Series] = []
     for place, who in enumerate(whos):
-        for index, run in enumerate(runs):
-            by_k = as_object(as_object(run.eval.get("pass_at")).get(who))
-            found = [(float(k), number(value)) for k, value in by_k.items() if str(k).isdecimal()]
-            points = sorted((k, y) for k, y in found if y is not None)
-            if points:
-                series.append(series_of(run, index, place, who, points, several=len(runs) > 1, alone=False))
+        for group in groups:
+            points, band = over_seeds([_ladder(as_object(run.eval.get("pass_at")).get(who)) for run in group.runs])
+            if not points or (several and who == TEACHER and any(one.label == TEACHER for one in series)):
+                continue
+            if several:
+                one = series_of(group, place, who, points, band, several=True, alone=False)
+                series.append(Series(TEACHER, points, 6, 2) if who == TEACHER else one)
+            else:
+                series.append(Series(who, points, WHO_COLORS.get(who, place), band=band))
     if not series:
         return ""
     ticks = sorted({x for one in series for x, _ in one.points})
@@ -145,3 +254,8 @@ def _pass_at(runs: Sequence[RunFiles]) -> str:
         x_ticks=ticks,
         smooth=False,
     )
+
+
+def _ladder(by_k: object) -> dict[float, float]:
+    found = ((k, number(value)) for k, value in as_object(by_k).items() if str(k).isdecimal())
+    return {float(k): value for k, value in found if value is not None}

@@ -1,174 +1,206 @@
-"""Recorded rollouts, token by token, shaded by what was said about each token."""
+"""Recorded rollouts and answers, token by token: the data that the page's script draws.
+
+The text of a model is hostile. Nothing of it becomes markup here: it goes into one block of JSON in which no character
+can end the block, and the script writes it as text.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from retort.report.read import RunFiles, number
+from retort.report.groups import Group, any_of
+from retort.report.read import RunFiles, number, spread
 
 #: Most tokens shown of one rollout.
-MOST_TOKENS = 1000
-LEVELS = 5
-_BREAK = '<span class="muted">⏎</span>'
+MOST_TOKENS = 2000
+#: Most bytes of JSON of all rollouts of a page; there are fewer rollouts where they are long.
+MOST_BYTES = 5_000_000
 _GAP = "teacher − student log-prob"
-#: The column shaded at first: the first of these that was recorded, else any.
-_FIRST = (_GAP, "reverse_kl", "reverse.value")
-_UNITS = (("logp", "nats"), ("log-prob", "nats"), ("entropy", "nats"), ("value", "nats"), ("kl", "nats"))
 
 
 @dataclass(frozen=True)
-class Column:
-    """How one column is shaded, the same in every rollout of the page.
+class Quantity:
+    """What a column is called, in which unit, of what kind, and what it means."""
 
-    Attributes:
-        name: Of the column.
-        scale: The size that gets the darkest shade: the 95th percentile of all sizes.
-        signed: Whether it has both signs; if not, only the size is shaded.
-        falling: Whether all of it is zero or below.
-    """
-
-    name: str
-    scale: float
-    signed: bool
-    falling: bool
-
-    @property
-    def ends(self) -> tuple[str, str]:
-        """What stands left and right of the colour scale."""
-        if self.signed:
-            return f"−{self.scale:.3g}", f"{self.scale:.3g} {_unit(self.name)} and beyond"
-        sign = "−" if self.falling else ""
-        return "0", f"{sign}{self.scale:.3g} {_unit(self.name)} and beyond"
+    label: str
+    unit: str
+    kind: str
+    about: str
 
 
-def rollouts_section(runs: Sequence[RunFiles]) -> str:
-    """The section with sample rollouts; empty if none was recorded."""
-    shown = [(run.name, row, _columns(row)) for run in runs for row in run.rollouts]
-    if not shown:
+MODELS, BETWEEN, LOSS = "The models", "Between them", "The loss"
+_KNOWN: Mapping[str, Quantity] = {
+    "teacher_entropy": Quantity("teacher’s entropy", "nats", MODELS, "how uncertain the teacher was about this token"),
+    "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the writer was about this token"),
+    "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was written"),
+    "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was written"),
+    _GAP: Quantity(_GAP, "nats", BETWEEN, "positive where the teacher likes the token better than the student does"),
+    "reverse_kl": Quantity("reverse KL", "nats", BETWEEN, "estimated from the token alone where it can be negative"),
+    "forward_kl": Quantity("forward KL", "nats", BETWEEN, "what the teacher has in mind and the student has not"),
+    "forward_kl_gated": Quantity("forward KL, gate open", "nats", BETWEEN, "as the method measures it"),
+    "gate_open_fraction": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
+    "gate": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
+    "clip_fraction": Quantity("clipped", "", LOSS, "1 where the clip binds"),
+    "teacher_topk_mass": Quantity("teacher’s top-k mass", "", MODELS, "probability that its top-k holds"),
+}
+_ENDINGS: Mapping[str, tuple[str, str]] = {
+    "advantage": ("nats", "how much better than expected this token was, to this term"),
+    "weight": ("", "what multiplies this term at this token"),
+    "value": ("nats", "this term at this token, before its weight"),
+}
+#: Columns that repeat another one on some tokens only.
+_LEFT_OUT = ("student_entropy_gated",)
+#: Shaded at first: the first of these that there is.
+_FIRST = (_GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy")
+
+
+def quantity(name: str) -> Quantity:
+    """How a column is shown."""
+    if name in _KNOWN:
+        return _KNOWN[name]
+    term, dot, ending = name.rpartition(".")
+    if dot and ending in _ENDINGS:
+        unit, about = _ENDINGS[ending]
+        return Quantity(f"{ending} ({term})", unit, LOSS, about)
+    return Quantity(name.replace("_", " "), "nats" if name.endswith(("kl", "logp", "entropy")) else "", BETWEEN, "")
+
+
+def rollouts_section(groups: Sequence[Group]) -> str:
+    """The section with rollouts and answers; empty if none was recorded."""
+    runs = any_of(groups)
+    training = [_training(run, row) for run in runs for row in run.rollouts]
+    held_out = _held_out(groups)
+    if not training and not held_out:
         return ""
-    scales = [_scale(name, values) for name, values in _distinct([columns for _, _, columns in shown]).items()]
-    preferred = {name: place for place, name in enumerate(_FIRST)}
-    first = min(scales, key=lambda column: preferred.get(column.name, len(_FIRST)), default=None)
-    several = len(runs) > 1
-    blocks = [
-        _rollout(run if several else "", row, columns, first, opened=index in (0, len(shown) - 1))
-        for index, (run, row, columns) in enumerate(shown)
-    ]
-    picker = _picker(scales, first) if first else ""
+    recorded = sum(run.recorded for run in runs)
+    training = _within_budget(training, MOST_BYTES - len(_dump(held_out)))
+    answers = [answer for problem in held_out for answer in problem["answers"]]
+    columns = _columns([*training, *answers])
+    data = {"columns": columns, "training": training, "held_out": held_out, "first": _first(columns)}
+    words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
+    words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
+    also = f"{'; ' if words else ''}{len(held_out)} held-out problems, answered before and after" if held_out else ""
     return (
-        '<section aria-labelledby="rollouts"><h2 id="rollouts">Sample rollouts</h2>'
-        f'<p class="muted">{len(shown)} of those recorded, from the beginning to the end of the run. '
-        f"Point at a token for its numbers.</p>{picker}"
-        f"{''.join(blocks)}</section>"
+        '<section aria-labelledby="rollouts"><h2 id="rollouts">Token by token</h2>'
+        f'<p class="muted">{words}{also}. Point at a token for its numbers; click to keep them; the arrow keys go from '
+        "token to token.</p>"
+        '<div id="tokens-view"><noscript><p>Rollouts are drawn by the script of this page, which is switched off.</p>'
+        f'</noscript></div><script type="application/json" id="rollout-data">{_dump(data)}</script></section>'
     )
 
 
-def _columns(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
+def _dump(data: Any) -> str:
+    """JSON that cannot end the element it stands in, nor be taken for markup by anything."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text
+
+
+def _within_budget(rows: list[dict[str, Any]], budget: int) -> list[dict[str, Any]]:
+    """As many rows as the page may hold, spread evenly."""
+    size = sum(len(_dump(row)) for row in rows)
+    if size <= budget:
+        return rows
+    return [rows[index] for index in spread(len(rows), max(1, len(rows) * max(budget, 0) // size))]
+
+
+# --- rows ---
+
+
+def _training(run: RunFiles, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"run": run.name, "step": number(row.get("step")), **_tokens(row)}
+
+
+def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Problems with all answers to them: before, after each run (the first seed of each experiment), the teacher's."""
+    problems: dict[str, dict[str, Any]] = {}
+    once: set[tuple[str, str]] = set()
+    for group in groups:
+        run = group.runs[0]
+        for row in run.answers:
+            who, key = str(row.get("who", "")), str(row.get("prompt_id", ""))
+            # What the student was before, and the teacher, are the same in every run that shares them.
+            text = _dump([row.get("text"), row.get("ids")])
+            if who != "student after" and (f"{who} {key}", text) in once:
+                continue
+            once.add((f"{who} {key}", text))
+            problem = problems.setdefault(key, {"prompt": str(row.get("prompt", "")), "id": key, "answers": []})
+            named = f"{who}, {group.name}" if len(groups) > 1 and who != "teacher" else who
+            problem["answers"].append({"who": named, **_tokens(row)})
+    order = {"student before": 0, "student after": 1, "teacher": 2}
+    for problem in problems.values():
+        problem["answers"].sort(key=lambda answer: order.get(answer["who"].split(",")[0], 3))
+    return list(problems.values())
+
+
+def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = row.get("tokens")
+    tokens = [str(token) for token in tokens] if isinstance(tokens, list) else [str(row.get("text", ""))]
+    ids = row.get("ids")
+    found: dict[str, Any] = {
+        "id": str(row.get("prompt_id", "")),
+        "prompt": str(row.get("prompt", "")),
+        "status": str(row.get("status", "")),
+        "source": str(row.get("source", "student")),
+        "reward": number(row.get("reward")),
+        "tokens": tokens[:MOST_TOKENS],
+        "values": {name: values[:MOST_TOKENS] for name, values in _values(row).items()},
+    }
+    if isinstance(ids, list) and len(ids) == len(tokens):
+        found["ids"] = [number(one) for one in ids[:MOST_TOKENS]]
+    if len(tokens) > MOST_TOKENS:
+        found["more"] = len(tokens) - MOST_TOKENS
+    return found
+
+
+def _values(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """Columns by name, four digits each."""
     given = row.get("columns")
-    if not isinstance(given, Mapping):
-        return {}
     columns = {
-        str(name): [number(value) for value in values] for name, values in given.items() if isinstance(values, list)
+        str(name): [_short(value) for value in values]
+        for name, values in (given.items() if isinstance(given, Mapping) else ())
+        if isinstance(values, list) and name not in _LEFT_OUT
     }
     teacher, student = columns.get("teacher_logp"), columns.get("student_logp")
     if teacher and student:
-        gap = [None if t is None or s is None else t - s for t, s in zip(teacher, student, strict=False)]
+        gap = [None if t is None or s is None else _short(t - s) for t, s in zip(teacher, student, strict=False)]
         columns = {_GAP: gap, **columns}
     return columns
 
 
-def _distinct(rollouts: Sequence[Mapping[str, Sequence[float | None]]]) -> dict[str, list[Sequence[float | None]]]:
-    """Column -> its values in every rollout; a column that says the same as an earlier one is left out."""
-    found: dict[str, list[Sequence[float | None]]] = {}
-    for name in dict.fromkeys(name for columns in rollouts for name in columns):
-        values = [columns.get(name, []) for columns in rollouts]
-        if values not in found.values():
-            found[name] = values
-    return found
+def _short(value: object) -> float | None:
+    found = number(value)
+    return None if found is None else float(f"{found:.4g}")
 
 
-def _scale(name: str, columns: Sequence[Sequence[float | None]]) -> Column:
-    values = [value for column in columns for value in column if value is not None]
+# --- columns ---
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Every column of the page with the scale of its shading, the same in all rollouts."""
+    found: list[dict[str, Any]] = []
+    for name in dict.fromkeys(name for row in rows for name in row["values"]):
+        known = [value for row in rows for value in row["values"].get(name, ()) if value is not None]
+        if not known or (name.endswith(".weight") and set(known) == {1.0}):  # a term that counts everywhere
+            continue
+        shown = quantity(name)
+        found.append({"name": name, "label": shown.label, "unit": shown.unit, "kind": shown.kind, "about": shown.about})
+        found[-1] |= {"scale": scale(known), "signed": min(known) < 0 < max(known), "falling": max(known) <= 0}
+    kinds, known_names = (BETWEEN, MODELS, LOSS), list(_KNOWN)
+    place = {name: index for index, name in enumerate(known_names)}
+    return sorted(found, key=lambda one: (kinds.index(one["kind"]), place.get(one["name"], len(place))))
+
+
+def scale(values: Sequence[float]) -> float:
+    """The size that gets the darkest shade: the 95th percentile of all sizes that are not zero."""
     sizes = sorted(abs(value) for value in values if value)
-    scale = sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))] if sizes else 1.0
-    negative = any(value < 0 for value in values)
-    positive = any(value > 0 for value in values)
-    return Column(name, scale, signed=negative and positive, falling=negative and not positive)
+    return sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))] if sizes else 1.0
 
 
-def level(value: float | None, column: Column) -> str:
-    """The class that shades a token: `p` or `n` for the sign, 0 to 5 for the size, `none` where nothing is known."""
-    if value is None:
-        return "none"
-    steps = min(LEVELS, math.floor(LEVELS * abs(value) / column.scale + 0.5))
-    return f"{'n' if column.signed and value < 0 else 'p'}{steps}"
-
-
-def _unit(name: str) -> str:
-    return next((unit for ending, unit in _UNITS if name.endswith(ending)), "")
-
-
-def _picker(columns: Sequence[Column], first: Column) -> str:
-    options = "".join(
-        f'<option value="{escape(column.name)}" data-scale="{column.scale:.6g}" '
-        f'data-signed="{"1" if column.signed else ""}" data-low="{escape(column.ends[0])}" '
-        f'data-high="{escape(column.ends[1])}"'
-        f"{' selected' if column is first else ''}>{escape(column.name)}</option>"
-        for column in columns
-    )
-    negative = "".join(f'<i class="n{step}"></i>' for step in range(LEVELS, 0, -1))
-    positive = "".join(f'<i class="p{step}"></i>' for step in range(LEVELS + 1))
-    return (
-        f'<div class="shade"><label>Shade by <select id="column">{options}</select></label>'
-        f'<span class="scale muted"><span id="low">{escape(first.ends[0])}</span> '
-        f'<span id="negative"{"" if first.signed else " hidden"}>{negative}</span>{positive} '
-        f'<span id="high">{escape(first.ends[1])}</span></span></div>'
-    )
-
-
-def _rollout(
-    run: str,
-    row: Mapping[str, Any],
-    columns: Mapping[str, Sequence[float | None]],
-    first: Column | None,
-    *,
-    opened: bool,
-) -> str:
-    tokens = row.get("tokens")
-    if not isinstance(tokens, list):
-        tokens = [str(row.get("text", ""))]
-    spans = "".join(_token(str(token), index, columns, first) for index, token in enumerate(tokens[:MOST_TOKENS]))
-    more = len(tokens) - MOST_TOKENS
-    cut = f' <span class="muted">… {more:,} more tokens</span>' if more > 0 else ""
-    short = {name: list(values[:MOST_TOKENS]) for name, values in columns.items()}
-    data = escape(json.dumps(short, separators=(",", ":")))
-    facts = [run, str(row.get("prompt_id", "")), str(row.get("status", "")), f"{len(tokens):,} tokens"]
-    reward = number(row.get("reward"))
-    if reward is not None:
-        facts.insert(3, f"reward {reward:g}")
-    if row.get("source", "student") != "student":
-        facts.append(f"from the {row['source']}")
-    return (
-        f"<details{' open' if opened else ''}><summary><b>Step {escape(str(row.get('step', '?')))}</b>"
-        f'<span class="muted">{escape(" · ".join(fact for fact in facts if fact))}</span></summary>'
-        f'<div class="prompt">{escape(str(row.get("prompt", "")))}</div>'
-        f'<div class="tokens" data-columns="{data}">{spans}{cut}</div></details>'
-    )
-
-
-def _token(token: str, index: int, columns: Mapping[str, Sequence[float | None]], first: Column | None) -> str:
-    said = [token.replace("\n", "⏎")]
-    for name, values in columns.items():
-        value = values[index] if index < len(values) else None
-        said.append(f"{name}: {'–' if value is None else f'{value:.4g} {_unit(name)}'.strip().replace('-', '−')}")
-    values = columns.get(first.name, []) if first else []
-    shade = level(values[index] if index < len(values) else None, first) if first else "none"
-    # A line break at the token's end stands outside it, or its shade would show at the start of the next line.
-    tail = "\n" if token.endswith("\n") else ""
-    text = escape(token.removesuffix(tail)).replace("\n", f"{_BREAK}\n") + (_BREAK if tail else "")
-    return f'<span class="t {shade}" title="{escape(chr(10).join(said))}">{text}</span>{tail}'
+def _first(columns: Sequence[Mapping[str, Any]]) -> str:
+    names = [str(column["name"]) for column in columns]
+    return next((name for name in _FIRST if name in names), names[0] if names else "")

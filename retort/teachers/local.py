@@ -90,12 +90,18 @@ class LocalTeacher:
         return reduced(dense, needs)
 
     def _hidden(self, pack: Pack, view: View) -> Tensor:
-        tokens, acted = zip(*(self._sequence(rollout, view) for rollout in pack.rollouts), strict=True)
+        # Rollouts of one prompt share the object: it is rendered once.
+        rendered = {id(rollout.prompt): rollout.prompt for rollout in pack.rollouts}
+        prompt_ids = {
+            key: render(view.prompt(prompt), self.lm.tokenizer, thinking=self.thinking)
+            for key, prompt in rendered.items()
+        }
+        pairs = (self._sequence(rollout, prompt_ids[id(rollout.prompt)]) for rollout in pack.rollouts)
+        tokens, acted = zip(*pairs, strict=True)
         return self.lm.all_hidden(tokens, acted, self.batch_tokens)
 
-    def _sequence(self, rollout: Rollout, view: View) -> tuple[Tensor, Tensor]:
+    def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> tuple[Tensor, Tensor]:
         """What the teacher reads: its own rendering of the prompt, then the very tokens that the student wrote."""
-        prompt_ids = render(view.prompt(rollout.prompt), self.lm.tokenizer, thinking=self.thinking)
         actions = [self.stop_map.get(token, token) for token in rollout.action_ids]
         tokens_L = torch.tensor(prompt_ids + actions)
         return tokens_L, torch.arange(len(tokens_L)) >= len(prompt_ids)

@@ -67,13 +67,14 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
                 f"context of {lm.context}; lower max_new_tokens"
             )
     row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
-    cells = {name: cell for name, cell in row.items() if name != "pass_at"}
+    cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "answers")}
     return {
         "k": judge.samples,
         "problems": len(prompts),
         "seed": judge.seed,
         "rows": [{"who": model, **cells}],
         "pass_at": {model: row.get("pass_at", {})},
+        "profile": {model: row["profile"]},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from retort.evaluate.judge import Judge
 from retort.files import write_text
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
+#: Parts of a judge's row that stand beside the table, by writer.
+_BESIDE = ("pass_at", "profile")
 
 
 def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
@@ -28,6 +30,7 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         "rows": [],
         "pass_at": {},
         "gap_recovered": {},
+        "profile": {},
     }
 
 
@@ -37,18 +40,27 @@ def has(results: Mapping[str, Any], who: str) -> bool:
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with one more row (or that row anew), written to disk."""
+    """The table with one more row (or that row anew), written to disk; its answers go to `answers.jsonl`."""
     order = [BEFORE, AFTER, TEACHER]
-    cells = {name: cell for name, cell in row.items() if name != "pass_at"}
+    cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
-    updated = {
-        **results,
-        "rows": sorted(rows, key=lambda found: order.index(found["who"])),
-        "pass_at": {**results["pass_at"], **({who: row["pass_at"]} if "pass_at" in row else {})},
-    }
+    updated = {**results, "rows": sorted(rows, key=lambda found: order.index(found["who"]))}
+    for name in _BESIDE:
+        updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
+    _write_answers(folder / "answers.jsonl", who, row.get("answers", []))
     write_text(folder / "eval.json", json.dumps(updated, indent=2) + "\n")
     return updated
+
+
+def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces the answers of one writer."""
+    # Not `splitlines`: it also cuts at separators that JSON text may hold, such as U+2028.
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    kept = [line for line in lines if line and json.loads(line)["who"] != who]
+    added = [json.dumps({"who": who, **answer}, ensure_ascii=False) for answer in answers]
+    if kept or added:
+        write_text(path, "".join(line + "\n" for line in [*kept, *added]))
 
 
 def _recovered(results: Mapping[str, Any]) -> dict[str, float]:

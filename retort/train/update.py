@@ -110,7 +110,7 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
     every = (
         term_values(method),
         watch_values(batch.watches),
-        recorded_values({view: signal.offers for view, signal in batch.signals.items()}),
+        recorded_values(method, {view: signal.offers for view, signal in batch.signals.items()}),
     )
     shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}

@@ -32,7 +32,31 @@ def make_run(folder: Path, *, seed: int = 0, steps: int = 120, method: str = "eo
     _write_lines(folder / "metrics.jsonl", [_metrics(step, steps, draw) for step in range(1, steps + 1)])
     _write_lines(folder / "rollouts.jsonl", [_rollout(step, draw) | rollout for step in range(1, steps + 1, 4)])
     (folder / "eval.json").write_text(json.dumps(_eval(seed)))
+    _write_lines(folder / "answers.jsonl", _answers(method, seed))
     return folder
+
+
+def _answers(method: str, seed: int) -> list[dict[str, Any]]:
+    """Before and teacher are the same in every run; what the student became is each run's own."""
+    whos = {"student before": "before", "student after": f"{method} {seed}", "teacher": "teacher"}
+    return [
+        {
+            "who": who,
+            "prompt_id": f"held-out-{index}",
+            "prompt": f"Numbers: 1 2 {index}. Target: 3.",
+            "text": f"{text} 1 + 2 = 3",
+            "status": "completed",
+            "reward": 1.0,
+            "tokens": [text, " 1", " +", " 2", " =", " 3"],
+            "columns": {
+                "teacher_entropy": [0.1, 1.2, 0.4, 0.0, 0.0, 0.3],
+                "forward_kl": [0.0, 0.5, 0.2, 0.1, 0.0, 0.0],
+                "gate": [0.0, 1.0, 0.0, 0.0, 0.0, 0.0],
+            },
+        }
+        for who, text in whos.items()
+        for index in range(2)
+    ]
 
 
 def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -50,6 +74,7 @@ def _metrics(step: int, steps: int, draw: random.Random) -> dict[str, Any]:
         "loss/forward": 0.2 * forward,
         "reverse_kl": reverse,
         "forward_kl_gated": forward,
+        "forward_kl": 0.4 * forward,
         "student_entropy": 0.45 + 0.3 * (1 - fall) + draw.gauss(0, 0.02),
         "teacher_entropy": 0.8 + draw.gauss(0, 0.015),
         "student_entropy_gated": 0.9 + draw.gauss(0, 0.05),
@@ -131,5 +156,20 @@ def _eval(seed: int) -> dict[str, Any]:
             row("teacher", 0.69, 0.8, None),
         ],
         "pass_at": {who: {str(k): 1 - (1 - p) ** (k**0.6) for k in (1, 2, 4, 8)} for who, p in right.items()},
+        "profile": {who: _profile(seed + place) for place, who in enumerate(right)},
         "gap_recovered": {"avg@8": (after - 0.312) / (0.69 - 0.312), "pass@8": 0.8},
+    }
+
+
+def _profile(seed: int) -> dict[str, Any]:
+    draw = random.Random(seed)
+    lower = [round(0.1 * index, 1) for index in range(41)]
+    counts = [round(4000 * math.exp(-3 * x) * draw.uniform(0.8, 1.2)) for x in lower]
+    names = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
+    return {
+        "histogram": {"from": lower, "student_entropy": counts, "teacher_entropy": [*counts[1:], 0]},
+        "by_teacher_entropy": {"from": lower, "tokens": counts}
+        | {name: [draw.uniform(0.1, 1) if count else None for count in counts] for name in names},
+        "by_position": {"from": list(range(12)), "tokens": [800] * 12}
+        | {name: [draw.uniform(0, 1) for _ in range(12)] for name in names},
     }

@@ -1,57 +1,20 @@
 import json
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_page import Fragment, Page
 
 from retort.errors import UserError
 from retort.report import build_report
-from retort.report.plots import Series, _label, nice_step, plot
-from retort.report.rollouts import Column, level
+from retort.report.axes import label, nice_step
+from retort.report.plots import Series, plot
+from retort.report.rollouts import scale
 
 MakeRun = Callable[..., Path]
-VOID = {"meta", "line", "circle", "path", "br", "hr", "img", "input", "link"}
 ATTACK = "<script>alert(1)</script>"
-
-
-class Page(HTMLParser):
-    """Checks that tags close in order, and keeps what the tests ask about."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.raw = path.read_text(encoding="utf-8")
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(self.raw)
-        self.close()
-        assert self.open == [], f"left open: {self.open}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert len(dict(attrs)) == len(attrs), f"<{tag}> has an attribute twice"
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes something else"
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-    def plots(self) -> dict[str, Any]:
-        """Each plot's data, by its spoken title."""
-        svgs = [svg for svg in self.all("svg") if "data-plot" in svg]
-        return {str(svg["aria-label"]).split(",")[0].split(":")[0]: json.loads(str(svg["data-plot"])) for svg in svgs}
 
 
 def test_a_run_becomes_one_well_formed_page(tmp_path: Path, make_run: MakeRun) -> None:
@@ -66,9 +29,15 @@ def test_a_run_becomes_one_well_formed_page(tmp_path: Path, make_run: MakeRun) -
     for title in ("Loss", "Reverse KL", "Forward KL", "Entropy", "Gate open", "Length", "Truncated", "pass@k"):
         assert title in page.plots()
     assert len(page.plots()["Entropy"]["series"]) == 2
+    for title in ("Entropy of each token", "Forward KL along the answer", "Forward KL by the teacher’s entropy"):
+        assert title in page.plots()
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert len([block for block in page.all("div") if block.get("class") == "tokens"]) == 12
+    shown = page.rollouts()
+    assert [row["step"] for row in shown["training"]] == list(range(1, 121, 4))
+    assert [[answer["who"] for answer in problem["answers"]] for problem in shown["held_out"]] == 2 * [
+        ["student before", "student after", "teacher"]
+    ]
     assert "missing" not in page.text
 
 
@@ -103,10 +72,12 @@ def test_whatever_a_model_wrote_is_escaped(tmp_path: Path, make_run: MakeRun) ->
 
     page = Page(build_report([run], tmp_path / "report.html"))
     assert ATTACK not in page.raw
-    assert len(page.all("script")) == 1
+    assert [script.get("type") for script in page.all("script")] == ["application/json", None]
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert f"prompt {ATTACK}" in page.text
-    assert page.text.count(ATTACK) > 10
+    assert page.rollouts()["training"][0]["prompt"] == f"prompt {ATTACK}"
+    assert page.rollouts()["training"][0]["tokens"][1] == ATTACK
+    assert page.text.count(ATTACK) > 5
+    assert page.raw.count("</script>") == 2
 
 
 def test_missing_files_are_named(tmp_path: Path, make_run: MakeRun) -> None:
@@ -130,16 +101,25 @@ def test_torn_lines_and_numbers_that_are_none_are_named(tmp_path: Path, make_run
     assert "grad_norm is not finite at step 9" in page.text
     assert "eval.json is not a JSON object." in page.text
     assert "rollouts.jsonl is empty." in page.text
-    assert page.plots()["Loss"]["series"][0]["8"] == "0.125", "the later line of a step counts"
+    loss = page.plots()["Loss"]
+    assert loss["series"][0]["y"][loss["at"].index("8")] == 0.125, "the later line of a step counts"
 
 
 def test_two_runs_overlay_in_the_same_plots(tmp_path: Path, make_run: MakeRun) -> None:
     runs = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", seed=1, method="opd")]
     page = Page(build_report(runs, tmp_path / "report.html"))
     assert "2 runs: a/run, b/run" in page.text
+    answers = page.rollouts()["held_out"][0]["answers"]
+    assert [answer["who"] for answer in answers] == [
+        "student before, a/run",
+        "student after, a/run",
+        "student after, b/run",
+        "teacher",
+    ], "what both runs share stands there once"
     assert len(page.plots()["Reverse KL"]["series"]) == 2
     assert len(page.plots()["Entropy"]["series"]) == 4
-    assert page.raw.count("<caption>") == 2
+    assert page.raw.count("<caption>") == 1
+    assert "One seed each" in page.text
     assert "method.name" in page.text, "the settings that differ are listed"
 
 
@@ -184,7 +164,7 @@ def test_steps_between_ticks_are_round(rough: float, whole: bool, step: float) -
     ],
 )
 def test_numbers_get_the_digits_they_need(value: float, kind: Any, step: float | None, text: str) -> None:
-    assert _label(value, kind, step) == text
+    assert label(value, kind, step) == text
 
 
 @pytest.mark.parametrize(
@@ -203,14 +183,48 @@ def test_long_curves_are_thinned() -> None:
     assert len(drawn) < 60_000
 
 
-def test_shades_follow_size_and_sign() -> None:
-    signed = Column("gap", scale=2.0, signed=True, falling=False)
-    assert [level(value, signed) for value in (None, 0.0, 0.1, 2.0, 9.0, -1.2)] == [
-        "none",
-        "p0",
-        "p0",
-        "p5",
-        "p5",
-        "n3",
-    ]
-    assert level(-2.0, Column("logp", scale=2.0, signed=False, falling=True)) == "p5"
+def test_bands_that_reach_far_beyond_the_curve_do_not_flatten_it() -> None:
+    points = [(float(x), 1.0 + 0.1 * x) for x in range(5)]
+    data = json.loads(
+        Fragment(plot("T", "", [Series("", points, band=[(-90.0, 90.0)] * 5)])).all("svg")[0]["data-plot"] or ""
+    )
+    assert max(data["series"][0]["high"]) < 2.5
+    assert min(data["series"][0]["low"]) >= 0
+
+
+def test_a_logarithmic_histogram_leaves_out_empty_bins() -> None:
+    drawn = plot("T", "", [Series("", [(0.0, 0.9), (0.1, 0.0), (0.2, 0.001)])], log=True, stairs=0.1, kind="share")
+    assert drawn.count("M") == 2, "a gap where the empty bin is"
+    assert "100\u202f%" in drawn
+    assert "0.1\u202f%" in drawn
+
+
+def test_the_darkest_shade_is_that_of_the_95th_percentile() -> None:
+    assert scale([0.0, 0.0, 1.0, -2.0]) == 2.0
+    assert scale([float(x) for x in range(101)]) == 96.0
+    assert scale([0.0]) == 1.0
+
+
+def test_a_large_run_is_sampled_and_the_page_says_so(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "run")
+    line = (run / "rollouts.jsonl").read_text().split("\n")[0]
+    row = json.loads(line)
+    row["tokens"], row["columns"] = row["tokens"] * 30, {name: x * 30 for name, x in row["columns"].items()}
+    with (run / "rollouts.jsonl").open("w") as file:
+        for step in range(1, 2001):
+            file.write(json.dumps(row | {"step": step}) + "\n")
+    out = build_report([run], tmp_path / "report.html")
+    page, shown = Page(out), Page(out).rollouts()["training"]
+    assert out.stat().st_size < 10_000_000
+    assert len(shown) > 30
+    assert (shown[0]["step"], shown[-1]["step"]) == (1, 2000)
+    assert f"{len(shown)} of 2,000 recorded rollouts" in page.text
+    assert "each cut after 2,000 tokens" not in page.text
+
+
+def test_long_rollouts_are_cut_and_the_page_says_so(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "run", tokens=["a"] * 2500, columns={"teacher_entropy": [1.0] * 2500})
+    page = Page(build_report([run], tmp_path / "report.html"))
+    row = page.rollouts()["training"][0]
+    assert (len(row["tokens"]), len(row["values"]["teacher_entropy"]), row["more"]) == (2000, 2000, 500)
+    assert "each cut after 2,000 tokens" in page.text

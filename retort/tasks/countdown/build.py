@@ -13,7 +13,8 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ class Recipe:
         lr: highest learning rate; a cosine brings it to zero.
         weight_decay: of AdamW.
         seed: decides initial weights and data.
+        until: stop before the last step, when the mean loss of 25 steps has come down to this.
+        bf16: products in bfloat16; several times slower than fp32 on a CPU that has no instructions for it.
     """
 
     steps: int
@@ -54,6 +57,8 @@ class Recipe:
     lr: float = 3e-3
     weight_decay: float = 0.1
     seed: int = 0
+    until: float = 0.0
+    bf16: bool = True
 
 
 SHAPE = {"hidden_size": 128, "num_hidden_layers": 5, "intermediate_size": 512}
@@ -70,18 +75,18 @@ class Score:
     pass_at_8: float
 
 
-def build_teacher(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, shape: Mapping[str, int], seed: int) -> LlamaForCausalLM:
     """A freshly initialised model in fp32."""
-    torch.manual_seed(TEACHER.seed)
+    torch.manual_seed(seed)
     heads, ids = 4, _ids(tokenizer)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        head_dim=SHAPE["hidden_size"] // heads,
+        head_dim=shape["hidden_size"] // heads,
         max_position_embeddings=64,
         tie_word_embeddings=True,
-        **SHAPE,
+        **shape,
         **ids,
     )
     return _generating(LlamaForCausalLM(config), ids)
@@ -118,24 +123,29 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[Tens
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
-    """Supervised learning: cross-entropy of the response tokens, bf16 autocast, AdamW, cosine."""
+    """Supervised learning: cross-entropy of the response tokens, AdamW, cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
     prompt, start, data = NUMBERS + 3, time.monotonic(), batches(tokenizer, recipe)
+    recent: deque[float] = deque(maxlen=25)
     for step in range(1, recipe.steps + 1):
         rate = recipe.lr * min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         tokens_BL = next(data)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.bf16):
             logits_BLV = model(input_ids=tokens_BL[:, :-1]).logits[:, prompt - 1 :]
         loss = F.cross_entropy(logits_BLV.flatten(0, 1).float(), tokens_BL[:, prompt:].flatten())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if step % 300 == 0 or step == recipe.steps:
+        recent.append(loss.item())
+        done = len(recent) == recent.maxlen and sum(recent) / len(recent) <= recipe.until
+        if step % 300 == 0 or step == recipe.steps or done:
             score, spent = measure(model, tokenizer), time.monotonic() - start
             print(f"  step {step} of {recipe.steps}, {spent:.0f} s, loss {loss.item():.4f}, {score}", flush=True)
+        if done:
+            return
 
 
 @torch.no_grad()
@@ -205,7 +215,7 @@ def write(name: str, model: LlamaForCausalLM, how: str, out: Path) -> Score:
 def make_teacher(out: Path) -> None:
     """Train and write the teacher."""
     tokenizer = build_tokenizer()
-    model = build_teacher(tokenizer)
+    model = build_model(tokenizer, SHAPE, TEACHER.seed)
     print(f"teacher: {model.num_parameters():,} parameters", flush=True)
     train(model, tokenizer, TEACHER)
     how = (

@@ -1,0 +1,98 @@
+"""Where a model's entropy and its disagreement with the teacher lie: by size, by place in the answer.
+
+Axis letters: see `retort.types`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Lower ends of the bins of entropy, nats; the last one has no upper end.
+ENTROPY_BINS = tuple(round(0.1 * index, 1) for index in range(41))
+#: What is averaged in each bin, where it could be measured.
+AVERAGED = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
+
+
+def position_bins(longest: int) -> list[int]:
+    """Lower ends of the bins of a token's place in its answer, from 0.
+
+    Every place by itself in answers of up to 24 tokens; in longer ones two bins an octave, because what happens at the
+    beginning of an answer and what happens at its end are both worth seeing.
+    """
+    if longest <= 24:
+        return list(range(longest))
+    return sorted({round(2 ** (half / 2)) for half in range(2 * math.ceil(math.log2(longest)))} | {0})
+
+
+@dataclass
+class Profile:
+    """Sums over all tokens of a model's answers.
+
+    Attributes:
+        longest: Tokens of the longest possible answer.
+    """
+
+    longest: int
+    _histograms: dict[str, Tensor] = field(default_factory=dict)
+    _sums: dict[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, Tensor], position_N: Tensor) -> None:
+        """Adds some tokens.
+
+        Args:
+            values: Measures by name, [N] each, nats.
+            position_N: Place of each token in its answer.
+        """
+        place_N = _bins(position_N.double(), position_bins(self.longest))
+        places = len(position_bins(self.longest))
+        kept = {name: values[name].double().cpu() for name in AVERAGED if name in values}
+        for name in ("student_entropy", "teacher_entropy"):
+            if name in kept:
+                count = torch.bincount(_bins(kept[name], ENTROPY_BINS), minlength=len(ENTROPY_BINS))
+                self._histograms[name] = self._histograms.get(name, torch.zeros_like(count)) + count
+        for name, values_N in kept.items():
+            self._average("position", name, values_N, place_N, places)
+            if "teacher_entropy" in kept:
+                inside_N = _bins(kept["teacher_entropy"], ENTROPY_BINS)
+                self._average("teacher_entropy", name, values_N, inside_N, len(ENTROPY_BINS))
+
+    def _average(self, axis: str, name: str, values_N: Tensor, bin_N: Tensor, bins: int) -> None:
+        total, count = torch.zeros(bins, dtype=torch.float64), torch.bincount(bin_N, minlength=bins)
+        total.index_add_(0, bin_N, values_N)
+        old_total, old_count = self._sums.get((axis, name), (torch.zeros_like(total), torch.zeros_like(count)))
+        self._sums[axis, name] = (old_total + total, old_count + count)
+
+    def plain(self) -> dict[str, Any]:
+        """For `eval.json`.
+
+        `histogram`: tokens in each bin of entropy, for the writer and for the teacher. `by_position` and
+        `by_teacher_entropy`: mean of each measure in each bin, nats; null where no token fell or it is infinite.
+        `from` holds the lower ends of the bins, `tokens` how many fell into each.
+        """
+        found: dict[str, Any] = {"histogram": {"from": list(ENTROPY_BINS)}}
+        found["histogram"] |= {name: count.tolist() for name, count in self._histograms.items()}
+        ends = {"position": position_bins(self.longest), "teacher_entropy": list(ENTROPY_BINS)}
+        for axis, lower in ends.items():
+            columns = {name: sums for (of, name), sums in self._sums.items() if of == axis}
+            if columns:
+                tokens = next(iter(columns.values()))[1].tolist()
+                means = {name: _means(total, count) for name, (total, count) in columns.items()}
+                found[f"by_{axis}"] = {"from": lower, "tokens": tokens, **means}
+        return found
+
+
+def _bins(values_N: Tensor, lower: Sequence[float]) -> Tensor:
+    """The bin of each value; an end belongs to the bin above it."""
+    ends = torch.tensor(lower[1:], dtype=torch.float64)
+    return torch.bucketize(values_N.cpu(), ends, right=True)
+
+
+def _means(total: Tensor, count: Tensor) -> list[float | None]:
+    means = (total / count).tolist()
+    return [round(mean, 6) if math.isfinite(mean) else None for mean in means]

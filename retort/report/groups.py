@@ -1,0 +1,177 @@
+"""Runs that differ only in their seed are one experiment: their mean, and what another seed would change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonpath
+from pathlib import Path
+from typing import Any
+
+from retort.evaluate import Estimate
+from retort.report.read import RunFiles, as_object, number
+
+#: Settings that do not change what is learnt or how it is judged.
+_BESIDE = ("out", "seed", "threads", "tracker", "eval.teacher", "eval.every", "record.", "checkpoint.")
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """One experiment: a run, or several that differ in their seed.
+
+    Attributes:
+        name: On the page.
+        runs: At least one.
+        color: Index into the page's palette.
+    """
+
+    name: str
+    runs: Sequence[RunFiles]
+    color: int = 0
+
+    @property
+    def several(self) -> bool:
+        """Whether it has several seeds."""
+        return len(self.runs) > 1
+
+    def curve(self, key: str) -> tuple[Points, Points]:
+        """A metric over steps, and over several seeds its interval at each step (Student's t)."""
+        return over_seeds([dict(run.curves.get(key, ())) for run in self.runs])
+
+    def cell(self, who: str, metric: str) -> Mapping[str, Any]:
+        """One cell of the before/after table: over seeds if there are several, else over problems."""
+        cells = [cell(run, who, metric) for run in self.runs]
+        if not self.several:
+            return cells[0]
+        values = [value for found in cells if (value := number(found.get("value"))) is not None]
+        return _plain(values)
+
+    def whos(self) -> list[str]:
+        """Who was judged, in order."""
+        return list(dict.fromkeys(str(row.get("who", "?")) for run in self.runs for row in rows(run)))
+
+    def metrics(self) -> list[str]:
+        """Measures that were taken, those of right answers first."""
+        found = dict.fromkeys(
+            key for run in self.runs for row in rows(run) for key in row if isinstance(row[key], Mapping)
+        )
+        return sorted(found, key=lambda name: (not name.startswith("avg@"), not name.startswith("pass@")))
+
+    def seeds(self) -> str:
+        """In words."""
+        found = [str(run.config.get("seed", "?")) for run in self.runs]
+        if not self.several:
+            return f"seed {found[0]}"
+        weak = ", which is few" if len(found) <= 3 else ""
+        return f"{len(found)} seeds ({', '.join(found)}){weak}"
+
+
+def rows(run: RunFiles) -> list[Mapping[str, Any]]:
+    """Rows of a run's table."""
+    found = run.eval.get("rows")
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+
+
+def cell(run: RunFiles, who: str, metric: str) -> Mapping[str, Any]:
+    """One cell of a run's table."""
+    return next((as_object(row.get(metric)) for row in rows(run) if row.get("who") == who), {})
+
+
+def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]:
+    """The mean of curves wherever at least half of them have a value, and its interval."""
+    curves = [curve for curve in curves if curve]
+    if len(curves) <= 1:
+        return sorted(curves[0].items()) if curves else [], []
+    points: Points = []
+    band: Points = []
+    for x in sorted({x for curve in curves for x in curve}):
+        values = [curve[x] for curve in curves if x in curve]
+        interval = Estimate.of_runs(values)
+        if interval is not None and 2 * len(values) >= len(curves):
+            points.append((x, interval.value))
+            band.append((interval.low, interval.high))
+    return points, band
+
+
+def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, Any]:
+    """`group` minus `other`, within each seed that both have; its mean and interval over seeds."""
+    ours, theirs = (
+        {run.config.get("seed"): number(cell(run, who, metric).get("value")) for run in side.runs}
+        for side in (group, other)
+    )
+    pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
+    return _plain([mine - yours for mine, yours in pairs if mine is not None and yours is not None])
+
+
+def _plain(values: Sequence[float]) -> Mapping[str, Any]:
+    interval = Estimate.of_runs(values)
+    if interval is None:
+        return {"value": values[0]} if values else {}
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
+
+
+# --- which runs belong together, and what to call them ---
+
+
+def grouped(runs: Sequence[RunFiles]) -> list[Group]:
+    """Runs in the order given; those that differ only in their seed together, unless they were named one by one."""
+    found: dict[object, list[RunFiles]] = {}
+    for index, run in enumerate(runs):
+        same = found.get(_identity(run), []) if run.config else []
+        # The same seed again is no further seed: somebody compares two versions of the code, say.
+        again = any(run.config.get("seed") == other.config.get("seed") for other in same)
+        alone = run.alone or again or not run.config
+        found.setdefault(index if alone else _identity(run), []).append(run)
+    members = list(found.values())
+    names = _names(members)
+    return [Group(name, inside, index) for index, (name, inside) in enumerate(zip(names, members, strict=True))]
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _identity(run: RunFiles) -> tuple[tuple[str, str], ...]:
+    """What decides a run, but for its seed; a model or file that is named after the seed counts as the same."""
+    ending = f"-{run.config.get('seed')}"
+    flat = {key: str(value) for key, value in leaves(run.config).items() if not key.startswith(_BESIDE)}
+    return tuple(sorted((key, value.removesuffix(ending)) for key, value in flat.items()))
+
+
+def method_name(run: RunFiles) -> str:
+    """Name of a run's method."""
+    method = run.config.get("method", "")
+    return str(method.get("name", "")) if isinstance(method, Mapping) else str(method)
+
+
+def _names(members: Sequence[Sequence[RunFiles]]) -> list[str]:
+    """Runs that stand alone keep their own names; experiments take the shortest names that tell them apart."""
+    if all(len(inside) == 1 for inside in members):
+        return [inside[0].name for inside in members]
+    methods = [method_name(inside[0]) for inside in members]
+    for candidates in (methods, _tails(members)):
+        if len(set(candidates)) == len(candidates) and all(candidates):
+            return candidates
+    return [f"{name} ({index})" for index, name in enumerate(methods, 1)]
+
+
+def _tails(members: Sequence[Sequence[RunFiles]]) -> list[str]:
+    """The shortest ends of the groups' common folders that tell the groups apart."""
+    folders = [Path(commonpath([str(run.folder.resolve()) for run in inside])) for inside in members]
+    parts = [folder.parts for folder in folders]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [""] * len(members)
+
+
+def any_of(groups: Iterable[Group]) -> list[RunFiles]:
+    """All runs of all groups."""
+    return [run for group in groups for run in group.runs]

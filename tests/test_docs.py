@@ -1,0 +1,257 @@
+"""The pages keep their word: snippets run and print what they show, links lead somewhere, numbers were computed.
+
+Blocks fenced as `python` run, those of one page in order and in one session; blocks fenced as `py` are only shown. On
+the line before a fence, `<!-- not run: reason -->` leaves a block out, and `<!-- file: path -->` says that the block is
+that file of the repository: what lies below `retort/` can be imported by the page, and the tests in what lies below
+`tests/` are run. The comment behind a `print` is the line that it prints. On the pages in docs/ every `print` has one;
+elsewhere a comment that starts with a letter is prose.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import sys
+import tokenize
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import module_from_spec, spec_from_file_location
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from retort import registry
+
+ROOT = Path(__file__).parents[1]
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+#: Their numbers are those of whole runs, which no snippet can print.
+UNCOMPUTED = {"README.md", "CONTRIBUTING.md", "docs/log.md"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, the line of the page on which its fence opens, and the line before that."""
+
+    language: str
+    line: int
+    before: str
+    code: str = ""
+
+    @property
+    def file(self) -> str:
+        """The file that the block is, or nothing."""
+        found = re.fullmatch(r"<!-- file: (\S+) -->", self.before)
+        return found[1] if found else ""
+
+    @property
+    def runs(self) -> bool:
+        left_out = re.fullmatch(r"<!-- not run: .+ -->", self.before)
+        hub = '"Qwen/' in self.code  # the first screen of the README names models that a test cannot fetch
+        return self.language == "python" and not left_out and not hub
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page taken apart: its blocks, and the lines outside them with their numbers."""
+
+    name: str
+    blocks: tuple[Block, ...]
+    prose: tuple[tuple[int, str], ...]
+
+    @staticmethod
+    def of(path: Path) -> Page:
+        return Page.parsed(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+
+    @staticmethod
+    def parsed(name: str, text: str) -> Page:
+        blocks: list[Block] = []
+        prose: list[tuple[int, str]] = []
+        opened, before = None, ""
+        for number, line in enumerate(text.split("\n"), 1):
+            if opened is None and line.lstrip().startswith("```"):
+                assert line.startswith("```"), f"{name}:{number}: a fence that is not at the margin"
+                opened = Block(line[3:].split(" ")[0].strip(), number, before.strip())
+            elif opened is not None and line.rstrip() == "```":
+                blocks.append(opened)
+                opened = None
+            elif opened is not None:
+                opened = Block(opened.language, opened.line, opened.before, f"{opened.code}{line}\n")
+            else:
+                prose.append((number, line))
+            before = line
+        assert opened is None, f"{name}:{opened.line if opened else 0}: this fence is never closed"
+        return Page(name, tuple(blocks), tuple(prose))
+
+
+def shown(block: Block) -> dict[int, str | None]:
+    """The comment behind each `print` of a block, by the line of the page on which the call begins."""
+    tokens = tokenize.generate_tokens(StringIO(block.code).readline)
+    comments = {token.start[0]: token.string[1:].strip() for token in tokens if token.type == tokenize.COMMENT}
+    calls = [node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Call)]
+    prints = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "print"]
+    return {block.line + node.lineno: comments.get(node.end_lineno or 0) for node in prints}
+
+
+def wrong_prints(page: Page) -> Iterator[str]:
+    """Runs a page; says which of its prints do not print what stands behind them."""
+    printed: dict[int, list[str]] = {}
+
+    def record(*values: object) -> None:
+        printed.setdefault(sys._getframe(1).f_lineno, []).append(" ".join(map(str, values)))
+
+    session: dict[str, Any] = {"__name__": "page", "print": record}
+    for block in page.blocks:
+        if not block.runs or block.file.startswith("retort/"):
+            continue
+        space = {**session} if block.file else session
+        # Blank lines before the code, so that tracebacks and `record` speak of lines of the page.
+        source = "\n" * block.line + block.code
+        exec(compile(source, str(ROOT / page.name), "exec", dont_inherit=True), space)
+        if block.file:
+            tests = [value for name, value in space.items() if name.startswith("test_")]
+            assert tests, f"{page.name}:{block.line}: no tests in {block.file}"
+            for test in tests:
+                test()
+        for line, comment in shown(block).items():
+            claims = page.name.startswith("docs/") or (comment and not comment[0].isalpha())
+            if claims and printed.get(line) != [comment]:
+                yield f"{page.name}:{line} shows {comment!r} and prints {printed.get(line)}"
+
+
+def uncomputed_numbers(page: Page) -> Iterator[str]:
+    """Numbers of three decimals or more in the prose that are in none of the page's snippets or what they print."""
+    code = "".join(block.code for block in page.blocks if block.runs)
+    for line, text in page.prose:
+        for number in re.findall(r"(?<![\w.])\d+\.\d{3,}(?![\w.])", text):
+            arxiv = re.fullmatch(r"\d{4}\.\d{5}", number)
+            if not arxiv and number not in code:
+                yield f"{page.name}:{line}: no snippet of the page gives {number}"
+
+
+def dead_links(page: Page) -> Iterator[str]:
+    """Relative links of a page that lead to no file, or to no heading of it."""
+    for line, text in page.prose:
+        for found in re.finditer(r"""\]\(([^)\s]+)\)|(?:src|href)=["']([^"']+)""", text):
+            target = found[1] or found[2]
+            place, _, heading = target.partition("#")
+            if re.match(r"[a-z]+:", place):
+                continue
+            path = (ROOT / page.name).parent / place
+            if not path.exists():
+                yield f"{page.name}:{line}: {target} does not exist"
+            elif heading and heading not in anchors(Page.of(path.resolve()) if place else page):
+                yield f"{page.name}:{line}: {target} names no heading"
+
+
+def unknown_tests(page: Page) -> Iterator[str]:
+    """Names of tests in a page that no test has."""
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    for line, text in page.prose:
+        for name in re.findall(r"`(test_\w+)`", text):
+            if f"def {name}(" not in code:
+                yield f"{page.name}:{line}: there is no {name}"
+
+
+def anchors(page: Page) -> set[str]:
+    """The names by which GitHub links to the headings of a page."""
+    headings = [text.lstrip("#").strip().lower() for _, text in page.prose if re.match(r"#+ ", text)]
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Puts in place what pages say are files of the package, for one test; the current folder is a fresh one."""
+    for block in (block for path in DOCS for block in Page.of(path).blocks if block.file.startswith("retort/")):
+        target = tmp_path / block.file
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(block.code, encoding="utf-8")
+        name = ".".join(target.relative_to(tmp_path).with_suffix("").parts)
+        package = importlib.import_module(name.rpartition(".")[0])
+        assert not (ROOT / block.file).exists(), f"{block.file} exists; the page needs another example"
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(target.parent)])
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    importlib.invalidate_caches()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_snippets_print_what_they_show(path: Path, files: Path) -> None:
+    assert list(wrong_prints(Page.of(path))) == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    page = Page.of(path)
+    assert [*dead_links(page), *unknown_tests(page)] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_numbers_in_the_prose_were_computed(path: Path) -> None:
+    page = Page.of(path)
+    assert page.name in UNCOMPUTED or list(uncomputed_numbers(page)) == []
+
+
+def test_methods_are_in_the_table_of_the_readme() -> None:
+    table = [text for _, text in Page.of(ROOT / "README.md").prose if text.startswith("|")]
+    assert [name for name in registry.names() if not any(f"`{name}`" in row for row in table)] == []
+
+
+def test_methods_of_the_pages_pass_the_contract(files: Path) -> None:
+    path = ROOT / "tests" / "methods" / "test_contract.py"
+    spec = spec_from_file_location("contract_of_the_pages", path)
+    assert spec is not None
+    assert spec.loader is not None
+    contract = module_from_spec(spec)
+    spec.loader.exec_module(contract)
+    found = [file.stem for file in (files / "retort" / "methods").glob("*.py")]
+    assert found, "no page shows a method"
+    for name in found:
+        more = {"chunk": [5], "place": range(len(registry.load(name).limits))}
+        for test in (value for key, value in vars(contract).items() if key.startswith("test_")):
+            wanted = list(inspect.signature(test).parameters)
+            if wanted[:1] == ["name"]:
+                for case in more[wanted[1]] if len(wanted) > 1 else [None]:
+                    try:
+                        test(name, *([] if case is None else [case]))
+                    except pytest.skip.Exception:
+                        continue
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("```python\nprint(1 + 1)  # 3\n```", "docs/x.md:2 shows '3' and prints ['2']"),
+        ("```python\nfor n in (1, 2):\n    print(n)  # 1\n```", "docs/x.md:3 shows '1' and prints ['1', '2']"),
+        ("```python\nif False:\n    print(1)  # 1\n```", "docs/x.md:3 shows '1' and prints None"),
+        ("```python\nprint(2)\n```", "docs/x.md:2 shows None and prints ['2']"),
+        ("```python\nx = 2\n```\n\n```python\nprint(\n    x,\n)  # 1\n```", "docs/x.md:6 shows '1' and prints ['2']"),
+        ("It is 0.125 nats.\n```python\n# 0.126\n```", "docs/x.md:1: no snippet of the page gives 0.125"),
+        ("See [there](../REEDME.md).", "docs/x.md:1: ../REEDME.md does not exist"),
+        ("See [there](log.md#lug).", "docs/x.md:1: log.md#lug names no heading"),
+        ("Held by `test_of_nothing`.", "docs/x.md:1: there is no test_of_nothing"),
+    ],
+)
+def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
+    page = Page.parsed("docs/x.md", text)
+    assert [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)] == [complaint]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nprint(1 + 1)  # 2\n```",
+        "```py\nprint(1 + 1)  # 3\n```",
+        "<!-- not run: needs a hub -->\n```python\nprint(1 + 1)  # 3\n```",
+        "It is 0.125 nats (arXiv 2603.07079).\n```python\nprint(1 / 8)  # 0.125\n```",
+        "See [there](../README.md), [here](#part-2-k3-ends) and [out](https://example.org/x).\n## Part 2: `k3` ends",
+    ],
+)
+def test_a_page_that_is_right_is_left_alone(text: str) -> None:
+    page = Page.parsed("docs/x.md", text)
+    assert [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)] == []
