@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from retort.report.groups import Group, any_of
-from retort.report.plots import Kind, Series, plot, smoothed, thinned
+from retort.report.groups import Group, Points, any_of, over_seeds
+from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
 COLORS = 6
 DASHES = 5
@@ -121,11 +121,13 @@ def _figure(groups: Sequence[Group], curves: Curves) -> str:
     if curves.title == "Loss" and len(present) == 2:
         present = ["loss"] if "loss" in present else present  # a single term is the whole
     series = [
-        _smooth_seeds(
-            series_of(
-                group, place, curves.keys[key], *group.curve(key), several=len(groups) > 1, alone=len(present) == 1
-            ),
-            curves.smooth,
+        series_of(
+            group,
+            place,
+            curves.keys[key],
+            *_curve(group, key, curves.smooth),
+            several=len(groups) > 1,
+            alone=len(present) == 1,
         )
         for place, key in enumerate(present)
         for group in groups
@@ -145,13 +147,12 @@ def _figure(groups: Sequence[Group], curves: Curves) -> str:
     )
 
 
-def _smooth_seeds(one: Series, smooth: bool) -> Series:
-    """A mean over seeds with its band, both as running means where they are long: the noise of a step is no news."""
-    one = thinned(one)
-    if not one.band or not smooth or len(one.points) < 40:
-        return one
-    xs = [x for x, _ in one.points]
-    lows = smoothed([(x, low) for x, (low, _) in zip(xs, one.band, strict=True)])
-    highs = smoothed([(x, high) for x, (_, high) in zip(xs, one.band, strict=True)])
-    band = [(low, high) for (_, low), (_, high) in zip(lows, highs, strict=True)]
-    return Series(one.label, smoothed(one.points), one.color, one.dash, one.run, band)
+def _curve(group: Group, key: str, smooth: bool) -> tuple[Points, Points]:
+    """A metric over steps; of several seeds the mean of their running means, with its interval at each step.
+
+    Running means first: a band is to say how runs differ, not how noisy one batch of rollouts is.
+    """
+    curves = [run.curves[key] for run in group.runs if run.curves.get(key)]
+    if group.several and smooth:
+        curves = [smoothed(curve) if len(curve) >= SMOOTH_FROM else curve for curve in curves]
+    return over_seeds([dict(curve) for curve in curves])

@@ -36,10 +36,6 @@ class Group:
         """Whether it has several seeds."""
         return len(self.runs) > 1
 
-    def curve(self, key: str) -> tuple[Points, Points]:
-        """A metric over steps, and over several seeds its interval at each step (Student's t)."""
-        return over_seeds([dict(run.curves.get(key, ())) for run in self.runs])
-
     def cell(self, who: str, metric: str) -> Mapping[str, Any]:
         """One cell of the before/after table: over seeds if there are several, else over problems."""
         cells = [cell(run, who, metric) for run in self.runs]
@@ -60,11 +56,12 @@ class Group:
         return sorted(found, key=lambda name: (not name.startswith("avg@"), not name.startswith("pass@")))
 
     def seeds(self) -> str:
-        """In words."""
-        found = [str(run.config.get("seed", "?")) for run in self.runs]
-        if not self.several:
+        """In words; runs that are not at their end yet do not count."""
+        ended = [run for run in self.runs if cell(run, "student after", "length")] or self.runs
+        found = [str(run.config.get("seed", "?")) for run in ended]
+        if len(found) == 1:
             return f"seed {found[0]}"
-        weak = ", which is few" if len(found) <= 3 else ""
+        weak = ": weak" if len(found) <= 3 else ""
         return f"{len(found)} seeds ({', '.join(found)}){weak}"
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 from retort.report.axes import Kind, minus, percent
 from retort.report.curves import series_of
-from retort.report.groups import Group, over_seeds, paired
+from retort.report.groups import Group, Points, any_of, over_seeds, paired
 from retort.report.plots import Series, plot
 from retort.report.read import as_object, number
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Colours of those three in plots about one run; the last of the palette is grey.
 WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
+WHO_DASHES: Mapping[str, int] = {AFTER: 0, BEFORE: 1, TEACHER: 2}
 
 #: Metrics of `eval.json`: words, unit, kind.
 METRICS: Mapping[str, tuple[str, str, Kind]] = {
@@ -47,14 +48,30 @@ def _ordered(metrics: Sequence[str]) -> list[str]:
 
 def headlines(groups: Sequence[Group]) -> list[str]:
     """What the runs did to the student, and how they differ, in sentences."""
-    named = len(groups) > 1
-    found = [sentence for group in groups for sentence in _headline(group, named)]
-    if named:
-        found += [sentence for group in groups[1:3] for sentence in _against(group, groups[0])]
-    return found
+    if len(groups) == 1:
+        return _headline(groups[0])
+    metrics = dict.fromkeys(metric for group in groups for metric in group.metrics())
+    found = [_ranking(groups, metric) for metric in metrics if metric.startswith(("avg@", "pass@"))]
+    found += [sentence for group in groups[1:4] for sentence in _against(group, groups[0])]
+    return [sentence for sentence in found if sentence]
 
 
-def _headline(group: Group, named: bool) -> list[str]:
+def _ranking(groups: Sequence[Group], metric: str) -> str:
+    """One measure of all runs, the highest first."""
+    values = {group.name: number(group.cell(AFTER, metric).get("value")) for group in groups}
+    ranked = sorted(((value, name) for name, value in values.items() if value is not None), reverse=True)
+    if not ranked:
+        return ""
+    beside = [
+        f"{who.removeprefix('student ')} {percent(sum(known) / len(known), 1)}"
+        for who in (BEFORE, TEACHER)
+        if (known := [v for group in groups if (v := number(group.cell(who, metric).get("value"))) is not None])
+    ]
+    aside = f" ({', '.join(beside)})" if beside else ""
+    return f"{metric}{aside}: {', '.join(f'{name} {percent(value, 1)}' for value, name in ranked)}."
+
+
+def _headline(group: Group) -> list[str]:
     """avg@k before and after, and how much of the gap is closed."""
     for metric in (name for name in group.metrics() if name.startswith("avg@")):
         cells = [group.cell(who, metric) for who in (BEFORE, AFTER, TEACHER)]
@@ -73,7 +90,7 @@ def _headline(group: Group, named: bool) -> list[str]:
             text += f", so {percent(recovered, 0)} of the gap to it is recovered"
         if group.several:
             text += f" (means over {group.seeds()})"
-        return [f"{group.name}: {text}." if named else f"{text}."]
+        return [f"{text}."]
     return []
 
 
@@ -94,7 +111,7 @@ def _against(group: Group, other: Group) -> list[str]:
             count = cell["n"]
     if not parts:
         return []
-    weak = "; few seeds" if count <= 3 else ""
+    weak = " (weak)" if count <= 3 else ""
     return [f"{group.name} against {other.name}, within each of {count} seeds{weak}: {'; '.join(parts)}."]
 
 
@@ -227,19 +244,22 @@ def _difference(cell: Mapping[str, Any], kind: Kind) -> str:
 
 
 def _pass_at(groups: Sequence[Group]) -> str:
-    runs = [run for group in groups for run in group.runs]
-    judged = [who for group in groups for who in group.whos()]
-    whos = dict.fromkeys([*judged, *(str(who) for run in runs for who in as_object(run.eval.get("pass_at")))])
-    several = len(groups) > 1
+    judged = dict.fromkeys(who for group in groups for who in group.whos())
+    whos = dict.fromkeys([*judged, *(str(who) for run in any_of(groups) for who in as_object(run.eval.get("pass_at")))])
     series: list[Series] = []
     for place, who in enumerate(whos):
+        curves = {group.name: _ladders(group, who) for group in groups}
+        # What all runs share (the teacher, often the student before) is drawn once, in grey.
+        shared = len(groups) > 1 and who != AFTER and len({str(points) for points, _ in curves.values() if points}) == 1
         for group in groups:
-            points, band = over_seeds([_ladder(as_object(run.eval.get("pass_at")).get(who)) for run in group.runs])
-            if not points or (several and who == TEACHER and any(one.label == TEACHER for one in series)):
+            points, band = curves[group.name]
+            if not points or (shared and any(one.label == who for one in series)):
                 continue
-            if several:
-                one = series_of(group, place, who, points, band, several=True, alone=False)
-                series.append(Series(TEACHER, points, 6, 2) if who == TEACHER else one)
+            if shared:
+                series.append(Series(who, points, WHO_COLORS[BEFORE], WHO_DASHES.get(who, place)))
+            elif len(groups) > 1:
+                dash = WHO_DASHES.get(who, place)
+                series.append(series_of(group, dash, who, points, band, several=True, alone=False))
             else:
                 series.append(Series(who, points, WHO_COLORS.get(who, place), band=band))
     if not series:
@@ -254,6 +274,10 @@ def _pass_at(groups: Sequence[Group]) -> str:
         x_ticks=ticks,
         smooth=False,
     )
+
+
+def _ladders(group: Group, who: str) -> tuple[Points, Points]:
+    return over_seeds([_ladder(as_object(run.eval.get("pass_at")).get(who)) for run in group.runs])
 
 
 def _ladder(by_k: object) -> dict[float, float]:

@@ -134,7 +134,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       if (!token) span.append("∅");
       return tail ? [span, "\n"] : [span];
     });
-    const box = make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, token by token` }, ...spans.flat());
+    const box = make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}, token by token` }, ...spans.flat());
     const all = spans.map(([span]) => span);
     const place = (event) => all.indexOf(event.target.closest(".t"));
     box.addEventListener("pointerover", (event) => place(event) >= 0 && look(row, index, place(event), title));
@@ -158,7 +158,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     });
     const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
     const head = make("h3", {}, title, make("span", { class: "muted", text: ` ${facts(row)}` }));
-    return make("section", { class: "block", "aria-label": title }, head, prompt ? make("div", { class: "prompt", text: row.prompt }) : "", strip(row, one), box, more);
+    return make("div", { class: "block" }, head, prompt ? make("div", { class: "prompt", text: row.prompt }) : "", strip(row, one), box, more);
   };
 
   // The numbers of one token, beside the text.

@@ -19,7 +19,7 @@ def test_a_folder_of_runs_is_grouped_over_seeds(tmp_path: Path, make_run: MakeRu
             make_run(tmp_path / "runs" / method / f"seed-{seed}", seed=seed, method=method)
     page = Page(build_report([tmp_path / "runs"], tmp_path / "report.html"))
     assert "2 experiments, 6 runs: eopd, opd" in page.text
-    assert "3 seeds (0, 1, 2), which is few" in page.text
+    assert "3 seeds (0, 1, 2): weak" in page.text
     reverse = page.plots()["Reverse KL"]["series"]
     assert [one["name"] for one in reverse] == ["eopd", "opd"]
     assert all(
@@ -28,7 +28,7 @@ def test_a_folder_of_runs_is_grouped_over_seeds(tmp_path: Path, make_run: MakeRu
     assert "eopd" in page.plots()["Entropy of each token"]["series"][0]["name"]
     assert page.plots()["Forward KL by the teacher’s entropy"]["series"][1]["low"]
     assert "opd − eopd" in page.text
-    assert "within each of 3 seeds; few seeds" in page.text
+    assert "within each of 3 seeds (weak)" in page.text
 
 
 def test_means_and_intervals_are_those_of_the_runs(tmp_path: Path, make_run: MakeRun) -> None:
@@ -60,7 +60,7 @@ def test_a_student_named_after_its_seed_is_the_same_experiment(tmp_path: Path, m
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"student": f"students/small-{seed}"}))
     page = Page(build_report([tmp_path / "runs"], tmp_path / "report.html"))
-    assert "2 seeds (0, 1), which is few" in page.text
+    assert "2 seeds (0, 1): weak" in page.text
 
 
 def test_settings_that_differ_keep_runs_apart(tmp_path: Path, make_run: MakeRun) -> None:
