@@ -37,7 +37,13 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "forward_kl": {"name": "gkd", "divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
 }
 
-#: The base: a student of 0.24M parameters trained from nothing for a moment, strictly on-policy, a constant rate.
+#: Students trained from nothing for a moment; 0.25M and 0.94M parameters.
+SHAPES: Mapping[str, Mapping[str, int]] = {
+    "small": {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 256},
+    "wide": {"hidden_size": 192, "num_hidden_layers": 2, "intermediate_size": 512},
+}
+
+#: The base: a student of 0.25M parameters trained from nothing for a moment, strictly on-policy, a constant rate.
 BASE: Mapping[str, Any] = {
     "student": "small",
     "teacher": "countdown:teacher",
@@ -83,19 +89,21 @@ class Condition:
 
 SHORT = {"steps": 300, "eval": {"every": 0}}
 CONDITIONS = (
-    Condition("base", {}, tuple(METHODS), 5, "0.24M student, 32 prompts x 4, rate 1e-3, top-8, gate at 0.8 nats"),
-    Condition("gate-0", {**SHORT, "method": {"entropy_threshold": 0.0}}, ("eopd",), question="gate always open"),
+    Condition("base", {}, tuple(METHODS), 16, "0.25M student, 32 prompts x 4, rate 1e-3, top-8, gate at 0.8 nats"),
+    Condition("batch", {"rollout": {"prompts": 64}}, seeds=5, question="64 prompts x 4 instead of 32 x 4"),
+    Condition("gate-0", {**SHORT, "method": {"entropy_threshold": 0.0}}, ("eopd",), 5, "gate always open"),
+    Condition("gate-0.4", {**SHORT, "method": {"entropy_threshold": 0.4}}, ("eopd",), question="gate at 0.4 nats"),
     Condition("gate-1.2", {**SHORT, "method": {"entropy_threshold": 1.2}}, ("eopd",), question="gate at 1.2 nats"),
     Condition("top-2", {**SHORT, "method": {"top_k": 2}}, ("eopd",), question="top-2 in the forward term"),
     Condition("top-all", {**SHORT, "method": {"top_k": 1000}}, ("eopd",), question="the whole vocabulary in it"),
     Condition("rate-low", {**SHORT, "optimizer": {"learning_rate": 3e-4}}, question="learning rate 3e-4"),
     Condition("rate-high", {**SHORT, "optimizer": {"learning_rate": 3e-3}}, question="learning rate 3e-3"),
+    Condition("wide", {**SHORT, "student": "wide"}, question="0.94M student, twice as wide, else made alike"),
     Condition(
-        "large",
+        "cut",
         {**SHORT, "steps": 200, "student": "countdown:student"},
         question="0.82M student cut out of its teacher, 200 steps",
     ),
-    Condition("batch", {**SHORT, "rollout": {"prompts": 64}}, question="64 prompts x 4 instead of 32 x 4"),
 )
 
 
@@ -143,15 +151,15 @@ def _job(out: Path, condition: Condition, method: str, seed: int) -> Job:
     changes = {key: value for key, value in condition.changes.items() if key != "method"}
     settings = merge({key: value for key, value in BASE.items() if key != "method"}, changes)
     given = {**METHODS[method], **BASE["method"], **condition.changes.get("method", {})}
-    if settings["student"] == "small":
-        settings["student"] = str(out / "students" / f"small-{seed}")
+    if settings["student"] in SHAPES:
+        settings["student"] = str(out / "students" / f"{settings['student']}-{seed}")
     settings["eval"] = {**settings["eval"], "teacher": seed == 0}
     return Job(condition.name, method, seed, out / condition.name / method / f"seed-{seed}",
                {**settings, "method": given, "seed": seed})  # fmt: skip
 
 
 def make_student(folder: Path, seed: int) -> None:
-    """A student of 0.24M parameters from nothing, cold-started until it knows the form and little more.
+    """A student from nothing, cold-started until it knows the form and little more; its name is its shape's.
 
     It stops at a supervised loss, not after a number of steps: at that age a few more steps are the difference between
     a student that solves nothing and one that solves a fifth.
@@ -161,8 +169,7 @@ def make_student(folder: Path, seed: int) -> None:
     if (folder / "README.md").exists():
         return
     tokenizer = build.build_tokenizer()
-    shape = {"hidden_size": 96, "num_hidden_layers": 2, "intermediate_size": 256}
-    model = build.build_model(tokenizer, shape, seed)
+    model = build.build_model(tokenizer, SHAPES[folder.name.partition("-")[0]], seed)
     build.train(model, tokenizer, build.Recipe(steps=2400, batch=128, lr=3e-3, seed=1000 + seed, until=0.5, bf16=False))
     build.write(folder.name, model, "From nothing, by supervised learning down to a loss of 0.5 nats.", folder.parent)
 
@@ -232,14 +239,13 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
         cells = {row["who"]: row for row in table["rows"]}
         lines = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
         mass = [line["teacher_topk_mass"] for line in lines if "teacher_topk_mass" in line]
-        for who, step in (("student before", 0), ("student after", job.steps)):
-            rows.append({**about, "step": step, **_values(cells[who])})
+        rows.append({**about, "step": 0, **_values(cells["student before"])})
         for line in lines[:-1]:
             found = {key.removeprefix("eval/"): value for key, value in line.items() if key.startswith("eval/")}
             if found:
                 rows.append({**about, "step": line["step"], **found})
-        if mass:
-            rows[-1] = rows[-1] | {"teacher_topk_mass": sum(mass) / len(mass)}
+        over_run = {"teacher_topk_mass": sum(mass) / len(mass)} if mass else {}
+        rows.append({**about, "step": job.steps, **_values(cells["student after"]), **over_run})
     return rows
 
 

@@ -33,6 +33,12 @@ def test_two_steps_of_every_method(method: str, tmp_path: Path, capsys: pytest.C
     rows = {row["who"]: row for row in results["rows"]}
     assert rows["teacher"]["avg@4"]["value"] > rows["student before"]["avg@4"]["value"]
     assert rows["teacher"]["reverse_kl"]["value"] == pytest.approx(0.0, abs=1e-5)
+    for who in rows:
+        counted = results["profile"][who]["histogram"]
+        assert sum(counted["student_entropy"]) == sum(counted["teacher_entropy"]) > 0
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert {answer["who"] for answer in answers} == set(rows)
+    assert len({answer["prompt"] for answer in answers}) == len(answers) / len(rows), "the same prompts to everybody"
 
 
 def test_eval_of_the_bundled_models(capsys: pytest.CaptureFixture[str]) -> None:

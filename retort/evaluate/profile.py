@@ -27,7 +27,8 @@ def position_bins(longest: int) -> list[int]:
     """
     if longest <= 24:
         return list(range(longest))
-    return sorted({round(2 ** (half / 2)) for half in range(2 * math.ceil(math.log2(longest)))} | {0})
+    octaves = {round(2 ** (half / 2)) for half in range(2 * math.ceil(math.log2(longest)))}
+    return [0, *sorted(lower for lower in octaves if lower < longest)]
 
 
 @dataclass

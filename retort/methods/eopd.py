@@ -51,9 +51,9 @@ def eopd(
         top_p: Nucleus of sampling (the paper: 1, for Llama 0.8).
 
     Departures from the released code: the top-k of step t is that of step t (the code takes the one after it); the
-        gate is the
-    paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch); where the two
-    models stop on different tokens, the teacher's candidates are translated too, not only the token written.
+    gate is the paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch);
+    where the two models stop on different tokens, the teacher's candidates are translated too, not only the token
+    written.
     """
     uncertain = above(teacher_entropy(), entropy_threshold)
     reverse = score_function(log_ratio(), clip=clip)

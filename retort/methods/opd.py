@@ -32,8 +32,8 @@ def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, tempe
         temperature: Of sampling and of both distributions.
 
     Departures from the recipe: the ratio and the advantage are against the trainer's own log-probs before the first
-        update on
-    the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not offered.
+    update on the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not
+    offered.
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),

@@ -34,8 +34,7 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
         temperature: Of sampling and of both distributions.
 
     Departures from the paper: where one batch feeds several updates, advantage and baseline are those of the student
-        before the
-    first, with the importance ratio in front (the paper makes one update per batch).
+    before the first, with the importance ratio in front (the paper makes one update per batch).
     """
     score = score_function(log_ratio(), baseline=reverse_kl_value(top_k), baseline_coef=baseline_coef)
     return Method(

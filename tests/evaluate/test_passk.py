@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from retort.evaluate import Estimate, pass_at_k
+from retort.evaluate.passk import Estimate, pass_at_k, student_t
 
 
 @pytest.mark.parametrize(("samples", "right"), [(8, 0), (8, 1), (8, 3), (8, 8), (5, 2)])
@@ -36,3 +36,18 @@ def test_intervals() -> None:
     ratio = Estimate.ratio([0.0, 1.0, 1.0, 0.0], [1.0] * 4)
     assert ratio is not None
     assert (ratio.value, ratio.high) == pytest.approx((found.value, found.high))
+
+
+@pytest.mark.parametrize(
+    ("freedom", "table"), [(1, 12.706), (2, 4.303), (10, 2.228), (11, 2.201), (15, 2.131), (30, 2.042), (1000, 1.962)]
+)
+def test_student_t_is_that_of_the_tables(freedom: int, table: float) -> None:
+    assert student_t(freedom) == pytest.approx(table, abs=1e-3)
+
+
+def test_the_interval_over_runs_is_students() -> None:
+    found = Estimate.of_runs([1.0, 2.0, 3.0])
+    assert found is not None
+    assert found.value == pytest.approx(2.0)
+    assert found.high - found.value == pytest.approx(4.303 / 3**0.5, abs=1e-3)
+    assert Estimate.of_runs([1.0]) is None

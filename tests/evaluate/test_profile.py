@@ -1,0 +1,60 @@
+"""Where entropy and disagreement lie: bins, means, and what was not measured."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from retort.evaluate.profile import ENTROPY_BINS, Profile, position_bins
+
+
+def test_short_answers_have_a_bin_for_every_place() -> None:
+    assert position_bins(14) == list(range(14))
+    assert position_bins(24) == list(range(24))
+
+
+@pytest.mark.parametrize("longest", [25, 100, 4096, 38_912])
+def test_long_answers_have_two_bins_an_octave_that_cover_them(longest: int) -> None:
+    lower = position_bins(longest)
+    assert lower[0] == 0
+    assert lower == sorted(set(lower))
+    assert lower[-1] < longest <= 2 * lower[-1]
+    assert len(lower) <= 2 * math.log2(longest) + 3
+
+
+def test_every_token_is_in_the_bin_whose_lower_end_it_has_reached() -> None:
+    profile = Profile(longest=4)
+    entropy_N = torch.tensor([0.0, 0.05, 0.1, 0.15, 4.0, 11.0], dtype=torch.float64)
+    profile.add({"student_entropy": entropy_N}, torch.tensor([0, 1, 2, 3, 3, 3]))
+    counts = profile.plain()["histogram"]["student_entropy"]
+    assert len(counts) == len(ENTROPY_BINS)
+    assert (counts[0], counts[1], counts[-1], sum(counts)) == (2, 2, 2, 6)
+
+
+def test_means_by_place_and_by_what_the_teacher_is_unsure_of() -> None:
+    profile = Profile(longest=3)
+    for part in (slice(0, 2), slice(2, 5)):  # in two pieces, as the judge adds them
+        values = {
+            "teacher_entropy": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])[part],
+            "forward_kl": torch.tensor([0.1, 0.5, 0.7, 0.3, 1.5])[part],
+        }
+        profile.add(values, torch.tensor([0, 1, 1, 0, 2])[part])
+    found = profile.plain()
+    assert found["by_position"]["tokens"] == [2, 2, 1]
+    assert found["by_position"]["forward_kl"] == pytest.approx([0.2, 0.6, 1.5])
+    by_entropy = found["by_teacher_entropy"]
+    assert by_entropy["tokens"][0] == 2
+    assert by_entropy["forward_kl"][0] == pytest.approx(0.2)
+    assert by_entropy["forward_kl"][10] == pytest.approx(0.9)
+    assert by_entropy["forward_kl"][5] is None, "no token fell there"
+
+
+def test_what_was_not_measured_is_not_there_and_what_is_infinite_is_null() -> None:
+    profile = Profile(longest=1)
+    profile.add({"student_entropy": torch.tensor([0.3]), "reverse_kl": torch.tensor([math.inf])}, torch.tensor([0]))
+    found = profile.plain()
+    assert "by_teacher_entropy" not in found
+    assert "teacher_entropy" not in found["histogram"]
+    assert found["by_position"]["reverse_kl"] == [None]
