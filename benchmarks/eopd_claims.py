@@ -164,10 +164,12 @@ def make_student(folder: Path, seed: int) -> None:
     It stops at a supervised loss, not after a number of steps: at that age a few more steps are the difference between
     a student that solves nothing and one that solves a fifth.
     """
+    from retort.console import quiet_libraries
     from retort.tasks.countdown import build
 
     if (folder / "README.md").exists():
         return
+    quiet_libraries()
     tokenizer = build.build_tokenizer()
     model = build.build_model(tokenizer, SHAPES[folder.name.partition("-")[0]], seed)
     build.train(model, tokenizer, build.Recipe(steps=2400, batch=128, lr=3e-3, seed=1000 + seed, until=0.5, bf16=False))

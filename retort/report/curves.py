@@ -28,9 +28,9 @@ PLOTS = (
     Curves("Forward KL, gate open", "nats per token", {"forward_kl_gated": "forward KL, gated"}),
     Curves("Forward KL", "nats per token", {"forward_kl": "forward KL"}),
     Curves("Entropy", "nats per token", {"student_entropy": "student", "teacher_entropy": "teacher"}),
-    Curves("Student's entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
+    Curves("Student’s entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
     Curves("Gate open", "share of tokens", {"gate_open_fraction": "gate open"}, "share"),
-    Curves("Teacher's top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),
+    Curves("Teacher’s top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
     Curves("Length", "tokens per rollout", {"length": "length"}),
@@ -78,7 +78,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     )
     bands = any(group.several for group in groups)
     drawn = (
-        "Lines are means over seeds, bands their 95 % intervals (Student's t)."
+        "Lines are means over seeds, bands their 95 % intervals (Student’s t)."
         if bands
         else "Long curves are drawn thin, with a running mean on top."
     )
