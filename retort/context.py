@@ -9,8 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from retort.distribution import WHOLE, Distribution, Shard
 from retort.errors import SignalError
-from retort.signals import SignalRows, as_compute, entropy
+from retort.signals import SignalRows, as_compute
 
 
 @dataclass(eq=False)
@@ -26,6 +27,7 @@ class Context:
         engine_logp_N: The rollout engine's log-probs, nats, where it gave any.
         rollout_N, turn_N, position_N: Where each step stands.
         step, total_steps: How far the run is (batches of rollouts).
+        shard: Which ids the student's logits are about, where a rank holds only some.
     """
 
     student_logits_NV: Tensor
@@ -38,6 +40,7 @@ class Context:
     position_N: Tensor | None = None
     step: int = 0
     total_steps: int | None = None
+    shard: Shard = WHOLE
 
     def signal(self, view: str) -> SignalRows:
         """The answer of one view."""
@@ -46,19 +49,30 @@ class Context:
         return self.signals[view]
 
     @cached_property
+    def student(self) -> Distribution:
+        """The student's live distribution."""
+        return Distribution(as_compute(self.student_logits_NV), self.shard)
+
+    @cached_property
     def student_logp_NV(self) -> Tensor:
-        """Live log-probs of the whole vocabulary, nats, softmax in fp32 or better."""
+        """Live log-probs of the whole vocabulary, nats, softmax in fp32 or better.
+
+        For what `student` does not offer: it costs several times the memory, and a rank that holds only some of the
+        ids has no such thing.
+        """
+        if self.shard is not WHOLE:
+            raise SignalError("this method reads the student's whole distribution, which no rank holds")
         return torch.log_softmax(as_compute(self.student_logits_NV), dim=-1)
 
     @cached_property
     def student_logp_N(self) -> Tensor:
         """Live log-prob of the written token, nats."""
-        return self.student_logp_NV.gather(-1, self.tokens_N[:, None]).squeeze(-1)
+        return self.student.logp_at(self.tokens_N[:, None]).squeeze(-1)
 
     @cached_property
     def student_entropy_N(self) -> Tensor:
         """Live entropy, nats, differentiable."""
-        return entropy(self.student_logp_NV)
+        return self.student.entropy()
 
     @property
     def old_logp_N(self) -> Tensor:

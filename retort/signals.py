@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from retort.distribution import WHOLE, Distribution, Shard
 from retort.errors import SignalError
 from retort.types import NeedKind, require_finite
 
@@ -40,9 +41,18 @@ class SignalRows:
         raise self._missing("entropy")
 
     @property
+    def distribution(self) -> Distribution:
+        """The whole distribution."""
+        raise self._missing("full distribution")
+
+    @property
     def logp_NV(self) -> Tensor:
         """Log-probs of the whole vocabulary, nats."""
-        raise self._missing("full distribution")
+        return self.distribution.logp_CV
+
+    def logp_at(self, ids_NK: Tensor) -> Tensor:
+        """Log-probs [C, K] of ids that somebody else chose, nats."""
+        return self.distribution.logp_at(ids_NK)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
@@ -74,6 +84,13 @@ class TeacherSignal:
             vocab: Width that student and teacher share; ids from there on are no tokens and get no probability.
         """
         raise NotImplementedError
+
+    def held(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
+        """The signal about a run of steps, with all that costs a matrix product computed at once.
+
+        Its `rows` of smaller runs then cost no product each.
+        """
+        return self.select(torch.arange(*index_C.indices(self.steps), device=self.tokens_N.device))
 
     def select(self, index_N: Tensor) -> TeacherSignal:
         """The signal about some of the steps only, in the order given."""
@@ -216,30 +233,28 @@ def entropy_lower_bound(logp_NK: Tensor) -> Tensor:
 class DistributionRows(SignalRows):
     """Everything that follows from logits [C, V], each computed once and only when asked for."""
 
-    def __init__(self, logits_NV: Tensor, tokens_N: Tensor, source: str) -> None:
+    def __init__(self, logits_NV: Tensor, tokens_N: Tensor, source: str, shard: Shard = WHOLE) -> None:
         self.source = source
         self.vocab = logits_NV.shape[-1]
         self._tokens_N = tokens_N
+        self._distribution = Distribution(logits_NV, shard)
         # The normaliser is NaN or infinite exactly when a logit is NaN or +inf, or when all are -inf.
-        normaliser_N = logits_NV.logsumexp(-1, keepdim=True)
-        require_finite("a logit (or the sum of all)", normaliser_N, source)
-        self._logp_NV = logits_NV - normaliser_N
+        require_finite("a logit (or the sum of all)", self._distribution.normaliser_C, source)
 
     @property
-    def logp_NV(self) -> Tensor:
-        return self._logp_NV
+    def distribution(self) -> Distribution:
+        return self._distribution
 
     @cached_property
     def sampled_logp_N(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self._logp_NV.gather(-1, self._tokens_N[:, None]).squeeze(-1)
+        return self._distribution.logp_at(self._tokens_N[:, None]).squeeze(-1)
 
     @cached_property
     def entropy_N(self) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return entropy(self._logp_NV)
+        return self._distribution.entropy()
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        logp_NK, ids_NK = self._logp_NV.topk(min(k, self._logp_NV.shape[-1]), dim=-1)
-        return ids_NK, logp_NK
+        return self._distribution.topk(k)
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
@@ -255,11 +270,13 @@ class Dense(TeacherSignal):
         logits: Index of steps -> logits [C, V], any float dtype; computed without gradient.
         width: V, the teacher's own width.
         temperature: What the logits are divided by.
+        shard: Which ids the logits are about, where a rank holds only some.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
     width: int = 0
     temperature: float = 1.0
+    shard: Shard = WHOLE
 
     @staticmethod
     def of(logits_NV: Tensor, tokens_N: Tensor, *, source: str = "teacher", temperature: float = 1.0) -> Dense:
@@ -273,9 +290,15 @@ class Dense(TeacherSignal):
 
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> DistributionRows:
         with torch.no_grad():
+            logits_CV = as_compute(self.logits(index_C)[:, : vocab or self.width])
+            if self.temperature != 1.0:
+                logits_CV = logits_CV / self.temperature
+            return DistributionRows(logits_CV, self.tokens_N[index_C], self.source, self.shard)
+
+    def held(self, index_C: slice, vocab: int | None = None) -> Dense:
+        with torch.no_grad():
             logits_CV = self.logits(index_C)[:, : vocab or self.width]
-            logits_CV = as_compute(logits_CV) / self.temperature
-            return DistributionRows(logits_CV, self.tokens_N[index_C], self.source)
+        return replace(self, tokens_N=self.tokens_N[index_C], logits=lambda rows: logits_CV[rows])
 
     def select(self, index_N: Tensor) -> Dense:
         def logits(rows: Tensor | slice) -> Tensor:

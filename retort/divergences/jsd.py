@@ -19,7 +19,7 @@ def jsd_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, teacher_weight:
 
     .. math:: w\,KL(p_T \Vert M) + (1-w)\,KL(p_S \Vert M), \quad M = w\,p_T + (1-w)\,p_S
 
-    Always finite: an id that both rule out contributes 0.
+    The definition. Always finite: an id that both rule out contributes 0.
     """
     if not 0.0 < teacher_weight < 1.0:
         raise UserError(
@@ -47,6 +47,6 @@ def jsd(teacher_weight: float = 0.5) -> Divergence:
         jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises, with the reason
 
     def value(context: Context, view: str) -> Tensor:
-        return jsd_values(context.signal(view).logp_NV, context.student_logp_NV, teacher_weight)
+        return context.student.jsd(context.signal(view).distribution, teacher_weight)
 
     return Divergence(f"jsd(teacher_weight={teacher_weight:g})", value, frozenset({DENSE}))

@@ -34,7 +34,7 @@ def teacher_top(k: int) -> Support:
 
 
 def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
-    """KL(P || Q) per row, nats, of log-probs [N, V] -> [N]; differentiable in both.
+    """KL(P || Q) per row, nats, of log-probs [N, V] -> [N]; differentiable in both. The definition.
 
     An id that P rules out (-inf) contributes exactly 0, whatever Q says. An id that only Q rules out makes the
     divergence infinite, and infinity is what comes back, never NaN, even where P's probability underflows.
@@ -60,14 +60,14 @@ def forward_kl(support: Support | None = None) -> Divergence:
     if top is None:
 
         def exact(context: Context, view: str) -> Tensor:
-            return kl_values(context.signal(view).logp_NV, context.student_logp_NV)
+            return context.student.forward_kl(context.signal(view).distribution)
 
         return Divergence("forward_kl", exact, frozenset({DENSE}))
 
     def truncated(context: Context, view: str) -> Tensor:
         ids_NK, teacher_logp_NK = context.signal(view).topk(top)
         kept_logp_NK = teacher_logp_NK.log_softmax(-1)
-        return kl_values(kept_logp_NK, context.student_logp_NV.gather(-1, ids_NK))
+        return kl_values(kept_logp_NK, context.student.logp_at(ids_NK))
 
     return Divergence(f"forward_kl(teacher top-{top})", truncated, frozenset({Need("topk", top)}))
 
@@ -76,6 +76,6 @@ def reverse_kl() -> Divergence:
     r"""Reverse KL over the whole vocabulary, mode seeking: :math:`D_{KL}(p_S \Vert p_T)`, nats."""
 
     def exact(context: Context, view: str) -> Tensor:
-        return kl_values(context.student_logp_NV, context.signal(view).logp_NV)
+        return context.student.reverse_kl(context.signal(view).distribution)
 
     return Divergence("reverse_kl", exact, frozenset({DENSE}))

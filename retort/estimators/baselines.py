@@ -22,13 +22,11 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
     """
 
     def value(context: Context, view: str) -> Tensor:
-        student_logp_NV = context.student_logp_NV.detach()
-        teacher_logp_NV = context.signal(view).logp_NV
-        if top_k is not None and top_k < student_logp_NV.shape[-1]:
-            student_logp_NV, ids_NK = student_logp_NV.topk(top_k, dim=-1)
-            student_logp_NV = student_logp_NV.log_softmax(-1)
-            teacher_logp_NV = teacher_logp_NV.gather(-1, ids_NK).log_softmax(-1)
-        return -kl_values(student_logp_NV, teacher_logp_NV)
+        teacher = context.signal(view)
+        if top_k is None:
+            return -context.student.reverse_kl(teacher.distribution).detach()
+        ids_NK, student_logp_NK = context.student.topk(top_k)
+        return -kl_values(student_logp_NK.log_softmax(-1), teacher.logp_at(ids_NK).log_softmax(-1))
 
     name = "reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})"
     return Baseline(name, value, frozenset({DENSE}))

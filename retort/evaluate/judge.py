@@ -16,7 +16,6 @@ from torch import Tensor
 from retort.align.chat import render
 from retort.config import Config
 from retort.context import Context
-from retort.divergences import kl_values
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.head import Steps, per_token
@@ -223,8 +222,8 @@ def _against_teacher(context: Context) -> dict[str, Tensor]:
         **_alone(context),
         "teacher_logp": rows.sampled_logp_N,
         "teacher_entropy": rows.entropy_N,
-        "reverse_kl": kl_values(context.student_logp_NV, rows.logp_NV),
-        "forward_kl": kl_values(rows.logp_NV, context.student_logp_NV),
+        "reverse_kl": context.student.reverse_kl(rows.distribution),
+        "forward_kl": context.student.forward_kl(rows.distribution),
     }
 
 
