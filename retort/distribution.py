@@ -21,6 +21,9 @@ from torch import Tensor
 class Shard:
     """Which ids logits are about: all of them. `retort.models.shard.VocabShard` is one rank's part of them."""
 
+    #: Whether ranks have to exchange numbers.
+    spread: bool = False
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum over ranks, of the same shape."""
         return values

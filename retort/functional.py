@@ -11,7 +11,8 @@ from torch import Tensor
 from retort.apply import batch_shares, check_needs, losses, stored_values, term_values
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.head import Head, Steps, per_token
+from retort.models.core import Steps, per_token
+from retort.models.head import Head
 from retort.registry import load
 from retort.signals import Dense, TeacherSignal, TopK
 from retort.types import TokenLoss, TokenLosses

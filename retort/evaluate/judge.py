@@ -18,7 +18,7 @@ from retort.config import Config
 from retort.context import Context
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
-from retort.models.head import Steps, per_token
+from retort.models.core import Steps, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.verify import Verifier
 from retort.rollout.engines.hf import HFEngine

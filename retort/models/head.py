@@ -1,25 +1,28 @@
-"""The loss core: hidden states in, one number per step out, and never a whole [N, V]. Axis letters: see `retort.types`.
-
-`per_token` evaluates a function of `Context` over chunks of the steps. The dense version is the same code with one
-chunk and nothing recomputed, so the two cannot disagree on anything but rounding. Larger inputs are cut into chunks
-whose logits are thrown away and computed again in the backward pass: memory then does not grow with N times V.
-"""
+"""What turns hidden states into logits, and the products behind it. Axis letters: see `retort.types`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
-from retort.context import Context
-from retort.signals import TeacherSignal, as_compute
+from retort.distribution import WHOLE, Shard
 
-#: Elements of one chunk of logits: 64 MiB in fp32, of which a divergence holds several at once.
-CHUNK_ELEMENTS = 2**24
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An adapter on a head: logits gain `scaling * up (down hidden)`. In its letters, Q is the rank.
+
+    Attributes:
+        down_QD, up_VQ: Its two factors.
+        scaling: Of the product.
+    """
+
+    down_QD: Tensor
+    up_VQ: Tensor
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,106 +34,134 @@ class Head:
         bias_V: Optional.
         scale: Logits are multiplied by it (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
         soft_cap: Logits are cap * tanh(logits / cap) (Gemma).
+        adapter: Optional low-rank adapter on the weight.
+        shard: Which ids the rows are, where they are spread over ranks (`retort.models.shard.VocabShard`).
     """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+    adapter: LowRank | None = None
+    shard: Shard = WHOLE
 
     @property
     def width(self) -> int:
-        """V, padding included."""
+        """V, padding included; on a rank that holds only some of the ids, how many it holds."""
         return self.weight_VD.shape[0]
 
     def logits(self, hidden_CD: Tensor, vocab: int | None = None) -> Tensor:
-        """Logits [C, V] of the first `vocab` ids, in the dtype of the product."""
-        weight_VD, bias_V = self.weight_VD, self.bias_V
-        if vocab is not None and vocab < self.width:  # a slice costs a copy of the whole gradient in every chunk
-            weight_VD, bias_V = weight_VD[:vocab], None if bias_V is None else bias_V[:vocab]
-        logits_CV = functional.linear(hidden_CD, weight_VD, bias_V)
+        """Logits [C, V] of the first `vocab` ids, in the dtype of the product. The definition, differentiable."""
+        bias_V, rows = self.bias_V, slice(None) if vocab is None else slice(vocab)
+        logits_CV = functional.linear(hidden_CD, self.weight_VD[rows], None if bias_V is None else bias_V[rows])
+        if self.adapter is not None:
+            low_CQ = functional.linear(hidden_CD, self.adapter.down_QD)
+            logits_CV = logits_CV + functional.linear(low_CQ, self.adapter.up_VQ[rows]) * self.adapter.scaling
+        return self.shape(logits_CV)
+
+    def shape(self, product_CV: Tensor) -> Tensor:
+        """What the family does to the product: its scale, its soft-cap."""
         if self.scale != 1.0:
-            logits_CV = logits_CV * self.scale
+            product_CV = product_CV * self.scale
         if self.soft_cap is not None:
-            logits_CV = torch.tanh(logits_CV / self.soft_cap) * self.soft_cap
-        return logits_CV
+            product_CV = torch.tanh(product_CV / self.soft_cap) * self.soft_cap
+        return product_CV
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """All that can learn: weight, bias, and the adapter's two factors."""
+        down, up = (None, None) if self.adapter is None else (self.adapter.down_QD, self.adapter.up_VQ)
+        return self.weight_VD, self.bias_V, down, up
 
 
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """What is known about the N steps besides the models' outputs. All tensors are [N]."""
+class Products:
+    """The products of one head with many chunks of hidden states, forward and backward, without autograd.
 
-    tokens_N: Tensor
-    stored: Mapping[str, Tensor]
-    engine_logp_N: Tensor | None = None
-    rollout_N: Tensor | None = None
-    turn_N: Tensor | None = None
-    position_N: Tensor | None = None
-    step: int = 0
-    total_steps: int | None = None
-
-    def context(self, rows: slice, logits_CV: Tensor, signals: Mapping[str, TeacherSignal], vocab: int) -> Context:
-        """The context of one chunk."""
-        cut: Callable[[Tensor | None], Tensor | None] = lambda values: None if values is None else values[rows]  # noqa: E731
-        return Context(
-            student_logits_NV=logits_CV,
-            tokens_N=self.tokens_N[rows],
-            signals={name: signal.rows(rows, vocab) for name, signal in signals.items()},
-            stored={name: values[rows] for name, values in self.stored.items()},
-            engine_logp_N=cut(self.engine_logp_N),
-            rollout_N=cut(self.rollout_N),
-            turn_N=cut(self.turn_N),
-            position_N=cut(self.position_N),
-            step=self.step,
-            total_steps=self.total_steps,
-        )
-
-
-def per_token(
-    values: Callable[[Context], dict[str, Tensor]],
-    steps: Steps,
-    signals: Mapping[str, TeacherSignal],
-    *,
-    hidden_ND: Tensor,
-    head: Head | None,
-    vocab: int,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-) -> dict[str, Tensor]:
-    """Evaluates `values` on every step without ever holding all logits.
-
-    Args:
-        values: Function of a chunk's context to named numbers per step, [C] each.
-        steps: What else is known about the steps.
-        signals: The teachers' answers, by view; each must be about exactly these tokens.
-        hidden_ND: The student's hidden states; with `head=None` they are taken to be the logits [N, V] themselves.
-        head: The student's head.
-        vocab: Ids that student and teachers share; all others get no probability.
-        temperature: Student logits are divided by it.
-        chunk: Steps per chunk; None picks about 64 MiB of logits. If all steps fit in one chunk nothing is recomputed.
-
-    Returns:
-        Named values [N], differentiable in the hidden states and the head.
-
-    Raises:
-        SignalError: A signal is misaligned, not finite or poorer than what is asked of it.
+    Autograd would allocate a gradient of the whole head for every chunk, and keep every chunk's logits until it comes
+    back; here a chunk's logits are overwritten by their own gradient, and the head's gradient is one buffer.
     """
-    for signal in signals.values():
-        signal.check_tokens(steps.tokens_N)
-    total = len(steps.tokens_N)
-    chunk = chunk or max(1, CHUNK_ELEMENTS // vocab)
 
-    def run(rows: slice, hidden_CD: Tensor) -> dict[str, Tensor]:
-        logits_CV = hidden_CD[:, :vocab] if head is None else head.logits(hidden_CD, vocab)
-        if temperature != 1.0:
-            logits_CV = as_compute(logits_CV) / temperature  # not in bf16: the teacher's are divided in fp32, too
-        return values(steps.context(rows, logits_CV, signals, vocab))
+    def __init__(self, head: Head, vocab: int, dtype: torch.dtype, needed: tuple[bool, ...]) -> None:
+        """Products of the first `vocab` rows, computed in `dtype`.
 
-    cuts = [slice(start, min(start + chunk, total)) for start in range(0, total, chunk)] or [slice(0, 0)]
-    if len(cuts) == 1 or not torch.is_grad_enabled():
-        chunks = [run(rows, hidden_ND[rows]) for rows in cuts]
-    else:
-        chunks = [
-            checkpoint(run, rows, hidden_ND[rows], use_reentrant=False, preserve_rng_state=False) for rows in cuts
-        ]
-    return {name: torch.cat([part[name] for part in chunks]) for name in chunks[0]}
+        Args:
+            head: The head; its parts are read, not changed.
+            vocab: Rows that count.
+            dtype: Of the products; parts are brought to it once.
+            needed: Which gradients are wanted: of the hidden states, the weight, the bias, the adapter's down, its up.
+        """
+        weight, bias, down, up = (None if part is None else part.detach() for part in head.parts)
+        assert weight is not None
+        self.weight_VD = weight[:vocab].to(dtype)
+        self.bias_V = None if bias is None else bias[:vocab].to(dtype)
+        self.down_QD = None if down is None else down.to(dtype)
+        self.up_VQ = None if up is None else up[:vocab].to(dtype)
+        self.scaling = 1.0 if head.adapter is None else head.adapter.scaling
+        self.needed = needed
+        self.dtype = dtype
+        self._shapes = [None if part is None else (part.shape, part.dtype) for part in head.parts]
+        self._vocab = vocab
+        self._sums: dict[int, Tensor] = {}
+
+    def forward(self, hidden_CD: Tensor) -> Tensor:
+        """The product [C, V], before the family's scale and cap."""
+        hidden_CD = hidden_CD.to(self.dtype)
+        product_CV = functional.linear(hidden_CD, self.weight_VD, self.bias_V)
+        if self.down_QD is not None and self.up_VQ is not None:
+            product_CV.addmm_(hidden_CD @ self.down_QD.t(), self.up_VQ.t(), alpha=self.scaling)
+        return product_CV
+
+    def backward(self, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor | None:
+        """Adds to the gradients of the parts; returns that of the hidden states, if it is wanted."""
+        hidden_CD = hidden_CD.to(self.dtype)
+        if self.needed[1]:
+            self._add(0, gradient_CV.t(), hidden_CD)
+        if self.needed[2]:
+            self._add(1, gradient_CV.t(), torch.ones_like(gradient_CV[:, :1]))
+        low_CQ = None
+        if self.down_QD is not None and self.up_VQ is not None:
+            low_CQ = (gradient_CV @ self.up_VQ) * self.scaling
+            if self.needed[3]:
+                self._add(2, low_CQ.t(), hidden_CD)
+            if self.needed[4]:
+                self._add(3, gradient_CV.t(), (hidden_CD @ self.down_QD.t()) * self.scaling)
+        if not self.needed[0]:
+            return None
+        found_CD = gradient_CV @ self.weight_VD
+        if low_CQ is not None and self.down_QD is not None:
+            found_CD.addmm_(low_CQ, self.down_QD)
+        return found_CD
+
+    def _add(self, part: int, left: Tensor, right: Tensor) -> None:
+        """Adds the product of two matrices to the sum of a part, in fp32 or better over several chunks."""
+        if part not in self._sums:
+            shape = self._shapes[part]
+            assert shape is not None
+            of_vocab = part != 2
+            rows = self._vocab if of_vocab else left.shape[0]
+            wide = (shape[0][0], right.shape[1])
+            exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+            total = torch.empty(wide, dtype=exact, device=left.device)
+            total[rows:].zero_()
+            if exact == self.dtype:
+                torch.mm(left, right, out=total[:rows])
+            else:
+                total[:rows] = left @ right
+            self._sums[part] = total
+        elif self.dtype == self._sums[part].dtype:
+            self._sums[part][: left.shape[0]].addmm_(left, right)
+        else:
+            self._sums[part][: left.shape[0]] += left @ right
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of weight, bias, down and up, in the dtype of each; None where it was not wanted."""
+        found: list[Tensor | None] = []
+        for part, shape in enumerate(self._shapes):
+            total = self._sums.pop(part, None)
+            if shape is None or not self.needed[part + 1]:
+                found.append(None)
+            elif total is None:  # no steps at all
+                found.append(torch.zeros(shape[0], dtype=shape[1], device=self.weight_VD.device))
+            else:
+                found.append(total.to(shape[1]).reshape(shape[0]))
+        return tuple(found)

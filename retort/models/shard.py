@@ -25,6 +25,7 @@ class VocabShard(Shard):
 
     start: int
     group: Any = None
+    spread: bool = True
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         values = values.clone(memory_format=torch.contiguous_format)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from retort.align.chat import render
 from retort.errors import SignalError
-from retort.models.head import CHUNK_ELEMENTS, Head
+from retort.models.core import in_blocks
+from retort.models.head import Head
 from retort.models.lm import LanguageModel
 from retort.signals import Dense, Sampled, TeacherSignal, TopK
 from retort.teachers.view import View
@@ -121,13 +122,11 @@ def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
     """The smallest signal that answers the needs, computed chunk by chunk."""
     top_k = max((need.k for need in needs if need.kind == "topk"), default=0)
     with_entropy = any(need.kind == "entropy" for need in needs)
-    chunk = max(1, CHUNK_ELEMENTS // dense.width)
     sampled: list[Tensor] = []
     entropies: list[Tensor] = []
     ids: list[Tensor] = []
     logps: list[Tensor] = []
-    for start in range(0, dense.steps, chunk):
-        rows = dense.rows(slice(start, start + chunk), dense.width)
+    for rows in in_blocks(dense, dense.width):
         sampled.append(rows.sampled_logp_N)
         if with_entropy:
             entropies.append(rows.entropy_N)

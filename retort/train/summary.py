@@ -7,7 +7,7 @@ import sys
 import torch
 
 from retort.apply import wanted
-from retort.models.head import CHUNK_ELEMENTS
+from retort.models.core import CHUNK_ELEMENTS
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
 

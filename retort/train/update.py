@@ -14,7 +14,7 @@ from retort.apply import batch_shares, losses, recorded_values, stored_values, t
 from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Watch
-from retort.models.head import Steps, per_token
+from retort.models.core import Steps, per_token
 from retort.models.lm import token_batches
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
