@@ -174,7 +174,7 @@ class Distribution:
         return self.shard.sum(torch.linalg.vecdot(p_CV, values_CV))
 
     def _gap(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-        """log p - log q [C, V], and with it the reverse and the forward KL, [C] each, detached."""
+        """Log p - log q [C, V], and with it the reverse and the forward KL, [C] each, detached."""
         found = self._gaps.get(id(teacher))
         if found is None:
             found = (teacher, *self._compare(teacher))

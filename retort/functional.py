@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from retort.apply import batch_shares, check_needs, losses, stored_values, term_values
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.core import Steps, per_token
+from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
 from retort.registry import load
 from retort.signals import Dense, TeacherSignal, TopK
@@ -227,8 +227,9 @@ class _Batch:
         """The same from hidden states and a head."""
         self.check_rows(f"{name} hidden states", hidden_ND, 2)
         found, kept_ND = _head(head), hidden_ND.detach()[self.kept_N]
+        temperature = self.method.temperature
         return Dense(
-            self.steps.tokens_N, name, lambda rows: found.logits(kept_ND[rows]), found.width, self.method.temperature
+            self.steps.tokens_N, name, lambda rows: found.logits(kept_ND[rows]), found.width, temperature, found.shard
         )
 
     def evaluate(
@@ -239,23 +240,31 @@ class _Batch:
             self._check_top_k(name, signal, width)
         vocab = min([width, *(signal.width for signal in signals.values() if isinstance(signal, Dense))])
         tokens_N = self.steps.tokens_N
-        if len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
+        whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
+        if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
             raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
-        steps = self.steps
-        arguments = {"hidden_ND": hidden_ND, "head": head, "vocab": vocab, "temperature": self.method.temperature}
+        core = Core(term_values(self.method), self.steps, signals, head, vocab, self.method.temperature)
         if self.method.weighs_batch:
-            with torch.no_grad():
-                found = per_token(
-                    stored_values(self.method, weights_only=True), steps, signals, chunk=chunk, **arguments
-                )
-            steps = Steps(**{**steps.__dict__, "stored": {**steps.stored, **found}})
-        values = per_token(term_values(self.method), steps, signals, chunk=chunk, **arguments)
+            core = replace(core, steps=self._weighed(core, hidden_ND, chunk))
         counted_N = torch.ones_like(tokens_N, dtype=torch.bool)
-        shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=steps.stored)
-        loss, terms = losses(
-            self.method, values, counted_N=counted_N, shares_N=shares_N, step=steps.step, total_steps=steps.total_steps
-        )
+        shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=core.steps.stored)
+
+        def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
+            here = {name: share_N[rows] for name, share_N in shares_N.items()}
+            step, total = core.steps.step, core.steps.total_steps
+            return losses(self.method, values, counted_N=counted_N[rows], shares_N=here, step=step, total_steps=total)
+
+        loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
+        terms = terms_of(values, slice(None))[1]
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, self.state)
+
+    def _weighed(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
+        """The steps with the weights that a denominator is the sum of."""
+        with torch.no_grad():
+            found = per_token(
+                replace(core, values=stored_values(self.method, weights_only=True)), hidden_ND, chunk=chunk
+            )
+        return replace(core.steps, stored={**core.steps.stored, **found})
 
     def _check_top_k(self, name: str, signal: TeacherSignal, width: int) -> None:
         """Refuses a top-k signal that is shorter than the method needs, or that holds ids the student does not have."""

@@ -18,7 +18,7 @@ from retort.config import Config
 from retort.context import Context
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
-from retort.models.core import Steps, per_token
+from retort.models.core import Core, Steps, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.verify import Verifier
 from retort.rollout.engines.hf import HFEngine
@@ -163,18 +163,13 @@ class Judge:
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
+        values = _against_teacher if signals else _alone
+        steps = Steps(pack.tokens_N.to(lm.device), {})
+        core = Core(values, steps, signals, lm.head(), self.vocab, self.score_temperature)
         with lm.compute():
-            values = per_token(
-                _against_teacher if signals else _alone,
-                Steps(pack.tokens_N.to(lm.device), {}),
-                signals,
-                hidden_ND=hidden_ND,
-                head=lm.head(),
-                vocab=self.vocab,
-                temperature=self.score_temperature,
-            )
+            found = per_token(core, hidden_ND)
         lm.model.train(was_training)
-        return {name: values_N.cpu() for name, values_N in values.items()}, pack
+        return {name: values_N.cpu() for name, values_N in found.items()}, pack
 
     def _tally_values(
         self, tallies: dict[str, tuple[list[float], list[float]]], values: Mapping[str, Tensor], pack: Pack

@@ -119,7 +119,8 @@ class Core:
     def dense(self, hidden_ND: Tensor) -> dict[str, Tensor]:
         """All steps at once, by plain autograd. The definition."""
         product_NV = hidden_ND[:, : self.vocab] if self.head is None else self._product(hidden_ND)
-        return self.evaluate(product_NV, self.steps, self.signals, slice(0, self.count))
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # products may be in bf16, a softmax may not
+            return self.evaluate(product_NV, self.steps, self.signals, slice(0, self.count))
 
     def _product(self, hidden_ND: Tensor) -> Tensor:
         assert self.head is not None
@@ -150,27 +151,12 @@ def in_blocks(signal: TeacherSignal, vocab: int) -> Iterator[SignalRows]:
             yield held.rows(block, vocab)
 
 
-def per_token(
-    values: Values,
-    steps: Steps,
-    signals: Mapping[str, TeacherSignal],
-    *,
-    hidden_ND: Tensor,
-    head: Head | None,
-    vocab: int,
-    temperature: float = 1.0,
-    chunk: int | None = None,
-) -> dict[str, Tensor]:
-    """Evaluates `values` on every step without ever holding all logits.
+def per_token(core: Core, hidden_ND: Tensor, *, chunk: int | None = None) -> dict[str, Tensor]:
+    """The values of every step, without ever holding all logits.
 
     Args:
-        values: See `Core`, as are the next two.
-        steps: See `Core`.
-        signals: See `Core`.
-        hidden_ND: The student's hidden states; with `head=None` they are taken to be the logits [N, V] themselves.
-        head: See `Core`.
-        vocab: See `Core`.
-        temperature: See `Core`.
+        core: What is evaluated.
+        hidden_ND: The student's hidden states, or its logits.
         chunk: Steps per chunk; None picks. If it is N or more, this is `Core.dense`.
 
     Returns:
@@ -179,7 +165,6 @@ def per_token(
     Raises:
         SignalError: A signal is misaligned, not finite or poorer than what is asked of it.
     """
-    core = Core(values, steps, signals, head, vocab, temperature)
     return _run(core, hidden_ND, None, chunk)[1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,14 +14,14 @@ from retort import reduce
 from retort.apply import batch_shares, losses, recorded_values, stored_values, term_values, watch_values
 from retort.context import Context
 from retort.errors import RunError, SignalError
-from retort.method import Watch
-from retort.models.core import Steps, per_token
+from retort.method import Method, Watch
+from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.lm import token_batches
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.metrics import Means, Stopwatch
 from retort.train.setup import Setup
-from retort.types import Pack, can_meet
+from retort.types import Pack, TokenLoss, can_meet
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,10 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
     stored: dict[str, Tensor] = {}
     with torch.no_grad():
         for chosen in _micro_batches(setup, pack, range(len(pack.rollouts))):
-            _fill(stored, pack, chosen, _evaluate(setup, bare, chosen, values))
+            core = _core(setup, bare, pack.steps_of(chosen), values)
+            hidden_ND = _hidden(setup, pack, chosen)
+            with setup.student.compute():
+                _fill(stored, pack, chosen, per_token(core, hidden_ND))
     return Batch(pack, signals, stored, watches, step, total_steps)
 
 
@@ -107,32 +111,34 @@ def learn(
 def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, watch: Stopwatch) -> dict[str, Tensor]:
     """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
     method, pack = setup.method, batch.pack
-    every = (
+    parts = (
         term_values(method),
         watch_values(batch.watches),
         recorded_values(method, {view: signal.offers for view, signal in batch.signals.items()}),
     )
+
+    def every(context: Context) -> dict[str, Tensor]:
+        return {name: value_C for part in parts for name, value_C in part(context).items()}
+
     shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}
     total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
     for micro in _micro_batches(setup, pack, chosen):
+        index_N = pack.steps_of(micro)
+        here = {name: share_N[index_N].to(setup.student.device) for name, share_N in shares_N.items()}
         with watch("student"):
-            values = _evaluate(
-                setup, batch, micro, lambda context: {k: v for part in every for k, v in part(context).items()}
-            )
-            index_N = pack.steps_of(micro)
-            device = setup.student.device
-            here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
-            counted_N = torch.ones(len(index_N), dtype=torch.bool, device=device)
-            loss, parts = losses(
-                method, values, counted_N=counted_N, shares_N=here, step=batch.step, total_steps=batch.total_steps
-            )
-            if not bool(torch.isfinite(loss.detach())):
-                raise _not_finite(setup, batch, micro, values)
+            hidden_ND = _hidden(setup, pack, micro)
+        part = partial(_terms, batch, method, here)
+        with watch("loss"), setup.student.compute():
+            core = _core(setup, batch, index_N, every)
+            loss, values = loss_pass(core, hidden_ND, lambda values, rows, part=part: part(values, rows)[0])
+        if not bool(torch.isfinite(loss.detach())):
+            raise _not_finite(setup, batch, micro, values)
+        with watch("backward"):
             loss.backward()
         total["loss"] += float(loss.detach())
-        for name, part in parts.items():
-            total[f"loss/{name}"] += float(reduce.total(part, here[name]).detach())
+        for name, term in part(values, slice(None))[1].items():
+            total[f"loss/{name}"] += float(reduce.total(term, here[name]).detach())
         _fill(found, pack, micro, values)
     for name, value in total.items():
         means.add(name, value)
@@ -166,15 +172,25 @@ def _fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values:
         found.setdefault(name, torch.full((pack.steps,), math.nan))[index_N] = values_N.detach().float().cpu()
 
 
-def _evaluate(
-    setup: Setup, batch: Batch, rollouts: Sequence[int], values: Callable[[Context], dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Student forward and loss core for some rollouts."""
-    pack, device = batch.pack, setup.student.device
-    index_N = pack.steps_of(rollouts)
-    hidden_ND = setup.student.hidden(
+def _terms(
+    batch: Batch, method: Method, shares_N: Mapping[str, Tensor], values: Mapping[str, Tensor], rows: slice
+) -> tuple[Tensor, dict[str, TokenLoss]]:
+    """What some steps add to the loss, and the terms behind it."""
+    here = {name: share_N[rows] for name, share_N in shares_N.items()}
+    counted_N = torch.ones_like(next(iter(here.values())), dtype=torch.bool)
+    return losses(method, values, counted_N=counted_N, shares_N=here, step=batch.step, total_steps=batch.total_steps)
+
+
+def _hidden(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:
+    """The student's hidden states at the steps of some rollouts."""
+    return setup.student.hidden(
         [pack.rollouts[i].tokens_L for i in rollouts], [pack.rollouts[i].acted_L for i in rollouts]
     )
+
+
+def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context], dict[str, Tensor]]) -> Core:
+    """The loss core for some steps."""
+    pack, device = batch.pack, setup.student.device
     steps = Steps(
         tokens_N=pack.tokens_N[index_N].to(device),
         stored={name: stored_N[index_N].to(device) for name, stored_N in batch.stored.items()},
@@ -186,16 +202,7 @@ def _evaluate(
         total_steps=batch.total_steps,
     )
     signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
-    with setup.student.compute():
-        return per_token(
-            values,
-            steps,
-            signals,
-            hidden_ND=hidden_ND,
-            head=setup.student.head(),
-            vocab=setup.vocab,
-            temperature=setup.method.temperature,
-        )
+    return Core(values, steps, signals, setup.student.head(), setup.vocab, setup.method.temperature)
 
 
 def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
