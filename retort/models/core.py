@@ -196,8 +196,8 @@ def _run(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     for signal in core.signals.values():
         signal.check_tokens(core.steps.tokens_N)
-    small = core.count * core.vocab <= DENSE_ELEMENTS and chunk is None
-    if core.head is None or small or core.count <= (chunk or 0) or core.count == 0:
+    small = core.count <= chunk if chunk else core.count * core.vocab <= DENSE_ELEMENTS
+    if core.head is None or core.count == 0 or (small and not core.head.shard.spread):
         values = core.dense(hidden_ND)
         return (None if loss is None else loss(values, slice(0, core.count))), values
     names: list[str] = []
