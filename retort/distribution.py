@@ -52,7 +52,8 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, logits_CV: Tensor, value: Tensor, gradient: Callable[..., Tensor], *kept: Tensor) -> Tensor:
         ctx.save_for_backward(*kept)
         ctx.gradient = gradient
-        return value
+        # Not the very tensor: the formula may hold it, and would then hold the graph that holds the formula.
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

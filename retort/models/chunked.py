@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,32 +16,77 @@ if TYPE_CHECKING:
     from retort.models.core import Core
 
 
+def cuts(size: int, part: int) -> list[slice]:
+    """Neighbouring slices of at most `part` that cover `size`."""
+    return [slice(start, min(start + part, size)) for start in range(0, size, part)]
+
+
 @dataclass(eq=False)
 class Pass:
-    """The work of `Chunked`, forward and backward."""
+    """The work of `Chunked`, forward and backward.
+
+    Attributes:
+        core: What is evaluated.
+        loss: (values of some steps, which steps) -> their part of the loss; None if there is no loss yet.
+        chunk: Steps of a chunk.
+        dtype: Of the products.
+        names: Of the values, filled in by the forward pass.
+    """
 
     core: Core
-    loss: Callable[..., Tensor] | None
+    loss: Callable[[Mapping[str, Tensor], slice], Tensor] | None
     chunk: int
     dtype: torch.dtype
-    names: list[str]
+    names: list[str] = field(default_factory=lambda: [])
 
-    def chunks(self, products: Products, hidden_ND: Tensor) -> Iterator[Chunk]:
-        """Chunks of the steps, each with its product."""
-        for start in range(0, self.core.count, self.chunk):
-            rows = slice(start, min(start + self.chunk, self.core.count))
-            yield Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+    def values(self, hidden_ND: Tensor, learns: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+        """The loss, all values, and which of them depend on the student."""
+        products = self._products((False,) * 5)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        found: dict[str, Tensor] = {}
+        live: set[str] = set()
+        for rows in cuts(self.core.count, self.chunk):
+            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+            for place, values in chunk.values():
+                if self.loss is not None:
+                    total += self.loss(values, place)
+                _keep(found, values, place, self.core.count)
+            if learns and not live:
+                live = chunk.live()
+            del chunk  # before the next one is made
+        return total, found, live
 
-    def products(self, needed: tuple[bool, ...]) -> Products:
-        head = self.core.head
-        assert head is not None
-        return Products(head, self.core.vocab, self.dtype, needed)
+    def gradients(
+        self, hidden_ND: Tensor, needed: tuple[bool, ...], scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """All values; and the gradients of a scalar with respect to hidden states and head."""
+        products = self._products(needed)
+        found: dict[str, Tensor] = {}
+        hidden: dict[str, Tensor] = {}
+        for rows in cuts(self.core.count, self.chunk):
+            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+            for place, values in chunk.backward(scalar):
+                _keep(found, values, place, self.core.count)
+                del values  # and with them the block's graph, which holds the chunk's logits
+            of_hidden_CD = products.backward(chunk.product_CV, hidden_ND[rows])
+            if of_hidden_CD is not None:
+                _keep(hidden, {"hidden": of_hidden_CD.to(hidden_ND.dtype)}, rows, self.core.count)
+            del chunk  # before the next one is made
+        of_hidden_ND = hidden.get("hidden")
+        if of_hidden_ND is not None and self.core.head is not None:
+            of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
+        return found, [of_hidden_ND, *products.gradients()]
+
+    def _products(self, needed: tuple[bool, ...]) -> Products:
+        assert self.core.head is not None
+        return Products(self.core.head, self.core.vocab, self.dtype, needed)
 
 
 class Chunk:
     """A chunk's logits, cut into blocks."""
 
     def __init__(self, core: Core, rows: slice, product_CV: Tensor) -> None:
+        """The steps `rows` of a core, and the product of their hidden states with the head."""
         self.core, self.rows, self.product_CV = core, rows, product_CV
         self.steps = core.steps.rows(rows)
         self.signals = {name: signal.held(rows, core.vocab) for name, signal in core.signals.items()}
@@ -52,20 +97,28 @@ class Chunk:
         for cut in self.cuts:
             yield self._place(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
 
-    def backward(
-        self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
-    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """The same, leaving the gradient of each block's scalar where its product was."""
+    def live(self) -> set[str]:
+        """Which values have a gradient, seen on one step."""
+        values = self._evaluate(slice(0, 1))[1]
+        return {name for name, value in values.items() if value.requires_grad}
+
+    def backward(self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]) -> Iterator[dict[str, Tensor]]:
+        """The values by block, leaving the gradient of each block's scalar where its product was."""
         for cut in self.cuts:
-            leaf_CV = as_compute(self.product_CV[cut]).detach().requires_grad_()
+            leaf_CV, values = self._evaluate(cut)
             with torch.enable_grad():
-                values = self.core.evaluate(leaf_CV, self.steps, self.signals, cut)
                 total = scalar(values, self._place(cut))
             if total is None or not total.requires_grad:
                 self.product_CV[cut] = 0.0
             else:
                 self.product_CV[cut] = torch.autograd.grad(total, leaf_CV)[0]
             yield self._place(cut), values
+            del values, leaf_CV, total
+
+    def _evaluate(self, cut: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        leaf_CV = as_compute(self.product_CV[cut]).detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf_CV, self.core.evaluate(leaf_CV, self.steps, self.signals, cut)
 
     def _place(self, cut: slice) -> slice:
         return slice(self.rows.start + cut.start, self.rows.start + cut.stop)
@@ -79,16 +132,15 @@ class Chunked(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pass_, ctx.gradients = pass_, None
         needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
-        learns = any(needed)
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            if pass_.loss is not None and learns:
-                total, values, ctx.gradients, live = _with_gradient(pass_, hidden_ND, needed)
+            if pass_.loss is not None and any(needed):
+                total, values, ctx.gradients, live = _at_once(pass_, hidden_ND, needed)
             else:
-                total, values, live = _without(pass_, hidden_ND, learns)
+                total, values, live = pass_.values(hidden_ND, any(needed))
         pass_.names.extend(values)
         still = [values_N for name, values_N in values.items() if name not in live]
         ctx.mark_non_differentiable(*still, *([total] if pass_.loss is None else []))
-        if learns:
+        if any(needed):
             ctx.save_for_backward(hidden_ND, *parts)
         return total, *values.values()
 
@@ -109,6 +161,36 @@ class Chunked(torch.autograd.Function):
         return (None, *found)
 
 
+def _at_once(
+    pass_: Pass, hidden_ND: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], set[str]]:
+    """Loss, values, the loss's gradients, and which values depend on the student."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    live: set[str] = set()
+
+    def scalar(values: dict[str, Tensor], place: slice) -> Tensor:
+        assert pass_.loss is not None
+        live.update(name for name, value in values.items() if value.requires_grad)
+        part = pass_.loss(values, place)
+        total.add_(part.detach())
+        return part
+
+    values, gradients = pass_.gradients(hidden_ND, needed, scalar)
+    return total, values, gradients, live
+
+
+def _again(
+    pass_: Pass, hidden_ND: Tensor, wanted: Mapping[str, Tensor], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients with respect to hidden states and head, for given gradients of the values."""
+
+    def scalar(values: dict[str, Tensor], place: slice) -> Tensor | None:
+        parts = [(values[name] * u[place]).sum() for name, u in wanted.items() if values[name].requires_grad]
+        return torch.stack(parts).sum() if parts else None
+
+    return pass_.gradients(hidden_ND, needed, scalar)[1]
+
+
 def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     """In place; a factor of 1, the usual one, is not worth a pass over the head's gradient."""
     if upstream.device.type == "cpu" and float(upstream) == 1.0:
@@ -116,86 +198,13 @@ def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream.to(gradient.dtype))
 
 
-def _without(pass_: Pass, hidden_ND: Tensor, learns: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-    """Values alone; and which of them depend on the student."""
-    products = pass_.products((False,) * 5)
-    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-    found: dict[str, list[Tensor]] = {}
-    live: set[str] = set()
-    for chunk in pass_.chunks(products, hidden_ND):
-        for place, values in chunk.values():
-            if pass_.loss is not None:
-                total = total + pass_.loss(values, place)
-            _keep(found, values)
-        if learns and not live:
-            live = _live(chunk)
-    return total, {name: torch.cat(parts) for name, parts in found.items()}, live
+def _keep(found: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
+    """Files the values of some of `count` steps.
 
-
-def _live(chunk: Chunk) -> set[str]:
-    """Which values have a gradient, seen on one step."""
-    leaf_CV = as_compute(chunk.product_CV[:1]).detach().requires_grad_()
-    with torch.enable_grad():
-        values = chunk.core.evaluate(leaf_CV, chunk.steps, chunk.signals, slice(0, 1))
-    return {name for name, value in values.items() if value.requires_grad}
-
-
-def _with_gradient(
-    pass_: Pass, hidden_ND: Tensor, needed: tuple[bool, ...]
-) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], set[str]]:
-    """Loss, values, and the loss's gradients with respect to hidden states and head."""
-    products = pass_.products(needed)
-    totals: list[Tensor] = []
-    found: dict[str, list[Tensor]] = {}
-    live: set[str] = set()
-
-    def scalar(values: dict[str, Tensor], place: slice) -> Tensor:
-        assert pass_.loss is not None
-        live.update(name for name, value in values.items() if value.requires_grad)
-        total = pass_.loss(values, place)
-        totals.append(total.detach())
-        return total
-
-    hidden: list[Tensor] = []
-    for chunk in pass_.chunks(products, hidden_ND):
-        for _, values in chunk.backward(scalar):
-            _keep(found, values)
-        _carry(chunk, products, hidden_ND, hidden)
-    gradients = [_joined(hidden, hidden_ND, pass_, needed), *products.gradients()]
-    return torch.stack(totals).sum(), {name: torch.cat(parts) for name, parts in found.items()}, gradients, live
-
-
-def _again(
-    pass_: Pass, hidden_ND: Tensor, wanted: Mapping[str, Tensor], needed: tuple[bool, ...]
-) -> list[Tensor | None]:
-    """Gradients with respect to hidden states and head, for given gradients of the values."""
-    products = pass_.products(needed)
-
-    def scalar(values: dict[str, Tensor], place: slice) -> Tensor | None:
-        parts = [(values[name] * u[place]).sum() for name, u in wanted.items() if values[name].requires_grad]
-        return torch.stack(parts).sum() if parts else None
-
-    hidden: list[Tensor] = []
-    for chunk in pass_.chunks(products, hidden_ND):
-        for _ in chunk.backward(scalar):
-            pass
-        _carry(chunk, products, hidden_ND, hidden)
-    return [_joined(hidden, hidden_ND, pass_, needed), *products.gradients()]
-
-
-def _carry(chunk: Chunk, products: Products, hidden_ND: Tensor, hidden: list[Tensor]) -> None:
-    found_CD = products.backward(chunk.product_CV, hidden_ND[chunk.rows])
-    if found_CD is not None:
-        hidden.append(found_CD.to(hidden_ND.dtype))
-
-
-def _joined(hidden: list[Tensor], hidden_ND: Tensor, pass_: Pass, needed: tuple[bool, ...]) -> Tensor | None:
-    if not needed[0]:
-        return None
-    assert pass_.core.head is not None
-    return pass_.core.head.shard.sum(torch.cat(hidden) if hidden else torch.zeros_like(hidden_ND))
-
-
-def _keep(found: dict[str, list[Tensor]], values: Mapping[str, Tensor]) -> None:
+    Written into one tensor each, made beforehand: thousands of little ones that outlive the blocks between which they
+    were allocated would leave the heap full of holes in which no block fits.
+    """
     for name, values_C in values.items():
-        found.setdefault(name, []).append(values_C.detach())
+        if name not in found:
+            found[name] = values_C.new_empty((count, *values_C.shape[1:]))
+        found[name][rows] = values_C.detach()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from retort.context import Context
-from retort.models.chunked import Chunked, Pass
+from retort.models.chunked import Chunked, Pass, cuts
 from retort.models.head import Head
 from retort.signals import SignalRows, TeacherSignal, as_compute
 
@@ -137,11 +137,6 @@ def block_rows(vocab: int, device: torch.device) -> int:
     return chunk_rows(vocab, device) if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
 
 
-def cuts(size: int, part: int) -> list[slice]:
-    """Neighbouring slices of at most `part` that cover `size`."""
-    return [slice(start, min(start + part, size)) for start in range(0, size, part)]
-
-
 def in_blocks(signal: TeacherSignal, vocab: int) -> Iterator[SignalRows]:
     """A signal's answers to all its steps, products by the chunk and all else by the block."""
     device = signal.tokens_N.device
@@ -200,10 +195,9 @@ def _run(
     if core.head is None or core.count == 0 or (small and not core.head.shard.spread):
         values = core.dense(hidden_ND)
         return (None if loss is None else loss(values, slice(0, core.count))), values
-    names: list[str] = []
-    pass_ = Pass(core, loss, chunk or chunk_rows(core.vocab, hidden_ND.device), _product_dtype(hidden_ND), names)
+    pass_ = Pass(core, loss, chunk or chunk_rows(core.vocab, hidden_ND.device), _product_dtype(hidden_ND))
     total, *found = Chunked.apply(pass_, hidden_ND, *core.head.parts)  # pyright: ignore[reportGeneralTypeIssues]
-    return (None if loss is None else total), dict(zip(names, found, strict=True))
+    return (None if loss is None else total), dict(zip(pass_.names, found, strict=True))
 
 
 def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
