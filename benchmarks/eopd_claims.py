@@ -276,7 +276,8 @@ def main() -> None:
     found = summary(rows, questions)
     print(markdown(found))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"rows": rows, **found}, indent=1) + "\n")
+        short = json.loads(json.dumps({"rows": rows, **found}), parse_float=lambda digits: round(float(digits), 5))
+        arguments.json.write_text(json.dumps(short) + "\n")
     if failed:
         raise SystemExit(1)
 

@@ -115,10 +115,13 @@ const picture = ({ svg, data }) => {
     STYLES.forEach((name) => theirs[index].setAttribute(name, style.getPropertyValue(name)));
   });
   const { width, height } = svg.viewBox.baseVal;
+  const element = (kind, attributes) => {
+    const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
+    Object.entries(attributes).forEach(([name, value]) => made.setAttribute(name, value));
+    return made;
+  };
   const text = (words, x, y, fill, weight = "normal") => {
-    const label = document.createElementNS("http://www.w3.org/2000/svg", "text");
-    const set = { x, y, fill, "font-size": "11", "font-weight": weight, "font-family": "sans-serif" };
-    Object.entries(set).forEach(([name, value]) => label.setAttribute(name, value));
+    const label = element("text", { x, y, fill, "font-size": "11", "font-weight": weight, "font-family": "sans-serif" });
     label.textContent = words;
     copy.append(label);
   };
@@ -128,10 +131,14 @@ const picture = ({ svg, data }) => {
   const top = -(22 + 14 * lines.length);
   text([svg.dataset.title, svg.dataset.unit].filter(Boolean).join(", "), 4, top + 15, ink, "bold");
   const drawn = [...svg.querySelectorAll("path.line:not(.thin)")];
-  lines.forEach((name, index) => text(`— ${name}`, 4, top + 30 + 14 * index, drawn[index] ? getComputedStyle(drawn[index]).stroke : ink));
-  const sheet = document.createElementNS("http://www.w3.org/2000/svg", "rect");
-  Object.entries({ x: 0, y: top, width, height: height - top, fill: paper }).forEach(([name, value]) => sheet.setAttribute(name, value));
-  copy.prepend(sheet);
+  lines.forEach((name, index) => {
+    const y = top + 30 + 14 * index;
+    const style = drawn[index] && getComputedStyle(drawn[index]);
+    const dashes = style ? style.getPropertyValue("stroke-dasharray") : "none";
+    copy.append(element("line", { x1: 4, x2: 26, y1: y - 4, y2: y - 4, stroke: style ? style.stroke : ink, "stroke-width": 1.8, "stroke-dasharray": dashes }));
+    text(name, 31, y, ink);
+  });
+  copy.prepend(element("rect", { x: 0, y: top, width, height: height - top, fill: paper }));
   copy.querySelector(".cursor").remove();
   [...copy.attributes].forEach(({ name }) => name.startsWith("data-") && copy.removeAttribute(name));
   copy.setAttribute("viewBox", `0 ${top} ${width} ${height - top}`);

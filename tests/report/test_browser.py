@@ -224,9 +224,10 @@ def test_plots_are_saved(
     ]
     assert len(paths) == 2
     assert all((path.get("stroke") or "").startswith("rgb") for path in paths), "needs no style sheet"
-    words = " ".join(element.text or "" for element in picture.iter("{http://www.w3.org/2000/svg}text"))
-    assert "Reverse KL, nats per token" in words
-    assert "— opd" in words
+    words = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert words[-3:] == ["Reverse KL, nats per token", "eopd", "opd"], "title and legend"
+    marks = list(picture.iter("{http://www.w3.org/2000/svg}line"))[-2:]
+    assert [mark.get("stroke") for mark in marks] == [path.get("stroke") for path in paths], "each in its colour"
 
 
 def test_everything_has_a_name_for_those_who_do_not_see_it(
