@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retort.align.chat import render
+from retort.align.chat import Renderer
 from retort.errors import SignalError
 from retort.models.head import CHUNK_ELEMENTS, Head
 from retort.models.lm import LanguageModel
@@ -66,6 +66,7 @@ class LocalTeacher:
         self.batch_tokens = batch_tokens
         self.thinking = thinking
         self.name = lm.name
+        self.render = Renderer(lm.tokenizer, thinking=thinking)
 
     def in_its_own_words(self) -> LocalTeacher:
         """The same teacher about answers that end in its own stop token, such as its own."""
@@ -92,10 +93,7 @@ class LocalTeacher:
     def _hidden(self, pack: Pack, view: View) -> Tensor:
         # Rollouts of one prompt share the object: it is rendered once.
         rendered = {id(rollout.prompt): rollout.prompt for rollout in pack.rollouts}
-        prompt_ids = {
-            key: render(view.prompt(prompt), self.lm.tokenizer, thinking=self.thinking)
-            for key, prompt in rendered.items()
-        }
+        prompt_ids = {key: self.render(view.prompt(prompt)) for key, prompt in rendered.items()}
         pairs = (self._sequence(rollout, prompt_ids[id(rollout.prompt)]) for rollout in pack.rollouts)
         tokens, acted = zip(*pairs, strict=True)
         return self.lm.all_hidden(tokens, acted, self.batch_tokens)

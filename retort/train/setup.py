@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from retort import registry
-from retort.align.chat import render
+from retort.align.chat import Renderer, render
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.config import Config
@@ -59,9 +60,10 @@ class Setup:
     precision: Precision
     notes: list[str] = field(default_factory=list)
 
-    def render(self, prompt: Prompt) -> list[int]:
-        """The prompt as the student sees it."""
-        return render(prompt, self.student.tokenizer, thinking=self.config.rollout.thinking)
+    @cached_property
+    def render(self) -> Renderer:
+        """Prompt -> its ids, as the student sees it."""
+        return Renderer(self.student.tokenizer, thinking=self.config.rollout.thinking)
 
     @property
     def batch_prompts(self) -> int:
