@@ -164,12 +164,16 @@ class Rollout:
         """Ids before the first acted token."""
         acted = self.acted_L.nonzero()
         first = int(acted[0]) if len(acted) else len(self.tokens_L)
-        return self.tokens_L[:first].tolist()
+        return _plain(self.tokens_L[:first])
 
     @property
     def action_ids(self) -> list[int]:
         """Ids of the acted tokens."""
-        return self.tokens_L[self.acted_L].tolist()
+        return _plain(self.tokens_L[self.acted_L])
+
+
+def _plain(ids_A: Tensor) -> list[int]:
+    return ids_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 @dataclass(frozen=True)
