@@ -15,7 +15,6 @@ from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Watch
 from retort.models.head import Steps, per_token
-from retort.models.lm import token_batches
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.metrics import Means, Stopwatch
@@ -200,7 +199,7 @@ def _evaluate(
 
 def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
     lengths = [len(pack.rollouts[i].tokens_L) for i in rollouts]
-    return [[rollouts[i] for i in part] for part in token_batches(lengths, setup.config.optimizer.batch_tokens)]
+    return [[rollouts[i] for i in part] for part in setup.student.batches(lengths, setup.config.optimizer.batch_tokens)]
 
 
 def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
