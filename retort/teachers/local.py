@@ -57,7 +57,7 @@ class LocalTeacher:
             stop_map: Swap of the student's stop token with the teacher's: applied to the answers it reads and, the
                 same swap, to the distributions it returns, so that what it thinks of *its* stop is taught about the
                 student's.
-            batch_tokens: Padded tokens per forward pass.
+            batch_tokens: Tokens per forward pass.
             thinking: For chat templates that know it.
         """
         self.lm = lm

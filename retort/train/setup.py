@@ -98,6 +98,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+    padded = [lm.name for lm in (student, teacher) if not lm.packs]
+    if padded:
+        notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     local = local_teacher(config, student, teacher)
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))

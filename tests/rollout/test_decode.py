@@ -44,11 +44,14 @@ def test_the_loop_writes_what_generate_writes(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, arguments: dict[str, Any], lengths: list[int]
 ) -> None:
     lm = load(model_folder(seed=5, **arguments), stop=list(range(2, 58, 7)))
-    assert can_decode(lm)
+    with torch.no_grad():
+        assert can_decode(lm)
     engine = HFEngine(lm, vocab=58, max_parallel=8)
     ours = engine.write(requests(lengths), max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)
     monkeypatch.setattr("retort.rollout.engines.decode.can_decode", lambda lm: False)
-    theirs = engine.write(requests(lengths), max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)
+    theirs = HFEngine(lm, vocab=58, max_parallel=8).write(
+        requests(lengths), max_new_tokens=LONGEST, temperature=1.2, top_p=1.0
+    )
     for one, two in zip(ours, theirs, strict=True):
         assert one.ids == two.ids
         assert one.status == two.status
@@ -69,6 +72,23 @@ def test_a_family_that_prepares_its_own_inputs_is_left_to_generate(model_folder:
         requests([2, 3]), max_new_tokens=4, temperature=1.0, top_p=1.0
     )
     assert all(1 <= len(answer.ids) <= 4 for answer in answers)
+
+
+def test_a_state_that_no_cache_knows_of_is_noticed(model_folder: Callable[..., Path]) -> None:
+    """Such as RecurrentGemma's, which lies in its layers: when rows leave, the states of others take their place."""
+    lm = load(model_folder(seed=5))
+    layer, kept = lm.model.base_model.layers[0], {}
+
+    def stateful(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        if output.shape[1] == 1:
+            return output + kept["last"][: len(output)]
+        kept["last"] = output[:, -1:].detach()
+        return output
+
+    with torch.no_grad():
+        assert can_decode(lm)
+        layer.register_forward_hook(stateful)
+        assert not can_decode(lm)
 
 
 def test_rows_that_are_done_leave_the_batch(model_folder: Callable[..., Path]) -> None:

@@ -79,6 +79,7 @@ class HFEngine:
         self.lm = lm
         self.vocab = vocab
         self.max_parallel = max_parallel
+        self._loops: bool | None = None
 
     def write(
         self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, top_p: float
@@ -104,11 +105,12 @@ class HFEngine:
         def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
             return sample(logits_BV, uniforms_BA[row_B, step], temperature, top_p)
 
-        write = decode if can_decode(lm) else _generate
         was_training = lm.model.training
         lm.model.eval()
         try:
             with torch.inference_mode(), lm.compute():
+                self._loops = can_decode(lm) if self._loops is None else self._loops
+                write = decode if self._loops else _generate
                 ids_BA, logp_BA = write(lm, [r.prompt_ids for r in requests], draw, self.vocab, max_new_tokens)
         finally:
             lm.model.train(was_training)
