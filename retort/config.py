@@ -51,7 +51,7 @@ class OptimizerSection(_Section):
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     updates: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts (mini-batches)")
     epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
-    batch_tokens: int = Field(default=16384, ge=1, description="padded tokens per forward pass")
+    batch_tokens: int = Field(default=16384, ge=1, description="tokens per forward pass")
     gradient_checkpointing: bool = False
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -153,7 +154,7 @@ class Rollout:
         if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
             raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} acted tokens")
 
-    @property
+    @cached_property
     def steps(self) -> int:
         """Number of decision steps (acted tokens)."""
         return int(self.acted_L.sum())
@@ -163,12 +164,16 @@ class Rollout:
         """Ids before the first acted token."""
         acted = self.acted_L.nonzero()
         first = int(acted[0]) if len(acted) else len(self.tokens_L)
-        return [int(token) for token in self.tokens_L[:first]]
+        return _plain(self.tokens_L[:first])
 
     @property
     def action_ids(self) -> list[int]:
         """Ids of the acted tokens."""
-        return [int(token) for token in self.tokens_L[self.acted_L]]
+        return _plain(self.tokens_L[self.acted_L])
+
+
+def _plain(ids_A: Tensor) -> list[int]:
+    return ids_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 @dataclass(frozen=True)
@@ -200,8 +205,13 @@ class Pack:
 
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:
         """Places in N of the steps of some rollouts, in the order given."""
-        ends_R = torch.bincount(self.rollout_N, minlength=len(self.rollouts)).cumsum(0)
-        return torch.cat([torch.arange(int(ends_R[i]) - self.rollouts[i].steps, int(ends_R[i])) for i in rollouts])
+        chosen = torch.tensor(rollouts, dtype=torch.long)
+        steps_R = torch.bincount(self.rollout_N, minlength=len(self.rollouts))
+        starts_R = steps_R.cumsum(0) - steps_R
+        steps, starts = steps_R[chosen], starts_R[chosen]
+        # A step's place is its rollout's start in N, plus how far it lies behind its rollout's start in the answer.
+        behind = torch.arange(int(steps.sum())) - torch.repeat_interleave(steps.cumsum(0) - steps, steps)
+        return torch.repeat_interleave(starts, steps) + behind
 
     @staticmethod
     def of(rollouts: tuple[Rollout, ...] | list[Rollout]) -> Pack:

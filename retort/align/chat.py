@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from retort.errors import UserError
-from retort.types import Prompt
+from retort.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["render"]
+__all__ = ["Renderer", "render"]
+
+#: Ids that a renderer keeps: some 40 MB of numbers in Python.
+_KEPT = 2**20
 
 
 def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> list[int]:
@@ -43,6 +46,40 @@ def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool
     if not ids:
         raise UserError(f"prompt '{prompt.id}' encodes to no tokens with the tokenizer{_named(tokenizer)}")
     return ids
+
+
+class Renderer:
+    """`render` with one tokenizer, which does not render again what it rendered before.
+
+    A run comes back to every prompt in each epoch. What is kept is bounded: what does not fit is rendered every time.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+        """Nothing rendered yet.
+
+        Args:
+            tokenizer: Of the model that continues.
+            thinking: See `render`.
+        """
+        self.tokenizer = tokenizer
+        self.thinking = thinking
+        self._found: dict[tuple[tuple[Message, ...], bool], list[int]] = {}
+        self._kept = 0
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt; not to be changed.
+
+        Raises:
+            UserError: See `render`.
+        """
+        key = (prompt.messages, prompt.plain)
+        ids = self._found.get(key)
+        if ids is None:
+            ids = render(prompt, self.tokenizer, thinking=self.thinking)
+            if self._kept + len(ids) <= _KEPT:
+                self._found[key] = ids
+                self._kept += len(ids)
+        return ids
 
 
 def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:

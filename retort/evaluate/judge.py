@@ -47,7 +47,7 @@ class Judge:
         max_new_tokens, temperature, top_p: Of sampling.
         vocab: Ids that are tokens.
         parallel: Answers written at once.
-        batch_tokens: Padded tokens per forward pass.
+        batch_tokens: Tokens per forward pass.
         thinking: For chat templates that know it.
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Prompts whose first answer is kept token by token.

@@ -40,6 +40,7 @@ class LanguageModel:
         name: Path or hub name, for messages.
         precision: What products are computed in.
         written_generation: The generation settings to save beside the model (decoding here ignores them).
+        packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
     """
 
     model: PreTrainedModel
@@ -48,6 +49,7 @@ class LanguageModel:
     name: str
     precision: Precision
     written_generation: GenerationConfig
+    packs: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +102,9 @@ class LanguageModel:
             tokens: Ids of each sequence, [L].
             acted: True where a token is a decision, [L]; never the first.
         """
+        return self._packed(tokens, acted) if self.packs else self._padded(tokens, acted)
+
+    def _padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
         # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
         ids_RL = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(self.device)
         acted_RL = torch.nn.utils.rnn.pad_sequence(list(acted), batch_first=True).to(self.device)
@@ -107,14 +112,54 @@ class LanguageModel:
             hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
         return hidden_RLD[:, :-1][acted_RL[:, 1:]]
 
-    @torch.no_grad()
+    def _packed(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        from retort.models.packing import packed  # loads transformers
+
+        lengths = [len(tokens_L) for tokens_L in tokens]
+        position_T = torch.cat([torch.arange(length) for length in lengths])
+        # The first token of a sequence is never acted, so the token before an acted one is of the same sequence.
+        decided_N = torch.cat(list(acted)).nonzero().squeeze(1) - 1
+        with self.compute(), packed(lengths):
+            hidden_1TD = self.model.base_model(
+                input_ids=torch.cat(list(tokens)).to(self.device)[None],
+                position_ids=position_T.to(self.device)[None],
+                use_cache=False,
+            ).last_hidden_state
+        return hidden_1TD[0].index_select(0, decided_N.to(self.device))
+
+    def batches(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
+        """Indices of sequences, shortest first, cut into batches of at most `budget` tokens (or one sequence)."""
+        return token_batches(lengths, budget, padded=not self.packs)
+
     def all_hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> Tensor:
-        """The same for any number of sequences, without gradient, in batches of at most `budget` padded tokens."""
+        """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
         parts: dict[int, Tensor] = {}
-        for batch in token_batches([len(tokens_L) for tokens_L in tokens], budget):
-            hidden_ND = self.hidden([tokens[i] for i in batch], [acted[i] for i in batch])
-            parts.update(zip(batch, hidden_ND.split([int(acted[i].sum()) for i in batch]), strict=True))
-        return torch.cat([parts[index] for index in range(len(tokens))])
+        with torch.inference_mode():
+            for batch in self.batches([len(tokens_L) for tokens_L in tokens], budget):
+                hidden_ND = self.hidden([tokens[i] for i in batch], [acted[i] for i in batch])
+                parts.update(zip(batch, hidden_ND.split([int(acted[i].sum()) for i in batch]), strict=True))
+        # Outside, so that what is handed out is an ordinary tensor, which autograd may save.
+        with torch.no_grad():
+            return torch.cat([parts[index] for index in range(len(tokens))])
+
+    def check_packing(self) -> None:
+        """Sets `packs` by trying: sequences in one row must come out as they do in rows of their own, to rounding."""
+        ids_T = (torch.arange(26) * 7 + 1) % self.head().width
+        tokens = ids_T.split([3, 9, 9, 5])  # two that run as a batch, and neighbours that would leak into each other
+        acted = [torch.arange(len(tokens_L)) > 0 for tokens_L in tokens]
+        self.packs = False
+        with torch.no_grad():
+            padded_ND = self.hidden(tokens, acted).float()
+            self.packs = True
+            try:
+                packed_ND = self.hidden(tokens, acted).float()
+            except Exception:  # whatever a family does with a row of restarting positions and a mask it cannot read
+                self.packs = False
+                return
+        exact = self.precision == "fp32"
+        apart_N = (packed_ND - padded_ND).norm(dim=1) / padded_ND.norm(dim=1).clamp_min(1e-6)
+        # Less than any token of a neighbour would change; more than that is never rounding (and NaN is no number).
+        self.packs = bool((apart_N < (1e-3 if exact else 5e-2)).all())
 
     def check_head(self) -> None:
         """Raises `UserError` if head and hidden states do not give the model's own logits."""
@@ -179,6 +224,7 @@ def load_model(
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{role} {name}: cannot be loaded: {reason}") from None
     model.to(device)  # type: ignore[arg-type]
+    _wrap_attention(model)
     model.requires_grad_(role == "student")
     _without_dropout(model)
     stops = stop_tokens(tokenizer, model.generation_config, model.config, who=f"{role} {name}", override=stop)
@@ -188,7 +234,17 @@ def load_model(
     model.generation_config = GenerationConfig()
     loaded = LanguageModel(model, tokenizer, stops, name, precision, written)
     loaded.check_head()
+    loaded.check_packing()
     return loaded
+
+
+def _wrap_attention(model: PreTrainedModel) -> None:
+    """Lets a family that leaves attention to transformers take packs."""
+    from retort.models.packing import wrapped
+
+    chosen = model.config._attn_implementation
+    if chosen is not None and wrapped(chosen) != chosen and type(model)._can_set_attn_implementation():
+        model.set_attn_implementation(wrapped(chosen))
 
 
 def _without_dropout(model: PreTrainedModel) -> None:
@@ -202,11 +258,20 @@ def _without_dropout(model: PreTrainedModel) -> None:
                 vars(module)[name] = 0.0
 
 
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences, shortest first, cut into padded batches of at most `budget` tokens (or one sequence)."""
+def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
+    """Indices of sequences, shortest first, cut into batches of at most `budget` tokens (or one sequence).
+
+    Args:
+        lengths: Of the sequences, tokens.
+        budget: Tokens per batch.
+        padded: Count every sequence as long as the longest of its batch.
+    """
     batches: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
+        tokens = (len(batches[-1]) + 1 if batches else 1) * lengths[index] if padded else tokens + lengths[index]
+        if not batches or tokens > budget:
             batches.append([])
+            tokens = lengths[index]
         batches[-1].append(index)
     return batches

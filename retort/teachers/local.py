@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from retort.align.chat import render
+from retort.align.chat import Renderer
 from retort.errors import SignalError
 from retort.models.core import in_blocks
 from retort.models.head import Head
@@ -58,7 +58,7 @@ class LocalTeacher:
             stop_map: Swap of the student's stop token with the teacher's: applied to the answers it reads and, the
                 same swap, to the distributions it returns, so that what it thinks of *its* stop is taught about the
                 student's.
-            batch_tokens: Padded tokens per forward pass.
+            batch_tokens: Tokens per forward pass.
             thinking: For chat templates that know it.
         """
         self.lm = lm
@@ -67,6 +67,7 @@ class LocalTeacher:
         self.batch_tokens = batch_tokens
         self.thinking = thinking
         self.name = lm.name
+        self.render = Renderer(lm.tokenizer, thinking=thinking)
 
     def in_its_own_words(self) -> LocalTeacher:
         """The same teacher about answers that end in its own stop token, such as its own."""
@@ -93,10 +94,7 @@ class LocalTeacher:
     def _hidden(self, pack: Pack, view: View) -> Tensor:
         # Rollouts of one prompt share the object: it is rendered once.
         rendered = {id(rollout.prompt): rollout.prompt for rollout in pack.rollouts}
-        prompt_ids = {
-            key: render(view.prompt(prompt), self.lm.tokenizer, thinking=self.thinking)
-            for key, prompt in rendered.items()
-        }
+        prompt_ids = {key: self.render(view.prompt(prompt)) for key, prompt in rendered.items()}
         pairs = (self._sequence(rollout, prompt_ids[id(rollout.prompt)]) for rollout in pack.rollouts)
         tokens, acted = zip(*pairs, strict=True)
         return self.lm.all_hidden(tokens, acted, self.batch_tokens)

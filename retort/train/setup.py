@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from retort import registry
-from retort.align.chat import render
+from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.config import Config
@@ -42,6 +42,7 @@ class Setup:
         verifier: Grades training rollouts, where the training data has answers.
         judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
+        render: A prompt's ids, as the student sees it.
         notes: What the user should know before the run starts.
     """
 
@@ -57,11 +58,8 @@ class Setup:
     verifier: Verifier | None
     judge_verifier: Verifier | None
     precision: Precision
+    render: Renderer
     notes: list[str] = field(default_factory=list)
-
-    def render(self, prompt: Prompt) -> list[int]:
-        """The prompt as the student sees it."""
-        return render(prompt, self.student.tokenizer, thinking=self.config.rollout.thinking)
 
     @property
     def batch_prompts(self) -> int:
@@ -96,6 +94,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+    padded = [lm.name for lm in (student, teacher) if not lm.packs]
+    if padded:
+        notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     local = local_teacher(config, student, teacher)
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
@@ -114,9 +115,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         verifier=verifier,
         judge_verifier=judge_verifier,
         precision=student.precision,
+        render=Renderer(student.tokenizer, thinking=config.rollout.thinking),
         notes=notes,
     )
-    _check_prompts(setup)
+    _check_prompts(setup, local.render)
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -295,7 +297,7 @@ def _nothing_to_learn(method: Method, how: str) -> UserError:
     )
 
 
-def _check_prompts(setup: Setup) -> None:
+def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
     """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other views."""
     rollout, evaluation = setup.config.rollout, setup.config.eval
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
@@ -309,7 +311,7 @@ def _check_prompts(setup: Setup) -> None:
                 f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
                 f"{rollout.max_prompt_tokens}; raise that, or drop the row"
             )
-        theirs = render(prompt, setup.teacher_lm.tokenizer, thinking=rollout.thinking)
+        theirs = teacher_render(prompt)
         differing += ours != theirs
         for who, ids, lm in (("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)):
             if len(ids) + longest > lm.context:

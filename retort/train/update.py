@@ -16,7 +16,6 @@ from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Method, Watch
 from retort.models.core import Core, Steps, loss_pass, per_token
-from retort.models.lm import token_batches
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.metrics import Means, Stopwatch
@@ -207,7 +206,7 @@ def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context
 
 def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
     lengths = [len(pack.rollouts[i].tokens_L) for i in rollouts]
-    return [[rollouts[i] for i in part] for part in token_batches(lengths, setup.config.optimizer.batch_tokens)]
+    return [[rollouts[i] for i in part] for part in setup.student.batches(lengths, setup.config.optimizer.batch_tokens)]
 
 
 def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:

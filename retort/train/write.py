@@ -26,7 +26,7 @@ class Visit:
 def visits(prompts: Sequence[Prompt], *, seed: int, step: int, count: int) -> list[Visit]:
     """The prompts of a step: the data in an order shuffled anew every time through, cut into batches of `count`."""
     places = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
-    orders = {epoch: permutation(seed, "data", epoch, count=len(prompts)) for epoch, _ in places}
+    orders = {epoch: permutation(seed, "data", epoch, count=len(prompts)) for epoch in {epoch for epoch, _ in places}}
     return [Visit(prompts[orders[epoch][place]], epoch) for epoch, place in places]
 
 
@@ -43,9 +43,12 @@ def write_rollouts(setup: Setup, step: int, version: int) -> list[Rollout]:
     tasks: list[Task] = []
     given: list[Visit] = []
     for visit in visits(setup.train, seed=seed, step=step, count=setup.batch_prompts):
-        if float(uniforms(seed, "mixture", visit.epoch, visit.prompt.id, count=1)) >= plan.on_policy_fraction:
-            given.append(visit)
-            continue
+        # Streams are keyed: where every answer is the student's own, this number can be left undrawn.
+        if plan.on_policy_fraction < 1:
+            mixture = uniforms(seed, "mixture", visit.epoch, visit.prompt.id, count=1)
+            if float(mixture) >= plan.on_policy_fraction:
+                given.append(visit)
+                continue
         prompt_ids = setup.render(visit.prompt)
         for member in range(plan.samples):
             chance = uniforms(seed, "rollouts", visit.epoch, visit.prompt.id, member, count=longest)

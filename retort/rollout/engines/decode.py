@@ -1,0 +1,189 @@
+"""The decode loop: a batch of prompts in, ids and log-probs out. Axis letters: see `retort.types`; B is rows written.
+
+transformers' `generate` does the same and much else: for every token it copies the whole cache to append to it, keeps
+answers that are done in the batch until the last is, and fills and searches [B, V] arrays of scores to find the ids
+that were drawn. What is used of transformers here is the model, its cache and its masks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationMixin
+from transformers.cache_utils import DynamicLayer
+
+from retort.models.lm import LanguageModel
+
+#: Ids and the log-prob of each, [B] both, from logits [B, V], the rows' places in the batch [B] and the step.
+Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+#: Rows leave when at least this share of the batch is done: a copy of the cache that the next few tokens pay back.
+_LEAVE = 1 / 8
+#: Tokens of room that a cache begins with behind the prompt.
+_ROOM = 64
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer of transformers' dynamic cache with room to write in, so that a token does not copy all before it.
+
+    The room is doubled when it is full, up to what the longest answer needs: most answers are shorter.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Nothing written yet; `most` is how many tokens there may be."""
+        super().__init__()
+        self.most = most
+        self.length = 0
+        self._keys = self._values = torch.empty(0)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._keys, self._values = key_states[:, :, :0], value_states[:, :, :0]
+        start, end = self.length, self.length + key_states.shape[2]
+        if end > self._keys.shape[2]:
+            room = min(self.most, max(2 * start, end + _ROOM))
+            self._keys, self._values = self._moved(self._keys, room), self._moved(self._values, room)
+        self._keys[:, :, start:end] = key_states
+        self._values[:, :, start:end] = value_states
+        self.length = end
+        return self._show()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if not self.is_initialized:
+            return  # a layer that shares another's keys
+        room = self._keys.shape[2]
+        self._keys, self._values = self._moved(self._keys, room, beam_idx), self._moved(self._values, room, beam_idx)
+        self._show()
+
+    def _moved(self, states: Tensor, room: int, rows_B: Tensor | None = None) -> Tensor:
+        """A copy of (some rows of) what is written, with room behind it."""
+        rows = len(states) if rows_B is None else len(rows_B)
+        moved = states.new_empty(rows, states.shape[1], room, states.shape[3])
+        written = states[:, :, : self.length]
+        moved[:, :, : self.length] = written if rows_B is None else written[rows_B]
+        return moved
+
+    def _show(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self._keys[:, :, : self.length], self._values[:, :, : self.length]
+        return self.keys, self.values
+
+
+def can_decode(lm: LanguageModel) -> bool:
+    """Whether the loop below drives this model rightly.
+
+    A family may prepare its inputs in a way of its own, or keep a state where no cache knows of it. The first is seen
+    on its class, the second by trying: three rows, of which two leave early, against the same tokens scored at once.
+    """
+    model, usual = (cast("Any", kind) for kind in (type(lm.model), GenerationMixin))
+    as_usual = (
+        model.prepare_inputs_for_generation is usual.prepare_inputs_for_generation
+        and model._supports_default_dynamic_cache()
+        and "past_key_values" in _arguments(lm)
+    )
+    return as_usual and _decodes_as_it_scores(lm)
+
+
+def _decodes_as_it_scores(lm: LanguageModel) -> bool:
+    vocab, stop = lm.head().width, lm.stops.primary
+    other = next(token for token in range(vocab) if token not in lm.stops.ids)
+    prompts = [[(7 * place + row) % vocab for place in range(1, length)] for row, length in enumerate((3, 6, 4))]
+    answers_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
+
+    def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        token_B = answers_BA[row_B.cpu(), step].to(logits_BV.device)
+        return token_B, logits_BV.float().log_softmax(-1).gather(1, token_B[:, None]).squeeze(1)
+
+    try:
+        _, logp_BA = decode(lm, prompts, draw, vocab, answers_BA.shape[1])
+    except Exception:  # whatever a family does with a cache that it does not expect
+        return False
+    for prompt, answer_A, logp_A in zip(prompts, answers_BA, logp_BA, strict=True):
+        length = int((answer_A == stop).nonzero()[0]) + 1
+        tokens_L = torch.cat([torch.tensor(prompt), answer_A[:length]])
+        logits_AV = lm.head().logits(lm.hidden([tokens_L], [torch.arange(len(tokens_L)) >= len(prompt)]))
+        again_A = logits_AV.float().log_softmax(-1).cpu().gather(1, answer_A[:length, None]).squeeze(1)
+        # Rounding of logits, in bf16 an eighth where they reach 16; another context is worse.
+        if not bool(((logp_A[:length] - again_A).abs() < (1e-2 if lm.precision == "fp32" else 0.5)).all()):
+            return False
+    return True
+
+
+def decode(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], draw: Draw, vocab: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Writes at most `longest` tokens after every prompt.
+
+    Args:
+        lm: Who writes.
+        prompts: Ids of each row.
+        draw: Chooses ids.
+        vocab: Ids below this are tokens.
+        longest: Limit, tokens.
+
+    Returns:
+        Ids and log-probs, [B, A] each, on the CPU; what stands behind a row's first stop token means nothing.
+    """
+    ids_BL, mask_BL = left_padded(prompts, lm)
+    rows, width = ids_BL.shape
+    stops = torch.tensor(sorted(lm.stops.ids), device=lm.device)
+    found_BA = torch.full((rows, longest), lm.stops.primary, device=lm.device)
+    logp_BA = torch.zeros(rows, longest, device=lm.device)
+    head, takes_positions = lm.head(), "position_ids" in _arguments(lm)
+    cache: Any = roomy_cache(lm, width + longest)
+    # Without padding no mask has to be made or read at all.
+    mask_BL = None if bool(mask_BL.all()) else torch.cat([mask_BL, mask_BL.new_ones(rows, longest)], dim=1)
+    position_BL = _positions(mask_BL, rows, width, lm.device)
+    row_B = torch.arange(rows, device=lm.device)
+    live_B = torch.ones(rows, dtype=torch.bool, device=lm.device)
+    for step in range(longest):
+        hidden_BD = lm.model.base_model(
+            input_ids=ids_BL,
+            attention_mask=None if mask_BL is None else mask_BL[:, : width + step],
+            past_key_values=cache,
+            use_cache=True,
+            **({"position_ids": position_BL} if takes_positions else {}),
+        ).last_hidden_state[:, -1]
+        token_B, logp_B = draw(head.logits(hidden_BD, vocab), row_B, step)
+        found_BA[row_B, step], logp_BA[row_B, step] = token_B, logp_B
+        live_B &= ~torch.isin(token_B, stops)
+        left = int(live_B.sum())
+        if not left:
+            break
+        if left <= (1 - _LEAVE) * len(row_B):
+            kept = live_B.nonzero().squeeze(1)
+            cache.reorder_cache(kept)
+            row_B, token_B, live_B, position_BL = row_B[kept], token_B[kept], live_B[kept], position_BL[kept]
+            mask_BL = None if mask_BL is None else mask_BL[kept]
+        ids_BL, position_BL = token_B[:, None], position_BL[:, -1:] + 1
+    return found_BA.cpu(), logp_BA.cpu()
+
+
+def left_padded(prompts: Sequence[Sequence[int]], lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] that end where the prompts end, and a mask that is 1 on them and 0 before."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[lm.stops.primary] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=lm.device), torch.tensor(mask, device=lm.device)
+
+
+def roomy_cache(lm: LanguageModel, room: int) -> DynamicCache:
+    """The cache of transformers for this model, with room in the layers that keep every token."""
+    cache = DynamicCache(config=lm.model.config)
+    # Other layers (sliding windows, states of linear attention) do not grow with what is written.
+    cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _positions(mask_BL: Tensor | None, rows: int, width: int, device: torch.device) -> Tensor:
+    if mask_BL is None:
+        return torch.arange(width, device=device).expand(rows, -1)
+    return (mask_BL[:, :width].cumsum(-1) - 1).clamp_min(0)
+
+
+def _arguments(lm: LanguageModel) -> set[str]:
+    return set(inspect.signature(lm.model.base_model.forward).parameters)
