@@ -298,7 +298,11 @@ class Dense(TeacherSignal):
     def held(self, index_C: slice, vocab: int | None = None) -> Dense:
         with torch.no_grad():
             logits_CV = self.logits(index_C)[:, : vocab or self.width]
-        return replace(self, tokens_N=self.tokens_N[index_C], logits=lambda rows: logits_CV[rows])
+
+        def logits(rows: Tensor | slice) -> Tensor:
+            return logits_CV[rows]
+
+        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits)
 
     def select(self, index_N: Tensor) -> Dense:
         def logits(rows: Tensor | slice) -> Tensor:

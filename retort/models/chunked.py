@@ -102,8 +102,10 @@ class Chunk:
         values = self._evaluate(slice(0, 1))[1]
         return {name for name, value in values.items() if value.requires_grad}
 
-    def backward(self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]) -> Iterator[dict[str, Tensor]]:
-        """The values by block, leaving the gradient of each block's scalar where its product was."""
+    def backward(
+        self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """The same, leaving the gradient of each block's scalar where its product was."""
         for cut in self.cuts:
             leaf_CV, values = self._evaluate(cut)
             with torch.enable_grad():
