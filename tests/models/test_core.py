@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.divergences import jsd_values, kl_values
-from retort.models import chunked, core
+from retort.models import chunked, core, head
 from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head, LowRank
 from retort.signals import Dense, entropy
@@ -315,6 +315,18 @@ def test_what_is_kept_for_the_backward_pass_does_not_know_the_vocabulary_nor_the
     assert _saved(lambda: at_once(every_value)) <= inputs
     dense = _saved(lambda: case.core(head, by_definition).dense(hidden_ND)["reverse"])
     assert dense > 4 * 200 * 1000, "the hooks would see a tensor of [N, V]"
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_through_onednn(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "ONEDNN_ELEMENTS", 1)
+    case = Case(63, 131, 24, bias=bias, dtype=torch.float32)
+    hidden_ND, of_case, _ = case.leaves(torch.float32)
+    with torch.no_grad():
+        found = head.linear(hidden_ND, of_case.weight_VD, of_case.bias_V)
+        plain = torch.nn.functional.linear(hidden_ND, of_case.weight_VD, of_case.bias_V)
+    torch.testing.assert_close(found, plain)
+    check(case, chunk=20)
 
 
 def test_masked_steps_and_frozen_heads_cost_no_product(monkeypatch: pytest.MonkeyPatch) -> None:
