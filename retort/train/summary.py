@@ -7,7 +7,7 @@ import sys
 import torch
 
 from retort.apply import wanted
-from retort.models.core import CHUNK_ELEMENTS
+from retort.models.core import BLOCK_ELEMENTS, CHUNK_ELEMENTS
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
 
@@ -46,7 +46,8 @@ def forecast(setup: Setup) -> str:
     tokens = config.optimizer.batch_tokens
     kept = 2 if config.optimizer.gradient_checkpointing else 34
     activations = tokens * text.hidden_size * text.num_hidden_layers * kept * 2
-    logits = 6 * 4 * min(CHUNK_ELEMENTS, tokens * setup.vocab)
+    # A chunk of the student's logits, one of the teacher's, and what is kept of a block.
+    logits = 2 * 4 * min(CHUNK_ELEMENTS, tokens * setup.vocab) + 6 * 4 * BLOCK_ELEMENTS
     longest = config.rollout.max_new_tokens + config.rollout.max_prompt_tokens
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
