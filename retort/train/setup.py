@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from retort import registry
-from retort.align.chat import Renderer, render
+from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.config import Config
@@ -43,6 +42,7 @@ class Setup:
         verifier: Grades training rollouts, where the training data has answers.
         judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
+        render: A prompt's ids, as the student sees it.
         notes: What the user should know before the run starts.
     """
 
@@ -58,12 +58,8 @@ class Setup:
     verifier: Verifier | None
     judge_verifier: Verifier | None
     precision: Precision
+    render: Renderer
     notes: list[str] = field(default_factory=list)
-
-    @cached_property
-    def render(self) -> Renderer:
-        """Prompt -> its ids, as the student sees it."""
-        return Renderer(self.student.tokenizer, thinking=self.config.rollout.thinking)
 
     @property
     def batch_prompts(self) -> int:
@@ -119,9 +115,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         verifier=verifier,
         judge_verifier=judge_verifier,
         precision=student.precision,
+        render=Renderer(student.tokenizer, thinking=config.rollout.thinking),
         notes=notes,
     )
-    _check_prompts(setup)
+    _check_prompts(setup, local.render)
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -300,7 +297,7 @@ def _nothing_to_learn(method: Method, how: str) -> UserError:
     )
 
 
-def _check_prompts(setup: Setup) -> None:
+def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
     """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other views."""
     rollout, evaluation = setup.config.rollout, setup.config.eval
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
@@ -314,7 +311,7 @@ def _check_prompts(setup: Setup) -> None:
                 f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
                 f"{rollout.max_prompt_tokens}; raise that, or drop the row"
             )
-        theirs = render(prompt, setup.teacher_lm.tokenizer, thinking=rollout.thinking)
+        theirs = teacher_render(prompt)
         differing += ours != theirs
         for who, ids, lm in (("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)):
             if len(ids) + longest > lm.context:
