@@ -70,7 +70,8 @@ def _trial(lm: LanguageModel, length: int, count: int) -> None:
     lm.hidden([ids_L] * count, [torch.arange(length) > 0] * count).float().square().mean().backward()
     lm.model.zero_grad(set_to_none=True)
     written = min(_WRITTEN, length - 1)
-    requests = [Request(ids_L[: length - written].tolist(), torch.full((written,), 0.5, dtype=torch.float64))] * count
+    half_A = torch.full((written,), 0.5, dtype=torch.float64)
+    requests = [Request(ids_L.roll(row)[: length - written].tolist(), half_A) for row in range(count)]
     engine = HFEngine(lm, vocab=lm.head().width, max_parallel=count)
     engine.write(requests, max_new_tokens=written, temperature=1.0, top_p=1.0)
     if lm.device.type == "cuda":
