@@ -111,7 +111,9 @@ class Config(_Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: str | None = Field(
-        default=None, description="attention implementation of transformers, e.g. sdpa or eager"
+        default=None,
+        description="attention implementation of transformers, e.g. sdpa or eager; auto measures at the start; "
+        "default: the model's own, so that two starts round alike",
     )
     threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
     trust_remote_code: bool = Field(

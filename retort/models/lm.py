@@ -238,6 +238,22 @@ def load_model(
     return loaded
 
 
+def use_attention(lm: LanguageModel, name: str) -> bool:
+    """Sets an attention implementation of transformers; False, and nothing changed, where the model has no such one."""
+    before = lm.model.config._attn_implementation
+    try:
+        lm.model.set_attn_implementation(name)
+    except (ValueError, ImportError):
+        return False
+    # A model that sets it at loading only says so in a log line, and keeps what it had.
+    if lm.model.config._attn_implementation != name:
+        lm.model.config._attn_implementation = before
+        return False
+    _wrap_attention(lm.model)
+    lm.check_packing()
+    return True
+
+
 def _wrap_attention(model: PreTrainedModel) -> None:
     """Lets a family that leaves attention to transformers take packs."""
     from retort.models.packing import wrapped

@@ -103,11 +103,6 @@ def wrapped(implementation: str) -> str:
     return name
 
 
-def unwrapped(implementation: str) -> str:
-    """The name that transformers knows."""
-    return implementation.removeprefix(_PREFIX)
-
-
 def _mask(implementation: str) -> Callable[..., Any]:
     made = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 

@@ -60,6 +60,7 @@ class Run:
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
+            fused=True,  # one pass over the weights instead of a dozen: a fifth of the time on a CPU
         )
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
@@ -274,7 +275,12 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     run_folder(folder)
     setup = prepare(config, method)
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
-    chosen = {"precision": setup.precision, "device": setup.student.device.type, "steps": setup.steps}
+    chosen = {
+        "precision": setup.precision,
+        "attention": setup.attention,
+        "device": setup.student.device.type,
+        "steps": setup.steps,
+    }
     # So are places: a run may be resumed from another folder than it was started from.
     places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "data")}
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})

@@ -22,6 +22,7 @@ from retort.rewards.verify import Verifier, verifier_for
 from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
+from retort.train.attention import quickest
 from retort.types import Message, Prompt
 
 
@@ -43,6 +44,7 @@ class Setup:
         judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
         render: A prompt's ids, as the student sees it.
+        attention: Implementation, resolved; None for each model's own default.
         notes: What the user should know before the run starts.
     """
 
@@ -59,6 +61,7 @@ class Setup:
     judge_verifier: Verifier | None
     precision: Precision
     render: Renderer
+    attention: str | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,6 +94,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     _refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = load(config, teacher_name, "teacher")
+    render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
+    attention = _attention(config, student, teacher, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
@@ -115,7 +120,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         verifier=verifier,
         judge_verifier=judge_verifier,
         precision=student.precision,
-        render=Renderer(student.tokenizer, thinking=config.rollout.thinking),
+        render=render,
+        attention=attention,
         notes=notes,
     )
     _check_prompts(setup, local.render)
@@ -164,10 +170,32 @@ def load(config: Config, name: str, role: Literal["student", "teacher"]) -> Lang
         role=role,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
-        attention=config.attention,
+        attention=None if config.attention == "auto" else config.attention,
         stop=config.rollout.stop if role == "student" else None,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _attention(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    render: Renderer,
+    train: Sequence[Prompt],
+    notes: list[str],
+) -> str | None:
+    """The implementation that the settings name, or the quickest of those that both models have."""
+    if config.attention != "auto":
+        return config.attention
+    lengths = sorted(len(render(prompt)) for prompt in train[:64])
+    length = lengths[len(lengths) // 2] + config.rollout.max_new_tokens
+    chosen, times = quickest([student, teacher], length, max(1, config.optimizer.batch_tokens // length))
+    if chosen is None:
+        notes.append("attention is each model's own: they have no implementation in common to measure")
+        return None
+    measured = ", ".join(f"{name} {seconds * 1e3:,.0f} ms" for name, seconds in times.items())
+    notes.append(f"attention is {chosen}, by measuring on batches like this run's ({measured})")
+    return chosen
 
 
 def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from retort.align import chat as chat_module
 from retort.align import render
 from retort.errors import UserError
 from retort.types import Message, Prompt
@@ -95,3 +98,22 @@ def test_refusals_name_the_row(made: PreTrainedTokenizerFast, prompt: Prompt, ex
         render(prompt, made)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_renderer_renders_each_prompt_once_and_keeps_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def noted(prompt: Prompt, *arguments: Any, **more: Any) -> list[int]:
+        asked.append(prompt.id)
+        return render(prompt, *arguments, **more)
+
+    monkeypatch.setattr(chat_module, "render", noted)
+    monkeypatch.setattr(chat_module, "_KEPT", 3)
+    prompts = [Prompt(str(n), (Message("user", text),)) for n, text in enumerate(("hello world", "world hello"))]
+    renderer = chat_module.Renderer(tokenizer())
+    for _ in range(2):
+        for prompt in prompts:
+            assert renderer(prompt) == render(prompt, tokenizer())
+    assert asked == ["0", "1", "1"]  # two ids each: room for one
+    # What a prompt is known by is what is shown of it, not its name.
+    assert renderer(Prompt("0", (Message("user", "world"),))) != renderer(prompts[0])

@@ -91,6 +91,24 @@ def test_a_state_that_no_cache_knows_of_is_noticed(model_folder: Callable[..., P
         assert not can_decode(lm)
 
 
+@pytest.mark.parametrize("arguments", FAMILIES, ids=lambda arguments: arguments["family"])
+def test_answers_to_one_prompt_read_it_once(model_folder: Callable[..., Path], arguments: dict[str, Any]) -> None:
+    lm = load(model_folder(seed=5, **arguments), stop=list(range(2, 58, 7)))
+    prompts = [[5, 9, 6, 8, 11, 12], [7, 9], [5, 9, 6, 8, 11, 12], [7, 9], [30, 31, 32], [7, 9]]
+    asked = [Request(ids, uniforms(0, "rollouts", n, count=LONGEST)) for n, ids in enumerate(prompts)]
+    engine = HFEngine(lm, vocab=58, max_parallel=6)
+    alone = [engine.write([one], max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)[0] for one in asked]
+    rows: list[tuple[int, ...]] = []
+    lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    together = engine.write(asked, max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)
+    assert rows[0] == (3, 6)
+    for one, two in zip(together, alone, strict=True):
+        assert one.ids == two.ids
+        torch.testing.assert_close(one.logp_A, two.logp_A, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_are_done_leave_the_batch(model_folder: Callable[..., Path]) -> None:
     lm = load(model_folder(seed=5))
     rows: list[int] = []
@@ -103,7 +121,7 @@ def test_rows_that_are_done_leave_the_batch(model_folder: Callable[..., Path]) -
         return torch.where(row_B <= step, stop, 7), torch.zeros(len(row_B))
 
     with torch.no_grad():
-        ids_BA, _ = decode(lm, [[5, 6]] * 5, draw, 58, 9)
+        ids_BA, _ = decode(lm, [[5, 6 + row] for row in range(5)], draw, 58, 9)
     assert rows == [5, 4, 3, 2, 1]
     for row, ids in enumerate(ids_BA.tolist()):
         assert ids[: row + 1] == [7] * row + [stop]

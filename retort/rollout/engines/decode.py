@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
@@ -77,7 +78,8 @@ def can_decode(lm: LanguageModel) -> bool:
     """Whether the loop below drives this model rightly.
 
     A family may prepare its inputs in a way of its own, or keep a state where no cache knows of it. The first is seen
-    on its class, the second by trying: three rows, of which two leave early, against the same tokens scored at once.
+    on its class, the second by trying: three answers, two of them to one prompt, that leave one by one, against the
+    same tokens scored at once.
     """
     model, usual = (cast("Any", kind) for kind in (type(lm.model), GenerationMixin))
     as_usual = (
@@ -91,7 +93,8 @@ def can_decode(lm: LanguageModel) -> bool:
 def _decodes_as_it_scores(lm: LanguageModel) -> bool:
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
-    prompts = [[(7 * place + row) % vocab for place in range(1, length)] for row, length in enumerate((3, 6, 4))]
+    short, long = ([(7 * place + length) % vocab for place in range(length)] for length in (2, 5))
+    prompts = [short, long, long]
     answers_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
 
     def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -128,16 +131,19 @@ def decode(
     Returns:
         Ids and log-probs, [B, A] each, on the CPU; what stands behind a row's first stop token means nothing.
     """
-    ids_BL, mask_BL = left_padded(prompts, lm)
-    rows, width = ids_BL.shape
+    # Answers to the same prompt read it together, and part when the first token is drawn.
+    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    asked_B = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=lm.device)
+    ids_BL, mask_BL = left_padded(list(places), lm)
+    rows, width = len(prompts), ids_BL.shape[1]
     stops = torch.tensor(sorted(lm.stops.ids), device=lm.device)
     found_BA = torch.full((rows, longest), lm.stops.primary, device=lm.device)
     logp_BA = torch.zeros(rows, longest, device=lm.device)
     head, takes_positions = lm.head(), "position_ids" in _arguments(lm)
     cache: Any = roomy_cache(lm, width + longest)
     # Without padding no mask has to be made or read at all.
-    mask_BL = None if bool(mask_BL.all()) else torch.cat([mask_BL, mask_BL.new_ones(rows, longest)], dim=1)
-    position_BL = _positions(mask_BL, rows, width, lm.device)
+    mask_BL = None if bool(mask_BL.all()) else functional.pad(mask_BL, (0, longest), value=1)
+    position_BL = _positions(mask_BL, len(places), width, lm.device)
     row_B = torch.arange(rows, device=lm.device)
     live_B = torch.ones(rows, dtype=torch.bool, device=lm.device)
     for step in range(longest):
@@ -148,6 +154,10 @@ def decode(
             use_cache=True,
             **({"position_ids": position_BL} if takes_positions else {}),
         ).last_hidden_state[:, -1]
+        if step == 0 and len(places) < rows:
+            cache.reorder_cache(asked_B)
+            hidden_BD, position_BL = hidden_BD[asked_B], position_BL[asked_B]
+            mask_BL = None if mask_BL is None else mask_BL[asked_B]
         token_B, logp_B = draw(head.logits(hidden_BD, vocab), row_B, step)
         found_BA[row_B, step], logp_BA[row_B, step] = token_B, logp_B
         live_B &= ~torch.isin(token_B, stops)
