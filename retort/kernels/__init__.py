@@ -1,4 +1,4 @@
-"""Row statistics of two sets of logits and their gradient: one definition, and kernels that read each logit once or twice.
+"""Row statistics of two sets of logits and their gradient: one definition, and kernels that read each logit once.
 
 `reference` says what the numbers are, in plain torch; `triton_rows` computes the same in one pass over a chunk, without
 the log-probs, probabilities and differences [C, V] that plain torch writes on the way. Nothing here knows autograd: the

@@ -1,5 +1,7 @@
 """The definition of the row statistics and their gradient: slow, obvious, in float64 if that is what comes in.
 
+`retort.divergences.kl_values` and `jsd_values` say the same of log-probs; nothing down here may import them.
+
 Axis letters: see `retort.types`.
 """
 
@@ -10,10 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from retort.divergences.jsd import jsd_values
-from retort.divergences.kl import kl_values
-from retort.kernels.rows import RowStatistics, Upstream, check_logits, summed_by_id
-from retort.signals import as_compute, entropy
+from retort.kernels.rows import RowStatistics, Upstream, as_compute, check_logits, summed_by_id
 
 __all__ = ["row_gradient", "row_statistics"]
 
@@ -31,7 +30,8 @@ def row_statistics(
     Args:
         student_CV: Logits [C, V], any float dtype; -inf is an impossible id.
         teacher_CV: The teacher's, same shape; without them only the student's statistics are made.
-        student_scale, teacher_scale: The logits are multiplied by them (a model's scale over the temperature), > 0.
+        student_scale: The student's logits are multiplied by it (a model's scale over the temperature), > 0.
+        teacher_scale: The same of the teacher's.
         jsd_weight: Weight of the teacher in the mixture, 0 < w < 1; None for no JSD.
 
     Returns:
@@ -43,22 +43,22 @@ def row_statistics(
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
     student_lse_C, student_logp_CV = _normalised(student_CV, student_scale)
-    student_entropy_C = _where_finite(entropy(student_logp_CV), student_lse_C)
+    student_entropy_C = _where_finite(_entropy(student_logp_CV), student_lse_C)
     if teacher_CV is None:
         return RowStatistics(student_lse_C, student_entropy_C)
     teacher_lse_C, teacher_logp_CV = _normalised(teacher_CV, teacher_scale)
     jsd_C = mixture_kl_C = None
     if jsd_weight is not None:
-        jsd_C = jsd_values(teacher_logp_CV, student_logp_CV, jsd_weight)
-        mixture_kl_C = kl_values(student_logp_CV, _mixture(teacher_logp_CV, student_logp_CV, jsd_weight))
-        jsd_C, mixture_kl_C = (_where_finite(values_C, student_lse_C, teacher_lse_C) for values_C in (jsd_C, mixture_kl_C))
+        mixture_CV = _mixture(teacher_logp_CV, student_logp_CV, jsd_weight)
+        mixture_kl_C = _where_finite(_kl(student_logp_CV, mixture_CV), student_lse_C, teacher_lse_C)
+        jsd_C = (1.0 - jsd_weight) * mixture_kl_C + jsd_weight * _kl(teacher_logp_CV, mixture_CV)
     return RowStatistics(
         student_lse_C,
         student_entropy_C,
         teacher_lse_C,
-        _where_finite(entropy(teacher_logp_CV), teacher_lse_C),
-        _where_finite(kl_values(student_logp_CV, teacher_logp_CV), student_lse_C, teacher_lse_C),
-        _where_finite(kl_values(teacher_logp_CV, student_logp_CV), student_lse_C, teacher_lse_C),
+        _where_finite(_entropy(teacher_logp_CV), teacher_lse_C),
+        _where_finite(_kl(student_logp_CV, teacher_logp_CV), student_lse_C, teacher_lse_C),
+        _where_finite(_kl(teacher_logp_CV, student_logp_CV), student_lse_C, teacher_lse_C),
         jsd_C,
         mixture_kl_C,
     )
@@ -94,13 +94,19 @@ def row_gradient(
     with another coefficient an infinite reverse KL makes the row's gradient NaN.
 
     Args:
-        student_CV, teacher_CV: The logits [C, V] that the statistics were made of.
+        student_CV: The student's logits [C, V] that the statistics were made of.
+        teacher_CV: The teacher's, same shape; None if no divergence takes part.
         statistics: What `row_statistics` returned for them.
-        lse_C, entropy_C, reverse_C, forward_C, jsd_C: Derivatives of the loss by each statistic, [C]; None for 0.
+        lse_C: Derivative of the loss by the student's log-sum-exp, [C]; None for 0, like all that follow.
+        entropy_C: By the student's entropy.
+        reverse_C: By KL(student || teacher).
+        forward_C: By KL(teacher || student).
+        jsd_C: By the Jensen-Shannon divergence.
         jsd_weight: As in `row_statistics`; goes with `jsd_C`.
-        ids_CK: int64 ids whose log-probs the loss looked at; an id that stands twice counts twice.
-        ids_grad_CK: Derivatives of the loss by those log-probs.
-        student_scale, teacher_scale: As in `row_statistics`.
+        ids_CK: int64 ids [C, K] whose log-probs the loss looked at; an id that stands twice counts twice.
+        ids_grad_CK: Derivatives [C, K] of the loss by those log-probs.
+        student_scale: As in `row_statistics`.
+        teacher_scale: As in `row_statistics`.
         out_CV: Where to write; its dtype is that of the result. It may be `student_CV` itself. None for a new tensor
             in the dtype of the logits.
 
@@ -138,6 +144,17 @@ def _where_finite(values_C: Tensor, *lse_C: Tensor) -> Tensor:
     for normaliser_C in lse_C:
         values_C = values_C.masked_fill(~normaliser_C.isfinite(), math.nan)
     return values_C
+
+
+def _entropy(logp_CV: Tensor) -> Tensor:
+    return -(logp_CV.exp() * logp_CV.clamp_min(torch.finfo(logp_CV.dtype).min)).sum(-1)
+
+
+def _kl(p_logp_CV: Tensor, q_logp_CV: Tensor) -> Tensor:
+    """KL(P || Q): an id that P rules out adds 0, one that only Q rules out makes it infinite, and nothing NaN."""
+    possible_CV, banned_CV = p_logp_CV > -math.inf, q_logp_CV == -math.inf
+    gap_CV = torch.where(possible_CV & ~banned_CV, p_logp_CV - q_logp_CV, 0.0)
+    return torch.where(possible_CV & banned_CV, math.inf, p_logp_CV.exp() * gap_CV).sum(-1)
 
 
 def _mixture(teacher_logp_CV: Tensor, student_logp_CV: Tensor, teacher_weight: float) -> Tensor:

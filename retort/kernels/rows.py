@@ -1,4 +1,4 @@
-"""What the reference and the kernels share: the statistics of a row, and what both refuse. Axis letters: `retort.types`."""
+"""What reference and kernels share: the statistics of a row, and what both refuse. Axis letters: `retort.types`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from retort.errors import UserError
-from retort.signals import as_compute
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +87,13 @@ class Upstream:
         ids_CK, ids_grad_CK = self.ids_CK, self.ids_grad_CK
         if (ids_CK is None) != (ids_grad_CK is None):
             raise ValueError("row_gradient: ids_CK and ids_grad_CK go together")
-        if ids_CK is not None and ids_grad_CK is not None:
-            if ids_CK.ndim != 2 or len(ids_CK) != rows or ids_CK.shape != ids_grad_CK.shape:
-                raise ValueError(
-                    f"row_gradient: ids_CK {tuple(ids_CK.shape)} and ids_grad_CK {tuple(ids_grad_CK.shape)} must have "
-                    f"one shape, with {rows} rows"
-                )
+        if ids_CK is None or ids_grad_CK is None:
+            return
+        if ids_CK.ndim != 2 or len(ids_CK) != rows or ids_CK.shape != ids_grad_CK.shape:
+            raise ValueError(
+                f"row_gradient: ids_CK {tuple(ids_CK.shape)} and ids_grad_CK {tuple(ids_grad_CK.shape)} must have "
+                f"one shape, with {rows} rows"
+            )
 
 
 def check_logits(
@@ -123,13 +123,13 @@ def check_logits(
             raise UserError(f"jsd: the teacher's weight must lie strictly between 0 and 1, not {jsd_weight}")
 
 
-def log_probs_at(logits_CV: Tensor, lse_C: Tensor, ids_CK: Tensor, scale: float = 1.0) -> Tensor:
-    """Log-probs [C, K], nats, of some ids of each row, from logits [C, V] and their log-sum-exp; fp32 or better."""
-    return as_compute(logits_CV.gather(-1, ids_CK)) * scale - lse_C[:, None]
+def as_compute(values: Tensor) -> Tensor:
+    """In fp32, or in float64 where that is what came in."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def summed_by_id(ids_CK: Tensor, values_CK: Tensor, vocab: int) -> Tensor:
-    """For each place, the sum [C, K] over all places of its row that hold the same id: whoever writes it last is right."""
+    """For each place, the sum [C, K] over all places of its row that hold its id: whoever writes it last is right."""
     rows, kept = ids_CK.shape
     if kept < 2:
         return values_CK

@@ -1,4 +1,4 @@
-"""The kernels themselves. Importing this module imports Triton: only `retort.kernels.triton_rows` does, when it is called.
+"""The kernels. Importing this module imports Triton: only `retort.kernels.triton_rows` does, when it is called.
 
 A program owns one row, or one stretch of it, and walks it in blocks. Softmax is online: logits are taken relative to
 the largest one so far (the peak), and what was summed is rescaled when the peak moves. In the names below
@@ -11,14 +11,15 @@ Both peaks drop out of every divergence, so a teacher whose logits are shifted b
 equal distributions are the case to get right: KL is then a small difference of numbers near 1. So the difference of the
 normalisers, sum u - sum v, is summed as such, each term by a series where u and v are close.
 
-An impossible id has a = FLOOR instead of -inf: its weight is still exactly 0, and 0 times a finite number is no NaN. Where
-that decides about infinity, flags do: bit 0 if the teacher rules out an id of the student's, bit 1 the other way round.
+An impossible id has a = FLOOR instead of -inf: its weight is still exactly 0, and 0 times a finite number is no NaN.
+Where that decides about infinity, flags do: bit 0 if the teacher rules out an id of the student's, bit 1 the other way
+round.
 """
 # Triton's language has its own types, which pyright does not know with it, and misses without it.
 # pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportInvalidTypeForm=false
-# ruff: noqa: D103, SIM108 -- a kernel's branches on constants stand as `if`: Triton drops the other side
+# ruff: noqa: D103, RUF059, SIM108 -- a kernel's branches on constants stand as `if`: Triton drops the other side
 
 import triton
 import triton.language as tl
@@ -177,9 +178,8 @@ def merge_side(partial, step, lanes, inside, scale):
 def merge_student(partial, out, splits, student_scale, SPLITS: tl.constexpr):
     row, rows = tl.program_id(0), tl.num_programs(0)
     lanes = tl.arange(0, SPLITS)
-    scale = student_scale.to(tl.float64)
     total, lse, entropy, moved, shrink, sums = merge_side(
-        partial + row * splits, rows * splits, lanes, lanes < splits, scale
+        partial + row * splits, rows * splits, lanes, lanes < splits, student_scale
     )
     tl.store(out + row, lse.to(tl.float32))
     tl.store(out + rows + row, entropy.to(tl.float32))
@@ -192,9 +192,10 @@ def merge_pair(partial, out, splits, student_scale, teacher_scale, SPLITS: tl.co
     inside = lanes < splits
     step = rows * splits
     partial += row * splits
-    scale_s, scale_t = student_scale.to(tl.float64), teacher_scale.to(tl.float64)
-    total_s, lse_s, entropy_s, moved_s, shrink_s, sums_s = merge_side(partial, step, lanes, inside, scale_s)
-    total_t, lse_t, entropy_t, moved_t, shrink_t, sums_t = merge_side(partial + 3 * step, step, lanes, inside, scale_t)
+    total_s, lse_s, entropy_s, moved_s, shrink_s, sums_s = merge_side(partial, step, lanes, inside, student_scale)
+    total_t, lse_t, entropy_t, moved_t, shrink_t, sums_t = merge_side(
+        partial + 3 * step, step, lanes, inside, teacher_scale
+    )
     leads = tl.load(partial + 6 * step + lanes, mask=inside, other=0.0).to(tl.float64)
     gaps_u = tl.load(partial + 7 * step + lanes, mask=inside, other=0.0).to(tl.float64)
     gaps_v = tl.load(partial + 8 * step + lanes, mask=inside, other=0.0).to(tl.float64)
@@ -229,6 +230,7 @@ def log_to_mixture(logp, logq, weight):
     r = z / (2.0 + z)
     r2 = r * r
     near = -2.0 * r * (1.0 + r2 * (1.0 / 3.0 + r2 * (1.0 / 5.0 + r2 * (1.0 / 7.0 + r2 * (1.0 / 9.0)))))
+    weight = tl.full((), weight, tl.float32)  # the interpreter leaves a number from outside a Python float
     left = logp + tl.log(1.0 - weight)
     right = logq + tl.log(weight)
     far = logp - tl.maximum(left, right) - tl.log(1.0 + tl.exp(-tl.abs(left - right)))
@@ -284,21 +286,21 @@ def slope(
     inner = row_number(pull_grad, row) + tl.zeros_like(p)
     if entropy_grad is not None:
         inner -= row_number(entropy_grad, row) * (logp + tl.load(entropy + row))
-    if t is None:
-        return p * inner
-    logq = floored(t * teacher_scale - tl.load(teacher_lse + row))
-    if reverse_grad is not None:
-        share = row_number(reverse_grad, row)
-        value = tl.load(reverse + row)
-        value = tl.where(value == float("inf"), float("nan"), value)
-        inner += share * (logp - logq - tl.where(share == 0.0, 0.0, value))
-    if jsd_grad is not None:
-        share = row_number(jsd_grad, row) * (1.0 - weight)
-        inner += share * (log_to_mixture(logp, logq, weight) - tl.load(mixture + row))
-    if forward_grad is None:
-        return p * inner
-    q = tl.exp(logq)
-    return p * inner + row_number(forward_grad, row) * exp_difference(logp, logq, p, q)
+    after = tl.zeros_like(p)
+    # One return at the end: Triton goes on compiling what stands behind a return in a branch on constants.
+    if t is not None:
+        logq = floored(t * teacher_scale - tl.load(teacher_lse + row))
+        if reverse_grad is not None:
+            share = row_number(reverse_grad, row)
+            value = tl.load(reverse + row)
+            value = tl.where(value == float("inf"), float("nan"), value)
+            inner += share * (logp - logq - tl.where(share == 0.0, 0.0, value))
+        if jsd_grad is not None:
+            part = row_number(jsd_grad, row) * (1.0 - weight)
+            inner += part * (log_to_mixture(logp, logq, weight) - tl.load(mixture + row))
+        if forward_grad is not None:
+            after = row_number(forward_grad, row) * exp_difference(logp, logq, p, tl.exp(logq))
+    return p * inner + after
 
 
 @triton.jit

@@ -1,12 +1,13 @@
 """`retort.kernels.reference` in Triton: the same two functions, each in one pass over the logits. Axes: `retort.types`.
 
-fp32, bf16 or fp16 in, fp32 arithmetic whatever comes in. Asking for a JSD costs a second pass, because its terms need the
-normalisers first. A row of logits may stand in a wider buffer (a stride above V); nothing is copied for that.
+fp32, bf16 or fp16 in, fp32 arithmetic whatever comes in. Asking for a JSD costs a second pass, because its terms need
+the normalisers first. A row of logits may stand in a wider buffer (a stride above V); nothing is copied for that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 from contextlib import AbstractContextManager
@@ -21,8 +22,8 @@ from retort.kernels.rows import RowStatistics, Upstream, check_logits, summed_by
 
 __all__ = ["row_gradient", "row_statistics"]
 
-#: Ids that a program looks at together. The sums over a row take 8 numbers per lane, so 8 warps hold 64 registers a thread
-#: of them; the gradient sums nothing.
+#: Ids that a program looks at together. The sums over a row take 8 numbers per lane, so 8 warps hold 64 registers a
+#: thread of them; the gradient sums nothing.
 STATISTICS_BLOCK, STATISTICS_WARPS = 2048, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 IDS_BLOCK = 256
@@ -45,7 +46,8 @@ def row_statistics(
     Args:
         student_CV: Logits [C, V] in fp32, bf16 or fp16; -inf is an impossible id.
         teacher_CV: The teacher's, same shape, on the same device; None for the student's statistics only.
-        student_scale, teacher_scale: The logits are multiplied by them, > 0.
+        student_scale: The student's logits are multiplied by it, > 0.
+        teacher_scale: The same of the teacher's.
         jsd_weight: Weight of the teacher in the mixture, 0 < w < 1; None for no JSD (and no second pass).
 
     Raises:
@@ -54,6 +56,7 @@ def row_statistics(
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
     kernels = _kernels(student_CV.device)
+    student_scale, teacher_scale = _single(student_scale), _single(teacher_scale)
     student_CV = _dense_rows(student_CV, "student_CV", student_CV)
     rows, vocab = student_CV.shape
     if teacher_CV is not None:
@@ -101,17 +104,22 @@ def row_gradient(
     teacher_scale: float = 1.0,
     out_CV: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to the student's unscaled logits: `retort.kernels.reference.row_gradient`, which defines it.
+    """Gradient with respect to the student's unscaled logits: `retort.kernels.reference.row_gradient` defines it.
 
     Args:
-        student_CV, teacher_CV: The logits [C, V] that the statistics were made of; the teacher's are read only for a
-            divergence.
+        student_CV: The student's logits [C, V] that the statistics were made of.
+        teacher_CV: The teacher's; read only for a divergence.
         statistics: What `row_statistics` returned for them.
-        lse_C, entropy_C, reverse_C, forward_C, jsd_C: Derivatives of the loss by each statistic, [C]; None for 0.
+        lse_C: Derivative of the loss by the student's log-sum-exp, [C]; None for 0, like all that follow.
+        entropy_C: By the student's entropy.
+        reverse_C: By KL(student || teacher).
+        forward_C: By KL(teacher || student).
+        jsd_C: By the Jensen-Shannon divergence.
         jsd_weight: As in `row_statistics`; goes with `jsd_C`.
-        ids_CK: int64 ids below V whose log-probs the loss looked at; an id that stands twice counts twice.
-        ids_grad_CK: Derivatives of the loss by those log-probs.
-        student_scale, teacher_scale: As in `row_statistics`.
+        ids_CK: int64 ids [C, K] below V whose log-probs the loss looked at; an id that stands twice counts twice.
+        ids_grad_CK: Derivatives [C, K] of the loss by those log-probs.
+        student_scale: As in `row_statistics`.
+        teacher_scale: As in `row_statistics`.
         out_CV: Where to write, fp32, bf16 or fp16; `student_CV` itself works, memory that overlaps it otherwise does
             not. None for a new tensor in the dtype of the logits.
 
@@ -169,7 +177,9 @@ def _numbers(statistics: RowStatistics, upstream: Upstream, weight: float, scale
         upstream.jsd_C,
     )
     # An upstream gradient is often an expanded scalar, with stride 0.
-    return [None if values_C is None else values_C.contiguous() for values_C in tensors] + [*scales, weight]
+    return [None if values_C is None else values_C.contiguous() for values_C in tensors] + [
+        _single(number) for number in (*scales, weight)
+    ]
 
 
 def _at_ids(student_CV: Tensor, teacher_CV: Tensor | None, ids_CK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -191,6 +201,11 @@ def _kernels(device: torch.device) -> Any:
             "use, runs it on the CPU, slowly)"
         )
     return importlib.import_module("retort.kernels.triton_jit")
+
+
+def _single(number: float) -> float:
+    """A number as the device gets it, in fp32; the interpreter would otherwise keep all of its digits in some places."""
+    return ctypes.c_float(number).value
 
 
 def _dense_rows(logits_CV: Tensor, name: str, student_CV: Tensor) -> Tensor:
