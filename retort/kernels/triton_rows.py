@@ -204,7 +204,7 @@ def _kernels(device: torch.device) -> Any:
 
 
 def _single(number: float) -> float:
-    """A number as the device gets it, in fp32; the interpreter would otherwise keep all of its digits in some places."""
+    """A number as the device gets it, in fp32; the interpreter would otherwise keep all of its digits in places."""
     return ctypes.c_float(number).value
 
 
