@@ -8,7 +8,8 @@ With a `Shard` the ids are spread over ranks. Each holds the logits of its own, 
 
 On a GPU `retort.kernels` makes the numbers of a whole distribution in fp32, in one pass over the logits, and their
 gradients in another, keeping nothing but the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). They
-equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse KL.
+equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse
+KL.
 """
 
 from __future__ import annotations

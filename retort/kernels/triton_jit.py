@@ -222,8 +222,8 @@ def merge_pair(partial, out, splits, student_scale, teacher_scale, SPLITS: tl.co
 
 
 @triton.jit
-def log_to_mixture(logp, logq, weight):
-    # log(p / m) with m = w q + (1 - w) p. Close together by log1p(z) = 2 atanh(z / (2 + z)), z = w (q / p - 1).
+def logs_to_mixture(logp, logq, weight):
+    # log(p / m) and log(q / m) with m = w q + (1 - w) p. Close together by log1p(z) = 2 atanh(z / (2 + z)), z = w (q / p - 1).
     away = logq - logp
     close = tl.abs(away) < 0.25
     z = weight * expm1_small(tl.where(close, away, 0.0))
@@ -233,8 +233,9 @@ def log_to_mixture(logp, logq, weight):
     weight = tl.full((), weight, tl.float32)  # the interpreter leaves a number from outside a Python float
     left = logp + tl.log(1.0 - weight)
     right = logq + tl.log(weight)
-    far = logp - tl.maximum(left, right) - tl.log(1.0 + tl.exp(-tl.abs(left - right)))
-    return tl.where(close, near, far)
+    mixture = tl.maximum(left, right) + tl.log(1.0 + tl.exp(-tl.abs(left - right)))
+    # Apart, one of them may be FLOOR: the other side's must not be a sum with it.
+    return tl.where(close, near, logp - mixture), tl.where(close, near + away, logq - mixture)
 
 
 @triton.jit
@@ -255,9 +256,9 @@ def jsd_moments(
         logq = floored(load_row(teacher, columns, columns < vocab) * teacher_scale - lse_t)
         p = tl.exp(logp)
         q = tl.exp(logq)
-        apart = log_to_mixture(logp, logq, weight)
-        jsd += weight * q * (apart + (logq - logp)) + (1.0 - weight) * p * apart
-        mixture += p * apart
+        ours, theirs = logs_to_mixture(logp, logq, weight)
+        jsd += weight * q * theirs + (1.0 - weight) * p * ours
+        mixture += p * ours
     splits = tl.num_programs(1)
     step = tl.num_programs(0) * splits
     partial += row * splits + split
@@ -297,7 +298,8 @@ def slope(
             inner += share * (logp - logq - tl.where(share == 0.0, 0.0, value))
         if jsd_grad is not None:
             part = row_number(jsd_grad, row) * (1.0 - weight)
-            inner += part * (log_to_mixture(logp, logq, weight) - tl.load(mixture + row))
+            ours, theirs = logs_to_mixture(logp, logq, weight)
+            inner += part * (ours - tl.load(mixture + row))
         if forward_grad is not None:
             after = row_number(forward_grad, row) * exp_difference(logp, logq, p, tl.exp(logq))
     return p * inner + after
