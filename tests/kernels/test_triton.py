@@ -28,9 +28,13 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: Largest error of a statistic, relative to 1 + its size, and of a gradient, relative to its size: half a unit in the
-#: last place of the dtype it is written in.
+#: last place of the dtype it is written in. (The interpreter cuts digits off where a GPU rounds to bf16.)
 STATISTIC = 2e-6
-GRADIENT = {torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+GRADIENT = {
+    torch.float32: 4e-6,
+    torch.bfloat16: 1.01 * 2.0 ** (-8 if DEVICE == "cuda" else -7),
+    torch.float16: 1.01 * 2.0**-11,
+}
 KINDS = ("lse_C", "entropy_C", "reverse_C", "forward_C", "jsd_C")
 SIZES = [(1, 7), (63, 7), (3, 129), (63, 129), (5, 1000), (1, 4099), (3, 4099)]
 WEIGHT = 0.3
@@ -69,14 +73,16 @@ def check_statistics(student_CV: Tensor, teacher_CV: Tensor | None, **arguments:
     return found, expected
 
 
-def check_gradient(student_CV: Tensor, teacher_CV: Tensor, found: Any, expected: Any, **arguments: Any) -> Tensor:
+def check_gradient(
+    student_CV: Tensor, teacher_CV: Tensor, found: Any, expected: Any, slack: float = 1.0, **arguments: Any
+) -> Tensor:
     out_CV = torch.full_like(student_CV.contiguous(), math.nan)
     grown = {name: double(a) if isinstance(a, Tensor) and a.is_floating_point() else a for name, a in arguments.items()}
     theirs = reference.row_gradient(student_CV.double(), teacher_CV.double(), expected, **grown)
     assert triton_rows.row_gradient(student_CV, teacher_CV, found, out_CV=out_CV, **arguments) is out_CV
-    tolerance = GRADIENT[student_CV.dtype]
+    tolerance = slack * GRADIENT[student_CV.dtype]
     torch.testing.assert_close(
-        out_CV.double(), theirs, rtol=tolerance, atol=max(1e-3 * tolerance, 3e-7), equal_nan=True
+        out_CV.double(), theirs, rtol=tolerance, atol=max(1e-3 * tolerance, slack * 3e-7), equal_nan=True
     )
     return out_CV
 
@@ -118,7 +124,9 @@ def test_scales(student_scale: float, teacher_scale: float) -> None:
     student_CV, teacher_CV = random(4, 1000)
     arguments = {"student_scale": student_scale, "teacher_scale": teacher_scale}
     known = check_statistics(student_CV, teacher_CV, jsd_weight=WEIGHT, **arguments)
-    check_gradient(student_CV, teacher_CV, *known, **upstream(4), **arguments)
+    # The digits of fp32 are those of the scaled logits: a log-prob of 50 has an error of 4e-6.
+    slack = 10.0 if student_scale > 1.0 else 1.0
+    check_gradient(student_CV, teacher_CV, *known, slack=slack, **upstream(4), **arguments)
 
 
 def test_without_a_teacher_without_jsd_and_without_rows() -> None:
