@@ -1,6 +1,6 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
-# make kernels   tests of the Triton kernels, in Triton's interpreter where there is no GPU
+# make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
 PYTHON ?= python3

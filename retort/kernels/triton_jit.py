@@ -223,8 +223,8 @@ def merge_pair(partial, out, splits, student_scale, teacher_scale, SPLITS: tl.co
 
 @triton.jit
 def logs_to_mixture(logp, logq, weight):
-    # log(p / m) and log(q / m) with m = w q + (1 - w) p. Where p and q are close, by log1p(z) = 2 atanh(z / (2 + z)) with
-    # z = w (q / p - 1).
+    # log(p / m) and log(q / m) with m = w q + (1 - w) p. Where p and q are close, by
+    # log1p(z) = 2 atanh(z / (2 + z)) with z = w (q / p - 1).
     away = logq - logp
     close = tl.abs(away) < 0.25
     z = weight * expm1_small(tl.where(close, away, 0.0))
