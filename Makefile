@@ -1,6 +1,7 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
-# Both share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
+# make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
+# All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
 PYTHON ?= python3
 ARGS   ?=
@@ -10,7 +11,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 STAGE   = @printf '\n== %s\n'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers tests core dev clean
+.PHONY: help demo test lint types layers tests kernels core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,6 +39,12 @@ layers: dev
 tests: dev
 	$(STAGE) 'pytest'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+# A build of torch for the CPU comes without Triton, one for CUDA with the Triton that it was made for.
+kernels: dev
+	$(STAGE) 'pytest tests/kernels'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
 
 core: $(VENV)/.core
 dev: $(VENV)/.dev

@@ -5,11 +5,18 @@ Every number here has its gradient in closed form, formed from the probabilities
 `retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient.
 
 With a `Shard` the ids are spread over ranks. Each holds the logits of its own, and only sums per step are exchanged.
+
+On a GPU `retort.kernels` makes the numbers of a whole distribution in fp32, in one pass over the logits, and their
+gradients in another, keeping nothing but the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). They
+equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse
+KL.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import os
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any
@@ -44,6 +51,9 @@ class Shard:
 
 WHOLE = Shard()
 
+#: Whether `retort.kernels` is used: None for where it works on a GPU. Tests set True, which takes Triton's interpreter.
+KERNELS: bool | None = {"0": False, "1": True}.get(os.environ.get("RETORT_KERNELS", ""))
+
 
 class _Value(torch.autograd.Function):
     """A number per step whose gradient with respect to the logits is a formula."""
@@ -75,12 +85,16 @@ class Distribution:
         self.shard = shard
         self._plain_CV = logits_CV.detach()
         self._gaps: dict[int, tuple[Distribution, Tensor, Tensor, Tensor]] = {}
+        self._kernels = _kernels(logits_CV, shard)
+        self._statistics: dict[tuple[int, float | None], tuple[Distribution, Any]] = {}
 
     # --- detached ---
 
     @cached_property
     def normaliser_C(self) -> Tensor:
         """Log-sum-exp of the logits, detached; not finite if a logit is NaN or +inf, or if all are -inf."""
+        if self._kernels is not None:
+            return self._own.student_lse_C
         return self.shard.logsumexp(self._plain_CV)
 
     @cached_property
@@ -107,6 +121,8 @@ class Distribution:
         if mine_CK is not None:
             logits_CK = self.shard.sum(logits_CK.masked_fill(~mine_CK, 0.0))
         value_CK = logits_CK - self.normaliser_C[:, None]
+        if self._kernels is not None:
+            return self._from_kernels(value_CK, self._own, "ids_grad_CK", ids_CK=ids_CK)
 
         def gradient(upstream_CK: Tensor, p_CV: Tensor) -> Tensor:
             gradient_CV = p_CV * -upstream_CK.sum(-1, keepdim=True)
@@ -117,6 +133,8 @@ class Distribution:
 
     def entropy(self) -> Tensor:
         """Entropy [C], nats; an impossible id contributes nothing."""
+        if self._kernels is not None:
+            return self._from_kernels(self._own.student_entropy_C, self._own, "entropy_C")
         value_C = -self.shard.sum(torch.linalg.vecdot(self.p_CV, self.logp_CV))
         logp_CV = self.logp_CV
         if not _finite(value_C):
@@ -130,6 +148,9 @@ class Distribution:
 
     def forward_kl(self, teacher: Distribution) -> Tensor:
         """KL(teacher || this), [C], nats; infinite where this rules out an id that the teacher does not."""
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher)
+            return self._from_kernels(found.forward_kl_C, found, "forward_C", teacher)
         value_C = self._gap(teacher)[2]
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, q_CV: Tensor) -> Tensor:
@@ -139,6 +160,9 @@ class Distribution:
 
     def reverse_kl(self, teacher: Distribution) -> Tensor:
         """KL(this || teacher), [C], nats; infinite where the teacher rules out an id that this does not."""
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher)
+            return self._from_kernels(found.reverse_kl_C, found, "reverse_C", teacher)
         gap_CV, value_C, _ = self._gap(teacher)
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, gap_CV: Tensor) -> Tensor:
@@ -151,6 +175,9 @@ class Distribution:
     def jsd(self, teacher: Distribution, teacher_weight: float) -> Tensor:
         """Jensen-Shannon divergence [C] with `teacher_weight` on the teacher, nats; always finite."""
         w = teacher_weight
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher, w)
+            return self._from_kernels(found.jsd_C, found, "jsd_C", teacher, jsd_weight=w)
         mixture_CV = torch.logaddexp(teacher.logp_CV + math.log(w), self.logp_CV + math.log1p(-w))
         ours_CV, theirs_CV = self.logp_CV - mixture_CV, teacher.logp_CV - mixture_CV
         ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
@@ -163,6 +190,40 @@ class Distribution:
             return (ours_CV - ours_C[:, None]).mul_(p_CV).mul_((1.0 - w) * upstream_C[:, None])
 
         return self._live(w * theirs_C + (1.0 - w) * ours_C, gradient, lambda: (self.p_CV, ours_CV))
+
+    # --- from the kernels ---
+
+    @cached_property
+    def _own(self) -> Any:
+        """Statistics that hold this one's normaliser and entropy; a comparison made before holds them, too."""
+        assert self._kernels is not None
+        for _, found in self._statistics.values():
+            return found
+        return self._kernels.row_statistics(self._plain_CV)
+
+    def _both_on_kernels(self, teacher: Distribution) -> bool:
+        return self._kernels is not None and teacher._kernels is not None
+
+    def _against(self, teacher: Distribution, jsd_weight: float | None = None) -> Any:
+        assert self._kernels is not None
+        key = (id(teacher), jsd_weight)
+        if key not in self._statistics:
+            found = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
+            self._statistics[key] = (teacher, found)  # holding the teacher keeps its id from being given out again
+        return self._statistics[key][1]
+
+    def _from_kernels(
+        self, value: Tensor, statistics: Any, name: str, teacher: Distribution | None = None, **known: Any
+    ) -> Tensor:
+        """A number whose gradient is `row_gradient`, with what comes from above under `name`."""
+        kernels = self._kernels
+        assert kernels is not None
+
+        def gradient(upstream: Tensor, logits_CV: Tensor, teacher_CV: Tensor | None = None) -> Tensor:
+            return kernels.row_gradient(logits_CV, teacher_CV, statistics, **known, **{name: upstream})
+
+        kept = (self._plain_CV,) if teacher is None else (self._plain_CV, teacher._plain_CV)
+        return self._live(value, gradient, lambda: kept)
 
     # --- inside ---
 
@@ -198,6 +259,18 @@ class Distribution:
             value_C = (sign * self._mean(p_CV, gap_CV)).masked_fill(banned_C, math.inf)
             found.append(value_C.masked_fill(~sound_C, math.nan))
         return gap_CV, found[0], found[1]
+
+
+def _kernels(logits_CV: Tensor, shard: Shard) -> Any | None:
+    """The module that makes the numbers of these logits, or None where torch does."""
+    if KERNELS is False or shard.spread or logits_CV.dtype != torch.float32:
+        return None
+    if KERNELS is None and not logits_CV.is_cuda:
+        return None
+    # Only now: most machines have no GPU, and this module needs nothing but torch there.
+    if KERNELS is None and not importlib.import_module("retort.kernels").available(logits_CV.device):
+        return None
+    return importlib.import_module("retort.kernels.triton_rows")
 
 
 def _finite(values_C: Tensor) -> bool:

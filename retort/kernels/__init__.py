@@ -1,0 +1,30 @@
+"""Row statistics of two sets of logits and their gradient: one definition, and kernels that read each logit once.
+
+`reference` says what the numbers are, in plain torch; `triton_rows` computes the same in one pass over a chunk, without
+the log-probs, probabilities and differences [C, V] that plain torch writes on the way. Nothing here knows autograd: the
+caller wraps both functions. Importing this package does not import Triton. Axis letters: see `retort.types`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+__all__ = ["available", "interpreting"]
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels on the CPU, slowly, as `TRITON_INTERPRET=1` asks it to."""
+    return os.environ.get("TRITON_INTERPRET", "").strip().lower() in {"1", "true", "yes", "on", "y"}
+
+
+def available(device: torch.device | str) -> bool:
+    """Whether `retort.kernels.triton_rows` works on a device.
+
+    That takes the package triton, and a CUDA device (AMD's carry that name, too) or the interpreter.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return torch.device(device).type == "cuda" or interpreting()
