@@ -41,6 +41,7 @@ class LanguageModel:
         precision: What products are computed in.
         written_generation: The generation settings to save beside the model (decoding here ignores them).
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
+        shares: Whether those with the same prompt share it there.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class LanguageModel:
     precision: Precision
     written_generation: GenerationConfig
     packs: bool = False
+    shares: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -113,29 +115,28 @@ class LanguageModel:
         return hidden_RLD[:, :-1][acted_RL[:, 1:]]
 
     def _packed(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
-        from retort.models.packing import packed  # loads transformers
+        from retort.models.packing import Row, packed  # loads transformers
 
-        lengths = [len(tokens_L) for tokens_L in tokens]
-        position_T = torch.cat([torch.arange(length) for length in lengths])
-        # The first token of a sequence is never acted, so the token before an acted one is of the same sequence.
-        decided_N = torch.cat(list(acted)).nonzero().squeeze(1) - 1
-        with self.compute(), packed(lengths):
+        row = Row.of(tokens, acted, share=self.shares, device=self.device)
+        with self.compute(), packed(row):
             hidden_1TD = self.model.base_model(
-                input_ids=torch.cat(list(tokens)).to(self.device)[None],
-                position_ids=position_T.to(self.device)[None],
-                use_cache=False,
+                input_ids=row.tokens_T[None], position_ids=row.position_T[None], use_cache=False
             ).last_hidden_state
-        return hidden_1TD[0].index_select(0, decided_N.to(self.device))
+        return hidden_1TD[0].index_select(0, row.decided_N)
 
-    def batches(self, lengths: Sequence[int], budget: int) -> list[list[int]]:
-        """Indices of sequences, shortest first, cut into batches of at most `budget` tokens (or one sequence)."""
-        return token_batches(lengths, budget, padded=not self.packs)
+    def batches(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> list[list[int]]:
+        """Indices of sequences, cut into batches for which at most `budget` tokens are computed (or one sequence)."""
+        if not self.packs:
+            return token_batches([len(tokens_L) for tokens_L in tokens], budget)
+        from retort.models.packing import row_batches  # loads transformers
+
+        return row_batches(tokens, acted, budget, share=self.shares)
 
     def all_hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
         parts: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for batch in self.batches([len(tokens_L) for tokens_L in tokens], budget):
+            for batch in self.batches(tokens, acted, budget):
                 hidden_ND = self.hidden([tokens[i] for i in batch], [acted[i] for i in batch])
                 parts.update(zip(batch, hidden_ND.split([int(acted[i].sum()) for i in batch]), strict=True))
         # Outside, so that what is handed out is an ordinary tensor, which autograd may save.
@@ -143,23 +144,30 @@ class LanguageModel:
             return torch.cat([parts[index] for index in range(len(tokens))])
 
     def check_packing(self) -> None:
-        """Sets `packs` by trying: sequences in one row must come out as they do in rows of their own, to rounding."""
+        """Sets `packs` and `shares` by trying: what is in one row must come out as in rows of its own, to rounding."""
         ids_T = (torch.arange(26) * 7 + 1) % self.head().width
         tokens = ids_T.split([3, 9, 9, 5])  # two that run as a batch, and neighbours that would leak into each other
         acted = [torch.arange(len(tokens_L)) > 0 for tokens_L in tokens]
-        self.packs = False
+        self.packs = self.shares = False
+        self.packs = self._same_as_padded(tokens, acted, "packs")
+        if self.packs:
+            prompt, *answers = ids_T.split([5, 4, 6, 2, 9])
+            tokens = [torch.cat([prompt, answer]) for answer in answers]
+            acted = [torch.arange(len(tokens_L)) >= len(prompt) for tokens_L in tokens]
+            self.shares = self._same_as_padded(tokens, acted, "shares")
+
+    def _same_as_padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], how: str) -> bool:
         with torch.no_grad():
-            padded_ND = self.hidden(tokens, acted).float()
-            self.packs = True
+            padded_ND = self._padded(tokens, acted).float()
+            setattr(self, how, True)
             try:
-                packed_ND = self.hidden(tokens, acted).float()
+                packed_ND = self._packed(tokens, acted).float()
             except Exception:  # whatever a family does with a row of restarting positions and a mask it cannot read
-                self.packs = False
-                return
+                return False
         exact = self.precision == "fp32"
         apart_N = (packed_ND - padded_ND).norm(dim=1) / padded_ND.norm(dim=1).clamp_min(1e-6)
         # Less than any token of a neighbour would change; more than that is never rounding (and NaN is no number).
-        self.packs = bool((apart_N < (1e-3 if exact else 5e-2)).all())
+        return bool((apart_N < (1e-3 if exact else 5e-2)).all())
 
     def check_head(self) -> None:
         """Raises `UserError` if head and hidden states do not give the model's own logits."""
@@ -274,20 +282,11 @@ def _without_dropout(model: PreTrainedModel) -> None:
                 vars(module)[name] = 0.0
 
 
-def token_batches(lengths: Sequence[int], budget: int, *, padded: bool = True) -> list[list[int]]:
-    """Indices of sequences, shortest first, cut into batches of at most `budget` tokens (or one sequence).
-
-    Args:
-        lengths: Of the sequences, tokens.
-        budget: Tokens per batch.
-        padded: Count every sequence as long as the longest of its batch.
-    """
+def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of sequences, shortest first, cut into batches of at most `budget` tokens, padding included (or one)."""
     batches: list[list[int]] = []
-    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        tokens = (len(batches[-1]) + 1 if batches else 1) * lengths[index] if padded else tokens + lengths[index]
-        if not batches or tokens > budget:
+        if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
             batches.append([])
-            tokens = lengths[index]
         batches[-1].append(index)
     return batches

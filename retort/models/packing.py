@@ -6,8 +6,12 @@ asks for is only described (`PackedMask`), and attention runs once for every run
 batch, by the implementation that the name stands for. So neither time nor memory grows with the square of the pack,
 nothing is padded, and a family's own rules (sliding windows, chunks) are asked of the family's own mask.
 
+Sequences that begin with the same prompt share its place in the row: what a token is in every layer depends only on
+those before it, so all layers compute a prompt once, and attention alone sees every sequence written out in full (F is
+all of their tokens). That holds where attention is plainly causal; a window or a chunk counts places in the row.
+
 A family that makes no masks through transformers, or whose layers carry a state along the row, would mix sequences.
-`LanguageModel` finds that out by trying (`packs`), not by a list of names.
+`LanguageModel` finds that out by trying (`packs`, `shares`), not by a list of names.
 """
 
 from __future__ import annotations
@@ -17,11 +21,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,7 +41,7 @@ class Run:
     """Neighbours of the same length.
 
     Attributes:
-        start: Their first token in the pack.
+        start: Where the first token of the first stands, of all tokens of the sequences.
         count: How many.
         length: Tokens of each.
     """
@@ -55,13 +60,118 @@ def runs(lengths: Sequence[int]) -> list[Run]:
     return found
 
 
-_packing: ContextVar[list[Run] | None] = ContextVar("packing", default=None)
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Sequences, end to end.
+
+    Attributes:
+        tokens_T: Ids.
+        position_T: Place of each token in its own sequence.
+        decided_N: Place in the row of the token before every acted one, sequences in the order they were given in.
+        parts: The sequences, as attention sees them.
+        place_F: Place in the row of every token of every sequence; None where these are the row itself.
+        first_T: Where in F a token of the row stands first; None with `place_F`.
+    """
+
+    tokens_T: Tensor
+    position_T: Tensor
+    decided_N: Tensor
+    parts: list[Run]
+    place_F: Tensor | None = None
+    first_T: Tensor | None = None
+
+    @staticmethod
+    def of(tokens: Sequence[Tensor], acted: Sequence[Tensor], *, share: bool, device: torch.device) -> Row:
+        """Lays sequences of ids [L], of which those marked in `acted` [L] are decisions, into a row.
+
+        Shortest first, so that runs are long. Tokens behind a sequence's last decision decide nothing and are left out.
+        """
+        places = [acted_L.nonzero().squeeze(1) for acted_L in acted]
+        ends = [int(place_A[-1]) if len(place_A) else 1 for place_A in places]
+        order = sorted(range(len(tokens)), key=lambda i: (ends[i], i))
+        prompts: dict[bytes, int] = {}
+        ids, position, place, first, starts = list[Tensor](), list[range](), list[range](), list[range](), {}
+        wide = full = 0  # tokens of the row, and of all sequences, so far
+        for i in order:
+            end, starts[i] = ends[i], full
+            fresh = 0  # the first token that is not in the row yet
+            if share and len(places[i]):
+                prompt = int(places[i][0])
+                start = prompts.setdefault(tokens[i][:prompt].numpy().tobytes(), wide)
+                fresh = prompt if start != wide else 0
+                place.append(range(start, start + fresh))
+            ids.append(tokens[i][fresh:end])
+            position.append(range(fresh, end))
+            place.append(range(wide, wide + end - fresh))
+            first.append(range(full + fresh, full + end))
+            wide, full = wide + end - fresh, full + end
+        place_F = _joined(place)
+        decided = [place_A + (starts[i] - 1) for i, place_A in enumerate(places)]
+        return Row(
+            torch.cat(ids).to(device),
+            _joined(position).to(device),
+            place_F[torch.cat(decided)].to(device),
+            runs([ends[i] for i in order]),
+            place_F.to(device) if wide < full else None,
+            _joined(first).to(device) if wide < full else None,
+        )
+
+    def spread(self, states: Tensor) -> Tensor:
+        """States of the row, [1, H, T, D], for every sequence in full, [1, H, F, D]."""
+        if self.place_F is None:
+            return states
+        # An embedding, because its gradient adds up duplicates quickly, and always in the same order.
+        states_FE = functional.embedding(self.place_F, states[0].transpose(0, 1).flatten(1))
+        return states_FE.unflatten(1, (states.shape[1], states.shape[3])).transpose(0, 1)[None]
+
+    def gathered(self, states_F: Tensor) -> Tensor:
+        """What attention found for the sequences, [F, ...], back in the row, [T, ...]."""
+        return states_F if self.first_T is None else states_F.index_select(0, self.first_T)
+
+
+def _joined(ranges: Sequence[range]) -> Tensor:
+    return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
+
+
+def row_batches(tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int, *, share: bool) -> list[list[int]]:
+    """Indices of sequences, cut into rows of at most `budget` tokens (or one sequence).
+
+    Shortest first, so that neighbours are alike; where prompts are shared, sequences with the same one are neighbours.
+    """
+    lengths = [len(tokens_L) for tokens_L in tokens]
+    prompts: list[object] = list(range(len(tokens)))
+    shared = [0] * len(tokens)
+    if share:
+        for i, (tokens_L, acted_L) in enumerate(zip(tokens, acted, strict=True)):
+            shared[i] = int(acted_L.int().argmax())
+            prompts[i] = tokens_L[: shared[i]].numpy().tobytes()
+    longest: dict[object, int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    names = {prompt: number for number, prompt in enumerate(longest)}
+    batches: list[list[int]] = []
+    filled, before = 0, None
+    for i in sorted(range(len(tokens)), key=lambda i: (longest[prompts[i]], names[prompts[i]], lengths[i], i)):
+        filled += lengths[i] - (shared[i] if prompts[i] == before else 0)
+        if not batches or filled > budget:
+            batches.append([])
+            filled = lengths[i]
+        batches[-1].append(i)
+        before = prompts[i]
+    return batches
+
+
+class CannotShareError(Exception):
+    """A layer may not attend to everything before a token, and would count the distance in the row."""
+
+
+_packing: ContextVar[Row | None] = ContextVar("packing", default=None)
 
 
 @contextlib.contextmanager
-def packed(lengths: Sequence[int]) -> Iterator[None]:
-    """Within, a wrapped model is given one row that holds sequences of these lengths, end to end."""
-    token = _packing.set(runs(lengths))
+def packed(row: Row) -> Iterator[None]:
+    """Within, a wrapped model is given this row."""
+    token = _packing.set(row)
     try:
         yield
     finally:
@@ -71,9 +181,11 @@ def packed(lengths: Sequence[int]) -> Iterator[None]:
 class PackedMask:
     """What a layer may attend to, described: it travels through the layers in the place of a mask."""
 
-    def __init__(self, made: Callable[..., Tensor | None], given: dict[str, Any], parts: Sequence[Run]) -> None:
-        """A mask of `parts`, to be made by transformers' function `made` of the arguments `given`."""
-        self.parts = parts
+    def __init__(self, made: Callable[..., Tensor | None], given: dict[str, Any], row: Row) -> None:
+        """A mask of a row's sequences, to be made by transformers' function `made` of the arguments `given`."""
+        if row.place_F is not None and (given.get("use_vmap", True) or given.get("local_size") is not None):
+            raise CannotShareError
+        self.row = row
         self._made, self._given = made, given
         self._found: dict[int, Tensor | None] = {}
 
@@ -107,8 +219,8 @@ def _mask(implementation: str) -> Callable[..., Any]:
     made = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
 
     def mask(*args: Any, **given: Any) -> Any:
-        parts = _packing.get()
-        return made(*args, **given) if parts is None else PackedMask(made, given, parts)
+        row = _packing.get()
+        return made(*args, **given) if row is None else PackedMask(made, given, row)
 
     return mask
 
@@ -122,14 +234,15 @@ def _attention(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
         inner: Any = ALL_ATTENTION_FUNCTIONS.get(implementation) or owner.eager_attention_forward
         if not isinstance(attention_mask, PackedMask):
             return inner(module, query, key, value, attention_mask, *args, **more)
+        row = attention_mask.row
         # `split`, not slices: the gradient of a slice is as large as the pack.
-        sizes = [run.count * run.length for run in attention_mask.parts]
-        parts = zip(attention_mask.parts, *(states.split(sizes, dim=2) for states in (query, key, value)), strict=True)
+        sizes = [run.count * run.length for run in row.parts]
+        parts = zip(row.parts, *(row.spread(states).split(sizes, dim=2) for states in (query, key, value)), strict=True)
         found = [
             inner(module, *(_batch(states, run) for states in own), attention_mask.of(run), *args, **more)[0]
             for run, *own in parts
         ]
-        return torch.cat([part.flatten(0, 1) for part in found])[None], None
+        return row.gathered(torch.cat([part.flatten(0, 1) for part in found]))[None], None
 
     return attention
 

@@ -205,8 +205,9 @@ def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context
 
 
 def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
-    lengths = [len(pack.rollouts[i].tokens_L) for i in rollouts]
-    return [[rollouts[i] for i in part] for part in setup.student.batches(lengths, setup.config.optimizer.batch_tokens)]
+    tokens, acted = zip(*((pack.rollouts[i].tokens_L, pack.rollouts[i].acted_L) for i in rollouts), strict=True)
+    batches = setup.student.batches(tokens, acted, setup.config.optimizer.batch_tokens)
+    return [[rollouts[i] for i in batch] for batch in batches]
 
 
 def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:

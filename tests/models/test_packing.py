@@ -13,8 +13,8 @@ from support import make_tokenizer
 from torch.nn import functional
 
 from retort import config as configuration
-from retort.models.lm import LanguageModel, load_model, token_batches
-from retort.models.packing import Run, runs
+from retort.models.lm import LanguageModel, load_model
+from retort.models.packing import CannotShareError, Run, row_batches, runs
 from retort.train import runner
 
 FAMILIES: list[dict[str, Any]] = [
@@ -139,8 +139,9 @@ def test_no_padding_and_no_mask_is_computed(model_folder: Callable[..., Path], m
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
     lm.hidden(*sequences(LENGTHS))
-    assert rows == [torch.Size([1, sum(LENGTHS)])]
-    assert attended == 2 * [(1, 2), (2, 3), (3, 7), (1, 12), (1, 20)]  # once a run, in each of two layers
+    # The last token of each decides nothing.
+    assert rows == [torch.Size([1, sum(LENGTHS) - len(LENGTHS)])]
+    assert attended == 2 * [(1, 1), (2, 2), (3, 6), (1, 11), (1, 19)]  # once a run, in each of two layers
 
 
 @pytest.mark.parametrize("family", OTHERS)
@@ -194,6 +195,68 @@ def test_runs_are_neighbours_of_one_length() -> None:
 
 def test_packed_batches_count_what_is_in_them() -> None:
     lengths = [7, 3, 3, 9, 1, 20, 3]
-    batches = token_batches(lengths, 10, padded=False)
+    batches = row_batches(*sequences(lengths), 10, share=False)
     assert batches == [[4, 1, 2, 6], [0], [3], [5]]
     assert sorted(index for batch in batches for index in batch) == list(range(7))
+
+
+#: Answers' lengths by prompt, in an order that neither groups nor sorts them.
+SIBLINGS = [(0, 4), (1, 1), (0, 2), (2, 5), (0, 4), (1, 7), (0, 1)]
+
+
+def siblings() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Answers to three prompts, one of which is how another one begins; one turn of a tool among what is written."""
+    draw = torch.Generator().manual_seed(0)
+    longest = torch.randint(0, 55, (6,), generator=draw)
+    prompts = [longest, longest[:3], torch.randint(0, 55, (4,), generator=draw)]
+    tokens = [torch.cat([prompts[which], torch.randint(0, 55, (count,), generator=draw)]) for which, count in SIBLINGS]
+    acted = [torch.arange(len(ids)) >= len(prompts[which]) for ids, (which, _) in zip(tokens, SIBLINGS, strict=True)]
+    acted[5][5:8] = False
+    return tokens, acted
+
+
+def values_and_gradients(lm: LanguageModel, shares: bool) -> tuple[torch.Tensor, dict[str, Any], list[int]]:
+    lm.shares = shares
+    lm.model.zero_grad()
+    computed: list[int] = []
+    hook = lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    hidden_ND = lm.hidden(*siblings())
+    hook.remove()
+    weight_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(1))
+    (hidden_ND.float() * weight_ND).sum().backward()
+    gradients = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
+    return hidden_ND.detach(), gradients, computed
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("arguments", FAMILIES, ids=lambda arguments: "-".join(map(str, arguments.values())))
+def test_a_prompt_is_computed_once_for_all_answers_to_it(
+    model_folder: Callable[..., Path], arguments: dict[str, Any], again: bool
+) -> None:
+    lm = of_family(model_folder, arguments)
+    assert lm.shares == ("sliding_window" not in arguments), "a window counts places in the row"
+    if again:
+        lm.model.activation_checkpointing_enable({"use_reentrant": False})
+        lm.model.train()
+    alone_ND, alone, computed = values_and_gradients(lm, False)
+    if "sliding_window" in arguments:
+        with pytest.raises(CannotShareError):
+            values_and_gradients(lm, True)
+        return
+    shared_ND, shared, fewer = values_and_gradients(lm, True)
+    assert computed[0] - fewer[0] == 3 * 6 + 3
+    torch.testing.assert_close(shared_ND, alone_ND, rtol=1e-5, atol=1e-6)
+    for name, gradient in shared.items():
+        torch.testing.assert_close(gradient, alone[name], rtol=1e-4, atol=1e-5 * float(alone[name].abs().max()))
+
+
+def test_answers_to_one_prompt_stay_together_and_their_prompt_counts_once() -> None:
+    tokens, acted = siblings()
+    apart = row_batches(tokens, acted, 22, share=False)
+    together = row_batches(tokens, acted, 22, share=True)
+    assert len(together) < len(apart)
+    prompts = [[SIBLINGS[i][0] for i in batch] for batch in together]
+    assert [which for batch in prompts for which in batch] == [2, 0, 0, 0, 0, 1, 1]
+    assert row_batches(tokens, acted, 1, share=True) == [[i] for batch in together for i in batch]
