@@ -6,6 +6,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.parts import Advantage
+from retort.schedules import Schedule, at
 from retort.types import SAMPLED
 
 
@@ -19,3 +20,28 @@ def log_ratio() -> Advantage:
         return context.signal(view).sampled_logp_N - context.old_logp_N
 
     return Advantage("log_ratio", value, frozenset({SAMPLED}))
+
+
+def extrapolated_log_ratio(reward_weight: float | Schedule, *, base: str = "base") -> Advantage:
+    r"""A log-ratio to the student with the teacher's implicit reward weighed freely, nats.
+
+    .. math:: A_t = \lambda\,[\log p_T(y_t) - \log p_B(y_t)] - [\log p_{old}(y_t) - \log p_B(y_t)]
+
+    G-OPD, arXiv 2602.12125. Evaluated as the plain log-ratio plus :math:`(\lambda - 1)` times
+    :math:`\log p_T - \log p_B`, which is the same number and exactly the plain log-ratio at :math:`\lambda = 1`.
+
+    Args:
+        reward_weight: lambda, dimensionless; a schedule may move it with the run.
+        base: The view of the base model, :math:`p_B`.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        teacher_logp_N = context.signal(view).sampled_logp_N
+        plain_N = teacher_logp_N - context.old_logp_N
+        excess = at(reward_weight, context.step, context.total_steps) - 1.0
+        if excess == 0.0:  # whatever the base says, also where it rules a token out
+            return plain_N
+        return plain_N + excess * (teacher_logp_N - context.signal(base).sampled_logp_N)
+
+    name = "a schedule" if callable(reward_weight) else f"{reward_weight:g}"
+    return Advantage(f"extrapolated_log_ratio({name})", value, frozenset({SAMPLED}), {base: frozenset({SAMPLED})})

@@ -18,6 +18,7 @@ def distill(
     *,
     student: str | None = None,
     teacher: str | None = None,
+    base: str | None = None,
     data: str | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
     out: str | None = None,
@@ -32,6 +33,8 @@ def distill(
     Args:
         student: Model folder or hub name.
         teacher: Model folder or hub name.
+        base: Model folder or hub name of a second frozen model, for methods that ask one; by default the student as it
+            was before training.
         data: JSON lines, Parquet or a hub name, with a column `prompt` or `messages`.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
         out: Folder of the run; by default `runs/<method>-<time>`.
@@ -51,7 +54,15 @@ def distill(
     """
     named = {"name": method} if isinstance(method, str) else method
     own = method if isinstance(method, Method) else None
-    given = {"student": student, "teacher": teacher, "data": data, "out": out, "steps": steps, "seed": seed}
+    given = {
+        "student": student,
+        "teacher": teacher,
+        "base": base,
+        "data": data,
+        "out": out,
+        "steps": steps,
+        "seed": seed,
+    }
     flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if isinstance(named, Mapping):
         flags["method"] = named

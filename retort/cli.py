@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--method", help="name of a method: see `retort methods`")
     train.add_argument("--student", help="model folder or hub name")
     train.add_argument("--teacher", help="model folder or hub name")
+    train.add_argument(
+        "--base", help="second frozen model, for methods that ask one; default: the student at its start"
+    )
     train.add_argument("--data", help="JSON lines, Parquet or hub name")
     train.add_argument("--out", help="folder of the run")
     train.add_argument("--steps", type=int, help="batches of rollouts")
@@ -111,7 +114,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
     files = [word for word in arguments.words if word.endswith(".toml")]
     pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
-    given = {name: getattr(arguments, name) for name in ("student", "teacher", "data", "out", "steps", "seed")}
+    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data", "out", "steps", "seed")}
     flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if arguments.method is not None:
         flags["method"] = {"name": arguments.method}
@@ -193,7 +196,9 @@ def _methods(arguments: argparse.Namespace) -> int:
         print(f"{row['name']}  ({row['status']}; {where})\n    {row['summary']}")
         print(f"    paper:    {row['paper']}")
         print(f"    settings: {', '.join(f'{key}={value}' for key, value in row['settings'].items())}")
-        print(f"    needs:    {'; '.join(', '.join(asked) for asked in row['needs'].values())}\n")
+        asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
+        only = ", ".join(next(iter(row["needs"].values())))
+        print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
     return 0
 
 

@@ -96,6 +96,11 @@ class Config(_Section):
 
     student: str | None = Field(default=None, description="model folder or hub name")
     teacher: str | None = Field(default=None, description="model folder or hub name")
+    base: str | None = Field(
+        default=None,
+        description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
+        "as it was before training",
+    )
     data: str | None = Field(
         default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
     )

@@ -56,7 +56,16 @@ class Term:
     @property
     def needs(self) -> frozenset[Need]:
         """What the term asks of its view's teacher."""
-        return self.estimator.needs | (self.weight.needs if self.weight else frozenset[Need]())
+        return self.asks(self.against)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that is evaluated for it."""
+        return (*self.estimator.parts, *([self.weight] if self.weight else []))
+
+    def asks(self, view: str) -> frozenset[Need]:
+        """What the term asks of any view's teacher."""
+        return frozenset[Need]().union(*(part.asks(view, self.against) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -79,10 +88,10 @@ class Watch:
     alarm_below: float | None = None
     advice: str = ""
 
-    @property
-    def needs(self) -> frozenset[Need]:
-        """What the curve would like to know."""
-        return self.part.needs | (self.where.needs if self.where else frozenset[Need]())
+    def asks(self, view: str) -> frozenset[Need]:
+        """What the curve would like to know of a view's teacher."""
+        parts = [self.part, *([self.where] if self.where else [])]
+        return frozenset[Need]().union(*(part.asks(view, self.against) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -133,6 +142,9 @@ class Method:
                 raise UserError(
                     f"term '{term.name}' is against view '{term.against}'; {did_you_mean(term.against, self.views)}"
                 )
+            for view in (view for part in term.parts for view in part.also):
+                if view not in self.views:
+                    raise UserError(f"term '{term.name}' also asks view '{view}'; {did_you_mean(view, self.views)}")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
 
@@ -144,12 +156,11 @@ class Method:
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """What the method cannot do without from the teacher behind a view."""
-        return frozenset[Need]().union(*(term.needs for term in self.terms if term.against == view))
+        return frozenset[Need]().union(*(term.asks(view) for term in self.terms))
 
     def welcomes(self, view: str = "teacher") -> frozenset[Need]:
         """What its curves would like to know besides."""
-        watched = (watch.needs for watch in self.watch if watch.against == view)
-        return frozenset[Need]().union(*watched) - self.needs(view)
+        return frozenset[Need]().union(*(watch.asks(view) for watch in self.watch)) - self.needs(view)
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:

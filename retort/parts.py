@@ -6,8 +6,8 @@ The subclasses are slots, not behaviour: they keep a weight from being passed wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -23,11 +23,18 @@ class Part:
         name: Readable name, with its settings.
         value: (context, view) -> [N].
         needs: What it asks of the view's teacher.
+        also: What it asks of other views, by name.
     """
 
     name: str
     value: Callable[[Context, str], Tensor]
     needs: frozenset[Need] = frozenset()
+    also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
+
+    def asks(self, view: str, against: str) -> frozenset[Need]:
+        """What it asks of a view when it is used against another (or the same) one."""
+        own = self.needs if view == against else frozenset[Need]()
+        return own | self.also.get(view, frozenset[Need]())
 
 
 @dataclass(frozen=True)

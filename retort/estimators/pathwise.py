@@ -21,6 +21,11 @@ class Pathwise:
     divergence: Divergence
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that it evaluates."""
+        return (self.divergence,)
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What it asks of the teacher."""
         return self.divergence.needs

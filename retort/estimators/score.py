@@ -24,9 +24,14 @@ class ScoreFunction:
     clip: float | None
 
     @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that it evaluates."""
+        return (self.advantage, *([self.baseline] if self.baseline else []))
+
+    @property
     def needs(self) -> frozenset[Need]:
         """What it asks of the teacher."""
-        return self.advantage.needs | (self.baseline.needs if self.baseline else frozenset[Need]())
+        return frozenset[Need]().union(*(part.needs for part in self.parts))
 
     @property
     def stored(self) -> Mapping[str, Part]:
@@ -81,7 +86,8 @@ class ScoreFunction:
             up_N = self.advantage_N(context, view, term) > 0
             return torch.where(up_N, ratio_N > 1.0 + self.clip, ratio_N < 1.0 - self.clip).to(ratio_N.dtype)
 
-        return Quantity("clip_fraction", value, self.needs)
+        also = {view: needs for part in self.parts for view, needs in part.also.items()}
+        return Quantity("clip_fraction", value, self.needs, also)
 
 
 def score_function(

@@ -188,7 +188,7 @@ def load_model(
     name: str,
     *,
     source: str | None = None,
-    role: Literal["student", "teacher"],
+    role: Literal["student", "teacher", "base"],
     precision: Precision,
     device: torch.device,
     attention: str | None = None,

@@ -151,7 +151,7 @@ def _run_key(group: Group) -> str:
 
 def _facts(group: Group) -> str:
     run = group.runs[0]
-    keys = ("student", "teacher", "data", "task", "steps", "precision", "device")
+    keys = ("student", "teacher", "base", "data", "task", "steps", "precision", "device")
     found = [(key.capitalize(), str(run.config[key])) for key in keys if run.config.get(key) not in (None, "")]
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))

@@ -75,6 +75,12 @@ class LocalTeacher:
             self.lm, vocab=self.vocab, stop_map={}, batch_tokens=self.batch_tokens, thinking=self.thinking
         )
 
+    def about(self, vocab: int) -> LocalTeacher:
+        """The same teacher about fewer ids."""
+        return LocalTeacher(
+            self.lm, vocab=vocab, stop_map=self.stop_map, batch_tokens=self.batch_tokens, thinking=self.thinking
+        )
+
     def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
         """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once."""
         hidden_ND, logits = self._hidden(pack, view), self._logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from retort.types import Prompt
 
@@ -15,14 +16,22 @@ class View:
     Attributes:
         render: The prompt as the teacher sees it, made from the student's prompt; None for the same prompt. Whatever it
             returns, the teacher scores the very tokens that the student wrote after it.
+        model: Which frozen model answers: the teacher, or the base (a run's `base`; by default the student as it was
+            before training).
     """
 
     render: Callable[[Prompt], Prompt] | None = None
+    model: Literal["teacher", "base"] = "teacher"
 
     @staticmethod
     def same_prompt() -> View:
         """The teacher sees what the student saw."""
         return View()
+
+    @staticmethod
+    def base() -> View:
+        """The base model sees what the student saw."""
+        return View(model="base")
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """The prompt that the teacher gets."""

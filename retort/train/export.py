@@ -53,6 +53,7 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         "",
         f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
         f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)",
+        *([f"- base: `{Path(setup.base_lm.name).name}`, frozen"] if setup.base_lm else []),
         f"- method: `{method.name}` ({method.status}): {origin}",
         f"- settings: {settings}",
         f"- data: `{Path(str(config.data)).name}`, {len(setup.train)} prompts",

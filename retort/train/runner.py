@@ -159,6 +159,7 @@ class Run:
             "best": self.best,
             "data": fingerprint(self.setup.train),
             "teacher": self.setup.teacher_lm.digest(),
+            "base": self.setup.base_lm.digest() if self.setup.base_lm else None,
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
         }
@@ -177,6 +178,8 @@ class Run:
             )
         if found.state["teacher"] != self.setup.teacher_lm.digest():
             raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
+        if found.state.get("base") != (self.setup.base_lm.digest() if self.setup.base_lm else None):
+            raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
         parameters = dict(self.setup.student.model.named_parameters())
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
             raise UserError(
@@ -210,7 +213,8 @@ class Run:
         )
 
     def _teacher(self) -> Any:
-        return next(iter(self.setup.teachers.values()))
+        views = self.setup.method.views
+        return next((t for name, t in self.setup.teachers.items() if views[name].model == "teacher"), None)
 
     def _progress(self, text: str) -> Any:
         def report(done: int, total: int) -> None:
@@ -282,7 +286,7 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
         "steps": setup.steps,
     }
     # So are places: a run may be resumed from another folder than it was started from.
-    places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "data")}
+    places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "base", "data")}
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     resolved = config.model_copy(update={**chosen, **places, "eval": judged, "out": str(folder)})
     configuration.save(resolved, folder / "config.json")

@@ -35,6 +35,7 @@ class Setup:
         method: What is learnt.
         student: The model that learns.
         teacher_lm: The teacher's model, to judge it by the same measure.
+        base_lm: A second frozen model, where the method has a view of it.
         teachers: Who answers, by view.
         vocab: Ids that student and teacher share.
         engine: How the student writes.
@@ -62,6 +63,7 @@ class Setup:
     precision: Precision
     render: Renderer
     attention: str | None = None
+    base_lm: LanguageModel | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +93,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         _need_responses(train, method)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
-    _refuse_same_name(method, student_name, teacher_name)
+    with_base = _base_name(config, method, student_name, teacher_name)
+    alone = with_base in (None, student_name)
+    if alone:
+        _refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
@@ -105,8 +110,19 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     local = local_teacher(config, student, teacher)
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
-    _refuse_same_weights(method, student, teacher)
-    teachers: dict[str, Teacher] = dict.fromkeys(method.views, local)
+    if alone:
+        _refuse_same_weights(method, student, teacher)
+    base = None if with_base is None else load(config, with_base, "base")
+    models: dict[str, LocalTeacher] = {"teacher": local}
+    if base is not None:
+        models["base"] = local_teacher(config, student, base)
+        # Nobody may say of an id that one of the models lacks.
+        vocab = min(model.vocab for model in models.values())
+        models = {name: model.about(vocab) for name, model in models.items()}
+        local = models["teacher"]
+        if base.digest() == teacher.digest():
+            raise _same_base(method)
+    teachers: dict[str, Teacher] = {name: models[view.model] for name, view in method.views.items()}
     setup = Setup(
         config=config,
         method=method,
@@ -122,6 +138,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         precision=student.precision,
         render=render,
         attention=attention,
+        base_lm=base,
         notes=notes,
     )
     _check_prompts(setup, local.render)
@@ -161,9 +178,10 @@ def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
     ]
 
 
-def load(config: Config, name: str, role: Literal["student", "teacher"]) -> LanguageModel:
+def load(config: Config, name: str, role: Literal["student", "teacher", "base"]) -> LanguageModel:
     """A model as the settings say."""
     device = torch.device(device_of(config))
+    as_student = role == "student" or (role == "base" and config.base is None)
     return load_model(
         name,
         source=located(name),
@@ -171,7 +189,7 @@ def load(config: Config, name: str, role: Literal["student", "teacher"]) -> Lang
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
         attention=None if config.attention == "auto" else config.attention,
-        stop=config.rollout.stop if role == "student" else None,
+        stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
     )
 
@@ -298,11 +316,33 @@ def _need_responses(train: Sequence[Prompt], method: Method) -> None:
             )
 
 
-def _refuse_same_name(method: Method, student: str, teacher: str) -> None:
-    def known(name: str) -> str:
-        return str(Path(name).resolve()) if Path(name).exists() else name
+def _base_name(config: Config, method: Method, student: str, teacher: str) -> str | None:
+    """The second frozen model's name, where the method has a view of one."""
+    if not any(view.model == "base" for view in method.views.values()):
+        if config.base is not None:
+            raise UserError(
+                f"base = {config.base} is given, but method '{method.name}' with these settings asks no base model "
+                "anything; leave it out, or choose a method with a view `base` (see `retort methods`)"
+            )
+        return None
+    if config.base is not None and _known(config.base) == _known(teacher):
+        raise _same_base(method)
+    return config.base or student
 
-    if known(student) == known(teacher) and _only_same_prompt(method):
+
+def _same_base(method: Method) -> UserError:
+    return UserError(
+        f"base and teacher are the same model, so nothing that '{method.name}' asks of the base would change anything; "
+        "choose another base, or leave it out for the student as it was before training"
+    )
+
+
+def _known(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _refuse_same_name(method: Method, student: str, teacher: str) -> None:
+    if _known(student) == _known(teacher) and _only_same_prompt(method):
         raise _nothing_to_learn(method, "are the same model")
 
 
@@ -330,6 +370,7 @@ def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
     rollout, evaluation = setup.config.rollout, setup.config.eval
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
     differing = 0
+    base_render = Renderer(setup.base_lm.tokenizer, thinking=rollout.thinking) if setup.base_lm is not None else None
     for prompt in [*setup.train, *setup.held_out]:
         ours = setup.render(prompt)
         if not ours:
@@ -341,7 +382,10 @@ def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
             )
         theirs = teacher_render(prompt)
         differing += ours != theirs
-        for who, ids, lm in (("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)):
+        readers = [("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)]
+        if setup.base_lm is not None and base_render is not None:
+            readers.append(("base", base_render(prompt), setup.base_lm))
+        for who, ids, lm in readers:
             if len(ids) + longest > lm.context:
                 raise UserError(
                     f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "

@@ -25,6 +25,7 @@ def summary(setup: Setup) -> dict[str, str]:
     return {
         "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters",
         "teacher": f"{setup.teacher_lm.name}, {_count(setup.teacher_lm.parameters)} parameters",
+        **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
         "method": f"{method.name} ({method.status}): {source}",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in asked.items()},
@@ -71,7 +72,7 @@ def _loaded(setup: Setup) -> int:
     try:
         import resource  # not on Windows
     except ImportError:
-        models = (setup.student.model, setup.teacher_lm.model)
+        models = [lm.model for lm in (setup.student, setup.teacher_lm, setup.base_lm) if lm is not None]
         return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -39,7 +39,9 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
     """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
     method, optimizer = setup.method, setup.config.optimizer
     watches = tuple(
-        watch for watch in method.watch if all(can_meet(signals[watch.against].offers, need) for need in watch.needs)
+        watch
+        for watch in method.watch
+        if all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
     )
     bare = Batch(pack, signals, {}, watches, step, total_steps)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp

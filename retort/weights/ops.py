@@ -15,4 +15,4 @@ def above(quantity: Quantity, threshold: float) -> Weight:
         value_N = quantity.value(context, view)
         return (value_N > threshold).to(value_N.dtype)
 
-    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs)
+    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs, quantity.also)

@@ -36,6 +36,14 @@ class Toy:
         self.rollouts = torch.arange(steps) * 5 // steps
         self.old = (self.logits.detach().log_softmax(-1).gather(-1, self.tokens[:, None])).squeeze(-1) - 0.1
 
+        # Of a second model, for methods that ask one; other methods do not look at it.
+        self.base_hidden = torch.randn(steps, 7, generator=draw, dtype=torch.float64).requires_grad_()
+        self.base_head = torch.randn(vocab, 7, generator=draw, dtype=torch.float64).requires_grad_()
+
+    @property
+    def base_logits(self) -> Tensor:
+        return self.base_hidden @ self.base_head.T
+
     @property
     def logits(self) -> Tensor:
         return self.hidden @ self.head.T
@@ -45,7 +53,8 @@ class Toy:
         return self.teacher_hidden @ self.teacher_head.T
 
     def dense(self, method: Method, **more: object) -> "retort.types.TokenLosses":
-        arguments = {"tokens": self.tokens, "rollouts": self.rollouts, **more}
+        views = {"base": self.base_logits}
+        arguments = {"tokens": self.tokens, "rollouts": self.rollouts, "extra_views": views, **more}
         return token_losses(method, student_logits=self.logits, teacher_logits=self.teacher_logits, **arguments)  # type: ignore[arg-type]
 
     def gradients(self, loss: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +64,10 @@ class Toy:
 @pytest.mark.parametrize("name", NAMES)
 def test_zero_when_student_equals_teacher(name: str) -> None:
     toy = Toy()
-    losses = token_losses(name, student_logits=toy.logits, teacher_logits=toy.logits, tokens=toy.tokens)
+    same = {"base": toy.logits}  # a base that differs is what the student would still be moved away from
+    losses = token_losses(
+        name, student_logits=toy.logits, teacher_logits=toy.logits, tokens=toy.tokens, extra_views=same
+    )
     if name in NOT_ZERO:
         assert losses.loss.item() >= 0, NOT_ZERO[name]
         assert losses.terms["reverse"].value.abs().max() < 1e-12
@@ -82,6 +94,7 @@ def test_chunked_equals_dense_in_value_and_gradient(name: str, chunk: int) -> No
         mask=mask,
         old_logp=toy.old,
         chunk=chunk,
+        extra_views={"base": (toy.base_hidden, toy.base_head)},
     )
     torch.testing.assert_close(linear.loss, dense.loss, rtol=1e-12, atol=1e-12)
     for term, values in dense.terms.items():
@@ -96,8 +109,8 @@ def test_chunked_equals_dense_in_value_and_gradient(name: str, chunk: int) -> No
 def test_no_gradient_reaches_the_teacher_or_the_weights(name: str) -> None:
     toy = Toy()
     losses = toy.dense(registry.load(name))
-    found = torch.autograd.grad(losses.loss, (toy.teacher_hidden, toy.teacher_head), allow_unused=True)
-    assert found == (None, None)
+    frozen = (toy.teacher_hidden, toy.teacher_head, toy.base_hidden, toy.base_head)
+    assert torch.autograd.grad(losses.loss, frozen, allow_unused=True) == (None,) * 4
     assert all(not term.weight.requires_grad for term in losses.terms.values())
 
 
@@ -108,13 +121,19 @@ def test_a_mask_is_a_slice(name: str) -> None:
     poisoned = toy.logits.detach().clone()
     poisoned[~mask] = math.nan
     whole = token_losses(
-        method, student_logits=poisoned, teacher_logits=toy.teacher_logits, tokens=toy.tokens, mask=mask
+        method,
+        student_logits=poisoned,
+        teacher_logits=toy.teacher_logits,
+        tokens=toy.tokens,
+        mask=mask,
+        extra_views={"base": toy.base_logits},
     )
     sliced = token_losses(
         method,
         student_logits=toy.logits[mask],
         teacher_logits=toy.teacher_logits[mask],
         tokens=toy.tokens[mask],
+        extra_views={"base": toy.base_logits[mask]},
     )
     torch.testing.assert_close(whole.loss, sliced.loss, rtol=1e-13, atol=1e-13)
 
@@ -130,12 +149,17 @@ def test_order_and_micro_batches_do_not_matter(name: str) -> None:
         teacher_logits=toy.teacher_logits[order],
         tokens=toy.tokens[order],
         rollouts=toy.rollouts[order],
+        extra_views={"base": toy.base_logits[order]},
     )
     torch.testing.assert_close(whole.loss, moved.loss, rtol=1e-12, atol=1e-13)
     halves = [torch.arange(0, 20), torch.arange(20, len(toy.tokens))]
     parts = [
         token_losses(
-            method, student_logits=toy.logits[half], teacher_logits=toy.teacher_logits[half], tokens=toy.tokens[half]
+            method,
+            student_logits=toy.logits[half],
+            teacher_logits=toy.teacher_logits[half],
+            tokens=toy.tokens[half],
+            extra_views={"base": toy.base_logits[half]},
         ).loss
         * len(half)
         / len(toy.tokens)
@@ -168,7 +192,8 @@ def test_needs_are_sufficient(name: str) -> None:
         pytest.skip("needs the whole distribution")
     small = reduced(dense, method.needs())
     assert isinstance(small, Sampled | TopK)
-    ours = token_losses(method, student_logits=toy.logits, teacher_logits=small, tokens=toy.tokens)
+    views = {"base": reduced(Dense.of(toy.base_logits, toy.tokens), method.needs("base"))}
+    ours = token_losses(method, student_logits=toy.logits, teacher_logits=small, tokens=toy.tokens, extra_views=views)
     torch.testing.assert_close(ours.loss, toy.dense(method).loss, rtol=1e-13, atol=1e-13)
 
 
@@ -176,13 +201,19 @@ def test_needs_are_sufficient(name: str) -> None:
 def test_needs_are_minimal(name: str) -> None:
     """A teacher that lacks any one of the needs is refused, by name, before anything is computed."""
     method = registry.load(name)
-    for need in method.needs():
-        lacking = frozenset(other.kind for other in method.needs() if other.kind != need.kind)
-        if can_meet(lacking, need):
-            continue  # another need implies it
-        with pytest.raises(UserError, match=f"method '{name}' needs"):
-            check_needs(method, {"teacher": lacking})
-    check_needs(method, {"teacher": frozenset({"dense"})})
+    able = dict.fromkeys(method.views, frozenset({"dense"}))
+    for view in method.views:
+        for need in method.needs(view):
+            lacking = frozenset(other.kind for other in method.needs(view) if other.kind != need.kind)
+            if can_meet(lacking, need):
+                continue  # another need implies it
+            with pytest.raises(UserError, match=f"method '{name}' needs"):
+                check_needs(method, {**able, view: lacking})  # type: ignore[arg-type]
+        if not method.needs(view):
+            continue
+        with pytest.raises(UserError, match="was not given"):
+            check_needs(method, {other: kinds for other, kinds in able.items() if other != view})  # type: ignore[arg-type]
+    check_needs(method, able)  # type: ignore[arg-type]
     assert method.needs() <= wanted(method, "teacher", frozenset({"dense"}))
 
 
@@ -278,5 +309,11 @@ def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
     toy, method = Toy(), registry.load(name)
     padding = torch.full((len(toy.tokens), 9), 50.0, dtype=torch.float64)
     wide = torch.cat([toy.teacher_logits.detach(), padding], dim=-1)
-    losses = token_losses(method, student_logits=toy.logits, teacher_logits=wide, tokens=toy.tokens)
+    losses = token_losses(
+        method,
+        student_logits=toy.logits,
+        teacher_logits=wide,
+        tokens=toy.tokens,
+        extra_views={"base": torch.cat([toy.base_logits.detach(), padding], dim=-1)},
+    )
     torch.testing.assert_close(losses.loss, toy.dense(method).loss)

@@ -1,0 +1,59 @@
+"""Corrections for a rollout that another policy than the trainer's wrote. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Weight
+from retort.types import SAMPLED
+
+
+def truncated_rollout_ratio(cap: float) -> Weight:
+    r"""Truncated importance sampling: :math:`\min(c, p_{old}(y_t) / p_{engine}(y_t))`, dimensionless.
+
+    1 where the engine reported nothing (given answers, `token_losses` without `engine_logp`).
+
+    Args:
+        cap: c, positive.
+
+    Raises:
+        UserError: A cap that is not positive.
+    """
+    _check_cap(cap)
+
+    def value(context: Context, view: str) -> Tensor:
+        old_N = context.old_logp_N
+        if context.engine_logp_N is None:
+            return torch.ones_like(old_N)
+        return _capped(old_N - context.engine_logp_N, cap).nan_to_num(nan=1.0)
+
+    return Weight(f"truncated_rollout_ratio({cap:g})", value)
+
+
+def truncated_teacher_ratio(cap: float) -> Weight:
+    r""":math:`\min(c, p_T(y_t) / p_{old}(y_t))`, dimensionless: what Eq. 3 of arXiv 2605.08737 prints.
+
+    Args:
+        cap: c, positive.
+
+    Raises:
+        UserError: A cap that is not positive.
+    """
+    _check_cap(cap)
+
+    def value(context: Context, view: str) -> Tensor:
+        return _capped(context.signal(view).sampled_logp_N - context.old_logp_N, cap)
+
+    return Weight(f"truncated_teacher_ratio({cap:g})", value, frozenset({SAMPLED}))
+
+
+def _check_cap(cap: float) -> None:
+    if not cap > 0:
+        raise UserError(f"the cap of an importance ratio must be positive, or none for no correction; it is {cap}")
+
+
+def _capped(gap_N: Tensor, cap: float) -> Tensor:
+    return gap_N.clamp(-20.0, 20.0).exp().clamp_max(cap)
