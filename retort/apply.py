@@ -27,9 +27,9 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
             raise UserError(f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}")
 
 
-def wanted(method: Method, view: str, capabilities: frozenset[NeedKind]) -> frozenset[Need]:
-    """What to ask of a teacher: all that is needed, and what the curves would like if it can give it."""
-    return method.needs(view) | {need for need in method.welcomes(view) if can_meet(capabilities, need)}
+def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
+    """What to ask of a teacher at a step: all that is needed, and what the curves would like if it can give it."""
+    return method.needs(view) | {need for need in method.welcomes(view, step) if can_meet(capabilities, need)}
 
 
 def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:

@@ -88,6 +88,10 @@ class RecordSection(_Section):
     """What is written down of the rollouts."""
 
     rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
+    overlap: int = Field(
+        default=16, ge=0, description="k of the comparison of student's and teacher's top-k; 0: no such comparison"
+    )
+    overlap_every: int = Field(default=1, ge=1, description="batches from one such comparison to the next")
     answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from torch import Tensor
 from retort.distribution import WHOLE, Distribution, Shard
 from retort.errors import SignalError
 from retort.signals import SignalRows, as_compute
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False)
@@ -41,12 +44,19 @@ class Context:
     step: int = 0
     total_steps: int | None = None
     shard: Shard = WHOLE
+    _made: dict[Hashable, Any] = field(default_factory=lambda: {}, repr=False)
 
     def signal(self, view: str) -> SignalRows:
         """The answer of one view."""
         if view not in self.signals:
             raise SignalError(f"the method asks view '{view}', which gave no signal (given: {sorted(self.signals)})")
         return self.signals[view]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What several parts need and nobody should compute twice for these steps."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     @cached_property
     def student(self) -> Distribution:

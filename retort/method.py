@@ -79,6 +79,8 @@ class Watch:
         against: The view.
         alarm_below: Say `advice` once if the average falls below this.
         advice: One sentence for the user.
+        every: Only at every so many batches, for what costs.
+        by_position: Also averaged by the place in the answer.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Watch:
     against: str = "teacher"
     alarm_below: float | None = None
     advice: str = ""
+    every: int = 1
+    by_position: bool = False
 
     def asks(self, view: str) -> frozenset[Need]:
         """What the curve would like to know of a view's teacher."""
@@ -158,9 +162,10 @@ class Method:
         """What the method cannot do without from the teacher behind a view."""
         return frozenset[Need]().union(*(term.asks(view) for term in self.terms))
 
-    def welcomes(self, view: str = "teacher") -> frozenset[Need]:
-        """What its curves would like to know besides."""
-        return frozenset[Need]().union(*(watch.asks(view) for watch in self.watch)) - self.needs(view)
+    def welcomes(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
+        """What its curves would like to know besides, at a batch of rollouts counted from 0."""
+        due = (watch.asks(view) for watch in self.watch if step % watch.every == 0)
+        return frozenset[Need]().union(*due) - self.needs(view)
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:

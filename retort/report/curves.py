@@ -31,6 +31,21 @@ PLOTS = (
     Curves("Student’s entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
     Curves("Gate open", "share of tokens", {"gate_open_fraction": "gate open"}, "share"),
     Curves("Teacher’s top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),
+    Curves("Top-k in common", "share of the student’s k", {"overlap_ratio": "overlap"}, "share"),
+    Curves(
+        "Mass of the top-k in common",
+        "probability",
+        {"overlap_mass": "student’s", "overlap_teacher_mass": "teacher’s"},
+        "share",
+    ),
+    Curves("Teacher’s pull among the top-k in common", "nats, 0 is agreement", {"overlap_advantage": "advantage"}),
+    Curves("Entropy gap", "nats per token", {"entropy_gap": "entropy gap"}),
+    Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
+    Curves(
+        "Does the teacher’s reward tell right from wrong?",
+        "AUROC over rollouts, 0.5 is chance",
+        {"trajectory_auroc": "AUROC"},
+    ),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
     Curves("Length", "tokens per rollout", {"length": "length"}),
@@ -38,6 +53,15 @@ PLOTS = (
     Curves("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
     Curves("Learning rate", "", {"lr": "learning rate"}, smooth=False),
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
+)
+
+#: Curves that are also averaged by the place in the answer: name, title, unit.
+POSITIONS = (
+    ("overlap_ratio", "Top-k in common, by place in the answer", "share of the student’s k"),
+    ("overlap_mass", "Student’s mass in common, by place in the answer", "probability"),
+    ("overlap_advantage", "Teacher’s pull, by place in the answer", "nats, 0 is agreement"),
+    ("entropy_gap", "Entropy gap, by place in the answer", "nats per token"),
+    ("overlap_teacher_mass", "Teacher’s mass in common, by place in the answer", "probability"),
 )
 
 
@@ -61,7 +85,12 @@ def series_of(
 def curves_section(groups: Sequence[Group]) -> str:
     """The section with all curves; empty if there is none."""
     runs = any_of(groups)
-    known = [_loss(groups), *PLOTS[:9], _accuracy(groups), *PLOTS[9:], _times(groups)]
+    split = next(place for place, curves in enumerate(PLOTS) if curves.title == "Length")
+    known = [
+        *(_loss(groups), *PLOTS[:split], _accuracy(groups), *PLOTS[split:]),
+        *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
+        _times(groups),
+    ]
     shown = {key for curves in known for key in curves.keys} | {"tokens"}
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
     judged = _keys(groups, "eval/")
@@ -106,6 +135,12 @@ def _loss(groups: Sequence[Group]) -> Curves:
 def _accuracy(groups: Sequence[Group]) -> Curves:
     keys = {key: key.removeprefix("eval/") for key in _keys(groups, "eval/") if "@" in key}
     return Curves("Accuracy during the run", "held-out problems", keys, "share")
+
+
+def _by_position(groups: Sequence[Group], name: str, title: str, unit: str) -> Curves:
+    """A curve in each chunk of the answer."""
+    keys = _keys(groups, f"{name}/from-")
+    return Curves(title, unit, {key: f"from token {key.rpartition('-')[2]}" for key in keys})
 
 
 def _times(groups: Sequence[Group]) -> Curves:

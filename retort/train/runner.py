@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retort import config as configuration
 from retort.apply import check_needs, wanted
@@ -24,6 +26,7 @@ from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, export, record, results
+from retort.train.diagnose import auroc, rollout_means
 from retort.train.metrics import JsonLines, Means, Stopwatch
 from retort.train.observe import Observer, Silent
 from retort.train.setup import Setup, prepare, run_folder
@@ -117,7 +120,7 @@ class Run:
                 setup.teachers,
                 setup.method.views,
                 pack,
-                lambda view: wanted(setup.method, view, setup.teachers[view].capabilities),
+                lambda view: wanted(setup.method, view, setup.teachers[view].capabilities, self.step),
                 setup.method.temperature,
             )
         with watch("score"):
@@ -128,7 +131,8 @@ class Run:
             self.rollouts.append(row)
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
-        return {"step": self.step, **means.values(), **_rollout_metrics(batch), **speed, **times}
+        shown = {**means.values(), **_rollout_metrics(batch), **_trajectory_reward(batch, values)}
+        return {"step": self.step, **shown, **speed, **times}
 
     def _factor(self) -> Any:
         settings = self.setup.config.optimizer
@@ -341,6 +345,18 @@ def _rollout_metrics(batch: Batch) -> dict[str, float]:
             if rollout.reward is not None:
                 means.add("reward", rollout.reward)
     return means.values()
+
+
+def _trajectory_reward(batch: Batch, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """How well the mean of log p_T - log p_S over a rollout tells right ones from wrong ones."""
+    rewards_R = torch.tensor(
+        [r.reward if r.source == "student" and r.reward is not None else math.nan for r in batch.pack.rollouts]
+    )
+    if "teacher_logp" not in values or bool(rewards_R.isnan().all()):
+        return {}
+    means_R = rollout_means(batch.pack, values["teacher_logp"] - values["student_logp"])
+    found = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
+    return {} if found is None else {"trajectory_auroc": found}
 
 
 class _Interruptions:

@@ -23,6 +23,7 @@ from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.train.attention import quickest
+from retort.train.diagnose import watching
 from retort.types import Message, Prompt
 
 
@@ -84,7 +85,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         UserError: Whatever is wrong, in one line.
     """
     student_name, teacher_name, data = _three(config)
-    method = method or registry.load(**config.method)
+    method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)

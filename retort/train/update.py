@@ -18,6 +18,7 @@ from retort.method import Method, Watch
 from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
+from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
 from retort.train.setup import Setup
 from retort.types import Pack, TokenLoss, can_meet
@@ -41,7 +42,8 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
     watches = tuple(
         watch
         for watch in method.watch
-        if all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
+        if step % watch.every == 0
+        and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
     )
     bare = Batch(pack, signals, {}, watches, step, total_steps)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
@@ -90,6 +92,8 @@ def learn(
         for part in range(parts):
             chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
             values = _gradients(setup, batch, chosen, means, watch)
+            if epoch == part == 0 and _as_written(setup):
+                add_noise_floor(means, pack, chosen, values["student_logp"])
             if epoch == 0:
                 index_N = pack.steps_of(chosen)
                 for name, values_N in values.items():
@@ -148,7 +152,16 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
         values_N = found[f"watch.{watched.name}"]
         kept_N = values_N[~values_N.isnan() & written_N]
         means.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        if watched.by_position:
+            longest = setup.config.rollout.max_new_tokens
+            place_N = pack.position_N[~values_N.isnan() & written_N]
+            add_positions(means, watched.name, kept_N, place_N, longest)
     return found
+
+
+def _as_written(setup: Setup) -> bool:
+    """Whether what the rollout engine reported and what is learnt are log-probs of one distribution."""
+    return setup.method.rollout.top_p == 1.0 and setup.method.rollout.temperature == setup.method.temperature
 
 
 def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:

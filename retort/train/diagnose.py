@@ -1,0 +1,96 @@
+"""What every run looks at besides its method's own curves: can this teacher teach this student?
+
+The diagnostics of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), and how far rollout engine and
+trainer are apart. Axis letters: see `retort.types`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from retort.method import Method, Watch
+from retort.train.metrics import Means
+from retort.types import Pack
+from retort.weights import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+
+#: Tokens of a position chunk, as in the paper; shorter answers are cut into four.
+CHUNK_TOKENS = 1024
+
+
+def watching(method: Method, k: int, every: int) -> Method:
+    """The method with the diagnostics among its curves, at every so many batches; a name it uses already stays its own.
+
+    Args:
+        method: Of the run.
+        k: Candidates of either side (the paper: 16); 0 for no diagnostics.
+        every: Batches of rollouts from one measurement to the next.
+    """
+    views = [name for name, view in method.views.items() if view.model == "teacher"]
+    if k == 0 or not views:
+        return method
+    parts = {
+        "overlap_ratio": overlap_ratio(k),
+        "overlap_advantage": overlap_advantage(k),
+        "overlap_mass": overlap_mass(k),
+        "overlap_teacher_mass": overlap_teacher_mass(k),
+        "entropy_gap": entropy_gap(),
+    }
+    taken = {watch.name for watch in method.watch}
+    added = [
+        Watch(name, part, against=views[0], every=every, by_position=True)
+        for name, part in parts.items()
+        if name not in taken
+    ]
+    return replace(method, watch=(*method.watch, *added))
+
+
+def position_chunks(longest: int) -> list[int]:
+    """Where the chunks of an answer begin."""
+    size = CHUNK_TOKENS if longest > 2 * CHUNK_TOKENS else math.ceil(longest / 4)
+    return list(range(0, longest, size))
+
+
+def add_positions(means: Means, name: str, values_N: Tensor, position_N: Tensor, longest: int) -> None:
+    """The mean of a curve in each position chunk, as `<name>/from-<first token>`."""
+    starts = position_chunks(longest)
+    for first, end in zip(starts, [*starts[1:], longest], strict=True):
+        inside_N = values_N[(position_N >= first) & (position_N < end)].double()
+        means.add_sum(f"{name}/from-{first}", float(inside_N.sum()), len(inside_N))
+
+
+def add_noise_floor(means: Means, pack: Pack, rollouts: Sequence[int], student_logp_N: Tensor) -> None:
+    """How far the trainer's log-probs of written tokens lie from the rollout engine's, nats, before any update.
+
+    Divergences smaller than this are arithmetic and not disagreement.
+    """
+    index_N = pack.steps_of(rollouts)
+    gap_N = (student_logp_N[index_N] - pack.engine_logp_N[index_N]).abs().double()
+    gap_N = gap_N[gap_N.isfinite()]
+    means.add_sum("noise_floor", float(gap_N.sum()), len(gap_N))
+
+
+def rollout_means(pack: Pack, values_N: Tensor) -> Tensor:
+    """The mean over each rollout's steps, [R]."""
+    kept_N = values_N.isfinite()
+    total_R = torch.zeros(len(pack.rollouts), dtype=torch.float64)
+    total_R.index_add_(0, pack.rollout_N[kept_N], values_N[kept_N].double())
+    count_R = torch.bincount(pack.rollout_N[kept_N], minlength=len(pack.rollouts))
+    return total_R / count_R
+
+
+def auroc(scores_R: Tensor, right_R: Tensor) -> float | None:
+    """Probability that a right rollout scores above a wrong one, ties counted as half; None without both kinds."""
+    known_R = scores_R.isfinite()
+    right_R, scores_R = right_R[known_R], scores_R[known_R]
+    good, bad = scores_R[right_R], scores_R[~right_R]
+    if not len(good) or not len(bad):
+        return None
+    order = bad.sort().values
+    below = torch.searchsorted(order, good, right=False).double()
+    through = torch.searchsorted(order, good, right=True).double()
+    return float(((below + through) / 2 / len(bad)).mean())
