@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from retort import functional as functional
     from retort.api import distill as distill
+    from retort.api import doctor as doctor
     from retort.errors import RetortError as RetortError
     from retort.errors import RunError as RunError
     from retort.errors import UserError as UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 #: Public name -> where it lives; imported when first asked for, so that `import retort` costs nothing.
 _HOMES = {
     "distill": "retort.api",
+    "doctor": "retort.api",
     "load": "retort.registry",
     "Limit": "retort.method",
     "Method": "retort.method",
@@ -44,6 +46,7 @@ __all__ = [
     "UserError",
     "Watch",
     "distill",
+    "doctor",
     "functional",
     "load",
 ]

@@ -11,6 +11,8 @@ from retort import config as configuration
 from retort.errors import UserError
 from retort.method import Method
 from retort.train import runner
+from retort.train.doctor import examine, examine_setup, refuse
+from retort.train.findings import Examination
 from retort.train.observe import Observer
 
 
@@ -73,9 +75,63 @@ def distill(
     else:
         config = assemble(flags, settings or {}, own=own)
         run = runner.start(config, folder_of(config), observer, method=own)
+        check(run)
     run.go()
     write_report(run.folder)
     return run
+
+
+def doctor(
+    *,
+    student: str | None = None,
+    teacher: str | None = None,
+    base: str | None = None,
+    data: str | None = None,
+    method: str | Method | Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quick: bool = False,
+) -> Examination:
+    """Checks a pair before any time is spent on it: what `retort doctor` prints. Nothing is trained or written.
+
+    Args:
+        student: As in `distill`, as are all arguments not named here.
+        teacher: As in `distill`.
+        base: As in `distill`.
+        data: As in `distill`.
+        method: As in `distill`.
+        settings: As in `distill`.
+        quick: Leave out the checks that generate; these are the ones that `distill` makes.
+
+    Returns:
+        `.verdict` (ok, warn or fatal) and `.checks`: what each saw, why it matters, what to do.
+
+    Raises:
+        UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
+    """
+    named = {"name": method} if isinstance(method, str) else method
+    own = method if isinstance(method, Method) else None
+    given = {"student": student, "teacher": teacher, "base": base, "data": data}
+    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if isinstance(named, Mapping):
+        flags["method"] = named
+    return examine(assemble(flags, settings or {}, own=own), own, quick=quick)
+
+
+def check(run: runner.Run) -> None:
+    """The quick checks of a run that is about to start.
+
+    Raises:
+        UserError: One is fatal, and the settings do not say `checks = "warn"`.
+    """
+    how = run.setup.config.checks
+    if how == "skip":
+        return
+    found = examine_setup(run.setup, quick=True)
+    if how == "refuse":
+        refuse(found)
+    # Chat templates and stops are in the summary already.
+    said = [one for one in found.checks if one.verdict != "ok" and one.name != "chat template"]
+    run.setup.notes.extend(one.line for one in said)
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:

@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="DIR", help="folder of a run (its newest checkpoint), or one checkpoint")
     train.set_defaults(run=_train)
 
+    doctor = commands.add_parser("doctor", help="check a pair before training it", description=_DOCTOR)
+    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
+    for name in ("method", "student", "teacher", "base", "data"):
+        doctor.add_argument(f"--{name}", help="as for `retort train`")
+    doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` makes, too")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
     judge = commands.add_parser("eval", help="avg@k and pass@k of any model folder")
     judge.add_argument("model", help="model folder, hub name, countdown:student or countdown:teacher")
     judge.add_argument("--data", default="countdown", help="data file with answers; default: the built-in task")
@@ -103,6 +111,10 @@ _TRAIN = (
     "language models of transformers. Settings come from a TOML file and from key=value words such as "
     "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win."
 )
+_DOCTOR = (
+    "Looks at student, teacher and data as `retort train` would take them (with no argument: the built-in task), lets "
+    "the student write a little, and says what it saw, why it matters and what to do. Exit code 2 if anything is fatal."
+)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -127,6 +139,7 @@ def _train(arguments: argparse.Namespace) -> int:
         else:
             settings = api.assemble(*[config.read_toml(Path(file)) for file in files], flags, pairs)
             run = runner.start(settings, api.folder_of(settings), observer)
+            api.check(run)
         run.go()
     finally:
         observer.close()
@@ -141,6 +154,29 @@ def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) 
         raise UserError(
             f"--resume goes on with the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
         )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api, config
+    from retort.console import examination_table, quiet_libraries
+    from retort.train.doctor import examine
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data")}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.method is not None:
+        flags["method"] = {"name": arguments.method}
+    quiet_libraries()
+    settings = api.assemble(*[config.read_toml(Path(file)) for file in files], flags, pairs)
+    found = examine(settings, quick=arguments.quick)
+    if arguments.json:
+        print(json.dumps(found.plain(), indent=2))
+    else:
+        Console().print(examination_table(found.plain()))
+    return 2 if found.verdict == "fatal" else 0
 
 
 def _eval(arguments: argparse.Namespace) -> int:

@@ -128,6 +128,10 @@ class Config(_Section):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
+    checks: Literal["refuse", "warn", "skip"] = Field(
+        default="refuse",
+        description="what a fatal finding of the quick checks of `retort doctor` does to a run before it starts",
+    )
     own_method: bool = Field(default=False, description="the method is the caller's own, not the published one")
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     columns: dict[str, str] = Field(

@@ -152,3 +152,18 @@ def quiet_libraries() -> None:
 
         disable_progress_bar()
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+
+
+def examination_table(found: Mapping[str, Any]) -> Table:
+    """What `retort doctor` shows, from `Examination.plain`."""
+    colors = {"ok": "green", "warn": "yellow", "fatal": "bold red"}
+    table = Table(box=None, padding=(0, 2, 1, 0), show_header=False)
+    for check in found["checks"]:
+        text = Text(check["saw"])
+        if check["verdict"] != "ok":
+            text.append(f"\nwhy it matters: {check['why']}", style="dim")
+            if check["remedy"]:
+                text.append(f"\nwhat to do: {check['remedy']}")
+        table.add_row(Text(check["verdict"], style=colors[check["verdict"]]), Text(check["name"], style="bold"), text)
+    table.add_row(Text(found["verdict"], style=colors[found["verdict"]]), Text("all together", style="bold"), "")
+    return table

@@ -25,6 +25,7 @@ def test_names() -> None:
         "UserError",
         "Watch",
         "distill",
+        "doctor",
         "functional",
         "load",
     ]

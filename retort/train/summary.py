@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-
-import torch
-
 from retort.apply import wanted
-from retort.models.core import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from retort.train.memory import forecast
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
 
@@ -34,48 +30,8 @@ def summary(setup: Setup) -> dict[str, str]:
         "batch": f"{plan_summary(method.rollout, setup.batch_prompts)}, {updates} optimizer steps",
         "run": f"{setup.steps} batches, learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {setup.precision} on {setup.student.device.type}, seed {config.seed}",
-        "memory": forecast(setup),
+        "memory": str(forecast(setup)),
     }
-
-
-def forecast(setup: Setup) -> str:
-    """Rough peak of memory: what is loaded, gradients and Adam in fp32, and the larger of learning and writing."""
-    student, config = setup.student, setup.config
-    text = student.model.config.get_text_config()
-    loaded = _loaded(setup)
-    learning = 12 * student.parameters  # gradients and two moments; the weights are loaded already
-    tokens = config.optimizer.batch_tokens
-    kept = 2 if config.optimizer.gradient_checkpointing else 34
-    activations = tokens * text.hidden_size * text.num_hidden_layers * kept * 2
-    # A chunk of the student's logits, one of the teacher's, and what is kept of a block.
-    logits = 2 * 4 * min(CHUNK_ELEMENTS, tokens * setup.vocab) + 6 * 4 * BLOCK_ELEMENTS
-    longest = config.rollout.max_new_tokens + config.rollout.max_prompt_tokens
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    judged = config.eval.samples * len(setup.held_out)
-    rollouts = min(config.rollout.parallel, max(judged, setup.batch_prompts * setup.method.rollout.samples))
-    writing = rollouts * longest * heads * width * text.num_hidden_layers * 2 * 4
-    parts = {
-        "loaded": loaded,
-        "gradients and Adam": learning,
-        "a forward and backward pass": activations + logits,
-        "the cache of generation": writing,
-    }
-    whole = loaded + learning + max(activations + logits, writing)
-    return f"about {_size(whole)} at peak ({', '.join(f'{name} {_size(size)}' for name, size in parts.items())})"
-
-
-def _loaded(setup: Setup) -> int:
-    """Bytes in use already: of the device, or of this process."""
-    if setup.student.device.type == "cuda":
-        return torch.cuda.memory_allocated(setup.student.device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        models = [lm.model for lm in (setup.student, setup.teacher_lm, setup.base_lm) if lm is not None]
-        return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _count(parameters: int) -> str:
@@ -83,7 +39,3 @@ def _count(parameters: int) -> str:
         if parameters >= size:
             return f"{parameters / size:.2f} {unit}"
     return str(parameters)
-
-
-def _size(bytes_: float) -> str:
-    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"

@@ -1,0 +1,270 @@
+"""The quick checks of a pair: nothing is generated. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.align.stops import describe_stop_map
+from retort.align.tokens import vocabulary_width
+from retort.errors import UserError
+from retort.models.lm import LanguageModel
+from retort.rollout.single_turn import acted
+from retort.signals import Dense, Sampled
+from retort.teachers.local import LocalTeacher, reduced
+from retort.train.findings import Check
+from retort.train.memory import available, forecast, size_words
+from retort.train.setup import Setup
+from retort.types import SAMPLED, Message, Pack, Prompt, Rollout
+
+#: Rows of the data that models are probed on.
+PROBES = 16
+#: Tokens of each that are looked at.
+PROBE_TOKENS = 256
+#: A teacher whose surprise is this share of ln(vocabulary) knows no more than random weights.
+UNTRAINED = 0.9
+#: Below this many ids a vocabulary belongs to a toy, which may never have learnt to predict its prompts.
+REAL_VOCABULARY = 1000
+#: Nats by which two passes over one text may differ: rounding, and what is not rounding any more.
+ROUNDING, RANDOM = 1e-4, 1e-2
+#: Shares of the memory there is from which a forecast is worth a word, and from which it cannot work.
+TIGHT, TOO_MUCH = 0.9, 1.3
+
+_CONVERSATION = Prompt("probe", (Message("user", "What is 2 + 2?"),), plain=True)
+
+
+def quick_checks(setup: Setup) -> list[Check]:
+    """All of them, in the order in which a user would want to know."""
+    checks: list[Callable[[Setup], Check]] = [
+        check_special_tokens,
+        check_stops,
+        check_chat_templates,
+        check_vocabulary,
+        check_teacher_loaded,
+        check_teacher_repeats,
+        check_memory,
+    ]
+    return [check(setup) for check in checks]
+
+
+def check_special_tokens(setup: Setup) -> Check:
+    """Whether both sides treat the same tokens as special."""
+    why = "a control token to one side that is text to the other is written by one and not expected by the other"
+    ours, theirs = _specials(setup.student), _specials(setup.teacher_lm)
+    vocab = setup.vocab
+    only = sorted(i for i in ours.keys() ^ theirs.keys() if i < vocab)
+    roles = {
+        role: (mine, other)
+        for role in ("bos_token_id", "pad_token_id", "unk_token_id")
+        if (mine := getattr(setup.student.tokenizer, role)) != (other := getattr(setup.teacher_lm.tokenizer, role))
+    }
+    parts = []
+    if only:
+        named = ", ".join(
+            f"{ours.get(i) or theirs.get(i)} ({i}, {'student' if i in ours else 'teacher'})" for i in only[:4]
+        )
+        parts.append(f"{len(only)} token(s) special to one side only: {named}")
+    if "bos_token_id" in roles:
+        mine, other = roles["bos_token_id"]
+        parts.append(f"the student's text begins with id {mine}, the teacher's with {other}")
+    if not parts:
+        return Check("special tokens", "ok", f"the same {len(ours)} on both sides", why)
+    return Check(
+        "special tokens",
+        "warn",
+        "; ".join(parts),
+        why,
+        "give both the same tokenizer files if they are of one family; else look at the first rollouts in report.html",
+    )
+
+
+def check_stops(setup: Setup) -> Check:
+    """Whether the stop token of either side is among the ids that both can write."""
+    why = "a student that is never told to stop writes until it is cut off, and learns from that"
+    local = _local(setup)
+    student, teacher = setup.student.stops, setup.teacher_lm.stops
+    name = setup.student.tokenizer.convert_ids_to_tokens(student.primary)
+    if any(stops.primary >= setup.vocab for stops in (student, teacher)):  # `prepare` refuses it as well
+        saw = f"stops {student.primary} and {teacher.primary}, of {setup.vocab:,} ids that both share"
+        return Check("stop token", "fatal", saw, why, "choose a stop that both have: rollout.stop, or eos_token")
+    if local is not None and local.stop_map:
+        saw = describe_stop_map(local.stop_map, setup.student.tokenizer, setup.teacher_lm.tokenizer)
+        return Check("stop token", "ok", saw, why)
+    return Check("stop token", "ok", f"both stop with {name} ({student.primary}), which is among the shared ids", why)
+
+
+def check_chat_templates(setup: Setup) -> Check:
+    """Whether a user's message reads the same to both."""
+    why = "the teacher judges what it reads: in another template, or in none, it judges another conversation"
+    ours, theirs = setup.student.tokenizer, setup.teacher_lm.tokenizer
+    if not ours.chat_template and not theirs.chat_template:
+        return Check("chat template", "ok", "neither side has one: prompts are bare text to both", why)
+    if bool(ours.chat_template) != bool(theirs.chat_template):
+        who, other = ("student", "teacher") if ours.chat_template else ("teacher", "student")
+        return Check(
+            "chat template",
+            "warn",
+            f"only the {who} has one; to the {other} prompts are bare text",
+            why,
+            f"copy the template the {other} was trained with into its folder (chat_template.jinja)",
+        )
+    local = _local(setup)
+    assert local is not None
+    try:
+        mine, other = setup.render(_CONVERSATION), local.render(_CONVERSATION)
+    except UserError as error:
+        return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
+    if mine == other:
+        return Check("chat template", "ok", f"a probe question is the same {len(mine)} ids to both", why)
+    at = next((i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other)))
+    return Check(
+        "chat template",
+        "warn",
+        f"a probe question is {len(mine)} ids to the student and {len(other)} to the teacher, other ones from {at} on",
+        why,
+        "fine if each has the template it was trained with; a student that is to use the teacher's needs it now",
+    )
+
+
+def check_vocabulary(setup: Setup) -> Check:
+    """Whether the models have a row for every id, and how much is padding."""
+    why = "an id without a row cannot be read; a row without an id is padding, and must get no probability"
+    parts, missing = [], []
+    for who, lm in _models(setup):
+        rows, ids = lm.head().width, vocabulary_width(lm.tokenizer)
+        parts.append(f"{who} {rows:,} rows for {ids:,} ids")
+        if rows < ids:
+            missing.append(f"the {who}'s model lacks rows for ids {rows} to {ids - 1}")
+    saw = f"{'; '.join(parts)}; {setup.vocab:,} shared, the rest gets no probability"
+    if missing:
+        remedy = "resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
+        return Check("vocabulary", "warn", f"{saw}; {' and '.join(missing)}", why, remedy)
+    return Check("vocabulary", "ok", saw, why)
+
+
+def check_teacher_loaded(setup: Setup) -> Check:
+    """Whether the teacher is a trained model: random weights are as surprised by any text as a fair die."""
+    why = "weights that were not loaded (a renamed layer, a wrong file) leave random ones, and everything still runs"
+    probe = _probe(setup)
+    if probe is None:
+        return Check("teacher is loaded", "ok", "not looked at: this teacher is not a model in this process", why)
+    pack, text = probe
+    logp_N = _scored(setup, pack)
+    surprise, die = -float(logp_N.double().mean()), math.log(setup.vocab)
+    nats = f"{surprise:.2f} nats a token (perplexity {_perplexity(surprise)})"
+    saw = f"{nats} on {text}; random weights give about {die:.2f}"
+    values = (("nats_per_token", surprise), ("uniform_nats", die))
+    if surprise < UNTRAINED * die:
+        return Check("teacher is loaded", "ok", saw, why, values=values)
+    sure = text.startswith("answers") or setup.vocab >= REAL_VOCABULARY
+    return Check(
+        "teacher is loaded",
+        "fatal" if sure else "warn",
+        saw,
+        why,
+        "look for warnings about missing or unexpected weights while it loads; if it is meant to be random, set "
+        "checks = 'warn'"
+        if sure
+        else "a small model that never learnt to predict its prompts says the same; add a column `response` to be sure",
+        values,
+    )
+
+
+def check_teacher_repeats(setup: Setup) -> Check:
+    """Whether the teacher says the same of the same text twice."""
+    why = "a teacher that answers by chance (dropout, a quantised cache) teaches noise, and no run can be repeated"
+    probe = _probe(setup)
+    if probe is None:
+        return Check("teacher repeats", "ok", "not looked at: this teacher is not a model in this process", why)
+    pack, text = probe
+    apart = float((_scored(setup, pack) - _scored(setup, pack)).abs().max())
+    saw = f"two passes over {text} differ by {apart:.1e} nats at most"
+    values = (("largest_difference", apart),)
+    if apart <= ROUNDING:
+        return Check("teacher repeats", "ok", saw, why, values=values)
+    remedy = "switch off dropout or sampling in the teacher; on a GPU try torch.use_deterministic_algorithms(True)"
+    return Check("teacher repeats", "warn" if apart <= RANDOM else "fatal", saw, why, remedy, values)
+
+
+def check_memory(setup: Setup) -> Check:
+    """Whether a run will fit."""
+    why = "a run that dies of memory does so at its longest rollouts, hours in"
+    found, there = forecast(setup), available(setup.student.device)
+    if there is None:
+        return Check("memory", "ok", f"{found}; this system does not say how much there is", why)
+    there += found.models  # loaded already
+    share = found.peak / there
+    saw = f"{found} of {size_words(there)} on {setup.student.device.type}"
+    values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)))
+    if share < TIGHT:
+        return Check("memory", "ok", saw, why, values=values)
+    remedy = (
+        "lower optimizer.batch_tokens (activations), rollout.parallel (the cache) or rollout.max_new_tokens; "
+        "optimizer.gradient_checkpointing=true keeps a tenth of the activations"
+    )
+    return Check("memory", "warn" if share < TOO_MUCH else "fatal", saw, why, remedy, values)
+
+
+# --- inside ---
+
+
+def _models(setup: Setup) -> list[tuple[str, LanguageModel]]:
+    base = [] if setup.base_lm is None else [("base", setup.base_lm)]
+    return [("student", setup.student), ("teacher", setup.teacher_lm), *base]
+
+
+def _local(setup: Setup) -> LocalTeacher | None:
+    for name, view in setup.method.views.items():
+        teacher = setup.teachers[name]
+        if view.model == "teacher" and isinstance(teacher, LocalTeacher):
+            return teacher
+    return None
+
+
+def _specials(lm: LanguageModel) -> dict[int, str]:
+    tokenizer: Any = lm.tokenizer
+    return {int(i): str(tokenizer.convert_ids_to_tokens(int(i))) for i in tokenizer.all_special_ids}
+
+
+def _probe(setup: Setup) -> tuple[Pack, str] | None:
+    """Some of the data as if a student had written it: answers if there are any, else the prompts themselves."""
+    local = _local(setup)
+    if local is None:
+        return None
+    rollouts: list[Rollout] = []
+    answered = all(prompt.response is not None for prompt in setup.train[:PROBES])
+    for prompt in setup.train[:PROBES]:
+        prompt_ids = local.render(prompt)
+        if answered:
+            ids = list(setup.teacher_lm.tokenizer.encode(str(prompt.response), add_special_tokens=False))
+        else:
+            ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
+        ids = [token for token in ids if token < setup.vocab][:PROBE_TOKENS]
+        if ids:
+            rollouts.append(Rollout(prompt, torch.tensor([*prompt_ids, *ids]), acted(len(prompt_ids), len(ids))))
+    what = "answers" if answered else "prompts"
+    return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
+
+
+def _scored(setup: Setup, pack: Pack) -> Tensor:
+    """The teacher's log-probs of what it reads, [N], nats."""
+    lm = setup.teacher_lm
+    tokens = [rollout.tokens_L for rollout in pack.rollouts]
+    masks = [rollout.acted_L for rollout in pack.rollouts]
+    hidden_ND = lm.all_hidden(tokens, masks, setup.config.optimizer.batch_tokens)
+
+    def logits(rows: Tensor | slice) -> Tensor:
+        with lm.compute():
+            return lm.head().logits(hidden_ND[rows], setup.vocab)
+
+    signal = reduced(Dense(pack.tokens_N.to(lm.device), lm.name, logits, setup.vocab), frozenset({SAMPLED}))
+    assert isinstance(signal, Sampled)
+    return signal.logp_N.cpu()
+
+
+def _perplexity(nats: float) -> str:
+    return f"{math.exp(nats):,.1f}" if nats < 20 else f"e^{nats:.0f}"

@@ -1,0 +1,94 @@
+"""Before any GPU-hour is spent: is this a pair, will it fit, will it teach?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from retort.align.tokens import check_same_tokenizer
+from retort.config import Config
+from retort.errors import UserError
+from retort.method import Method
+from retort.train.checks import quick_checks
+from retort.train.findings import Check, Examination
+from retort.train.setup import Setup, located, prepare
+from retort.train.trial import trial_checks
+
+_TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
+
+
+def examine(config: Config, method: Method | None = None, *, quick: bool = False) -> Examination:
+    """All checks of what a configuration would run; what keeps a run from starting is a fatal finding, not an error.
+
+    Args:
+        config: Resolved.
+        method: A method of the caller's own, instead of the one that the configuration names.
+        quick: Leave out the checks that generate.
+    """
+    tokenizers = _tokenizers(config)
+    first = [tokenizers]
+    if tokenizers.verdict != "fatal":
+        try:
+            return examine_setup(prepare(config, method), quick=quick, before=first)
+        except UserError as error:
+            first.append(_refused(str(error)))
+    return Examination(tuple(first), quick)
+
+
+def examine_setup(setup: Setup, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
+    """The checks of a run whose parts are loaded.
+
+    Args:
+        setup: Its parts; nothing of it changes.
+        quick: Leave out the checks that generate.
+        before: Checks made already.
+    """
+    checks = [*before, *([] if before else [_alike(setup)]), *quick_checks(setup)]
+    if not quick and not any(check.verdict == "fatal" for check in checks):
+        checks += trial_checks(replace(setup, notes=[]))
+    return Examination(tuple(checks), quick)
+
+
+def refuse(examination: Examination) -> None:
+    """Raises `UserError` if a check is fatal: the first, and how to go on all the same."""
+    found = examination.of("fatal")
+    if found:
+        more = f" (and {len(found) - 1} more: see `retort doctor`)" if len(found) > 1 else ""
+        raise UserError(f"{found[0].line}{more}. To go on all the same: checks=warn")
+
+
+def _alike(setup: Setup) -> Check:
+    return _tokenizer_check(setup.student.tokenizer, setup.teacher_lm.tokenizer)
+
+
+def _tokenizers(config: Config) -> Check:
+    """Compares tokenizers before any weights are read."""
+    from transformers import AutoTokenizer
+
+    named = [name for name in (config.student, config.teacher) if name is not None]
+    try:
+        ours, theirs = (
+            AutoTokenizer.from_pretrained(located(name), trust_remote_code=config.trust_remote_code) for name in named
+        )
+    except (OSError, ValueError, KeyError, ImportError):
+        # Whatever is wrong with them, `prepare` says it in its own words.
+        return Check("tokenizer", "ok", "could not be read by themselves", _TOKENIZER_WHY)
+    return _tokenizer_check(ours, theirs)
+
+
+def _tokenizer_check(ours: object, theirs: object) -> Check:
+    try:
+        shared = check_same_tokenizer(ours, theirs)  # type: ignore[arg-type]
+    except UserError as error:
+        text, _, remedy = str(error).rpartition(". ")
+        return Check("tokenizer", "fatal", text or str(error), _TOKENIZER_WHY, remedy)
+    return Check(
+        "tokenizer", "ok", f"{shared:,} ids are the same token to both, and probes are cut alike", _TOKENIZER_WHY
+    )
+
+
+def _refused(message: str) -> Check:
+    """What keeps the run from starting."""
+    saw, _, remedy = message.rpartition("; ")
+    name = "stop token" if " stop" in message and "id" in message else "setup"
+    return Check(name, "fatal", saw or message, "a run with these settings would not start", remedy if saw else "")

@@ -1,0 +1,72 @@
+"""What a check says: what it saw, why that matters, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Verdict = Literal["ok", "warn", "fatal"]
+_ORDER: tuple[Verdict, ...] = ("ok", "warn", "fatal")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: Short name.
+        verdict: `ok`, `warn` (it will run, but read this) or `fatal` (what comes out would not be what was asked for).
+        saw: What was measured, with units.
+        why: Why it matters.
+        remedy: What to do; empty where nothing needs doing.
+        values: The numbers behind it.
+    """
+
+    name: str
+    verdict: Verdict
+    saw: str
+    why: str
+    remedy: str = ""
+    values: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def line(self) -> str:
+        """What it saw and what to do, in one line."""
+        return f"{self.name}: {self.saw}" + (f"; {self.remedy}" if self.remedy else "")
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All checks of a pair.
+
+    Attributes:
+        checks: In the order in which they were made.
+        quick: Whether those that generate were left out.
+    """
+
+    checks: tuple[Check, ...]
+    quick: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """The worst of all."""
+        return worst([check.verdict for check in self.checks])
+
+    def of(self, verdict: Verdict) -> tuple[Check, ...]:
+        """The checks with a verdict."""
+        return tuple(check for check in self.checks if check.verdict == verdict)
+
+    def __getitem__(self, name: str) -> Check:
+        """The check of a name."""
+        return next(check for check in self.checks if check.name == name)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        rows = [{**asdict(check), "values": dict(check.values)} for check in self.checks]
+        return {"verdict": self.verdict, "quick": self.quick, "checks": rows}
+
+
+def worst(verdicts: Sequence[Verdict]) -> Verdict:
+    """The worst of some verdicts; `ok` of none."""
+    return _ORDER[max((_ORDER.index(verdict) for verdict in verdicts), default=0)]

@@ -1,0 +1,169 @@
+"""What a run will take of memory, part by part, and what there is. Axis letters: see `retort.types`.
+
+The forecast is of growth above the process as it is before anything is loaded. It knows what the loss core and the
+optimizer allocate to the byte; what a family keeps of a forward pass is estimated from its shape, so it is the least
+certain part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from retort.models.core import BLOCK_ELEMENTS, chunk_rows
+from retort.models.lm import LanguageModel
+from retort.train.setup import Setup
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes by part.
+
+    Attributes:
+        models: Weights of all models.
+        training: Gradients and two moments of Adam, fp32.
+        head: Gradients of head and embeddings while they are formed, before they are added up.
+        activations: What is kept of the largest micro-batch for its backward pass.
+        loss: A chunk of logits of every model, and what a block's autograd keeps.
+        signals: What the teachers say of a batch of rollouts, kept until it is learnt.
+        cache: Keys and values while the rollouts, or the answers to be judged, are written.
+    """
+
+    models: int
+    training: int
+    head: int
+    activations: int
+    loss: int
+    signals: int
+    cache: int
+
+    @property
+    def peak(self) -> int:
+        """The highest: learning and writing do not happen at once."""
+        learning = self.head + self.activations + self.loss
+        return self.models + self.training + max(learning + self.signals, self.cache)
+
+    def __str__(self) -> str:
+        names = {
+            "models": "the models",
+            "training": "gradients and Adam",
+            "head": "the head's gradient while it is formed",
+            "activations": "a micro-batch's activations",
+            "loss": "chunks of logits",
+            "signals": "the teachers' answers",
+            "cache": "the cache of generation",
+        }
+        parts = ", ".join(f"{text} {size_words(getattr(self, name))}" for name, text in names.items())
+        return f"about {size_words(self.peak)} at peak: {parts}"
+
+
+def forecast(setup: Setup) -> Forecast:
+    """What a run will take at its peak, bytes above an empty process."""
+    student, config = setup.student, setup.config
+    lms = [lm for lm in (student, setup.teacher_lm, setup.base_lm) if lm is not None]
+    frozen = lms[1:]
+    text = student.model.config.get_text_config()
+    head = student.head().weight_VD
+    untied = student.model.get_input_embeddings().weight is not head
+    # The embeddings' own gradient is as large as they are, however few ids occur.
+    forming = 4 * head.numel() * 2
+    tokens = min(config.optimizer.batch_tokens, _written(setup, longest=True))
+    rows = min(chunk_rows(setup.vocab, student.device), tokens)
+    product = 4 if setup.precision == "fp32" else 2
+    # Student: product and fp32 logits in one where the product is fp32; a teacher's chunk is held beside it.
+    chunks = rows * setup.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
+    rollouts = setup.batch_prompts * setup.method.rollout.samples
+    judged = config.eval.samples * min(64, len(setup.held_out))
+    writers = [(student, max(rollouts, judged))] + ([(setup.teacher_lm, judged)] if config.eval.teacher else [])
+    longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
+    return Forecast(
+        models=sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters()),
+        training=12 * student.parameters,
+        head=forming if not untied else 4 * head.numel(),
+        activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
+        loss=chunks,
+        signals=_signals(setup, frozen, rollouts * config.rollout.max_new_tokens, product),
+        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
+    )
+
+
+def available(device: torch.device) -> int | None:
+    """Bytes that can still be taken on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [size for size in (_system(), _container()) if size is not None]
+    return min(found, default=None)
+
+
+def size_words(bytes_: float) -> str:
+    """In MiB or GiB."""
+    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
+
+
+def _kept_bytes(text: object, product: int, *, checkpointed: bool) -> int:
+    """Bytes per token that a decoder of this shape keeps for its backward pass."""
+    width, layers = int(getattr(text, "hidden_size")), int(getattr(text, "num_hidden_layers"))  # noqa: B009
+    if checkpointed:
+        return 4 * width * (layers + 8)
+    heads = int(getattr(text, "num_attention_heads"))  # noqa: B009
+    groups = int(getattr(text, "num_key_value_heads", None) or heads)
+    each = int(getattr(text, "head_dim", None) or width // heads)
+    wide = int(getattr(text, "intermediate_size", None) or 4 * width)
+    # Residual stream and norms stay fp32. Products in bf16 keep a bf16 copy of what goes into them.
+    residual = 4 * 8 * width
+    attention = product * (6 * heads + 6 * groups) * each
+    feed_forward = product * 4 * wide
+    return layers * (residual + attention + feed_forward)
+
+
+def _prompt_tokens(setup: Setup) -> int:
+    """The longest prompt among some of the training data."""
+    return max((len(setup.render(prompt)) for prompt in setup.train[:256]), default=0)
+
+
+def _written(setup: Setup, *, longest: bool) -> int:
+    """Tokens of a batch of rollouts, prompts included, if every answer is as long as it may be."""
+    rollouts = setup.batch_prompts * setup.method.rollout.samples
+    return rollouts * (setup.config.rollout.max_new_tokens + _prompt_tokens(setup)) if longest else rollouts
+
+
+def _signals(setup: Setup, frozen: Sequence[LanguageModel], steps: int, product: int) -> int:
+    """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
+    total = 0
+    for name, view in setup.method.views.items():
+        lm = setup.base_lm if view.model == "base" and setup.base_lm is not None else setup.teacher_lm
+        dense = any(need.kind == "dense" for need in setup.method.needs(name))
+        width = int(lm.model.config.get_text_config().hidden_size)
+        total += steps * (width * product if dense else 4 * 64)
+    return total if frozen else 0
+
+
+def _cache(lm: LanguageModel, rollouts: int, longest: int, product: int) -> int:
+    text = lm.model.config.get_text_config()
+    groups = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    each = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return rollouts * longest * groups * each * text.num_hidden_layers * 2 * product
+
+
+def _system() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024 * int(found[0]) if found else None
+
+
+def _container() -> int | None:
+    """What the memory limit of the control group leaves, where there is one."""
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return None
+    # Files that the system keeps in memory are given up when somebody asks.
+    return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))
