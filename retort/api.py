@@ -135,10 +135,12 @@ def check(run: runner.Run) -> None:
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
-    """The configuration of a run: the built-in recipe beneath, if no model and no data is named."""
+    """The configuration of a run: the built-in recipe beneath, if no model is named."""
     named = {key for layer in layers for key in layer}
-    builtin = not named & {"student", "teacher", "data"}
-    below = [configuration.recipe("countdown")] if builtin else []
+    below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
+    data = next((layer["data"] for layer in reversed(layers) if "data" in layer), None)
+    if data in configuration.BUILTIN and not named & {"student", "teacher"}:
+        below = [configuration.recipe(str(data))]
     return configuration.resolve(*below, *layers, own=own)
 
 

@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     judge = commands.add_parser("eval", help="avg@k and pass@k of any model folder")
-    judge.add_argument("model", help="model folder, hub name, countdown:student or countdown:teacher")
+    judge.add_argument("model", help="model folder, hub name, or a built-in one such as countdown:student")
     judge.add_argument("--data", default="countdown", help="data file with answers; default: the built-in task")
     judge.add_argument("--teacher", help="compare distributions with this model too")
     judge.add_argument("--json", action="store_true", help="print JSON")

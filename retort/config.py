@@ -16,6 +16,8 @@ from retort.files import write_text
 from retort.method import Method
 
 DEFAULT_METHOD = "eopd"
+#: Data that ships with Retort, each with a teacher, a student and a recipe of that name.
+BUILTIN = ("countdown", "ranking")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -108,7 +110,7 @@ class Config(_Section):
     data: str | None = Field(
         default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
     )
-    task: Literal["countdown", "math", "exact"] | None = Field(
+    task: Literal["countdown", "ranking", "math", "exact"] | None = Field(
         None, description="how answers are graded; default: math-verify where the data has answers"
     )
     method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
@@ -147,8 +149,8 @@ class Config(_Section):
 
     @property
     def builtin(self) -> bool:
-        """Whether this is the task that ships with Retort."""
-        return self.data == "countdown"
+        """Whether this is a task that ships with Retort."""
+        return self.data in BUILTIN
 
 
 def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:

@@ -32,7 +32,14 @@ def command(tiny_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixt
         flags = {name: tiny_run[name] for name in ("student", "teacher", "data")} | {"out": str(tmp_path / "run")}
         given = {name: value for name, value in {**flags, **changes}.items() if value is not None}
         arguments = [word for name, value in given.items() for word in (f"--{name}", value)]
-        settings = ["task=exact", "precision=fp32", "steps=2", "rollout.prompts=4", "rollout.max_new_tokens=6"]
+        settings = [
+            "task=exact",
+            "checks=warn",
+            "precision=fp32",
+            "steps=2",
+            "rollout.prompts=4",
+            "rollout.max_new_tokens=6",
+        ]
         small = ["eval.problems=2", "eval.samples=2", "eval.max_new_tokens=6", "rollout.max_prompt_tokens=32"]
         code = main(["train", *arguments, *settings, *small, *words])
         return code, capsys.readouterr().err.strip()
@@ -125,7 +132,14 @@ def _tiny_words(command: Command, tmp_path: Path) -> list[str]:
     models = [make_model(tmp_path / name, seed=seed) for name, seed in (("s", 1), ("t", 2))]
     return [
         *("--student", str(models[0]), "--teacher", str(models[1]), "--out", str(tmp_path / "few")),
-        *("task=exact", "precision=fp32", "steps=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=32"),
+        *(
+            "task=exact",
+            "checks=warn",
+            "precision=fp32",
+            "steps=2",
+            "rollout.max_new_tokens=6",
+            "rollout.max_prompt_tokens=32",
+        ),
     ]
 
 

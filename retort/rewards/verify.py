@@ -24,7 +24,15 @@ from typing import Protocol
 from retort.errors import RunError, UserError, did_you_mean
 from retort.types import Prompt
 
-__all__ = ["CountdownVerifier", "ExactVerifier", "MathVerifier", "Verifier", "last_boxed", "verifier_for"]
+__all__ = [
+    "CountdownVerifier",
+    "ExactVerifier",
+    "MathVerifier",
+    "RankingVerifier",
+    "Verifier",
+    "last_boxed",
+    "verifier_for",
+]
 
 #: Characters of a boxed answer (longer is wrong) and of the end of a text in which an unboxed one is looked for.
 MOST_BOXED = 1000
@@ -68,6 +76,18 @@ class CountdownVerifier:
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.countdown import check
+
+        return float(check(prompt.text, text))
+
+
+class RankingVerifier:
+    """Right if the text parses as the list that the prompt asks for, however good the ranking; needs no answer."""
+
+    name = "ranking"
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        """1.0 if the text is a well-formed response to the prompt, else 0.0."""
+        from retort.tasks.ranking import check
 
         return float(check(prompt.text, text))
 
@@ -132,14 +152,15 @@ class MathVerifier:
         self.close()
 
 
-VERIFIERS = {"countdown": CountdownVerifier, "exact": ExactVerifier, "math": MathVerifier}
+VERIFIERS = {"countdown": CountdownVerifier, "ranking": RankingVerifier, "exact": ExactVerifier, "math": MathVerifier}
 
 
 def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None:
     """The verifier of a task.
 
     Args:
-        task: `countdown`, `math` or `exact`; None means `math` if every prompt has an answer, else no verifier.
+        task: `countdown`, `ranking`, `math` or `exact`; None means `math` if every prompt has an answer, else no
+            verifier.
         prompts: What will be judged; `math` and `exact` need an answer in each.
 
     Returns:
@@ -152,7 +173,7 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
         return MathVerifier() if prompts and all(prompt.answer is not None for prompt in prompts) else None
     if task not in VERIFIERS:
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
-    if task != CountdownVerifier.name:
+    if task not in (CountdownVerifier.name, RankingVerifier.name):
         for prompt in prompts:
             _answer(prompt, task)
     return VERIFIERS[task]()

@@ -26,7 +26,7 @@ def examine(config: Config, method: Method | None = None, *, quick: bool = False
         quick: Leave out the checks that generate.
     """
     tokenizers = _tokenizers(config)
-    first = [tokenizers]
+    first: list[Check] = [tokenizers]
     if tokenizers.verdict != "fatal":
         try:
             return examine_setup(prepare(config, method), quick=quick, before=first)
@@ -53,8 +53,9 @@ def refuse(examination: Examination) -> None:
     """Raises `UserError` if a check is fatal: the first, and how to go on all the same."""
     found = examination.of("fatal")
     if found:
-        more = f" (and {len(found) - 1} more: see `retort doctor`)" if len(found) > 1 else ""
-        raise UserError(f"{found[0].line}{more}. To go on all the same: checks=warn")
+        first, *others = found
+        more = f" (and {len(others)} more: see `retort doctor`)" if others else ""
+        raise UserError(f"{first.line}{more}. To go on all the same: checks=warn")
 
 
 def _alike(setup: Setup) -> Check:

@@ -29,8 +29,8 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     """avg@k, pass@k and, with a teacher, the divergences from it.
 
     Args:
-        model: Folder, hub name, or `countdown:student` and `countdown:teacher`.
-        data: `countdown`, or a data file with answers.
+        model: Folder, hub name, or a built-in one such as `countdown:student`.
+        data: `countdown`, `ranking`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.
@@ -43,14 +43,14 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         if key not in _READ and not key.startswith("columns."):
             raise UserError(f"retort eval does not read '{key}'; {did_you_mean(key, _READ)}")
     given = configuration.overrides(full)
-    recipe = configuration.recipe("countdown") if data == "countdown" else {}
+    recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
     if config.eval.problems == 0:
         raise UserError("problems=0 leaves nothing to judge")
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = judge_prompts(config, data)
-    verifier = verifier_for("countdown" if data == "countdown" else config.task, prompts)
+    verifier = verifier_for(data if data in configuration.BUILTIN else config.task, prompts)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"

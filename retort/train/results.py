@@ -25,7 +25,7 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         "k": config.eval.samples,
         "problems": len(judge.prompts) if judge else 0,
         "seed": config.seed,
-        "task": "countdown" if config.builtin else (config.task or "data"),
+        "task": config.data if config.builtin else (config.task or "data"),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},

@@ -332,7 +332,7 @@ def resume(
 
 def _absolute(place: str | None) -> str | None:
     """A local path in full; a hub name and the built-in data as they are."""
-    local = place is not None and place != "countdown" and Path(place).exists()
+    local = place is not None and place not in configuration.BUILTIN and Path(place).exists()
     return str(Path(place).resolve()) if local and place is not None else place
 
 

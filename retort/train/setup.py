@@ -13,7 +13,7 @@ from retort import registry
 from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
-from retort.config import Config
+from retort.config import BUILTIN, Config
 from retort.data import load_prompts
 from retort.errors import UserError
 from retort.method import Method
@@ -164,10 +164,16 @@ def run_folder(path: Path) -> Path:
 
 
 def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
-    """Prompts of the built-in task."""
-    from retort.tasks import countdown
+    """Prompts of the built-in task Countdown."""
+    return builtin_prompts("countdown", split, count)
 
-    rows = countdown.rows("held_out" if split == "held_out" else "train", count)
+
+def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
+    """Prompts of a built-in task."""
+    from retort.tasks import countdown, ranking
+
+    source = {"countdown": countdown.rows, "ranking": ranking.rows}[task]
+    rows = source("held_out" if split == "held_out" else "train", count)
     return [
         Prompt(
             id=str(row["id"]),
@@ -235,10 +241,14 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
 
 
 def located(name: str) -> str:
-    """Where a model lies: `countdown:student` and `countdown:teacher` ship with Retort, wherever that is installed."""
-    from retort.tasks import countdown
+    """Where a model lies: `countdown:student` and others ship with Retort, wherever that is installed."""
+    from retort.tasks import countdown, ranking
 
-    bundled = {"countdown:student": countdown.student_path, "countdown:teacher": countdown.teacher_path}
+    bundled = {
+        f"{task.__name__.rpartition('.')[2]}:{role}": path
+        for task in (countdown, ranking)
+        for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
+    }
     return str(bundled[name]()) if name in bundled else name
 
 
@@ -264,10 +274,10 @@ def device_of(config: Config) -> str:
 
 def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
     wanted = config.eval.problems
-    prompts = countdown_prompts("train", config.limit) if config.builtin else _load(config, data, config.limit)
+    prompts = builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit)
     if wanted == 0:
         return prompts, []
-    judged = config.eval.data or ("countdown" if config.builtin else None)
+    judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
         return prompts, judge_prompts(config, judged)
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
@@ -284,8 +294,8 @@ def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt],
 
 def judge_prompts(config: Config, data: str) -> list[Prompt]:
     """The prompts to judge on: held-out problems of the built-in task, or a file."""
-    if data == "countdown":
-        return countdown_prompts("held_out", config.eval.problems)
+    if data in BUILTIN:
+        return builtin_prompts(data, "held_out", config.eval.problems)
     return _load(config, data, config.eval.problems)
 
 
@@ -297,9 +307,9 @@ def _verifiers(
     config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt], notes: list[str]
 ) -> tuple[Verifier | None, Verifier | None]:
     """Who grades training rollouts and who grades held-out answers: each only where all its prompts have an answer."""
-    task = "countdown" if config.builtin else config.task
+    task = config.data if config.builtin else config.task
     judged = config.eval.data or config.data
-    judge_task = "countdown" if judged == "countdown" else config.task
+    judge_task = judged if judged in BUILTIN else config.task
     judge = verifier_for(judge_task, held_out) if held_out else None
     if all(prompt.answer is not None for prompt in train):
         return judge if judge and judge_task == task else verifier_for(task, train), judge
