@@ -10,7 +10,8 @@ from torch import Tensor
 from retort import reduce
 from retort.context import Context
 from retort.errors import UserError
-from retort.method import Method, Watch
+from retort.method import Method, Term, Watch
+from retort.parts import Layout
 from retort.schedules import at
 from retort.types import SAMPLED, Need, NeedKind, TokenLoss, can_meet
 
@@ -111,10 +112,30 @@ def batch_shares(
             term.denominator,
             counted_N=counted_N,
             rollout_N=rollout_N,
-            weight_N=stored[f"{term.name}.weight"].abs() if f"{term.name}.weight" in stored else None,
+            weight_N=_summed(term, stored),
         )
         for term in method.terms
     }
+
+
+def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
+    """What a weighted denominator adds up."""
+    name = term.denominator.by or f"{term.name}.weight"
+    return stored[name].abs() if name in stored else None
+
+
+def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what `finish_stats` makes whole-batch values from, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        return {name: stat.part.value(context, view).detach() for name, (stat, view) in method.stats.items()}
+
+    return values
+
+
+def finish_stats(method: Method, values: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
+    """What is stored for the whole batch, from the values of all its steps."""
+    return {name: stat.finish(values[name], layout).detach() for name, (stat, _) in method.stats.items()}
 
 
 def losses(

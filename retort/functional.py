@@ -8,11 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from retort.apply import batch_shares, check_needs, losses, stored_values, term_values
+from retort.apply import (
+    batch_shares,
+    check_needs,
+    finish_stats,
+    losses,
+    stat_values,
+    stored_values,
+    term_values,
+)
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
+from retort.parts import Layout
 from retort.registry import load
 from retort.signals import Dense, TeacherSignal, TopK
 from retort.types import TokenLoss, TokenLosses
@@ -244,6 +253,8 @@ class _Batch:
         if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
             raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
         core = Core(term_values(self.method), self.steps, signals, head, vocab, self.method.temperature)
+        if self.method.stats:
+            core = replace(core, steps=self._with_stats(core, hidden_ND, chunk))
         if self.method.weighs_batch:
             core = replace(core, steps=self._weighed(core, hidden_ND, chunk))
         counted_N = torch.ones_like(tokens_N, dtype=torch.bool)
@@ -257,6 +268,13 @@ class _Batch:
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
         terms = terms_of(values, slice(None))[1]
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, self.state)
+
+    def _with_stats(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
+        """The steps with what the method reads of the whole batch."""
+        with torch.no_grad():
+            found = per_token(replace(core, values=stat_values(self.method)), hidden_ND, chunk=chunk)
+        stats = finish_stats(self.method, found, Layout(self.rollout_N))
+        return replace(core.steps, stored={**core.steps.stored, **stats})
 
     def _weighed(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
         """The steps with the weights that a denominator is the sum of."""

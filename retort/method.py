@@ -10,7 +10,7 @@ from typing import Any, Literal, ParamSpec
 
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
-from retort.parts import Part, Weight
+from retort.parts import Part, Stat, Weight
 from retort.reduce import Denominator, tokens
 from retort.rollout.plan import RolloutPlan
 from retort.schedules import Schedule
@@ -174,7 +174,7 @@ class Method:
         for term in self.terms:
             for name, part in term.estimator.stored.items():
                 found[f"{term.name}.{name}"] = (part, term.against)
-            if term.weight is not None and term.denominator.kind == "weighted":
+            if term.weight is not None and _by_own_weight(term):
                 found[f"{term.name}.weight"] = (term.weight, term.against)
         return found
 
@@ -186,7 +186,17 @@ class Method:
     @property
     def weighs_batch(self) -> bool:
         """Whether a denominator can only be known after a pass over the whole batch."""
-        return any(term.denominator.kind == "weighted" for term in self.terms)
+        return any(_by_own_weight(term) for term in self.terms)
+
+    @property
+    def stats(self) -> Mapping[str, tuple[Stat, str]]:
+        """Whole-batch values, with their view, that must be known before the first update on a batch."""
+        used = [(part, term.against) for term in self.terms for part in term.parts]
+        return {stat.name: (stat, view) for part, view in used for stat in part.stats}
+
+
+def _by_own_weight(term: Term) -> bool:
+    return term.denominator.kind == "weighted" and term.denominator.by is None
 
 
 def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:

@@ -15,6 +15,38 @@ from retort.context import Context
 from retort.types import Need
 
 
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the steps of a whole batch stand.
+
+    Attributes:
+        rollout_N: Index of the rollout of each step; a rollout's steps come in order.
+        sentence_N: Index of the sentence within its rollout; None where no text is known.
+    """
+
+    rollout_N: Tensor
+    sentence_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number per step that depends on more than the step: taken over the whole batch before the first update on it.
+
+    Whoever uses it reads `context.stored[name]`, and names it in its `stats`.
+
+    Attributes:
+        name: Under which it is stored; two of one name must be the same.
+        part: What is evaluated at each step first.
+        finish: (its values at all steps, where they stand) -> [N].
+        sentences: Whether it wants to know the sentences.
+    """
+
+    name: str
+    part: Part
+    finish: Callable[[Tensor, Layout], Tensor]
+    sentences: bool = False
+
+
 @dataclass(frozen=True)
 class Part:
     """A function of the context that gives one number per step.
@@ -24,12 +56,14 @@ class Part:
         value: (context, view) -> [N].
         needs: What it asks of the view's teacher.
         also: What it asks of other views, by name.
+        stats: What it reads of the whole batch.
     """
 
     name: str
     value: Callable[[Context, str], Tensor]
     needs: frozenset[Need] = frozenset()
     also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
+    stats: tuple[Stat, ...] = ()
 
     def asks(self, view: str, against: str) -> frozenset[Need]:
         """What it asks of a view when it is used against another (or the same) one."""

@@ -24,10 +24,12 @@ class Denominator:
         kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
             `rollouts` (mean over rollouts of the mean over their steps), `constant`.
         value: For `constant`.
+        by: For `weighted`: the stored value that is summed; None for the term's own weight.
     """
 
     kind: Literal["tokens", "weighted", "rollouts", "constant"]
     value: float = 1.0
+    by: str | None = None
 
 
 def tokens() -> Denominator:
@@ -35,9 +37,9 @@ def tokens() -> Denominator:
     return Denominator("tokens")
 
 
-def weighted() -> Denominator:
-    """The sum of the term's weights."""
-    return Denominator("weighted")
+def weighted(by: str | None = None) -> Denominator:
+    """The sum of the term's weights, or of a number that is stored for every step of the batch."""
+    return Denominator("weighted", by=by)
 
 
 def rollout_means() -> Denominator:

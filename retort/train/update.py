@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from retort import reduce
-from retort.apply import batch_shares, losses, recorded_values, stored_values, term_values, watch_values
+from retort.align.sentences import sentences
+from retort.apply import (
+    batch_shares,
+    finish_stats,
+    losses,
+    recorded_values,
+    stat_values,
+    stored_values,
+    term_values,
+    watch_values,
+)
 from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Method, Watch
 from retort.models.core import Core, Steps, loss_pass, per_token
+from retort.parts import Layout
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.diagnose import add_noise_floor, add_positions
@@ -47,17 +58,33 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
     )
     bare = Batch(pack, signals, {}, watches, step, total_steps)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
+    if method.stats:
+        found = _evaluated(setup, bare, stat_values(method))
+        bare = replace(bare, stored=finish_stats(method, found, _layout(setup, pack)))
     if not several and not method.weighs_batch:
         return bare
-    values = stored_values(method, weights_only=not several)
-    stored: dict[str, Tensor] = {}
+    found = _evaluated(setup, bare, stored_values(method, weights_only=not several))
+    return replace(bare, stored={**bare.stored, **found})
+
+
+def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Values at every step of a batch, without gradient, by place in N."""
+    found: dict[str, Tensor] = {}
     with torch.no_grad():
-        for chosen in _micro_batches(setup, pack, range(len(pack.rollouts))):
-            core = _core(setup, bare, pack.steps_of(chosen), values)
-            hidden_ND = _hidden(setup, pack, chosen)
+        for chosen in _micro_batches(setup, batch.pack, range(len(batch.pack.rollouts))):
+            core = _core(setup, batch, batch.pack.steps_of(chosen), values)
+            hidden_ND = _hidden(setup, batch.pack, chosen)
             with setup.student.compute():
-                _fill(stored, pack, chosen, per_token(core, hidden_ND))
-    return Batch(pack, signals, stored, watches, step, total_steps)
+                _fill(found, batch.pack, chosen, per_token(core, hidden_ND))
+    return found
+
+
+def _layout(setup: Setup, pack: Pack) -> Layout:
+    """Where the steps of a batch stand, with the sentences of their text if a statistic asks for them."""
+    if not any(stat.sentences for stat, _ in setup.method.stats.values()):
+        return Layout(pack.rollout_N)
+    found = [sentences(rollout.action_ids, setup.student.tokenizer) for rollout in pack.rollouts]
+    return Layout(pack.rollout_N, torch.tensor([sentence for own in found for sentence in own]))
 
 
 def learn(

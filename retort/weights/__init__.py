@@ -2,19 +2,23 @@
 
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
-from retort.weights.ops import above
+from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+from retort.weights.teachability import release, teacher_margin
 
 __all__ = [
     "above",
+    "both",
     "entropy_gap",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
     "overlap_teacher_mass",
+    "release",
     "sampled_reverse_kl",
     "student_entropy",
     "teacher_entropy",
+    "teacher_margin",
     "teacher_top_mass",
     "truncated_rollout_ratio",
     "truncated_teacher_ratio",

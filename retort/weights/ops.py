@@ -15,4 +15,14 @@ def above(quantity: Quantity, threshold: float) -> Weight:
         value_N = quantity.value(context, view)
         return (value_N > threshold).to(value_N.dtype)
 
-    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs, quantity.also)
+    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs, quantity.also, quantity.stats)
+
+
+def both(one: Weight, other: Weight) -> Weight:
+    """The product of two weights."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return one.value(context, view) * other.value(context, view)
+
+    also = {view: one.asks(view, "") | other.asks(view, "") for view in {*one.also, *other.also}}
+    return Weight(f"{one.name} * {other.name}", value, one.needs | other.needs, also, one.stats + other.stats)

@@ -1,0 +1,85 @@
+"""Prefix Teach, Suffix Fade: no supervision after the teacher has stopped telling the student's candidates apart."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._inner import inner
+from retort.reduce import weighted
+from retort.weights import both, release, teacher_margin
+
+
+@method(
+    paper=Paper(
+        title="Prefix Teach, Suffix Fade: Local Teachability Collapse in Strong-to-Weak On-Policy Distillation",
+        authors="Liu, Kaiyuan and Zhuang, Ziyuan and Bai, Yang and Wang, Bing and Weng, Rongxiang and Ye, Jieping",
+        year=2026,
+        arxiv="2605.13643",
+    ),
+    status="reconstructed",
+)
+def local_teachability(
+    *,
+    of: str = "opd",
+    settings: Mapping[str, Any] | None = None,
+    top_k: int = 16,
+    margin: Literal["gap", "log_gap", "advantage"] = "gap",
+    shortest: int = 3,
+    max_segment: int = 128,
+    min_drop: float = 0.0,
+    robust: bool = False,
+    divide_by: Literal["kept", "all"] = "kept",
+) -> Method:
+    r"""Any method, on each rollout only up to where the teacher's contrast among the student's candidates collapses.
+
+    .. math:: L = \frac{\sum_t w_t \ell_t}{\sum_t w_t}, \quad w_t = [\,t \text{ before segment } \tau^*\,]
+
+    with the loss :math:`\ell_t` of the wrapped method. In every rollout the teacher's margin over the student's top-k
+    is averaged over sentences; :math:`\tau^*` is the segment at which one constant level is worse, by BIC, than a
+    higher one followed by a lower one. Without such a drop the whole rollout counts. Decided for a whole batch before
+    the first update on it, detached. Rollouts are still written to their end: it saves no generation, and the stop
+    token of a cut rollout gets no signal, so watch the length.
+
+    Args:
+        of: Name of the wrapped method.
+        settings: Its settings, a table; null for its defaults.
+        top_k: Candidates of the student.
+        margin: `gap`: first minus second probability of the teacher, renormalised on them. `log_gap`, nats: the same of
+            log-probs. `advantage`, nats: largest minus mean log-ratio of teacher to student.
+        shortest: Segments on either side of a drop.
+        max_segment: Tokens of a segment at most; where no text is known (`token_losses`), of every segment.
+        min_drop: Standard deviations that a drop must have.
+        robust: Winsorise and median-filter the segments first.
+        divide_by: Tokens kept, or all. Dividing by those kept weighs early tokens more than the wrapped method does;
+            terms of it that are divided otherwise than by tokens stay as they are.
+
+    Reconstructed: only the abstract was at hand. It names the steps (margin over the student's top-k, mean over
+    sentences, downward change point by BIC, truncation); every formula, k, the shortest side and the denominator are
+    this library's choice, and each is an argument. `min_drop` and `robust` come from another reimplementation.
+    Sentences are split by rule, where the paper takes NLTK. The teacher is asked for its whole distribution, whatever
+    the wrapped method asks for.
+    """
+    made = inner(of, settings, outer="local_teachability")
+    cut = release(top_k, margin=margin, shortest=shortest, max_segment=max_segment, min_drop=min_drop, robust=robust)
+
+    def shortened(term: Term) -> Term:
+        weight = cut if term.weight is None else both(cut, term.weight)
+        by_kept = divide_by == "kept" and term.denominator.kind == "tokens"
+        return replace(term, weight=weight, denominator=weighted(by="release") if by_kept else term.denominator)
+
+    against = made.terms[0].against
+    own = (
+        Watch("kept_fraction", cut, against=against),
+        Watch("teacher_margin", teacher_margin(top_k, margin), against=against, by_position=True),
+    )
+    return replace(
+        made,
+        terms=tuple(shortened(term) for term in made.terms),
+        limits=(
+            Limit({"shortest": 10**9}, equals=("opd", {})),
+            Limit({"shortest": 10**9, "of": "eopd"}, equals=("eopd", {})),
+            Limit({"max_segment": 10**9, "divide_by": "all"}, equals=("opd", {})),
+        ),
+        watch=(*made.watch, *own),
+    )

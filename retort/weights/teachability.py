@@ -1,0 +1,171 @@
+"""Where in an answer a teacher stops being able to teach: the release rule. Axis letters: see `retort.types`.
+
+In strong-to-weak distillation the later part of a rollout can still show a gap between the models while the teacher no
+longer tells the student's own candidates apart (arXiv 2605.13643). The paper's abstract names the steps: the teacher's
+margin over the student's top-k, its mean over sentences, a downward change point by BIC, supervision cut there. The
+formulas below are reconstructions of those steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Layout, Quantity, Stat, Weight
+from retort.types import DENSE
+
+Margin = Literal["gap", "log_gap", "advantage"]
+#: Residuals below this share of all there is to explain are arithmetic.
+_FLOOR = 1e-12
+
+
+def teacher_margin(k: int, kind: Margin = "gap") -> Quantity:
+    r"""How far the teacher tells the student's `k` most likely ids apart.
+
+    Args:
+        k: Candidates, chosen by the student, detached.
+        kind: `gap`, between 0 and 1: first minus second probability of the teacher renormalised on them. `log_gap`,
+            nats: the same of log-probs. `advantage`, nats: the largest :math:`\log p_T - \log p_S` minus their mean.
+
+    Raises:
+        UserError: Fewer than two candidates.
+    """
+    if k < 2:
+        raise UserError(f"a margin needs at least 2 candidates, not {k}")
+
+    def value(context: Context, view: str) -> Tensor:
+        ids_CK, student_logp_CK = context.student.topk(k)
+        teacher_logp_CK = context.signal(view).logp_at(ids_CK).detach()
+        if kind == "advantage":
+            gain_CK = teacher_logp_CK - student_logp_CK.detach()
+            return gain_CK.amax(-1) - gain_CK.mean(-1)
+        renormalised_CK = teacher_logp_CK.log_softmax(-1)
+        first_two_CK = renormalised_CK.topk(2, dim=-1).values
+        if kind == "gap":
+            first_two_CK = first_two_CK.exp()
+        return first_two_CK[:, 0] - first_two_CK[:, 1]
+
+    return Quantity(f"teacher_margin({kind}, top-{k})", value, frozenset({DENSE}))
+
+
+def change_point(
+    means: Tensor, *, shortest: int = 3, penalty: int = 3, min_drop: float = 0.0, robust: bool = False
+) -> int | None:
+    r"""Where a sequence drops to a lower level, if BIC prefers two levels to one.
+
+    .. math:: \mathrm{BIC}_0 = n \log(RSS_0 / n) + \log n, \quad
+              \mathrm{BIC}_1(\tau) = n \log(RSS_1(\tau) / n) + 3 \log n
+
+    over the places with a higher mean before than after; the best one is returned if its BIC is the smaller.
+
+    Args:
+        means: One number per segment, [n].
+        shortest: Segments that either side must have; below twice as many in all there is no change.
+        penalty: Parameters of the second model: two means and the place.
+        min_drop: A drop must be as many standard deviations of the sequence; 0 for any. Not the paper's.
+        robust: Winsorise at the 5th and 95th percentile and take medians of three first. Not the paper's.
+
+    Returns:
+        Index of the first segment of the lower level, or None.
+    """
+    x = means.double()
+    n = len(x)
+    if n < 2 * shortest:
+        return None
+    if robust:
+        x = x.clamp(x.quantile(0.05), x.quantile(0.95))
+        x = torch.cat([x[:1], x, x[-1:]]).unfold(0, 3, 1).median(-1).values
+    x = x - x.mean()
+    whole = float(x.square().sum())
+    if whole <= n * (1e-9 * float(means.abs().max())) ** 2:
+        return None  # constant, but for rounding
+    place = torch.arange(shortest, n - shortest + 1)
+    before = x.cumsum(0)[place - 1] / place
+    after = -x.cumsum(0)[place - 1] / (n - place)  # all of it sums to 0
+    rest = whole - place * before.square() - (n - place) * after.square()
+    one = n * torch.log(rest.clamp_min(_FLOOR * whole) / n) + penalty * math.log(n)
+    drop = before - after
+    allowed = (drop > 0) & (drop >= min_drop * math.sqrt(whole / n))
+    if not bool(allowed.any()):
+        return None
+    best = int(one.masked_fill(~allowed, math.inf).argmin())
+    return int(place[best]) if float(one[best]) < n * math.log(whole / n) + math.log(n) else None
+
+
+def release(
+    k: int = 16,
+    *,
+    margin: Margin = "gap",
+    shortest: int = 3,
+    max_segment: int = 128,
+    min_drop: float = 0.0,
+    robust: bool = False,
+    name: str = "release",
+) -> Weight:
+    """1 before the sentence at which the teacher's margin drops for good, 0 from there on; all 1 if it never does.
+
+    It looks at whole rollouts, so it is decided before the first update on a batch.
+
+    Args:
+        k: Of `teacher_margin`.
+        margin: Of `teacher_margin`.
+        shortest: Of `change_point`.
+        max_segment: Tokens of the longest segment; a longer sentence (code and mathematics have such) is cut. Where no
+            text is known, all segments are of this length.
+        min_drop: Of `change_point`.
+        robust: Of `change_point`.
+        name: Of the stored values.
+    """
+    if max_segment < 1 or shortest < 1:
+        raise UserError(f"max_segment and shortest must be at least 1, not {max_segment} and {shortest}")
+
+    def finish(margin_N: Tensor, layout: Layout) -> Tensor:
+        def find(means: Tensor) -> int | None:
+            return change_point(means, shortest=shortest, min_drop=min_drop, robust=robust)
+
+        return kept(margin_N, layout, max_segment, find)
+
+    stat = Stat(name, teacher_margin(k, margin), finish, sentences=True)
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[name]
+
+    return Weight(f"{name}({margin}, top-{k})", value, frozenset({DENSE}), stats=(stat,))
+
+
+def kept(margin_N: Tensor, layout: Layout, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:
+    """The mask of `release`, [N]: 1...1 0...0 in every rollout, on borders of segments."""
+    mask_N = torch.ones_like(margin_N)
+    order_N = torch.argsort(layout.rollout_N, stable=True)
+    ends = torch.bincount(layout.rollout_N).cumsum(0)
+    for places in torch.tensor_split(order_N, ends[:-1].cpu()):
+        if not len(places):
+            continue
+        sentence_A = None if layout.sentence_N is None else layout.sentence_N[places]
+        segment_A = segments(len(places), sentence_A, max_segment).to(margin_N.device)
+        count = int(segment_A[-1]) + 1
+        total = torch.zeros(count, dtype=torch.float64, device=margin_N.device)
+        total.index_add_(0, segment_A, margin_N[places].double())
+        found = find(total / torch.bincount(segment_A, minlength=count))
+        if found is not None:
+            mask_N[places] = (segment_A < found).to(mask_N.dtype)
+    return mask_N
+
+
+def segments(steps: int, sentence_A: Tensor | None, longest: int) -> Tensor:
+    """The segment of each step, [A] from 0: its sentence, cut where that is longer than `longest` tokens."""
+    if sentence_A is None:
+        sentence_A = torch.zeros(steps, dtype=torch.long)
+    sentence_A = sentence_A.cpu()
+    starts_A = torch.ones(steps, dtype=torch.bool)
+    starts_A[1:] = sentence_A[1:] != sentence_A[:-1]
+    index_A = torch.arange(steps)
+    first_A = torch.where(starts_A, index_A, torch.zeros_like(index_A)).cummax(0).values
+    starts_A |= (index_A - first_A) % longest == 0
+    return starts_A.long().cumsum(0) - 1
