@@ -1,6 +1,6 @@
 """The loss core beside others': time, memory and error of one forward and backward pass with the head's gradient.
 
-    pip install 'trl==1.16.*' liger-kernel       # or without them: what is missing is left out, and said
+    pip install '.[benchmarks]'                   # or without: what is missing is left out, and said
     python benchmarks/loss_core.py               # fp32, and bf16 where the CPU multiplies in it
     python benchmarks/loss_core.py --device cuda --steps 16384
 
