@@ -11,7 +11,7 @@ student, exact reverse KL, same dtype, attention (sdpa) and threads. TRL is run 
 gradient checkpointing, its own chunked loss), and for the small pair as its defaults have it, too. Every run has a
 process of its own; runs alternate, and the first step of each warms up and is not counted.
 
-To install TRL: see `loss_core.py`; it needs `datasets` and `accelerate`, which pip brings along.
+To install TRL: `pip install .[benchmarks]`, after a build of torch for your machine.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The loss core beside others': time, memory and error of one forward and backward pass with the head's gradient.
 
-    pip install 'trl==1.16.*' liger-kernel       # or without them: what is missing is left out, and said
+    pip install '.[benchmarks]'                   # or without: what is missing is left out, and said
     python benchmarks/loss_core.py               # fp32, and bf16 where the CPU multiplies in it
     python benchmarks/loss_core.py --device cuda --steps 16384
 
@@ -13,10 +13,7 @@ alike; the best of the rounds counts. Memory is the peak above the inputs, each 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -25,14 +22,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measure
 import torch
 from torch import Tensor
 
 import retort
 from retort.context import Context
+from retort.divergences import forward_kl, jsd, reverse_kl
+from retort.estimators import pathwise
 from retort.functional import linear_token_losses
 from retort.models.core import Core, Steps, per_token
 from retort.models.head import Head
+from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
 
 VOCAB, WIDTH, TEACHER_WIDTH = 151_936, 1024, 2048
@@ -113,6 +114,23 @@ def retort_twice(given: Inputs) -> Tensor:
     return loss.detach()
 
 
+def retort_four(given: Inputs) -> Tensor:
+    """Four divergences in one loss, in one pass."""
+    parts = (reverse_kl(), forward_kl(), jsd(0.5), jsd(0.1))
+    method = retort.Method(RolloutPlan(), tuple(retort.Term(f"part{i}", pathwise(p)) for i, p in enumerate(parts)))
+    losses = linear_token_losses(
+        method,
+        student_hidden=given.hidden_ND,
+        student_head=given.weight_VD,
+        teacher_hidden=given.teacher_ND,
+        teacher_head=given.teacher_VD,
+        tokens=given.tokens_N,
+        mask=given.mask_N,
+    )
+    losses.loss.backward()
+    return losses.loss.detach()
+
+
 def dense(given: Inputs) -> Tensor:
     """Whole logits in fp32, by autograd."""
     kept_N = given.mask_N
@@ -153,12 +171,27 @@ def liger(given: Inputs) -> Tensor:
     return loss.detach()
 
 
+def liger_triton(given: Inputs) -> Tensor:
+    """Liger's Triton kernel, for CUDA."""
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    if not given.hidden_ND.is_cuda:
+        raise NotImplementedError("runs on CUDA only")
+    labels_N = torch.where(given.mask_N, given.tokens_N, -100)
+    loss = LigerFusedLinearJSD(jsd_beta=1.0)(
+        given.hidden_ND, given.weight_VD, given.teacher_ND, given.teacher_VD, labels_N
+    )
+    loss.backward()
+    return loss.detach()
+
+
 SYSTEMS: Mapping[str, System] = {
     "retort, one pass": retort_once,
     "retort, recompute": retort_twice,
     "dense": dense,
     "TRL": trl,
     "Liger": liger,
+    "Liger, Triton": liger_triton,
 }
 
 
@@ -185,10 +218,10 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def installed() -> tuple[dict[str, System], list[str]]:
+def installed(device: str) -> tuple[dict[str, System], list[str]]:
     """Systems that run here, and why the others do not."""
     found, missing = dict(SYSTEMS), list[str]()
-    small = Inputs.make(4, torch.float32, "cpu", vocab=64, width=8)
+    small = Inputs.make(4, torch.float32, device, vocab=64, width=8)
     for name, system in SYSTEMS.items():
         try:
             system(small)
@@ -244,24 +277,12 @@ def peak(name: str, steps: int, dtype: str, device: str, vocab: int = VOCAB, wid
 
 def _peak_here(name: str, steps: str, dtype: str, device: str, vocab: str, width: str) -> float:
     kind: torch.dtype = getattr(torch, dtype)
-    SYSTEMS[name](Inputs.make(8, kind, device, vocab=64, width=8))  # imports and libraries are no memory of the pass
+    system = {**SYSTEMS, "four terms": retort_four}[name]
+    system(Inputs.make(8, kind, device, vocab=64, width=8))  # imports and libraries are no memory of the pass
     given = Inputs.make(int(steps), kind, device, vocab=int(vocab), width=int(width))
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        SYSTEMS[name](given)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
-    SYSTEMS[name](given)
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) / 1024
-    raise OSError(f"no {field} in /proc/self/status")
+    peak = measure.Peak(device).start()
+    system(given)
+    return peak.stop()
 
 
 def table(
@@ -283,18 +304,6 @@ def table(
     return "\n".join(lines)
 
 
-def machine() -> str:
-    """In words, with date and versions."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        model = next((x.split(": ")[1] for x in cpuinfo.read_text().splitlines() if x.startswith("model name")), model)
-    native = torch.cpu._is_avx512_bf16_supported()
-    words = [model, f"{os.cpu_count()} cores, {'with' if native else 'without'} native bf16"]
-    words += [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
-    return f"{datetime.date.today()}; {'; '.join(words)}; torch {torch.__version__}, {torch.get_num_threads()} threads"
-
-
 def main() -> None:
     """The command."""
     if sys.argv[1:2] == ["--peak"]:
@@ -307,11 +316,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    native = arguments.device != "cpu" or torch.cpu._is_avx512_bf16_supported()
-    dtypes = arguments.dtype or ["float32", *(["bfloat16"] if native else [])]
-    systems, missing = installed()
-    results: dict[str, Any] = {"machine": machine()}
-    print(results["machine"], *missing, sep="\n")
+    dtypes = arguments.dtype or [
+        "float32",
+        *(["bfloat16"] if arguments.device != "cpu" or measure.native_bf16() else []),
+    ]
+    systems, missing = installed(arguments.device)
+    results: dict[str, Any] = {"machine": measure.machine(arguments.device, torch.get_num_threads())}
+    print(measure.in_words(results["machine"]), *missing, sep="\n")
     for dtype in dtypes:
         kind: torch.dtype = getattr(torch, dtype)
         wrong = errors(systems, kind, arguments.device)
@@ -320,13 +331,16 @@ def main() -> None:
             room = {name: peak(name, steps, dtype, arguments.device) for name in systems}
             results[f"{dtype}, N = {steps}"] = {"seconds": best, "gradient error": wrong, "peak MiB": room}
             print("\n" + table(dtype, steps, best, wrong, room), flush=True)
+    sizes = (1024, 4096, 16_384, 65_536)
     flat = {
-        n: peak("retort, one pass", n, "float32", arguments.device, 32_000, 64) for n in (1024, 4096, 16_384, 65_536)
+        name: {steps: peak(name, steps, "float32", arguments.device, 32_000, 64) for steps in sizes}
+        for name in ("retort, one pass", "four terms")
     }
-    results["flat in N"] = flat
-    print("\nRetort, one pass, fp32, vocabulary 32,000, widths 64 and 128: MiB above the inputs")
-    print("\n| " + " | ".join(f"N = {n:,}" for n in flat) + " |\n|" + "---|" * len(flat))
-    print("| " + " | ".join(f"{value:,.0f}" for value in flat.values()) + " |")
+    results["flat"] = flat
+    print("\nRetort in fp32, vocabulary 32,000, widths 64 and 128: MiB above the inputs\n")
+    print(
+        measure.markdown(["", *(f"N = {steps:,}" for steps in sizes)], [[n, *row.values()] for n, row in flat.items()])
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
 

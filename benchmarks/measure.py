@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,29 +133,6 @@ def highest() -> float:
         return resident("VmHWM")
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def timed(function: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one call; on CUDA with all of its kernels."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def round_robin(calls: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each call, `rounds` times: all once, then all again, so that a busy moment hits all alike.
-
-    Every other round runs backwards: who comes after whom (whose memory is still warm) then evens out, too.
-    """
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds):
-        for name in list(calls) if number % 2 == 0 else reversed(list(calls)):
-            found[name].append(timed(calls[name], device))
-    return found
 
 
 def median(values: Sequence[float]) -> float:

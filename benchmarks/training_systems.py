@@ -89,10 +89,26 @@ class Clock:
         }
 
 
-def retort(work: Work, threads: int) -> dict[str, Any]:
-    """A run of `retort.distill`, without evaluation and checkpoints between the steps."""
+def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
+    """A run of `retort.distill`, without evaluation and checkpoints between the steps.
+
+    Args:
+        work: What to do.
+        threads: Of torch.
+        share: False computes a prompt once for each of its answers, to see what sharing gains.
+    """
     from retort import distill
+    from retort.models.lm import LanguageModel
     from retort.train.observe import Silent
+
+    if not share:
+        check = LanguageModel.check_packing
+
+        def alone(lm: LanguageModel) -> None:
+            check(lm)
+            lm.shares = False
+
+        LanguageModel.check_packing = alone  # this process does nothing else
 
     clock = Clock()
 
@@ -245,6 +261,7 @@ def _run_trl(trainer: Any) -> dict[str, Any]:
 
 SYSTEMS: Mapping[str, Callable[[Work, int], dict[str, Any]]] = {
     "retort": retort,
+    "retort, prompts not shared": lambda work, threads: retort(work, threads, share=False),
     "trl, tuned": lambda work, threads: trl(work, threads, tuned=True),
     "trl, defaults": lambda work, threads: trl(work, threads, tuned=False),
 }

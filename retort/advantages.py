@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 from retort.context import Context
+from retort.errors import UserError
 from retort.parts import Advantage
 from retort.schedules import Schedule, at
 from retort.types import SAMPLED
@@ -45,3 +49,52 @@ def extrapolated_log_ratio(reward_weight: float | Schedule, *, base: str = "base
 
     name = "a schedule" if callable(reward_weight) else f"{reward_weight:g}"
     return Advantage(f"extrapolated_log_ratio({name})", value, frozenset({SAMPLED}), {base: frozenset({SAMPLED})})
+
+
+def power_difference(power: float) -> Advantage:
+    r"""PowerOPD's :math:`p_T(y_t)^\alpha - p_{old}(y_t)^\alpha`, dimensionless, in [-1, 1] (arXiv 2606.17199).
+
+    It has the sign of the log-ratio and, divided by alpha, tends to it as alpha -> 0; it is no gradient of a KL.
+
+    Args:
+        power: alpha > 0. A large one ignores all tokens but those of which one side is nearly certain.
+    """
+    if power <= 0:
+        raise UserError(f"power_difference: power must be positive, not {power}")
+
+    def value(context: Context, view: str) -> Tensor:
+        teacher_N = context.signal(view).sampled_logp_N
+        return (power * teacher_N).exp() - (power * context.old_logp_N).exp()
+
+    return Advantage(f"power_difference({power:g})", value, frozenset({SAMPLED}))
+
+
+def clipped_log_ratio(low: float, high: float = math.inf) -> Advantage:
+    """The log-ratio, nats, cut off below `low` and above `high`."""
+    if not low < high:
+        raise UserError(f"clipped_log_ratio: low ({low}) must lie below high ({high})")
+    inner = log_ratio()
+
+    def value(context: Context, view: str) -> Tensor:
+        return inner.value(context, view).clamp(low, high)
+
+    return Advantage(f"clipped_log_ratio({low:g}, {high:g})", value, inner.needs)
+
+
+def tanh_log_ratio(scale: float = 5.0) -> Advantage:
+    """The tanh of the log-ratio over `scale` (nats), in [-1, 1]."""
+    if scale <= 0:
+        raise UserError(f"tanh_log_ratio: scale must be positive, not {scale}")
+    inner = log_ratio()
+
+    def value(context: Context, view: str) -> Tensor:
+        return torch.tanh(inner.value(context, view) / scale)
+
+    return Advantage(f"tanh_log_ratio({scale:g})", value, inner.needs)
+
+
+def lower_clip(share: float) -> float:
+    r"""REOPOLD's bound from below on the log-ratio, nats: :math:`\ln\lambda / (1 - \lambda)`, 0 < lambda < 1."""
+    if not 0.0 < share < 1.0:
+        raise UserError(f"lower_clip: lambda must lie strictly between 0 and 1, not {share}")
+    return math.log(share) / (1.0 - share)

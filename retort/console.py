@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,6 +45,7 @@ class RichObserver:
         self._curves = Text()
         self._phase: str | None = None
         self._seen: list[dict[str, Any]] = []
+        self._times: Counter[str] = Counter()
 
     def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
         """The start-up summary."""
@@ -74,6 +76,7 @@ class RichObserver:
             self.close()
             self._open("distilling", steps)
         self._seen = [*self._seen, dict(metrics)][-10:]
+        self._times.update({key.removeprefix("time/"): metrics[key] for key in metrics if key.startswith("time/")})
         shown = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
         judged = [name for name in metrics if name.startswith("eval/avg@")]
         shown += [f"held-out {name.removeprefix('eval/')} {metrics[name]:.3f}" for name in judged]
@@ -83,6 +86,15 @@ class RichObserver:
             self.console.print(f"step {step}/{steps}  {text}", soft_wrap=True)
         if step >= steps:
             self.close()
+            self._where_the_time_went()
+
+    def _where_the_time_went(self) -> None:
+        whole = self._times.pop("step", 0.0)
+        shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
+        shares["everything else"] = shares.pop("other", 0.0)
+        shown = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
+        self.console.print(f"time of the steps: {shown}", soft_wrap=True)
+        self._times.clear()
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The before/after table."""

@@ -26,6 +26,10 @@ def test_two_steps_of_every_method(method: str, tmp_path: Path, capsys: pytest.C
         "report.html",
     ):
         assert word in shown, word
+    spent = next(line for line in shown.splitlines() if line.startswith("time of the steps: ")).split(": ")[1]
+    shares = {part.rsplit(" ", 1)[0]: float(part.rsplit(" ", 1)[1].rstrip("%")) for part in spent.split(", ")}
+    assert {"generate", "teacher", "student", "loss", "backward", "everything else"} <= set(shares)
+    assert sum(shares.values()) == pytest.approx(100, abs=1)
     config = json.loads((out / "config.json").read_text())
     assert config["method"]["name"] == method
     assert config["student"] == "countdown:student", "no path of this machine in the run's settings"

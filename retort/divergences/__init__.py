@@ -1,11 +1,21 @@
 """Divergences between student and teacher, one number per step, in nats. Pure functions."""
 
+from retort.divergences.adaptive import akl, todi, total_variation
+from retort.divergences.alpha_beta import ab_values, alpha_beta
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.sampled import k1, k2, k3
+from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
+from retort.divergences.support import Tail, Weighting, Whose, topk_kl, topk_score
 
 __all__ = [
     "Support",
+    "Tail",
+    "Weighting",
+    "Whose",
+    "ab_values",
+    "akl",
+    "alpha_beta",
     "forward_kl",
     "full",
     "jsd",
@@ -15,5 +25,11 @@ __all__ = [
     "k3",
     "kl_values",
     "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
     "teacher_top",
+    "todi",
+    "topk_kl",
+    "topk_score",
+    "total_variation",
 ]

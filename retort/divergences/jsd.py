@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from retort.context import Context
 from retort.divergences.kl import kl_values
+from retort.divergences.mixture import mixture
 from retort.errors import UserError
 from retort.parts import Divergence
 from retort.types import DENSE
@@ -26,12 +25,7 @@ def jsd_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, teacher_weight:
             f"jsd: teacher_weight must lie strictly between 0 and 1, not {teacher_weight}: at the ends the divergence "
             "vanishes; use forward_kl (for 0) or reverse_kl (for 1)"
         )
-    neither_NV = (teacher_logp_NV == -math.inf) & (student_logp_NV == -math.inf)
-    # logaddexp(-inf, -inf) has a NaN gradient; those ids are masked in both KLs anyway.
-    mixture_NV = torch.logaddexp(
-        teacher_logp_NV.masked_fill(neither_NV, 0.0) + math.log(teacher_weight),
-        student_logp_NV.masked_fill(neither_NV, 0.0) + math.log1p(-teacher_weight),
-    )
+    mixture_NV = mixture(teacher_logp_NV, student_logp_NV, teacher_weight)
     towards_teacher_N = kl_values(teacher_logp_NV, mixture_NV)
     towards_student_N = kl_values(student_logp_NV, mixture_NV)
     return teacher_weight * towards_teacher_N + (1.0 - teacher_weight) * towards_student_N

@@ -41,7 +41,7 @@ def test_a_run_is_made_read_and_not_made_again(claims: ModuleType, tmp_path: Pat
     job = next(iter(claims.jobs(tmp_path, ["cut"], 1)))
     small = {**job.settings["eval"], "problems": 12, "every": 1}
     job = dataclasses.replace(job, settings={**job.settings, "steps": 2, "eval": small})
-    claims.run(job)
+    sys.modules["runs"].run(job)
     assert job.finished
     assert job.done == 2
     rows = claims.read([job])

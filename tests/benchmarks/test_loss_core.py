@@ -35,3 +35,21 @@ def test_the_table_has_a_row_for_every_system_that_ran(bench: ModuleType) -> Non
     best = {"floor": 2.0, "dense": 3.0, "dense, half masked": 1.5}
     shown = bench.table("float32", 256, best, {"dense": 9.6e-7}, {"dense": 1072.0})
     assert shown.splitlines()[-1] == "| dense | 3.00 | 1.50 | 0.50 | 9.6e-07 | 1,072 |"
+
+
+def test_the_row_with_four_terms_has_four(bench: ModuleType) -> None:
+    given = bench.Inputs.make(12, torch.float64, "cpu", vocab=101, width=16)
+    four, gradients = bench.retort_four(given), given.gradients()
+    student = (given.hidden_ND @ given.weight_VD.t()).log_softmax(-1)
+    teacher = (given.teacher_ND @ given.teacher_VD.t()).log_softmax(-1)
+
+    def kl(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return (one.exp() * (one - other)).sum(-1).mean()
+
+    wanted = kl(student, teacher) + kl(teacher, student)
+    for weight in (0.5, 0.1):
+        mixture = (weight * teacher.exp() + (1 - weight) * student.exp()).log()
+        wanted = wanted + weight * kl(teacher, mixture) + (1 - weight) * kl(student, mixture)
+    torch.testing.assert_close(four, wanted.detach())
+    for mine, exact in zip(gradients, torch.autograd.grad(wanted, (given.hidden_ND, given.weight_VD)), strict=True):
+        torch.testing.assert_close(mine, exact)

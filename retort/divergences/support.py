@@ -1,0 +1,124 @@
+"""Divergences on a few ids per step: whose top-k, what becomes of the rest. Axis letters: see `retort.types`.
+
+K here is the ids of a support, duplicates and ids outside of it marked in `inside_NK`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.divergences.kl import kl_values
+from retort.errors import UserError
+from retort.parts import Divergence
+from retort.types import DENSE, Need
+
+Whose = Literal["student", "teacher", "union", "intersection", "symmetric_difference"]
+Tail = Literal["renormalised", "bucket"]
+Weighting = Literal["student", "teacher", "uniform"]
+
+
+def support_ids(context: Context, view: str, whose: Whose, k: int) -> tuple[Tensor, Tensor]:
+    """Ids [N, K], detached, and which of them belong to the support [N, K]; every id at most once."""
+    ours_NK, _ = context.student.topk(k)
+    if whose == "student":
+        return ours_NK, torch.ones_like(ours_NK, dtype=torch.bool)
+    theirs_NK, _ = context.signal(view).topk(k)
+    if whose == "teacher":
+        return theirs_NK, torch.ones_like(theirs_NK, dtype=torch.bool)
+    shared_NKK = ours_NK[:, :, None] == theirs_NK[:, None, :]
+    if whose == "intersection":
+        return ours_NK, shared_NKK.any(2)
+    fresh_NK = ~shared_NKK.any(1)  # the teacher's that the student has not named yet
+    mine_NK = torch.ones_like(ours_NK, dtype=torch.bool) if whose == "union" else ~shared_NKK.any(2)
+    return torch.cat([ours_NK, theirs_NK], 1), torch.cat([mine_NK, fresh_NK], 1)
+
+
+def _logps(context: Context, view: str, whose: Whose, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of student (live) and teacher on the support, -inf outside of it; and what is inside."""
+    ids_NK, inside_NK = support_ids(context, view, whose, k)
+    teacher_NK = context.signal(view).topk(k)[1] if whose == "teacher" else context.signal(view).logp_at(ids_NK)
+    student_NK = context.student.logp_at(ids_NK)
+    return student_NK.masked_fill(~inside_NK, -math.inf), teacher_NK.masked_fill(~inside_NK, -math.inf), inside_NK
+
+
+def topk_kl(
+    direction: Literal["reverse", "forward"] = "reverse",
+    k: int = 16,
+    whose: Whose = "student",
+    tail: Tail = "renormalised",
+) -> Divergence:
+    r"""KL between both distributions on a support, nats; its gradient goes through the student's own normalisation.
+
+    Args:
+        direction: `reverse` is KL(student || teacher).
+        k: Ids of each side's top-k; at or above the vocabulary it is the exact KL.
+        whose: The student's top-k, the teacher's, both together, or what they share (0 where that is nothing).
+        tail: `renormalised` on the support (so the mass outside of it is free to move), or a last `bucket` with all the
+            rest; merging ids never makes a KL larger.
+    """
+    _check("topk_kl", k)
+
+    def value(context: Context, view: str) -> Tensor:
+        student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
+        if tail == "bucket":
+            student_NK, teacher_NK = (torch.cat([logp, _rest(logp)], 1) for logp in (student_NK, teacher_NK))
+        else:
+            # An empty support (nothing shared) must not become 0/0: any distribution will do, it is masked below.
+            empty_N1 = ~inside_NK.any(1, keepdim=True)
+            student_NK, teacher_NK = (
+                logp.masked_fill(empty_N1, 0.0).log_softmax(-1).masked_fill(~inside_NK & ~empty_N1, -math.inf)
+                for logp in (student_NK, teacher_NK)
+            )
+        return kl_values(student_NK, teacher_NK) if direction == "reverse" else kl_values(teacher_NK, student_NK)
+
+    name = f"{direction}_kl({whose} top-{k}, {tail})"
+    return Divergence(name, value, _needs(whose, k))
+
+
+def topk_score(k: int = 16, whose: Whose = "student", weighting: Weighting = "student") -> Divergence:
+    r"""The released per-id form, :math:`\sum_v w_v (\log p_S - \log p_T)`; its gradient holds w and bracket fixed.
+
+    Log-probs are of the whole softmax; w, detached, are the weights on the support. Its gradient,
+    :math:`-\sum_v w_v (\log p_T - \log p_S) \nabla \log p_S`, lacks what a KL on a support has through the mass of the
+    support; the two are equal only where the support is the vocabulary.
+
+    Args:
+        k: Ids of each side's top-k.
+        whose: As in `topk_kl`; `symmetric_difference` takes what only one of them names, with weights not normalised.
+        weighting: w: the student's probabilities renormalised on the support, the teacher's, or all alike.
+    """
+    _check("topk_score", k)
+
+    def value(context: Context, view: str) -> Tensor:
+        student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
+        fixed_NK = student_NK.detach()
+        basis_NK = {"student": fixed_NK, "teacher": teacher_NK, "uniform": torch.zeros_like(fixed_NK)}[weighting]
+        weight_NK = basis_NK.masked_fill(~inside_NK, 0.0).exp() * inside_NK
+        if whose != "symmetric_difference":
+            weight_NK = weight_NK / weight_NK.sum(1, keepdim=True).clamp_min(torch.finfo(weight_NK.dtype).tiny)
+        counted_NK = inside_NK & (weight_NK > 0)
+        reward_NK = torch.where(counted_NK, teacher_NK.masked_fill(~counted_NK, 0.0) - fixed_NK, 0.0)
+        ratio_NK = (student_NK.masked_fill(~inside_NK, 0.0) - fixed_NK.masked_fill(~inside_NK, 0.0)).exp()
+        return -(weight_NK * reward_NK * ratio_NK).sum(1)
+
+    return Divergence(f"topk_score({whose} top-{k}, weights {weighting})", value, _needs(whose, k))
+
+
+def _rest(logp_NK: Tensor) -> Tensor:
+    """Log of what is left, [N, 1], at least of one rounding error: nothing left is not told from that."""
+    left_N1 = 1.0 - logp_NK.exp().sum(1, keepdim=True)
+    return left_N1.clamp_min(torch.finfo(left_N1.dtype).eps).log()
+
+
+def _needs(whose: Whose, k: int) -> frozenset[Need]:
+    return frozenset({Need("topk", k)}) if whose == "teacher" else frozenset({DENSE})
+
+
+def _check(name: str, k: int) -> None:
+    if k < 1:
+        raise UserError(f"{name}: k must be at least 1, not {k}")

@@ -1,0 +1,63 @@
+"""DistiLLM: skewed KL divergences."""
+
+from typing import Literal
+
+from retort.divergences import reverse_kl, skew_forward_kl, skew_reverse_kl
+from retort.estimators import pathwise
+from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.rollout.plan import RolloutPlan
+from retort.weights import student_entropy, teacher_entropy
+
+
+@method(
+    paper=Paper(
+        title="DistiLLM: Towards Streamlined Distillation for Large Language Models",
+        authors="Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
+        year=2024,
+        arxiv="2402.03898",
+        venue="ICML 2024",
+    ),
+    status="partial",
+)
+def skew_kl(
+    *,
+    direction: Literal["forward", "reverse"] = "forward",
+    skew: float = 0.1,
+    on_policy_fraction: float = 1.0,
+    samples: int = 1,
+    temperature: float = 1.0,
+) -> Method:
+    r"""KL to a mixture of both distributions: bounded, and with gradients that stay small where the two are far apart.
+
+    .. math:: D_{KL}(p_T \Vert a\,p_T + (1-a)\,p_S) \quad \text{or} \quad D_{KL}(p_S \Vert (1-a)\,p_T + a\,p_S)
+
+    Over the whole vocabulary, nats, at most -ln a; divided by all counted tokens.
+
+    Args:
+        direction: Skewed forward or skewed reverse KL.
+        skew: a, 0 <= a < 1. At 0 it is the plain KL.
+        on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
+        samples: Rollouts per prompt.
+        temperature: Of sampling only.
+
+    Departures from the paper: the share of student answers is fixed, where DistiLLM raises it as a validation loss
+    stops falling, and there is no buffer of old rollouts. The released code leaves the teacher's (constant) entropy
+    out of the value; the gradient is the same.
+    """
+    chosen = skew_forward_kl(skew) if direction == "forward" else skew_reverse_kl(skew)
+    return Method(
+        rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
+        terms=(Term("divergence", pathwise(chosen)),),
+        limits=(
+            Limit({"skew": 0.0}, equals=("gkd", {"divergence": "forward_kl"})),
+            Limit({"skew": 0.0, "direction": "reverse"}, equals=("gkd", {"divergence": "reverse_kl"})),
+        ),
+        recipe={
+            "optimizer": {"learning_rate": 5e-4, "schedule": "cosine", "weight_decay": 0.01},
+        },
+        watch=(
+            Watch("reverse_kl", reverse_kl()),
+            Watch("student_entropy", student_entropy()),
+            Watch("teacher_entropy", teacher_entropy()),
+        ),
+    )

@@ -1,0 +1,62 @@
+"""The per-id policy gradient on a top-k that was released as top-k OPD."""
+
+from retort import divergences
+from retort.divergences import Weighting, Whose, reverse_kl
+from retort.estimators import pathwise
+from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.rollout.plan import RolloutPlan
+from retort.weights import student_entropy, teacher_entropy
+
+
+@method(
+    paper=Paper(
+        title="Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
+        authors="Li, Yaxuan and Zuo, Yuxin and He, Bingxiang and others",
+        year=2026,
+        arxiv="2604.13016",
+    ),
+    status="faithful",
+)
+def topk_score(
+    *,
+    top_k: int = 16,
+    support: Whose = "student",
+    weighting: Weighting = "student",
+    samples: int = 4,
+    temperature: float = 1.0,
+) -> Method:
+    r"""Every id of the student's top-k is rewarded by its log-ratio, weighed by its renormalised probability.
+
+    .. math:: -\sum_{v \in S_t} sg[w_v\,(\log p_T(v) - \log p_S(v))]\,\frac{p_S(v)}{sg[p_S(v)]}
+
+    Log-probs are of the whole softmax. Its gradient is that of the reverse KL only where the support is the vocabulary:
+    what a KL on a support has through the mass of the support is missing. Nats; summed over ids, divided by all counted
+    tokens.
+
+    Args:
+        top_k: k of each side.
+        support: Whose top-k: the student's, the teacher's, both together, what they share, or what only one of them
+            names (`symmetric_difference`; its weights are probabilities, not renormalised).
+        weighting: w: the student's probabilities renormalised on the support, the teacher's, or all alike.
+        samples: Rollouts per prompt.
+        temperature: Of sampling and of both distributions.
+
+    Departures from the released code: the importance ratio of an id is against the live student, so it is 1, and PPO's
+    clip on it never binds (as there, with one update per batch).
+    """
+    return Method(
+        rollout=RolloutPlan(samples=samples, temperature=temperature),
+        temperature=temperature,
+        terms=(Term("divergence", pathwise(divergences.topk_score(top_k, support, weighting))),),
+        limits=(Limit({"top_k": 10**9}, equals=("gkd", {"divergence": "reverse_kl"})),),
+        recipe={
+            "rollout": {"prompts": 64, "max_new_tokens": 7168, "max_prompt_tokens": 1024},
+            "optimizer": {"learning_rate": 1e-6, "schedule": "constant", "updates": 1},
+            "eval": {"samples": 16, "temperature": 0.7, "top_p": 0.95},
+        },
+        watch=(
+            Watch("reverse_kl", reverse_kl()),
+            Watch("student_entropy", student_entropy()),
+            Watch("teacher_entropy", teacher_entropy()),
+        ),
+    )
