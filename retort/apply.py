@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -135,7 +136,10 @@ def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
 
 def finish_stats(method: Method, values: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """What is stored for the whole batch, from the values of all its steps."""
-    return {name: stat.finish(values[name], layout).detach() for name, (stat, _) in method.stats.items()}
+    found: dict[str, Tensor] = {}
+    for name, (stat, _) in method.stats.items():
+        found[name] = stat.finish(values[name], replace(layout, found=found)).detach()
+    return found
 
 
 def losses(

@@ -22,10 +22,12 @@ class Layout:
     Attributes:
         rollout_N: Index of the rollout of each step; a rollout's steps come in order.
         sentence_N: Index of the sentence within its rollout; None where no text is known.
+        found: What was stored by the statistics before, [N] each, by name.
     """
 
     rollout_N: Tensor
     sentence_N: Tensor | None = None
+    found: Mapping[str, Tensor] = field(default_factory=lambda: {})
 
 
 @dataclass(frozen=True)

@@ -42,3 +42,13 @@ def decay(name: ScheduleName, *, warmup: int = 0, floor: float = 0.0) -> Schedul
         return floor + (1.0 - floor) * max(0.0, left)
 
     return value
+
+
+def anneal(start: float, end: float) -> Schedule:
+    """Half a cosine from `start` to `end` over the run; `start` where it is not known how long that is."""
+
+    def value(step: int, total_steps: int | None) -> float:
+        done = 0.0 if total_steps is None else min(1.0, step / max(1, total_steps))
+        return end + (start - end) / 2 * (1.0 + math.cos(math.pi * done))
+
+    return value

@@ -1,10 +1,12 @@
 """On-policy distillation: the sampled reverse KL."""
 
+from typing import Literal
+
 from retort.advantages import log_ratio
 from retort.estimators import score_function
-from retort.method import Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
+from retort.weights import engine_correction, sampled_reverse_kl, stored_quantity, student_entropy, teacher_entropy
 
 
 @method(
@@ -16,7 +18,16 @@ from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
     ),
     status="faithful",
 )
-def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, temperature: float = 1.0) -> Method:
+def opd(
+    *,
+    coef: float = 1.0,
+    clip: float | None = None,
+    correction: Literal["token", "token_mask", "sequence", "sequence_mask", "geometric"] | None = None,
+    correction_low: float | None = None,
+    correction_high: float | None = None,
+    samples: int = 1,
+    temperature: float = 1.0,
+) -> Method:
     r"""Sampled reverse KL: the log-ratio of the token written is its advantage.
 
     .. math:: \ell_t = -\rho_t A_t, \quad A_t = \log p_T(y_t) - \log p_{old}(y_t),
@@ -28,6 +39,11 @@ def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, tempe
     Args:
         coef: Weight of the term (`kl_penalty_coef`), dimensionless.
         clip: PPO's epsilon on the ratio; the recipe has none.
+        correction: Weighs tokens by the trainer's probability over the rollout engine's, where the two are not the same
+            program: `token` (truncated), `token_mask` (IcePop), `sequence` (its product, truncated), `sequence_mask`
+            (or left out), `geometric` (the rollout is left out unless its mean ratio is near 1). Null: none.
+        correction_low: Bound from below of `token_mask` (null: 0.5) and `geometric` (0.999).
+        correction_high: Bound from above: null for 2, of `token_mask` 5, of `geometric` 1.001.
         samples: Rollouts per prompt. The recipe writes 4; its published code centres nothing over them.
         temperature: Of sampling and of both distributions.
 
@@ -35,10 +51,15 @@ def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, tempe
     update on the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not
     offered.
     """
+    weight = None
+    if correction is not None:
+        weight = engine_correction(correction, low=correction_low, high=correction_high)
+    watched = () if weight is None else (Watch("importance", weight), Watch("ess", stored_quantity("importance.ess")))
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
         temperature=temperature,
-        terms=(Term("reverse", score := score_function(log_ratio(), clip=clip), coef=coef),),
+        terms=(Term("reverse", score := score_function(log_ratio(), clip=clip), weight=weight, coef=coef),),
+        limits=(Limit({"correction": "token"}, equals=("opd", {})),),
         recipe={
             "rollout": {"prompts": 512, "max_new_tokens": 4096},
             "optimizer": {"learning_rate": 5e-5, "schedule": "constant", "updates": 1},
@@ -48,5 +69,6 @@ def opd(*, coef: float = 1.0, clip: float | None = None, samples: int = 1, tempe
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
             Watch("clip_fraction", score.clipped("reverse")),
+            *watched,
         ),
     )

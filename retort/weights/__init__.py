@@ -1,14 +1,18 @@
 """How much each step counts: gates and the quantities they look at."""
 
+from retort.weights.corrections import engine_correction, stored_quantity
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 from retort.weights.teachability import release, teacher_margin
+from retort.weights.zones import Zones
 
 __all__ = [
+    "Zones",
     "above",
     "both",
+    "engine_correction",
     "entropy_gap",
     "overlap_advantage",
     "overlap_mass",
@@ -16,6 +20,7 @@ __all__ = [
     "overlap_teacher_mass",
     "release",
     "sampled_reverse_kl",
+    "stored_quantity",
     "student_entropy",
     "teacher_entropy",
     "teacher_margin",

@@ -1,0 +1,102 @@
+"""Corrections for a rollout engine that is not the trainer, by hand; and in a run, where the two agree."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import retort
+from retort.errors import UserError
+from retort.functional import token_losses
+from retort.registry import load
+from retort.weights.corrections import corrected, effective_sample_size
+
+KINDS = ("token", "token_mask", "sequence", "sequence_mask", "geometric")
+RATIOS = torch.tensor([0.4, 1.0, 6.0, 1.0005, 0.9995, 1.0], dtype=torch.float64)
+ROLLOUTS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def batch(gap: Tensor | None) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(0)
+    logits, teacher = (torch.randn(6, 9, generator=draw, dtype=torch.float64) for _ in range(2))
+    tokens = torch.randint(0, 9, (6,), generator=draw)
+    logp = logits.log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return {
+        "student_logits": logits.requires_grad_(),
+        "teacher_logits": teacher,
+        "tokens": tokens,
+        "rollouts": ROLLOUTS,
+        "engine_logp": None if gap is None else logp.detach() - gap,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("token", [0.4, 1.0, 2.0, 1.0005, 0.9995, 1.0]),
+        ("token_mask", [0.0, 1.0, 0.0, 1.0005, 0.9995, 1.0]),
+        ("sequence", [2.0, 2.0, 2.0, *[1.0005 * 0.9995] * 3]),
+        ("sequence_mask", [0.0, 0.0, 0.0, *[1.0005 * 0.9995] * 3]),
+        ("geometric", [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_each_correction_by_hand(kind: Any, wanted: list[float]) -> None:
+    losses = token_losses(load("opd", correction=kind), **batch(RATIOS.log()))
+    torch.testing.assert_close(losses.terms["reverse"].weight, torch.tensor(wanted, dtype=torch.float64))
+    assert not losses.terms["reverse"].weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_that_agrees_or_says_nothing_changes_nothing(kind: Any) -> None:
+    plain = token_losses("opd", **batch(None)).loss
+    for gap in (torch.zeros(6, dtype=torch.float64), torch.full((6,), math.nan, dtype=torch.float64), None):
+        given = batch(gap)
+        found = token_losses(load("opd", correction=kind), **given)
+        torch.testing.assert_close(found.loss, plain, rtol=1e-14, atol=0)
+
+
+def test_without_a_bound_it_is_unbiased() -> None:
+    """The engine's expectation of xi * f is the trainer's of f."""
+    draw = torch.Generator().manual_seed(3)
+    engine, trainer = (torch.randn(7, generator=draw, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    value = torch.randn(7, generator=draw, dtype=torch.float64)
+    weight = corrected(trainer - engine, torch.arange(7), "token", 0.0, math.inf)
+    assert (engine.exp() * weight).sum().item() == pytest.approx(1.0)
+    assert (engine.exp() * weight * value).sum().item() == pytest.approx((trainer.exp() * value).sum().item())
+
+
+def test_effective_sample_size() -> None:
+    assert effective_sample_size(torch.ones(5)) == 1.0
+    assert effective_sample_size(torch.tensor([1.0, 0.0, 0.0, 0.0])) == 0.25
+    assert effective_sample_size(torch.zeros(3)) == 0.0
+
+
+def test_a_mean_of_one_and_bounds() -> None:
+    from retort.advantages import log_ratio
+    from retort.estimators import score_function
+    from retort.method import Method, Term
+    from retort.rollout.plan import RolloutPlan
+    from retort.weights import engine_correction
+
+    term = Term("reverse", score_function(log_ratio()), weight=engine_correction("token", mean_one=True))
+    losses = token_losses(Method(RolloutPlan(), (term,)), **batch(RATIOS.log()))
+    assert losses.terms["reverse"].weight.mean().item() == pytest.approx(1.0)
+    with pytest.raises(UserError, match="must lie below high"):
+        load("opd", correction="geometric", correction_high=0.5)
+
+
+def test_a_run_logs_weights_and_sample_size(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    settings = {key: value for key, value in tiny_run.items() if key not in ("student", "teacher", "data")}
+    named = {key: tiny_run[key] for key in ("student", "teacher", "data")}
+    method = {"name": "opd", "correction": "sequence"}
+    retort.distill(**named, settings={**settings, "steps": 2}, method=method, out=str(tmp_path / "run"))
+    for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert row["importance"] == pytest.approx(1.0, abs=1e-3), "this engine is the trainer's own model"
+        assert row["ess"] == pytest.approx(1.0, abs=1e-4)
