@@ -2,6 +2,7 @@
 
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
+from retort.divergences.likelihood import negative_log_likelihood
 from retort.divergences.sampled import k1, k2, k3
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "k2",
     "k3",
     "kl_values",
+    "negative_log_likelihood",
     "reverse_kl",
     "teacher_top",
 ]

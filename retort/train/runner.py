@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from retort import config as configuration
 from retort.apply import check_needs, wanted
@@ -24,9 +25,13 @@ from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, export, record, results
+from retort.train.control import Control
+from retort.train.difficulty import difficulties
 from retort.train.metrics import JsonLines, Means, Stopwatch
+from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.setup import Setup, prepare, run_folder
+from retort.train.shelf import Shelf
 from retort.train.summary import summary
 from retort.train.update import Batch, learn, score
 from retort.train.write import write_rollouts
@@ -44,6 +49,7 @@ class Run:
         step: Batches of rollouts done.
         updates: Optimizer steps done.
         best: Best held-out score so far, and the step that had it.
+        begun: Optimizer steps done when the method at hand took over.
     """
 
     setup: Setup
@@ -52,6 +58,7 @@ class Run:
     step: int = 0
     updates: int = 0
     best: tuple[float, int] | None = None
+    begun: int = 0
 
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
@@ -65,6 +72,10 @@ class Run:
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
+        self.shelf = Shelf(self.folder)
+        self.control = Control(self.setup)
+        self._phases = self.setup.phases
+        self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
         self._interrupted = _Interruptions()
         self._saved: Path | None = None
@@ -76,7 +87,8 @@ class Run:
             RunError: It had to stop (interrupted, disk full, a teacher gone wrong); a checkpoint says where to go on.
         """
         setup, config = self.setup, self.setup.config
-        check_needs(setup.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
+        for _, phase in self._phases:
+            check_needs(phase.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
         self.observer.summary(summary(setup), setup.notes)
         tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
         with contextlib.closing(tracker), self._interrupted:
@@ -85,7 +97,7 @@ class Run:
             if judge is not None and not results.has(self.results, results.BEFORE):
                 self._judge_before(judge)
 
-            while self.step < setup.steps:
+            while self.step < setup.steps and not self._ended():
                 metrics = self._one_step()
                 if judge is not None and config.eval.every and self.step % config.eval.every == 0:
                     metrics |= self._judge_now(judge)
@@ -108,9 +120,14 @@ class Run:
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
-        setup, watch = self.setup, Stopwatch()
+        setup, moment, watch = *self._now(), Stopwatch()
+        if moment.done == 0:
+            self._take_over()
+        probed = self.control.probe(setup, moment) if moment.done == 0 else {}
+        moment = replace(moment, readings=self.control.readings(setup))
+        difficulty = self._difficulties(setup, moment)
         with watch("generate"):
-            rollouts = write_rollouts(setup, self.step, self.updates)
+            rollouts = write_rollouts(setup, self.shelf, moment, self.updates, difficulty)
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -121,23 +138,55 @@ class Run:
                 setup.method.temperature,
             )
         with watch("score"):
-            batch = score(setup, pack, signals, self.step, setup.steps)
-        self.updates, means, values = learn(setup, batch, self.optimizer, self._factor(), self.updates, watch)
+            batch = self.control.act(setup, score(setup, pack, signals, moment))
+        version = self.updates
+        factor = self._factor(setup, moment)
+        self.updates, means, values = learn(setup, batch, self.optimizer, factor, self.updates, watch)
+        with watch("score"):
+            self.control.learn(setup, batch)
         self.step += 1
         for row in record.rows(setup, batch, values, self.step):
             self.rollouts.append(row)
+        dials = {f"control/{name}": value for name, value in batch.moment.readings.items()}
+        probed |= self.control.probe(setup, replace(moment, step=self.step))
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
-        return {"step": self.step, **means.values(), **_rollout_metrics(batch), **speed, **times}
+        written = _rollout_metrics(batch, version)
+        return {"step": self.step, **means.values(), **written, **dials, **probed, **speed, **times}
 
-    def _factor(self) -> Any:
-        settings = self.setup.config.optimizer
+    def _now(self) -> tuple[Setup, Moment]:
+        """The method at hand, in its setup, and where the run is."""
+        number = max(index for index, (begins, _) in enumerate(self._phases) if begins <= self.step)
+        begins, setup = self._phases[number]
+        ends = [begun for begun, _ in self._phases[number + 1 :]]
+        return setup, Moment(self.step, ends[0] if ends else self.setup.steps, begins)
+
+    def _take_over(self) -> None:
+        """Every method of a run begins with an optimizer and a learning rate of its own."""
+        self.optimizer.state.clear()
+        self.begun = self.updates
+
+    def _difficulties(self, setup: Setup, moment: Moment) -> dict[str, float] | None:
+        if setup.method.rollout.order is not None and self._difficulty is None:
+            progress = self._progress("measuring how hard each prompt is")
+            self._difficulty = difficulties(setup, self.folder, first=moment.done == 0, progress=progress)
+        return self._difficulty
+
+    def _ended(self) -> bool:
+        reason = self.control.ended(self.setup)
+        if reason is not None:
+            self.observer.note(f"the run ends after step {self.step} of {self.setup.steps}: {reason}")
+        return reason is not None
+
+    def _factor(self, setup: Setup, moment: Moment) -> Any:
+        settings, cold = self.setup.config.optimizer, self.setup.config.cold_start.learning_rate
         schedule = decay(settings.schedule, warmup=settings.warmup, floor=settings.final)
-        plan = self.setup.method.rollout
+        plan = setup.method.rollout
         # A batch is the same number of rollouts at every step, or (with given answers) one less often than a prompt's
         # samples.
-        per_batch = min(settings.updates, self.setup.batch_prompts * plan.samples) * settings.epochs
-        return lambda update: schedule(update, self.setup.steps * per_batch)
+        per_batch = min(settings.updates, setup.batch_prompts * plan.samples) * settings.epochs
+        scale = cold / settings.learning_rate if cold and setup is not self.setup else 1.0
+        return lambda update: scale * schedule(update - self.begun, moment.total * per_batch)
 
     def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
         self.metrics.append(metrics)
@@ -156,6 +205,7 @@ class Run:
             return self._saved
         state = {
             "updates": self.updates,
+            "begun": self.begun,
             "best": self.best,
             "data": fingerprint(self.setup.train),
             "teacher": self.setup.teacher_lm.digest(),
@@ -164,7 +214,8 @@ class Run:
         }
         weights = dict(self.setup.student.model.named_parameters())
         tensors = checkpoint.optimizer_tensors(self.optimizer)
-        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state))
+        parts = _prefixed("control/", self.control.tensors()) | _prefixed("replay/", self.shelf.tensors(self.setup))
+        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
         checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
 
@@ -187,12 +238,16 @@ class Run:
                 parameter.copy_(found.weights[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
+        self.begun = int(found.state.get("begun", 0))
+        self.control.restore(_without("control/", found.parts))
+        self.shelf.restore(self.setup, _without("replay/", found.parts))
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
         if self.setup.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
         self.metrics.cut(self.step)
         self.rollouts.cut(self.step)
+        self.shelf.go_back(self.setup, self.step)
         checkpoint.supersede(path.parent, self.step)
         self._saved = path
 
@@ -317,6 +372,7 @@ def resume(
     else:  # stopped before its first checkpoint: the same seed takes the same way again
         run.metrics.cut(0)
         run.rollouts.cut(0)
+        run.shelf.go_back(run.setup, 0)
     if steps is not None:
         configuration.save(config, folder / "config.json")
     return run
@@ -328,15 +384,28 @@ def _absolute(place: str | None) -> str | None:
     return str(Path(place).resolve()) if local and place is not None else place
 
 
-def _rollout_metrics(batch: Batch) -> dict[str, float]:
-    means = Means()
-    for rollout in batch.pack.rollouts:
-        if rollout.source == "student":
-            means.add("length", rollout.steps)
-            means.add("truncated_fraction", float(rollout.status == Status.TRUNCATED))
-            if rollout.reward is not None:
-                means.add("reward", rollout.reward)
-    return means.values()
+def _rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
+    """What was written at this step: the student's under plain names, the teacher's under its own; and the shares."""
+    means, rollouts = Means(), batch.pack.rollouts
+    for rollout in rollouts:
+        if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
+            continue
+        prefix = "" if rollout.source == "student" else "teacher/"
+        means.add(f"{prefix}length", rollout.steps)
+        means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
+        if rollout.reward is not None:
+            means.add(f"{prefix}reward", rollout.reward)
+    found = means.values()
+    replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
+    return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 class _Interruptions:

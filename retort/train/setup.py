@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,12 +13,14 @@ from retort import registry
 from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
+from retort.cold_start import with_cold_start
 from retort.config import Config
 from retort.data import load_prompts
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.rewards.verify import Verifier, verifier_for
+from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
@@ -38,8 +40,10 @@ class Setup:
         teachers: Who answers, by view.
         vocab: Ids that student and teacher share.
         engine: How the student writes.
+        teacher_writer: How the teacher writes for the student.
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
+        probe: Prompts kept out of the training data for the method's probes.
         verifier: Grades training rollouts, where the training data has answers.
         judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
@@ -55,8 +59,10 @@ class Setup:
     teachers: dict[str, Teacher]
     vocab: int
     engine: HFEngine
+    teacher_writer: TeacherWriter
     train: list[Prompt]
     held_out: list[Prompt]
+    probe: list[Prompt]
     verifier: Verifier | None
     judge_verifier: Verifier | None
     precision: Precision
@@ -74,6 +80,12 @@ class Setup:
         """Batches of rollouts in the run."""
         return self.config.steps or -(-len(self.train) // self.batch_prompts)
 
+    @property
+    def phases(self) -> list[tuple[int, Setup]]:
+        """Where each method of the run begins, and the setup with it: the method's own, with what comes before it."""
+        before = self.method.before
+        return [(0, self)] if before is None else [(0, replace(self, method=before[1])), (before[0], self)]
+
 
 def prepare(config: Config, method: Method | None = None) -> Setup:
     """Loads and checks everything; a method given is used instead of the configuration's.
@@ -83,14 +95,18 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     """
     student_name, teacher_name, data = _three(config)
     method = method or registry.load(**config.method)
+    cold = config.cold_start
+    if cold.steps:
+        method = with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
     train, held_out = _prompts(config, data, notes)
-    if method.rollout.on_policy_fraction < 1:
-        _need_responses(train, method)
+    train, probe = _probe_prompts(config, method, train, notes)
+    _need_responses(method, train, probe)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
+    _need_verifier(method, verifier)
     _refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = load(config, teacher_name, "teacher")
@@ -106,7 +122,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
     _refuse_same_weights(method, student, teacher)
-    teachers: dict[str, Teacher] = dict.fromkeys(method.views, local)
+    first = method.before[1].views if method.before else {}
+    teachers: dict[str, Teacher] = dict.fromkeys([*method.views, *first], local)
+    teacher_engine = HFEngine(teacher, vocab=local.vocab, max_parallel=config.rollout.parallel)
     setup = Setup(
         config=config,
         method=method,
@@ -115,8 +133,12 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         teachers=teachers,
         vocab=local.vocab,
         engine=HFEngine(student, vocab=local.vocab, max_parallel=config.rollout.parallel),
+        teacher_writer=TeacherWriter(
+            teacher_engine, local.render, stop_map=local.stop_map, student_stops=student.stops
+        ),
         train=train,
         held_out=held_out,
+        probe=probe,
         verifier=verifier,
         judge_verifier=judge_verifier,
         precision=student.precision,
@@ -125,6 +147,11 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes=notes,
     )
     _check_prompts(setup, local.render)
+    if method.before is not None and method.before[0] >= setup.steps:
+        raise UserError(
+            f"a cold start of {method.before[0]} steps leaves none of the run's {setup.steps} to '{method.name}'; "
+            "lower cold_start.steps, or raise steps"
+        )
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -289,13 +316,55 @@ def _verifiers(
     return None, judge
 
 
-def _need_responses(train: Sequence[Prompt], method: Method) -> None:
-    for prompt in train:
-        if prompt.response is None:
-            raise UserError(
-                f"method '{method.name}' takes {1 - method.rollout.on_policy_fraction:.0%} of its answers from data, "
-                f"but row '{prompt.id}' has no `response`; add the column, or set method.on_policy_fraction=1"
-            )
+def _probe_prompts(
+    config: Config, method: Method, train: list[Prompt], notes: list[str]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts, and those that the method's probes keep out of them: chosen by seed, a fifth at most."""
+    wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
+    if wanted == 0:
+        return train, []
+    count = min(wanted, len(train) // 5)
+    if count == 0:
+        raise UserError(
+            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more"
+        )
+    chosen = set(permutation(config.seed, "probe", count=len(train))[:count])
+    notes.append(f"{count} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
+    return (
+        [prompt for index, prompt in enumerate(train) if index not in chosen],
+        [train[index] for index in sorted(chosen)],
+    )
+
+
+def _need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:
+    """Refuses data without responses where a phase of the run, or a probe, would learn from them."""
+    missing = next((prompt for prompt in train if prompt.response is None), None)
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        if missing is None or "dataset" not in phase.rollout.sources:
+            continue
+        share = phase.rollout.on_policy_fraction
+        part = f"{1 - share:.0%}" if isinstance(share, int | float) else "part"
+        remedy = "set cold_start.answers=teacher" if phase is not method else "set method.on_policy_fraction=1"
+        raise UserError(
+            f"method '{phase.name}' takes {part} of its answers from data, but row '{missing.id}' has no `response`; "
+            f"add the column, or {remedy}"
+        )
+    probed = any(c.probe is not None and c.probe.source == "dataset" for c in method.controllers)
+    missing = next((prompt for prompt in probe if prompt.response is None), None)
+    if probed and missing is not None:
+        raise UserError(
+            f"method '{method.name}' probes on answers of the data, but row '{missing.id}' has no `response`; "
+            "add the column"
+        )
+
+
+def _need_verifier(method: Method, verifier: Verifier | None) -> None:
+    if method.rollout.order is not None and verifier is None:
+        raise UserError(
+            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row of "
+            "the data; add the column, or switch the order off"
+        )
 
 
 def _refuse_same_name(method: Method, student: str, teacher: str) -> None:

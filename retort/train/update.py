@@ -11,14 +11,24 @@ import torch
 from torch import Tensor
 
 from retort import reduce
-from retort.apply import batch_shares, losses, recorded_values, stored_values, term_values, watch_values
+from retort.apply import (
+    batch_shares,
+    losses,
+    part_values,
+    recorded_values,
+    stored_values,
+    term_values,
+    watch_values,
+)
 from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Method, Watch
 from retort.models.core import Core, Steps, loss_pass, per_token
+from retort.parts import Part
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.metrics import Means, Stopwatch
+from retort.train.moment import Moment
 from retort.train.setup import Setup
 from retort.types import Pack, TokenLoss, can_meet
 
@@ -31,17 +41,21 @@ class Batch:
     signals: Mapping[str, TeacherSignal]
     stored: Mapping[str, Tensor]
     watches: tuple[Watch, ...]
-    step: int
-    total_steps: int
+    moment: Moment
+
+    @property
+    def step(self) -> int:
+        """Batches done in the run before this one."""
+        return self.moment.step
 
 
-def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: int, total_steps: int) -> Batch:
+def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment: Moment) -> Batch:
     """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
     method, optimizer = setup.method, setup.config.optimizer
     watches = tuple(
         watch for watch in method.watch if all(can_meet(signals[watch.against].offers, need) for need in watch.needs)
     )
-    bare = Batch(pack, signals, {}, watches, step, total_steps)
+    bare = Batch(pack, signals, {}, watches, moment)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
     if not several and not method.weighs_batch:
         return bare
@@ -53,7 +67,20 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: 
             hidden_ND = _hidden(setup, pack, chosen)
             with setup.student.compute():
                 _fill(stored, pack, chosen, per_token(core, hidden_ND))
-    return Batch(pack, signals, stored, watches, step, total_steps)
+    return Batch(pack, signals, stored, watches, moment)
+
+
+def averages(setup: Setup, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
+    """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
+    found: dict[str, Tensor] = {}
+    values = part_values(parts, view)
+    with torch.no_grad():
+        for chosen in _micro_batches(setup, batch.pack, range(len(batch.pack.rollouts))):
+            core = _core(setup, batch, batch.pack.steps_of(chosen), values)
+            hidden_ND = _hidden(setup, batch.pack, chosen)
+            with setup.student.compute():
+                _fill(found, batch.pack, chosen, per_token(core, hidden_ND))
+    return {name: float(values_N.double().mean()) for name, values_N in found.items()}
 
 
 def learn(
@@ -141,7 +168,9 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
         _fill(found, pack, micro, values)
     for name, value in total.items():
         means.add(name, value)
-    written_N = torch.tensor([rollout.source == "student" for rollout in pack.rollouts])[pack.rollout_N]
+    # Curves are about what the student writes; of a method under which it never does, about what it reads.
+    alone = "student" in method.rollout.sources
+    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[pack.rollout_N]
     for watched in batch.watches:
         values_N = found[f"watch.{watched.name}"]
         kept_N = values_N[~values_N.isnan() & written_N]
@@ -177,7 +206,16 @@ def _terms(
     """What some steps add to the loss, and the terms behind it."""
     here = {name: share_N[rows] for name, share_N in shares_N.items()}
     counted_N = torch.ones_like(next(iter(here.values())), dtype=torch.bool)
-    return losses(method, values, counted_N=counted_N, shares_N=here, step=batch.step, total_steps=batch.total_steps)
+    now = batch.moment
+    return losses(
+        method,
+        values,
+        counted_N=counted_N,
+        shares_N=here,
+        step=now.done,
+        total_steps=now.total,
+        readings=now.readings,
+    )
 
 
 def _hidden(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:
@@ -197,8 +235,8 @@ def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context
         rollout_N=pack.rollout_N[index_N].to(device),
         turn_N=pack.turn_N[index_N].to(device),
         position_N=pack.position_N[index_N].to(device),
-        step=batch.step,
-        total_steps=batch.total_steps,
+        step=batch.moment.done,
+        total_steps=batch.moment.total,
     )
     signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
     return Core(values, steps, signals, setup.student.head(), setup.vocab, setup.method.temperature)
