@@ -123,7 +123,7 @@ def balance(
     entropy_coef: float = 0.01,
     name: str = "balance",
 ) -> Balance:
-    """The controller of ARKD, arXiv 2606.29869: `read("forward")` and `read("reverse")` are the coefficients of its terms.
+    """The controller of ARKD, arXiv 2606.29869: its `read("forward")` and `read("reverse")` are coefficients of terms.
 
     Args:
         mode: `bandit`, `bernoulli`, `paper` or `greedy_min`; see `retort.methods.arkd`.

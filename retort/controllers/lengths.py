@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -52,9 +53,6 @@ class LengthStages(Controller):
             f"the student's entropy on held-out prompts fell below its limit at a length of {self._now(state)} tokens"
         )
 
-    def _now(self, state: State) -> int:
-        return self.lengths[int(state["stage"])]
-
 
 def length_stages(
     lengths: tuple[int, ...],
@@ -80,7 +78,7 @@ def length_stages(
     Raises:
         UserError: Lengths that do not grow.
     """
-    if not lengths or lengths[0] < 1 or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)):
+    if not lengths or lengths[0] < 1 or any(b <= a for a, b in pairwise(lengths)):
         raise UserError(f"lengths must be positive and grow, not {list(lengths)}")
     probe = Probe({"entropy": student_entropy()}, source="student", every=every, prompts=prompts)
     return LengthStages(name, probe=probe, lengths=lengths, min_entropy=min_entropy, share=share, on_failure=on_failure)

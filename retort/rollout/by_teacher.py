@@ -15,7 +15,7 @@ from retort.types import Rollout, Status
 
 
 class TeacherWriter:
-    """The teacher as a writer: it answers its own rendering of a prompt, and the student reads that answer after its own.
+    """The teacher as a writer: it answers its own rendering of a prompt; the student reads that answer after its own.
 
     What the teacher wrote ends, for the student, in the student's stop token, and nothing follows one.
     """

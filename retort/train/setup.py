@@ -362,8 +362,8 @@ def _need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Pro
 def _need_verifier(method: Method, verifier: Verifier | None) -> None:
     if method.rollout.order is not None and verifier is None:
         raise UserError(
-            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row of "
-            "the data; add the column, or switch the order off"
+            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
+            "of the data; add the column, or switch the order off"
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from retort.context import Context
@@ -13,7 +12,7 @@ from retort.types import DENSE
 
 def _variance(distribution: Distribution) -> Tensor:
     shard = distribution.shard
-    square_C = shard.sum(torch.linalg.vecdot(distribution.p_CV, distribution.p_CV))
+    square_C = shard.sum(distribution.p_CV.square().sum(-1))
     width = shard.sum(square_C.new_full((), distribution.p_CV.shape[-1]))
     return square_C / width - width.reciprocal().square()
 
