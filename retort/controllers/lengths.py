@@ -49,9 +49,8 @@ class LengthStages(Controller):
     def ended(self, state: State) -> str | None:
         if self.on_failure == "hold" or not bool(state["failed"]):
             return None
-        return (
-            f"the student's entropy on held-out prompts fell below its limit at a length of {self._now(state)} tokens"
-        )
+        length = self.lengths[int(state["stage"])]
+        return f"the student's entropy on held-out prompts fell below its limit at a length of {length} tokens"
 
 
 def length_stages(

@@ -18,6 +18,8 @@ from retort.train.update import Batch, averages
 from retort.train.write import given_rollout, horizon
 from retort.types import Pack, Rollout
 
+_PREFIX = "control/"
+
 
 class Control:
     """States by the controllers' names. A method at hand without controllers leaves them all alone."""
@@ -77,20 +79,20 @@ class Control:
 
     def tensors(self) -> dict[str, Tensor]:
         """All states, flat."""
-        return {f"{name}/{key}": value for name, state in self.states.items() for key, value in state.items()}
+        return {f"{_PREFIX}{name}/{key}": x for name, state in self.states.items() for key, x in state.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back.
+        """Puts `tensors` back; those of others are not looked at.
 
         Raises:
             UserError: They are not those of this method's controllers.
         """
-        mine = self.tensors()
-        if tensors.keys() != mine.keys():
-            wrong = sorted(tensors.keys() ^ mine.keys())[0]
+        given = {name for name in tensors if name.startswith(_PREFIX)}
+        if given != self.tensors().keys():
+            wrong = sorted(given ^ self.tensors().keys())[0]
             raise UserError(f"the checkpoint is of a method with other controllers (state '{wrong}')")
         for name, state in self.states.items():
-            self.states[name] = {key: tensors[f"{name}/{key}"] for key in state}
+            self.states[name] = {key: tensors[f"{_PREFIX}{name}/{key}"] for key in state}
 
     def _look(self, setup: Setup, batch: Batch, controller: Controller) -> Seen:
         now = batch.moment

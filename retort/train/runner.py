@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from retort import config as configuration
 from retort.apply import check_needs, wanted
@@ -27,15 +23,16 @@ from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, export, record, results
 from retort.train.control import Control
 from retort.train.difficulty import difficulties
-from retort.train.metrics import JsonLines, Means, Stopwatch
+from retort.train.interruptions import Interruptions
+from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.setup import Setup, prepare, run_folder
 from retort.train.shelf import Shelf
 from retort.train.summary import summary
-from retort.train.update import Batch, learn, score
+from retort.train.update import learn, score
 from retort.train.write import write_rollouts
-from retort.types import Pack, Status
+from retort.types import Pack
 
 
 @dataclass
@@ -77,7 +74,7 @@ class Run:
         self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = _Interruptions()
+        self._interrupted = Interruptions()
         self._saved: Path | None = None
 
     def go(self) -> Run:
@@ -151,7 +148,7 @@ class Run:
         probed |= self.control.probe(setup, replace(moment, step=self.step))
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
-        written = _rollout_metrics(batch, version)
+        written = record.rollout_metrics(batch, version)
         return {"step": self.step, **means.values(), **written, **dials, **probed, **speed, **times}
 
     def _now(self) -> tuple[Setup, Moment]:
@@ -214,7 +211,7 @@ class Run:
         }
         weights = dict(self.setup.student.model.named_parameters())
         tensors = checkpoint.optimizer_tensors(self.optimizer)
-        parts = _prefixed("control/", self.control.tensors()) | _prefixed("replay/", self.shelf.tensors(self.setup))
+        parts = self.control.tensors() | self.shelf.tensors(self.setup)
         self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
         checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
@@ -239,8 +236,8 @@ class Run:
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
         self.begun = int(found.state.get("begun", 0))
-        self.control.restore(_without("control/", found.parts))
-        self.shelf.restore(self.setup, _without("replay/", found.parts))
+        self.control.restore(found.parts)
+        self.shelf.restore(self.setup, found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
         if self.setup.steps < self.step:
@@ -382,50 +379,3 @@ def _absolute(place: str | None) -> str | None:
     """A local path in full; a hub name and the built-in data as they are."""
     local = place is not None and place != "countdown" and Path(place).exists()
     return str(Path(place).resolve()) if local and place is not None else place
-
-
-def _rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
-    """What was written at this step: the student's under plain names, the teacher's under its own; and the shares."""
-    means, rollouts = Means(), batch.pack.rollouts
-    for rollout in rollouts:
-        if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
-            continue
-        prefix = "" if rollout.source == "student" else "teacher/"
-        means.add(f"{prefix}length", rollout.steps)
-        means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
-        if rollout.reward is not None:
-            means.add(f"{prefix}reward", rollout.reward)
-    found = means.values()
-    replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
-    return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: value for name, value in tensors.items()}
-
-
-def _without(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-class _Interruptions:
-    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.by: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruptions:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.by is not None:
-            raise KeyboardInterrupt
-        self.by = "interrupted" if number == signal.SIGINT else "terminated"

@@ -25,6 +25,7 @@ from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.train.attention import quickest
+from retort.train.needs import need_responses, need_verifier, probe_prompts
 from retort.types import Message, Prompt
 
 
@@ -102,11 +103,11 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if config.threads:
         torch.set_num_threads(config.threads)
     train, held_out = _prompts(config, data, notes)
-    train, probe = _probe_prompts(config, method, train, notes)
-    _need_responses(method, train, probe)
+    train, probe = probe_prompts(config, method, train, notes)
+    need_responses(method, train, probe)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
-    _need_verifier(method, verifier)
+    need_verifier(method, verifier)
     _refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = load(config, teacher_name, "teacher")
@@ -314,57 +315,6 @@ def _verifiers(
     if judge is not None or task is not None:
         notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
     return None, judge
-
-
-def _probe_prompts(
-    config: Config, method: Method, train: list[Prompt], notes: list[str]
-) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts, and those that the method's probes keep out of them: chosen by seed, a fifth at most."""
-    wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
-    if wanted == 0:
-        return train, []
-    count = min(wanted, len(train) // 5)
-    if count == 0:
-        raise UserError(
-            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more"
-        )
-    chosen = set(permutation(config.seed, "probe", count=len(train))[:count])
-    notes.append(f"{count} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
-    return (
-        [prompt for index, prompt in enumerate(train) if index not in chosen],
-        [train[index] for index in sorted(chosen)],
-    )
-
-
-def _need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:
-    """Refuses data without responses where a phase of the run, or a probe, would learn from them."""
-    missing = next((prompt for prompt in train if prompt.response is None), None)
-    phases = [method] if method.before is None else [method.before[1], method]
-    for phase in phases:
-        if missing is None or "dataset" not in phase.rollout.sources:
-            continue
-        share = phase.rollout.on_policy_fraction
-        part = f"{1 - share:.0%}" if isinstance(share, int | float) else "part"
-        remedy = "set cold_start.answers=teacher" if phase is not method else "set method.on_policy_fraction=1"
-        raise UserError(
-            f"method '{phase.name}' takes {part} of its answers from data, but row '{missing.id}' has no `response`; "
-            f"add the column, or {remedy}"
-        )
-    probed = any(c.probe is not None and c.probe.source == "dataset" for c in method.controllers)
-    missing = next((prompt for prompt in probe if prompt.response is None), None)
-    if probed and missing is not None:
-        raise UserError(
-            f"method '{method.name}' probes on answers of the data, but row '{missing.id}' has no `response`; "
-            "add the column"
-        )
-
-
-def _need_verifier(method: Method, verifier: Verifier | None) -> None:
-    if method.rollout.order is not None and verifier is None:
-        raise UserError(
-            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
-            "of the data; add the column, or switch the order off"
-        )
 
 
 def _refuse_same_name(method: Method, student: str, teacher: str) -> None:

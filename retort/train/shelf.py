@@ -17,6 +17,7 @@ from retort.train.setup import Setup
 from retort.types import Rollout, Status
 
 FILE = "teacher_rollouts.jsonl"
+_PREFIX = "replay/"
 
 
 class Shelf:
@@ -86,7 +87,7 @@ class Shelf:
             return {}
         places = {prompt.id: place for place, prompt in enumerate(setup.train)}
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
-        return {
+        found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
             "ids": torch.tensor([token for r in rollouts for token in r.action_ids]),
@@ -98,10 +99,12 @@ class Shelf:
             "completed": torch.tensor([r.status == Status.COMPLETED for r in rollouts]),
             "rewards": torch.tensor([math.nan if r.reward is None else r.reward for r in rollouts]).double(),
         }
+        return {_PREFIX + name: value for name, value in found.items()}
 
     def restore(self, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back."""
+        """Puts `tensors` back; those of others are not looked at."""
         self.visits.clear()
+        tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
         if not tensors:
             return
         lists = {name: values.tolist() for name, values in tensors.items() if name != "logp"}
