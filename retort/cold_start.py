@@ -13,7 +13,7 @@ from retort.rollout.plan import RolloutPlan
 from retort.weights import student_entropy
 
 PAPER = Paper(
-    title="Rethinking On-Policy Distillation of Large Language Models: Phenomenology, Mechanism, and Recipe",
+    title="Rethinking On-Policy Distillation of LLMs: Phenomenology, Mechanism, and Recipe",
     authors="Li, Yaxuan and Zuo, Yuxin and He, Bingxiang and others",
     year=2026,
     arxiv="2604.13016",
@@ -31,10 +31,11 @@ def with_cold_start(
 ) -> Method:
     r"""The method after an off-policy cold start: first so many steps on answers that the student did not write.
 
-    The repair of arXiv 2604.13016 for a student that begins too far from its teacher: fine-tuning on the teacher's
+    Repair A of arXiv 2604.13016 for a student that begins too far from its teacher: fine-tuning on the teacher's
     answers, then on-policy distillation on other prompts (a run goes on through its data, so the prompts are others
     until it comes round). The method's own schedules begin after these steps, and so do the learning rate's schedule
-    and the optimizer's moments, as in two trainings one after the other.
+    and the optimizer's moments, as in two trainings one after the other. Of the paper's filter of invalid answers, only
+    those that came to no end are left out.
 
     Args:
         method: What is run afterwards.

@@ -140,11 +140,19 @@ class Method:
                 )
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
-        named = {controller.name for controller in self.controllers}
+        controllers = [controller.name for controller in self.controllers]
+        if len(set(controllers)) != len(controllers):
+            raise UserError(f"method {self.name} has two controllers of one name: {controllers}")
+        for controller in self.controllers:
+            for view in (controller.against, *((controller.probe.against,) if controller.probe else ())):
+                if view not in self.views:
+                    raise UserError(
+                        f"controller '{controller.name}' looks at view '{view}'; {did_you_mean(view, self.views)}"
+                    )
         coefs = [term.coef for term in self.terms if isinstance(term.coef, Reading)]
         for reading in (*coefs, *self.rollout.readings):
-            if reading.controller not in named:
-                raise UserError(f"a dial reads '{reading}'; {did_you_mean(reading.controller, sorted(named))}")
+            if reading.controller not in controllers:
+                raise UserError(f"a dial reads '{reading}'; {did_you_mean(reading.controller, controllers)}")
 
     @property
     def as_published(self) -> bool:

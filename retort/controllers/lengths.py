@@ -31,8 +31,7 @@ class LengthStages(Controller):
         return {"stage": scalar(0), "failed": scalar(0), "reference": scalar(float("nan"))}
 
     def numbers(self, state: State) -> Mapping[str, float]:
-        stage = int(state["stage"])
-        return {"horizon": float(self.lengths[stage]), "stage": float(stage)}
+        return {"horizon": float(self.lengths[int(state["stage"])])}
 
     def probed(self, state: State, found: Mapping[str, float]) -> State:
         entropy, stage = found["entropy"], int(state["stage"])

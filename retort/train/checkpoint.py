@@ -4,7 +4,8 @@ A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer
 under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
 SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
 (`retort.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
-continues bit by bit.
+continues bit by bit. What a method itself remembers (its controllers, answers to be replayed) is in
+`parts.safetensors`, where there is any.
 """
 
 from __future__ import annotations

@@ -20,15 +20,13 @@ from retort.method import Method
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
-from retort.train import checkpoint, export, record, results
+from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
-from retort.train.difficulty import difficulties
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.setup import Setup, prepare, run_folder
-from retort.train.shelf import Shelf
 from retort.train.summary import summary
 from retort.train.update import learn, score
 from retort.train.write import write_rollouts
@@ -69,7 +67,7 @@ class Run:
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
-        self.shelf = Shelf(self.folder)
+        self.shelf = shelf.Shelf(self.folder)
         self.control = Control(self.setup)
         self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
@@ -120,11 +118,12 @@ class Run:
         setup, moment, watch = *self._now(), Stopwatch()
         if moment.done == 0:
             self._take_over()
-        probed = self.control.probe(setup, moment) if moment.done == 0 else {}
-        moment = replace(moment, readings=self.control.readings(setup))
-        difficulty = self._difficulties(setup, moment)
+        with watch("probe"):
+            probed = self.control.probe(setup, moment) if moment.done == 0 else {}
+            moment = replace(moment, readings=self.control.readings(setup))
+            hard = self._difficulties(setup, moment)
         with watch("generate"):
-            rollouts = write_rollouts(setup, self.shelf, moment, self.updates, difficulty)
+            rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -145,7 +144,8 @@ class Run:
         for row in record.rows(setup, batch, values, self.step):
             self.rollouts.append(row)
         dials = {f"control/{name}": value for name, value in batch.moment.readings.items()}
-        probed |= self.control.probe(setup, replace(moment, step=self.step))
+        with watch("probe"):
+            probed |= self.control.probe(setup, replace(moment, step=self.step))
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
         written = record.rollout_metrics(batch, version)
@@ -166,7 +166,7 @@ class Run:
     def _difficulties(self, setup: Setup, moment: Moment) -> dict[str, float] | None:
         if setup.method.rollout.order is not None and self._difficulty is None:
             progress = self._progress("measuring how hard each prompt is")
-            self._difficulty = difficulties(setup, self.folder, first=moment.done == 0, progress=progress)
+            self._difficulty = difficulty.difficulties(setup, self.folder, first=moment.done == 0, progress=progress)
         return self._difficulty
 
     def _ended(self) -> bool:
@@ -321,7 +321,8 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
-    begun = [name for name in ("metrics.jsonl", "eval.json", "checkpoints", "model") if (folder / name).exists()]
+    files = ("metrics.jsonl", "eval.json", "checkpoints", "model", shelf.FILE, difficulty.FILE)
+    begun = [name for name in files if (folder / name).exists()]
     if (folder / "config.json").exists() and begun:
         raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     run_folder(folder)

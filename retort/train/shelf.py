@@ -11,13 +11,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retort.rollout.plan import RolloutPlan
 from retort.rollout.single_turn import acted
 from retort.train.metrics import JsonLines
 from retort.train.setup import Setup
-from retort.types import Rollout, Status
+from retort.types import Prompt, Rollout, Status
 
 FILE = "teacher_rollouts.jsonl"
 _PREFIX = "replay/"
+#: Which answer of the teacher's: prompt, member, and the temperature and nucleus that it was drawn at.
+Key = tuple[str, int, float, float]
+
+
+def key(plan: RolloutPlan, prompt: Prompt, member: int) -> Key:
+    """The answer that a plan wants."""
+    return prompt.id, member, plan.temperature, plan.top_p
 
 
 class Shelf:
@@ -30,18 +38,20 @@ class Shelf:
     def __init__(self, folder: Path) -> None:
         """Nothing kept yet."""
         self.file = JsonLines(folder / FILE)
-        self.answers: dict[tuple[str, int], Rollout] = {}
+        self.answers: dict[Key, Rollout] = {}
         self.visits: deque[tuple[Rollout, ...]] = deque()
 
-    def keep(self, rollouts: Sequence[Rollout], step: int) -> None:
+    def keep(self, rollouts: Sequence[Rollout], plan: RolloutPlan, step: int) -> None:
         """Puts answers of the teacher's on the shelf; `step` is the number, from 1, of the batch that needed them."""
         for rollout in rollouts:
-            self.answers[rollout.prompt.id, rollout.member] = rollout
+            self.answers[key(plan, rollout.prompt, rollout.member)] = rollout
             self.file.append(
                 {
                     "step": step,
                     "prompt_id": rollout.prompt.id,
                     "member": rollout.member,
+                    "temperature": plan.temperature,
+                    "top_p": plan.top_p,
                     "status": str(rollout.status),
                     "reward": rollout.reward,
                     "text": rollout.text,
@@ -69,7 +79,7 @@ class Shelf:
             row = json.loads(line)
             prompt = prompts[row["prompt_id"]]
             before, ids = setup.render(prompt), row["ids"]
-            self.answers[prompt.id, row["member"]] = Rollout(
+            self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
                 tokens_L=torch.tensor([*before, *ids]),
                 acted_L=acted(len(before), len(ids)),

@@ -14,7 +14,7 @@ from retort.schedules import Reading
 from retort.streams import generator, permutation, uniforms
 from retort.train.moment import Moment
 from retort.train.setup import Setup
-from retort.train.shelf import Shelf
+from retort.train.shelf import Shelf, key
 from retort.types import Prompt, Rollout, Status
 
 
@@ -175,14 +175,14 @@ def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
     wanted = [(place, member) for place in range(len(chosen)) for member in range(plan.samples)]
     if plan.keep:
         for place, member in wanted:
-            kept = shelf.answers.get((chosen[place].prompt.id, member))
+            kept = shelf.answers.get(key(plan, chosen[place].prompt, member))
             if kept is not None:
                 found[place, member] = kept
-    missing = [key for key in wanted if key not in found]
+    missing = [place for place in wanted if place not in found]
     new = _written_by_teacher(setup, [(chosen[place], member) for place, member in missing], longest)
     found.update(zip(missing, new, strict=True))
     if plan.keep:
-        shelf.keep(new, moment.step + 1)
+        shelf.keep(new, plan, moment.step + 1)
     rollouts = [replace(found[place, member], visit=chosen[place].epoch) for place, member in wanted]
     if plan.attempts is not None:
         rollouts = [rollout for rollout in rollouts if rollout.status == Status.COMPLETED]

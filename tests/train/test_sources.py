@@ -6,6 +6,8 @@ Whatever of it has a state must go on exactly where a checkpoint left it.
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -201,6 +203,15 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             assert len(again.answers) == 24
 
 
+def test_answers_kept_at_one_temperature_do_not_serve_at_another(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    shelf, found = Shelf(tmp_path), list[list[Rollout]]()
+    for temperature in (1.0, 0.3, 1.0):
+        setup = setup_of(tiny_run, learner(by_teacher(keep=True, temperature=temperature)))
+        found.append(written(setup, tmp_path, 0, shelf))
+    ids = [[rollout.action_ids for rollout in rollouts] for rollouts in found]
+    assert ids[0] == ids[2] != ids[1]
+
+
 def test_answers_without_an_end_are_begun_again_and_then_left_out(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     once = written(setup_of(tiny_run, learner(by_teacher(samples=8, attempts=1))), tmp_path)
     thrice = written(setup_of(tiny_run, learner(by_teacher(samples=8, attempts=3))), tmp_path)
@@ -290,6 +301,9 @@ def test_the_share_rises_with_every_bad_validation_and_answers_are_replayed(
     parts = load_file(written)
     assert len(parts["replay/sizes"]) == 6
     assert {"control/off_policy/share", "control/off_policy/reference"} <= parts.keys()
+    written.write_bytes(written.read_bytes()[:-1])
+    with pytest.raises(UserError, match="parts.safetensors is truncated or was changed"):
+        runner.resume(folder, method=method, steps=16)
 
 
 def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, Any], tmp_path: Path) -> None:
@@ -496,6 +510,32 @@ def test_difficulty_is_measured_before_training_and_kept(tiny_run: dict[str, Any
     (folder / "difficulty.jsonl").unlink()
     with pytest.raises(UserError, match="difficulty.jsonl: missing.*only be made before the first step"):
         runner.resume(folder, method=method, steps=6).go()
+
+
+def test_a_difficulty_pass_goes_on_where_it_was_interrupted(
+    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retort.train.difficulty._BLOCK", 8)
+    method = learner(RolloutPlan(order=EasyToHard(samples=2)))
+    config = configuration.resolve(changed(tiny_run, eval={"problems": 0}, steps=2), own=method)
+
+    class Interrupter(Silent):
+        def phase(self, text: str, done: int, total: int) -> None:
+            if done == 16:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunError, match="interrupted at step 0 of 2; everything is saved"):
+        runner.start(config, tmp_path / "cut", Interrupter(), method=method).go()
+    assert len(lines(tmp_path / "cut", "difficulty.jsonl")) == 16
+    with pytest.raises(UserError, match="holds a run already"):
+        runner.start(config, tmp_path / "cut", method=method)
+    # A line that was cut in writing is written again.
+    with (tmp_path / "cut" / "difficulty.jsonl").open("a") as file:
+        file.write('{"step": 0, "prompt_')
+    runner.resume(tmp_path / "cut", method=method).go()
+    runner.start(config, tmp_path / "whole", method=method).go()
+    assert lines(tmp_path / "cut", "difficulty.jsonl") == lines(tmp_path / "whole", "difficulty.jsonl")
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
 
 
 def test_ordering_by_difficulty_needs_answers(tiny_run: dict[str, Any], tmp_path: Path) -> None:
