@@ -1,5 +1,6 @@
 """How much each step counts: gates and the quantities they look at."""
 
+from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
@@ -9,7 +10,10 @@ from retort.weights.teachability import release, teacher_margin
 __all__ = [
     "above",
     "both",
+    "cliff",
     "entropy_gap",
+    "masses",
+    "on_contract",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
@@ -17,9 +21,11 @@ __all__ = [
     "release",
     "sampled_reverse_kl",
     "student_entropy",
+    "student_tail",
     "teacher_entropy",
     "teacher_margin",
     "teacher_top_mass",
+    "threshold_weight",
     "truncated_rollout_ratio",
     "truncated_teacher_ratio",
 ]
