@@ -1,5 +1,6 @@
 """How much each step counts: gates and the quantities they look at."""
 
+from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import engine_correction, stored_quantity
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
@@ -12,8 +13,11 @@ __all__ = [
     "Zones",
     "above",
     "both",
+    "cliff",
     "engine_correction",
     "entropy_gap",
+    "masses",
+    "on_contract",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
@@ -22,9 +26,11 @@ __all__ = [
     "sampled_reverse_kl",
     "stored_quantity",
     "student_entropy",
+    "student_tail",
     "teacher_entropy",
     "teacher_margin",
     "teacher_top_mass",
+    "threshold_weight",
     "truncated_rollout_ratio",
     "truncated_teacher_ratio",
 ]
