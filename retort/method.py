@@ -140,6 +140,13 @@ class Method:
                 )
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
+        own = [term.name for term in self.terms if term.estimator.uses_old_logp]
+        if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
+            others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
+            raise UserError(
+                f"term '{own[0]}' is a policy gradient, which holds for answers of the student as it is, but the rollout "
+                f"plan mixes in {others}; use pathwise(...), or let the student write everything"
+            )
         controllers = [controller.name for controller in self.controllers]
         if len(set(controllers)) != len(controllers):
             raise UserError(f"method {self.name} has two controllers of one name: {controllers}")
