@@ -144,8 +144,8 @@ class Method:
         if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
             others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
             raise UserError(
-                f"term '{own[0]}' is a policy gradient, which holds for answers of the student as it is, but the rollout "
-                f"plan mixes in {others}; use pathwise(...), or let the student write everything"
+                f"term '{own[0]}' is a policy gradient, which holds for answers of the student as it is, but the "
+                f"rollout plan mixes in {others}; use pathwise(...), or let the student write everything"
             )
         controllers = [controller.name for controller in self.controllers]
         if len(set(controllers)) != len(controllers):
