@@ -26,12 +26,12 @@ from runs import Job, run_all
 
 from retort import registry
 
-#: What every run is: the built-in models and prompts, 60 batches of 64 prompts x 4 rollouts.
+#: What every run is: the built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
 BASE: Mapping[str, Any] = {
     "student": "countdown:student",
     "teacher": "countdown:teacher",
     "data": "countdown",
-    "steps": 60,
+    "steps": 40,
     "precision": "fp32",
     "threads": 1,
     "rollout": {"prompts": 64, "max_new_tokens": 14, "max_prompt_tokens": 8, "parallel": 4096},
@@ -50,7 +50,7 @@ BASE: Mapping[str, Any] = {
         "top_p": 1.0,
         "temperature": 1.0,
         "max_new_tokens": 14,
-        "every": 15,
+        "every": 20,
         "threshold": 0.8,
     },
     "checkpoint": {"every": 0},
@@ -64,6 +64,18 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "gkd, reverse KL": ("gkd", {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
     "gkd, forward KL": ("gkd", {"divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
     "gkd, JSD": ("gkd", {"divergence": "jsd", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
+    "skew_kl": ("skew_kl", {}, "the run ends before the first validation, so all answers are the data's"),
+    "skew_kl, student writes": ("skew_kl", {"on_policy_fraction": 1.0}, ""),
+    "decoupled_kl": ("decoupled_kl", {}, ""),
+    "decoupled_kl, teacher writes": ("decoupled_kl", {"prefix": "teacher"}, ""),
+    "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
+    "local_teachability": (
+        "local_teachability",
+        {"of": "opd", "settings": {"samples": 4}, "max_segment": 2},
+        "around opd; segments of 2 tokens, because an answer has 12",
+    ),
+    "sead": ("sead", {"curriculum": None}, "without its curriculum"),
+    "sead, easy to hard": ("sead", {}, "the easiest of the prompts, in the order of their difficulty"),
 }
 
 

@@ -31,7 +31,7 @@ INTRO = """# The lab
 <!-- Written by benchmarks/lab.py; edit that. What is said about the papers is in docs/lab-notes.md. -->
 
 Every method on the built-in task, under one roof: the same student (0.8M parameters, cut out of its teacher), the same
-teacher (1.3M), the same prompts, order and random numbers, 60 batches of 64 prompts x 4 rollouts, one learning rate.
+teacher (1.3M), the same prompts, order and random numbers, 40 batches of 64 prompts x 4 rollouts, one learning rate.
 **Nothing is tuned for any method**, and a paper's defaults are for models a thousand times larger: the table compares
 objectives at one setting; it does not rank papers.
 
