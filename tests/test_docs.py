@@ -25,12 +25,13 @@ from typing import Any
 import pytest
 
 from retort import registry
+from retort.catalogue import page, table
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-#: Their numbers are those of whole runs, which no snippet can print.
-UNCOMPUTED = {"README.md", "CONTRIBUTING.md", "docs/log.md"}
+#: Their numbers are those of whole runs, which no snippet can print, or (methods.md) of docstrings.
+UNCOMPUTED = {"README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-notes"))}
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,20 @@ def test_numbers_in_the_prose_were_computed(path: Path) -> None:
     assert page.name in UNCOMPUTED or list(uncomputed_numbers(page)) == []
 
 
-def test_methods_are_in_the_table_of_the_readme() -> None:
-    table = [text for _, text in Page.of(ROOT / "README.md").prose if text.startswith("|")]
-    assert [name for name in registry.names() if not any(f"`{name}`" in row for row in table)] == []
+def test_the_table_of_the_readme_is_that_of_the_methods() -> None:
+    assert table() in (ROOT / "README.md").read_text(), "put the output of retort.catalogue.table() there"
+
+
+def test_the_page_of_methods_is_what_the_command_writes() -> None:
+    written = (ROOT / "docs" / "methods.md").read_text()
+    assert written == page(), "write it again: retort methods --markdown > docs/methods.md"
+    for name in registry.names():
+        own = written.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        assert f"Status: **{registry.load(name).status}**" in own
+        for setting in registry.defaults(name):
+            assert f"| `{setting}` |" in own, f"{name}: {setting} is missing under Args"
+        assert ":math:" not in own
+        assert ".. math::" not in own
 
 
 def test_methods_of_the_pages_pass_the_contract(files: Path) -> None:
