@@ -13,8 +13,8 @@ _HEAD = """# Methods
 
 <!-- Written by `retort methods --markdown`; edit the docstrings. -->
 
-*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named parts
-are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
+*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named
+parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
 [choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
 """
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
