@@ -118,6 +118,7 @@ class Method:
         limits: What it collapses to.
         watch: Curves worth looking at.
         recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
+        adam_variance: Whether to log what Adam's moments say of the gradient's variance (`adam_variance`).
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
     """
 
@@ -128,6 +129,7 @@ class Method:
     limits: tuple[Limit, ...] = ()
     watch: tuple[Watch, ...] = ()
     recipe: Mapping[str, Any] = field(default_factory=lambda: {})
+    adam_variance: bool = False
     name: str = "custom"
     settings: Mapping[str, Any] = field(default_factory=lambda: {})
     paper: Paper | None = None

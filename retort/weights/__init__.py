@@ -2,6 +2,7 @@
 
 from retort.weights.corrections import engine_correction, stored_quantity
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
@@ -14,6 +15,7 @@ __all__ = [
     "both",
     "engine_correction",
     "entropy_gap",
+    "gradient_variance",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
