@@ -12,7 +12,7 @@ from retort import reduce
 from retort.context import Context
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
-from retort.parts import Layout
+from retort.parts import Layout, Part
 from retort.schedules import at
 from retort.types import SAMPLED, Need, NeedKind, TokenLoss, can_meet
 
@@ -83,6 +83,11 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
     return values
 
 
+def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives some parts by name, [C] each, detached."""
+    return lambda context: {name: part.value(context, view).detach() for name, part in parts.items()}
+
+
 def recorded_values(
     method: Method, offers: Mapping[str, frozenset[NeedKind]]
 ) -> Callable[[Context], dict[str, Tensor]]:
@@ -150,11 +155,12 @@ def losses(
     shares_N: Mapping[str, Tensor],
     step: int,
     total_steps: int | None,
+    readings: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
-    """The scalar of these steps and the terms behind it."""
+    """The scalar of these steps and the terms behind it; `readings` are the numbers of the method's controllers."""
     terms = {
         term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N)
         for term in method.terms
     }
-    coefs = {term.name: at(term.coef, step, total_steps) for term in method.terms}
+    coefs = {term.name: at(term.coef, step, total_steps, readings) for term in method.terms}
     return reduce.scalar(terms, shares_N, coefs), terms

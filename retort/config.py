@@ -57,6 +57,22 @@ class OptimizerSection(_Section):
     gradient_checkpointing: bool = False
 
 
+class ColdStartSection(_Section):
+    """A first phase of learning from answers that the student did not write."""
+
+    steps: int = Field(default=0, ge=0, description="of the run's steps; 0 for no cold start")
+    loss: Literal["sft", "forward_kl"] = Field(
+        default="sft", description="likelihood of what was written, or the exact forward KL at each of its tokens"
+    )
+    answers: Literal["teacher", "dataset"] = Field(
+        default="teacher", description="whose; those of the data are its column `response`"
+    )
+    attempts: int | None = Field(
+        default=3, ge=1, description="of the teacher at an answer that comes to an end; null: cut answers are used"
+    )
+    learning_rate: float | None = Field(default=None, gt=0, description="default: that of the optimizer")
+
+
 class EvalSection(_Section):
     """How the student is judged, on prompts it never learns from."""
 
@@ -143,6 +159,7 @@ class Config(_Section):
     limit: int | None = Field(default=None, ge=1, description="use only the first rows of the data")
     rollout: RolloutSection = RolloutSection()
     optimizer: OptimizerSection = OptimizerSection()
+    cold_start: ColdStartSection = ColdStartSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()

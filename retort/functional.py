@@ -13,10 +13,12 @@ from retort.apply import (
     check_needs,
     finish_stats,
     losses,
+    part_values,
     stat_values,
     stored_values,
     term_values,
 )
+from retort.controllers import Controller, Seen
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.core import Core, Steps, loss_pass, per_token
@@ -24,6 +26,7 @@ from retort.models.head import Head
 from retort.parts import Layout
 from retort.registry import load
 from retort.signals import Dense, TeacherSignal, TopK
+from retort.streams import generator
 from retort.types import TokenLoss, TokenLosses
 
 __all__ = ["Head", "linear_token_losses", "token_losses"]
@@ -71,7 +74,9 @@ def token_losses(
         student_hidden: The student's hidden states [N, D], for methods that compare them.
         step: Batches of rollouts done, for scheduled dials.
         total_steps: Of the run, for scheduled dials.
-        state: State of the method's stateful parts from the previous call.
+        state: State of the method's stateful parts from the previous call (`TokenLosses.state`); as at the start of a
+            run where it is left out. A controller that wants to see the batch again after the update is shown it
+            before the update only: tell it the rest with its own `learn`.
 
     Returns:
         `TokenLosses`; per-step values are 0 outside the mask.
@@ -259,15 +264,52 @@ class _Batch:
             core = replace(core, steps=self._weighed(core, hidden_ND, chunk))
         counted_N = torch.ones_like(tokens_N, dtype=torch.bool)
         shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=core.steps.stored)
+        state, readings = self._controlled(core, hidden_ND, chunk)
 
         def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
             here = {name: share_N[rows] for name, share_N in shares_N.items()}
             step, total = core.steps.step, core.steps.total_steps
-            return losses(self.method, values, counted_N=counted_N[rows], shares_N=here, step=step, total_steps=total)
+            return losses(
+                self.method,
+                values,
+                counted_N=counted_N[rows],
+                shares_N=here,
+                step=step,
+                total_steps=total,
+                readings=readings,
+            )
 
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
         terms = terms_of(values, slice(None))[1]
-        return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, self.state)
+        return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
+
+    def _controlled(
+        self, core: Core, hidden_ND: Tensor, chunk: int | None
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The state of all controllers after this batch, flat, and the numbers that its terms read."""
+        flat, readings = dict(self.state), dict[str, float]()
+        for controller in self.method.controllers:
+            name, step = controller.name, self.steps.step
+            state = {key.removeprefix(f"{name}/"): x for key, x in flat.items() if key.startswith(f"{name}/")}
+            state = state or controller.init(generator(0, "controllers", name))
+            seen = None
+            if core.count:
+                seen = Seen(self._means(core, controller, hidden_ND, chunk), step, self.steps.total_steps)
+                state = controller.act(state, seen, generator(0, "controllers", name, step))
+            readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
+            if seen is not None and not controller.again:
+                state = controller.learn(state, seen, {})
+            flat |= {f"{name}/{key}": x for key, x in state.items()}
+        return flat, readings
+
+    @torch.no_grad()
+    def _means(self, core: Core, controller: Controller, hidden_ND: Tensor, chunk: int | None) -> dict[str, float]:
+        """Of what a controller sees."""
+        if not controller.sees:
+            return {}
+        values = part_values(controller.sees, controller.against)
+        found = per_token(replace(core, values=values), hidden_ND, chunk=chunk)
+        return {name: float(values_N.double().mean()) for name, values_N in found.items()}
 
     def _with_stats(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
         """The steps with what the method reads of the whole batch."""

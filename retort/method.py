@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, ParamSpec
 
+from retort.controllers import Controller
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
 from retort.parts import Part, Stat, Weight
 from retort.reduce import Denominator, tokens
 from retort.rollout.plan import RolloutPlan
-from retort.schedules import Schedule
+from retort.schedules import Dial, Reading
 from retort.teachers.view import View
 from retort.types import Need
 
@@ -50,7 +51,7 @@ class Term:
     estimator: Estimator
     against: str = "teacher"
     weight: Weight | None = None
-    coef: float | Schedule = 1.0
+    coef: Dial = 1.0
     denominator: Denominator = field(default_factory=tokens)
 
     @property
@@ -117,6 +118,8 @@ class Method:
         temperature: Both distributions are evaluated at this temperature, in training and in `token_losses`.
         limits: What it collapses to.
         watch: Curves worth looking at.
+        controllers: Parts with a state that moves as the run goes; dials read their numbers.
+        before: Another method, and for how many steps it is run first (`retort.cold_start`).
         recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
         adam_variance: Whether to log what Adam's moments say of the gradient's variance (`adam_variance`).
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
@@ -128,6 +131,8 @@ class Method:
     temperature: float = 1.0
     limits: tuple[Limit, ...] = ()
     watch: tuple[Watch, ...] = ()
+    controllers: tuple[Controller, ...] = ()
+    before: tuple[int, Method] | None = None
     recipe: Mapping[str, Any] = field(default_factory=lambda: {})
     adam_variance: bool = False
     name: str = "custom"
@@ -153,16 +158,34 @@ class Method:
                     raise UserError(f"term '{term.name}' also asks view '{view}'; {did_you_mean(view, self.views)}")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
+        controllers = [controller.name for controller in self.controllers]
+        if len(set(controllers)) != len(controllers):
+            raise UserError(f"method {self.name} has two controllers of one name: {controllers}")
+        for controller in self.controllers:
+            for view in (controller.against, *((controller.probe.against,) if controller.probe else ())):
+                if view not in self.views:
+                    raise UserError(
+                        f"controller '{controller.name}' looks at view '{view}'; {did_you_mean(view, self.views)}"
+                    )
+        coefs = [term.coef for term in self.terms if isinstance(term.coef, Reading)]
+        for reading in (*coefs, *self.rollout.readings):
+            if reading.controller not in controllers:
+                raise UserError(f"a dial reads '{reading}'; {did_you_mean(reading.controller, controllers)}")
 
     @property
     def as_published(self) -> bool:
         """Whether this is what its name and settings make, with no part replaced."""
-        parts = (self.rollout, self.terms, self.views, self.temperature)
-        return bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
+        parts = (self.rollout, self.terms, self.views, self.temperature, self.controllers)
+        unchanged = bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
+        return unchanged and self.before is None
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """What the method cannot do without from the teacher behind a view."""
-        return frozenset[Need]().union(*(term.asks(view) for term in self.terms))
+        termed = (term.asks(view) for term in self.terms)
+        seen = (part.needs for c in self.controllers if c.against == view for part in c.sees.values())
+        probes = (c.probe for c in self.controllers if c.probe is not None and c.probe.against == view)
+        probed = (part.needs for probe in probes for part in probe.parts.values())
+        return frozenset[Need]().union(*termed, *seen, *probed)
 
     def welcomes(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
         """What its curves would like to know besides, at a batch of rollouts counted from 0."""
@@ -214,7 +237,7 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
             bare = build(*args, **settings)
             return replace(
                 bare,
-                made_of=(bare.rollout, bare.terms, bare.views, bare.temperature),
+                made_of=(bare.rollout, bare.terms, bare.views, bare.temperature, bare.controllers),
                 name=build.__name__,
                 settings=dict(bound.arguments),
                 paper=paper,

@@ -6,7 +6,8 @@ A method's dials move with batches of rollouts, the learning rate with optimizer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from retort.errors import UserError
@@ -16,9 +17,48 @@ Schedule = Callable[[int, int | None], float]
 ScheduleName = Literal["constant", "linear", "cosine"]
 
 
-def at(dial: float | Schedule, step: int, total_steps: int | None) -> float:
-    """The value of a dial, fixed or scheduled, at a step."""
+@dataclass(frozen=True)
+class Reading:
+    """A number that one of the method's controllers gives, read anew for every batch (`retort.controllers`).
+
+    Attributes:
+        controller: Its name.
+        number: Which of its numbers.
+    """
+
+    controller: str
+    number: str
+
+    def __str__(self) -> str:
+        return f"{self.controller}.{self.number}"
+
+
+#: A number that may move: fixed, a function of the step, or read from a controller.
+Dial = float | Schedule | Reading
+
+
+def at(dial: Dial, step: int, total_steps: int | None, readings: Mapping[str, float] | None = None) -> float:
+    """The value of a dial at a step.
+
+    Raises:
+        UserError: It is read from a controller that gave no such number.
+    """
+    if isinstance(dial, Reading):
+        if str(dial) not in (readings or {}):
+            raise UserError(f"no controller gives '{dial}' (given: {', '.join(sorted(readings or {})) or 'nothing'})")
+        return (readings or {})[str(dial)]
     return dial(step, total_steps) if callable(dial) else dial
+
+
+def line(start: float, end: float) -> Schedule:
+    """From `start` at step 0 in a straight line towards `end`, which it would reach after the last step."""
+
+    def value(step: int, total_steps: int | None) -> float:
+        if total_steps is None:
+            raise UserError("a line from start to end needs the number of steps (total_steps)")
+        return start + (end - start) * min(1.0, step / total_steps)
+
+    return value
 
 
 def decay(name: ScheduleName, *, warmup: int = 0, floor: float = 0.0) -> Schedule:

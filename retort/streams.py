@@ -13,7 +13,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Stream = Literal["data", "rollouts", "evaluation", "mixture", "holdout", "record"]
+Stream = Literal[
+    "data",
+    "rollouts",
+    "evaluation",
+    "mixture",
+    "holdout",
+    "record",
+    "teacher",
+    "replay",
+    "difficulty",
+    "probe",
+    "controllers",
+]
 
 
 def key(seed: int, stream: Stream, *parts: str | int) -> int:

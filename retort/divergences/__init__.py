@@ -4,6 +4,7 @@ from retort.divergences.adaptive import akl, todi, total_variation
 from retort.divergences.alpha_beta import ab_values, alpha_beta
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
+from retort.divergences.likelihood import negative_log_likelihood
 from retort.divergences.sampled import k1, k2, k3
 from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
 from retort.divergences.support import Tail, Weighting, Whose, topk_kl, topk_score
@@ -24,6 +25,7 @@ __all__ = [
     "k2",
     "k3",
     "kl_values",
+    "negative_log_likelihood",
     "reverse_kl",
     "skew_forward_kl",
     "skew_reverse_kl",

@@ -6,7 +6,7 @@ from retort.divergences import forward_kl, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.reduce import weighted
-from retort.rollout.plan import RolloutPlan
+from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.schedules import anneal
 from retort.weights import Zones, student_entropy, teacher_entropy
 from retort.weights.zones import SILENT, SURE, UNSURE
@@ -30,6 +30,7 @@ def sead(
     anneal_end: float = 0.0,
     unsure_loss: Literal["faded", "blended"] = "faded",
     scope: Literal["batch", "rollout"] = "batch",
+    curriculum: Literal["sorted", "gated"] | None = "sorted",
     samples: int = 1,
     temperature: float = 0.7,
 ) -> Method:
@@ -51,13 +52,15 @@ def sead(
         unsure_loss: `faded`: zone C has the forward KL times alpha (the paper's Eq. 4), so it fades, and still counts
             in the denominator. `blended`: alpha forward + (1 - alpha) reverse (its Figure 1).
         scope: Shares hold over the batch, or in every rollout; the paper does not say.
+        curriculum: Prompts from easy to hard, by the first student's pass rate over 8 answers to each, measured before
+            the first step, for which the data needs answers: `sorted` goes through them once (what the paper ran),
+            `gated` draws among those that are easy enough by now (what its text says). Null: shuffled.
         samples: Rollouts per prompt.
         temperature: Of sampling only.
 
     Reconstructed: the rule of assignment is not spelled out in the paper; this one reproduces its table of shares.
-    Departures: entropies are of the whole distributions, where the paper takes an unnamed top-k; the curriculum from
-    easy to hard prompts is not part of this method; PPO's clip, which never binds with one update per batch, is left
-    out.
+    Departures: entropies are of the whole distributions, where the paper takes an unnamed top-k; PPO's clip,
+    which never binds with one update per batch, is left out. Of the gated curriculum the paper gives no numbers.
     """
     parts = Zones(silent=silent_share, unsure=unsure_share, scope=scope)
     sure, unsure, silent = parts.weight(SURE), parts.weight(UNSURE), parts.weight(SILENT)
@@ -70,7 +73,9 @@ def sead(
         return forward_coef * falling(step, total_steps)
 
     return Method(
-        rollout=RolloutPlan(samples=samples, temperature=temperature),
+        rollout=RolloutPlan(
+            samples=samples, temperature=temperature, order=None if curriculum is None else EasyToHard(curriculum)
+        ),
         terms=(
             Term("sure", pathwise(reverse_kl()), weight=sure, denominator=by_taught),
             Term("unsure", pathwise(forward_kl()), weight=unsure, coef=forward_weight, denominator=by_taught),

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
+from retort.controllers.off_policy import adaptive_share
 from retort.divergences import reverse_kl, skew_forward_kl, skew_reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.rollout.plan import RolloutPlan
+from retort.rollout.plan import Replay, RolloutPlan
 from retort.weights import student_entropy, teacher_entropy
 
 
@@ -17,13 +18,14 @@ from retort.weights import student_entropy, teacher_entropy
         arxiv="2402.03898",
         venue="ICML 2024",
     ),
-    status="partial",
+    status="faithful",
 )
 def skew_kl(
     *,
     direction: Literal["forward", "reverse"] = "forward",
     skew: float = 0.1,
-    on_policy_fraction: float = 1.0,
+    on_policy_fraction: float | Literal["adaptive"] = "adaptive",
+    validate_every: int = 100,
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
@@ -36,17 +38,28 @@ def skew_kl(
     Args:
         direction: Skewed forward or skewed reverse KL.
         skew: a, 0 <= a < 1. At 0 it is the plain KL.
-        on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
+        on_policy_fraction: Share of prompts that the student answers, the data's `response` serving for the others:
+            `adaptive` begins at 0 and rises by a tenth whenever the likelihood of held-out responses has become worse
+            by 0.1 nats, and old rollouts are used again more and more, 1,000 of them; or a fixed share, with all
+            rollouts new.
+        validate_every: Steps between the validations of `adaptive`; the released code's is an epoch.
         samples: Rollouts per prompt.
         temperature: Of sampling only.
 
-    Departures from the paper: the share of student answers is fixed, where DistiLLM raises it as a validation loss
-    stops falling, and there is no buffer of old rollouts. The released code leaves the teacher's (constant) entropy
-    out of the value; the gradient is the same.
+    Departures from the released code: validation is every so many steps and not every epoch; the teacher's (constant)
+    entropy, which it leaves out of the value, is in it (the gradient is the same).
     """
     chosen = skew_forward_kl(skew) if direction == "forward" else skew_reverse_kl(skew)
+    adaptive = adaptive_share(every=validate_every)
+    if on_policy_fraction == "adaptive":
+        plan = RolloutPlan(
+            samples=samples, temperature=temperature, on_policy_fraction=adaptive.read("share"), replay=Replay()
+        )
+    else:
+        plan = RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction)
     return Method(
-        rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
+        rollout=plan,
+        controllers=(adaptive,) if on_policy_fraction == "adaptive" else (),
         terms=(Term("divergence", pathwise(chosen)),),
         limits=(
             Limit({"skew": 0.0}, equals=("gkd", {"divergence": "forward_kl"})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def write(
     temperature: float,
     top_p: float,
     version: int = 0,
+    source: Literal["student", "teacher"] = "student",
 ) -> list[Rollout]:
     """Has the engine answer all tasks, in order."""
     written = engine.write(
@@ -57,6 +59,7 @@ def write(
             member=task.member,
             visit=task.visit,
             status=answer.status,
+            source=source,
             text=str(engine.lm.tokenizer.decode(answer.ids, skip_special_tokens=True)),
         )
         for task, answer in zip(tasks, written, strict=True)

@@ -4,7 +4,8 @@ A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer
 under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
 SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
 (`retort.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
-continues bit by bit.
+continues bit by bit. What a method itself remembers (its controllers, answers to be replayed) is in
+`parts.safetensors`, where there is any.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from retort.errors import RunError, UserError
 from retort.files import reason
 
 _NAME = re.compile(r"step-(\d+)$")
+_PARTS = "parts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Checkpoint:
         weights: Master weights by name, fp32.
         optimizer: Optimizer tensors, flat, as `<index>.<name>`.
         state: Plain values: updates done, data fingerprint, choices made at the start, best score so far.
+        parts: Tensors of the method's stateful parts, if it has any.
     """
 
     step: int
     weights: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
+    parts: Mapping[str, Tensor] = field(default_factory=lambda: {})
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
@@ -59,6 +63,8 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
         temporary.mkdir(parents=True)
         save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
         save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
+        if checkpoint.parts:
+            save_file(_distinct(checkpoint.parts), temporary / _PARTS)
         state = {"step": checkpoint.step, **checkpoint.state}
         (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
@@ -87,7 +93,8 @@ def verify(path: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
     except (OSError, ValueError):
         raise _refused(path, "manifest.json", "is missing or unreadable") from None
-    for name in ("weights.safetensors", "optimizer.safetensors", "state.json"):
+    further = [_PARTS] if _PARTS in manifest else []
+    for name in ("weights.safetensors", "optimizer.safetensors", "state.json", *further):
         file = path / name
         if not file.is_file():
             raise _refused(path, name, "is missing")
@@ -108,6 +115,7 @@ def load(path: Path) -> Checkpoint:
         load_file(path / "weights.safetensors"),
         load_file(path / "optimizer.safetensors"),
         state,
+        load_file(path / _PARTS) if (path / _PARTS).exists() else {},
     )
 
 

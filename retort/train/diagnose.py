@@ -7,7 +7,7 @@ trainer are apart. Axis letters: see `retort.types`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -94,3 +94,15 @@ def auroc(scores_R: Tensor, right_R: Tensor) -> float | None:
     below = torch.searchsorted(order, good, right=False).double()
     through = torch.searchsorted(order, good, right=True).double()
     return float(((below + through) / 2 / len(bad)).mean())
+
+
+def trajectory_reward(pack: Pack, values: Mapping[str, Tensor]) -> dict[str, float]:
+    """How well the mean of log p_T - log p_S over a rollout tells right ones from wrong ones."""
+    rewards_R = torch.tensor(
+        [r.reward if r.source == "student" and r.reward is not None else math.nan for r in pack.rollouts]
+    )
+    if "teacher_logp" not in values or bool(rewards_R.isnan().all()):
+        return {}
+    means_R = rollout_means(pack, values["teacher_logp"] - values["student_logp"])
+    found = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
+    return {} if found is None else {"trajectory_auroc": found}

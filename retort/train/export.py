@@ -49,13 +49,14 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         "",
         f"# {Path(setup.student.name).name}, distilled with {method.name}",
         "",
-        "Trained by on-policy distillation with Retort: the student wrote, the teacher answered every token of it.",
+        _trained(method.rollout.sources),
         "",
         f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
         f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)",
         *([f"- base: `{Path(setup.base_lm.name).name}`, frozen"] if setup.base_lm else []),
         f"- method: `{method.name}` ({method.status}): {origin}",
         f"- settings: {settings}",
+        *([f"- before it: `{method.before[1].name}`, {method.before[0]} batches"] if method.before else []),
         f"- data: `{Path(str(config.data)).name}`, {len(setup.train)} prompts",
         f"- training: {step} batches of {setup.batch_prompts} prompts, seed {config.seed}, fp32 master weights, "
         f"{setup.precision} products",
@@ -63,6 +64,19 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         *_table(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _trained(sources: frozenset[str]) -> str:
+    """What was done, in a sentence; honest about who wrote."""
+    if sources == {"student"}:
+        return (
+            "Trained by on-policy distillation with Retort: the student wrote, the teacher answered every token of it."
+        )
+    who = {"student": "the student", "teacher": "the teacher", "dataset": "the data"}
+    wrote = " and ".join(who[source] for source in ("student", "teacher", "dataset") if source in sources)
+    return (
+        f"Trained by distillation with Retort: answers were those of {wrote}, the teacher answered every token of them."
+    )
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:

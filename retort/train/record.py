@@ -1,4 +1,4 @@
-"""The per-token record: a few rollouts of every step, with what was said about each of their tokens."""
+"""What is written down of a step's rollouts: means, and a few of them token by token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from retort.rollout.record import token_row
 from retort.streams import permutation
+from retort.train.metrics import Means
 from retort.train.setup import Setup
 from retort.train.update import Batch
+from retort.types import Status
 
 
 def rows(setup: Setup, batch: Batch, values: Mapping[str, Tensor], step: int) -> list[dict[str, Any]]:
@@ -26,3 +28,19 @@ def rows(setup: Setup, batch: Batch, values: Mapping[str, Tensor], step: int) ->
     chosen = permutation(setup.config.seed, "record", step, count=len(pack.rollouts))[: setup.config.record.rollouts]
     columns = {name.removeprefix("watch."): values_N for name, values_N in values.items()}
     return [{"step": step, **token_row(pack, index, columns, setup.student.tokenizer)} for index in sorted(chosen)]
+
+
+def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
+    """What was written at this step: the student's under plain names, the teacher's under its own; and the shares."""
+    means, rollouts = Means(), batch.pack.rollouts
+    for rollout in rollouts:
+        if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
+            continue
+        prefix = "" if rollout.source == "student" else "teacher/"
+        means.add(f"{prefix}length", rollout.steps)
+        means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
+        if rollout.reward is not None:
+            means.add(f"{prefix}reward", rollout.reward)
+    found = means.values()
+    replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
+    return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from retort import config as configuration
 from retort.apply import check_needs, wanted
@@ -25,15 +20,18 @@ from retort.method import Method
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
-from retort.train import checkpoint, export, record, results
-from retort.train.diagnose import auroc, rollout_means
-from retort.train.metrics import JsonLines, Means, Stopwatch
+from retort.train import checkpoint, difficulty, export, record, results, shelf
+from retort.train.control import Control
+from retort.train.diagnose import trajectory_reward
+from retort.train.interruptions import Interruptions
+from retort.train.metrics import JsonLines, Stopwatch
+from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.setup import Setup, prepare, run_folder
 from retort.train.summary import summary
-from retort.train.update import Batch, learn, score
+from retort.train.update import learn, score
 from retort.train.write import write_rollouts
-from retort.types import Pack, Status
+from retort.types import Pack
 
 
 @dataclass
@@ -47,6 +45,7 @@ class Run:
         step: Batches of rollouts done.
         updates: Optimizer steps done.
         best: Best held-out score so far, and the step that had it.
+        begun: Optimizer steps done when the method at hand took over.
     """
 
     setup: Setup
@@ -55,6 +54,7 @@ class Run:
     step: int = 0
     updates: int = 0
     best: tuple[float, int] | None = None
+    begun: int = 0
 
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
@@ -68,8 +68,12 @@ class Run:
         self.metrics = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
+        self.shelf = shelf.Shelf(self.folder)
+        self.control = Control(self.setup)
+        self._phases = self.setup.phases
+        self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = _Interruptions()
+        self._interrupted = Interruptions()
         self._saved: Path | None = None
 
     def go(self) -> Run:
@@ -79,7 +83,8 @@ class Run:
             RunError: It had to stop (interrupted, disk full, a teacher gone wrong); a checkpoint says where to go on.
         """
         setup, config = self.setup, self.setup.config
-        check_needs(setup.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
+        for _, phase in self._phases:
+            check_needs(phase.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
         self.observer.summary(summary(setup), setup.notes)
         tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
         with contextlib.closing(tracker), self._interrupted:
@@ -88,7 +93,7 @@ class Run:
             if judge is not None and not results.has(self.results, results.BEFORE):
                 self._judge_before(judge)
 
-            while self.step < setup.steps:
+            while self.step < setup.steps and not self._ended():
                 metrics = self._one_step()
                 if judge is not None and config.eval.every and self.step % config.eval.every == 0:
                     metrics |= self._judge_now(judge)
@@ -111,9 +116,15 @@ class Run:
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
-        setup, watch = self.setup, Stopwatch()
+        setup, moment, watch = *self._now(), Stopwatch()
+        if moment.done == 0:
+            self._take_over()
+        with watch("probe"):
+            probed = self.control.probe(setup, moment) if moment.done == 0 else {}
+            moment = replace(moment, readings=self.control.readings(setup))
+            hard = self._difficulties(setup, moment)
         with watch("generate"):
-            rollouts = write_rollouts(setup, self.step, self.updates)
+            rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -124,24 +135,56 @@ class Run:
                 setup.method.temperature,
             )
         with watch("score"):
-            batch = score(setup, pack, signals, self.step, setup.steps)
-        self.updates, means, values = learn(setup, batch, self.optimizer, self._factor(), self.updates, watch)
+            batch = self.control.act(setup, score(setup, pack, signals, moment))
+        version = self.updates
+        factor = self._factor(setup, moment)
+        self.updates, means, values = learn(setup, batch, self.optimizer, factor, self.updates, watch)
+        with watch("score"):
+            self.control.learn(setup, batch)
         self.step += 1
         for row in record.rows(setup, batch, values, self.step):
             self.rollouts.append(row)
+        dials = {f"control/{name}": value for name, value in batch.moment.readings.items()}
+        with watch("probe"):
+            probed |= self.control.probe(setup, replace(moment, step=self.step))
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
-        shown = {**means.values(), **_rollout_metrics(batch), **_trajectory_reward(batch, values)}
-        return {"step": self.step, **shown, **speed, **times}
+        written = {**record.rollout_metrics(batch, version), **trajectory_reward(pack, values)}
+        return {"step": self.step, **means.values(), **written, **dials, **probed, **speed, **times}
 
-    def _factor(self) -> Any:
-        settings = self.setup.config.optimizer
+    def _now(self) -> tuple[Setup, Moment]:
+        """The method at hand, in its setup, and where the run is."""
+        number = max(index for index, (begins, _) in enumerate(self._phases) if begins <= self.step)
+        begins, setup = self._phases[number]
+        ends = [begun for begun, _ in self._phases[number + 1 :]]
+        return setup, Moment(self.step, ends[0] if ends else self.setup.steps, begins)
+
+    def _take_over(self) -> None:
+        """Every method of a run begins with an optimizer and a learning rate of its own."""
+        self.optimizer.state.clear()
+        self.begun = self.updates
+
+    def _difficulties(self, setup: Setup, moment: Moment) -> dict[str, float] | None:
+        if setup.method.rollout.order is not None and self._difficulty is None:
+            progress = self._progress("measuring how hard each prompt is")
+            self._difficulty = difficulty.difficulties(setup, self.folder, first=moment.done == 0, progress=progress)
+        return self._difficulty
+
+    def _ended(self) -> bool:
+        reason = self.control.ended(self.setup)
+        if reason is not None:
+            self.observer.note(f"the run ends after step {self.step} of {self.setup.steps}: {reason}")
+        return reason is not None
+
+    def _factor(self, setup: Setup, moment: Moment) -> Any:
+        settings, cold = self.setup.config.optimizer, self.setup.config.cold_start.learning_rate
         schedule = decay(settings.schedule, warmup=settings.warmup, floor=settings.final)
-        plan = self.setup.method.rollout
+        plan = setup.method.rollout
         # A batch is the same number of rollouts at every step, or (with given answers) one less often than a prompt's
         # samples.
-        per_batch = min(settings.updates, self.setup.batch_prompts * plan.samples) * settings.epochs
-        return lambda update: schedule(update, self.setup.steps * per_batch)
+        per_batch = min(settings.updates, setup.batch_prompts * plan.samples) * settings.epochs
+        scale = cold / settings.learning_rate if cold and setup is not self.setup else 1.0
+        return lambda update: scale * schedule(update - self.begun, moment.total * per_batch)
 
     def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
         self.metrics.append(metrics)
@@ -160,6 +203,7 @@ class Run:
             return self._saved
         state = {
             "updates": self.updates,
+            "begun": self.begun,
             "best": self.best,
             "data": fingerprint(self.setup.train),
             "teacher": self.setup.teacher_lm.digest(),
@@ -169,7 +213,8 @@ class Run:
         }
         weights = dict(self.setup.student.model.named_parameters())
         tensors = checkpoint.optimizer_tensors(self.optimizer)
-        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state))
+        parts = self.control.tensors() | self.shelf.tensors(self.setup)
+        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
         checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
 
@@ -194,12 +239,16 @@ class Run:
                 parameter.copy_(found.weights[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
+        self.begun = int(found.state.get("begun", 0))
+        self.control.restore(found.parts)
+        self.shelf.restore(self.setup, found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
         if self.setup.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
         self.metrics.cut(self.step)
         self.rollouts.cut(self.step)
+        self.shelf.go_back(self.setup, self.step)
         checkpoint.supersede(path.parent, self.step)
         self._saved = path
 
@@ -277,7 +326,8 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
-    begun = [name for name in ("metrics.jsonl", "eval.json", "checkpoints", "model") if (folder / name).exists()]
+    files = ("metrics.jsonl", "eval.json", "checkpoints", "model", shelf.FILE, difficulty.FILE)
+    begun = [name for name in files if (folder / name).exists()]
     if (folder / "config.json").exists() and begun:
         raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     run_folder(folder)
@@ -325,6 +375,7 @@ def resume(
     else:  # stopped before its first checkpoint: the same seed takes the same way again
         run.metrics.cut(0)
         run.rollouts.cut(0)
+        run.shelf.go_back(run.setup, 0)
     if steps is not None:
         configuration.save(config, folder / "config.json")
     return run
@@ -334,49 +385,3 @@ def _absolute(place: str | None) -> str | None:
     """A local path in full; a hub name and the built-in data as they are."""
     local = place is not None and place not in configuration.BUILTIN and Path(place).exists()
     return str(Path(place).resolve()) if local and place is not None else place
-
-
-def _rollout_metrics(batch: Batch) -> dict[str, float]:
-    means = Means()
-    for rollout in batch.pack.rollouts:
-        if rollout.source == "student":
-            means.add("length", rollout.steps)
-            means.add("truncated_fraction", float(rollout.status == Status.TRUNCATED))
-            if rollout.reward is not None:
-                means.add("reward", rollout.reward)
-    return means.values()
-
-
-def _trajectory_reward(batch: Batch, values: Mapping[str, Tensor]) -> dict[str, float]:
-    """How well the mean of log p_T - log p_S over a rollout tells right ones from wrong ones."""
-    rewards_R = torch.tensor(
-        [r.reward if r.source == "student" and r.reward is not None else math.nan for r in batch.pack.rollouts]
-    )
-    if "teacher_logp" not in values or bool(rewards_R.isnan().all()):
-        return {}
-    means_R = rollout_means(batch.pack, values["teacher_logp"] - values["student_logp"])
-    found = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
-    return {} if found is None else {"trajectory_auroc": found}
-
-
-class _Interruptions:
-    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.by: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Interruptions:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.by is not None:
-            raise KeyboardInterrupt
-        self.by = "interrupted" if number == signal.SIGINT else "terminated"

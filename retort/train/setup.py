@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,17 +13,20 @@ from retort import registry
 from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
+from retort.cold_start import with_cold_start
 from retort.config import BUILTIN, Config
 from retort.data import load_prompts
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.rewards.verify import Verifier, verifier_for
+from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
+from retort.train.needs import need_responses, need_verifier, probe_prompts
 from retort.types import Message, Prompt
 
 
@@ -40,8 +43,10 @@ class Setup:
         teachers: Who answers, by view.
         vocab: Ids that student and teacher share.
         engine: How the student writes.
+        teacher_writer: How the teacher writes for the student.
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
+        probe: Prompts kept out of the training data for the method's probes.
         verifier: Grades training rollouts, where the training data has answers.
         judge_verifier: Grades answers to held-out prompts, where those have answers.
         precision: Of products, resolved.
@@ -57,8 +62,10 @@ class Setup:
     teachers: dict[str, Teacher]
     vocab: int
     engine: HFEngine
+    teacher_writer: TeacherWriter
     train: list[Prompt]
     held_out: list[Prompt]
+    probe: list[Prompt]
     verifier: Verifier | None
     judge_verifier: Verifier | None
     precision: Precision
@@ -77,6 +84,12 @@ class Setup:
         """Batches of rollouts in the run."""
         return self.config.steps or -(-len(self.train) // self.batch_prompts)
 
+    @property
+    def phases(self) -> list[tuple[int, Setup]]:
+        """Where each method of the run begins, and the setup with it: the method's own, with what comes before it."""
+        before = self.method.before
+        return [(0, self)] if before is None else [(0, replace(self, method=before[1])), (before[0], self)]
+
 
 def prepare(config: Config, method: Method | None = None) -> Setup:
     """Loads and checks everything; a method given is used instead of the configuration's.
@@ -86,14 +99,18 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     """
     student_name, teacher_name, data = _three(config)
     method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
+    cold = config.cold_start
+    if cold.steps:
+        method = with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
     train, held_out = _prompts(config, data, notes)
-    if method.rollout.on_policy_fraction < 1:
-        _need_responses(train, method)
+    train, probe = probe_prompts(config, method, train, notes)
+    need_responses(method, train, probe)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
+    need_verifier(method, verifier)
     with_base = _base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone:
@@ -123,7 +140,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         local = models["teacher"]
         if base.digest() == teacher.digest():
             raise _same_base(method)
-    teachers: dict[str, Teacher] = {name: models[view.model] for name, view in method.views.items()}
+    first = method.before[1].views if method.before else {}
+    teachers: dict[str, Teacher] = {name: models[view.model] for name, view in {**first, **method.views}.items()}
+    teacher_engine = HFEngine(teacher, vocab=local.vocab, max_parallel=config.rollout.parallel)
     setup = Setup(
         config=config,
         method=method,
@@ -132,8 +151,12 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         teachers=teachers,
         vocab=local.vocab,
         engine=HFEngine(student, vocab=local.vocab, max_parallel=config.rollout.parallel),
+        teacher_writer=TeacherWriter(
+            teacher_engine, local.render, stop_map=local.stop_map, student_stops=student.stops
+        ),
         train=train,
         held_out=held_out,
+        probe=probe,
         verifier=verifier,
         judge_verifier=judge_verifier,
         precision=student.precision,
@@ -143,6 +166,11 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes=notes,
     )
     _check_prompts(setup, local.render)
+    if method.before is not None and method.before[0] >= setup.steps:
+        raise UserError(
+            f"a cold start of {method.before[0]} steps leaves none of the run's {setup.steps} to '{method.name}'; "
+            "lower cold_start.steps, or raise steps"
+        )
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -316,15 +344,6 @@ def _verifiers(
     if judge is not None or task is not None:
         notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
     return None, judge
-
-
-def _need_responses(train: Sequence[Prompt], method: Method) -> None:
-    for prompt in train:
-        if prompt.response is None:
-            raise UserError(
-                f"method '{method.name}' takes {1 - method.rollout.on_policy_fraction:.0%} of its answers from data, "
-                f"but row '{prompt.id}' has no `response`; add the column, or set method.on_policy_fraction=1"
-            )
 
 
 def _base_name(config: Config, method: Method, student: str, teacher: str) -> str | None:

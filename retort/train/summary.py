@@ -25,6 +25,7 @@ def summary(setup: Setup) -> dict[str, str]:
         "method": f"{method.name} ({method.status}): {source}",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in asked.items()},
+        **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
         "data": f"{config.data}: {len(setup.train):,} prompts to learn from, {len(setup.held_out)} held out",
         "graded by": setup.verifier.name if setup.verifier else "nobody (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, setup.batch_prompts)}, {updates} optimizer steps",

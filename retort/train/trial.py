@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,10 +16,13 @@ from torch import Tensor
 from retort.apply import check_needs, recorded_values, wanted, watch_values
 from retort.context import Context
 from retort.models.core import Core, Steps, per_token
+from retort.rollout.plan import RolloutPlan
 from retort.teachers.local import answers
 from retort.train.diagnose import auroc, rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
+from retort.train.moment import Moment
 from retort.train.setup import Setup
+from retort.train.shelf import Shelf
 from retort.train.write import write_rollouts
 from retort.types import Pack, Status, can_meet
 from retort.weights import sampled_reverse_kl
@@ -62,7 +66,7 @@ def run_trial(setup: Setup) -> Trial:
     """The student writes about a few prompts, at the temperature at which distributions are compared."""
     temperature = setup.method.temperature
     # Whatever the method's sampling: at top-p below 1 the engine's log-probs are of another distribution.
-    plan = replace(setup.method.rollout, temperature=temperature, top_p=1.0, on_policy_fraction=1.0)
+    plan = RolloutPlan(samples=setup.method.rollout.samples, temperature=temperature)
     k = setup.config.record.overlap or 16
     method = watching(replace(setup.method, rollout=plan), k, 1)
     config = setup.config.model_copy(
@@ -70,7 +74,7 @@ def run_trial(setup: Setup) -> Trial:
     )
     trial = replace(setup, config=config, method=method)
     check_needs(method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
-    pack = Pack.of(write_rollouts(trial, 0, 0))
+    pack = Pack.of(write_rollouts(trial, Shelf(Path()), Moment(0, 1), 0))
     signals = answers(
         setup.teachers,
         method.views,

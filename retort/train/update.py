@@ -16,6 +16,7 @@ from retort.apply import (
     batch_shares,
     finish_stats,
     losses,
+    part_values,
     recorded_values,
     stat_values,
     stored_values,
@@ -26,11 +27,12 @@ from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Method, Watch
 from retort.models.core import Core, Steps, loss_pass, per_token
-from retort.parts import Layout
+from retort.parts import Layout, Part
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
+from retort.train.moment import Moment
 from retort.train.setup import Setup
 from retort.train.variance import adam_variance
 from retort.types import Pack, TokenLoss, can_meet
@@ -44,20 +46,24 @@ class Batch:
     signals: Mapping[str, TeacherSignal]
     stored: Mapping[str, Tensor]
     watches: tuple[Watch, ...]
-    step: int
-    total_steps: int
+    moment: Moment
+
+    @property
+    def step(self) -> int:
+        """Batches done in the run before this one."""
+        return self.moment.step
 
 
-def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], step: int, total_steps: int) -> Batch:
+def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment: Moment) -> Batch:
     """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
     method, optimizer = setup.method, setup.config.optimizer
     watches = tuple(
         watch
         for watch in method.watch
-        if step % watch.every == 0
+        if moment.step % watch.every == 0
         and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
     )
-    bare = Batch(pack, signals, {}, watches, step, total_steps)
+    bare = Batch(pack, signals, {}, watches, moment)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
     if method.stats:
         found = _evaluated(setup, bare, stat_values(method))
@@ -78,6 +84,12 @@ def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str,
             with setup.student.compute():
                 _fill(found, batch.pack, chosen, per_token(core, hidden_ND))
     return found
+
+
+def averages(setup: Setup, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
+    """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
+    found = _evaluated(setup, batch, part_values(parts, view))
+    return {name: float(values_N.double().mean()) for name, values_N in found.items()}
 
 
 def _layout(setup: Setup, pack: Pack) -> Layout:
@@ -177,7 +189,9 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
         _fill(found, pack, micro, values)
     for name, value in total.items():
         means.add(name, value)
-    written_N = torch.tensor([rollout.source == "student" for rollout in pack.rollouts])[pack.rollout_N]
+    # Curves are about what the student writes; of a method under which it never does, about what it reads.
+    alone = "student" in method.rollout.sources
+    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[pack.rollout_N]
     for watched in batch.watches:
         values_N = found[f"watch.{watched.name}"]
         kept_N = values_N[~values_N.isnan() & written_N]
@@ -222,7 +236,16 @@ def _terms(
     """What some steps add to the loss, and the terms behind it."""
     here = {name: share_N[rows] for name, share_N in shares_N.items()}
     counted_N = torch.ones_like(next(iter(here.values())), dtype=torch.bool)
-    return losses(method, values, counted_N=counted_N, shares_N=here, step=batch.step, total_steps=batch.total_steps)
+    now = batch.moment
+    return losses(
+        method,
+        values,
+        counted_N=counted_N,
+        shares_N=here,
+        step=now.done,
+        total_steps=now.total,
+        readings=now.readings,
+    )
 
 
 def _hidden(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:
@@ -242,8 +265,8 @@ def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context
         rollout_N=pack.rollout_N[index_N].to(device),
         turn_N=pack.turn_N[index_N].to(device),
         position_N=pack.position_N[index_N].to(device),
-        step=batch.step,
-        total_steps=batch.total_steps,
+        step=batch.moment.done,
+        total_steps=batch.moment.total,
     )
     signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
     return Core(values, steps, signals, setup.student.head(), setup.vocab, setup.method.temperature)

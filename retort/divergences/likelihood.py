@@ -1,0 +1,21 @@
+"""Learning from what was written, whoever wrote it. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.parts import Divergence
+
+
+def negative_log_likelihood() -> Divergence:
+    r"""The loss of supervised fine-tuning, :math:`-\log p_S(y_t)`, nats; it asks nothing of a teacher.
+
+    On tokens drawn from the teacher its gradient is, in expectation, that of the forward KL. On the student's own
+    tokens its expected gradient is zero.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        return -context.student_logp_N
+
+    return Divergence("negative_log_likelihood", value)

@@ -1,0 +1,75 @@
+"""How hard each prompt is for the student that a method begins with: measured once, kept in the run's folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from retort.errors import UserError
+from retort.rollout.plan import EasyToHard
+from retort.rollout.single_turn import Task, write
+from retort.streams import uniforms
+from retort.train.metrics import JsonLines
+from retort.train.setup import Setup
+
+FILE = "difficulty.jsonl"
+#: Prompts per block: answers are written, graded and put on disk in blocks, so that a killed run goes on from there.
+_BLOCK = 64
+
+
+def difficulties(
+    setup: Setup, folder: Path, *, first: bool, progress: Callable[[int, int], None] | None = None
+) -> dict[str, float]:
+    """1 minus the pass rate of every training prompt, by its id.
+
+    Args:
+        setup: Of the run; its plan has an `EasyToHard` order.
+        folder: Of the run, where they are kept.
+        first: Whether the student is still the one to measure.
+        progress: Called with prompts done and prompts in all.
+
+    Raises:
+        UserError: They are not all there, and the student is another one by now.
+    """
+    order, file = setup.method.rollout.order, JsonLines(folder / FILE)
+    assert order is not None
+    file.cut(0)  # drops a line that was cut in writing
+    found = _read(file.path)
+    blocks = range(0, len(setup.train), _BLOCK)
+    # Whole blocks: with other neighbours a batch may round otherwise.
+    missing = [start for start in blocks if any(p.id not in found for p in setup.train[start : start + _BLOCK])]
+    if missing and not first:
+        raise UserError(f"{file.path}: missing or incomplete, and it can only be made before the first step")
+    for start in missing:
+        for prompt_id, rate in _pass_rates(setup, order, start).items():
+            if prompt_id not in found:
+                file.append({"step": 0, "prompt_id": prompt_id, "pass_rate": rate})
+                found[prompt_id] = rate
+        if progress is not None:
+            progress(min(start + _BLOCK, len(setup.train)), len(setup.train))
+    return {prompt.id: 1.0 - found[prompt.id] for prompt in setup.train}
+
+
+def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]:
+    plan, longest = setup.method.rollout, setup.config.rollout.max_new_tokens
+    assert setup.verifier is not None  # checked by `prepare`
+    block, tasks = setup.train[start : start + _BLOCK], list[Task]()
+    for prompt in block:
+        for member in range(order.samples):
+            chance = uniforms(setup.config.seed, "difficulty", prompt.id, member, count=longest)
+            tasks.append(Task(prompt, setup.render(prompt), member, chance))
+    written = write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)
+    rewards = [setup.verifier(rollout.prompt, rollout.text) for rollout in written]
+    size = order.samples
+    return {
+        prompt.id: sum(reward > 0.5 for reward in rewards[place * size : (place + 1) * size]) / size
+        for place, prompt in enumerate(block)
+    }
+
+
+def _read(path: Path) -> dict[str, float]:
+    if not path.exists():
+        return {}
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    return {row["prompt_id"]: row["pass_rate"] for row in rows}

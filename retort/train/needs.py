@@ -1,0 +1,64 @@
+"""What a method's rollout plan and probes need of the data, checked and set aside before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from retort.config import Config
+from retort.errors import UserError
+from retort.method import Method
+from retort.rewards.verify import Verifier
+from retort.streams import permutation
+from retort.types import Prompt
+
+
+def probe_prompts(
+    config: Config, method: Method, train: list[Prompt], notes: list[str]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts, and those that the method's probes keep out of them: chosen by seed, a fifth at most."""
+    wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
+    if wanted == 0:
+        return train, []
+    count = min(wanted, len(train) // 5)
+    if count == 0:
+        raise UserError(
+            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more"
+        )
+    chosen = set(permutation(config.seed, "probe", count=len(train))[:count])
+    notes.append(f"{count} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
+    return (
+        [prompt for index, prompt in enumerate(train) if index not in chosen],
+        [train[index] for index in sorted(chosen)],
+    )
+
+
+def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:
+    """Refuses data without responses where a phase of the run, or a probe, would learn from them."""
+    missing = next((prompt for prompt in train if prompt.response is None), None)
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        if missing is None or "dataset" not in phase.rollout.sources:
+            continue
+        share = phase.rollout.on_policy_fraction
+        part = f"{1 - share:.0%}" if isinstance(share, int | float) else "part"
+        remedy = "set cold_start.answers=teacher" if phase is not method else "set method.on_policy_fraction=1"
+        raise UserError(
+            f"method '{phase.name}' takes {part} of its answers from data, but row '{missing.id}' has no `response`; "
+            f"add the column, or {remedy}"
+        )
+    probed = any(c.probe is not None and c.probe.source == "dataset" for c in method.controllers)
+    missing = next((prompt for prompt in probe if prompt.response is None), None)
+    if probed and missing is not None:
+        raise UserError(
+            f"method '{method.name}' probes on answers of the data, but row '{missing.id}' has no `response`; "
+            "add the column"
+        )
+
+
+def need_verifier(method: Method, verifier: Verifier | None) -> None:
+    """Refuses data that nobody can grade where prompts are ordered by pass rate."""
+    if method.rollout.order is not None and verifier is None:
+        raise UserError(
+            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
+            "of the data; add the column, or switch the order off"
+        )
