@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.parts import Baseline, Quantity
-from retort.types import DENSE
+from retort.types import DENSE, Need
 
 
 def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) -> Quantity:
@@ -48,4 +48,5 @@ def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) ->
         return found_N.masked_fill(total(banned_NV.to(p_NV.dtype)) > 0, math.inf)
 
     name = "gradient_variance" if baseline is None else f"gradient_variance({baseline.name}, {coef:g})"
-    return Quantity(name, value, frozenset({DENSE}) | (baseline.needs if baseline else frozenset()))
+    needs = baseline.needs if baseline is not None else frozenset[Need]()
+    return Quantity(name, value, needs | {DENSE})
