@@ -9,9 +9,10 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage
+from retort.parts import Advantage, Stat
 from retort.schedules import Schedule, at
 from retort.types import SAMPLED
+from retort.weights.contract import BaseMode, held_below
 
 
 def log_ratio() -> Advantage:
@@ -26,7 +27,9 @@ def log_ratio() -> Advantage:
     return Advantage("log_ratio", value, frozenset({SAMPLED}))
 
 
-def extrapolated_log_ratio(reward_weight: float | Schedule, *, base: str = "base") -> Advantage:
+def extrapolated_log_ratio(
+    reward_weight: float | Schedule, *, base: str = "base", stats: tuple[Stat, ...] = ()
+) -> Advantage:
     r"""A log-ratio to the student with the teacher's implicit reward weighed freely, nats.
 
     .. math:: A_t = \lambda\,[\log p_T(y_t) - \log p_B(y_t)] - [\log p_{old}(y_t) - \log p_B(y_t)]
@@ -37,18 +40,44 @@ def extrapolated_log_ratio(reward_weight: float | Schedule, *, base: str = "base
     Args:
         reward_weight: lambda, dimensionless; a schedule may move it with the run.
         base: The view of the base model, :math:`p_B`.
+        stats: What is to be measured beside it.
     """
 
     def value(context: Context, view: str) -> Tensor:
-        teacher_logp_N = context.signal(view).sampled_logp_N
-        plain_N = teacher_logp_N - context.old_logp_N
-        excess = at(reward_weight, context.step, context.total_steps) - 1.0
-        if excess == 0.0:  # whatever the base says, also where it rules a token out
-            return plain_N
-        return plain_N + excess * (teacher_logp_N - context.signal(base).sampled_logp_N)
+        return _extrapolated(context, view, base, at(reward_weight, context.step, context.total_steps))
 
     name = "a schedule" if callable(reward_weight) else f"{reward_weight:g}"
-    return Advantage(f"extrapolated_log_ratio({name})", value, frozenset({SAMPLED}), {base: frozenset({SAMPLED})})
+    return Advantage(
+        f"extrapolated_log_ratio({name})", value, frozenset({SAMPLED}), {base: frozenset({SAMPLED})}, stats
+    )
+
+
+def _extrapolated(context: Context, view: str, base: str, reward_weight: float) -> Tensor:
+    teacher_logp_N = context.signal(view).sampled_logp_N
+    plain_N = teacher_logp_N - context.old_logp_N
+    if reward_weight == 1.0:  # whatever the base says, also where it rules a token out
+        return plain_N
+    return plain_N + (reward_weight - 1.0) * (teacher_logp_N - context.signal(base).sampled_logp_N)
+
+
+def held_log_ratio(
+    reward_weight: float, cap: float, margin: float, base_mode: BaseMode, measured: tuple[Stat, ...]
+) -> Advantage:
+    """`extrapolated_log_ratio`, batch by batch at a weight that stays `margin` below the predicted cliff.
+
+    Args:
+        reward_weight: As asked for.
+        cap: Largest importance ratio, which the prediction depends on.
+        margin: Below `retort.weights.threshold_weight`.
+        base_mode: Of `measured`.
+        measured: From `retort.weights.masses`.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        return _extrapolated(context, view, "base", held_below(context, reward_weight, cap, margin, base_mode))
+
+    needs = frozenset({SAMPLED})
+    return Advantage(f"held_log_ratio({reward_weight:g})", value, needs, {"base": needs}, measured)
 
 
 def power_difference(power: float) -> Advantage:

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="the published methods and their settings")
     methods.add_argument("--json", action="store_true")
+    methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
     methods.set_defaults(run=_methods)
 
     cite = commands.add_parser("cite", help="BibTeX of a method")
@@ -209,7 +210,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _methods(arguments: argparse.Namespace) -> int:
     from retort import registry
+    from retort.catalogue import page
 
+    if arguments.markdown:
+        print(page(), end="")
+        return 0
     rows: list[dict[str, Any]] = []
     for name in registry.names():
         made = registry.load(name)

@@ -158,6 +158,13 @@ class Method:
                     raise UserError(f"term '{term.name}' also asks view '{view}'; {did_you_mean(view, self.views)}")
         if self.temperature <= 0:
             raise UserError(f"temperature must be positive, not {self.temperature}")
+        own = [term.name for term in self.terms if term.estimator.uses_old_logp]
+        if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
+            others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
+            raise UserError(
+                f"term '{own[0]}' is a policy gradient, which holds for answers of the student as it is, but the "
+                f"rollout plan mixes in {others}; use pathwise(...), or let the student write everything"
+            )
         controllers = [controller.name for controller in self.controllers]
         if len(set(controllers)) != len(controllers):
             raise UserError(f"method {self.name} has two controllers of one name: {controllers}")

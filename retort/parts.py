@@ -70,7 +70,8 @@ class Part:
     def asks(self, view: str, against: str) -> frozenset[Need]:
         """What it asks of a view when it is used against another (or the same) one."""
         own = self.needs if view == against else frozenset[Need]()
-        return own | self.also.get(view, frozenset[Need]())
+        read = (stat.part.asks(view, against) for stat in self.stats)
+        return own.union(self.also.get(view, frozenset[Need]()), *read)
 
 
 @dataclass(frozen=True)

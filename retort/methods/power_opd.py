@@ -16,7 +16,7 @@ from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
         year=2026,
         arxiv="2606.17199",
     ),
-    status="partial",
+    status="faithful",
 )
 def power_opd(
     *,

@@ -31,6 +31,22 @@ PLOTS = (
     Curves("Student’s entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
     Curves("Gate open", "share of tokens", {"gate_open_fraction": "gate open"}, "share"),
     Curves("Teacher’s top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),
+    Curves(
+        "Predicted cliff: a prediction, not a safe bound",
+        "reward weight",
+        {
+            "reward_weight": "in effect",
+            "lambda_star_safe": "λ*, surest rollout",
+            "lambda_star_typical": "λ*, typical",
+            "lambda_star_budget": "λ*, at this many steps",
+        },
+        smooth=False,
+    ),
+    Curves(
+        "Student’s tail at contract positions",
+        "probability off the teacher’s first token",
+        {"contract_tail": "student’s", "contract_tail_boundary": "(1 - p) / c"},
+    ),
     Curves("Top-k in common", "share of the student’s k", {"overlap_ratio": "overlap"}, "share"),
     Curves(
         "Mass of the top-k in common",

@@ -75,7 +75,7 @@ def _trained(sources: frozenset[str]) -> str:
     who = {"student": "the student", "teacher": "the teacher", "dataset": "the data"}
     wrote = " and ".join(who[source] for source in ("student", "teacher", "dataset") if source in sources)
     return (
-        f"Trained by distillation with Retort: answers were those of {wrote}, the teacher answered every token of them."
+        f"Trained by distillation with Retort: {wrote} gave the answers, and the teacher answered every token of them."
     )
 
 

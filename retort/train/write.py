@@ -119,7 +119,7 @@ def horizon(setup: Setup, moment: Moment) -> int:
 
 
 def _share(setup: Setup, shelf: Shelf, moment: Moment, chosen: Sequence[Visit]) -> _Shared:
-    """Who answers which prompt. One number per prompt decides, as the share of the student grows always for it."""
+    """Who answers which prompt, by one number per visit: a growing share only adds visits to the student's."""
     plan, seed, shared = setup.method.rollout, setup.config.seed, _Shared()
     share = moment.at(plan.on_policy_fraction)
     others = shared.teacher if plan.off_policy == "teacher" else shared.dataset

@@ -1,5 +1,6 @@
 """How much each step counts: gates and the quantities they look at."""
 
+from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import engine_correction, stored_quantity
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
@@ -13,9 +14,12 @@ __all__ = [
     "Zones",
     "above",
     "both",
+    "cliff",
     "engine_correction",
     "entropy_gap",
     "gradient_variance",
+    "masses",
+    "on_contract",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
@@ -24,9 +28,11 @@ __all__ = [
     "sampled_reverse_kl",
     "stored_quantity",
     "student_entropy",
+    "student_tail",
     "teacher_entropy",
     "teacher_margin",
     "teacher_top_mass",
+    "threshold_weight",
     "truncated_rollout_ratio",
     "truncated_teacher_ratio",
 ]

@@ -268,6 +268,14 @@ def test_nonsense_in_a_plan_is_refused() -> None:
         EasyToHard(samples=0)
     with pytest.raises(UserError, match="must not be negative"):
         EasyToHard(noise=-1.0)
+    for plan in (by_teacher(), RolloutPlan(replay=Replay())):
+        with pytest.raises(UserError, match="term 'reverse' is a policy gradient.*use pathwise"):
+            Method(rollout=plan, terms=load("opd").terms)
+    twice = (adaptive_share(), adaptive_share())
+    with pytest.raises(UserError, match="two controllers of one name"):
+        replace(learner(RolloutPlan()), controllers=twice)
+    with pytest.raises(UserError, match="controller 'off_policy' looks at view 'elsewhere'"):
+        replace(learner(RolloutPlan()), controllers=(replace(twice[0], against="elsewhere"),))
     with pytest.raises(UserError, match="a dial reads 'nobody.number'"):
         learner(RolloutPlan(horizon=adaptive_share(name="nobody").read("number")))
 

@@ -74,8 +74,10 @@ def assert_same(one: Path, two: Path) -> None:
         {"method": {"name": "eopd"}},
         {"method": {"name": "gkd"}, "rollout": {"prompts": 7}},
         {"method": {"name": "vopd"}, "precision": "bf16", "optimizer": {"epochs": 2, "warmup": 3}},
+        {"method": {"name": "arkd", "policy_learning_rate": 0.1, "on_policy_fraction": 0.5}},
+        {"method": {"name": "decoupled_kl", "prefix": "teacher"}, "rollout": {"prompts": 9}},
     ],
-    ids=["eopd", "gkd-mixture", "vopd-bf16"],
+    ids=["eopd", "gkd-mixture", "vopd-bf16", "arkd-mixture", "decoupled-kl-teacher"],
 )
 def test_kill_9_and_resume_is_bit_identical(tiny_run: dict[str, Any], tmp_path: Path, sections: dict[str, Any]) -> None:
     settings = changed(tiny_run, steps=6, eval={"every": 3}, **sections)

@@ -1,0 +1,84 @@
+"""The page of all methods, from their docstrings: `retort methods --markdown`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+
+from retort import registry
+from retort.method import Method
+
+_HEAD = """# Methods
+
+<!-- Written by `retort methods --markdown`; edit the docstrings. -->
+
+*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named parts
+are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
+[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
+"""
+_ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
+
+
+def page() -> str:
+    """Markdown: a table of contents, then every method with its formula, settings, needs and departures."""
+    made = [registry.load(name) for name in registry.names()]
+    return "\n\n".join([_HEAD.rstrip(), table(links=True), *(_entry(method) for method in made)]) + "\n"
+
+
+def table(*, links: bool = False) -> str:
+    """One row per method: name, paper, what it does, status."""
+    rows = ["| name | paper | what it does | status |", "|---|---|---|---|"]
+    for name in registry.names():
+        method = registry.load(name)
+        shown = f"[`{name}`](#{name})" if links else f"`{name}`"
+        rows.append(f"| {shown} | {_paper(method)} | {method.summary.rstrip('.')} | {method.status} |")
+    return "\n".join(rows)
+
+
+def _paper(method: Method) -> str:
+    paper = method.paper
+    if paper is None:
+        return "none"
+    if paper.arxiv:
+        return f"[{paper.arxiv}](https://arxiv.org/abs/{paper.arxiv})"
+    return f"[{paper.title}]({paper.url})" if paper.url else paper.title
+
+
+def _entry(method: Method) -> str:
+    text = inspect.getdoc(registry.builder(method.name)) or ""
+    before, found, after = text.partition("\nArgs:\n")
+    settings, _, rest = after.partition("\n\n")
+    paper = method.paper
+    where = f"{paper.title} ({paper.year})" if paper else "no paper"
+    needs = [f"of `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
+    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Asks {'; '.join(needs)}."]
+    parts += [_markdown(before.strip()), *([_settings(method, settings)] if found else []), _markdown(rest.strip())]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _markdown(text: str) -> str:
+    """Formulas as Markdown writes them."""
+    text = re.sub(r"^ *\.\. math::((?:.|\n(?!\n|\S))*)", _formula, text, flags=re.MULTILINE)
+    return re.sub(r":math:`([^`]+)`", r"$\1$", text)
+
+
+def _formula(found: re.Match[str]) -> str:
+    body = textwrap.dedent(found[1]).strip()
+    inside = "\n".join(line.strip() for line in body.splitlines())
+    aligned = f"\\begin{{aligned}}\n{inside}\n\\end{{aligned}}" if "&" in inside else inside
+    return f"```math\n{aligned}\n```"
+
+
+def _settings(method: Method, text: str) -> str:
+    names = list(_ARGUMENT.finditer(text))
+    ends = [name.start() for name in names[1:]] + [len(text)]
+    rows = ["| setting | default | |", "|---|---|---|"]
+    for name, end in zip(names, ends, strict=True):
+        words = _markdown(" ".join(text[name.end() : end].split())).replace("|", "\\|")
+        rows.append(f"| `{name[1]}` | {_default(method.settings[name[1]])} | {words} |")
+    return "\n".join(rows)
+
+
+def _default(value: object) -> str:
+    return "null" if value is None else f"`{value}`"
