@@ -121,6 +121,7 @@ class Method:
         controllers: Parts with a state that moves as the run goes; dials read their numbers.
         before: Another method, and for how many steps it is run first (`retort.cold_start`).
         recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
+        adam_variance: Whether to log what Adam's moments say of the gradient's variance (`adam_variance`).
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
     """
 
@@ -133,6 +134,7 @@ class Method:
     controllers: tuple[Controller, ...] = ()
     before: tuple[int, Method] | None = None
     recipe: Mapping[str, Any] = field(default_factory=lambda: {})
+    adam_variance: bool = False
     name: str = "custom"
     settings: Mapping[str, Any] = field(default_factory=lambda: {})
     paper: Paper | None = None

@@ -35,10 +35,18 @@ def ab_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, alpha: float, be
     if min(abs(alpha), abs(beta), abs(alpha + beta)) < _SMALL:
         teacher_logp_NV, student_logp_NV = teacher_logp_NV.double(), student_logp_NV.double()
     # An id that both rule out is no disagreement; its logarithms would only make NaN of 0 * inf.
-    neither_NV = (teacher_logp_NV == -torch.inf) & (student_logp_NV == -torch.inf)
-    t_NV, s_NV = (logp_NV.masked_fill(neither_NV, 0.0) for logp_NV in (teacher_logp_NV, student_logp_NV))
-    term_NV = _terms(t_NV, s_NV, alpha, beta)
-    return torch.where(neither_NV, 0.0, term_NV).sum(-1).to(kind)
+    no_t_NV, no_s_NV = (logp_NV == -torch.inf for logp_NV in (teacher_logp_NV, student_logp_NV))
+    # What one of them rules out is finite only where its exponent and the sum are positive; else the formula would
+    # subtract infinities.
+    infinite_NV = torch.zeros_like(no_t_NV)
+    if min(alpha, alpha + beta) < _ZERO:
+        infinite_NV = infinite_NV | (no_t_NV & ~no_s_NV)
+    if min(beta, alpha + beta) < _ZERO:
+        infinite_NV = infinite_NV | (no_s_NV & ~no_t_NV)
+    settled_NV = infinite_NV | (no_t_NV & no_s_NV)
+    t_NV, s_NV = (logp_NV.masked_fill(settled_NV, 0.0) for logp_NV in (teacher_logp_NV, student_logp_NV))
+    term_NV = _terms(t_NV, s_NV, alpha, beta).masked_fill(settled_NV, 0.0)
+    return term_NV.masked_fill(infinite_NV, torch.inf).sum(-1).to(kind)
 
 
 def _terms(t_NV: Tensor, s_NV: Tensor, alpha: float, beta: float) -> Tensor:

@@ -4,7 +4,7 @@ from retort.advantages import log_ratio
 from retort.estimators import reverse_kl_value, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
+from retort.weights import gradient_variance, sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(
@@ -34,9 +34,12 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
         temperature: Of sampling and of both distributions.
 
     Departures from the paper: where one batch feeds several updates, advantage and baseline are those of the student
-    before the first, with the importance ratio in front (the paper makes one update per batch).
+    before the first, with the importance ratio in front (the paper makes one update per batch). The curves
+    `gradient_variance` and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of
+    one step in logit space, where the released code measures whole gradients; `adam_variance` is its proxy.
     """
-    score = score_function(log_ratio(), baseline=reverse_kl_value(top_k), baseline_coef=baseline_coef)
+    baseline = reverse_kl_value(top_k)
+    score = score_function(log_ratio(), baseline=baseline, baseline_coef=baseline_coef)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
         temperature=temperature,
@@ -50,9 +53,12 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
             "optimizer": {"learning_rate": 1e-5, "schedule": "cosine", "updates": 1, "weight_decay": 0.0},
             "eval": {"samples": 8, "temperature": 0.6, "top_p": 0.9, "max_new_tokens": 4096},
         },
+        adam_variance=True,
         watch=(
             Watch("reverse_kl", sampled_reverse_kl()),
-            Watch("baseline", reverse_kl_value(top_k)),
+            Watch("baseline", baseline),
+            Watch("gradient_variance", gradient_variance(baseline, coef=baseline_coef), every=10),
+            Watch("gradient_variance_plain", gradient_variance(), every=10),
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
         ),

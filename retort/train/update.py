@@ -34,6 +34,7 @@ from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
 from retort.train.moment import Moment
 from retort.train.setup import Setup
+from retort.train.variance import adam_variance
 from retort.types import Pack, TokenLoss, can_meet
 
 
@@ -147,6 +148,8 @@ def learn(
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             means.add("grad_norm", norm)
+            if setup.method.adam_variance:
+                means.add("adam_variance", adam_variance(optimizer))
             means.add("lr", rate)
             updates_done += 1
     return updates_done, means, recorded

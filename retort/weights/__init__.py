@@ -3,6 +3,7 @@
 from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import engine_correction, stored_quantity
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
@@ -16,6 +17,7 @@ __all__ = [
     "cliff",
     "engine_correction",
     "entropy_gap",
+    "gradient_variance",
     "masses",
     "on_contract",
     "overlap_advantage",

@@ -61,7 +61,8 @@ class Zones:
             if scope == "batch":
                 return zones(teacher_N, student_N, silent=silent, unsure=unsure)
             zone_N = torch.empty_like(student_N)
-            for rollout in range(int(layout.rollout_N.max()) + 1):
+            rollouts = int(layout.rollout_N.max()) + 1 if len(student_N) else 0
+            for rollout in range(rollouts):
                 own = layout.rollout_N == rollout
                 zone_N[own] = zones(teacher_N[own], student_N[own], silent=silent, unsure=unsure)
             return zone_N

@@ -190,3 +190,43 @@ def test_the_temperature_is_not_that_of_sampling() -> None:
     assert method.rollout.temperature == 1.0
     shifted = loss("temperature", Q + 3.0, P - 2.0)
     assert shifted.item() == pytest.approx(loss("temperature").item(), abs=1e-14)
+
+
+def _gradient(name: str, student: Tensor, teacher: Tensor, settings: dict[str, Any]) -> Tensor:
+    logits = student.clone().requires_grad_()
+    (found,) = torch.autograd.grad(loss(name, logits, teacher, **settings), logits)
+    return found.double()
+
+
+@pytest.mark.parametrize(("name", "settings"), DENSE, ids=NAMED)
+def test_gradients_hold_in_fp32_over_a_large_vocabulary(name: str, settings: dict[str, Any]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(2, 150_000, generator=draw, dtype=torch.float64) for _ in range(2))
+    exact = _gradient(name, student, teacher, settings)
+    single = _gradient(name, student.float(), teacher.float(), settings)
+    assert ((single - exact).norm() / exact.norm()).item() < 5e-5
+
+
+@pytest.mark.parametrize("alpha", [-1.5, -0.5, 0.0, 0.2, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize("beta", [-1.5, -0.5, 0.0, 0.2, 0.5, 1.0, 1.5])
+def test_alpha_beta_of_an_id_that_one_side_rules_out(alpha: float, beta: float) -> None:
+    """Against the value at ever smaller probabilities: infinite exactly where that grows without bound, never NaN."""
+    full = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
+    for ours, exponent in ((True, beta), (False, alpha)):
+        near = []
+        for power in (-200.0, -400.0):
+            lacking = torch.tensor([[0.6, 0.4, 0.0]], dtype=torch.float64).log()
+            lacking[0, 2] = power
+            pair_of = (full, lacking) if ours else (lacking, full)
+            near.append(ab_values(*pair_of, alpha, beta).item())
+        lacking = torch.tensor([[0.6, 0.4, 0.0]], dtype=torch.float64).log().requires_grad_()
+        pair_of = (full, lacking) if ours else (lacking, full)
+        found = ab_values(*pair_of, alpha, beta)
+        if exponent > 0 and alpha + beta > 0:
+            assert near[0] == pytest.approx(near[1], rel=1e-9)
+            assert found.item() == pytest.approx(near[1], rel=1e-9)
+        else:
+            assert near[1] > 1.5 * near[0]
+            assert found.item() == math.inf
+        (gradient,) = torch.autograd.grad(found.sum(), lacking)
+        assert gradient[0, :2].isfinite().all()

@@ -111,6 +111,15 @@ def test_shares_in_every_rollout() -> None:
         assert int(found.terms["sure"].weight[own].sum()) == 8
 
 
+@pytest.mark.parametrize("scope", ["batch", "rollout"])
+def test_a_batch_with_nothing_counted_is_no_loss(scope: str) -> None:
+    student, teacher = pair()
+    method, nothing = load("sead", scope=scope), torch.zeros(N, dtype=torch.bool)
+    tokens = torch.zeros(N, dtype=torch.long)
+    found = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tokens, mask=nothing)
+    assert found.loss.item() == 0.0
+
+
 def test_shares_must_make_sense() -> None:
     with pytest.raises(UserError, match="at most 1 together"):
         load("sead", silent_share=0.7, unsure_share=0.4)

@@ -1,0 +1,158 @@
+"""vOPD's curves: the exact variance of a step's gradient against enumeration, and what Adam's moments tell of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import retort
+from retort.context import Context
+from retort.estimators import reverse_kl_value
+from retort.parts import Baseline
+from retort.signals import Dense
+from retort.train.variance import adam_variance
+from retort.weights import gradient_variance
+
+N, VOCAB = 6, 9
+
+
+def context(spread: float = 1.0, dtype: torch.dtype = torch.float64, vocab: int = VOCAB) -> tuple[Context, Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(N, vocab, generator=draw, dtype=torch.float64) for _ in range(2))
+    teacher = (spread * teacher).to(dtype)
+    tokens = torch.zeros(N, dtype=torch.long)
+    rows = Dense.of(teacher, tokens).rows(torch.arange(N))
+    return Context(student.to(dtype), tokens, {"teacher": rows}), teacher
+
+
+def constant(b_N: Tensor) -> Baseline:
+    return Baseline("constant", lambda context, view: b_N)
+
+
+def enumerated(student: Tensor, teacher: Tensor, b_N: Tensor) -> Tensor:
+    """E|A g|^2 - |E A g|^2 over every token, gradients by autograd."""
+    found = []
+    for z, t, b in zip(student, teacher.log_softmax(-1), b_N, strict=True):
+        logits = z.clone().requires_grad_()
+        logp = logits.log_softmax(-1)
+        g_VV = torch.stack([torch.autograd.grad(logp[v], logits, retain_graph=True)[0] for v in range(len(z))])
+        g_VV = g_VV * (t - logp.detach() - b)[:, None]
+        p_V = logp.detach().exp()
+        mean_V = (p_V[:, None] * g_VV).sum(0)
+        found.append((p_V * g_VV.square().sum(-1)).sum() - mean_V.square().sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 3, VOCAB])
+@pytest.mark.parametrize("coef", [0.0, 0.5, 1.0])
+def test_the_exact_variance_is_that_of_every_token(top_k: int | None, coef: float) -> None:
+    here, teacher = context(spread=2.0)
+    baseline = reverse_kl_value(top_k)
+    ours = gradient_variance(baseline, coef=coef).value(here, "teacher")
+    b_N = coef * baseline.value(here, "teacher")
+    torch.testing.assert_close(ours, enumerated(here.student_logits_NV, teacher, b_N), rtol=1e-11, atol=1e-12)
+    if coef == 0.0:
+        torch.testing.assert_close(ours, gradient_variance().value(here, "teacher"), rtol=1e-13, atol=1e-13)
+
+
+def moments(here: Context, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """E[r |g|^2] and E|g|^2 of each step."""
+    logp = here.student_logits_NV.log_softmax(-1)
+    p = logp.exp()
+    square = 1 - 2 * p + p.square().sum(-1, keepdim=True)
+    reward = teacher.log_softmax(-1) - logp
+    return (p * reward * square).sum(-1), (p * square).sum(-1)
+
+
+def test_what_the_baseline_takes_away_is_the_papers_expression() -> None:
+    """The exact form of Eq. 11: 2 V E[r |g|^2] - V^2 E|g|^2."""
+    here, teacher = context(spread=3.0)
+    plain = gradient_variance().value(here, "teacher")
+    based = gradient_variance(reverse_kl_value()).value(here, "teacher")
+    v_N = reverse_kl_value().value(here, "teacher")
+    first, second = moments(here, teacher)
+    torch.testing.assert_close(plain - based, 2 * v_N * first - v_N.square() * second, rtol=1e-10, atol=1e-12)
+
+
+def test_no_scalar_baseline_beats_the_optimal_one() -> None:
+    """Eq. 23: b* = E[r |g|^2] / E|g|^2."""
+    here, teacher = context(spread=2.0)
+    first, second = moments(here, teacher)
+    best_N = first / second
+    least = gradient_variance(constant(best_N)).value(here, "teacher")
+    for shift in (-1.0, -0.1, 0.1, 1.0):
+        shifted = gradient_variance(constant(best_N + shift)).value(here, "teacher")
+        torch.testing.assert_close(shifted - least, shift**2 * second, rtol=1e-9, atol=1e-12)
+    assert bool((gradient_variance(reverse_kl_value()).value(here, "teacher") >= least).all())
+
+
+def test_equal_or_certain_students_have_no_noise() -> None:
+    here, _ = context()
+    tokens = here.tokens_N
+    same = Dense.of(here.student_logits_NV, tokens).rows(torch.arange(N))
+    equal = Context(here.student_logits_NV, tokens, {"teacher": same})
+    assert gradient_variance(reverse_kl_value()).value(equal, "teacher").abs().max() < 1e-25
+    sure = torch.full((N, VOCAB), -math.inf, dtype=torch.float64)
+    sure[:, 2] = 0.0
+    certain = Context(sure, tokens, here.signals)
+    assert gradient_variance(reverse_kl_value()).value(certain, "teacher").tolist() == [0.0] * N
+
+
+def test_an_id_the_teacher_rules_out_is_infinite_noise_only_where_it_may_be_written() -> None:
+    here, teacher = context()
+    tokens, banned = here.tokens_N, teacher.clone()
+    banned[0, 3] = banned[1, 3] = -math.inf
+    student = here.student_logits_NV.clone()
+    student[1, 3] = -math.inf
+    rows = Dense.of(banned, tokens).rows(torch.arange(N))
+    for baseline in (None, reverse_kl_value(), reverse_kl_value(2)):
+        found = gradient_variance(baseline).value(Context(student, tokens, {"teacher": rows}), "teacher")
+        assert found[0].item() == math.inf
+        assert found[1:].isfinite().all()
+
+
+def test_fp32_over_a_large_vocabulary() -> None:
+    exact, single = (context(2.0, dtype, 150_000)[0] for dtype in (torch.float64, torch.float32))
+    for baseline in (None, reverse_kl_value(), reverse_kl_value(20)):
+        part = gradient_variance(baseline)
+        torch.testing.assert_close(
+            part.value(single, "teacher").double(), part.value(exact, "teacher"), rtol=1e-4, atol=0.0
+        )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_adams_moments_tell_the_variance_of_noise_around_a_mean(fused: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = [
+        torch.nn.Parameter(torch.zeros(2000)),
+        torch.nn.Parameter(torch.zeros(1000)),
+        torch.nn.Parameter(torch.zeros(3)),
+    ]
+    optimizer = torch.optim.AdamW(weights, lr=1e-4, betas=(0.9, 0.999), fused=fused)
+    for step in range(300):
+        for weight, spread in zip(weights[:2], (0.5, 2.0), strict=True):  # the last is never used
+            weight.grad = 3.0 + spread * torch.randn(len(weight), generator=draw)
+        optimizer.step()
+        if step == 0:
+            assert adam_variance(optimizer) == pytest.approx(0.0, abs=0.1)
+    # The mean of m^2 is itself too large by (1 - beta1) / (1 + beta1) of the variance: 1/19.
+    assert adam_variance(optimizer) == pytest.approx((2000 * 0.25 + 1000 * 4.0) * 18 / 19, rel=0.03)
+
+
+@pytest.mark.parametrize("top_k", [None, 20])
+def test_a_run_logs_both(tiny_run: dict[str, Any], tmp_path: Path, top_k: int | None) -> None:
+    settings = {key: value for key, value in tiny_run.items() if key not in ("student", "teacher", "data")}
+    named = {key: tiny_run[key] for key in ("student", "teacher", "data")}
+    method = {"name": "vopd", "top_k": top_k}
+    retort.distill(**named, settings={**settings, "steps": 2}, method=method, out=str(tmp_path / "run"))
+    first, second = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert first["gradient_variance"] > 0
+    assert first["gradient_variance_plain"] > 0
+    assert second["adam_variance"] > 0
+    assert "gradient_variance" not in second, "it is measured at every tenth batch"
