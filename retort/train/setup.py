@@ -24,6 +24,7 @@ from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
+from retort.train.pair import base_name, refuse_same_name, refuse_same_weights, same_base
 from retort.types import Message, Prompt
 
 
@@ -94,10 +95,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         _need_responses(train, method)
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
-    with_base = _base_name(config, method, student_name, teacher_name)
+    with_base = base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone:
-        _refuse_same_name(method, student_name, teacher_name)
+        refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
@@ -112,7 +113,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
     if alone:
-        _refuse_same_weights(method, student, teacher)
+        refuse_same_weights(method, student, teacher)
     base = None if with_base is None else load(config, with_base, "base")
     models: dict[str, LocalTeacher] = {"teacher": local}
     if base is not None:
@@ -122,7 +123,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         models = {name: model.about(vocab) for name, model in models.items()}
         local = models["teacher"]
         if base.digest() == teacher.digest():
-            raise _same_base(method)
+            raise same_base(method)
     teachers: dict[str, Teacher] = {name: models[view.model] for name, view in method.views.items()}
     setup = Setup(
         config=config,
@@ -325,55 +326,6 @@ def _need_responses(train: Sequence[Prompt], method: Method) -> None:
                 f"method '{method.name}' takes {1 - method.rollout.on_policy_fraction:.0%} of its answers from data, "
                 f"but row '{prompt.id}' has no `response`; add the column, or set method.on_policy_fraction=1"
             )
-
-
-def _base_name(config: Config, method: Method, student: str, teacher: str) -> str | None:
-    """The second frozen model's name, where the method has a view of one."""
-    if not any(view.model == "base" for view in method.views.values()):
-        if config.base is not None:
-            raise UserError(
-                f"base = {config.base} is given, but method '{method.name}' with these settings asks no base model "
-                "anything; leave it out, or choose a method with a view `base` (see `retort methods`)"
-            )
-        return None
-    if config.base is not None and _known(config.base) == _known(teacher):
-        raise _same_base(method)
-    return config.base or student
-
-
-def _same_base(method: Method) -> UserError:
-    return UserError(
-        f"base and teacher are the same model, so nothing that '{method.name}' asks of the base would change anything; "
-        "choose another base, or leave it out for the student as it was before training"
-    )
-
-
-def _known(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
-
-
-def _refuse_same_name(method: Method, student: str, teacher: str) -> None:
-    if _known(student) == _known(teacher) and _only_same_prompt(method):
-        raise _nothing_to_learn(method, "are the same model")
-
-
-def _refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
-    ours, theirs = dict(student.model.named_parameters()), dict(teacher.model.named_parameters())
-    if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
-        return
-    if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):
-        raise _nothing_to_learn(method, "hold the same weights")
-
-
-def _only_same_prompt(method: Method) -> bool:
-    return all(view.render is None for view in method.views.values())
-
-
-def _nothing_to_learn(method: Method, how: str) -> UserError:
-    return UserError(
-        f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
-        "choose another teacher"
-    )
 
 
 def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
