@@ -26,8 +26,8 @@ from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
-from retort.train.distinct import base_name, refuse_same_name, refuse_same_weights, same_base
 from retort.train.needs import need_responses, need_verifier, probe_prompts
+from retort.train.pair import base_name, refuse_same_name, refuse_same_weights, same_base
 from retort.types import Message, Prompt
 
 

@@ -114,3 +114,13 @@ def test_the_teacher_parses_and_the_student_has_headroom() -> None:
     )
     assert teacher.parse > 0.98
     assert 0.25 < student.parse < 0.65
+
+
+def test_the_commands_know_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    from retort.cli import main
+
+    assert main(["eval", "ranking:teacher", "--data", "ranking", "problems=8", "samples=2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["avg@2"]["value"] > 0.9
+    assert main(["doctor", "--data", "ranking", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {check["name"]: check["verdict"] for check in found["checks"]}["teacher is loaded"] == "ok"

@@ -207,6 +207,27 @@ def test_it_wraps_methods_with_weights_of_their_own() -> None:
     assert torch.equal(found.terms["forward"].weight, gate * (torch.arange(40) < 24))
 
 
+@pytest.mark.parametrize("of", ["gopd", "exopd", "listopd", "gkd", "vopd"])
+def test_it_wraps_any_method(of: str) -> None:
+    """Also those with further views and whole-batch numbers of their own: what is released is not in the loss."""
+    student, teacher, tokens = dropping()
+    found = token_losses(
+        registry.load("local_teachability", of=of, max_segment=4, top_k=K),
+        student_logits=student,
+        teacher_logits=teacher,
+        tokens=tokens,
+        extra_views={"base": drawn(5, 40, V)},
+    )
+    plain = token_losses(
+        of,
+        student_logits=student[:24],
+        teacher_logits=teacher[:24],
+        tokens=tokens[:24],
+        extra_views={"base": drawn(5, 40, V)[:24]},
+    )
+    torch.testing.assert_close(found.loss, plain.loss)
+
+
 def test_wrapping_what_cannot_be_wrapped() -> None:
     with pytest.raises(UserError, match="cannot wrap 'opdd'; did you mean 'opd'"):
         registry.load("local_teachability", of="opdd")

@@ -1,4 +1,4 @@
-"""Models of a run that must not be the same one."""
+"""Which models a run is about, and pairs of them that leave nothing to learn."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def base_name(config: Config, method: Method, student: str, teacher: str) -> str
 
 
 def same_base(method: Method) -> UserError:
-    """What to say where the base is the teacher."""
+    """What is said where base and teacher are one model."""
     return UserError(
         f"base and teacher are the same model, so nothing that '{method.name}' asks of the base would change anything; "
         "choose another base, or leave it out for the student as it was before training"
@@ -39,13 +39,13 @@ def _known(name: str) -> str:
 
 
 def refuse_same_name(method: Method, student: str, teacher: str) -> None:
-    """Refuses one model as student and teacher of one prompt, before either is loaded."""
+    """Raises `UserError` if student and teacher are named alike and see the same."""
     if _known(student) == _known(teacher) and _only_same_prompt(method):
         raise _nothing_to_learn(method, "are the same model")
 
 
 def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
-    """Refuses the same weights under two names."""
+    """Raises `UserError` if student and teacher hold the same weights and see the same."""
     ours, theirs = dict(student.model.named_parameters()), dict(teacher.model.named_parameters())
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return
