@@ -126,6 +126,11 @@ class Config(_Section):
     data: str | None = Field(
         default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
     )
+    prompt_template: str | None = Field(
+        default=None,
+        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step, and put the answer in a "
+        "box.': a teacher is surest in the words of its own post-training (arXiv 2604.13016)",
+    )
     task: Literal["countdown", "ranking", "math", "exact"] | None = Field(
         None, description="how answers are graded; default: math-verify where the data has answers"
     )

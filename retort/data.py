@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +16,7 @@ from typing import Any, cast
 from retort.errors import UserError, did_you_mean
 from retort.types import Message, Prompt
 
-__all__ = ["COLUMNS", "fingerprint", "load_prompts"]
+__all__ = ["COLUMNS", "fingerprint", "in_template", "load_prompts"]
 
 #: The columns that Retort knows; any other column of a file is ignored.
 COLUMNS = ("prompt", "messages", "id", "answer", "solution", "response", "domain")
@@ -32,6 +33,31 @@ HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<con
 
 # (where it was found, the row): "train.jsonl, line 3"
 Row = tuple[str, Mapping[str, Any]]
+
+
+#: What a template puts the prompt's own text for.
+_PLACE = "{prompt}"
+
+
+def in_template(prompts: Sequence[Prompt], template: str) -> list[Prompt]:
+    """The same prompts, the user's last turn put into a template.
+
+    Args:
+        prompts: As read.
+        template: A text that holds `{prompt}` once; other braces are text.
+
+    Raises:
+        UserError: It does not.
+    """
+    if template.count(_PLACE) != 1:
+        raise UserError(f"prompt_template = {template!r}: it must hold {_PLACE} once, where the prompt's text goes")
+
+    def put(prompt: Prompt) -> Prompt:
+        *before, last = prompt.messages
+        turn = replace(last, content=template.replace(_PLACE, last.content))
+        return replace(prompt, messages=(*before, turn))
+
+    return [put(prompt) for prompt in prompts]
 
 
 def load_prompts(

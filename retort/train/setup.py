@@ -15,7 +15,7 @@ from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.cold_start import with_cold_start
 from retort.config import BUILTIN, Config
-from retort.data import load_prompts
+from retort.data import in_template, load_prompts
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
@@ -303,6 +303,8 @@ def device_of(config: Config) -> str:
 
 def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
     wanted = config.eval.problems
+    if config.builtin and config.prompt_template is not None:
+        raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
     prompts = builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit)
     if wanted == 0:
         return prompts, []
@@ -329,7 +331,8 @@ def judge_prompts(config: Config, data: str) -> list[Prompt]:
 
 
 def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
-    return load_prompts(data, split=config.split, limit=limit, columns=config.columns)
+    prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns)
+    return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 
 def _verifiers(
