@@ -128,8 +128,8 @@ class Config(_Section):
     )
     prompt_template: str | None = Field(
         default=None,
-        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest in "
-        "the words of its own post-training (arXiv 2604.13016)",
+        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
+        "in the words of its own post-training (arXiv 2604.13016)",
     )
     task: Literal["countdown", "ranking", "math", "exact"] | None = Field(
         None, description="how answers are graded; default: math-verify where the data has answers"
