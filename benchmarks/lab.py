@@ -68,6 +68,8 @@ SETTINGS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "skew_kl, student writes": ("skew_kl", {"on_policy_fraction": 1.0}, ""),
     "decoupled_kl": ("decoupled_kl", {}, ""),
     "decoupled_kl, teacher writes": ("decoupled_kl", {"prefix": "teacher"}, ""),
+    "temperature": ("temperature", {}, "forward KL at a loss temperature of 2"),
+    "temperature, reverse KL": ("temperature", {"divergence": "reverse_kl"}, "also at 2"),
     "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
     "local_teachability": (
         "local_teachability",
