@@ -42,7 +42,8 @@ python benchmarks/lab.py --out runs/lab          # runs what is missing; --repor
 LEGEND = """
 ± is half of a 95 % interval over seeds (Student's t){weak}. *Entropy kept* is the student's own entropy on its own
 answers, after against before. *KL to the teacher* is the reverse KL there. *Tokens* are those learnt from, *seconds*
-those of the steps alone in the fastest run, on one thread, beside other runs. Held-out: 200 prompts x 8 answers at temperature 1.
+those of the steps alone in the fastest run, on one thread, beside other runs. Held-out: 200 prompts x 8 answers at
+temperature 1.
 """
 
 
