@@ -165,6 +165,7 @@ def panels(lines: Mapping[str, Sequence[Sequence[tuple[float, float]]]], path: P
             axes.plot(*zip(*run, strict=True), color="#9ec5e8", linewidth=0.8)
         axes.plot(*_mean(lines[name]), color="#0b5cad", linewidth=1.6)
         axes.set_title(name, fontsize=8)
+        axes.tick_params(labelbottom=place >= len(lines) - wide)  # also above an empty place
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(across)
     figure.supylabel(up)
