@@ -109,7 +109,12 @@ class RecordSection(_Section):
     overlap: int = Field(
         default=16, ge=0, description="k of the comparison of student's and teacher's top-k; 0: no such comparison"
     )
-    overlap_every: int = Field(default=1, ge=1, description="batches from one such comparison to the next")
+    overlap_every: int = Field(
+        default=10,
+        ge=1,
+        description="batches from one such comparison to the next; at 150,000 ids one costs as much as a "
+        "tenth of a step",
+    )
     answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
 
 

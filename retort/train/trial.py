@@ -68,7 +68,8 @@ def run_trial(setup: Setup) -> Trial:
     # Whatever the method's sampling: at top-p below 1 the engine's log-probs are of another distribution.
     plan = RolloutPlan(samples=setup.method.rollout.samples, temperature=temperature)
     k = setup.config.record.overlap or 16
-    method = watching(replace(setup.method, rollout=plan), k, 1)
+    now = tuple(replace(watch, every=1) for watch in setup.method.watch)
+    method = watching(replace(setup.method, rollout=plan, watch=now), k, 1)
     config = setup.config.model_copy(
         update={"rollout": setup.config.rollout.model_copy(update={"prompts": TRIAL_PROMPTS})}
     )
