@@ -83,10 +83,9 @@ class Inputs:
 System = Callable[[Inputs], Tensor]
 
 
-def retort_once(given: Inputs) -> Tensor:
-    """The public function; gradients are formed in the forward pass."""
+def _learn(method: retort.Method, given: Inputs) -> Tensor:
     losses = linear_token_losses(
-        retort.load("gkd", divergence="reverse_kl", temperature=1.0),
+        method,
         student_hidden=given.hidden_ND,
         student_head=given.weight_VD,
         teacher_hidden=given.teacher_ND,
@@ -96,6 +95,11 @@ def retort_once(given: Inputs) -> Tensor:
     )
     losses.loss.backward()
     return losses.loss.detach()
+
+
+def retort_once(given: Inputs) -> Tensor:
+    """The public function; gradients are formed in the forward pass."""
+    return _learn(retort.load("gkd", divergence="reverse_kl", temperature=1.0), given)
 
 
 def retort_twice(given: Inputs) -> Tensor:
@@ -118,17 +122,7 @@ def retort_four(given: Inputs) -> Tensor:
     """Four divergences in one loss, in one pass."""
     parts = (reverse_kl(), forward_kl(), jsd(0.5), jsd(0.1))
     method = retort.Method(RolloutPlan(), tuple(retort.Term(f"part{i}", pathwise(p)) for i, p in enumerate(parts)))
-    losses = linear_token_losses(
-        method,
-        student_hidden=given.hidden_ND,
-        student_head=given.weight_VD,
-        teacher_hidden=given.teacher_ND,
-        teacher_head=given.teacher_VD,
-        tokens=given.tokens_N,
-        mask=given.mask_N,
-    )
-    losses.loss.backward()
-    return losses.loss.detach()
+    return _learn(method, given)
 
 
 def dense(given: Inputs) -> Tensor:

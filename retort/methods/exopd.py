@@ -1,12 +1,10 @@
 """ExOPD: G-OPD beyond the teacher."""
 
-from retort.advantages import extrapolated_log_ratio, log_ratio
+from dataclasses import replace
+
 from retort.errors import UserError
-from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.rollout.plan import RolloutPlan
-from retort.teachers.view import View
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy, truncated_rollout_ratio
+from retort.method import Limit, Method, Paper, method
+from retort.methods.gopd import gopd
 
 
 @method(
@@ -48,27 +46,9 @@ def exopd(
     """
     if reward_weight < 1:
         raise UserError(f"method.reward_weight must be at least 1, not {reward_weight:g}; below 1 it is `gopd`")
-    plain = reward_weight == 1.0
-    advantage = log_ratio() if plain else extrapolated_log_ratio(reward_weight)
-    score = score_function(advantage, clip=clip)
-    views = {"teacher": View.same_prompt()}
-    return Method(
-        rollout=RolloutPlan(samples=samples, temperature=temperature),
-        views=views if plain else {**views, "base": View.base()},
-        temperature=temperature,
-        terms=(Term("reverse", score, weight=None if truncation is None else truncated_rollout_ratio(truncation)),),
-        limits=(
-            Limit({"reward_weight": 1.0, "clip": None, "truncation": None}, equals=("opd", {})),
-            Limit({"reward_weight": 1.4}, equals=("gopd", {"reward_weight": 1.4})),
-        ),
-        recipe={
-            "rollout": {"prompts": 1024, "max_new_tokens": 16384, "max_prompt_tokens": 2048},
-            "optimizer": {"learning_rate": 1e-5, "schedule": "constant", "updates": 1},
-        },
-        watch=(
-            Watch("reverse_kl", sampled_reverse_kl()),
-            Watch("student_entropy", student_entropy()),
-            Watch("teacher_entropy", teacher_entropy()),
-            Watch("clip_fraction", score.clipped("reverse")),
-        ),
+    made = gopd(reward_weight=reward_weight, clip=clip, truncation=truncation, samples=samples, temperature=temperature)
+    limits = (
+        Limit({"reward_weight": 1.0, "clip": None, "truncation": None}, equals=("opd", {})),
+        Limit({"reward_weight": 1.4}, equals=("gopd", {"reward_weight": 1.4})),
     )
+    return replace(made, limits=limits)

@@ -3,6 +3,7 @@
 from typing import Literal
 
 from retort.advantages import log_ratio
+from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
@@ -51,6 +52,8 @@ def opd(
     update on the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not
     offered.
     """
+    if correction is None and (correction_low is not None or correction_high is not None):
+        raise UserError("method.correction_low and correction_high bound a correction; name one in method.correction")
     weight = None
     if correction is not None:
         weight = engine_correction(correction, low=correction_low, high=correction_high)

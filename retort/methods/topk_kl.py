@@ -4,6 +4,7 @@ from typing import Literal
 
 from retort import divergences
 from retort.divergences import Tail, reverse_kl
+from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
@@ -34,7 +35,7 @@ def topk_kl(
 
     The gradient goes through the student's renormalisation; probability outside of the support is not looked at, so
     this is another objective than the exact KL, which is its limit. Nats; divided by all counted tokens. At k = 1 it
-    is 0.
+    would be 0, and is refused.
 
     Args:
         top_k: k.
@@ -47,6 +48,11 @@ def topk_kl(
     Departures: the released code computes something else under this name, which is `topk_score` here. `bucket` and
     `forward` are not the paper's.
     """
+    if top_k == 1 and tail == "renormalised" and support in ("student", "teacher", "intersection"):
+        raise UserError(
+            "method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt; raise it, or set "
+            "method.tail=bucket, or take `topk_score`"
+        )
     chosen = divergences.topk_kl(direction, top_k, support, tail)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
 from retort.parts import Weight
 from retort.types import SAMPLED
+from retort.weights.corrections import engine_gap
 
 
 def truncated_rollout_ratio(cap: float) -> Weight:
@@ -23,12 +23,10 @@ def truncated_rollout_ratio(cap: float) -> Weight:
         UserError: A cap that is not positive.
     """
     _check_cap(cap)
+    gap = engine_gap()
 
     def value(context: Context, view: str) -> Tensor:
-        old_N = context.old_logp_N
-        if context.engine_logp_N is None:
-            return torch.ones_like(old_N)
-        return _capped(old_N - context.engine_logp_N, cap).nan_to_num(nan=1.0)
+        return gap.value(context, view).exp().clamp_max(cap)
 
     return Weight(f"truncated_rollout_ratio({cap:g})", value)
 

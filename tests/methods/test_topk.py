@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from retort import divergences
 from retort.context import Context
 from retort.divergences import kl_values
 from retort.divergences.support import support_ids
 from retort.errors import UserError
+from retort.estimators import pathwise
 from retort.functional import token_losses
+from retort.method import Method, Term
 from retort.registry import load
+from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
 
 K, VOCAB = 4, 20
@@ -112,7 +116,11 @@ def test_the_two_forms_differ_and_meet_at_the_whole_vocabulary() -> None:
 
 def test_one_id_teaches_only_in_the_released_form() -> None:
     student, teacher = pair()
-    assert value("topk_kl", student, teacher, top_k=1).abs().max() == 0.0
+    one = Method(RolloutPlan(), (Term("divergence", pathwise(divergences.topk_kl(k=1))),))
+    losses = token_losses(one, student_logits=student, teacher_logits=teacher, tokens=torch.zeros(6, dtype=torch.long))
+    assert losses.terms["divergence"].value.abs().max() == 0.0
+    with pytest.raises(UserError, match="nothing would be learnt"):
+        load("topk_kl", top_k=1)
     best = student.argmax(-1, keepdim=True)
     gap = (student.log_softmax(-1) - teacher.log_softmax(-1)).gather(-1, best).squeeze(-1)
     torch.testing.assert_close(value("topk_score", student, teacher, top_k=1), gap)

@@ -89,6 +89,8 @@ def test_a_mean_of_one_and_bounds() -> None:
     assert losses.terms["reverse"].weight.mean().item() == pytest.approx(1.0)
     with pytest.raises(UserError, match="must lie below high"):
         load("opd", correction="geometric", correction_high=0.5)
+    with pytest.raises(UserError, match="name one in method.correction"):
+        load("opd", correction_high=3.0)
 
 
 def test_a_run_logs_weights_and_sample_size(tiny_run: dict[str, Any], tmp_path: Path) -> None:
