@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
+from retort.errors import UserError
+from retort.teachers.moving import Weights, frozen
 from retort.types import Prompt
 
 
@@ -16,12 +18,18 @@ class View:
     Attributes:
         render: The prompt as the teacher sees it, made from the student's prompt; None for the same prompt. Whatever it
             returns, the teacher scores the very tokens that the student wrote after it.
-        model: Which frozen model answers: the teacher, or the base (a run's `base`; by default the student as it was
-            before training).
+        model: Which model answers: the teacher, the base (a run's `base`; by default the student as it was before
+            training), or the student itself, with weights of its own.
+        weights: Of a student that teaches itself, see `retort.teachers.moving`; other models never move.
     """
 
     render: Callable[[Prompt], Prompt] | None = None
-    model: Literal["teacher", "base"] = "teacher"
+    model: Literal["teacher", "base", "student"] = "teacher"
+    weights: Weights = field(default_factory=frozen)
+
+    def __post_init__(self) -> None:
+        if self.model != "student" and self.weights != frozen():
+            raise UserError(f"a view of the {self.model} cannot have moving weights ({self.weights.kind})")
 
     @staticmethod
     def same_prompt() -> View:

@@ -1,0 +1,78 @@
+"""Whose weights a self-teacher has, when they move. Values only: a run keeps the weights themselves.
+
+One number, `update_rate`, means the same everywhere: the share of the student as it is now that goes into the teacher.
+0 is the student as it was before training, 1 the student as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from retort.errors import UserError
+
+Kind = Literal["frozen", "live", "ema", "hard_copy", "trust_region"]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a teacher's weights follow the student's. Made by the functions of this module; equal values share weights.
+
+    Attributes:
+        kind: Of movement.
+        update_rate: Share of the live student, in [0, 1].
+        every: Optimizer steps between two moves.
+    """
+
+    kind: Kind = "frozen"
+    update_rate: float = 0.0
+    every: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.update_rate <= 1.0:
+            raise UserError(f"{self.kind}: update_rate must lie in [0, 1], not {self.update_rate}")
+        if self.every < 1:
+            raise UserError(f"{self.kind}: every must be at least 1 optimizer step, not {self.every}")
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a run has to keep weights of its own for it, and to put them into its checkpoints."""
+        return self.kind in ("ema", "hard_copy")
+
+
+def frozen() -> Weights:
+    """The student as it was before training."""
+    return Weights()
+
+
+def live() -> Weights:
+    """The student as it is, without gradient."""
+    return Weights("live", 1.0)
+
+
+def ema(update_rate: float, every: int = 1) -> Weights:
+    r"""An average that follows: :math:`\bar\theta \leftarrow (1 - u)\,\bar\theta + u\,\theta`.
+
+    Args:
+        update_rate: u; papers that give a decay give 1 - u.
+        every: Optimizer steps between two moves.
+    """
+    return Weights("ema", update_rate, every)
+
+
+def hard_copy(every: int) -> Weights:
+    """The student as it was when last copied.
+
+    Args:
+        every: Optimizer steps between two copies.
+    """
+    return Weights("hard_copy", 1.0, every)
+
+
+def trust_region(update_rate: float) -> Weights:
+    r"""No average of weights but of logits: :math:`(1 - u)\,z_{frozen} + u\,z_{live}`.
+
+    Args:
+        update_rate: u.
+    """
+    return Weights("trust_region", update_rate)
