@@ -88,6 +88,12 @@ def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dic
     return lambda context: {name: part.value(context, view).detach() for name, part in parts.items()}
 
 
+def means(values: Mapping[str, Tensor], valid_N: Tensor | None) -> dict[str, float]:
+    """Of values at every step, over those about which the view that they ask says something."""
+    kept = {name: values_N if valid_N is None else values_N[valid_N] for name, values_N in values.items()}
+    return {name: float(values_N.double().mean()) if len(values_N) else 0.0 for name, values_N in kept.items()}
+
+
 def recorded_values(
     method: Method, offers: Mapping[str, frozenset[NeedKind]]
 ) -> Callable[[Context], dict[str, Tensor]]:
@@ -109,14 +115,29 @@ def recorded_values(
     return values
 
 
+def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> dict[str, Tensor]:
+    """The steps that take part in each term, bool [N]: those about which every view that it asks says something.
+
+    Args:
+        method: What is learnt.
+        valid: Each view's `TeacherSignal.valid_N`.
+        steps: N.
+    """
+    found: dict[str, Tensor] = {}
+    for term in method.terms:
+        asked = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.asks(view)]
+        found[term.name] = torch.stack(asked).all(0) if asked else torch.ones(steps, dtype=torch.bool)
+    return found
+
+
 def batch_shares(
-    method: Method, *, counted_N: Tensor, rollout_N: Tensor, stored: Mapping[str, Tensor]
+    method: Method, *, counted_N: Mapping[str, Tensor], rollout_N: Tensor, stored: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What each step of the whole optimizer batch is multiplied by, per term, [N] each."""
+    """What each step of the whole optimizer batch is multiplied by, per term, [N] each; `counted_N` is by term."""
     return {
         term.name: reduce.shares(
             term.denominator,
-            counted_N=counted_N,
+            counted_N=counted_N[term.name],
             rollout_N=rollout_N,
             weight_N=_summed(term, stored),
         )
@@ -125,8 +146,11 @@ def batch_shares(
 
 
 def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
-    """What a weighted denominator adds up."""
-    name = term.denominator.by or f"{term.name}.weight"
+    """What a weighted denominator adds up, or what says which steps count."""
+    name = term.denominator.by
+    if name is None and term.denominator.kind in ("rollouts", "sums"):
+        return None
+    name = name or f"{term.name}.weight"
     return stored[name].abs() if name in stored else None
 
 
@@ -134,16 +158,34 @@ def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
     """The function of a chunk that gives what `finish_stats` makes whole-batch values from, [C] each, detached."""
 
     def values(context: Context) -> dict[str, Tensor]:
-        return {name: stat.part.value(context, view).detach() for name, (stat, view) in method.stats.items()}
+        return {
+            name: stat.part.value(context, view).detach()
+            for name, (stat, view) in method.stats.items()
+            if stat.part is not None
+        }
 
     return values
 
 
-def finish_stats(method: Method, values: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """What is stored for the whole batch, from the values of all its steps."""
+def finish_stats(
+    method: Method, values: Mapping[str, Tensor], layout: Layout, valid: Mapping[str, Tensor | None] | None = None
+) -> dict[str, Tensor]:
+    """What is stored for the whole batch, from the values of all its steps; `valid` is as in `counted`."""
     found: dict[str, Tensor] = {}
-    for name, (stat, _) in method.stats.items():
-        found[name] = stat.finish(values[name], replace(layout, found=found)).detach()
+    for name, (stat, view) in method.stats.items():
+        values_N = values.get(name, torch.zeros(len(layout.rollout_N), device=layout.rollout_N.device))
+        asked = [
+            valid_N
+            for other, valid_N in (valid or {}).items()
+            if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
+        ]
+        here = replace(layout, found=found)
+        if not asked:
+            found[name] = stat.finish(values_N, here).detach()
+            continue
+        index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
+        finished = stat.finish(values_N[index_N], here.select(index_N)).detach() if len(index_N) else values_N[:0]
+        found[name] = finished.new_zeros(len(values_N)).index_copy_(0, index_N, finished)
     return found
 
 
@@ -151,7 +193,7 @@ def losses(
     method: Method,
     values: Mapping[str, Tensor],
     *,
-    counted_N: Tensor,
+    counted_N: Mapping[str, Tensor],
     shares_N: Mapping[str, Tensor],
     step: int,
     total_steps: int | None,
@@ -159,7 +201,7 @@ def losses(
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
     """The scalar of these steps and the terms behind it; `readings` are the numbers of the method's controllers."""
     terms = {
-        term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N)
+        term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N[term.name])
         for term in method.terms
     }
     coefs = {term.name: at(term.coef, step, total_steps, readings) for term in method.terms}

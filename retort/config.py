@@ -33,6 +33,12 @@ class RolloutSection(_Section):
     max_prompt_tokens: int = Field(
         default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
     )
+    max_view_tokens: int = Field(
+        default=10240,
+        ge=1,
+        description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
+        "their end, which is counted (`view/<name>/cut`)",
+    )
     parallel: int = Field(default=256, ge=1, description="rollouts written at once")
     stop: list[str] | None = Field(
         default=None, description="stop tokens; default: those of the student's generation settings"
@@ -164,6 +170,11 @@ class Config(_Section):
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
+    )
+    templates: dict[str, str] = Field(
+        default_factory=dict,
+        description="words around what a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; the names and "
+        "defaults are in docs/views.md",
     )
     split: str = Field(default="train", description="of a hub data set")
     limit: int | None = Field(default=None, ge=1, description="use only the first rows of the data")

@@ -29,6 +29,7 @@ class Context:
         engine_logp_N: The rollout engine's log-probs, nats, where it gave any.
         rollout_N, turn_N, position_N: Where each step stands.
         step, total_steps: How far the run is (batches of rollouts).
+        readings: Numbers of the method's controllers, by `<controller>.<number>`.
         shard: Which ids the student's logits are about, where a rank holds only some.
     """
 
@@ -42,6 +43,7 @@ class Context:
     position_N: Tensor | None = None
     step: int = 0
     total_steps: int | None = None
+    readings: Mapping[str, float] = field(default_factory=lambda: {})
     shard: Shard = WHOLE
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, repr=False)
 

@@ -18,8 +18,10 @@ from retort.types import Message, Prompt
 
 __all__ = ["COLUMNS", "fingerprint", "in_template", "load_prompts"]
 
+#: Columns of texts that only a teacher may see.
+PRIVILEGED = ("solution", "hint", "outcome", "demonstration", "wrong")
 #: The columns that Retort knows; any other column of a file is ignored.
-COLUMNS = ("prompt", "messages", "id", "answer", "solution", "response", "domain")
+COLUMNS = ("prompt", "messages", "id", "answer", "response", "clean", "domain", *PRIVILEGED)
 
 #: What other data sets call the prompt; named in the error, never guessed.
 SYNONYMS = ("problem", "question", "instruction", "query", "input", "text")
@@ -67,7 +69,9 @@ def load_prompts(
 
     A row has a column `prompt` (text, or a list of messages) or `messages` (a list of {role, content} that ends with
     the user's turn; read where `prompt` is absent or null), and may have `id` (default: the number of the row, from
-    0), `answer`, `solution` (privileged: only a teacher may see it), `response` and `domain`.
+    0), `answer`, `response` and `domain`. Only a teacher may see `solution`, `hint`, `outcome` (how a solution ends),
+    `demonstration`, `wrong` (a response that is wrong) and `clean` (a text or a list of messages: the prompt without
+    what is not to change the answer).
 
     Args:
         source: A path ending in .jsonl, .json (one object per line) or .parquet; or a hub name, `owner/name` or
@@ -115,6 +119,7 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
             prompt.response,
             sorted(prompt.privileged.items()),
             prompt.domain,
+            *([] if prompt.clean is None else [[[message.role, message.content] for message in prompt.clean]]),
         ]
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
@@ -251,16 +256,25 @@ def _prompt(where: str, row: Mapping[str, Any], columns: Mapping[str, str], numb
     else:
         messages = _messages(where, conversation)
     name = _optional(where, "id", row["id"])
-    solution = _optional(where, "solution", row["solution"])
+    privileged = {column: _optional(where, column, row[column]) for column in PRIVILEGED}
     return Prompt(
         id=str(number) if name is None else name,
         messages=messages,
         plain=plain,
         answer=_optional(where, "answer", row["answer"]),
         response=_optional(where, "response", row["response"]),
-        privileged={} if solution is None else {"solution": solution},
+        privileged={column: text for column, text in privileged.items() if text is not None},
+        clean=_clean(where, row["clean"], messages),
         domain=_optional(where, "domain", row["domain"]) or "",
     )
+
+
+def _clean(where: str, value: Any, messages: tuple[Message, ...]) -> tuple[Message, ...] | None:
+    """The other half of a pair of prompts: another last turn, or another conversation."""
+    if value is None or isinstance(value, str):
+        text = _optional(where, "clean", value)
+        return None if text is None else (*messages[:-1], Message(messages[-1].role, text))
+    return _messages(where, value)
 
 
 def _no_prompt(found: Sequence[str], columns: Mapping[str, str]) -> str:

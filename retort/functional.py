@@ -11,8 +11,10 @@ from torch import Tensor
 from retort.apply import (
     batch_shares,
     check_needs,
+    counted,
     finish_stats,
     losses,
+    means,
     part_values,
     stat_values,
     stored_values,
@@ -66,7 +68,7 @@ def token_losses(
         turns: Turn of each step, [N].
         rollouts: Rollout of each step, [N], int64 from 0; one rollout by default.
         groups: Prompt of each rollout, [R], or repeated per step, [N]; for methods that compare siblings.
-        rewards: Of each rollout, [R] or [N]; for methods that learn from them.
+        rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them.
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: What the rollout engine reported, nats, [N].
@@ -163,6 +165,12 @@ def linear_token_losses(
     return batch.evaluate(student_hidden[batch.kept_N], head, head.width, signals, chunk=chunk)
 
 
+def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:
+    """A number per rollout or per step as one per step."""
+    # One rollout per step is both; then the index is the identity, or the caller's own order of rollouts.
+    return values if values.shape == rollout_N.shape and len(values) != int(rollout_N.max()) + 1 else values[rollout_N]
+
+
 def _head(head: Tensor | Head) -> Head:
     return head if isinstance(head, Head) else Head(head)
 
@@ -175,7 +183,7 @@ class _Batch:
     tokens_N: Tensor
     kept_N: Tensor
     steps: Steps
-    rollout_N: Tensor
+    layout: Layout
     state: Mapping[str, Tensor]
 
     @staticmethod
@@ -223,7 +231,22 @@ class _Batch:
             total_steps=total_steps,
         )
         found = load(method) if isinstance(method, str) else method
-        return _Batch(found, tokens, kept_N, steps, rollout_N[kept_N], dict(state or {}))
+        layout = Layout(
+            rollout_N[kept_N],
+            reward_N=None if rewards is None else _per_step(rewards, rollout_N)[kept_N].double(),
+            group_N=None if groups is None else _per_step(groups, rollout_N)[kept_N],
+        )
+        for name, given, wants in (("rewards", rewards, found.wants_rewards), ("groups", groups, found.wants_groups)):
+            if wants is not None and given is None:
+                raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
+        if found.wants_rewards is not None and bool(layout.reward_N is not None and layout.reward_N.isnan().any()):
+            raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
+        return _Batch(found, tokens, kept_N, steps, layout, dict(state or {}))
+
+    @property
+    def rollout_N(self) -> Tensor:
+        """Rollout of each step that counts."""
+        return self.layout.rollout_N
 
     def check_rows(self, name: str, values: Tensor, ndim: int) -> None:
         if values.ndim != ndim or len(values) != len(self.tokens_N):
@@ -257,14 +280,16 @@ class _Batch:
         whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
         if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
             raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
-        core = Core(term_values(self.method), self.steps, signals, head, vocab, self.method.temperature)
+        core = Core(term_values(self.method), self._read(), signals, head, vocab, self.method.temperature)
         if self.method.stats:
             core = replace(core, steps=self._with_stats(core, hidden_ND, chunk))
         if self.method.weighs_batch:
             core = replace(core, steps=self._weighed(core, hidden_ND, chunk))
-        counted_N = torch.ones_like(tokens_N, dtype=torch.bool)
+        valid = {name: signal.valid_N for name, signal in signals.items()}
+        counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
         shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=core.steps.stored)
         state, readings = self._controlled(core, hidden_ND, chunk)
+        core = replace(core, steps=replace(core.steps, readings=readings))
 
         def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
             here = {name: share_N[rows] for name, share_N in shares_N.items()}
@@ -272,7 +297,7 @@ class _Batch:
             return losses(
                 self.method,
                 values,
-                counted_N=counted_N[rows],
+                counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
                 shares_N=here,
                 step=step,
                 total_steps=total,
@@ -282,6 +307,16 @@ class _Batch:
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
         terms = terms_of(values, slice(None))[1]
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
+
+    def _read(self) -> Steps:
+        """The steps with the numbers of the controllers as they are before this batch."""
+        readings: dict[str, float] = {}
+        for controller in self.method.controllers:
+            name = controller.name
+            state = {key.removeprefix(f"{name}/"): x for key, x in self.state.items() if key.startswith(f"{name}/")}
+            state = state or controller.init(generator(0, "controllers", name))
+            readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
+        return replace(self.steps, readings=readings)
 
     def _controlled(
         self, core: Core, hidden_ND: Tensor, chunk: int | None
@@ -294,7 +329,14 @@ class _Batch:
             state = state or controller.init(generator(0, "controllers", name))
             seen = None
             if core.count:
-                seen = Seen(self._means(core, controller, hidden_ND, chunk), step, self.steps.total_steps)
+                rollouts = self.layout.rollouts()
+                seen = Seen(
+                    self._means(core, controller, hidden_ND, chunk),
+                    step,
+                    self.steps.total_steps,
+                    rollouts.reward_R,
+                    rollouts.steps_R,
+                )
                 state = controller.act(state, seen, generator(0, "controllers", name, step))
             readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
             if seen is not None and not controller.again:
@@ -309,13 +351,15 @@ class _Batch:
             return {}
         values = part_values(controller.sees, controller.against)
         found = per_token(replace(core, values=values), hidden_ND, chunk=chunk)
-        return {name: float(values_N.double().mean()) for name, values_N in found.items()}
+        return means(found, core.signals[controller.against].valid_N)
 
     def _with_stats(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
         """The steps with what the method reads of the whole batch."""
         with torch.no_grad():
             found = per_token(replace(core, values=stat_values(self.method)), hidden_ND, chunk=chunk)
-        stats = finish_stats(self.method, found, Layout(self.rollout_N))
+        valid = {name: signal.valid_N for name, signal in core.signals.items()}
+        layout = replace(self.layout, readings=core.steps.readings)
+        stats = finish_stats(self.method, found, layout, valid)
         return replace(core.steps, stored={**core.steps.stored, **stats})
 
     def _weighed(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:

@@ -186,6 +186,19 @@ class Method:
         unchanged = bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
         return unchanged and self.before is None
 
+    @property
+    def wants_rewards(self) -> str | None:
+        """What of it cannot do without graded rollouts, if anything."""
+        found = [f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.rewards]
+        found += [f"view '{name}'" for name, view in self.views.items() if view.rewards]
+        found += [f"controller '{controller.name}'" for controller in self.controllers if controller.rewards]
+        return next(iter(found), None)
+
+    @property
+    def wants_groups(self) -> str | None:
+        """What of it compares the rollouts of one prompt, if anything."""
+        return next((f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.groups), None)
+
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """What the method cannot do without from the teacher behind a view."""
         termed = (term.asks(view) for term in self.terms)
@@ -228,7 +241,7 @@ class Method:
 
 
 def _by_own_weight(term: Term) -> bool:
-    return term.denominator.kind == "weighted" and term.denominator.by is None
+    return term.denominator.kind in ("weighted", "weighted_rollouts") and term.denominator.by is None
 
 
 def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:

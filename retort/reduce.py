@@ -22,12 +22,14 @@ class Denominator:
 
     Attributes:
         kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
-            `rollouts` (mean over rollouts of the mean over their steps), `constant`.
+            `rollouts` (mean over rollouts of the mean over their steps), `sums` (mean over rollouts of the sum over
+            their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `constant`.
         value: For `constant`.
-        by: For `weighted`: the stored value that is summed; None for the term's own weight.
+        by: For the weighted ones: the stored value that is summed; None for the term's own weight. For `rollouts` and
+            `sums`: the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
     """
 
-    kind: Literal["tokens", "weighted", "rollouts", "constant"]
+    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "constant"]
     value: float = 1.0
     by: str | None = None
 
@@ -42,9 +44,19 @@ def weighted(by: str | None = None) -> Denominator:
     return Denominator("weighted", by=by)
 
 
-def rollout_means() -> Denominator:
-    """Each rollout counts the same, however long it is."""
-    return Denominator("rollouts")
+def rollout_means(by: str | None = None) -> Denominator:
+    """Each rollout counts the same, however long it is; steps where the stored value `by` is 0 do not count."""
+    return Denominator("rollouts", by=by)
+
+
+def rollout_sums(by: str | None = None) -> Denominator:
+    """The sum over a rollout's steps, and the mean over rollouts: a long one counts for more."""
+    return Denominator("sums", by=by)
+
+
+def weighted_rollout_means(by: str | None = None) -> Denominator:
+    """Each rollout counts the same, and its steps by their weight within it; a weight common to them cancels."""
+    return Denominator("weighted_rollouts", by=by)
 
 
 def constant(value: float) -> Denominator:
@@ -76,17 +88,38 @@ def shares(
     ones_N = counted_N.double()  # one third must be one third in a float64 check, too
     if denominator.kind == "constant":
         return ones_N / denominator.value
-    if denominator.kind == "rollouts":
-        steps_R = torch.zeros(int(rollout_N.max()) + 1 if len(rollout_N) else 0, dtype=ones_N.dtype)
-        steps_R = steps_R.to(ones_N.device).index_add_(0, rollout_N, ones_N)
-        rollouts = over_ranks((steps_R > 0).sum().to(ones_N.dtype))
-        return ones_N / (steps_R.clamp_min(1)[rollout_N] * rollouts.clamp_min(1))
+    if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
+        return _rollout_shares(denominator, ones_N, rollout_N, weight_N, over_ranks)
     if denominator.kind == "weighted":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
         total = over_ranks((weight_N.double() * ones_N).sum())
         return torch.where(total > 0, ones_N / total, torch.zeros_like(ones_N))
     return ones_N / over_ranks(ones_N.sum()).clamp_min(1)
+
+
+def _rollout_shares(
+    denominator: Denominator,
+    ones_N: Tensor,
+    rollout_N: Tensor,
+    weight_N: Tensor | None,
+    over_ranks: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """See `shares`; a rollout is whole on one rank, so only their number is summed over ranks."""
+    if denominator.kind == "weighted_rollouts":
+        if weight_N is None:
+            raise ValueError("a weighted denominator needs the weights of the whole batch")
+        counted_N = weight_N.double() * ones_N
+    else:
+        counted_N = ones_N if weight_N is None else ones_N * (weight_N != 0)
+        ones_N = counted_N
+    steps_R = torch.zeros(int(rollout_N.max()) + 1 if len(rollout_N) else 0, dtype=ones_N.dtype)
+    steps_R = steps_R.to(ones_N.device).index_add_(0, rollout_N, counted_N)
+    rollouts = over_ranks((steps_R > 0).sum().to(ones_N.dtype)).clamp_min(1)
+    if denominator.kind == "sums":
+        return ones_N / rollouts
+    steps_N = steps_R[rollout_N]
+    return torch.where(steps_N > 0, ones_N / (torch.where(steps_N > 0, steps_N, 1.0) * rollouts), 0.0)
 
 
 def scalar(terms: Mapping[str, TokenLoss], shares_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:

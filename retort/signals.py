@@ -7,7 +7,7 @@ that the signal can answer; asking for more is an error that names what is missi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -61,10 +61,20 @@ class SignalRows:
 
 @dataclass(frozen=True, eq=False)
 class TeacherSignal:
-    """Base of all signals: N steps, the tokens they are about, and who says it."""
+    """Base of all signals: N steps, the tokens they are about, and who says it.
+
+    Attributes:
+        tokens_N: Ids that were scored.
+        source: Who says it, for messages.
+        valid_N: False at the steps of rollouts that the view had no context for: what is said there means nothing, and
+            terms against the view leave these steps out. None: all are valid.
+        counts: What happened to the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`.
+    """
 
     tokens_N: Tensor
     source: str = "teacher"
+    valid_N: Tensor | None = field(default=None, kw_only=True)
+    counts: Mapping[str, float] = field(default_factory=lambda: {}, kw_only=True)
 
     @property
     def steps(self) -> int:
@@ -95,6 +105,9 @@ class TeacherSignal:
     def select(self, index_N: Tensor) -> TeacherSignal:
         """The signal about some of the steps only, in the order given."""
         raise NotImplementedError
+
+    def _valid(self, index: Tensor | slice) -> Tensor | None:
+        return None if self.valid_N is None else self.valid_N[index]
 
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raises `SignalError` unless the signal is about exactly these tokens."""
@@ -138,7 +151,7 @@ class Sampled(TeacherSignal):
         return _SampledRows(self.source, self.logp_N[index_C])
 
     def select(self, index_N: Tensor) -> Sampled:
-        return Sampled(self.tokens_N[index_N], self.source, self.logp_N[index_N])
+        return Sampled(self.tokens_N[index_N], self.source, self.logp_N[index_N], valid_N=self._valid(index_N))
 
 
 class _TopKRows(SignalRows):
@@ -221,6 +234,7 @@ class TopK(TeacherSignal):
             None if self.entropy_N is None else self.entropy_N[index_N],
             self.entropy_exact,
             self.whole,
+            valid_N=self._valid(index_N),
         )
 
 
@@ -302,13 +316,13 @@ class Dense(TeacherSignal):
         def logits(rows: Tensor | slice) -> Tensor:
             return logits_CV[rows]
 
-        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits)
+        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits, valid_N=self._valid(index_C))
 
     def select(self, index_N: Tensor) -> Dense:
         def logits(rows: Tensor | slice) -> Tensor:
             return self.logits(index_N[rows])
 
-        return replace(self, tokens_N=self.tokens_N[index_N], logits=logits)
+        return replace(self, tokens_N=self.tokens_N[index_N], logits=logits, valid_N=self._valid(index_N))
 
 
 def as_compute(values: Tensor) -> Tensor:

@@ -82,9 +82,10 @@ class Prompt:
         messages: The conversation so far. A row's plain `prompt` is one user message.
         plain: True if the row had a plain `prompt`: it is rendered as bare text where the tokenizer has no
             chat template (a base model), whereas `messages` need a template.
-        answer: What a verifier compares with; never shown to a model.
+        answer: What a verifier compares with; never in the context of a rollout.
         response: A given answer to learn from off-policy, if the data has one.
         privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
+        clean: The conversation without what is not to change the answer (paired prompts); for a teacher only, too.
         domain: Free label, for metrics by domain.
     """
 
@@ -94,7 +95,15 @@ class Prompt:
     answer: str | None = None
     response: str | None = None
     privileged: Mapping[str, str] = field(default_factory=lambda: {})
+    clean: tuple[Message, ...] | None = None
     domain: str = ""
+
+    def shown(self, column: str) -> str | None:
+        """What a view may show of the row, by the name of its column; a `demonstration` may be the given response."""
+        if column == "clean":
+            return None if self.clean is None else "\n".join(message.content for message in self.clean)
+        given = {"answer": self.answer, "response": self.response, **self.privileged}
+        return given.get(column) or (self.response if column == "demonstration" else None)
 
     @property
     def text(self) -> str:
@@ -129,6 +138,7 @@ class Rollout:
         text: The acted tokens, decoded.
         reward: What the verifier said, if one was asked.
         reward_parts: The reward by component.
+        feedback: What the verifier says is wrong with it, where it says anything; for views that show it to a teacher.
     """
 
     prompt: Prompt
@@ -145,6 +155,7 @@ class Rollout:
     text: str = ""
     reward: float | None = None
     reward_parts: Mapping[str, float] = field(default_factory=lambda: {})
+    feedback: str = ""
 
     def __post_init__(self) -> None:
         if self.tokens_L.shape != self.acted_L.shape or self.tokens_L.ndim != 1:
@@ -202,6 +213,23 @@ class Pack:
     def steps(self) -> int:
         """N, the number of decision steps."""
         return len(self.tokens_N)
+
+    @property
+    def reward_R(self) -> Tensor:
+        """Of each rollout, float64; NaN where nobody graded it."""
+        return torch.tensor(
+            [float("nan") if rollout.reward is None else rollout.reward for rollout in self.rollouts],
+            dtype=torch.float64,
+        )
+
+    def groups(self) -> list[tuple[Rollout, ...]]:
+        """For each rollout, all of its group in order of member, itself included."""
+        found: dict[int, list[Rollout]] = {}
+        numbers = [int(group) for group in self.group_R]
+        for rollout, group in zip(self.rollouts, numbers, strict=True):
+            found.setdefault(group, []).append(rollout)
+        ordered = {group: tuple(sorted(own, key=lambda r: r.member)) for group, own in found.items()}
+        return [ordered[group] for group in numbers]
 
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:
         """Places in N of the steps of some rollouts, in the order given."""

@@ -30,6 +30,9 @@ class Seen:
 
     Attributes:
         before: Means over the batch's counted steps before the first update, by the names in `sees`.
+        reward_R: Reward of each rollout of the batch, float64; None where nothing was graded.
+        length_R: Steps of each.
+        longest: The longest answer that was allowed, tokens, where known.
         step: Batches done, of the method's own.
         total_steps: Of the method, where known.
     """
@@ -37,6 +40,9 @@ class Seen:
     before: Mapping[str, float]
     step: int = 0
     total_steps: int | None = None
+    reward_R: Tensor | None = None
+    length_R: Tensor | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,7 @@ class Controller:
         again: Whether it wants the same means after the last update, too. Costs a pass over the batch, as `sees` does.
         probe: A measurement that it wants from time to time.
         against: The view whose answers the parts read.
+        rewards: Whether it cannot do without rewards.
     """
 
     name: str
@@ -81,6 +88,7 @@ class Controller:
     again: bool = False
     probe: Probe | None = None
     against: str = "teacher"
+    rewards: bool = False
 
     def read(self, number: str) -> Reading:
         """A dial that is one of its numbers."""

@@ -21,7 +21,7 @@ class ScoreFunction:
     advantage: Advantage
     baseline: Baseline | None
     baseline_coef: float
-    clip: float | None
+    clip: float | tuple[float, float] | None
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -69,8 +69,14 @@ class ScoreFunction:
         ratio_N = self._ratio_N(context)
         value_N = -advantage_N * ratio_N
         if self.clip is not None:
-            value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(1.0 - self.clip, 1.0 + self.clip))
+            value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(*self._bounds))
         return value_N, weight_N.abs()
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        """Of the ratio, where there is a clip."""
+        low, high = self.clip if isinstance(self.clip, tuple) else (self.clip or 0.0, self.clip or 0.0)
+        return 1.0 - low, 1.0 + high
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
         """What else is worth seeing of each token, [N] each."""
@@ -84,14 +90,19 @@ class ScoreFunction:
             if self.clip is None:
                 return torch.zeros_like(ratio_N)
             up_N = self.advantage_N(context, view, term) > 0
-            return torch.where(up_N, ratio_N > 1.0 + self.clip, ratio_N < 1.0 - self.clip).to(ratio_N.dtype)
+            low, high = self._bounds
+            return torch.where(up_N, ratio_N > high, ratio_N < low).to(ratio_N.dtype)
 
         also = {view: needs for part in self.parts for view, needs in part.also.items()}
         return Quantity("clip_fraction", value, self.needs, also)
 
 
 def score_function(
-    advantage: Advantage, *, baseline: Baseline | None = None, baseline_coef: float = 1.0, clip: float | None = None
+    advantage: Advantage,
+    *,
+    baseline: Baseline | None = None,
+    baseline_coef: float = 1.0,
+    clip: float | tuple[float, float] | None = None,
 ) -> ScoreFunction:
     r"""The estimator :math:`-A_t \rho_t` with :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`, optionally PPO-clipped.
 
@@ -101,8 +112,9 @@ def score_function(
         advantage: A_t, nats; detached.
         baseline: Subtracted from the advantage, times `baseline_coef`; detached.
         baseline_coef: 1 in the papers; 0 switches the baseline off.
-        clip: PPO's epsilon, both sides: the larger of the plain and the clipped loss is taken. None: no clip.
+        clip: PPO's epsilon, both sides, or one for below and one for above 1: the larger of the plain and the clipped
+            loss is taken. None: no clip.
     """
-    if clip is not None and clip <= 0:
+    if clip is not None and min(clip if isinstance(clip, tuple) else (clip,)) <= 0:
         raise UserError(f"clip must be positive, or none for no clip; it is {clip}")
     return ScoreFunction(advantage, baseline, baseline_coef, clip)

@@ -13,7 +13,7 @@ definition of both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class Steps:
     position_N: Tensor | None = None
     step: int = 0
     total_steps: int | None = None
+    readings: Mapping[str, float] = field(default_factory=lambda: {})
 
     def rows(self, rows: slice) -> Steps:
         """Some of the steps."""
@@ -111,6 +112,7 @@ class Core:
             position_N=cut.position_N,
             step=cut.step,
             total_steps=cut.total_steps,
+            readings=cut.readings,
         )
         if self.head is not None:
             context.shard = self.head.shard

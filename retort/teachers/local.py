@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from retort.models.core import in_blocks
 from retort.models.head import Head
 from retort.models.lm import LanguageModel
 from retort.signals import Dense, Sampled, TeacherSignal, TopK
+from retort.teachers.scene import Scene, Stage
 from retort.teachers.view import View
 from retort.types import Need, NeedKind, Pack, Rollout
 
@@ -36,6 +38,30 @@ class Teacher(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """What a teacher reads before each rollout of a pack.
+
+    Attributes:
+        ids: By rollout; None where there is no context.
+        cut: How many had a privileged text cut to fit.
+    """
+
+    ids: Sequence[list[int] | None]
+    cut: int = 0
+
+    def valid_N(self, pack: Pack) -> Tensor | None:
+        """See `TeacherSignal.valid_N`."""
+        valid_R = torch.tensor([own is not None for own in self.ids])
+        return None if bool(valid_R.all()) else valid_R[pack.rollout_N]
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """See `TeacherSignal.counts`."""
+        read = [len(own) for own in self.ids if own is not None]
+        return {"no_context": len(self.ids) - len(read), "cut": self.cut, "prompt_tokens": sum(read)}
+
+
 class LocalTeacher:
     """A frozen model in this process; it can be asked for anything but text."""
 
@@ -49,6 +75,7 @@ class LocalTeacher:
         stop_map: Mapping[int, int],
         batch_tokens: int,
         thinking: bool = False,
+        stage: Stage | None = None,
     ) -> None:
         """A teacher.
 
@@ -60,30 +87,37 @@ class LocalTeacher:
                 student's.
             batch_tokens: Tokens per forward pass.
             thinking: For chat templates that know it.
+            stage: What views may look at besides a rollout and its siblings.
         """
         self.lm = lm
         self.vocab = vocab
         self.stop_map = dict(stop_map)
         self.batch_tokens = batch_tokens
         self.thinking = thinking
+        self.stage = stage or Stage()
         self.name = lm.name
         self.render = Renderer(lm.tokenizer, thinking=thinking)
 
     def in_its_own_words(self) -> LocalTeacher:
         """The same teacher about answers that end in its own stop token, such as its own."""
-        return LocalTeacher(
-            self.lm, vocab=self.vocab, stop_map={}, batch_tokens=self.batch_tokens, thinking=self.thinking
-        )
+        return self._changed(stop_map={})
 
     def about(self, vocab: int) -> LocalTeacher:
         """The same teacher about fewer ids."""
-        return LocalTeacher(
-            self.lm, vocab=vocab, stop_map=self.stop_map, batch_tokens=self.batch_tokens, thinking=self.thinking
-        )
+        return self._changed(vocab=vocab)
+
+    def on(self, stage: Stage) -> LocalTeacher:
+        """The same teacher, whose views may look at more."""
+        return self._changed(stage=stage)
+
+    def _changed(self, **changed: Any) -> LocalTeacher:
+        names = ("vocab", "stop_map", "batch_tokens", "thinking", "stage")
+        return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
         """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once."""
-        hidden_ND, logits = self._hidden(pack, view), self._logits
+        prompts = self.prompts(pack, view)
+        hidden_ND, logits = self._hidden(pack, prompts), self._logits
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
 
         def rows(index_C: Tensor | slice) -> Tensor:
@@ -92,18 +126,49 @@ class LocalTeacher:
                 raise SignalError(f"{self.name}: the teacher's head changed after it had scored this batch")
             return logits(head, hidden_ND[index_C])
 
-        dense = Dense(pack.tokens_N.to(self.lm.device), self.name, rows, self.vocab, temperature)
+        dense = Dense(
+            pack.tokens_N.to(self.lm.device),
+            self.name,
+            rows,
+            self.vocab,
+            temperature,
+            valid_N=prompts.valid_N(pack),
+            counts=prompts.counts,
+        )
         if any(need.kind == "dense" for need in needs):
             return dense
         return reduced(dense, needs)
 
-    def _hidden(self, pack: Pack, view: View) -> Tensor:
-        # Rollouts of one prompt share the object: it is rendered once.
-        rendered = {id(rollout.prompt): rollout.prompt for rollout in pack.rollouts}
-        prompt_ids = {key: self.render(view.prompt(prompt)) for key, prompt in rendered.items()}
-        pairs = (self._sequence(rollout, prompt_ids[id(rollout.prompt)]) for rollout in pack.rollouts)
+    def prompts(self, pack: Pack, view: View) -> Prompts:
+        """What the teacher reads before each rollout of a pack: as long as the stage and its context allow."""
+        found, cut = list[list[int] | None](), 0
+        for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
+            longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
+            scene = Scene(rollout, group, self.stage)
+            prompt = view.prompt(scene)
+            if prompt is not None and view.render is not None and len(self.render(prompt)) > longest:
+                prompt = scene.shortened(view.prompt, lambda made, most=longest: len(self.render(made)) <= most)
+                cut += prompt is not None
+            found.append(None if prompt is None else self.render(prompt))
+        return Prompts(found, cut)
+
+    def _hidden(self, pack: Pack, prompts: Prompts) -> Tensor:
+        """Hidden states at every step, [N, D]; zeros where there is no context."""
+        pairs = [
+            self._sequence(rollout, ids)
+            for rollout, ids in zip(pack.rollouts, prompts.ids, strict=True)
+            if ids is not None
+        ]
+        valid_N = prompts.valid_N(pack)
+        if not pairs:
+            weight_VD = self.lm.head().weight_VD
+            return weight_VD.new_zeros(pack.steps, weight_VD.shape[1])
         tokens, acted = zip(*pairs, strict=True)
-        return self.lm.all_hidden(tokens, acted, self.batch_tokens)
+        hidden_ND = self.lm.all_hidden(tokens, acted, self.batch_tokens)
+        if valid_N is None:
+            return hidden_ND
+        index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)
+        return hidden_ND.new_zeros(pack.steps, hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
 
     def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> tuple[Tensor, Tensor]:
         """What the teacher reads: its own rendering of the prompt, then the very tokens that the student wrote."""
@@ -138,7 +203,7 @@ def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
             ids.append(ids_CK)
             logps.append(logp_CK)
     if not top_k and not with_entropy:
-        return Sampled(dense.tokens_N, dense.source, torch.cat(sampled))
+        return Sampled(dense.tokens_N, dense.source, torch.cat(sampled), valid_N=dense.valid_N, counts=dense.counts)
     return TopK(
         dense.tokens_N,
         dense.source,
@@ -147,6 +212,8 @@ def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
         sampled_logp_N=torch.cat(sampled),
         entropy_N=torch.cat(entropies) if entropies else None,
         whole=top_k >= dense.width,
+        valid_N=dense.valid_N,
+        counts=dense.counts,
     )
 
 

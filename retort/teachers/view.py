@@ -1,4 +1,4 @@
-"""What a teacher sees."""
+"""What a teacher sees, and whose weights it has."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ from typing import Literal
 
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
+from retort.teachers.scene import Scene
 from retort.types import Prompt
+
+#: The prompt as a teacher sees it; None where there is nothing to show it, so that the rollout is left out.
+Render = Callable[[Scene], Prompt | None]
 
 
 @dataclass(frozen=True)
 class View:
-    """What a teacher sees of a rollout.
+    """What a teacher sees of a rollout. `retort.teachers.views` makes the usual ones.
 
     Attributes:
-        render: The prompt as the teacher sees it, made from the student's prompt; None for the same prompt. Whatever it
-            returns, the teacher scores the very tokens that the student wrote after it.
+        render: The prompt as the teacher sees it; None for the student's own. Whatever it returns, the teacher scores
+            the very tokens that the student wrote after it. Where it returns None there is no context, and the steps of
+            that rollout are left out of all terms that ask this view anything.
         model: Which model answers: the teacher, the base (a run's `base`; by default the student as it was before
             training), or the student itself, with weights of its own.
         weights: Of a student that teaches itself, see `retort.teachers.moving`; other models never move.
+        columns: What it shows of a row of the data; a row without is one without context.
+        rewards: Whether it looks at how the rollouts were graded.
     """
 
-    render: Callable[[Prompt], Prompt] | None = None
+    render: Render | None = None
     model: Literal["teacher", "base", "student"] = "teacher"
     weights: Weights = field(default_factory=frozen)
+    columns: tuple[str, ...] = ()
+    rewards: bool = False
 
     def __post_init__(self) -> None:
         if self.model != "student" and self.weights != frozen():
@@ -41,6 +50,8 @@ class View:
         """The base model sees what the student saw."""
         return View(model="base")
 
-    def prompt(self, prompt: Prompt) -> Prompt:
+    def prompt(self, scene: Scene) -> Prompt | None:
         """The prompt that the teacher gets."""
-        return prompt if self.render is None else self.render(prompt)
+        if any(not scene.prompt.shown(column) for column in self.columns):
+            return None
+        return scene.prompt if self.render is None else self.render(scene)

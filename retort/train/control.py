@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from retort.controllers import Controller, Probe, Seen, State
@@ -97,7 +98,15 @@ class Control:
     def _look(self, setup: Setup, batch: Batch, controller: Controller) -> Seen:
         now = batch.moment
         found = averages(setup, batch, controller.sees, controller.against) if controller.sees else {}
-        return Seen(found, now.done, now.total)
+        rewards_R = batch.pack.reward_R
+        return Seen(
+            found,
+            now.done,
+            now.total,
+            None if bool(rewards_R.isnan().any()) else rewards_R,
+            torch.tensor([rollout.steps for rollout in batch.pack.rollouts]),
+            setup.config.rollout.max_new_tokens,
+        )
 
 
 def _measured(setup: Setup, probe: Probe, moment: Moment) -> dict[str, float]:

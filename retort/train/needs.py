@@ -56,9 +56,32 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
 
 
 def need_verifier(method: Method, verifier: Verifier | None) -> None:
-    """Refuses data that nobody can grade where prompts are ordered by pass rate."""
+    """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
+    wants = method.wants_rewards
+    if wants is not None and verifier is None:
+        raise UserError(
+            f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data; "
+            "add the column, or choose a method without rewards (`retort methods` says what each needs)"
+        )
     if method.rollout.order is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
             "of the data; add the column, or switch the order off"
         )
+
+
+def need_columns(method: Method, train: Sequence[Prompt], notes: list[str]) -> None:
+    """Refuses data in which no row has what a view shows to its teacher; notes where only some have."""
+    for name, view in method.views.items():
+        for column in view.columns:
+            lacking = [prompt for prompt in train if not prompt.shown(column)]
+            if len(lacking) == len(train):
+                raise UserError(
+                    f"method '{method.name}' shows its teacher the column `{column}` (view '{name}'), which no row of "
+                    f"the data has; add the column, or map it: columns.{column}=NAME_IN_THE_FILE"
+                )
+            if lacking:
+                notes.append(
+                    f"{len(lacking)} of {len(train)} training prompts, '{lacking[0].id}' first, have no `{column}` "
+                    f"for view '{name}': their rollouts are not learnt from"
+                )

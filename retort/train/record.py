@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from retort.rollout.record import token_row
+from retort.signals import TeacherSignal
 from retort.streams import permutation
+from retort.teachers.view import View
 from retort.train.metrics import Means
 from retort.train.setup import Setup
 from retort.train.update import Batch
@@ -44,3 +46,20 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
     found = means.values()
     replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View], rollouts: int) -> dict[str, float]:
+    """What became of the prompts of views that are not the student's own prompt, by `view/<name>/<what>`.
+
+    `no_context` and `cut` are shares of the rollouts, `prompt_tokens` is a mean over those with a context.
+    """
+    found: dict[str, float] = {}
+    for name, signal in signals.items():
+        if views[name].render is None or not signal.counts:
+            continue
+        left_out = signal.counts["no_context"]
+        found[f"view/{name}/no_context"] = left_out / rollouts
+        found[f"view/{name}/cut"] = signal.counts["cut"] / rollouts
+        if rollouts > left_out:
+            found[f"view/{name}/prompt_tokens"] = signal.counts["prompt_tokens"] / (rollouts - left_out)
+    return found

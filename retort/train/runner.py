@@ -150,7 +150,8 @@ class Run:
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
         written = {**record.rollout_metrics(batch, version), **trajectory_reward(pack, values)}
-        return {"step": self.step, **means.values(), **written, **dials, **probed, **speed, **times}
+        shown = record.view_metrics(signals, setup.method.views, len(rollouts))
+        return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
 
     def _now(self) -> tuple[Setup, Moment]:
         """The method at hand, in its setup, and where the run is."""

@@ -24,9 +24,11 @@ from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
 from retort.teachers.local import LocalTeacher, Teacher
+from retort.teachers.scene import Stage
+from retort.teachers.templates import templates
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
-from retort.train.needs import need_responses, need_verifier, probe_prompts
+from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.pair import base_name, refuse_same_name, refuse_same_weights, same_base
 from retort.types import Message, Prompt
 
@@ -112,6 +114,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     verifier, judge_verifier = _verifiers(config, train, held_out, notes)
 
     need_verifier(method, verifier)
+    need_columns(method, train, notes)
     with_base = base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone:
@@ -126,7 +129,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     padded = [lm.name for lm in (student, teacher) if not lm.packs]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
-    local = local_teacher(config, student, teacher)
+    stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
+    local = local_teacher(config, student, teacher).on(stage)
     if local.stop_map:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
     if alone:
@@ -134,7 +138,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     base = None if with_base is None else load(config, with_base, "base")
     models: dict[str, LocalTeacher] = {"teacher": local}
     if base is not None:
-        models["base"] = local_teacher(config, student, base)
+        models["base"] = local_teacher(config, student, base).on(stage)
         # Nobody may say of an id that one of the models lacks.
         vocab = min(model.vocab for model in models.values())
         models = {name: model.about(vocab) for name, model in models.items()}

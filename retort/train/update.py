@@ -14,8 +14,10 @@ from retort import reduce
 from retort.align.sentences import sentences
 from retort.apply import (
     batch_shares,
+    counted,
     finish_stats,
     losses,
+    means,
     part_values,
     recorded_values,
     stat_values,
@@ -53,6 +55,11 @@ class Batch:
         """Batches done in the run before this one."""
         return self.moment.step
 
+    @property
+    def valid(self) -> dict[str, Tensor | None]:
+        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept."""
+        return {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
+
 
 def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment: Moment) -> Batch:
     """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
@@ -66,8 +73,9 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment
     bare = Batch(pack, signals, {}, watches, moment)
     several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
     if method.stats:
-        found = _evaluated(setup, bare, stat_values(method))
-        bare = replace(bare, stored=finish_stats(method, found, _layout(setup, pack)))
+        measured = any(stat.part is not None for stat, _ in method.stats.values())
+        found = _evaluated(setup, bare, stat_values(method)) if measured else {}
+        bare = replace(bare, stored=finish_stats(method, found, _layout(setup, bare), bare.valid))
     if not several and not method.weighs_batch:
         return bare
     found = _evaluated(setup, bare, stored_values(method, weights_only=not several))
@@ -89,15 +97,24 @@ def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str,
 def averages(setup: Setup, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
     """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
     found = _evaluated(setup, batch, part_values(parts, view))
-    return {name: float(values_N.double().mean()) for name, values_N in found.items()}
+    return means(found, batch.valid.get(view))
 
 
-def _layout(setup: Setup, pack: Pack) -> Layout:
+def _layout(setup: Setup, batch: Batch) -> Layout:
     """Where the steps of a batch stand, with the sentences of their text if a statistic asks for them."""
-    if not any(stat.sentences for stat, _ in setup.method.stats.values()):
-        return Layout(pack.rollout_N)
-    found = [sentences(rollout.action_ids, setup.student.tokenizer) for rollout in pack.rollouts]
-    return Layout(pack.rollout_N, torch.tensor([sentence for own in found for sentence in own]))
+    pack, sentence_N = batch.pack, None
+    if any(stat.sentences for stat, _ in setup.method.stats.values()):
+        found = [sentences(rollout.action_ids, setup.student.tokenizer) for rollout in pack.rollouts]
+        sentence_N = torch.tensor([sentence for own in found for sentence in own])
+    graded = all(rollout.reward is not None for rollout in pack.rollouts)
+    return Layout(
+        pack.rollout_N,
+        sentence_N,
+        reward_N=pack.reward_R[pack.rollout_N] if graded else None,
+        group_N=pack.group_R[pack.rollout_N],
+        longest=setup.config.rollout.max_new_tokens,
+        readings=batch.moment.readings,
+    )
 
 
 def learn(
@@ -122,7 +139,7 @@ def learn(
         Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
     """
     settings, pack = setup.config.optimizer, batch.pack
-    means = Means()
+    logged = Means()
     recorded: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rollouts = len(pack.rollouts)
@@ -131,9 +148,9 @@ def learn(
         parts = min(settings.updates, rollouts)
         for part in range(parts):
             chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
-            values = _gradients(setup, batch, chosen, means, watch)
+            values = _gradients(setup, batch, chosen, logged, watch)
             if epoch == part == 0 and _as_written(setup):
-                add_noise_floor(means, pack, chosen, values["student_logp"])
+                add_noise_floor(logged, pack, chosen, values["student_logp"])
             if epoch == 0:
                 index_N = pack.steps_of(chosen)
                 for name, values_N in values.items():
@@ -147,15 +164,15 @@ def learn(
                     group["lr"] = rate
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            means.add("grad_norm", norm)
+            logged.add("grad_norm", norm)
             if setup.method.adam_variance:
-                means.add("adam_variance", adam_variance(optimizer))
-            means.add("lr", rate)
+                logged.add("adam_variance", adam_variance(optimizer))
+            logged.add("lr", rate)
             updates_done += 1
-    return updates_done, means, recorded
+    return updates_done, logged, recorded
 
 
-def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, watch: Stopwatch) -> dict[str, Tensor]:
+def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means, watch: Stopwatch) -> dict[str, Tensor]:
     """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
     method, pack = setup.method, batch.pack
     parts = (
@@ -167,15 +184,18 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
     def every(context: Context) -> dict[str, Tensor]:
         return {name: value_C for part in parts for name, value_C in part(context).items()}
 
-    shares_N = _shares(setup, batch, chosen)
+    counted_N = counted(method, batch.valid, pack.steps)
+    shares_N = _shares(setup, batch, chosen, counted_N)
     found: dict[str, Tensor] = {}
     total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
     for micro in _micro_batches(setup, pack, chosen):
         index_N = pack.steps_of(micro)
-        here = {name: share_N[index_N].to(setup.student.device) for name, share_N in shares_N.items()}
+        device = setup.student.device
+        here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
+        counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
         with watch("student"):
             hidden_ND = _hidden(setup, pack, micro)
-        part = partial(_terms, batch, method, here)
+        part = partial(_terms, batch, method, counts, here)
         with watch("loss"), setup.student.compute():
             core = _core(setup, batch, index_N, every)
             loss, values = loss_pass(core, hidden_ND, lambda values, rows, part=part: part(values, rows)[0])
@@ -188,18 +208,20 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
             total[f"loss/{name}"] += float(reduce.total(term, here[name]).detach())
         _fill(found, pack, micro, values)
     for name, value in total.items():
-        means.add(name, value)
+        logged.add(name, value)
     # Curves are about what the student writes; of a method under which it never does, about what it reads.
     alone = "student" in method.rollout.sources
     written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[pack.rollout_N]
     for watched in batch.watches:
-        values_N = found[f"watch.{watched.name}"]
+        values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
+        if valid_N is not None:
+            values_N.masked_fill_(~valid_N, math.nan)
         kept_N = values_N[~values_N.isnan() & written_N]
-        means.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
         if watched.by_position:
             longest = setup.config.rollout.max_new_tokens
             place_N = pack.position_N[~values_N.isnan() & written_N]
-            add_positions(means, watched.name, kept_N, place_N, longest)
+            add_positions(logged, watched.name, kept_N, place_N, longest)
     return found
 
 
@@ -208,12 +230,12 @@ def _as_written(setup: Setup) -> bool:
     return setup.method.rollout.top_p == 1.0 and setup.method.rollout.temperature == setup.method.temperature
 
 
-def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
+def _shares(setup: Setup, batch: Batch, chosen: Sequence[int], counted_N: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What each step is multiplied by in this optimizer step, by place in N."""
     index_N = batch.pack.steps_of(chosen)
     cut = batch_shares(
         setup.method,
-        counted_N=torch.ones(len(index_N), dtype=torch.bool),
+        counted_N={name: in_N[index_N] for name, in_N in counted_N.items()},
         rollout_N=batch.pack.rollout_N[index_N],
         stored={name: values_N[index_N] for name, values_N in batch.stored.items()},
     )
@@ -231,16 +253,20 @@ def _fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values:
 
 
 def _terms(
-    batch: Batch, method: Method, shares_N: Mapping[str, Tensor], values: Mapping[str, Tensor], rows: slice
+    batch: Batch,
+    method: Method,
+    counted_N: Mapping[str, Tensor],
+    shares_N: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    rows: slice,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
     """What some steps add to the loss, and the terms behind it."""
     here = {name: share_N[rows] for name, share_N in shares_N.items()}
-    counted_N = torch.ones_like(next(iter(here.values())), dtype=torch.bool)
     now = batch.moment
     return losses(
         method,
         values,
-        counted_N=counted_N,
+        counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
         shares_N=here,
         step=now.done,
         total_steps=now.total,
@@ -267,6 +293,7 @@ def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context
         position_N=pack.position_N[index_N].to(device),
         step=batch.moment.done,
         total_steps=batch.moment.total,
+        readings=batch.moment.readings,
     )
     signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
     return Core(values, steps, signals, setup.student.head(), setup.vocab, setup.method.temperature)

@@ -215,7 +215,9 @@ def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
     grade = setup.verifier
-    return [replace(rollout, reward=grade(rollout.prompt, rollout.text)) for rollout in rollouts]
+    graded = [replace(rollout, reward=grade(rollout.prompt, rollout.text)) for rollout in rollouts]
+    explain = getattr(grade, "feedback", None)  # only some verifiers can say what is wrong
+    return graded if explain is None else [replace(r, feedback=explain(r.prompt, r.text)) for r in graded]
 
 
 def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:

@@ -83,7 +83,7 @@ def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None
 
 def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
-    view = View(render=lambda seen: replace(seen, messages=(Message("user", "7 3 + 4 ="),)))
+    view = View(render=lambda seen: replace(seen.prompt, messages=(Message("user", "7 3 + 4 ="),)))
     said = teacher(lm).answer(pack, frozenset({SAMPLED}), view, 1.0)
     other = teacher(lm).answer(Pack.of([rollout(lm, [12, 13], "7 3 + 4 =")]), frozenset({SAMPLED}), View(), 1.0)
     assert isinstance(said, Sampled)

@@ -1,0 +1,62 @@
+"""Mean and spread of the rewards over the whole run, by Welford's algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retort.controllers.base import Controller, Seen, State, scalar
+from retort.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunningRewards(Controller):
+    """Numbers `mean` and `std` of all rewards *before* the batch at hand, which is added when it has been learnt from.
+
+    EGRSD (arXiv 2605.13255) whitens with it.
+
+    Attributes:
+        warmup: Batches during which the numbers are `baseline` and 1.
+        baseline: See `warmup`.
+        shape: What rewards are made into first, see `retort.outcomes.Shape`.
+    """
+
+    rewards: bool = True
+    warmup: int = 10
+    baseline: float = 0.5
+    shape: Callable[[Tensor, Tensor, int | None], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.warmup < 1:
+            raise UserError(f"running rewards need at least 1 batch of warm-up, not {self.warmup}")
+
+    def init(self, draw: torch.Generator) -> State:
+        """Nothing seen."""
+        return {name: scalar(0.0) for name in ("batches", "count", "mean", "squares")}
+
+    def numbers(self, state: State) -> Mapping[str, float]:
+        """What dials and statistics read."""
+        if float(state["batches"]) < self.warmup:
+            return {"mean": self.baseline, "std": 1.0}
+        variance = float(state["squares"]) / max(float(state["count"]) - 1.0, 1.0)
+        return {"mean": float(state["mean"]), "std": variance**0.5 if variance > 0 else 1.0}
+
+    def learn(self, state: State, seen: Seen, after: Mapping[str, float]) -> State:
+        """The state with the batch's rewards, by Chan's rule for adding a batch at once."""
+        assert seen.reward_R is not None  # a run without rewards is refused before it starts
+        assert seen.length_R is not None
+        reward_R = seen.reward_R.double().cpu()
+        if self.shape is not None:
+            reward_R = self.shape(reward_R, seen.length_R.cpu(), seen.longest)
+        old, new = float(state["count"]), float(len(reward_R))
+        gap = float(reward_R.mean()) - float(state["mean"])
+        squares = float(((reward_R - reward_R.mean()) ** 2).sum())
+        return {
+            "batches": state["batches"] + 1,
+            "count": state["count"] + new,
+            "mean": state["mean"] + gap * new / (old + new),
+            "squares": state["squares"] + squares + gap**2 * old * new / (old + new),
+        }

@@ -1,0 +1,52 @@
+"""The words around what a teacher is shown. Data: a run replaces any of them by name (`[templates]`).
+
+`frame` takes the prompt's own last turn as `{prompt}`, the sections one after another as `{sections}`, and `{closing}`.
+A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from retort.errors import UserError, did_you_mean
+
+#: Defaults, for models that read English. No paper's words: those that are published differ from one another.
+TEMPLATES: Mapping[str, str] = {
+    "frame": "{prompt}\n\n{sections}\n\n{closing}",
+    "solution": "A worked solution, for your eyes only:\n<solution>\n{text}\n</solution>",
+    "answer": "The correct final answer is:\n<answer>\n{text}\n</answer>",
+    "outcome": "How a correct solution ends:\n<outcome>\n{text}\n</outcome>",
+    "hint": "A hint, which leaves the work to you:\n<hint>\n{text}\n</hint>",
+    "demonstration": "An example of a good response:\n<example>\n{text}\n</example>",
+    "wrong": "A response that is known to be wrong:\n<wrong>\n{text}\n</wrong>",
+    "success": "An earlier attempt that was correct:\n<correct>\n{text}\n</correct>",
+    "failure": "An earlier attempt that failed; do not repeat its mistakes:\n<failed>\n{text}\n</failed>",
+    "feedback": "What was found wrong with your earlier attempt:\n<feedback>\n{text}\n</feedback>",
+    "example": "Another problem, solved:\n<problem>\n{prompt}\n</problem>\n<response>\n{text}\n</response>",
+    "closing": "Now answer the original question in your own words, working it out step by step.",
+}
+
+#: What a template cannot do without.
+_NEEDED: Mapping[str, tuple[str, ...]] = {"frame": ("prompt", "sections"), "closing": ()}
+_PLACE = re.compile(r"\{(prompt|sections|closing|text)\}")
+
+
+def templates(changed: Mapping[str, str]) -> dict[str, str]:
+    """All templates, some of them replaced.
+
+    Raises:
+        UserError: An unknown name, or a text without the place that it is to fill.
+    """
+    for name, text in changed.items():
+        if name not in TEMPLATES:
+            raise UserError(f"templates.{name}: there is no such template; {did_you_mean(name, TEMPLATES)}")
+        for place in _NEEDED.get(name, ("text",)):
+            if text.count(f"{{{place}}}") != 1:
+                raise UserError(f"templates.{name} = {text!r}: it must hold {{{place}}} once")
+    return {**TEMPLATES, **changed}
+
+
+def fill(template: str, **texts: str) -> str:
+    """A template with its places filled, all at once: a text that looks like a place stays text."""
+    return _PLACE.sub(lambda match: texts.get(match[1], match[0]), template).strip()

@@ -1,0 +1,197 @@
+"""What a teacher is shown: sections, siblings, cuts, nothing at all; and what a student is never shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retort.errors import UserError
+from retort.models.lm import load_model
+from retort.teachers.local import LocalTeacher
+from retort.teachers.scene import Scene, Stage
+from retort.teachers.templates import TEMPLATES, fill, templates
+from retort.teachers.view import View
+from retort.teachers.views import clean, examples, peers, privileged
+from retort.types import DENSE, SAMPLED, Message, Pack, Prompt, Rollout
+
+PROMPT = Prompt(
+    "p",
+    (Message("system", "Be brief."), Message("user", "What is {text}?")),
+    answer="9",
+    response="It is 9.",
+    privileged={"solution": "3 * {prompt} = 9", "hint": "multiply"},
+    clean=(Message("user", "What?"),),
+)
+
+
+def written(member: int, text: str = "", reward: float = 0.0, feedback: str = "", prompt: Prompt = PROMPT) -> Rollout:
+    tokens, acted = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
+    return Rollout(prompt, tokens, acted, member=member, text=text, reward=reward, feedback=feedback)
+
+
+def scene(rollout: Rollout, *others: Rollout, stage: Stage | None = None, limit: int | None = None) -> Scene:
+    group = tuple(sorted([rollout, *others], key=lambda r: r.member))
+    return Scene(rollout, group, stage or Stage(), limit)
+
+
+def test_sections_frame_the_last_turn_and_hostile_places_stay_text() -> None:
+    found = privileged("solution", "hint").prompt(scene(written(0)))
+    assert found is not None
+    assert found.messages[0] == PROMPT.messages[0]
+    text = found.messages[1].content
+    assert text.startswith("What is {text}?")
+    assert "3 * {prompt} = 9" in text
+    assert text.index("3 *") < text.index("multiply") < text.index(TEMPLATES["closing"])
+
+
+def test_a_demonstration_may_be_the_given_response_and_a_missing_column_is_no_context() -> None:
+    found = privileged("demonstration").prompt(scene(written(0)))
+    assert found is not None
+    assert "It is 9." in found.messages[1].content
+    assert privileged("outcome").prompt(scene(written(0))) is None
+    assert privileged("solution", "outcome").prompt(scene(written(0))) is None
+
+
+def test_the_clean_prompt() -> None:
+    found = clean().prompt(scene(written(0)))
+    assert found is not None
+    assert found.messages == PROMPT.clean
+    bare = replace(PROMPT, clean=None)
+    assert clean().prompt(scene(written(0, prompt=bare))) is None
+
+
+def test_peers_are_never_the_rollout_itself() -> None:
+    group = [written(0, "zero", 1.0), written(1, "one", 1.0), written(2, "two", 0.0), written(3, "three", 0.0)]
+    for own in group:
+        found = peers(successes=2, failures=1).prompt(scene(own, *(r for r in group if r is not own)))
+        assert found is not None
+        text = found.messages[1].content
+        assert own.text not in text
+        others = [r for r in group if r is not own]
+        assert [r.text in text for r in others if r.reward] == [True] * sum(r.reward == 1.0 for r in others)
+        assert sum(r.text in text for r in others if not r.reward) == 1
+
+
+def test_the_only_success_has_no_context_of_its_own_and_feedback_stands_in() -> None:
+    right, wrong = written(0, "right", 1.0), written(1, "wrong", 0.0, "2 + 2 = 4")
+    view = peers()
+    assert view.prompt(scene(right, wrong)) is None
+    shown = view.prompt(scene(wrong, right))
+    assert shown is not None
+    assert "right" in shown.messages[1].content
+    assert "2 + 2 = 4" not in shown.messages[1].content  # a success makes feedback unnecessary
+    alone = view.prompt(scene(wrong))
+    assert alone is not None
+    assert "2 + 2 = 4" in alone.messages[1].content
+    assert peers(feedback="never").prompt(scene(wrong)) is None
+
+
+def test_failures_are_drawn_by_the_rollout_and_thoughts_can_be_left_out() -> None:
+    own = written(0, "own", 1.0)
+    others = [written(member, f"<think>hm {member}</think>text {member}") for member in range(1, 9)]
+    view = peers(failures=1, thoughts=False)
+    first, again = view.prompt(scene(own, *others)), view.prompt(scene(own, *reversed(others)))
+    assert first == again
+    assert first is not None
+    assert "hm" not in first.messages[1].content
+    drawn = {view.prompt(scene(replace(own, visit=visit), *others)) is not None for visit in range(3)}
+    assert drawn == {True}
+    texts = {str(view.prompt(scene(replace(own, visit=visit), *others))) for visit in range(20)}
+    assert len(texts) > 3
+
+
+def test_examples_are_of_other_prompts_and_the_same_for_siblings() -> None:
+    pool = [replace(PROMPT, id=f"q{n}", response=f"solved {n}") for n in range(9)]
+    stage = Stage(pool=[PROMPT, *pool])
+    one, two = written(0), written(1)
+    found = examples(3).prompt(scene(one, two, stage=stage))
+    assert found is not None
+    assert found == examples(3).prompt(scene(two, one, stage=stage))
+    assert found.messages[1].content.count("<response>\nsolved") == 3
+    assert PROMPT.response is not None
+    assert PROMPT.response not in found.messages[1].content
+    assert found != examples(3, place=1).prompt(scene(one, two, stage=stage))
+    assert examples(3).prompt(scene(one, two, stage=Stage(pool=[PROMPT]))) is None
+    with pytest.raises(UserError, match="at least 1"):
+        examples(0)
+
+
+def test_templates_are_replaced_by_name_and_checked() -> None:
+    assert templates({"hint": "Psst: {text}"})["hint"] == "Psst: {text}"
+    with pytest.raises(UserError, match="did you mean 'hint'"):
+        templates({"hnt": "{text}"})
+    with pytest.raises(UserError, match=r"must hold \{text\} once"):
+        templates({"hint": "Psst"})
+    with pytest.raises(UserError, match=r"must hold \{sections\} once"):
+        templates({"frame": "{prompt}"})
+    assert fill("a {text} b {prompt}", text="{prompt}", prompt="{text}") == "a {prompt} b {text}"
+
+
+def test_a_moving_view_of_another_model_is_refused() -> None:
+    from retort.teachers.moving import ema
+
+    with pytest.raises(UserError, match="cannot have moving weights"):
+        View(model="teacher", weights=ema(0.1))
+
+
+# ------------------------------------------------------------------------------------------ scored by a local teacher
+
+
+@pytest.fixture(scope="module")
+def lm(model_folder: Callable[..., Path]) -> Any:
+    folder = model_folder(seed=2, padded_to=80)
+    return load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
+
+
+def told(lm: Any, **more: Any) -> LocalTeacher:
+    words = templates({"frame": "{sections} {prompt}", "solution": "{text}", "closing": ""})
+    return LocalTeacher(lm, vocab=61, stop_map={}, batch_tokens=64, stage=Stage(words, **more))
+
+
+def answered(lm: Any, text: str, actions: list[int], **privileged_texts: str) -> Rollout:
+    ids = lm.tokenizer(text)["input_ids"]
+    tokens = torch.tensor([*ids, *actions])
+    prompt = Prompt(text, (Message("user", text),), privileged=privileged_texts)
+    return Rollout(prompt, tokens, torch.arange(len(tokens)) >= len(ids))
+
+
+def test_a_rollout_without_context_is_left_out_and_the_others_are_scored_as_ever(lm: Any) -> None:
+    with_one, without = answered(lm, "3 + 4 =", [12, 13], solution="7 2"), answered(lm, "1 =", [7, 8, 9])
+    said = told(lm).answer(Pack.of([without, with_one]), frozenset({SAMPLED}), privileged("solution"), 1.0)
+    alone = told(lm).answer(Pack.of([with_one]), frozenset({SAMPLED}), privileged("solution"), 1.0)
+    assert said.valid_N is not None
+    assert said.valid_N.tolist() == [False] * 3 + [True] * 2
+    assert alone.valid_N is None
+    torch.testing.assert_close(said.rows(slice(3, 5)).sampled_logp_N, alone.rows(slice(None)).sampled_logp_N)
+    assert said.counts["no_context"] == 1
+    nobody = told(lm).answer(Pack.of([without]), frozenset({DENSE}), privileged("solution"), 1.0)
+    assert nobody.valid_N is not None
+    assert not nobody.valid_N.any()
+
+
+def test_too_long_a_context_is_cut_at_the_end_of_the_privileged_text_and_counted(lm: Any) -> None:
+    long = answered(lm, "3 + 4 =", [12], solution="1 2 3 4 5 6 7 8 9")
+    prompts = told(lm, longest=8).prompts(Pack.of([long]), privileged("solution"))
+    assert prompts.cut == 1
+    assert prompts.ids[0] is not None
+    assert len(prompts.ids[0]) <= 8
+    ids = lm.tokenizer("1 2 3 4 3 + 4 =")["input_ids"]
+    assert prompts.ids[0] == ids[: len(prompts.ids[0])] or prompts.ids[0][-4:] == ids[-4:]
+    # Where not even the bare frame fits, there is no context.
+    assert told(lm, longest=2).prompts(Pack.of([long]), privileged("solution")).ids == [None]
+
+
+def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the_students_own_tokens(lm: Any) -> None:
+    own = answered(lm, "3 + 4 =", [12, 13], solution="7 2")
+    said = told(lm).answer(Pack.of([own]), frozenset({SAMPLED}), privileged("solution"), 1.0)
+    ids = lm.tokenizer("7 2 3 + 4 =")["input_ids"]
+    whole = torch.tensor([[*ids, 12, 13]])
+    with torch.no_grad():
+        logp = lm.model(input_ids=whole).logits[0, :, :61].log_softmax(-1)
+    expected = torch.stack([logp[len(ids) - 1, 12], logp[len(ids), 13]])
+    torch.testing.assert_close(said.rows(slice(None)).sampled_logp_N, expected)
