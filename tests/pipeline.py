@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import retort
 from retort import config as configuration
 from retort.apply import wanted
 from retort.functional import token_losses
@@ -24,8 +23,8 @@ from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
 from retort.train.setup import Setup, prepare
-from retort.train.update import learn, score
-from retort.types import Pack, Rollout
+from retort.train.update import Batch, learn, score
+from retort.types import Pack, Rollout, TokenLosses
 
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
 LENGTHS = (7, 3, 1, 12, 5)
@@ -81,10 +80,27 @@ def ragged(setup: Setup) -> Pack:
     return Pack.of(rollouts)
 
 
-def as_run(setup: Setup, pack: Pack, batch_tokens: int) -> list[Step]:
-    """The updates that a run makes on a batch, at so many tokens per forward pass."""
+def even(setup: Setup, seed: int) -> Pack:
+    """Four answers that the student draws, of three tokens each, to prompts drawn with replacement."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts = [setup.train[place] for place in torch.randint(len(setup.train), (4,), generator=draw).tolist()]
+    tokens_RL = torch.tensor([setup.render(prompt) for prompt in prompts])  # all of one length
+    acted_L = torch.arange(tokens_RL.shape[1] + 3) >= tokens_RL.shape[1]
+    for _ in range(3):
+        with torch.no_grad():
+            logits_RV = setup.student.model(input_ids=tokens_RL).logits[:, -1, : setup.vocab]
+        tokens_RL = torch.cat([tokens_RL, torch.multinomial(logits_RV.softmax(-1), 1, generator=draw)], dim=1)
+    return Pack.of([Rollout(prompt, tokens_RL[i], acted_L, visit=i) for i, prompt in enumerate(prompts)])
+
+
+def cut_to(setup: Setup, batch_tokens: int) -> Setup:
+    """With so many tokens per forward pass."""
     optimizer = setup.config.optimizer.model_copy(update={"batch_tokens": batch_tokens})
-    setup = replace(setup, config=setup.config.model_copy(update={"optimizer": optimizer}))
+    return replace(setup, config=setup.config.model_copy(update={"optimizer": optimizer}))
+
+
+def scored(setup: Setup, pack: Pack) -> Batch:
+    """A batch with all that a run knows of it before it learns."""
     control, method = Control(setup), setup.method
     moment = replace(MOMENT, readings=control.readings(setup))
 
@@ -92,22 +108,39 @@ def as_run(setup: Setup, pack: Pack, batch_tokens: int) -> list[Step]:
         return wanted(method, view, setup.teachers[view].capabilities, moment.step)
 
     signals = answers(setup.teachers, method.views, pack, asked, method.temperature)
-    batch = control.act(setup, score(setup, pack, signals, moment))
+    return control.act(setup, score(setup, pack, signals, moment))
+
+
+def learnt(setup: Setup, batch: Batch) -> list[Step]:
+    """The updates that a run makes on it."""
     noted = Noted(setup.student)
     _, means, _ = learn(setup, batch, noted, lambda update: 1.0, 0, Stopwatch())
     return [Step(means.values()["loss"], gradients) for gradients in noted.seen]
 
 
+def as_run(setup: Setup, pack: Pack, batch_tokens: int) -> list[Step]:
+    """The updates that a run makes on some rollouts, at so many tokens per forward pass."""
+    setup = cut_to(setup, batch_tokens)
+    return learnt(setup, scored(setup, pack))
+
+
 def by_padding(setup: Setup, pack: Pack) -> Step:
-    """The same batch as one padded forward pass of every model, and the definition of the losses."""
-    student = setup.student
-    logits = _padded(student, [r.tokens_L for r in pack.rollouts], pack)
+    """The same in the plain way."""
+    losses = padded_losses(setup, pack)
+    named = {n: p for n, p in setup.student.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(losses.loss, list(named.values()), allow_unused=True)
+    return Step(losses.loss.item(), {n: g for n, g in zip(named, found, strict=True) if g is not None})
+
+
+def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
+    """One padded forward pass of every model, and the definition of the losses."""
+    logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
     views: dict[str, Any] = {}
     for name in setup.method.views:
         lm, sequences = read_by(setup, name, pack)
         with torch.no_grad():
             views[name] = _padded(lm, sequences, pack)[:, : setup.vocab]
-    losses: retort.types.TokenLosses = token_losses(
+    return token_losses(
         setup.method,
         student_logits=logits[:, : setup.vocab],
         teacher_logits=views.pop("teacher", None),
@@ -120,9 +153,6 @@ def by_padding(setup: Setup, pack: Pack) -> Step:
         step=MOMENT.done,
         total_steps=MOMENT.total,
     )
-    named = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(losses.loss, list(named.values()), allow_unused=True)
-    return Step(losses.loss.item(), {n: g for n, g in zip(named, found, strict=True) if g is not None})
 
 
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
