@@ -121,6 +121,12 @@ class RecordSection(_Section):
         description="batches from one such comparison to the next; at 150,000 ids one costs as much as a "
         "tenth of a step",
     )
+    gradient_variance_every: int = Field(
+        default=0,
+        ge=0,
+        description="batches from one measurement of the gradient's variance from prompt to prompt to the next, each a "
+        "further pass forward and back over a batch; 0: none",
+    )
     answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
 
 

@@ -36,7 +36,8 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
     Departures from the paper: where one batch feeds several updates, advantage and baseline are those of the student
     before the first, with the importance ratio in front (the paper makes one update per batch). The curves
     `gradient_variance` and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of
-    one step in logit space, where the released code measures whole gradients; `adam_variance` is its proxy.
+    one step in logit space; of the two measures of the released code, `adam_variance` is the proxy, and the variance of
+    whole gradients is logged for any method with `record.gradient_variance_every`.
     """
     baseline = reverse_kl_value(top_k)
     score = score_function(log_ratio(), baseline=baseline, baseline_coef=baseline_coef)

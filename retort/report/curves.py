@@ -67,6 +67,16 @@ PLOTS = (
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),
     Curves("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
+    Curves(
+        "Gradient’s variance at a token",
+        "in logits, nats squared",
+        {"gradient_variance": "exact", "gradient_variance_plain": "exact, without baseline"},
+    ),
+    Curves(
+        "Gradient’s variance over all weights",
+        "of a step",
+        {"batch_gradient_variance": "from prompt to prompt", "adam_variance": "by Adam’s moments, after clipping"},
+    ),
     Curves("Learning rate", "", {"lr": "learning rate"}, smooth=False),
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
 )

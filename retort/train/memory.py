@@ -24,7 +24,7 @@ class Forecast:
 
     Attributes:
         models: Weights of all models.
-        training: Gradients and two moments of Adam, fp32.
+        training: Gradients and two moments of Adam, fp32; a second gradient where their variance is measured.
         head: Gradients of head and embeddings while they are formed, before they are added up.
         activations: What is kept of the largest micro-batch for its backward pass.
         loss: A chunk of logits of every model, and what a block's autograd keeps.
@@ -81,7 +81,7 @@ def forecast(setup: Setup) -> Forecast:
     longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
     return Forecast(
         models=sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters()),
-        training=12 * student.parameters,
+        training=(16 if config.record.gradient_variance_every else 12) * student.parameters,
         head=forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,

@@ -139,6 +139,7 @@ def learn(
         Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
     """
     settings, pack = setup.config.optimizer, batch.pack
+    every = setup.config.record.gradient_variance_every
     logged = Means()
     recorded: dict[str, Tensor] = {}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -148,6 +149,11 @@ def learn(
         parts = min(settings.updates, rollouts)
         for part in range(parts):
             chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
+            if epoch == part == 0 and every and batch.step % every == 0:
+                with watch("variance"):
+                    variance = batch_variance(setup, batch, chosen)
+                if variance is not None:
+                    logged.add("batch_gradient_variance", variance)
             values = _gradients(setup, batch, chosen, logged, watch)
             if epoch == part == 0 and _as_written(setup):
                 add_noise_floor(logged, pack, chosen, values["student_logp"])
@@ -184,28 +190,13 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
     def every(context: Context) -> dict[str, Tensor]:
         return {name: value_C for part in parts for name, value_C in part(context).items()}
 
-    counted_N = counted(method, batch.valid, pack.steps)
-    shares_N = _shares(setup, batch, chosen, counted_N)
+    shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}
     total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
     for micro in _micro_batches(setup, pack, chosen):
-        index_N = pack.steps_of(micro)
-        device = setup.student.device
-        here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
-        counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
-        with watch("student"):
-            hidden_ND = _hidden(setup, pack, micro)
-        part = partial(_terms, batch, method, counts, here)
-        with watch("loss"), setup.student.compute():
-            core = _core(setup, batch, index_N, every)
-            loss, values = loss_pass(core, hidden_ND, lambda values, rows, part=part: part(values, rows)[0])
-        if not bool(torch.isfinite(loss.detach())):
-            raise _not_finite(setup, batch, micro, values)
-        with watch("backward"):
-            loss.backward()
-        total["loss"] += float(loss.detach())
-        for name, term in part(values, slice(None))[1].items():
-            total[f"loss/{name}"] += float(reduce.total(term, here[name]).detach())
+        added, values = _backward(setup, batch, micro, every, shares_N, watch)
+        for name, value in added.items():
+            total[name] += value
         _fill(found, pack, micro, values)
     for name, value in total.items():
         logged.add(name, value)
@@ -225,14 +216,91 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
     return found
 
 
+def _backward(
+    setup: Setup,
+    batch: Batch,
+    micro: Sequence[int],
+    every: Callable[[Context], dict[str, Tensor]],
+    shares_N: Mapping[str, Tensor],
+    watch: Stopwatch,
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    """Adds the gradient of some rollouts; what they add to the loss and to its terms, and their values."""
+    index_N = batch.pack.steps_of(micro)
+    device = setup.student.device
+    here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
+    counted_N = counted(setup.method, batch.valid, batch.pack.steps)
+    counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
+    with watch("student"):
+        hidden_ND = _hidden(setup, batch.pack, micro)
+    part = partial(_terms, batch, setup.method, counts, here)
+    with watch("loss"), setup.student.compute():
+        core = _core(setup, batch, index_N, every)
+        loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
+    if not bool(torch.isfinite(loss.detach())):
+        raise _not_finite(setup, batch, micro, values)
+    with watch("backward"):
+        loss.backward()
+    added = {"loss": float(loss.detach())}
+    for name, term in part(values, slice(None))[1].items():
+        added[f"loss/{name}"] = float(reduce.total(term, here[name]).detach())
+    return added, values
+
+
+def batch_variance(setup: Setup, batch: Batch, chosen: Sequence[int]) -> float | None:
+    r"""What the gradient of one optimizer step would vary by with other prompts and answers, over all its weights.
+
+    .. math:: \frac{n}{n-1} \Big( \sum_p \lVert G_p \rVert^2 - \frac{1}{n} \big\lVert \sum_p G_p \big\rVert^2 \Big)
+
+    with :math:`G_p` what the rollouts of one visit to a prompt add to the gradient, n visits. It estimates
+    :math:`E\lVert G \rVert^2 - \lVert E\,G \rVert^2` of the step's gradient G, before clipping, in the units of
+    `grad_norm` squared, without bias if visits are independent draws. They are the unit because they are what is drawn:
+    answers to one prompt are not independent, and micro-batches are an accident of memory. Denominators count as given.
+
+    Costs a forward and a backward pass over the batch, a prompt at a time, and room for a second gradient. It leaves no
+    gradient behind and changes nothing else.
+
+    Args:
+        setup: Of the run. No gradient may be waiting.
+        batch: Scored rollouts.
+        chosen: Those of the optimizer step.
+
+    Returns:
+        None if they are all of one visit.
+    """
+    visits: dict[int, list[int]] = {}
+    for rollout in chosen:
+        visits.setdefault(int(batch.pack.group_R[rollout]), []).append(rollout)
+    if len(visits) < 2:
+        return None
+    parameters = [p for p in setup.student.model.parameters() if p.requires_grad]
+    whole = [torch.zeros_like(p) for p in parameters]
+    shares_N, idle = _shares(setup, batch, chosen), Stopwatch()
+    squares = 0.0
+    for own in visits.values():
+        for micro in _micro_batches(setup, batch.pack, own):
+            _backward(setup, batch, micro, term_values(setup.method), shares_N, idle)
+        squares += _square([p.grad for p in parameters if p.grad is not None])
+        for total, parameter in zip(whole, parameters, strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad
+            parameter.grad = None
+    count = len(visits)
+    return count / (count - 1) * (squares - _square(whole) / count)
+
+
+def _square(tensors: Sequence[Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
+
+
 def _as_written(setup: Setup) -> bool:
     """Whether what the rollout engine reported and what is learnt are log-probs of one distribution."""
     return setup.method.rollout.top_p == 1.0 and setup.method.rollout.temperature == setup.method.temperature
 
 
-def _shares(setup: Setup, batch: Batch, chosen: Sequence[int], counted_N: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
     """What each step is multiplied by in this optimizer step, by place in N."""
     index_N = batch.pack.steps_of(chosen)
+    counted_N = counted(setup.method, batch.valid, batch.pack.steps)
     cut = batch_shares(
         setup.method,
         counted_N={name: in_N[index_N] for name, in_N in counted_N.items()},

@@ -1,13 +1,19 @@
-"""What every registered method promises, on a toy model in float64."""
+"""What every registered method promises: on a toy model in float64, and through the pipeline of a run."""
 
 import inspect
+import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import pipeline
 import pytest
 import torch
 from torch import Tensor
 
 import retort
+from retort import config as configuration
 from retort import registry
 from retort.apply import check_needs, wanted
 from retort.errors import UserError
@@ -16,6 +22,8 @@ from retort.method import Method
 from retort.models.head import Head
 from retort.signals import Dense, Sampled, TopK
 from retort.teachers.local import reduced
+from retort.train import checkpoint, runner
+from retort.train import setup as setups
 from retort.types import can_meet
 
 NAMES = registry.names()
@@ -24,7 +32,21 @@ NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its va
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
-WHOLE_BATCH = {"sead": "its zones are shares of the batch; its own test cuts a batch into micro-batches"}
+WHOLE_BATCH = {"sead": "its zones are shares of the batch; a run's micro-batches, below, share them"}
+
+#: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
+STEPS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in NAMES),
+    ("sead", {"scope": "rollout"}),
+    ("opd", {"correction": "sequence", "samples": 2}),
+    ("local_teachability", {"max_segment": 1, "shortest": 1}),
+]
+#: Methods that remember something from batch to batch, in settings in which three batches move it.
+STATEFUL: dict[str, dict[str, Any]] = {
+    "arkd": {"on_policy_fraction": 0.5},
+    "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
+    "skew_kl": {"validate_every": 1},
+}
 
 
 class Toy:
@@ -326,3 +348,96 @@ def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
         extra_views={"base": torch.cat([toy.base_logits.detach(), padding], dim=-1)},
     )
     torch.testing.assert_close(losses.loss, toy.dense(method).loss)
+
+
+@pytest.fixture(scope="module")
+def float64() -> Callable[..., Any]:
+    return pipeline.loaded_once(setups.load, torch.float64)
+
+
+@pytest.fixture(scope="module")
+def float32() -> Callable[..., Any]:
+    return pipeline.loaded_once(setups.load, None)
+
+
+@pytest.mark.parametrize(("name", "given"), STEPS, ids=["-".join([name, *given]) for name, given in STEPS])
+def test_packs_and_micro_batches_give_what_padding_gives(
+    name: str,
+    given: dict[str, Any],
+    tiny_run: dict[str, Any],
+    float64: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ragged answers in one pack, in a few and one by one: loss and gradient are those of padded rows.
+
+    To fp32's rounding, in which values are stored between passes and the tiny models' norms compute.
+    """
+    monkeypatch.setattr(setups, "load", float64)
+    setup = pipeline.prepared(tiny_run, name, **given)
+    assert setup.student.packs
+    assert setup.student.shares
+    pack = pipeline.ragged(setup)
+    plain = pipeline.by_padding(setup, pack)
+    largest = max(float(gradient.abs().max()) for gradient in plain.gradients.values())
+    assert largest > 0
+    cuts = set[int]()
+    for batch_tokens in (10**6, 20, 1):
+        sequences = [r.tokens_L for r in pack.rollouts], [r.acted_L for r in pack.rollouts]
+        cuts.add(len(setup.student.batches(*sequences, batch_tokens)))
+        # The second update is against what the score pass stored, by a student that has not moved.
+        for step in pipeline.as_run(setup, pack, batch_tokens):
+            assert step.loss == pytest.approx(plain.loss, rel=1e-5)
+            assert step.gradients.keys() == plain.gradients.keys()
+            for parameter, gradient in step.gradients.items():
+                torch.testing.assert_close(gradient, plain.gradients[parameter], rtol=1e-5, atol=2e-6 * largest)
+    assert {1, len(pack.rollouts)} < cuts, "all, some, and one at a time"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_survives_save_and_load(
+    name: str,
+    tiny_run: dict[str, Any],
+    float32: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two steps, a checkpoint, a third step; and that third step again by a run that loads the checkpoint."""
+    monkeypatch.setattr(setups, "load", float32)
+    sections = {
+        "method": {"name": name, **STATEFUL.get(name, {})},
+        "steps": 3,
+        "eval": {"problems": 0},
+        "optimizer": {"learning_rate": 0.1},
+    }
+    run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path)
+    fresh = run.control.tensors() | run.shelf.tensors(run.setup)
+    whole, lines = everything(run.go()), last_lines(tmp_path)
+    saved = checkpoint.load(tmp_path / "checkpoints" / "step-2").parts
+    if name in STATEFUL:
+        moved = [
+            key for key, x in saved.items() if key not in fresh or not x.nan_to_num().equal(fresh[key].nan_to_num())
+        ]
+        assert moved, f"what {name} remembers has not moved, so that this test would not notice its loss"
+    else:
+        assert not saved, f"{name} remembers {sorted(saved)}: name it in STATEFUL, in settings that move it"
+    again = runner.resume(tmp_path / "checkpoints" / "step-2")
+    assert again.step == 2
+    resumed = everything(again.go())
+    assert resumed.keys() == whole.keys()
+    for key, value in resumed.items():
+        assert torch.equal(value, whole[key]), key
+    assert last_lines(tmp_path) == lines
+
+
+def everything(run: runner.Run) -> dict[str, Tensor]:
+    """All that a run has moved: weights, the optimizer, what the method and the shelf remember."""
+    weights = {name: p.detach().clone() for name, p in run.setup.student.model.named_parameters()}
+    moments = {f"adam/{name}": x.clone() for name, x in checkpoint.optimizer_tensors(run.optimizer).items()}
+    return weights | moments | run.control.tensors() | run.shelf.tensors(run.setup)
+
+
+def last_lines(folder: Path) -> list[dict[str, Any]]:
+    """What was logged and recorded of the last step, without what depends on the clock."""
+    found = [json.loads((folder / name).read_text().splitlines()[-1]) for name in ("metrics.jsonl", "rollouts.jsonl")]
+    timed = ("time/", "tokens_per_second")
+    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in found]

@@ -1,0 +1,192 @@
+"""One training step through the real pipeline and in the plain way, for any method, on tiny models in float64.
+
+The real way is that of a run: `prepare`, the teachers' answers, the score pass, controllers, packs, micro-batches and
+`learn`. The plain way is one padded forward pass of each model and `token_losses`. What another kind of view needs
+beyond a model and a rendering of the prompt belongs into `read_by`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort import config as configuration
+from retort.apply import wanted
+from retort.functional import token_losses
+from retort.models.lm import LanguageModel
+from retort.teachers.local import LocalTeacher, answers
+from retort.train.control import Control
+from retort.train.metrics import Stopwatch
+from retort.train.moment import Moment
+from retort.train.setup import Setup, prepare
+from retort.train.update import Batch, learn, score
+from retort.types import Pack, Rollout, TokenLosses
+
+#: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
+LENGTHS = (7, 3, 1, 12, 5)
+PROMPTS = (0, 0, 1, 2, 3)
+#: Not the first batch, so that dials that move are somewhere between their ends.
+MOMENT = Moment(3, 10)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step came to: its loss, and the gradient of every parameter by name."""
+
+    loss: float
+    gradients: Mapping[str, Tensor]
+
+
+class Noted(torch.optim.Optimizer):
+    """Writes down gradients and moves nothing, so that every update of a batch is one of the same student."""
+
+    def __init__(self, student: LanguageModel) -> None:
+        named = {n: p for n, p in student.model.named_parameters() if p.requires_grad}
+        super().__init__(list(named.values()), {"lr": 0.0, "betas": (0.9, 0.999)})
+        self.named, self.seen = named, list[dict[str, Tensor]]()
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.seen.append({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
+
+
+def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
+    """A run's parts, ready for `learn` to make two updates on one batch."""
+    sections = {
+        "method": {"name": method, **given},
+        "optimizer": {"updates": 1, "epochs": 2, "grad_clip": 1e9},
+        "eval": {"problems": 0},
+        "record": {"overlap": 0},
+    }
+    return prepare(configuration.resolve(configuration.merge(settings, sections)))
+
+
+def ragged(setup: Setup) -> Pack:
+    """Answers of random tokens, the student's and (where the method learns from such) the data's."""
+    draw, rollouts = torch.Generator().manual_seed(0), list[Rollout]()
+    given = "dataset" in setup.method.rollout.sources
+    for index, (length, place) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
+        prompt = setup.train[place]
+        before = torch.tensor(setup.render(prompt))
+        tokens_L = torch.cat([before, torch.randint(5, setup.vocab, (length,), generator=draw)])
+        acted_L = torch.arange(len(tokens_L)) >= len(before)
+        logp_A = -3.0 * torch.rand(length, generator=draw)
+        rollout = Rollout(prompt, tokens_L, acted_L, member=index, engine_logp_A=logp_A, reward=float(index % 2))
+        by_data = given and index == len(LENGTHS) - 1
+        rollouts.append(replace(rollout, engine_logp_A=None, source="dataset") if by_data else rollout)
+    return Pack.of(rollouts)
+
+
+def even(setup: Setup, seed: int) -> Pack:
+    """Four answers that the student draws, of three tokens each, to prompts drawn with replacement."""
+    draw = torch.Generator().manual_seed(seed)
+    prompts = [setup.train[place] for place in torch.randint(len(setup.train), (4,), generator=draw).tolist()]
+    tokens_RL = torch.tensor([setup.render(prompt) for prompt in prompts])  # all of one length
+    acted_L = torch.arange(tokens_RL.shape[1] + 3) >= tokens_RL.shape[1]
+    for _ in range(3):
+        with torch.no_grad():
+            logits_RV = setup.student.model(input_ids=tokens_RL).logits[:, -1, : setup.vocab]
+        tokens_RL = torch.cat([tokens_RL, torch.multinomial(logits_RV.softmax(-1), 1, generator=draw)], dim=1)
+    return Pack.of([Rollout(prompt, tokens_RL[i], acted_L, visit=i) for i, prompt in enumerate(prompts)])
+
+
+def cut_to(setup: Setup, batch_tokens: int) -> Setup:
+    """With so many tokens per forward pass."""
+    optimizer = setup.config.optimizer.model_copy(update={"batch_tokens": batch_tokens})
+    return replace(setup, config=setup.config.model_copy(update={"optimizer": optimizer}))
+
+
+def scored(setup: Setup, pack: Pack) -> Batch:
+    """A batch with all that a run knows of it before it learns."""
+    control, method = Control(setup), setup.method
+    moment = replace(MOMENT, readings=control.readings(setup))
+
+    def asked(view: str) -> Any:
+        return wanted(method, view, setup.teachers[view].capabilities, moment.step)
+
+    signals = answers(setup.teachers, method.views, pack, asked, method.temperature)
+    return control.act(setup, score(setup, pack, signals, moment))
+
+
+def learnt(setup: Setup, batch: Batch) -> list[Step]:
+    """The updates that a run makes on it."""
+    noted = Noted(setup.student)
+    _, means, _ = learn(setup, batch, noted, lambda update: 1.0, 0, Stopwatch())
+    return [Step(means.values()["loss"], gradients) for gradients in noted.seen]
+
+
+def as_run(setup: Setup, pack: Pack, batch_tokens: int) -> list[Step]:
+    """The updates that a run makes on some rollouts, at so many tokens per forward pass."""
+    setup = cut_to(setup, batch_tokens)
+    return learnt(setup, scored(setup, pack))
+
+
+def by_padding(setup: Setup, pack: Pack) -> Step:
+    """The same in the plain way."""
+    losses = padded_losses(setup, pack)
+    named = {n: p for n, p in setup.student.model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(losses.loss, list(named.values()), allow_unused=True)
+    return Step(losses.loss.item(), {n: g for n, g in zip(named, found, strict=True) if g is not None})
+
+
+def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
+    """One padded forward pass of every model, and the definition of the losses."""
+    logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
+    views: dict[str, Any] = {}
+    for name in setup.method.views:
+        lm, sequences = read_by(setup, name, pack)
+        with torch.no_grad():
+            views[name] = _padded(lm, sequences, pack)[:, : setup.vocab]
+    return token_losses(
+        setup.method,
+        student_logits=logits[:, : setup.vocab],
+        teacher_logits=views.pop("teacher", None),
+        extra_views=views,
+        tokens=pack.tokens_N,
+        rollouts=pack.rollout_N,
+        groups=pack.group_R,
+        rewards=torch.tensor([rollout.reward for rollout in pack.rollouts]),
+        engine_logp=pack.engine_logp_N,
+        step=MOMENT.done,
+        total_steps=MOMENT.total,
+    )
+
+
+def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
+    """The model behind a view, and what it reads of each rollout."""
+    teacher, sees = setup.teachers[view], setup.method.views[view]
+    assert isinstance(teacher, LocalTeacher)
+    assert not teacher.stop_map, "the tiny models have one tokenizer"
+    prompts = [torch.tensor([0] if ids is None else ids) for ids in teacher.prompts(pack, sees).ids]
+    return teacher.lm, [torch.cat([ids, r.tokens_L[r.acted_L]]) for ids, r in zip(prompts, pack.rollouts, strict=True)]
+
+
+def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> Tensor:
+    """The model's own logits [N, V] before each token that a rollout decided, with nothing of ours in between."""
+    ids_RL = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+    real_RL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+    logits_RLV = lm.model(input_ids=ids_RL, attention_mask=real_RL, use_cache=False).logits
+    rows = [
+        logits_LV[len(ids) - rollout.steps - 1 : len(ids) - 1]
+        for logits_LV, ids, rollout in zip(logits_RLV, sequences, pack.rollouts, strict=True)
+    ]
+    return torch.cat(rows)
+
+
+def loaded_once(load: Callable[..., LanguageModel], dtype: torch.dtype | None) -> Callable[..., LanguageModel]:
+    """`retort.train.setup.load` that reads every model from disk once, and hands out copies."""
+    import copy
+
+    kept: dict[tuple[str, str], LanguageModel] = {}
+
+    def once(config: Any, name: str, role: Any) -> LanguageModel:
+        if (name, role) not in kept:
+            kept[name, role] = load(config, name, role)
+            if dtype is not None:
+                kept[name, role].model.to(dtype)  # type: ignore[call-overload]
+        return replace(kept[name, role], model=copy.deepcopy(kept[name, role].model))
+
+    return once
