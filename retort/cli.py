@@ -96,6 +96,15 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="file; default: report.html in the folder (one) or here (several)")
     report.set_defaults(run=_report)
 
+    trust = commands.add_parser("trust", help="what tells how far a teacher can be trusted", description=_TRUST)
+    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    trust.add_argument("--view", default="teacher", help="of the method; default: teacher")
+    trust.add_argument("--problems", type=int, default=64, help="most prompts; default: 64")
+    trust.add_argument("--places", type=int, default=4, help="places per answer; default: 4")
+    trust.add_argument("--candidates", type=int, default=2, help="teacher's tokens forced at each; default: 2")
+    trust.add_argument("--seed", type=int, help="default: the run's")
+    trust.set_defaults(run=_trust)
+
     methods = commands.add_parser("methods", help="the published methods and their settings")
     methods.add_argument("--json", action="store_true")
     methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
@@ -111,6 +120,11 @@ _TRAIN = (
     "With no argument: the built-in task, in minutes, on a laptop. With --student, --teacher and --data: any causal "
     "language models of transformers. Settings come from a TOML file and from key=value words such as "
     "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win."
+)
+_TRUST = (
+    "Forces likely tokens of the teacher's into answers of the student's, lets the student go on alone, and asks of "
+    "teacher entropy, student entropy and position how well each tells where that ends well. Writes trust.json into "
+    "the run's folder, and the report anew."
 )
 _DOCTOR = (
     "Looks at student, teacher and data as `retort train` would take them (with no argument: the built-in task), lets "
@@ -205,6 +219,35 @@ def _report(arguments: argparse.Namespace) -> int:
     runs = [Path(run) for run in arguments.runs]
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
     print(build_report(runs, Path(arguments.out) if arguments.out else default))
+    return 0
+
+
+def _trust(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api
+    from retort.console import RichObserver, quiet_libraries, trust_table
+    from retort.train.trust import measure
+
+    if min(arguments.problems, arguments.places, arguments.candidates) < 1:
+        raise UserError("--problems, --places and --candidates must be at least 1")
+    quiet_libraries()
+    observer = RichObserver(Console())
+    try:
+        found = measure(
+            Path(arguments.run_folder),
+            observer,
+            view=arguments.view,
+            problems=arguments.problems,
+            places=arguments.places,
+            candidates=arguments.candidates,
+            seed=arguments.seed,
+        )
+    finally:
+        observer.close()
+    Console().print(trust_table(found))
+    folder = Path(arguments.run_folder).resolve()
+    print(f"report: {api.write_report(folder.parents[1] if folder.parent.name == 'checkpoints' else folder)}")
     return 0
 
 

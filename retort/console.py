@@ -179,3 +179,21 @@ def examination_table(found: Mapping[str, Any]) -> Table:
         table.add_row(Text(check["verdict"], style=colors[check["verdict"]]), Text(check["name"], style="bold"), text)
     table.add_row(Text(found["verdict"], style=colors[found["verdict"]]), Text("all together", style="bold"), "")
     return table
+
+
+def trust_table(found: Mapping[str, Any]) -> Table:
+    """What `retort trust` shows, from `trust.json`."""
+
+    def shown(cell: Mapping[str, float] | None) -> str:
+        return "-" if cell is None else f"{cell['value']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}]"
+
+    table = Table(
+        title=f"{found['branches']} forced tokens, {found['problems']} {found['prompts']}: AUROC, 95 % over problems"
+    )
+    for column in ("what tells", "who says so", "right in the end", "makes the difference"):
+        table.add_column(column)
+    for row in found["predictors"]:
+        table.add_row(
+            row["predictor"], row["claimed_by"], *(shown(row[name]).replace("[", "\\[") for name in ("viable", "helps"))
+        )
+    return table

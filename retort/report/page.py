@@ -18,6 +18,7 @@ from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, find_runs, read_runs
 from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
+from retort.report.trust import trust_section
 
 #: Rollouts read, over all runs; the page shows fewer where they are long.
 ROLLOUTS = 240
@@ -67,6 +68,7 @@ def _page(groups: Sequence[Group]) -> str:
     sections = (
         result_section(groups),
         profiles_section(groups),
+        trust_section(groups),
         rollouts_section(groups),
         curves_section(groups),
         _settings(groups),
@@ -92,6 +94,7 @@ def _hash(text: str) -> str:
 _LINKS = {
     "result": "Before and after",
     "where": "Where they disagree",
+    "trust": "What to trust",
     "rollouts": "Token by token",
     "curves": "Curves",
     "settings": "Settings",

@@ -40,6 +40,7 @@ class RunFiles:
     recorded: int = 0
     answers: Sequence[Mapping[str, Any]] = ()
     eval: Mapping[str, Any] = field(default_factory=dict)
+    trust: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     alone: bool = False
 
@@ -109,6 +110,7 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
         # Older runs, and those that judge nothing, have none: that is no gap in the page.
         answers=_lines(run_dir / "answers.jsonl", []),
         eval=_object(run_dir / "eval.json", notes),
+        trust=_object(run_dir / "trust.json", notes) if (run_dir / "trust.json").exists() else {},
         notes=notes,
     )
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from retort.evaluate.ranks import auroc
 from retort.method import Method, Watch
 from retort.train.metrics import Means
 from retort.types import Pack
@@ -81,19 +82,6 @@ def rollout_means(pack: Pack, values_N: Tensor) -> Tensor:
     total_R.index_add_(0, pack.rollout_N[kept_N], values_N[kept_N].double())
     count_R = torch.bincount(pack.rollout_N[kept_N], minlength=len(pack.rollouts))
     return total_R / count_R
-
-
-def auroc(scores_R: Tensor, right_R: Tensor) -> float | None:
-    """Probability that a right rollout scores above a wrong one, ties counted as half; None without both kinds."""
-    known_R = scores_R.isfinite()
-    right_R, scores_R = right_R[known_R], scores_R[known_R]
-    good, bad = scores_R[right_R], scores_R[~right_R]
-    if not len(good) or not len(bad):
-        return None
-    order = bad.sort().values
-    below = torch.searchsorted(order, good, right=False).double()
-    through = torch.searchsorted(order, good, right=True).double()
-    return float(((below + through) / 2 / len(bad)).mean())
 
 
 def trajectory_reward(pack: Pack, values: Mapping[str, Tensor]) -> dict[str, float]:

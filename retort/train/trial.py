@@ -15,10 +15,11 @@ from torch import Tensor
 
 from retort.apply import check_needs, recorded_values, wanted, watch_values
 from retort.context import Context
+from retort.evaluate.ranks import auroc
 from retort.models.core import Core, Steps, per_token
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.local import answers
-from retort.train.diagnose import auroc, rollout_means, watching
+from retort.train.diagnose import rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
 from retort.train.moment import Moment
 from retort.train.setup import Setup

@@ -11,8 +11,9 @@ from torch import Tensor
 from retort.context import Context
 from retort.divergences import kl_values
 from retort.errors import UserError
+from retort.evaluate.ranks import auroc
 from retort.signals import Dense, TopK
-from retort.train.diagnose import auroc, position_chunks, watching
+from retort.train.diagnose import position_chunks, watching
 from retort.weights import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 
 N, V = 9, 12

@@ -1,0 +1,59 @@
+"""How well a score tells right from wrong: AUROC, with intervals over problems."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retort.evaluate.passk import Estimate
+
+
+def auroc(scores: Tensor, right: Tensor) -> float | None:
+    """Probability that a right one scores above a wrong one, ties counted as half; None without both kinds.
+
+    Args:
+        scores: Any shape [M]; what is not finite is left out.
+        right: bool, [M].
+    """
+    known = scores.isfinite()
+    right, scores = right[known], scores[known]
+    good, bad = scores[right], scores[~right]
+    if not len(good) or not len(bad):
+        return None
+    order = bad.sort().values
+    below = torch.searchsorted(order, good, right=False).double()
+    through = torch.searchsorted(order, good, right=True).double()
+    return float(((below + through) / 2 / len(bad)).mean())
+
+
+def clustered_auroc(
+    scores: Tensor, right: Tensor, cluster: Sequence[int], *, seed: int = 0, draws: int = 1000
+) -> Estimate | None:
+    """AUROC with its 95 % bootstrap interval, whole clusters drawn with replacement; None where it is undefined.
+
+    What is observed within a problem is not independent, so problems are what is drawn.
+
+    Args:
+        scores: [M].
+        right: bool, [M].
+        cluster: Of each observation.
+        seed: Of the draws.
+        draws: Resamples; those in which one kind is missing are left out.
+    """
+    value = auroc(scores, right)
+    if value is None:
+        return None
+    place = torch.tensor(cluster)
+    members = [(place == number).nonzero().squeeze(-1) for number in sorted(set(cluster))]
+    draw = torch.Generator().manual_seed(seed)
+    found: list[float] = []
+    for _ in range(draws):
+        chosen = torch.randint(len(members), (len(members),), generator=draw).tolist()
+        index = torch.cat([members[number] for number in chosen])
+        one = auroc(scores[index], right[index])
+        if one is not None:
+            found.append(one)
+    ends = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return Estimate(value, float(ends[0]), float(ends[1]))

@@ -1,0 +1,287 @@
+"""How far a token of the teacher's can be trusted, and what tells: entropies or the place in the answer.
+
+Three papers gate a self-teacher in three ways. EGRSD (arXiv 2605.13255) trusts it where *its own* entropy is low, DASD
+(2605.22263) where the *student's* is, and PW-OPSD (2605.21606) finds that both say little and the *position* much. This
+measures all of them on one model: in an answer of the student's, the teacher's token is forced at some places, the
+student goes on alone, and a verifier says where that ends. The protocol is reconstructed from PW-OPSD's account of its
+branch-viability diagnostic. Axis letters: see `retort.types`; M is the forced tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.align.chat import Renderer
+from retort.errors import UserError
+from retort.evaluate.passk import Estimate
+from retort.evaluate.ranks import clustered_auroc
+from retort.rewards.verify import Verifier
+from retort.rollout.engines.hf import HFEngine
+from retort.rollout.single_turn import Task, write
+from retort.signals import TeacherSignal
+from retort.streams import permutation, uniforms
+from retort.teachers.local import Teacher
+from retort.teachers.view import View
+from retort.types import DENSE, Pack, Prompt, Rollout
+
+#: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
+PREDICTORS = {
+    "low teacher entropy": "EGRSD",
+    "low student entropy": "DASD",
+    "late position": "PW-OPSD",
+    "teacher's log-prob": "",
+    "log-ratio to the student": "",
+}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A token of the teacher's, forced upon the student.
+
+    Attributes:
+        problem: Number of the prompt.
+        position: Place in the answer, as a share of its length.
+        teacher_entropy, student_entropy: At that place, nats.
+        teacher_logp, student_logp: Of the forced token, nats.
+        viable: Whether the answer that the student then wrote is right.
+        alone: Whether the answer that it wrote from the same place without the teacher is.
+    """
+
+    problem: int
+    position: float
+    teacher_entropy: float
+    student_entropy: float
+    teacher_logp: float
+    student_logp: float
+    viable: bool
+    alone: bool
+
+    @property
+    def scores(self) -> tuple[float, ...]:
+        """In the order of `PREDICTORS`."""
+        ratio = self.teacher_logp - self.student_logp
+        return -self.teacher_entropy, -self.student_entropy, self.position, self.teacher_logp, ratio
+
+
+@dataclass(frozen=True, eq=False)
+class Protocol:
+    """How branches are made.
+
+    Attributes:
+        places: Places per answer, drawn evenly.
+        candidates: The teacher's most likely tokens forced at each.
+        max_new_tokens: Longest answer, tokens.
+        temperature: Of the student's writing.
+        seed: Of places and of all that is written.
+    """
+
+    places: int = 4
+    candidates: int = 2
+    max_new_tokens: int = 1024
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.places < 1 or self.candidates < 1:
+            raise UserError(f"places ({self.places}) and candidates ({self.candidates}) must be at least 1")
+
+
+@dataclass(frozen=True)
+class _Fork:
+    """A place of an answer where the teacher's candidates are tried."""
+
+    rollout: int
+    place: int
+    step: int
+
+
+def branches(
+    engine: HFEngine,
+    own: Teacher,
+    teacher: Teacher,
+    view: View,
+    prompts: Sequence[Prompt],
+    verifier: Verifier,
+    protocol: Protocol,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Branch]:
+    """Writes answers, forces the teacher's tokens, and has the student go on.
+
+    Args:
+        engine: Writes as the student.
+        own: The student's own distributions.
+        teacher: The teacher's.
+        view: What it sees; prompts for which it has no context are left out.
+        prompts: To answer; the verifier must be able to grade all.
+        verifier: Says what is right.
+        protocol: See there.
+        progress: Called with what has been written and what is to be, answers.
+    """
+    render = Renderer(engine.lm.tokenizer)
+    spine = _spine(engine, prompts, render, protocol)
+    pack = Pack.of(spine)
+    said = teacher.answer(pack, frozenset({DENSE}), view, 1.0)
+    forks = _forks(pack, said, protocol)
+    if not forks:
+        return []
+    index_M = torch.tensor([fork.step for fork in forks])
+    theirs = _at(said, index_M, protocol.candidates)
+    ours = _at(own.answer(pack, frozenset({DENSE}), View(), 1.0), index_M, 1, ids=theirs["ids"])
+    tasks: list[Task] = []
+    ends: list[list[int]] = []
+    for number, fork in enumerate(forks):
+        prefix = spine[fork.rollout].action_ids[: fork.place]
+        for choice in range(protocol.candidates + 1):
+            forced = [] if choice == 0 else [int(theirs["ids"][number, choice - 1])]
+            ends.append([*prefix, *forced])
+            chance = uniforms(protocol.seed, "evaluation", "branch", number, choice, count=protocol.max_new_tokens)
+            prompt_ids = [*spine[fork.rollout].prompt_ids, *ends[-1]]
+            tasks.append(Task(spine[fork.rollout].prompt, prompt_ids, choice, chance))
+    right = _graded(engine, tasks, ends, verifier, protocol, progress)
+    found: list[Branch] = []
+    for number, fork in enumerate(forks):
+        first = number * (protocol.candidates + 1)
+        for choice in range(protocol.candidates):
+            found.append(
+                Branch(
+                    problem=fork.rollout,
+                    position=(fork.place + 0.5) / spine[fork.rollout].steps,
+                    teacher_entropy=float(theirs["entropy"][number]),
+                    student_entropy=float(ours["entropy"][number]),
+                    teacher_logp=float(theirs["logp"][number, choice]),
+                    student_logp=float(ours["logp"][number, choice]),
+                    viable=right[first + 1 + choice],
+                    alone=right[first],
+                )
+            )
+    return found
+
+
+def _spine(engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, protocol: Protocol) -> list[Rollout]:
+    longest = protocol.max_new_tokens
+    tasks = [
+        Task(prompt, render(prompt), 0, uniforms(protocol.seed, "evaluation", "spine", prompt.id, count=longest))
+        for prompt in prompts
+    ]
+    return write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
+
+
+def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
+    """Places in each answer that the teacher says something about, one drawn from each equal part of it."""
+    found: list[_Fork] = []
+    for number, rollout in enumerate(pack.rollouts):
+        index_A = pack.steps_of([number])
+        if said.valid_N is not None and not bool(said.valid_N[index_A[0]]):
+            continue
+        parts = min(protocol.places, rollout.steps)
+        for part in range(parts):
+            first, end = part * rollout.steps // parts, (part + 1) * rollout.steps // parts
+            drawn = permutation(protocol.seed, "evaluation", "place", number, part, count=end - first)[0]
+            found.append(_Fork(number, first + drawn, int(index_A[first + drawn])))
+    return found
+
+
+def _at(signal: TeacherSignal, index_M: Tensor, k: int, ids: Tensor | None = None) -> dict[str, Tensor]:
+    """Entropy and log-probs at some steps: of the `k` most likely ids, or of those given."""
+    rows = signal.rows(index_M)
+    ids_MK, logp_MK = rows.topk(k)
+    if ids is not None:
+        ids_MK, logp_MK = ids, rows.logp_at(ids)
+    return {"ids": ids_MK.cpu(), "logp": logp_MK.cpu(), "entropy": rows.entropy_N.cpu()}
+
+
+def _graded(
+    engine: HFEngine,
+    tasks: Sequence[Task],
+    ends: Sequence[list[int]],
+    verifier: Verifier,
+    protocol: Protocol,
+    progress: Callable[[int, int], None] | None,
+) -> list[bool]:
+    """Whether each answer, its beginning included, is right; one that begins with its end is not written further."""
+    stops, decode = set(engine.lm.stops.ids), engine.lm.tokenizer.decode
+    texts: dict[int, str] = {}
+    # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
+    rooms = [protocol.max_new_tokens - len(end) if not end or end[-1] not in stops else 0 for end in ends]
+    for room in sorted(set(rooms)):
+        numbers = [number for number, own in enumerate(rooms) if own == room]
+        more: list[list[int]] = [[] for _ in numbers]
+        if room > 0:
+            chosen, temperature = [tasks[number] for number in numbers], protocol.temperature
+            written = write(engine, chosen, max_new_tokens=room, temperature=temperature, top_p=1.0)
+            more = [rollout.action_ids for rollout in written]
+        for number, ids in zip(numbers, more, strict=True):
+            texts[number] = str(decode([*ends[number], *ids], skip_special_tokens=True))
+        if progress is not None:
+            progress(len(texts), len(tasks))
+    return [verifier(task.prompt, texts[number]) > 0.5 for number, task in enumerate(tasks)]
+
+
+def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
+    """What predicts a token's worth: AUROC of each predictor with intervals over problems, and rates by bin.
+
+    Two questions are asked. `viable` is PW-OPSD's: is the answer right that goes on from the teacher's token? That is
+    easy late in a right answer, whoever wrote the token. `helps` is ours: where the student with the teacher's token
+    and the student alone end differently, was it the one with the token that was right?
+
+    Args:
+        found: Branches.
+        seed: Of the bootstrap.
+        draws: Of the bootstrap.
+    """
+    differing = [branch for branch in found if branch.viable != branch.alone]
+    rows: list[dict[str, Any]] = []
+    for place, (name, claimed) in enumerate(PREDICTORS.items()):
+        row: dict[str, Any] = {"predictor": name, "claimed_by": claimed}
+        for label, chosen in (("viable", list(found)), ("helps", differing)):
+            scores = torch.tensor([branch.scores[place] for branch in chosen], dtype=torch.float64)
+            right = torch.tensor([branch.viable for branch in chosen], dtype=torch.bool)
+            problems = [branch.problem for branch in chosen]
+            cell = clustered_auroc(scores, right, problems, seed=seed, draws=draws)
+            row[label] = None if cell is None else {"value": cell.value, "low": cell.low, "high": cell.high}
+        rows.append(row)
+    return {
+        "branches": len(found),
+        "problems": len({branch.problem for branch in found}),
+        "differing": len(differing),
+        "viable": _share([branch.viable for branch in found]),
+        "alone": _share([branch.alone for branch in found]),
+        "predictors": rows,
+        "bins": {
+            "position": _bins(found, [branch.position for branch in found]),
+            "teacher_entropy": _bins(found, [branch.teacher_entropy for branch in found]),
+            "student_entropy": _bins(found, [branch.student_entropy for branch in found]),
+        },
+    }
+
+
+def _share(values: Sequence[bool]) -> float:
+    return sum(values) / max(1, len(values))
+
+
+def _bins(found: Sequence[Branch], values: Sequence[float], count: int = 6) -> list[dict[str, float]]:
+    """Shares in bins of equally many branches, with intervals over problems."""
+    order = sorted(range(len(found)), key=lambda number: values[number])
+    bins: list[dict[str, float]] = []
+    for part in range(count):
+        inside = order[part * len(order) // count : (part + 1) * len(order) // count]
+        if not inside:
+            continue
+        row = {"at": sum(values[number] for number in inside) / len(inside), "branches": float(len(inside))}
+        for label in ("viable", "alone"):
+            sums: dict[int, float] = {}
+            counts: dict[int, float] = {}
+            for branch in (found[number] for number in inside):
+                sums[branch.problem] = sums.get(branch.problem, 0.0) + float(getattr(branch, label))
+                counts[branch.problem] = counts.get(branch.problem, 0.0) + 1.0
+            cell = Estimate.ratio(list(sums.values()), list(counts.values()))
+            assert cell is not None  # no bin is empty
+            cell = cell.share()
+            row |= {label: cell.value, f"{label}_low": cell.low, f"{label}_high": cell.high}
+        bins.append(row)
+    return bins

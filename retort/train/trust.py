@@ -1,0 +1,101 @@
+"""`retort trust`: what tells, in a run of one's own, how far a token of the teacher's can be trusted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from retort.errors import UserError
+from retort.evaluate.trust import Protocol, branches, trust
+from retort.files import write_text
+from retort.method import Method
+from retort.teachers.local import LocalTeacher
+from retort.train.observe import Observer, Silent
+from retort.train.runner import Run, resume
+from retort.types import Prompt
+
+FILE = "trust.json"
+
+
+def measure(
+    path: Path,
+    observer: Observer | None = None,
+    *,
+    view: str = "teacher",
+    problems: int = 64,
+    places: int = 4,
+    candidates: int = 2,
+    draws: int = 1000,
+    seed: int | None = None,
+    method: Method | None = None,
+) -> dict[str, Any]:
+    """Measures a run's student and teacher as they are at its newest checkpoint, and writes `trust.json` beside it.
+
+    The prompts are the held-out ones of which the view can show something, or else training prompts, and the file says
+    which.
+
+    Args:
+        path: Folder of a run, or of one of its checkpoints.
+        observer: Who watches.
+        view: Of the method: whose tokens are forced.
+        problems: Most prompts; the intervals are over them.
+        places: Places per answer.
+        candidates: The view's most likely tokens forced at each place.
+        draws: Of the bootstrap.
+        seed: Of places, answers and bootstrap; the run's by default.
+        method: The caller's own method, if the run was started with one.
+
+    Raises:
+        UserError: No such run or view, no verifier, or nothing to show to the teacher.
+    """
+    run = resume(path, observer or Silent(), method=method)
+    setup = run.setup
+    if view not in setup.method.views:
+        raise UserError(f"view '{view}' is none of method '{setup.method.name}': {', '.join(setup.method.views)}")
+    prompts, source = _prompts(run, view, problems)
+    verifier = setup.judge_verifier if source == "held-out prompts" else setup.verifier
+    if verifier is None:
+        raise UserError("nobody can say which answers are right: the data needs an `answer` in every row")
+    protocol = Protocol(
+        places=places,
+        candidates=candidates,
+        max_new_tokens=setup.config.rollout.max_new_tokens,
+        temperature=setup.method.rollout.temperature,
+        seed=setup.config.seed if seed is None else seed,
+    )
+    own = LocalTeacher(setup.student, vocab=setup.vocab, stop_map={}, batch_tokens=setup.config.optimizer.batch_tokens)
+    watcher = run.observer
+    found = branches(
+        setup.engine,
+        own,
+        setup.teachers[view],
+        setup.method.views[view],
+        prompts,
+        verifier,
+        protocol,
+        lambda done, total: watcher.phase("forcing the teacher's tokens", done, total),
+    )
+    if not found:
+        raise UserError(f"view '{view}' had no context for any of {len(prompts)} prompts, so there is nothing to force")
+    results = {
+        "method": setup.method.name,
+        "view": view,
+        "step": run.step,
+        "prompts": source,
+        **asdict(protocol),
+        **trust(found, seed=protocol.seed, draws=draws),
+    }
+    write_text(run.folder / FILE, json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
+    """Prompts that the view can show something of."""
+    columns = run.setup.method.views[view].columns
+    for source, prompts in (("held-out prompts", run.setup.held_out), ("training prompts", run.setup.train)):
+        fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
+        if fit:
+            return fit[:problems], source
+    raise UserError(f"no prompt of the run has what view '{view}' shows: {', '.join(columns)}")
