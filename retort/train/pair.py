@@ -12,7 +12,34 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 
 
-def base_name(config: Config, method: Method, student: str, teacher: str) -> str | None:
+def asks_teacher(method: Method) -> str | None:
+    """What a run asks of a model other than the student and its base, in words; None if nothing."""
+    for phase in [method] if method.before is None else [method.before[1], method]:
+        view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
+        if view is not None:
+            return f"view '{view}' of method '{phase.name}' is of a teacher"
+        if "teacher" in phase.rollout.sources:
+            return f"the answers of method '{phase.name}' are a teacher's"
+    return None
+
+
+def without_idle_teacher(config: Config, method: Method) -> Config:
+    """The settings without a teacher that nothing asks; the one that comes with a built-in task is left out quietly.
+
+    Raises:
+        UserError: A teacher of the user's own would do nothing.
+    """
+    if config.teacher is None or asks_teacher(method) is not None:
+        return config
+    if config.builtin and config.teacher == f"{config.data}:teacher":
+        return config.model_copy(update={"teacher": None})
+    raise UserError(
+        f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
+        "method that asks a teacher (see `retort methods`)"
+    )
+
+
+def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
     """The second frozen model's name, where the method has a view of one."""
     if not any(view.model == "base" for view in method.views.values()):
         if config.base is not None:
@@ -21,7 +48,7 @@ def base_name(config: Config, method: Method, student: str, teacher: str) -> str
                 "anything; leave it out, or choose a method with a view `base` (see `retort methods`)"
             )
         return None
-    if config.base is not None and _known(config.base) == _known(teacher):
+    if config.base is not None and teacher is not None and _known(config.base) == _known(teacher):
         raise same_base(method)
     return config.base or student
 

@@ -202,6 +202,7 @@ def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longe
             epoch = "kept" if plan.keep else visit.epoch
             chance = uniforms(setup.config.seed, "teacher", epoch, visit.prompt.id, member, attempt, count=room)
             tasks.append(Task(visit.prompt, setup.render(visit.prompt), member, chance, visit.epoch))
+        assert setup.teacher_writer is not None  # a plan with the teacher's answers asks for a teacher
         written = setup.teacher_writer.write(tasks, max_new_tokens=room, temperature=plan.temperature, top_p=plan.top_p)
         found.update(zip(open_, written, strict=True))
     return _graded(setup, [found[index] for index in range(len(wanted))])
