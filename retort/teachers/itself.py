@@ -27,8 +27,9 @@ _PREFIX = "moving/"
 
 
 class OwnWeights:
-    """The weights of all self-teachers of a run. Equal `Weights` share one copy; `live` and the live side of a
-    trust region need none.
+    """The weights of all self-teachers of a run.
+
+    Equal `Weights` share one copy; `live`, and the live side of a trust region, need none.
     """
 
     def __init__(self, lm: LanguageModel, wanted: Iterable[Weights], *, moves_within_batch: bool = False) -> None:

@@ -23,7 +23,7 @@ class Forecast:
     """Bytes by part.
 
     Attributes:
-        models: Weights of all models.
+        models: Weights of all models, and the copies of a student that teaches itself.
         training: Gradients and two moments of Adam, fp32.
         head: Gradients of head and embeddings while they are formed, before they are added up.
         activations: What is kept of the largest micro-batch for its backward pass.
@@ -80,11 +80,10 @@ def forecast(setup: Setup) -> Forecast:
     writers = [(student, max(rollouts, judged))]
     if config.eval.teacher and setup.teacher_lm is not None:
         writers.append((setup.teacher_lm, judged))
-    own = setup.own_weights
+    weights = sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
     longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
     return Forecast(
-        models=sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
-        + (own.bytes if own else 0),
+        models=weights + (setup.own_weights.bytes if setup.own_weights else 0),
         training=12 * student.parameters,
         head=forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),

@@ -324,15 +324,12 @@ def located(name: str) -> str:
 def _named(config: Config, method: Method) -> tuple[str, str | None, str]:
     """Student, teacher and data; a teacher only where the method asks one."""
     asked = asks_teacher(method)
-    for name in ("student", "teacher", "data") if asked is not None else ("student", "data"):
+    for name in ("student", "teacher", "data") if asked else ("student", "data"):
         if getattr(config, name) is None:
-            why = f" ({asked})" if name == "teacher" else ""
-            raise UserError(
-                f"{name} is missing{why}: give --student, --teacher and --data together, or none for the built-in task"
-                if asked is not None
-                else f"{name} is missing: give --student and --data together (method '{method.name}' teaches itself and "
-                "needs no --teacher), or none for the built-in task"
-            )
+            given = "--student, --teacher and --data" if asked else "--student and --data"
+            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({asked})" if name == "teacher" else alone
+            raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
     return str(config.student), config.teacher, str(config.data)
 
 

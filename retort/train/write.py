@@ -191,6 +191,8 @@ def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
 
 def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longest: int) -> list[Rollout]:
     """New answers in order; where the plan says so, the teacher begins again where it came to no end."""
+    if not wanted:
+        return []
     plan, limit = setup.method.rollout, setup.config.rollout.max_new_tokens
     # What is kept serves at every later length, what has to come to an end gets the room for it.
     room = limit if plan.keep or plan.attempts else longest
