@@ -265,7 +265,7 @@ def _without_adapter(lm: LanguageModel) -> Callable[[], contextlib.AbstractConte
 @torch.no_grad()
 def _adapter_does_nothing(lm: LanguageModel) -> bool:
     """Whether the student has an adapter that changes nothing yet: switched off, it is the student as it was."""
-    if not hasattr(lm, "without_adapter") or all(p.requires_grad for p in lm.model.parameters()):
+    if getattr(lm, "adapter", None) is None:
         return False
     ids_RL = torch.arange(1, 5, device=lm.device)[None] % lm.head().width
 

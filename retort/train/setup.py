@@ -150,10 +150,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     base = None if with_base is None else load(config, with_base, "base")
-    local = {
-        lm_name: local_teacher(config, student, lm).on(stage) for lm_name, lm in (("teacher", teacher), ("base", base)) if lm
-    }
-    local["student"] = local_teacher(config, student, student).on(stage)
+    named = {"teacher": teacher, "base": base, "student": student}
+    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in named.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
     vocab = min(model.vocab for model in local.values())
     local = {name: model.about(vocab) for name, model in local.items()}

@@ -33,11 +33,11 @@ from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout
 
 
-def hinted(prompt: Prompt) -> Prompt:
+def hinted(scene: Scene) -> Prompt:
     """What the teacher sees: more than the student."""
-    return replace(
-        prompt, messages=(Message("user", f"so the answer is {prompt.answer} {prompt.messages[-1].content}"),)
-    )
+    prompt = scene.prompt
+    text = f"so the answer is {prompt.answer} {prompt.messages[-1].content}"
+    return replace(prompt, messages=(Message("user", text),))
 
 
 def self_view(weights: Weights) -> View:
@@ -227,7 +227,7 @@ class Switched:
     """A student with an adapter that can be switched off, down to what `OwnWeights` asks of it."""
 
     def __init__(self, lm: Any, off: dict[str, Tensor]) -> None:
-        self._lm, self._off = lm, off
+        self._lm, self._off, self.adapter = lm, off, object()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._lm, name)
