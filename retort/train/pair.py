@@ -10,6 +10,7 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.teachers.itself import OwnWeights
 
 
 def asks_teacher(method: Method) -> str | None:
@@ -37,6 +38,18 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
         f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
         "method that asks a teacher (see `retort methods`)"
     )
+
+
+def named(config: Config, method: Method) -> tuple[str, str | None, str]:
+    """Student, teacher and data; a teacher only where the method asks one."""
+    asked = asks_teacher(method)
+    for name in ("student", "teacher", "data") if asked else ("student", "data"):
+        if getattr(config, name) is None:
+            given = "--student, --teacher and --data" if asked else "--student and --data"
+            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({asked})" if name == "teacher" else alone
+            raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
+    return str(config.student), config.teacher, str(config.data)
 
 
 def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
@@ -89,3 +102,14 @@ def _nothing_to_learn(method: Method, how: str) -> UserError:
         f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
         "choose another teacher"
     )
+
+
+def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWeights | None:
+    """The weights of the student as its own teacher, if some phase of the run asks it."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
+    if not wanted:
+        return None
+    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
+    several = config.optimizer.updates * config.optimizer.epochs > 1
+    return OwnWeights(student, wanted, moves_within_batch=several or again)

@@ -23,6 +23,7 @@ from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
 from retort.train.diagnose import trajectory_reward
+from retort.train.digests import digests, refuse_others
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
@@ -209,9 +210,7 @@ class Run:
             "begun": self.begun,
             "best": self.best,
             "data": fingerprint(self.setup.train),
-            "teacher": self.setup.teacher_lm.digest() if self.setup.teacher_lm else None,
-            "start": self.setup.start,
-            "base": self.setup.base_lm.digest() if self.setup.base_lm else None,
+            **digests(self.setup),
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
         }
@@ -230,15 +229,7 @@ class Run:
             raise UserError(
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
-        if found.state["teacher"] != (self.setup.teacher_lm.digest() if self.setup.teacher_lm else None):
-            raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
-        if found.state.get("start") != self.setup.start:
-            raise UserError(
-                f"{path}: the weights in {self.setup.config.student} changed since this checkpoint, and the teacher is "
-                "the student as it was before training; put the same student back"
-            )
-        if found.state.get("base") != (self.setup.base_lm.digest() if self.setup.base_lm else None):
-            raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
+        refuse_others(path, found.state, self.setup)
         parameters = dict(self.setup.student.model.named_parameters())
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
             raise UserError(

@@ -31,8 +31,9 @@ from retort.train.attention import quickest
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.pair import (
-    asks_teacher,
     base_name,
+    named,
+    own_weights,
     refuse_same_name,
     refuse_same_weights,
     same_base,
@@ -122,7 +123,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if cold.steps:
         method = with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
     config = without_idle_teacher(config, method)
-    student_name, teacher_name, data = _named(config, method)
+    student_name, teacher_name, data = named(config, method)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -150,8 +151,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     base = None if with_base is None else load(config, with_base, "base")
-    named = {"teacher": teacher, "base": base, "student": student}
-    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in named.items() if lm is not None}
+    lms = {"teacher": teacher, "base": base, "student": student}
+    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
     vocab = min(model.vocab for model in local.values())
     local = {name: model.about(vocab) for name, model in local.items()}
@@ -162,10 +163,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
             refuse_same_weights(method, student, teacher)
         if base is not None and base.digest() == teacher.digest():
             raise same_base(method)
-    own_weights = _own_weights(config, method, student)
+    own = own_weights(config, method, student)
     models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
-    if own_weights is not None:
-        models["student"] = SelfTeacher(local["student"], own_weights)
+    if own is not None:
+        models["student"] = SelfTeacher(local["student"], own)
     setup = Setup(
         config=config,
         method=method,
@@ -184,8 +185,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         render=render,
         attention=attention,
         base_lm=base,
-        own_weights=own_weights,
-        start=student.digest() if own_weights is not None and own_weights.from_start else None,
+        own_weights=own,
+        start=student.digest() if own is not None and own.from_start else None,
         models=models,
         notes=notes,
     )
@@ -253,17 +254,6 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
     )
 
 
-def _own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWeights | None:
-    """The weights of the student as its own teacher, if some phase of the run asks it."""
-    phases = [method] if method.before is None else [method.before[1], method]
-    wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
-    if not wanted:
-        return None
-    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
-    several = config.optimizer.updates * config.optimizer.epochs > 1
-    return OwnWeights(student, wanted, moves_within_batch=several or again)
-
-
 def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
     engine = HFEngine(teacher.lm, vocab=teacher.vocab, max_parallel=config.rollout.parallel)
     return TeacherWriter(engine, teacher.render, stop_map=teacher.stop_map, student_stops=student.stops)
@@ -317,18 +307,6 @@ def located(name: str) -> str:
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
     return str(bundled[name]()) if name in bundled else name
-
-
-def _named(config: Config, method: Method) -> tuple[str, str | None, str]:
-    """Student, teacher and data; a teacher only where the method asks one."""
-    asked = asks_teacher(method)
-    for name in ("student", "teacher", "data") if asked else ("student", "data"):
-        if getattr(config, name) is None:
-            given = "--student, --teacher and --data" if asked else "--student and --data"
-            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
-            why = f" ({asked})" if name == "teacher" else alone
-            raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
-    return str(config.student), config.teacher, str(config.data)
 
 
 def device_of(config: Config) -> str:

@@ -23,6 +23,7 @@ from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import OwnWeights, SelfTeacher, sides_of
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, hard_copy, live, trust_region
+from retort.teachers.scene import Scene
 from retort.teachers.view import View
 from retort.train import export, runner
 from retort.train.doctor import examine_setup
