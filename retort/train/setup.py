@@ -27,18 +27,10 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
+from retort.train import pair
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
-from retort.train.pair import (
-    base_name,
-    named,
-    own_weights,
-    refuse_same_name,
-    refuse_same_weights,
-    same_base,
-    without_idle_teacher,
-)
 from retort.types import Message, Prompt
 
 
@@ -122,8 +114,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     cold = config.cold_start
     if cold.steps:
         method = with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
-    config = without_idle_teacher(config, method)
-    student_name, teacher_name, data = named(config, method)
+    config = pair.without_idle_teacher(config, method)
+    student_name, teacher_name, data = pair.named(config, method)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -134,10 +126,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
 
     need_verifier(method, verifier)
     need_columns(method, train, notes)
-    with_base = base_name(config, method, student_name, teacher_name)
+    with_base = pair.base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone and teacher_name is not None:
-        refuse_same_name(method, student_name, teacher_name)
+        pair.refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
@@ -160,10 +152,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         if local["teacher"].stop_map:
             notes.append(describe_stop_map(local["teacher"].stop_map, student.tokenizer, teacher.tokenizer))
         if alone:
-            refuse_same_weights(method, student, teacher)
+            pair.refuse_same_weights(method, student, teacher)
         if base is not None and base.digest() == teacher.digest():
-            raise same_base(method)
-    own = own_weights(config, method, student)
+            raise pair.same_base(method)
+    own = pair.own_weights(config, method, student)
     models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:
         models["student"] = SelfTeacher(local["student"], own)

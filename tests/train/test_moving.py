@@ -287,6 +287,17 @@ def test_an_answer_is_that_of_its_moment(lm: Any, pack: Pack, weights: Weights) 
     assert not torch.equal(teacher(several).answer(pack, needs, view, 1.0).rows(slice(None)).logp_NV, said)
 
 
+def test_in_bf16_a_copied_head_says_the_same(lm: Any, pack: Pack) -> None:
+    """It is kept in the dtype of the products, to which a head that is not copied is brought each time."""
+    lm.precision = "bf16"
+    needs, view = frozenset({DENSE}), self_view(live())
+    several, once = (OwnWeights(lm, [live()], moves_within_batch=more) for more in (True, False))
+    kept, guarded = (teacher(own).answer(pack, needs, view, 1.0) for own in (several, once))
+    assert torch.equal(kept.rows(slice(None)).logp_NV, guarded.rows(slice(None)).logp_NV)
+    copied = several.head(live(), lasting=True)().weight_VD
+    assert copied.dtype == torch.bfloat16 and lm.head().weight_VD.dtype == torch.float32
+
+
 def test_the_head_is_copied_only_where_it_will_move(lm: Any) -> None:
     pointer = lm.head().weight_VD.data_ptr()
     several, once = (OwnWeights(lm, [live(), frozen()], moves_within_batch=more) for more in (True, False))
