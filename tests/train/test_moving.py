@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort import api
 from retort import config as configuration
+from retort.controllers import Controller
 from retort.divergences import forward_kl
 from retort.errors import SignalError, UserError
 from retort.estimators import pathwise
@@ -29,9 +30,11 @@ from retort.train import export, runner
 from retort.train.doctor import examine_setup
 from retort.train.memory import forecast
 from retort.train.observe import Silent
+from retort.train.pair import own_weights
 from retort.train.setup import load, prepare
 from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout
+from retort.weights import student_entropy
 
 
 def hinted(scene: Scene) -> Prompt:
@@ -307,6 +310,27 @@ def test_the_head_is_copied_only_where_it_will_move(lm: Any) -> None:
     with several.in_place(frozen()):
         pointer = lm.head().weight_VD.data_ptr()
         assert several.head(frozen(), lasting=True)().weight_VD.data_ptr() == pointer
+
+
+@pytest.mark.parametrize(
+    ("more", "again", "expected"),
+    [
+        ({"updates": 1}, False, False),
+        ({"updates": 2}, False, True),
+        ({"updates": 1, "epochs": 2}, False, True),
+        ({"updates": 1}, True, True),
+    ],
+)
+def test_when_weights_move_within_a_batch(
+    alone: dict[str, Any], lm: Any, more: dict[str, int], again: bool, expected: bool
+) -> None:
+    """Several optimizer steps, or a controller that looks at the batch again after the last one."""
+    method = self_taught(live())
+    if again:
+        looks = Controller("looks", sees={"entropy": student_entropy()}, again=True, against="self0")
+        method = replace(method, controllers=(looks,))
+    own = own_weights(settings(alone, method, optimizer=more), method, lm)
+    assert own is not None and own.moves_within_batch == expected
 
 
 def test_in_the_second_update_the_live_teacher_is_the_one_of_the_first(
