@@ -34,7 +34,7 @@ def distill(
 
     Args:
         student: Model folder or hub name.
-        teacher: Model folder or hub name.
+        teacher: Model folder or hub name; not for methods in which the student teaches itself.
         base: Model folder or hub name of a second frozen model, for methods that ask one; by default the student as it
             was before training.
         data: JSON lines, Parquet or a hub name, with a column `prompt` or `messages`.

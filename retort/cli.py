@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
     train.add_argument("--method", help="name of a method: see `retort methods`")
     train.add_argument("--student", help="model folder or hub name")
-    train.add_argument("--teacher", help="model folder or hub name")
+    train.add_argument("--teacher", help="model folder or hub name; not where the student teaches itself")
     train.add_argument(
         "--base", help="second frozen model, for methods that ask one; default: the student at its start"
     )

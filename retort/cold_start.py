@@ -10,6 +10,8 @@ from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Method, Paper, Term, Watch
 from retort.rollout.plan import RolloutPlan
+from retort.teachers.moving import live
+from retort.teachers.view import View
 from retort.weights import student_entropy
 
 PAPER = Paper(
@@ -52,6 +54,9 @@ def with_cold_start(
     if steps < 1:
         raise UserError(f"a cold start has at least 1 step, not {steps}")
     chosen = negative_log_likelihood() if loss == "sft" else forward_kl()
+    # A student that teaches itself may learn the data's answers first, of which nobody is asked anything.
+    alone = loss == "sft" and answers == "dataset" and all(view.model != "teacher" for view in method.views.values())
+    view = View(model="student", weights=live()) if alone else View.same_prompt()
     first = Method(
         name=f"cold_start_{loss}",
         paper=PAPER,
@@ -64,6 +69,7 @@ def with_cold_start(
             attempts=attempts if answers == "teacher" else None,
         ),
         terms=(Term(loss, pathwise(chosen)),),
+        views={"teacher": view},
         watch=(Watch("student_entropy", student_entropy()),),
     )
     return replace(method, before=(steps, first))

@@ -56,6 +56,7 @@ PLOTS = (
     ),
     Curves("Teacher’s pull among the top-k in common", "nats, 0 is agreement", {"overlap_advantage": "advantage"}),
     Curves("Entropy gap", "nats per token", {"entropy_gap": "entropy gap"}),
+    Curves("Moving teacher’s distance", "of the student’s norm", {"teacher_lag": "distance"}),
     Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
     Curves(
         "Does the teacher’s reward tell right from wrong?",

@@ -114,17 +114,30 @@ class LocalTeacher:
         names = ("vocab", "stop_map", "batch_tokens", "thinking", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
-    def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
-        """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once."""
+    def answer(
+        self,
+        pack: Pack,
+        needs: frozenset[Need],
+        view: View,
+        temperature: float,
+        *,
+        head: Callable[[], Head] | None = None,
+    ) -> TeacherSignal:
+        """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once.
+
+        Args:
+            pack: Rollouts.
+            needs: What is asked.
+            view: What it sees.
+            temperature: Of the distributions.
+            head: Gives the head as it is at this moment, where its weights move; None: the model's, which must not.
+        """
         prompts = self.prompts(pack, view)
         hidden_ND, logits = self._hidden(pack, prompts), self._logits
-        version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
+        unchanged = head or self._unchanged_head()
 
         def rows(index_C: Tensor | slice) -> Tensor:
-            head = self.lm.head()
-            if head.weight_VD._version != version:  # pyright: ignore[reportPrivateUsage]
-                raise SignalError(f"{self.name}: the teacher's head changed after it had scored this batch")
-            return logits(head, hidden_ND[index_C])
+            return logits(unchanged(), hidden_ND[index_C])
 
         dense = Dense(
             pack.tokens_N.to(self.lm.device),
@@ -138,6 +151,17 @@ class LocalTeacher:
         if any(need.kind == "dense" for need in needs):
             return dense
         return reduced(dense, needs)
+
+    def _unchanged_head(self) -> Callable[[], Head]:
+        version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
+
+        def head() -> Head:
+            found = self.lm.head()
+            if found.weight_VD._version != version:  # pyright: ignore[reportPrivateUsage]
+                raise SignalError(f"{self.name}: the teacher's head changed after it had scored this batch")
+            return found
+
+        return head
 
     def prompts(self, pack: Pack, view: View) -> Prompts:
         """What the teacher reads before each rollout of a pack: as long as the stage and its context allow."""

@@ -39,6 +39,18 @@ class Weights:
         """Whether a run has to keep weights of its own for it, and to put them into its checkpoints."""
         return self.kind in ("ema", "hard_copy")
 
+    @property
+    def words(self) -> str:
+        """For people."""
+        now_and_then = "every optimizer step" if self.every == 1 else f"every {self.every} optimizer steps"
+        return {
+            "frozen": "as it was before training",
+            "live": "as it is",
+            "ema": f"an average that takes {self.update_rate:g} of it {now_and_then}",
+            "hard_copy": f"copied {now_and_then}",
+            "trust_region": f"its logits before training with {self.update_rate:g} of those as it is",
+        }[self.kind]
+
 
 def frozen() -> Weights:
     """The student as it was before training."""

@@ -39,28 +39,24 @@ _CONVERSATION = Prompt("probe", (Message("user", "What is 2 + 2?"),), plain=True
 
 def quick_checks(setup: Setup) -> list[Check]:
     """All of them, in the order in which a user would want to know."""
-    checks: list[Callable[[Setup], Check]] = [
-        check_special_tokens,
-        check_stops,
-        check_chat_templates,
-        check_vocabulary,
-        check_teacher_loaded,
-        check_teacher_repeats,
-        check_memory,
-    ]
-    return [check(setup) for check in checks]
+    pair: list[Callable[[Setup], Check]] = [check_special_tokens, check_stops, check_chat_templates]
+    loaded: list[Callable[[Setup], Check]] = [check_teacher_loaded, check_teacher_repeats]
+    if setup.teacher_lm is None:  # a student that teaches itself agrees with itself on all of that
+        pair = loaded = []
+    return [check(setup) for check in (*pair, check_vocabulary, *loaded, check_memory)]
 
 
 def check_special_tokens(setup: Setup) -> Check:
     """Whether both sides treat the same tokens as special."""
     why = "a control token to one side that is text to the other is written by one and not expected by the other"
-    ours, theirs = _specials(setup.student), _specials(setup.teacher_lm)
+    other_lm = _teacher(setup)
+    ours, theirs = _specials(setup.student), _specials(other_lm)
     vocab = setup.vocab
     only = sorted(i for i in ours.keys() ^ theirs.keys() if i < vocab)
     roles = {
         role: (mine, other)
         for role in ("bos_token_id", "pad_token_id", "unk_token_id")
-        if (mine := getattr(setup.student.tokenizer, role)) != (other := getattr(setup.teacher_lm.tokenizer, role))
+        if (mine := getattr(setup.student.tokenizer, role)) != (other := getattr(other_lm.tokenizer, role))
     }
     parts = []
     if only:
@@ -86,13 +82,13 @@ def check_stops(setup: Setup) -> Check:
     """Whether the stop token of either side is among the ids that both can write."""
     why = "a student that is never told to stop writes until it is cut off, and learns from that"
     local = _local(setup)
-    student, teacher = setup.student.stops, setup.teacher_lm.stops
+    student, teacher = setup.student.stops, _teacher(setup).stops
     name = setup.student.tokenizer.convert_ids_to_tokens(student.primary)
     if any(stops.primary >= setup.vocab for stops in (student, teacher)):  # `prepare` refuses it as well
         saw = f"stops {student.primary} and {teacher.primary}, of {setup.vocab:,} ids that both share"
         return Check("stop token", "fatal", saw, why, "choose a stop that both have: rollout.stop, or eos_token")
     if local is not None and local.stop_map:
-        saw = describe_stop_map(local.stop_map, setup.student.tokenizer, setup.teacher_lm.tokenizer)
+        saw = describe_stop_map(local.stop_map, setup.student.tokenizer, _teacher(setup).tokenizer)
         return Check("stop token", "ok", saw, why)
     return Check("stop token", "ok", f"both stop with {name} ({student.primary}), which is among the shared ids", why)
 
@@ -100,7 +96,7 @@ def check_stops(setup: Setup) -> Check:
 def check_chat_templates(setup: Setup) -> Check:
     """Whether a user's message reads the same to both."""
     why = "the teacher judges what it reads: in another template, or in none, it judges another conversation"
-    ours, theirs = setup.student.tokenizer, setup.teacher_lm.tokenizer
+    ours, theirs = setup.student.tokenizer, _teacher(setup).tokenizer
     if not ours.chat_template and not theirs.chat_template:
         return Check("chat template", "ok", "neither side has one: prompts are bare text to both", why)
     if bool(ours.chat_template) != bool(theirs.chat_template):
@@ -213,8 +209,13 @@ def check_memory(setup: Setup) -> Check:
 
 
 def _models(setup: Setup) -> list[tuple[str, LanguageModel]]:
-    base = [] if setup.base_lm is None else [("base", setup.base_lm)]
-    return [("student", setup.student), ("teacher", setup.teacher_lm), *base]
+    named = [("student", setup.student), ("teacher", setup.teacher_lm), ("base", setup.base_lm)]
+    return [(who, lm) for who, lm in named if lm is not None]
+
+
+def _teacher(setup: Setup) -> LanguageModel:
+    assert setup.teacher_lm is not None  # else `quick_checks` leaves out what is about it
+    return setup.teacher_lm
 
 
 def _local(setup: Setup) -> LocalTeacher | None:
@@ -240,7 +241,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
     for prompt in setup.train[:PROBES]:
         prompt_ids = local.render(prompt)
         if answered:
-            ids = list(setup.teacher_lm.tokenizer.encode(str(prompt.response), add_special_tokens=False))
+            ids = list(_teacher(setup).tokenizer.encode(str(prompt.response), add_special_tokens=False))
         else:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < setup.vocab][:PROBE_TOKENS]
@@ -252,7 +253,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
 
 def _scored(setup: Setup, pack: Pack) -> Tensor:
     """The teacher's log-probs of what it reads, [N], nats."""
-    lm = setup.teacher_lm
+    lm = _teacher(setup)
     tokens = [rollout.tokens_L for rollout in pack.rollouts]
     masks = [rollout.acted_L for rollout in pack.rollouts]
     hidden_ND = lm.all_hidden(tokens, masks, setup.config.optimizer.batch_tokens)

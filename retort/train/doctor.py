@@ -59,13 +59,16 @@ def refuse(examination: Examination) -> None:
 
 
 def _alike(setup: Setup) -> Check:
-    return _tokenizer_check(setup.student.tokenizer, setup.teacher_lm.tokenizer)
+    other = setup.teacher_lm or setup.student
+    return _tokenizer_check(setup.student.tokenizer, other.tokenizer)
 
 
 def _tokenizers(config: Config) -> Check:
     """Compares tokenizers before any weights are read."""
     from transformers import AutoTokenizer
 
+    if config.teacher is None:
+        return Check("tokenizer", "ok", "the student's own: no teacher is given", _TOKENIZER_WHY)
     named = [name for name in (config.student, config.teacher) if name is not None]
     try:
         ours, theirs = (

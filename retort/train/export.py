@@ -10,6 +10,7 @@ from typing import Any
 
 from retort.errors import RunError
 from retort.files import reason
+from retort.method import Method
 from retort.train.setup import Setup
 
 
@@ -52,7 +53,12 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         _trained(method.rollout.sources),
         "",
         f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
-        f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)",
+        *(
+            [f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)"]
+            if setup.teacher_lm
+            else []
+        ),
+        *[f"- teacher: {text}" for text in self_teachers(method)],
         *([f"- base: `{Path(setup.base_lm.name).name}`, frozen"] if setup.base_lm else []),
         f"- method: `{method.name}` ({method.status}): {origin}",
         f"- settings: {settings}",
@@ -64,6 +70,12 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         *_table(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def self_teachers(method: Method) -> list[str]:
+    """The student as its own teacher, in words, once for each way in which its weights move."""
+    moving = dict.fromkeys(view.weights for view in method.views.values() if view.model == "student")
+    return [f"the student itself, {weights.words}" for weights in moving]
 
 
 def _trained(sources: frozenset[str]) -> str:

@@ -7,7 +7,6 @@ certain part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from retort.models.core import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.teachers.itself import sides_of
 from retort.train.setup import Setup
 
 
@@ -23,7 +23,7 @@ class Forecast:
     """Bytes by part.
 
     Attributes:
-        models: Weights of all models.
+        models: Weights of all models, and the copies of a student that teaches itself.
         training: Gradients and two moments of Adam, fp32; a second gradient where their variance is measured.
         head: Gradients of head and embeddings while they are formed, before they are added up.
         activations: What is kept of the largest micro-batch for its backward pass.
@@ -64,7 +64,7 @@ def forecast(setup: Setup) -> Forecast:
     """What a run will take at its peak, bytes above an empty process."""
     student, config = setup.student, setup.config
     lms = [lm for lm in (student, setup.teacher_lm, setup.base_lm) if lm is not None]
-    frozen = lms[1:]
+    frozen = lms[1:] + [student] * _self_passes(setup)
     text = student.model.config.get_text_config()
     head = student.head().weight_VD
     untied = student.model.get_input_embeddings().weight is not head
@@ -77,15 +77,18 @@ def forecast(setup: Setup) -> Forecast:
     chunks = rows * setup.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
     rollouts = setup.batch_prompts * setup.method.rollout.samples
     judged = config.eval.samples * min(64, len(setup.held_out))
-    writers = [(student, max(rollouts, judged))] + ([(setup.teacher_lm, judged)] if config.eval.teacher else [])
+    writers = [(student, max(rollouts, judged))]
+    if config.eval.teacher and setup.teacher_lm is not None:
+        writers.append((setup.teacher_lm, judged))
+    weights = sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
     longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
     return Forecast(
-        models=sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters()),
+        models=weights + (setup.own_weights.bytes if setup.own_weights else 0),
         training=(16 if config.record.gradient_variance_every else 12) * student.parameters,
         head=forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,
-        signals=_signals(setup, frozen, rollouts * config.rollout.max_new_tokens, product),
+        signals=_signals(setup, rollouts * config.rollout.max_new_tokens, product),
         cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
     )
 
@@ -130,15 +133,28 @@ def _written(setup: Setup, *, longest: bool) -> int:
     return rollouts * (setup.config.rollout.max_new_tokens + _prompt_tokens(setup)) if longest else rollouts
 
 
-def _signals(setup: Setup, frozen: Sequence[LanguageModel], steps: int, product: int) -> int:
+def _self_passes(setup: Setup) -> int:
+    """How often the student reads a batch as its own teacher."""
+    views = setup.method.views.values()
+    return sum(len(sides_of(view.weights)) for view in views if view.model == "student")
+
+
+def _signals(setup: Setup, steps: int, product: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
     total = 0
+    models = {"teacher": setup.teacher_lm, "base": setup.base_lm, "student": setup.student}
     for name, view in setup.method.views.items():
-        lm = setup.base_lm if view.model == "base" and setup.base_lm is not None else setup.teacher_lm
+        lm = models[view.model]
+        assert lm is not None  # loaded by `prepare`, as a view asks it
         dense = any(need.kind == "dense" for need in setup.method.needs(name))
         width = int(lm.model.config.get_text_config().hidden_size)
-        total += steps * (width * product if dense else 4 * 64)
-    return total if frozen else 0
+        sides = sides_of(view.weights)
+        total += steps * (width * product * len(sides) if dense else 4 * 64)
+        own = setup.own_weights
+        if view.model == "student" and dense and own is not None and own.moves_within_batch:
+            moving = sum(weights.kind != "frozen" for weights, _ in sides)
+            total += moving * product * setup.student.head().weight_VD.numel()
+    return total
 
 
 def _cache(lm: LanguageModel, rollouts: int, longest: int, product: int) -> int:

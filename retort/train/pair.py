@@ -10,9 +10,49 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.teachers.itself import OwnWeights
 
 
-def base_name(config: Config, method: Method, student: str, teacher: str) -> str | None:
+def asks_teacher(method: Method) -> str | None:
+    """What a run asks of a model other than the student and its base, in words; None if nothing."""
+    for phase in [method] if method.before is None else [method.before[1], method]:
+        view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
+        if view is not None:
+            return f"view '{view}' of method '{phase.name}' is of a teacher"
+        if "teacher" in phase.rollout.sources:
+            return f"the answers of method '{phase.name}' are a teacher's"
+    return None
+
+
+def without_idle_teacher(config: Config, method: Method) -> Config:
+    """The settings without a teacher that nothing asks; the one that comes with a built-in task is left out quietly.
+
+    Raises:
+        UserError: A teacher of the user's own would do nothing.
+    """
+    if config.teacher is None or asks_teacher(method) is not None:
+        return config
+    if config.builtin and config.teacher == f"{config.data}:teacher":
+        return config.model_copy(update={"teacher": None})
+    raise UserError(
+        f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
+        "method that asks a teacher (see `retort methods`)"
+    )
+
+
+def named(config: Config, method: Method) -> tuple[str, str | None, str]:
+    """Student, teacher and data; a teacher only where the method asks one."""
+    asked = asks_teacher(method)
+    for name in ("student", "teacher", "data") if asked else ("student", "data"):
+        if getattr(config, name) is None:
+            given = "--student, --teacher and --data" if asked else "--student and --data"
+            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({asked})" if name == "teacher" else alone
+            raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
+    return str(config.student), config.teacher, str(config.data)
+
+
+def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
     """The second frozen model's name, where the method has a view of one."""
     if not any(view.model == "base" for view in method.views.values()):
         if config.base is not None:
@@ -21,7 +61,7 @@ def base_name(config: Config, method: Method, student: str, teacher: str) -> str
                 "anything; leave it out, or choose a method with a view `base` (see `retort methods`)"
             )
         return None
-    if config.base is not None and _known(config.base) == _known(teacher):
+    if config.base is not None and teacher is not None and _known(config.base) == _known(teacher):
         raise same_base(method)
     return config.base or student
 
@@ -62,3 +102,14 @@ def _nothing_to_learn(method: Method, how: str) -> UserError:
         f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
         "choose another teacher"
     )
+
+
+def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWeights | None:
+    """The weights of the student as its own teacher, if some phase of the run asks it."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
+    if not wanted:
+        return None
+    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
+    several = config.optimizer.updates * config.optimizer.epochs > 1
+    return OwnWeights(student, wanted, moves_within_batch=several or again)

@@ -23,6 +23,7 @@ from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
 from retort.train.diagnose import trajectory_reward
+from retort.train.digests import digests, refuse_others
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
@@ -84,7 +85,7 @@ class Run:
         """
         setup, config = self.setup, self.setup.config
         for _, phase in self._phases:
-            check_needs(phase.method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
+            check_needs(phase.method, {view: teacher.capabilities for view, teacher in phase.teachers.items()})
         self.observer.summary(summary(setup), setup.notes)
         tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
         with contextlib.closing(tracker), self._interrupted:
@@ -138,7 +139,9 @@ class Run:
             batch = self.control.act(setup, score(setup, pack, signals, moment))
         version = self.updates
         factor = self._factor(setup, moment)
-        self.updates, means, values = learn(setup, batch, self.optimizer, factor, self.updates, watch)
+        own = setup.own_weights
+        moved = None if own is None else own.moved
+        self.updates, means, values = learn(setup, batch, self.optimizer, factor, self.updates, watch, moved)
         with watch("score"):
             self.control.learn(setup, batch)
         self.step += 1
@@ -150,7 +153,7 @@ class Run:
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
         written = {**record.rollout_metrics(batch, version), **trajectory_reward(pack, values)}
-        shown = record.view_metrics(signals, setup.method.views, len(rollouts))
+        shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
 
     def _now(self) -> tuple[Setup, Moment]:
@@ -207,14 +210,14 @@ class Run:
             "begun": self.begun,
             "best": self.best,
             "data": fingerprint(self.setup.train),
-            "teacher": self.setup.teacher_lm.digest(),
-            "base": self.setup.base_lm.digest() if self.setup.base_lm else None,
+            **digests(self.setup),
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
         }
         weights = dict(self.setup.student.model.named_parameters())
         tensors = checkpoint.optimizer_tensors(self.optimizer)
-        parts = self.control.tensors() | self.shelf.tensors(self.setup)
+        own = self.setup.own_weights
+        parts = self.control.tensors() | self.shelf.tensors(self.setup) | (own.tensors() if own else {})
         self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
         checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
@@ -226,10 +229,7 @@ class Run:
             raise UserError(
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
-        if found.state["teacher"] != self.setup.teacher_lm.digest():
-            raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
-        if found.state.get("base") != (self.setup.base_lm.digest() if self.setup.base_lm else None):
-            raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
+        refuse_others(path, found.state, self.setup)
         parameters = dict(self.setup.student.model.named_parameters())
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
             raise UserError(
@@ -243,6 +243,8 @@ class Run:
         self.begun = int(found.state.get("begun", 0))
         self.control.restore(found.parts)
         self.shelf.restore(self.setup, found.parts)
+        if self.setup.own_weights is not None:
+            self.setup.own_weights.restore(found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
         if self.setup.steps < self.step:
@@ -281,7 +283,7 @@ class Run:
         setup = self.setup
         if self.step:
             return  # resumed without the first table (evaluation was switched on later): there is no "before" any more
-        if setup.config.eval.teacher:
+        if setup.config.eval.teacher and setup.teacher_lm is not None:
             teacher = self._teacher()
             if isinstance(teacher, LocalTeacher):
                 teacher = teacher.in_its_own_words()
@@ -300,6 +302,8 @@ class Run:
             f"eval/{name}": cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell
         }
         # Best: highest avg@k, or where nothing can be graded the lowest reverse KL on held-out prompts.
+        if f"eval/avg@{judge.samples}" not in found and "eval/reverse_kl" not in found:
+            return found  # a self-teacher has nothing to say of the student's own prompt: none is better than another
         score_now = found.get(f"eval/avg@{judge.samples}", -found.get("eval/reverse_kl", 0.0))
         if self.best is None or score_now > self.best[0]:
             self.best = (score_now, self.step)
@@ -333,6 +337,7 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
         raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
     run_folder(folder)
     setup = prepare(config, method)
+    config = setup.config  # without a teacher that nothing asks
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
         "precision": setup.precision,

@@ -23,13 +23,14 @@ from retort.rewards.verify import Verifier, verifier_for
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.streams import permutation
+from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
+from retort.train import pair
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
-from retort.train.pair import base_name, refuse_same_name, refuse_same_weights, same_base
 from retort.types import Message, Prompt
 
 
@@ -41,12 +42,15 @@ class Setup:
         config: Resolved.
         method: What is learnt.
         student: The model that learns.
-        teacher_lm: The teacher's model, to judge it by the same measure.
+        teacher_lm: The teacher's model, to judge it by the same measure; None where the student teaches itself.
         base_lm: A second frozen model, where the method has a view of it.
+        own_weights: Of the student as its own teacher, where the method has a view of it.
+        start: Digest of the student before training, where a self-teacher is that one.
+        models: Who answers, by the model that a view names.
         teachers: Who answers, by view.
         vocab: Ids that student and teacher share.
         engine: How the student writes.
-        teacher_writer: How the teacher writes for the student.
+        teacher_writer: How the teacher writes for the student, where there is one.
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
         probe: Prompts kept out of the training data for the method's probes.
@@ -61,11 +65,11 @@ class Setup:
     config: Config
     method: Method
     student: LanguageModel
-    teacher_lm: LanguageModel
+    teacher_lm: LanguageModel | None
     teachers: dict[str, Teacher]
     vocab: int
     engine: HFEngine
-    teacher_writer: TeacherWriter
+    teacher_writer: TeacherWriter | None
     train: list[Prompt]
     held_out: list[Prompt]
     probe: list[Prompt]
@@ -75,6 +79,9 @@ class Setup:
     render: Renderer
     attention: str | None = None
     base_lm: LanguageModel | None = None
+    own_weights: OwnWeights | None = None
+    start: str | None = None
+    models: dict[str, Teacher] = field(default_factory=lambda: {})
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -91,7 +98,10 @@ class Setup:
     def phases(self) -> list[tuple[int, Setup]]:
         """Where each method of the run begins, and the setup with it: the method's own, with what comes before it."""
         before = self.method.before
-        return [(0, self)] if before is None else [(0, replace(self, method=before[1])), (before[0], self)]
+        if before is None:
+            return [(0, self)]
+        teachers = {name: self.models[view.model] for name, view in before[1].views.items()}
+        return [(0, replace(self, method=before[1], teachers=teachers)), (before[0], self)]
 
 
 def prepare(config: Config, method: Method | None = None) -> Setup:
@@ -100,11 +110,12 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     Raises:
         UserError: Whatever is wrong, in one line.
     """
-    student_name, teacher_name, data = _three(config)
     method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
     cold = config.cold_start
     if cold.steps:
         method = with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
+    config = pair.without_idle_teacher(config, method)
+    student_name, teacher_name, data = pair.named(config, method)
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -115,50 +126,48 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
 
     need_verifier(method, verifier)
     need_columns(method, train, notes)
-    with_base = base_name(config, method, student_name, teacher_name)
+    with_base = pair.base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
-    if alone:
-        refuse_same_name(method, student_name, teacher_name)
+    if alone and teacher_name is not None:
+        pair.refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
-    teacher = load(config, teacher_name, "teacher")
+    teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
-    attention = _attention(config, student, teacher, render, train, notes)
+    loaded = [lm for lm in (student, teacher) if lm is not None]
+    attention = _attention(config, loaded, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
-    padded = [lm.name for lm in (student, teacher) if not lm.packs]
+    padded = [lm.name for lm in loaded if not lm.packs]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
-    local = local_teacher(config, student, teacher).on(stage)
-    if local.stop_map:
-        notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
-    if alone:
-        refuse_same_weights(method, student, teacher)
     base = None if with_base is None else load(config, with_base, "base")
-    models: dict[str, LocalTeacher] = {"teacher": local}
-    if base is not None:
-        models["base"] = local_teacher(config, student, base).on(stage)
-        # Nobody may say of an id that one of the models lacks.
-        vocab = min(model.vocab for model in models.values())
-        models = {name: model.about(vocab) for name, model in models.items()}
-        local = models["teacher"]
-        if base.digest() == teacher.digest():
-            raise same_base(method)
-    first = method.before[1].views if method.before else {}
-    teachers: dict[str, Teacher] = {name: models[view.model] for name, view in {**first, **method.views}.items()}
-    teacher_engine = HFEngine(teacher, vocab=local.vocab, max_parallel=config.rollout.parallel)
+    lms = {"teacher": teacher, "base": base, "student": student}
+    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
+    # Nobody may say of an id that one of the models lacks.
+    vocab = min(model.vocab for model in local.values())
+    local = {name: model.about(vocab) for name, model in local.items()}
+    if teacher is not None:
+        if local["teacher"].stop_map:
+            notes.append(describe_stop_map(local["teacher"].stop_map, student.tokenizer, teacher.tokenizer))
+        if alone:
+            pair.refuse_same_weights(method, student, teacher)
+        if base is not None and base.digest() == teacher.digest():
+            raise pair.same_base(method)
+    own = pair.own_weights(config, method, student)
+    models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
+    if own is not None:
+        models["student"] = SelfTeacher(local["student"], own)
     setup = Setup(
         config=config,
         method=method,
         student=student,
         teacher_lm=teacher,
-        teachers=teachers,
-        vocab=local.vocab,
-        engine=HFEngine(student, vocab=local.vocab, max_parallel=config.rollout.parallel),
-        teacher_writer=TeacherWriter(
-            teacher_engine, local.render, stop_map=local.stop_map, student_stops=student.stops
-        ),
+        teachers={name: models[view.model] for name, view in method.views.items()},
+        vocab=vocab,
+        engine=HFEngine(student, vocab=vocab, max_parallel=config.rollout.parallel),
+        teacher_writer=_writer(config, local["teacher"], student) if "teacher" in local else None,
         train=train,
         held_out=held_out,
         probe=probe,
@@ -168,9 +177,12 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         render=render,
         attention=attention,
         base_lm=base,
+        own_weights=own,
+        start=student.digest() if own is not None and own.from_start else None,
+        models=models,
         notes=notes,
     )
-    _check_prompts(setup, local.render)
+    _check_prompts(setup, local["teacher"].render if "teacher" in local else None)
     if method.before is not None and method.before[0] >= setup.steps:
         raise UserError(
             f"a cold start of {method.before[0]} steps leaves none of the run's {setup.steps} to '{method.name}'; "
@@ -234,10 +246,14 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
     )
 
 
+def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
+    engine = HFEngine(teacher.lm, vocab=teacher.vocab, max_parallel=config.rollout.parallel)
+    return TeacherWriter(engine, teacher.render, stop_map=teacher.stop_map, student_stops=student.stops)
+
+
 def _attention(
     config: Config,
-    student: LanguageModel,
-    teacher: LanguageModel,
+    loaded: Sequence[LanguageModel],
     render: Renderer,
     train: Sequence[Prompt],
     notes: list[str],
@@ -247,7 +263,7 @@ def _attention(
         return config.attention
     lengths = sorted(len(render(prompt)) for prompt in train[:64])
     length = lengths[len(lengths) // 2] + config.rollout.max_new_tokens
-    chosen, times = quickest([student, teacher], length, max(1, config.optimizer.batch_tokens // length))
+    chosen, times = quickest(list(loaded), length, max(1, config.optimizer.batch_tokens // length))
     if chosen is None:
         notes.append("attention is each model's own: they have no implementation in common to measure")
         return None
@@ -283,15 +299,6 @@ def located(name: str) -> str:
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
     return str(bundled[name]()) if name in bundled else name
-
-
-def _three(config: Config) -> tuple[str, str, str]:
-    for name in ("student", "teacher", "data"):
-        if getattr(config, name) is None:
-            raise UserError(
-                f"{name} is missing: give --student, --teacher and --data together, or none for the built-in task"
-            )
-    return str(config.student), str(config.teacher), str(config.data)
 
 
 def device_of(config: Config) -> str:
@@ -354,7 +361,7 @@ def _verifiers(
     return None, judge
 
 
-def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
+def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:
     """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other views."""
     rollout, evaluation = setup.config.rollout, setup.config.eval
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
@@ -369,9 +376,11 @@ def _check_prompts(setup: Setup, teacher_render: Renderer) -> None:
                 f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
                 f"{rollout.max_prompt_tokens}; raise that, or drop the row"
             )
-        theirs = teacher_render(prompt)
-        differing += ours != theirs
-        readers = [("student", ours, setup.student), ("teacher", theirs, setup.teacher_lm)]
+        readers = [("student", ours, setup.student)]
+        if setup.teacher_lm is not None and teacher_render is not None:
+            theirs = teacher_render(prompt)
+            differing += ours != theirs
+            readers.append(("teacher", theirs, setup.teacher_lm))
         if setup.base_lm is not None and base_render is not None:
             readers.append(("base", base_render(prompt), setup.base_lm))
         for who, ids, lm in readers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retort.apply import wanted
+from retort.train.export import self_teachers
 from retort.train.memory import forecast
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
@@ -20,7 +21,7 @@ def summary(setup: Setup) -> dict[str, str]:
     updates = min(config.optimizer.updates, setup.batch_prompts * method.rollout.samples) * config.optimizer.epochs
     return {
         "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters",
-        "teacher": f"{setup.teacher_lm.name}, {_count(setup.teacher_lm.parameters)} parameters",
+        **({"teacher": _teachers(setup)} if _teachers(setup) else {}),
         **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
         "method": f"{method.name} ({method.status}): {source}",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
@@ -33,6 +34,12 @@ def summary(setup: Setup) -> dict[str, str]:
         f"{config.optimizer.schedule} schedule, {setup.precision} on {setup.student.device.type}, seed {config.seed}",
         "memory": str(forecast(setup)),
     }
+
+
+def _teachers(setup: Setup) -> str:
+    lm = setup.teacher_lm
+    other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters"]
+    return "; ".join([*other, *self_teachers(setup.method)])
 
 
 def _count(parameters: int) -> str:

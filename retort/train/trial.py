@@ -88,11 +88,11 @@ def run_trial(setup: Setup) -> Trial:
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
     able = [watch for watch in watches if all(can_meet(offers[watch.against], need) for need in watch.part.needs)]
     parts = (watch_values(able), recorded_values(replace(method, terms=method.terms[:1]), offers))
-    kl = sampled_reverse_kl()
+    kl, view = sampled_reverse_kl(), _teacher_view(setup)
 
     def every(context: Context) -> dict[str, Tensor]:
         found = {name: value_C for part in parts for name, value_C in part(context).items()}
-        return {**found, "reverse_kl": kl.value(context, _teacher_view(setup))}
+        return found if view is None else {**found, "reverse_kl": kl.value(context, view)}
 
     student = setup.student
     hidden_ND = student.all_hidden(
@@ -109,7 +109,8 @@ def run_trial(setup: Setup) -> Trial:
 def trial_checks(setup: Setup) -> list[Check]:
     """All of them."""
     trial = run_trial(setup)
-    return [check_noise_floor(trial), check_stopping(trial), check_teachability(setup, trial)]
+    checks = [check_noise_floor(trial), check_stopping(trial)]
+    return checks if _teacher_view(setup) is None else [*checks, check_teachability(setup, trial)]
 
 
 def check_noise_floor(trial: Trial) -> Check:
@@ -200,8 +201,8 @@ def _doubts(found: Mapping[str, float], trial: Trial) -> list[tuple[Verdict, str
 _LOOKED_AT = ("overlap_ratio", "overlap_advantage", "overlap_mass", "overlap_teacher_mass", "entropy_gap")
 
 
-def _teacher_view(setup: Setup) -> str:
-    return next(name for name, view in setup.method.views.items() if view.model == "teacher")
+def _teacher_view(setup: Setup) -> str | None:
+    return next((name for name, view in setup.method.views.items() if view.model == "teacher"), None)
 
 
 def _overlap_by_chance(setup: Setup, trial: Trial) -> float:

@@ -124,6 +124,7 @@ def learn(
     factor: Callable[[int], float],
     updates_done: int,
     watch: Stopwatch,
+    moved: Callable[[int], None] | None = None,
 ) -> tuple[int, Means, dict[str, Tensor]]:
     """All optimizer steps on one batch of rollouts.
 
@@ -134,6 +135,7 @@ def learn(
         factor: Optimizer step -> factor on the learning rate.
         updates_done: Optimizer steps before this batch.
         watch: Takes the times.
+        moved: Told after every optimizer step how many there were in the run (weights that follow the student's).
 
     Returns:
         Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
@@ -175,6 +177,9 @@ def learn(
                 logged.add("adam_variance", adam_variance(optimizer))
             logged.add("lr", rate)
             updates_done += 1
+            if moved is not None:
+                with watch("optimizer"):
+                    moved(updates_done)
     return updates_done, logged, recorded
 
 

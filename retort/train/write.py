@@ -191,6 +191,8 @@ def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
 
 def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longest: int) -> list[Rollout]:
     """New answers in order; where the plan says so, the teacher begins again where it came to no end."""
+    if not wanted:
+        return []
     plan, limit = setup.method.rollout, setup.config.rollout.max_new_tokens
     # What is kept serves at every later length, what has to come to an end gets the room for it.
     room = limit if plan.keep or plan.attempts else longest
@@ -202,6 +204,7 @@ def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longe
             epoch = "kept" if plan.keep else visit.epoch
             chance = uniforms(setup.config.seed, "teacher", epoch, visit.prompt.id, member, attempt, count=room)
             tasks.append(Task(visit.prompt, setup.render(visit.prompt), member, chance, visit.epoch))
+        assert setup.teacher_writer is not None  # a plan with the teacher's answers asks for a teacher
         written = setup.teacher_writer.write(tasks, max_new_tokens=room, temperature=plan.temperature, top_p=plan.top_p)
         found.update(zip(open_, written, strict=True))
     return _graded(setup, [found[index] for index in range(len(wanted))])

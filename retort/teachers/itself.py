@@ -1,0 +1,278 @@
+"""The student as its own teacher: one model, whose weights are changed for as long as the teacher speaks.
+
+Kept are copies of what learns and of nothing else: of every parameter of a student that learns as a whole, of the
+adapter where only that learns. While the teacher reads, the kept tensors stand in the place of the live ones (a
+parameter is pointed at them, nothing is copied), so there is never a second model. Axis letters: see `retort.types`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from retort.errors import SignalError, UserError
+from retort.models.head import Head
+from retort.models.lm import LanguageModel
+from retort.signals import Dense, TeacherSignal, as_compute
+from retort.teachers.local import LocalTeacher, reduced
+from retort.teachers.moving import Weights, frozen, live
+from retort.teachers.view import View
+from retort.types import DENSE, Need, NeedKind, Pack
+
+_PREFIX = "moving/"
+
+
+class OwnWeights:
+    """The weights of all self-teachers of a run.
+
+    Equal `Weights` share one copy; `live`, and the live side of a trust region, need none.
+    """
+
+    def __init__(self, lm: LanguageModel, wanted: Iterable[Weights], *, moves_within_batch: bool = False) -> None:
+        """Takes the copies; the student must be as it is before training.
+
+        Args:
+            lm: The student.
+            wanted: Of the method's views.
+            moves_within_batch: Whether answers are still read after the weights have moved (several optimizer steps
+                on a batch): they then keep a copy of those parts of the head that move.
+        """
+        self.lm = lm
+        self.moves_within_batch = moves_within_batch
+        self._updates = 0
+        self._moves: dict[Weights, int] = {}
+        self._kept: dict[Weights, list[Tensor]] = {}
+        sides = dict.fromkeys(side for weights in wanted for side, _ in sides_of(weights))
+        self._off = frozen() in sides and _adapter_does_nothing(lm)
+        for side in sides:
+            if side.kind != "live" and not (side == frozen() and self._off):
+                self._kept[side] = [parameter.detach().clone() for parameter in self._learning.values()]
+
+    @property
+    def _learning(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.lm.model.named_parameters() if p.requires_grad}
+
+    @property
+    def bytes(self) -> int:
+        """What the copies take."""
+        return sum(tensor.numel() * tensor.element_size() for kept in self._kept.values() for tensor in kept)
+
+    @property
+    def from_start(self) -> bool:
+        """Whether a teacher is the student as it was before training: a resumed run then has to load that one."""
+        return self._off or frozen() in self._kept
+
+    @contextlib.contextmanager
+    def in_place(self, weights: Weights) -> Iterator[None]:
+        """The student's model with the weights of one side of a self-teacher, until the end of the block."""
+        if weights == frozen() and self._off:
+            with _without_adapter(self.lm)():
+                yield
+            return
+        kept = self._kept.get(weights)
+        if kept is None:
+            yield
+            return
+        learning = list(self._learning.values())
+        before = [parameter.data for parameter in learning]
+        _point(learning, kept)
+        try:
+            yield
+        finally:
+            _point(learning, before)
+
+    def head(self, weights: Weights, *, lasting: bool) -> Callable[[], Head]:
+        """The head as it is now, with these weights in place; to be called inside `in_place`.
+
+        Args:
+            weights: Those in place.
+            lasting: Whether it is used after this moment.
+
+        Returns:
+            A function that gives the head; it raises `SignalError` if the weights moved meanwhile and no copy was kept.
+        """
+        head, moves = self.lm.head(), self._moved(weights)
+        learning = {p.data_ptr() for p in self._learning.values()} if weights.kind != "frozen" else set[int]()
+        moving = any(part is not None and part.data_ptr() in learning for part in head.parts)
+        copied = moving and lasting and self.moves_within_batch
+        narrow = torch.bfloat16 if self.lm.precision == "bf16" else None
+
+        def part(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            if not copied or tensor.data_ptr() not in learning:
+                return tensor.detach()
+            # In the dtype of its products, to which they would bring it anyway.
+            return tensor.detach().to(narrow or tensor.dtype, copy=True)
+
+        weight_VD, bias_V, down_QD, up_VQ = (part(tensor) for tensor in head.parts)
+        assert weight_VD is not None
+        adapter = head.adapter
+        if adapter is not None and down_QD is not None and up_VQ is not None:
+            adapter = replace(adapter, down_QD=down_QD, up_VQ=up_VQ)
+        now = replace(head, weight_VD=weight_VD, bias_V=bias_V, adapter=adapter)
+
+        def same() -> Head:
+            if moving and not copied and self._moved(weights) != moves:
+                raise SignalError(f"{self.lm.name}: the self-teacher's weights moved after it had scored this batch")
+            return now
+
+        return same
+
+    def _moved(self, weights: Weights) -> int:
+        """How often these weights have moved."""
+        return self._updates if weights.kind == "live" else self._moves.get(weights, 0)
+
+    @torch.no_grad()
+    def moved(self, updates: int) -> None:
+        """Lets the moving weights follow.
+
+        Args:
+            updates: Optimizer steps of the run, the one just done included.
+        """
+        self._updates += 1
+        for weights, kept in self._kept.items():
+            if not weights.stateful or updates % weights.every:
+                continue
+            self._moves[weights] = self._moves.get(weights, 0) + 1
+            for old, parameter in zip(kept, self._learning.values(), strict=True):
+                old.lerp_(parameter.detach(), weights.update_rate)
+
+    @torch.no_grad()
+    def lags(self) -> dict[str, float]:
+        """How far each moving teacher is from the student: the norm of the difference over that of the student."""
+        moving = {weights: kept for weights, kept in self._kept.items() if weights.stateful}
+        found: dict[str, float] = {}
+        for weights, kept in moving.items():
+            pairs = list(zip(kept, self._learning.values(), strict=True))
+            apart = sum(float((old - p.detach()).double().square().sum()) for old, p in pairs) ** 0.5
+            size = sum(float(p.detach().double().square().sum()) for _, p in pairs) ** 0.5
+            name = "teacher_lag" if len(moving) == 1 else f"teacher_lag/{_label(weights)}"
+            found[name] = apart / size if size else 0.0
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint needs: the weights that have moved. When they move next follows from the run's updates."""
+        return {
+            f"{_PREFIX}{_label(weights)}/{name}": tensor
+            for weights, kept in self._kept.items()
+            if weights.stateful
+            for name, tensor in zip(self._learning, kept, strict=True)
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts `tensors` back; those of others are not looked at.
+
+        Raises:
+            UserError: They are of other teachers.
+        """
+        own = self.tensors()
+        given = {name for name in tensors if name.startswith(_PREFIX)}
+        if given != own.keys():
+            wrong = sorted(given ^ own.keys())[0]
+            raise UserError(f"the checkpoint is of a method whose self-teachers move otherwise (tensor '{wrong}')")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+class SelfTeacher:
+    """The student as a teacher of itself, with the weights that the view names."""
+
+    capabilities: frozenset[NeedKind] = frozenset({"dense"})
+
+    def __init__(self, local: LocalTeacher, weights: OwnWeights) -> None:
+        """A teacher.
+
+        Args:
+            local: Reads what the view shows, with the student's model.
+            weights: Of all self-teachers of the run.
+        """
+        self.local = local
+        self.weights = weights
+        self.name = f"{local.name} itself"
+
+    def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
+        """See `Teacher`. A trust region reads twice, and mixes logits chunk by chunk."""
+        sides = sides_of(view.weights)
+        if len(sides) == 1:
+            return self._side(pack, needs, view, temperature, sides[0][0])
+        lasting = any(need.kind == "dense" for need in needs)
+        signals = [self._side(pack, frozenset({DENSE}), view, temperature, side, lasting) for side, _ in sides]
+        mixed = mix(signals, [share for _, share in sides])
+        return mixed if lasting else reduced(mixed, needs)
+
+    def _side(
+        self,
+        pack: Pack,
+        needs: frozenset[Need],
+        view: View,
+        temperature: float,
+        side: Weights,
+        lasting: bool = True,
+    ) -> TeacherSignal:
+        with self.weights.in_place(side):
+            lasting = lasting and any(need.kind == "dense" for need in needs)
+            head = self.weights.head(side, lasting=lasting)
+            return self.local.answer(pack, needs, view, temperature, head=head)
+
+
+def sides_of(weights: Weights) -> list[tuple[Weights, float]]:
+    """Whose logits a self-teacher mixes, and in which shares; the share 0 is left out."""
+    if weights.kind != "trust_region":
+        return [(weights, 1.0)]
+    shares = [(frozen(), 1.0 - weights.update_rate), (live(), weights.update_rate)]
+    return [(side, share) for side, share in shares if share > 0]
+
+
+def mix(signals: Sequence[TeacherSignal], shares: Sequence[float]) -> Dense:
+    r"""Whole distributions mixed as logits, :math:`\sum_i c_i z_i`: a geometric mean, renormalised.
+
+    Args:
+        signals: Dense, about the same steps.
+        shares: c, one for each.
+    """
+    parts = [signal for signal in signals if isinstance(signal, Dense)]
+    assert len(parts) == len(signals) == len(shares)
+
+    def logits(rows: Tensor | slice) -> Tensor:
+        mixed_CV = as_compute(parts[0].logits(rows)) * shares[0]
+        for part, share in zip(parts[1:], shares[1:], strict=True):
+            mixed_CV = mixed_CV.add_(as_compute(part.logits(rows)), alpha=share)
+        return mixed_CV
+
+    return replace(parts[0], logits=logits)
+
+
+def _point(parameters: Iterable[torch.nn.Parameter], tensors: Iterable[Tensor]) -> None:
+    for parameter, tensor in zip(parameters, tensors, strict=True):
+        parameter.data = tensor
+
+
+def _label(weights: Weights) -> str:
+    return f"{weights.kind}-{weights.update_rate}-{weights.every}"
+
+
+def _without_adapter(lm: LanguageModel) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    found: Callable[[], contextlib.AbstractContextManager[None]] = getattr(lm, "without_adapter")  # noqa: B009
+    return found
+
+
+@torch.no_grad()
+def _adapter_does_nothing(lm: LanguageModel) -> bool:
+    """Whether the student has an adapter that changes nothing yet: switched off, it is the student as it was."""
+    if getattr(lm, "adapter", None) is None:
+        return False
+    ids_RL = torch.arange(1, 5, device=lm.device)[None] % lm.head().width
+
+    def logits() -> Tensor:
+        return lm.head().logits(lm.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state)
+
+    with lm.compute():
+        with_it = logits()
+        with _without_adapter(lm)():
+            return torch.equal(with_it, logits())

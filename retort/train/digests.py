@@ -1,0 +1,33 @@
+"""Which models a checkpoint was made with: it holds the student that learns, and all others must be the same again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retort.errors import UserError
+from retort.train.setup import Setup
+
+
+def digests(setup: Setup) -> dict[str, str | None]:
+    """Fingerprints of the models that do not learn, None for one that a run has not: part of a checkpoint's state."""
+    return {
+        "teacher": setup.teacher_lm.digest() if setup.teacher_lm else None,
+        "base": setup.base_lm.digest() if setup.base_lm else None,
+        "start": setup.start,
+    }
+
+
+def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
+    """Raises `UserError` unless a checkpoint's models are those of the run that goes on from it."""
+    now = digests(setup)
+    if state["teacher"] != now["teacher"]:
+        raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
+    if state.get("base") != now["base"]:
+        raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
+    if state.get("start") != now["start"]:
+        raise UserError(
+            f"{path}: the weights in {setup.config.student} changed since this checkpoint, and the teacher is the "
+            "student as it was before training; put the same student back"
+        )
