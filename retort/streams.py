@@ -25,6 +25,7 @@ Stream = Literal[
     "difficulty",
     "probe",
     "controllers",
+    "adapter",
 ]
 
 

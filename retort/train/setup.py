@@ -18,6 +18,7 @@ from retort.config import BUILTIN, Config
 from retort.data import in_template, load_prompts
 from retort.errors import UserError
 from retort.method import Method
+from retort.models.adapter import add_adapter
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.rewards.verify import Verifier, verifier_for
 from retort.rollout.by_teacher import TeacherWriter
@@ -117,6 +118,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if alone:
         refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
+    _adapt(config, student)
     teacher = load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
     attention = _attention(config, student, teacher, render, train, notes)
@@ -131,7 +133,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes.append(describe_stop_map(local.stop_map, student.tokenizer, teacher.tokenizer))
     if alone:
         refuse_same_weights(method, student, teacher)
-    base = None if with_base is None else load(config, with_base, "base")
+    base = None if with_base is None else _base(config, student, with_base)
     models: dict[str, LocalTeacher] = {"teacher": local}
     if base is not None:
         models["base"] = local_teacher(config, student, base)
@@ -228,6 +230,21 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
         stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
     )
+
+
+def _adapt(config: Config, student: LanguageModel) -> None:
+    """Gives the student the adapter that the settings name."""
+    lora = config.lora
+    if lora.rank:
+        alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+        add_adapter(
+            student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed
+        )
+
+
+def _base(config: Config, student: LanguageModel, name: str) -> LanguageModel:
+    """The base model. Where that is the student as it was, a student with an adapter still holds it."""
+    return student.bare() if student.adapter is not None and name == student.name else load(config, name, "base")
 
 
 def _attention(

@@ -19,7 +19,7 @@ def summary(setup: Setup) -> dict[str, str]:
     }
     updates = min(config.optimizer.updates, setup.batch_prompts * method.rollout.samples) * config.optimizer.epochs
     return {
-        "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters",
+        "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters{_learning(setup)}",
         "teacher": f"{setup.teacher_lm.name}, {_count(setup.teacher_lm.parameters)} parameters",
         **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
         "method": f"{method.name} ({method.status}): {source}",
@@ -33,6 +33,14 @@ def summary(setup: Setup) -> dict[str, str]:
         f"{config.optimizer.schedule} schedule, {setup.precision} on {setup.student.device.type}, seed {config.seed}",
         "memory": str(forecast(setup)),
     }
+
+
+def _learning(setup: Setup) -> str:
+    """How many of them learn, where that is not all."""
+    student, lora = setup.student, setup.config.lora
+    if student.adapter is None:
+        return ""
+    return f", of which {_count(student.trainable_parameters)} learn: LoRA of rank {lora.rank} on {', '.join(lora.targets)}"
 
 
 def _count(parameters: int) -> str:
