@@ -129,7 +129,9 @@ class LanguageModel:
             UserError: There is no adapter, so there is nothing to go back to.
         """
         if self.adapter is None:
-            raise UserError(f"{self.name} learns without an adapter, so it cannot be asked as it was before (lora.rank)")
+            raise UserError(
+                f"{self.name} learns without an adapter, so it cannot be asked as it was before (lora.rank)"
+            )
         with self.adapter.off():
             yield
 

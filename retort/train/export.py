@@ -29,11 +29,11 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
     shutil.rmtree(temporary, ignore_errors=True)
     if student.adapter is not None:
         _write_adapter(setup, folder.with_name(ADAPTER))
-    merged = {} if student.adapter is None else {"state_dict": student.adapter.merged()}
+    merged = None if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         student.model.generation_config = student.written_generation
-        student.model.save_pretrained(temporary, **merged)
+        student.model.save_pretrained(temporary, state_dict=merged)
         student.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card(setup, results, step), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +111,7 @@ def _adapted(setup: Setup) -> str:
     assert adapter is not None
     return (
         f"- trained {described(adapter.settings)}: {setup.student.trainable_parameters:,} parameters learnt. It is "
-        f"merged into these weights; by itself it is in `../{ADAPTER}`"
+        f"merged into these weights; by itself it is in the run's folder `{ADAPTER}`"
     )
 
 

@@ -237,9 +237,7 @@ def _adapt(config: Config, student: LanguageModel) -> None:
     lora = config.lora
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-        add_adapter(
-            student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed
-        )
+        add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
 
 
 def _base(config: Config, student: LanguageModel, name: str) -> LanguageModel:

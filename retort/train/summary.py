@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retort.apply import wanted
+from retort.models.adapter import described
 from retort.train.memory import forecast
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
@@ -37,10 +38,10 @@ def summary(setup: Setup) -> dict[str, str]:
 
 def _learning(setup: Setup) -> str:
     """How many of them learn, where that is not all."""
-    student, lora = setup.student, setup.config.lora
+    student = setup.student
     if student.adapter is None:
         return ""
-    return f", of which {_count(student.trainable_parameters)} learn: LoRA of rank {lora.rank} on {', '.join(lora.targets)}"
+    return f", of which {_count(student.trainable_parameters)} learn, {described(student.adapter.settings)}"
 
 
 def _count(parameters: int) -> str:
