@@ -71,6 +71,8 @@ class Adapter:
         if on != self._on:
             for layer in self.layers.values():
                 layer.enable_adapters(on)
+            for parameter in self.tensors.values():
+                parameter.requires_grad_()  # what learns is the same on both sides; peft says otherwise on one
             self._on = on
 
     def on(self, layer: Module) -> tuple[Any, LowRank | None]:

@@ -142,6 +142,7 @@ def test_switched_off_it_is_the_frozen_model_bit_for_bit(model_folder: Callable[
                 pass
             assert torch.equal(lm.hidden(tokens, acted), wanted_ND), "leaving the inner one does not switch it on"
             assert torch.equal(lm.head().logits(wanted_ND), wanted_NV)
+            assert all(parameter.requires_grad for parameter in lm.trainable().values())
         assert torch.equal(bare.hidden(tokens, acted), wanted_ND)
         assert torch.equal(lm.hidden(tokens, acted), own_ND), "and on again"
     assert torch.equal(bare.all_hidden(tokens, acted, 1 << 10), plain.all_hidden(tokens, acted, 1 << 10))
