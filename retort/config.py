@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from retort import registry
 from retort.errors import UserError, did_you_mean
@@ -61,6 +62,37 @@ class OptimizerSection(_Section):
     epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
     batch_tokens: int = Field(default=16384, ge=1, description="tokens per forward pass")
     gradient_checkpointing: bool = False
+
+
+class LoraSection(_Section):
+    """An adapter that learns in the place of the student's weights, by `peft` (the extra `lora`)."""
+
+    rank: int = Field(default=0, ge=0, description="of the adapter; 0: none, all weights learn")
+    alpha: float | None = Field(default=None, gt=0, description="times 1 / rank, its scale; default: twice the rank")
+    dropout: float = Field(default=0.0, description="must be 0: a student is taught about what it wrote")
+    targets: list[str] = Field(
+        default_factory=lambda: ["all-linear"],
+        min_length=1,
+        description="layers by the ends of their names; all-linear leaves out the head, which lm_head adds",
+    )
+    rslora: bool = Field(default=False, description="scale by 1 / sqrt(rank) instead")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout:
+            raise PydanticCustomError(
+                "dropout",
+                "Retort has no dropout, under which a student would learn about another distribution than the one that "
+                "it wrote from; leave it at 0",
+            )
+        return dropout
+
+    @model_validator(mode="after")
+    def _used(self) -> LoraSection:
+        if not self.rank and (self.alpha, self.targets, self.rslora) != (None, ["all-linear"], False):
+            raise PydanticCustomError("no_rank", "its settings do nothing without a rank; set lora.rank, say 64")
+        return self
 
 
 class ColdStartSection(_Section):
@@ -186,6 +218,7 @@ class Config(_Section):
     limit: int | None = Field(default=None, ge=1, description="use only the first rows of the data")
     rollout: RolloutSection = RolloutSection()
     optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection = LoraSection()
     cold_start: ColdStartSection = ColdStartSection()
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -26,6 +26,7 @@ Stream = Literal[
     "probe",
     "controllers",
     "views",
+    "adapter",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +17,10 @@ from retort.errors import UserError
 from retort.models.head import Head
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from retort.models.adapter import Adapter
 
 Precision = Literal["bf16", "fp32"]
 
@@ -42,6 +45,7 @@ class LanguageModel:
         written_generation: The generation settings to save beside the model (decoding here ignores them).
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
         shares: Whether those with the same prompt share it there.
+        adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
     """
 
     model: PreTrainedModel
@@ -52,6 +56,7 @@ class LanguageModel:
     written_generation: GenerationConfig
     packs: bool = False
     shares: bool = False
+    adapter: Adapter | None = None
 
     @property
     def device(self) -> torch.device:
@@ -60,8 +65,29 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has, tied ones counted once."""
+        """How many parameters it has, tied ones counted once, an adapter's included."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def trainable_parameters(self) -> int:
+        """How many of them learn."""
+        return sum(parameter.numel() for parameter in self.trainable().values())
+
+    def trainable(self) -> dict[str, Parameter]:
+        """What learns, by name: all of a full student, an adapter's tensors, nothing of a frozen model.
+
+        This is what optimizer, checkpoints and averages of weights go over, in this order.
+        """
+        if self.adapter is not None:
+            return dict(self.adapter.tensors)
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def weights(self) -> dict[str, Parameter]:
+        """The model's own parameters without an adapter's, by the names of the model's folder."""
+        named = self.model.named_parameters()
+        if self.adapter is None:
+            return dict(named)
+        return {own: parameter for name, parameter in named if (own := self.adapter.own_name(name)) is not None}
 
     @property
     def context(self) -> int:
@@ -72,7 +98,7 @@ class LanguageModel:
     def digest(self) -> str:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
         found = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in (self.weights() | self.trainable()).items():
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, len(flat) // 64)].float().cpu()
             found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
@@ -81,6 +107,7 @@ class LanguageModel:
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
         layer: Any = self.model.get_output_embeddings()
+        layer, low_rank = (layer, None) if self.adapter is None else self.adapter.on(layer)
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; what none of these covers is caught by `check_head`.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -89,7 +116,33 @@ class LanguageModel:
             getattr(layer, "bias", None),
             float(scale),
             getattr(config, "final_logit_softcapping", None),
+            low_rank,
         )
+
+    @contextlib.contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        """Within, it is the model that it was before it learnt: a frozen teacher that takes no memory.
+
+        A loss must be computed and differentiated on the same side of it.
+
+        Raises:
+            UserError: There is no adapter, so there is nothing to go back to.
+        """
+        if self.adapter is None:
+            raise UserError(
+                f"{self.name} learns without an adapter, so it cannot be asked as it was before (lora.rank)"
+            )
+        with self.adapter.off():
+            yield
+
+    def bare(self) -> LanguageModel:
+        """The same model without its adapter, to be asked as any other frozen model; it shares all weights.
+
+        Raises:
+            UserError: As `without_adapter`.
+        """
+        with self.without_adapter():
+            return _Bare(**{field.name: getattr(self, field.name) for field in fields(self)})
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
@@ -182,6 +235,22 @@ class LanguageModel:
                 f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
                 "please open an issue that names this family"
             )
+
+
+class _Bare(LanguageModel):
+    """A model with its adapter switched off whenever it computes."""
+
+    def trainable(self) -> dict[str, Parameter]:
+        return {}
+
+    def head(self) -> Head:
+        with self.without_adapter():
+            return super().head()
+
+    @contextlib.contextmanager
+    def compute(self) -> Iterator[None]:
+        with self.without_adapter(), super().compute():
+            yield
 
 
 def load_model(

@@ -11,21 +11,30 @@ from typing import Any
 from retort.errors import RunError
 from retort.files import reason
 from retort.method import Method
+from retort.models.adapter import described
 from retort.train.setup import Setup
+
+#: Folder of an adapter, beside that of the model.
+ADAPTER = "adapter"
 
 
 def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: int) -> None:
     """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
+
+    An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
 
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
     student, temporary = setup.student, folder.with_name(".writing-model")
     shutil.rmtree(temporary, ignore_errors=True)
+    if student.adapter is not None:
+        _write_adapter(setup, folder.with_name(ADAPTER))
+    merged = None if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         student.model.generation_config = student.written_generation
-        student.model.save_pretrained(temporary)
+        student.model.save_pretrained(temporary, state_dict=merged)
         student.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card(setup, results, step), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
@@ -34,6 +43,36 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
     finally:
         student.model.generation_config = bare
+
+
+def _write_adapter(setup: Setup, folder: Path) -> None:
+    """Writes a student's adapter alone, with its tokenizer and a few words on how to open it."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    assert setup.student.adapter is not None
+    try:
+        setup.student.adapter.save(temporary)
+        (temporary / "README.md").write_text(_adapter_card(setup), encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
+
+
+def _adapter_card(setup: Setup) -> str:
+    name = Path(setup.student.name).name
+    lines = [
+        "---",
+        "library_name: peft",
+        "tags: [lora, on-policy-distillation, retort]",
+        "---",
+        "",
+        f"# A LoRA adapter of {name}, distilled with {setup.method.name}",
+        "",
+        f"Load `{name}`, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 weights; the same "
+        "student, merged, is the folder `model` of the run.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
@@ -53,6 +92,7 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         _trained(method.rollout.sources),
         "",
         f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
+        *([_adapted(setup)] if setup.student.adapter else []),
         *(
             [f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)"]
             if setup.teacher_lm
@@ -76,6 +116,15 @@ def self_teachers(method: Method) -> list[str]:
     """The student as its own teacher, in words, once for each way in which its weights move."""
     moving = dict.fromkeys(view.weights for view in method.views.values() if view.model == "student")
     return [f"the student itself, {weights.words}" for weights in moving]
+
+
+def _adapted(setup: Setup) -> str:
+    adapter = setup.student.adapter
+    assert adapter is not None
+    return (
+        f"- trained {described(adapter.settings)}: {setup.student.trainable_parameters:,} parameters learnt. It is "
+        f"merged into these weights; by itself it is in the run's folder `{ADAPTER}`"
+    )
 
 
 def _trained(sources: frozenset[str]) -> str:

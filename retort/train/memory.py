@@ -67,6 +67,7 @@ def forecast(setup: Setup) -> Forecast:
     frozen = lms[1:] + [student] * _self_passes(setup)
     text = student.model.config.get_text_config()
     head = student.head().weight_VD
+    learns = head.requires_grad
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
     forming = 4 * head.numel() * 2
@@ -80,12 +81,12 @@ def forecast(setup: Setup) -> Forecast:
     writers = [(student, max(rollouts, judged))]
     if config.eval.teacher and setup.teacher_lm is not None:
         writers.append((setup.teacher_lm, judged))
-    weights = sum(p.numel() * p.element_size() for lm in lms for p in lm.model.parameters())
     longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
     return Forecast(
-        models=weights + (setup.own_weights.bytes if setup.own_weights else 0),
-        training=(16 if config.record.gradient_variance_every else 12) * student.parameters,
-        head=forming if not untied else 4 * head.numel(),
+        models=sum(p.numel() * p.element_size() for model in {lm.model for lm in lms} for p in model.parameters())
+        + (setup.own_weights.bytes if setup.own_weights else 0),
+        training=(16 if config.record.gradient_variance_every else 12) * student.trainable_parameters,
+        head=0 if not learns else forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,
         signals=_signals(setup, rollouts * config.rollout.max_new_tokens, product),

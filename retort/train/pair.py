@@ -86,7 +86,7 @@ def refuse_same_name(method: Method, student: str, teacher: str) -> None:
 
 def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
     """Raises `UserError` if student and teacher hold the same weights and see the same."""
-    ours, theirs = dict(student.model.named_parameters()), dict(teacher.model.named_parameters())
+    ours, theirs = student.weights(), teacher.weights()
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return
     if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):

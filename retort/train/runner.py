@@ -17,6 +17,7 @@ from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.evaluate.judge import Judge
 from retort.method import Method
+from retort.models.adapter import described
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
@@ -60,7 +61,7 @@ class Run:
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
         self.optimizer = torch.optim.AdamW(
-            [p for p in self.setup.student.model.parameters() if p.requires_grad],
+            list(self.setup.student.trainable().values()),
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
@@ -214,7 +215,10 @@ class Run:
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
         }
-        weights = dict(self.setup.student.model.named_parameters())
+        adapter = self.setup.student.adapter
+        if adapter is not None:  # only what learns is saved: what does not must be the same again
+            state |= {"lora": adapter.settings, "adapted": self.setup.student.bare().digest()}
+        weights = self.setup.student.trainable()
         tensors = checkpoint.optimizer_tensors(self.optimizer)
         own = self.setup.own_weights
         parts = self.control.tensors() | self.shelf.tensors(self.setup) | (own.tensors() if own else {})
@@ -230,7 +234,8 @@ class Run:
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
         refuse_others(path, found.state, self.setup)
-        parameters = dict(self.setup.student.model.named_parameters())
+        self._check_adapter(path, found.state)
+        parameters = self.setup.student.trainable()
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
             raise UserError(
                 f"{path}: the student {self.setup.student.name} is another model than the one it was made with"
@@ -254,6 +259,17 @@ class Run:
         self.shelf.go_back(self.setup, self.step)
         checkpoint.supersede(path.parent, self.step)
         self._saved = path
+
+    def _check_adapter(self, path: Path, state: Mapping[str, Any]) -> None:
+        student, saved = self.setup.student, state.get("lora")
+        if saved != (student.adapter.settings if student.adapter else None):
+            was, now = map(described, (saved, student.adapter and student.adapter.settings))
+            raise UserError(f"{path}: the student learnt {was}, and would go on {now}; put lora back as it was")
+        if student.adapter is not None and state["adapted"] != student.bare().digest():
+            raise UserError(
+                f"{path}: the weights of {student.name}, on which the adapter learns, changed since this checkpoint; "
+                "put the same student back"
+            )
 
     def _judge(self) -> Judge | None:
         config = self.setup.config

@@ -18,6 +18,7 @@ from retort.config import BUILTIN, Config
 from retort.data import in_template, load_prompts
 from retort.errors import UserError
 from retort.method import Method
+from retort.models.adapter import add_adapter
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.rewards.verify import Verifier, verifier_for
 from retort.rollout.by_teacher import TeacherWriter
@@ -131,6 +132,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if alone and teacher_name is not None:
         pair.refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
+    _adapt(config, student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
     loaded = [lm for lm in (student, teacher) if lm is not None]
@@ -142,7 +144,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
-    base = None if with_base is None else load(config, with_base, "base")
+    base = None if with_base is None else _base(config, student, with_base)
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
@@ -249,6 +251,19 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
 def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
     engine = HFEngine(teacher.lm, vocab=teacher.vocab, max_parallel=config.rollout.parallel)
     return TeacherWriter(engine, teacher.render, stop_map=teacher.stop_map, student_stops=student.stops)
+
+
+def _adapt(config: Config, student: LanguageModel) -> None:
+    """Gives the student the adapter that the settings name."""
+    lora = config.lora
+    if lora.rank:
+        alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+        add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+
+
+def _base(config: Config, student: LanguageModel, name: str) -> LanguageModel:
+    """The base model. Where that is the student as it was, a student with an adapter still holds it."""
+    return student.bare() if student.adapter is not None and name == student.name else load(config, name, "base")
 
 
 def _attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from retort.apply import wanted
+from retort.models.adapter import described
 from retort.train.export import self_teachers
 from retort.train.memory import forecast
 from retort.train.setup import Setup
@@ -20,7 +21,7 @@ def summary(setup: Setup) -> dict[str, str]:
     }
     updates = min(config.optimizer.updates, setup.batch_prompts * method.rollout.samples) * config.optimizer.epochs
     return {
-        "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters",
+        "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters{_learning(setup)}",
         **({"teacher": _teachers(setup)} if _teachers(setup) else {}),
         **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
         "method": f"{method.name} ({method.status}): {source}",
@@ -40,6 +41,14 @@ def _teachers(setup: Setup) -> str:
     lm = setup.teacher_lm
     other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters"]
     return "; ".join([*other, *self_teachers(setup.method)])
+
+
+def _learning(setup: Setup) -> str:
+    """How many of them learn, where that is not all."""
+    student = setup.student
+    if student.adapter is None:
+        return ""
+    return f", of which {_count(student.trainable_parameters)} learn, {described(student.adapter.settings)}"
 
 
 def _count(parameters: int) -> str:

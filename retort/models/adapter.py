@@ -1,0 +1,185 @@
+"""A LoRA adapter in a model, by `peft`: what learns, what is written, and the model as it is without.
+
+`peft` puts its layers into the model that transformers made, which stays what it was to everybody else: packing,
+generation and the loss core ask the same model for the same things. Only the head is read apart (`Adapter.on`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from retort.errors import UserError, did_you_mean
+from retort.models.head import LowRank
+from retort.streams import key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from retort.models.lm import LanguageModel
+
+#: What peft calls every linear layer but the head.
+ALL_LINEAR = "all-linear"
+_NAME = "default"
+_BASE = ".base_layer"
+
+
+class Adapter:
+    """An adapter that is in a model. Its tensors are the model's only parameters that learn."""
+
+    def __init__(self, model: Any, wrapper: Any, settings: Mapping[str, Any]) -> None:
+        """What `peft` has put into a model.
+
+        Args:
+            model: Of transformers, with the adapter's layers inside.
+            wrapper: `peft`'s own object around it, which writes the adapter's folder.
+            settings: Rank, alpha, targets, rslora: two adapters of other settings are not the same.
+        """
+        from peft.tuners.lora import LoraLayer
+
+        self.model, self.wrapper, self.settings = model, wrapper, dict(settings)
+        self.layers: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        }
+        self.tensors: dict[str, Parameter] = {
+            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        self._on = True
+
+    def own_name(self, name: str) -> str | None:
+        """What the model's folder calls a tensor; None for one of the adapter's."""
+        return None if name in self.tensors else name.replace(_BASE + ".", ".")
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Within, the model is what it was before it had an adapter, bit by bit."""
+        before = self._on
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, on: bool) -> None:
+        if on != self._on:
+            for layer in self.layers.values():
+                layer.enable_adapters(on)
+            for parameter in self.tensors.values():
+                parameter.requires_grad_()  # what learns is the same on both sides; peft says otherwise on one
+            self._on = on
+
+    def on(self, layer: Module) -> tuple[Any, LowRank | None]:
+        """A layer as it was, and what the adapter adds to it."""
+        if not any(layer is own for own in self.layers.values()):
+            return layer, None
+        adapted: Any = layer
+        if not self._on:
+            return adapted.base_layer, None
+        down, up = adapted.lora_A[_NAME].weight, adapted.lora_B[_NAME].weight
+        return adapted.base_layer, LowRank(down, up, float(adapted.scaling[_NAME]))
+
+    @torch.no_grad()
+    def merged(self) -> dict[str, Tensor]:
+        """The weights of an ordinary model that says the same, by the names of the model's folder.
+
+        The model itself is left alone: to add an adapter and to subtract it again would leave rounding in its weights.
+        """
+        found = {own: x for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None}
+        for name, layer in self.layers.items():
+            weight = layer.base_layer.weight
+            found[f"{name}.weight"] = weight + layer.get_delta_weight(_NAME).to(weight.dtype)
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes it as `PeftModel.from_pretrained` opens it."""
+        # Whole embeddings are saved besides if the head is a target, though nothing in them has changed.
+        self.wrapper.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def add_adapter(
+    lm: LanguageModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    rslora: bool = False,
+    seed: int = 0,
+) -> None:
+    r"""Puts a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into a model, and freezes all else.
+
+    A layer's product gains :math:`s\,B A x`; B begins at 0, so the model begins as it is.
+
+    Args:
+        lm: The model; changed in place, `lm.adapter` is the adapter.
+        rank: Rows of A.
+        alpha: s = alpha / rank.
+        targets: Names of layers, or their ends (`q_proj`); `all-linear` is every linear layer but the head, which is
+            `lm_head` in most families.
+        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        seed: Of the run; A is drawn from a stream of its own.
+
+    Raises:
+        UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("lora.rank needs peft: pip install 'retort-distill[lora]'") from None
+    settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
+    config: LoraConfig = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- it divides it, so a fraction is as good
+        lora_dropout=0.0,
+        target_modules=_targets(lm, targets),
+        use_rslora=rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that the latter will drop
+        torch.manual_seed(key(seed, "adapter"))
+        try:
+            wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise UserError(f"lora.targets: {str(error).strip().splitlines()[0]}") from None
+    wrapper.peft_config[_NAME].base_model_name_or_path = lm.name
+    lm.adapter = Adapter(lm.model, wrapper, settings)
+
+
+def described(settings: Mapping[str, Any] | None) -> str:
+    """Settings of an adapter in words; None for none."""
+    if settings is None:
+        return "without an adapter"
+    scale = f"alpha {settings['alpha']:g}{', rslora' if settings['rslora'] else ''}"
+    return f"with a LoRA adapter of rank {settings['rank']}, {scale}, on {', '.join(settings['targets'])}"
+
+
+def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
+    """What to tell `peft`, which knows `all-linear` only by itself."""
+    model: Any = lm.model
+    ends = {"the head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
+    known = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name in known if model.get_submodule(name) is not ends["the head"]]
+    tied = ends["the head"].weight is ends["the embedding"].weight
+    chosen: list[str] = []
+    for target in targets:
+        named = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if target != ALL_LINEAR and not named:
+            short = sorted({name.rpartition(".")[2] for name in known})
+            raise UserError(f"lora.targets: {lm.name} has no layer '{target}'; {did_you_mean(target, short)}")
+        for what, module in ends.items():
+            if tied and any(model.get_submodule(name) is module for name in named):
+                raise UserError(
+                    f"lora.targets: '{target}' is {what} of {lm.name}, tied to the other end of the model: merged, an "
+                    "adapter on one would change both; leave it out"
+                )
+        chosen += linear if target == ALL_LINEAR else [target]
+    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else chosen
