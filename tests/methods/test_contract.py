@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from retort.models.head import Head
 from retort.signals import Dense, Sampled, TopK
 from retort.teachers.local import reduced
 from retort.train import checkpoint, runner
-from retort.train import setup as setups
 from retort.types import can_meet
 
 NAMES = registry.names()
@@ -350,29 +348,14 @@ def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
     torch.testing.assert_close(losses.loss, toy.dense(method).loss)
 
 
-@pytest.fixture(scope="module")
-def float64() -> Callable[..., Any]:
-    return pipeline.loaded_once(setups.load, torch.float64)
-
-
-@pytest.fixture(scope="module")
-def float32() -> Callable[..., Any]:
-    return pipeline.loaded_once(setups.load, None)
-
-
 @pytest.mark.parametrize(("name", "given"), STEPS, ids=["-".join([name, *given]) for name, given in STEPS])
 def test_packs_and_micro_batches_give_what_padding_gives(
-    name: str,
-    given: dict[str, Any],
-    tiny_run: dict[str, Any],
-    float64: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, given: dict[str, Any], tiny_run: dict[str, Any]
 ) -> None:
     """Ragged answers in one pack, in a few and one by one: loss and gradient are those of padded rows.
 
     To fp32's rounding, in which values are stored between passes and the tiny models' norms compute.
     """
-    monkeypatch.setattr(setups, "load", float64)
     setup = pipeline.prepared(tiny_run, name, **given)
     assert setup.student.packs
     assert setup.student.shares
@@ -394,15 +377,9 @@ def test_packs_and_micro_batches_give_what_padding_gives(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_survives_save_and_load(
-    name: str,
-    tiny_run: dict[str, Any],
-    float32: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pipeline.models_once()
+def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     """Two steps, a checkpoint, a third step; and that third step again by a run that loads the checkpoint."""
-    monkeypatch.setattr(setups, "load", float32)
     sections = {
         "method": {"name": name, **STATEFUL.get(name, {})},
         "steps": 3,
