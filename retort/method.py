@@ -115,7 +115,8 @@ class Method:
         rollout: Who writes.
         views: What each teacher sees, by name.
         terms: The loss, a sum.
-        temperature: Both distributions are evaluated at this temperature, in training and in `token_losses`.
+        temperature: Both distributions are evaluated at this temperature, in training (curves included) and in
+            `token_losses`. Held-out answers are judged at 1.
         limits: What it collapses to.
         watch: Curves worth looking at.
         controllers: Parts with a state that moves as the run goes; dials read their numbers.
