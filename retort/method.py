@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, ParamSpec
 
+from torch import Tensor
+
 from retort.controllers import Controller
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
@@ -82,6 +84,7 @@ class Watch:
         advice: One sentence for the user.
         every: Only at every so many batches, for what costs.
         by_position: Also averaged by the place in the answer.
+        summed_up: How the numbers of an optimizer step, [N], become one; None for their mean.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Watch:
     advice: str = ""
     every: int = 1
     by_position: bool = False
+    summed_up: Callable[[Tensor], float] | None = None
 
     def asks(self, view: str) -> frozenset[Need]:
         """What the curve would like to know of a view's teacher."""

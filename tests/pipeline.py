@@ -160,6 +160,13 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     )
 
 
+def padded_logp(setup: Setup, pack: Pack) -> Tensor:
+    """The student's log-probs of what was written, nats, [N]."""
+    with torch.no_grad():
+        logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)[:, : setup.vocab]
+    return logits.log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
+
+
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
     """The model behind a view, and what it reads of each rollout."""
     teacher, sees = setup.teachers[view], setup.method.views[view]

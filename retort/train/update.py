@@ -189,7 +189,10 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], means: Means, 
     for watched in batch.watches:
         values_N = found[f"watch.{watched.name}"]
         kept_N = values_N[~values_N.isnan() & written_N]
-        means.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        if watched.summed_up is None:
+            means.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        elif len(kept_N):
+            means.add(watched.name, watched.summed_up(kept_N))
         if watched.by_position:
             longest = setup.config.rollout.max_new_tokens
             place_N = pack.position_N[~values_N.isnan() & written_N]
