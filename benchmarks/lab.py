@@ -126,8 +126,6 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
             {
                 "method": job.method,
                 "seed": job.seed,
-                # Entropies and divergences are judged at the loss's temperature: at another one they are other numbers.
-                "at_one": registry.load(**job.settings["method"]).temperature == 1.0,
                 "before": cells["student before"],
                 "after": cells["student after"],
                 "teacher": cells.get("teacher"),

@@ -17,14 +17,14 @@ Rows = Sequence[Mapping[str, Any]]
 
 #: Up to this many seeds an interval is called weak.
 WEAK = 3
-#: Title, value, digits, and whether it depends on the temperature of the loss.
+#: Title, value and digits.
 COLUMNS = (
-    ("avg@8, %", lambda row: 100 * row["after"]["avg@8"], 1, False),
-    ("pass@8, %", lambda row: 100 * row["after"]["pass@8"], 1, False),
-    ("entropy kept, %", lambda row: 100 * row["after"]["student_entropy"] / row["before"]["student_entropy"], 0, True),
-    ("KL to the teacher, nats", lambda row: row["after"]["reverse_kl"], 3, True),
-    ("forward KL where the teacher is uncertain, nats", lambda row: row["after"]["forward_kl_uncertain"], 3, True),
-    ("tokens, thousands", lambda row: row["tokens"] / 1000, 0, False),
+    ("avg@8, %", lambda row: 100 * row["after"]["avg@8"], 1),
+    ("pass@8, %", lambda row: 100 * row["after"]["pass@8"], 1),
+    ("entropy kept, %", lambda row: 100 * row["after"]["student_entropy"] / row["before"]["student_entropy"], 0),
+    ("KL to the teacher, nats", lambda row: row["after"]["reverse_kl"], 3),
+    ("forward KL where the teacher is uncertain, nats", lambda row: row["after"]["forward_kl_uncertain"], 3),
+    ("tokens, thousands", lambda row: row["tokens"] / 1000, 0),
 )
 INTRO = """# The lab
 
@@ -42,10 +42,9 @@ python benchmarks/lab.py --out runs/lab          # runs what is missing; --repor
 """
 LEGEND = """
 ± is half of a 95 % interval over seeds (Student's t){weak}. *Entropy kept* is the student's own entropy on its own
-answers, after against before. A dash stands where the loss has a temperature of its own, at which these are other
-numbers. *KL to the teacher* is the reverse KL there. *Tokens* are those learnt from, *seconds*
-those of the steps alone in the fastest run, on one thread, beside other runs. Held-out: 200 prompts x 8 answers at
-temperature 1.
+answers, after against before; *KL to the teacher* is the reverse KL there. Both are at temperature 1, also where the
+loss has another. *Tokens* are those learnt from, *seconds* those of the steps alone in the fastest run, on one thread,
+beside other runs. Held-out: 200 prompts x 8 answers at temperature 1.
 """
 
 
@@ -57,7 +56,7 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
     table = [
         [_name(name, about), _status(about[name]["method"]), len(done[name]), *_cells(done[name])] for name in order
     ]
-    header = ["method", "status", "seeds", *(title for title, _, _, _ in COLUMNS), "seconds"]
+    header = ["method", "status", "seeds", *(title for title, _, _ in COLUMNS), "seconds"]
     fewest = min((len(found) for found in done.values()), default=0)
     weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
     missing = sorted(set(wanted) - set(done))
@@ -80,7 +79,7 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
 def _anchors(rows: Rows) -> str:
     """Where everybody starts, and where the teacher is."""
     told = []
-    before = [row["before"] for row in rows if row["at_one"]]
+    before = [row["before"] for row in rows]
     for who, found in (("student before", before[:1]), ("teacher", _teachers(rows)[:1])):
         for cells in found:
             told.append(
@@ -104,8 +103,8 @@ def _status(method: str) -> str:
 
 def _cells(found: Rows) -> list[str]:
     cells = []
-    for _, value, digits, tempered in COLUMNS:
-        values = [value(row) for row in found if _known(value, row) and (row["at_one"] or not tempered)]
+    for _, value, digits in COLUMNS:
+        values = [value(row) for row in found if _known(value, row)]
         interval = Estimate.of_runs(values)
         half = f" ± {interval.high - interval.value:.{digits}f}" if interval else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
@@ -127,8 +126,8 @@ def plots(rows: Rows, folder: Path) -> None:
         for name, found in _by(rows)
     }
     entropy = {
-        name: [[(p["step"], p["student_entropy"]) for p in row["curve"]] for row in found]
-        for name, found in _by([row for row in rows if row["at_one"]])
+        name: [[(p["step"], p["student_entropy"]) for p in row["curve"] if "student_entropy" in p] for row in found]
+        for name, found in _by(rows)
     }
     passes = {
         name: [sorted((int(k), 100 * share) for k, share in row["pass_at"]["student after"].items()) for row in found]

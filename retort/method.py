@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, ParamSpec
 
+from torch import Tensor
+
 from retort.controllers import Controller
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
@@ -82,6 +84,7 @@ class Watch:
         advice: One sentence for the user.
         every: Only at every so many batches, for what costs.
         by_position: Also averaged by the place in the answer.
+        summed_up: How the numbers of an optimizer step, [N], become one; None for their mean.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Watch:
     advice: str = ""
     every: int = 1
     by_position: bool = False
+    summed_up: Callable[[Tensor], float] | None = None
 
     def asks(self, view: str) -> frozenset[Need]:
         """What the curve would like to know of a view's teacher."""
@@ -115,7 +119,8 @@ class Method:
         rollout: Who writes.
         views: What each teacher sees, by name.
         terms: The loss, a sum.
-        temperature: Both distributions are evaluated at this temperature, in training and in `token_losses`.
+        temperature: Both distributions are evaluated at this temperature, in training (curves included) and in
+            `token_losses`. Held-out answers are judged at 1.
         limits: What it collapses to.
         watch: Curves worth looking at.
         controllers: Parts with a state that moves as the run goes; dials read their numbers.

@@ -7,10 +7,13 @@ beyond a model and a rendering of the prompt belongs into `read_by`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from retort.apply import wanted
 from retort.functional import token_losses
 from retort.models.lm import LanguageModel
 from retort.teachers.local import LocalTeacher, answers
+from retort.train import setup as setups
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
@@ -61,7 +65,8 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
         "eval": {"problems": 0},
         "record": {"overlap": 0},
     }
-    return prepare(configuration.resolve(configuration.merge(settings, sections)))
+    with models_once(torch.float64):
+        return prepare(configuration.resolve(configuration.merge(settings, sections)))
 
 
 def ragged(setup: Setup) -> Pack:
@@ -155,6 +160,13 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     )
 
 
+def padded_logp(setup: Setup, pack: Pack) -> Tensor:
+    """The student's log-probs of what was written, nats, [N]."""
+    with torch.no_grad():
+        logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)[:, : setup.vocab]
+    return logits.log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
+
+
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
     """The model behind a view, and what it reads of each rollout."""
     teacher, sees = setup.teachers[view], setup.method.views[view]
@@ -176,17 +188,22 @@ def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> Tensor:
     return torch.cat(rows)
 
 
-def loaded_once(load: Callable[..., LanguageModel], dtype: torch.dtype | None) -> Callable[..., LanguageModel]:
-    """`retort.train.setup.load` that reads every model from disk once, and hands out copies."""
-    import copy
+_models: dict[tuple[str, str, torch.dtype | None], LanguageModel] = {}
 
-    kept: dict[tuple[str, str], LanguageModel] = {}
+
+@contextlib.contextmanager
+def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
+    """Within, `prepare` reads every model from disk once and takes copies after that, of this type if one is given."""
+    load = setups.load
 
     def once(config: Any, name: str, role: Any) -> LanguageModel:
-        if (name, role) not in kept:
-            kept[name, role] = load(config, name, role)
+        key = (name, role, dtype)
+        if key not in _models:
+            _models[key] = load(config, name, role)
             if dtype is not None:
-                kept[name, role].model.to(dtype)  # type: ignore[call-overload]
-        return replace(kept[name, role], model=copy.deepcopy(kept[name, role].model))
+                _models[key].model.to(dtype)  # type: ignore[call-overload]
+        return replace(_models[key], model=copy.deepcopy(_models[key].model))
 
-    return once
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setups, "load", once)
+        yield

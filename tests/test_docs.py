@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import itertools
 import re
 import sys
 import tokenize
@@ -214,7 +215,7 @@ def test_the_page_of_methods_is_what_the_command_writes() -> None:
         assert ".. math::" not in own
 
 
-def test_methods_of_the_pages_pass_the_contract(files: Path) -> None:
+def test_methods_of_the_pages_pass_the_contract(files: Path, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     path = ROOT / "tests" / "methods" / "test_contract.py"
     spec = spec_from_file_location("contract_of_the_pages", path)
     assert spec is not None
@@ -224,13 +225,15 @@ def test_methods_of_the_pages_pass_the_contract(files: Path) -> None:
     found = [file.stem for file in (files / "retort" / "methods").glob("*.py")]
     assert found, "no page shows a method"
     for name in found:
-        more = {"chunk": [5], "place": range(len(registry.load(name).limits))}
+        more: dict[str, Any] = {"chunk": [5], "place": range(len(registry.load(name).limits)), "given": [{}]}
+        more |= {"tiny_run": [tiny_run], "tmp_path": [tmp_path / name]}
+        (tmp_path / name).mkdir()
         for test in (value for key, value in vars(contract).items() if key.startswith("test_")):
             wanted = list(inspect.signature(test).parameters)
             if wanted[:1] == ["name"]:
-                for case in more[wanted[1]] if len(wanted) > 1 else [None]:
+                for cases in itertools.product(*(more[parameter] for parameter in wanted[1:])):
                     try:
-                        test(name, *([] if case is None else [case]))
+                        test(name, *cases)
                     except pytest.skip.Exception:
                         continue
 

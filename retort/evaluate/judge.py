@@ -1,7 +1,9 @@
 """Judging a model on fixed prompts. Axis letters: see `retort.types`.
 
 It draws from its own random stream, keyed by prompt and member only: the same prompts, seed and weights give the same
-answers, whenever it is done, and nothing of a run's training is moved by it.
+answers, whenever it is done, and nothing of a run's training is moved by it. Entropies, divergences and log-probs are
+those of the models as they are, at temperature 1, whatever that of a method's loss or of the judge's sampling: so the
+tables of all methods are about the same thing.
 """
 
 from __future__ import annotations
@@ -51,7 +53,6 @@ class Judge:
         thinking: For chat templates that know it.
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Prompts whose first answer is kept token by token.
-        score_temperature: At which distributions are compared.
     """
 
     prompts: Sequence[Prompt]
@@ -67,17 +68,9 @@ class Judge:
     thinking: bool
     threshold: float
     recorded: int = 0
-    score_temperature: float = 1.0
 
     @staticmethod
-    def of(
-        config: Config,
-        prompts: Sequence[Prompt],
-        verifier: Verifier | None,
-        *,
-        vocab: int,
-        score_temperature: float = 1.0,
-    ) -> Judge:
+    def of(config: Config, prompts: Sequence[Prompt], verifier: Verifier | None, *, vocab: int) -> Judge:
         """As a run's settings say."""
         return Judge(
             prompts=prompts,
@@ -93,7 +86,6 @@ class Judge:
             thinking=config.rollout.thinking,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
-            score_temperature=score_temperature,
         )
 
     def judge(
@@ -159,13 +151,13 @@ class Judge:
         pack = Pack.of(list(rollouts))
         signals = {}
         if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), self.score_temperature)}
+            signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), 1.0)}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
         values = _against_teacher if signals else _alone
         steps = Steps(pack.tokens_N.to(lm.device), {})
-        core = Core(values, steps, signals, lm.head(), self.vocab, self.score_temperature)
+        core = Core(values, steps, signals, lm.head(), self.vocab)
         with lm.compute():
             found = per_token(core, hidden_ND)
         lm.model.train(was_training)

@@ -7,7 +7,13 @@ from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
-from retort.weights import engine_correction, sampled_reverse_kl, stored_quantity, student_entropy, teacher_entropy
+from retort.weights import (
+    effective_sample_size,
+    engine_correction,
+    sampled_reverse_kl,
+    student_entropy,
+    teacher_entropy,
+)
 
 
 @method(
@@ -57,7 +63,9 @@ def opd(
     weight = None
     if correction is not None:
         weight = engine_correction(correction, low=correction_low, high=correction_high)
-    watched = () if weight is None else (Watch("importance", weight), Watch("ess", stored_quantity("importance.ess")))
+    watched: tuple[Watch, ...] = ()
+    if weight is not None:
+        watched = (Watch("importance", weight), Watch("ess", weight, summed_up=effective_sample_size))
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
         temperature=temperature,

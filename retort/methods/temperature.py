@@ -36,7 +36,7 @@ def temperature(
     In forward KL the temperature changes the target, so that ids other than the first teach, too; in reverse KL the
     teacher enters through raw differences of logits, and it only flattens the student's weights. As tau grows, tau^2
     times either tends to half of the variance of z_S - z_T over the vocabulary. Divided by all counted tokens. A run's
-    table and curves have entropies and divergences at this temperature, too; they do not compare with other methods'.
+    curves `tempered_...` are at this temperature, too, and do not compare with other methods'; its table does.
 
     Args:
         divergence: Over the whole vocabulary (`topk_kl`: on the student's 16 most likely ids, renormalised).

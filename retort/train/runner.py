@@ -276,13 +276,7 @@ class Run:
         if not self.setup.held_out:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
             return None
-        return Judge.of(
-            config,
-            self.setup.held_out,
-            self.setup.judge_verifier,
-            vocab=self.setup.vocab,
-            score_temperature=self.setup.method.temperature,
-        )
+        return Judge.of(config, self.setup.held_out, self.setup.judge_verifier, vocab=self.setup.vocab)
 
     def _teacher(self) -> Any:
         views = self.setup.method.views

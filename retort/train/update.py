@@ -213,7 +213,10 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
         if valid_N is not None:
             values_N.masked_fill_(~valid_N, math.nan)
         kept_N = values_N[~values_N.isnan() & written_N]
-        logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        if watched.summed_up is None:
+            logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        elif len(kept_N):
+            logged.add(watched.name, watched.summed_up(kept_N))
         if watched.by_position:
             longest = setup.config.rollout.max_new_tokens
             place_N = pack.position_N[~values_N.isnan() & written_N]

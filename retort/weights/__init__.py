@@ -1,7 +1,7 @@
 """How much each step counts: gates and the quantities they look at."""
 
 from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
-from retort.weights.corrections import engine_correction, stored_quantity
+from retort.weights.corrections import effective_sample_size, engine_correction
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
@@ -15,6 +15,7 @@ __all__ = [
     "above",
     "both",
     "cliff",
+    "effective_sample_size",
     "engine_correction",
     "entropy_gap",
     "gradient_variance",
@@ -26,7 +27,6 @@ __all__ = [
     "overlap_teacher_mass",
     "release",
     "sampled_reverse_kl",
-    "stored_quantity",
     "student_entropy",
     "student_tail",
     "teacher_entropy",

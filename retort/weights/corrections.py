@@ -75,12 +75,15 @@ def engine_correction(
 ) -> Weight:
     """A weight that corrects for the engine; multiply it with a term's own (`both`).
 
+    All kinds but `token` and `token_mask`, and `mean_one`, look at more than the step: that costs a pass over the batch
+    before the first update on it. Watch it with `summed_up=effective_sample_size` to see how much of a batch it leaves.
+
     Args:
         kind: See `corrected`.
         low: Null for 0.5 (`token_mask`) or 0.999 (`geometric`).
         high: Null for 2 (`token`, `sequence`, `sequence_mask`), 5 (`token_mask`) or 1.001 (`geometric`).
         mean_one: Divide by the mean over the batch afterwards.
-        name: Of what is stored: `<name>` and `<name>.ess`, the batch's effective sample size.
+        name: Of what is stored for the batch, where the weight is not decided by the step alone.
 
     Raises:
         UserError: Bounds that leave nothing.
@@ -90,27 +93,20 @@ def engine_correction(
     if not 0.0 <= floor < ceiling or math.isnan(ceiling):
         raise UserError(f"engine_correction: low ({floor}) must not be negative and must lie below high ({ceiling})")
 
+    gap = engine_gap()
+
     def finish(gap_N: Tensor, layout: Layout) -> Tensor:
         weight_N = corrected(gap_N, layout.rollout_N.to(gap_N.device), kind, floor, ceiling)
         mean = weight_N.mean()
         return weight_N / mean if mean_one and mean > 0 else weight_N
 
-    def ess(_: Tensor, layout: Layout) -> Tensor:
-        weight_N = layout.found[name]
-        return torch.full_like(weight_N, effective_sample_size(weight_N))
-
-    stats = (Stat(name, engine_gap(), finish), Stat(f"{name}.ess", engine_gap(), ess))
-
-    def value(context: Context, view: str) -> Tensor:
+    def stored(context: Context, view: str) -> Tensor:
         return context.stored[name]
 
-    return Weight(f"{name}({kind})", value, stats=stats)
+    def own(context: Context, view: str) -> Tensor:
+        gap_N = gap.value(context, view).detach()
+        return corrected(gap_N, torch.zeros_like(context.tokens_N), kind, floor, ceiling)
 
-
-def stored_quantity(name: str) -> Quantity:
-    """What a statistic of a term stored for each step under `name`, to watch."""
-
-    def value(context: Context, view: str) -> Tensor:
-        return context.stored[name]
-
-    return Quantity(name, value)
+    if kind in ("token", "token_mask") and not mean_one:  # a step's own affair: no pass over the batch before
+        return Weight(f"{name}({kind})", own)
+    return Weight(f"{name}({kind})", stored, stats=(Stat(name, gap, finish),))

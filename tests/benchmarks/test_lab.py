@@ -37,7 +37,7 @@ def _row(method: str, seed: int, share: float) -> dict[str, Any]:
     after = {**before, "avg@8": share, "student_entropy": 0.1}
     curve = [{"step": 0, "tokens": 0, **before}, {"step": 60, "tokens": 9000, **after}]
     return {
-        "method": method, "seed": seed, "at_one": method != "gkd", "before": before, "after": after,
+        "method": method, "seed": seed, "before": before, "after": after,
         "teacher": None, "curve": curve, "pass_at": {"student after": {"1": share, "8": 0.9}},
         "tokens": 9000, "seconds": 20.0,
     }  # fmt: skip
@@ -51,8 +51,12 @@ def test_the_page_has_the_best_first_with_its_interval_and_names_who_is_missing(
     assert table[0].startswith("| `eopd` | faithful | 1 | 50.0 |")
     assert table[1].startswith("| `opd` | faithful | 3 | 31.0 ± 2.5 | 70.0 ± 0.0 | 25 ± 0 |")
     assert "Without a finished run: gkd." in text
-    tempered = sys.modules["lab_page"].page([*rows, _row("gkd", 0, 0.1)], about, ["opd", "eopd", "gkd"])
-    assert "| `gkd` | faithful | 1 | 10.0 | 70.0 | – | – | – | 9 | 20 |" in tempered
+    bare = _row("gkd", 0, 0.1)
+    bare["after"] = {name: bare["after"][name] for name in ("avg@8", "pass@8")}
+    unknown = sys.modules["lab_page"].page([*rows, bare], about, ["opd", "eopd", "gkd"])
+    assert "| `gkd` | faithful | 1 | 10.0 | 70.0 | – | – | – | 9 | 20 |" in unknown, (
+        "what was not measured is no number"
+    )
     assert "n = 1 is weak" in text
 
 

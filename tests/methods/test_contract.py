@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from retort.models.head import Head
 from retort.signals import Dense, TeacherSignal
 from retort.teachers.local import reduced
 from retort.train import checkpoint, runner
-from retort.train import setup as setups
 from retort.types import can_meet
 
 NAMES = registry.names()
@@ -260,29 +258,14 @@ def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
     torch.testing.assert_close(toy.losses(method, padded=9).loss, toy.losses(method).loss)
 
 
-@pytest.fixture(scope="module")
-def float64() -> Callable[..., Any]:
-    return pipeline.loaded_once(setups.load, torch.float64)
-
-
-@pytest.fixture(scope="module")
-def float32() -> Callable[..., Any]:
-    return pipeline.loaded_once(setups.load, None)
-
-
 @pytest.mark.parametrize(("name", "given"), STEPS, ids=["-".join([name, *given]) for name, given in STEPS])
 def test_packs_and_micro_batches_give_what_padding_gives(
-    name: str,
-    given: dict[str, Any],
-    tiny_run: dict[str, Any],
-    float64: Callable[..., Any],
-    monkeypatch: pytest.MonkeyPatch,
+    name: str, given: dict[str, Any], tiny_run: dict[str, Any]
 ) -> None:
     """Ragged answers in one pack, in a few and one by one: loss and gradient are those of padded rows.
 
     To fp32's rounding, in which values are stored between passes and the tiny models' norms compute.
     """
-    monkeypatch.setattr(setups, "load", float64)
     setup = pipeline.prepared(tiny_run, name, **given)
     assert setup.student.packs
     assert setup.student.shares
@@ -304,15 +287,9 @@ def test_packs_and_micro_batches_give_what_padding_gives(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_state_survives_save_and_load(
-    name: str,
-    tiny_run: dict[str, Any],
-    float32: Callable[..., Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pipeline.models_once()
+def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_path: Path) -> None:
     """Two steps, a checkpoint, a third step; and that third step again by a run that loads the checkpoint."""
-    monkeypatch.setattr(setups, "load", float32)
     sections = {
         "method": {"name": name, **STATEFUL.get(name, {})},
         "steps": 3,
@@ -320,9 +297,10 @@ def test_state_survives_save_and_load(
         "optimizer": {"learning_rate": 0.1},
     }
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path)
-    fresh = run.control.tensors() | run.shelf.tensors(run.setup)
-    whole, lines = everything(run.go()), last_lines(tmp_path)
+    fresh = checkpoint.load(run.save()).parts
+    run.go()
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-2").parts
+    whole, lines = everything(tmp_path), last_lines(tmp_path)
     if name in STATEFUL:
         moved = [
             key for key, x in saved.items() if key not in fresh or not x.nan_to_num().equal(fresh[key].nan_to_num())
@@ -332,18 +310,18 @@ def test_state_survives_save_and_load(
         assert not saved, f"{name} remembers {sorted(saved)}: name it in STATEFUL, in settings that move it"
     again = runner.resume(tmp_path / "checkpoints" / "step-2")
     assert again.step == 2
-    resumed = everything(again.go())
+    again.go()
+    resumed = everything(tmp_path)
     assert resumed.keys() == whole.keys()
     for key, value in resumed.items():
         assert torch.equal(value, whole[key]), key
     assert last_lines(tmp_path) == lines
 
 
-def everything(run: runner.Run) -> dict[str, Tensor]:
-    """All that a run has moved: weights, the optimizer, what the method and the shelf remember."""
-    weights = {name: p.detach().clone() for name, p in run.setup.student.model.named_parameters()}
-    moments = {f"adam/{name}": x.clone() for name, x in checkpoint.optimizer_tensors(run.optimizer).items()}
-    return weights | moments | run.control.tensors() | run.shelf.tensors(run.setup)
+def everything(folder: Path) -> dict[str, Tensor]:
+    """All that a run has moved by its end: weights, the optimizer, and whatever the method remembers."""
+    found = checkpoint.load(folder / "checkpoints" / "step-3")
+    return {**found.weights, **{f"adam/{name}": x for name, x in found.optimizer.items()}, **found.parts}
 
 
 def last_lines(folder: Path) -> list[dict[str, Any]]:

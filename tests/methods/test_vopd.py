@@ -19,7 +19,6 @@ from retort.estimators import reverse_kl_value
 from retort.parts import Baseline
 from retort.report import build_report
 from retort.signals import Dense
-from retort.train import setup as setups
 from retort.train.update import batch_variance
 from retort.train.variance import adam_variance
 from retort.weights import gradient_variance
@@ -224,11 +223,8 @@ def test_a_run_logs_both(tiny_run: dict[str, Any], tmp_path: Path, top_k: int | 
 
 
 @pytest.mark.parametrize("name", ["vopd", "eopd", "gkd"])
-def test_the_variance_of_a_step_is_that_of_its_prompts_gradients(
-    tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_the_variance_of_a_step_is_that_of_its_prompts_gradients(tiny_run: dict[str, Any], name: str) -> None:
     """Against each visit's gradient by autograd, from a padded forward pass: n / (n - 1) sum |G_p - mean|^2."""
-    monkeypatch.setattr(setups, "load", pipeline.loaded_once(setups.load, torch.float64))
     setup = pipeline.prepared(tiny_run, name)
     pack = pipeline.ragged(setup)
     losses = pipeline.padded_losses(setup, pack)
@@ -252,10 +248,9 @@ def test_the_variance_of_a_step_is_that_of_its_prompts_gradients(
 
 def test_the_variance_estimates_that_of_the_gradient(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Without bias: over many batches drawn at random, its mean is the variance of the batches' gradients."""
-    monkeypatch.setattr(setups, "load", pipeline.loaded_once(setups.load, torch.float64))
     setup = pipeline.prepared(tiny_run, "opd")
     gradients, found = [], []
-    for seed in range(60):
+    for seed in range(36):
         pack = pipeline.even(setup, seed)
         batch = pipeline.scored(setup, pack)
         estimate = batch_variance(setup, batch, range(len(pack.rollouts)))
@@ -270,10 +265,8 @@ def test_the_variance_estimates_that_of_the_gradient(tiny_run: dict[str, Any], m
     assert sum(found) / len(found) > 3.3 * float(error), "or the test would pass by being blind"
 
 
-def test_measuring_the_variance_of_a_step_changes_nothing(
-    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(setups, "load", pipeline.loaded_once(setups.load, None))
+@pipeline.models_once()
+def test_measuring_the_variance_of_a_step_changes_nothing(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     settings = {key: value for key, value in tiny_run.items() if key not in ("student", "teacher", "data")}
     named = {key: tiny_run[key] for key in ("student", "teacher", "data")}
     runs = {}

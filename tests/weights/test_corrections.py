@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import pipeline
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,10 @@ from torch import Tensor
 import retort
 from retort.errors import UserError
 from retort.functional import token_losses
+from retort.models.lm import LanguageModel
 from retort.registry import load
+from retort.train import update
+from retort.train.metrics import Stopwatch
 from retort.weights.corrections import corrected, effective_sample_size
 
 KINDS = ("token", "token_mask", "sequence", "sequence_mask", "geometric")
@@ -93,12 +98,45 @@ def test_a_mean_of_one_and_bounds() -> None:
         load("opd", correction_high=3.0)
 
 
-def test_a_run_logs_weights_and_sample_size(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_run_logs_weights_and_sample_size(tiny_run: dict[str, Any], tmp_path: Path, kind: str) -> None:
     settings = {key: value for key, value in tiny_run.items() if key not in ("student", "teacher", "data")}
     named = {key: tiny_run[key] for key in ("student", "teacher", "data")}
-    method = {"name": "opd", "correction": "sequence"}
+    method = {"name": "opd", "correction": kind}
     retort.distill(**named, settings={**settings, "steps": 2}, method=method, out=str(tmp_path / "run"))
     for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         assert row["importance"] == pytest.approx(1.0, abs=1e-3), "this engine is the trainer's own model"
         assert row["ess"] == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "passes"), [(None, None, 1), ("token", 2.0, 1), ("token_mask", 5.0, 1), ("sequence", 2.0, 2)]
+)
+def test_the_sample_size_of_another_engine_and_what_it_costs(
+    tiny_run: dict[str, Any], kind: Any, wanted: float | None, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what looks at a whole rollout passes over the batch before; the sample size is that of the weights."""
+    setup = pipeline.cut_to(pipeline.prepared(tiny_run, "opd", correction=kind), 10**6)
+    once = setup.config.optimizer.model_copy(update={"epochs": 1})
+    setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"optimizer": once}))
+    pack, calls = pipeline.ragged(setup), list[int]()
+    logp_N = pipeline.padded_logp(setup, pack)
+    real = LanguageModel.hidden
+
+    def counted(self: LanguageModel, tokens: Any, acted: Any) -> Tensor:
+        calls.append(len(tokens))
+        return real(self, tokens, acted)
+
+    batch = pipeline.scored(setup, pack)
+    monkeypatch.setattr(LanguageModel, "hidden", counted)
+    batch = update.score(setup, pack, batch.signals, batch.moment)
+    _, means, _ = update.learn(setup, batch, pipeline.Noted(setup.student), lambda _: 1.0, 0, Stopwatch())
+    assert len(calls) == passes
+    if kind is None or wanted is None:
+        assert "ess" not in means.values()
+        return
+    weight_N = corrected(logp_N - pack.engine_logp_N.double(), pack.rollout_N, kind, 0.5, wanted)
+    assert means.values()["importance"] == pytest.approx(float(weight_N.mean()), rel=1e-5)
+    assert means.values()["ess"] == pytest.approx(effective_sample_size(weight_N), rel=1e-5)
+    assert means.values()["ess"] < 0.95

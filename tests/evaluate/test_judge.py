@@ -1,0 +1,52 @@
+"""What a judge measures, whatever was trained by which method."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pipeline
+import pytest
+import torch
+
+import retort
+from retort.signals import entropy
+from retort.train.setup import prepare
+
+
+@pipeline.models_once()
+def test_a_table_is_about_the_models_and_not_the_losses_temperature(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    settings = {key: value for key, value in tiny_run.items() if key not in ("student", "teacher", "data")}
+    named = {key: tiny_run[key] for key in ("student", "teacher", "data")}
+    before: list[dict[str, Any]] = []
+    for name in ("opd", "temperature", "gkd"):
+        changed = {**settings, "steps": 1}
+        retort.distill(**named, settings=changed, method=name, out=str(tmp_path / name))
+        table = json.loads((tmp_path / name / "eval.json").read_text())
+        before.append(next(row for row in table["rows"] if row["who"] == "student before"))
+    assert before[0]["reverse_kl"]["value"] > 0
+    assert before == [before[0]] * 3
+
+
+def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict[str, Any]) -> None:
+    """By hand, from the model's own logits."""
+    from retort import config as configuration
+    from retort.evaluate.judge import Judge
+
+    sections = {"method": {"name": "temperature"}, "eval": {"temperature": 0.6, "samples": 1}, "record": {"answers": 4}}
+    with pipeline.models_once():
+        setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
+    judge = Judge.of(setup.config, setup.held_out, None, vocab=setup.vocab)
+    row = judge.judge(setup.student, teacher=setup.teachers["teacher"])
+    assert len(row["answers"]) == len(setup.held_out)
+    found: list[float] = []
+    for prompt, answer in zip(setup.held_out, row["answers"], strict=True):
+        ids = setup.render(prompt)
+        written = setup.student.tokenizer.convert_tokens_to_ids([token.strip() for token in answer["tokens"]])
+        with torch.no_grad():
+            logits = setup.student.model(input_ids=torch.tensor([[*ids, *written]])).logits[0, len(ids) - 1 : -1]
+        own = entropy(logits[:, : setup.vocab].log_softmax(-1)).tolist()
+        assert answer["columns"]["student_entropy"] == pytest.approx(own, abs=1e-4)
+        found += own
+    assert row["student_entropy"]["value"] == pytest.approx(sum(found) / len(found), abs=1e-4)
