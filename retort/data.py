@@ -116,6 +116,8 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
             sorted(prompt.privileged.items()),
             prompt.domain,
         ]
+        if prompt.clean is not None:  # at the end: the fingerprint of data without pairs is what it was before
+            content.append([[message.role, message.content] for message in prompt.clean])
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
 

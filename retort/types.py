@@ -85,6 +85,7 @@ class Prompt:
         answer: What a verifier compares with; never shown to a model.
         response: A given answer to learn from off-policy, if the data has one.
         privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
+        clean: The prompt without what it should be judged without (paired prompts); only a teacher may see it.
         domain: Free label, for metrics by domain.
     """
 
@@ -95,6 +96,7 @@ class Prompt:
     response: str | None = None
     privileged: Mapping[str, str] = field(default_factory=lambda: {})
     domain: str = ""
+    clean: tuple[Message, ...] | None = None
 
     @property
     def text(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from retort.errors import RunError, UserError
+from retort.rewards.verify import parts_of
 from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.rollout.single_turn import Task, acted, write
 from retort.schedules import Reading
@@ -215,7 +216,14 @@ def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
     grade = setup.verifier
-    return [replace(rollout, reward=grade(rollout.prompt, rollout.text)) for rollout in rollouts]
+    return [
+        replace(
+            rollout,
+            reward=grade(rollout.prompt, rollout.text),
+            reward_parts=parts_of(grade, rollout.prompt, rollout.text),
+        )
+        for rollout in rollouts
+    ]
 
 
 def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retort.tasks.coached.problems import PRIVILEGED, TEMPLATES, bait_rows, check, feedback, followed, rows
+from retort.tasks.coached.problems import PRIVILEGED, TEMPLATES, bait, bait_rows, check, feedback, followed, rows
 
 MODELS_DIR = Path(__file__).parent / "models"
 """Where the bundled models lie."""
@@ -13,6 +13,7 @@ __all__ = [
     "MODELS_DIR",
     "PRIVILEGED",
     "TEMPLATES",
+    "bait",
     "bait_rows",
     "check",
     "feedback",
