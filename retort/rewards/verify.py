@@ -119,7 +119,7 @@ class RankingVerifier:
 
 
 class CoachedVerifier:
-    """Right if the text solves the Countdown problem after the prompt's last `;`; says what is wrong; needs no answer."""
+    """Right if the text solves the Countdown problem after the prompt's last `;`, and says what is wrong with it."""
 
     name = "coached"
 
@@ -220,8 +220,8 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
     """The verifier of a task.
 
     Args:
-        task: `countdown`, `ranking`, `coached`, `bait`, `math` or `exact`; None means `math` if every prompt has an answer, else no
-            verifier.
+        task: `countdown`, `ranking`, `coached`, `bait`, `math` or `exact`; None means `math` if every prompt has an
+            answer, else no verifier.
         prompts: What will be judged; `math` and `exact` need an answer in each.
 
     Returns:

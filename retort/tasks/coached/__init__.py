@@ -1,4 +1,4 @@
-"""The built-in task of models that teach themselves: Countdown with solutions, hints, mistakes and what a checker says."""
+"""The built-in task of models that teach themselves: Countdown with hints, mistakes and what a checker says."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Countdown with words around it: solutions, hints, mistakes and what a checker says of them, for models that learn
-from themselves.
+"""Countdown with words around it, for models that learn from themselves: hints, mistakes, and what a checker says.
 
 The question is Countdown's own, ``45 from 3 5 12 :``. What a teacher may know besides stands before it, in sections
 that end in ``;``::
