@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import transformers
 
 from retort import config as configuration
+from retort.cli import main
 from retort.data import fingerprint
 from retort.rewards.verify import GivesFeedback, GivesParts, parts_of, verifier_for
 from retort.tasks.coached import (
@@ -270,3 +272,41 @@ def test_the_bundled_models(name: str) -> None:
     assert tokenizer.chat_template is None
     assert "license: apache-2.0" in (path / "README.md").read_text(encoding="utf-8")
     assert sum(file.stat().st_size for file in path.iterdir()) < 3_000_000
+
+
+def test_each_strength_helps_more_than_the_one_before() -> None:
+    """A part of what is measured for the model cards, with the same seeds every time."""
+    load = transformers.LlamaForCausalLM.from_pretrained
+    teacher, student = (
+        {kind: score.right for kind, score in measure(load(path, dtype=torch.float32), 100, 2).items()}
+        for path in (teacher_path(), student_path())
+    )
+    for right in (teacher, student):
+        assert right["plain"] + 0.1 < right["outcome"] < right["hint"] - 0.05
+        assert right["hint"] <= right["solution"]
+        assert right["solution"] > 0.85
+    assert 0.2 < student["plain"] < teacher["plain"] - 0.1
+
+
+def test_the_table_says_who_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["eval", "coached:student", "--data", "bait", "problems=40", "samples=4"]
+    assert main([*words, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)["rows"][0]
+    cell = row["reward/followed"]
+    assert 0 <= cell["low"] < cell["value"] < cell["high"] <= 1
+    assert 0.2 < cell["value"] < 0.8
+    assert cell["value"] + row["avg@4"]["value"] <= 1, "what follows the suggestion is wrong"
+    assert main(words) == 0
+    assert "followed" in capsys.readouterr().out
+    assert main(["eval", "coached:student", "--data", "coached", "problems=8", "samples=2"]) == 0
+    assert "followed" not in capsys.readouterr().out
+
+
+def test_a_run_logs_who_followed(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    small = ["eval.problems=8", "eval.samples=2", "rollout.prompts=16"]
+    assert main(["train", "--data", "bait", "--method", "opd", "--steps", "2", "--out", str(out), *small]) == 0
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 <= line["reward/followed"] <= 1 and 0 <= line["reward"] <= 1 for line in metrics)
+    rows = {row["who"]: row for row in json.loads((out / "eval.json").read_text())["rows"]}
+    assert all("reward/followed" in row for row in rows.values())
