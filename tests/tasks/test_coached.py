@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from retort import config as configuration
@@ -25,7 +26,7 @@ from retort.tasks.coached import (
     student_path,
     teacher_path,
 )
-from retort.tasks.coached.build import LAYOUTS, RESPONSE, Data, context
+from retort.tasks.coached.build import LAYOUTS, RESPONSE, Data, context, measure
 from retort.tasks.coached.problems import Mistake, mistake, outcome, plan
 from retort.tasks.coached.tokenizer import CONTEXT, build_tokenizer
 from retort.tasks.countdown.problems import Problem, problems
