@@ -17,8 +17,8 @@ from retort.files import write_text
 from retort.method import Method
 
 DEFAULT_METHOD = "eopd"
-#: Data that ships with Retort, each with a teacher, a student and a recipe of that name.
-BUILTIN = ("countdown", "ranking")
+#: Data that ships with Retort, each with a recipe of that name.
+BUILTIN = ("countdown", "ranking", "coached", "bait")
 RECIPES = Path(__file__).parent / "recipes"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -31,6 +31,8 @@ _ROWS = (
     ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:z.3f}"),
     ("reverse_kl", "reverse KL, nats", "{:z.3f}"),
 )
+#: Before the name of what a verifier measures besides right and wrong.
+_PART = "reward/"
 
 
 class RichObserver:
@@ -104,7 +106,9 @@ class RichObserver:
         table.add_column("")
         for row in rows:
             table.add_column(row["who"], justify="right")
-        for name, label, form in ((f"avg@{k}", f"avg@{k}", "{:.1%}"), (f"pass@{k}", f"pass@{k}", "{:.1%}"), *_ROWS):
+        right = ((f"avg@{k}", f"avg@{k}", "{:.1%}"), (f"pass@{k}", f"pass@{k}", "{:.1%}"))
+        parts = [(name, name.removeprefix(_PART), "{:z.3f}") for name in _part_names(rows)]
+        for name, label, form in (*right, *parts, *_ROWS):
             cells = [row.get(name) for row in rows]
             if any(cells):
                 table.add_row(label, *(_cell(cell, form) for cell in cells))
@@ -197,3 +201,8 @@ def trust_table(found: Mapping[str, Any]) -> Table:
             row["predictor"], row["claimed_by"], *(shown(row[name]).replace("[", "\\[") for name in ("viable", "helps"))
         )
     return table
+
+
+def _part_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The measures of the verifier's own, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_PART)))

@@ -119,8 +119,9 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
             prompt.response,
             sorted(prompt.privileged.items()),
             prompt.domain,
-            *([] if prompt.clean is None else [[[message.role, message.content] for message in prompt.clean]]),
         ]
+        if prompt.clean is not None:  # at the end: the fingerprint of data without pairs is what it was before
+            content.append([[message.role, message.content] for message in prompt.clean])
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
 

@@ -22,7 +22,7 @@ from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, Steps, per_token
 from retort.models.lm import LanguageModel
-from retort.rewards.verify import Verifier
+from retort.rewards.verify import Verifier, parts_of
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
@@ -107,12 +107,14 @@ class Judge:
             `student_entropy` (the writer's own), `student_uncertain` (share of tokens where it exceeds the threshold),
             and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
+            And what the verifier measures besides (`GivesParts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first answer
             to each of the first `recorded` prompts, token by token.
         """
         engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
         rewards: list[list[float]] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
+        parts: dict[str, list[float]] = {}
         profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
@@ -121,6 +123,7 @@ class Judge:
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
                 if self.verifier is not None:
                     rewards.append([self.verifier(prompt, rollout.text) for rollout in own])
+                _tally_parts(parts, [parts_of(self.verifier, prompt, rollout.text) for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
@@ -131,7 +134,7 @@ class Judge:
                 answers.append(self._recorded(lm, pack, index * self.samples, values, reward))
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
-        row = {**self._row(rewards, tallies), "profile": profile.plain()}
+        row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
         return {**row, "answers": answers} if answers else row
 
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
@@ -232,6 +235,23 @@ def _plain(name: str, value: Any) -> Any:
     if not isinstance(value, Estimate):
         return value
     return asdict(value.share() if name.startswith(_SHARES) else value)
+
+
+def _tally_parts(parts: dict[str, list[float]], samples: Sequence[Mapping[str, float]]) -> None:
+    """Adds one prompt's mean of each part over the samples that have it."""
+    for name in dict.fromkeys(name for sample in samples for name in sample):
+        own = [sample[name] for sample in samples if name in sample]
+        parts.setdefault(name, []).append(sum(own) / len(own))
+
+
+def _parts(parts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """The estimate of each part over prompts; one whose values all lie within 0 and 1 is a share."""
+    row: dict[str, Any] = {}
+    for name, values in parts.items():
+        estimate = Estimate.of(values)
+        assert estimate is not None  # a part is there because a sample had it
+        row[f"reward/{name}"] = asdict(estimate.share() if all(0 <= value <= 1 for value in values) else estimate)
+    return row
 
 
 def _tally(tallies: dict[str, tuple[list[float], list[float]]], name: str, values: Sequence[float]) -> None:

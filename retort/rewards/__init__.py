@@ -1,5 +1,21 @@
 """What a piece of writing is worth: verifiers that compare it with the answer."""
 
-from retort.rewards.verify import CountdownVerifier, ExactVerifier, MathVerifier, Verifier, verifier_for
+from retort.rewards.verify import (
+    CountdownVerifier,
+    ExactVerifier,
+    GivesFeedback,
+    GivesParts,
+    MathVerifier,
+    Verifier,
+    verifier_for,
+)
 
-__all__ = ["CountdownVerifier", "ExactVerifier", "MathVerifier", "Verifier", "verifier_for"]
+__all__ = [
+    "CountdownVerifier",
+    "ExactVerifier",
+    "GivesFeedback",
+    "GivesParts",
+    "MathVerifier",
+    "Verifier",
+    "verifier_for",
+]

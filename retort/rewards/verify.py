@@ -16,21 +16,26 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from retort.errors import RunError, UserError, did_you_mean
 from retort.types import Prompt
 
 __all__ = [
+    "BaitVerifier",
+    "CoachedVerifier",
     "CountdownVerifier",
     "ExactVerifier",
+    "GivesFeedback",
+    "GivesParts",
     "MathVerifier",
     "RankingVerifier",
     "Verifier",
     "last_boxed",
+    "parts_of",
     "verifier_for",
 ]
 
@@ -55,6 +60,27 @@ class Verifier(Protocol):
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
+        ...
+
+
+@runtime_checkable
+class GivesFeedback(Protocol):
+    """What a verifier may do besides: say in words what is wrong. Never raises because of the text."""
+
+    def feedback(self, prompt: Prompt, text: str) -> str:
+        """What is wrong with the text, in words that the task's models know; empty if nothing is."""
+        ...
+
+
+@runtime_checkable
+class GivesParts(Protocol):
+    """What a verifier may do besides: measure more of a response than whether it is right.
+
+    Parts are recorded (curves `reward/<part>`, columns of the before/after table) and are no part of the reward.
+    """
+
+    def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
+        """Measures of the text by name; one that a prompt does not have is absent. Never raises because of the text."""
         ...
 
 
@@ -90,6 +116,36 @@ class RankingVerifier:
         from retort.tasks.ranking import check
 
         return float(check(prompt.text, text))
+
+
+class CoachedVerifier:
+    """Right if the text solves the Countdown problem after the prompt's last `;`, and says what is wrong with it."""
+
+    name = "coached"
+
+    def __call__(self, prompt: Prompt, text: str) -> float:
+        """1.0 if the text is a right response to the prompt, else 0.0."""
+        from retort.tasks.coached import check
+
+        return float(check(prompt.text, text))
+
+    def feedback(self, prompt: Prompt, text: str) -> str:
+        """What is wrong with the text, such as `step 2 : no 7`; empty if nothing is."""
+        from retort.tasks.coached import feedback
+
+        return feedback(prompt.text, text)
+
+
+class BaitVerifier(CoachedVerifier):
+    """The same for prompts that carry a wrong suggestion; besides, whether that was followed."""
+
+    name = "bait"
+
+    def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
+        """`followed`: 1.0 if the text is the suggestion, token for token; nothing where the prompt has none."""
+        from retort.tasks.coached import bait, followed
+
+        return {} if bait(prompt.text) is None else {"followed": float(followed(prompt.text, text))}
 
 
 class MathVerifier:
@@ -152,15 +208,20 @@ class MathVerifier:
         self.close()
 
 
-VERIFIERS = {"countdown": CountdownVerifier, "ranking": RankingVerifier, "exact": ExactVerifier, "math": MathVerifier}
+VERIFIERS = {
+    verifier.name: verifier
+    for verifier in (CountdownVerifier, RankingVerifier, CoachedVerifier, BaitVerifier, ExactVerifier, MathVerifier)
+}
+#: These compare with the answer of the prompt; the others read the problem itself.
+NEED_ANSWER = (ExactVerifier.name, MathVerifier.name)
 
 
 def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None:
     """The verifier of a task.
 
     Args:
-        task: `countdown`, `ranking`, `math` or `exact`; None means `math` if every prompt has an answer, else no
-            verifier.
+        task: `countdown`, `ranking`, `coached`, `bait`, `math` or `exact`; None means `math` if every prompt has an
+            answer, else no verifier.
         prompts: What will be judged; `math` and `exact` need an answer in each.
 
     Returns:
@@ -173,10 +234,15 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
         return MathVerifier() if prompts and all(prompt.answer is not None for prompt in prompts) else None
     if task not in VERIFIERS:
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
-    if task not in (CountdownVerifier.name, RankingVerifier.name):
+    if task in NEED_ANSWER:
         for prompt in prompts:
             _answer(prompt, task)
     return VERIFIERS[task]()
+
+
+def parts_of(verifier: Verifier | None, prompt: Prompt, text: str) -> Mapping[str, float]:
+    """What a verifier measures of a text besides whether it is right; empty if it does not (see `GivesParts`)."""
+    return verifier.parts(prompt, text) if isinstance(verifier, GivesParts) else {}
 
 
 def last_boxed(text: str) -> str | None:

@@ -43,6 +43,8 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
         means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
         if rollout.reward is not None:
             means.add(f"{prefix}reward", rollout.reward)
+        for part, value in rollout.reward_parts.items():
+            means.add(f"{prefix}reward/{part}", value)
     found = means.values()
     replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found

@@ -217,9 +217,14 @@ def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
 
 def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
     """Prompts of a built-in task."""
-    from retort.tasks import countdown, ranking
+    from retort.tasks import coached, countdown, ranking
 
-    source = {"countdown": countdown.rows, "ranking": ranking.rows}[task]
+    source = {
+        "countdown": countdown.rows,
+        "ranking": ranking.rows,
+        "coached": coached.rows,
+        "bait": coached.bait_rows,
+    }[task]
     rows = source("held_out" if split == "held_out" else "train", count)
     return [
         Prompt(
@@ -227,6 +232,8 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
             messages=(Message("user", str(row["prompt"])),),
             answer=str(row["answer"]),
             response=str(row["response"]),
+            privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
+            clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
         )
         for row in rows
     ]
@@ -306,11 +313,11 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
 
 def located(name: str) -> str:
     """Where a model lies: `countdown:student` and others ship with Retort, wherever that is installed."""
-    from retort.tasks import countdown, ranking
+    from retort.tasks import coached, countdown, ranking
 
     bundled = {
         f"{task.__name__.rpartition('.')[2]}:{role}": path
-        for task in (countdown, ranking)
+        for task in (countdown, ranking, coached)
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
     return str(bundled[name]()) if name in bundled else name

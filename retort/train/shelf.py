@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retort.rewards.verify import parts_of
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.single_turn import acted
 from retort.train.metrics import JsonLines
@@ -88,6 +89,7 @@ class Shelf:
                 source="teacher",
                 text=row["text"],
                 reward=row["reward"],
+                reward_parts=parts_of(setup.verifier, prompt, row["text"]),
             )
 
     def tensors(self, setup: Setup) -> dict[str, Tensor]:
@@ -123,6 +125,7 @@ class Shelf:
         for index, (ids_A, logp_A) in enumerate(pieces):
             prompt, reward = setup.train[lists["prompts"][index]], lists["rewards"][index]
             before, ids = setup.render(prompt), ids_A.tolist()
+            text = str(setup.student.tokenizer.decode(ids, skip_special_tokens=True))
             rollouts.append(
                 Rollout(
                     prompt=prompt,
@@ -133,8 +136,9 @@ class Shelf:
                     member=lists["members"][index],
                     visit=lists["visits"][index],
                     status=Status.COMPLETED if lists["completed"][index] else Status.TRUNCATED,
-                    text=str(setup.student.tokenizer.decode(ids, skip_special_tokens=True)),
+                    text=text,
                     reward=None if math.isnan(reward) else reward,
+                    reward_parts=parts_of(setup.verifier, prompt, text),
                 )
             )
         rest = iter(rollouts)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from retort.errors import RunError, UserError
+from retort.rewards.verify import GivesFeedback, parts_of
 from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.rollout.single_turn import Task, acted, write
 from retort.schedules import Reading
@@ -218,9 +219,16 @@ def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
     grade = setup.verifier
-    graded = [replace(rollout, reward=grade(rollout.prompt, rollout.text)) for rollout in rollouts]
-    explain = getattr(grade, "feedback", None)  # only some verifiers can say what is wrong
-    return graded if explain is None else [replace(r, feedback=explain(r.prompt, r.text)) for r in graded]
+    explain = grade.feedback if isinstance(grade, GivesFeedback) else None
+    return [
+        replace(
+            rollout,
+            reward=grade(rollout.prompt, rollout.text),
+            reward_parts=parts_of(grade, rollout.prompt, rollout.text),
+            feedback="" if explain is None else explain(rollout.prompt, rollout.text),
+        )
+        for rollout in rollouts
+    ]
 
 
 def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:

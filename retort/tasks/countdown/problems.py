@@ -126,7 +126,7 @@ def check(prompt_text: str, response_text: str) -> bool:
     the target, and every given number must be used exactly once. Spaces and line breaks do not matter. Any
     other text, of any length, is False and never an error.
     """
-    prompt, response = _tokens(prompt_text), _tokens(response_text)
+    prompt, response = read(prompt_text), read(response_text)
     if prompt is None or response is None or len(prompt) < 5 or prompt[1] != "from" or prompt[-1] != ":":
         return False
     target, given = prompt[0], prompt[2:-1]
@@ -140,7 +140,7 @@ def check(prompt_text: str, response_text: str) -> bool:
         if first not in left:
             return False
         left.remove(first)
-        if second not in left or result != str(_apply(int(first), operation, int(second))):
+        if second not in left or result != str(combine(int(first), operation, int(second))):
             return False
         left.remove(second)
         left.append(result)
@@ -158,7 +158,7 @@ def _row(problem: Problem, rng: random.Random) -> dict[str, str]:
     }
 
 
-def _tokens(text: str) -> list[str] | None:
+def read(text: str) -> list[str] | None:
     """The tokens of ``text``, or None where it is too long or holds anything that is no token."""
     if len(text) > _MOST_CHARACTERS:
         return None
@@ -172,7 +172,7 @@ def _tokens(text: str) -> list[str] | None:
     return found
 
 
-def _apply(first: int, operation: str, second: int) -> int | None:
+def combine(first: int, operation: str, second: int) -> int | None:
     """The result of one step, or None where the game forbids it."""
     if operation == "+":
         result = first + second
@@ -193,7 +193,7 @@ def _moves(left: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, tuple[in
                 continue
             rest = [number for k, number in enumerate(left) if k not in (i, j)]
             for operation in OPERATIONS:
-                result = _apply(first, operation, second)
+                result = combine(first, operation, second)
                 if result is not None:
                     yield first, operation, second, result, tuple(sorted((*rest, result)))
 
