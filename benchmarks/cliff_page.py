@@ -1,0 +1,320 @@
+"""The page of the cliff and its plots, from the rows that `cliff.read` returns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import measure
+from lab_page import panels
+
+from retort.evaluate import Estimate
+from retort.extrapolation import lambda_star, with_budget
+
+Rows = Sequence[Mapping[str, Any]]
+
+#: Up to this many seeds an interval is called weak.
+WEAK = 3
+#: Batches whose parse rates are averaged for the plot over steps.
+WINDOW = 5
+INTRO = """# The cliff of reward extrapolation
+
+<!-- Written by benchmarks/cliff.py; edit that. -->
+
+"The Extrapolation Cliff" (arXiv 2605.08737) predicts, for outputs whose structure is almost deterministic, a lambda above
+which a student that extrapolates beyond its teacher stops writing what can be parsed. Here `listopd` is trained on the
+built-in task `ranking` (JSON lists of four to six items) at values of lambda on both sides of the prediction. The student
+starts at the teacher's own weights, the base is the task's small student, so at lambda = 1 there is nothing to learn, and
+what breaks at another lambda was whole before.
+
+```sh
+python benchmarks/cliff.py --out runs/cliff          # runs what is missing; --report only writes this page
+```
+
+"""
+LEGEND = """
+[95 % interval over seeds, Student's t]{weak}. *Parse rate*: of 256 held-out prompts x 4 answers at temperature 1; *greedy*: of
+one answer to each without sampling. *NDCG@1* is that of answers that parse. Differences are taken within a seed, in points of
+the parse rate at temperature 1: against lambda = 1, and against the highest lambda of the grid that lies below both
+predictions. *Target* is no run: answers drawn, token by token, from the softmax of lambda log p_T + (1 - lambda) log p_B,
+which is what the objective drives the student to."""
+
+
+def prediction(rows: Rows, steps: int) -> dict[str, float]:
+    """Where the parse rate is to fall, from p and b as measured at the first step, one row per seed.
+
+    `typical` is lambda* of the mean p, `safe` of the largest rollout mean of p (as the method logs it), and `budget` and
+    `safe_budget` are the two moved to this number of steps.
+    """
+    by_seed = {row["seed"]: row for row in rows}.values()
+    mass, base = (statistics.mean(row[name] for row in by_seed) for name in ("teacher_mass", "base_mass"))
+    (cap,) = {row["cap"] for row in by_seed}
+    found = {"teacher_mass": mass, "base_mass": base, "cap": cap, "typical": lambda_star(mass, base, cap)}
+    if all(row["safe"] is not None for row in by_seed):
+        found["safe"] = statistics.mean(row["safe"] for row in by_seed)
+        found["safe_budget"] = with_budget(found["safe"], steps)
+    return {**found, "budget": with_budget(found["typical"], steps)}
+
+
+def summary(rows: Rows, targets: Rows, questions: Mapping[str, str]) -> dict[str, Any]:
+    """The predictions, and a cell per condition and lambda: means over seeds, and differences within them."""
+    conditions = {name: [row for row in rows if row["condition"] == name] for name in questions}
+    conditions = {name: found for name, found in conditions.items() if found}
+    predicted = {name: prediction(found, found[0]["steps"]) for name, found in conditions.items()}
+    cells = [
+        _cell(name, weight, found, predicted[name]) for name, found in conditions.items() for weight in _weights(found)
+    ]
+    return {"questions": dict(questions), "predictions": predicted, "cells": cells, "targets": list(targets)}
+
+
+def _weights(rows: Rows) -> list[float]:
+    return sorted({row["weight"] for row in rows})
+
+
+def _cell(condition: str, weight: float, rows: Rows, predicted: Mapping[str, float]) -> dict[str, Any]:
+    own = {row["seed"]: row for row in rows if row["weight"] == weight}
+    below = last_below(_weights(rows), predicted)
+    return {
+        "condition": condition,
+        "weight": weight,
+        "seeds": len(own),
+        **{name: _estimate([row[name] for row in own.values()]) for name in ("parse", "greedy", "ndcg", "length")},
+        "one_missing": _estimate([row["one_missing"] for row in own.values()]),
+        "early": _estimate([_third(row["curve"], 0) for row in own.values()]),
+        "late": _estimate([_third(row["curve"], 2) for row in own.values()]),
+        "worst": min(min(row["curve"]) for row in own.values()),
+        "against_one": _difference(rows, own, 1.0),
+        "against_below": None if below is None else _difference(rows, own, below),
+        "below": below,
+    }
+
+
+def _third(curve: Sequence[float], part: int) -> float:
+    size = max(1, len(curve) // 3)
+    return statistics.mean(curve[part * size : (part + 1) * size] or curve)
+
+
+def _estimate(values: Sequence[float | None]) -> dict[str, float] | None:
+    known = [value for value in values if value is not None]
+    interval = Estimate.of_runs(known)
+    if interval is None:
+        return {"value": known[0], "n": 1} if known else None
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(known)}
+
+
+def _difference(rows: Rows, own: Mapping[int, Mapping[str, Any]], weight: float) -> dict[str, float] | None:
+    """Parse rate minus that at another lambda, within each seed; None for itself."""
+    other = {row["seed"]: row for row in rows if row["weight"] == weight}
+    if other == own:
+        return None
+    return _estimate([own[seed]["parse"] - other[seed]["parse"] for seed in sorted(set(own) & set(other))])
+
+
+def last_below(weights: Sequence[float], predicted: Mapping[str, float]) -> float | None:
+    """The highest lambda of a grid, from 1 on, that lies below both predictions."""
+    return max((w for w in weights if 1.0 <= w < min(predicted["typical"], predicted["budget"])), default=None)
+
+
+def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
+    """What the cells of one condition say of the prediction, in sentences."""
+    falls = [cell["weight"] for cell in cells if cell["weight"] > 1 and _below_zero(cell["against_one"])]
+    above = [cell for cell in cells if cell["weight"] > predicted["typical"]]
+    broken = [cell["weight"] for cell in above if _below_zero(cell["against_below"])]
+    best = max(cell["parse"]["value"] for cell in cells)
+    half = [cell["weight"] for cell in cells if cell["weight"] > 1 and cell["parse"]["value"] < best / 2]
+    below = last_below([cell["weight"] for cell in cells], predicted)
+    many = lambda values: ", ".join(f"{value:g}" for value in values)  # noqa: E731
+    found = [
+        f"Below the parse rate at lambda = 1, by more than the seeds' spread: at lambda = {many(falls)}."
+        if falls
+        else "At no lambda above 1 does the parse rate lie below that at 1 by more than the seeds' spread."
+    ]
+    if below is not None and above:
+        found.append(
+            f"Above the prediction ({predicted['typical']:.2f}) it is lower than at {below:g} by more than that at "
+            f"lambda = {many(broken)}, and not at {many([c['weight'] for c in above if c['weight'] not in broken])}."
+            if 0 < len(broken) < len(above)
+            else f"Above the prediction ({predicted['typical']:.2f}) it is lower than at {below:g} by more than that at "
+            f"{'every' if broken else 'no'} lambda tried ({many([cell['weight'] for cell in above])})."
+        )
+    found.append(
+        f"Half of its peak, where the paper puts the middle of a cliff, is reached at lambda = {half[0]:g}."
+        if half
+        else f"Half of its peak, where the paper puts the middle of a cliff, is not reached up to lambda = "
+        f"{cells[-1]['weight']:g}."
+    )
+    return found
+
+
+def _below_zero(cell: Mapping[str, float] | None) -> bool:
+    return cell is not None and "high" in cell and cell["high"] < 0
+
+
+# --- words ---
+
+
+def page(found: Mapping[str, Any], rows: Rows) -> str:
+    """Markdown: the prediction, the tables with what they say, and the plots."""
+    targets = {one["weight"]: one for one in found["targets"]}
+    cells = {name: [c for c in found["cells"] if c["condition"] == name] for name in found["predictions"]}
+    base = found["predictions"]["base"]
+    fewest = min(cell["seeds"] for cell in cells["base"])
+    parts = [
+        INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
+        _predicted(found["predictions"], rows),
+        f"## {found['questions']['base'].capitalize()}",
+        measure.markdown(HEADER, [_line(cell, targets) for cell in cells["base"]]),
+        LEGEND.format(weak=f"; n = {fewest} is weak" if fewest <= WEAK else ""),
+        "\n".join(f"- {sentence}" for sentence in verdict(cells["base"], base)),
+        "![parse rate against lambda, with the two predictions](images/cliff-parse.svg)",
+        "## Over the steps",
+        f"Parse rates of the training rollouts (128 a batch, temperature 1; means of {WINDOW} batches). *Early* and *late* "
+        "are the first and the last third of the run, *worst* is the worst single batch of any seed.",
+        measure.markdown(
+            ["lambda", "early, %", "late, %", "worst batch, %"],
+            [
+                [f"{c['weight']:g}", _share(c["early"]), _share(c["late"]), f"{100 * c['worst']:.0f}"]
+                for c in cells["base"]
+            ],
+        ),
+        "![parse rate against the step, one panel per lambda](images/cliff-steps.svg)",
+    ]
+    for name in (name for name in cells if name not in ("base", "direct")):
+        parts += [
+            f"## {found['questions'][name].capitalize()}",
+            measure.markdown(HEADER, [_line(cell, targets) for cell in cells[name]]),
+            "\n".join(f"- {sentence}" for sentence in verdict(cells[name], found["predictions"][name])),
+        ]
+    parts.append("What this says of the paper: [lab-notes.md](lab-notes.md#the-cliff-of-reward-extrapolation).")
+    return "\n\n".join(parts) + "\n"
+
+
+HEADER = (
+    "lambda",
+    "seeds",
+    "parse rate, %",
+    "against lambda = 1",
+    "against the last below",
+    "greedy, %",
+    "NDCG@1",
+    "one item missing, %",
+    "tokens",
+    "target's parse rate, %",
+)
+
+
+def _line(cell: Mapping[str, Any], targets: Mapping[float, Mapping[str, Any]]) -> list[str]:
+    target = targets.get(cell["weight"])
+    return [
+        f"{cell['weight']:g}",
+        str(cell["seeds"]),
+        _share(cell["parse"]),
+        _points(cell["against_one"]),
+        _points(cell["against_below"]),
+        _share(cell["greedy"]),
+        "–" if cell["ndcg"] is None else f"{cell['ndcg']['value']:.3f}",
+        _share(cell["one_missing"]),
+        _number(cell["length"]),
+        "–" if target is None else f"{100 * target['parse']:.1f}",
+    ]
+
+
+def _predicted(predictions: Mapping[str, Mapping[str, float]], rows: Rows) -> str:
+    base = predictions["base"]
+    seeds = len({row["seed"] for row in rows if row["condition"] == "base"})
+    text = (
+        f"**The prediction.** At the contract positions of the teacher's own answers (first step, mean of {seeds} seeds) the "
+        f"teacher's likeliest token has p = {base['teacher_mass']:.5f}, and the base gives it b = {base['base_mass']:.4f} "
+        f"(the implied one, p exp(-mean log-ratio)). With the cap c = {base['cap']:g}, lambda* is **{base['typical']:.2f}** for "
+        f"the mean p and {base['safe']:.2f} for the largest rollout mean; moved to the number of steps, as the paper's own cliff "
+        f"moves, **{base['budget']:.2f}** and {base['safe_budget']:.2f}."
+    )
+    if "direct" in predictions:
+        other = predictions["direct"]
+        text += (
+            f" With b measured directly, the paper's other reading, b = {other['base_mass']:.4f} and lambda* is "
+            f"{other['typical']:.2f}."
+        )
+    return text
+
+
+def _share(cell: Mapping[str, float] | None) -> str:
+    """A share in percent; an interval ends at 0 and 100."""
+    if cell is None:
+        return "–"
+    if "low" not in cell:
+        return f"{100 * cell['value']:.1f}"
+    return f"{100 * cell['value']:.1f} [{max(0.0, 100 * cell['low']):.1f}, {min(100.0, 100 * cell['high']):.1f}]"
+
+
+def _points(cell: Mapping[str, float] | None) -> str:
+    if cell is None:
+        return "–"
+    ends = f" [{100 * cell['low']:+.1f}, {100 * cell['high']:+.1f}]" if "low" in cell else ""
+    return f"{100 * cell['value']:+.1f}{ends}".replace("-", "−")
+
+
+def _number(cell: Mapping[str, float] | None) -> str:
+    if cell is None:
+        return "–"
+    return f"{cell['value']:.1f} ± {cell['high'] - cell['value']:.1f}" if "low" in cell else f"{cell['value']:.1f}"
+
+
+# --- plots ---
+
+
+def plots(found: Mapping[str, Any], rows: Rows, folder: Path) -> None:
+    """Parse rate against lambda, and against the step."""
+    base = [row for row in rows if row["condition"] == "base"]
+    lines = {
+        f"lambda = {weight:g}": [windows(row["curve"]) for row in base if row["weight"] == weight]
+        for weight in _weights(base)
+    }
+    panels(lines, folder / "cliff-steps.svg", "step", "training rollouts that parse, %")
+    _against_weight(found, base, folder / "cliff-parse.svg")
+
+
+def windows(curve: Sequence[float]) -> list[tuple[float, float]]:
+    """Means of neighbouring batches, in percent, each at its window's last step."""
+    parts = [curve[start : start + WINDOW] for start in range(0, len(curve), WINDOW)]
+    return [(min((place + 1) * WINDOW, len(curve)), 100 * statistics.mean(part)) for place, part in enumerate(parts)]
+
+
+def _against_weight(found: Mapping[str, Any], rows: Rows, path: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "retort", "svg.fonttype": "none", "font.size": 9})
+    from matplotlib import pyplot
+
+    cells = [cell for cell in found["cells"] if cell["condition"] == "base"]
+    predicted = found["predictions"]["base"]
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, words, style in (
+        ("typical", "predicted", "-"),
+        ("budget", "predicted, moved to the number of steps", "--"),
+    ):
+        axes.axvline(predicted[name], color="#b4441a", linestyle=style, label=f"{words}: {predicted[name]:.2f}")
+    aims = sorted((one["weight"], 100 * one["parse"]) for one in found["targets"])
+    if aims:
+        axes.plot(*zip(*aims, strict=True), color="#8a8a8a", linestyle=":", label="the target itself (no training)")
+    axes.scatter(
+        [row["weight"] for row in rows], [100 * row["parse"] for row in rows], s=9, color="#9ec5e8", label="a seed"
+    )
+    across = [cell["weight"] for cell in cells]
+    means = [100 * cell["parse"]["value"] for cell in cells]
+    low = [max(0.0, 100 * cell["parse"].get("low", cell["parse"]["value"])) for cell in cells]
+    high = [min(100.0, 100 * cell["parse"].get("high", cell["parse"]["value"])) for cell in cells]
+    reach = [[m - l for m, l in zip(means, low, strict=True)], [h - m for h, m in zip(high, means, strict=True)]]
+    axes.errorbar(across, means, reach, color="#0b5cad", capsize=3, marker="o", label="mean, 95 % interval over seeds")
+    axes.set_xlabel("lambda")
+    axes.set_ylabel("held-out answers that parse, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": time.strftime("%Y-%m-%d")}, facecolor="white")
+    pyplot.close(figure)
