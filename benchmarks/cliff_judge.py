@@ -1,4 +1,4 @@
-"""What the cliff's runs do not measure themselves: greedy answers, and the parse rate of what the student is driven to."""
+"""What the cliff's runs do not measure themselves: greedy answers, and the parse rate of the target."""
 
 from __future__ import annotations
 

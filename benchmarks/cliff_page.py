@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ INTRO = """# The cliff of reward extrapolation
 
 <!-- Written by benchmarks/cliff.py; edit that. -->
 
-"The Extrapolation Cliff" (arXiv 2605.08737) predicts, for outputs whose structure is almost deterministic, a lambda above
-which a student that extrapolates beyond its teacher stops writing what can be parsed. Here `listopd` is trained on the
-built-in task `ranking` (JSON lists of four to six items) at values of lambda on both sides of the prediction. The student
-starts at the teacher's own weights, the base is the task's small student, so at lambda = 1 there is nothing to learn, and
-what breaks at another lambda was whole before.
+"The Extrapolation Cliff" (arXiv 2605.08737) predicts, for outputs whose structure is almost deterministic, a lambda
+above which a student that extrapolates beyond its teacher stops writing what can be parsed. Here `listopd` is trained
+on the built-in task `ranking` (JSON lists of four to six items) at values of lambda on both sides of the prediction.
+The student starts at the teacher's own weights and the base is the task's small student, so at lambda = 1 there is
+nothing to learn, and what breaks at another lambda was whole before.
 
 ```sh
 python benchmarks/cliff.py --out runs/cliff          # runs what is missing; --report only writes this page
@@ -36,18 +36,20 @@ python benchmarks/cliff.py --out runs/cliff          # runs what is missing; --r
 
 """
 LEGEND = """
-[95 % interval over seeds, Student's t]{weak}. *Parse rate*: of 256 held-out prompts x 4 answers at temperature 1; *greedy*: of
-one answer to each without sampling. *NDCG@1* is that of answers that parse. Differences are taken within a seed, in points of
-the parse rate at temperature 1: against lambda = 1, and against the highest lambda of the grid that lies below both
-predictions. *Target* is no run: answers drawn, token by token, from the softmax of lambda log p_T + (1 - lambda) log p_B,
-which is what the objective drives the student to."""
+In brackets 95 % intervals over seeds (Student's t){weak}. *Parse rate*: of 256 held-out prompts x 4 answers at
+temperature 1, by the last weights; *last third*: of all training rollouts in the last third of the run, because a
+student that wobbles from step to step makes its last weights a draw; *greedy*: of one held-out answer each without
+sampling. *NDCG@1* is that of answers that parse. Differences are taken within a seed, in points: against the student
+before training, and against {below}, the highest lambda of the grid below both predictions. *Target* is no run: as
+many answers drawn, token by token, from the softmax of lambda log p_T + (1 - lambda) log p_B, which is what the
+objective drives the student to."""
 
 
 def prediction(rows: Rows, steps: int) -> dict[str, float]:
     """Where the parse rate is to fall, from p and b as measured at the first step, one row per seed.
 
-    `typical` is lambda* of the mean p, `safe` of the largest rollout mean of p (as the method logs it), and `budget` and
-    `safe_budget` are the two moved to this number of steps.
+    `typical` is lambda* of the mean p, `safe` of the largest rollout mean of p (as the method logs it); `budget` and
+    `safe_budget` are the two, moved to this number of steps.
     """
     by_seed = {row["seed"]: row for row in rows}.values()
     mass, base = (statistics.mean(row[name] for row in by_seed) for name in ("teacher_mass", "base_mass"))
@@ -83,18 +85,32 @@ def _cell(condition: str, weight: float, rows: Rows, predicted: Mapping[str, flo
         "seeds": len(own),
         **{name: _estimate([row[name] for row in own.values()]) for name in ("parse", "greedy", "ndcg", "length")},
         "one_missing": _estimate([row["one_missing"] for row in own.values()]),
-        "early": _estimate([_third(row["curve"], 0) for row in own.values()]),
-        "late": _estimate([_third(row["curve"], 2) for row in own.values()]),
+        "early": _estimate([third(row, 0) for row in own.values()]),
+        "late": _estimate([third(row, 2) for row in own.values()]),
         "worst": min(min(row["curve"]) for row in own.values()),
-        "against_one": _difference(rows, own, 1.0),
-        "against_below": None if below is None else _difference(rows, own, below),
         "below": below,
+        **{
+            f"{name}_{reference}": found
+            for name, value in MEASURES.items()
+            for reference, found in (
+                ("against_start", _estimate([value(row) - row["before"] for row in own.values()])),
+                ("against_below", _difference(rows, own, below, value)),
+            )
+        },
     }
 
 
-def _third(curve: Sequence[float], part: int) -> float:
-    size = max(1, len(curve) // 3)
-    return statistics.mean(curve[part * size : (part + 1) * size] or curve)
+def third(row: Mapping[str, Any], part: int) -> float:
+    """The parse rate of the training rollouts in a third of the run, 0 to 2."""
+    size = max(1, len(row["curve"]) // 3)
+    return statistics.mean(row["curve"][part * size : (part + 1) * size] or row["curve"])
+
+
+#: What is held against the prediction. The last weights of a student that wobbles are a draw; a third of a run is not.
+MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
+    "parse": lambda row: row["parse"],
+    "late": lambda row: third(row, 2),
+}
 
 
 def _estimate(values: Sequence[float | None]) -> dict[str, float] | None:
@@ -105,12 +121,17 @@ def _estimate(values: Sequence[float | None]) -> dict[str, float] | None:
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(known)}
 
 
-def _difference(rows: Rows, own: Mapping[int, Mapping[str, Any]], weight: float) -> dict[str, float] | None:
-    """Parse rate minus that at another lambda, within each seed; None for itself."""
+def _difference(
+    rows: Rows,
+    own: Mapping[int, Mapping[str, Any]],
+    weight: float | None,
+    value: Callable[[Mapping[str, Any]], float],
+) -> dict[str, float] | None:
+    """A measure minus that at another lambda, within each seed; None for itself."""
     other = {row["seed"]: row for row in rows if row["weight"] == weight}
     if other == own:
         return None
-    return _estimate([own[seed]["parse"] - other[seed]["parse"] for seed in sorted(set(own) & set(other))])
+    return _estimate([value(own[seed]) - value(other[seed]) for seed in sorted(set(own) & set(other))])
 
 
 def last_below(weights: Sequence[float], predicted: Mapping[str, float]) -> float | None:
@@ -120,33 +141,28 @@ def last_below(weights: Sequence[float], predicted: Mapping[str, float]) -> floa
 
 def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
     """What the cells of one condition say of the prediction, in sentences."""
-    falls = [cell["weight"] for cell in cells if cell["weight"] > 1 and _below_zero(cell["against_one"])]
+    beyond = [cell for cell in cells if cell["weight"] > 1]
     above = [cell for cell in cells if cell["weight"] > predicted["typical"]]
-    broken = [cell["weight"] for cell in above if _below_zero(cell["against_below"])]
+    found: list[str] = []
+    for name, words in (("parse", "Held-out answers of the last weights"), ("late", "Rollouts of the last third")):
+        falls = [cell["weight"] for cell in beyond if _below_zero(cell[f"{name}_against_start"])]
+        broken = [cell["weight"] for cell in above if _below_zero(cell[f"{name}_against_below"])]
+        spared = [cell["weight"] for cell in above if cell["weight"] not in broken]
+        sentence = f"{words}: fewer parse than at the start, by more than the seeds' spread, at {_some(falls)}"
+        if above and above[0]["below"] is not None:
+            sentence += (
+                f"; of those above the prediction ({predicted['typical']:.2f}), fewer than at lambda = "
+                f"{above[0]['below']:g} at {_some(broken)}"
+            ) + (f", not at {_some(spared)}" if spared else "")
+        found.append(f"{sentence}.")
     best = max(cell["parse"]["value"] for cell in cells)
-    half = [cell["weight"] for cell in cells if cell["weight"] > 1 and cell["parse"]["value"] < best / 2]
-    below = last_below([cell["weight"] for cell in cells], predicted)
-    many = lambda values: ", ".join(f"{value:g}" for value in values)  # noqa: E731
-    found = [
-        f"Below the parse rate at lambda = 1, by more than the seeds' spread: at lambda = {many(falls)}."
-        if falls
-        else "At no lambda above 1 does the parse rate lie below that at 1 by more than the seeds' spread."
-    ]
-    if below is not None and above:
-        found.append(
-            f"Above the prediction ({predicted['typical']:.2f}) it is lower than at {below:g} by more than that at "
-            f"lambda = {many(broken)}, and not at {many([c['weight'] for c in above if c['weight'] not in broken])}."
-            if 0 < len(broken) < len(above)
-            else f"Above the prediction ({predicted['typical']:.2f}) it is lower than at {below:g} by more than that at "
-            f"{'every' if broken else 'no'} lambda tried ({many([cell['weight'] for cell in above])})."
-        )
-    found.append(
-        f"Half of its peak, where the paper puts the middle of a cliff, is reached at lambda = {half[0]:g}."
-        if half
-        else f"Half of its peak, where the paper puts the middle of a cliff, is not reached up to lambda = "
-        f"{cells[-1]['weight']:g}."
-    )
-    return found
+    half = [cell["weight"] for cell in beyond if cell["parse"]["value"] < best / 2]
+    where = f"reached at lambda = {half[0]:g}" if half else f"not reached up to lambda = {cells[-1]['weight']:g}"
+    return [*found, f"Half of the peak, where the paper puts the middle of a cliff, is {where}."]
+
+
+def _some(weights: Sequence[float]) -> str:
+    return f"lambda = {', '.join(f'{weight:g}' for weight in weights)}" if weights else "none"
 
 
 def _below_zero(cell: Mapping[str, float] | None) -> bool:
@@ -167,12 +183,13 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
         _predicted(found["predictions"], rows),
         f"## {found['questions']['base'].capitalize()}",
         measure.markdown(HEADER, [_line(cell, targets) for cell in cells["base"]]),
-        LEGEND.format(weak=f"; n = {fewest} is weak" if fewest <= WEAK else ""),
+        LEGEND.format(weak=f"; n = {fewest} is weak" if fewest <= WEAK else "", below=f"{cells['base'][0]['below']:g}"),
         "\n".join(f"- {sentence}" for sentence in verdict(cells["base"], base)),
         "![parse rate against lambda, with the two predictions](images/cliff-parse.svg)",
         "## Over the steps",
-        f"Parse rates of the training rollouts (128 a batch, temperature 1; means of {WINDOW} batches). *Early* and *late* "
-        "are the first and the last third of the run, *worst* is the worst single batch of any seed.",
+        f"Parse rates of the training rollouts (128 a batch, temperature 1; in the plot means of {WINDOW} batches). "
+        "*Early* and *late* are the first and the last third of the run, *worst* is the worst single batch of any "
+        "seed.",
         measure.markdown(
             ["lambda", "early, %", "late, %", "worst batch, %"],
             [
@@ -196,13 +213,15 @@ HEADER = (
     "lambda",
     "seeds",
     "parse rate, %",
-    "against lambda = 1",
+    "against the start",
+    "against the last below",
+    "last third, %",
     "against the last below",
     "greedy, %",
     "NDCG@1",
     "one item missing, %",
     "tokens",
-    "target's parse rate, %",
+    "target, %",
 )
 
 
@@ -212,8 +231,10 @@ def _line(cell: Mapping[str, Any], targets: Mapping[float, Mapping[str, Any]]) -
         f"{cell['weight']:g}",
         str(cell["seeds"]),
         _share(cell["parse"]),
-        _points(cell["against_one"]),
-        _points(cell["against_below"]),
+        _points(cell["parse_against_start"]),
+        _points(cell["parse_against_below"]),
+        _share(cell["late"]),
+        _points(cell["late_against_below"]),
         _share(cell["greedy"]),
         "–" if cell["ndcg"] is None else f"{cell['ndcg']['value']:.3f}",
         _share(cell["one_missing"]),
@@ -226,11 +247,12 @@ def _predicted(predictions: Mapping[str, Mapping[str, float]], rows: Rows) -> st
     base = predictions["base"]
     seeds = len({row["seed"] for row in rows if row["condition"] == "base"})
     text = (
-        f"**The prediction.** At the contract positions of the teacher's own answers (first step, mean of {seeds} seeds) the "
-        f"teacher's likeliest token has p = {base['teacher_mass']:.5f}, and the base gives it b = {base['base_mass']:.4f} "
-        f"(the implied one, p exp(-mean log-ratio)). With the cap c = {base['cap']:g}, lambda* is **{base['typical']:.2f}** for "
-        f"the mean p and {base['safe']:.2f} for the largest rollout mean; moved to the number of steps, as the paper's own cliff "
-        f"moves, **{base['budget']:.2f}** and {base['safe_budget']:.2f}."
+        f"**The prediction.** At the contract positions of the teacher's own answers (first step, seeds: {seeds}"
+        f") the teacher's likeliest token has p = {base['teacher_mass']:.5f}, and the base gives it "
+        f"b = {base['base_mass']:.4f} (the implied one, p exp(-mean log-ratio)). With the cap c = {base['cap']:g}, "
+        f"lambda* is **{base['typical']:.2f}** for the mean p and {base['safe']:.2f} for the largest rollout mean; "
+        f"moved to the number of steps, as the paper's own cliff moves, **{base['budget']:.2f}** and "
+        f"{base['safe_budget']:.2f}."
     )
     if "direct" in predictions:
         other = predictions["direct"]
