@@ -47,10 +47,12 @@ BASE: Mapping[str, Any] = {
     "checkpoint": {"every": 0},
     "record": {"rollouts": 1, "overlap": 0, "answers": PROBLEMS},
 }
-#: On both sides of what a first look predicted (1.24 to 1.34). 1.01 is the control: hardly any extrapolation, all of
-#: the noise. (At 1 itself a student that is its teacher has no gradient, so nothing can break.)
-GRID = (0.5, 1.0, 1.01, 1.1, 1.2, 1.3, 1.5, 2.0, 3.0)
-FEWER = (1.01, 1.2, 1.5, 3.0)
+#: On both sides of what a first look predicted (1.24 to 1.34), in the order of the runs: what the question hangs on
+#: first. 1.01 is the control: hardly any extrapolation, all of the noise.
+GRID = (3.0, 1.2, 1.01, 1.5, 1.3, 2.0, 1.1)
+#: At 0.5 the target lies towards the base; at 1 a student that is its teacher has no gradient, so nothing can break.
+ORIENTATION = (0.5, 1.0)
+FEWER = (3.0, 1.01, 1.2, 1.5)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Condition:
 
     Attributes:
         name: Of the condition, and of its folder.
-        question: What it varies, in words.
+        question: What it varies, in words; empty for more values of lambda of one that is there.
         changes: Settings.
         grid: Values of lambda.
     """
@@ -72,6 +74,7 @@ class Condition:
 
 CONDITIONS = (
     Condition("base", "60 steps of 128 prompts, learning rate 1e-3"),
+    Condition("base", "", grid=ORIENTATION),
     # Only for b, which `direct` measures at the same step in the other of the paper's two ways.
     Condition("direct", "one step, b measured directly", {"steps": 1, "method": {"base_mode": "direct"}}, (1.0,)),
     Condition("rate-low", "learning rate 1e-4", {"optimizer": {"learning_rate": 1e-4}}, FEWER),
@@ -99,7 +102,7 @@ def after(todo: Sequence[Job], out: Path, workers: int) -> None:
     for job in todo:
         if job.finished and job.steps > 1:
             tasks.append((job.folder / "greedy.json", greedy, (job.folder / "model", PROBLEMS)))
-    for weight in GRID:
+    for weight in (*GRID, *ORIENTATION):
         tasks.append((out / "target" / f"{weight:g}.json", target, (weight, PROBLEMS)))
     left = [task for task in tasks if not task[0].exists()]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool, Progress() as bar:
@@ -148,6 +151,7 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
                 "greedy": json.loads(greedily.read_text()) if greedily.exists() else None,
                 "curve": [line["reward"] for line in lines],
                 "tail": [line.get("contract_tail") for line in lines],
+                "boundary": first.get("contract_tail_boundary"),
                 "seconds": sum(float(line["time/step"]) for line in lines),
             }
         )
@@ -158,7 +162,8 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/cliff"), help="folder of the runs")
-    parser.add_argument("--only", nargs="*", default=(), choices=[c.name for c in CONDITIONS], metavar="CONDITION")
+    names = sorted({condition.name for condition in CONDITIONS})
+    parser.add_argument("--only", nargs="*", default=(), choices=names, metavar="CONDITION")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing")
@@ -176,7 +181,7 @@ def main() -> None:
     if not any(row["condition"] == "base" for row in rows):
         raise SystemExit("no run of the condition `base` is finished: there is nothing to write a page about")
     aims = [json.loads(path.read_text()) for path in sorted((arguments.out / "target").glob("*.json"))]
-    questions = {condition.name: condition.question for condition in CONDITIONS}
+    questions = {condition.name: condition.question for condition in CONDITIONS if condition.question}
     found = summary(rows, aims, questions)
     path = arguments.docs / "cliff.md"
     path.write_text(page(found, rows), encoding="utf-8")

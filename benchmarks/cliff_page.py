@@ -87,6 +87,8 @@ def _cell(condition: str, weight: float, rows: Rows, predicted: Mapping[str, flo
         "one_missing": _estimate([row["one_missing"] for row in own.values()]),
         "early": _estimate([third(row, 0) for row in own.values()]),
         "late": _estimate([third(row, 2) for row in own.values()]),
+        "tail": _estimate([_late_tail(row) for row in own.values()]),
+        "beyond": statistics.mean(_beyond(row) for row in own.values()),
         "worst": min(min(row["curve"]) for row in own.values()),
         "below": below,
         **{
@@ -104,6 +106,17 @@ def third(row: Mapping[str, Any], part: int) -> float:
     """The parse rate of the training rollouts in a third of the run, 0 to 2."""
     size = max(1, len(row["curve"]) // 3)
     return statistics.mean(row["curve"][part * size : (part + 1) * size] or row["curve"])
+
+
+def _late_tail(row: Mapping[str, Any]) -> float:
+    """The student's mean mass on all but the teacher's likeliest token, at contract positions, in the last third."""
+    known = [tail for tail in row["tail"][-max(1, len(row["tail"]) // 3) :] if tail is not None]
+    return statistics.mean(known)
+
+
+def _beyond(row: Mapping[str, Any]) -> float:
+    """The share of batches in which that mass is below (1 - p) / c, where the theory says that ratios are capped."""
+    return statistics.mean(tail is not None and tail < row["boundary"] for tail in row["tail"])
 
 
 #: What is held against the prediction. The last weights of a student that wobbles are a draw; a third of a run is not.
@@ -188,12 +201,22 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
         "![parse rate against lambda, with the two predictions](images/cliff-parse.svg)",
         "## Over the steps",
         f"Parse rates of the training rollouts (128 a batch, temperature 1; in the plot means of {WINDOW} batches). "
-        "*Early* and *late* are the first and the last third of the run, *worst* is the worst single batch of any "
-        "seed.",
+        "*First* and *last* are thirds of the run, *worst* is the worst single batch of any seed. *Tail* is what the "
+        "student leaves at contract positions to all but the teacher's likeliest token, in the last third; the cliff "
+        "is to begin where it sinks below the boundary (1 - p) / c, here "
+        f"{statistics.mean(row['boundary'] for row in rows if row['condition'] == 'base'):.1e}; *beyond* are the "
+        "batches in which it had.",
         measure.markdown(
-            ["lambda", "early, %", "late, %", "worst batch, %"],
+            ["lambda", "first third, %", "last third, %", "worst batch, %", "tail", "beyond, %"],
             [
-                [f"{c['weight']:g}", _share(c["early"]), _share(c["late"]), f"{100 * c['worst']:.0f}"]
+                [
+                    f"{c['weight']:g}",
+                    _share(c["early"]),
+                    _share(c["late"]),
+                    f"{100 * c['worst']:.0f}",
+                    f"{c['tail']['value']:.1e}",
+                    f"{100 * c['beyond']:.0f}",
+                ]
                 for c in cells["base"]
             ],
         ),

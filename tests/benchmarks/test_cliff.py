@@ -41,7 +41,9 @@ def _row(weight: float, seed: int, parse: float, **more: Any) -> dict[str, Any]:
     return {
         "condition": "base", "weight": weight, "seed": seed, "steps": 60, "cap": 5.0, "teacher_mass": 0.9993,
         "base_mass": 0.81, "safe": 1.1855, "before": 0.99, "parse": parse, "length": 52.0, "ndcg": 1.0,
-        "one_missing": 0.0, "greedy": None, "curve": [0.99, 0.99, 0.9, 0.9, parse, parse], "tail": [0.0] * 6,
+        "one_missing": 0.0, "greedy": None, "curve": [0.99, 0.99, 0.9, 0.9, parse, parse],
+        "tail": [2e-4, 1e-4, 2e-4, 2e-4, 3e-4, 5e-4],
+        "boundary": 1.4e-4,
         "seconds": 1.0, **more,
     }  # fmt: skip
 
@@ -97,6 +99,8 @@ def test_differences_are_taken_within_a_seed(pages: ModuleType) -> None:
         assert (found["low"], found["value"], found["high"]) == pytest.approx((-0.1, -0.1, -0.1))
     assert cell["parse_against_start"]["value"] == pytest.approx(0.6 - 0.99)
     assert cell["worst"] == pytest.approx(0.4)
+    assert cell["tail"]["value"] == pytest.approx(4e-4)
+    assert cell["beyond"] == pytest.approx(1 / 6)
 
 
 def test_the_page_has_a_line_per_lambda_and_the_measured_prediction(pages: ModuleType) -> None:
@@ -154,7 +158,7 @@ def test_a_run_is_read_judged_and_drawn(cliff: ModuleType, pages: ModuleType, tm
     sys.modules["runs"].run(job)
     (job.folder / "greedy.json").write_text(json.dumps(sys.modules["cliff_judge"].greedy(job.folder / "model", 6)))
     (row,) = cliff.read([job])
-    assert (row["weight"], row["steps"], len(row["curve"])) == (0.5, 2, 2)
+    assert (row["weight"], row["steps"], len(row["curve"])) == (3.0, 2, 2)
     assert 0.99 < row["teacher_mass"] < 1.0
     assert row["base_mass"] < row["teacher_mass"]
     assert 0.0 <= row["parse"] <= 1.0
