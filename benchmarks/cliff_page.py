@@ -69,7 +69,13 @@ def summary(rows: Rows, targets: Rows, questions: Mapping[str, str]) -> dict[str
     cells = [
         _cell(name, weight, found, predicted[name]) for name, found in conditions.items() for weight in _weights(found)
     ]
-    return {"questions": dict(questions), "predictions": predicted, "cells": cells, "targets": list(targets)}
+    return {
+        "questions": dict(questions),
+        "predictions": predicted,
+        "cells": cells,
+        "above_minus_below": {name: above_minus_below(rows, predicted[name]) for name, rows in conditions.items()},
+        "targets": list(targets),
+    }
 
 
 def _weights(rows: Rows) -> list[float]:
@@ -147,6 +153,19 @@ def _difference(
     return _estimate([value(own[seed]) - value(other[seed]) for seed in sorted(set(own) & set(other))])
 
 
+def above_minus_below(rows: Rows, predicted: Mapping[str, float]) -> dict[str, dict[str, float] | None]:
+    """Each measure above both predictions minus that between 1 and both, means over the lambdas of a seed."""
+    low, high = sorted((predicted["typical"], predicted["budget"]))
+    found: dict[str, list[float]] = {name: [] for name in MEASURES}
+    for seed in sorted({row["seed"] for row in rows}):
+        own = [row for row in rows if row["seed"] == seed]
+        above, below = [r for r in own if r["weight"] > high], [r for r in own if 1 < r["weight"] < low]
+        if above and below:
+            for name, value in MEASURES.items():
+                found[name].append(statistics.mean(map(value, above)) - statistics.mean(map(value, below)))
+    return {name: _estimate(differences) for name, differences in found.items()}
+
+
 def last_below(weights: Sequence[float], predicted: Mapping[str, float]) -> float | None:
     """The highest lambda of a grid, from 1 on, that lies below both predictions."""
     return max((w for w in weights if 1.0 <= w < min(predicted["typical"], predicted["budget"])), default=None)
@@ -189,7 +208,6 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
     """Markdown: the prediction, the tables with what they say, and the plots."""
     targets = {one["weight"]: one for one in found["targets"]}
     cells = {name: [c for c in found["cells"] if c["condition"] == name] for name in found["predictions"]}
-    base = found["predictions"]["base"]
     fewest = min(cell["seeds"] for cell in cells["base"])
     parts = [
         INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
@@ -197,7 +215,7 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
         f"## {found['questions']['base'].capitalize()}",
         measure.markdown(HEADER, [_line(cell, targets) for cell in cells["base"]]),
         LEGEND.format(weak=f"; n = {fewest} is weak" if fewest <= WEAK else "", below=f"{cells['base'][0]['below']:g}"),
-        "\n".join(f"- {sentence}" for sentence in verdict(cells["base"], base)),
+        _said(found, "base", cells["base"]),
         "![parse rate against lambda, with the two predictions](images/cliff-parse.svg)",
         "## Over the steps",
         f"Parse rates of the training rollouts (128 a batch, temperature 1; in the plot means of {WINDOW} batches). "
@@ -226,7 +244,7 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
         parts += [
             f"## {found['questions'][name].capitalize()}",
             measure.markdown(HEADER, [_line(cell, targets) for cell in cells[name]]),
-            "\n".join(f"- {sentence}" for sentence in verdict(cells[name], found["predictions"][name])),
+            _said(found, name, cells[name]),
         ]
     parts.append("What this says of the paper: [lab-notes.md](lab-notes.md#the-cliff-of-reward-extrapolation).")
     return "\n\n".join(parts) + "\n"
@@ -284,6 +302,20 @@ def _predicted(predictions: Mapping[str, Mapping[str, float]], rows: Rows) -> st
             f"{other['typical']:.2f}."
         )
     return text
+
+
+def _said(found: Mapping[str, Any], name: str, cells: Rows) -> str:
+    """The sentences about a condition, as a list."""
+    pooled = found["above_minus_below"][name]
+    sentences = verdict(cells, found["predictions"][name])
+    if pooled["parse"] is not None:
+        sentences.insert(
+            0,
+            "All lambdas above both predictions minus all between 1 and both, within a seed: "
+            f"{_points(pooled['parse'])} points of the held-out answers, {_points(pooled['late'])} of the rollouts of "
+            "the last third.",
+        )
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def _share(cell: Mapping[str, float] | None) -> str:

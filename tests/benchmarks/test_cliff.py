@@ -98,6 +98,8 @@ def test_differences_are_taken_within_a_seed(pages: ModuleType) -> None:
         found = cell[f"{measure}_against_below"]
         assert (found["low"], found["value"], found["high"]) == pytest.approx((-0.1, -0.1, -0.1))
     assert cell["parse_against_start"]["value"] == pytest.approx(0.6 - 0.99)
+    pooled = pages.summary([*rows, _row(3.0, 0, 0.2)], [], {"base": "?"})["above_minus_below"]["base"]["parse"]
+    assert pooled["value"] == pytest.approx((-0.2 - 0.1 - 0.1) / 3), "seed 0 has two lambdas above"
     assert cell["worst"] == pytest.approx(0.4)
     assert cell["tail"]["value"] == pytest.approx(4e-4)
     assert cell["beyond"] == pytest.approx(1 / 6)
