@@ -369,29 +369,30 @@ def _against_weight(found: Mapping[str, Any], rows: Rows, path: Path) -> None:
 
     cells = [cell for cell in found["cells"] if cell["condition"] == "base"]
     predicted = found["predictions"]["base"]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, words, style in (
-        ("typical", "predicted", "-"),
-        ("budget", "predicted, moved to the number of steps", "--"),
-    ):
-        axes.axvline(predicted[name], color="#b4441a", linestyle=style, label=f"{words}: {predicted[name]:.2f}")
     aims = sorted((one["weight"], 100 * one["parse"]) for one in found["targets"])
-    if aims:
-        axes.plot(*zip(*aims, strict=True), color="#8a8a8a", linestyle=":", label="the target itself (no training)")
-    axes.scatter(
-        [row["weight"] for row in rows], [100 * row["parse"] for row in rows], s=9, color="#9ec5e8", label="a seed"
-    )
-    across = [cell["weight"] for cell in cells]
-    means = [100 * cell["parse"]["value"] for cell in cells]
-    low = [max(0.0, 100 * cell["parse"].get("low", cell["parse"]["value"])) for cell in cells]
-    high = [min(100.0, 100 * cell["parse"].get("high", cell["parse"]["value"])) for cell in cells]
-    reach = [[m - l for m, l in zip(means, low, strict=True)], [h - m for h, m in zip(high, means, strict=True)]]
-    axes.errorbar(across, means, reach, color="#0b5cad", capsize=3, marker="o", label="mean, 95 % interval over seeds")
-    axes.set_xlabel("lambda")
-    axes.set_ylabel("held-out answers that parse, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
-    figure.tight_layout()
+    figure, panes = pyplot.subplots(1, 2, sharey=True, figsize=(9, 4))
+    titles = ("held-out answers, last weights", "training rollouts, last third of the run")
+    for axes, title, (name, value) in zip(panes, titles, MEASURES.items(), strict=True):
+        for place, words, style in (("typical", "predicted", "-"), ("budget", "moved to the number of steps", "--")):
+            label = f"{words}: {predicted[place]:.2f}"
+            axes.axvline(predicted[place], color="#b4441a", linewidth=1, linestyle=style, label=label)
+        if aims:
+            axes.plot(*zip(*aims, strict=True), color="#8a8a8a", linestyle=":", label="the target itself, no training")
+        at = [row["weight"] for row in rows]
+        axes.scatter(at, [100 * value(row) for row in rows], s=14, color="#6ba4d6", label="a seed")
+        means = [100 * cell[name]["value"] for cell in cells]
+        across = [cell["weight"] for cell in cells]
+        axes.plot(across, means, color="#0b5cad", marker="o", markersize=4, label="mean; bars: 95 % interval, from three seeds on")
+        # Two seeds have an interval, of 12.7 standard errors: it would fill the plot and say as much.
+        for cell in (cell for cell in cells if cell[name]["n"] > 2):
+            ends = [min(100.0, max(0.0, 100 * cell[name][end])) for end in ("low", "high")]
+            axes.plot([cell["weight"]] * 2, ends, color="#0b5cad", linewidth=2.5, alpha=0.35)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlabel("lambda")
+        axes.spines[["top", "right"]].set_visible(False)
+    panes[0].set_ylabel("parse, %")
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.legend(*panes[0].get_legend_handles_labels(), loc="lower center", ncol=3, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": time.strftime("%Y-%m-%d")}, facecolor="white")
     pyplot.close(figure)
