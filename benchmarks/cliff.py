@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -185,7 +186,9 @@ def main() -> None:
     questions = {condition.name: condition.question for condition in CONDITIONS if condition.question}
     found = summary(rows, aims, questions)
     path = arguments.docs / "cliff.md"
-    path.write_text(page(found, rows), encoding="utf-8")
+    path.write_text(
+        page(found, rows, Counter(job.condition for job in everything if not job.finished)), encoding="utf-8"
+    )
     plots(found, rows, arguments.docs / "images")
     short = json.loads(json.dumps({"rows": rows, **found}), parse_float=lambda digits: round(float(digits), 6))
     arguments.json.write_text(json.dumps(short) + "\n", encoding="utf-8")

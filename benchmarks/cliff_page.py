@@ -179,7 +179,8 @@ def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
     for name, words in (("parse", "Held-out answers of the last weights"), ("late", "Rollouts of the last third")):
         falls = [cell["weight"] for cell in beyond if _below_zero(cell[f"{name}_against_start"])]
         broken = [cell["weight"] for cell in above if _below_zero(cell[f"{name}_against_below"])]
-        spared = [cell["weight"] for cell in above if cell["weight"] not in broken]
+        judged = [cell["weight"] for cell in above if "high" in (cell[f"{name}_against_below"] or {})]
+        spared = [weight for weight in judged if weight not in broken]
         sentence = f"{words}: fewer parse than at the start, by more than the seeds' spread, at {_some(falls)}"
         if above and above[0]["below"] is not None:
             sentence += (
@@ -187,6 +188,9 @@ def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
                 f"{above[0]['below']:g} at {_some(broken)}"
             ) + (f", not at {_some(spared)}" if spared else "")
         found.append(f"{sentence}.")
+    alone = [cell["weight"] for cell in beyond if cell["seeds"] < 2]
+    if alone:
+        found.append(f"With one seed there is no spread, so nothing is said here of {_some(alone)}.")
     best = max(cell["parse"]["value"] for cell in cells)
     half = [cell["weight"] for cell in beyond if cell["parse"]["value"] < best / 2]
     where = f"reached at lambda = {half[0]:g}" if half else f"not reached up to lambda = {cells[-1]['weight']:g}"
@@ -204,8 +208,8 @@ def _below_zero(cell: Mapping[str, float] | None) -> bool:
 # --- words ---
 
 
-def page(found: Mapping[str, Any], rows: Rows) -> str:
-    """Markdown: the prediction, the tables with what they say, and the plots."""
+def page(found: Mapping[str, Any], rows: Rows, missing: Mapping[str, int] | None = None) -> str:
+    """Markdown: the prediction, the tables with what they say, the plots, and how many runs are not finished."""
     targets = {one["weight"]: one for one in found["targets"]}
     cells = {name: [c for c in found["cells"] if c["condition"] == name] for name in found["predictions"]}
     fewest = min(cell["seeds"] for cell in cells["base"])
@@ -246,6 +250,9 @@ def page(found: Mapping[str, Any], rows: Rows) -> str:
             measure.markdown(HEADER, [_line(cell, targets) for cell in cells[name]]),
             _said(found, name, cells[name]),
         ]
+    if missing:
+        words = ", ".join(f"`{name}` {count}" for name, count in missing.items())
+        parts.append(f"Runs that are not finished, by condition: {words}.")
     parts.append("What this says of the paper: [lab-notes.md](lab-notes.md#the-cliff-of-reward-extrapolation).")
     return "\n\n".join(parts) + "\n"
 
@@ -382,7 +389,14 @@ def _against_weight(found: Mapping[str, Any], rows: Rows, path: Path) -> None:
         axes.scatter(at, [100 * value(row) for row in rows], s=14, color="#6ba4d6", label="a seed")
         means = [100 * cell[name]["value"] for cell in cells]
         across = [cell["weight"] for cell in cells]
-        axes.plot(across, means, color="#0b5cad", marker="o", markersize=4, label="mean; bars: 95 % interval, from three seeds on")
+        axes.plot(
+            across,
+            means,
+            color="#0b5cad",
+            marker="o",
+            markersize=4,
+            label="mean; bars: 95 % interval, from three seeds on",
+        )
         # Two seeds have an interval, of 12.7 standard errors: it would fill the plot and say as much.
         for cell in (cell for cell in cells if cell[name]["n"] > 2):
             ends = [min(100.0, max(0.0, 100 * cell[name][end])) for end in ("low", "high")]

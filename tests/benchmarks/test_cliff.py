@@ -90,6 +90,13 @@ def test_a_cliff_is_called_one_and_a_wobble_is_not(pages: ModuleType) -> None:
     assert said[2].endswith("is not reached up to lambda = 3.")
 
 
+def test_of_one_seed_nothing_is_concluded(pages: ModuleType) -> None:
+    rows = [row for row in _rows({1.0: 0.99, 1.1: 0.98, 1.5: 0.2, 3.0: 0.2}) if row["weight"] != 3.0 or not row["seed"]]
+    said = pages.verdict(pages.summary(rows, [], {"base": "?"})["cells"], pages.prediction(rows, 60))
+    assert said[0].endswith("fewer than at lambda = 1.1 at lambda = 1.5.")
+    assert said[2] == "With one seed there is no spread, so nothing is said here of lambda = 3."
+
+
 def test_differences_are_taken_within_a_seed(pages: ModuleType) -> None:
     rows = [_row(w, seed, 0.5 + 0.2 * seed - drop) for w, drop in ((1.1, 0.0), (1.5, 0.1)) for seed in range(3)]
     cell = pages.summary(rows, [], {"base": "?"})["cells"][1]
@@ -109,7 +116,8 @@ def test_the_page_has_a_line_per_lambda_and_the_measured_prediction(pages: Modul
     rows = _rows({1.0: 0.99, 1.1: 0.98, 1.5: 0.9})
     direct = [{**row, "condition": "direct", "base_mass": 0.998} for row in rows[:3]]
     aims = [{"weight": 1.5, "parse": 0.999}]
-    text = pages.page(pages.summary(rows + direct, aims, {"base": "sixty steps", "direct": "?"}), rows)
+    text = pages.page(pages.summary(rows + direct, aims, {"base": "sixty steps", "direct": "?"}), rows, {"steps": 2})
+    assert "Runs that are not finished, by condition: `steps` 2." in text
     assert "lambda* is **1.28** for the mean p" in text
     assert "**1.20** and 1.11" in text
     assert "b = 0.9980 and lambda* is 2.53" in text
