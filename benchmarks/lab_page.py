@@ -71,7 +71,8 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         "![avg@8 against tokens learnt from, one panel per method](images/lab-accuracy.svg)",
         "![pass@k after training, one panel per method](images/lab-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-entropy.svg)",
-        "What the table says about the papers, and where it contradicts them: [lab-notes.md](lab-notes.md).",
+        "What the table says about the papers, and where it contradicts them: [lab-notes.md](lab-notes.md). Where "
+        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md).",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -55,11 +55,6 @@ def run(job: Job) -> None:
         runner.start(api.assemble(job.settings), job.folder).go()
 
 
-def _worker(job: Job) -> None:
-    os.nice(5)
-    run(job)
-
-
 def run_all(todo: Sequence[Job], workers: int) -> list[str]:
     """Runs what is not finished, with a bar of steps over all of them; returns what went wrong."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -68,8 +63,10 @@ def run_all(todo: Sequence[Job], workers: int) -> list[str]:
     context = multiprocessing.get_context("spawn")
     failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProcessPoolExecutor(workers, mp_context=context) as pool, Progress(*columns) as bar:
-        waiting: dict[Future[None], Job] = {pool.submit(_worker, job): job for job in left}
+    # Niceness adds up, so it is set once per process and not once per run.
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=os.nice, initargs=(5,))
+    with pool, Progress(*columns) as bar:
+        waiting: dict[Future[None], Job] = {pool.submit(run, job): job for job in left}
         task = bar.add_task("steps", total=sum(job.steps for job in todo), start=True)
         while waiting:
             for future in [future for future in waiting if future.done()]:

@@ -32,7 +32,11 @@ ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 #: Their numbers are those of whole runs, which no snippet can print, or (methods.md) of docstrings.
-UNCOMPUTED = {"README.md", "CONTRIBUTING.md", *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-notes"))}
+UNCOMPUTED = {
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-notes", "cliff")),
+}
 
 
 @dataclass(frozen=True)
