@@ -37,7 +37,16 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data file with answers and given responses."""
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [
-        {"prompt": f"{a} + {b} =", "answer": str(a + b), "response": f"{a + b}"}
+        {
+            "prompt": f"{a} + {b} =",
+            "answer": str(a + b),
+            "response": f"{a + b}",
+            "solution": f"{b} + {a} = {a + b}",
+            "hint": f"add {b} and {a}",
+            "outcome": f"= {a + b}",
+            "wrong": f"{a + b + 1}",
+            "clean": f"the answer {a} + {b} =",
+        }
         for a in range(1, 7)
         for b in range(1, 6)
     ]

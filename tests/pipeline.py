@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from retort import config as configuration
+from retort import registry
 from retort.apply import wanted
 from retort.functional import token_losses
 from retort.models.lm import LanguageModel
+from retort.signals import Dense
+from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher, answers
 from retort.train import setup as setups
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
+from retort.train.pair import asks_teacher
 from retort.train.setup import Setup, prepare
 from retort.train.update import Batch, learn, score
 from retort.types import Pack, Rollout, TokenLosses
@@ -59,12 +63,14 @@ class Noted(torch.optim.Optimizer):
 
 def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
     """A run's parts, ready for `learn` to make two updates on one batch."""
-    sections = {
+    sections: dict[str, Any] = {
         "method": {"name": method, **given},
         "optimizer": {"updates": 1, "epochs": 2, "grad_clip": 1e9},
         "eval": {"problems": 0},
         "record": {"overlap": 0},
     }
+    if asks_teacher(registry.load(method, **given)) is None:
+        sections["teacher"] = None
     with models_once(torch.float64):
         return prepare(configuration.resolve(configuration.merge(settings, sections)))
 
@@ -79,7 +85,15 @@ def ragged(setup: Setup) -> Pack:
         tokens_L = torch.cat([before, torch.randint(5, setup.vocab, (length,), generator=draw)])
         acted_L = torch.arange(len(tokens_L)) >= len(before)
         logp_A = -3.0 * torch.rand(length, generator=draw)
-        rollout = Rollout(prompt, tokens_L, acted_L, member=index, engine_logp_A=logp_A, reward=float(index % 2))
+        rollout = Rollout(
+            prompt,
+            tokens_L,
+            acted_L,
+            member=index,
+            engine_logp_A=logp_A,
+            text=setup.student.tokenizer.decode(tokens_L[acted_L]),
+            reward=float(index % 2),
+        )
         by_data = given and index == len(LENGTHS) - 1
         rollouts.append(replace(rollout, engine_logp_A=None, source="dataset") if by_data else rollout)
     return Pack.of(rollouts)
@@ -142,9 +156,11 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
     views: dict[str, Any] = {}
     for name in setup.method.views:
-        lm, sequences = read_by(setup, name, pack)
+        lm, sequences, valid_N = read_by(setup, name, pack)
         with torch.no_grad():
-            views[name] = _padded(lm, sequences, pack)[:, : setup.vocab]
+            logits_NV = _padded(lm, sequences, pack)[:, : setup.vocab]
+        said = Dense.of(logits_NV, pack.tokens_N, temperature=setup.method.temperature)
+        views[name] = replace(said, valid_N=valid_N)
     return token_losses(
         setup.method,
         student_logits=logits[:, : setup.vocab],
@@ -167,13 +183,19 @@ def padded_logp(setup: Setup, pack: Pack) -> Tensor:
     return logits.log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
 
 
-def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
-    """The model behind a view, and what it reads of each rollout."""
+def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:
+    """The model behind a view, what it reads of each rollout, and the steps about which it says something.
+
+    Nothing has been learnt yet, so the student as its own teacher has the student's weights, however they move.
+    """
     teacher, sees = setup.teachers[view], setup.method.views[view]
+    teacher = teacher.local if isinstance(teacher, SelfTeacher) else teacher
     assert isinstance(teacher, LocalTeacher)
     assert not teacher.stop_map, "the tiny models have one tokenizer"
-    prompts = [torch.tensor([0] if ids is None else ids) for ids in teacher.prompts(pack, sees).ids]
-    return teacher.lm, [torch.cat([ids, r.tokens_L[r.acted_L]]) for ids, r in zip(prompts, pack.rollouts, strict=True)]
+    shown = teacher.prompts(pack, sees)
+    prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
+    sequences = [torch.cat([ids, r.tokens_L[r.acted_L]]) for ids, r in zip(prompts, pack.rollouts, strict=True)]
+    return teacher.lm, sequences, shown.valid_N(pack)
 
 
 def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> Tensor:
