@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage, Stat
+from retort.parts import Advantage, Layout, Quantity, Stat
 from retort.schedules import Schedule, at
 from retort.types import SAMPLED
 from retort.weights.contract import BaseMode, held_below
@@ -25,6 +25,44 @@ def log_ratio() -> Advantage:
         return context.signal(view).sampled_logp_N - context.old_logp_N
 
     return Advantage("log_ratio", value, frozenset({SAMPLED}))
+
+
+def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
+    r"""The log-ratio with what follows it in its answer: :math:`\lambda \sum_{u \ge t} \gamma^{u-t} A_u`, nats.
+
+    A is `log_ratio`; a sum over the tokens of the rollout that may be learnt, so it is taken over the whole batch.
+
+    Args:
+        discount: gamma, from 0 (the log-ratio itself) to 1 (all that follows).
+        coef: lambda, dimensionless.
+    """
+    if not 0.0 <= discount <= 1.0:
+        raise UserError(f"return_to_go: discount must lie in [0, 1], not {discount}")
+    inner = log_ratio()
+    if discount == 0.0:
+
+        def plain(context: Context, view: str) -> Tensor:
+            return coef * inner.value(context, view)
+
+        return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
+
+    def finish(values_N: Tensor, layout: Layout) -> Tensor:
+        found_N = torch.empty_like(values_N, dtype=torch.float64)
+        place_N = layout.place_N()
+        order = torch.argsort(layout.rollout_N, stable=True)
+        after = torch.zeros((), dtype=torch.float64, device=values_N.device)
+        for step in order.flip(0).tolist():
+            found_N[step] = after = values_N[step].double() + discount * after
+            if place_N[step] == 0:
+                after = torch.zeros_like(after)
+        return found_N
+
+    stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
+
+    def value(context: Context, view: str) -> Tensor:
+        return coef * context.stored[stat.name].to(context.student_logp_N.dtype)
+
+    return Advantage(f"{stat.name} * {coef:g}", value, inner.needs, stats=(stat,))
 
 
 def extrapolated_log_ratio(
