@@ -47,15 +47,13 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
         return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
 
     def finish(values_N: Tensor, layout: Layout) -> Tensor:
-        found_N = torch.empty_like(values_N, dtype=torch.float64)
-        place_N = layout.place_N()
-        order = torch.argsort(layout.rollout_N, stable=True)
-        after = torch.zeros((), dtype=torch.float64, device=values_N.device)
-        for step in order.flip(0).tolist():
-            found_N[step] = after = values_N[step].double() + discount * after
-            if place_N[step] == 0:
-                after = torch.zeros_like(after)
-        return found_N
+        rollouts, place_N = layout.rollouts(), layout.place_N()
+        # Beyond an answer's end there is nothing; all answers are walked through at once, from the back.
+        values_RA = values_N.new_zeros(len(rollouts.steps_R), int(rollouts.steps_R.max()), dtype=torch.float64)
+        values_RA[rollouts.number_N, place_N] = values_N.double()
+        for place in reversed(range(values_RA.shape[1] - 1)):
+            values_RA[:, place] += discount * values_RA[:, place + 1]
+        return values_RA[rollouts.number_N, place_N]
 
     stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
 

@@ -1,14 +1,13 @@
-"""Divergences whose every entry, one per token and id, is cut off from above. Axis letters: see `retort.types`.
+r"""Divergences whose every entry, one per token and id, is cut off from above. Axis letters: see `retort.types`.
 
 OPSD (arXiv 2601.18734, its released code since March 2026) caps what an id may add to the divergence of a token, so
 that a few tokens of style do not make up the loss. What is left is no divergence any more. With U the ids that are not
 cut off, the forward one has the gradient
 
-.. math:: \\frac{\\partial \\ell}{\\partial z_v} = p_S(v) \\sum_{u \\in U} p_T(u) - p_T(v)\\,[v \\in U]
+.. math:: \frac{\partial \ell}{\partial z_v} = p_S(v) \sum_{u \in U} p_T(u) - p_T(v)\,[v \in U]
 
-so it may be negative, and an id that is cut off is not ignored but pushed *down*: at the very ids that the teacher wants
-most, once the student lacks them by enough. The share of the teacher's probability that is cut off is worth watching:
-`clipped_mass`.
+so it may be negative, and an id that is cut off is not ignored but pushed *down*: just those that the teacher wants
+much more than the student. The share of the teacher's probability that is cut off is worth watching: `clipped_mass`.
 """
 
 from __future__ import annotations
@@ -133,9 +132,7 @@ def _cut(student: Distribution, teacher: Distribution, clip: float, w: float) ->
     return value_CV.clamp_max_(clip), slope_CV.masked_fill_(over_CV, 0.0), over_CV
 
 
-def _with_banned(
-    value_CV: Tensor, slope_CV: Tensor, t_CV: Tensor, s_CV: Tensor, w: float
-) -> tuple[Tensor, Tensor]:
+def _with_banned(value_CV: Tensor, slope_CV: Tensor, t_CV: Tensor, s_CV: Tensor, w: float) -> tuple[Tensor, Tensor]:
     """The same where somebody rules an id out (-inf); what is not a distribution at all stays NaN."""
     no_t_CV, no_s_CV = t_CV == -math.inf, s_CV == -math.inf
     if w == 0.0 or w == 1.0:

@@ -29,7 +29,11 @@ NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its va
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
-WHOLE_BATCH = {"sead": "its zones are shares of the batch; a run's micro-batches, below, share them"}
+WHOLE_BATCH = {
+    "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+    "sdft": "the first tokens of half an answer are not those of the answer, and are not in the denominator",
+    "pw_opsd": "a relative position in half an answer is another one",
+}
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
 STEPS: list[tuple[str, dict[str, Any]]] = [
@@ -37,6 +41,8 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("sead", {"scope": "rollout"}),
     ("opd", {"correction": "sequence", "samples": 2}),
     ("local_teachability", {"max_segment": 1, "shortest": 1}),
+    ("opct", {"discount": 0.9}),
+    ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
 ]
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
@@ -47,7 +53,10 @@ STATEFUL: dict[str, dict[str, Any]] = {
 
 
 #: Methods that look at the order of a rollout's tokens, which is not to be shuffled then.
-IN_ORDER: dict[str, str] = {}
+IN_ORDER: dict[str, str] = {
+    "sdft": "the first tokens of an answer are left out",
+    "pw_opsd": "it weighs by the place in the answer",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
