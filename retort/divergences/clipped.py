@@ -36,6 +36,16 @@ def _entries(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
     return torch.where(possible_NV & banned_NV, math.inf, term_NV)
 
 
+def _of_both(teacher_NV: Tensor, student_NV: Tensor, w: float) -> Tensor:
+    """What each id adds to the generalised Jensen-Shannon divergence, and at its ends to the two KLs, nats, [N, V]."""
+    if w == 0.0:
+        return _entries(teacher_NV, student_NV)
+    if w == 1.0:
+        return _entries(student_NV, teacher_NV)
+    mixture_NV = mixture(teacher_NV, student_NV, w)
+    return w * _entries(teacher_NV, mixture_NV) + (1.0 - w) * _entries(student_NV, mixture_NV)
+
+
 def clipped_values(
     teacher_logp_NV: Tensor, student_logp_NV: Tensor, clip: float, teacher_weight: float = 0.0
 ) -> Tensor:
@@ -47,15 +57,7 @@ def clipped_values(
         clip: kappa, nats: no entry counts for more.
         teacher_weight: w of the generalised Jensen-Shannon divergence; 0 is the forward KL, 1 the reverse one.
     """
-    w = teacher_weight
-    if w == 0.0:
-        entry_NV = _entries(teacher_logp_NV, student_logp_NV)
-    elif w == 1.0:
-        entry_NV = _entries(student_logp_NV, teacher_logp_NV)
-    else:
-        mixture_NV = mixture(teacher_logp_NV, student_logp_NV, w)
-        towards_NV = _entries(teacher_logp_NV, mixture_NV), _entries(student_logp_NV, mixture_NV)
-        entry_NV = w * towards_NV[0] + (1.0 - w) * towards_NV[1]
+    entry_NV = _of_both(teacher_logp_NV, student_logp_NV, teacher_weight)
     return torch.where(entry_NV > clip, clip, entry_NV).sum(-1)
 
 
@@ -95,23 +97,33 @@ def clipped(clip: float | None = 0.05, teacher_weight: float = 0.0, support: Sup
     return Divergence(name, exact, frozenset({DENSE}))
 
 
-def clipped_mass(clip: float | None = 0.05, teacher_weight: float = 0.0) -> Quantity:
-    """Share of the teacher's probability on ids whose entry is cut off, over the whole vocabulary, between 0 and 1.
+def clipped_mass(clip: float | None = 0.05, teacher_weight: float = 0.0, support: Support | None = None) -> Quantity:
+    """Share of the teacher's probability on ids whose entry is cut off, between 0 and 1.
 
     Args:
         clip: As in `clipped`; None clips nothing.
         teacher_weight: As in `clipped`.
+        support: As in `clipped`, the probability renormalised on it.
     """
     _check(clip, teacher_weight)
+    top = None if support is None else support.top
+    cap = math.inf if clip is None else clip
 
-    def value(context: Context, view: str) -> Tensor:
+    def exact(context: Context, view: str) -> Tensor:
         teacher = context.signal(view).distribution
-        if clip is None:
-            return torch.zeros_like(context.student.normaliser_C)
-        over_CV = _cut(context.student, teacher, clip, teacher_weight)[2]
+        over_CV = _cut(context.student, teacher, cap, teacher_weight)[2]
         return context.student.shard.sum((teacher.p_CV * over_CV).sum(-1))
 
-    return Quantity("clipped_mass", value, frozenset({DENSE}))
+    if top is None:
+        return Quantity("clipped_mass", exact, frozenset({DENSE}))
+
+    def truncated(context: Context, view: str) -> Tensor:
+        ids_NK, teacher_NK = context.signal(view).topk(top)
+        teacher_NK = teacher_NK.log_softmax(-1)
+        student_NK = context.student.logp_at(ids_NK).detach().log_softmax(-1)
+        return (teacher_NK.exp() * (_of_both(teacher_NK, student_NK, teacher_weight) > cap)).sum(-1)
+
+    return Quantity("clipped_mass", truncated, frozenset({Need("topk", top)}))
 
 
 def _cut(student: Distribution, teacher: Distribution, clip: float, w: float) -> tuple[Tensor, Tensor, Tensor]:

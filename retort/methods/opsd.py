@@ -73,6 +73,7 @@ def opsd(
     support = None if top_k is None else teacher_top(top_k)
     exact = pathwise(clipped(kl_clip, teacher_weight, support))
     sampled = score_function(log_ratio())
+    cut = () if estimator == "sampled" else (Watch("clipped_mass", clipped_mass(kl_clip, teacher_weight, support)),)
     plain = {"kl_clip": None, "temperature": 1.0}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
@@ -95,7 +96,7 @@ def opsd(
         watch=(
             Watch("forward_kl", forward_kl(), by_position=True),
             Watch("reverse_kl", sampled_reverse_kl()),
-            Watch("clipped_mass", clipped_mass(kl_clip, teacher_weight)),
+            *cut,
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
         ),

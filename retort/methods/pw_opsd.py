@@ -71,7 +71,8 @@ def pw_opsd(
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")
-    chosen = clipped(kl_clip, teacher_weight, None if top_k is None else teacher_top(top_k))
+    support = None if top_k is None else teacher_top(top_k)
+    chosen = clipped(kl_clip, teacher_weight, support)
     weight = late(min_weight, midpoint, width)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
@@ -99,7 +100,7 @@ def pw_opsd(
             Watch("position_weight", weight, by_position=True),
             Watch("forward_kl", forward_kl(), by_position=True),
             Watch("reverse_kl", sampled_reverse_kl()),
-            Watch("clipped_mass", clipped_mass(kl_clip, teacher_weight)),
+            Watch("clipped_mass", clipped_mass(kl_clip, teacher_weight, support)),
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
         ),

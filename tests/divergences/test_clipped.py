@@ -42,6 +42,16 @@ def test_the_clipped_loss_may_be_negative_and_pushes_the_clipped_id_down() -> No
     assert mass.item() == pytest.approx(0.9148)
 
 
+def test_the_clipped_mass_on_a_support_and_without_a_clip() -> None:
+    here = context(STUDENT.log(), TEACHER.log())
+    found = clipped_mass(KAPPA, 0.0, teacher_top(2)).value(here, "teacher").item()
+    # Renormalised on two ids: .9148 of .9748 against .4963 of .7963.
+    assert found == pytest.approx(0.9148 / 0.9748)
+    assert clipped_mass(KAPPA, 0.0, teacher_top(3)).value(here, "teacher").item() == pytest.approx(0.9148)
+    for support in (None, teacher_top(2)):
+        assert clipped_mass(None, 0.0, support).value(here, "teacher").item() == 0
+
+
 def test_point_nine_against_point_eight_five_is_clipped() -> None:
     teacher, student = torch.tensor([[0.9, 0.1]]).double().log(), torch.tensor([[0.85, 0.15]]).double().log()
     assert clipped_mass(KAPPA).value(context(student, teacher), "teacher").item() == pytest.approx(0.9)
