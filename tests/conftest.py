@@ -37,7 +37,13 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data file with answers and given responses."""
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
     rows = [
-        {"prompt": f"{a} + {b} =", "answer": str(a + b), "response": f"{a + b}"}
+        {
+            "prompt": f"{a} + {b} =",
+            "answer": str(a + b),
+            "response": f"{a + b}",
+            "solution": f"{a} + {b} = {a + b}",
+            "clean": f"{b} + {a} =",
+        }
         for a in range(1, 7)
         for b in range(1, 6)
     ]

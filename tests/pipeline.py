@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from retort import config as configuration
+from retort import registry
 from retort.apply import wanted
 from retort.functional import token_losses
+from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher, answers
 from retort.train import setup as setups
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
+from retort.train.pair import asks_teacher
 from retort.train.setup import Setup, prepare
 from retort.train.update import Batch, learn, score
 from retort.types import Pack, Rollout, TokenLosses
@@ -66,7 +70,13 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
         "record": {"overlap": 0},
     }
     with models_once(torch.float64):
-        return prepare(configuration.resolve(configuration.merge(settings, sections)))
+        settings = for_method(settings, registry.load(method, **given))
+    return prepare(configuration.resolve(configuration.merge(settings, sections)))
+
+
+def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Settings without the teacher that a method does not ask."""
+    return {name: value for name, value in settings.items() if name != "teacher" or asks_teacher(method) is not None}
 
 
 def ragged(setup: Setup) -> Pack:
@@ -170,6 +180,8 @@ def padded_logp(setup: Setup, pack: Pack) -> Tensor:
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor]]:
     """The model behind a view, and what it reads of each rollout."""
     teacher, sees = setup.teachers[view], setup.method.views[view]
+    if isinstance(teacher, SelfTeacher):  # nothing has moved yet, so its weights are the student's
+        teacher = teacher.local
     assert isinstance(teacher, LocalTeacher)
     assert not teacher.stop_map, "the tiny models have one tokenizer"
     prompts = [torch.tensor([0] if ids is None else ids) for ids in teacher.prompts(pack, sees).ids]

@@ -48,6 +48,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 STATEFUL: dict[str, dict[str, Any]] = {
     "arkd": {"on_policy_fraction": 0.5},
     "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
+    "sdft": {},
     "skew_kl": {"validate_every": 1},
 }
 
@@ -305,7 +306,8 @@ def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_p
         "eval": {"problems": 0},
         "optimizer": {"learning_rate": 0.1},
     }
-    run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path)
+    settings = pipeline.for_method(tiny_run, registry.load(**sections["method"]))
+    run = runner.start(configuration.resolve(configuration.merge(settings, sections)), tmp_path)
     fresh = checkpoint.load(run.save()).parts
     run.go()
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-2").parts
