@@ -7,9 +7,8 @@ from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._follow import Follow, follow
+from retort.methods._itself import Follow, Shown, itself
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.views import privileged
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
@@ -31,7 +30,7 @@ def opsd(
     estimator: Literal["exact", "sampled"] = "exact",
     weights: Follow = "frozen",
     update_rate: float = 0.001,
-    shows: tuple[str, ...] = ("solution",),
+    shows: Shown = ("solution",),
     samples: int = 1,
     temperature: float = 1.1,
     top_p: float = 0.95,
@@ -77,7 +76,7 @@ def opsd(
     plain = {"kl_clip": None, "temperature": 1.0}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        views={"teacher": privileged(*shows, weights=follow(weights, update_rate))},
+        views={"teacher": itself(shows, weights, update_rate)},
         temperature=temperature,
         terms=(Term("divergence", exact if estimator == "exact" else sampled),),
         limits=(

@@ -6,10 +6,9 @@ from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._follow import Follow, follow
+from retort.methods._itself import Follow, Shown, itself
 from retort.reduce import rollout_means, tokens
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.views import privileged
 from retort.weights import late, sampled_reverse_kl, student_entropy, teacher_entropy
 
 
@@ -33,7 +32,7 @@ def pw_opsd(
     top_k: int | None = None,
     weights: Follow = "frozen",
     update_rate: float = 0.001,
-    shows: tuple[str, ...] = ("solution",),
+    shows: Shown = ("solution",),
     samples: int = 1,
     temperature: float = 1.1,
     top_p: float = 0.95,
@@ -64,7 +63,7 @@ def pw_opsd(
         top_p: Nucleus of sampling.
 
     The paper's finding is about answers cut at 1024 tokens and a teacher with the solution; for stronger outside
-    teachers others find later tokens *less* reliable.
+    teachers others find later tokens *less* reliable. `retort trust` makes its measurement on a run of one's own.
 
     Departures: sampling is not cut to 20 ids; student and teacher get the same chat template (the paper's teacher
     thinks, its student does not).
@@ -76,7 +75,7 @@ def pw_opsd(
     weight = late(min_weight, midpoint, width)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        views={"teacher": privileged(*shows, weights=follow(weights, update_rate))},
+        views={"teacher": itself(shows, weights, update_rate)},
         temperature=temperature,
         terms=(
             Term(

@@ -6,10 +6,9 @@ from retort.divergences import clipped, forward_kl, reverse_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._follow import Follow, follow
+from retort.methods._itself import Follow, Shown, itself
 from retort.reduce import weighted
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.views import privileged
 from retort.weights import after, student_entropy, teacher_entropy
 
 
@@ -30,7 +29,7 @@ def sdft(
     skip: int = 3,
     weights: Follow = "ema",
     update_rate: float = 0.01,
-    shows: tuple[str, ...] = ("demonstration",),
+    shows: Shown = ("demonstration",),
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
@@ -69,7 +68,7 @@ def sdft(
     chosen = clipped(None, w, None if top_k is None else teacher_top(top_k))
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        views={"teacher": privileged(*shows, weights=follow(weights, update_rate))},
+        views={"teacher": itself(shows, weights, update_rate)},
         temperature=temperature,
         terms=(Term("divergence", pathwise(chosen), weight=after(skip), denominator=weighted()),),
         limits=(
