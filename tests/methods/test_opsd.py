@@ -90,7 +90,9 @@ def test_the_clipped_mass_is_watched() -> None:
     [
         ({"top_k": 1}, "nothing would be learnt"),
         ({"kl_clip": 0.0}, "must be positive"),
-        ({"weights": "moving"}, "weights"), ({"shows": []}, "nothing to teach"), ({"shows": ["clean"]}, "method.shows"),
+        ({"weights": "moving"}, "weights"),
+        ({"shows": []}, "nothing to teach"),
+        ({"shows": ["clean"]}, "method.shows"),
     ],
 )
 def test_settings_that_cannot_be(settings: dict[str, object], message: str) -> None:
