@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage, Stat
+from retort.parts import Advantage, Layout, Quantity, Stat
 from retort.schedules import Schedule, at
 from retort.types import SAMPLED
 from retort.weights.contract import BaseMode, held_below
@@ -25,6 +25,42 @@ def log_ratio() -> Advantage:
         return context.signal(view).sampled_logp_N - context.old_logp_N
 
     return Advantage("log_ratio", value, frozenset({SAMPLED}))
+
+
+def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
+    r"""The log-ratio with what follows it in its answer: :math:`\lambda \sum_{u \ge t} \gamma^{u-t} A_u`, nats.
+
+    A is `log_ratio`; a sum over the tokens of the rollout that may be learnt, so it is taken over the whole batch.
+
+    Args:
+        discount: gamma, from 0 (the log-ratio itself) to 1 (all that follows).
+        coef: lambda, dimensionless.
+    """
+    if not 0.0 <= discount <= 1.0:
+        raise UserError(f"return_to_go: discount must lie in [0, 1], not {discount}")
+    inner = log_ratio()
+    if discount == 0.0:
+
+        def plain(context: Context, view: str) -> Tensor:
+            return coef * inner.value(context, view)
+
+        return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
+
+    def finish(values_N: Tensor, layout: Layout) -> Tensor:
+        rollouts, place_N = layout.rollouts(), layout.place_N()
+        # Beyond an answer's end there is nothing; all answers are walked through at once, from the back.
+        values_RA = values_N.new_zeros(len(rollouts.steps_R), int(rollouts.steps_R.max()), dtype=torch.float64)
+        values_RA[rollouts.number_N, place_N] = values_N.double()
+        for place in reversed(range(values_RA.shape[1] - 1)):
+            values_RA[:, place] += discount * values_RA[:, place + 1]
+        return values_RA[rollouts.number_N, place_N]
+
+    stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
+
+    def value(context: Context, view: str) -> Tensor:
+        return coef * context.stored[stat.name].to(context.student_logp_N.dtype)
+
+    return Advantage(f"{stat.name} * {coef:g}", value, inner.needs, stats=(stat,))
 
 
 def extrapolated_log_ratio(

@@ -191,6 +191,20 @@ class Distribution:
 
         return self._live(w * theirs_C + (1.0 - w) * ours_C, gradient, lambda: (self.p_CV, ours_CV))
 
+    def of_entries(self, value_CV: Tensor, slope_CV: Tensor) -> Tensor:
+        """A sum over ids of numbers that each depend on the log-prob of its own id only, [C].
+
+        Args:
+            value_CV: The numbers f_v(log p_v), detached.
+            slope_CV: Their derivatives f_v'(log p_v), detached and finite.
+        """
+        value_C, slope_C = self.shard.sum(value_CV.sum(-1)), self.shard.sum(slope_CV.sum(-1))
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, slope_CV: Tensor) -> Tensor:
+            return (slope_CV - p_CV * slope_C[:, None]).mul_(upstream_C[:, None])
+
+        return self._live(value_C, gradient, lambda: (self.p_CV, slope_CV))
+
     # --- from the kernels ---
 
     @cached_property

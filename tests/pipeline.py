@@ -21,6 +21,7 @@ from retort import config as configuration
 from retort import registry
 from retort.apply import wanted
 from retort.functional import token_losses
+from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.signals import Dense
 from retort.teachers.itself import SelfTeacher
@@ -69,10 +70,14 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
         "eval": {"problems": 0},
         "record": {"overlap": 0},
     }
-    if asks_teacher(registry.load(method, **given)) is None:
-        sections["teacher"] = None
+    settings = for_method(settings, registry.load(method, **given))
     with models_once(torch.float64):
         return prepare(configuration.resolve(configuration.merge(settings, sections)))
+
+
+def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """Settings without the teacher that a method does not ask."""
+    return {name: value for name, value in settings.items() if name != "teacher" or asks_teacher(method) is not None}
 
 
 def ragged(setup: Setup) -> Pack:

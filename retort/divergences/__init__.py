@@ -2,6 +2,7 @@
 
 from retort.divergences.adaptive import akl, todi, total_variation
 from retort.divergences.alpha_beta import ab_values, alpha_beta
+from retort.divergences.clipped import clipped, clipped_mass, clipped_values
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.likelihood import negative_log_likelihood
@@ -17,6 +18,9 @@ __all__ = [
     "ab_values",
     "akl",
     "alpha_beta",
+    "clipped",
+    "clipped_mass",
+    "clipped_values",
     "forward_kl",
     "full",
     "jsd",

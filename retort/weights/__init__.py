@@ -7,24 +7,28 @@ from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+from retort.weights.positions import after, late, position_weights
 from retort.weights.teachability import release, teacher_margin
 from retort.weights.zones import Zones
 
 __all__ = [
     "Zones",
     "above",
+    "after",
     "both",
     "cliff",
     "effective_sample_size",
     "engine_correction",
     "entropy_gap",
     "gradient_variance",
+    "late",
     "masses",
     "on_contract",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
     "overlap_teacher_mass",
+    "position_weights",
     "release",
     "sampled_reverse_kl",
     "student_entropy",

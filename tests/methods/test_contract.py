@@ -20,7 +20,7 @@ from retort.functional import linear_token_losses, token_losses
 from retort.models.head import Head
 from retort.signals import Dense, TeacherSignal
 from retort.teachers.local import reduced
-from retort.train import checkpoint, pair, runner
+from retort.train import checkpoint, runner
 from retort.types import can_meet
 
 NAMES = registry.names()
@@ -29,7 +29,11 @@ NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its va
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
-WHOLE_BATCH = {"sead": "its zones are shares of the batch; a run's micro-batches, below, share them"}
+WHOLE_BATCH = {
+    "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+    "sdft": "the first tokens of half an answer are not those of the answer, and are not in the denominator",
+    "pw_opsd": "a relative position in half an answer is another one",
+}
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
 STEPS: list[tuple[str, dict[str, Any]]] = [
@@ -37,17 +41,23 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("sead", {"scope": "rollout"}),
     ("opd", {"correction": "sequence", "samples": 2}),
     ("local_teachability", {"max_segment": 1, "shortest": 1}),
+    ("opct", {"discount": 0.9}),
+    ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
 ]
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
     "arkd": {"on_policy_fraction": 0.5},
     "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
+    "sdft": {},
     "skew_kl": {"validate_every": 1},
 }
 
 
 #: Methods that look at the order of a rollout's tokens, which is not to be shuffled then.
-IN_ORDER: dict[str, str] = {}
+IN_ORDER: dict[str, str] = {
+    "sdft": "the first tokens of an answer are left out",
+    "pw_opsd": "it weighs by the place in the answer",
+}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -296,9 +306,8 @@ def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_p
         "eval": {"problems": 0},
         "optimizer": {"learning_rate": 0.1},
     }
-    if pair.asks_teacher(registry.load(name, **STATEFUL.get(name, {}))) is None:
-        sections["teacher"] = None
-    run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path)
+    settings = pipeline.for_method(tiny_run, registry.load(**sections["method"]))
+    run = runner.start(configuration.resolve(configuration.merge(settings, sections)), tmp_path)
     fresh = checkpoint.load(run.save()).parts
     run.go()
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-2").parts

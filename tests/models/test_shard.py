@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed, multiprocessing
 
 from retort.context import Context
-from retort.divergences import kl_values
+from retort.divergences import clipped, clipped_mass, kl_values
 from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
 from retort.models.shard import VocabShard
@@ -27,6 +27,9 @@ def values(context: Context) -> dict[str, Tensor]:
         "reverse": student.reverse_kl(rows.distribution),
         "forward": student.forward_kl(rows.distribution),
         "jsd": student.jsd(rows.distribution, 0.4),
+        "clipped": clipped(0.05).value(context, "teacher"),
+        "clipped jsd": clipped(0.02, 0.4).value(context, "teacher"),
+        "clipped mass": clipped_mass(0.05).value(context, "teacher"),
         "entropy": context.student_entropy_N,
         "sampled": context.student_logp_N,
         "top": kl_values(top_logp_NK.log_softmax(-1), student.logp_at(ids_NK)),
