@@ -4,7 +4,7 @@ from retort.weights.contract import cliff, masses, on_contract, student_tail, th
 from retort.weights.corrections import effective_sample_size, engine_correction
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
-from retort.weights.importance import truncated_rollout_ratio, truncated_teacher_ratio
+from retort.weights.importance import truncated_rollout_ratio, truncated_student_ratio, truncated_teacher_ratio
 from retort.weights.ops import above, both
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 from retort.weights.teachability import release, teacher_margin
@@ -34,5 +34,6 @@ __all__ = [
     "teacher_top_mass",
     "threshold_weight",
     "truncated_rollout_ratio",
+    "truncated_student_ratio",
     "truncated_teacher_ratio",
 ]
