@@ -2,6 +2,7 @@
 
 from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import effective_sample_size, engine_correction
+from retort.weights.directed import directed_ratio, outside_bound
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_student_ratio, truncated_teacher_ratio
@@ -15,12 +16,14 @@ __all__ = [
     "above",
     "both",
     "cliff",
+    "directed_ratio",
     "effective_sample_size",
     "engine_correction",
     "entropy_gap",
     "gradient_variance",
     "masses",
     "on_contract",
+    "outside_bound",
     "overlap_advantage",
     "overlap_mass",
     "overlap_ratio",
