@@ -1,7 +1,9 @@
 """How much each step counts: gates and the quantities they look at."""
 
+from retort.weights.confidence import Confidence
 from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import effective_sample_size, engine_correction
+from retort.weights.directed import directed_ratio, log_ratio_size, outside_bound
 from retort.weights.directed import directed_ratio, outside_bound
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
@@ -12,6 +14,7 @@ from retort.weights.teachability import release, teacher_margin
 from retort.weights.zones import Zones
 
 __all__ = [
+    "Confidence",
     "Zones",
     "above",
     "both",
@@ -21,6 +24,7 @@ __all__ = [
     "engine_correction",
     "entropy_gap",
     "gradient_variance",
+    "log_ratio_size",
     "masses",
     "on_contract",
     "outside_bound",

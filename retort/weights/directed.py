@@ -81,3 +81,12 @@ def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
         return cut_N.to(delta_N.dtype)
 
     return Quantity(f"directed_ratio_{side}", value, frozenset({SAMPLED}), stats=advantage.stats)
+
+
+def log_ratio_size() -> Quantity:
+    """How far apart teacher and student are about the token written: |log p_T - log p_old|, nats."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return (context.signal(view).sampled_logp_N - context.old_logp_N).abs()
+
+    return Quantity("log_ratio_size", value, frozenset({SAMPLED}), uses_old_logp=True)

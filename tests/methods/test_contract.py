@@ -27,7 +27,7 @@ NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
 NOT_ZERO = {
     "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
-    "rlsd": "the reward gives the direction, whatever the teacher says",
+    **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd"), "the reward gives the direction, whatever the teacher says"),
 }
 
 
@@ -35,6 +35,8 @@ NOT_ZERO = {
 WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "rlsd": "rewards are whitened over a group, which a half may cut",
+    "egrsd": "entropies are divided by the largest of the batch, and answers longer than all others earn no bonus",
+    "cl_egrsd": "as egrsd",
 }
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
@@ -47,13 +49,15 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
     "arkd": {"on_policy_fraction": 0.5},
+    "cl_egrsd": {},
     "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
+    "egrsd": {},
     "skew_kl": {"validate_every": 1},
 }
 
 
 #: Methods that look at the order of a rollout's tokens, which is not to be shuffled then.
-IN_ORDER: dict[str, str] = {}
+IN_ORDER: dict[str, str] = {"cl_egrsd": "its gate looks a few tokens ahead"}
 
 
 @pytest.mark.parametrize("name", NAMES)
