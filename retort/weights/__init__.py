@@ -4,7 +4,6 @@ from retort.weights.confidence import Confidence
 from retort.weights.contract import cliff, masses, on_contract, student_tail, threshold_weight
 from retort.weights.corrections import effective_sample_size, engine_correction
 from retort.weights.directed import directed_ratio, log_ratio_size, outside_bound
-from retort.weights.directed import directed_ratio, outside_bound
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_student_ratio, truncated_teacher_ratio
