@@ -231,7 +231,8 @@ class Method:
     @property
     def uses_old_logp(self) -> bool:
         """Whether some term compares with the student before the first update on a batch."""
-        return any(term.estimator.uses_old_logp for term in self.terms)
+        by_weight = any(term.weight.uses_old_logp for term in self.terms if term.weight is not None)
+        return by_weight or any(term.estimator.uses_old_logp for term in self.terms)
 
     @property
     def weighs_batch(self) -> bool:

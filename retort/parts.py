@@ -139,6 +139,8 @@ class Part:
         needs: What it asks of the view's teacher.
         also: What it asks of other views, by name.
         stats: What it reads of the whole batch.
+        uses_old_logp: Whether it compares the student with itself before the first update on a batch; a term's
+            estimator and weight are asked.
     """
 
     name: str
@@ -146,6 +148,7 @@ class Part:
     needs: frozenset[Need] = frozenset()
     also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
     stats: tuple[Stat, ...] = ()
+    uses_old_logp: bool = field(default=False, kw_only=True)
 
     def asks(self, view: str, against: str) -> frozenset[Need]:
         """What it asks of a view when it is used against another (or the same) one."""

@@ -8,7 +8,7 @@ from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_
 from retort.divergences.likelihood import negative_log_likelihood
 from retort.divergences.sampled import k1, k2, k3
 from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
-from retort.divergences.support import Tail, Weighting, Whose, topk_kl, topk_score
+from retort.divergences.support import Tail, Weighting, Whose, topk_jsd, topk_kl, topk_score
 
 __all__ = [
     "Support",
@@ -35,6 +35,7 @@ __all__ = [
     "skew_reverse_kl",
     "teacher_top",
     "todi",
+    "topk_jsd",
     "topk_kl",
     "topk_score",
     "total_variation",

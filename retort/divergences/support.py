@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from retort.context import Context
+from retort.divergences.jsd import jsd_values
 from retort.divergences.kl import kl_values
 from retort.errors import UserError
 from retort.parts import Divergence
@@ -64,20 +65,49 @@ def topk_kl(
     _check("topk_kl", k)
 
     def value(context: Context, view: str) -> Tensor:
-        student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
-        if tail == "bucket":
-            student_NK, teacher_NK = (torch.cat([logp, _rest(logp)], 1) for logp in (student_NK, teacher_NK))
-        else:
-            # An empty support (nothing shared) must not become 0/0: any distribution will do, it is masked below.
-            empty_N1 = ~inside_NK.any(1, keepdim=True)
-            student_NK, teacher_NK = (
-                logp.masked_fill(empty_N1, 0.0).log_softmax(-1).masked_fill(~inside_NK & ~empty_N1, -math.inf)
-                for logp in (student_NK, teacher_NK)
-            )
+        student_NK, teacher_NK = _on_support(context, view, whose, k, tail)
         return kl_values(student_NK, teacher_NK) if direction == "reverse" else kl_values(teacher_NK, student_NK)
 
     name = f"{direction}_kl({whose} top-{k}, {tail})"
     return Divergence(name, value, _needs(whose, k))
+
+
+def topk_jsd(teacher_weight: float = 0.5, k: int = 100, whose: Whose = "student", tail: Tail = "bucket") -> Divergence:
+    r"""Jensen-Shannon divergence between both distributions on a support, nats; never above that of the whole of them.
+
+    SDPO (arXiv 2601.20802) and multi-rollout OPD (arXiv 2605.12652) take the student's top-k and a bucket.
+
+    Args:
+        teacher_weight: Strictly between 0 and 1, see `jsd`.
+        k: As in `topk_kl`.
+        whose: As in `topk_kl`.
+        tail: As in `topk_kl`; renormalised, it may be above that of the whole distributions.
+    """
+    _check("topk_jsd", k)
+    if not 0.0 < teacher_weight < 1.0:
+        jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises, with the reason
+
+    def value(context: Context, view: str) -> Tensor:
+        student_NK, teacher_NK = _on_support(context, view, whose, k, tail)
+        return jsd_values(teacher_NK, student_NK, teacher_weight)
+
+    name = f"jsd({teacher_weight:g} on the teacher, {whose} top-{k}, {tail})"
+    return Divergence(name, value, _needs(whose, k))
+
+
+def _on_support(context: Context, view: str, whose: Whose, k: int, tail: Tail) -> tuple[Tensor, Tensor]:
+    """Log-probs of student and teacher as two distributions over the support, and over a last bucket where asked."""
+    student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
+    if tail == "bucket":
+        return torch.cat([student_NK, _rest(student_NK)], 1), torch.cat([teacher_NK, _rest(teacher_NK)], 1)
+    # An empty support (nothing shared) must not become 0/0: any distribution will do, it is masked below.
+    empty_N1 = ~inside_NK.any(1, keepdim=True)
+
+    def renormalised(logp_NK: Tensor) -> Tensor:
+        sound_NK = logp_NK.masked_fill(empty_N1, 0.0).log_softmax(-1)
+        return sound_NK.masked_fill(~inside_NK & ~empty_N1, -math.inf)
+
+    return renormalised(student_NK), renormalised(teacher_NK)
 
 
 def topk_score(k: int = 16, whose: Whose = "student", weighting: Weighting = "student") -> Divergence:

@@ -95,6 +95,7 @@ def peers(
     feedback: Literal["never", "without_success", "always"] = "without_success",
     failure_when: Literal["always", "without_success"] = "always",
     thoughts: bool = True,
+    choice: Literal["graded", "random"] = "graded",
     model: Model = "student",
     weights: Weights | None = None,
 ) -> View:
@@ -111,6 +112,7 @@ def peers(
         feedback: When to show what the verifier says of the rollout itself.
         failure_when: When to show failures.
         thoughts: Whether a sibling's `<think>` block is shown, too.
+        choice: `random` is a control: as many siblings in the same words, but drawn from all of them.
         model: Who answers.
         weights: Of a student that teaches itself.
     """
@@ -119,10 +121,15 @@ def peers(
         others = [other for other in scene.group if other.member != scene.rollout.member]
         right = [other for other in others if (other.reward or 0.0) >= threshold][:successes]
         wrong = [other for other in others if (other.reward or 0.0) < threshold]
-        sections = [scene.section("success", _shown(other, thoughts)) for other in right]
         if failure_when == "always" or not right:
-            order = sorted(wrong, key=lambda other: scene.chance("failure", other.member))
-            sections += [scene.section("failure", _shown(other, thoughts)) for other in order[:failures]]
+            wrong = sorted(wrong, key=lambda other: scene.chance("failure", other.member))[:failures]
+        else:
+            wrong = []
+        if choice == "random":
+            drawn = sorted(others, key=lambda other: scene.chance("peer", other.member))
+            right, wrong = drawn[: len(right)], drawn[len(right) : len(right) + len(wrong)]
+        sections = [scene.section("success", _shown(other, thoughts)) for other in right]
+        sections += [scene.section("failure", _shown(other, thoughts)) for other in wrong]
         if scene.rollout.feedback and (feedback == "always" or (feedback == "without_success" and not right)):
             sections.append(scene.section("feedback", scene.rollout.feedback))
         return scene.framed(sections) if sections else None

@@ -108,5 +108,5 @@ def engine_correction(
         return corrected(gap_N, torch.zeros_like(context.tokens_N), kind, floor, ceiling)
 
     if kind in ("token", "token_mask") and not mean_one:  # a step's own affair: no pass over the batch before
-        return Weight(f"{name}({kind})", own)
+        return Weight(f"{name}({kind})", own, uses_old_logp=True)
     return Weight(f"{name}({kind})", stored, stats=(Stat(name, gap, finish),))

@@ -28,7 +28,7 @@ def truncated_rollout_ratio(cap: float) -> Weight:
     def value(context: Context, view: str) -> Tensor:
         return gap.value(context, view).exp().clamp_max(cap)
 
-    return Weight(f"truncated_rollout_ratio({cap:g})", value)
+    return Weight(f"truncated_rollout_ratio({cap:g})", value, uses_old_logp=True)
 
 
 def truncated_teacher_ratio(cap: float) -> Weight:
@@ -45,7 +45,26 @@ def truncated_teacher_ratio(cap: float) -> Weight:
     def value(context: Context, view: str) -> Tensor:
         return _capped(context.signal(view).sampled_logp_N - context.old_logp_N, cap)
 
-    return Weight(f"truncated_teacher_ratio({cap:g})", value, frozenset({SAMPLED}))
+    return Weight(f"truncated_teacher_ratio({cap:g})", value, frozenset({SAMPLED}), uses_old_logp=True)
+
+
+def truncated_student_ratio(cap: float) -> Weight:
+    r""":math:`\min(c, p_S(y_t) / p_{old}(y_t))`, dimensionless: for divergences on later updates on the same batch.
+
+    SDPO (arXiv 2601.20802). It is detached, so it only weighs; at the first update it is 1 (or c, if that is less).
+
+    Args:
+        cap: c, positive.
+
+    Raises:
+        UserError: A cap that is not positive.
+    """
+    _check_cap(cap)
+
+    def value(context: Context, view: str) -> Tensor:
+        return _capped(context.student_logp_N.detach() - context.old_logp_N, cap)
+
+    return Weight(f"truncated_student_ratio({cap:g})", value, uses_old_logp=True)
 
 
 def _check_cap(cap: float) -> None:

@@ -15,7 +15,14 @@ def above(quantity: Quantity, threshold: float) -> Weight:
         value_N = quantity.value(context, view)
         return (value_N > threshold).to(value_N.dtype)
 
-    return Weight(f"{quantity.name} > {threshold:g}", value, quantity.needs, quantity.also, quantity.stats)
+    return Weight(
+        f"{quantity.name} > {threshold:g}",
+        value,
+        quantity.needs,
+        quantity.also,
+        quantity.stats,
+        uses_old_logp=quantity.uses_old_logp,
+    )
 
 
 def both(one: Weight, other: Weight) -> Weight:
@@ -25,4 +32,11 @@ def both(one: Weight, other: Weight) -> Weight:
         return one.value(context, view) * other.value(context, view)
 
     also = {view: one.asks(view, "") | other.asks(view, "") for view in {*one.also, *other.also}}
-    return Weight(f"{one.name} * {other.name}", value, one.needs | other.needs, also, one.stats + other.stats)
+    return Weight(
+        f"{one.name} * {other.name}",
+        value,
+        one.needs | other.needs,
+        also,
+        one.stats + other.stats,
+        uses_old_logp=one.uses_old_logp or other.uses_old_logp,
+    )

@@ -25,7 +25,10 @@ from retort.types import can_meet
 
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
-NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass"}
+NOT_ZERO = {
+    "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+    **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd"), "the reward gives the direction, whatever the teacher says"),
+}
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
@@ -33,6 +36,9 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "sdft": "the first tokens of half an answer are not those of the answer, and are not in the denominator",
     "pw_opsd": "a relative position in half an answer is another one",
+    "rlsd": "rewards are whitened over a group, which a half may cut",
+    "egrsd": "entropies are divided by the largest of the batch, and answers longer than all others earn no bonus",
+    "cl_egrsd": "as egrsd",
 }
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
@@ -47,16 +53,19 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
     "arkd": {"on_policy_fraction": 0.5},
+    "cl_egrsd": {},
     "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
     "sdft": {},
+    "egrsd": {},
     "skew_kl": {"validate_every": 1},
 }
 
 
 #: Methods that look at the order of a rollout's tokens, which is not to be shuffled then.
 IN_ORDER: dict[str, str] = {
-    "sdft": "the first tokens of an answer are left out",
+    "cl_egrsd": "its gate looks a few tokens ahead",
     "pw_opsd": "it weighs by the place in the answer",
+    "sdft": "the first tokens of an answer are left out",
 }
 
 

@@ -1,0 +1,113 @@
+"""SDPO: the student, shown a sibling that succeeded or what went wrong, teaches itself."""
+
+from typing import Literal
+
+from retort.advantages import log_ratio
+from retort.divergences import Tail
+from retort.errors import UserError
+from retort.estimators import score_function
+from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._siblings import Teacher, disagreement, ratios, who
+from retort.outcomes import group_advantage
+from retort.rollout.plan import RolloutPlan
+from retort.teachers.views import peers
+from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
+
+
+@method(
+    paper=Paper(
+        title="Reinforcement Learning via Self-Distillation",
+        authors="Hübotter, Jonas and others",
+        year=2026,
+        arxiv="2601.20802",
+    ),
+    status="faithful",
+)
+def sdpo(
+    *,
+    divergence: Literal["jsd", "forward_kl", "reverse_kl", "sampled"] = "jsd",
+    teacher_weight: float = 0.5,
+    top_k: int | None = 100,
+    tail: Tail = "bucket",
+    threshold: float = 0.5,
+    feedback: Literal["never", "without_success", "always"] = "without_success",
+    thoughts: bool = False,
+    teacher: Teacher = "ema",
+    update_rate: float = 0.05,
+    ratio_cap: float | None = 2.0,
+    truncation: float | None = 2.0,
+    distillation_weight: float = 1.0,
+    clip: float | None = 0.2,
+    samples: int = 8,
+    temperature: float = 1.0,
+) -> Method:
+    r"""Distillation towards oneself as shown the first sibling that succeeded, or else the feedback on one's attempt.
+
+    .. math:: L = \frac{1}{T} \sum_t \min(c, \rho_t)\; D_w\big(p_S(\cdot | x, y_{<t}),\, p_T(\cdot | x, C, y_{<t})\big)
+
+    on the student's k most likely ids and one bucket with all others; :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`,
+    detached. C is never the rollout itself. A rollout for which there is nothing to show is left out, also of the
+    number T of tokens; rewards choose what is shown and are not learnt from. Nats.
+
+    Args:
+        divergence: D; `sampled` is the policy gradient on the token written, whose ratio `ratio_cap` does not bound.
+        teacher_weight: w of `jsd`, strictly between 0 and 1. The code's ends are the forward (0) and reverse (1) KL.
+        top_k: k; null for the whole vocabulary.
+        tail: `bucket`, or both sides `renormalised` on the k ids.
+        threshold: Reward from which on a sibling is a success (released experiments; its data class has 1).
+        feedback: When the verifier's words on the rollout are shown.
+        thoughts: Whether a sibling's `<think>` block is shown, too.
+        teacher: The student's moving average, its `trust_region` (frozen and live logits mixed by `update_rate`), its
+            first weights, its `live` ones, or an `outside` model.
+        update_rate: u; the average moves by it after each optimizer step (with rich feedback the paper's runs had 0.01,
+            `reverse_kl`, `top_k` 20).
+        ratio_cap: c; null for no ratio.
+        truncation: Cap on the importance ratio of trainer to rollout engine; null for none.
+        distillation_weight: Below 1, the loss is mixed with GRPO's on the rewards, which has the rest of the weight.
+        clip: PPO's epsilon in that GRPO.
+        samples: Rollouts per prompt.
+        temperature: Of sampling and of both distributions.
+
+    Departures from the released code: the mean is over the optimizer step's counted tokens, not over micro-batches, in
+    which left-out rollouts may count; the words around what is shown are Retort's (`templates`). The mix with GRPO is
+    from a port (TRL), not the paper's.
+    """
+    if not 0.0 < distillation_weight <= 1.0:
+        raise UserError(f"method.distillation_weight must lie above 0 and at most at 1, not {distillation_weight:g}")
+    if divergence == "sampled":
+        loss, weight = score_function(log_ratio()), ratios(None, truncation)
+    else:
+        loss, weight = disagreement(divergence, teacher_weight, top_k, tail), ratios(ratio_cap, truncation)
+    outcome = Term("outcome", score_function(group_advantage(), clip=clip), coef=1.0 - distillation_weight)
+    whole = {"ratio_cap": None}
+    return Method(
+        rollout=RolloutPlan(samples=samples, temperature=temperature),
+        views={
+            "teacher": peers(threshold=threshold, feedback=feedback, thoughts=thoughts, **who(teacher, update_rate))
+        },
+        temperature=temperature,
+        terms=(
+            Term("distillation", loss, weight=weight, coef=distillation_weight),
+            *([outcome] if distillation_weight < 1.0 else []),
+        ),
+        limits=(
+            Limit({"top_k": None, **whole}, equals=("gkd", {})),
+            Limit({"top_k": 10**9, **whole}, equals=("gkd", {})),
+            Limit({"divergence": "forward_kl", "top_k": 10**9, **whole}, equals=("gkd", {"divergence": "forward_kl"})),
+            Limit(
+                {"divergence": "reverse_kl", "top_k": 9, **whole}, equals=("topk_kl", {"top_k": 9, "tail": "bucket"})
+            ),
+            Limit({"divergence": "sampled"}, equals=("opd", {})),
+        ),
+        recipe={
+            "rollout": {"prompts": 32, "max_new_tokens": 8192, "max_prompt_tokens": 2048, "max_view_tokens": 10240},
+            "optimizer": {"learning_rate": 1e-5, "schedule": "constant", "warmup": 10, "updates": 1},
+            "eval": {"samples": 16},
+        },
+        watch=(
+            Watch("reverse_kl", sampled_reverse_kl()),
+            Watch("student_entropy", student_entropy()),
+            Watch("teacher_entropy", teacher_entropy()),
+            *([] if weight is None else [Watch("importance", weight)]),
+        ),
+    )

@@ -1,0 +1,92 @@
+"""How far a teacher agrees with the direction that an outcome gives. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Advantage, Quantity, Weight
+from retort.schedules import Schedule, at
+from retort.types import SAMPLED
+
+
+def directed(delta_N: Tensor, advantage_N: Tensor, bound: float) -> Tensor:
+    r""":math:`\mathrm{clip}(\exp(\mathrm{sign}(A)\,\delta), 1-\epsilon, 1+\epsilon)`, [N]; 1 where A is 0.
+
+    Args:
+        delta_N: log p_T - log p_old of the token written, nats; may be infinite.
+        advantage_N: A.
+        bound: epsilon.
+    """
+    return (advantage_N.sign() * delta_N.clamp(-20.0, 20.0)).exp().clamp(1.0 - bound, 1.0 + bound)
+
+
+def directed_ratio(
+    advantage: Advantage, *, share: float | Schedule = 1.0, bound: float = 0.2, negative_only: bool = False
+) -> Weight:
+    r"""The weight :math:`(1-\lambda) + \lambda\,\mathrm{clip}(e^{\mathrm{sign}(A)\delta_t}, 1-\epsilon, 1+\epsilon)`.
+
+    With :math:`\delta_t = \log p_T(y_t) - \log p_{old}(y_t)`. For the term whose advantage A it scales: a token counts
+    for more where a teacher that knows the solution would have gone the way that A pushes. Positive, so that it never
+    turns A round, and between :math:`1 - \lambda\epsilon` and :math:`1 + \lambda\epsilon`. RLSD, arXiv 2604.03128.
+
+    Args:
+        advantage: A, of the term; 0 leaves the weight at 1.
+        share: lambda, in [0, 1]; a schedule may move it with the run.
+        bound: epsilon, in [0, 1).
+        negative_only: Whether tokens with A > 0 keep the weight 1.
+
+    Raises:
+        UserError: Numbers outside of these ranges.
+    """
+    if not 0.0 <= bound < 1.0:
+        raise UserError(f"directed_ratio: bound must lie in [0, 1), not {bound:g}")
+    if not callable(share) and not 0.0 <= share <= 1.0:
+        raise UserError(f"directed_ratio: share must lie in [0, 1], not {share:g}")
+
+    def value(context: Context, view: str) -> Tensor:
+        advantage_N = advantage.value(context, view)
+        part = at(share, context.step, context.total_steps)
+        ratio_N = directed(context.signal(view).sampled_logp_N - context.old_logp_N, advantage_N, bound)
+        if negative_only:
+            ratio_N = torch.where(advantage_N > 0, torch.ones_like(ratio_N), ratio_N)
+        return (1.0 - part) + part * ratio_N
+
+    name = "a schedule" if callable(share) else f"{share:g}"
+    return Weight(
+        f"directed_ratio({name}, bound {bound:g})",
+        value,
+        advantage.needs | {SAMPLED},
+        advantage.also,
+        advantage.stats,
+        uses_old_logp=True,
+    )
+
+
+def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
+    """1 where the ratio of `directed_ratio` is cut off, 0 elsewhere.
+
+    Args:
+        advantage: As there.
+        bound: As there.
+        side: `low` or `high`.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        delta_N = context.signal(view).sampled_logp_N - context.old_logp_N
+        ratio_N = (advantage.value(context, view).sign() * delta_N.clamp(-20.0, 20.0)).exp()
+        cut_N = ratio_N < 1.0 - bound if side == "low" else ratio_N > 1.0 + bound
+        return cut_N.to(delta_N.dtype)
+
+    return Quantity(f"directed_ratio_{side}", value, frozenset({SAMPLED}), stats=advantage.stats)
+
+
+def log_ratio_size() -> Quantity:
+    """How far apart teacher and student are about the token written: |log p_T - log p_old|, nats."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return (context.signal(view).sampled_logp_N - context.old_logp_N).abs()
+
+    return Quantity("log_ratio_size", value, frozenset({SAMPLED}), uses_old_logp=True)
