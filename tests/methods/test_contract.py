@@ -25,11 +25,17 @@ from retort.types import can_meet
 
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
-NOT_ZERO = {"eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass"}
+NOT_ZERO = {
+    "dasd": "its advantage holds the verifier's, whatever the teacher says",
+    "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+}
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
-WHOLE_BATCH = {"sead": "its zones are shares of the batch; a run's micro-batches, below, share them"}
+WHOLE_BATCH = {
+    "dasd": "a rollout's entropies are compared with one another, and a half may end within it",
+    "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+}
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
 STEPS: list[tuple[str, dict[str, Any]]] = [
