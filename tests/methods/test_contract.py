@@ -28,6 +28,7 @@ NAMES = registry.names()
 NOT_ZERO = {
     "dasd": "its advantage holds the verifier's, whatever the teacher says",
     "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+    "uni_opd": "right rollouts are moved up and wrong ones down where the teacher prefers neither",
 }
 
 
@@ -35,6 +36,7 @@ NOT_ZERO = {
 WHOLE_BATCH = {
     "dasd": "a rollout's entropies are compared with one another, and a half may end within it",
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+    "uni_opd": "a half is divided by its own rollouts, and has other groups",
 }
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.
