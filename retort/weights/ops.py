@@ -26,3 +26,12 @@ def both(one: Weight, other: Weight) -> Weight:
 
     also = {view: one.asks(view, "") | other.asks(view, "") for view in {*one.also, *other.also}}
     return Weight(f"{one.name} * {other.name}", value, one.needs | other.needs, also, one.stats + other.stats)
+
+
+def stored_quantity(name: str) -> Quantity:
+    """What a statistic of a term stored for each step under `name`, to watch."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[name]
+
+    return Quantity(name, value)
