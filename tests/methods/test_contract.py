@@ -35,6 +35,7 @@ NOT_ZERO = {
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
 WHOLE_BATCH = {
     "dasd": "a rollout's entropies are compared with one another, and a half may end within it",
+    "dopd": "its regimes begin at means over the batch",
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
 }
