@@ -235,6 +235,7 @@ class _Batch:
             rollout_N[kept_N],
             reward_N=None if rewards is None else _per_step(rewards, rollout_N)[kept_N].double(),
             group_N=None if groups is None else _per_step(groups, rollout_N)[kept_N],
+            step=step,
         )
         for name, given, wants in (("rewards", rewards, found.wants_rewards), ("groups", groups, found.wants_groups)):
             if wants is not None and given is None:

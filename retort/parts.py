@@ -28,6 +28,8 @@ class Layout:
         group_N: Index of the group (one visit to one prompt) of each step's rollout; None where no groups are known.
         longest: The longest answer that was allowed, tokens; None where that is not known.
         readings: Numbers of the method's controllers, by `<controller>.<number>`.
+        seed: Of the run, for what is drawn.
+        step: Batches done before this one, which a draw is keyed by.
     """
 
     rollout_N: Tensor
@@ -37,6 +39,8 @@ class Layout:
     group_N: Tensor | None = None
     longest: int | None = None
     readings: Mapping[str, float] = field(default_factory=lambda: {})
+    seed: int = 0
+    step: int = 0
 
     def select(self, index_N: Tensor) -> Layout:
         """The layout of some of the steps."""

@@ -27,6 +27,7 @@ Stream = Literal[
     "controllers",
     "views",
     "adapter",
+    "balance",
 ]
 
 

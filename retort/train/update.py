@@ -114,6 +114,8 @@ def _layout(setup: Setup, batch: Batch) -> Layout:
         group_N=pack.group_R[pack.rollout_N],
         longest=setup.config.rollout.max_new_tokens,
         readings=batch.moment.readings,
+        seed=setup.config.seed,
+        step=batch.step,
     )
 
 

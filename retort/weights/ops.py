@@ -40,3 +40,12 @@ def both(one: Weight, other: Weight) -> Weight:
         one.stats + other.stats,
         uses_old_logp=one.uses_old_logp or other.uses_old_logp,
     )
+
+
+def stored_quantity(name: str) -> Quantity:
+    """What a statistic of a term stored for each step under `name`, to watch."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[name]
+
+    return Quantity(name, value)

@@ -26,19 +26,24 @@ from retort.types import can_meet
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
 NOT_ZERO = {
-    "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
     **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd"), "the reward gives the direction, whatever the teacher says"),
+    "dasd": "its advantage holds the verifier's, whatever the teacher says",
+    "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+    "uni_opd": "right rollouts are moved up and wrong ones down where the teacher prefers neither",
 }
 
 
 #: Methods whose weights are decided by a whole batch, so that halves of it are other batches, and why.
 WHOLE_BATCH = {
-    "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "sdft": "the first tokens of half an answer are not those of the answer, and are not in the denominator",
     "pw_opsd": "a relative position in half an answer is another one",
     "rlsd": "rewards are whitened over a group, which a half may cut",
     "egrsd": "entropies are divided by the largest of the batch, and answers longer than all others earn no bonus",
     "cl_egrsd": "as egrsd",
+    "dasd": "a rollout's entropies are compared with one another, and a half may end within it",
+    "dopd": "its regimes begin at means over the batch",
+    "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+    "uni_opd": "a half is divided by its own rollouts, and has other groups",
 }
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.

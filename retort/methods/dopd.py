@@ -1,0 +1,111 @@
+"""DOPD: a teacher and the student itself, both with a hint, share the tokens out between them."""
+
+from typing import Literal
+
+from retort.divergences import jsd, topk_kl
+from retort.errors import UserError
+from retort.estimators import pathwise
+from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.reduce import rollout_means, tokens
+from retort.rollout.plan import RolloutPlan
+from retort.teachers.moving import live
+from retort.teachers.views import privileged
+from retort.weights import student_entropy
+from retort.weights.privilege import AGREED, STUDENT, TEACHER, VAGUE, Regimes
+
+_ITSELF = "privileged_student"
+
+
+@method(
+    paper=Paper(
+        title="DOPD: Dual On-policy Distillation",
+        authors="{National University of Singapore, CUHK MMLab, Peking University and JD Explore Academy}",
+        year=2026,
+        arxiv="2606.30626",
+    ),
+    status="partial",
+)
+def dopd(
+    *,
+    light_coef: float = 0.6,
+    weak_coef: float = 0.3,
+    top_k: int = 128,
+    support: Literal["mixed", "student"] = "mixed",
+    tail: Literal["bucket", "renormalised"] = "bucket",
+    trim: float = 0.05,
+    routing: Literal["regimes", "none"] = "regimes",
+    hint: Literal["hint", "solution", "answer", "demonstration"] = "hint",
+    reduction: Literal["rollouts", "tokens"] = "rollouts",
+    samples: int = 4,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Method:
+    r"""Each token is taught by a teacher or by the student with a hint, firmly where these two differ most.
+
+    .. math:: \ell_t = \begin{cases}
+              JS(s, T) & A \ge \bar A,\ q_T \ge q_S \\
+              \beta_l\,D_K(s \Vert S) & A \ge \bar A,\ q_T < q_S \\
+              \beta_l\,D_K(s \Vert T) & A < \bar A,\ q_S + q_T \ge \bar q_S + \bar q_T \\
+              \beta_w\,D_K(s \Vert S) & \text{otherwise} \end{cases}
+              \qquad A = |\log q_T - \log q_S|
+
+    s is the student, T the teacher and S the student itself as it is, both with the hint; q are their probabilities of
+    the token written, and barred ones are means over the whole batch without outliers. JS is over the whole vocabulary
+    with weight 1/2, D_K the reverse KL on a top-k; both in nats. Divided by rollouts, of each the mean over all its
+    tokens. No gradient passes through S, T or the choice.
+
+    Args:
+        light_coef: beta_l, dimensionless.
+        weak_coef: beta_w, dimensionless.
+        top_k: K.
+        support: Of D_K. `mixed`: T's top-k against T, the learning student's against S. `student`: the learning
+            student's against both. The paper does not say; reconstructed.
+        tail: What becomes of the other ids: one bucket, or left out. Reconstructed.
+        trim: Share of the largest values that each mean leaves out. The paper drops the top 5% and then normalises in
+            the batch in a way that it does not tell; no further normalisation is a reconstruction.
+        routing: `none`: the Jensen-Shannon divergence to the teacher with the hint at every token.
+        hint: The column that both are shown; the paper found whole answers worse than no hint.
+        reduction: `tokens`: all tokens count alike.
+        samples: Rollouts per prompt.
+        temperature: Of sampling and of both distributions; the paper does not say.
+        top_p: Nucleus of sampling.
+
+    Where all gaps are equal none is below their mean: with a teacher that is the student, all tokens get JS. Images are
+    left out. A rollout without a hint is left out of the loss.
+    """
+    if weak_coef < 0 or light_coef < 0:
+        raise UserError(f"dopd: light_coef and weak_coef must not be negative ({light_coef}, {weak_coef})")
+    over = rollout_means() if reduction == "rollouts" else tokens()
+    firm = pathwise(jsd(0.5))
+    by_teacher = pathwise(topk_kl("reverse", top_k, "teacher" if support == "mixed" else "student", tail))
+    by_itself = pathwise(topk_kl("reverse", top_k, "student", tail))
+    regime = Regimes(trim=trim, student=_ITSELF)
+    agreed, vague, teacher, itself = (regime.weight(number) for number in (AGREED, VAGUE, TEACHER, STUDENT))
+    limit = Limit({"routing": "none", "reduction": "tokens"}, equals=("gkd", {"temperature": 1.0}))
+    if routing == "none":
+        terms, views, curves = (Term("teacher_firm", firm, denominator=over),), {}, ()
+    else:
+        terms = (
+            Term("teacher_firm", firm, weight=teacher, denominator=over),
+            Term("teacher_light", by_teacher, weight=agreed, coef=light_coef, denominator=over),
+            Term("student_weak", by_itself, _ITSELF, weight=vague, coef=weak_coef, denominator=over),
+            Term("student_light", by_itself, _ITSELF, weight=itself, coef=light_coef, denominator=over),
+        )
+        views = {_ITSELF: privileged(hint, weights=live())}
+        curves = (
+            *(Watch(f"{term.name}_fraction", term.weight, against=term.against) for term in terms if term.weight),
+            Watch("privileged_gap", regime.gap()),
+        )
+    return Method(
+        rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
+        temperature=temperature,
+        views={"teacher": privileged(hint, model="teacher"), **views},
+        terms=terms,
+        limits=(limit,),
+        recipe={
+            "rollout": {"prompts": 128},
+            "optimizer": {"learning_rate": 5e-6, "schedule": "cosine", "updates": 1},
+            "steps": 200,
+        },
+        watch=(Watch("student_entropy", student_entropy()), *curves),
+    )

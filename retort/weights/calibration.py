@@ -1,0 +1,231 @@
+"""Making a teacher rank right answers above wrong ones, and both equally many. Axis letters: see `retort.types`.
+
+Uni-OPD, arXiv 2605.03677. A rollout is right if its reward is at least a threshold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.outcomes import Scope, graded, members, per_rollout
+from retort.parts import Advantage, Layout, Quantity, Rollouts, Stat, Weight
+from retort.streams import uniforms
+from retort.types import SAMPLED
+
+Gap = Literal["mean", "minmax"]
+Direction = Literal["both", "correct_up", "incorrect_down"]
+
+
+def surplus(right_R: Tensor, group_R: Tensor, chance_R: Tensor, ratio: float) -> Tensor:
+    """Which rollouts are one too many for right : wrong = ratio in their group, bool [R].
+
+    Only the surplus side of a mixed group loses rollouts, those of lowest chance first; a group for which the other
+    side, times or over the ratio, comes to less than one rollout stays as it is.
+
+    Args:
+        right_R: bool.
+        group_R: Index of each one's group.
+        chance_R: Whatever says who goes first.
+        ratio: 0 keeps only the wrong ones of a mixed group, infinity only the right ones.
+    """
+    out_R = torch.zeros_like(right_R)
+    for group in group_R.unique():
+        own_R = group_R == group
+        right, wrong = (own_R & right_R).nonzero().squeeze(-1), (own_R & ~right_R).nonzero().squeeze(-1)
+        if not len(right) or not len(wrong):
+            continue
+        if ratio == 0 or math.isinf(ratio):
+            out_R[right if ratio == 0 else wrong] = True
+            continue
+        for side, allowed in ((right, int(len(wrong) * ratio)), (wrong, int(len(right) / ratio))):
+            if len(side) > allowed >= 1:
+                out_R[side[torch.argsort(chance_R[side], stable=True)[: len(side) - allowed]]] = True
+                break
+    return out_R
+
+
+def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, name: str = "balance") -> Weight:
+    """1 on rollouts that are kept, 0 on those drawn to be left out; give `name` to a denominator to leave them out.
+
+    Args:
+        ratio: Right : wrong, see `surplus`.
+        scope: Within each prompt's rollouts, or within the batch.
+        threshold: Reward from which a rollout is right.
+        name: Of what is stored.
+
+    Raises:
+        UserError: A ratio that is negative or no number.
+    """
+    if not ratio >= 0:
+        raise UserError(f"balance: the ratio of right to wrong rollouts must not be negative, but is {ratio}")
+
+    def number(rollouts: Rollouts, layout: Layout) -> Tensor:
+        right_R = graded(rollouts) >= threshold
+        ids_R = layout.rollout_N.new_zeros(len(right_R)).index_copy_(0, rollouts.number_N, layout.rollout_N)
+        # By the rollout's own index, so that a rollout that is masked does not move the draws of the others.
+        chance = uniforms(layout.seed, "balance", layout.step, count=int(ids_R.max()) + 1).to(ids_R.device)
+        return 1.0 - surplus(right_R, members(rollouts, scope), chance[ids_R], ratio).double()
+
+    stat = per_rollout(name, number, groups=scope == "group")
+    return Weight(f"balance({ratio:g}, {scope})", _read(name), stats=(stat,))
+
+
+def _read(name: str) -> Callable[[Context, str], Tensor]:
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[name].to(context.student_logp_N.dtype)
+
+    return value
+
+
+def order_gap(right: Tensor, wrong: Tensor, gap: Gap) -> float:
+    """How far right returns lie above wrong ones: between their means, or the lowest right and the highest wrong."""
+    ends = (right.mean(), wrong.mean()) if gap == "mean" else (right.min(), wrong.max())
+    return float(ends[0] - ends[1])
+
+
+def shifts(
+    return_R: Tensor, right_R: Tensor, group_R: Tensor, *, margin: float, gap: Gap, direction: Direction
+) -> Tensor:
+    """What is added to every token of each rollout, nats, so that its group's gap is at least the margin, [R].
+
+    Args:
+        return_R: Mean log-ratio of each rollout, nats.
+        right_R: bool.
+        group_R: Index of each one's group; one of only right or only wrong rollouts stays as it is.
+        margin: Nats.
+        gap: See `order_gap`.
+        direction: Right ones up, wrong ones down, or half of both.
+    """
+    found_R = torch.zeros_like(return_R)
+    for group in group_R.unique():
+        right_G, wrong_G = (group_R == group) & right_R, (group_R == group) & ~right_R
+        if not right_G.any() or not wrong_G.any():
+            continue
+        shift = max(0.0, margin - order_gap(return_R[right_G], return_R[wrong_G], gap))
+        half = shift / 2 if direction == "both" else shift
+        if direction != "incorrect_down":
+            found_R[right_G] = half
+        if direction != "correct_up":
+            found_R[wrong_G] = -half
+    return found_R
+
+
+def ordered(return_R: Tensor, right_R: Tensor, group_R: Tensor, *, margin: float, gap: Gap, retained: float) -> Tensor:
+    """Which rollouts are left once the worst of their groups are gone and the gap is at least the margin, bool [R].
+
+    One at a time, the right one of lowest or the wrong one of highest return, whichever widens the gap more, until it
+    is wide enough, neither widens it, or fewer would be left than max(1, int(retained n)).
+
+    Args:
+        return_R: Mean log-ratio of each rollout, nats.
+        right_R: bool.
+        group_R: Index of each one's group.
+        margin: Nats.
+        gap: See `order_gap`.
+        retained: Share of a group that stays.
+    """
+    kept_R = torch.ones_like(right_R)
+    for group in group_R.unique():
+        own = (group_R == group).nonzero().squeeze(-1)
+        by_return = own[torch.argsort(return_R[own], stable=True)]
+        right, wrong = by_return[right_R[by_return]], by_return[~right_R[by_return]]
+        least = max(1, int(len(own) * retained))
+        while len(right) and len(wrong) and len(right) + len(wrong) > least:
+            now = order_gap(return_R[right], return_R[wrong], gap)
+            if now >= margin:
+                break
+            fewer_right = order_gap(return_R[right[1:]], return_R[wrong], gap) if len(right) > 1 else -math.inf
+            fewer_wrong = order_gap(return_R[right], return_R[wrong[:-1]], gap) if len(wrong) > 1 else -math.inf
+            if max(fewer_right, fewer_wrong) <= now:
+                break
+            if fewer_right >= fewer_wrong:
+                kept_R[right[0]], right = False, right[1:]
+            else:
+                kept_R[wrong[-1]], wrong = False, wrong[:-1]
+    return kept_R
+
+
+def calibrated_log_ratio(
+    kind: Literal["shift", "mask"] | None = "shift",
+    *,
+    margin: float = 0.4,
+    gap: Gap = "mean",
+    scope: Scope = "group",
+    direction: Direction = "both",
+    retained: float = 0.25,
+    over: Weight | None = None,
+    threshold: float = 0.5,
+    name: str = "margin",
+) -> Advantage:
+    """The log-ratio, nats, moved or left out rollout by rollout until right ones are preferred to wrong ones.
+
+    Args:
+        kind: `shift`: see `shifts`. `mask`: 0 in rollouts that `ordered` leaves out. None: the plain log-ratio.
+        margin: Of the group's gap, nats; minus infinity changes nothing.
+        gap: See `order_gap`.
+        scope: Groups are each prompt's rollouts, or the batch.
+        direction: Of a shift.
+        retained: Of a mask.
+        over: A `balance`: rollouts that it leaves out do not enter the returns that are compared. None: all do.
+        threshold: Reward from which a rollout is right.
+        name: Of what is stored: `<name>.return` (mean log-ratio), `<name>.shift`, `<name>.kept`.
+    """
+
+    def ratio(context: Context, view: str) -> Tensor:
+        return context.signal(view).sampled_logp_N - context.old_logp_N
+
+    if kind is None:
+        return Advantage("log_ratio", ratio, frozenset({SAMPLED}))
+    part = Quantity("log_ratio", ratio, frozenset({SAMPLED}))
+
+    def mean(ratio_N: Tensor, layout: Layout) -> Tensor:
+        rollouts = layout.rollouts()
+        return rollouts.mean(ratio_N.double())[rollouts.number_N]
+
+    def moved(ratio_N: Tensor, layout: Layout) -> Tensor:
+        """Of `shift`: what is added. Of `mask`: 1 where the rollout is kept."""
+        rollouts = layout.rollouts()
+        right_R, group_R = graded(rollouts) >= threshold, members(rollouts, scope)
+        return_R = rollouts.mean(ratio_N.double())
+        within_R = torch.ones_like(right_R)
+        if over is not None:
+            within_R = rollouts.mean(layout.found[over.stats[0].name]) > 0.5
+        given = (return_R[within_R], right_R[within_R], group_R[within_R])
+        if kind == "shift":
+            found_R = torch.zeros_like(return_R)
+            found_R[within_R] = shifts(*given, margin=margin, gap=gap, direction=direction)
+        else:
+            found_R = torch.ones_like(return_R)
+            found_R[within_R] = ordered(*given, margin=margin, gap=gap, retained=retained).double()
+        return found_R[rollouts.number_N]
+
+    stored = f"{name}.{'shift' if kind == 'shift' else 'kept'}"
+
+    def value(context: Context, view: str) -> Tensor:
+        ratio_N = ratio(context, view)
+        moved_N = context.stored[stored].to(ratio_N.dtype)
+        return ratio_N + moved_N if kind == "shift" else torch.where(moved_N > 0, ratio_N, torch.zeros_like(ratio_N))
+
+    stats = (
+        *(() if over is None else over.stats),
+        Stat(f"{name}.return", part, mean),
+        Stat(stored, part, moved, rewards=True, groups=scope == "group"),
+    )
+    return Advantage(f"calibrated_log_ratio({kind}, {margin:g})", value, frozenset({SAMPLED}), stats=stats)
+
+
+def within_reach(limit: float) -> Weight:
+    """1 where student and teacher differ by less than `limit` nats on the token written, else 0."""
+
+    def value(context: Context, view: str) -> Tensor:
+        gap_N = context.student_logp_N.detach() - context.signal(view).sampled_logp_N
+        return (gap_N.abs() < limit).to(gap_N.dtype)
+
+    return Weight(f"|gap| < {limit:g}", value, frozenset({SAMPLED}))

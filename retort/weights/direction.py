@@ -1,0 +1,135 @@
+"""Whether a token is pulled towards the teacher or pushed away from it, by the student's entropy. Axes: `retort.types`.
+
+DASD, arXiv 2605.22263. All of it is known only once whole rollouts are, so it is taken before the first update.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Advantage, Layout, Quantity, Rollouts, Stat
+from retort.types import SAMPLED
+from retort.weights.entropy import student_entropy
+
+Scale = Literal["absolute", "std", "none"]
+Router = Literal["entropy", "attract", "repel"]
+#: Added to what is divided by; a rollout of one entropy or without a gap is corrected by nothing.
+_EPS = 1e-6
+
+
+def routed(entropy_N: Tensor, rollouts: Rollouts, quantile: float) -> Tensor:
+    r"""The direction of each step, in (-1, 1): :math:`\tanh((\tau - H_t) / (\hat\sigma_H + \epsilon))`, [N].
+
+    Positive (towards the teacher) where the student is surer than :math:`\tau`.
+
+    Args:
+        entropy_N: The student's, nats.
+        rollouts: Whose steps these are.
+        quantile: :math:`\tau` is this quantile of the rollout's entropies, interpolated; :math:`\hat\sigma_H` is their
+            mean absolute deviation from their mean.
+    """
+    threshold_R = torch.stack(
+        [torch.quantile(entropy_N[rollouts.number_N == rollout], quantile) for rollout in range(len(rollouts.steps_R))]
+    )
+    mean_N = rollouts.mean(entropy_N)[rollouts.number_N]
+    deviation_N = rollouts.mean((entropy_N - mean_N).abs())[rollouts.number_N]
+    return torch.tanh((threshold_R[rollouts.number_N] - entropy_N) / (deviation_N + _EPS))
+
+
+def scaled(gap_N: Tensor, rollouts: Rollouts, by: Scale) -> Tensor:
+    """Gaps over their usual size in the rollout, [N]; the sign stays what it was.
+
+    Args:
+        gap_N: Teacher's log-prob of the token written less the student's, nats.
+        rollouts: Whose steps these are.
+        by: The mean of their sizes, their standard deviation (of n), or nothing.
+    """
+    if by == "none":
+        return gap_N
+    if by == "absolute":
+        size_R = rollouts.mean(gap_N.abs())
+    else:
+        mean_N = rollouts.mean(gap_N)[rollouts.number_N]
+        size_R = rollouts.mean((gap_N - mean_N) ** 2).sqrt()
+    return gap_N / (size_R[rollouts.number_N] + _EPS)
+
+
+def directed(
+    outcome: Advantage,
+    coef: float,
+    *,
+    quantile: float,
+    scale: Scale = "absolute",
+    router: Router = "entropy",
+    limit: float = math.inf,
+    name: str = "direction",
+) -> Advantage:
+    r"""An outcome's advantage plus :math:`\beta\,\omega_t\,\bar\delta_t`; the latter is stored as `<name>.correction`.
+
+    .. math:: \omega_t = \tanh\Big(\frac{\tau - H_t}{\hat\sigma_H + \epsilon}\Big)\,\sigma(|\bar\delta_t| - 1)
+
+    Args:
+        outcome: The other part.
+        coef: beta.
+        quantile: Of tau, see `routed`.
+        scale: What makes :math:`\bar\delta` of the gap, see `scaled`.
+        router: `entropy`, or 1 (`attract`) or -1 (`repel`) in the place of the tanh.
+        limit: Largest size of a correction, none by default.
+        name: Of what is stored: `<name>.gap` (scaled), `<name>`, `<name>.correction`, and `<name>.largest`, the largest
+            size of a correction in the batch before the limit.
+
+    Raises:
+        UserError: A quantile outside of [0, 1], or a limit that is not positive.
+    """
+    if not 0.0 <= quantile <= 1.0:
+        raise UserError(f"directed: a quantile must lie in [0, 1], not {quantile}")
+    if not limit > 0:
+        raise UserError(f"directed: the limit of a correction must be positive, not {limit}")
+
+    def gap(context: Context, view: str) -> Tensor:
+        return context.signal(view).sampled_logp_N - context.old_logp_N
+
+    def scaled_gap(gap_N: Tensor, layout: Layout) -> Tensor:
+        return scaled(gap_N.double(), layout.rollouts(), scale)
+
+    def omega(entropy_N: Tensor, layout: Layout) -> Tensor:
+        gap_N = layout.found[f"{name}.gap"]
+        gate_N = torch.sigmoid(gap_N.abs() - 1.0)
+        if router != "entropy":
+            return gate_N if router == "attract" else -gate_N
+        return routed(entropy_N.double(), layout.rollouts(), quantile) * gate_N
+
+    def free(layout: Layout) -> Tensor:
+        return coef * layout.found[name] * layout.found[f"{name}.gap"]
+
+    def correction(_: Tensor, layout: Layout) -> Tensor:
+        return free(layout).clamp(-limit, limit)
+
+    def largest(_: Tensor, layout: Layout) -> Tensor:
+        found_N = free(layout).abs()
+        return found_N.max().expand_as(found_N) if len(found_N) else found_N
+
+    stats = (
+        Stat(f"{name}.gap", Quantity("gap", gap, frozenset({SAMPLED})), scaled_gap),
+        Stat(name, student_entropy(), omega),
+        Stat(f"{name}.correction", None, correction),
+        Stat(f"{name}.largest", None, largest),
+    )
+
+    def value(context: Context, view: str) -> Tensor:
+        outcome_N = outcome.value(context, view)
+        return outcome_N + context.stored[f"{name}.correction"].to(outcome_N.dtype)
+
+    return Advantage(
+        f"{outcome.name} + {coef:g} directed({router})",
+        value,
+        outcome.needs | {SAMPLED},
+        outcome.also,
+        (*outcome.stats, *stats),
+    )

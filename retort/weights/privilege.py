@@ -1,0 +1,108 @@
+"""Who of two privileged policies teaches a token, and how firmly. Axis letters: see `retort.types`.
+
+DOPD, arXiv 2606.30626. Both read the hint: a teacher, and the student itself; the student that learns does not.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Layout, Quantity, Stat, Weight
+from retort.types import SAMPLED
+
+#: Regimes: both agree and are sure, both agree and are not, the teacher or the student prefers the token by far.
+AGREED, VAGUE, TEACHER, STUDENT = 0, 1, 2, 3
+
+
+def trimmed_mean(values_N: Tensor, share: float) -> Tensor:
+    """The mean of all but the largest ceil(share N), at least of the smallest one; a scalar."""
+    kept = max(1, len(values_N) - math.ceil(share * len(values_N)))
+    return values_N.sort().values[:kept].mean()
+
+
+def regimes(teacher_logp_N: Tensor, student_logp_N: Tensor, trim: float) -> Tensor:
+    r"""The regime of each step, by the size of the gap and by the sum of both probabilities, [N].
+
+    `TEACHER` where :math:`|l_T - l_S| \ge \bar A` and :math:`q_T \ge q_S`, `STUDENT` where :math:`q_T < q_S`.
+    Below :math:`\bar A`, `AGREED` where :math:`q_S + q_T \ge \bar q_S + \bar q_T`, else `VAGUE`. Where all gaps are
+    equal none is below their mean, and all steps are `TEACHER` or `STUDENT`.
+
+    Args:
+        teacher_logp_N: Of the token written, under the privileged teacher, nats.
+        student_logp_N: Under the privileged student, nats.
+        trim: Share of the largest values that each mean leaves out.
+    """
+    gap_N = (teacher_logp_N - student_logp_N).abs()
+    # Both rule the token out: they do not differ on it.
+    gap_N = torch.where(teacher_logp_N == student_logp_N, torch.zeros_like(gap_N), gap_N)
+    q_T, q_S = teacher_logp_N.exp(), student_logp_N.exp()
+    far_N = gap_N >= trimmed_mean(gap_N, trim)
+    sure_N = q_S + q_T >= trimmed_mean(q_S, trim) + trimmed_mean(q_T, trim)
+    near_N = torch.where(sure_N, AGREED, VAGUE)
+    return torch.where(far_N, torch.where(teacher_logp_N >= student_logp_N, TEACHER, STUDENT), near_N)
+
+
+class Regimes:
+    """The weights of a batch's regimes; they share the statistics behind them."""
+
+    def __init__(
+        self, *, trim: float, teacher: str = "teacher", student: str = "student", name: str = "regime"
+    ) -> None:
+        """Regimes by two views.
+
+        Args:
+            trim: See `regimes`.
+            teacher: View of the privileged teacher.
+            student: View of the privileged student.
+            name: Of what is stored: `<name>`, `<name>.teacher_logp` and `<name>.student_logp`, nats.
+
+        Raises:
+            UserError: A share of outliers that leaves nothing.
+        """
+        if not 0.0 <= trim < 1.0:
+            raise UserError(f"regimes: the share of outliers left out must lie in [0, 1), not {trim}")
+        views = {teacher: frozenset({SAMPLED}), student: frozenset({SAMPLED})}
+
+        def logp(of: str) -> Quantity:
+            def value(context: Context, view: str) -> Tensor:
+                return context.signal(of).sampled_logp_N
+
+            # Both are asked for either, so that steps about which one has nothing to say enter no mean.
+            return Quantity(f"{of}_logp", value, also=views)
+
+        def finish(teacher_logp_N: Tensor, layout: Layout) -> Tensor:
+            student_logp_N = layout.found[f"{name}.student_logp"]
+            found_N = regimes(teacher_logp_N.double(), student_logp_N.double(), trim)
+            return found_N.to(teacher_logp_N.dtype)
+
+        def as_it_is(values_N: Tensor, _: Layout) -> Tensor:
+            return values_N
+
+        self.name = name
+        self.stats = (
+            Stat(f"{name}.teacher_logp", logp(teacher), as_it_is),
+            Stat(f"{name}.student_logp", logp(student), as_it_is),
+            Stat(name, logp(teacher), finish),
+        )
+
+    def weight(self, regime: int) -> Weight:
+        """1 in a regime, 0 elsewhere."""
+
+        def value(context: Context, view: str) -> Tensor:
+            regime_N = context.stored[self.name]
+            return (regime_N == regime).to(context.student_logp_N.dtype)
+
+        return Weight(f"{self.name} {regime}", value, stats=self.stats)
+
+    def gap(self) -> Quantity:
+        """The privileged teacher's log-prob of the token written less the privileged student's, nats, to watch."""
+
+        def value(context: Context, view: str) -> Tensor:
+            return context.stored[f"{self.name}.teacher_logp"] - context.stored[f"{self.name}.student_logp"]
+
+        return Quantity("privileged_gap", value)
