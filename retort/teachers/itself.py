@@ -54,7 +54,7 @@ class OwnWeights:
 
     @property
     def _learning(self) -> dict[str, torch.nn.Parameter]:
-        return {name: p for name, p in self.lm.model.named_parameters() if p.requires_grad}
+        return self.lm.trainable()
 
     @property
     def bytes(self) -> int:
@@ -70,7 +70,7 @@ class OwnWeights:
     def in_place(self, weights: Weights) -> Iterator[None]:
         """The student's model with the weights of one side of a self-teacher, until the end of the block."""
         if weights == frozen() and self._off:
-            with _without_adapter(self.lm)():
+            with self.lm.without_adapter():
                 yield
             return
         kept = self._kept.get(weights)
@@ -257,15 +257,10 @@ def _label(weights: Weights) -> str:
     return f"{weights.kind}-{weights.update_rate}-{weights.every}"
 
 
-def _without_adapter(lm: LanguageModel) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    found: Callable[[], contextlib.AbstractContextManager[None]] = getattr(lm, "without_adapter")  # noqa: B009
-    return found
-
-
 @torch.no_grad()
 def _adapter_does_nothing(lm: LanguageModel) -> bool:
     """Whether the student has an adapter that changes nothing yet: switched off, it is the student as it was."""
-    if getattr(lm, "adapter", None) is None:
+    if lm.adapter is None:
         return False
     ids_RL = torch.arange(1, 5, device=lm.device)[None] % lm.head().width
 
@@ -274,5 +269,5 @@ def _adapter_does_nothing(lm: LanguageModel) -> bool:
 
     with lm.compute():
         with_it = logits()
-        with _without_adapter(lm)():
+        with lm.without_adapter():
             return torch.equal(with_it, logits())
