@@ -282,7 +282,7 @@ def batch_variance(setup: Setup, batch: Batch, chosen: Sequence[int]) -> float |
         visits.setdefault(int(batch.pack.group_R[rollout]), []).append(rollout)
     if len(visits) < 2:
         return None
-    parameters = [p for p in setup.student.model.parameters() if p.requires_grad]
+    parameters = list(setup.student.trainable().values())
     whole = [torch.zeros_like(p) for p in parameters]
     shares_N, idle = _shares(setup, batch, chosen), Stopwatch()
     squares = 0.0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from retort import api
 from retort import config as configuration
+from retort.divergences import forward_kl
 from retort.errors import UserError
+from retort.estimators import pathwise
+from retort.method import Method, Term
+from retort.rollout.plan import RolloutPlan
+from retort.teachers.moving import ema, frozen
+from retort.teachers.scene import Scene
+from retort.teachers.view import View
 from retort.train import runner
 from retort.train.memory import forecast
 from retort.train.summary import summary
+from retort.types import Message, Prompt
 
 KILLED_AT = """
 import json, os, signal, sys
@@ -160,6 +170,45 @@ def test_the_student_as_it_was_needs_no_second_copy(lora_run: dict[str, Any], tm
     assert other.setup.base_lm.model is not other.setup.student.model
     for name, parameter in run.setup.student.trainable().items():
         assert torch.equal(parameter, other.setup.student.trainable()[name]), name
+
+
+def test_self_teachers_keep_no_more_than_the_adapter(lora_run: dict[str, Any], tmp_path: Path) -> None:
+    def hinted(scene: Scene) -> Prompt:
+        prompt = scene.prompt
+        return replace(prompt, messages=(Message("user", f"so {prompt.answer} {prompt.messages[-1].content}"),))
+
+    views = {
+        each.kind: View(model="student", weights=each, render=hinted) for each in (frozen(), ema(update_rate=0.25))
+    }
+    terms = tuple(Term(name, pathwise(forward_kl()), against=name) for name in views)
+    method = Method(rollout=RolloutPlan(samples=2), terms=terms, views=views, name="self_taught")
+    alone = {name: value for name, value in lora_run.items() if name != "teacher"}
+    settings = api.assemble(alone, {"steps": 4, "checkpoint": {"every": 2}}, own=method)
+    before = load_file(Path(lora_run["student"]) / "model.safetensors")
+    run = runner.start(settings, tmp_path / "run", method=method)
+    student, own = run.setup.student, run.setup.own_weights
+    assert own is not None
+    assert own.bytes == 4 * student.trainable_parameters, "one copy of the adapter that follows; frozen needs none"
+    run.go()
+    ids_RL = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        now = student.model(input_ids=ids_RL).logits
+        with own.in_place(ema(update_rate=0.25)):
+            behind = student.model(input_ids=ids_RL).logits
+        with own.in_place(frozen()):
+            start = student.model(input_ids=ids_RL).logits
+        plain = AutoModelForCausalLM.from_pretrained(lora_run["student"], dtype=torch.float32)
+        torch.testing.assert_close(start, plain(input_ids=ids_RL).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(now, behind)
+    assert not torch.equal(behind, start)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in student.weights().items())
+    end = {name: parameter.detach().clone() for name, parameter in student.trainable().items()}
+    again = runner.resume(tmp_path / "run" / "checkpoints" / "step-2", method=method).go()
+    assert all(torch.equal(parameter, end[name]) for name, parameter in again.setup.student.trainable().items())
+    assert again.setup.own_weights is not None
+    moved, kept = again.setup.own_weights.tensors(), own.tensors()
+    assert moved.keys() == kept.keys() != set()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in moved.items())
 
 
 def test_layers_computed_again_change_nothing(lora_run: dict[str, Any], tmp_path: Path) -> None:
