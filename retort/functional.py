@@ -20,7 +20,7 @@ from retort.apply import (
     stored_values,
     term_values,
 )
-from retort.controllers import Controller, Seen
+from retort.controllers import Controller, Seen, State
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.core import Core, Steps, loss_pass, per_token
@@ -47,6 +47,7 @@ def token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
+    longest: int | None = None,
     extra_views: Mapping[str, Tensor | TeacherSignal] | None = None,
     student_hidden: Tensor | None = None,
     step: int = 0,
@@ -72,6 +73,8 @@ def token_losses(
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: What the rollout engine reported, nats, [N].
+        longest: The longest answer that was allowed, tokens; for methods that pay for short ones. Left out, the longest
+            of the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
         student_hidden: The student's hidden states [N, D], for methods that compare them.
         step: Batches of rollouts done, for scheduled dials.
@@ -88,7 +91,7 @@ def token_losses(
         SignalError: A teacher's answer that is misaligned or not finite.
     """
     batch = _Batch.of(
-        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, step, total_steps, state
+        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, longest, step, total_steps, state
     )
     batch.check_rows("student_logits", student_logits, 2)
     if student_hidden is not None:
@@ -114,6 +117,7 @@ def linear_token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
+    longest: int | None = None,
     extra_views: Mapping[str, tuple[Tensor, Tensor | Head] | TeacherSignal] | None = None,
     step: int = 0,
     total_steps: int | None = None,
@@ -136,6 +140,7 @@ def linear_token_losses(
         rewards: As in `token_losses`.
         old_logp: As in `token_losses`.
         engine_logp: As in `token_losses`.
+        longest: As in `token_losses`.
         extra_views: Further views: pairs of hidden states and head, or a `TeacherSignal`.
         step: As in `token_losses`.
         total_steps: As in `token_losses`.
@@ -149,7 +154,7 @@ def linear_token_losses(
         SignalError: As in `token_losses`.
     """
     batch = _Batch.of(
-        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, step, total_steps, state
+        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, longest, step, total_steps, state
     )
     batch.check_rows("student_hidden", student_hidden, 2)
     given: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})
@@ -197,6 +202,7 @@ class _Batch:
         rewards: Tensor | None,
         old_logp: Tensor | None,
         engine_logp: Tensor | None,
+        longest: int | None,
         step: int,
         total_steps: int | None,
         state: Mapping[str, Tensor] | None,
@@ -235,6 +241,7 @@ class _Batch:
             rollout_N[kept_N],
             reward_N=None if rewards is None else _per_step(rewards, rollout_N)[kept_N].double(),
             group_N=None if groups is None else _per_step(groups, rollout_N)[kept_N],
+            longest=longest,
             step=step,
         )
         for name, given, wants in (("rewards", rewards, found.wants_rewards), ("groups", groups, found.wants_groups)):
@@ -311,13 +318,15 @@ class _Batch:
 
     def _read(self) -> Steps:
         """The steps with the numbers of the controllers as they are before this batch."""
-        readings: dict[str, float] = {}
-        for controller in self.method.controllers:
-            name = controller.name
-            state = {key.removeprefix(f"{name}/"): x for key, x in self.state.items() if key.startswith(f"{name}/")}
-            state = state or controller.init(generator(0, "controllers", name))
-            readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
+        states = ((controller, self._state_of(controller)) for controller in self.method.controllers)
+        readings = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
         return replace(self.steps, readings=readings)
+
+    def _state_of(self, controller: Controller) -> State:
+        """What was given of a controller's state, or that at the start of a run."""
+        name = controller.name
+        given = {key.removeprefix(f"{name}/"): x for key, x in self.state.items() if key.startswith(f"{name}/")}
+        return given or controller.init(generator(0, "controllers", name))
 
     def _controlled(
         self, core: Core, hidden_ND: Tensor, chunk: int | None
@@ -325,9 +334,7 @@ class _Batch:
         """The state of all controllers after this batch, flat, and the numbers that its terms read."""
         flat, readings = dict(self.state), dict[str, float]()
         for controller in self.method.controllers:
-            name, step = controller.name, self.steps.step
-            state = {key.removeprefix(f"{name}/"): x for key, x in flat.items() if key.startswith(f"{name}/")}
-            state = state or controller.init(generator(0, "controllers", name))
+            name, step, state = controller.name, self.steps.step, self._state_of(controller)
             seen = None
             if core.count:
                 rollouts = self.layout.rollouts()
@@ -337,6 +344,7 @@ class _Batch:
                     self.steps.total_steps,
                     rollouts.reward_R,
                     rollouts.steps_R,
+                    self.layout.longest,
                 )
                 state = controller.act(state, seen, generator(0, "controllers", name, step))
             readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}

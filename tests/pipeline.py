@@ -176,6 +176,7 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
         groups=pack.group_R,
         rewards=torch.tensor([rollout.reward for rollout in pack.rollouts]),
         engine_logp=pack.engine_logp_N,
+        longest=setup.config.rollout.max_new_tokens,
         step=MOMENT.done,
         total_steps=MOMENT.total,
     )

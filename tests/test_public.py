@@ -34,7 +34,7 @@ def test_names() -> None:
 
 
 def test_signatures() -> None:
-    shared = ["mask", "turns", "rollouts", "groups", "rewards", "old_logp", "engine_logp", "extra_views"]
+    shared = ["mask", "turns", "rollouts", "groups", "rewards", "old_logp", "engine_logp", "longest", "extra_views"]
     tail = ["step", "total_steps", "state"]
     assert list(inspect.signature(token_losses).parameters) == [
         *("method", "student_logits", "teacher_logits", "tokens"),

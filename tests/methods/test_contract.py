@@ -62,6 +62,8 @@ STATEFUL: dict[str, dict[str, Any]] = {
     "decoupled_kl": {"lengths": [2, 4, 6], "probe_every": 1},
     "sdft": {},
     "egrsd": {},
+    "peer_opd": {},
+    "sdpo": {},
     "skew_kl": {"validate_every": 1},
 }
 
