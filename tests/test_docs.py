@@ -226,6 +226,10 @@ def test_methods_of_the_pages_pass_the_contract(files: Path, tiny_run: dict[str,
     assert spec.loader is not None
     contract = module_from_spec(spec)
     spec.loader.exec_module(contract)
+    # What docs/views.md says it takes: the example learns from rewards, and its teacher moves.
+    contract.NOT_ZERO["hinted"] = "rewards are learnt from, whatever the teacher says"
+    contract.STATEFUL["hinted"] = {}
+    contract.WHOLE_BATCH["hinted"] = "rewards are whitened over a group, which a half may cut"
     found = [file.stem for file in (files / "retort" / "methods").glob("*.py")]
     assert found, "no page shows a method"
     for name in found:
