@@ -63,6 +63,17 @@ PLOTS = (
         "AUROC over rollouts, 0.5 is chance",
         {"trajectory_auroc": "AUROC"},
     ),
+    Curves(
+        "Does the teacher put a prompt’s answers in order?",
+        "mean over prompts with both kinds",
+        {"teacher_signal/auc": "AUC, 0.5 is chance", "teacher_signal/pairwise_accuracy": "pairs in order"},
+    ),
+    Curves(
+        "Groups",
+        "share of groups",
+        {"success_group_fraction": "with a success", "mixed_group_fraction": "with success and failure"},
+        "share",
+    ),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
     Curves("Length", "tokens per rollout", {"length": "length"}),
