@@ -69,6 +69,18 @@ PLOTS = (
         {"teacher_signal/auc": "AUC, 0.5 is chance", "teacher_signal/pairwise_accuracy": "pairs in order"},
     ),
     Curves(
+        "Shown to the teacher",
+        "share of rollouts",
+        {
+            "view/teacher/shows/success": "a success",
+            "view/teacher/shows/failure": "a failure",
+            "view/teacher/shows/feedback": "feedback",
+            "view/teacher/no_context": "nothing: left out",
+        },
+        "share",
+    ),
+    Curves("Weights on the advantage", "mean factor", {"magnitude": "magnitude", "gate": "gate"}),
+    Curves(
         "Groups",
         "share of groups",
         {"success_group_fraction": "with a success", "mixed_group_fraction": "with success and failure"},
