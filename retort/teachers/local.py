@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -45,10 +45,12 @@ class Prompts:
     Attributes:
         ids: By rollout; None where there is no context.
         cut: How many had a privileged text cut to fit.
+        shows: How many were shown something in the words of a template, by its name.
     """
 
     ids: Sequence[list[int] | None]
     cut: int = 0
+    shows: Mapping[str, int] = field(default_factory=lambda: {})
 
     def valid_N(self, pack: Pack) -> Tensor | None:
         """See `TeacherSignal.valid_N`."""
@@ -59,7 +61,8 @@ class Prompts:
     def counts(self) -> dict[str, float]:
         """See `TeacherSignal.counts`."""
         read = [len(own) for own in self.ids if own is not None]
-        return {"no_context": len(self.ids) - len(read), "cut": self.cut, "prompt_tokens": sum(read)}
+        shows = {f"shows/{name}": float(count) for name, count in self.shows.items()}
+        return {"no_context": len(self.ids) - len(read), "cut": self.cut, "prompt_tokens": sum(read), **shows}
 
 
 class LocalTeacher:
@@ -165,16 +168,18 @@ class LocalTeacher:
 
     def prompts(self, pack: Pack, view: View) -> Prompts:
         """What the teacher reads before each rollout of a pack: as long as the stage and its context allow."""
-        found, cut = list[list[int] | None](), 0
+        found, cut, shows = list[list[int] | None](), 0, dict[str, int]()
         for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
             longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
-            scene = Scene(rollout, group, self.stage)
+            scene = Scene(rollout, group, self.stage, shown=set())
             prompt = view.prompt(scene)
             if prompt is not None and view.render is not None and len(self.render(prompt)) > longest:
                 prompt = scene.shortened(view.prompt, lambda made, most=longest: len(self.render(made)) <= most)
                 cut += prompt is not None
+            for name in (scene.shown or ()) if prompt is not None else ():
+                shows[name] = shows.get(name, 0) + 1
             found.append(None if prompt is None else self.render(prompt))
-        return Prompts(found, cut)
+        return Prompts(found, cut, shows)
 
     def _hidden(self, pack: Pack, prompts: Prompts) -> Tensor:
         """Hidden states at every step, [N, D]; zeros where there is no context."""

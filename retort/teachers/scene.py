@@ -36,12 +36,14 @@ class Scene:
         group: All rollouts of this visit to its prompt, graded, in order of member; it is among them.
         stage: What does not depend on it.
         limit: Longest privileged text, characters; None for no limit. See `cut`.
+        shown: Takes the names of the templates that a view filled in, where somebody counts them.
     """
 
     rollout: Rollout
     group: tuple[Rollout, ...]
     stage: Stage = field(default_factory=Stage)
     limit: int | None = None
+    shown: set[str] | None = None
 
     @property
     def prompt(self) -> Prompt:
@@ -59,6 +61,8 @@ class Scene:
 
     def section(self, template: str, text: str, prompt: str = "") -> str:
         """A text in the words of a template."""
+        if self.shown is not None:
+            self.shown.add(template)
         return fill(self.stage.templates[template], text=self.cut(text), prompt=self.cut(prompt))
 
     def framed(self, sections: Sequence[str]) -> Prompt:

@@ -1,7 +1,7 @@
 """What every run looks at besides its method's own curves: can this teacher teach this student?
 
-The diagnostics of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), and how far rollout engine and
-trainer are apart. Axis letters: see `retort.types`.
+The diagnostics of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), those of multi-rollout OPD (arXiv
+2605.12652), and how far rollout engine and trainer are apart. Axis letters: see `retort.types`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from retort.evaluate.agreement import by_prompt
 from retort.evaluate.ranks import auroc
 from retort.method import Method, Watch
 from retort.train.metrics import Means
@@ -84,13 +85,28 @@ def rollout_means(pack: Pack, values_N: Tensor) -> Tensor:
     return total_R / count_R
 
 
-def trajectory_reward(pack: Pack, values: Mapping[str, Tensor]) -> dict[str, float]:
-    """How well the mean of log p_T - log p_S over a rollout tells right ones from wrong ones."""
+def against_rewards(pack: Pack, values: Mapping[str, Tensor], valid_N: Tensor | None = None) -> dict[str, float]:
+    """How well what the teacher says of whole answers agrees with their rewards.
+
+    `trajectory_auroc`: how well the mean of log p_T - log p_S tells right answers from wrong ones, over all rollouts.
+    `teacher_signal/<measure>`: how well the mean of log p_T does among the answers to one prompt, averaged over prompts
+    with a right and a wrong one. Each is left out where it is undefined.
+
+    Args:
+        pack: Rollouts; those of the student are looked at.
+        values: Of their steps, by name.
+        valid_N: Where the view `teacher` had a context; None for everywhere.
+    """
     rewards_R = torch.tensor(
         [r.reward if r.source == "student" and r.reward is not None else math.nan for r in pack.rollouts]
     )
     if "teacher_logp" not in values or bool(rewards_R.isnan().all()):
         return {}
-    means_R = rollout_means(pack, values["teacher_logp"] - values["student_logp"])
-    found = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
-    return {} if found is None else {"trajectory_auroc": found}
+    teacher_N = values["teacher_logp"]
+    if valid_N is not None:
+        teacher_N = teacher_N.masked_fill(~valid_N, math.nan)
+    scores_R = rollout_means(pack, teacher_N)
+    found = {f"teacher_signal/{name}": value for name, value in by_prompt(scores_R, rewards_R, pack.group_R).items()}
+    means_R = rollout_means(pack, teacher_N - values["student_logp"])
+    score = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
+    return found if score is None else {"trajectory_auroc": score, **found}

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retort.evaluate.agreement import THRESHOLD
 from retort.rollout.record import token_row
 from retort.signals import TeacherSignal
 from retort.streams import permutation
@@ -14,7 +15,7 @@ from retort.teachers.view import View
 from retort.train.metrics import Means
 from retort.train.setup import Setup
 from retort.train.update import Batch
-from retort.types import Status
+from retort.types import Pack, Status
 
 
 def rows(setup: Setup, batch: Batch, values: Mapping[str, Tensor], step: int) -> list[dict[str, Any]]:
@@ -45,15 +46,31 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
             means.add(f"{prefix}reward", rollout.reward)
         for part, value in rollout.reward_parts.items():
             means.add(f"{prefix}reward/{part}", value)
-    found = means.values()
+    found = means.values() | _group_metrics(batch.pack)
     replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def _group_metrics(pack: Pack) -> dict[str, float]:
+    """Shares of the groups of several graded answers: with a right one; with both kinds, which GRPO learns from."""
+    rewards_R, group_R = pack.reward_R, pack.group_R
+    found: list[Tensor] = [rewards_R[group_R == group] >= THRESHOLD for group in group_R.unique()]
+    found = [right_M for right_M in found if len(right_M) > 1]
+    if not found or bool(rewards_R.isnan().any()):
+        return {}
+    solved = [bool(right_M.any()) for right_M in found]
+    mixed = [some and not bool(right_M.all()) for some, right_M in zip(solved, found, strict=True)]
+    return {
+        "success_group_fraction": sum(solved) / len(found),
+        "mixed_group_fraction": sum(mixed) / len(found),
+    }
 
 
 def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View], rollouts: int) -> dict[str, float]:
     """What became of the prompts of views that are not the student's own prompt, by `view/<name>/<what>`.
 
-    `no_context` and `cut` are shares of the rollouts, `prompt_tokens` is a mean over those with a context.
+    `no_context`, `cut` and `shows/<template>` (such as `success`, `failure`, `feedback`) are shares of the rollouts,
+    `prompt_tokens` is a mean over those with a context.
     """
     found: dict[str, float] = {}
     for name, signal in signals.items():
@@ -61,7 +78,9 @@ def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View]
             continue
         left_out = signal.counts["no_context"]
         found[f"view/{name}/no_context"] = left_out / rollouts
-        found[f"view/{name}/cut"] = signal.counts["cut"] / rollouts
+        for what, count in signal.counts.items():
+            if what == "cut" or what.startswith("shows/"):
+                found[f"view/{name}/{what}"] = count / rollouts
         if rollouts > left_out:
             found[f"view/{name}/prompt_tokens"] = signal.counts["prompt_tokens"] / (rollouts - left_out)
     return found

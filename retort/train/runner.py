@@ -23,7 +23,7 @@ from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
-from retort.train.diagnose import trajectory_reward
+from retort.train.diagnose import against_rewards
 from retort.train.digests import digests, refuse_others
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
@@ -153,7 +153,10 @@ class Run:
             probed |= self.control.probe(setup, replace(moment, step=self.step))
         times = watch.values()
         speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
-        written = {**record.rollout_metrics(batch, version), **trajectory_reward(pack, values)}
+        written = {
+            **record.rollout_metrics(batch, version),
+            **against_rewards(pack, values, batch.valid.get("teacher")),
+        }
         shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pipeline
 import pytest
 import torch
 from torch import Tensor
@@ -99,6 +100,13 @@ def test_a_run_knows_that_the_ratio_needs_the_student_before_the_batch() -> None
     assert load("sdpo").uses_old_logp
     assert load("sdpo", ratio_cap=None).uses_old_logp
     assert not load("sdpo", ratio_cap=None, truncation=None).uses_old_logp
+
+
+def test_a_run_of_several_updates_keeps_the_student_before_the_batch(tiny_run: dict[str, Any]) -> None:
+    for more, kept in (({}, True), ({"ratio_cap": None, "truncation": None}, False)):
+        setup = pipeline.prepared(tiny_run, "sdpo", **more)
+        batch = pipeline.scored(setup, pipeline.ragged(setup))
+        assert ("old_logp" in batch.stored) == kept
 
 
 @pytest.mark.parametrize(

@@ -195,3 +195,17 @@ def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the
         logp = lm.model(input_ids=whole).logits[0, :, :61].log_softmax(-1)
     expected = torch.stack([logp[len(ids) - 1, 12], logp[len(ids), 13]])
     torch.testing.assert_close(said.rows(slice(None)).sampled_logp_N, expected)
+
+
+def test_what_is_shown_is_counted_by_template(lm: Any) -> None:
+    words = templates({"frame": "{sections} {prompt}", "success": "{text}", "failure": "{text}", "closing": ""})
+    teacher = LocalTeacher(lm, vocab=61, stop_map={}, batch_tokens=64, stage=Stage(words))
+    group = [
+        replace(answered(lm, "3 + 4 =", [12]), member=member, reward=reward, text=str(member))
+        for member, reward in enumerate((1.0, 0.0, 0.0))
+    ]
+    found = teacher.prompts(Pack.of(group), peers(failures=1)).counts
+    assert (found["shows/success"], found["shows/failure"], found["no_context"]) == (2, 3, 0)
+    assert "shows/feedback" not in found
+    alone = teacher.prompts(Pack.of(group[1:2]), peers(failures=1)).counts
+    assert {name: count for name, count in alone.items() if count} == {"no_context": 1}
