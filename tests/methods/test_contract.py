@@ -56,6 +56,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("local_teachability", {"max_segment": 1, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
+    ("uni_opd", {"calibration": "mask", "balance_scope": "batch", "margin_over": "kept"}),
+    ("unisd", {"preset": "sequence_agreement", "cap_quantile": 0.9, "divergence_coef": 2.0}),
+    ("unisd", {"preset": "matching_only"}),
 ]
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
@@ -65,6 +68,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
     "sdft": {},
     "egrsd": {},
     "skew_kl": {"validate_every": 1},
+    "unisd": {"update_every": 1},
 }
 
 
