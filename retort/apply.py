@@ -11,9 +11,11 @@ from torch import Tensor
 from retort import reduce
 from retort.context import Context
 from retort.errors import UserError
+from retort.estimators import MatchHidden
 from retort.method import Method, Term, Watch
 from retort.parts import Layout, Part
 from retort.schedules import at
+from retort.signals import TeacherSignal
 from retort.types import SAMPLED, Need, NeedKind, TokenLoss, can_meet
 
 
@@ -40,6 +42,8 @@ def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
     def values(context: Context) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for term in method.terms:
+            if isinstance(term.estimator, MatchHidden):
+                continue  # see `hidden_values`
             weight_C = torch.ones_like(context.student_logp_N.detach())
             if term.weight is not None:
                 stored_C = context.stored.get(f"{term.name}.weight")
@@ -51,6 +55,26 @@ def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
         return found
 
     return values
+
+
+def hidden_values(method: Method, student_ND: Tensor | None, signals: Mapping[str, TeacherSignal]) -> dict[str, Tensor]:
+    """`<term>.value` and `<term>.weight` of the terms that compare hidden states, [N] each; the core has the others.
+
+    Args:
+        method: What is learnt.
+        student_ND: The student's last hidden states at some steps, live.
+        signals: The views' answers about the same steps.
+    """
+    found: dict[str, Tensor] = {}
+    for term in method.terms:
+        if isinstance(term.estimator, MatchHidden):
+            if student_ND is None:
+                raise UserError(
+                    f"method '{method.name}' needs student_hidden (term '{term.name}'), which was not given"
+                )
+            found[f"{term.name}.value"] = term.estimator.values(student_ND, signals[term.against], term.name)
+            found[f"{term.name}.weight"] = torch.ones_like(found[f"{term.name}.value"].detach())
+    return found
 
 
 def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:
@@ -199,10 +223,14 @@ def losses(
     total_steps: int | None,
     readings: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
-    """The scalar of these steps and the terms behind it; `readings` are the numbers of the method's controllers."""
+    """The scalar of these steps and the terms behind it: those that there are values of.
+
+    `readings` are the numbers of the method's controllers.
+    """
     terms = {
         term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N[term.name])
         for term in method.terms
+        if f"{term.name}.value" in values
     }
     coefs = {term.name: at(term.coef, step, total_steps, readings) for term in method.terms}
     return reduce.scalar(terms, shares_N, coefs), terms

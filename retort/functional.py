@@ -13,6 +13,7 @@ from retort.apply import (
     check_needs,
     counted,
     finish_stats,
+    hidden_values,
     losses,
     means,
     part_values,
@@ -76,7 +77,8 @@ def token_losses(
         longest: The longest answer that was allowed, tokens; for methods that pay for short ones. Left out, the longest
             of the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
-        student_hidden: The student's hidden states [N, D], for methods that compare them.
+        student_hidden: The student's last hidden states [N, D], for methods that compare them; the teacher's are then
+            given with its logits, as `Dense.of(logits, tokens, hidden_ND=...)`.
         step: Batches of rollouts done, for scheduled dials.
         total_steps: Of the run, for scheduled dials.
         state: State of the method's stateful parts from the previous call (`TokenLosses.state`); as at the start of a
@@ -98,7 +100,9 @@ def token_losses(
         batch.check_rows("student_hidden", student_hidden, 2)
     views: dict[str, Tensor | TeacherSignal] = {} if teacher_logits is None else {"teacher": teacher_logits}
     signals = {name: batch.signal(name, given) for name, given in (views | dict(extra_views or {})).items()}
-    return batch.evaluate(student_logits[batch.kept_N], None, student_logits.shape[-1], signals, chunk=len(tokens) or 1)
+    states_ND = None if student_hidden is None else student_hidden[batch.kept_N]
+    width, chunk = student_logits.shape[-1], len(tokens) or 1
+    return batch.evaluate(student_logits[batch.kept_N], None, width, signals, chunk, states_ND)
 
 
 def linear_token_losses(
@@ -167,7 +171,8 @@ def linear_token_losses(
         name: batch.signal(name, view) if isinstance(view, TeacherSignal) else batch.linear_signal(name, *view)
         for name, view in given.items()
     }
-    return batch.evaluate(student_hidden[batch.kept_N], head, head.width, signals, chunk=chunk)
+    hidden_ND = student_hidden[batch.kept_N]
+    return batch.evaluate(hidden_ND, head, head.width, signals, chunk, hidden_ND)
 
 
 def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:
@@ -274,12 +279,25 @@ class _Batch:
         found, kept_ND = _head(head), hidden_ND.detach()[self.kept_N]
         temperature = self.method.temperature
         return Dense(
-            self.steps.tokens_N, name, lambda rows: found.logits(kept_ND[rows]), found.width, temperature, found.shard
+            self.steps.tokens_N,
+            name,
+            lambda rows: found.logits(kept_ND[rows]),
+            found.width,
+            temperature,
+            found.shard,
+            hidden=lambda rows: kept_ND[rows],
         )
 
     def evaluate(
-        self, hidden_ND: Tensor, head: Head | None, width: int, signals: Mapping[str, TeacherSignal], chunk: int | None
+        self,
+        hidden_ND: Tensor,
+        head: Head | None,
+        width: int,
+        signals: Mapping[str, TeacherSignal],
+        chunk: int | None,
+        states_ND: Tensor | None,
     ) -> TokenLosses:
+        """The method on hidden states and a head, or on logits and no head; `states_ND` are compared as they are."""
         check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
         for name, signal in signals.items():
             self._check_top_k(name, signal, width)
@@ -313,6 +331,8 @@ class _Batch:
             )
 
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
+        if outside := hidden_values(self.method, states_ND, signals):
+            loss, values = loss + terms_of(outside, slice(None))[0], {**values, **outside}
         terms = terms_of(values, slice(None))[1]
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
 

@@ -129,7 +129,7 @@ def scalar(terms: Mapping[str, TokenLoss], shares_N: Mapping[str, Tensor], coefs
     batch.
     """
     losses = [coefs[name] * total(term, shares_N[name]) for name, term in terms.items()]
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def total(term: TokenLoss, share_N: Tensor) -> Tensor:

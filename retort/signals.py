@@ -106,6 +106,14 @@ class TeacherSignal:
         """The signal about some of the steps only, in the order given."""
         raise NotImplementedError
 
+    def hidden_states(self) -> Tensor:
+        """The last hidden states at all its steps, [N, D].
+
+        Raises:
+            SignalError: It has none.
+        """
+        raise SignalError(f"{self.source}: its signal ({type(self).__name__}) has no hidden states")
+
     def _valid(self, index: Tensor | slice) -> Tensor | None:
         return None if self.valid_N is None else self.valid_N[index]
 
@@ -285,22 +293,41 @@ class Dense(TeacherSignal):
         width: V, the teacher's own width.
         temperature: What the logits are divided by.
         shard: Which ids the logits are about, where a rank holds only some.
+        hidden: Index of steps -> last hidden states [C, D], without gradient; None where there are none to be had.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
     width: int = 0
     temperature: float = 1.0
     shard: Shard = WHOLE
+    hidden: Callable[[Tensor | slice], Tensor] | None = None
 
     @staticmethod
-    def of(logits_NV: Tensor, tokens_N: Tensor, *, source: str = "teacher", temperature: float = 1.0) -> Dense:
-        """From a plain tensor [N, V]."""
-        kept_NV = logits_NV.detach()
-        return Dense(tokens_N, source, lambda index_C: kept_NV[index_C], kept_NV.shape[-1], temperature)
+    def of(
+        logits_NV: Tensor,
+        tokens_N: Tensor,
+        *,
+        source: str = "teacher",
+        temperature: float = 1.0,
+        hidden_ND: Tensor | None = None,
+    ) -> Dense:
+        """From a plain tensor [N, V], and last hidden states where something is to be compared with them."""
+        kept_NV, kept_ND = logits_NV.detach(), None if hidden_ND is None else hidden_ND.detach()
+        return Dense(
+            tokens_N,
+            source,
+            lambda index_C: kept_NV[index_C],
+            kept_NV.shape[-1],
+            temperature,
+            hidden=None if kept_ND is None else lambda index_C: kept_ND[index_C],
+        )
 
     @property
     def offers(self) -> frozenset[NeedKind]:
-        return frozenset({"dense"})
+        return frozenset({"dense"} if self.hidden is None else {"dense", "hidden"})
+
+    def hidden_states(self) -> Tensor:
+        return super().hidden_states() if self.hidden is None else self.hidden(slice(0, self.steps))
 
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> DistributionRows:
         with torch.no_grad():
@@ -316,13 +343,23 @@ class Dense(TeacherSignal):
         def logits(rows: Tensor | slice) -> Tensor:
             return logits_CV[rows]
 
-        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits, valid_N=self._valid(index_C))
+        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits, hidden=None, valid_N=self._valid(index_C))
 
     def select(self, index_N: Tensor) -> Dense:
         def logits(rows: Tensor | slice) -> Tensor:
             return self.logits(index_N[rows])
 
-        return replace(self, tokens_N=self.tokens_N[index_N], logits=logits, valid_N=self._valid(index_N))
+        def hidden(rows: Tensor | slice) -> Tensor:
+            assert self.hidden is not None
+            return self.hidden(index_N[rows])
+
+        return replace(
+            self,
+            tokens_N=self.tokens_N[index_N],
+            logits=logits,
+            hidden=None if self.hidden is None else hidden,
+            valid_N=self._valid(index_N),
+        )
 
 
 def as_compute(values: Tensor) -> Tensor:

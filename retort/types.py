@@ -35,7 +35,7 @@ class Need:
 
     Attributes:
         kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `entropy` (of the
-            whole distribution, nats), `dense` (every log-prob), `hidden`, `text`.
+            whole distribution, nats), `dense` (every log-prob), `hidden` (its last hidden states), `text`.
         k: for `topk`, how many candidates.
     """
 
@@ -48,6 +48,7 @@ class Need:
             "sampled": "log-prob of the token written",
             "entropy": "entropy",
             "dense": "the whole distribution",
+            "hidden": "its last hidden states",
         }
         return names.get(self.kind, self.kind)
 
@@ -55,6 +56,7 @@ class Need:
 SAMPLED = Need("sampled")
 ENTROPY = Need("entropy")
 DENSE = Need("dense")
+HIDDEN = Need("hidden")
 
 #: What a capability answers besides itself: whoever has the whole distribution has all that follows from it.
 IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "entropy"})}

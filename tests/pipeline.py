@@ -158,17 +158,19 @@ def by_padding(setup: Setup, pack: Pack) -> Step:
 
 def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     """One padded forward pass of every model, and the definition of the losses."""
-    logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
+    logits, hidden_ND = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
     views: dict[str, Any] = {}
     for name in setup.method.views:
         lm, sequences, valid_N = read_by(setup, name, pack)
         with torch.no_grad():
-            logits_NV = _padded(lm, sequences, pack)[:, : setup.vocab]
-        said = Dense.of(logits_NV, pack.tokens_N, temperature=setup.method.temperature)
+            logits_NV, states_ND = _padded(lm, sequences, pack)
+        temperature = setup.method.temperature
+        said = Dense.of(logits_NV[:, : setup.vocab], pack.tokens_N, temperature=temperature, hidden_ND=states_ND)
         views[name] = replace(said, valid_N=valid_N)
     return token_losses(
         setup.method,
         student_logits=logits[:, : setup.vocab],
+        student_hidden=hidden_ND,
         teacher_logits=views.pop("teacher", None),
         extra_views=views,
         tokens=pack.tokens_N,
@@ -185,8 +187,8 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
 def padded_logp(setup: Setup, pack: Pack) -> Tensor:
     """The student's log-probs of what was written, nats, [N]."""
     with torch.no_grad():
-        logits = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)[:, : setup.vocab]
-    return logits.log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
+        logits, _ = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
+    return logits[:, : setup.vocab].log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
 
 
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:
@@ -204,16 +206,23 @@ def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Te
     return teacher.lm, sequences, shown.valid_N(pack)
 
 
-def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> Tensor:
-    """The model's own logits [N, V] before each token that a rollout decided, with nothing of ours in between."""
+def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> tuple[Tensor, Tensor]:
+    """The model's own logits [N, V] and last hidden states [N, D] before each token that a rollout decided.
+
+    With nothing of ours in between.
+    """
     ids_RL = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
     real_RL = torch.nn.utils.rnn.pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
-    logits_RLV = lm.model(input_ids=ids_RL, attention_mask=real_RL, use_cache=False).logits
-    rows = [
-        logits_LV[len(ids) - rollout.steps - 1 : len(ids) - 1]
-        for logits_LV, ids, rollout in zip(logits_RLV, sequences, pack.rollouts, strict=True)
-    ]
-    return torch.cat(rows)
+    said = lm.model(input_ids=ids_RL, attention_mask=real_RL, use_cache=False, output_hidden_states=True)
+
+    def rows(all_RLX: Tensor) -> Tensor:
+        found = [
+            one_LX[len(ids) - rollout.steps - 1 : len(ids) - 1]
+            for one_LX, ids, rollout in zip(all_RLX, sequences, pack.rollouts, strict=True)
+        ]
+        return torch.cat(found)
+
+    return rows(said.logits), rows(said.hidden_states[-1])
 
 
 _models: dict[tuple[str, str, torch.dtype | None], LanguageModel] = {}

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from retort.functional import linear_token_losses, token_losses
 from retort.method import Method
-from retort.types import TokenLosses
+from retort.signals import Dense, TeacherSignal
+from retort.types import HIDDEN, TokenLosses
 
 #: Two groups of siblings, each with a success and a failure.
 GROUPS = torch.tensor([0, 0, 1, 1, 1])
@@ -25,8 +26,9 @@ class Toy:
         self.vocab = vocab
         self.hidden = torch.randn(steps, 6, generator=draw, dtype=torch.float64).requires_grad_()
         self.head = torch.randn(vocab, 6, generator=draw, dtype=torch.float64).requires_grad_()
-        self.teacher_hidden = torch.randn(steps, 8, generator=draw, dtype=torch.float64).requires_grad_()
-        self.teacher_head = torch.randn(vocab, 8, generator=draw, dtype=torch.float64).requires_grad_()
+        # As wide as the student's: some methods compare the two.
+        self.teacher_hidden = torch.randn(steps, 6, generator=draw, dtype=torch.float64).requires_grad_()
+        self.teacher_head = torch.randn(vocab, 6, generator=draw, dtype=torch.float64).requires_grad_()
         self.tokens = torch.randint(0, vocab, (steps,), generator=draw)
         self.rollouts = torch.arange(steps) * 5 // steps
         self.old = (self.logits.detach().log_softmax(-1).gather(-1, self.tokens[:, None])).squeeze(-1) - 0.1
@@ -75,15 +77,19 @@ class Toy:
         """
         rows = torch.arange(len(self.tokens)) if rows is None else rows
 
-        def logits(name: str) -> Tensor:
+        def logits(name: str) -> Tensor | TeacherSignal:
             hidden, head = (self.hidden, self.head) if same else self.view(name)
             found = (hidden @ head.T)[rows]
-            return torch.cat([found, torch.full((len(rows), padded), 50.0, dtype=torch.float64)], dim=-1)
+            found = torch.cat([found, torch.full((len(rows), padded), 50.0, dtype=torch.float64)], dim=-1)
+            if HIDDEN not in method.needs(name):
+                return found
+            return Dense.of(found, self.tokens[rows], temperature=method.temperature, hidden_ND=hidden[rows])
 
         views = {name: logits(name) for name in method.views}
         number = self.rollouts[rows]
         given = {
             "student_logits": self.logits[rows],
+            "student_hidden": self.hidden[rows],
             "teacher_logits": views.pop("teacher", None),
             "extra_views": views,
             "tokens": self.tokens[rows],

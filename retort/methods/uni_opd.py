@@ -7,7 +7,7 @@ from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.outcomes import Scope
 from retort.reduce import rollout_means, tokens, weighted
-from retort.rollout.plan import RolloutPlan
+from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.weights import both, sampled_reverse_kl, stored_quantity, student_entropy
 from retort.weights import calibration as parts
 
@@ -38,6 +38,7 @@ def uni_opd(
     clip_high: float = 0.28,
     success_threshold: float = 0.5,
     reduction: Literal["rollouts", "tokens"] = "rollouts",
+    difficulty: Literal["balanced"] | None = None,
     samples: int = 16,
     temperature: float = 1.0,
 ) -> Method:
@@ -67,13 +68,16 @@ def uni_opd(
         clip_high: PPO's epsilon above 1.
         success_threshold: Reward from which a rollout is right.
         reduction: `rollouts`: see above. `tokens`: all tokens that are kept count alike.
+        difficulty: `balanced`: prompts of which the first student solves some answers of 8 are drawn more often where
+            such are rare; measured before the first step. The paper does so, but gives no numbers: off by default.
         samples: Rollouts per prompt.
         temperature: Of sampling and of both distributions.
 
-    Left out: the balancing of prompts by difficulty before the run (no formula is public), teachers by domain, images.
+    Left out: teachers by domain, images. The odds of `difficulty` are reconstructed.
     Defaults are those of the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
     """
     kept = None if balance is None else parts.balance(balance, scope=balance_scope, threshold=success_threshold)
+    order = None if difficulty is None else EasyToHard(difficulty)
     by_rollout = reduction == "rollouts"
     near = parts.within_reach(gap_limit)
     advantage = parts.calibrated_log_ratio(
@@ -91,8 +95,9 @@ def uni_opd(
     curves = [] if calibration is None else ["margin.return", f"margin.{'shift' if calibration == 'shift' else 'kept'}"]
     score = score_function(advantage, clip=(clip_low, clip_high))
     off = {"balance": None, "gap_limit": math.inf, "clip_high": 0.2, "reduction": "tokens"}
+    adam = {"beta2": 0.98, "weight_decay": 0.1}
     return Method(
-        rollout=RolloutPlan(samples=samples, temperature=temperature),
+        rollout=RolloutPlan(samples=samples, temperature=temperature, order=order),
         temperature=temperature,
         terms=(Term("reverse", score, weight=weight, denominator=rollout_means(by) if by_rollout else over_tokens),),
         limits=(
@@ -101,13 +106,7 @@ def uni_opd(
         ),
         recipe={
             "rollout": {"prompts": 64, "max_new_tokens": 16384, "max_prompt_tokens": 4096},
-            "optimizer": {
-                "learning_rate": 1e-6,
-                "schedule": "constant",
-                "warmup": 5,
-                "beta2": 0.98,
-                "weight_decay": 0.1,
-            },
+            "optimizer": {"learning_rate": 1e-6, "schedule": "constant", "warmup": 5, **adam},
         },
         watch=(
             Watch("reverse_kl", sampled_reverse_kl()),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -33,32 +35,45 @@ class Replay:
 
 @dataclass(frozen=True)
 class EasyToHard:
-    """Prompts in the order of their difficulty: 1 minus the first student's pass rate. It needs a verifier.
+    """Prompts by difficulty, 1 minus the first student's pass rate: in its order, or balanced. It needs a verifier.
 
-    From SEAD, arXiv 2606.28562. The pass rates are measured before the first step and kept in the run's folder; they do
-    not follow the student.
+    From SEAD, arXiv 2606.28562, and Uni-OPD, arXiv 2605.03677 (`balanced`). The pass rates are measured before the
+    first step and kept in the run's folder; they do not follow the student.
 
     Attributes:
         kind: `sorted` goes through all prompts once, easiest first, by difficulty plus noise (what the paper ran);
             `gated` draws each prompt at random among those of a difficulty up to min(1, start (1 + s/S)^power), at
-            step s of S (what its text says), with the easiest where nothing is easy enough.
+            step s of S (what its text says), with the easiest where nothing is easy enough; `balanced` draws from all
+            at every step, and more often, up to `most` times, those of a pass count that is rare, but not those that
+            all answers or none solved. Uni-OPD gives no numbers: these odds are a reconstruction.
         samples: Answers per prompt that a pass rate is measured on.
         noise: Standard deviation of what is added to a difficulty before `sorted` sorts.
         start: Of `gated`. The paper gives neither it nor `power`; these reach every prompt at the end.
         power: Of `gated`.
+        most: Of `balanced`: the highest odds of a prompt.
     """
 
-    kind: Literal["sorted", "gated"] = "sorted"
+    kind: Literal["sorted", "gated", "balanced"] = "sorted"
     samples: int = 8
     noise: float = 0.02
     start: float = 0.5
     power: float = 1.0
+    most: float = 4.0
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise UserError(f"easy-to-hard: samples must be at least 1, not {self.samples}")
+        if self.most < 1:
+            raise UserError(f"easy-to-hard: most must be at least 1, not {self.most}")
         if self.noise < 0 or self.power < 0 or not 0 <= self.start <= 1:
             raise UserError("easy-to-hard: noise and power must not be negative, and start must lie in [0, 1]")
+
+    def odds(self, difficulty: Sequence[float]) -> list[float]:
+        """How much more often than the most frequent kind each prompt is drawn by `balanced`, from 1 to `most`."""
+        passed = [round((1.0 - value) * self.samples) for value in difficulty]
+        count = Counter(passed)
+        usual, ends = max(count.values(), default=0), (0, self.samples)
+        return [1.0 if own in ends else min(self.most, usual / count[own]) for own in passed]
 
     def gate(self, step: int, steps: int) -> float:
         """The difficulty up to which prompts may be drawn at a step; it never falls."""

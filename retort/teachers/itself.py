@@ -183,7 +183,7 @@ class OwnWeights:
 class SelfTeacher:
     """The student as a teacher of itself, with the weights that the view names."""
 
-    capabilities: frozenset[NeedKind] = frozenset({"dense"})
+    capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
 
     def __init__(self, local: LocalTeacher, weights: OwnWeights) -> None:
         """A teacher.
@@ -201,7 +201,7 @@ class SelfTeacher:
         sides = sides_of(view.weights)
         if len(sides) == 1:
             return self._side(pack, needs, view, temperature, sides[0][0])
-        lasting = any(need.kind == "dense" for need in needs)
+        lasting = any(need.kind in ("dense", "hidden") for need in needs)
         signals = [self._side(pack, frozenset({DENSE}), view, temperature, side, lasting) for side, _ in sides]
         mixed = mix(signals, [share for _, share in sides])
         return mixed if lasting else reduced(mixed, needs)
@@ -216,7 +216,7 @@ class SelfTeacher:
         lasting: bool = True,
     ) -> TeacherSignal:
         with self.weights.in_place(side):
-            lasting = lasting and any(need.kind == "dense" for need in needs)
+            lasting = lasting and any(need.kind in ("dense", "hidden") for need in needs)
             head = self.weights.head(side, lasting=lasting)
             return self.local.answer(pack, needs, view, temperature, head=head)
 
@@ -245,7 +245,7 @@ def mix(signals: Sequence[TeacherSignal], shares: Sequence[float]) -> Dense:
             mixed_CV = mixed_CV.add_(as_compute(part.logits(rows)), alpha=share)
         return mixed_CV
 
-    return replace(parts[0], logits=logits)
+    return replace(parts[0], logits=logits, hidden=None)  # whose would they be?
 
 
 def _point(parameters: Iterable[torch.nn.Parameter], tensors: Iterable[Tensor]) -> None:

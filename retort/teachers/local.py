@@ -68,7 +68,7 @@ class Prompts:
 class LocalTeacher:
     """A frozen model in this process; it can be asked for anything but text."""
 
-    capabilities: frozenset[NeedKind] = frozenset({"dense"})
+    capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class LocalTeacher:
         *,
         head: Callable[[], Head] | None = None,
     ) -> TeacherSignal:
-        """See `Teacher`. A dense need keeps hidden states, [N, D]; others are reduced chunk by chunk at once.
+        """See `Teacher`. A dense or hidden need keeps hidden states, [N, D]; others are reduced chunk by chunk at once.
 
         Args:
             pack: Rollouts.
@@ -150,8 +150,9 @@ class LocalTeacher:
             temperature,
             valid_N=prompts.valid_N(pack),
             counts=prompts.counts,
+            hidden=lambda index_C: hidden_ND[index_C],
         )
-        if any(need.kind == "dense" for need in needs):
+        if any(need.kind in ("dense", "hidden") for need in needs):
             return dense
         return reduced(dense, needs)
 

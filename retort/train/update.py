@@ -16,6 +16,7 @@ from retort.apply import (
     batch_shares,
     counted,
     finish_stats,
+    hidden_values,
     losses,
     means,
     part_values,
@@ -246,6 +247,8 @@ def _backward(
     with watch("loss"), setup.student.compute():
         core = _core(setup, batch, index_N, every)
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
+        if outside := hidden_values(setup.method, hidden_ND, core.signals):
+            loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
     if not bool(torch.isfinite(loss.detach())):
         raise _not_finite(setup, batch, micro, values)
     with watch("backward"):

@@ -54,6 +54,12 @@ def easy_to_hard(
             return sorted(shuffled, key=lambda place: float(noisy[place]))
 
         return _through(prompts, ranked, moment.done, count)
+    if order.kind == "balanced":
+        chance = uniforms(seed, "data", "balanced", moment.step, count=len(hard))
+        # Drawing without replacement by odds w is taking the largest u^(1/w).
+        keys = chance ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
+        places: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
+        return [Visit(prompts[place], moment.step) for place in places]
     limit = max(order.gate(moment.done, moment.total), sorted(hard)[min(count, len(hard)) - 1])
     open_ = [place for place, value in enumerate(hard) if value <= limit]
     chosen = permutation(seed, "data", "gated", moment.step, count=len(open_))[:count]
@@ -283,5 +289,6 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     elif share != 1:
         mixed = f", {share:.0%} of prompts (else {other}'s answer)"
     replayed = f", replayed from {plan.replay.capacity} visits" if plan.replay else ""
-    ordered = ", easy to hard" if plan.order else ""
+    kind = None if plan.order is None else plan.order.kind
+    ordered = "" if kind is None else ", balanced by difficulty" if kind == "balanced" else ", easy to hard"
     return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{mixed}{replayed}{ordered}"

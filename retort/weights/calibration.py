@@ -36,7 +36,7 @@ def surplus(right_R: Tensor, group_R: Tensor, chance_R: Tensor, ratio: float) ->
         ratio: 0 keeps only the wrong ones of a mixed group, infinity only the right ones.
     """
     out_R = torch.zeros_like(right_R)
-    for group in group_R.unique():
+    for group in _numbers(group_R):
         own_R = group_R == group
         right, wrong = (own_R & right_R).nonzero().squeeze(-1), (own_R & ~right_R).nonzero().squeeze(-1)
         if not len(right) or not len(wrong):
@@ -84,6 +84,11 @@ def _read(name: str) -> Callable[[Context, str], Tensor]:
     return value
 
 
+def _numbers(group_R: Tensor) -> range:
+    """Of groups, some of which may have no rollout."""
+    return range(int(group_R.max()) + 1 if len(group_R) else 0)
+
+
 def order_gap(right: Tensor, wrong: Tensor, gap: Gap) -> float:
     """How far right returns lie above wrong ones: between their means, or the lowest right and the highest wrong."""
     ends = (right.mean(), wrong.mean()) if gap == "mean" else (right.min(), wrong.max())
@@ -104,7 +109,7 @@ def shifts(
         direction: Right ones up, wrong ones down, or half of both.
     """
     found_R = torch.zeros_like(return_R)
-    for group in group_R.unique():
+    for group in _numbers(group_R):
         right_G, wrong_G = (group_R == group) & right_R, (group_R == group) & ~right_R
         if not right_G.any() or not wrong_G.any():
             continue
@@ -132,7 +137,7 @@ def ordered(return_R: Tensor, right_R: Tensor, group_R: Tensor, *, margin: float
         retained: Share of a group that stays.
     """
     kept_R = torch.ones_like(right_R)
-    for group in group_R.unique():
+    for group in _numbers(group_R):
         own = (group_R == group).nonzero().squeeze(-1)
         by_return = own[torch.argsort(return_R[own], stable=True)]
         right, wrong = by_return[right_R[by_return]], by_return[~right_R[by_return]]

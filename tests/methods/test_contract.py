@@ -29,6 +29,7 @@ NOT_ZERO = {
     **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd"), "the reward gives the direction, whatever the teacher says"),
     "dasd": "its advantage holds the verifier's, whatever the teacher says",
     "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+    "unisd": "a wrong demonstration that says the same is not a margin away",
     "uni_opd": "right rollouts are moved up and wrong ones down where the teacher prefers neither",
 }
 
@@ -43,6 +44,7 @@ WHOLE_BATCH = {
     "dasd": "a rollout's entropies are compared with one another, and a half may end within it",
     "dopd": "its regimes begin at means over the batch",
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
+    "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
 }
 
@@ -57,6 +59,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("local_teachability", {"max_segment": 1, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
+    ("uni_opd", {"calibration": "mask", "balance_scope": "batch", "margin_over": "kept"}),
+    ("unisd", {"preset": "sequence_agreement", "cap_quantile": 0.9, "divergence_coef": 2.0}),
+    ("unisd", {"preset": "matching_only"}),
 ]
 #: Methods that remember something from batch to batch, in settings in which three batches move it.
 STATEFUL: dict[str, dict[str, Any]] = {
@@ -68,6 +73,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
     "peer_opd": {},
     "sdpo": {},
     "skew_kl": {"validate_every": 1},
+    "unisd": {"update_every": 1},
 }
 
 
@@ -165,7 +171,8 @@ def test_needs_are_sufficient(name: str) -> None:
     small: dict[str, TeacherSignal] = {}
     for view in method.views:
         hidden, head = toy.view(view)
-        whole, needs = Dense.of(hidden @ head.T, toy.tokens), method.needs(view)
+        whole = Dense.of(hidden @ head.T, toy.tokens, temperature=method.temperature, hidden_ND=hidden)
+        needs = method.needs(view)
         small[view] = whole if any(need.kind == "dense" for need in needs) else reduced(whole, needs)
     if all(isinstance(signal, Dense) for signal in small.values()):
         pytest.skip("needs the whole distribution")
@@ -177,7 +184,7 @@ def test_needs_are_sufficient(name: str) -> None:
 def test_needs_are_minimal(name: str) -> None:
     """A teacher that lacks any one of the needs is refused, by name, before anything is computed."""
     method = registry.load(name)
-    able = dict.fromkeys(method.views, frozenset({"dense"}))
+    able = dict.fromkeys(method.views, frozenset({"dense", "hidden"}))
     for view in method.views:
         for need in method.needs(view):
             lacking = frozenset(other.kind for other in method.needs(view) if other.kind != need.kind)

@@ -13,7 +13,10 @@ from retort.errors import UserError
 from retort.functional import token_losses
 from retort.parts import Layout
 from retort.registry import load
-from retort.types import TokenLosses
+from retort.rollout.plan import EasyToHard
+from retort.train.moment import Moment
+from retort.train.write import easy_to_hard
+from retort.types import Message, Prompt, TokenLosses
 from retort.weights.calibration import balance, order_gap, ordered, shifts, surplus
 
 VALUES = torch.tensor([0.3, -0.2, 0.1, 0.5, -0.1, 0.2, 0.7, 0.6], dtype=torch.float64)
@@ -199,3 +202,24 @@ def test_the_clip_is_wider_above() -> None:
     better = found.terms["reverse"].value < 0
     advantage = toy.teacher_logits.log_softmax(-1).gather(-1, toy.tokens[:, None]).squeeze(-1) - (toy.old - 0.2)
     torch.testing.assert_close(found.terms["reverse"].value[better], -1.28 * advantage[better])
+
+
+def test_rare_difficulties_are_drawn_more_often() -> None:
+    order = EasyToHard("balanced", samples=8)
+    # A U: 50 solved by none, 50 by all, 10 by four of eight, 30 by five.
+    hard = [1.0] * 50 + [0.0] * 50 + [0.5] * 10 + [3 / 8] * 30
+    odds = order.odds(hard)
+    assert (odds[0], odds[50], odds[100], odds[110]) == (1.0, 1.0, 4.0, pytest.approx(50 / 30))
+    found: dict[str, int] = {}
+    prompts = [Prompt(str(place), (Message("user", "?"),)) for place in range(140)]
+    given = {prompt.id: value for prompt, value in zip(prompts, hard, strict=True)}
+    for step in range(400):
+        met = easy_to_hard(prompts, given, order, seed=0, moment=Moment(step, 400), count=8)
+        assert len({(visit.prompt.id, visit.epoch) for visit in met}) == 8
+        for visit in met:
+            found[visit.prompt.id] = found.get(visit.prompt.id, 0) + 1
+    often = [sum(found.get(str(place), 0) for place in own) / len(own) for own in (range(100), range(100, 110))]
+    assert 3.2 < often[1] / often[0] < 4.5
+    assert load("uni_opd", difficulty="balanced").rollout.order == order
+    with pytest.raises(UserError, match="most must be at least 1"):
+        EasyToHard("balanced", most=0.5)

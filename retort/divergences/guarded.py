@@ -1,0 +1,60 @@
+"""Divergences with a guard: a cap on another one, and a hinge against a wrong example. Axis letters: `retort.types`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Divergence, Layout, Stat
+from retort.types import SAMPLED
+
+
+def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Divergence:
+    r""":math:`\min(D_t, c)`; at c and above there is no gradient.
+
+    Args:
+        divergence: D, summed over the vocabulary; the cap is on that sum.
+        cap: c, nats; infinity leaves all as it is. With `quantile`, which quantile of D over the batch is c; it is
+            stored as `cap`.
+        quantile: See `cap`.
+
+    Raises:
+        UserError: A cap that is not positive, or no quantile.
+    """
+    if not cap > 0 or (quantile and cap > 1):
+        raise UserError(f"capped: the cap must be positive, and at most 1 as a quantile; it is {cap}")
+
+    def finish(values_N: Tensor, _: Layout) -> Tensor:
+        found = torch.quantile(values_N.double(), cap) if len(values_N) else values_N.new_zeros(())
+        return found.to(values_N.dtype).expand_as(values_N)
+
+    def value(context: Context, view: str) -> Tensor:
+        value_N = divergence.value(context, view)
+        cap_N = context.stored["cap"].to(value_N.dtype) if quantile else torch.full_like(value_N, cap)
+        return torch.where(value_N < cap_N, value_N, cap_N.detach())
+
+    stats = (Stat("cap", divergence, finish),) if quantile else ()
+    name = f"capped({divergence.name}, {'quantile ' if quantile else ''}{cap:g})"
+    return Divergence(name, value, divergence.needs, divergence.also, (*divergence.stats, *stats))
+
+
+def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergence:
+    r"""Nearer to the teacher with the right example than to the one with the wrong one, by a margin, nats.
+
+    .. math:: \max(0,\ m + |\log p_S - \log p_T| - |\log p_S - \log p_W|)
+
+    on the token written. UniSD, arXiv 2605.06597. Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
+
+    Args:
+        margin: m, nats.
+        wrong: View of the teacher that is shown the wrong example.
+    """
+
+    def value(context: Context, view: str) -> Tensor:
+        student_N = context.student_logp_N
+        good_N, bad_N = context.signal(view).sampled_logp_N, context.signal(wrong).sampled_logp_N
+        return (margin + (student_N - good_N).abs() - (student_N - bad_N).abs()).clamp_min(0.0)
+
+    return Divergence(f"contrastive_hinge({margin:g})", value, frozenset({SAMPLED}), also={wrong: frozenset({SAMPLED})})

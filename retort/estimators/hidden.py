@@ -1,0 +1,92 @@
+"""Hidden states: differentiate their distance to the teacher's. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import SignalError
+from retort.parts import Part
+from retort.signals import TeacherSignal, as_compute
+from retort.types import HIDDEN, Need
+
+#: (the student's states [N, D], live, the teacher's [N, D]) -> [N].
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class MatchHidden:
+    """Compares last hidden states at the same steps. Made by `match_hidden`.
+
+    It looks at no logits, so it is no work for the loss core: it is evaluated by plain autograd on the [N, D] tensors
+    of a micro-batch.
+    """
+
+    distance: Distance
+    part: Part = field(default_factory=lambda: Part("hidden_states", _outside, frozenset({HIDDEN})))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that it evaluates."""
+        return (self.part,)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the teacher."""
+        return self.part.needs
+
+    @property
+    def stored(self) -> Mapping[str, Part]:
+        """Values that must be taken before the first update on a batch: none."""
+        return {}
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """It differentiates the live student only."""
+        return False
+
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Refused: see `values`."""
+        raise SignalError(f"term '{term}' compares hidden states, which a loss core does not see")
+
+    def values(self, student_ND: Tensor, signal: TeacherSignal, term: str) -> Tensor:
+        """The distance at each step, [N], differentiable in the student's states.
+
+        Raises:
+            SignalError: States of another width: only models of one family have any business with each other's.
+        """
+        teacher_ND = as_compute(signal.hidden_states()).detach()
+        if teacher_ND.shape != student_ND.shape:
+            raise SignalError(
+                f"term '{term}' compares hidden states of width {student_ND.shape[-1]} (the student's) and "
+                f"{teacher_ND.shape[-1]} ({signal.source}); it needs a teacher of the student's width, such as itself"
+            )
+        return self.distance(as_compute(student_ND), teacher_ND)
+
+    def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
+        """What else is worth seeing of each token: nothing, its value says it all."""
+        return {}
+
+
+def _outside(context: Context, view: str) -> Tensor:
+    raise SignalError("hidden states are compared outside of the loss core; they cannot be watched or weighed by")
+
+
+def mean_square(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+    """The mean over the hidden dimensions of the squared difference, [N]."""
+    return (student_ND - teacher_ND).square().mean(-1)
+
+
+def match_hidden(distance: Distance = mean_square) -> MatchHidden:
+    """The estimator that differentiates a distance of last hidden states (after the final norm, before the head).
+
+    It costs one tensor [n, D] in fp32 of the steps of a micro-batch, and its gradient; the teacher's states [N, D] of
+    the whole batch are kept, as they are for a whole distribution. A term with it has no weight.
+
+    Args:
+        distance: Per step, from states in fp32 or float64.
+    """
+    return MatchHidden(distance)

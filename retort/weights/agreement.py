@@ -1,0 +1,99 @@
+"""Trusting a self-teacher by how much it agrees with itself in other contexts. Axis letters: see `retort.types`.
+
+UniSD, arXiv 2605.06597; the maps from disagreement to weight are those of its code, the paper gives none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.context import Context
+from retort.errors import UserError
+from retort.parts import Layout, Quantity, Stat, Weight
+from retort.types import SAMPLED
+
+Level = Literal["token", "sequence"]
+Spread = Literal["variance", "range"]
+
+
+def disagreement(logp_KN: Tensor, spread: Spread, level: Level) -> Tensor:
+    """How far K log-probs of one thing lie apart, [N].
+
+    Args:
+        logp_KN: nats.
+        spread: `variance` (of a sample for tokens, of K numbers for sequences, as in the code) or `range`.
+        level: Of what.
+    """
+    if spread == "range":
+        return logp_KN.amax(0) - logp_KN.amin(0)
+    return logp_KN.var(0, correction=1 if level == "token" else 0)
+
+
+def token_weights(apart_N: Tensor, gamma: float) -> Tensor:
+    r""":math:`\max(0.01, 1 / (1 + \gamma \hat d_t))`, with d over its 95th percentile, at most 10, [N]."""
+    usual = torch.quantile(apart_N, 0.95).clamp_min(torch.finfo(apart_N.dtype).tiny)
+    return (1.0 / (1.0 + gamma * (apart_N / usual).clamp_max(10.0))).clamp_min(0.01)
+
+
+def sequence_weights(apart_R: Tensor, gamma: float) -> Tensor:
+    r""":math:`\max(10^{-6}, \exp(-\gamma d))`, [R]."""
+    return (-gamma * apart_R).exp().clamp_min(1e-6)
+
+
+def agreement(
+    views: Sequence[str], *, level: Level, gamma: float, spread: Spread = "variance", name: str = "agreement"
+) -> Weight:
+    """More where the auxiliary views give the written token (or the rollout) nearly the same log-prob.
+
+    Args:
+        views: The auxiliary ones, at least two.
+        level: Each token has its own weight, or each rollout, by the mean over its tokens.
+        gamma: 0 for a weight of 1.
+        spread: See `disagreement`.
+        name: Of what is stored: `<name>`, and `<name>.apart`, the disagreement.
+
+    Raises:
+        UserError: Fewer than two views, or a negative gamma.
+    """
+    if len(views) < 2:
+        raise UserError(f"agreement needs at least 2 contexts to compare, not {len(views)}")
+    if gamma < 0:
+        raise UserError(f"agreement: gamma must not be negative, but is {gamma}")
+    also = {view: frozenset({SAMPLED}) for view in views}
+
+    def logp(of: str) -> Quantity:
+        def value(context: Context, view: str) -> Tensor:
+            return context.signal(of).sampled_logp_N
+
+        # All are asked for each, so that a rollout for which one of them has no context is left out.
+        return Quantity(f"{of}_logp", value, also=also)
+
+    def as_it_is(values_N: Tensor, _: Layout) -> Tensor:
+        return values_N
+
+    def apart(last_N: Tensor, layout: Layout) -> Tensor:
+        logp_KN = torch.stack([*(layout.found[f"{name}.{view}"] for view in views[:-1]), last_N]).double()
+        if level == "token":
+            return disagreement(logp_KN, spread, level)
+        rollouts = layout.rollouts()
+        mean_KR = torch.stack([rollouts.mean(logp_N) for logp_N in logp_KN])
+        return disagreement(mean_KR, spread, level)[rollouts.number_N]
+
+    def weights(_: Tensor, layout: Layout) -> Tensor:
+        apart_N = layout.found[f"{name}.apart"]
+        return token_weights(apart_N, gamma) if level == "token" else sequence_weights(apart_N, gamma)
+
+    stats = (
+        *(Stat(f"{name}.{view}", logp(view), as_it_is) for view in views[:-1]),
+        Stat(f"{name}.apart", logp(views[-1]), apart),
+        Stat(name, logp(views[-1]), weights),
+    )
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[name].to(context.student_logp_N.dtype)
+
+    return Weight(f"{name}({level}, {len(views)} views)", value, stats=stats)
