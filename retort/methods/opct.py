@@ -1,10 +1,9 @@
 """On-policy consistency training: the student under a clean prompt is its own teacher."""
 
-from typing import Literal
-
 from retort.advantages import return_to_go
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._itself import Whose
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.views import clean
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
@@ -24,7 +23,7 @@ def opct(
     kl_coef: float = 1.0,
     discount: float = 0.0,
     clip: float | None = None,
-    teacher: Literal["self", "outside"] = "self",
+    teacher: Whose = "self",
     samples: int = 3,
     temperature: float = 1.0,
 ) -> Method:
