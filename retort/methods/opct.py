@@ -50,7 +50,8 @@ def opct(
     student's own, as in the paper.
 
     Departures: ratio and k are against the trainer's own log-probs before the first update on the batch, where the
-    paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them).
+    paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them). The paper
+    trains an adapter (`lora.rank` 32), which the recipe leaves to you.
     """
     score = score_function(return_to_go(discount, kl_coef), clip=clip)
     return Method(

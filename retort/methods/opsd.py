@@ -67,7 +67,8 @@ def opsd(
     teacher that can be done before the run: put it into a column (`hint`) and name that in `shows`.
 
     Departures: sampling is not cut to 20 ids; the average starts at the student before training (code: after its first
-    step); student and teacher get the same chat template (the paper's numbers are from a student without one).
+    step); student and teacher get the same chat template (the paper's numbers are from a student without one). The
+    paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

@@ -68,7 +68,7 @@ def pw_opsd(
     teachers others find later tokens *less* reliable. `retort trust` makes its measurement on a run of one's own.
 
     Departures: sampling is not cut to 20 ids; student and teacher get the same chat template (the paper's teacher
-    thinks, its student does not).
+    thinks, its student does not). The paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")
