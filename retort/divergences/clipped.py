@@ -7,7 +7,9 @@ cut off, the forward one has the gradient
 .. math:: \frac{\partial \ell}{\partial z_v} = p_S(v) \sum_{u \in U} p_T(u) - p_T(v)\,[v \in U]
 
 so it may be negative, and an id that is cut off is not ignored but pushed *down*: just those that the teacher wants
-much more than the student. The share of the teacher's probability that is cut off is worth watching: `clipped_mass`.
+much more than the student. Of two ids with p_T = 0.9 and kappa = 0.05, a student at p_S = 0.86 comes to the teacher and
+one at 0.84 leaves it for good: the clip takes a teacher for granted that is near, such as the student itself. The share
+of the teacher's probability that is cut off is worth watching: `clipped_mass`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """On-policy consistency training: the student under a clean prompt is its own teacher."""
 
-from typing import Literal
-
 from retort.advantages import return_to_go
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._itself import Whose
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.views import clean
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
@@ -24,7 +23,7 @@ def opct(
     kl_coef: float = 1.0,
     discount: float = 0.0,
     clip: float | None = None,
-    teacher: Literal["self", "outside"] = "self",
+    teacher: Whose = "self",
     samples: int = 3,
     temperature: float = 1.0,
 ) -> Method:
@@ -51,7 +50,8 @@ def opct(
     student's own, as in the paper.
 
     Departures: ratio and k are against the trainer's own log-probs before the first update on the batch, where the
-    paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them).
+    paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them). The paper
+    trains an adapter (`lora.rank` 32), which the recipe leaves to you.
     """
     score = score_function(return_to_go(discount, kl_coef), clip=clip)
     return Method(

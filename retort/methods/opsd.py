@@ -7,7 +7,7 @@ from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._itself import Follow, Shown, itself
+from retort.methods._itself import Follow, Shown, Whose, itself
 from retort.rollout.plan import RolloutPlan
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
@@ -28,6 +28,7 @@ def opsd(
     kl_clip: float | None = 0.05,
     top_k: int | None = None,
     estimator: Literal["exact", "sampled"] = "exact",
+    teacher: Whose = "self",
     weights: Follow = "frozen",
     update_rate: float = 0.001,
     shows: Shown = ("solution",),
@@ -50,6 +51,7 @@ def opsd(
         top_k: Both sides renormalised on the teacher's so many most likely ids; null for the whole vocabulary.
         estimator: `exact`; or `sampled`, the score function of the token written, which descends the reverse KL and
             looks at none of the three settings before.
+        teacher: The student `self`; or `outside`, the run's teacher, shown the same; it never moves.
         weights: Of the teacher: `frozen` (recommended by the authors), `ema`, or `live`.
         update_rate: Of `ema`: 1 minus the decay (0.999).
         shows: Columns of the data that the teacher sees; rows without are left out.
@@ -65,7 +67,8 @@ def opsd(
     teacher that can be done before the run: put it into a column (`hint`) and name that in `shows`.
 
     Departures: sampling is not cut to 20 ids; the average starts at the student before training (code: after its first
-    step); student and teacher get the same chat template (the paper's numbers are from a student without one).
+    step); student and teacher get the same chat template (the paper's numbers are from a student without one). The
+    paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")
@@ -76,7 +79,7 @@ def opsd(
     plain = {"kl_clip": None, "temperature": 1.0}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        views={"teacher": itself(shows, weights, update_rate)},
+        views={"teacher": itself(teacher, shows, weights, update_rate)},
         temperature=temperature,
         terms=(Term("divergence", exact if estimator == "exact" else sampled),),
         limits=(

@@ -6,7 +6,7 @@ from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._itself import Follow, Shown, itself
+from retort.methods._itself import Follow, Shown, Whose, itself
 from retort.reduce import rollout_means, tokens
 from retort.rollout.plan import RolloutPlan
 from retort.weights import late, sampled_reverse_kl, student_entropy, teacher_entropy
@@ -30,6 +30,7 @@ def pw_opsd(
     teacher_weight: float = 0.0,
     kl_clip: float | None = 0.05,
     top_k: int | None = None,
+    teacher: Whose = "self",
     weights: Follow = "frozen",
     update_rate: float = 0.001,
     shows: Shown = ("solution",),
@@ -55,6 +56,7 @@ def pw_opsd(
         teacher_weight: See `opsd`, as all that follow.
         kl_clip: kappa, nats.
         top_k: Of the teacher, renormalised.
+        teacher: The student `self`, or an `outside` one.
         weights: Of the teacher.
         update_rate: Of `ema`.
         shows: Columns of the data that the teacher sees.
@@ -66,7 +68,7 @@ def pw_opsd(
     teachers others find later tokens *less* reliable. `retort trust` makes its measurement on a run of one's own.
 
     Departures: sampling is not cut to 20 ids; student and teacher get the same chat template (the paper's teacher
-    thinks, its student does not).
+    thinks, its student does not). The paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")
@@ -75,7 +77,7 @@ def pw_opsd(
     weight = late(min_weight, midpoint, width)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        views={"teacher": itself(shows, weights, update_rate)},
+        views={"teacher": itself(teacher, shows, weights, update_rate)},
         temperature=temperature,
         terms=(
             Term(

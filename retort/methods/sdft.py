@@ -6,7 +6,7 @@ from retort.divergences import clipped, forward_kl, reverse_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.methods._itself import Follow, Shown, itself
+from retort.methods._itself import Follow, Shown, Whose, itself
 from retort.reduce import weighted
 from retort.rollout.plan import RolloutPlan
 from retort.weights import after, student_entropy, teacher_entropy
@@ -27,6 +27,7 @@ def sdft(
     teacher_weight: float = 0.5,
     top_k: int | None = None,
     skip: int = 3,
+    teacher: Whose = "self",
     weights: Follow = "ema",
     update_rate: float = 0.01,
     shows: Shown = ("demonstration",),
@@ -47,6 +48,7 @@ def sdft(
         teacher_weight: w of `jsd`, on the teacher; nothing else looks at it.
         top_k: Both sides renormalised on the teacher's so many most likely ids; null for the whole vocabulary.
         skip: k, tokens at the start of an answer that are not learnt from.
+        teacher: The student `self`; or `outside`, the run's teacher, shown the same; it never moves.
         weights: Of the teacher: `ema`, `frozen` or `live`. Reports disagree on what the paper ran; its ablation moves
             results by 2 points at most.
         update_rate: Of `ema`, per optimizer step.
@@ -68,7 +70,7 @@ def sdft(
     chosen = clipped(None, w, None if top_k is None else teacher_top(top_k))
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        views={"teacher": itself(shows, weights, update_rate)},
+        views={"teacher": itself(teacher, shows, weights, update_rate)},
         temperature=temperature,
         terms=(Term("divergence", pathwise(chosen), weight=after(skip), denominator=weighted()),),
         limits=(

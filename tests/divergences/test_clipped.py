@@ -57,6 +57,17 @@ def test_point_nine_against_point_eight_five_is_clipped() -> None:
     assert clipped_mass(KAPPA).value(context(student, teacher), "teacher").item() == pytest.approx(0.9)
 
 
+@pytest.mark.parametrize(("start", "end"), [(0.86, 0.9), (0.84, 0.0)])
+def test_a_student_near_the_teacher_comes_to_it_and_one_farther_leaves_it(start: float, end: float) -> None:
+    teacher = torch.tensor([[0.9, 0.1]], dtype=torch.float64).log()
+    logits = torch.tensor([[start, 1 - start]], dtype=torch.float64).log()
+    for _ in range(2000):
+        live = logits.requires_grad_()
+        (gradient,) = torch.autograd.grad(clipped(KAPPA).value(context(live, teacher), "teacher").sum(), live)
+        logits = logits.detach() - gradient
+    assert logits.softmax(-1)[0, 0].item() == pytest.approx(end, abs=0.02)
+
+
 def test_the_formula_of_the_gradient_and_finite_differences() -> None:
     student, teacher = drawn()
     (gradient,) = torch.autograd.grad(clipped(KAPPA).value(context(student, teacher), "teacher").sum(), student)

@@ -1,5 +1,8 @@
 """OPCT: the return-to-go, whose prompt is whose, and what it is when both prompts are one."""
 
+from typing import Any
+
+import pipeline
 import pytest
 import torch
 from toy import Toy
@@ -7,6 +10,7 @@ from toy import Toy
 from retort import registry
 from retort.divergences import kl_values
 from retort.errors import UserError
+from retort.teachers.itself import SelfTeacher
 from retort.teachers.moving import frozen
 from retort.teachers.scene import Scene
 from retort.types import Message, Prompt, Rollout
@@ -109,3 +113,18 @@ def test_an_outside_teacher_and_bad_settings() -> None:
     assert registry.load("opct", teacher="outside").views["teacher"].model == "teacher"
     with pytest.raises(UserError, match="discount"):
         registry.load("opct", discount=1.5)
+
+
+def test_in_a_run_the_student_answers_the_prompt_of_the_data_and_the_teacher_reads_its_clean_column(
+    tiny_run: dict[str, Any],
+) -> None:
+    setup = pipeline.prepared(tiny_run, "opct")
+    pack = pipeline.ragged(setup)
+    teacher = setup.teachers["teacher"]
+    assert isinstance(teacher, SelfTeacher)
+    read = teacher.local.prompts(pack, setup.method.views["teacher"]).ids
+    assert any(rollout.prompt.clean != rollout.prompt.messages for rollout in pack.rollouts)
+    for rollout, ids in zip(pack.rollouts, read, strict=True):
+        assert rollout.prompt.clean is not None
+        assert rollout.prompt_ids == setup.render(rollout.prompt)
+        assert ids == setup.render(Prompt("x", rollout.prompt.clean))

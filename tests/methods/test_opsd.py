@@ -75,6 +75,15 @@ def test_whose_weights_and_what_the_teacher_sees() -> None:
     assert both.prompt(scene) is None, "no hint in this row"
 
 
+@pytest.mark.parametrize("name", ["opsd", "sdft", "pw_opsd"])
+def test_an_outside_teacher_is_shown_the_same_and_never_moves(name: str) -> None:
+    own = registry.load(name).views["teacher"]
+    outside = registry.load(name, teacher="outside", weights="ema").views["teacher"]
+    assert (own.model, outside.model) == ("student", "teacher")
+    assert outside.weights == frozen()
+    assert outside.columns == own.columns
+
+
 def _scene(prompt: Prompt) -> Scene:
     rollout = Rollout(prompt, torch.tensor([1, 2]), torch.tensor([False, True]))
     return Scene(rollout, (rollout,))
