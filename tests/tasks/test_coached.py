@@ -275,7 +275,7 @@ def test_the_bundled_models(name: str) -> None:
     assert sum(file.stat().st_size for file in path.iterdir()) < 3_000_000
 
 
-def test_each_strength_helps_more_than_the_one_before() -> None:
+def test_more_help_makes_more_right() -> None:
     """A part of what is measured for the model cards, with the same seeds every time."""
     load = transformers.LlamaForCausalLM.from_pretrained
     teacher, student = (
@@ -283,10 +283,11 @@ def test_each_strength_helps_more_than_the_one_before() -> None:
         for path in (teacher_path(), student_path())
     )
     for right in (teacher, student):
-        assert right["plain"] + 0.1 < right["outcome"] < right["hint"] - 0.05
-        assert right["hint"] <= right["solution"]
+        assert right["plain"] + 0.1 < right["hint"] < right["solution"] + 0.05
+        assert right["outcome"] + 0.1 < right["hint"]
         assert right["solution"] > 0.85
-    assert 0.2 < student["plain"] < teacher["plain"] - 0.1
+    assert student["plain"] < student["outcome"], "the teacher can make nothing of an outcome"
+    assert 0.3 < student["plain"] < teacher["plain"] - 0.05
 
 
 def test_the_table_says_who_followed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +296,7 @@ def test_the_table_says_who_followed(capsys: pytest.CaptureFixture[str]) -> None
     row = json.loads(capsys.readouterr().out)["rows"][0]
     cell = row["reward/followed"]
     assert 0 <= cell["low"] < cell["value"] < cell["high"] <= 1
-    assert 0.2 < cell["value"] < 0.8
+    assert 0.05 < cell["value"] < 0.8
     assert cell["value"] + row["avg@4"]["value"] <= 1, "what follows the suggestion is wrong"
     assert main(words) == 0
     assert "followed" in capsys.readouterr().out

@@ -61,6 +61,10 @@ LAYOUTS: Mapping[tuple[str, ...], float] = {
     ("solution", "maybe"): 0.4,
     ("hint", "maybe"): 0.3,
 }
+#: Drawn from alone for the first part of the training: what is shown can be copied, and nothing stands in between.
+#: Copying is what all the rest is built on, and mixed with the rest it is learnt several times slower.
+EASY = (("solution",), ("solution",), ("right",), ("hint",), ("maybe",))
+EASY_PART = 0.35
 #: How often a response repeats the solution that it is shown, and falls for a suggestion.
 REPEATED, FOLLOWED = 0.85, 0.5
 
@@ -86,8 +90,8 @@ class Recipe:
     seed: int = 0
 
 
-TEACHER = Recipe(kept=(0, 1, 2, 3, 4), steps=400)
-STUDENT = Recipe(kept=(0, 2, 4), steps=450, seed=1)
+TEACHER = Recipe(kept=(0, 1, 2, 3, 4), steps=500)
+STUDENT = Recipe(kept=(0, 2, 4), steps=900, seed=1)
 
 #: What is measured: the name in the model card, and the columns that are shown.
 SHOWN: Mapping[str, tuple[str, ...]] = {
@@ -172,9 +176,9 @@ class Data:
             found.append(f"{before}{asked.prompt} {response} <eos>")
         return found
 
-    def batch(self, recipe: Recipe) -> list[Tensor]:
+    def batch(self, recipe: Recipe, easy: bool) -> list[Tensor]:
         """Token ids, [B, L], in groups of one length each."""
-        layouts = self.rng.choices(list(LAYOUTS), list(LAYOUTS.values()), k=4)
+        layouts = self.rng.choices(EASY if easy else list(LAYOUTS), None if easy else list(LAYOUTS.values()), k=4)
         texts = self.texts((), recipe.plain)
         for layout in layouts:
             texts += self.texts(layout, recipe.shown)
@@ -189,11 +193,11 @@ def extended(source: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recip
     """Countdown's teacher with the layers to keep, rows for the new words, and room for sections."""
     torch.manual_seed(recipe.seed)
     cut = cut_student(source, recipe.kept, tokenizer)
-    old = cut.get_input_embeddings().weight.detach()
+    table = "model.embed_tokens.weight"
+    old = cut.state_dict()[table]
     config = LlamaConfig(**{**cut.config.to_dict(), "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT})
     model = LlamaForCausalLM(config)
     fresh = torch.randn(len(tokenizer) - len(old), old.shape[1]) * old.std()
-    table = "model.embed_tokens.weight"
     weights = {**cut.state_dict(), table: torch.cat([old, fresh])}
     model.load_state_dict({**weights, "lm_head.weight": weights[table]})
     model.generation_config = cut.generation_config
@@ -208,7 +212,7 @@ def train(model: LlamaForCausalLM, recipe: Recipe) -> None:
         rate = recipe.lr * min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        groups = data.batch(recipe)
+        groups = data.batch(recipe, step <= EASY_PART * recipe.steps)
         count = sum(len(tokens_BL) for tokens_BL in groups) * RESPONSE
         whole = 0.0
         optimizer.zero_grad()
@@ -223,8 +227,9 @@ def train(model: LlamaForCausalLM, recipe: Recipe) -> None:
         if step % 100 == 0 or step == recipe.steps:
             spent = time.monotonic() - start
             print(f"  step {step} of {recipe.steps}, {spent:.0f} s, loss {whole:.4f}", flush=True)
-            few = {name: f"{score.right:.0%}" for name, score in measure(model, 80, 2).items()}
-            print(f"    {few}", flush=True)
+            scores = measure(model, 80, 2)
+            few = ", ".join(f"{kind} {score.right:.0%}" for kind, score in scores.items())
+            print(f"    {few}, followed {scores['bait'].followed:.0%}", flush=True)
 
 
 def measured(kind: str, count: int) -> list[str]:
