@@ -31,8 +31,9 @@ from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
 from retort.train.pair import asks_teacher
+from retort.train.score import Batch, score
 from retort.train.setup import Setup, prepare
-from retort.train.update import Batch, learn, score
+from retort.train.update import learn
 from retort.types import Pack, Rollout, TokenLosses
 
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.

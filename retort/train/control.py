@@ -14,8 +14,8 @@ from retort.rollout.single_turn import Task, write
 from retort.streams import generator, uniforms
 from retort.teachers.local import answers
 from retort.train.moment import Moment
+from retort.train.score import Batch, averages
 from retort.train.setup import Setup
-from retort.train.update import Batch, averages
 from retort.train.write import given_rollout, horizon
 from retort.types import Pack, Rollout
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import UserError
+from retort.models.adapter import described
+from retort.models.lm import LanguageModel
 from retort.train.setup import Setup
 
 
@@ -30,4 +32,22 @@ def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
         raise UserError(
             f"{path}: the weights in {setup.config.student} changed since this checkpoint, and the teacher is the "
             "student as it was before training; put the same student back"
+        )
+
+
+def refuse_other_adapter(path: Path, state: Mapping[str, Any], student: LanguageModel) -> None:
+    """Refuses a checkpoint of another adapter than the student's, or of one on other weights.
+
+    Raises:
+        UserError: Which, and what to do.
+    """
+    saved, own = state.get("lora"), student.adapter.settings if student.adapter else None
+    if saved != own:
+        raise UserError(
+            f"{path}: the student learnt {described(saved)}, and would go on {described(own)}; put lora back as it was"
+        )
+    if student.adapter is not None and state["adapted"] != student.bare().digest():
+        raise UserError(
+            f"{path}: the weights of {student.name}, on which the adapter learns, changed since this checkpoint; "
+            "put the same student back"
         )

@@ -14,7 +14,8 @@ from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
 from retort.rewards.verify import verifier_for
 from retort.train.observe import Observer
-from retort.train.setup import judge_prompts, load, local_teacher
+from retort.train.prompts import judge_prompts
+from retort.train.setup import load, local_teacher
 
 #: Settings that have a meaning here.
 _READ = frozenset(

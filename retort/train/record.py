@@ -13,8 +13,8 @@ from retort.signals import TeacherSignal
 from retort.streams import permutation
 from retort.teachers.view import View
 from retort.train.metrics import Means
+from retort.train.score import Batch
 from retort.train.setup import Setup
-from retort.train.update import Batch
 from retort.types import Pack, Status
 
 

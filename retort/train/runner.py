@@ -17,21 +17,21 @@ from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.evaluate.judge import Judge
 from retort.method import Method
-from retort.models.adapter import described
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
-from retort.train.digests import digests, refuse_others
+from retort.train.digests import digests, refuse_other_adapter, refuse_others
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
+from retort.train.score import score
 from retort.train.setup import Setup, prepare, run_folder
 from retort.train.summary import summary
-from retort.train.update import learn, score
+from retort.train.update import learn
 from retort.train.write import write_rollouts
 from retort.types import Pack
 
@@ -236,8 +236,8 @@ class Run:
             raise UserError(
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
+        refuse_other_adapter(path, found.state, self.setup.student)
         refuse_others(path, found.state, self.setup)
-        self._check_adapter(path, found.state)
         parameters = self.setup.student.trainable()
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
             raise UserError(
@@ -262,17 +262,6 @@ class Run:
         self.shelf.go_back(self.setup, self.step)
         checkpoint.supersede(path.parent, self.step)
         self._saved = path
-
-    def _check_adapter(self, path: Path, state: Mapping[str, Any]) -> None:
-        student, saved = self.setup.student, state.get("lora")
-        if saved != (student.adapter.settings if student.adapter else None):
-            was, now = map(described, (saved, student.adapter and student.adapter.settings))
-            raise UserError(f"{path}: the student learnt {was}, and would go on {now}; put lora back as it was")
-        if student.adapter is not None and state["adapted"] != student.bare().digest():
-            raise UserError(
-                f"{path}: the weights of {student.name}, on which the adapter learns, changed since this checkpoint; "
-                "put the same student back"
-            )
 
     def _judge(self) -> Judge | None:
         config = self.setup.config

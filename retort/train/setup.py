@@ -14,16 +14,14 @@ from retort.align.chat import Renderer
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.cold_start import with_cold_start
-from retort.config import BUILTIN, Config
-from retort.data import in_template, load_prompts
+from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import add_adapter
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
-from retort.rewards.verify import Verifier, verifier_for
+from retort.rewards.verify import Verifier
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
-from retort.streams import permutation
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
@@ -32,7 +30,8 @@ from retort.train import pair
 from retort.train.attention import quickest
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
-from retort.types import Message, Prompt
+from retort.train.prompts import graders, read_prompts
+from retort.types import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,10 +119,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
-    train, held_out = _prompts(config, data, notes)
+    train, held_out = read_prompts(config, data, notes)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
-    verifier, judge_verifier = _verifiers(config, train, held_out, notes)
+    verifier, judge_verifier = graders(config, train, held_out, notes)
 
     need_verifier(method, verifier)
     need_columns(method, train, notes)
@@ -208,35 +207,6 @@ def run_folder(path: Path) -> Path:
         why = "no permission to write there" if isinstance(error, PermissionError) else (error.strerror or str(error))
         raise UserError(f"out = {path}: {why}; choose another folder with --out") from None
     return path
-
-
-def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
-    """Prompts of the built-in task Countdown."""
-    return builtin_prompts("countdown", split, count)
-
-
-def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
-    """Prompts of a built-in task."""
-    from retort.tasks import coached, countdown, ranking
-
-    source = {
-        "countdown": countdown.rows,
-        "ranking": ranking.rows,
-        "coached": coached.rows,
-        "bait": coached.bait_rows,
-    }[task]
-    rows = source("held_out" if split == "held_out" else "train", count)
-    return [
-        Prompt(
-            id=str(row["id"]),
-            messages=(Message("user", str(row["prompt"])),),
-            answer=str(row["answer"]),
-            response=str(row["response"]),
-            privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
-            clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
-        )
-        for row in rows
-    ]
 
 
 def load(config: Config, name: str, role: Literal["student", "teacher", "base"]) -> LanguageModel:
@@ -332,55 +302,6 @@ def device_of(config: Config) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
-
-
-def _prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
-    wanted = config.eval.problems
-    if config.builtin and config.prompt_template is not None:
-        raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
-    prompts = builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit)
-    if wanted == 0:
-        return prompts, []
-    judged = config.eval.data or (data if config.builtin else None)
-    if judged is not None:
-        return prompts, judge_prompts(config, judged)
-    # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
-    held = min(wanted, len(prompts) // 5)
-    if wanted and held < wanted:
-        notes.append(
-            f"{held} of {len(prompts)} prompts are held out for evaluation (a fifth at most; eval.problems = {wanted})"
-        )
-    order = permutation(config.seed, "holdout", count=len(prompts))
-    chosen = set(order[:held])
-    train = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
-    return train, [prompts[index] for index in sorted(chosen)]
-
-
-def judge_prompts(config: Config, data: str) -> list[Prompt]:
-    """The prompts to judge on: held-out problems of the built-in task, or a file."""
-    if data in BUILTIN:
-        return builtin_prompts(data, "held_out", config.eval.problems)
-    return _load(config, data, config.eval.problems)
-
-
-def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
-    prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns)
-    return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
-
-
-def _verifiers(
-    config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt], notes: list[str]
-) -> tuple[Verifier | None, Verifier | None]:
-    """Who grades training rollouts and who grades held-out answers: each only where all its prompts have an answer."""
-    task = config.data if config.builtin else config.task
-    judged = config.eval.data or config.data
-    judge_task = judged if judged in BUILTIN else config.task
-    judge = verifier_for(judge_task, held_out) if held_out else None
-    if all(prompt.answer is not None for prompt in train):
-        return judge if judge and judge_task == task else verifier_for(task, train), judge
-    if judge is not None or task is not None:
-        notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
-    return None, judge
 
 
 def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:

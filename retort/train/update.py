@@ -1,123 +1,36 @@
-"""Learning from one batch of rollouts: score pass, then optimizer steps. Axis letters: see `retort.types`."""
+"""Learning from one batch of rollouts: optimizer steps. Axis letters: see `retort.types`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from retort import reduce
-from retort.align.sentences import sentences
 from retort.apply import (
     batch_shares,
     counted,
-    finish_stats,
     hidden_values,
     losses,
-    means,
-    part_values,
     recorded_values,
-    stat_values,
-    stored_values,
     term_values,
     watch_values,
 )
 from retort.context import Context
 from retort.errors import RunError, SignalError
-from retort.method import Method, Watch
-from retort.models.core import Core, Steps, loss_pass, per_token
-from retort.parts import Layout, Part
+from retort.method import Method
+from retort.models.core import loss_pass
 from retort.signals import Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
-from retort.train.moment import Moment
+from retort.train.score import Batch, core_of, fill, hidden_of, micro_batches
 from retort.train.setup import Setup
 from retort.train.variance import adam_variance
-from retort.types import Pack, TokenLoss, can_meet
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One batch of rollouts with all that was said about it."""
-
-    pack: Pack
-    signals: Mapping[str, TeacherSignal]
-    stored: Mapping[str, Tensor]
-    watches: tuple[Watch, ...]
-    moment: Moment
-
-    @property
-    def step(self) -> int:
-        """Batches done in the run before this one."""
-        return self.moment.step
-
-    @property
-    def valid(self) -> dict[str, Tensor | None]:
-        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept."""
-        return {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
-
-
-def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment: Moment) -> Batch:
-    """What must be known before the first update, if the method needs any: old log-probs, baselines, weights."""
-    method, optimizer = setup.method, setup.config.optimizer
-    watches = tuple(
-        watch
-        for watch in method.watch
-        if moment.step % watch.every == 0
-        and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
-    )
-    bare = Batch(pack, signals, {}, watches, moment)
-    several = optimizer.updates * optimizer.epochs > 1 and method.uses_old_logp
-    if method.stats:
-        measured = any(stat.part is not None for stat, _ in method.stats.values())
-        found = _evaluated(setup, bare, stat_values(method)) if measured else {}
-        bare = replace(bare, stored=finish_stats(method, found, _layout(setup, bare), bare.valid))
-    if not several and not method.weighs_batch:
-        return bare
-    found = _evaluated(setup, bare, stored_values(method, weights_only=not several))
-    return replace(bare, stored={**bare.stored, **found})
-
-
-def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Values at every step of a batch, without gradient, by place in N."""
-    found: dict[str, Tensor] = {}
-    with torch.no_grad():
-        for chosen in _micro_batches(setup, batch.pack, range(len(batch.pack.rollouts))):
-            core = _core(setup, batch, batch.pack.steps_of(chosen), values)
-            hidden_ND = _hidden(setup, batch.pack, chosen)
-            with setup.student.compute():
-                _fill(found, batch.pack, chosen, per_token(core, hidden_ND))
-    return found
-
-
-def averages(setup: Setup, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
-    """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
-    found = _evaluated(setup, batch, part_values(parts, view))
-    return means(found, batch.valid.get(view))
-
-
-def _layout(setup: Setup, batch: Batch) -> Layout:
-    """Where the steps of a batch stand, with the sentences of their text if a statistic asks for them."""
-    pack, sentence_N = batch.pack, None
-    if any(stat.sentences for stat, _ in setup.method.stats.values()):
-        found = [sentences(rollout.action_ids, setup.student.tokenizer) for rollout in pack.rollouts]
-        sentence_N = torch.tensor([sentence for own in found for sentence in own])
-    graded = all(rollout.reward is not None for rollout in pack.rollouts)
-    return Layout(
-        pack.rollout_N,
-        sentence_N,
-        reward_N=pack.reward_R[pack.rollout_N] if graded else None,
-        group_N=pack.group_R[pack.rollout_N],
-        longest=setup.config.rollout.max_new_tokens,
-        readings=batch.moment.readings,
-        seed=setup.config.seed,
-        step=batch.step,
-    )
+from retort.types import TokenLoss
 
 
 def learn(
@@ -201,11 +114,11 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
     shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}
     total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
-    for micro in _micro_batches(setup, pack, chosen):
+    for micro in micro_batches(setup, pack, chosen):
         added, values = _backward(setup, batch, micro, every, shares_N, watch)
         for name, value in added.items():
             total[name] += value
-        _fill(found, pack, micro, values)
+        fill(found, pack, micro, values)
     for name, value in total.items():
         logged.add(name, value)
     # Curves are about what the student writes; of a method under which it never does, about what it reads.
@@ -242,10 +155,10 @@ def _backward(
     counted_N = counted(setup.method, batch.valid, batch.pack.steps)
     counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
     with watch("student"):
-        hidden_ND = _hidden(setup, batch.pack, micro)
+        hidden_ND = hidden_of(setup, batch.pack, micro)
     part = partial(_terms, batch, setup.method, counts, here)
     with watch("loss"), setup.student.compute():
-        core = _core(setup, batch, index_N, every)
+        core = core_of(setup, batch, index_N, every)
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
         if outside := hidden_values(setup.method, hidden_ND, core.signals):
             loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
@@ -290,7 +203,7 @@ def batch_variance(setup: Setup, batch: Batch, chosen: Sequence[int]) -> float |
     shares_N, idle = _shares(setup, batch, chosen), Stopwatch()
     squares = 0.0
     for own in visits.values():
-        for micro in _micro_batches(setup, batch.pack, own):
+        for micro in micro_batches(setup, batch.pack, own):
             _backward(setup, batch, micro, term_values(setup.method), shares_N, idle)
         squares += _square([p.grad for p in parameters if p.grad is not None])
         for total, parameter in zip(whole, parameters, strict=True):
@@ -326,13 +239,6 @@ def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tens
     }
 
 
-def _fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
-    """Files the values of some rollouts under their place in N."""
-    index_N = pack.steps_of(rollouts)
-    for name, values_N in values.items():
-        found.setdefault(name, torch.full((pack.steps,), math.nan))[index_N] = values_N.detach().float().cpu()
-
-
 def _terms(
     batch: Batch,
     method: Method,
@@ -353,37 +259,6 @@ def _terms(
         total_steps=now.total,
         readings=now.readings,
     )
-
-
-def _hidden(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:
-    """The student's hidden states at the steps of some rollouts."""
-    return setup.student.hidden(
-        [pack.rollouts[i].tokens_L for i in rollouts], [pack.rollouts[i].acted_L for i in rollouts]
-    )
-
-
-def _core(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context], dict[str, Tensor]]) -> Core:
-    """The loss core for some steps."""
-    pack, device = batch.pack, setup.student.device
-    steps = Steps(
-        tokens_N=pack.tokens_N[index_N].to(device),
-        stored={name: stored_N[index_N].to(device) for name, stored_N in batch.stored.items()},
-        engine_logp_N=pack.engine_logp_N[index_N].to(device),
-        rollout_N=pack.rollout_N[index_N].to(device),
-        turn_N=pack.turn_N[index_N].to(device),
-        position_N=pack.position_N[index_N].to(device),
-        step=batch.moment.done,
-        total_steps=batch.moment.total,
-        readings=batch.moment.readings,
-    )
-    signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
-    return Core(values, steps, signals, setup.student.head(), setup.vocab, setup.method.temperature)
-
-
-def _micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
-    tokens, acted = zip(*((pack.rollouts[i].tokens_L, pack.rollouts[i].acted_L) for i in rollouts), strict=True)
-    batches = setup.student.batches(tokens, acted, setup.config.optimizer.batch_tokens)
-    return [[rollouts[i] for i in batch] for batch in batches]
 
 
 def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:

@@ -18,7 +18,7 @@ from retort.errors import UserError
 from retort.functional import token_losses
 from retort.models.lm import LanguageModel
 from retort.registry import load
-from retort.train import update
+from retort.train import score, update
 from retort.train.metrics import Stopwatch
 from retort.weights.corrections import corrected, effective_sample_size
 
@@ -130,7 +130,7 @@ def test_the_sample_size_of_another_engine_and_what_it_costs(
 
     batch = pipeline.scored(setup, pack)
     monkeypatch.setattr(LanguageModel, "hidden", counted)
-    batch = update.score(setup, pack, batch.signals, batch.moment)
+    batch = score.score(setup, pack, batch.signals, batch.moment)
     _, means, _ = update.learn(setup, batch, pipeline.Noted(setup.student), lambda _: 1.0, 0, Stopwatch())
     assert len(calls) == passes
     if kind is None or wanted is None:
