@@ -102,6 +102,25 @@ class Rollouts:
         """Sums over each rollout's steps, [R]."""
         return values_N.new_zeros(len(self.steps_R)).index_add_(0, self.number_N, values_N)
 
+    def quantile(self, values_N: Tensor, share: float) -> Tensor:
+        """A quantile of each rollout's steps, between the two nearest in proportion, [R]."""
+        order = torch.argsort(values_N)
+        order = order[torch.argsort(self.number_N[order], stable=True)]
+        place_R = share * (self.steps_R - 1).double()
+        low_R = place_R.floor().long()
+        first_R = self.steps_R.cumsum(0) - self.steps_R
+        low, high = (values_N[order[first_R + at_R]] for at_R in (low_R, torch.minimum(low_R + 1, self.steps_R - 1)))
+        return torch.lerp(low, high, (place_R - low_R).to(low.dtype))
+
+
+def quantile(values_N: Tensor, share: float) -> Tensor:
+    """A quantile of any number of values, at least one, between the two nearest in proportion, a scalar.
+
+    `torch.quantile` refuses more than 16 million, which a large batch has.
+    """
+    everything = torch.zeros(len(values_N), dtype=torch.long, device=values_N.device)
+    return Layout(everything).rollouts().quantile(values_N, share)[0]
+
 
 def _numbered(values: Tensor) -> Tensor:
     """The same partition, by numbers from 0 without gaps."""

@@ -16,7 +16,7 @@ from retort.estimators import pathwise, score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.outcomes import group_advantage, length_bonus, running_advantage
-from retort.parts import Layout
+from retort.parts import Layout, quantile
 from retort.reduce import Denominator, rollout_means, rollout_sums, shares, weighted_rollout_means
 from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
@@ -193,3 +193,13 @@ def test_layout_by_rollout_whatever_the_numbers() -> None:
     assert rollouts.reward_R.tolist() == [0.0, 1.0]
     assert layout.place_N().tolist() == [0, 1, 0, 2, 1]
     assert rollouts.mean(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [4.0, pytest.approx(7 / 3)]
+
+
+def test_quantiles_by_rollout_are_torchs() -> None:
+    values = torch.randn(STEPS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    shuffled = torch.randperm(STEPS, generator=torch.Generator().manual_seed(6))
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        found = Layout(ROLLOUTS[shuffled]).rollouts().quantile(values[shuffled], share)
+        wanted = [torch.quantile(values[rollout == ROLLOUTS], share).item() for rollout in range(5)]
+        assert found.tolist() == pytest.approx(wanted, rel=1e-14)
+        assert quantile(values, share).item() == pytest.approx(torch.quantile(values, share).item(), rel=1e-14)

@@ -8,6 +8,7 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.parts import Divergence, Layout, Stat
+from retort.parts import quantile as at
 from retort.types import SAMPLED
 
 
@@ -27,7 +28,7 @@ def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Div
         raise UserError(f"capped: the cap must be positive, and at most 1 as a quantile; it is {cap}")
 
     def finish(values_N: Tensor, _: Layout) -> Tensor:
-        found = torch.quantile(values_N.double(), cap) if len(values_N) else values_N.new_zeros(())
+        found = at(values_N.double(), cap) if len(values_N) else values_N.new_zeros(())
         return found.to(values_N.dtype).expand_as(values_N)
 
     def value(context: Context, view: str) -> Tensor:

@@ -147,7 +147,7 @@ def _signals(setup: Setup, steps: int, product: int) -> int:
     for name, view in setup.method.views.items():
         lm = models[view.model]
         assert lm is not None  # loaded by `prepare`, as a view asks it
-        dense = any(need.kind == "dense" for need in setup.method.needs(name))
+        dense = any(need.kind in ("dense", "hidden") for need in setup.method.needs(name))
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)

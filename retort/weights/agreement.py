@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Layout, Quantity, Stat, Weight, quantile
 from retort.types import SAMPLED
 
 Level = Literal["token", "sequence"]
@@ -35,7 +35,7 @@ def disagreement(logp_KN: Tensor, spread: Spread, level: Level) -> Tensor:
 
 def token_weights(apart_N: Tensor, gamma: float) -> Tensor:
     r""":math:`\max(0.01, 1 / (1 + \gamma \hat d_t))`, with d over its 95th percentile, at most 10, [N]."""
-    usual = torch.quantile(apart_N, 0.95).clamp_min(torch.finfo(apart_N.dtype).tiny)
+    usual = quantile(apart_N, 0.95).clamp_min(torch.finfo(apart_N.dtype).tiny)
     return (1.0 / (1.0 + gamma * (apart_N / usual).clamp_max(10.0))).clamp_min(0.01)
 
 

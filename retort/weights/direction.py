@@ -34,9 +34,7 @@ def routed(entropy_N: Tensor, rollouts: Rollouts, quantile: float) -> Tensor:
         quantile: :math:`\tau` is this quantile of the rollout's entropies, interpolated; :math:`\hat\sigma_H` is their
             mean absolute deviation from their mean.
     """
-    threshold_R = torch.stack(
-        [torch.quantile(entropy_N[rollouts.number_N == rollout], quantile) for rollout in range(len(rollouts.steps_R))]
-    )
+    threshold_R = rollouts.quantile(entropy_N, quantile)
     mean_N = rollouts.mean(entropy_N)[rollouts.number_N]
     deviation_N = rollouts.mean((entropy_N - mean_N).abs())[rollouts.number_N]
     return torch.tanh((threshold_R[rollouts.number_N] - entropy_N) / (deviation_N + _EPS))
