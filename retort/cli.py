@@ -122,7 +122,7 @@ _TRAIN = (
     "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win."
 )
 _TRUST = (
-    "Forces likely tokens of the teacher's into answers of the student's, lets the student go on alone, and asks of "
+    "Forces tokens drawn from the teacher into answers of the student's, lets the student go on alone, and asks of "
     "teacher entropy, student entropy and position how well each tells where that ends well. Writes trust.json into "
     "the run's folder, and the report anew."
 )

@@ -2,15 +2,17 @@
 
 Three papers gate a self-teacher in three ways. EGRSD (arXiv 2605.13255) trusts it where *its own* entropy is low, DASD
 (2605.22263) where the *student's* is, and PW-OPSD (2605.21606) finds that both say little and the *position* much. This
-measures all of them on one model: in an answer of the student's, the teacher's token is forced at some places, the
+measures all of them on one model: in an answer of the student's, a token of the teacher's is forced at some places, the
 student goes on alone, and a verifier says where that ends. The protocol is reconstructed from PW-OPSD's account of its
-branch-viability diagnostic. Axis letters: see `retort.types`; M is the forced tokens.
+branch-viability diagnostic. Tokens are drawn from the teacher's distribution, which is what distillation moves a
+student towards: the second best of a teacher that is sure is a token that it would never write. Axis letters: see
+`retort.types`; M is the places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from retort.rewards.verify import Verifier
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
 from retort.signals import TeacherSignal
-from retort.streams import permutation, uniforms
+from retort.streams import generator, permutation, uniforms
 from retort.teachers.local import Teacher
 from retort.teachers.view import View
 from retort.types import DENSE, Pack, Prompt, Rollout
@@ -74,9 +76,10 @@ class Protocol:
 
     Attributes:
         places: Places per answer, drawn evenly.
-        candidates: The teacher's most likely tokens forced at each.
+        candidates: Tokens drawn from the teacher's distribution and forced at each.
         max_new_tokens: Longest answer, tokens.
         temperature: Of the student's writing.
+        samples: Answers per prompt, for views that show siblings; tokens are forced into the first that has a context.
         seed: Of places and of all that is written.
     """
 
@@ -84,11 +87,13 @@ class Protocol:
     candidates: int = 2
     max_new_tokens: int = 1024
     temperature: float = 1.0
+    samples: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.places < 1 or self.candidates < 1:
-            raise UserError(f"places ({self.places}) and candidates ({self.candidates}) must be at least 1")
+        if min(self.places, self.candidates, self.samples) < 1:
+            counts = f"places ({self.places}), candidates ({self.candidates}) and samples ({self.samples})"
+            raise UserError(f"{counts} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -123,21 +128,23 @@ def branches(
         progress: Called with what has been written and what is to be, answers.
     """
     render = Renderer(engine.lm.tokenizer)
-    spine = _spine(engine, prompts, render, protocol)
+    spine = _spine(engine, prompts, render, verifier, protocol)
     pack = Pack.of(spine)
     said = teacher.answer(pack, frozenset({DENSE}), view, 1.0)
     forks = _forks(pack, said, protocol)
     if not forks:
         return []
     index_M = torch.tensor([fork.step for fork in forks])
-    theirs = _at(said, index_M, protocol.candidates)
-    ours = _at(own.answer(pack, frozenset({DENSE}), View(), 1.0), index_M, 1, ids=theirs["ids"])
+    draw = generator(protocol.seed, "evaluation", "candidates")
+    ids_MK = _drawn(said, index_M, protocol.candidates, draw)
+    theirs = _at(said, index_M, ids_MK)
+    ours = _at(own.answer(pack, frozenset({DENSE}), View(), 1.0), index_M, ids_MK)
     tasks: list[Task] = []
     ends: list[list[int]] = []
     for number, fork in enumerate(forks):
         prefix = spine[fork.rollout].action_ids[: fork.place]
         for choice in range(protocol.candidates + 1):
-            forced = [] if choice == 0 else [int(theirs["ids"][number, choice - 1])]
+            forced = [] if choice == 0 else [int(ids_MK[number, choice - 1])]
             ends.append([*prefix, *forced])
             chance = uniforms(protocol.seed, "evaluation", "branch", number, choice, count=protocol.max_new_tokens)
             prompt_ids = [*spine[fork.rollout].prompt_ids, *ends[-1]]
@@ -149,7 +156,7 @@ def branches(
         for choice in range(protocol.candidates):
             found.append(
                 Branch(
-                    problem=fork.rollout,
+                    problem=fork.rollout // protocol.samples,
                     position=(fork.place + 0.5) / spine[fork.rollout].steps,
                     teacher_entropy=float(theirs["entropy"][number]),
                     student_entropy=float(ours["entropy"][number]),
@@ -162,22 +169,29 @@ def branches(
     return found
 
 
-def _spine(engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, protocol: Protocol) -> list[Rollout]:
-    longest = protocol.max_new_tokens
-    tasks = [
-        Task(prompt, render(prompt), 0, uniforms(protocol.seed, "evaluation", "spine", prompt.id, count=longest))
-        for prompt in prompts
-    ]
-    return write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
+def _spine(
+    engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, verifier: Verifier, protocol: Protocol
+) -> list[Rollout]:
+    """The student's own answers, graded, those to one prompt one after another."""
+    longest, tasks = protocol.max_new_tokens, list[Task]()
+    for prompt in prompts:
+        for member in range(protocol.samples):
+            chance = uniforms(protocol.seed, "evaluation", "spine", prompt.id, member, count=longest)
+            tasks.append(Task(prompt, render(prompt), member, chance))
+    written = write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
+    return [replace(rollout, reward=verifier(rollout.prompt, rollout.text)) for rollout in written]
 
 
 def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
     """Places in each answer that the teacher says something about, one drawn from each equal part of it."""
     found: list[_Fork] = []
+    done = set[int]()
     for number, rollout in enumerate(pack.rollouts):
         index_A = pack.steps_of([number])
-        if said.valid_N is not None and not bool(said.valid_N[index_A[0]]):
+        silent = said.valid_N is not None and not bool(said.valid_N[index_A[0]])
+        if silent or number // protocol.samples in done:
             continue
+        done.add(number // protocol.samples)
         parts = min(protocol.places, rollout.steps)
         for part in range(parts):
             first, end = part * rollout.steps // parts, (part + 1) * rollout.steps // parts
@@ -186,13 +200,24 @@ def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
     return found
 
 
-def _at(signal: TeacherSignal, index_M: Tensor, k: int, ids: Tensor | None = None) -> dict[str, Tensor]:
-    """Entropy and log-probs at some steps: of the `k` most likely ids, or of those given."""
-    rows = signal.rows(index_M)
-    ids_MK, logp_MK = rows.topk(k)
-    if ids is not None:
-        ids_MK, logp_MK = ids, rows.logp_at(ids)
-    return {"ids": ids_MK.cpu(), "logp": logp_MK.cpu(), "entropy": rows.entropy_N.cpu()}
+def _drawn(signal: TeacherSignal, index_M: Tensor, count: int, draw: torch.Generator) -> Tensor:
+    """Tokens from the distributions at some steps, [M, count]; a few steps at a time, since each is over all ids."""
+    found = [
+        torch.multinomial(signal.rows(part).logp_NV.exp().cpu(), count, replacement=True, generator=draw)
+        for part in index_M.split(64)
+    ]
+    return torch.cat(found)
+
+
+def _at(signal: TeacherSignal, index_M: Tensor, ids_MK: Tensor) -> dict[str, Tensor]:
+    """Entropies at some steps [M], and the log-probs [M, K] of given ids."""
+    entropies: list[Tensor] = []
+    logps: list[Tensor] = []
+    for part, ids in zip(index_M.split(64), ids_MK.split(64), strict=True):
+        rows = signal.rows(part)
+        entropies.append(rows.entropy_N.cpu())
+        logps.append(rows.logp_at(ids.to(rows.entropy_N.device)).cpu())
+    return {"logp": torch.cat(logps), "entropy": torch.cat(entropies)}
 
 
 def _graded(

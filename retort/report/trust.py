@@ -19,7 +19,7 @@ def trust_section(groups: Sequence[Group]) -> str:
         return ""
     return (
         '<section aria-labelledby="trust"><h2 id="trust">Which tokens of the teacher’s can be trusted</h2>'
-        '<p class="muted">At some places of the student’s answers a likely token of the teacher’s was forced, and the '
+        '<p class="muted">At some places of the student’s answers a token drawn from the teacher was forced, and the '
         "student went on alone. AUROC: how often a number is higher where that ended well than where it did not "
         "(50 %: it tells nothing), with 95 % bootstrap intervals over problems. “Right in the end” is PW-OPSD’s; "
         "it is easy late in a right answer, whoever wrote the token. “Makes the difference” looks only at places where "

@@ -42,7 +42,7 @@ def measure(
         view: Of the method: whose tokens are forced.
         problems: Most prompts; the intervals are over them.
         places: Places per answer.
-        candidates: The view's most likely tokens forced at each place.
+        candidates: Tokens drawn from the view's distribution and forced at each place.
         draws: Of the bootstrap.
         seed: Of places, answers and bootstrap; the run's by default.
         method: The caller's own method, if the run was started with one.
@@ -63,6 +63,7 @@ def measure(
         candidates=candidates,
         max_new_tokens=setup.config.rollout.max_new_tokens,
         temperature=setup.method.rollout.temperature,
+        samples=setup.method.rollout.samples if setup.method.views[view].rewards else 1,
         seed=setup.config.seed if seed is None else seed,
     )
     own = LocalTeacher(setup.student, vocab=setup.vocab, stop_map={}, batch_tokens=setup.config.optimizer.batch_tokens)
