@@ -19,7 +19,7 @@ _ITSELF = "privileged_student"
 @method(
     paper=Paper(
         title="DOPD: Dual On-policy Distillation",
-        authors="{National University of Singapore, CUHK MMLab, Peking University and JD Explore Academy}",
+        authors="Yu, Xinlei and Li, Gen and Si, Qingyi and Zhang, Guibin and Xu, Yuqi and others",
         year=2026,
         arxiv="2606.30626",
     ),

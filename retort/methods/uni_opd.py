@@ -15,7 +15,7 @@ from retort.weights import calibration as parts
 @method(
     paper=Paper(
         title="Uni-OPD: Unifying On-Policy Distillation with a Dual-Perspective Recipe",
-        authors="Hou, Wenjin and others",
+        authors="Hou, Wenjin and Peng, Shangpin and Wang, Weinong and Ruan, Zheng and Zhang, Yue and others",
         year=2026,
         arxiv="2605.03677",
         url="https://github.com/WenjinHou/Uni-OPD",

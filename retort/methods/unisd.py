@@ -10,7 +10,8 @@ from retort.weights.agreement import Spread
 @method(
     paper=Paper(
         title="UniSD: Towards a Unified Self-Distillation Framework for Large Language Models",
-        authors="{Georgia Tech, UCLA, CMU and William & Mary}",
+        authors="Jin, Yiqiao and Wang, Yiyang and Fu, Lucheng and Xiao, Yijia and Luo, Yinyi and Liu, Haoxin and "
+        "Prakash, B. Aditya and Hester, Josiah and Wang, Jindong and Kumar, Srijan",
         year=2026,
         arxiv="2605.06597",
         url="https://github.com/Ahren09/UniSD",
