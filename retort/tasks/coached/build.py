@@ -315,7 +315,8 @@ def make(name: str, recipe: Recipe, out: Path) -> None:
         f"From the weights of `countdown:teacher`, its layers {', '.join(map(str, recipe.kept))} (counted from 0), by "
         f"supervised learning on right responses behind all kinds of sections, and on suggestions that are followed "
         f"half of the time: {recipe.steps:,} steps of {recipe.plain} plain questions and {4 * recipe.shown} with "
-        f"sections, AdamW with a cosine from {recipe.lr:g}, seed {recipe.seed}."
+        f"sections (for the first {EASY_PART:.0%} of the steps only such as can be copied), AdamW with a cosine from "
+        f"{recipe.lr:g}, seed {recipe.seed}."
     )
     (folder / "README.md").write_text(card(name, how, scores, model.num_parameters()), encoding="utf-8")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
