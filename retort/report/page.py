@@ -15,7 +15,7 @@ from retort.report.curves import COLORS, curves_section
 from retort.report.groups import Group, grouped, leaves, method_name
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
-from retort.report.read import FILES, RunFiles, find_runs, read_runs
+from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
@@ -123,6 +123,19 @@ def _paper(name: str) -> str:
     return " · ".join(part for part in (paper.title, str(paper.year), source) if part)
 
 
+def _itself(run: RunFiles) -> str:
+    """What teaches a student that has no other teacher, if this version of Retort knows the method."""
+    from retort.registry import load
+
+    settings = dict(as_object(run.config.get("method")))
+    try:
+        views = load(str(settings.pop("name", "")), **settings).views.values()
+    except UserError:
+        return ""
+    ways = dict.fromkeys(view.weights.words for view in views if view.model == "student")
+    return "; ".join(f"the student itself, {words}" for words in ways)
+
+
 def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>"]
     runs = [run for group in groups for run in group.runs]
@@ -155,7 +168,8 @@ def _run_key(group: Group) -> str:
 def _facts(group: Group) -> str:
     run = group.runs[0]
     keys = ("student", "teacher", "base", "data", "task", "steps", "precision", "device")
-    found = [(key.capitalize(), str(run.config[key])) for key in keys if run.config.get(key) not in (None, "")]
+    config = {**run.config, "teacher": run.config.get("teacher") or _itself(run)}
+    found = [(key.capitalize(), str(config[key])) for key in keys if config.get(key) not in (None, "")]
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(
