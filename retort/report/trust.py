@@ -52,7 +52,17 @@ def _about(found: Mapping[str, Any]) -> str:
     return (
         f"View “{found.get('view', '?')}” at step {int(number(found.get('step')) or 0)}: {counts[0]:,} forced tokens "
         f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable:.1%} ended right, {alone:.1%} of "
-        f"those from the same places without a forced token, and {counts[2]:,} pairs differ."
+        f"those from the same places without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
+    )
+
+
+def _shift(found: Mapping[str, Any]) -> str:
+    value = number(found.get("shift_against_entropy"))
+    if value is None:
+        return ""
+    return (
+        f" What the teacher would add to the log-prob of the student’s own token goes with the student’s entropy by a "
+        f"rank correlation (Spearman) of {value:+.2f}; DASD reports +0.52."
     )
 
 
