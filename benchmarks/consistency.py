@@ -140,7 +140,11 @@ def answers(path: Path) -> None:
         prompt = Prompt(row["id"], (Message("user", row["clean"]),))
         tasks.append(Task(prompt, render(prompt), 0, uniforms(0, "evaluation", "answers", number, count=longest)))
     written = write(
-        HFEngine(lm, vocab=lm.head().width, max_parallel=2048), tasks, max_new_tokens=longest, temperature=1.0, top_p=1.0
+        HFEngine(lm, vocab=lm.head().width, max_parallel=2048),
+        tasks,
+        max_new_tokens=longest,
+        temperature=1.0,
+        top_p=1.0,
     )
     lines = [
         json.dumps({"id": f"{row['id']}-{number}", "prompt": row["prompt"], "response": rollout.text})

@@ -35,8 +35,9 @@ LEGEND = """
 Held-out problems: 321 x 4 answers at temperature 1; *followed* is the share of answers that are the suggestion token
 for token. *Kept* is accuracy on the same problems without the suggestion, which training never shows the student. In
 brackets 95 % intervals over seeds (Student's t){weak}. Every condition learns from {answers} answers a step over
-{steps} steps, one update each, learning rate 5e-4 with the task's cosine. Seeds decide prompts, order and sampling of
-training; the student and the held-out problems are the same. The control learns, by cross-entropy, from one answer of
+{steps} steps, one update each, learning rate 5e-4 with the task's cosine. Seeds decide the order of
+prompts and all sampling; the student and the held-out problems are the same, and answers to prompts without the
+suggestion are sampled with one seed. The control learns, by cross-entropy, from one answer of
 the same student's to each prompt *without* the suggestion, put behind the prompt with it (the baseline BCT); it is run
 from a data file with a column `response`, and its answers are the same in all seeds."""
 
@@ -44,10 +45,11 @@ from a data file with a column `response`, and its answers are the same in all s
 def page(rows: Rows, words: Mapping[str, str], steps: int, answers: int) -> str:
     """Markdown: the table, the plot, and the paper's numbers beside it."""
     seeds = len({row["seed"] for row in rows})
-    before = rows[0]["before"]
+    before = [row["before"] for row in {row["seed"]: row for row in rows}.values()]
     header = ["", "seeds", "followed, %", "right, with the suggestion, %", "kept: right without it, %", "own entropy"]
-    start = [f"{100 * before[name]:.1f}" for name in ("followed", "right", "clean")]
-    table = [["before training", "", *start, f"{before['entropy']:.2f}"]]
+    start = [cell([100 * row[name] for row in before]) for name in ("followed", "right")]
+    entropy = cell([row["entropy"] for row in before], 2)
+    table = [["before training", str(seeds), *start, f"{100 * before[0]['clean']:.1f}", entropy]]
     for name, said in words.items():
         own = [row["after"] for row in rows if row["condition"] == name]
         if own:

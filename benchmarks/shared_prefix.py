@@ -47,7 +47,9 @@ class Case:
     acted: Sequence[Tensor]
 
 
-def grouped(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> tuple[list[Tensor], list[Tensor]]:
+def grouped(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+) -> tuple[list[Tensor], list[Tensor]]:
     """Sequences and their decisions: each answer of a group behind its prompt."""
     tokens, acted = list[Tensor](), list[Tensor]()
     for prompt, group in zip(prompts, answers, strict=True):

@@ -110,7 +110,8 @@ def counts(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         shares = [f"{100 * first[name]:.1f}" for name in ("viable", "alone")]
         rows.append([condition, f"{first['branches']:,}", *shares, f"{first['differing']:,}", shifts])
     return measure.markdown(
-        ["run", "forced tokens", "right with it, %", "right alone, %", "pairs that differ", "Spearman, three times"], rows
+        ["run", "forced tokens", "right with it, %", "right alone, %", "pairs that differ", "Spearman, three times"],
+        rows,
     )
 
 

@@ -73,7 +73,7 @@ def test_the_page_compares_within_a_seed_and_keeps_shares_above_nothing() -> Non
     rows = [_row("opct", seed, 0.002 * seed, 0.4 + 0.05 * seed, 0.5) for seed in range(3)]
     rows += [_row("sft", seed, 0.01, 0.3 + 0.05 * seed, 0.45) for seed in range(3)]
     text = pages.page(rows, words, 60, 96)
-    assert "| before training |  | 13.0 | 15.0 | 54.0 | 0.33 |" in text
+    assert "| before training | 3 | 13.0 [13.0, 13.0] | 15.0 [15.0, 15.0] | 54.0 | 0.33 [0.33, 0.33] |" in text
     assert "| `opct`: its defaults | 3 | 0.2 [0.0, 0.7] | 45.0 [32.6, 57.4] | 50.0 [50.0, 50.0] | 0.30" in text
     assert "right with the suggestion +10.0 [+10.0, +10.0], right without +5.0 [+5.0, +5.0]." in text
     assert "n = 3 is weak" in text
