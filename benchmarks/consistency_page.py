@@ -98,8 +98,8 @@ The paper reports a sycophancy rate, the mean of three models of 4 to 30 billion
 after SFT and 8.1 % after OPCT. What can be compared here is the direction, not the size: our student was taught in its
 making to follow a suggestion half of the time, its answers have twelve tokens, and a suggestion counts as followed only
 where it is repeated exactly. Differences to its setting: all weights learn (the paper trains an adapter), the learning
-rate is a hundred times larger, and training and held-out prompts are of one task, so nothing is said about other kinds of
-bias. What the paper finds about capability (its SFT damages it, OPCT mostly does not) is the column *kept*, for one
+rate is a hundred times larger, and training and held-out prompts are of one task, so nothing is said about other
+kinds of bias. What the paper finds about capability (its SFT damages it, OPCT mostly does not) is the column *kept*, for one
 task only; its own table has a model on which OPCT loses there, too."""
 
 

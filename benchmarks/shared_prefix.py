@@ -137,8 +137,9 @@ def row(case: Case, rounds: int) -> list[Any]:
     counts = [computed(case.tokens, case.acted, share=share) for share in (True, False)]
     apart = float((found[True] - found[False]).norm() / found[False].norm())
     middle = {share: measure.median(values) for share, values in seconds.items()}
+    lengths = f"{case.prompt:.0f} + {case.answer:.0f}"
     return [
-        case.name, f"{case.prompt:.0f} + {case.answer:.0f}", f"{counts[1] / counts[0]:.2f}", middle[True], middle[False],
+        case.name, lengths, f"{counts[1] / counts[0]:.2f}", middle[True], middle[False],
         f"{measure.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", f"{apart:.0e}",
     ]  # fmt: skip
 

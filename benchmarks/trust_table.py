@@ -28,6 +28,7 @@ PROBLEMS, PLACES, CANDIDATES, SEEDS = 321, 4, 2, 3
 CONDITIONS: Mapping[str, tuple[str, str, bool]] = {
     "opsd, start": ("coached", "opsd", False),
     "opsd, after": ("coached", "opsd", True),
+    "opsd without its clip, after": ("coached", "opsd", True),
     "eopd, start": ("coached", "eopd", False),
     "eopd, after": ("coached", "eopd", True),
     "eopd on countdown, start": ("countdown", "eopd", False),
@@ -47,7 +48,7 @@ def jobs(out: Path) -> Iterator[Job]:
                 "record": {"overlap": 0, "answers": 0},
             },
         )
-        settings["method"] = {"name": method}
+        settings["method"] = {"name": method, **({"kl_clip": None} if "without its clip" in condition else {})}
         if not trained:
             settings = merge(settings, {"optimizer": {"learning_rate": 1e-12, "weight_decay": 0.0}})
         yield Job(condition, method, 0, out / condition.replace(", ", "-").replace(" ", "-"), settings)

@@ -52,10 +52,10 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _about(found: Mapping[str, Any]) -> str:
     counts = [int(number(found.get(key)) or 0) for key in ("branches", "problems", "differing")]
-    viable, alone = (number(found.get(key)) or 0.0 for key in ("viable", "alone"))
+    viable, alone = (f"{(number(found.get(key)) or 0.0) * 100:.1f} %" for key in ("viable", "alone"))
     return (
         f"View “{found.get('view', '?')}” at step {int(number(found.get('step')) or 0)}: {counts[0]:,} forced tokens "
-        f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable * 100:.1f} % ended right, {alone * 100:.1f} % of "
+        f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable} ended right, {alone} of "
         f"those from the same places without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
     )
 
