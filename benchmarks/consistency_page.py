@@ -94,13 +94,20 @@ def differences(rows: Rows, words: Mapping[str, str]) -> str:
 
 PAPER = """## Beside the paper
 
-The paper reports a sycophancy rate, the mean of three models of 4 to 30 billion parameters, of 15.4 % before, 11.2 %
+In the runs of 2026-11-24 (four seeds) every condition all but ends the following, 11.4 % before and at most 0.5 % after,
+**and the control does so as well**: the gap that the paper finds between SFT and OPCT is not seen, perhaps because there
+is nothing left to gain. `opct` with its defaults gets more answers right under the suggestion than the control (3.1
+points, [1.5, 4.6]). Neither gets all of what the student can do without the suggestion (34.9 against 53.2 %), and both
+lose 4 to 5 points of that; with the settings for sycophancy more is lost, and less gained, than by the control. No rate,
+number of steps or temperature was tuned for any of them.
+
+The paper reports a sycophancy rate, the mean of three models of 8 to 30 billion parameters, of 15.4 % before, 11.2 %
 after SFT and 8.1 % after OPCT. What can be compared here is the direction, not the size: our student was taught in its
 making to follow a suggestion half of the time, its answers have twelve tokens, and a suggestion counts as followed only
 where it is repeated exactly. Differences to its setting: all weights learn (the paper trains an adapter), the learning
 rate is a hundred times larger, and training and held-out prompts are of one task, so nothing is said about other
-kinds of bias. What the paper finds about capability (its SFT damages it, OPCT mostly does not) is the column *kept*, for one
-task only; its own table has a model on which OPCT loses there, too."""
+kinds of bias. What the paper finds about capability (its SFT damages it, OPCT mostly does not) is the column
+*kept*, for one task only; its own table has a model on which OPCT loses there, too."""
 
 
 def plots(rows: Rows, words: Mapping[str, str], path: Path) -> None:

@@ -80,8 +80,9 @@ def cells(found: Sequence[Mapping[str, Any]], place: int, question: str) -> str:
     if any(cell is None for cell in own):
         return "–"
     values = [100 * cell["value"] for cell in own]
-    ends = f"[{100 * own[0]['low']:.0f}, {100 * own[0]['high']:.0f}]"
-    return f"{values[0]:.0f} {ends} ({min(values):.0f} to {max(values):.0f})"
+    first = f"{values[0]:.0f} [{100 * own[0]['low']:.0f}, {100 * own[0]['high']:.0f}]"
+    tells = own[0]["low"] > 0.5 or own[0]["high"] < 0.5
+    return f"{f'**{first}**' if tells else first} ({min(values):.0f} to {max(values):.0f})"
 
 
 def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -104,7 +104,7 @@ def test_the_table_of_trust_has_the_first_interval_and_the_range_of_all(tmp_path
         for v, helps in ((0.8, cell), (0.6, None))
     ]  # fmt: skip
     told = trust.table({"opsd, start": found})
-    assert "| opsd, start | late position | PW-OPSD | 80 [70, 90] (60 to 80) | – |" in told
+    assert "| opsd, start | late position | PW-OPSD | **80 [70, 90]** (60 to 80) | – |" in told
     assert "| opsd, start | 1,200 | 50.0 | 25.0 | 7 | +0.30, +0.30 |" in trust.counts({"opsd, start": found})
 
 
