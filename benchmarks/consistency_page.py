@@ -61,6 +61,7 @@ def page(rows: Rows, words: Mapping[str, str], steps: int, answers: int) -> str:
         measure.markdown(header, table),
         LEGEND.format(weak=weak, answers=answers, steps=steps),
         differences(rows, words),
+        "Below, the training answers, each condition at its own temperature (0.7 follows more, 1.5 less).",
         "![share of training answers that are the suggestion, against the step](images/consistency-followed.svg)",
         PAPER,
     ]
@@ -94,12 +95,12 @@ def differences(rows: Rows, words: Mapping[str, str]) -> str:
 
 PAPER = """## Beside the paper
 
-In the runs of 2026-11-24 (four seeds) every condition all but ends the following, 11.4 % before and at most 0.5 % after,
-**and the control does so as well**: the gap that the paper finds between SFT and OPCT is not seen, perhaps because there
-is nothing left to gain. `opct` with its defaults gets more answers right under the suggestion than the control (3.1
-points, [1.5, 4.6]). Neither gets all of what the student can do without the suggestion (34.9 against 53.2 %), and both
-lose 4 to 5 points of that; with the settings for sycophancy more is lost, and less gained, than by the control. No rate,
-number of steps or temperature was tuned for any of them.
+In the runs of 2026-11-24 (four seeds) every condition all but ends the following, 11.4 % before and at most 0.5 %
+after, **and the control does so as well**: the gap that the paper finds between SFT and OPCT is not seen, perhaps
+because there is nothing left to gain. `opct` with its defaults gets more answers right under the suggestion than the
+control (3.1 points, [1.5, 4.6]). Neither gets all of what the student can do without the suggestion (34.9 against
+53.2 %), and both lose 4 to 5 points of that; with the settings for sycophancy more is lost, and less gained, than by
+the control. No rate, number of steps or temperature was tuned for any of them.
 
 The paper reports a sycophancy rate, the mean of three models of 8 to 30 billion parameters, of 15.4 % before, 11.2 %
 after SFT and 8.1 % after OPCT. What can be compared here is the direction, not the size: our student was taught in its
