@@ -5,22 +5,26 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from retort.method import Method
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one method, in a condition that others share."""
+    """One run of one method, in a condition that others share; `own` makes a method that is not published."""
 
     condition: str
     method: str
     seed: int
     folder: Path
     settings: Mapping[str, Any]
+    own: Callable[[], Method] | None = None
 
     @property
     def steps(self) -> int:
@@ -49,10 +53,11 @@ def run(job: Job) -> None:
 
     torch.set_num_threads(1)
     quiet_libraries()
+    own = None if job.own is None else job.own()
     if (job.folder / "config.json").exists():
-        runner.resume(job.folder).go()
+        runner.resume(job.folder, method=own).go()
     else:
-        runner.start(api.assemble(job.settings), job.folder).go()
+        runner.start(api.assemble(job.settings, own=own), job.folder, method=own).go()
 
 
 def run_all(todo: Sequence[Job], workers: int) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from retort.align.chat import Renderer
 from retort.errors import UserError
+from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.verify import Verifier
@@ -52,6 +53,7 @@ class Branch:
         teacher_logp, student_logp: Of the forced token, nats.
         viable: Whether the answer that the student then wrote is right.
         alone: Whether the answer that it wrote from the same place without the teacher is.
+        shift: Log-prob of the teacher minus the student's, of the token that the student wrote there, nats.
     """
 
     problem: int
@@ -62,6 +64,7 @@ class Branch:
     student_logp: float
     viable: bool
     alone: bool
+    shift: float
 
     @property
     def scores(self) -> tuple[float, ...]:
@@ -164,6 +167,7 @@ def branches(
                     student_logp=float(ours["logp"][number, choice]),
                     viable=right[first + 1 + choice],
                     alone=right[first],
+                    shift=float(theirs["written"][number] - ours["written"][number]),
                 )
             )
     return found
@@ -210,14 +214,16 @@ def _drawn(signal: TeacherSignal, index_M: Tensor, count: int, draw: torch.Gener
 
 
 def _at(signal: TeacherSignal, index_M: Tensor, ids_MK: Tensor) -> dict[str, Tensor]:
-    """Entropies at some steps [M], and the log-probs [M, K] of given ids."""
+    """Entropies at some steps [M], log-probs [M] of what was written there, and those [M, K] of given ids."""
     entropies: list[Tensor] = []
+    written: list[Tensor] = []
     logps: list[Tensor] = []
     for part, ids in zip(index_M.split(64), ids_MK.split(64), strict=True):
         rows = signal.rows(part)
         entropies.append(rows.entropy_N.cpu())
+        written.append(rows.sampled_logp_N.cpu())
         logps.append(rows.logp_at(ids.to(rows.entropy_N.device)).cpu())
-    return {"logp": torch.cat(logps), "entropy": torch.cat(entropies)}
+    return {"logp": torch.cat(logps), "entropy": torch.cat(entropies), "written": torch.cat(written)}
 
 
 def _graded(
@@ -233,18 +239,37 @@ def _graded(
     texts: dict[int, str] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
     rooms = [protocol.max_new_tokens - len(end) if not end or end[-1] not in stops else 0 for end in ends]
-    for room in sorted(set(rooms)):
-        numbers = [number for number, own in enumerate(rooms) if own == room]
-        more: list[list[int]] = [[] for _ in numbers]
+    for numbers in _blocks(rooms, [len(task.prompt_ids) for task in tasks], engine.max_parallel, engine.lm.context):
+        # With chance of its own for every token, what is written with more room begins as with just that.
+        room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)
         if room > 0:
             chosen, temperature = [tasks[number] for number in numbers], protocol.temperature
             written = write(engine, chosen, max_new_tokens=room, temperature=temperature, top_p=1.0)
             more = [rollout.action_ids for rollout in written]
         for number, ids in zip(numbers, more, strict=True):
-            texts[number] = str(decode([*ends[number], *ids], skip_special_tokens=True))
+            texts[number] = str(decode([*ends[number], *ids[: rooms[number]]], skip_special_tokens=True))
         if progress is not None:
             progress(len(texts), len(tasks))
     return [verifier(task.prompt, texts[number]) > 0.5 for number, task in enumerate(tasks)]
+
+
+def _blocks(rooms: Sequence[int], prompts: Sequence[int], most: int, context: int) -> list[list[int]]:
+    """Numbers of the answers to be written at once: most room first, and all fit with the room of the first.
+
+    Args:
+        rooms: Of each answer, tokens; those without room come last, by themselves.
+        prompts: Tokens before each.
+        most: Answers in a block.
+        context: The longest sequence, tokens.
+    """
+    blocks: list[list[int]] = []
+    for number in sorted(range(len(rooms)), key=lambda number: (-rooms[number], number)):
+        first = rooms[blocks[-1][0]] if blocks else 0
+        full = not blocks or len(blocks[-1]) == most or prompts[number] + first > context
+        if full or (first > 0) != (rooms[number] > 0):
+            blocks.append([])
+        blocks[-1].append(number)
+    return blocks
 
 
 def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
@@ -253,6 +278,9 @@ def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[
     Two questions are asked. `viable` is PW-OPSD's: is the answer right that goes on from the teacher's token? That is
     easy late in a right answer, whoever wrote the token. `helps` is ours: where the student with the teacher's token
     and the student alone end differently, was it the one with the token that was right?
+
+    `shift_against_entropy` is Spearman's correlation, over the places, of what the teacher would change about the
+    student's own token with the student's entropy; DASD reports +.52.
 
     Args:
         found: Branches.
@@ -276,6 +304,9 @@ def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[
         "differing": len(differing),
         "viable": _share([branch.viable for branch in found]),
         "alone": _share([branch.alone for branch in found]),
+        "shift_against_entropy": spearman(
+            torch.tensor([branch.shift for branch in found]), torch.tensor([branch.student_entropy for branch in found])
+        ),
         "predictors": rows,
         "bins": {
             "position": _bins(found, [branch.position for branch in found]),

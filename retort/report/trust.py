@@ -31,14 +31,13 @@ def trust_section(groups: Sequence[Group]) -> str:
 def _one(name: str, found: Mapping[str, Any]) -> str:
     rows = [as_object(row) for row in found.get("predictors", []) if as_object(row)]
     body = "".join(
-        f'<tr><th scope="row">{escape(str(row.get("predictor", "")))}</th>'
-        f"<td>{escape(str(row.get('claimed_by', '')))}</td>"
+        f'<tr><th scope="row">{_name(row)}</th>'
         f"<td>{_cell(row.get('viable'))}</td><td>{_cell(row.get('helps'))}</td></tr>"
         for row in rows
     )
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="Predictors of trust"><table><thead><tr>'
-        '<th scope="col">What tells</th><th scope="col">who says so</th><th scope="col">right in the end</th>'
+        '<th scope="col">What tells, and who says so</th><th scope="col">right in the end</th>'
         '<th scope="col">makes the difference</th>'
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
@@ -46,13 +45,28 @@ def _one(name: str, found: Mapping[str, Any]) -> str:
     return f'{head}<p class="muted">{escape(_about(found))}</p>{table}<div class="plots">{_plots(found)}</div>'
 
 
+def _name(row: Mapping[str, Any]) -> str:
+    told, who = (str(row.get(key, "")).replace("'", "’") for key in ("predictor", "claimed_by"))
+    return f"{escape(told)} <span class=muted>{escape(who)}</span>" if who else escape(told)
+
+
 def _about(found: Mapping[str, Any]) -> str:
     counts = [int(number(found.get(key)) or 0) for key in ("branches", "problems", "differing")]
-    viable, alone = (number(found.get(key)) or 0.0 for key in ("viable", "alone"))
+    viable, alone = (f"{(number(found.get(key)) or 0.0) * 100:.1f} %" for key in ("viable", "alone"))
     return (
         f"View “{found.get('view', '?')}” at step {int(number(found.get('step')) or 0)}: {counts[0]:,} forced tokens "
-        f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable:.1%} ended right, {alone:.1%} of "
-        f"those from the same places without a forced token, and {counts[2]:,} pairs differ."
+        f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable} ended right, {alone} of "
+        f"those from the same places without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
+    )
+
+
+def _shift(found: Mapping[str, Any]) -> str:
+    value = number(found.get("shift_against_entropy"))
+    if value is None:
+        return ""
+    return (
+        f" What the teacher would add to the log-prob of the student’s own token goes with the student’s entropy by a "
+        f"rank correlation (Spearman) of {value:+.2f}; DASD reports +0.52."
     )
 
 
@@ -61,14 +75,14 @@ def _cell(value: object) -> str:
     mean, low, high = (number(cell.get(key)) for key in ("value", "low", "high"))
     if mean is None or low is None or high is None:
         return "–"
-    text = f"{mean:.0%} <span class=muted>[{low:.0%}, {high:.0%}]</span>"
+    text = f"{mean * 100:.0f} % <span class=muted>[{low * 100:.0f}, {high * 100:.0f}]</span>"
     return f"<strong>{text}</strong>" if low > 0.5 or high < 0.5 else text
 
 
 def _plots(found: Mapping[str, Any]) -> str:
     figures: list[str] = []
     for key, title, x_label in (
-        ("position", "Right in the end, along the answer", "place in the answer, as a share of its length"),
+        ("position", "Right in the end, along the answer", "place, as a share of the answer"),
         ("teacher_entropy", "Right in the end, by the teacher’s entropy", "teacher’s entropy, nats"),
         ("student_entropy", "Right in the end, by the student’s entropy", "student’s entropy, nats"),
     ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from retort.config import Config
+from retort.config import Config, recipe
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
@@ -32,7 +32,7 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
     """
     if config.teacher is None or asks_teacher(method) is not None:
         return config
-    if config.builtin and config.teacher == f"{config.data}:teacher":
+    if config.builtin and config.teacher == recipe(str(config.data)).get("teacher"):
         return config.model_copy(update={"teacher": None})
     raise UserError(
         f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "

@@ -12,7 +12,7 @@ import torch
 
 from retort.cli import main
 from retort.evaluate.ranks import auroc, clustered_auroc
-from retort.evaluate.trust import PREDICTORS, Branch, Protocol, branches, trust
+from retort.evaluate.trust import PREDICTORS, Branch, Protocol, _blocks, branches, trust
 from retort.models.lm import load_model
 from retort.report.page import build_report
 from retort.rewards.verify import ExactVerifier
@@ -23,7 +23,7 @@ from retort.types import Message, Prompt
 
 
 def branch(problem: int, position: float, viable: bool, alone: bool = False, entropy: float = 1.0) -> Branch:
-    return Branch(problem, position, entropy, 1.0, -1.0, -2.0, viable, alone)
+    return Branch(problem, position, entropy, 1.0 + position, -1.0, -2.0, viable, alone, shift=-position)
 
 
 def test_auroc_by_hand() -> None:
@@ -59,6 +59,7 @@ def test_a_predictor_that_tells_everything_and_one_that_tells_nothing() -> None:
     assert rows["low teacher entropy"]["viable"]["value"] == 0.5
     assert {row["claimed_by"] for row in rows.values()} == {"EGRSD", "DASD", "PW-OPSD", ""}
     assert results["viable"] == 0.5
+    assert results["shift_against_entropy"] == pytest.approx(-1.0)
     assert results["differing"] == sum(one.viable != one.alone for one in found)
     assert sum(row["branches"] for row in results["bins"]["position"]) == 20
 
@@ -99,6 +100,17 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     assert all(one.alone == two.alone for one, two in zip(found[::2], found[1::2], strict=True))
     same = branches(engine, own, own, View(), prompts, Odd(), protocol)
     assert all(one.teacher_logp == pytest.approx(one.student_logp, abs=1e-5) for one in same)
+    assert all(one.shift == pytest.approx(0.0, abs=1e-5) for one in same)
+    assert any(abs(one.shift) > 1e-3 for one in found)
+
+
+def test_answers_of_like_room_are_written_at_once() -> None:
+    rooms, prompts = [3, 0, 9, 8, 9, 0, 1], [7, 12, 1, 2, 1, 11, 9]
+    assert _blocks(rooms, prompts, 10, 10**6) == [[2, 4, 3, 0, 6], [1, 5]]
+    assert _blocks(rooms, prompts, 2, 10**6) == [[2, 4], [3, 0], [6], [1, 5]]
+    # With the room of the first the fourth would not fit into 11 tokens, and with that of the fourth not the fifth.
+    assert _blocks(rooms, prompts, 10, 11) == [[2, 4, 3], [0], [6], [1, 5]]
+    assert _blocks([], [], 10, 10) == []
 
 
 def test_the_command_writes_the_file_and_the_page(
@@ -119,6 +131,7 @@ def test_the_command_writes_the_file_and_the_page(
     page = build_report([out], out / "report.html").read_text()
     assert "Which tokens of the teacher" in page
     section = page[page.index('<h2 id="trust"') : page.index('<h2 id="rollouts"')]
+    assert "(Spearman) of" in section
     assert "nan" not in section.lower()
     assert section.count("<figure") == 3
     assert main(["trust", str(out), "--view", "base"]) == 2
