@@ -21,89 +21,28 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from lab_benches import BENCHES, Bench
 from lab_page import page, plots
 from runs import Job, run_all
 
 from retort import registry
 
-#: What every run is: the built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
-BASE: Mapping[str, Any] = {
-    "student": "countdown:student",
-    "teacher": "countdown:teacher",
-    "data": "countdown",
-    "steps": 40,
-    "precision": "fp32",
-    "threads": 1,
-    "rollout": {"prompts": 64, "max_new_tokens": 14, "max_prompt_tokens": 8, "parallel": 4096},
-    "optimizer": {
-        "learning_rate": 1e-3,
-        "schedule": "cosine",
-        "warmup": 10,
-        "weight_decay": 0.0,
-        "beta2": 0.98,
-        "updates": 1,
-        "batch_tokens": 8192,
-    },
-    "eval": {
-        "problems": 200,
-        "samples": 8,
-        "top_p": 1.0,
-        "temperature": 1.0,
-        "max_new_tokens": 14,
-        "every": 20,
-        "threshold": 0.8,
-    },
-    "checkpoint": {"every": 0},
-    "record": {"rollouts": 1},
-}
-SAMPLES = 4
-#: Methods that take part more than once, or not with their defaults: name in the lab -> method, settings, and why.
-SETTINGS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
-    "eopd": ("eopd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-16 is of 150,000"),
-    "gkd": ("gkd", {}, "half of the prompts with the data's own answer"),
-    "gkd, reverse KL": ("gkd", {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
-    "gkd, forward KL": ("gkd", {"divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
-    "gkd, JSD": ("gkd", {"divergence": "jsd", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
-    "skew_kl": ("skew_kl", {}, "the run ends before the first validation, so all answers are the data's"),
-    "skew_kl, student writes": ("skew_kl", {"on_policy_fraction": 1.0}, ""),
-    "decoupled_kl": ("decoupled_kl", {}, ""),
-    "decoupled_kl, teacher writes": ("decoupled_kl", {"prefix": "teacher"}, ""),
-    "temperature": ("temperature", {}, "forward KL at a loss temperature of 2"),
-    "temperature, reverse KL": ("temperature", {"divergence": "reverse_kl"}, "also at 2"),
-    "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
-    "local_teachability": (
-        "local_teachability",
-        {"of": "opd", "settings": {"samples": 4}, "max_segment": 2},
-        "around opd; segments of 2 tokens, because an answer has 12",
-    ),
-    "sead": ("sead", {"curriculum": None}, "without its curriculum"),
-    "sead, easy to hard": ("sead", {}, "the easiest of the prompts, in the order of their difficulty"),
-}
 
-
-def entries() -> dict[str, tuple[str, Mapping[str, Any], str]]:
-    """Who takes part: every method that is registered, and the variants above."""
-    found: dict[str, tuple[str, Mapping[str, Any], str]] = {}
-    for method in registry.names():
-        own = {name: entry for name, entry in SETTINGS.items() if entry[0] == method}
-        found.update(own or {method: (method, {}, "")})
-    return found
-
-
-def jobs(out: Path, only: Sequence[str], seeds: int) -> Iterator[Job]:
+def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int) -> Iterator[Job]:
     """All runs, seed by seed, so that an early end leaves whole comparisons."""
     for seed in range(seeds):
-        for name, (method, settings, _) in entries().items():
-            if only and name not in only and method not in only:
+        for name, entry in bench.entries().items():
+            if only and name not in only and entry.method not in only:
                 continue
             folder = out / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
-            given = {"name": method, **_samples(method), **settings}
-            judged = {**BASE["eval"], "teacher": seed == 0 and name == "opd"}
-            yield Job("lab", name, seed, folder, {**BASE, "eval": judged, "method": given, "seed": seed})
+            given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
+            judged = {**bench.base["eval"], "teacher": seed == 0 and entry.method == "opd"}
+            settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
+            yield Job(bench.name, name, seed, folder, settings)
 
 
-def _samples(method: str) -> dict[str, int]:
-    return {"samples": SAMPLES} if "samples" in registry.load(method).settings else {}
+def _samples(method: str, samples: int) -> dict[str, int]:
+    return {"samples": samples} if "samples" in registry.load(method).settings else {}
 
 
 def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
@@ -146,15 +85,18 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/lab"), help="folder of the runs")
+    parser.add_argument("--bench", choices=BENCHES, default="outside", help="who teaches")
     parser.add_argument("--only", nargs="*", default=(), metavar="METHOD")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
+    parser.add_argument("--nice", type=int, default=5, help="how far the runs stand back for others")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs", help="where lab.md goes")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    todo = list(jobs(arguments.out, arguments.only, arguments.seeds))
-    failed = [] if arguments.report else run_all(todo, arguments.jobs)
+    bench = BENCHES[arguments.bench]
+    todo = list(jobs(bench, arguments.out, arguments.only, arguments.seeds))
+    failed = [] if arguments.report else run_all(todo, arguments.jobs, arguments.nice)
     rows = read(todo)
     about = {name: {"method": method, "note": note} for name, (method, _, note) in entries().items()}
     path = arguments.docs / "lab.md"
