@@ -1,12 +1,13 @@
-"""The lab: every method on the built-in task, with the same models, prompts, rollouts and settings; nothing is tuned.
+"""The lab: every method on a built-in task, with the same models, prompts, rollouts and settings; nothing is tuned.
 
     python benchmarks/lab.py --out runs/lab              # run what is missing, then write docs/lab.md and its plots
+    python benchmarks/lab.py --bench itself --out runs/lab-itself    # methods without a bigger teacher: lab-itself.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
 A run is one of the command's own (`retort train`) in a folder of its own, so this script may be ended at any time and
 started again. All methods share student, teacher, prompts, the order of the data and the random numbers of a seed; a
-method is given its paper's defaults, but for what is in `SETTINGS`. Intervals are 95 %, Student's t over seeds.
+method is given its paper's defaults, but for what `lab_benches` says. Intervals are 95 %, Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from lab_benches import BENCHES, Bench
+import lab_itself_page
+from lab_benches import BENCHES, FASTER, ITSELF, PAIRED, Bench
+from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
 
@@ -34,7 +37,7 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int) -> Iterator[J
         for name, entry in bench.entries().items():
             if only and name not in only and entry.method not in only:
                 continue
-            folder = out / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
+            folder = out / bench.folder / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
             judged = {**bench.base["eval"], "teacher": seed == 0 and entry.method == "opd"}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
@@ -71,10 +74,30 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
                 "pass_at": table["pass_at"],
                 "curve": curve,
                 "tokens": tokens,
+                "views": {"no_context": _mean(lines, "view/teacher/no_context")},
                 "seconds": sum(float(line["time/step"]) for line in lines),
             }
         )
     return rows
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Over the steps that have it."""
+    values = [line[name] for line in lines if name in line]
+    return sum(values) / len(values) if values else None
+
+
+def about(bench: Bench) -> dict[str, dict[str, str]]:
+    """What the pages say about who takes part, in words."""
+    return {
+        name: {
+            "method": entry.method,
+            "note": entry.note,
+            "shown": entry.shown,
+            "rewards": rewards_of(registry.load(entry.method).wants_rewards, entry.rewards),
+        }
+        for name, entry in bench.entries().items()
+    }
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
@@ -97,12 +120,19 @@ def main() -> None:
     bench = BENCHES[arguments.bench]
     todo = list(jobs(bench, arguments.out, arguments.only, arguments.seeds))
     failed = [] if arguments.report else run_all(todo, arguments.jobs, arguments.nice)
-    rows = read(todo)
-    about = {name: {"method": method, "note": note} for name, (method, _, note) in entries().items()}
-    path = arguments.docs / "lab.md"
-    path.write_text(page(rows, about, {job.method for job in todo}), encoding="utf-8")
-    plots(rows, arguments.docs / "images")
-    print(f"{path} and its plots, from {len(rows)} of {len(todo)} runs")
+    # Two benches share a page, so what the other one has finished is shown as well.
+    shown = ITSELF if bench is FASTER else bench
+    own = list(jobs(shown, arguments.out, arguments.only, arguments.seeds))
+    rows, wanted = read(own), {job.method for job in own}
+    path = arguments.docs / f"{shown.name}.md"
+    if shown is ITSELF:
+        faster = read(list(jobs(FASTER, arguments.out, arguments.only, arguments.seeds)))
+        text = lab_itself_page.page(rows, faster, about(shown), wanted, PAIRED)
+    else:
+        text = page(rows, about(shown), wanted)
+    path.write_text(text, encoding="utf-8")
+    plots(rows, arguments.docs / "images", shown.name)
+    print(f"{path} and its plots, from {len(rows)} of {len(own)} runs")
     if failed:
         raise SystemExit(1)
 
