@@ -36,13 +36,13 @@ INTRO = """# The lab of self-taught students
 <!-- Written by benchmarks/lab.py --bench itself; edit that. What is said about the papers is in docs/lab-notes.md. -->
 
 The methods that need rewards, or a teacher that is shown more than the student, on the built-in task `coached`;
-controls stand among them. The same student (0.8M parameters), prompts, order and random numbers of a seed, 30 batches of
-16 prompts x 8 rollouts, one learning rate. **Nothing is tuned for any method**, and a paper's defaults are for models a
-thousand times larger: the table compares objectives at one setting, and does not rank papers.
+controls stand among them. The same student (0.8M parameters), prompts, order and random numbers of a seed, 30 batches
+of 16 prompts x 8 rollouts, one learning rate. **Nothing is tuned for any method**, and a paper's defaults are for
+models a thousand times larger: the table compares objectives at one setting, and does not rank papers.
 
 The learning rate is 1e-4. The first one was 5e-4, that of the task's recipe; with seed 0 everybody but `right answers
-alone` then ended below where the student began, and 1e-4 was taken because two controls, `reward alone` and `opd, bigger
-teacher`, rose at it with a seed that is not in the tables. No other was tried, and what 5e-4 gave is below.
+alone` then ended below where the student began, and 1e-4 was taken because two controls, `reward alone` and
+`opd, bigger teacher`, rose at it with a seed that is not in the tables. No other was tried; what 5e-4 gave is below.
 
 ```sh
 python benchmarks/lab.py --bench itself --out runs/lab-itself    # runs what is missing; --report only writes this page
@@ -52,11 +52,11 @@ python benchmarks/lab.py --bench itself --out runs/lab-itself    # runs what is 
 LEGEND = """
 ± is half of a 95 % interval over seeds (Student's t){weak}. *Shown* is what the method's teacher sees besides the
 student's prompt; *rewards*, what the verifier's verdicts are used for; *gain*, avg@8 after less before, in points;
-*entropy kept*, the student's own entropy on its own answers, after against before, at temperature 1, also where the loss
-has another; *without context*, the share of rollouts that were left out because there was nothing to show. *Tokens* are
-those learnt from, *seconds* those of the steps alone in the fastest run, on one thread, beside other work. Held-out: 128
-prompts x 8 answers at temperature 1, which seeds differ in and methods do not. There is no KL to a teacher: most have
-none but themselves, shown more.
+*entropy kept*, the student's own entropy on its own answers, after against before, at temperature 1, also where the
+loss has another; *without context*, the share of rollouts that were left out because there was nothing to show.
+*Tokens* are those learnt from, *seconds* those of the steps alone in the fastest run, on one thread, beside other work.
+Held-out: 128 prompts x 8 answers at temperature 1; seeds differ in them, methods do not. There is no KL to a teacher:
+most have none but themselves, shown more.
 """
 
 
@@ -105,6 +105,7 @@ def page(
     misled = {name: own for name, own in done.items() if name in set(paired)}
     fewest = min((len(own) for own in done.values()), default=0)
     weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
+    weak += ", and of two seeds it says nothing" if fewest < WEAK else ""
     notes = [f"`{name}`: {about[name]['note']}." for name in done if about[name]["note"]]
     missing = sorted(set(wanted) - set(done))
     first = [row for row in rows if row["method"] in plain]
@@ -120,8 +121,8 @@ def page(
         "that are the suggestion, token for token.",
         table(misled, about, (*COLUMNS[:4], *FOLLOWED), "shown", "rewards"),
         "## One against another",
-        "Within a seed, in points, with 95 % intervals over seeds; none where there is one seed. So many questions, and "
-        "two measures of each, that one or two intervals would exclude 0 by luck.",
+        "Within a seed, in points, with 95 % intervals over seeds; none below three seeds. So many questions, with two "
+        "measures each, that one or two intervals would exclude 0 by luck.",
         differences(done),
         f"And everybody against `{CONTROL}`:",
         _against_control(plain),
@@ -141,7 +142,7 @@ def _faster(done: Mapping[str, Rows], about: Mapping[str, Mapping[str, str]]) ->
         return []
     return [
         "## At a learning rate of 5e-4",
-        "Tried first, and left when it was seen that two controls fell with seed 0; the seeds are as many as had been run "
+        "Tried first, and left when two controls were seen to fall with seed 0; the seeds are as many as had been run "
         "by then. `--bench itself-5e-4` runs the others.",
         table(done, about, COLUMNS[:5]),
         f"Against `{CONTROL}`, within a seed:",
@@ -176,7 +177,7 @@ def between(values: Sequence[float]) -> str:
     """A mean with its interval, in words."""
     if not values:
         return "–"
-    interval = Estimate.of_runs(values)
+    interval = Estimate.of_runs(values) if len(values) >= WEAK else None
     shown = f" [{interval.low:+.1f}, {interval.high:+.1f}]" if interval else ""
     return f"{statistics.mean(values):+.1f}{shown}".replace("-", "−")
 

@@ -70,8 +70,8 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         "![pass@k after training, one panel per method](images/lab-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-entropy.svg)",
         "What the table says about the papers, and where it contradicts them: [lab-notes.md](lab-notes.md). Where "
-        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md). Methods that need rewards, or a teacher "
-        "that is shown more than the student: [lab-itself.md](lab-itself.md).",
+        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md). Methods that need rewards, or a "
+        "teacher that is shown more than the student: [lab-itself.md](lab-itself.md).",
     ]
     return "\n\n".join(parts) + "\n"
 
