@@ -74,7 +74,7 @@ def itself() -> dict[str, Entry]:
         if needs_more(method):
             own = {name: entry for name, entry in _ITSELF.items() if entry.method == method}
             found.update(own or {method: Entry(method)})
-    return found | _PAIRED
+    return {**found, **_PAIRED}
 
 
 #: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.

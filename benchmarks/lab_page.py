@@ -116,7 +116,7 @@ def _name(name: str, about: Mapping[str, Mapping[str, str]]) -> str:
 def _cells(found: Rows, columns: Columns) -> list[str]:
     cells = []
     for _, value, digits in columns:
-        values = [value(row) for row in found if _known(value, row)]
+        values = [number for row in found if (number := _known(value, row)) is not None]
         interval = Estimate.of_runs(values)
         half = f" ± {interval.high - interval.value:.{digits}f}" if interval else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
@@ -124,11 +124,12 @@ def _cells(found: Rows, columns: Columns) -> list[str]:
     return [*cells, f"{min(row['seconds'] for row in found):.0f}"]
 
 
-def _known(value: Any, row: Mapping[str, Any]) -> bool:
+def _known(value: Callable[[Mapping[str, Any]], float | None], row: Mapping[str, Any]) -> float | None:
+    """None for what was not measured."""
     try:
-        return value(row) is not None
+        return value(row)
     except KeyError:
-        return False
+        return None
 
 
 def plots(rows: Rows, folder: Path, stem: str = "lab") -> None:
