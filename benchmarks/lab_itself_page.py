@@ -41,7 +41,7 @@ of 16 prompts x 8 rollouts, one learning rate. **Nothing is tuned for any method
 models a thousand times larger: the table compares objectives at one setting, and does not rank papers.
 
 The learning rate is 1e-4. The first one was 5e-4, that of the task's recipe; with seed 0 everybody but `right answers
-alone` then ended below where the student began, and 1e-4 was taken because two controls, `reward alone` and
+alone` then ended below where the student began (not so with misled prompts), and 1e-4 was taken because two controls, `reward alone` and
 `opd, bigger teacher`, rose at it with a seed that is not in the tables. No other was tried; what 5e-4 gave is below.
 
 ```sh
@@ -105,7 +105,7 @@ def page(
     misled = {name: own for name, own in done.items() if name in set(paired)}
     fewest = min((len(own) for own in done.values()), default=0)
     weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
-    weak += ", and of two seeds it says nothing" if fewest < WEAK else ""
+    weak += ", and below three seeds there is none" if fewest < WEAK else ""
     notes = [f"`{name}`: {about[name]['note']}." for name in done if about[name]["note"]]
     missing = sorted(set(wanted) - set(done))
     first = [row for row in rows if row["method"] in plain]

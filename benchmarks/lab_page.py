@@ -16,7 +16,7 @@ from retort.evaluate import Estimate
 Rows = Sequence[Mapping[str, Any]]
 Columns = Sequence[tuple[str, Callable[[Mapping[str, Any]], float | None], int]]
 
-#: Up to this many seeds an interval is called weak.
+#: Up to this many seeds an interval is called weak; of fewer there is none.
 WEAK = 3
 #: Title, value and digits.
 COLUMNS: Columns = (
@@ -117,7 +117,7 @@ def _cells(found: Rows, columns: Columns) -> list[str]:
     cells = []
     for _, value, digits in columns:
         values = [number for row in found if (number := _known(value, row)) is not None]
-        interval = Estimate.of_runs(values)
+        interval = Estimate.of_runs(values) if len(values) >= WEAK else None  # of two it would be noise
         half = f" ± {interval.high - interval.value:.{digits}f}" if interval else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
     # Of the same work, the fastest run was disturbed least.

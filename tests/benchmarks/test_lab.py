@@ -109,7 +109,7 @@ def test_the_page_of_self_taught_methods_compares_within_seeds(lab: ModuleType) 
     assert "| `opct` |" not in first and "| 12.5 | 12.5 |" in misled
     assert "| rlsd − reward alone | 3 | +5.0 [+5.0, +5.0] | +0.0 [+0.0, +0.0] |" in text
     assert "| sdpo | 1 | +20.0 | +0.0 |" in text, "one seed has no interval"
-    assert "n = 1 is weak, and of two seeds it says nothing" in text
+    assert "n = 1 is weak, and below three seeds there is none" in text
     assert "At a learning rate of 5e-4" not in text
     faster = [_taught("reward alone", 0, 0.1), _taught("opct", 0, 0.6)]
     section = page.page(rows, faster, about, about, ["opct"]).split("## At a learning rate of 5e-4")[1]
