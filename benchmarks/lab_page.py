@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from retort import registry
 from retort.evaluate import Estimate
 
 Rows = Sequence[Mapping[str, Any]]
+Columns = Sequence[tuple[str, Callable[[Mapping[str, Any]], float | None], int]]
 
-#: Up to this many seeds an interval is called weak.
+#: Up to this many seeds an interval is called weak; of fewer there is none.
 WEAK = 3
 #: Title, value and digits.
-COLUMNS = (
+COLUMNS: Columns = (
     ("avg@8, %", lambda row: 100 * row["after"]["avg@8"], 1),
     ("pass@8, %", lambda row: 100 * row["after"]["pass@8"], 1),
     ("entropy kept, %", lambda row: 100 * row["after"]["student_entropy"] / row["before"]["student_entropy"], 0),
@@ -53,18 +54,15 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
     by_method = {name: [row for row in rows if row["method"] == name] for name in about}
     done = {name: found for name, found in by_method.items() if found}
     order = sorted(done, key=lambda name: -statistics.mean(row["after"]["avg@8"] for row in done[name]))
-    table = [
-        [_name(name, about), _status(about[name]["method"]), len(done[name]), *_cells(done[name])] for name in order
-    ]
-    header = ["method", "status", "seeds", *(title for title, _, _ in COLUMNS), "seconds"]
+    shown = table({name: done[name] for name in order}, about, COLUMNS)
     fewest = min((len(found) for found in done.values()), default=0)
     weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
     missing = sorted(set(wanted) - set(done))
     notes = [f"`{name}`: {about[name]['note']}." for name in order if about[name]["note"]]
     parts = [
         INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
-        _anchors(rows),
-        measure.markdown(header, table),
+        anchors(rows),
+        shown,
         LEGEND.format(weak=weak),
         *(["Settings other than a paper's defaults: " + " ".join(notes)] if notes else []),
         *([f"Without a finished run: {', '.join(missing)}."] if missing else []),
@@ -72,12 +70,29 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         "![pass@k after training, one panel per method](images/lab-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-entropy.svg)",
         "What the table says about the papers, and where it contradicts them: [lab-notes.md](lab-notes.md). Where "
-        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md).",
+        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md). Methods that need rewards, or a "
+        "teacher that is shown more than the student: [lab-itself.md](lab-itself.md).",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _anchors(rows: Rows) -> str:
+def table(done: Mapping[str, Rows], about: Mapping[str, Mapping[str, str]], columns: Columns, *told: str) -> str:
+    """A row per method: what it is, what is told about it in words, and what was measured."""
+    header = ["method", "status", *told, "seeds", *(title for title, _, _ in columns), "seconds"]
+    cells = [
+        [
+            _name(name, about),
+            registry.load(about[name]["method"]).status,
+            *(about[name][what] for what in told),
+            len(rows),
+            *_cells(rows, columns),
+        ]
+        for name, rows in done.items()
+    ]
+    return measure.markdown(header, cells)
+
+
+def anchors(rows: Rows) -> str:
     """Where everybody starts, and where the teacher is."""
     told = []
     before = [row["before"] for row in rows]
@@ -98,29 +113,26 @@ def _name(name: str, about: Mapping[str, Mapping[str, str]]) -> str:
     return f"`{name}`" if name == about[name]["method"] else name
 
 
-def _status(method: str) -> str:
-    return registry.load(method).status
-
-
-def _cells(found: Rows) -> list[str]:
+def _cells(found: Rows, columns: Columns) -> list[str]:
     cells = []
-    for _, value, digits in COLUMNS:
-        values = [value(row) for row in found if _known(value, row)]
-        interval = Estimate.of_runs(values)
+    for _, value, digits in columns:
+        values = [number for row in found if (number := _known(value, row)) is not None]
+        interval = Estimate.of_runs(values) if len(values) >= WEAK else None  # of two it would be noise
         half = f" ± {interval.high - interval.value:.{digits}f}" if interval else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
     # Of the same work, the fastest run was disturbed least.
     return [*cells, f"{min(row['seconds'] for row in found):.0f}"]
 
 
-def _known(value: Any, row: Mapping[str, Any]) -> bool:
+def _known(value: Callable[[Mapping[str, Any]], float | None], row: Mapping[str, Any]) -> float | None:
+    """None for what was not measured."""
     try:
-        return value(row) is not None
+        return value(row)
     except KeyError:
-        return False
+        return None
 
 
-def plots(rows: Rows, folder: Path) -> None:
+def plots(rows: Rows, folder: Path, stem: str = "lab") -> None:
     """Three figures: a panel per method, with all the others in grey behind it."""
     accuracy = {
         name: [[(p["tokens"] / 1000, 100 * p["avg@8"]) for p in row["curve"]] for row in found]
@@ -134,9 +146,9 @@ def plots(rows: Rows, folder: Path) -> None:
         name: [sorted((int(k), 100 * share) for k, share in row["pass_at"]["student after"].items()) for row in found]
         for name, found in _by(rows)
     }
-    panels(accuracy, folder / "lab-accuracy.svg", "tokens learnt from, thousands", "avg@8, %")
-    panels(passes, folder / "lab-pass-at-k.svg", "k", "pass@k, %")
-    panels(entropy, folder / "lab-entropy.svg", "step", "own entropy, nats")
+    panels(accuracy, folder / f"{stem}-accuracy.svg", "tokens learnt from, thousands", "avg@8, %")
+    panels(passes, folder / f"{stem}-pass-at-k.svg", "k", "pass@k, %")
+    panels(entropy, folder / f"{stem}-entropy.svg", "step", "own entropy, nats")
 
 
 def _by(rows: Rows) -> list[tuple[str, Rows]]:

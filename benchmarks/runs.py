@@ -60,7 +60,7 @@ def run(job: Job) -> None:
         runner.start(api.assemble(job.settings, own=own), job.folder, method=own).go()
 
 
-def run_all(todo: Sequence[Job], workers: int) -> list[str]:
+def run_all(todo: Sequence[Job], workers: int, nice: int = 5) -> list[str]:
     """Runs what is not finished, with a bar of steps over all of them; returns what went wrong."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -69,7 +69,7 @@ def run_all(todo: Sequence[Job], workers: int) -> list[str]:
     failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Niceness adds up, so it is set once per process and not once per run.
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=os.nice, initargs=(5,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=os.nice, initargs=(nice,))
     with pool, Progress(*columns) as bar:
         waiting: dict[Future[None], Job] = {pool.submit(run, job): job for job in left}
         task = bar.add_task("steps", total=sum(job.steps for job in todo), start=True)

@@ -35,7 +35,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-notes", "cliff")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-itself", "lab-notes", "cliff")),
 }
 
 

@@ -22,14 +22,37 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("lab")
 
 
-def test_every_method_takes_part_with_the_same_models_and_prompts(lab: ModuleType, tmp_path: Path) -> None:
-    jobs = list(lab.jobs(tmp_path, (), 3))
-    assert {job.settings["method"]["name"] for job in jobs} == set(registry.names())
-    assert len({job.folder for job in jobs}) == len(jobs) == 3 * len(lab.entries())
-    shared = [{k: v for k, v in job.settings.items() if k not in ("method", "seed", "eval")} for job in jobs]
-    assert all(settings == shared[0] for settings in shared)
-    for job in jobs[: len(lab.entries())]:
-        config.resolve(config.recipe("countdown"), job.settings)
+def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(lab: ModuleType, tmp_path: Path) -> None:
+    outside, itself = (lab.BENCHES[name] for name in ("outside", "itself"))
+    taking_part = {bench.name: {e.method for e in bench.entries().values()} for bench in (outside, itself)}
+    assert taking_part["lab"] | taking_part["lab-itself"] == set(registry.names())
+    assert taking_part["lab"].isdisjoint({"opsd", "sdpo", "rlsd", "opct", "uni_opd", "dopd"})
+    assert taking_part["lab"] & taking_part["lab-itself"] == {"opd", "gkd"}  # controls
+    for bench, task in ((outside, "countdown"), (itself, "coached")):
+        jobs = list(lab.jobs(bench, tmp_path, (), 3))
+        assert len({job.folder for job in jobs}) == len(jobs) == 3 * len(bench.entries())
+        own = {"method", "seed", "eval", "teacher", "data", "cold_start"}
+        shared = [{k: v for k, v in job.settings.items() if k not in own} for job in jobs]
+        tokens = [settings["rollout"].pop("prompts") if "cold_start" in job.settings else 0 for job, settings in
+                  zip(jobs, [{**s, "rollout": dict(s["rollout"])} for s in shared], strict=True)]  # fmt: skip
+        assert set(tokens) <= {0, 16 * 8}, "one answer each to as many prompts as the others have rollouts"
+        alike = [s for s, job in zip(shared, jobs, strict=True) if "cold_start" not in job.settings]
+        assert all(settings == alike[0] for settings in alike)
+        for job in jobs[: len(bench.entries())]:
+            config.resolve(config.recipe(task), job.settings)
+
+
+def test_self_taught_methods_get_a_bigger_teacher_only_where_they_ask_for_one(lab: ModuleType, tmp_path: Path) -> None:
+    for job in lab.jobs(lab.BENCHES["itself"], tmp_path, (), 1):
+        settings = {name: value for name, value in job.settings["method"].items() if name != "name"}
+        views = registry.load(job.settings["method"]["name"], **settings).views.values()
+        asked = any(view.model == "teacher" for view in views)
+        assert asked == ("teacher" in job.settings), job.method
+        assert settings["samples"] == 8
+        assert job.settings["templates"]["solution"] == "solution {text} ;", "the words that the models know"
+    names = lab.BENCHES["itself"].entries()
+    page = sys.modules["lab_itself_page"]
+    assert {name for one, other, _ in page.PAIRS for name in (one, other)} <= set(names)
 
 
 def _row(method: str, seed: int, share: float) -> dict[str, Any]:
@@ -60,8 +83,53 @@ def test_the_page_has_the_best_first_with_its_interval_and_names_who_is_missing(
     assert "n = 1 is weak" in text
 
 
+def _taught(method: str, seed: int, share: float, **more: float) -> dict[str, Any]:
+    row = _row(method, seed, share)
+    row["before"], row["after"] = ({**row[when], "length": 12.0, **more} for when in ("before", "after"))
+    return {**row, "views": {"no_context": None if method == "opd, bigger teacher" else 0.25}}
+
+
+def test_the_page_of_self_taught_methods_compares_within_seeds(lab: ModuleType) -> None:
+    page = sys.modules["lab_itself_page"]
+    about = lab.about(lab.BENCHES["itself"])
+    rows = [_taught("reward alone", seed, 0.30 + 0.10 * seed) for seed in range(3)]
+    rows += [_taught("rlsd", seed, 0.35 + 0.10 * seed) for seed in range(3)]
+    rows += [_taught("sdpo", 0, 0.5), _taught("opd, bigger teacher", 0, 0.2)]
+    rows += [_taught("opct", 0, 0.6, **{"reward/followed": 0.125})]
+    text = page.page(rows, [], about, about, ["opct", "reward alone, misled"])
+    first, misled = text.split("## Misled prompts")
+    table = [line for line in first.splitlines() if line.startswith("| ")]
+    assert table[1].startswith(
+        "| `sdpo` | faithful | a right sibling, else feedback | choose what is shown | 1 | 50.0 | 30.0 |"
+    )
+    assert table[2].startswith("| `rlsd` | faithful | solution | learnt from | 3 | 45.0 ± 24.8 |")
+    assert table[4].startswith(
+        "| opd, bigger teacher | faithful | nothing | no | 1 | 20.0 | 0.0 | 70.0 | 25 | 12.0 | – |"
+    )
+    assert "| `opct` |" not in first and "| 12.5 | 12.5 |" in misled
+    assert "| rlsd − reward alone | 3 | +5.0 [+5.0, +5.0] | +0.0 [+0.0, +0.0] |" in text
+    assert "| sdpo | 1 | +20.0 | +0.0 |" in text, "one seed has no interval"
+    assert "n = 1 is weak, and below three seeds there is none" in text
+    assert "At a learning rate of 5e-4" not in text
+    faster = [_taught("reward alone", 0, 0.1), _taught("opct", 0, 0.6)]
+    section = page.page(rows, faster, about, about, ["opct"]).split("## At a learning rate of 5e-4")[1]
+    assert "| reward alone | faithful | 1 | 10.0 | −10.0 |".replace("−", "-") in section and "opct" not in section
+
+
+def test_rewards_in_words(lab: ModuleType) -> None:
+    about = lab.about(lab.BENCHES["itself"])
+    said = {name: about[name]["rewards"] for name in ("opsd", "sdpo", "egrsd", "right answers alone")}
+    assert said == {"opsd": "no", "sdpo": "choose what is shown", "egrsd": "learnt from", "right answers alone": "no"}
+
+
+def test_two_seeds_have_no_interval(lab: ModuleType) -> None:
+    between = sys.modules["lab_itself_page"].between
+    assert [between(values) for values in ([], [-1.0], [1.0, 2.0])] == ["–", "−1.0", "+1.5"]
+    assert between([1.0, 2.0, 3.0]) == "+2.0 [−0.5, +4.5]"
+
+
 def test_a_run_is_read_and_drawn(lab: ModuleType, tmp_path: Path) -> None:
-    job = next(iter(lab.jobs(tmp_path / "runs", ["opd"], 1)))
+    job = next(iter(lab.jobs(lab.BENCHES["outside"], tmp_path / "runs", ["opd"], 1)))
     small = {**job.settings["eval"], "problems": 12, "every": 1}
     job = dataclasses.replace(job, settings={**job.settings, "steps": 2, "eval": small})
     sys.modules["runs"].run(job)

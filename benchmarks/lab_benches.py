@@ -1,0 +1,210 @@
+"""The two benches of the lab: who takes part, on what, and with which settings. Nothing is tuned for any method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from retort import registry
+from retort.tasks.coached import TEMPLATES
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of a table.
+
+    Attributes:
+        method: Its method.
+        settings: Of the method, where they are not its paper's defaults.
+        note: Why they are not.
+        run: Further settings of the run, such as a teacher.
+        shown: What the method's teacher sees besides the student's prompt, in words.
+        rewards: Whether rewards take part, in words; empty: as the method says.
+    """
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    shown: str = ""
+    rewards: str = ""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A task, its models, and who takes part.
+
+    Attributes:
+        name: Of its page and of its plots.
+        folder: Where in the folder of the runs its own are; empty for that folder itself.
+        base: Settings that all its runs share.
+        samples: Rollouts per prompt, of every method that lets one choose.
+        entries: Who takes part, by name; controls first.
+    """
+
+    name: str
+    base: Mapping[str, Any]
+    samples: int
+    entries: Callable[[], Mapping[str, Entry]]
+    folder: str = ""
+
+
+def needs_more(method: str) -> bool:
+    """Whether a method needs rewards or a teacher that is shown more than the student, so more than bare prompts."""
+    made = registry.load(method)
+    return made.wants_rewards is not None or any(view.render is not None for view in made.views.values())
+
+
+def outside() -> dict[str, Entry]:
+    """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
+    found: dict[str, Entry] = {}
+    for method in registry.names():
+        if needs_more(method):
+            continue
+        own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
+        found.update(own or {method: Entry(method)})
+    return found
+
+
+def itself() -> dict[str, Entry]:
+    """Every method that the other bench leaves out, and its variants; before them the controls."""
+    found = dict(_CONTROLS)
+    for method in registry.names():
+        if needs_more(method):
+            own = {name: entry for name, entry in _ITSELF.items() if entry.method == method}
+            found.update(own or {method: Entry(method)})
+    return {**found, **_PAIRED}
+
+
+#: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
+_COUNTDOWN: Mapping[str, Any] = {
+    "student": "countdown:student",
+    "teacher": "countdown:teacher",
+    "data": "countdown",
+    "steps": 40,
+    "precision": "fp32",
+    "threads": 1,
+    "rollout": {"prompts": 64, "max_new_tokens": 14, "max_prompt_tokens": 8, "parallel": 4096},
+    "optimizer": {
+        "learning_rate": 1e-3,
+        "schedule": "cosine",
+        "warmup": 10,
+        "weight_decay": 0.0,
+        "beta2": 0.98,
+        "updates": 1,
+        "batch_tokens": 8192,
+    },
+    "eval": {
+        "problems": 200,
+        "samples": 8,
+        "top_p": 1.0,
+        "temperature": 1.0,
+        "max_new_tokens": 14,
+        "every": 20,
+        "threshold": 0.8,
+    },
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+#: The student that reads hints, 30 batches of 16 prompts x 8 rollouts. Why this learning rate: see the page.
+_COACHED: Mapping[str, Any] = {
+    **{name: value for name, value in _COUNTDOWN.items() if name != "teacher"},
+    "student": "coached:student",
+    "data": "coached",
+    "templates": dict(TEMPLATES),
+    "steps": 30,
+    "rollout": {"prompts": 16, "max_new_tokens": 14, "max_prompt_tokens": 24, "parallel": 4096},
+    "optimizer": {**_COUNTDOWN["optimizer"], "learning_rate": 1e-4, "warmup": 5},
+    "eval": {**_COUNTDOWN["eval"], "problems": 128, "every": 15},
+}
+#: Methods that take part more than once, or not with their defaults: name in the lab -> method, settings, and why.
+_OUTSIDE: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "eopd": ("eopd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-16 is of 150,000"),
+    "gkd": ("gkd", {}, "half of the prompts with the data's own answer"),
+    "gkd, reverse KL": ("gkd", {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
+    "gkd, forward KL": ("gkd", {"divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
+    "gkd, JSD": ("gkd", {"divergence": "jsd", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
+    "skew_kl": ("skew_kl", {}, "the run ends before the first validation, so all answers are the data's"),
+    "skew_kl, student writes": ("skew_kl", {"on_policy_fraction": 1.0}, ""),
+    "decoupled_kl": ("decoupled_kl", {}, ""),
+    "decoupled_kl, teacher writes": ("decoupled_kl", {"prefix": "teacher"}, ""),
+    "temperature": ("temperature", {}, "forward KL at a loss temperature of 2"),
+    "temperature, reverse KL": ("temperature", {"divergence": "reverse_kl"}, "also at 2"),
+    "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
+    "local_teachability": (
+        "local_teachability",
+        {"of": "opd", "settings": {"samples": 4}, "max_segment": 2},
+        "around opd; segments of 2 tokens, because an answer has 12",
+    ),
+    "sead": ("sead", {"curriculum": None}, "without its curriculum"),
+    "sead, easy to hard": ("sead", {}, "the easiest of the prompts, in the order of their difficulty"),
+}
+_BIGGER: Mapping[str, Any] = {"teacher": "coached:teacher"}
+_REWARD_ALONE: Mapping[str, Any] = {"share": 0.0}
+#: Who is no method of a self-teacher, and says what one is worth.
+_CONTROLS: Mapping[str, Entry] = {
+    "reward alone": Entry("rlsd", _REWARD_ALONE, "`rlsd` with lambda = 0, which is GRPO", shown="nothing"),
+    "right answers alone": Entry(
+        "rlsd",
+        _REWARD_ALONE,
+        "29 batches of a cold start on the data's responses (likelihood), one answer each to 128 prompts, so that the "
+        "tokens are as many; the last batch is `reward alone`",
+        run={
+            "cold_start": {"steps": 29, "loss": "sft", "answers": "dataset"},
+            "rollout": {**_COACHED["rollout"], "prompts": 128},
+        },
+        shown="the response, which is what is learnt",
+        rewards="no",
+    ),
+    "opd, bigger teacher": Entry("opd", run=_BIGGER, shown="nothing"),
+    "gkd, forward KL, bigger teacher": Entry(
+        "gkd",
+        {"divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
+        "on the student's rollouts alone, at temperature 1",
+        run=_BIGGER,
+        shown="nothing",
+    ),
+}
+_ITSELF: Mapping[str, Entry] = {
+    "opsd": Entry("opsd", shown="solution"),
+    "opsd, no clip": Entry("opsd", {"kl_clip": None}, "the plain forward KL", shown="solution"),
+    "pw_opsd": Entry("pw_opsd", shown="solution"),
+    "sdft": Entry("sdft", {}, "leaves out the first 3 tokens of 12, the paper of hundreds", shown="demonstration"),
+    "sdpo": Entry("sdpo", {}, "its top-100 are more than a third of all ids", shown="a right sibling, else feedback"),
+    "peer_opd": Entry(
+        "peer_opd", {}, "likewise its top-100", shown="two right siblings and a wrong one, else feedback"
+    ),
+    "peer_opd, no failures": Entry(
+        "peer_opd", {"failures": 0}, "likewise its top-100", shown="two right siblings, else feedback"
+    ),
+    "rlsd": Entry("rlsd", shown="solution"),
+    "egrsd": Entry("egrsd", {}, "its bonus for short answers is nearly constant here", shown="solution"),
+    "egrsd, no gate": Entry("egrsd", {"gate": 0.0}, "likewise the bonus; gamma = 0", shown="solution"),
+    "cl_egrsd": Entry("cl_egrsd", {}, "likewise the bonus", shown="solution"),
+    "dasd": Entry("dasd", {"context": "solution"}, "the answer alone is in the prompt", shown="solution"),
+    "unisd": Entry("unisd", {}, "all components (`star`)", shown="a demonstration, a wrong response, other problems"),
+    "unisd, base": Entry("unisd", {"preset": "base"}, "no component", shown="demonstration"),
+    "dopd": Entry("dopd", {}, "its top-128 are nearly half of all ids", run=_BIGGER, shown="hint, to both teachers"),
+    "uni_opd": Entry("uni_opd", {}, "8 rollouts a prompt, not 16", run=_BIGGER, shown="nothing"),
+}
+#: On the prompts with a misleading suggestion.
+_BAIT: Mapping[str, Any] = {"data": "bait"}
+_PAIRED: Mapping[str, Entry] = {
+    "opct": Entry("opct", run=_BAIT, shown="the prompt without its suggestion"),
+    "reward alone, misled": Entry("rlsd", _REWARD_ALONE, "on the prompts of `opct`", run=_BAIT, shown="nothing"),
+}
+#: On prompts that cannot be compared with the others'.
+PAIRED = frozenset(_PAIRED)
+
+OUTSIDE = Bench("lab", _COUNTDOWN, 4, outside)
+ITSELF = Bench("lab-itself", _COACHED, 8, itself)
+#: The same at the learning rate of the task's recipe, for a section of the same page.
+FASTER = Bench(
+    "lab-itself",
+    {**_COACHED, "optimizer": {**_COACHED["optimizer"], "learning_rate": 5e-4}},
+    8,
+    itself,
+    folder="rate-5e-4",
+)
+BENCHES: Mapping[str, Bench] = {"outside": OUTSIDE, "itself": ITSELF, "itself-5e-4": FASTER}
