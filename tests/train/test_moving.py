@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort import api
+from retort import api, registry
 from retort import config as configuration
 from retort.controllers import Controller
 from retort.divergences import forward_kl
@@ -30,7 +30,7 @@ from retort.train import export, runner
 from retort.train.doctor import examine_setup
 from retort.train.memory import forecast
 from retort.train.observe import Silent
-from retort.train.pair import own_weights
+from retort.train.pair import own_weights, without_idle_teacher
 from retort.train.setup import load, prepare
 from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout
@@ -518,6 +518,14 @@ def test_the_built_in_teacher_is_left_out_quietly(tmp_path: Path) -> None:
     run = runner.start(config, tmp_path / "run", Silent(), method=method)
     assert run.setup.teacher_lm is None and run.setup.config.teacher is None
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] is None
+
+
+def test_the_built_in_teacher_is_left_out_also_where_it_is_named_for_another_task() -> None:
+    config = api.assemble({"data": "bait", "method": {"name": "opct"}})
+    assert config.teacher == "coached:teacher"
+    assert without_idle_teacher(config, registry.load("opct")).teacher is None
+    with pytest.raises(UserError, match="teaches itself; leave it out"):
+        without_idle_teacher(config.model_copy(update={"teacher": "countdown:teacher"}), registry.load("opct"))
 
 
 def test_beside_a_teacher(tiny_run: dict[str, Any], tmp_path: Path) -> None:
