@@ -41,8 +41,9 @@ of 16 prompts x 8 rollouts, one learning rate. **Nothing is tuned for any method
 models a thousand times larger: the table compares objectives at one setting, and does not rank papers.
 
 The learning rate is 1e-4. The first one was 5e-4, that of the task's recipe; with seed 0 everybody but `right answers
-alone` then ended below where the student began (not so with misled prompts), and 1e-4 was taken because two controls, `reward alone` and
-`opd, bigger teacher`, rose at it with a seed that is not in the tables. No other was tried; what 5e-4 gave is below.
+alone` then ended below where the student began (misled prompts aside), and 1e-4 was taken because two controls,
+`reward alone` and `opd, bigger teacher`, rose at it with a seed that is not in the tables. No other was tried; what
+5e-4 gave is below.
 
 ```sh
 python benchmarks/lab.py --bench itself --out runs/lab-itself    # runs what is missing; --report only writes this page
