@@ -180,7 +180,7 @@ class Config(_Section):
         description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
         "in the words of its own post-training (arXiv 2604.13016)",
     )
-    task: Literal["countdown", "ranking", "math", "exact"] | None = Field(
+    task: Literal["countdown", "ranking", "coached", "bait", "math", "exact"] | None = Field(
         None, description="how answers are graded; default: math-verify where the data has answers"
     )
     method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
