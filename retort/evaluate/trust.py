@@ -23,7 +23,7 @@ from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
-from retort.rewards.verify import Verifier
+from retort.rewards.verify import GivesFeedback, Verifier
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
 from retort.signals import TeacherSignal
@@ -183,7 +183,15 @@ def _spine(
             chance = uniforms(protocol.seed, "evaluation", "spine", prompt.id, member, count=longest)
             tasks.append(Task(prompt, render(prompt), member, chance))
     written = write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
-    return [replace(rollout, reward=verifier(rollout.prompt, rollout.text)) for rollout in written]
+    explain = verifier.feedback if isinstance(verifier, GivesFeedback) else None
+    return [
+        replace(
+            rollout,
+            reward=verifier(rollout.prompt, rollout.text),
+            feedback="" if explain is None else explain(rollout.prompt, rollout.text),
+        )
+        for rollout in written
+    ]
 
 
 def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
