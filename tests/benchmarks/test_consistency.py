@@ -80,6 +80,7 @@ def test_the_page_compares_within_a_seed_and_keeps_shares_above_nothing() -> Non
 
 
 def test_the_plot_is_of_runs_with_a_curve(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots of the benchmarks need matplotlib, which Retort does not")
     importlib.import_module("consistency")
     pages = sys.modules["consistency_page"]
     rows = [_row(name, seed, 0.1, 0.4, 0.5) for name in ("opct", "sft") for seed in range(2)]
