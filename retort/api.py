@@ -139,8 +139,14 @@ def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configura
     named = {key for layer in layers for key in layer}
     below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
     data = next((layer["data"] for layer in reversed(layers) if "data" in layer), None)
-    if data in configuration.BUILTIN and not named & {"student", "teacher"}:
-        below = [configuration.recipe(str(data))]
+    if data in configuration.BUILTIN:
+        recipe = configuration.recipe(str(data))
+        student = str(next((layer["student"] for layer in reversed(layers) if "student" in layer), recipe["student"]))
+        if not named & {"student", "teacher"}:
+            below = [recipe]
+        elif student.partition(":")[0] in configuration.BUILTIN and "templates" in recipe:
+            # Whatever else is chosen, the models that ship with Retort know no other words than these.
+            below = [{"templates": recipe["templates"]}]
     return configuration.resolve(*below, *layers, own=own)
 
 

@@ -77,3 +77,15 @@ def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> No
     assert [prompt.id for prompt in setup.held_out] == [prompt.id for prompt in countdown_prompts("held_out", 12)]
     assert setup.judge_verifier is not None
     assert setup.judge_verifier.name == "countdown"
+
+
+def test_bundled_models_are_shown_words_that_they_know() -> None:
+    from retort.api import assemble
+
+    named = assemble({"student": "coached:student", "data": "coached", "method": {"name": "opsd"}})
+    assert named.templates == assemble({"data": "coached", "method": {"name": "opsd"}}).templates
+    assert named.templates["solution"] == "solution {text} ;"
+    own = assemble({"student": "coached:student", "data": "bait", "templates": {"hint": "{text}"}})
+    assert own.templates["hint"] == "{text}"
+    assert own.templates["frame"] == "{sections} {prompt}"
+    assert assemble({"student": "somebody/else", "data": "coached"}).templates == {}
