@@ -174,12 +174,14 @@ class LocalTeacher:
             longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
             scene = Scene(rollout, group, self.stage, shown=set())
             prompt = view.prompt(scene)
-            if prompt is not None and view.render is not None and len(self.render(prompt)) > longest:
+            ids = None if prompt is None else self.render(prompt)
+            if ids is not None and view.render is not None and len(ids) > longest:
                 prompt = scene.shortened(view.prompt, lambda made, most=longest: len(self.render(made)) <= most)
-                cut += prompt is not None
-            for name in (scene.shown or ()) if prompt is not None else ():
+                ids = None if prompt is None else self.render(prompt)
+                cut += ids is not None
+            for name in (scene.shown or ()) if ids is not None else ():
                 shows[name] = shows.get(name, 0) + 1
-            found.append(None if prompt is None else self.render(prompt))
+            found.append(ids)
         return Prompts(found, cut, shows)
 
     def _hidden(self, pack: Pack, prompts: Prompts) -> Tensor:

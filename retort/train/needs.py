@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.rewards.verify import Verifier
+from retort.rewards.verify import GivesFeedback, Verifier
 from retort.streams import permutation
 from retort.types import Prompt
 
@@ -57,6 +57,18 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
 
 def need_verifier(method: Method, verifier: Verifier | None) -> None:
     """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
+    alone = "student" in method.rollout.sources and method.rollout.samples < 2
+    if method.wants_groups is not None and alone:
+        raise UserError(
+            f"method '{method.name}' compares the answers to one prompt ({method.wants_groups}), and with samples = 1 "
+            "there is nothing to compare; set method.samples to 2 or more"
+        )
+    siblings = next((name for name, view in method.views.items() if view.rewards), None)
+    if siblings is not None and alone and not isinstance(verifier, GivesFeedback):
+        raise UserError(
+            f"method '{method.name}' shows what siblings wrote (view '{siblings}'), of which there are none with "
+            "samples = 1, and this verifier says nothing of what is wrong; set method.samples to 2 or more"
+        )
     wants = method.wants_rewards
     if wants is not None and verifier is None:
         raise UserError(

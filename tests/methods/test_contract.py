@@ -55,7 +55,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("opd", {"correction": "sequence", "samples": 2}),
     ("sdpo", {"distillation_weight": 0.5}),
     ("peer_opd", {"reduction": "rollout_sums"}),
-    ("cl_egrsd", {"baseline": "group", "length_bonus": 0.0, "scale": "smoothed"}),
+    ("cl_egrsd", {"baseline": "group", "length_bonus": 0.0, "scale": "smoothed", "samples": 2}),
     ("local_teachability", {"max_segment": 1, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),

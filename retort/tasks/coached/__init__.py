@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from retort.tasks import bundled
 from retort.tasks.coached.problems import PRIVILEGED, TEMPLATES, bait, bait_rows, check, feedback, followed, rows
 
 MODELS_DIR = Path(__file__).parent / "models"
@@ -26,18 +27,9 @@ __all__ = [
 
 def teacher_path() -> Path:
     """The Hugging Face folder of the bundled teacher: bigger, and it understands hints too."""
-    return _bundled("teacher")
+    return bundled(MODELS_DIR, "teacher", __name__)
 
 
 def student_path() -> Path:
     """The Hugging Face folder of the bundled student: what it is shown it can use, and alone it often fails."""
-    return _bundled("student")
-
-
-def _bundled(name: str) -> Path:
-    path = MODELS_DIR / name
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{path} holds no model; make it with: python -m retort.tasks.coached.build --out {MODELS_DIR}"
-        )
-    return path
+    return bundled(MODELS_DIR, "student", __name__)
