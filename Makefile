@@ -1,5 +1,6 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
+# make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
@@ -9,9 +10,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAGE   = @printf '\n== %s\n'
+# What is checked: files that lie beside these are their owner's.
+CODE    = retort tests benchmarks examples
+# Left out by `make quick`: what trains, opens a browser, runs examples or compares whole pipelines.
+SLOW    = train report benchmarks kernels examples models tasks evaluate rollout methods estimators teachers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types layers tests kernels core dev clean
+.PHONY: help demo test quick lint types layers tests kernels core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -21,11 +26,15 @@ demo: core ## ARGS="--method opd --steps 20" goes to the command
 
 test: lint types layers tests
 
+quick: lint layers
+	$(STAGE) 'pytest, the quick part'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest $(QUICK) $(ARGS)
+
 lint: dev
 	$(STAGE) 'ruff check'
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check $(CODE)
 	$(STAGE) 'ruff format --check'
-	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff format --check $(CODE)
 
 types: dev
 	$(STAGE) 'pyright'
@@ -38,13 +47,13 @@ layers: dev
 # Tiny models run fastest on one thread; two on a busy machine spin.
 tests: dev
 	$(STAGE) 'pytest'
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
 
 # A build of torch for the CPU comes without Triton, one for CUDA with the Triton that it was made for.
 kernels: dev
 	$(STAGE) 'pytest tests/kernels'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels $(ARGS)
 
 core: $(VENV)/.core
 dev: $(VENV)/.dev

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,22 +14,44 @@ from typing import Any, NoReturn
 
 import retort
 from retort.errors import RetortError, UserError, did_you_mean
+from retort.files import reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and goes on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _arguments(words)
-        return int(arguments.run(arguments) or 0)
+        code = int(arguments.run(arguments) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except RetortError as error:
-        print(f"retort: {error}", file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        print("retort: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 1
-    except BrokenPipeError:
+    except OSError as error:  # of the system under us: a closed pipe, a full disk behind standard output
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"{error.filename or 'standard output'}: {reason(error)}")
+        _let_go()
         return 1
+
+
+def _complain(message: str) -> None:
+    """Says what went wrong, to whoever still listens."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"retort: {message}", file=sys.stderr, flush=True)
+
+
+def _let_go() -> None:
+    """Sends what standard output still holds nowhere, or the interpreter would complain of it on its way out."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _arguments(words: list[str]) -> argparse.Namespace:
@@ -133,10 +158,8 @@ _DOCTOR = (
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
-
     from retort import api, config
-    from retort.console import RichObserver, quiet_libraries
+    from retort.console import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
     files = [word for word in arguments.words if word.endswith(".toml")]
@@ -146,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.method is not None:
         flags["method"] = {"name": arguments.method}
     quiet_libraries()
-    observer = RichObserver(Console())
+    observer = RichObserver(lasting_console())
     try:
         if arguments.resume is not None:
             _only_steps(flags, files, pairs)
@@ -159,7 +182,9 @@ def _train(arguments: argparse.Namespace) -> int:
     finally:
         observer.close()
     page = api.write_report(run.folder)
-    print(f"model:  {run.folder / 'model'}\nreport: {page}")
+    observer.console.print(
+        f"model:  {run.folder / 'model'}\nreport: {page}", soft_wrap=True, markup=False, highlight=False
+    )
     return 0
 
 
@@ -229,8 +254,6 @@ def _trust(arguments: argparse.Namespace) -> int:
     from retort.console import RichObserver, quiet_libraries, trust_table
     from retort.train.trust import measure
 
-    if min(arguments.problems, arguments.places, arguments.candidates) < 1:
-        raise UserError("--problems, --places and --candidates must be at least 1")
     quiet_libraries()
     observer = RichObserver(Console())
     try:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -33,6 +34,43 @@ _ROWS = (
 )
 #: Before the name of what a verifier measures besides right and wrong.
 _PART = "reward/"
+
+
+class Lasting:
+    """A text stream that never raises: a run does not end because nobody reads, or because a disk is full.
+
+    What the stream's encoding lacks is written as `?`. After the first failure nothing is written any more.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        """Writes nothing yet; None for a stream that was closed before the program began."""
+        self._stream: Any = stream
+        self._lost = stream is None
+
+    def write(self, text: str) -> int:
+        """Writes a text, if it can be written."""
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        self._try(lambda: self._stream.write(text.encode(encoding, "replace").decode(encoding)))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream, if it can be flushed."""
+        self._try(lambda: self._stream.flush())
+
+    def _try(self, action: Callable[[], object]) -> None:
+        if not self._lost:
+            try:
+                action()
+            except (OSError, ValueError):  # ValueError: the stream was closed
+                self._lost = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def lasting_console(stream: TextIO | None = None) -> Console:
+    """A console on a stream (standard output by default) that cannot end a run."""
+    return Console(file=cast("IO[str]", Lasting(stream or sys.stdout)))
 
 
 class RichObserver:

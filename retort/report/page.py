@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 from retort.errors import RunError, UserError
+from retort.files import reason, write_text
 from retort.report.curves import COLORS, curves_section
 from retort.report.groups import Group, grouped, leaves, method_name
 from retort.report.plots import KEY
@@ -20,6 +21,9 @@ from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
 
+_GENERATOR = '<meta name="generator" content="Retort">'
+#: What tells a page of ours from any other: the first, or (before it was there) the policy under which it runs.
+_MARKS = (_GENERATOR.encode(), b"default-src 'none'; style-src 'sha256-")
 #: Rollouts read, over all runs; the page shows fewer where they are long.
 ROLLOUTS = 240
 
@@ -42,16 +46,30 @@ def build_report(places: Sequence[Path], out: Path) -> Path:
     """
     if not places:
         raise UserError("report: name at least one run's folder")
+    _refuse_foreign(out)
     runs = read_runs(find_runs([Path(place) for place in places]), ROLLOUTS)
+    page = _page(grouped(runs))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.part")
-        # A lone surrogate, which JSON can smuggle in, has no UTF-8.
-        temporary.write_bytes(_page(grouped(runs)).encode("utf-8", "replace"))
-        temporary.replace(out)
     except OSError as error:
-        raise RunError(f"report: cannot write {out}: {error.strerror}") from error
+        raise RunError(f"report: cannot write {out}: {reason(error)}") from None
+    write_text(out, page)
     return out
+
+
+def _refuse_foreign(out: Path) -> None:
+    """Raises `UserError` where the page would replace a file that is none of ours."""
+    try:
+        if out.is_dir():
+            raise UserError(f"report: {out} is a folder; name a file with --out")
+        if not out.exists():
+            return
+        with out.open("rb") as file:
+            begins = file.read(4096)
+    except (OSError, ValueError) as error:
+        raise UserError(f"report: {out}: {reason(error)}; name another file with --out") from None
+    if begins and not any(mark in begins for mark in _MARKS):
+        raise UserError(f"report: {out} exists and is no report of Retort's; name another file with --out")
 
 
 def _asset(name: str) -> str:
@@ -75,6 +93,7 @@ def _page(groups: Sequence[Group]) -> str:
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{_GENERATOR}"
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'

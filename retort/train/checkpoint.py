@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -26,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retort.errors import RunError, UserError
-from retort.files import reason
+from retort.files import new_folder, reason
 
 _NAME = re.compile(r"step-(\d+)$")
 _PARTS = "parts.safetensors"
@@ -57,26 +56,19 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     Raises:
         RunError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
-    target, temporary = folder / f"step-{checkpoint.step}", folder / f".writing-step-{checkpoint.step}"
+    target = folder / f"step-{checkpoint.step}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
-        save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
-        if checkpoint.parts:
-            save_file(_distinct(checkpoint.parts), temporary / _PARTS)
-        state = {"step": checkpoint.step, **checkpoint.state}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-        manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        if target.exists():  # the same step saved again (a resumed run that changed nothing)
-            shutil.rmtree(target)
-        temporary.rename(target)
-        _flush(folder)
+        folder.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone is not made again
+        with new_folder(target) as temporary:
+            save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
+            save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
+            if checkpoint.parts:
+                save_file(_distinct(checkpoint.parts), temporary / _PARTS)
+            state = {"step": checkpoint.step, **checkpoint.state}
+            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         last = newest(folder)
         kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         raise RunError(f"cannot write {target}: {reason(error)}; {kept}") from None
@@ -201,11 +193,3 @@ def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,7 +34,7 @@ def difficulties(
     order, file = setup.method.rollout.order, JsonLines(folder / FILE)
     assert order is not None
     file.cut(0)  # drops a line that was cut in writing
-    found = _read(file.path)
+    found = {row["prompt_id"]: row["pass_rate"] for row in file.rows()}
     blocks = range(0, len(setup.train), _BLOCK)
     # Whole blocks: with other neighbours a batch may round otherwise.
     missing = [start for start in blocks if any(p.id not in found for p in setup.train[start : start + _BLOCK])]
@@ -66,10 +65,3 @@ def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]
         prompt.id: sum(reward > 0.5 for reward in rewards[place * size : (place + 1) * size]) / size
         for place, prompt in enumerate(block)
     }
-
-
-def _read(path: Path) -> dict[str, float]:
-    if not path.exists():
-        return {}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    return {row["prompt_id"]: row["pass_rate"] for row in rows}

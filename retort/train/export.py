@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from retort.errors import RunError
-from retort.files import reason
+from retort.files import new_folder, reason, write_text
 from retort.method import Method
 from retort.models.adapter import described
 from retort.train.setup import Setup
@@ -26,37 +26,23 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
-    student, temporary = setup.student, folder.with_name(".writing-model")
-    shutil.rmtree(temporary, ignore_errors=True)
-    if student.adapter is not None:
-        _write_adapter(setup, folder.with_name(ADAPTER))
+    student = setup.student
     merged = None if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
-        student.model.generation_config = student.written_generation
-        student.model.save_pretrained(temporary, state_dict=merged)
-        student.tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card(setup, results, step), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
+        if student.adapter is not None:
+            with new_folder(folder.with_name(ADAPTER)) as temporary:
+                student.adapter.save(temporary)
+                write_text(temporary / "README.md", _adapter_card(setup))
+        with new_folder(folder) as temporary:
+            student.model.generation_config = student.written_generation
+            student.model.save_pretrained(temporary, state_dict=merged)
+            student.tokenizer.save_pretrained(temporary)
+            write_text(temporary / "README.md", card(setup, results, step))
+    except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
     finally:
         student.model.generation_config = bare
-
-
-def _write_adapter(setup: Setup, folder: Path) -> None:
-    """Writes a student's adapter alone, with its tokenizer and a few words on how to open it."""
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    assert setup.student.adapter is not None
-    try:
-        setup.student.adapter.save(temporary)
-        (temporary / "README.md").write_text(_adapter_card(setup), encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    except OSError as error:
-        raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
 
 
 def _adapter_card(setup: Setup) -> str:

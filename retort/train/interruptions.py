@@ -7,9 +7,12 @@ import threading
 from types import FrameType
 from typing import Any
 
+#: What asks a run to end; Windows knows no hang-up.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
 
 class Interruptions:
-    """SIGINT and SIGTERM end the run after the step at hand, with a checkpoint; a second one ends it at once."""
+    """SIGINT, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint; another ends it at once."""
 
     def __init__(self) -> None:
         self.by: str | None = None
@@ -17,13 +20,15 @@ class Interruptions:
 
     def __enter__(self) -> Interruptions:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._ask)
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup: a hang-up is to be ignored
+                    self._before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before.clear()
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.by is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import time
@@ -10,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from retort.errors import RunError
-from retort.files import reason, write_text
+from retort.errors import RunError, UserError
+from retort.files import reason, write_bytes
 
 
 class Means:
@@ -67,31 +68,72 @@ class JsonLines:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Writes a line.
+        """Writes a line, whole or not at all.
 
         Raises:
             RunError: The disk is full or the file cannot be written.
         """
+        line = (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode("utf-8", "replace")
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_finite(row), ensure_ascii=False) + "\n")
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
+                try:
+                    if file.write(line) != len(line):  # a disk that fills up takes a part, and refuses the next
+                        raise OSError(errno.ENOSPC, "No space left on device")
+                except OSError:
+                    with contextlib.suppress(OSError):
+                        file.truncate(size)
+                    raise
         except OSError as error:
             raise RunError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from None
 
+    def rows(self) -> list[dict[str, Any]]:
+        """What the file holds, without a half-written last line.
+
+        Raises:
+            UserError: The file cannot be read, or a line in the middle of it is damaged.
+        """
+        return [row for _, row in self._lines()]
+
     def cut(self, step: int) -> None:
-        """Drops lines after `step` (a resumed run writes them again) and a half-written last line."""
-        if not self.path.exists():
-            return
-        kept: list[str] = []
-        # Not `splitlines`: it also cuts at separators that JSON text may hold, such as U+2028.
-        for line in self.path.read_text(encoding="utf-8").split("\n"):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] <= step:
-                kept.append(line)
-        write_text(self.path, "".join(line + "\n" for line in kept))
+        """Drops lines after `step` (a resumed run writes them again) and a half-written last line.
+
+        Raises:
+            UserError: As `rows`.
+            RunError: The file cannot be written.
+        """
+        if self.path.exists():
+            write_bytes(self.path, b"".join(line + b"\n" for line, row in self._lines() if row["step"] <= step))
+
+    def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
+        """Lines as bytes, since a line may end in the middle of a character, each with what it says."""
+        try:
+            lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {reason(error)}") from None
+        found: list[tuple[bytes, dict[str, Any]]] = []
+        broken = 0
+        for number, line in enumerate(lines, 1):
+            row = _row(line)
+            if row is None:
+                broken = broken or (number if line.strip() else 0)
+            elif broken:
+                raise UserError(
+                    f"{self.path}: line {broken} is damaged, and whole lines come after it; "
+                    "put the file back as it was, or remove that line"
+                )
+            else:
+                found.append((line, row))
+        return found
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of a run's own, or None."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _finite(thing: Any) -> Any:

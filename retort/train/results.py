@@ -9,7 +9,7 @@ from typing import Any
 
 from retort.config import Config
 from retort.evaluate.judge import Judge
-from retort.files import write_text
+from retort.files import write_bytes, write_text
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
@@ -55,12 +55,12 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
 
 def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -> None:
     """Replaces the answers of one writer."""
-    # Not `splitlines`: it also cuts at separators that JSON text may hold, such as U+2028.
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    # Bytes, and not `splitlines`, which also cuts at separators that JSON text may hold, such as U+2028.
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     kept = [line for line in lines if line and json.loads(line)["who"] != who]
-    added = [json.dumps({"who": who, **answer}, ensure_ascii=False) for answer in answers]
+    added = [json.dumps({"who": who, **answer}, ensure_ascii=False).encode("utf-8", "replace") for answer in answers]
     if kept or added:
-        write_text(path, "".join(line + "\n" for line in [*kept, *added]))
+        write_bytes(path, b"".join(line + b"\n" for line in [*kept, *added]))
 
 
 def _recovered(results: Mapping[str, Any]) -> dict[str, float]:

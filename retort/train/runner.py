@@ -24,12 +24,13 @@ from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
 from retort.train.digests import digests, refuse_other_adapter, refuse_others
+from retort.train.folder import Claim, refuse_files, refuse_held, refuse_taken
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.score import score
-from retort.train.setup import Setup, prepare, run_folder
+from retort.train.setup import Setup, prepare
 from retort.train.summary import summary
 from retort.train.update import learn
 from retort.train.write import write_rollouts
@@ -48,6 +49,9 @@ class Run:
         updates: Optimizer steps done.
         best: Best held-out score so far, and the step that had it.
         begun: Optimizer steps done when the method at hand took over.
+        origin: The checkpoint that it goes on from, if any.
+
+    Nothing is written before `go`.
     """
 
     setup: Setup
@@ -57,6 +61,7 @@ class Run:
     updates: int = 0
     best: tuple[float, int] | None = None
     begun: int = 0
+    origin: Path | None = None
 
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
@@ -76,7 +81,9 @@ class Run:
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
         self._interrupted = Interruptions()
-        self._saved: Path | None = None
+        self._saved: Path | None = self.origin
+        self._new = False
+        self._claim = Claim(self.folder)
 
     def go(self) -> Run:
         """Runs to the end.
@@ -84,37 +91,70 @@ class Run:
         Raises:
             RunError: It had to stop (interrupted, disk full, a teacher gone wrong); a checkpoint says where to go on.
         """
-        setup, config = self.setup, self.setup.config
         for _, phase in self._phases:
             check_needs(phase.method, {view: teacher.capabilities for view, teacher in phase.teachers.items()})
-        self.observer.summary(summary(setup), setup.notes)
-        tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
-        with contextlib.closing(tracker), self._interrupted:
-            judge = self._judge()
-            self.results = results.read(self.folder, judge, config)
-            if judge is not None and not results.has(self.results, results.BEFORE):
-                self._judge_before(judge)
-
-            while self.step < setup.steps and not self._ended():
-                metrics = self._one_step()
-                if judge is not None and config.eval.every and self.step % config.eval.every == 0:
-                    metrics |= self._judge_now(judge)
-                # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
-                self._log(metrics, tracker)
-                self._stop_if_asked()
-                due = config.checkpoint.every and self.step % config.checkpoint.every == 0
-                if due or (self.best is not None and self.best[1] == self.step):
-                    self.save()
-
-            self.save()
-            if judge is not None:
-                row = judge.judge(
-                    setup.student, teacher=self._teacher(), progress=self._progress("judging the student")
-                )
-                self.results = results.add(self.folder, self.results, results.AFTER, row)
-                self.observer.table(self.results)
-            export.write_model(setup, self.folder / "model", self.results, self.step)
+        self._open()
+        try:
+            self.observer.summary(summary(self.setup), self.setup.notes)
+            config = self.setup.config
+            tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
+            with contextlib.closing(tracker), self._interrupted:
+                self._train(tracker)
+        finally:
+            self._claim.release()
         return self
+
+    def _train(self, tracker: Tracker) -> None:
+        setup, config = self.setup, self.setup.config
+        judge = self._judge()
+        self.results = results.read(self.folder, judge, config)
+        if judge is not None and not results.has(self.results, results.BEFORE):
+            self._judge_before(judge)
+
+        while self.step < setup.steps and not self._ended():
+            metrics = self._one_step()
+            if judge is not None and config.eval.every and self.step % config.eval.every == 0:
+                metrics |= self._judge_now(judge)
+            # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
+            self._log(metrics, tracker)
+            self._stop_if_asked()
+            due = config.checkpoint.every and self.step % config.checkpoint.every == 0
+            if due or (self.best is not None and self.best[1] == self.step):
+                self.save()
+
+        self.save()
+        if judge is not None:
+            row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
+            self._claim.check()
+            self.results = results.add(self.folder, self.results, results.AFTER, row)
+        self._claim.check()
+        export.write_model(setup, self.folder / "model", self.results, self.step)
+        if judge is not None:  # last: what cannot be shown is written all the same
+            self.observer.table(self.results)
+
+    def _open(self) -> None:
+        """Claims the folder and brings its files to where the run is: the first moment at which anything is written.
+
+        Raises:
+            UserError: Another process is at work in it, or was since this run was loaded.
+        """
+        self._claim.take(make=self._new)
+        try:
+            if self._new:
+                refuse_files(self.folder, [path.name for path in self.folder.iterdir()])
+            elif self.origin is not None and not self.origin.is_dir():
+                raise UserError(f"{self.origin}: is gone: another process went on with this run; resume it anew")
+            self._claim.sign()
+            configuration.save(self.setup.config, self.folder / "config.json")
+            self.metrics.cut(self.step)
+            self.rollouts.cut(self.step)
+            self.shelf.go_back(self.setup, self.step)
+            if self.origin is not None:
+                checkpoint.supersede(self.origin.parent, self.step)
+        except BaseException:
+            self._claim.release()
+            raise
+        self._new = False
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
@@ -146,6 +186,7 @@ class Run:
         with watch("score"):
             self.control.learn(setup, batch)
         self.step += 1
+        self._claim.check()
         for row in record.rows(setup, batch, values, self.step):
             self.rollouts.append(row)
         dials = {f"control/{name}": value for name, value in batch.moment.readings.items()}
@@ -209,6 +250,7 @@ class Run:
         folder = self.folder / "checkpoints"
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
+        self._claim.check()
         state = {
             "updates": self.updates,
             "begun": self.begun,
@@ -230,7 +272,7 @@ class Run:
         return path
 
     def restore(self, path: Path) -> None:
-        """Puts the run where a checkpoint was taken; lines written after it are dropped, to be written again."""
+        """Puts the run where a checkpoint was taken. Its files stay as they are until `go`."""
         found = checkpoint.load(path)
         if found.state["data"] != fingerprint(self.setup.train):
             raise UserError(
@@ -257,11 +299,7 @@ class Run:
         self._advised = set(found.state["advised"])
         if self.setup.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
-        self.metrics.cut(self.step)
-        self.rollouts.cut(self.step)
-        self.shelf.go_back(self.setup, self.step)
-        checkpoint.supersede(path.parent, self.step)
-        self._saved = path
+        self.origin = self._saved = path
 
     def _judge(self) -> Judge | None:
         config = self.setup.config
@@ -322,7 +360,7 @@ class Run:
 
 
 def start(config: Config, folder: Path, observer: Observer | None = None, *, method: Method | None = None) -> Run:
-    """A new run in a folder of its own.
+    """A new run in a folder of its own, which `Run.go` makes.
 
     Args:
         config: Resolved.
@@ -333,11 +371,7 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
-    files = ("metrics.jsonl", "eval.json", "checkpoints", "model", shelf.FILE, difficulty.FILE)
-    begun = [name for name in files if (folder / name).exists()]
-    if (folder / "config.json").exists() and begun:
-        raise UserError(f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out")
-    run_folder(folder)
+    refuse_taken(folder)
     setup = prepare(config, method)
     config = setup.config  # without a teacher that nothing asks
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
@@ -351,14 +385,17 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "base", "data")}
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     resolved = config.model_copy(update={**chosen, **places, "eval": judged, "out": str(folder)})
-    configuration.save(resolved, folder / "config.json")
-    return Run(replace(setup, config=resolved), folder, observer or Silent())
+    run = Run(replace(setup, config=resolved), folder, observer or Silent())
+    run._new = True
+    return run
 
 
 def resume(
     path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
 ) -> Run:
     """A run continued from its newest checkpoint (from its start, if it has none), or from the one that `path` names.
+
+    Nothing is written before `Run.go`, which drops what was written after that checkpoint.
 
     Args:
         path: Folder of a run, or of one of its checkpoints.
@@ -367,10 +404,29 @@ def resume(
         method: The caller's own method, if the run was started with one.
 
     Raises:
-        UserError: No run there, or a damaged checkpoint.
+        UserError: No run there, another process at work in it, or a damaged checkpoint.
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
+    folder, _ = checkpoint.find(path)
+    refuse_held(folder)
+    return load(path, observer, steps=steps, method=method)
+
+
+def load(
+    path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
+) -> Run:
+    """The run of `resume` for whoever only looks at it; another process may be at work in it.
+
+    Args:
+        path: As in `resume`, as are all arguments.
+        observer: As in `resume`.
+        steps: As in `resume`.
+        method: As in `resume`.
+
+    Raises:
+        UserError: No run there, or a damaged checkpoint.
+    """
     folder, chosen = checkpoint.find(path)
     config = configuration.read_json(folder / "config.json", method)
     if steps is not None:
@@ -380,12 +436,6 @@ def resume(
     run = Run(prepare(config, method), folder, observer or Silent())
     if chosen is not None:
         run.restore(chosen)
-    else:  # stopped before its first checkpoint: the same seed takes the same way again
-        run.metrics.cut(0)
-        run.rollouts.cut(0)
-        run.shelf.go_back(run.setup, 0)
-    if steps is not None:
-        configuration.save(config, folder / "config.json")
     return run
 
 

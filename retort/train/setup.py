@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -194,19 +193,6 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
         )
     return setup
-
-
-def run_folder(path: Path) -> Path:
-    """Makes the folder of a run, or says why it cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        why = "no permission to write there" if isinstance(error, PermissionError) else (error.strerror or str(error))
-        raise UserError(f"out = {path}: {why}; choose another folder with --out") from None
-    return path
 
 
 def load(config: Config, name: str, role: Literal["student", "teacher", "base"]) -> LanguageModel:

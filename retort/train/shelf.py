@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -70,14 +69,8 @@ class Shelf:
         """The teacher's answers as they were after a step."""
         self.file.cut(step)
         self.answers = {}
-        if not self.file.path.exists():
-            return
         prompts = {prompt.id: prompt for prompt in setup.train}
-        # Not `splitlines`: it also cuts at separators that JSON text may hold, such as U+2028.
-        for line in self.file.path.read_text(encoding="utf-8").split("\n"):
-            if not line:
-                continue
-            row = json.loads(line)
+        for row in self.file.rows():
             prompt = prompts[row["prompt_id"]]
             before, ids = setup.render(prompt), row["ids"]
             self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(

@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from retort import config as configuration
+from retort import registry
 from retort.errors import UserError
 from retort.evaluate.trust import Protocol, branches, trust
 from retort.files import write_text
 from retort.method import Method
 from retort.teachers.local import LocalTeacher
+from retort.train import checkpoint
 from retort.train.observe import Observer, Silent
-from retort.train.runner import Run, resume
+from retort.train.runner import Run, load
 from retort.types import Prompt
 
 FILE = "trust.json"
@@ -33,6 +36,8 @@ def measure(
 ) -> dict[str, Any]:
     """Measures a run's student and teacher as they are at its newest checkpoint, and writes `trust.json` beside it.
 
+    The run is only read, and may be at work meanwhile.
+
     The prompts are the held-out ones of which the view can show something, or else training prompts, and the file says
     which.
 
@@ -50,10 +55,15 @@ def measure(
     Raises:
         UserError: No such run or view, no verifier, or nothing to show to the teacher.
     """
-    run = resume(path, observer or Silent(), method=method)
+    if min(problems, places, candidates, draws) < 1:
+        raise UserError("--problems, --places and --candidates must be at least 1")
+    folder, _ = checkpoint.find(path)
+    config = configuration.read_json(folder / "config.json", method)
+    known = method or registry.load(**config.method)
+    if view not in known.views:
+        raise UserError(f"view '{view}' is none of method '{known.name}': {', '.join(known.views)}")
+    run = load(path, observer or Silent(), method=method)
     setup = run.setup
-    if view not in setup.method.views:
-        raise UserError(f"view '{view}' is none of method '{setup.method.name}': {', '.join(setup.method.views)}")
     prompts, source = _prompts(run, view, problems)
     verifier = setup.judge_verifier if source == "held-out prompts" else setup.verifier
     if verifier is None:

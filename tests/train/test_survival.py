@@ -239,10 +239,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_under_the_metrics_is_said(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+    class Filler(Silent):
+        def phase(self, text: str, done: int, total: int) -> None:
+            (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)
+            (tmp_path / "run" / "metrics.jsonl").symlink_to("/dev/full")
+
     with pytest.raises(RunError, match="metrics.jsonl: the disk is full"):
-        go(tiny_run, tmp_path / "run")
+        runner.start(configuration.resolve(tiny_run), tmp_path / "run", Filler()).go()
 
 
 def test_changed_data_is_noticed(tiny_run: dict[str, Any], tmp_path: Path) -> None:
@@ -348,14 +351,14 @@ def test_a_run_is_resumed_from_another_folder(
 def test_a_full_disk_under_the_table_is_said(
     tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Path.write_text
+    real = Path.open
 
-    def full(self: Path, *arguments: Any, **more: Any) -> int:
-        if "eval.json" in self.name:
+    def full(self: Path, *arguments: Any, **more: Any) -> Any:
+        if "eval.json" in self.name and "b" in "".join(arguments):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, *arguments, **more)
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(RunError, match=r"eval.json: the disk is full"):
         go(tiny_run, tmp_path / "run")
 

@@ -1,0 +1,172 @@
+"""The folder of a run: who may write into it.
+
+Everything before `Run.go` only reads. `Run.go` claims the folder, with a lock of the kernel's that ends with the
+process, and nothing is written without that claim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from retort.errors import RunError, UserError
+from retort.files import reason
+
+LOCK = ".lock"
+#: What a run writes, so that a folder with one of these in it is either a run or somebody else's.
+WRITTEN = (
+    "config.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+    "eval.json",
+    "answers.jsonl",
+    "checkpoints",
+    "model",
+    "adapter",
+    "report.html",
+    "trust.json",
+    "teacher_rollouts.jsonl",
+    "difficulty.jsonl",
+    "tensorboard",
+)
+#: Keys that tell the settings of a run from any other `config.json`, such as that of a model.
+_OURS = {"method", "rollout", "optimizer", "checkpoint"}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the settings of a run."""
+    try:
+        settings = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and settings.keys() >= _OURS
+
+
+def refuse_taken(folder: Path) -> None:
+    """Checks, without writing, that a new run may have a folder.
+
+    Raises:
+        UserError: It is no folder, cannot be written, is in use, holds a run, or holds files that a run would replace.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            folder.lstat()  # a name that no file can have is an error here, and only absent to `exists`
+        there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+        if not ancestor.is_dir():
+            raise UserError(f"out = {folder}: {ancestor} is not a folder; choose another folder with --out")
+        if not os.access(ancestor, os.W_OK | os.X_OK):
+            raise UserError(f"out = {folder}: no permission to write in {ancestor}; choose another folder with --out")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"out = {folder}: {reason(error)}; choose another folder with --out") from None
+    refuse_held(folder)
+    refuse_files(folder, there)
+
+
+def refuse_files(folder: Path, there: Collection[str]) -> None:
+    """Checks that no file of a folder is one that a new run would replace.
+
+    Args:
+        folder: Of the run.
+        there: Names of what is in it.
+
+    Raises:
+        UserError: It holds a run, or files of somebody else's.
+    """
+    found = [name for name in WRITTEN if name in there]
+    if is_run(folder):
+        if found != ["config.json"]:
+            raise UserError(
+                f"out = {folder}: holds a run already; go on with --resume {folder}, or choose another --out"
+            )
+    elif found:
+        raise UserError(
+            f"out = {folder}: holds {', '.join(found)}, which no run wrote and a run would replace; "
+            "choose another folder with --out"
+        )
+
+
+def refuse_held(folder: Path) -> None:
+    """Checks, without writing, that no process is at work in a run's folder.
+
+    Raises:
+        UserError: One is; the message names it.
+    """
+    if (folder / LOCK).exists():
+        Claim(folder).take().release()
+
+
+class Claim:
+    """The right to write into the folder of a run: one process at a time has it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes nothing yet."""
+        self.folder = folder
+        self._lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
+        self._place: tuple[int, int] | None = None
+
+    def take(self, *, make: bool = False) -> Claim:
+        """Takes the claim, and makes the folder where asked.
+
+        Raises:
+            UserError: Another process has it, or the folder cannot be written.
+        """
+        try:
+            if make:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            self._place = self._where()
+        except Timeout:
+            who = self._holder()
+            raise UserError(f"{self.folder}: another run is at work there ({who}); wait for its end") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
+        return self
+
+    def sign(self) -> None:
+        """Writes into the lock who holds it, for whoever comes next."""
+        command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        about = {"pid": os.getpid(), "host": platform.node(), "command": command, "since": since}
+        try:
+            (self.folder / LOCK).write_text(json.dumps(about) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.folder / LOCK}: {reason(error)}") from None
+
+    def check(self) -> None:
+        """Looks whether the folder is still the one that was claimed.
+
+        Raises:
+            RunError: It was removed, renamed or replaced: writing on would leave half a run.
+        """
+        if self._where() != self._place:
+            raise RunError(
+                f"{self.folder}: the run's folder was removed or renamed while the run was at work; if it was renamed, "
+                "go on with: retort train --resume NEW_NAME"
+            )
+
+    def release(self) -> None:
+        """Gives the claim back."""
+        self._lock.release()
+
+    def _where(self) -> tuple[int, int] | None:
+        try:
+            found = self.folder.stat()
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def _holder(self) -> str:
+        try:
+            about = json.loads((self.folder / LOCK).read_bytes())
+            return f"process {int(about['pid'])} on {about['host']}, {about['command']!r}, since {about['since']}"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "it did not say who it is"
