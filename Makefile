@@ -12,8 +12,9 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 STAGE   = @printf '\n== %s\n'
 # What is checked: files that lie beside these are their owner's.
 CODE    = retort tests benchmarks examples
-# Left out by `make quick`: what trains, opens a browser, runs examples or compares whole pipelines.
-SLOW    = train report benchmarks kernels examples models tasks evaluate rollout methods estimators teachers
+# What `make quick` runs: no training, no browser, no whole pipelines.
+QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/test_data.py tests/test_outcomes.py \
+          tests/test_template.py tests/test_tracking.py tests/test_types.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick lint types layers tests kernels core dev clean

@@ -131,6 +131,11 @@ class Claim:
             raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
         return self
 
+    @property
+    def held(self) -> bool:
+        """Whether it is taken."""
+        return self._lock.is_locked
+
     def sign(self) -> None:
         """Writes into the lock who holds it, for whoever comes next."""
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])

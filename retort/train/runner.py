@@ -93,7 +93,7 @@ class Run:
         """
         for _, phase in self._phases:
             check_needs(phase.method, {view: teacher.capabilities for view, teacher in phase.teachers.items()})
-        self._open()
+        self.open()
         try:
             self.observer.summary(summary(self.setup), self.setup.notes)
             config = self.setup.config
@@ -132,12 +132,14 @@ class Run:
         if judge is not None:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Claims the folder and brings its files to where the run is: the first moment at which anything is written.
 
         Raises:
             UserError: Another process is at work in it, or was since this run was loaded.
         """
+        if self._claim.held:
+            return
         self._claim.take(make=self._new)
         try:
             if self._new:

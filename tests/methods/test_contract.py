@@ -334,6 +334,7 @@ def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_p
     }
     settings = pipeline.for_method(tiny_run, registry.load(**sections["method"]))
     run = runner.start(configuration.resolve(configuration.merge(settings, sections)), tmp_path)
+    run.open()
     fresh = checkpoint.load(run.save()).parts
     run.go()
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-2").parts

@@ -517,6 +517,7 @@ def test_the_built_in_teacher_is_left_out_quietly(tmp_path: Path) -> None:
     assert config.teacher == "countdown:teacher"
     run = runner.start(config, tmp_path / "run", Silent(), method=method)
     assert run.setup.teacher_lm is None and run.setup.config.teacher is None
+    run.open()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] is None
 
 
