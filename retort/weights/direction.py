@@ -72,6 +72,8 @@ def directed(
 
     .. math:: \omega_t = \tanh\Big(\frac{\tau - H_t}{\hat\sigma_H + \epsilon}\Big)\,\sigma(|\bar\delta_t| - 1)
 
+    A gap that is infinite counts as 100 nats (`Context.gap_N`).
+
     Args:
         outcome: The other part.
         coef: beta.
@@ -91,7 +93,7 @@ def directed(
         raise UserError(f"directed: the limit of a correction must be positive, not {limit}")
 
     def gap(context: Context, view: str) -> Tensor:
-        return context.signal(view).sampled_logp_N - context.old_logp_N
+        return context.gap_N(view)
 
     def scaled_gap(gap_N: Tensor, layout: Layout) -> Tensor:
         return scaled(gap_N.double(), layout.rollouts(), scale)
