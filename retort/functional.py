@@ -54,7 +54,7 @@ def token_losses(
         rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them.
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
-        engine_logp: What the rollout engine reported, nats, [N].
+        engine_logp: What the rollout engine reported, nats, [N]; NaN where it said nothing.
         longest: The longest answer that was allowed, tokens; for methods that pay for short ones. Left out, the longest
             of the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
