@@ -284,8 +284,8 @@ def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> No
     bad = (kept > ROUNDING) | (kept == -torch.inf) | (kept.isnan() if name == "old_logp" else False)
     if bool(bad.any()):
         raise UserError(
-            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written: give finite nats, "
-            "at most 0"
+            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written; give finite "
+            "nats, at most 0"
         )
 
 

@@ -46,7 +46,8 @@ def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergenc
 
     .. math:: \max(0,\ m + |\log p_S - \log p_T| - |\log p_S - \log p_W|)
 
-    on the token written; one that a teacher rules out counts as 100 nats below the student's. UniSD, arXiv 2605.06597. Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
+    on the token written; one that a teacher rules out counts as 100 nats below the student's. UniSD, arXiv 2605.06597.
+    Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
 
     Args:
         margin: m, nats.

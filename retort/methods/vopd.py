@@ -43,8 +43,8 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
     """
     if top_k is not None and top_k < 2:
         raise UserError(
-            f"method.top_k = {top_k}: on fewer than 2 ids the baseline is 0, which is `opd`; set it to 2 or more, or to "
-            "null for the whole vocabulary"
+            f"method.top_k = {top_k}: on fewer than 2 ids the baseline is 0, which is `opd`; set it to 2 or more, or "
+            "to null for the whole vocabulary"
         )
     baseline = reverse_kl_value(top_k)
     score = score_function(log_ratio(), baseline=baseline, baseline_coef=baseline_coef)

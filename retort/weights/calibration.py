@@ -229,7 +229,7 @@ def calibrated_log_ratio(
 
 
 def within_reach(limit: float) -> Weight:
-    """1 where student and teacher differ by less than `limit` nats on the token written, else 0; infinity is no limit."""
+    """1 where student and teacher differ by less than `limit` nats on the token written, else 0; 1 at infinity."""
 
     def value(context: Context, view: str) -> Tensor:
         gap_N = context.student_logp_N.detach() - context.signal(view).sampled_logp_N

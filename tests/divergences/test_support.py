@@ -111,7 +111,7 @@ def test_bad_settings() -> None:
 @pytest.mark.parametrize("kind", ["reverse", "forward", "jsd"])
 @pytest.mark.parametrize("whose", ["student", "union", "intersection"])
 def test_a_small_bucket_in_fp32_is_that_of_float64(kind: str, whose: str, offset: float) -> None:
-    """Both sides sure, with a tail down to 1e-11: against autograd in float64 on the summed tail, value and gradient."""
+    """Both sides sure, with a tail down to 1e-11: value and gradient of autograd in float64 on the summed tail."""
     draw = torch.Generator().manual_seed(7)
     k, vocab = 5, 400
     student = torch.randn(6, vocab, generator=draw, dtype=torch.float64)

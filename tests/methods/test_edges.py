@@ -55,8 +55,18 @@ def test_a_written_token_that_the_teacher_rules_out_is_never_nan(name: str) -> N
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("dasd", {}), ("dasd", {"correction_limit": 1.0}), ("dasd", {"gap_scale": "std"}), ("uni_opd", {}), ("rlsd", {})]
-    + [("egrsd", {}), ("cl_egrsd", {}), ("power_opd", {}), ("uni_opd", {"calibration": "mask"})],
+    [
+        ("dasd", {}),
+        ("dasd", {"correction_limit": 1.0}),
+        ("dasd", {"gap_scale": "std"}),
+        ("dasd", {"correction": "raw"}),
+        ("uni_opd", {}),
+        ("uni_opd", {"calibration": "mask"}),
+        ("rlsd", {}),
+        ("egrsd", {}),
+        ("cl_egrsd", {}),
+        ("power_opd", {}),
+    ],
 )
 def test_methods_that_weigh_a_gap_stay_finite(name: str, settings: dict[str, Any]) -> None:
     toy, method = Toy(), registry.load(name, **settings)
