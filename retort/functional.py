@@ -51,7 +51,8 @@ def token_losses(
         turns: Turn of each step, [N].
         rollouts: Rollout of each step, [N], int64 from 0; one rollout by default.
         groups: Prompt of each rollout, [R], or repeated per step, [N]; for methods that compare siblings.
-        rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them.
+        rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them. Those of a rollout
+            that is masked as a whole enter no mean of its group.
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: What the rollout engine reported, nats, [N]; NaN where it said nothing.

@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from retort.estimators import score_function
-from retort.method import Method, Paper, Term, Watch, method
+from retort.method import Method, Paper, Term, Unbounded, Watch, method
 from retort.outcomes import group_advantage
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import frozen, live
@@ -30,7 +30,7 @@ def dasd(
     gap_scale: Literal["absolute", "std", "none"] = "absolute",
     correction: Literal["normalised", "raw"] = "normalised",
     router: Literal["entropy", "attract", "repel"] = "entropy",
-    correction_limit: float = math.inf,
+    correction_limit: Unbounded = math.inf,
     context: Literal["answer", "solution"] = "answer",
     teacher: Literal["self", "outside"] = "self",
     clip: float | None = 0.2,

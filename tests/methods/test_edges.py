@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -134,3 +134,35 @@ def test_extrapolation_between_two_that_rule_tokens_out(weight: float) -> None:
 def test_vopd_refuses_a_baseline_of_nothing(top_k: int) -> None:
     with pytest.raises(UserError, match=rf"method.top_k = {top_k}: .* null for the whole vocabulary"):
         registry.load("vopd", top_k=top_k)
+
+
+def _numbers(name: str) -> list[str]:
+    hints = get_type_hints(registry.builder(name))
+    return [key for key, hint in hints.items() if hint is float or float in get_args(hint)]
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in NAMES for key in _numbers(name)])
+def test_every_setting_is_a_number(name: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"method.{key} is nan; give a number"):
+        registry.load(name, **{key: math.nan})
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("opd", "coef"), ("opd", "temperature"), ("todi", "sharpness"), ("abkd", "alpha"), ("sdpo", "update_rate")],
+)
+def test_infinity_is_refused_where_it_means_nothing(name: str, key: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"method.{key} = -?inf: it must be finite"):
+        registry.load(name, **{key: value})
+
+
+def test_infinity_where_it_means_something_and_within_a_wrapped_method() -> None:
+    assert registry.load("eopd", entropy_threshold=math.inf).settings["entropy_threshold"] == math.inf
+    wrapped = registry.load("local_teachability", of="eopd", settings={"entropy_threshold": math.inf})
+    assert wrapped.name == "local_teachability"
+    for bad, message in ((math.nan, "is nan"), ([1.0, math.nan], "is nan")):
+        with pytest.raises(UserError, match=message):
+            registry.load("local_teachability", settings={"coef": bad})
+    with pytest.raises(UserError, match=r"method.coef = inf"):
+        registry.load("local_teachability", settings={"coef": math.inf})
