@@ -73,10 +73,9 @@ def uni_opd(
         samples: Rollouts per prompt.
         temperature: Of sampling and of both distributions.
 
-    Departure from the released code: it zeroes what is left out, and divides by the whole batch, which makes the
-    step smaller the more is left out. A token that the teacher rules out counts as 100 nats in g, and gives none
-    itself. Left out: teachers by domain, images. The odds of `difficulty` are reconstructed. Defaults are those of
-    the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
+    Departure from the released code: it zeroes what is left out but divides by the whole batch. A token ruled out
+    is 100 nats in g. Left out: teachers by domain, images. The odds of `difficulty` are reconstructed. Defaults are
+    those of the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
     """
     kept = None if balance is None else parts.balance(balance, scope=balance_scope, threshold=success_threshold)
     order = None if difficulty is None else EasyToHard(difficulty)
