@@ -134,8 +134,12 @@ _OUTSIDE: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
     "local_teachability": (
         "local_teachability",
-        {"of": "opd", "settings": {"samples": 4}, "max_segment": 2},
-        "around opd; segments of 2 tokens, because an answer has 12",
+        {
+            **{"of": "opd", "settings": {"samples": 4}, "max_segment": 2},
+            **{"top_k": 16, "margin": "gap", "divide_by": "kept"},  # as the published runs were made
+        },
+        "around opd; segments of 2 tokens, because an answer has 12; of its first reading (`top_k=16`, `margin=gap`, "
+        "`divide_by=kept`)",
     ),
     "sead": ("sead", {"curriculum": None}, "without its curriculum"),
     "sead, easy to hard": ("sead", {}, "the easiest of the prompts, in the order of their difficulty"),

@@ -19,6 +19,7 @@ def log_ratio() -> Advantage:
     r"""The sampled log-ratio :math:`\log p_T(y_t) - \log p_{old}(y_t)`, nats; its mean is minus the reverse KL.
 
     Taken against the student before the first update on the batch, so it is fixed while a batch is used several times.
+    Minus infinity where the teacher rules the token out: so is the loss then, and a run stops and names the token.
     """
 
     def value(context: Context, view: str) -> Tensor:
@@ -93,7 +94,12 @@ def _extrapolated(context: Context, view: str, base: str, reward_weight: float) 
     plain_N = teacher_logp_N - context.old_logp_N
     if reward_weight == 1.0:  # whatever the base says, also where it rules a token out
         return plain_N
-    return plain_N + (reward_weight - 1.0) * (teacher_logp_N - context.signal(base).sampled_logp_N)
+    base_logp_N = context.signal(base).sampled_logp_N
+    if reward_weight == 0.0:  # whatever the teacher says
+        return base_logp_N - context.old_logp_N
+    # A token that the teacher rules out stays ruled out: infinity less infinity would be no number.
+    preferred_N = torch.where(teacher_logp_N == -math.inf, 0.0, teacher_logp_N - base_logp_N)
+    return plain_N + (reward_weight - 1.0) * preferred_N
 
 
 def held_log_ratio(

@@ -204,12 +204,14 @@ def finish_stats(
             if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
         ]
         here = replace(layout, found=found)
-        if not asked:
-            found[name] = stat.finish(values_N, here).detach()
-            continue
-        index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
-        finished = stat.finish(values_N[index_N], here.select(index_N)).detach() if len(index_N) else values_N[:0]
-        found[name] = finished.new_zeros(len(values_N)).index_copy_(0, index_N, finished)
+        if asked:
+            index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
+            values_N, here = values_N[index_N], here.select(index_N)
+        # A batch without a step has no largest number and no mean; what is stored for it is as empty as it is.
+        finished = stat.finish(values_N, here).detach() if len(values_N) else values_N
+        if asked:
+            finished = finished.new_zeros(len(layout.rollout_N)).index_copy_(0, index_N, finished)
+        found[name] = finished
     return found
 
 

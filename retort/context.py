@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from retort.distribution import WHOLE, Distribution, Shard
@@ -14,6 +16,8 @@ from retort.errors import SignalError
 from retort.signals import SignalRows, as_compute
 
 T = TypeVar("T")
+#: Nats that count for a log-ratio that is infinite, where it must be a number: about what fp32 tells from 0.
+RULED_OUT = 100.0
 
 
 @dataclass(eq=False)
@@ -86,6 +90,20 @@ class Context:
     def student_entropy_N(self) -> Tensor:
         """Live entropy, nats, differentiable."""
         return self.student.entropy()
+
+    def gap_N(self, view: str) -> Tensor:
+        """Log p_T - log p_old of the written token, nats, finite: an infinite one counts as `RULED_OUT` nats.
+
+        For whatever is made of the gaps of a whole rollout or batch, which one token must not make NaN. Where the
+        log-ratio itself is the advantage it stays infinite, and so does the loss: a run stops there, by name.
+        """
+        gap_N = self.signal(view).sampled_logp_N - self.old_logp_N
+        return gap_N.nan_to_num(nan=math.nan, posinf=RULED_OUT, neginf=-RULED_OUT)
+
+    def finite_logp_N(self, view: str) -> Tensor:
+        """Log p_T of the written token, nats; where the teacher rules it out, `RULED_OUT` below the student's."""
+        logp_N = self.signal(view).sampled_logp_N
+        return torch.where(logp_N == -math.inf, self.student_logp_N.detach() - RULED_OUT, logp_N)
 
     @property
     def old_logp_N(self) -> Tensor:

@@ -131,6 +131,29 @@ class Distribution:
 
         return self._live(value_CK, gradient, lambda: (self.p_CV,))
 
+    def logp_outside(self, ids_CK: Tensor, inside_CK: Tensor) -> Tensor:
+        """Log of the probability of all ids but the given ones, [C], nats; minus infinity where nothing is left.
+
+        Summed over those ids: one minus the rest has no digits left in fp32 where it is small, and no gradient.
+
+        Args:
+            ids_CK: Ids.
+            inside_CK: Which of them are meant; the others count as not given.
+        """
+        here_CK, mine_CK = self.shard.local(ids_CK, self._plain_CV.shape[-1])
+        meant_CK = inside_CK if mine_CK is None else inside_CK & mine_CK
+        # An id may stand twice, once meant and once not.
+        given_CV = torch.zeros_like(self._plain_CV).scatter_add_(-1, here_CK, meant_CK.to(self._plain_CV.dtype)) > 0
+        rest_C = self.shard.logsumexp(self._plain_CV.masked_fill(given_CV, -math.inf))
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, logits_CV: Tensor, given_CV: Tensor) -> Tensor:
+            some_C1 = (rest_C > -math.inf)[:, None]
+            among_CV = (logits_CV - rest_C.masked_fill(rest_C == -math.inf, 0.0)[:, None]).exp()
+            among_CV = among_CV.masked_fill_(given_CV, 0.0).sub_(p_CV).mul_(upstream_C[:, None])
+            return among_CV.masked_fill_(~some_C1, 0.0)
+
+        return self._live(rest_C - self.normaliser_C, gradient, lambda: (self.p_CV, self._plain_CV, given_CV))
+
     def entropy(self) -> Tensor:
         """Entropy [C], nats; an impossible id contributes nothing."""
         if self._kernels is not None:

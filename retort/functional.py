@@ -51,10 +51,11 @@ def token_losses(
         turns: Turn of each step, [N].
         rollouts: Rollout of each step, [N], int64 from 0; one rollout by default.
         groups: Prompt of each rollout, [R], or repeated per step, [N]; for methods that compare siblings.
-        rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them.
+        rewards: Of each rollout, [R], or repeated per step, [N]; for methods that learn from them. Those of a rollout
+            that is masked as a whole enter no mean of its group.
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
-        engine_logp: What the rollout engine reported, nats, [N].
+        engine_logp: What the rollout engine reported, nats, [N]; NaN where it said nothing.
         longest: The longest answer that was allowed, tokens; for methods that pay for short ones. Left out, the longest
             of the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.

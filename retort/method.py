@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from retort.types import Need
 
 Status = Literal["faithful", "partial", "reconstructed"]
 P = ParamSpec("P")
+
+#: A setting that may be infinite, such as a limit or a threshold; every other number must be finite.
+Unbounded = Annotated[float, "may be infinite"]
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,38 @@ class Method:
         return {stat.name: (stat, view) for part, view in used for stat in part.stats}
 
 
+def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
+    """Refuses NaN in any setting, and infinity in those that are not `Unbounded`."""
+    try:
+        hints = get_type_hints(build, include_extras=True)
+    except NameError:  # annotations that only its author's module can read
+        hints = {}
+    for name, value in settings.items():
+        for number in _floats(value):
+            if math.isnan(number):
+                raise UserError(f"method.{name} is nan; give a number")
+            if math.isinf(number) and name in hints and not _unbounded(hints[name]):
+                raise UserError(f"method.{name} = {number:g}: it must be finite; give a number")
+
+
+def _floats(value: object) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (number for own in value.values() for number in _floats(own))  # pyright: ignore[reportUnknownVariableType]
+    elif isinstance(value, list | tuple):
+        yield from (number for own in value for number in _floats(own))  # pyright: ignore[reportUnknownVariableType]
+
+
+def _unbounded(hint: Any) -> bool:
+    """Whether an annotation, or a member of its union, is `Unbounded`; what is no number by itself (a table) may be."""
+    if get_origin(hint) is Annotated:
+        return get_args(hint)[1:] == get_args(Unbounded)[1:]
+    if hint is Any or get_origin(hint) in (Mapping, dict):
+        return True
+    return any(_unbounded(own) for own in get_args(hint))
+
+
 def _by_own_weight(term: Term) -> bool:
     return term.denominator.kind in ("weighted", "weighted_rollouts") and term.denominator.by is None
 
@@ -262,6 +298,7 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
         def made(*args: P.args, **settings: P.kwargs) -> Method:
             bound = inspect.signature(build).bind(*args, **settings)
             bound.apply_defaults()
+            _check_numbers(build, bound.arguments)
             bare = build(*args, **settings)
             return replace(
                 bare,

@@ -31,7 +31,7 @@ from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
 from retort.parts import Layout
 from retort.registry import load
-from retort.signals import Dense, TeacherSignal, TopK
+from retort.signals import ROUNDING, Dense, TeacherSignal, TopK
 from retort.streams import generator
 from retort.types import TokenLoss, TokenLosses
 
@@ -75,6 +75,8 @@ class OneBatch:
         for name, values in per_step.items():
             if values is not None and values.shape != tokens.shape:
                 raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
+        for name, values in {"old_logp": old_logp, "engine_logp": engine_logp}.items():
+            _check_own_logp(name, values, mask)
         rollout_N = torch.zeros_like(tokens) if rollouts is None else rollouts
         count = int(rollout_N.max()) + 1 if len(rollout_N) else 0
         for name, values in {"groups": groups, "rewards": rewards}.items():
@@ -272,6 +274,19 @@ class OneBatch:
             return empty_N.index_copy(0, self.kept_N, values)
 
         return TokenLoss(spread(term.value_N), spread(term.weight_N), spread(term.counted_N))
+
+
+def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> None:
+    """Refuses numbers of the student's that are no log-probs, where they count; NaN of the engine is "not known"."""
+    if values is None:
+        return
+    kept = values if mask is None else values[mask.bool()]
+    bad = (kept > ROUNDING) | (kept == -torch.inf) | (kept.isnan() if name == "old_logp" else False)
+    if bool(bad.any()):
+        raise UserError(
+            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written; give finite "
+            "nats, at most 0"
+        )
 
 
 def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:

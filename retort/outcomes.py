@@ -64,7 +64,7 @@ def group_means(values_R: Tensor, group_R: Tensor) -> Tensor:
 
 
 def length_bonus(coef: float) -> Shape:
-    r"""A right answer is worth more if short: :math:`r\,(1 + \beta(1 - |y| / L_{max}))`; a wrong one 0.
+    r"""A right answer is worth more if short: :math:`r\,(1 + \beta(1 - |y| / L_{max}))`; a reward of 0 or less stays.
 
     Args:
         coef: beta. Where no longest answer is known, the longest of the batch is taken.
@@ -74,7 +74,7 @@ def length_bonus(coef: float) -> Shape:
 
     def shaped(reward_R: Tensor, length_R: Tensor, longest: int | None) -> Tensor:
         most = longest if longest is not None else int(length_R.max())
-        return reward_R * (1.0 + coef * (1.0 - length_R.to(reward_R.dtype) / most))
+        return reward_R + reward_R.clamp_min(0.0) * coef * (1.0 - length_R.to(reward_R.dtype) / most)
 
     return shaped
 

@@ -7,6 +7,7 @@ that the signal can answer; asking for more is an error that names what is missi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,9 @@ from torch import Tensor
 from retort.distribution import WHOLE, Distribution, Shard
 from retort.errors import SignalError
 from retort.types import NeedKind, require_finite
+
+#: By how much a log-prob may be above 0, or a sum of probabilities above 1: what bf16 makes of 0 and 1.
+ROUNDING = 0.01
 
 
 class SignalRows:
@@ -53,6 +57,10 @@ class SignalRows:
     def logp_at(self, ids_NK: Tensor) -> Tensor:
         """Log-probs [C, K] of ids that somebody else chose, nats."""
         return self.distribution.logp_at(ids_NK)
+
+    def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
+        """Log [C] of the probability of all ids but those of `ids_NK` that `inside_NK` marks, nats."""
+        return self.distribution.logp_outside(ids_NK, inside_NK)
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
@@ -142,14 +150,14 @@ class _SampledRows(SignalRows):
 
 @dataclass(frozen=True, eq=False)
 class Sampled(TeacherSignal):
-    """Only the log-prob of the token that was written, [N], nats."""
+    """Only the log-prob of the token that was written, [N], nats; NaN or more than 0 is refused (`SignalError`)."""
 
     logp_N: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logp_N", self.logp_N.detach())
         _same_length(self, "logp_N", self.logp_N)
-        require_finite("log-prob of a written token", self.logp_N, self.source, allow_minus_inf=True)
+        _check_logps(self, "log-prob of a written token", self.logp_N)
 
     @property
     def offers(self) -> frozenset[NeedKind]:
@@ -187,10 +195,33 @@ class _TopKRows(SignalRows):
             raise self._missing(f"top-{k} (it kept {kept})")
         return self._signal.ids_NK[self._index_C, :k], self._signal.logp_NK[self._index_C, :k]
 
+    def logp_at(self, ids_NK: Tensor) -> Tensor:
+        """Log-probs of ids that it kept.
+
+        Raises:
+            SignalError: An id that it did not keep, of which it says nothing.
+        """
+        kept_NK = self._cut(self._signal.ids_NK if self._signal.ids_NK.shape[1] else None, "top-k")
+        same_NKK = ids_NK[:, :, None] == kept_NK[:, None, :]
+        lacking_NK = ~same_NKK.any(-1)
+        if bool(lacking_NK.any()):
+            row, column = (int(place) for place in lacking_NK.nonzero()[0])
+            raise self._missing(f"log-prob of id {int(ids_NK[row, column])} (it kept {kept_NK.shape[1]} others)")
+        return self._signal.logp_NK[self._index_C].gather(-1, same_NKK.to(torch.uint8).argmax(-1))
+
+    def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
+        """Of ids that it kept, each once: what they leave of 1, at least one rounding error, since it has no more."""
+        logp_NK = self.logp_at(ids_NK)
+        left_N = 1.0 - logp_NK.double().exp().mul(inside_NK).sum(-1)
+        return left_N.clamp_min(torch.finfo(logp_NK.dtype).eps).log().to(logp_NK.dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class TopK(TeacherSignal):
     """The teacher's most likely ids, most likely first, and what else was asked for.
+
+    Refused with a `SignalError`: log-probs that are NaN or above 0, or that add up to more than 1; ids that are not in
+    order of their log-probs, negative, or twice at one step.
 
     Attributes:
         ids_NK: int64.
@@ -214,11 +245,12 @@ class TopK(TeacherSignal):
             if values is not None:
                 object.__setattr__(self, name, values.detach())
                 _same_length(self, name, values)
-        require_finite("top-k log-prob", self.logp_NK, self.source, allow_minus_inf=True)
+        _check_logps(self, "top-k log-prob", self.logp_NK)
         if self.sampled_logp_N is not None:
-            require_finite("log-prob of a written token", self.sampled_logp_N, self.source, allow_minus_inf=True)
+            _check_logps(self, "log-prob of a written token", self.sampled_logp_N)
         if self.entropy_N is not None:
             require_finite("entropy", self.entropy_N, self.source)
+        _check_top_k(self)
 
     @property
     def offers(self) -> frozenset[NeedKind]:
@@ -365,6 +397,44 @@ class Dense(TeacherSignal):
 def as_compute(values: Tensor) -> Tensor:
     """Softmaxes and sums are done in fp32, or in float64 where that is what came in."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def _check_logps(signal: TeacherSignal, name: str, logp: Tensor) -> None:
+    """Refuses what is no log-prob; -inf is one."""
+    require_finite(name, logp, signal.source, allow_minus_inf=True)
+    _refuse(signal, logp > ROUNDING, f"{name} is above 0, which no log-prob is")
+
+
+def _check_top_k(signal: TopK) -> None:
+    """Refuses ids that are not the k most likely ones in order, each once; what it says of no context is not looked at.
+
+    Of ids with a log-prob of -inf, which fill up a short list, only the place counts.
+    """
+    ids_NK, logp_NK = signal.ids_NK, signal.logp_NK
+    if ids_NK.shape != logp_NK.shape or ids_NK.ndim != 2:
+        raise SignalError(
+            f"{signal.source}: top-k ids {tuple(ids_NK.shape)} and log-probs {tuple(logp_NK.shape)} must be [N, K] both"
+        )
+    if not ids_NK.numel():
+        return
+    _refuse(signal, ids_NK < 0, "a top-k id is negative")
+    unordered_NK = logp_NK[:, 1:] > logp_NK[:, :-1]
+    _refuse(signal, unordered_NK, "top-k log-probs are not in order, most likely first; sort them with their ids")
+    # Fillers get numbers of their own, below all ids.
+    fillers_K = -1 - torch.arange(ids_NK.shape[1], device=ids_NK.device)
+    sorted_NK = torch.where(logp_NK > -math.inf, ids_NK, fillers_K).sort(-1).values
+    _refuse(signal, sorted_NK[:, 1:] == sorted_NK[:, :-1], "top-k names an id twice")
+    _refuse(signal, logp_NK.double().exp().sum(-1) > 1.0 + ROUNDING, "top-k probabilities add up to more than 1")
+
+
+def _refuse(signal: TeacherSignal, bad: Tensor, what: str) -> None:
+    """Raises at the first step that is bad, [N] or [N, K], and about which the signal says something."""
+    bad_N = bad if bad.ndim == 1 else bad.any(-1)
+    if signal.valid_N is not None:
+        bad_N = bad_N & signal.valid_N.to(bad_N.device)
+    if bool(bad_N.any()):
+        step = int(bad_N.nonzero()[0])
+        raise SignalError(f"{signal.source}: {what} (step {step} of the batch); stopping before it is learnt")
 
 
 def _same_length(signal: TeacherSignal, name: str, values: Tensor) -> None:

@@ -166,6 +166,8 @@ class Rollout:
             raise ValueError("the first token of a rollout has no context to be decided from; it cannot be acted")
         if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
             raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} acted tokens")
+        if self.engine_logp_A is not None and bool(self.engine_logp_A.isnan().any()):
+            raise ValueError("an engine's log-prob is NaN; leave out those of a rollout that has none")
 
     @cached_property
     def steps(self) -> int:

@@ -17,13 +17,17 @@ def head_weights(teacher_p_NV: Tensor, student_p_NV: Tensor, head_mass: float) -
     """The share [N] of the two distributions' distance that lies on the teacher's head; 1/2 where there is none.
 
     The head are the teacher's most likely ids whose cumulative probability is at most `head_mass`, always with the
-    first.
+    first; at 1 it is every id, however the sum is rounded.
     """
     sorted_NV, order_NV = teacher_p_NV.sort(dim=-1, descending=True)
-    inside_NV = sorted_NV.cumsum(-1) <= head_mass
+    inside_NV = sorted_NV.double().cumsum(-1) <= head_mass
     inside_NV[:, 0] = True
+    if head_mass >= 1.0:
+        inside_NV = torch.ones_like(inside_NV)
     apart_NV = (teacher_p_NV - student_p_NV).abs()
-    head_N = (apart_NV.gather(-1, order_NV) * inside_NV).sum(-1)
+    # In the order of the ids, so that the head and the whole are rounded alike where they are the same ids.
+    inside_NV = torch.zeros_like(inside_NV).scatter(-1, order_NV, inside_NV)
+    head_N = (apart_NV * inside_NV).sum(-1)
     whole_N = apart_NV.sum(-1)
     return torch.where(whole_N > 0, head_N / whole_N.clamp_min(torch.finfo(whole_N.dtype).tiny), 0.5)
 
@@ -59,7 +63,8 @@ def todi(sharpness: float = 1.0) -> Divergence:
     .. math:: \sum_v \alpha_v\,p_T \ln\frac{p_T}{p_S} + (1 - \alpha_v)\,p_S \ln\frac{p_S}{p_T},
               \qquad \alpha_v = \sigma(\beta \ln\frac{p_T}{p_S}) \text{, detached}
 
-    From ToDi (Jung et al., 2025). An id that either side rules out contributes 0: its weight vanishes with its term.
+    From ToDi (Jung et al., 2025). An id that one side rules out makes it infinite, as in either KL: alpha leans to the
+    term that is. One that both rule out contributes 0.
 
     Args:
         sharpness: beta >= 0. At 1 alpha is p_T / (p_T + p_S); at 0 both terms weigh one half everywhere.
@@ -73,7 +78,9 @@ def todi(sharpness: float = 1.0) -> Divergence:
         gap_NV = torch.where(both_NV, teacher_NV, 0.0) - torch.where(both_NV, student_NV, 0.0)
         share_NV = torch.sigmoid(sharpness * gap_NV.detach())
         term_NV = share_NV * teacher_NV.exp() * gap_NV - (1.0 - share_NV) * student_NV.exp() * gap_NV
-        return torch.where(both_NV, term_NV, 0.0).sum(-1)
+        # A constant, so that what follows from it is an infinite value and no NaN in the gradient of other ids.
+        one_NV = (teacher_NV == -math.inf) != (student_NV == -math.inf)
+        return torch.where(both_NV, term_NV, 0.0).masked_fill(one_NV, math.inf).sum(-1)
 
     return Divergence(f"todi({sharpness:g})", value, frozenset({DENSE}))
 

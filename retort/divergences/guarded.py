@@ -46,7 +46,8 @@ def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergenc
 
     .. math:: \max(0,\ m + |\log p_S - \log p_T| - |\log p_S - \log p_W|)
 
-    on the token written. UniSD, arXiv 2605.06597. Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
+    on the token written; one that a teacher rules out counts as 100 nats below the student's. UniSD, arXiv 2605.06597.
+    Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
 
     Args:
         margin: m, nats.
@@ -55,7 +56,7 @@ def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergenc
 
     def value(context: Context, view: str) -> Tensor:
         student_N = context.student_logp_N
-        good_N, bad_N = context.signal(view).sampled_logp_N, context.signal(wrong).sampled_logp_N
+        good_N, bad_N = context.finite_logp_N(view), context.finite_logp_N(wrong)
         return (margin + (student_N - good_N).abs() - (student_N - bad_N).abs()).clamp_min(0.0)
 
     return Divergence(f"contrastive_hinge({margin:g})", value, frozenset({SAMPLED}), also={wrong: frozenset({SAMPLED})})

@@ -39,12 +39,13 @@ def support_ids(context: Context, view: str, whose: Whose, k: int) -> tuple[Tens
     return torch.cat([ours_NK, theirs_NK], 1), torch.cat([mine_NK, fresh_NK], 1)
 
 
-def _logps(context: Context, view: str, whose: Whose, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probs of student (live) and teacher on the support, -inf outside of it; and what is inside."""
+def _logps(context: Context, view: str, whose: Whose, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids, log-probs of student (live) and teacher on the support, -inf outside of it; and what is inside."""
     ids_NK, inside_NK = support_ids(context, view, whose, k)
     teacher_NK = context.signal(view).topk(k)[1] if whose == "teacher" else context.signal(view).logp_at(ids_NK)
     student_NK = context.student.logp_at(ids_NK)
-    return student_NK.masked_fill(~inside_NK, -math.inf), teacher_NK.masked_fill(~inside_NK, -math.inf), inside_NK
+    student_NK, teacher_NK = (logp_NK.masked_fill(~inside_NK, -math.inf) for logp_NK in (student_NK, teacher_NK))
+    return ids_NK, student_NK, teacher_NK, inside_NK
 
 
 def topk_kl(
@@ -97,9 +98,11 @@ def topk_jsd(teacher_weight: float = 0.5, k: int = 100, whose: Whose = "student"
 
 def _on_support(context: Context, view: str, whose: Whose, k: int, tail: Tail) -> tuple[Tensor, Tensor]:
     """Log-probs of student and teacher as two distributions over the support, and over a last bucket where asked."""
-    student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
+    ids_NK, student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
     if tail == "bucket":
-        return torch.cat([student_NK, _rest(student_NK)], 1), torch.cat([teacher_NK, _rest(teacher_NK)], 1)
+        rests = (side.logp_outside(ids_NK, inside_NK)[:, None] for side in (context.student, context.signal(view)))
+        student_N1, teacher_N1 = rests
+        return torch.cat([student_NK, student_N1], 1), torch.cat([teacher_NK, teacher_N1], 1)
     # An empty support (nothing shared) must not become 0/0: any distribution will do, it is masked below.
     empty_N1 = ~inside_NK.any(1, keepdim=True)
 
@@ -125,7 +128,7 @@ def topk_score(k: int = 16, whose: Whose = "student", weighting: Weighting = "st
     _check("topk_score", k)
 
     def value(context: Context, view: str) -> Tensor:
-        student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
+        _, student_NK, teacher_NK, inside_NK = _logps(context, view, whose, k)
         fixed_NK = student_NK.detach()
         basis_NK = {"student": fixed_NK, "teacher": teacher_NK, "uniform": torch.zeros_like(fixed_NK)}[weighting]
         weight_NK = basis_NK.masked_fill(~inside_NK, 0.0).exp() * inside_NK
@@ -137,12 +140,6 @@ def topk_score(k: int = 16, whose: Whose = "student", weighting: Weighting = "st
         return -(weight_NK * reward_NK * ratio_NK).sum(1)
 
     return Divergence(f"topk_score({whose} top-{k}, weights {weighting})", value, _needs(whose, k))
-
-
-def _rest(logp_NK: Tensor) -> Tensor:
-    """Log of what is left, [N, 1], at least of one rounding error: nothing left is not told from that."""
-    left_N1 = 1.0 - logp_NK.exp().sum(1, keepdim=True)
-    return left_N1.clamp_min(torch.finfo(left_N1.dtype).eps).log()
 
 
 def _needs(whose: Whose, k: int) -> frozenset[Need]:

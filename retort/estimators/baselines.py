@@ -6,6 +6,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.divergences.kl import kl_values
+from retort.errors import UserError
 from retort.parts import Baseline
 from retort.types import DENSE
 
@@ -19,7 +20,12 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
         top_k: None for the whole vocabulary (Eqs. 9-10). Otherwise both sides are renormalised on the student's `top_k`
             most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written. Either way
             the teacher is asked for its whole distribution.
+
+    Raises:
+        UserError: Fewer than 1 id. (On 1 id, renormalised, the value is 0 everywhere.)
     """
+    if top_k is not None and top_k < 1:
+        raise UserError(f"reverse_kl_value: top_k must be at least 1, or none for the whole vocabulary, not {top_k}")
 
     def value(context: Context, view: str) -> Tensor:
         teacher = context.signal(view)

@@ -46,11 +46,13 @@ class ScoreFunction:
     def advantage_N(self, context: Context, view: str, term: str) -> Tensor:
         """Advantage minus baseline, nats, detached."""
         advantage_N = self.advantage.value(context, view)
-        if self.baseline is not None:
+        if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is no number
             baseline_N = context.stored.get(f"{term}.baseline")
             if baseline_N is None:
                 baseline_N = self.baseline.value(context, view)
-            advantage_N = advantage_N - self.baseline_coef * baseline_N
+            # A token that the teacher rules out is infinitely bad, and no baseline (infinite, too) makes it less so.
+            lower_N = advantage_N - self.baseline_coef * baseline_N
+            advantage_N = torch.where(advantage_N.isinf(), advantage_N, lower_N)
         return advantage_N.detach()
 
     def _ratio_N(self, context: Context) -> Tensor:

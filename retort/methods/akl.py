@@ -3,7 +3,7 @@
 from retort import divergences
 from retort.divergences import forward_kl, reverse_kl
 from retort.estimators import pathwise
-from retort.method import Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import student_entropy, teacher_entropy
 
@@ -30,7 +30,7 @@ def akl(
     detached. Nats; divided by all counted tokens.
 
     Args:
-        head_mass: mu, in (0, 1]. At 1 every id is head.
+        head_mass: mu, in (0, 1]. At 1 every id is head, and this is the forward KL.
         on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
         samples: Rollouts per prompt.
         temperature: Of sampling only.
@@ -40,6 +40,7 @@ def akl(
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
         terms=(Term("divergence", pathwise(divergences.akl(head_mass))),),
+        limits=(Limit({"head_mass": 1.0}, equals=("gkd", {"divergence": "forward_kl"})),),
         watch=(
             Watch("forward_kl", forward_kl()),
             Watch("reverse_kl", reverse_kl()),

@@ -4,12 +4,12 @@ import math
 from typing import Literal
 
 from retort.estimators import score_function
-from retort.method import Method, Paper, Term, Watch, method
+from retort.method import Method, Paper, Term, Unbounded, Watch, method
 from retort.outcomes import group_advantage
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import frozen, live
 from retort.teachers.views import privileged
-from retort.weights import above, sampled_reverse_kl, stored_quantity, student_entropy
+from retort.weights import above, below, sampled_reverse_kl, stored_quantity, student_entropy
 from retort.weights.direction import directed
 
 
@@ -28,8 +28,9 @@ def dasd(
     entropy_share: float = 0.2,
     share_from: Literal["top", "bottom"] = "top",
     gap_scale: Literal["absolute", "std", "none"] = "absolute",
+    correction: Literal["normalised", "raw"] = "normalised",
     router: Literal["entropy", "attract", "repel"] = "entropy",
-    correction_limit: float = math.inf,
+    correction_limit: Unbounded = math.inf,
     context: Literal["answer", "solution"] = "answer",
     teacher: Literal["self", "outside"] = "self",
     clip: float | None = 0.2,
@@ -49,14 +50,17 @@ def dasd(
     Args:
         direction_coef: beta. The paper's value is not public: 0.1 is a reconstruction, to be swept from 0.05 to 0.5.
         entropy_share: rho.
-        share_from: `top`: this share of a rollout's tokens lies above tau. `bottom`: below. Not in the public sources,
-            reconstructed: with `bottom`, tau is about 0 in most rollouts and next to nothing is attracted.
+        share_from: `top`: this share of a rollout's tokens lies above tau. `bottom`: below, a literal quantile. Sources
+            conflict: a reading note says that a small rho repels most tokens, which is `bottom`; but there tau is about
+            0 in rollouts of mostly sure tokens, and next to nothing is attracted.
         gap_scale: What delta is divided by in its rollout: the mean of its sizes, its standard deviation, or nothing.
             Not in the public sources, reconstructed: the gate is centred at 1, a usual size.
+        correction: Whether omega is multiplied by delta over its scale or, in another summary, by the `raw` one (nats);
+            beta of one is not beta of the other.
         router: `entropy`, or the ablations: `attract` (Conformity, the tanh is 1) and `repel` (Novelty, it is -1).
         correction_limit: Largest size of beta omega delta; infinite in the paper, where the repelling arm is unbounded.
-        context: What the self-teacher sees besides, a column of the data. Sources differ; the paper's training data
-            has answers only.
+        context: What the self-teacher sees besides, a column of the data. Sources differ: the paper's training data has
+            answers only, its captions and a reading note speak of solutions.
         teacher: `self`, the student as it is, or another model with the same context.
         clip: PPO's epsilon; the paper's is not public, this is GRPO's.
         samples: Rollouts per prompt, which the verifier's advantage compares.
@@ -74,9 +78,9 @@ def dasd(
         scale=gap_scale,
         router=router,
         limit=correction_limit,
+        raw=correction == "raw",
     )
     outside = teacher == "outside"
-    attracted = above(stored_quantity("direction"), 0.0)
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
         temperature=temperature,
@@ -95,7 +99,8 @@ def dasd(
             Watch("student_entropy", student_entropy()),
             Watch("reverse_kl", sampled_reverse_kl()),
             Watch("direction", stored_quantity("direction")),
-            Watch("attracted_fraction", attracted),
+            Watch("attracted_fraction", above(stored_quantity("direction"), 0.0)),
+            Watch("repelled_fraction", below(stored_quantity("direction"), 0.0)),
             Watch("correction", stored_quantity("direction.correction")),
             Watch("largest_correction", stored_quantity("direction.largest")),
             Watch("clip_fraction", score.clipped("policy")),

@@ -7,7 +7,7 @@ from retort.controllers.lengths import length_stages
 from retort.divergences import forward_kl, negative_log_likelihood, reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import student_entropy, teacher_entropy
 
@@ -28,7 +28,7 @@ def decoupled_kl(
     reverse_weight: float = 0.2,
     estimator: Literal["exact", "sampled"] = "exact",
     lengths: tuple[int, ...] | None = None,
-    min_entropy: float | None = None,
+    min_entropy: Unbounded | None = None,
     entropy_share: float = 0.5,
     on_failure: Literal["hold", "terminate"] = "hold",
     probe_every: int = 30,
@@ -50,7 +50,8 @@ def decoupled_kl(
         reverse_weight: lambda (Eq. 4), from 0 to 1. The paper recommends "forward-heavy" without a number; 0.2 is the
             only such mix it tried (reconstructed). It tried mixes on student prefixes only.
         estimator: `exact`; or `sampled`, from the token written alone: the score function for reverse KL on student
-            prefixes, the likelihood for forward KL on others (appendix D). Mixes and the other two cells have none.
+            prefixes, the likelihood for forward KL on others (appendix D). Mixes and the other two cells have none. Its
+            gradient is unbiased at `top_p` 1 only: set that.
         lengths: Longest answers L_0 < L_1 < ... of the curriculum (section 5.2), tokens; null for none. The paper gives
             no ladder; 128, 256, 512, 1024, 2048, 4096 has the two lengths at its ends that it studied.
         min_entropy: H_min, nats: a stage is left only if the student's entropy on held-out prompts is at least that.

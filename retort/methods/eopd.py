@@ -3,7 +3,7 @@
 from retort.advantages import log_ratio
 from retort.divergences import forward_kl, teacher_top
 from retort.estimators import pathwise, score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import above, sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 
@@ -20,7 +20,7 @@ from retort.weights import above, sampled_reverse_kl, student_entropy, teacher_e
 )
 def eopd(
     *,
-    entropy_threshold: float = 0.8,
+    entropy_threshold: Unbounded = 0.8,
     top_k: int = 16,
     forward_coef: float = 1.0,
     clip: float | None = 0.2,

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from retort.errors import UserError
-from retort.method import Limit, Method, Paper, method
+from retort.method import Limit, Method, Paper, Unbounded, method
 from retort.methods.gopd import gopd
 
 
@@ -20,7 +20,7 @@ def exopd(
     *,
     reward_weight: float = 1.25,
     clip: float | None = 0.2,
-    truncation: float | None = 5.0,
+    truncation: Unbounded | None = 5.0,
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:

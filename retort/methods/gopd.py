@@ -3,7 +3,7 @@
 from retort.advantages import extrapolated_log_ratio, log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy, truncated_rollout_ratio
@@ -22,7 +22,7 @@ def gopd(
     *,
     reward_weight: float = 1.25,
     clip: float | None = 0.2,
-    truncation: float | None = 5.0,
+    truncation: Unbounded | None = 5.0,
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:

@@ -5,7 +5,7 @@ from typing import Literal
 from retort.advantages import extrapolated_log_ratio, held_log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.weights import (
@@ -33,7 +33,7 @@ from retort.weights import (
 def listopd(
     *,
     reward_weight: float = 1.15,
-    cap: float = 5.0,
+    cap: Unbounded = 5.0,
     ratio: Literal["train_rollout", "teacher_student", "none"] = "train_rollout",
     hold: bool = False,
     margin: float = 0.05,

@@ -5,7 +5,7 @@ from typing import Literal
 from retort.advantages import log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import (
     effective_sample_size,
@@ -31,7 +31,7 @@ def opd(
     clip: float | None = None,
     correction: Literal["token", "token_mask", "sequence", "sequence_mask", "geometric"] | None = None,
     correction_low: float | None = None,
-    correction_high: float | None = None,
+    correction_high: Unbounded | None = None,
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
@@ -48,7 +48,8 @@ def opd(
         clip: PPO's epsilon on the ratio; the recipe has none.
         correction: Weighs tokens by the trainer's probability over the rollout engine's, where the two are not the same
             program: `token` (truncated), `token_mask` (IcePop), `sequence` (its product, truncated), `sequence_mask`
-            (or left out), `geometric` (the rollout is left out unless its mean ratio is near 1). Null: none.
+            (or left out), `geometric` (the rollout is left out unless its mean ratio is near 1). Null: none. The
+            denominator counts what is left out.
         correction_low: Bound from below of `token_mask` (null: 0.5) and `geometric` (0.999).
         correction_high: Bound from above: null for 2, of `token_mask` 5, of `geometric` 1.001.
         samples: Rollouts per prompt. The recipe writes 4; its published code centres nothing over them.
@@ -72,7 +73,7 @@ def opd(
         terms=(Term("reverse", score := score_function(log_ratio(), clip=clip), weight=weight, coef=coef),),
         limits=(Limit({"correction": "token"}, equals=("opd", {})),),
         recipe={
-            "rollout": {"prompts": 512, "max_new_tokens": 4096},
+            "rollout": {"prompts": 512, "max_new_tokens": 16384},
             "optimizer": {"learning_rate": 5e-5, "schedule": "constant", "updates": 1},
         },
         watch=(

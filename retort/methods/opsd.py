@@ -6,7 +6,7 @@ from retort.advantages import log_ratio
 from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._itself import Follow, Shown, Whose, itself
 from retort.rollout.plan import RolloutPlan
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
@@ -25,7 +25,7 @@ from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 def opsd(
     *,
     teacher_weight: float = 0.0,
-    kl_clip: float | None = 0.05,
+    kl_clip: Unbounded | None = 0.05,
     top_k: int | None = None,
     estimator: Literal["exact", "sampled"] = "exact",
     teacher: Whose = "self",
@@ -50,7 +50,8 @@ def opsd(
         kl_clip: kappa, nats; null for no clip. With a teacher_weight it cuts off that divergence's entries.
         top_k: Both sides renormalised on the teacher's so many most likely ids; null for the whole vocabulary.
         estimator: `exact`; or `sampled`, the score function of the token written, which descends the reverse KL and
-            looks at none of the three settings before.
+            looks at none of the three settings before; with several updates on a batch it is taken against the student
+            before the first.
         teacher: The student `self`; or `outside`, the run's teacher, shown the same; it never moves.
         weights: Of the teacher: `frozen` (recommended by the authors), `ema`, or `live`.
         update_rate: Of `ema`: 1 minus the decay (0.999).

@@ -4,7 +4,7 @@ from typing import Literal
 
 from retort.divergences import Tail
 from retort.errors import UserError
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._siblings import Divergence, Teacher, disagreement, ratios, who
 from retort.reduce import rollout_sums, tokens
 from retort.rollout.plan import RolloutPlan
@@ -37,8 +37,8 @@ def peer_opd(
     reduction: Literal["token_mean", "rollout_sums"] = "token_mean",
     teacher: Teacher = "ema",
     update_rate: float = 0.05,
-    ratio_cap: float | None = 2.0,
-    truncation: float | None = 2.0,
+    ratio_cap: Unbounded | None = 2.0,
+    truncation: Unbounded | None = 2.0,
     samples: int = 8,
     temperature: float = 1.0,
 ) -> Method:

@@ -4,7 +4,7 @@ from typing import Literal
 
 from retort.advantages import clipped_log_ratio, log_ratio, lower_clip, power_difference, tanh_log_ratio
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
@@ -22,7 +22,7 @@ def power_opd(
     *,
     power: float = 5.0,
     reward: Literal["power", "log_ratio", "clip", "tanh", "lower_clip"] = "power",
-    bound: float = 5.0,
+    bound: Unbounded = 5.0,
     lower: float = 0.3,
     samples: int = 1,
     temperature: float = 1.0,

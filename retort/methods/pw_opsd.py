@@ -5,7 +5,7 @@ from typing import Literal
 from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._itself import Follow, Shown, Whose, itself
 from retort.reduce import rollout_means, tokens
 from retort.rollout.plan import RolloutPlan
@@ -28,7 +28,7 @@ def pw_opsd(
     width: float = 0.1,
     reduction: Literal["rollouts", "tokens"] = "rollouts",
     teacher_weight: float = 0.0,
-    kl_clip: float | None = 0.05,
+    kl_clip: Unbounded | None = 0.05,
     top_k: int | None = None,
     teacher: Whose = "self",
     weights: Follow = "frozen",

@@ -58,9 +58,9 @@ def sdft(
         temperature: Of sampling and of both distributions.
 
     Partial: written from two ports (TRL, tinker-cookbook) and the author's answers; the released code was not at hand.
-    Not here: rollouts written by the teacher that sees the demonstration (`generate_from_teacher`). The ports' top-k
-    differ: TRL takes the student's ids, tinker a cross-entropy against the renormalised teacher, which is `eopd`'s
-    forward term.
+    Not here: the cap of 2 on the importance ratio of several updates (TRL); rollouts written by the teacher that
+    sees the demonstration (`generate_from_teacher`). The ports' top-k differ: TRL takes the student's ids, tinker a
+    cross-entropy against the renormalised teacher, which is `eopd`'s forward term.
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

@@ -6,7 +6,7 @@ from retort.advantages import log_ratio
 from retort.divergences import Tail
 from retort.errors import UserError
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._siblings import Teacher, disagreement, ratios, who
 from retort.outcomes import group_advantage
 from retort.rollout.plan import RolloutPlan
@@ -34,8 +34,8 @@ def sdpo(
     thoughts: bool = False,
     teacher: Teacher = "ema",
     update_rate: float = 0.05,
-    ratio_cap: float | None = 2.0,
-    truncation: float | None = 2.0,
+    ratio_cap: Unbounded | None = 2.0,
+    truncation: Unbounded | None = 2.0,
     distillation_weight: float = 1.0,
     clip: float | None = 0.2,
     samples: int = 8,
@@ -50,7 +50,8 @@ def sdpo(
     number T of tokens; rewards choose what is shown and are not learnt from. Nats.
 
     Args:
-        divergence: D; `sampled` is the policy gradient on the token written, whose ratio `ratio_cap` does not bound.
+        divergence: D; `sampled` is the policy gradient on the token written against the student before the batch, whose
+            ratio `ratio_cap` does not bound.
         teacher_weight: w of `jsd`, strictly between 0 and 1. The code's ends are the forward (0) and reverse (1) KL.
         top_k: k; null for the whole vocabulary.
         tail: `bucket`, or both sides `renormalised` on the k ids.
@@ -70,7 +71,7 @@ def sdpo(
 
     Departures from the released code: the mean is over the optimizer step's counted tokens, not over micro-batches, in
     which left-out rollouts may count; the words around what is shown are Retort's (`templates`). The mix with GRPO is
-    from a port (TRL), not the paper's.
+    from a port (TRL); a public summary says that the paper blends advantages, which was not checked against its text.
     """
     if not 0.0 < distillation_weight <= 1.0:
         raise UserError(f"method.distillation_weight must lie above 0 and at most at 1, not {distillation_weight:g}")

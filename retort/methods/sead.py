@@ -47,7 +47,8 @@ def sead(
         silent_share: Share of zone A.
         unsure_share: Share of zone C; what is left is zone B.
         forward_coef: lambda; not in the paper, 1 is a reconstruction.
-        anneal_start: alpha at the first step.
+        anneal_start: alpha at the first step, and for good where it is not known how long the run is (`token_losses`
+            without `total_steps`).
         anneal_end: alpha at the end.
         unsure_loss: `faded`: zone C has the forward KL times alpha (the paper's Eq. 4), so it fades, and still counts
             in the denominator. `blended`: alpha forward + (1 - alpha) reverse (its Figure 1).

@@ -3,7 +3,7 @@
 from retort import divergences
 from retort.divergences import reverse_kl
 from retort.estimators import pathwise
-from retort.method import Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
 from retort.weights import student_entropy, teacher_entropy
 
@@ -26,7 +26,7 @@ def todi(
     .. math:: \sum_v \alpha_v\,p_T \ln\frac{p_T}{p_S} + (1 - \alpha_v)\,p_S \ln\frac{p_S}{p_T}, \qquad
               \alpha_v = \sigma(\beta \ln\frac{p_T}{p_S}) \text{, detached}
 
-    Over the whole vocabulary, nats; divided by all counted tokens.
+    Over the whole vocabulary, nats; divided by all counted tokens. Infinite where one side rules an id out.
 
     Args:
         sharpness: beta; at 1 alpha is p_T / (p_T + p_S), at 0 this is half of the sum of both KLs.
@@ -39,6 +39,7 @@ def todi(
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
         terms=(Term("divergence", pathwise(divergences.todi(sharpness))),),
+        limits=(Limit({"sharpness": 0.0}, equals=("decoupled_kl", {"reverse_weight": 0.5})),),
         watch=(
             Watch("reverse_kl", reverse_kl()),
             Watch("student_entropy", student_entropy()),

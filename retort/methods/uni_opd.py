@@ -4,7 +4,7 @@ import math
 from typing import Literal
 
 from retort.estimators import score_function
-from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.outcomes import Scope
 from retort.reduce import rollout_means, tokens, weighted
 from retort.rollout.plan import EasyToHard, RolloutPlan
@@ -24,16 +24,16 @@ from retort.weights import calibration as parts
 )
 def uni_opd(
     *,
-    balance: float | None = 1.0,
+    balance: Unbounded | None = 1.0,
     balance_scope: Scope = "group",
     calibration: Literal["shift", "mask"] | None = "shift",
-    margin: float = 0.4,
+    margin: Unbounded = 0.4,
     margin_gap: Literal["mean", "minmax"] = "mean",
     margin_scope: Scope = "group",
     margin_direction: Literal["both", "correct_up", "incorrect_down"] = "both",
     margin_retained: float = 0.25,
     margin_over: Literal["all", "kept"] = "all",
-    gap_limit: float = 10.0,
+    gap_limit: Unbounded = 10.0,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     success_threshold: float = 0.5,
@@ -73,8 +73,9 @@ def uni_opd(
         samples: Rollouts per prompt.
         temperature: Of sampling and of both distributions.
 
-    Left out: teachers by domain, images. The odds of `difficulty` are reconstructed.
-    Defaults are those of the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
+    Departure from the released code: it zeroes what is left out but divides by the whole batch. A token ruled out
+    is 100 nats in g. Left out: teachers by domain, images. The odds of `difficulty` are reconstructed. Defaults are
+    those of the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
     """
     kept = None if balance is None else parts.balance(balance, scope=balance_scope, threshold=success_threshold)
     order = None if difficulty is None else EasyToHard(difficulty)

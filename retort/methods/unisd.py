@@ -1,6 +1,6 @@
 """UniSD: a student that is shown a demonstration teaches itself, with components to be switched on and off."""
 
-from retort.method import Limit, Method, Paper, Watch, method
+from retort.method import Limit, Method, Paper, Unbounded, Watch, method
 from retort.methods._unisd import Divided, Level, Preset, components, curves, terms, views
 from retort.rollout.plan import RolloutPlan
 from retort.weights import student_entropy, teacher_entropy
@@ -34,7 +34,7 @@ def unisd(
     contrastive_margin: float | None = None,
     matching_coef: float | None = None,
     divergence_coef: float | None = None,
-    cap: float | None = None,
+    cap: Unbounded | None = None,
     cap_quantile: float | None = None,
     samples: int = 1,
     temperature: float = 0.7,
@@ -70,9 +70,10 @@ def unisd(
         samples: Rollouts per prompt.
         temperature: Of sampling and of all distributions.
 
-    Departures: the auxiliary contexts are drawn at random, not retrieved; their log-probs are at `temperature`, in the
-    code at 1; weights of a rollout that add up to less than 1 divide as they are. The teacher moves under LoRA, too,
-    which in the code it does not. The map from disagreement to a is the code's; the paper has none.
+    Departures: the auxiliary contexts are drawn at random, not retrieved, so that on few rows two may be alike;
+    their log-probs are at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide
+    as they are. The teacher moves under LoRA, too, which in the code it does not. The map from disagreement to a is
+    the code's; the paper has none.
     """
     on = components(
         preset,

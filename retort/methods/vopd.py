@@ -1,6 +1,7 @@
 """vOPD: OPD with the value of the step as a control variate."""
 
 from retort.advantages import log_ratio
+from retort.errors import UserError
 from retort.estimators import reverse_kl_value, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.rollout.plan import RolloutPlan
@@ -27,18 +28,24 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
     paper's Eq. 23.
 
     Args:
-        top_k: k of the baseline (Eqs. 14-15; paper 20, released configuration 100); null for the whole vocabulary
-            (Eqs. 9-10).
+        top_k: k of the baseline (Eqs. 14-15; paper 20, released configuration 100), at least 2; null for the whole
+            vocabulary (Eqs. 9-10), for which the released code has 0.
         baseline_coef: 1 in the paper; 0 is plain OPD.
         samples: Rollouts per prompt.
         temperature: Of sampling and of both distributions.
 
     Departures from the paper: where one batch feeds several updates, advantage and baseline are those of the student
-    before the first, with the importance ratio in front (the paper makes one update per batch). The curves
+    before the first, with the importance ratio in front (the paper makes one update per batch). In `token_losses` only
+    the log-ratio looks at `old_logp`; the baseline is that of the student as it is given. The curves
     `gradient_variance` and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of
     one step in logit space; of the two measures of the released code, `adam_variance` is the proxy, and the variance of
     whole gradients is logged for any method with `record.gradient_variance_every`.
     """
+    if top_k is not None and top_k < 2:
+        raise UserError(
+            f"method.top_k = {top_k}: on fewer than 2 ids the baseline is 0, which is `opd`; set it to 2 or more, or "
+            "to null for the whole vocabulary"
+        )
     baseline = reverse_kl_value(top_k)
     score = score_function(log_ratio(), baseline=baseline, baseline_coef=baseline_coef)
     return Method(

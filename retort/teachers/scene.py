@@ -57,16 +57,22 @@ class Scene:
 
     def cut(self, text: str) -> str:
         """A privileged text, without its end where all would be too long for the teacher: put every text through it."""
-        return text if self.limit is None else text[: self.limit]
+        return text if self.limit is None else text.lstrip()[: self.limit]
 
     def section(self, template: str, text: str, prompt: str = "") -> str:
-        """A text in the words of a template."""
+        """A text in the words of a template; an empty text is shown in no words, and gives an empty section."""
+        kept = self.cut(text)
+        if not kept.strip():
+            return ""
         if self.shown is not None:
             self.shown.add(template)
-        return fill(self.stage.templates[template], text=self.cut(text), prompt=self.cut(prompt))
+        return fill(self.stage.templates[template], text=kept, prompt=self.cut(prompt))
 
-    def framed(self, sections: Sequence[str]) -> Prompt:
-        """The student's prompt with sections around its last turn; all earlier turns stay."""
+    def framed(self, sections: Sequence[str]) -> Prompt | None:
+        """The student's prompt with sections around its last turn; None if they are all empty. Earlier turns stay."""
+        sections = [section for section in sections if section.strip()]
+        if not sections:
+            return None
         *before, last = self.prompt.messages
         words = self.stage.templates
         content = fill(words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words["closing"])
@@ -74,6 +80,8 @@ class Scene:
 
     def shortened(self, render: Callable[[Scene], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:
         """The prompt with each privileged text cut at its end to the longest length that fits; None if none does.
+
+        At least one character of each stays: a text that is cut to nothing is no context.
 
         Args:
             render: Makes a prompt from a scene.
@@ -84,7 +92,7 @@ class Scene:
             prompt = render(replace(self, limit=limit))
             return prompt if prompt is not None and fits(prompt) else None
 
-        low, high, best = 0, 2**20, made(0)
+        low, high, best = 1, 2**20, made(1)
         if best is None:
             return None
         while high - low > 1:

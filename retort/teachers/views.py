@@ -33,7 +33,8 @@ def privileged(*columns: str, model: Model = "student", weights: Weights | None 
     """
 
     def render(scene: Scene) -> Prompt | None:
-        return scene.framed([scene.section(column, scene.prompt.shown(column) or "") for column in columns])
+        sections = [scene.section(column, scene.prompt.shown(column) or "") for column in columns]
+        return scene.framed(sections) if all(sections) else None
 
     return _view(render, model, weights, columns)
 

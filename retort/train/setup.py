@@ -27,6 +27,7 @@ from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
 from retort.train import pair
 from retort.train.attention import quickest
+from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.prompts import graders, read_prompts
@@ -125,6 +126,8 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
 
     need_verifier(method, verifier)
     need_columns(method, train, notes)
+    stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
+    need_context(method, verifier, stage, notes)
     with_base = pair.base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone and teacher_name is not None:
@@ -141,7 +144,6 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     padded = [lm.name for lm in loaded if not lm.packs]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
-    stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     base = None if with_base is None else _base(config, student, with_base)
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
@@ -155,6 +157,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
             pair.refuse_same_weights(method, student, teacher)
         if base is not None and base.digest() == teacher.digest():
             raise pair.same_base(method)
+    note_unknown(method, local, stage, notes)
     own = pair.own_weights(config, method, student)
     models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:

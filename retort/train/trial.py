@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retort.apply import check_needs, recorded_values, wanted, watch_values
+from retort.apply import check_needs, wanted, watch_values
 from retort.context import Context
 from retort.evaluate.ranks import auroc
 from retort.models.core import Core, Steps, per_token
@@ -87,11 +87,12 @@ def run_trial(setup: Setup) -> Trial:
     offers = {view: signal.offers for view, signal in signals.items()}
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
     able = [watch for watch in watches if all(can_meet(offers[watch.against], need) for need in watch.part.needs)]
-    parts = (watch_values(able), recorded_values(replace(method, terms=method.terms[:1]), offers))
+    watched = watch_values(able)
     kl, view = sampled_reverse_kl(), _teacher_view(setup)
 
     def every(context: Context) -> dict[str, Tensor]:
-        found = {name: value_C for part in parts for name, value_C in part(context).items()}
+        # Nothing of the method's terms: what they read of a whole batch is not taken here.
+        found = {"student_logp": context.student_logp_N.detach(), **watched(context)}
         return found if view is None else {**found, "reverse_kl": kl.value(context, view)}
 
     student = setup.student

@@ -7,7 +7,7 @@ from retort.weights.directed import directed_ratio, log_ratio_size, outside_boun
 from retort.weights.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.weights.gradient_variance import gradient_variance
 from retort.weights.importance import truncated_rollout_ratio, truncated_student_ratio, truncated_teacher_ratio
-from retort.weights.ops import above, both, stored_quantity
+from retort.weights.ops import above, below, both, stored_quantity
 from retort.weights.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 from retort.weights.positions import after, late, position_weights
 from retort.weights.teachability import release, teacher_margin
@@ -18,6 +18,7 @@ __all__ = [
     "Zones",
     "above",
     "after",
+    "below",
     "both",
     "cliff",
     "directed_ratio",

@@ -67,7 +67,7 @@ def agreement(
 
     def logp(of: str) -> Quantity:
         def value(context: Context, view: str) -> Tensor:
-            return context.signal(of).sampled_logp_N
+            return context.finite_logp_N(of)
 
         # All are asked for each, so that a rollout for which one of them has no context is left out.
         return Quantity(f"{of}_logp", value, also=also)

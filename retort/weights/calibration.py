@@ -180,7 +180,8 @@ def calibrated_log_ratio(
         retained: Of a mask.
         over: A `balance`: rollouts that it leaves out do not enter the returns that are compared. None: all do.
         threshold: Reward from which a rollout is right.
-        name: Of what is stored: `<name>.return` (mean log-ratio), `<name>.shift`, `<name>.kept`.
+        name: Of what is stored: `<name>.return` (mean log-ratio, an infinite one counting as 100 nats),
+            `<name>.shift`, `<name>.kept`.
     """
 
     def ratio(context: Context, view: str) -> Tensor:
@@ -188,7 +189,8 @@ def calibrated_log_ratio(
 
     if kind is None:
         return Advantage("log_ratio", ratio, frozenset({SAMPLED}))
-    part = Quantity("log_ratio", ratio, frozenset({SAMPLED}))
+    # Finite, so that one token that the teacher rules out does not decide what all the others get.
+    part = Quantity("log_ratio", lambda context, view: context.gap_N(view), frozenset({SAMPLED}))
 
     def mean(ratio_N: Tensor, layout: Layout) -> Tensor:
         rollouts = layout.rollouts()
@@ -227,10 +229,10 @@ def calibrated_log_ratio(
 
 
 def within_reach(limit: float) -> Weight:
-    """1 where student and teacher differ by less than `limit` nats on the token written, else 0."""
+    """1 where student and teacher differ by less than `limit` nats on the token written, else 0; 1 at infinity."""
 
     def value(context: Context, view: str) -> Tensor:
         gap_N = context.student_logp_N.detach() - context.signal(view).sampled_logp_N
-        return (gap_N.abs() < limit).to(gap_N.dtype)
+        return torch.ones_like(gap_N) if math.isinf(limit) else (gap_N.abs() < limit).to(gap_N.dtype)
 
     return Weight(f"|gap| < {limit:g}", value, frozenset({SAMPLED}))

@@ -66,11 +66,14 @@ def directed(
     scale: Scale = "absolute",
     router: Router = "entropy",
     limit: float = math.inf,
+    raw: bool = False,
     name: str = "direction",
 ) -> Advantage:
     r"""An outcome's advantage plus :math:`\beta\,\omega_t\,\bar\delta_t`; the latter is stored as `<name>.correction`.
 
     .. math:: \omega_t = \tanh\Big(\frac{\tau - H_t}{\hat\sigma_H + \epsilon}\Big)\,\sigma(|\bar\delta_t| - 1)
+
+    A gap that is infinite counts as 100 nats (`Context.gap_N`).
 
     Args:
         outcome: The other part.
@@ -79,8 +82,9 @@ def directed(
         scale: What makes :math:`\bar\delta` of the gap, see `scaled`.
         router: `entropy`, or 1 (`attract`) or -1 (`repel`) in the place of the tanh.
         limit: Largest size of a correction, none by default.
-        name: Of what is stored: `<name>.gap` (scaled), `<name>`, `<name>.correction`, and `<name>.largest`, the largest
-            size of a correction in the batch before the limit.
+        raw: The gap itself, nats, in the place of the scaled one in the product; the gate has the scaled one.
+        name: Of what is stored: `<name>.raw`, `<name>.gap` (scaled), `<name>`, `<name>.correction`, and
+            `<name>.largest`, the largest size of a correction in the batch before the limit.
 
     Raises:
         UserError: A quantile outside of [0, 1], or a limit that is not positive.
@@ -91,7 +95,7 @@ def directed(
         raise UserError(f"directed: the limit of a correction must be positive, not {limit}")
 
     def gap(context: Context, view: str) -> Tensor:
-        return context.signal(view).sampled_logp_N - context.old_logp_N
+        return context.gap_N(view)
 
     def scaled_gap(gap_N: Tensor, layout: Layout) -> Tensor:
         return scaled(gap_N.double(), layout.rollouts(), scale)
@@ -104,7 +108,7 @@ def directed(
         return routed(entropy_N.double(), layout.rollouts(), quantile) * gate_N
 
     def free(layout: Layout) -> Tensor:
-        return coef * layout.found[name] * layout.found[f"{name}.gap"]
+        return coef * layout.found[name] * layout.found[f"{name}.{'raw' if raw else 'gap'}"]
 
     def correction(_: Tensor, layout: Layout) -> Tensor:
         return free(layout).clamp(-limit, limit)
@@ -114,6 +118,7 @@ def directed(
         return found_N.max().expand_as(found_N) if len(found_N) else found_N
 
     stats = (
+        Stat(f"{name}.raw", Quantity("gap", gap, frozenset({SAMPLED})), lambda gap_N, _: gap_N.double()),
         Stat(f"{name}.gap", Quantity("gap", gap, frozenset({SAMPLED})), scaled_gap),
         Stat(name, student_entropy(), omega),
         Stat(f"{name}.correction", None, correction),

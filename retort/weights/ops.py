@@ -25,6 +25,23 @@ def above(quantity: Quantity, threshold: float) -> Weight:
     )
 
 
+def below(quantity: Quantity, threshold: float) -> Weight:
+    """A hard gate: 1 where the quantity is strictly less than the threshold, else 0."""
+
+    def value(context: Context, view: str) -> Tensor:
+        value_N = quantity.value(context, view)
+        return (value_N < threshold).to(value_N.dtype)
+
+    return Weight(
+        f"{quantity.name} < {threshold:g}",
+        value,
+        quantity.needs,
+        quantity.also,
+        quantity.stats,
+        uses_old_logp=quantity.uses_old_logp,
+    )
+
+
 def both(one: Weight, other: Weight) -> Weight:
     """The product of two weights."""
 

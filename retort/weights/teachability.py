@@ -1,9 +1,9 @@
 """Where in an answer a teacher stops being able to teach: the release rule. Axis letters: see `retort.types`.
 
 In strong-to-weak distillation the later part of a rollout can still show a gap between the models while the teacher no
-longer tells the student's own candidates apart (arXiv 2605.13643). The paper's abstract names the steps: the teacher's
-margin over the student's top-k, its mean over sentences, a downward change point by BIC, supervision cut there. The
-formulas below are reconstructions of those steps.
+longer tells the student's own candidates apart (arXiv 2605.13643). The steps: the teacher's margin over the student's
+top-k, log(1 + its mean) over sentences, a downward change point by BIC, supervision cut there, and a rollout's loss
+put onto the tokens that are kept. The formulas are those of a reading note of the paper, which quotes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.context import RULED_OUT, Context
 from retort.errors import UserError
 from retort.parts import Layout, Quantity, Stat, Weight
 from retort.types import DENSE
@@ -23,15 +23,18 @@ from retort.types import DENSE
 Margin = Literal["gap", "log_gap", "advantage"]
 #: Residuals below this share of all there is to explain are arithmetic.
 _FLOOR = 1e-12
+#: The paper's, added to residuals.
+_EPS = 1e-12
 
 
-def teacher_margin(k: int, kind: Margin = "gap") -> Quantity:
+def teacher_margin(k: int, kind: Margin = "log_gap") -> Quantity:
     r"""How far the teacher tells the student's `k` most likely ids apart.
 
     Args:
         k: Candidates, chosen by the student, detached.
         kind: `gap`, between 0 and 1: first minus second probability of the teacher renormalised on them. `log_gap`,
-            nats: the same of log-probs. `advantage`, nats: the largest :math:`\log p_T - \log p_S` minus their mean.
+            nats: the same of log-probs, at most 100. `advantage`, nats: the largest :math:`\log p_T - \log p_S` minus
+            their mean. 0 where the teacher rules out all of them.
 
     Raises:
         UserError: Fewer than two candidates.
@@ -42,6 +45,12 @@ def teacher_margin(k: int, kind: Margin = "gap") -> Quantity:
     def value(context: Context, view: str) -> Tensor:
         ids_CK, student_logp_CK = context.student.topk(k)
         teacher_logp_CK = context.signal(view).logp_at(ids_CK).detach()
+        # A candidate that is ruled out is far behind, by a number; all of them ruled out are not told apart.
+        best_C1 = teacher_logp_CK.amax(-1, keepdim=True)
+        teacher_logp_CK = torch.where(best_C1 > -math.inf, teacher_logp_CK, student_logp_CK.detach())
+        teacher_logp_CK = teacher_logp_CK.maximum(teacher_logp_CK.amax(-1, keepdim=True) - RULED_OUT)
+        if kind != "advantage":
+            teacher_logp_CK = torch.where(best_C1 > -math.inf, teacher_logp_CK, 0.0)
         if kind == "advantage":
             gain_CK = teacher_logp_CK - student_logp_CK.detach()
             return gain_CK.amax(-1) - gain_CK.mean(-1)
@@ -59,8 +68,8 @@ def change_point(
 ) -> int | None:
     r"""Where a sequence drops to a lower level, if BIC prefers two levels to one.
 
-    .. math:: \mathrm{BIC}_0 = n \log(RSS_0 / n) + \log n, \quad
-              \mathrm{BIC}_1(\tau) = n \log(RSS_1(\tau) / n) + 3 \log n
+    .. math:: \mathrm{BIC}_0 = n \log((RSS_0 + \epsilon) / n) + \log n, \quad
+              \mathrm{BIC}_1(\tau) = n \log((RSS_1(\tau) + \epsilon) / n) + 3 \log n
 
     over the places with a higher mean before than after; the best one is returned if its BIC is the smaller.
 
@@ -85,27 +94,29 @@ def change_point(
     whole = float(x.square().sum())
     if whole <= n * (1e-9 * float(means.abs().max())) ** 2:
         return None  # constant, but for rounding
+    eps = min(_EPS, _FLOOR * whole)  # of a series of tiny numbers no more than its own share
     place = torch.arange(shortest, n - shortest + 1)
     before = x.cumsum(0)[place - 1] / place
     after = -x.cumsum(0)[place - 1] / (n - place)  # all of it sums to 0
     rest = whole - place * before.square() - (n - place) * after.square()
-    one = n * torch.log(rest.clamp_min(_FLOOR * whole) / n) + penalty * math.log(n)
+    one = n * torch.log((rest.clamp_min(_FLOOR * whole) + eps) / n) + penalty * math.log(n)
     drop = before - after
     allowed = (drop > 0) & (drop >= min_drop * math.sqrt(whole / n))
     if not bool(allowed.any()):
         return None
     best = int(one.masked_fill(~allowed, math.inf).argmin())
-    return int(place[best]) if float(one[best]) < n * math.log(whole / n) + math.log(n) else None
+    return int(place[best]) if float(one[best]) < n * math.log((whole + eps) / n) + math.log(n) else None
 
 
 def release(
-    k: int = 16,
+    k: int = 4,
     *,
-    margin: Margin = "gap",
+    margin: Margin = "log_gap",
     shortest: int = 3,
     max_segment: int = 128,
     min_drop: float = 0.0,
     robust: bool = False,
+    rescale: bool = False,
     name: str = "release",
 ) -> Weight:
     """1 before the sentence at which the teacher's margin drops for good, 0 from there on; all 1 if it never does.
@@ -120,7 +131,8 @@ def release(
             text is known, all segments are of this length.
         min_drop: Of `change_point`.
         robust: Of `change_point`.
-        name: Of the stored values.
+        rescale: Divide by the share of its rollout's tokens that is kept, so that each rollout keeps its weight.
+        name: Of the stored values: `<name>`, 0 or 1, and with `rescale` `<name>.mass`, the weight.
     """
     if max_segment < 1 or shortest < 1:
         raise UserError(f"max_segment and shortest must be at least 1, not {max_segment} and {shortest}")
@@ -133,10 +145,18 @@ def release(
 
     stat = Stat(name, teacher_margin(k, margin), finish, sentences=True)
 
-    def value(context: Context, view: str) -> Tensor:
-        return context.stored[name]
+    def mass(_: Tensor, layout: Layout) -> Tensor:
+        kept_N, rollouts = layout.found[name], layout.rollouts()
+        share_N = rollouts.mean(kept_N.double())[rollouts.number_N]
+        # A rollout without context has no mask, and none of its tokens counts.
+        return torch.where(share_N > 0, kept_N.double() / torch.where(share_N > 0, share_N, 1.0), 0.0)
 
-    return Weight(f"{name}({margin}, top-{k})", value, frozenset({DENSE}), stats=(stat,))
+    stats = (stat, Stat(f"{name}.mass", None, mass)) if rescale else (stat,)
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.stored[stats[-1].name].to(context.student_logp_N.dtype)
+
+    return Weight(f"{name}({margin}, top-{k})", value, frozenset({DENSE}), stats=stats)
 
 
 def kept(margin_N: Tensor, layout: Layout, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:
@@ -152,7 +172,7 @@ def kept(margin_N: Tensor, layout: Layout, max_segment: int, find: Callable[[Ten
         count = int(segment_A[-1]) + 1
         total = torch.zeros(count, dtype=torch.float64, device=margin_N.device)
         total.index_add_(0, segment_A, margin_N[places].double())
-        found = find(total / torch.bincount(segment_A, minlength=count))
+        found = find(torch.log1p(total / torch.bincount(segment_A, minlength=count)))
         if found is not None:
             mask_N[places] = (segment_A < found).to(mask_N.dtype)
     return mask_N

@@ -162,3 +162,22 @@ def test_a_limit_holds_and_a_rollout_without_context_is_left_out() -> None:
     assert torch.equal(found.terms["policy"].counted, valid)
     with pytest.raises(UserError, match="positive"):
         load("dasd", correction_limit=0.0)
+
+
+@pytest.mark.parametrize("scale", ["absolute", "none"])
+def test_the_raw_correction_differs_by_the_scale_of_the_rollout(scale: str) -> None:
+    toy = Toy()
+    at = lambda logits: logits.detach().log_softmax(-1).gather(-1, toy.tokens[:, None]).squeeze(-1)  # noqa: E731
+    gap = at(toy.teacher_logits) - at(toy.logits)
+    parts = {
+        kind: -toy.losses(load("dasd", correction=kind, gap_scale=scale, clip=None)).terms["policy"].value.detach()
+        + toy.losses(load("dasd", direction_coef=0.0, clip=None)).terms["policy"].value.detach()
+        for kind in ("normalised", "raw")
+    }
+    size = torch.ones_like(gap)
+    if scale == "absolute":
+        for rollout in toy.rollouts.unique():
+            own = toy.rollouts == rollout
+            size[own] = gap[own].abs().mean() + 1e-6
+    torch.testing.assert_close(parts["raw"], parts["normalised"] * size, rtol=1e-9, atol=1e-12)
+    assert parts["raw"].abs().max() > 0

@@ -230,3 +230,39 @@ def test_alpha_beta_of_an_id_that_one_side_rules_out(alpha: float, beta: float) 
             assert found.item() == math.inf
         (gradient,) = torch.autograd.grad(found.sum(), lacking)
         assert gradient[0, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+def test_todi_tends_to_infinity_and_is_infinite_where_one_side_rules_an_id_out(side: str, sharpness: float) -> None:
+    """Two ids, (.5, .5) against logits (0, -g): for large g half of g and more, so infinite at the end."""
+    level = torch.zeros(1, 2, dtype=torch.float64)
+    near = [torch.tensor([[0.0, -gap]], dtype=torch.float64) for gap in (100.0, 1000.0, math.inf)]
+    pairs = [(other, level) if side == "student" else (level, other) for other in near]
+    found = [loss("todi", student, teacher, sharpness=sharpness).item() for student, teacher in pairs]
+    share = 0.5 if sharpness == 0.0 else 1.0
+    # The other id has alpha at p_T = 1, p_S = 1/2 (or the reverse), ln 2 apart.
+    alpha = 1.0 / (1.0 + 2.0**-sharpness) if side == "teacher" else 1.0 / (1.0 + 2.0**sharpness)
+    p_t, p_s, log = (1.0, 0.5, math.log(2.0)) if side == "teacher" else (0.5, 1.0, -math.log(2.0))
+    first = alpha * p_t * log - (1.0 - alpha) * p_s * log
+    for gap, value in zip((100.0, 1000.0), found, strict=False):
+        assert value == pytest.approx(share * 0.5 * (gap - math.log(2.0)) + first, rel=1e-12)
+    assert found[2] == math.inf
+
+
+def test_todi_behind_infinity_leaves_other_steps_their_gradient() -> None:
+    student = torch.randn(2, 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64).requires_grad_()
+    teacher = torch.zeros(2, 3, dtype=torch.float64)
+    teacher[0, 1] = -math.inf
+    (gradient,) = torch.autograd.grad(loss("todi", student, teacher), student)
+    assert not gradient.isnan().any()
+    assert gradient[1].abs().max() > 0
+
+
+def test_akl_with_all_ids_as_the_head_is_the_forward_kl_in_fp32_and_float64() -> None:
+    draw = torch.Generator().manual_seed(11)
+    student, teacher = (3.0 * torch.randn(64, 5000, generator=draw, dtype=torch.float64) for _ in range(2))
+    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 1e-6)):
+        ours = loss("akl", student.to(dtype), teacher.to(dtype), head_mass=1.0).item()
+        logs = student.to(dtype).double().log_softmax(-1), teacher.to(dtype).double().log_softmax(-1)
+        assert ours == pytest.approx((logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean().item(), rel=tolerance)

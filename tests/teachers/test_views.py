@@ -209,3 +209,26 @@ def test_what_is_shown_is_counted_by_template(lm: Any) -> None:
     assert "shows/feedback" not in found
     alone = teacher.prompts(Pack.of(group[1:2]), peers(failures=1)).counts
     assert {name: count for name, count in alone.items() if count} == {"no_context": 1}
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "a", "   b"])
+def test_a_text_of_nothing_is_no_context(text: str) -> None:
+    """Also where all of it was cut off; and one character is something."""
+    rollout = written(0, prompt=replace(PROMPT, privileged={"solution": text, "hint": "multiply"}))
+    here = scene(rollout)
+    for view in (privileged("solution"), privileged("hint", "solution")):
+        assert (view.prompt(here) is not None) == bool(text.strip())
+    sibling = written(1, text, 1.0)
+    assert (peers(thoughts=False).prompt(scene(rollout, sibling)) is not None) == bool(text.strip())
+    question = len(PROMPT.messages[1].content)
+    for longest in range(question, question + 400):
+        found = here.shortened(
+            privileged("solution").prompt, lambda made, most=longest: len(made.messages[1].content) <= most
+        )
+        assert found is None or f"<solution>\n{text.strip()}" in found.messages[1].content
+
+
+def test_a_sibling_of_thoughts_alone_is_nothing_to_show() -> None:
+    own, thinker = written(0), written(1, "<think>hm</think> ", 1.0)
+    assert peers(thoughts=False).prompt(scene(own, thinker)) is None
+    assert peers(thoughts=True).prompt(scene(own, thinker)) is not None

@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pipeline
 import pytest
 import torch
 from support import make_model, make_tokenizer
 from torch import Tensor
 
 import retort
-from retort import api
+from retort import api, registry
 from retort.cli import main
 from retort.errors import UserError
 from retort.train import checks, memory, trial
@@ -295,3 +296,14 @@ def test_it_changes_nothing(builtin: Setup) -> None:
     before = builtin.student.digest(), list(builtin.notes), builtin.student.model.training
     examine_setup(builtin)
     assert (builtin.student.digest(), builtin.notes, builtin.student.model.training) == before
+
+
+@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in registry.names()), ("opct", {"discount": 0.9})])
+def test_every_method_can_be_examined(name: str, more: dict[str, Any], tiny_run: dict[str, Any]) -> None:
+    """Also those whose terms read statistics of a whole batch, which a trial does not take."""
+    bare = pipeline.for_method(tiny_run, registry.load(name, **more))
+    setup = prepare(api.assemble({**bare, "method": {"name": name, **more}}))
+    found = {check.name: check for check in trial.trial_checks(setup)}
+    assert found["noise floor"].verdict == "ok"
+    assert found["stopping"].saw
+    assert ("teachability" in found) == any(view.model == "teacher" for view in setup.method.views.values())

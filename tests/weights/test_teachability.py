@@ -162,7 +162,7 @@ def test_a_release_in_the_loss() -> None:
     student, teacher, tokens = dropping()
     student.requires_grad_()
     found = token_losses(
-        registry.load("local_teachability", max_segment=4, top_k=K),
+        registry.load("local_teachability", max_segment=4, top_k=K, divide_by="kept"),
         student_logits=student,
         teacher_logits=teacher,
         tokens=tokens,
@@ -212,7 +212,7 @@ def test_it_wraps_any_method(of: str) -> None:
     """Also those with further views and whole-batch numbers of their own: what is released is not in the loss."""
     student, teacher, tokens = dropping()
     found = token_losses(
-        registry.load("local_teachability", of=of, max_segment=4, top_k=K),
+        registry.load("local_teachability", of=of, max_segment=4, top_k=K, divide_by="kept"),
         student_logits=student,
         teacher_logits=teacher,
         tokens=tokens,
@@ -306,3 +306,47 @@ def test_the_cut_into_micro_batches_does_not_matter(tiny_run: dict[str, Any], tm
         retort.distill(**named, settings=changed, method=method, out=str(out))
         losses.append([json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- the published form ---
+
+
+def test_the_log_margin_of_a_candidate_that_is_ruled_out_is_a_number() -> None:
+    student, teacher = drawn(0, 3, V), drawn(1, 3, V)
+    ids = student.topk(K).indices
+    teacher[0, ids[0, 1:]] = -math.inf  # one is left
+    teacher[1, ids[1]] = -math.inf  # none is
+    tokens = torch.zeros(3, dtype=torch.long)
+    context = Context(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    log_gap = teacher_margin(K).value(context, "teacher").tolist()
+    assert log_gap[:2] == pytest.approx([100.0, 0.0])
+    assert teacher_margin(K, "gap").value(context, "teacher").tolist()[:2] == pytest.approx([1.0, 0.0])
+    assert teacher_margin(K, "advantage").value(context, "teacher").isfinite().all()
+    assert teacher_margin(K, "advantage").value(context, "teacher")[1].item() == pytest.approx(0.0)
+
+
+def test_each_trajectory_keeps_its_mass() -> None:
+    """The weight is |y| over the tokens kept; the loss is the mean over kept tokens, times |y|, over all tokens."""
+    student, teacher, tokens = dropping()
+    student, teacher, tokens = (torch.cat([x, x[:8]]) for x in (student, teacher, tokens))
+    rollouts = torch.tensor([0] * 40 + [1] * 8)
+    method = registry.load("local_teachability", max_segment=4, top_k=K)
+    given = {"student_logits": student, "teacher_logits": teacher, "tokens": tokens, "rollouts": rollouts}
+    found = token_losses(method, **given).terms["reverse"]
+    assert found.weight.tolist() == pytest.approx([40 / 24] * 24 + [0.0] * 16 + [1.0] * 8)
+    gap = teacher.log_softmax(-1).gather(1, tokens[:, None]) - student.log_softmax(-1).gather(1, tokens[:, None])
+    wanted = -(40 * gap[:24].mean() + gap[40:].sum()) / 48
+    assert token_losses(method, **given).loss.item() == pytest.approx(wanted.item(), rel=1e-12)
+    # A neighbour changes nothing of it.
+    alone = token_losses(method, **{name: values[:40] for name, values in given.items()})
+    assert torch.equal(alone.terms["reverse"].weight, found.weight[:40])
+
+
+def test_the_series_is_the_log_of_one_more_than_the_mean() -> None:
+    seen: list[Tensor] = []
+
+    def find(series: Tensor) -> None:
+        seen.append(series)
+
+    kept(torch.tensor([1.0, 3.0, 0.0, 0.5, 7.0]), Layout(torch.zeros(5, dtype=torch.long)), 2, find)
+    assert seen[0].tolist() == pytest.approx([math.log(3.0), math.log(1.25), math.log(8.0)])

@@ -33,6 +33,7 @@ TEMPLATES: Mapping[str, str] = {
     "frame": "{sections} {prompt}",
     "solution": "solution {text} ;",
     "hint": "hint {text} ;",
+    "answer": "outcome {text} ;",
     "outcome": "outcome {text} ;",
     "demonstration": "right {text} ;",
     "wrong": "wrong {text} ;",

@@ -1,0 +1,126 @@
+"""What a signal refuses at the door, and what the top-k of a teacher can be asked."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from toy import Toy
+
+from retort import registry
+from retort.distribution import Distribution
+from retort.errors import SignalError, UserError
+from retort.signals import Dense, Sampled, TopK
+
+F64 = torch.float64
+TOKENS = torch.tensor([0, 1])
+IDS = torch.tensor([[2, 0, 5], [1, 3, 4]])
+LOGP = torch.tensor([[0.5, 0.3, 0.1], [0.9, 0.05, 0.01]], dtype=F64).log()
+
+
+def top(ids: Tensor = IDS, logp: Tensor = LOGP, **more: Any) -> TopK:
+    return TopK(TOKENS, "t", ids, logp, **more)
+
+
+@pytest.mark.parametrize(
+    ("ids", "logp", "message"),
+    [
+        (IDS, LOGP.flip(-1), "not in order"),
+        (torch.tensor([[2, 0, 2], [1, 3, 4]]), LOGP, "names an id twice"),
+        (torch.tensor([[2, -1, 5], [1, 3, 4]]), LOGP, "negative"),
+        (IDS, torch.tensor([[0.2, -1.0, -2.0], [-1.0, -2.0, -3.0]]), "above 0"),
+        (IDS, torch.tensor([[-0.1, -0.2, -0.3], [-1.0, -2.0, -3.0]]), "more than 1"),
+        (IDS, torch.tensor([[-0.5, math.nan, -2.0], [-1.0, -2.0, -3.0]]), "nan"),
+        (IDS[:, :2], LOGP, r"\[N, K\]"),
+    ],
+)
+def test_a_top_k_that_is_none_is_refused(ids: Tensor, logp: Tensor, message: str) -> None:
+    with pytest.raises(SignalError, match=message):
+        top(ids, logp)
+
+
+def test_short_lists_ties_rounding_and_steps_without_context_are_fine() -> None:
+    top(torch.tensor([[2, 0, 0], [1, 3, 3]]), torch.tensor([[-0.1, -math.inf, -math.inf], [-1.0, -1.0, -math.inf]]))
+    top(IDS, torch.tensor([[0.004, -9.0, -9.0], [-1.0, -1.0, -1.5]]))  # bf16's 0
+    nothing = torch.zeros(2, 3)
+    assert top(nothing.long(), nothing, valid_N=torch.tensor([False, False])).select(torch.tensor([1])).steps == 1
+    with pytest.raises(SignalError, match="twice .step 1"):
+        top(nothing.long(), torch.full((2, 3), -2.0), valid_N=torch.tensor([False, True]))
+
+
+def test_a_log_prob_of_a_written_token_is_one() -> None:
+    for signal in (lambda logp: Sampled(TOKENS, "t", logp), lambda logp: top(sampled_logp_N=logp)):
+        signal(torch.tensor([-math.inf, 0.001]))
+        with pytest.raises(SignalError, match=r"above 0, .*step 1"):
+            signal(torch.tensor([-1.0, 0.5]))
+        with pytest.raises(SignalError, match="nan"):
+            signal(torch.tensor([-1.0, math.nan]))
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.5, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["old_logp", "engine_logp"])
+def test_the_students_own_log_probs_are_log_probs(name: str, value: float) -> None:
+    toy, method = Toy(), registry.load("opd", correction="token")
+    given = toy.old.clone()
+    given[4] = value
+    if name == "engine_logp" and math.isnan(value):  # said nothing: the token came from data
+        assert toy.losses(method, engine_logp=given).loss.isfinite()
+        return
+    with pytest.raises(UserError, match=f"{name} holds .* no log-prob"):
+        toy.losses(method, **{name: given})
+    mask = torch.arange(len(toy.tokens)) != 4
+    assert toy.losses(method, mask=mask, **{name: given}).loss.isfinite(), "what does not count is not read"
+
+
+def test_a_top_k_looks_up_its_own_ids() -> None:
+    rows = top().rows(slice(None))
+    found = rows.logp_at(torch.tensor([[5, 2], [4, 4]]))
+    torch.testing.assert_close(found.exp(), torch.tensor([[0.1, 0.5], [0.01, 0.01]], dtype=F64))
+    with pytest.raises(SignalError, match="no log-prob of id 7 .it kept 3"):
+        rows.logp_at(torch.tensor([[5], [7]]))
+    left = rows.logp_outside(IDS, torch.tensor([[True, False, True], [True, True, True]]))
+    torch.testing.assert_close(left.exp(), torch.tensor([0.4, 0.04], dtype=F64))
+    with pytest.raises(SignalError, match="no top-k"):
+        top(IDS[:, :0], LOGP[:, :0], sampled_logp_N=LOGP[:, 0]).rows(slice(None)).logp_at(IDS)
+    with pytest.raises(SignalError, match="no full distribution"):
+        Sampled(TOKENS, "t", LOGP[:, 0]).rows(slice(None)).logp_at(IDS)
+
+
+def test_a_top_k_says_what_the_whole_distribution_says() -> None:
+    logits = torch.randn(6, 11, generator=torch.Generator().manual_seed(0), dtype=F64)
+    tokens = torch.zeros(6, dtype=torch.long)
+    whole = Dense.of(logits, tokens).rows(slice(None))
+    ids, logp = whole.topk(5)
+    short = TopK(tokens, "t", ids, logp).rows(slice(None))
+    chosen = ids[:, [3, 0, 4]]
+    torch.testing.assert_close(short.logp_at(chosen), whole.logp_at(chosen))
+    inside = torch.tensor([True, False, True]).expand(6, 3)
+    torch.testing.assert_close(short.logp_outside(chosen, inside), whole.logp_outside(chosen, inside))
+
+
+# --- what is left outside of some ids ---
+
+
+def test_what_is_left_and_its_gradient_are_those_of_autograd() -> None:
+    logits = torch.randn(5, 9, generator=torch.Generator().manual_seed(1), dtype=F64).requires_grad_()
+    # Twice, once meant and once not; meant by nobody; all of them but one.
+    ids = torch.tensor([[1, 4, 1], [0, 2, 3], [5, 5, 5], [0, 1, 2], [8, 7, 6]])
+    inside = torch.tensor([[True, True, False], [False] * 3, [True, False, False], [True] * 3, [False, True, True]])
+    found = Distribution(logits).logp_outside(ids, inside)
+    for row, (own, meant) in enumerate(zip(ids.tolist(), inside.tolist(), strict=True)):
+        named = {i for i, yes in zip(own, meant, strict=True) if yes}
+        wanted = logits[row].softmax(-1)[[v for v in range(9) if v not in named]].sum().log()
+        torch.testing.assert_close(found[row], wanted)
+        ours, theirs = (torch.autograd.grad(x, logits, retain_graph=True)[0][row] for x in (found[row], wanted))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_nothing_left_is_minus_infinity_without_a_gradient() -> None:
+    logits = torch.tensor([[1.0, 2.0, -math.inf]], dtype=F64, requires_grad=True)
+    everything = torch.tensor([[0, 1]])
+    found = Distribution(logits).logp_outside(everything, torch.ones_like(everything, dtype=torch.bool))
+    assert found.item() == -math.inf
+    assert torch.autograd.grad(found.sum(), logits)[0].tolist() == [[0.0, 0.0, 0.0]]
