@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from retort.align.text import decode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -25,12 +27,12 @@ def sentences(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[in
         ids: Of an answer.
         tokenizer: That wrote it.
     """
-    text = str(tokenizer.decode(list(ids)))
+    text = decode(tokenizer, ids)
     ends = [found.end() for found in _END.finditer(text)]
     found: list[int] = []
     place = sentence = 0
     for token in ids:
-        piece = str(tokenizer.decode([token])).strip()
+        piece = decode(tokenizer, [token]).strip()
         # A piece of a character decodes to nothing that is in the text: such a token lies where the last one ended.
         at = text.find(piece, place, place + len(piece) + 8) if piece else -1
         start = place if at < 0 else at

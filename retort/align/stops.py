@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from retort.align.text import decode
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 
@@ -166,7 +167,7 @@ def _overridden(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], s
     except Exception:  # the tokenizers library raises plain Exception for a text that it cannot encode
         ids = []
     # Decoded again, because an unknown token is one token too.
-    if len(ids) == 1 and tokenizer.decode(ids) == stop:
+    if len(ids) == 1 and decode(tokenizer, ids) == stop:
         return int(ids[0])
     special = [tokens[i] for i in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} if i in tokens]
     raise UserError(f"rollout.stop: {stop!r} is not one token of the {who}'s tokenizer; {did_you_mean(stop, special)}")

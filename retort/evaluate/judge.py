@@ -22,7 +22,7 @@ from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, Steps, per_token
 from retort.models.lm import LanguageModel
-from retort.rewards.verify import Verifier, parts_of
+from retort.rewards.verify import Verifier, grade_all, parts_of
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
@@ -119,10 +119,13 @@ class Judge:
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)
+            graded: list[float] = []
+            if self.verifier is not None:
+                graded = grade_all(self.verifier, [r.prompt for r in rollouts], [r.text for r in rollouts])
             for index, prompt in enumerate(block):
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
                 if self.verifier is not None:
-                    rewards.append([self.verifier(prompt, rollout.text) for rollout in own])
+                    rewards.append(graded[index * self.samples : (index + 1) * self.samples])
                 _tally_parts(parts, [parts_of(self.verifier, prompt, rollout.text) for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])

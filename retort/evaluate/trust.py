@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
+from retort.align.text import completion_text
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
-from retort.rewards.verify import GivesFeedback, Verifier
+from retort.rewards.verify import GivesFeedback, Verifier, grade_all
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
 from retort.signals import TeacherSignal
@@ -183,14 +184,15 @@ def _spine(
             chance = uniforms(protocol.seed, "evaluation", "spine", prompt.id, member, count=longest)
             tasks.append(Task(prompt, render(prompt), member, chance))
     written = write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
+    rewards = grade_all(verifier, [rollout.prompt for rollout in written], [rollout.text for rollout in written])
     explain = verifier.feedback if isinstance(verifier, GivesFeedback) else None
     return [
         replace(
             rollout,
-            reward=verifier(rollout.prompt, rollout.text),
+            reward=reward,
             feedback="" if explain is None else explain(rollout.prompt, rollout.text),
         )
-        for rollout in written
+        for rollout, reward in zip(written, rewards, strict=True)
     ]
 
 
@@ -243,7 +245,7 @@ def _graded(
     progress: Callable[[int, int], None] | None,
 ) -> list[bool]:
     """Whether each answer, its beginning included, is right; one that begins with its end is not written further."""
-    stops, decode = set(engine.lm.stops.ids), engine.lm.tokenizer.decode
+    stops, tokenizer = set(engine.lm.stops.ids), engine.lm.tokenizer
     texts: dict[int, str] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
     rooms = [protocol.max_new_tokens - len(end) if not end or end[-1] not in stops else 0 for end in ends]
@@ -255,10 +257,13 @@ def _graded(
             written = write(engine, chosen, max_new_tokens=room, temperature=temperature, top_p=1.0)
             more = [rollout.action_ids for rollout in written]
         for number, ids in zip(numbers, more, strict=True):
-            texts[number] = str(decode([*ends[number], *ids[: rooms[number]]], skip_special_tokens=True))
+            whole, given = [*ends[number], *ids[: rooms[number]]], tasks[number].prompt_ids
+            before = given[: len(given) - len(ends[number])]
+            texts[number] = completion_text(tokenizer, whole, prompt_ids=before)
         if progress is not None:
             progress(len(texts), len(tasks))
-    return [verifier(task.prompt, texts[number]) > 0.5 for number, task in enumerate(tasks)]
+    rewards = grade_all(verifier, [task.prompt for task in tasks], [texts[number] for number in range(len(tasks))])
+    return [reward > 0.5 for reward in rewards]
 
 
 def _blocks(rooms: Sequence[int], prompts: Sequence[int], most: int, context: int) -> list[list[int]]:

@@ -1,21 +1,43 @@
 """The process that judges mathematics: one JSON request per line in, one reply per line out.
 
-Run by its path by `retort.rewards.verify`, which kills it when a reply takes too long. It imports math-verify and the
-standard library only. In: {"gold", "text", "boxed"}. Out: {"equal"}; first of all {"ready"}, or {"error"}.
+Run by its path by `retort.rewards.math_judge`. It imports math-verify and the standard library only. This process loads
+the libraries once and forks a child that judges. A child whose comparison exceeds the processor time that its request
+allows is ended by the kernel, and another is forked at once. It is processor time and not time on the clock, because a
+verdict must not depend on what else the machine does.
+
+In: {"gold", "text", "boxed", "digits", "limit_s"}. Out: {"equal"} or {"given_up"}; first of all {"ready"} or {"error"}.
+
+It does not outlive the process that started it. On Linux the kernel ends it with its parent. Elsewhere, and where a
+thread started it, it ends within the processor time of the comparison at hand, because its input has ended then.
 """
 
 import contextlib
 import json
 import os
+import signal
 import sys
 from typing import Any
 
 # Bytes of address space; a power tower must not take the run's memory before the time limit ends it.
 MOST_MEMORY = 4 << 30
+_PR_SET_PDEATHSIG = 1
+# What is compared before the first fork: the parsers' tables are filled then, so that no verdict pays for them.
+_WARM = (
+    r"\frac{1}{2}",
+    r"(1, 2] \cup [3, \infty)",
+    r"x = \sqrt{2} + 1",
+    r"\{1, 2\}",
+    "3.5",
+    r"\pi r^2",
+    "1,2",
+    r"2^{10}",
+)
 
 
 def main() -> None:
     """Answers until the other side closes."""
+    if "--die-with-parent" in sys.argv:
+        _die_with(int(sys.argv[-1]))
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints must not be taken for a reply
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows, nor above a lower hard limit
@@ -28,13 +50,50 @@ def main() -> None:
         _reply(replies, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
         return
     _reply(replies, {"ready": True})
+    if not hasattr(os, "fork"):
+        _serve(judge, replies)
+        return
+    while True:
+        own = os.getpid()
+        child = os.fork()
+        if child == 0:
+            _die_with(own)
+            _serve(judge, replies)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            return
+        _reply(replies, {"given_up": True})
+
+
+def _serve(judge: Any, replies: Any) -> None:
+    # One request at a time lies in the pipe, so that nothing is lost with a child's buffer.
     for line in sys.stdin.buffer:
         request = json.loads(line)
+        _allow(request["limit_s"])
         try:
-            equal = judge(request["gold"], request["text"], request["boxed"])
+            equal = judge(request["gold"], request["text"], request["boxed"], request["digits"])
         except (Exception, MemoryError):  # the text's doing, whatever it is: it is not right
             equal = False
+        _allow(0.0)
         _reply(replies, {"equal": equal})
+
+
+def _allow(seconds: float) -> None:
+    """Lets the kernel end this process after so much processor time, also within C code; 0 takes that back."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _die_with(parent: int) -> None:
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(Exception):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before this was asked for
+        os._exit(0)
 
 
 def _reply(replies: Any, content: dict[str, object]) -> None:
@@ -49,12 +108,14 @@ def _judge() -> Any:
 
     logging.disable()
 
-    def judge(gold: str, text: str, boxed: bool) -> bool:
-        # No timeouts of math-verify's own (see retort.rewards.verify): the other side kills this process.
+    def judge(gold: str, text: str, boxed: bool, digits: int) -> bool:
+        # No timeouts of math-verify's own (see retort.rewards.verify): the kernel ends this process.
         parsed = math_verify.parse(f"\\boxed{{{text}}}" if boxed else text, parsing_timeout=None)  # type: ignore[arg-type]
         golds = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)  # type: ignore[arg-type]
-        return bool(math_verify.verify(golds, parsed, timeout_seconds=None))
+        return bool(math_verify.verify(golds, parsed, float_rounding=digits, timeout_seconds=None))
 
+    for text in _WARM:
+        judge(text, text, True, 6)
     return judge
 
 

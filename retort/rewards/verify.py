@@ -1,27 +1,26 @@
 r"""Verifiers: 1.0 for a right response, 0.0 for a wrong one, whatever the response holds.
 
-Model output is hostile: it may be a mebibyte of brackets, or `\boxed{9^{9^{9}}}`. A verifier neither raises nor hangs
-on it. Mathematics is therefore judged in a worker process (`retort.rewards.math_worker`) that is killed when it takes
-too long, and not with the timeouts of math-verify itself, which interrupt by `signal.alarm`: these work on the main
-thread only, take the alarm away from whoever else uses it, wait for C code to return, and bound no memory.
+Only what follows a closed thinking block is graded (`retort.align.text.after_thinking`); a block that is never closed
+holds no answer. Model output is hostile: it may be a mebibyte of brackets, or `\boxed{9^{9^{9}}}`. A verifier neither
+raises nor hangs on it. What is a number, a letter or a word is compared here (`retort.rewards.answers`), and what no
+computer should compute is cut by its form. All else is judged in a worker process (`retort.rewards.math_worker`) within
+bounds of processor time, and not with the timeouts of math-verify itself, which interrupt by `signal.alarm`: these work
+on the main thread only, take the alarm away from whoever else uses it, wait for C code to return, and bound no memory.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
+import math
 import re
-import subprocess
-import sys
-import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from retort.errors import RunError, UserError, did_you_mean
+from retort.align.text import after_thinking
+from retort.errors import UserError, did_you_mean
+from retort.rewards import answers
+from retort.rewards.math_judge import Judge
 from retort.types import Prompt
 
 __all__ = [
@@ -34,6 +33,7 @@ __all__ = [
     "MathVerifier",
     "RankingVerifier",
     "Verifier",
+    "grade_all",
     "last_boxed",
     "parts_of",
     "verifier_for",
@@ -45,9 +45,9 @@ MOST_TAIL = 1000
 #: Characters from the end of a text in which the box is looked for.
 MOST_TEXT = 100_000
 
-WORKER = Path(__file__).with_name("math_worker.py")
-# Importing sympy from a cold disk can take long; only after this is the worker considered broken.
-START_SECONDS = 120.0
+#: After so many comparisons of a batch without an end, the others of the batch get the shorter limit.
+MOST_GIVEN_UP = 8
+SHORT_LIMIT_S = 0.25
 
 
 class Verifier(Protocol):
@@ -91,7 +91,7 @@ class ExactVerifier:
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
-        return float(text.split() == _answer(prompt, self.name).split())
+        return float(after_thinking(text).split() == _answer(prompt, self.name).split())
 
 
 class CountdownVerifier:
@@ -103,7 +103,7 @@ class CountdownVerifier:
         """1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.countdown import check
 
-        return float(check(prompt.text, text))
+        return float(check(prompt.text, after_thinking(text)))
 
 
 class RankingVerifier:
@@ -115,7 +115,7 @@ class RankingVerifier:
         """1.0 if the text is a well-formed response to the prompt, else 0.0."""
         from retort.tasks.ranking import check
 
-        return float(check(prompt.text, text))
+        return float(check(prompt.text, after_thinking(text)))
 
 
 class CoachedVerifier:
@@ -127,13 +127,13 @@ class CoachedVerifier:
         """1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.coached import check
 
-        return float(check(prompt.text, text))
+        return float(check(prompt.text, after_thinking(text)))
 
     def feedback(self, prompt: Prompt, text: str) -> str:
         """What is wrong with the text, such as `step 2 : no 7`; empty if nothing is."""
         from retort.tasks.coached import feedback
 
-        return feedback(prompt.text, text)
+        return feedback(prompt.text, after_thinking(text))
 
 
 class BaitVerifier(CoachedVerifier):
@@ -145,18 +145,24 @@ class BaitVerifier(CoachedVerifier):
         """`followed`: 1.0 if the text is the suggestion, token for token; nothing where the prompt has none."""
         from retort.tasks.coached import bait, followed
 
-        return {} if bait(prompt.text) is None else {"followed": float(followed(prompt.text, text))}
+        return {} if bait(prompt.text) is None else {"followed": float(followed(prompt.text, after_thinking(text)))}
 
 
 class MathVerifier:
     r"""Right if the last `\boxed{...}` (else the final expression of the text) equals the answer, by math-verify.
 
     Only that one box counts: a text that boxes several answers gets no second guess. A box without end (the text was
-    truncated in it) does not count. Equal strings and whole numbers are compared here; all else goes to the worker
-    process, one request at a time, from any thread. Use it as a context manager, or let go of it, to end the worker.
+    truncated in it) does not count. Numbers are compared exactly, letters of a multiple choice as letters, words as
+    words; all else goes to the worker process, one request at a time, from any thread. Use it as a context manager, or
+    let go of it, to end the worker.
+
+    A comparison is given up, and the response is wrong, where its form shows that it has no end (a tower of powers),
+    or after `limit_s` seconds of processor time. After 8 of those in one batch (see `grade_all`) the others of the
+    batch get a quarter of a second each. Both are counted, by the texts of the batch alone, so that a resumed run
+    gives the same verdicts; `given_up` says how many there were.
 
     Args:
-        limit_s: Seconds after which a comparison is given up and the response is wrong.
+        limit_s: Seconds of processor time after which a comparison is given up and the response is wrong.
 
     Raises:
         UserError: math-verify is not installed.
@@ -164,38 +170,40 @@ class MathVerifier:
 
     name = "math"
 
-    def __init__(self, limit_s: float = 5.0) -> None:
+    def __init__(self, limit_s: float = 2.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
                 "judging mathematics needs the library `math-verify`; install it with "
                 "pip install 'retort-distill[math]'"
             )
-        self._judge = _Judge(limit_s)
-        # Rollouts of one prompt often agree, and a hopeless comparison should cost its time limit only once.
-        self._equal = lru_cache(maxsize=4096)(self._judge.equal)
+        self.limit_s = limit_s
+        self.given_up = 0
+        self._judge = Judge()
+        # Rollouts of one prompt often agree, and a hopeless comparison should cost its time limit only once. The limit
+        # is part of what is remembered: a verdict does not depend on what other batches asked.
+        self._remembered = lru_cache(maxsize=4096)(self._judge.equal)
+        self._endless: set[tuple[str, str]] = set()
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
-        gold = _answer(prompt, self.name).strip()
-        boxed = last_boxed(gold)
-        gold = gold if boxed is None else boxed
+        gold, text = _gold(_answer(prompt, self.name)), after_thinking(text)
         boxed = last_boxed(text[-MOST_TEXT:])
-        if boxed is None:
-            tail = text[-MOST_TAIL:].strip().removesuffix(".")  # math-verify reads "14/3." as a float
-            return float(bool(tail) and (_compact(tail) == _compact(gold) or self._equal(gold, tail, False)))
-        if len(boxed) > MOST_BOXED or not boxed.strip():
+        if boxed is not None:
+            right = len(boxed) <= MOST_BOXED and bool(boxed.strip()) and self._is_right(gold, boxed)
+            return float(right)
+        tail = text[-MOST_TAIL:].strip()
+        if not tail:
             return 0.0
-        ours, theirs = _compact(gold), _compact(boxed)
-        if ours == theirs:
-            return 1.0
-        if _is_whole(ours) and _is_whole(theirs):
-            return float(int(ours) == int(theirs))
-        return float(self._equal(gold, boxed, True))
+        said = answers.stated(tail)
+        decided = None if said is None else self._decided(gold, said)
+        if decided is None and answers.choice(gold) is None and answers.word(gold) is None:
+            tail = tail.removesuffix(".")  # math-verify reads "14/3." as a float
+            decided = _compact(tail) == _compact(gold) or self._equal(gold, tail, boxed=False)
+        return float(bool(decided))
 
-    @property
-    def given_up(self) -> int:
-        """How many comparisons found no end and were called wrong."""
-        return self._judge.given_up
+    def start_batch(self) -> None:
+        """Forgets how many comparisons of the last batch were given up; see `grade_all`."""
+        self._endless.clear()
 
     def close(self) -> None:
         """Ends the worker process; a later call starts another."""
@@ -206,6 +214,54 @@ class MathVerifier:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _is_right(self, gold: str, said: str) -> bool:
+        decided = self._decided(gold, said)
+        return self._equal(gold, said, boxed=True) if decided is None else decided
+
+    def _decided(self, gold: str, said: str) -> bool | None:
+        """Whether an answer is right, where that can be seen without math-verify; None where not."""
+        if _compact(gold) == _compact(said):
+            return True
+        letter = answers.choice(gold)
+        if letter is not None:
+            return answers.letter_of(said) == letter
+        ours, theirs = answers.tidy(gold), answers.tidy(answers.without_letter(said))
+        if ours == theirs:
+            return bool(ours)
+        numbers = answers.number(ours), answers.number(theirs)
+        if numbers[0] is not None and numbers[1] is None:
+            numbers = numbers[0], answers.number(re.sub(r"^[A-Za-z](?:_\w)?\s*=\s*", "", theirs))
+        if numbers[0] is not None and numbers[1] is not None:
+            return answers.same_number(numbers[0], numbers[1])
+        plain = answers.word(ours)
+        if plain is not None:
+            return answers.word(theirs) == plain
+        based = re.fullmatch(r"([0-9A-F]+)_\{?([0-9]+)\}?", ours.replace(" ", ""))
+        if based is not None:
+            said_base = re.fullmatch(r"([0-9A-F]+)(?:_\{?([0-9]+)\}?)?", theirs.replace(" ", ""))
+            return said_base is not None and said_base[1] == based[1] and said_base[2] in (None, based[2])
+        return None
+
+    def _equal(self, gold: str, said: str, *, boxed: bool) -> bool:
+        """Whether math-verify holds an answer, or what it finds in a text, for equal to the right one."""
+        exact = answers.number(answers.tidy(gold))
+        if boxed:
+            said = answers.tidy(answers.without_letter(said))
+            if not said or not answers.comparable(gold, said):
+                return False
+            if exact is not None and re.search(r"[0-9.] +[0-9.]", said):
+                return False  # two numbers, which math-verify would read as one
+        if answers.hopeless(said):
+            self.given_up += 1
+            return False
+        limit_s = SHORT_LIMIT_S if len(self._endless) >= MOST_GIVEN_UP else self.limit_s
+        wanted = gold if exact is None else exact.exact()
+        equal = self._remembered(wanted, said, boxed, _digits(exact), min(limit_s, self.limit_s))
+        if equal is None:
+            self.given_up += 1
+            self._endless.add((gold, said))
+        return bool(equal)
 
 
 VERIFIERS = {
@@ -228,16 +284,28 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
         The verifier, or None if responses get no reward.
 
     Raises:
-        UserError: No such task, a prompt without an answer, or math-verify is not installed.
+        UserError: No such task, a prompt without an answer or with one that cannot be graded, or math-verify is not
+            installed.
     """
     if task is None:
-        return MathVerifier() if prompts and all(prompt.answer is not None for prompt in prompts) else None
+        if not prompts or any(prompt.answer is None for prompt in prompts):
+            return None
+        task = MathVerifier.name
     if task not in VERIFIERS:
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
     if task in NEED_ANSWER:
         for prompt in prompts:
             _answer(prompt, task)
+    if task == MathVerifier.name:
+        _check_gradable(prompts)
     return VERIFIERS[task]()
+
+
+def grade_all(verifier: Verifier, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    """Rewards of the responses of one batch, which share one allowance for comparisons that find no end."""
+    if isinstance(verifier, MathVerifier):
+        verifier.start_batch()
+    return [verifier(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def parts_of(verifier: Verifier | None, prompt: Prompt, text: str) -> Mapping[str, float]:
@@ -266,92 +334,50 @@ def _answer(prompt: Prompt, task: str) -> str:
     return prompt.answer
 
 
+def _check_gradable(prompts: Sequence[Prompt]) -> None:
+    """Raises a UserError for the first prompt to whose answer no response could be equal."""
+    checked: set[str] = set()
+    for prompt in prompts:
+        gold = _gold(_answer(prompt, MathVerifier.name))
+        if gold in checked:
+            continue
+        checked.add(gold)
+        why = _ungradable(gold)
+        if why:
+            shown = gold if len(gold) <= 40 else gold[:37] + "..."
+            raise UserError(
+                f"prompt '{prompt.id}': its answer {shown!r} cannot be graded as mathematics: {why}; correct it, leave "
+                "the row out, or set task = 'exact'"
+            )
+
+
+def _ungradable(gold: str) -> str:
+    if not answers.tidy(gold):
+        return "it is empty"
+    if len(gold) > MOST_BOXED:
+        return f"it has {len(gold)} characters, more than the {MOST_BOXED} of an answer that is read"
+    if re.fullmatch(r"[+-]?(?:nan|inf|infinity)", gold, re.IGNORECASE):
+        return "it is not a finite number"
+    if answers.hopeless(gold):
+        return "its powers, factorials or brackets are too large to compute"
+    read = answers.number(answers.tidy(gold))
+    if re.fullmatch(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?", gold) and read is None:
+        return "it is a number with too many digits"
+    return ""
+
+
 def _compact(text: str) -> str:
-    return "".join(text.split()).strip("$")
+    # A blank between digits says that these are two numbers.
+    return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text.strip()).strip("$")
 
 
-def _is_whole(text: str) -> bool:
-    return len(text) <= 18 and re.fullmatch(r"-?[0-9]+", text) is not None
+def _gold(answer: str) -> str:
+    boxed = last_boxed(answer)
+    return (answer if boxed is None else boxed).strip()
 
 
-class _Judge:
-    """Owns the worker process: starts it when first needed, kills it when it takes too long."""
-
-    def __init__(self, limit_s: float) -> None:
-        self.limit_s = limit_s
-        self.given_up = 0
-        self.lock = threading.Lock()
-        self.process: subprocess.Popen[bytes] | None = None
-        self.finalizer: weakref.finalize[[subprocess.Popen[bytes]], _Judge] | None = None
-
-    def equal(self, gold: str, text: str, boxed: bool) -> bool:
-        """Whether math-verify holds the two for equal; False too where it found no end."""
-        with self.lock:
-            reply = self._ask({"gold": gold, "text": text, "boxed": boxed})
-        self.given_up += reply is None
-        return reply is not None and bool(reply["equal"])
-
-    def close(self) -> None:
-        """Ends the worker."""
-        if self.finalizer is not None:
-            self.finalizer()
-        self.process = self.finalizer = None
-
-    def _ask(self, request: dict[str, object]) -> dict[str, object] | None:
-        if self.process is not None and self.process.poll() is not None:
-            self.close()  # it died after its last reply; that is not this text's doing
-        process = self.process or self._start()
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-        except OSError:
-            self.close()
-            return None
-        return self._read(process, self.limit_s)
-
-    def _read(self, process: subprocess.Popen[bytes], limit_s: float) -> dict[str, object] | None:
-        """One reply; None, and no worker any more, if it ended or none came in time."""
-        fired = threading.Event()
-
-        def stop() -> None:
-            fired.set()
-            process.kill()
-
-        timer = threading.Timer(limit_s, stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-        finally:
-            timer.cancel()
-        if fired.is_set() or not line.endswith(b"\n"):
-            self.close()
-        return json.loads(line) if line.endswith(b"\n") else None
-
-    def _start(self) -> subprocess.Popen[bytes]:
-        self.process = process = subprocess.Popen(
-            # By its path and with -P: the worker must import neither torch nor anything that lies beside it.
-            [sys.executable, "-P", str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the keyboard is for the run, which then stops in good order
-        )
-        self.finalizer = weakref.finalize(self, _end, process)
-        ready = self._read(process, START_SECONDS)
-        if ready is None or "error" in ready:
-            self.close()
-            why = "it ended, or took too long" if ready is None else ready["error"]
-            raise RunError(f"the process that judges mathematics did not start: {why}")
-        return process
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):  # a request that was never read
-                pipe.close()
+def _digits(gold: answers.Number | None) -> int:
+    """Decimals to which math-verify compares: six, and more for a right answer that is close to 0."""
+    if gold is None or not gold.value or abs(gold.value) >= 1:
+        return 6
+    return 6 + math.ceil(math.log10(gold.value.denominator) - math.log10(abs(gold.value.numerator)))

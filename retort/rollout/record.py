@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from retort.align.text import decode
 from retort.types import Pack
 
 
@@ -30,7 +31,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "status": str(rollout.status),
         "reward": rollout.reward,
         "ids": rollout.action_ids,
-        "tokens": [tokenizer.decode([token]) for token in rollout.action_ids],
+        "tokens": [decode(tokenizer, [token]) for token in rollout.action_ids],
         "columns": {name: [_short(x) for x in values_N[places_N].tolist()] for name, values_N in columns.items()},
     }
 

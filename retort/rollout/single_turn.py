@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from retort.align.text import completion_text
 from retort.rollout.engines.hf import HFEngine, Request
 from retort.types import Prompt, Rollout
 
@@ -60,7 +61,7 @@ def write(
             visit=task.visit,
             status=answer.status,
             source=source,
-            text=str(engine.lm.tokenizer.decode(answer.ids, skip_special_tokens=True)),
+            text=completion_text(engine.lm.tokenizer, answer.ids, prompt_ids=task.prompt_ids),
         )
         for task, answer in zip(tasks, written, strict=True)
     ]

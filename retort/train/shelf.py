@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from retort.align.text import completion_text
 from retort.rewards.verify import parts_of
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.single_turn import acted
@@ -118,7 +119,7 @@ class Shelf:
         for index, (ids_A, logp_A) in enumerate(pieces):
             prompt, reward = setup.train[lists["prompts"][index]], lists["rewards"][index]
             before, ids = setup.render(prompt), ids_A.tolist()
-            text = str(setup.student.tokenizer.decode(ids, skip_special_tokens=True))
+            text = completion_text(setup.student.tokenizer, ids, prompt_ids=before)
             rollouts.append(
                 Rollout(
                     prompt=prompt,

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from retort.align.text import completion_text
 from retort.errors import RunError, UserError
-from retort.rewards.verify import GivesFeedback, parts_of
+from retort.rewards.verify import GivesFeedback, grade_all, parts_of
 from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.rollout.single_turn import Task, acted, write
 from retort.schedules import Reading
@@ -225,15 +226,16 @@ def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
     grade = setup.verifier
+    rewards = grade_all(grade, [rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
     explain = grade.feedback if isinstance(grade, GivesFeedback) else None
     return [
         replace(
             rollout,
-            reward=grade(rollout.prompt, rollout.text),
+            reward=reward,
             reward_parts=parts_of(grade, rollout.prompt, rollout.text),
             feedback="" if explain is None else explain(rollout.prompt, rollout.text),
         )
-        for rollout in rollouts
+        for rollout, reward in zip(rollouts, rewards, strict=True)
     ]
 
 
@@ -249,7 +251,7 @@ def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:
         acted_L=rollout.acted_L[: before + longest],
         engine_logp_A=None if logp_A is None else logp_A[:longest],
         status=Status.TRUNCATED,
-        text=str(setup.student.tokenizer.decode(ids, skip_special_tokens=True)),
+        text=completion_text(setup.student.tokenizer, ids, prompt_ids=rollout.prompt_ids),
     )
 
 

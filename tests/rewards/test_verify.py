@@ -11,7 +11,7 @@ import pytest
 
 from retort.data import load_prompts
 from retort.errors import RunError, UserError
-from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, verifier_for, verify
+from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, math_judge, verifier_for
 from retort.rewards.verify import last_boxed
 from retort.types import Message, Prompt
 
@@ -122,7 +122,7 @@ def test_published_answers_verify_and_others_do_not(judge: MathVerifier, file: s
         assert row.answer is not None
         assert judge(row, rf"Hence the answer is $\boxed{{{row.answer}}}$.") == 1.0
         # Not by equal strings alone: math-verify itself must hold the answer for equal to itself.
-        assert judge._judge.equal(row.answer, row.answer, True)
+        assert judge._judge.equal(row.answer, row.answer, True, 6, 5.0)
         if other.answer != row.answer:
             assert judge(row, rf"\boxed{{{other.answer}}}") == 0.0
 
@@ -135,6 +135,9 @@ def test_published_solutions_verify(judge: MathVerifier) -> None:
     for row in rows:
         assert judge(row, row.privileged["solution"] + f"\nThe answer is {row.answer}.") == 1.0
 
+
+# Not to be seen by its form: only the limit of processor time ends it.
+ENDLESS = r"\boxed{\binom{10^{9}}{5\cdot 10^{8}}}"
 
 HOSTILE = {
     "deep": r"\boxed{" + "{" * 450 + "1" + "}" * 450 + "}",
@@ -162,8 +165,10 @@ def test_endless_work_is_given_up_and_judging_goes_on() -> None:
     with MathVerifier(LIMIT) as judge:
         assert judge(prompt("3"), r"\boxed{\frac{6}{2}}") == 1.0
         assert judge(prompt("3"), r"\boxed{9^{9^{9}}}") == 0.0
-        assert judge(prompt("3"), r"\boxed{9^{9^{9}}}") == 0.0  # remembered
-        assert judge.given_up == 1
+        assert judge.given_up == 1  # by its form, without a try
+        assert judge(prompt("3"), ENDLESS) == 0.0
+        assert judge(prompt("3"), ENDLESS) == 0.0  # remembered, and counted
+        assert judge.given_up == 3
         assert judge(prompt("3"), r"\boxed{\frac{9}{3}}") == 1.0
 
 
@@ -201,7 +206,7 @@ def test_works_from_threads_and_quietly(
 def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     script = tmp_path / "worker.py"
-    monkeypatch.setattr(verify, "WORKER", script)
+    monkeypatch.setattr(math_judge, "WORKER", script)
     script.write_text(f"print({json.dumps(json.dumps({'error': 'ImportError: no sympy'}))})")
     with pytest.raises(RunError, match="ImportError: no sympy"):
         MathVerifier()(prompt("3"), r"\boxed{\frac{6}{2}}")

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from retort.align.text import decode
 from retort.tasks import countdown
 from retort.tasks.coached.problems import TEMPLATES, bait_rows, check, feedback, followed, mistake, outcome, plan, rows
 from retort.tasks.coached.problems import wrong as wrong_response
@@ -263,7 +264,7 @@ def _score(model: LlamaForCausalLM, prompts: Sequence[str], samples: int) -> Sco
         drawn = sample(model, encoded, torch.Generator().manual_seed(length)).tolist()
         for at, tokens in enumerate(drawn):
             end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else 0  # no end is wrong
-            prompt, text = alike[at // samples], str(tokenizer.decode(tokens[:end]))
+            prompt, text = alike[at // samples], decode(tokenizer, tokens[:end])
             right += check(prompt, text)
             follows += followed(prompt, text)
     whole = len(prompts) * samples

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from retort.align.text import decode
 from retort.tasks.countdown.problems import Problem, check, problems, rows, solutions
 from retort.tasks.countdown.tokenizer import build_tokenizer
 
@@ -166,7 +167,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Scor
     right: list[bool] = []
     for at, tokens in enumerate(sample(model, encoded, torch.Generator().manual_seed(0)).tolist()):
         end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else 0  # no end is wrong
-        right.append(check(prompts[at // SAMPLES], str(tokenizer.decode(tokens[:end]))))
+        right.append(check(prompts[at // SAMPLES], decode(tokenizer, tokens[:end])))
     right_PK = torch.tensor(right).view(-1, SAMPLES)
     return Score(right_PK.float().mean().item(), right_PK.any(1).float().mean().item())
 

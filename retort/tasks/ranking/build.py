@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from retort.align.text import decode
 from retort.tasks.ranking.lists import ITEMS, judge, problem, rows
 from retort.tasks.ranking.tokenizer import EOS, build_tokenizer
 
@@ -141,7 +142,7 @@ def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Scor
     found, stop = [], tokenizer.get_vocab()[EOS]
     for prompt, ids in zip(prompts, written, strict=True):
         end = ids.index(stop) if stop in ids else len(ids)
-        text = tokenizer.decode(ids[:end])
+        text = decode(tokenizer, ids[:end])
         found.append(judge(prompt, str(text)))
     good = [one.ndcg for one in found if one.ndcg is not None]
     missing = sum(one.one_missing for one in found) / len(found)

@@ -1,0 +1,75 @@
+"""The text of a completion, and which part of it is the answer.
+
+Every completion becomes text here. The tokenizer's own clean-up is off: it would take blanks away before punctuation,
+and a verifier, a view or a sibling would read another text than the one that was written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["after_thinking", "completion_text", "decode"]
+
+_WORD = r"(?:think|thinking|thought|thoughts|begin_of_thought|start_thinking|reasoning|scratchpad|inner_prefix)"
+_END_WORD = r"(?:end_of_thought|end_thinking|inner_suffix)"
+_NAMES = r"(?:[a-z]+[:_])?(?:think|thinking|thought|thoughts|reasoning|scratchpad)(?:_[a-z]+)?"
+#: <think>, <seed:think>, [THINK], <|begin_of_thought|>, <|START_THINKING|>, and what Kimi and gpt-oss write.
+_OPEN = re.compile(
+    rf"<{_NAMES}>|\[{_NAMES}\]|<\|{_WORD}\|>|◁think▷|<\|channel\|>(?:analysis|commentary)\b[^<]*<\|message\|>",
+    re.IGNORECASE,
+)
+_CLOSE = re.compile(
+    rf"</{_NAMES}>|\[/{_NAMES}\]|<\|/{_WORD}\|>|<\|{_END_WORD}\|>|◁/think▷|<\|channel\|>final\b[^<]*<\|message\|>",
+    re.IGNORECASE,
+)
+#: Pieces of such tags that a tokenizer may hold as special tokens.
+_PIECES = re.compile(rf"{_OPEN.pattern}|{_CLOSE.pattern}|<\|(?:channel|message)\|>", re.IGNORECASE)
+# Of the end of a prompt: more than the longest tag has.
+_TAG_TOKENS = 16
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """Text of token ids, every blank as it was written."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False))
+
+
+def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, prompt_ids: Sequence[int] = ()) -> str:
+    """Text of a completion without control tokens, except those that bound its thinking.
+
+    Args:
+        tokenizer: Of the model that wrote it.
+        ids: What it wrote.
+        prompt_ids: What it was given. Where that ends with the tag that opens a thinking block (some templates write
+            it), the text begins with this tag, so that the text alone says whether the block was closed.
+    """
+    kept = {token: name for token, name in _special(tokenizer).items() if _PIECES.fullmatch(name)}
+    text, start = "", 0
+    for place, token in enumerate(ids):
+        if token in kept:
+            text += decode(tokenizer, ids[start:place], skip_special_tokens=True) + kept[token]
+            start = place + 1
+    rest = ids[start:] if start else ids
+    return _opened(tokenizer, prompt_ids) + text + decode(tokenizer, rest, skip_special_tokens=True)
+
+
+def after_thinking(text: str) -> str:
+    """What follows the last closed thinking block; empty if a block is open at the end; all of it if there is none."""
+    end = max((tag.end() for tag in _CLOSE.finditer(text)), default=0)
+    return "" if _OPEN.search(text, end) else text[end:]
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    return {int(token): str(tokenizer.convert_ids_to_tokens(int(token))) for token in tokenizer.all_special_ids}
+
+
+def _opened(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:
+    if not prompt_ids:
+        return ""
+    before = decode(tokenizer, prompt_ids[-_TAG_TOKENS:]).rstrip()
+    found = [tag for tag in _OPEN.finditer(before) if tag.end() == len(before)]
+    return found[-1][0] + "\n" if found else ""
