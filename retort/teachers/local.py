@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -175,10 +176,14 @@ class LocalTeacher:
             longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
             scene = Scene(rollout, group, self.stage, shown=set())
             prompt = view.prompt(scene)
-            ids = None if prompt is None else self.render(prompt)
+            # A view shows what models wrote: what it spells must not end a run.
+            render = self.render if view.render is None else partial(self.render, split=True)
+            ids = None if prompt is None else render(prompt)
             if ids is not None and view.render is not None and len(ids) > longest:
-                prompt = scene.shortened(view.prompt, lambda made, most=longest: len(self.render(made)) <= most)
-                ids = None if prompt is None else self.render(prompt)
+                prompt = scene.shortened(
+                    view.prompt, lambda made, most=longest: len(self.render(made, split=True)) <= most
+                )
+                ids = None if prompt is None else render(prompt)
                 cut += ids is not None
             for name in (scene.shown or ()) if ids is not None else ():
                 shows[name] = shows.get(name, 0) + 1

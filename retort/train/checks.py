@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.align.encode import Spelt, response_ids
 from retort.align.stops import describe_stop_map, named_stops, turn_end
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError
@@ -261,7 +262,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
     for prompt in setup.train[:PROBES]:
         prompt_ids = local.render(prompt)
         if answered:
-            ids = list(_teacher(setup).tokenizer.encode(str(prompt.response), add_special_tokens=False))
+            ids = _answer_ids(prompt_ids, str(prompt.response), _teacher(setup))
         else:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < setup.vocab][:PROBE_TOKENS]
@@ -269,6 +270,14 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
             rollouts.append(Rollout(prompt, torch.tensor([*prompt_ids, *ids]), acted(len(prompt_ids), len(ids))))
     what = "answers" if answered else "prompts"
     return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
+
+
+def _answer_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> list[int]:
+    """An answer of the data after a prompt; none that spells what the tokenizer cannot encode."""
+    try:
+        return response_ids(prompt_ids, response, lm.tokenizer)
+    except Spelt:
+        return []
 
 
 def _scored(setup: Setup, pack: Pack) -> Tensor:

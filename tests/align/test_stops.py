@@ -3,12 +3,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from retort.align import StopTokens, describe_stop_map, stop_map, stop_tokens, turn_end
+from retort.align import StopTokens, describe_stop_map, stop_map, stop_tokens
+from retort.align.stops import turn_end
 from retort.errors import UserError
-from support import make_tokenizer
 
 VOCAB = {"?": 0, "a": 1, "b": 2, "c": 3, "<|endoftext|>": 4, "<|im_end|>": 5}
 

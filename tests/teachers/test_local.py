@@ -87,7 +87,7 @@ def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None
 def test_all_stops_of_the_teacher_are_the_students(
     lm: Any, ours: tuple[int, ...], theirs: tuple[int, ...], temperature: float
 ) -> None:
-    """The probabilities of the merged stops are added, at the temperature at which they are read; the first is primary."""
+    """The probabilities of merged stops are added, at the temperature at which they are read."""
     stops = stop_map(StopTokens(frozenset(ours), ours[0]), StopTokens(frozenset(theirs), theirs[0]))
     asked = {need.kind: frozenset({need}) for need in (DENSE, Need("topk", 61), SAMPLED)}
     pack = Pack.of([rollout(lm, [12, ours[0]])])

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support import make_model
 
 import retort
 from retort.models.lm import load_model
-from support import make_model
 
 
 def loaded(folder: Path) -> Any:
