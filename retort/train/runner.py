@@ -24,6 +24,7 @@ from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
 from retort.train.digests import digests, refuse_other_adapter, refuse_others
+from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
@@ -77,6 +78,7 @@ class Run:
         self._advised: set[str] = set()
         self._interrupted = Interruptions()
         self._saved: Path | None = None
+        self._identity = identity(self.setup)
 
     def go(self) -> Run:
         """Runs to the end.
@@ -217,6 +219,7 @@ class Run:
             **digests(self.setup),
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
+            "run": self._identity,
         }
         adapter = self.setup.student.adapter
         if adapter is not None:  # only what learns is saved: what does not must be the same again
@@ -243,6 +246,7 @@ class Run:
             raise UserError(
                 f"{path}: the student {self.setup.student.name} is another model than the one it was made with"
             )
+        compare(path, found.state, self._identity, self.folder, self.observer.note)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(found.weights[name])
