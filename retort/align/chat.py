@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
 from retort.errors import UserError
 from retort.types import Message, Prompt
 
@@ -16,24 +19,43 @@ __all__ = ["Renderer", "render"]
 _KEPT = 2**20
 
 
-def render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> list[int]:
+def render(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False, split: bool = False
+) -> list[int]:
     """The ids of a prompt, up to where the model's own writing begins.
 
     With a chat template: the conversation, and the beginning of the assistant's turn. Without one, a plain prompt is
     the bare text with the special tokens that this tokenizer puts before a text, but without an end-of-text token
     after it: after that, a model would begin a new document.
 
+    A control token that a message spells is text: only the template, or the tokenizer itself, writes control tokens.
+
     Args:
         prompt: What to render; nothing but its messages is shown.
         tokenizer: Of the model that continues.
         thinking: Passed to the template as `enable_thinking`; templates that do not know it ignore it.
+        split: Put a blank into a spelt control token that the tokenizer cannot encode as text, instead of refusing it.
 
     Returns:
         At least one id.
 
     Raises:
-        UserError: Messages without a chat template, a conversation that the template refuses, or nothing to encode.
+        UserError: Messages without a chat template, a conversation that the template refuses, nothing to encode, or a
+            control token that cannot be text.
     """
+    try:
+        return _rendered(prompt, tokenizer, thinking)
+    except Spelt as error:
+        if split:
+            opened = tuple(replace(m, content=split_open(m.content, tokenizer)) for m in prompt.messages)
+            return _rendered(replace(prompt, messages=opened), tokenizer, thinking)
+        raise UserError(
+            f"row '{prompt.id}': its prompt spells the control token {error.token!r}, which the "
+            f"tokenizer{_named(tokenizer)} cannot encode as ordinary text; take it out of the prompt, or drop the row"
+        ) from None
+
+
+def _rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
     if tokenizer.chat_template:
         ids = _templated(prompt, tokenizer, thinking)
     elif prompt.plain:
@@ -63,19 +85,23 @@ class Renderer:
         """
         self.tokenizer = tokenizer
         self.thinking = thinking
-        self._found: dict[tuple[tuple[Message, ...], bool], list[int]] = {}
+        self._found: dict[tuple[tuple[Message, ...], bool, bool], list[int]] = {}
         self._kept = 0
 
-    def __call__(self, prompt: Prompt) -> list[int]:
+    def __call__(self, prompt: Prompt, *, split: bool = False) -> list[int]:
         """The ids of a prompt; not to be changed.
+
+        Args:
+            prompt: What to render.
+            split: See `render`; for texts that models wrote, which must not end a run.
 
         Raises:
             UserError: See `render`.
         """
-        key = (prompt.messages, prompt.plain)
+        key = (prompt.messages, prompt.plain, split)
         ids = self._found.get(key)
         if ids is None:
-            ids = render(prompt, self.tokenizer, thinking=self.thinking)
+            ids = render(prompt, self.tokenizer, thinking=self.thinking, split=split)
             if self._kept + len(ids) <= _KEPT:
                 self._found[key] = ids
                 self._kept += len(ids)
@@ -83,22 +109,33 @@ class Renderer:
 
 
 def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
-    conversation = [{"role": message.role, "content": message.content} for message in prompt.messages]
-    try:
+    roles = [message.role for message in prompt.messages]
+
+    def template(contents: Sequence[str]) -> str:
         # As text first: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        conversation = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        return str(
+            tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
         )
+
+    try:
         # The template writes its own special tokens, a beginning-of-text among them.
-        return list(tokenizer.encode(str(text), add_special_tokens=False))
+        return filled([message.content for message in prompt.messages], template, tokenizer)
+    except Spelt:
+        raise
     except Exception as error:  # jinja2's errors, and what the template itself raises ("system role not supported")
         raise UserError(f"prompt '{prompt.id}': {_why('chat template', tokenizer, error)}") from error
 
 
 def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     try:
-        ids = list(tokenizer.encode(prompt.text, add_special_tokens=True))
-        bare = list(tokenizer.encode(prompt.text, add_special_tokens=False))
+        bare = ordinary(prompt.text, tokenizer)
+        text_only = bool(spelt(prompt.text, tokenizer))
+        ids = list(tokenizer.encode(prompt.text, add_special_tokens=True, split_special_tokens=text_only))
+    except Spelt:
+        raise
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"prompt '{prompt.id}': {_why('tokenizer', tokenizer, error)}") from error
     eos = tokenizer.eos_token_id

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from retort.align.text import decode
@@ -13,11 +14,56 @@ from retort.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["StopMap", "StopTokens", "describe_stop_map", "stop_map", "stop_tokens"]
+__all__ = [
+    "KEPT",
+    "WRITTEN",
+    "StopMap",
+    "StopTokens",
+    "describe_stop_map",
+    "named_stops",
+    "stop_map",
+    "stop_tokens",
+    "turn_end",
+]
 
-#: Student's id -> teacher's id and back; to be applied to the teacher's copy of a response *and* to the ids of the
-#: teacher's distributions. Empty if both stop with the same token.
-StopMap = Mapping[int, int]
+#: Share of the teacher's stop probability that each merged stop keeps: none at all would be an infinite reverse KL.
+KEPT = 2.0**-20
+
+#: Key of config.json under which an exported student says where it stops, the primary stop first.
+WRITTEN = "retort_stop_ids"
+
+_ANSWER = "Retortanswer"
+
+
+@dataclass(frozen=True, eq=False)
+class StopMap(Mapping[int, int]):
+    """How a teacher reads the student's stop: a swap of two ids, and the teacher's stops that count as that stop.
+
+    As a mapping it is the swap (student's id to teacher's id and back), to be applied to the teacher's copy of a
+    response *and* to the ids of its distributions. After that, the probability of each of `merged` is added to `into`.
+
+    Attributes:
+        swap: Empty if both have the same primary stop.
+        merged: The teacher's further stops, as ids of the student's, at which the student does not stop.
+        into: The student's primary stop.
+    """
+
+    swap: Mapping[int, int] = field(default_factory=lambda: {})
+    merged: tuple[int, ...] = ()
+    into: int = -1
+
+    def __getitem__(self, key: int) -> int:
+        return self.swap[key]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.swap)
+
+    def __len__(self) -> int:
+        return len(self.swap)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(self.swap or self.merged)
 
 
 @dataclass(frozen=True)
@@ -48,8 +94,10 @@ def stop_tokens(
 ) -> StopTokens:
     """The stop tokens of a model, from what its tokenizer and configurations say.
 
-    The primary one is the tokenizer's own `eos_token`, else the first that generation_config.json lists, else
-    config.json's. All that generation_config.json lists end the writing; config.json's only where it lists none.
+    All that generation_config.json lists end the writing, and the tokenizer's own `eos_token`; config.json's only where
+    generation_config.json lists none. The primary one of several is what the chat template writes after an assistant's
+    turn; where it writes none of them, or there is no template, the tokenizer's `eos_token`, else the first listed. A
+    student that Retort exported says in its config.json which one it is.
 
     A configuration class fills in an `eos_token_id` of its own (LlamaConfig: 2) if the model's maker set none. Where
     that is an ordinary word of this vocabulary, a student would stop at every such word and nobody would notice: an
@@ -73,6 +121,10 @@ def stop_tokens(
         primary, ids = found[0], found
     else:
         generation, model = _ids(generation_config), _ids(model_config)
+        written = [int(i) for i in getattr(model_config, WRITTEN, None) or ()]
+        # Believed only while generation_config.json agrees: whoever edits that one is heard.
+        if written and set(written) == set(generation) and all(i in tokens for i in written):
+            return StopTokens(frozenset(written), written[0])
         for origin, stated in (("generation_config.json", generation), ("config.json", model)):
             for i in stated:
                 _check(tokenizer, tokens, i, origin, who)
@@ -83,15 +135,40 @@ def stop_tokens(
                 f"the {who} has no stop token: its tokenizer, generation_config.json and config.json name none; "
                 "set eos_token in its tokenizer, or rollout.stop=['<...>']"
             )
-        primary = ids[0]
+        primary = ids[0] if len(set(ids)) == 1 else _used(tokenizer, tokens, ids)
     return StopTokens(frozenset(ids), primary)
 
 
-def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = None) -> StopMap:
-    """How the teacher reads the student's stop: `{}`, or the two primary stops swapped (the student's first).
+def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The special and added tokens that the chat template writes after an assistant's turn, in order; maybe none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
+    except Exception:  # jinja2's errors, and what a template itself raises; rendering a prompt says so to the user
+        return ()
+    _, found, tail = text.rpartition(_ANSWER)
+    if not found:
+        return ()
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    names = sorted((re.escape(name) for name in added if name.strip()), key=len, reverse=True)
+    return tuple(re.findall("|".join(names), tail)) if names else ()
 
-    A swap and not a replacement, so that the map stays one to one on the vocabulary: the probability of the teacher's
-    own stop goes to the student's, and what the teacher gives to the student's goes to the teacher's.
+
+def _used(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], ids: Sequence[int]) -> int:
+    """Which of several stops the model ends its turns with."""
+    named = {tokens[i]: i for i in ids if i in tokens}
+    return next((named[name] for name in turn_end(tokenizer) if name in named), ids[0])
+
+
+def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = None) -> StopMap:
+    """How the teacher reads the student's stop: the two primary stops swapped, the teacher's other stops merged.
+
+    A swap and not a replacement, so that reading stays one to one on the vocabulary: the probability of the teacher's
+    primary stop goes to the student's, and what the teacher gives to the student's goes to the teacher's. Then every
+    id that holds the probability of a teacher's stop, and at which the student does not stop, gives it to the
+    student's primary stop. A token that ends the writing of both is left as it is. Empty if nothing differs.
 
     Args:
         student: The student's stop tokens.
@@ -107,9 +184,12 @@ def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = No
                 f"the {who} stops with id {stops.primary}, which is not among the {width} ids that student and teacher "
                 "share; choose a stop that both have (rollout.stop for the student, eos_token for the teacher)"
             )
-    if student.primary == teacher.primary:
-        return {}
-    return {student.primary: teacher.primary, teacher.primary: student.primary}
+    ours, theirs = student.primary, teacher.primary
+    swap = {} if ours == theirs else {ours: theirs, theirs: ours}
+    # The swap is its own inverse: a teacher's id is the student's id that is read as it.
+    held = {swap.get(i, i) for i in teacher.ids if width is None or i < width}
+    merged = tuple(sorted(held - student.ids - {ours}))
+    return StopMap(swap, merged, ours)
 
 
 def describe_stop_map(
@@ -118,11 +198,24 @@ def describe_stop_map(
     """One sentence for the summary at the start of a run, with the tokens' names."""
     if not mapping:
         return "student and teacher stop with the same token"
-    student, teacher = next(iter(mapping.items()))
-    return (
-        f"the student stops with {_shown(student_tokenizer, student)}, which the teacher reads as its own stop "
-        f"{_shown(teacher_tokenizer, teacher)} (and the other way round)"
-    )
+    parts: list[str] = []
+    if len(mapping):
+        student, teacher = next(iter(mapping.items()))
+        parts.append(
+            f"the student stops with {_shown(student_tokenizer, student)}, which the teacher reads as its own stop "
+            f"{_shown(teacher_tokenizer, teacher)} (and the other way round)"
+        )
+    if isinstance(mapping, StopMap) and mapping.merged:
+        further = [_shown(teacher_tokenizer, mapping.get(i, i)) for i in mapping.merged]
+        into = _shown(student_tokenizer, mapping.into)
+        parts.append(f"the teacher stops with {' and '.join(further)}, too, which counts as the student's {into}")
+    return "; ".join(parts)
+
+
+def named_stops(stops: StopTokens, tokenizer: PreTrainedTokenizerBase) -> str:
+    """All stops with their ids, the primary one first."""
+    further = sorted(stops.ids - {stops.primary})
+    return ", ".join(_shown(tokenizer, i) for i in (stops.primary, *further))
 
 
 def _ids(config: Any) -> list[int]:

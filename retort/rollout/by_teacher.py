@@ -28,7 +28,7 @@ class TeacherWriter:
         Args:
             engine: Of the teacher, over the ids that both share.
             render: A prompt's ids, as the teacher sees it.
-            stop_map: Swap of the two primary stop tokens.
+            stop_map: See `retort.align.stops.StopMap`; its swap is read.
             student_stops: Where the student's answers end.
         """
         self.engine = engine

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
+from retort.align.stops import KEPT, StopMap
 from retort.errors import SignalError
 from retort.models.core import in_blocks
 from retort.models.head import Head
@@ -85,16 +88,15 @@ class LocalTeacher:
         Args:
             lm: The model.
             vocab: Ids that it shares with the student.
-            stop_map: Swap of the student's stop token with the teacher's: applied to the answers it reads and, the
-                same swap, to the distributions it returns, so that what it thinks of *its* stop is taught about the
-                student's.
+            stop_map: The student's stop token in place of the teacher's: applied to the answers it reads and to the
+                distributions it returns, so that what it thinks of *its* stops is taught about the student's.
             batch_tokens: Tokens per forward pass.
             thinking: For chat templates that know it.
             stage: What views may look at besides a rollout and its siblings.
         """
         self.lm = lm
         self.vocab = vocab
-        self.stop_map = dict(stop_map)
+        self.stop_map = stop_map if isinstance(stop_map, StopMap) else StopMap(dict(stop_map))
         self.batch_tokens = batch_tokens
         self.thinking = thinking
         self.stage = stage or Stage()
@@ -140,7 +142,7 @@ class LocalTeacher:
         unchanged = head or self._unchanged_head()
 
         def rows(index_C: Tensor | slice) -> Tensor:
-            return logits(unchanged(), hidden_ND[index_C])
+            return logits(unchanged(), hidden_ND[index_C], temperature)
 
         dense = Dense(
             pack.tokens_N.to(self.lm.device),
@@ -174,10 +176,14 @@ class LocalTeacher:
             longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
             scene = Scene(rollout, group, self.stage, shown=set())
             prompt = view.prompt(scene)
-            ids = None if prompt is None else self.render(prompt)
+            # A view shows what models wrote: what it spells must not end a run.
+            render = self.render if view.render is None else partial(self.render, split=True)
+            ids = None if prompt is None else render(prompt)
             if ids is not None and view.render is not None and len(ids) > longest:
-                prompt = scene.shortened(view.prompt, lambda made, most=longest: len(self.render(made)) <= most)
-                ids = None if prompt is None else self.render(prompt)
+                prompt = scene.shortened(
+                    view.prompt, lambda made, most=longest: len(self.render(made, split=True)) <= most
+                )
+                ids = None if prompt is None else render(prompt)
                 cut += ids is not None
             for name in (scene.shown or ()) if ids is not None else ():
                 shows[name] = shows.get(name, 0) + 1
@@ -208,13 +214,30 @@ class LocalTeacher:
         tokens_L = torch.tensor(prompt_ids + actions)
         return tokens_L, torch.arange(len(tokens_L)) >= len(prompt_ids)
 
-    def _logits(self, head: Head, hidden_CD: Tensor) -> Tensor:
+    def _logits(self, head: Head, hidden_CD: Tensor, temperature: float) -> Tensor:
         with torch.no_grad(), self.lm.compute():
             logits_CV = head.logits(hidden_CD, self.vocab)
-        if self.stop_map:
+        # In place: the product is ours, and large.
+        if len(self.stop_map):
             here, there = list(self.stop_map), list(self.stop_map.values())
-            logits_CV[:, here] = logits_CV[:, there]  # in place: the product is ours, and large
+            logits_CV[:, here] = logits_CV[:, there]
+        if self.stop_map.merged:
+            _merge(logits_CV, self.stop_map, temperature)
         return logits_CV
+
+
+def _merge(logits_CV: Tensor, stops: StopMap, temperature: float) -> None:
+    """Gives the probability of the teacher's further stops to one id, but for a share that keeps each finite.
+
+    At the temperature at which the distribution is read, so that their probabilities add up there.
+    """
+    merged, kept = list(stops.merged), math.log(KEPT)
+    exact = torch.float64 if logits_CV.dtype == torch.float64 else torch.float32
+    stop_CS = logits_CV[:, [stops.into, *merged]].to(exact)
+    # The map divides as the reader will: exp(logit / temperature), up to one factor per row.
+    together_C = torch.logsumexp(stop_CS / temperature, dim=-1)
+    logits_CV[:, stops.into] = ((together_C + math.log1p(-len(merged) * KEPT)) * temperature).to(logits_CV.dtype)
+    logits_CV[:, merged] = ((together_C + kept) * temperature).to(logits_CV.dtype)[:, None]
 
 
 @torch.no_grad()

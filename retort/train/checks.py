@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.stops import describe_stop_map
+from retort.align.encode import Spelt, response_ids
+from retort.align.stops import describe_stop_map, named_stops, turn_end
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
@@ -79,18 +80,38 @@ def check_special_tokens(setup: Setup) -> Check:
 
 
 def check_stops(setup: Setup) -> Check:
-    """Whether the stop token of either side is among the ids that both can write."""
+    """Which tokens end the writing of either side, and whether the primary ones are among the ids of both."""
     why = "a student that is never told to stop writes until it is cut off, and learns from that"
     local = _local(setup)
     student, teacher = setup.student.stops, _teacher(setup).stops
-    name = setup.student.tokenizer.convert_ids_to_tokens(student.primary)
     if any(stops.primary >= setup.vocab for stops in (student, teacher)):  # `prepare` refuses it as well
         saw = f"stops {student.primary} and {teacher.primary}, of {setup.vocab:,} ids that both share"
         return Check("stop token", "fatal", saw, why, "choose a stop that both have: rollout.stop, or eos_token")
+    ours, theirs = (named_stops(lm.stops, lm.tokenizer) for lm in (setup.student, _teacher(setup)))
+    saw = f"both stop with {ours}, which is among the shared ids"
+    if student.ids != teacher.ids or student.primary != teacher.primary:
+        saw = f"the student stops with {ours}, the teacher with {theirs}"
     if local is not None and local.stop_map:
-        saw = describe_stop_map(local.stop_map, setup.student.tokenizer, _teacher(setup).tokenizer)
+        saw += f"; {describe_stop_map(local.stop_map, setup.student.tokenizer, _teacher(setup).tokenizer)}"
+    doubts = [doubt for who, lm in _models(setup)[:2] if (doubt := _other_end(who, lm))]
+    if len(student.ids) != len(teacher.ids):
+        doubts.append("the two sets differ")
+    if not doubts:
         return Check("stop token", "ok", saw, why)
-    return Check("stop token", "ok", f"both stop with {name} ({student.primary}), which is among the shared ids", why)
+    remedy = (
+        "set rollout.stop (the student), or eos_token_id in generation_config.json, to what the model ends its "
+        "answers with; where each stops as it should, this is only to be known"
+    )
+    return Check("stop token", "warn", "; ".join([saw, *doubts]), why, remedy)
+
+
+def _other_end(who: str, lm: LanguageModel) -> str | None:
+    """A doubt about a chat template that ends an assistant's turn with none of the model's stops."""
+    written = turn_end(lm.tokenizer)
+    names = {str(lm.tokenizer.convert_ids_to_tokens(i)) for i in lm.stops.ids}
+    if not written or names & set(written):
+        return None
+    return f"the {who}'s chat template ends an assistant's turn with {written[0]}, at which it does not stop"
 
 
 def check_chat_templates(setup: Setup) -> Check:
@@ -241,7 +262,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
     for prompt in setup.train[:PROBES]:
         prompt_ids = local.render(prompt)
         if answered:
-            ids = list(_teacher(setup).tokenizer.encode(str(prompt.response), add_special_tokens=False))
+            ids = _answer_ids(prompt_ids, str(prompt.response), _teacher(setup))
         else:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < setup.vocab][:PROBE_TOKENS]
@@ -249,6 +270,14 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
             rollouts.append(Rollout(prompt, torch.tensor([*prompt_ids, *ids]), acted(len(prompt_ids), len(ids))))
     what = "answers" if answered else "prompts"
     return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
+
+
+def _answer_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> list[int]:
+    """An answer of the data after a prompt; none that spells what the tokenizer cannot encode."""
+    try:
+        return response_ids(prompt_ids, response, lm.tokenizer)
+    except Spelt:
+        return []
 
 
 def _scored(setup: Setup, pack: Pack) -> Tensor:

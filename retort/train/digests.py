@@ -23,6 +23,11 @@ def digests(setup: Setup) -> dict[str, str | None]:
 
 def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
     """Raises `UserError` unless a checkpoint's models are those of the run that goes on from it."""
+    if state.get("precision", setup.precision) != setup.precision:  # first: a teacher in it has other weights, too
+        raise UserError(
+            f"{path}: it was made with precision = {state['precision']}, not {setup.precision}; put precision back"
+            " in the run's config.json"
+        )
     now = digests(setup)
     if state["teacher"] != now["teacher"]:
         raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from retort.align.stops import WRITTEN, named_stops
 from retort.errors import RunError
 from retort.files import new_folder, reason, write_text
 from retort.method import Method
 from retort.models.adapter import described
+from retort.models.lm import LanguageModel
 from retort.train.setup import Setup
 
 #: Folder of an adapter, beside that of the model.
@@ -35,14 +38,48 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
                 student.adapter.save(temporary)
                 write_text(temporary / "README.md", _adapter_card(setup))
         with new_folder(folder) as temporary:
-            student.model.generation_config = student.written_generation
-            student.model.save_pretrained(temporary, state_dict=merged)
-            student.tokenizer.save_pretrained(temporary)
+            with _says_where_it_stops(student):
+                student.model.generation_config = student.written_generation
+                student.model.save_pretrained(temporary, state_dict=merged)
+                student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(setup, results, step))
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
     finally:
         student.model.generation_config = bare
+
+
+@contextlib.contextmanager
+def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
+    """Within, the student's configurations and tokenizer name the stops that the run had, whoever named them first.
+
+    An ordinary token (`rollout.stop`) does not become the tokenizer's `eos_token`: a special token is cut differently.
+    """
+    stops, tokenizer = student.stops, student.tokenizer
+    ids = [stops.primary, *sorted(stops.ids - {stops.primary})]
+    named: Any = ids[0] if len(ids) == 1 else ids
+    config: Any = student.model.config
+    # A model of several parts has the key in the part that writes, too.
+    holders: list[Any] = [student.written_generation, config]
+    if config.get_text_config() is not config:
+        holders.append(config.get_text_config())
+    before = [(holder, getattr(holder, "eos_token_id", None)) for holder in holders]
+    eos, had = tokenizer.eos_token, getattr(config, WRITTEN, None)
+    try:
+        for holder in holders:
+            holder.eos_token_id = named
+        setattr(config, WRITTEN, ids)
+        if stops.primary in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+            tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops.primary))
+        yield
+    finally:
+        for holder, value in before:
+            holder.eos_token_id = value
+        if had is None:
+            delattr(config, WRITTEN)
+        else:
+            setattr(config, WRITTEN, had)
+        tokenizer.eos_token = eos
 
 
 def _adapter_card(setup: Setup) -> str:
@@ -89,6 +126,7 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         f"- method: `{method.name}` ({method.status}): {origin}",
         f"- settings: {settings}",
         *([f"- before it: `{method.before[1].name}`, {method.before[0]} batches"] if method.before else []),
+        f"- stops with: `{named_stops(setup.student.stops, setup.student.tokenizer)}`",
         f"- data: `{Path(str(config.data)).name}`, {len(setup.train)} prompts",
         f"- training: {step} batches of {setup.batch_prompts} prompts, seed {config.seed}, fp32 master weights, "
         f"{setup.precision} products",

@@ -25,6 +25,7 @@ from retort.train.control import Control
 from retort.train.diagnose import against_rewards
 from retort.train.digests import digests, refuse_other_adapter, refuse_others
 from retort.train.folder import Claim, refuse_files, refuse_held, refuse_taken
+from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
@@ -84,6 +85,7 @@ class Run:
         self._saved: Path | None = self.origin
         self._new = False
         self._claim = Claim(self.folder)
+        self._identity = identity(self.setup)
 
     def go(self) -> Run:
         """Runs to the end.
@@ -261,6 +263,7 @@ class Run:
             **digests(self.setup),
             "precision": self.setup.precision,
             "advised": sorted(self._advised),
+            "run": self._identity,
         }
         adapter = self.setup.student.adapter
         if adapter is not None:  # only what learns is saved: what does not must be the same again
@@ -287,6 +290,7 @@ class Run:
             raise UserError(
                 f"{path}: the student {self.setup.student.name} is another model than the one it was made with"
             )
+        compare(path, found.state, self._identity, self.folder, self.observer.note)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(found.weights[name])

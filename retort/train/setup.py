@@ -10,6 +10,7 @@ import torch
 
 from retort import registry
 from retort.align.chat import Renderer
+from retort.align.encode import spelt
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.cold_start import with_cold_start
@@ -299,7 +300,8 @@ def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:
     longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
     differing = 0
     base_render = Renderer(setup.base_lm.tokenizer, thinking=rollout.thinking) if setup.base_lm is not None else None
-    for prompt in [*setup.train, *setup.held_out]:
+    prompts, tokenizer = [*setup.train, *setup.held_out], setup.student.tokenizer
+    for prompt in prompts:
         ours = setup.render(prompt)
         if not ours:
             raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
@@ -321,6 +323,12 @@ def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:
                     f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
                     f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
                 )
+    control = [token for prompt in prompts for m in prompt.messages for token in spelt(m.content, tokenizer)]
+    if control:
+        setup.notes.append(
+            f"prompts spell {len(control)} control tokens of the student ({', '.join(sorted(set(control))[:4])}): they "
+            "are read as ordinary text; where they were meant, give the turns as a column 'messages'"
+        )
     if differing:
         setup.notes.append(
             f"{differing} of {len(setup.train) + len(setup.held_out)} prompts read differently to student and teacher: "

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from retort.align.encode import Spelt, response_ids
 from retort.align.text import completion_text
 from retort.errors import RunError, UserError
 from retort.rewards.verify import GivesFeedback, grade_all, parts_of
@@ -259,7 +260,13 @@ def given_rollout(setup: Setup, prompt: Prompt, epoch: int, longest: int) -> Rol
     """The data's own answer to a prompt, closed with the student's stop token."""
     assert prompt.response is not None  # checked by `prepare`
     prompt_ids = setup.render(prompt)
-    ids: list[int] = setup.student.tokenizer(prompt.response, add_special_tokens=False)["input_ids"]
+    try:
+        ids = response_ids(prompt_ids, prompt.response, setup.student.tokenizer)
+    except Spelt as error:
+        raise UserError(
+            f"row '{prompt.id}': its response spells the control token {error.token!r}, which the student's tokenizer "
+            "cannot encode as ordinary text; take it out of the response, or drop the row"
+        ) from None
     outside = [token for token in ids if token >= setup.vocab]
     if outside:
         raise UserError(

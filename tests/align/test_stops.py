@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from support import make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 from retort.align import StopTokens, describe_stop_map, stop_map, stop_tokens
+from retort.align.stops import turn_end
 from retort.errors import UserError
 
 VOCAB = {"?": 0, "a": 1, "b": 2, "c": 3, "<|endoftext|>": 4, "<|im_end|>": 5}
@@ -103,3 +107,35 @@ def test_stop_map() -> None:
 def test_the_primary_stop_is_one_of_the_stops() -> None:
     with pytest.raises(ValueError, match="not among"):
         StopTokens(frozenset({1}), 2)
+
+
+def test_the_stop_of_several_is_what_the_template_writes() -> None:
+    """Gemma's kind: `eos_token` is not what ends a turn; generation_config.json lists both."""
+    both = generation([2, 4])
+    assert stop_tokens(make_tokenizer(chat=True), both, None, who="teacher") == StopTokens(frozenset({2, 4}), 4)
+    assert stop_tokens(make_tokenizer(), both, None, who="teacher") == StopTokens(frozenset({2, 4}), 2)
+    # A template that raises, or that drops what the assistant said, decides nothing.
+    for template in ("{{ raise_exception('no') }}", "{{ messages[0].content }}<|im_end|>"):
+        odd = make_tokenizer()
+        odd.chat_template = template
+        assert stop_tokens(odd, both, None, who="teacher").primary == 2
+        assert turn_end(odd) == ()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "swap", "merged"),
+    [
+        (({2}, 2), ({2}, 2), {}, ()),
+        (({2}, 2), ({4}, 4), {2: 4, 4: 2}, ()),
+        (({2}, 2), ({2, 4}, 4), {2: 4, 4: 2}, (4,)),  # what the teacher gives to 2 is in column 4 after the swap
+        (({2}, 2), ({2, 4}, 2), {}, (4,)),
+        (({2, 4}, 4), ({2, 4}, 4), {}, ()),
+        (({2, 4}, 4), ({2}, 2), {4: 2, 2: 4}, ()),
+        (({2, 4}, 2), ({2, 4, 3}, 3), {2: 3, 3: 2}, (3,)),
+    ],
+)
+def test_sets_of_stops(student: Any, teacher: Any, swap: dict[int, int], merged: tuple[int, ...]) -> None:
+    ours, theirs = (StopTokens(frozenset(ids), primary) for ids, primary in (student, teacher))
+    found = stop_map(ours, theirs)
+    assert (dict(found), found.merged, found.into) == (swap, merged, ours.primary)
+    assert bool(found) == bool(swap or merged)

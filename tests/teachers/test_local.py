@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from retort.align import StopTokens, stop_map
 from retort.errors import SignalError
 from retort.models.lm import load_model
 from retort.signals import Dense, Sampled, TopK
@@ -79,6 +80,37 @@ def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None
     torch.testing.assert_close(said.logp_NV[:, ours], own.logp_NV[:, theirs])
     torch.testing.assert_close(said.logp_NV[:, theirs], own.logp_NV[:, ours])
     torch.testing.assert_close(said.entropy_N, own.entropy_N)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [((2,), (4, 2)), ((2,), (2, 4)), ((2,), (2, 3, 4)), ((4, 2), (3, 4, 5))])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_all_stops_of_the_teacher_are_the_students(
+    lm: Any, ours: tuple[int, ...], theirs: tuple[int, ...], temperature: float
+) -> None:
+    """The probabilities of merged stops are added, at the temperature at which they are read."""
+    stops = stop_map(StopTokens(frozenset(ours), ours[0]), StopTokens(frozenset(theirs), theirs[0]))
+    asked = {need.kind: frozenset({need}) for need in (DENSE, Need("topk", 61), SAMPLED)}
+    pack = Pack.of([rollout(lm, [12, ours[0]])])
+    said = teacher(lm, stop_map=stops).answer(pack, asked["dense"], View(), temperature).rows(slice(None))
+    read = Pack.of([rollout(lm, [12, theirs[0]])])
+    own_NV = teacher(lm).answer(read, asked["dense"], View(), temperature).rows(slice(None)).logp_NV.exp()
+    ended = sorted({ours[0]} | (set(theirs) - set(ours)))
+    moved = {stops.get(i, i) for i in range(61)} - {stops.get(i, i) for i in ended}
+    p_NV = said.logp_NV.exp()
+    torch.testing.assert_close(p_NV.sum(-1), torch.ones(2))
+    mass_N = own_NV[:, [stops.get(i, i) for i in (stops.into, *stops.merged)]].sum(-1)
+    torch.testing.assert_close(p_NV[:, ours[0]], mass_N, rtol=1e-5, atol=1e-6)
+    assert bool((said.logp_NV[:, list(stops.merged)] > -40).all()), "never an infinite reverse KL"
+    assert bool((p_NV[:, list(stops.merged)] < 2e-6).all())
+    for i in sorted(moved - set(theirs) - set(ours)):
+        torch.testing.assert_close(p_NV[:, i], own_NV[:, stops.get(i, i)])
+    top = teacher(lm, stop_map=stops).answer(pack, asked["topk"], View(), temperature)
+    assert isinstance(top, TopK)
+    scattered_NV = torch.zeros_like(p_NV).scatter(-1, top.ids_NK, top.logp_NK.exp())
+    torch.testing.assert_close(scattered_NV, p_NV)
+    sampled = teacher(lm, stop_map=stops).answer(pack, asked["sampled"], View(), temperature)
+    assert isinstance(sampled, Sampled)
+    torch.testing.assert_close(sampled.logp_N, said.sampled_logp_N)
 
 
 def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
