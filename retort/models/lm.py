@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from retort.align.stops import StopTokens, stop_tokens
 from retort.errors import UserError
 from retort.models.head import Head
+from retort.models.load import Role, Weights, blamed_on, read_model, read_tokenizer
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -46,6 +46,7 @@ class LanguageModel:
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
         shares: Whether those with the same prompt share it there.
         adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
+        notes: What the user should know about it.
     """
 
     model: PreTrainedModel
@@ -57,6 +58,7 @@ class LanguageModel:
     packs: bool = False
     shares: bool = False
     adapter: Adapter | None = None
+    notes: list[str] = field(default_factory=lambda: [])
 
     @property
     def device(self) -> torch.device:
@@ -222,19 +224,27 @@ class LanguageModel:
         # Less than any token of a neighbour would change; more than that is never rounding (and NaN is no number).
         return bool((apart_N < (1e-3 if exact else 5e-2)).all())
 
-    def check_head(self) -> None:
-        """Raises `UserError` if head and hidden states do not give the model's own logits."""
+    def check_head(self, *, finite: bool = True) -> None:
+        """Raises `UserError` if head and hidden states do not give the model's own logits, or those are no numbers."""
         ids_RL = torch.arange(1, 5, device=self.device)[None] % self.head().width
+        ask = (
+            f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
+            "please open an issue that names this family"
+        )
         with torch.no_grad():
             own = self.model(input_ids=ids_RL, use_cache=False).logits.float()
-            ours = (
-                self.head().logits(self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state).float()
-            )
-        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.std()) + 1e-6):
+            # Some families keep their layers under another name than the one that transformers looks for.
+            last = getattr(self.model.base_model(input_ids=ids_RL, use_cache=False), "last_hidden_state", None)
+            if last is None:
+                raise UserError(ask.replace("changes its logits", "gives its hidden states"))
+            ours = self.head().logits(last).float()
+        if finite and not bool(own.isfinite().all()):
             raise UserError(
-                f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
-                "please open an issue that names this family"
+                f"{self.name}: its logits are NaN or infinite; a number in its config.json, or a weight, is far off"
             )
+        close = {"rtol": 1e-2, "atol": 1e-2 * float(own.nan_to_num().std()) + 1e-6, "equal_nan": True}
+        if own.shape != ours.shape or not torch.allclose(own, ours, **close):
+            raise UserError(ask)
 
 
 class _Bare(LanguageModel):
@@ -257,12 +267,13 @@ def load_model(
     name: str,
     *,
     source: str | None = None,
-    role: Literal["student", "teacher", "base"],
+    role: Role,
     precision: Precision,
     device: torch.device,
     attention: str | None = None,
     stop: Sequence[int | str] | None = None,
     trust_remote_code: bool = False,
+    weights: Weights = "refuse",
 ) -> LanguageModel:
     """Loads a model folder or hub name; only safetensors weights are read.
 
@@ -275,42 +286,37 @@ def load_model(
         attention: Attention implementation of transformers; None for its default.
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
+        weights: What to do about weights that are missing, left over, misshapen or no numbers.
 
     Raises:
-        UserError: Not found, not a causal language model, no usable stop token.
+        UserError: Not found, not a causal language model, weights that are not its own, no usable stop token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    path = Path(source or name).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{role} {name}: no config.json in that folder, so it is not a model folder")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{role} {name}: no such folder")
+    who = f"{role} {name}"
     dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
-    source = str(path) if path.exists() else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{role} {name}: cannot be loaded: {reason}") from None
+    tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
+    model, notes = read_model(
+        name,
+        source,
+        role,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+    )
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
     model.requires_grad_(role == "student")
-    _without_dropout(model)
-    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=f"{role} {name}", override=stop)
+    _without_chance(model)
+    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=who, override=stop)
     written = model.generation_config
     # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would
     # make rollouts come from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
-    loaded = LanguageModel(model, tokenizer, stops, name, precision, written)
-    loaded.check_head()
+    loaded = LanguageModel(model, tokenizer, stops, name, precision, written, notes=notes)
+    with blamed_on(who):  # settings that make a model, but none that computes
+        loaded.check_head(finite=weights == "refuse")
     loaded.check_packing()
     return loaded
 
@@ -340,14 +346,14 @@ def _wrap_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(wrapped(chosen))
 
 
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Switches dropout off for good: a student is taught about the very distribution that it wrote from."""
+def _without_chance(model: PreTrainedModel) -> None:
+    """Switches off what is random in training mode: a student is taught about the distribution that it wrote from."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Many families keep the probability as a number and call the function: dropout, attention_dropout, layerdrop...
+        # Many families keep a number and call a function: attention_dropout, layerdrop, router_jitter_noise, ...
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
+            if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise")):
                 vars(module)[name] = 0.0
 
 

@@ -139,11 +139,13 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+    notes += [note for lm in loaded for note in lm.notes]
     padded = [lm.name for lm in loaded if not lm.packs]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     base = None if with_base is None else _base(config, student, with_base)
+    notes += [note for note in (base.notes if base is not None else []) if note not in notes]
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
@@ -222,6 +224,7 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
         attention=None if config.attention == "auto" else config.attention,
         stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
+        weights=config.weights,
     )
 
 
