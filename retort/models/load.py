@@ -37,13 +37,14 @@ _LIBRARY = str(Path(__file__).parents[1])
 
 
 @contextlib.contextmanager
-def blamed_on(who: str) -> Iterator[None]:
+def blamed_on(who: str, what: str = "cannot be loaded") -> Iterator[None]:
     """Within, whatever other libraries raise about a model is one line about its folder.
 
     An error that begins in Retort's own code is left as it is: that is no fault of the folder.
 
     Args:
         who: Role and name of the model.
+        what: What is wrong with it.
 
     Raises:
         UserError: Any error that was raised outside of Retort.
@@ -59,7 +60,7 @@ def blamed_on(who: str) -> Iterator[None]:
             raise
         if _raised_in_retort(error):
             raise
-        raise UserError(f"{who}: cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{who}: {what}: {_one_line(error)}") from error
 
 
 def look_at(who: str, name: str, source: str | None) -> str:

@@ -64,7 +64,9 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
-        length = len(render(prompt, lm.tokenizer, thinking=config.rollout.thinking))
+        ids = render(prompt, lm.tokenizer, thinking=config.rollout.thinking)
+        lm.check_ids(ids, f"row '{prompt.id}': its prompt")
+        length = len(ids)
         if length + judge.max_new_tokens > lm.context:
             raise UserError(
                 f"row '{prompt.id}': {length} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
