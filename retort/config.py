@@ -200,6 +200,11 @@ class Config(_Section):
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
+    weights: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="what weights do that a model's files lack, that the model has no place for, that have another "
+        "shape or are no numbers; warn goes on with a note, and with random numbers for what is missing",
+    )
     checks: Literal["refuse", "warn", "skip"] = Field(
         default="refuse",
         description="what a fatal finding of the quick checks of `retort doctor` does to a run before it starts",

@@ -7,6 +7,7 @@ generation and the loss core ask the same model for the same things. Only the he
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -55,7 +56,7 @@ class Adapter:
 
     def own_name(self, name: str) -> str | None:
         """What the model's folder calls a tensor; None for one of the adapter's."""
-        return None if name in self.tensors else name.replace(_BASE + ".", ".")
+        return None if name in self.tensors else _without_wrappers(name)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
@@ -93,9 +94,28 @@ class Adapter:
         """
         found = {own: x for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None}
         for name, layer in self.layers.items():
-            weight = layer.base_layer.weight
-            found[f"{name}.weight"] = weight + layer.get_delta_weight(_NAME).to(weight.dtype)
+            own, weight = _adapted(name, layer)
+            found[own] = weight + layer.get_delta_weight(_NAME).to(weight.dtype)
         return found
+
+    @torch.no_grad()
+    def check_merging(self) -> None:
+        """Raises `UserError` if `merged` could not give the weights of the model; keeps no copy of them.
+
+        Raises:
+            UserError: A layer whose weight is not where, or not of the shape, that its adapter is for.
+        """
+        shapes = {
+            own: x.shape for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None
+        }
+        for name, layer in self.layers.items():
+            own, weight = _adapted(name, layer)
+            delta = layer.get_delta_weight(_NAME)
+            if shapes.get(own) != weight.shape or delta.shape != weight.shape:
+                raise UserError(
+                    f"lora.targets: the adapter of {_without_wrappers(name)} could not be merged into the model at the "
+                    "end; leave that layer out"
+                )
 
     def save(self, folder: Path) -> None:
         """Writes it as `PeftModel.from_pretrained` opens it."""
@@ -145,6 +165,8 @@ def add_adapter(
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that the latter will drop
+        # For fused experts peft makes a pattern of its own, and warns when that finds nothing.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         torch.manual_seed(key(seed, "adapter"))
         try:
             wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
@@ -152,6 +174,26 @@ def add_adapter(
             raise UserError(f"lora.targets: {str(error).strip().splitlines()[0]}") from None
     wrapper.peft_config[_NAME].base_model_name_or_path = lm.name
     lm.adapter = Adapter(lm.model, wrapper, settings)
+
+
+def _without_wrappers(name: str) -> str:
+    """A tensor's or layer's name in the model as it was; what is adapted twice has two wrappers."""
+    return re.sub(rf"{re.escape(_BASE)}(?=\.|$)", "", name)
+
+
+def _adapted(name: str, layer: Any) -> tuple[str, Tensor]:
+    """The tensor that a layer's adapter is for, with its name in the model's folder."""
+    # peft adapts the experts of a mixture, which are one tensor, by that tensor's name.
+    parameter = getattr(layer, "parameter_name", None)
+    if parameter is not None:
+        return f"{_without_wrappers(name)}.{parameter}", layer.get_param()
+    weight = getattr(layer.base_layer, "weight", None)
+    if not isinstance(weight, Tensor) or not hasattr(layer, "get_delta_weight"):
+        raise UserError(
+            f"lora.targets: {_without_wrappers(name)} is a {type(layer.base_layer).__name__}, into which an adapter "
+            "cannot be merged at the end; leave it out"
+        )
+    return f"{_without_wrappers(name)}.weight", weight
 
 
 def described(settings: Mapping[str, Any] | None) -> str:

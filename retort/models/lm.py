@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,7 +13,10 @@ from torch import Tensor
 
 from retort.align.stops import StopTokens, stop_tokens
 from retort.errors import UserError
+from retort.models.chance import without_chance
 from retort.models.head import Head
+from retort.models.load import Role, Weights, blamed_on, read_model, read_tokenizer
+from retort.models.together import settle
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -45,7 +47,13 @@ class LanguageModel:
         written_generation: The generation settings to save beside the model (decoding here ignores them).
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
         shares: Whether those with the same prompt share it there.
+        together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are by themselves. None:
+            any may.
+        rereads_from: Length, tokens, beyond which the model reads all earlier tokens in another way than before; None:
+            it never does, which is what a causal model should do.
+        tried: Lengths of its settings beyond which all of that was tried as they are.
         adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
+        notes: What the user should know about it.
     """
 
     model: PreTrainedModel
@@ -56,7 +64,11 @@ class LanguageModel:
     written_generation: GenerationConfig
     packs: bool = False
     shares: bool = False
+    together_up_to: int | None = None
+    rereads_from: int | None = None
+    tried: list[int] = field(default_factory=lambda: [])
     adapter: Adapter | None = None
+    notes: list[str] = field(default_factory=lambda: [])
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +106,13 @@ class LanguageModel:
         """The longest sequence it takes, tokens."""
         text_config = self.model.config.get_text_config()
         return int(getattr(text_config, "max_position_embeddings", None) or 2**31)
+
+    @property
+    def rows(self) -> int:
+        """Ids that it can read: rows of its embedding."""
+        embedding: Any = self.model.get_input_embeddings()
+        weight = getattr(embedding, "weight", None)
+        return self.head().width if weight is None else int(weight.shape[0])
 
     def digest(self) -> str:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
@@ -156,10 +175,41 @@ class LanguageModel:
         Args:
             tokens: Ids of each sequence, [L].
             acted: True where a token is a decision, [L]; never the first.
-        """
-        return self._packed(tokens, acted) if self.packs else self._padded(tokens, acted)
 
-    def _padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        Raises:
+            UserError: An id for which the model has no row.
+        """
+        self.check_ids(int(tokens_L.max()) for tokens_L in tokens if len(tokens_L))
+        limit = self.together_up_to
+        if limit is not None and any(len(tokens_L) > limit for tokens_L in tokens):
+            return self.alone(tokens, acted)
+        return self.packed(tokens, acted) if self.packs else self.padded(tokens, acted)
+
+    def check_ids(self, ids: Iterable[int], where: str = "a text") -> None:
+        """Raises `UserError` if the model has no row for one of these ids; `where` says whose they are."""
+        rows = self.rows
+        for token in ids:
+            if token >= rows:
+                raise UserError(
+                    f"{where} holds {self.tokenizer.convert_ids_to_tokens(token)!r} (id {token}), for which "
+                    f"{self.name} has no row: its embeddings have {rows}; resize them to its tokenizer, or leave out "
+                    "that token"
+                )
+
+    def alone(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        """The same, every sequence by itself and not longer than its last decision needs: the definition."""
+        found: list[Tensor] = []
+        for tokens_L, acted_L in zip(tokens, acted, strict=True):
+            places = acted_L.nonzero()
+            end = int(places[-1]) if len(places) else 1
+            with self.compute():
+                ids_1L = tokens_L[None, :end].to(self.device)
+                hidden_LD = self.model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+            found.append(hidden_LD[acted_L[1 : end + 1].to(self.device)])
+        return torch.cat(found)
+
+    def padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        """The same, in rows of equal length."""
         # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
         ids_RL = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(self.device)
         acted_RL = torch.nn.utils.rnn.pad_sequence(list(acted), batch_first=True).to(self.device)
@@ -167,7 +217,8 @@ class LanguageModel:
             hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
         return hidden_RLD[:, :-1][acted_RL[:, 1:]]
 
-    def _packed(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+    def packed(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+        """The same, end to end in one row."""
         from retort.models.packing import Row, packed  # loads transformers
 
         row = Row.of(tokens, acted, share=self.shares, device=self.device)
@@ -179,6 +230,12 @@ class LanguageModel:
 
     def batches(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> list[list[int]]:
         """Indices of sequences, cut into batches for which at most `budget` tokens are computed (or one sequence)."""
+        limit = self.together_up_to
+        if limit is not None and any(len(tokens_L) > limit for tokens_L in tokens):
+            short = [i for i, tokens_L in enumerate(tokens) if len(tokens_L) <= limit]
+            batches = self.batches([tokens[i] for i in short], [acted[i] for i in short], budget)
+            long = [[i] for i, tokens_L in enumerate(tokens) if len(tokens_L) > limit]
+            return [[short[i] for i in batch] for batch in batches] + long
         if not self.packs:
             return token_batches([len(tokens_L) for tokens_L in tokens], budget)
         from retort.models.packing import row_batches  # loads transformers
@@ -197,44 +254,30 @@ class LanguageModel:
             return torch.cat([parts[index] for index in range(len(tokens))])
 
     def check_packing(self) -> None:
-        """Sets `packs` and `shares` by trying: what is in one row must come out as in rows of its own, to rounding."""
-        ids_T = (torch.arange(26) * 7 + 1) % self.head().width
-        tokens = ids_T.split([3, 9, 9, 5])  # two that run as a batch, and neighbours that would leak into each other
-        acted = [torch.arange(len(tokens_L)) > 0 for tokens_L in tokens]
-        self.packs = self.shares = False
-        self.packs = self._same_as_padded(tokens, acted, "packs")
-        if self.packs:
-            prompt, *answers = ids_T.split([5, 4, 6, 2, 9])
-            tokens = [torch.cat([prompt, answer]) for answer in answers]
-            acted = [torch.arange(len(tokens_L)) >= len(prompt) for tokens_L in tokens]
-            self.shares = self._same_as_padded(tokens, acted, "shares")
+        """Sets by trying what may be computed together, see `retort.models.together`."""
+        settle(self)
 
-    def _same_as_padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], how: str) -> bool:
-        with torch.no_grad():
-            padded_ND = self._padded(tokens, acted).float()
-            setattr(self, how, True)
-            try:
-                packed_ND = self._packed(tokens, acted).float()
-            except Exception:  # whatever a family does with a row of restarting positions and a mask it cannot read
-                return False
-        exact = self.precision == "fp32"
-        apart_N = (packed_ND - padded_ND).norm(dim=1) / padded_ND.norm(dim=1).clamp_min(1e-6)
-        # Less than any token of a neighbour would change; more than that is never rounding (and NaN is no number).
-        return bool((apart_N < (1e-3 if exact else 5e-2)).all())
-
-    def check_head(self) -> None:
-        """Raises `UserError` if head and hidden states do not give the model's own logits."""
+    def check_head(self, *, finite: bool = True) -> None:
+        """Raises `UserError` if head and hidden states do not give the model's own logits, or those are no numbers."""
         ids_RL = torch.arange(1, 5, device=self.device)[None] % self.head().width
+        ask = (
+            f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
+            "please open an issue that names this family"
+        )
         with torch.no_grad():
             own = self.model(input_ids=ids_RL, use_cache=False).logits.float()
-            ours = (
-                self.head().logits(self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state).float()
-            )
-        if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.std()) + 1e-6):
+            # Some families keep their layers under another name than the one that transformers looks for.
+            last = getattr(self.model.base_model(input_ids=ids_RL, use_cache=False), "last_hidden_state", None)
+            if last is None:
+                raise UserError(ask.replace("changes its logits", "gives its hidden states"))
+            ours = self.head().logits(last).float()
+        if finite and not bool(own.isfinite().all()):
             raise UserError(
-                f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
-                "please open an issue that names this family"
+                f"{self.name}: its logits are NaN or infinite; a number in its config.json, or a weight, is far off"
             )
+        close = {"rtol": 1e-2, "atol": 1e-2 * float(own.nan_to_num().std()) + 1e-6, "equal_nan": True}
+        if own.shape != ours.shape or not torch.allclose(own, ours, **close):
+            raise UserError(ask)
 
 
 class _Bare(LanguageModel):
@@ -257,12 +300,13 @@ def load_model(
     name: str,
     *,
     source: str | None = None,
-    role: Literal["student", "teacher", "base"],
+    role: Role,
     precision: Precision,
     device: torch.device,
     attention: str | None = None,
     stop: Sequence[int | str] | None = None,
     trust_remote_code: bool = False,
+    weights: Weights = "refuse",
 ) -> LanguageModel:
     """Loads a model folder or hub name; only safetensors weights are read.
 
@@ -275,42 +319,37 @@ def load_model(
         attention: Attention implementation of transformers; None for its default.
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
+        weights: What to do about weights that are missing, left over, misshapen or no numbers.
 
     Raises:
-        UserError: Not found, not a causal language model, no usable stop token.
+        UserError: Not found, not a causal language model, weights that are not its own, no usable stop token.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    path = Path(source or name).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{role} {name}: no config.json in that folder, so it is not a model folder")
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"{role} {name}: no such folder")
+    who = f"{role} {name}"
     dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
-    source = str(path) if path.exists() else name
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{role} {name}: cannot be loaded: {reason}") from None
+    tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
+    model, notes = read_model(
+        name,
+        source,
+        role,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
+    )
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
     model.requires_grad_(role == "student")
-    _without_dropout(model)
-    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=f"{role} {name}", override=stop)
+    without_chance(model)
+    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=who, override=stop)
     written = model.generation_config
     # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would
     # make rollouts come from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
-    loaded = LanguageModel(model, tokenizer, stops, name, precision, written)
-    loaded.check_head()
+    loaded = LanguageModel(model, tokenizer, stops, name, precision, written, notes=notes)
+    with blamed_on(who):  # settings that make a model, but none that computes
+        loaded.check_head(finite=weights == "refuse")
     loaded.check_packing()
     return loaded
 
@@ -338,17 +377,6 @@ def _wrap_attention(model: PreTrainedModel) -> None:
     chosen = model.config._attn_implementation
     if chosen is not None and wrapped(chosen) != chosen and type(model)._can_set_attn_implementation():
         model.set_attn_implementation(wrapped(chosen))
-
-
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Switches dropout off for good: a student is taught about the very distribution that it wrote from."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        # Many families keep the probability as a number and call the function: dropout, attention_dropout, layerdrop...
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                vars(module)[name] = 0.0
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

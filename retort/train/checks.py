@@ -44,7 +44,7 @@ def quick_checks(setup: Setup) -> list[Check]:
     loaded: list[Callable[[Setup], Check]] = [check_teacher_loaded, check_teacher_repeats]
     if setup.teacher_lm is None:  # a student that teaches itself agrees with itself on all of that
         pair = loaded = []
-    return [check(setup) for check in (*pair, check_vocabulary, *loaded, check_memory)]
+    return [check(setup) for check in (*pair, check_vocabulary, check_lengths, *loaded, check_memory)]
 
 
 def check_special_tokens(setup: Setup) -> Check:
@@ -159,8 +159,32 @@ def check_vocabulary(setup: Setup) -> Check:
     saw = f"{'; '.join(parts)}; {setup.vocab:,} shared, the rest gets no probability"
     if missing:
         remedy = "resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
-        return Check("vocabulary", "warn", f"{saw}; {' and '.join(missing)}", why, remedy)
+        saw = f"{saw}; {' and '.join(missing)}, of which the data's prompts hold none"
+        return Check("vocabulary", "warn", saw, why, remedy)
     return Check("vocabulary", "ok", saw, why)
+
+
+def check_lengths(setup: Setup) -> Check:
+    """Whether answers grow past a length from which the student reads again what it has read."""
+    why = (
+        "a token is learnt from after all of its answer; where that changes how its beginning is read, what is learnt "
+    )
+    why += "is not what was written from"
+    at = setup.student.rereads_from
+    if at is None:
+        return Check(
+            "lengths", "ok", "the student reads what stands before a token the same, however long it gets", why
+        )
+    longest = setup.config.rollout.max_new_tokens
+    lengths = [len(setup.render(prompt)) for prompt in setup.train]
+    over = sum(length <= at < length + longest for length in lengths)
+    saw = f"from {at} tokens on the student reads with other rotary factors, also what it read before"
+    if not over:
+        return Check("lengths", "ok", f"{saw}; no answer can grow past that", why)
+    remedy = f"keep prompt and answer within {at} tokens: lower rollout.max_new_tokens"
+    return Check(
+        "lengths", "fatal", f"{saw}; answers to {over} of {len(lengths)} prompts can grow past it", why, remedy
+    )
 
 
 def check_teacher_loaded(setup: Setup) -> Check:

@@ -9,6 +9,7 @@ from retort.align.tokens import check_same_tokenizer
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
+from retort.models.load import Role, read_tokenizer
 from retort.train.checks import quick_checks
 from retort.train.findings import Check, Examination
 from retort.train.setup import Setup, located, prepare
@@ -65,16 +66,17 @@ def _alike(setup: Setup) -> Check:
 
 def _tokenizers(config: Config) -> Check:
     """Compares tokenizers before any weights are read."""
-    from transformers import AutoTokenizer
-
     if config.teacher is None:
         return Check("tokenizer", "ok", "the student's own: no teacher is given", _TOKENIZER_WHY)
-    named = [name for name in (config.student, config.teacher) if name is not None]
+    if config.student is None:
+        return Check("tokenizer", "ok", "not looked at: no student is given", _TOKENIZER_WHY)
+    named: list[tuple[Role, str]] = [("student", config.student), ("teacher", config.teacher)]
     try:
         ours, theirs = (
-            AutoTokenizer.from_pretrained(located(name), trust_remote_code=config.trust_remote_code) for name in named
+            read_tokenizer(name, located(name), role, trust_remote_code=config.trust_remote_code)
+            for role, name in named
         )
-    except (OSError, ValueError, KeyError, ImportError):
+    except UserError:
         # Whatever is wrong with them, `prepare` says it in its own words.
         return Check("tokenizer", "ok", "could not be read by themselves", _TOKENIZER_WHY)
     return _tokenizer_check(ours, theirs)

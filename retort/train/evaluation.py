@@ -19,7 +19,7 @@ from retort.train.setup import load, local_teacher
 
 #: Settings that have a meaning here.
 _READ = frozenset(
-    {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code"}
+    {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
     | {f"rollout.{name}" for name in ("max_new_tokens", "parallel", "stop", "thinking")}
     | {"optimizer.batch_tokens"}
@@ -57,11 +57,16 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
             f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
         )
     lm = load(config, model, "student")
-    other = None if teacher is None else local_teacher(config, lm, load(config, teacher, "teacher"))
+    teacher_lm = None if teacher is None else load(config, teacher, "teacher")
+    for note in [*lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
+        observer.note(note)
+    other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
-        length = len(render(prompt, lm.tokenizer, thinking=config.rollout.thinking))
+        ids = render(prompt, lm.tokenizer, thinking=config.rollout.thinking)
+        lm.check_ids(ids, f"row '{prompt.id}': its prompt")
+        length = len(ids)
         if length + judge.max_new_tokens > lm.context:
             raise UserError(
                 f"row '{prompt.id}': {length} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "

@@ -18,7 +18,9 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import add_adapter
+from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
+from retort.models.rehearsal import rehearse_export
 from retort.rewards.verify import Verifier
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
@@ -32,6 +34,7 @@ from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.prompts import graders, read_prompts
+from retort.train.texts import check_texts
 from retort.types import Prompt
 
 
@@ -135,6 +138,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         pair.refuse_same_name(method, student_name, teacher_name)
     student = load(config, student_name, "student")
     _adapt(config, student)
+    rehearse_export(student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
     loaded = [lm for lm in (student, teacher) if lm is not None]
@@ -142,10 +146,19 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
-    padded = [lm.name for lm in loaded if not lm.packs]
+        check_repeats(student)
+    notes += [note for lm in loaded for note in lm.notes]
+    notes += [
+        f"sequences of {lm.name} longer than {lm.together_up_to} tokens are computed one at a time: together, that "
+        "family would change them"
+        for lm in loaded
+        if lm.together_up_to is not None
+    ]
+    padded = [lm.name for lm in loaded if not lm.packs and lm.together_up_to != 0]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     base = None if with_base is None else _base(config, student, with_base)
+    notes += [note for note in (base.notes if base is not None else []) if note not in notes]
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
@@ -187,6 +200,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         notes=notes,
     )
     _check_prompts(setup, local["teacher"].render if "teacher" in local else None)
+    check_texts(method, train, student, [lm for lm in (student, teacher, base) if lm is not None], vocab)
     if method.before is not None and method.before[0] >= setup.steps:
         raise UserError(
             f"a cold start of {method.before[0]} steps leaves none of the run's {setup.steps} to '{method.name}'; "
@@ -212,6 +226,7 @@ def load(config: Config, name: str, role: Literal["student", "teacher", "base"])
         attention=None if config.attention == "auto" else config.attention,
         stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
+        weights=config.weights,
     )
 
 
@@ -318,6 +333,7 @@ def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:
         if setup.base_lm is not None and base_render is not None:
             readers.append(("base", base_render(prompt), setup.base_lm))
         for who, ids, lm in readers:
+            lm.check_ids(ids, f"row '{prompt.id}': its prompt")
             if len(ids) + longest > lm.context:
                 raise UserError(
                     f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from retort import config as configuration
+from retort.errors import UserError
 from retort.models.lm import load_model, token_batches
 from retort.rollout.engines.hf import HFEngine, Request, nucleus
 from retort.streams import uniforms
@@ -203,3 +204,20 @@ def test_real_prompts_graded_by_math_verify(model_folder: Callable[..., Path], t
     assert run.setup.verifier is not None
     assert "math" in run.setup.verifier.name
     assert {"avg@2", "pass@2"} <= set(run.results["rows"][0])
+
+
+def test_a_family_whose_layers_are_not_where_transformers_says_is_named(tmp_path: Path) -> None:
+    import transformers
+    from support import make_tokenizer
+
+    tokenizer = make_tokenizer()
+    shape = {"hidden_size": 16, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": 2, "pad_token_id": 1, "bos_token_id": None}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**shape, **heads, **ids))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if model.base_model is not model:
+        pytest.skip("this transformers finds the layers of Llama 4")
+    with pytest.raises(UserError, match="Llama4ForCausalLM .* open an issue that names this family"):
+        load(tmp_path)

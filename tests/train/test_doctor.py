@@ -30,6 +30,7 @@ QUICK = [
     "stop token",
     "chat template",
     "vocabulary",
+    "lengths",
     "teacher is loaded",
     "teacher repeats",
     "memory",

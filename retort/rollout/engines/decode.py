@@ -87,13 +87,17 @@ def can_decode(lm: LanguageModel) -> bool:
         and model._supports_default_dynamic_cache()
         and "past_key_values" in _arguments(lm)
     )
-    return as_usual and _decodes_as_it_scores(lm)
+    if not as_usual or not _decodes_as_it_scores(lm, 2, 5):
+        return False
+    # Again on both sides of every length after which the model may do something else.
+    lengths = [] if lm.together_up_to is not None else lm.tried
+    return all(_decodes_as_it_scores(lm, max(1, length // 2), length + 3) for length in lengths)
 
 
-def _decodes_as_it_scores(lm: LanguageModel) -> bool:
+def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
-    short, long = ([(7 * place + length) % vocab for place in range(length)] for length in (2, 5))
+    short, long = ([(7 * place + length) % vocab for place in range(length)] for length in (shorter, longer))
     prompts = [short, long, long]
     answers_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
 

@@ -84,12 +84,20 @@ class HFEngine:
     def write(
         self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, top_p: float
     ) -> list[Written]:
-        """Answers all requests, in order."""
+        """Answers all requests, in order.
+
+        Raises:
+            UserError: A prompt holds an id for which the model has no row.
+        """
+        self.lm.check_ids((max(request.prompt_ids) for request in requests if request.prompt_ids), "a prompt")
         written: dict[int, Written] = {}
         # Neighbours of like length need least padding.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
-        for start in range(0, len(order), self.max_parallel):
-            batch = order[start : start + self.max_parallel]
+        limit = self.lm.together_up_to
+        alone = [i for i in order if limit is not None and len(requests[i].prompt_ids) + max_new_tokens > limit]
+        others = order if not alone else [i for i in order if i not in set(alone)]
+        batches = [others[start : start + self.max_parallel] for start in range(0, len(others), self.max_parallel)]
+        for batch in [*batches, *([i] for i in alone)]:
             answers = self._write_batch([requests[i] for i in batch], max_new_tokens, temperature, top_p)
             written.update(zip(batch, answers, strict=True))
         return [written[index] for index in range(len(requests))]

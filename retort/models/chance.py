@@ -1,0 +1,48 @@
+"""Nothing in a student is random: it is taught about the very distribution that it wrote from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from retort.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from retort.models.lm import LanguageModel
+
+#: Share of a hidden state by which two passes over one text may differ.
+_ROUNDING = 1e-2
+
+
+def without_chance(model: PreTrainedModel) -> None:
+    """Switches off what is random in training mode: dropout, and the noise of routers."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Many families keep a number and call a function: attention_dropout, layerdrop, router_jitter_noise, ...
+        for name, value in vars(module).items():
+            if isinstance(value, float) and any(word in name for word in ("drop", "jitter", "noise")):
+                vars(module)[name] = 0.0
+
+
+def check_repeats(lm: LanguageModel) -> None:
+    """Tries whether passes over one text agree, in the mode that the model is in.
+
+    Raises:
+        UserError: They differ by more than rounding.
+    """
+    ids_L = (torch.arange(min(32, lm.context)) * 7 + 1) % lm.head().width
+    acted_L = torch.arange(len(ids_L)) > 0
+    with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        first_ND, *others = [lm.hidden([ids_L], [acted_L]).float() for _ in range(4)]
+    apart = max(float((one_ND - first_ND).norm(dim=1).max()) for one_ND in others)
+    if not apart <= _ROUNDING * float(first_ND.norm(dim=1).max()):
+        family = type(lm.model).__name__
+        raise UserError(
+            f"{lm.name}: two passes over one text differ in training mode, by chance that {family} keeps to itself; "
+            "set what is random to 0 in its config.json, or optimizer.gradient_checkpointing=false"
+        )
