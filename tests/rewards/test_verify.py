@@ -156,31 +156,31 @@ HOSTILE = {
 def test_hostile_text_is_wrong(text: str) -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     with MathVerifier(LIMIT) as judge:
-        judge(prompt("3"), r"\boxed{3.5}")  # starts the worker
+        judge(prompt("3"), r"\boxed{\sqrt{5}}")  # starts the worker
         assert judge(prompt("3"), text) == 0.0
 
 
 def test_endless_work_is_given_up_and_judging_goes_on() -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     with MathVerifier(LIMIT) as judge:
-        assert judge(prompt("3"), r"\boxed{\frac{6}{2}}") == 1.0
+        assert judge(prompt("3"), r"\boxed{1+\sqrt{4}}") == 1.0
         assert judge(prompt("3"), r"\boxed{9^{9^{9}}}") == 0.0
         assert judge.given_up == 1  # by its form, without a try
         assert judge(prompt("3"), ENDLESS) == 0.0
         assert judge(prompt("3"), ENDLESS) == 0.0  # remembered, and counted
         assert judge.given_up == 3
-        assert judge(prompt("3"), r"\boxed{\frac{9}{3}}") == 1.0
+        assert judge(prompt("3"), r"\boxed{\sqrt{9}}") == 1.0
 
 
 def test_a_dead_worker_is_replaced(judge: MathVerifier) -> None:
-    judge(prompt("3"), r"\boxed{\frac{12}{4}}")
+    judge(prompt("3"), r"\boxed{\sqrt{9}}")
     process = judge._judge.process
     assert process is not None
     process.kill()
     process.wait()
-    assert judge(prompt("3"), r"\boxed{\frac{15}{5}}") == 1.0
+    assert judge(prompt("3"), r"\boxed{1+\sqrt{4}}") == 1.0
     judge.close()
-    assert judge(prompt("3"), r"\boxed{\frac{18}{6}}") == 1.0
+    assert judge(prompt("3"), r"\boxed{2+\sqrt{1}}") == 1.0
 
 
 def test_works_from_threads_and_quietly(
@@ -190,7 +190,7 @@ def test_works_from_threads_and_quietly(
     found: dict[int, float] = {}
 
     def work(number: int) -> None:
-        found[number] = judge(prompt(str(number)), rf"\boxed{{\frac{{{7 * number}}}{{7}}}}")
+        found[number] = judge(prompt(str(number)), rf"\boxed{{\sqrt{{{number * number}}}}}")
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
     for thread in threads:
@@ -209,10 +209,10 @@ def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(math_judge, "WORKER", script)
     script.write_text(f"print({json.dumps(json.dumps({'error': 'ImportError: no sympy'}))})")
     with pytest.raises(RunError, match="ImportError: no sympy"):
-        MathVerifier()(prompt("3"), r"\boxed{\frac{6}{2}}")
+        MathVerifier()(prompt("3"), r"\boxed{\sqrt{9}}")
     script.write_text("")
     with pytest.raises(RunError, match="did not start"):
-        MathVerifier()(prompt("3"), r"\boxed{\frac{6}{2}}")
+        MathVerifier()(prompt("3"), r"\boxed{\sqrt{9}}")
 
 
 def test_verifier_for(monkeypatch: pytest.MonkeyPatch) -> None:
