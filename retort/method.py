@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, ParamSpec, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -270,9 +270,9 @@ def _floats(value: object) -> Iterator[float]:
     if isinstance(value, float):
         yield value
     elif isinstance(value, Mapping):
-        yield from (number for own in value.values() for number in _floats(own))  # pyright: ignore[reportUnknownVariableType]
+        yield from (number for own in cast(Mapping[Any, object], value).values() for number in _floats(own))
     elif isinstance(value, list | tuple):
-        yield from (number for own in value for number in _floats(own))  # pyright: ignore[reportUnknownVariableType]
+        yield from (number for own in cast(Sequence[object], value) for number in _floats(own))
 
 
 def _unbounded(hint: Any) -> bool:

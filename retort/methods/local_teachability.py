@@ -63,7 +63,13 @@ def local_teachability(
     takes NLTK. The teacher is asked for its whole distribution, whatever the wrapped method asks for.
     """
     made = inner(of, settings, outer="local_teachability")
-    rule = {"margin": margin, "shortest": shortest, "max_segment": max_segment, "min_drop": min_drop, "robust": robust}
+    rule: dict[str, Any] = {
+        "margin": margin,
+        "shortest": shortest,
+        "max_segment": max_segment,
+        "min_drop": min_drop,
+        "robust": robust,
+    }
     cut = release(top_k, rescale=divide_by == "trajectory", **rule)
 
     def shortened(term: Term) -> Term:

@@ -83,10 +83,16 @@ def tidy(text: str) -> str:
     """An answer without what says nothing: dollars, spacing commands, sizes of brackets, emphasis, a full stop."""
     text = text.replace("\u2212", "-").replace("−", "-").replace("\u00a0", " ").replace("{,}", ",")
     text = re.sub(r"\\(?:dfrac|tfrac|cfrac)(?![a-z])", r"\\frac", text)
+    # A thin blank joins digits only where it groups thousands; elsewhere what says nothing still keeps them apart.
+    text = re.sub(r"(?<=[0-9])(?:\\[,!]|~)(?=[0-9]{3}(?![0-9]))", "", text)
+    text = re.sub(r"(?<=[0-9])(?:\\[,!;:]|\\q?quad(?![a-z])|(?<!\\)\$)(?=[0-9])", " ", text)
     text = re.sub(
         r"\\(?:left|right|big|Big|bigg|Bigg)(?![a-zA-Z])|\\(?:displaystyle|,|!|;|:|quad|qquad)(?![a-z])", "", text
     )
-    text = re.sub(r"\\ |~", " ", text).replace("**", "").replace(r"\(", "").replace(r"\)", "")
+    text = re.sub(r"\\ |~", " ", text).replace(r"\(", "").replace(r"\)", "")
+    # Emphasis stands at the edge of words; between a base and its exponent ** is a power.
+    text = re.sub(r"(?<![0-9A-Za-z)}])\*\*|\*\*(?![0-9A-Za-z({\\-])", "", text)
+    text = re.sub(r"\*\*\s*(-?[0-9.]+)", r"^{\1}", text).replace("**", "^")
     text = re.sub(r"(?<!\\)\$", "", text).strip()
     text = re.sub(
         r"^(?:so\s+)?(?:the\s+)?(?:final\s+)?(?:correct\s+)?answer(?:\s+is\s*:?|\s*:)\s*", "", text, flags=re.IGNORECASE

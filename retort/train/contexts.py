@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
     """
     for name, view in method.views.items():
         model = models[view.model]
-        unknown = model.lm.tokenizer.unk_token_id
+        unknown: Any = model.lm.tokenizer.unk_token_id
         if view.render is None or unknown is None:
             continue
         found, seen, used = 0, 0, set[str]()

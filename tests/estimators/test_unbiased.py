@@ -67,7 +67,6 @@ def _exact_gradient(student: Tensor, teacher: Tensor, *, forward: bool = False) 
         load("opd"),
         load("opd", clip=0.2),
         load("vopd", top_k=None),
-        load("vopd", top_k=1),
         load("vopd", top_k=2),
         load("vopd", baseline_coef=0.5),
         load("eopd", forward_coef=0.0),

@@ -5,6 +5,19 @@ right), rows counted from 0: `{}` in a form stands for the answer of the row, wh
 """
 
 BOXED = [
+    # what says nothing does not join digits
+    ("8", "2**3", True),
+    ("23", "2**3", False),
+    ("15", "1$5", False),
+    ("12", r"1\,2", False),
+    ("12", r"1\!2", False),
+    ("12", r"1\;2", False),
+    ("12", r"1\quad 2", False),
+    ("1000", r"1\,000", True),
+    ("1000", r"1\!000", True),
+    ("1234567", r"1\,234\,567", True),
+    ("12345", r"1\,2345", False),
+    ("12", "**12**", True),
     # letters
     ("B", "B", True),
     ("B", "(B)", True),
