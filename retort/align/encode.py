@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from retort.align.text import decode
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -165,7 +167,7 @@ def response_ids(prompt_ids: Sequence[int], response: str, tokenizer: PreTrained
     tail = list(prompt_ids[-_TAIL:])
 
     def text(ids: list[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return decode(tokenizer, ids)
 
     alone = ordinary(response, tokenizer)
     before = text(tail)

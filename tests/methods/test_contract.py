@@ -315,7 +315,8 @@ def test_packs_and_micro_batches_give_what_padding_gives(
         cuts.add(len(setup.student.batches(*sequences, batch_tokens)))
         # The second update is against what the score pass stored, by a student that has not moved.
         for step in pipeline.as_run(setup, pack, batch_tokens):
-            assert step.loss == pytest.approx(plain.loss, rel=1e-5)
+            # A loss near 0 is a difference of larger numbers in fp32: it can be no closer than their rounding.
+            assert step.loss == pytest.approx(plain.loss, rel=1e-5, abs=2e-7)
             assert step.gradients.keys() == plain.gradients.keys()
             for parameter, gradient in step.gradients.items():
                 torch.testing.assert_close(gradient, plain.gradients[parameter], rtol=1e-5, atol=2e-6 * largest)
