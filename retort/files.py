@@ -18,7 +18,7 @@ _REFUSED = (errno.EACCES, errno.EPERM)
 def reason(error: Exception) -> str:
     """An operating system error in words for people (safetensors wraps them in text)."""
     number, text = getattr(error, "errno", None), str(error)
-    if number in _FULL or "No space left" in text or "File too large" in text:
+    if number in _FULL or any(words in text for words in ("No space left", "File too large", "Disk quota")):
         return "the disk is full; make room and resume"
     if number in _REFUSED or "Permission denied" in text:
         return "no permission to write there"
@@ -26,6 +26,11 @@ def reason(error: Exception) -> str:
         return "the disk is read-only"
     first = (getattr(error, "strerror", None) or text).splitlines()
     return first[0] if first else type(error).__name__
+
+
+def disk_full(error: Exception) -> bool:
+    """Whether an error says that the disk is full, also one of a library that wraps it in text."""
+    return reason(error).startswith("the disk is full")
 
 
 def write_text(path: Path, text: str) -> None:

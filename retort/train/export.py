@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from retort.align.stops import WRITTEN, named_stops
 from retort.errors import RunError
-from retort.files import new_folder, reason, write_text
+from retort.files import disk_full, new_folder, reason, write_text
 from retort.method import Method
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
@@ -43,7 +43,9 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
                 student.model.save_pretrained(temporary, state_dict=merged)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(setup, results, step))
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # a tokenizer that meets a full disk raises plain Exception
+        if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
+            raise
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
     finally:
         student.model.generation_config = bare

@@ -20,9 +20,10 @@ from retort.weights.directed import directed
 
 def context(delta: list[float], advantage: list[float], step: int = 0) -> Context:
     count = len(delta)
-    student = torch.zeros(count, 2, dtype=torch.float64, requires_grad=True)
+    # So unlikely a token that no ratio makes the teacher's log-prob of it positive.
+    student = torch.tensor([[0.0, 100.0]] * count, dtype=torch.float64, requires_grad=True)
     tokens = torch.zeros(count, dtype=torch.long)
-    teacher = math.log(0.5) + torch.tensor(delta, dtype=torch.float64)
+    teacher = student.detach().log_softmax(-1)[:, 0] + torch.tensor(delta, dtype=torch.float64)
     return Context(
         student,
         tokens,

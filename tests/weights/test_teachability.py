@@ -248,7 +248,7 @@ class _Characters:
     def __init__(self, *pieces: str) -> None:
         self.pieces = pieces
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], **_: object) -> str:
         return "".join(self.pieces[i] for i in ids)
 
 
