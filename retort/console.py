@@ -15,6 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from retort.evaluate.unknown import why_unknown
+
 #: Shown in the progress line, if there: metric and label.
 _CURVES = (
     ("reward", "reward"),
@@ -140,7 +142,10 @@ class RichObserver:
         """The before/after table."""
         self.close()
         k, rows = results["k"], results["rows"]
-        table = Table(title=f"{results['problems']} held-out prompts, {k} answers each (± half of a 95 % interval)")
+        some = f", {results['graded']} of them graded" if "graded" in results else ""
+        table = Table(
+            title=f"{results['problems']} held-out prompts{some}, {k} answers each \\[95 % interval over prompts]"
+        )
         table.add_column("")
         for row in rows:
             table.add_column(row["who"], justify="right")
@@ -186,11 +191,12 @@ class RichObserver:
             self._curves.plain = curves
 
 
-def _cell(cell: Mapping[str, float] | None, form: str) -> str:
+def _cell(cell: Mapping[str, Any] | None, form: str) -> str:
     if not cell:
         return "-"
-    half = form.format((cell["high"] - cell["low"]) / 2)
-    return f"{form.format(cell['value'])} ± {half}"
+    low, high = cell["low"], cell["high"]
+    known = low is not None and high is not None
+    return form.format(cell["value"]) + (f" \\[{form.format(low)}, {form.format(high)}]" if known else "")
 
 
 def quiet_libraries() -> None:
@@ -238,6 +244,7 @@ def trust_table(found: Mapping[str, Any]) -> Table:
         table.add_row(
             row["predictor"], row["claimed_by"], *(shown(row[name]).replace("[", "\\[") for name in ("viable", "helps"))
         )
+    table.caption = ". ".join(why_unknown(found)) or None
     return table
 
 

@@ -1,18 +1,22 @@
-"""Writing files so that nothing half-written is ever taken for whole, and a full disk is said in words."""
+"""Files of a run: nothing half-written is ever taken for whole, and what is wrong with one is said in words."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from retort.errors import RunError
+from retort.errors import RunError, UserError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM)
+#: Deepest nesting of lists and objects that is read: files of a run need six, and code that walks them has its limits.
+_DEEPEST = 64
 
 
 def reason(error: Exception) -> str:
@@ -114,3 +118,52 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def parse_object(content: bytes) -> dict[str, Any]:
+    """The JSON object that a file or one line of it holds.
+
+    Raises:
+        ValueError: It holds none; the text says why, with line and column.
+    """
+    if not content.strip(b"\0 \t\r\n"):
+        raise ValueError("holds only NUL bytes" if b"\0" in content else "is empty")
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 text (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is no JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("holds a number of thousands of digits") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"holds a {type(found).__name__} where an object is expected")
+    level: list[Any] = [found]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for thing in level
+            for inner in (thing.values() if isinstance(thing, dict) else thing)
+            if isinstance(inner, dict | list)
+        ]
+    if level:
+        raise ValueError("is nested too deeply")
+    return found
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: The file cannot be read, or holds none: one sentence without a remedy, which depends on the file.
+    """
+    try:
+        return parse_object(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None

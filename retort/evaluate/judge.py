@@ -9,7 +9,7 @@ tables of all methods are about the same thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, Steps, per_token
 from retort.models.lm import LanguageModel
-from retort.rewards.verify import Verifier, grade_all, parts_of
+from retort.rewards.verify import Verifier, gradable, grade_known, parts_of
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
@@ -33,8 +33,8 @@ from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet
 
 #: Prompts that are written and scored at once: bounds what is held in memory.
 _BLOCK = 64
-#: Measures that are shares.
-_SHARES = ("avg@", "pass@", "truncated", "uncertain", "student_uncertain")
+#: Means over tokens or answers of what is 0 or 1.
+_SHARES = ("truncated", "uncertain", "student_uncertain")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Judge:
 
     Attributes:
         prompts: Fixed.
-        verifier: Grades answers; without one only lengths and divergences are measured.
+        verifier: Grades answers to the prompts that it can grade; of others only lengths and divergences are measured.
         samples: k, answers per prompt.
         seed: Of the run.
         max_new_tokens, temperature, top_p: Of sampling.
@@ -113,19 +113,20 @@ class Judge:
         """
         engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
         rewards: list[list[float]] = []
+        first: list[float | None] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
         parts: dict[str, list[float]] = {}
         profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)
-            graded: list[float] = []
-            if self.verifier is not None:
-                graded = grade_all(self.verifier, [r.prompt for r in rollouts], [r.text for r in rollouts])
+            graded = grade_known(self.verifier, [r.prompt for r in rollouts], [r.text for r in rollouts])
             for index, prompt in enumerate(block):
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
-                if self.verifier is not None:
-                    rewards.append(graded[index * self.samples : (index + 1) * self.samples])
+                known = [reward for reward in graded[index * self.samples :][: self.samples] if reward is not None]
+                first.append(known[0] if known else None)
+                if known:
+                    rewards.append(known)
                 _tally_parts(parts, [parts_of(self.verifier, prompt, rollout.text) for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
@@ -133,12 +134,16 @@ class Judge:
             self._tally_values(tallies, values, pack)
             profile.add(values, pack.position_N)
             for index in range(max(0, min(len(block), self.recorded - start))):
-                reward = rewards[start + index][0] if rewards else None
-                answers.append(self._recorded(lm, pack, index * self.samples, values, reward))
+                answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
         return {**row, "answers": answers} if answers else row
+
+    def graded(self) -> dict[str, int]:
+        """How many prompts can be graded, as `graded`, where that is only a part of them."""
+        count = sum(gradable(self.verifier, prompt) for prompt in self.prompts)
+        return {"graded": count} if 0 < count < len(self.prompts) else {}
 
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
@@ -196,13 +201,15 @@ class Judge:
         k = self.samples
         if rewards:
             right = [sum(reward > 0.5 for reward in own) for own in rewards]
-            row[f"avg@{k}"] = Estimate.of([sum(own) / k for own in rewards])
-            row[f"pass@{k}"] = Estimate.of([pass_at_k(k, count, k) for count in right])
+            sums, each = [sum(own) for own in rewards], [float(k)] * len(rewards)
+            inside = all(0 <= reward <= 1 for own in rewards for reward in own)
+            row[f"avg@{k}"] = Estimate.of_share(sums, each) if inside else Estimate.ratio(sums, each)
+            row[f"pass@{k}"] = Estimate.of_share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
             ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
             row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
         for name, (sums, counts) in tallies.items():
-            row[name] = Estimate.ratio(sums, counts)
-        return {name: _plain(name, value) for name, value in row.items()}
+            row[name] = (Estimate.of_share if name in _SHARES else Estimate.ratio)(sums, counts)
+        return {name: value.plain() if isinstance(value, Estimate) else value for name, value in row.items()}
 
 
 def _alone(context: Context) -> dict[str, Tensor]:
@@ -233,13 +240,6 @@ def _measures(values: Mapping[str, Tensor], threshold: float) -> dict[str, Tenso
     return found
 
 
-def _plain(name: str, value: Any) -> Any:
-    """An estimate as a dictionary; shares stay within 0 and 1."""
-    if not isinstance(value, Estimate):
-        return value
-    return asdict(value.share() if name.startswith(_SHARES) else value)
-
-
 def _tally_parts(parts: dict[str, list[float]], samples: Sequence[Mapping[str, float]]) -> None:
     """Adds one prompt's mean of each part over the samples that have it."""
     for name in dict.fromkeys(name for sample in samples for name in sample):
@@ -251,9 +251,10 @@ def _parts(parts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """The estimate of each part over prompts; one whose values all lie within 0 and 1 is a share."""
     row: dict[str, Any] = {}
     for name, values in parts.items():
-        estimate = Estimate.of(values)
+        inside = all(0 <= value <= 1 for value in values)
+        estimate = Estimate.of_share(values, [1.0] * len(values)) if inside else Estimate.of(values)
         assert estimate is not None  # a part is there because a sample had it
-        row[f"reward/{name}"] = asdict(estimate.share() if all(0 <= value <= 1 for value in values) else estimate)
+        row[f"reward/{name}"] = estimate.plain()
     return row
 
 

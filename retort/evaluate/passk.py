@@ -9,24 +9,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % interval (normal approximation over problems)."""
+    """A mean over problems with its 95 % interval; both ends are NaN where one problem is all there is."""
 
     value: float
     low: float
     high: float
 
-    def share(self) -> Estimate:
-        """The same for a share: the interval ends at 0 and 1."""
-        return Estimate(self.value, max(0.0, self.low), min(1.0, self.high))
+    def plain(self) -> dict[str, float | None]:
+        """As a dictionary; None for an end that is not known."""
+        ends = (None if math.isnan(end) else end for end in (self.low, self.high))
+        return dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
 
     @staticmethod
     def of(values: Sequence[float]) -> Estimate | None:
-        """The mean of one number per problem; None without any."""
-        if not values:
-            return None
-        mean = sum(values) / len(values)
-        spread = math.sqrt(sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1) / len(values))
-        return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
+        """The mean of one number per problem, with Student's t; None without any."""
+        return Estimate.ratio(values, [1.0] * len(values))
 
     @staticmethod
     def of_runs(values: Sequence[float]) -> Estimate | None:
@@ -40,16 +37,58 @@ class Estimate:
 
     @staticmethod
     def ratio(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
-        """A mean over tokens, sum of sums over sum of counts, with its interval over problems (linearised)."""
-        whole = sum(counts)
+        """A mean over tokens, sum of sums over sum of counts, with its interval over problems (linearised).
+
+        The interval is Student's t. None without any count.
+        """
+        whole, problems = sum(counts), sum(count > 0 for count in counts)
         if not whole:
             return None
         mean = sum(sums) / whole
+        if problems < 2:
+            return Estimate(mean, math.nan, math.nan)
         squares = sum((x - mean * count) ** 2 for x, count in zip(sums, counts, strict=True))
-        spread = math.sqrt(squares * len(sums) / max(1, len(sums) - 1)) / whole
-        return Estimate(mean, mean - 1.96 * spread, mean + 1.96 * spread)
+        reach = student_t(problems - 1) * math.sqrt(squares * problems / (problems - 1)) / whole
+        return Estimate(mean, mean - reach, mean + reach)
+
+    @staticmethod
+    def of_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
+        """A share, sum of sums over sum of counts, with Wilson's interval over problems; None without any count.
+
+        Wilson's interval is for independent observations. Those of one problem are not, so it is taken for as many as
+        say as much about the mean: the problems, divided by the part of a yes-or-no variable's variance that the means
+        of the problems have. That part is drawn to 1 (each problem counts once) as if two problems had shown it: where
+        all are right or all wrong, and with few of either kind, nothing is seen of it.
+
+        Args:
+            sums: Of each problem, from 0 to its count.
+            counts: Observations of each problem.
+        """
+        whole, problems = sum(counts), sum(count > 0 for count in counts)
+        if not whole:
+            return None
+        share = min(1.0, max(0.0, sum(sums) / whole))
+        free = share * (1.0 - share)
+        squares = sum((x - share * count) ** 2 for x, count in zip(sums, counts, strict=True))
+        part = problems * squares / whole**2 / free if free else 1.0
+        seen = min(float(problems), max(0.0, min(share, 1.0 - share) * whole - 1.0))
+        size = min(problems * (seen + 2.0) / (seen * part + 2.0), whole)
+        return Estimate(share, *wilson(share, size))
 
 
+def wilson(share: float, size: float) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share that was seen in `size` independent observations (any number above 0)."""
+    free, z2 = share * (1.0 - share), _Z * _Z
+    middle, scale = share + z2 / (2 * size), 1.0 + z2 / size
+    reach = _Z * math.sqrt(free / size + z2 / (4 * size * size))
+    # At the ends exactly 0 and 1, which rounding may miss.
+    low = 0.0 if share == 0.0 else max(0.0, (middle - reach) / scale)
+    high = 1.0 if share == 1.0 else min(1.0, (middle + reach) / scale)
+    return low, high
+
+
+#: 97.5 % quantile of the normal distribution.
+_Z = 1.959964
 #: 97.5 % quantiles of Student's t by degrees of freedom, from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -58,7 +97,7 @@ def student_t(freedom: int) -> float:
     """The 97.5 % quantile of Student's t; beyond ten degrees of freedom to three digits (an expansion about 1.96)."""
     if freedom <= len(_T):
         return _T[freedom - 1]
-    z = 1.959964
+    z = _Z
     first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
     third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + first / freedom + second / freedom**2 + third / freedom**3

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retort.evaluate.passk import Estimate
+from retort.evaluate.passk import Estimate, wilson
 
 
 def auroc(scores: Tensor, right: Tensor) -> float | None:
@@ -33,7 +33,9 @@ def clustered_auroc(
 ) -> Estimate | None:
     """AUROC with its 95 % bootstrap interval, whole clusters drawn with replacement; None where it is undefined.
 
-    What is observed within a problem is not independent, so problems are what is drawn.
+    What is observed within a problem is not independent, so problems are what is drawn. Where all draws agree, as they
+    do about an AUROC of 0 or 1, Wilson's interval stands instead, for as many observations as there are problems with
+    the rarer kind: no AUROC of that value has a larger variance.
 
     Args:
         scores: [M].
@@ -55,5 +57,9 @@ def clustered_auroc(
         one = auroc(scores[index], right[index])
         if one is not None:
             found.append(one)
+    if not found or min(found) == max(found):
+        known = scores.isfinite()
+        kinds = [len({cluster[at] for at in (known & (right == kind)).nonzero().flatten().tolist()}) for kind in (0, 1)]
+        return Estimate(value, *wilson(value, min(kinds)))
     ends = torch.tensor(found, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Estimate(value, float(ends[0]), float(ends[1]))

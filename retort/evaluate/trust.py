@@ -309,7 +309,7 @@ def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[
             right = torch.tensor([branch.viable for branch in chosen], dtype=torch.bool)
             problems = [branch.problem for branch in chosen]
             cell = clustered_auroc(scores, right, problems, seed=seed, draws=draws)
-            row[label] = None if cell is None else {"value": cell.value, "low": cell.low, "high": cell.high}
+            row[label] = None if cell is None else cell.plain()
         rows.append(row)
     return {
         "branches": len(found),
@@ -348,9 +348,8 @@ def _bins(found: Sequence[Branch], values: Sequence[float], count: int = 6) -> l
             for branch in (found[number] for number in inside):
                 sums[branch.problem] = sums.get(branch.problem, 0.0) + float(getattr(branch, label))
                 counts[branch.problem] = counts.get(branch.problem, 0.0) + 1.0
-            cell = Estimate.ratio(list(sums.values()), list(counts.values()))
+            cell = Estimate.of_share(list(sums.values()), list(counts.values()))
             assert cell is not None  # no bin is empty
-            cell = cell.share()
             row |= {label: cell.value, f"{label}_low": cell.low, f"{label}_high": cell.high}
         bins.append(row)
     return bins

@@ -308,6 +308,21 @@ def grade_all(verifier: Verifier, prompts: Sequence[Prompt], texts: Sequence[str
     return [verifier(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
+def grade_known(verifier: Verifier | None, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
+    """As `grade_all`, with None for each prompt that cannot be graded: see `gradable`."""
+    known = [gradable(verifier, prompt) for prompt in prompts]
+    pairs = [(prompt, text) for prompt, text, fit in zip(prompts, texts, known, strict=True) if fit]
+    if verifier is None or not pairs:
+        return [None] * len(known)
+    rewards = iter(grade_all(verifier, [prompt for prompt, _ in pairs], [text for _, text in pairs]))
+    return [next(rewards) if fit else None for fit in known]
+
+
+def gradable(verifier: Verifier | None, prompt: Prompt) -> bool:
+    """Whether a verifier can grade responses to a prompt: `math` and `exact` need its answer."""
+    return verifier is not None and (prompt.answer is not None or verifier.name not in NEED_ANSWER)
+
+
 def parts_of(verifier: Verifier | None, prompt: Prompt, text: str) -> Mapping[str, float]:
     """What a verifier measures of a text besides whether it is right; empty if it does not (see `GivesParts`)."""
     return verifier.parts(prompt, text) if isinstance(verifier, GivesParts) else {}

@@ -12,10 +12,10 @@ from retort.align.chat import render
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
-from retort.rewards.verify import verifier_for
 from retort.train.observe import Observer
-from retort.train.prompts import judge_prompts
+from retort.train.prompts import grader, judge_prompts
 from retort.train.setup import load, local_teacher
+from retort.train.split import repeats
 
 #: Settings that have a meaning here.
 _READ = frozenset(
@@ -51,14 +51,16 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     if config.threads:
         torch.set_num_threads(config.threads)
     prompts = judge_prompts(config, data)
-    verifier = verifier_for(data if data in configuration.BUILTIN else config.task, prompts)
+    own = data not in configuration.BUILTIN
+    notes = repeats(prompts, "rows of the data") if own else []
+    verifier = grader(config.task if own else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
-            f"{data}: not every row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
+            f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
         )
     lm = load(config, model, "student")
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
-    for note in [*lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
+    for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
@@ -77,6 +79,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     return {
         "k": judge.samples,
         "problems": len(prompts),
+        **judge.graded(),
         "seed": judge.seed,
         "rows": [{"who": model, **cells}],
         "pass_at": {model: row.get("pass_at", {})},

@@ -171,7 +171,8 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         return ["No evaluation was made."]
     names = [name for name in results["rows"][0] if name != "who"]
     lines = [
-        f"Held-out prompts: {results['problems']}, {results['k']} answers each; 95 % intervals over prompts.",
+        f"Held-out prompts: {results['problems']}{_graded(results)}, {results['k']} answers each; 95 % intervals over "
+        "prompts.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -182,5 +183,12 @@ def _table(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _cell(cell: Mapping[str, float] | None) -> str:
-    return "-" if not cell else f"{cell['value']:z.3f} ({cell['low']:z.3f} to {cell['high']:z.3f})"
+def _graded(results: Mapping[str, Any]) -> str:
+    return f" ({results['graded']} of them graded)" if "graded" in results else ""
+
+
+def _cell(cell: Mapping[str, Any] | None) -> str:
+    if not cell:
+        return "-"
+    known = cell["low"] is not None and cell["high"] is not None
+    return f"{cell['value']:z.3f}" + (f" ({cell['low']:z.3f} to {cell['high']:z.3f})" if known else "")

@@ -9,6 +9,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.verify import GivesFeedback, Verifier
 from retort.streams import permutation
+from retort.train.split import set_aside
 from retort.types import Prompt
 
 
@@ -19,17 +20,15 @@ def probe_prompts(
     wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
     if wanted == 0:
         return train, []
-    count = min(wanted, len(train) // 5)
-    if count == 0:
+    order = permutation(config.seed, "probe", count=len(train))
+    rest, probe = set_aside(train, order, wanted, lambda prompt: prompt.response is not None)
+    if not probe:
         raise UserError(
-            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more"
+            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more "
+            "different ones"
         )
-    chosen = set(permutation(config.seed, "probe", count=len(train))[:count])
-    notes.append(f"{count} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
-    return (
-        [prompt for index, prompt in enumerate(train) if index not in chosen],
-        [train[index] for index in sorted(chosen)],
-    )
+    notes.append(f"{len(probe)} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
+    return rest, probe
 
 
 def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:
@@ -55,7 +54,7 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
         )
 
 
-def need_verifier(method: Method, verifier: Verifier | None) -> None:
+def need_verifier(method: Method, verifier: Verifier | None, train: Sequence[Prompt]) -> None:
     """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
     alone = "student" in method.rollout.sources and method.rollout.samples < 2
     if method.wants_groups is not None and alone:
@@ -69,16 +68,18 @@ def need_verifier(method: Method, verifier: Verifier | None) -> None:
             f"method '{method.name}' shows what siblings wrote (view '{siblings}'), of which there are none with "
             "samples = 1, and this verifier says nothing of what is wrong; set method.samples to 2 or more"
         )
+    lacking = [prompt.id for prompt in train if prompt.answer is None]
+    some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
     wants = method.wants_rewards
     if wants is not None and verifier is None:
         raise UserError(
-            f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data; "
-            "add the column, or choose a method without rewards (`retort methods` says what each needs)"
+            f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"
+            f"{some}; add the column, or choose a method without rewards (`retort methods` says what each needs)"
         )
     if method.rollout.order is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
-            "of the data; add the column, or switch the order off"
+            f"of the data{some}; add the column, or switch the order off"
         )
 
 

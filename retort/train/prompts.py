@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from retort.config import BUILTIN, Config
 from retort.data import in_template, load_prompts
 from retort.errors import UserError
-from retort.rewards.verify import Verifier, verifier_for
+from retort.rewards.verify import NEED_ANSWER, Verifier, verifier_for
 from retort.streams import permutation
+from retort.train.split import different, overlap, repeats, set_aside
 from retort.types import Message, Prompt
 
 
@@ -22,17 +23,27 @@ def read_prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prom
         return prompts, []
     judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
-        return prompts, judge_prompts(config, judged)
+        held_out = judge_prompts(config, judged)
+        if not config.builtin:
+            notes += repeats(prompts, "training rows")
+        if judged not in BUILTIN:
+            notes += repeats(held_out, "rows of eval.data")
+        if not (config.builtin and judged in BUILTIN):  # tasks of Retort's own hold their problems apart
+            notes += overlap(prompts, held_out)
+        return prompts, held_out
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
-    held = min(wanted, len(prompts) // 5)
-    if wanted and held < wanted:
-        notes.append(
-            f"{held} of {len(prompts)} prompts are held out for evaluation (a fifth at most; eval.problems = {wanted})"
-        )
     order = permutation(config.seed, "holdout", count=len(prompts))
-    chosen = set(order[:held])
-    train = [prompt for index, prompt in enumerate(prompts) if index not in chosen]
-    return train, [prompts[index] for index in sorted(chosen)]
+    train, held_out = set_aside(prompts, order, wanted, lambda prompt: prompt.answer is not None)
+    notes += repeats(prompts, "rows of the data")
+    copies = len(prompts) - len(train) - len(held_out)
+    if copies:
+        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor judged on")
+    if len(held_out) < wanted:
+        notes.append(
+            f"{len(held_out)} of {different(prompts)} prompts are held out for evaluation (a fifth at most; "
+            f"eval.problems = {wanted})"
+        )
+    return train, held_out
 
 
 def judge_prompts(config: Config, data: str) -> list[Prompt]:
@@ -79,13 +90,42 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
 def graders(
     config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt], notes: list[str]
 ) -> tuple[Verifier | None, Verifier | None]:
-    """Who grades training rollouts and who grades held-out answers: each only where all its prompts have an answer."""
+    """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
+
+    Prompts without an answer that their verifier needs are left out of the grading, and a note counts them.
+    """
     task = config.data if config.builtin else config.task
     judged = config.eval.data or config.data
     judge_task = judged if judged in BUILTIN else config.task
-    judge = verifier_for(judge_task, held_out) if held_out else None
-    if all(prompt.answer is not None for prompt in train):
-        return judge if judge and judge_task == task else verifier_for(task, train), judge
+    judge = grader(judge_task, held_out, "held-out prompts", notes) if held_out else None
+    if all(prompt.answer is not None for prompt in train) and judge is not None and judge_task == task:
+        return judge, judge
+    if any(prompt.answer is not None for prompt in train):
+        return grader(task, train, "training prompts", notes), judge
     if judge is not None or task is not None:
         notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
     return None, judge
+
+
+def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Verifier | None:
+    """The verifier of those prompts that it can grade; a note counts the others.
+
+    Args:
+        task: As for `verifier_for`.
+        prompts: At least one.
+        whose: What they are, for messages.
+        notes: Takes the note.
+
+    Raises:
+        UserError: As `verifier_for`; where a task is named that needs answers and no prompt has one.
+    """
+    needed = task is None or task in NEED_ANSWER
+    known = [prompt for prompt in prompts if prompt.answer is not None] if needed else prompts
+    verifier = verifier_for(task, known or prompts)
+    if verifier is not None and len(known) < len(prompts):
+        first = next(prompt.id for prompt in prompts if prompt.answer is None)
+        notes.append(
+            f"{len(prompts) - len(known)} of {len(prompts)} {whose} have no `answer` ('{first}' first): what is "
+            "written for them is not graded"
+        )
+    return verifier

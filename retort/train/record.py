@@ -54,9 +54,9 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
 def _group_metrics(pack: Pack) -> dict[str, float]:
     """Shares of the groups of several graded answers: with a right one; with both kinds, which GRPO learns from."""
     rewards_R, group_R = pack.reward_R, pack.group_R
-    found: list[Tensor] = [rewards_R[group_R == group] >= THRESHOLD for group in group_R.unique()]
-    found = [right_M for right_M in found if len(right_M) > 1]
-    if not found or bool(rewards_R.isnan().any()):
+    groups: list[Tensor] = [rewards_R[group_R == group] for group in group_R.unique()]
+    found = [own_M >= THRESHOLD for own_M in groups if len(own_M) > 1 and not bool(own_M.isnan().any())]
+    if not found:
         return {}
     solved = [bool(right_M.any()) for right_M in found]
     mixed = [some and not bool(right_M.all()) for some, right_M in zip(solved, found, strict=True)]

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from retort.config import Config
+from retort.errors import UserError
 from retort.evaluate.judge import Judge
-from retort.files import write_bytes, write_text
+from retort.files import parse_object, read_object, write_bytes, write_text
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
@@ -17,13 +18,26 @@ _BESIDE = ("pass_at", "profile")
 
 
 def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
-    """The table of a resumed run, or an empty one."""
+    """The table of a resumed run, or an empty one.
+
+    Raises:
+        UserError: `eval.json` is damaged. Lines of `answers.jsonl` that are, are left out when it is next written.
+    """
     path = folder / "eval.json"
     if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
+        remedy = "put the file back as it was, or remove it and do without what was judged before"
+        try:
+            found = read_object(path)
+        except UserError as error:
+            raise UserError(f"{error}; {remedy}") from None
+        odd = _odd(found)
+        if odd is not None:
+            raise UserError(f"{path}: {odd}; {remedy}")
+        return found
     return {
         "k": config.eval.samples,
         "problems": len(judge.prompts) if judge else 0,
+        **(judge.graded() if judge else {}),
         "seed": config.seed,
         "task": config.data if config.builtin else (config.task or "data"),
         "threshold": config.eval.threshold,
@@ -53,11 +67,38 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
     return updated
 
 
+def _odd(found: Mapping[str, Any]) -> str | None:
+    """What makes a file no table of results, if anything."""
+    rows = found.get("rows")
+    if type(found.get("k")) is not int or not isinstance(rows, list):
+        return "holds no table ('k' and 'rows')"
+    for place, row in enumerate(rows):
+        who = row.get("who") if isinstance(row, Mapping) else None
+        if who not in (BEFORE, AFTER, TEACHER):
+            return f"row {place} of its table is of nobody who is judged"
+        for name, cell in row.items():
+            ends = [cell.get(end) for end in ("value", "low", "high")] if isinstance(cell, Mapping) else []
+            numbers = all(isinstance(end, int | float) or (end is None and at) for at, end in enumerate(ends))
+            if name != "who" and cell is not None and not (ends and numbers):
+                return f"'{name}' of '{who}' is no number with its interval"
+    beside = [name for name in (*_BESIDE, "gap_recovered") if not isinstance(found.get(name, {}), Mapping)]
+    return f"'{beside[0]}' is no object" if beside else None
+
+
+def _writer(line: bytes) -> str | None:
+    """Who wrote a recorded answer; None for a line that is damaged."""
+    try:
+        who = parse_object(line).get("who")
+    except ValueError:
+        return None
+    return who if isinstance(who, str) else None
+
+
 def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -> None:
     """Replaces the answers of one writer."""
     # Bytes, and not `splitlines`, which also cuts at separators that JSON text may hold, such as U+2028.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    kept = [line for line in lines if line and json.loads(line)["who"] != who]
+    kept = [line for line in lines if line and _writer(line) not in (who, None)]
     added = [json.dumps({"who": who, **answer}, ensure_ascii=False).encode("utf-8", "replace") for answer in answers]
     if kept or added:
         write_bytes(path, b"".join(line + b"\n" for line in [*kept, *added]))

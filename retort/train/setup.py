@@ -21,7 +21,7 @@ from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.models.rehearsal import rehearse_export
-from retort.rewards.verify import Verifier
+from retort.rewards.verify import Verifier, gradable
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.itself import OwnWeights, SelfTeacher
@@ -58,8 +58,8 @@ class Setup:
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
         probe: Prompts kept out of the training data for the method's probes.
-        verifier: Grades training rollouts, where the training data has answers.
-        judge_verifier: Grades answers to held-out prompts, where those have answers.
+        verifier: Grades training rollouts, where any of the training data has answers: see `gradable`.
+        judge_verifier: Grades answers to held-out prompts, where any of those has an answer.
         precision: Of products, resolved.
         render: A prompt's ids, as the student sees it.
         attention: Implementation, resolved; None for each model's own default.
@@ -128,10 +128,12 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     need_responses(method, train, probe)
     verifier, judge_verifier = graders(config, train, held_out, notes)
 
-    need_verifier(method, verifier)
+    # Whoever learns from rewards or shows them needs all of them; curves make do with those there are.
+    full = verifier if all(gradable(verifier, prompt) for prompt in train) else None
+    need_verifier(method, full, train)
     need_columns(method, train, notes)
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
-    need_context(method, verifier, stage, notes)
+    need_context(method, full, stage, notes)
     with_base = pair.base_name(config, method, student_name, teacher_name)
     alone = with_base in (None, student_name)
     if alone and teacher_name is not None:

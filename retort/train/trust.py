@@ -13,6 +13,7 @@ from retort.errors import UserError
 from retort.evaluate.trust import Protocol, branches, trust
 from retort.files import write_text
 from retort.method import Method
+from retort.rewards.verify import gradable
 from retort.teachers.local import LocalTeacher
 from retort.train import checkpoint
 from retort.train.observe import Observer, Silent
@@ -20,6 +21,7 @@ from retort.train.runner import Run, load
 from retort.types import Prompt
 
 FILE = "trust.json"
+HELD_OUT = "held-out prompts"
 
 
 def measure(
@@ -65,9 +67,9 @@ def measure(
     run = load(path, observer or Silent(), method=method)
     setup = run.setup
     prompts, source = _prompts(run, view, problems)
-    verifier = setup.judge_verifier if source == "held-out prompts" else setup.verifier
+    verifier = setup.judge_verifier if source == HELD_OUT else setup.verifier
     if verifier is None:
-        raise UserError("nobody can say which answers are right: the data needs an `answer` in every row")
+        raise UserError("nobody can say which answers are right: the data needs an `answer`")
     protocol = Protocol(
         places=places,
         candidates=candidates,
@@ -105,8 +107,11 @@ def measure(
 def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
     """Prompts that the view can show something of."""
     columns = run.setup.method.views[view].columns
-    for source, prompts in (("held-out prompts", run.setup.held_out), ("training prompts", run.setup.train)):
+    for source, prompts in ((HELD_OUT, run.setup.held_out), ("training prompts", run.setup.train)):
         fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
+        judge = run.setup.judge_verifier if source == HELD_OUT else run.setup.verifier
+        if judge is not None:
+            fit = [prompt for prompt in fit if gradable(judge, prompt)]
         if fit:
             return fit[:problems], source
-    raise UserError(f"no prompt of the run has what view '{view}' shows: {', '.join(columns)}")
+    raise UserError(f"no prompt of the run has what view '{view}' shows: {', '.join(columns) or 'an answer'}")

@@ -10,7 +10,7 @@ import torch
 from retort.align.encode import Spelt, response_ids
 from retort.align.text import completion_text
 from retort.errors import RunError, UserError
-from retort.rewards.verify import GivesFeedback, grade_all, parts_of
+from retort.rewards.verify import GivesFeedback, grade_known, parts_of
 from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.rollout.single_turn import Task, acted, write
 from retort.schedules import Reading
@@ -227,14 +227,14 @@ def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
     grade = setup.verifier
-    rewards = grade_all(grade, [rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
+    rewards = grade_known(grade, [rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
     explain = grade.feedback if isinstance(grade, GivesFeedback) else None
     return [
         replace(
             rollout,
             reward=reward,
             reward_parts=parts_of(grade, rollout.prompt, rollout.text),
-            feedback="" if explain is None else explain(rollout.prompt, rollout.text),
+            feedback="" if explain is None or reward is None else explain(rollout.prompt, rollout.text),
         )
         for rollout, reward in zip(rollouts, rewards, strict=True)
     ]

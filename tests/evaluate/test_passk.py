@@ -27,7 +27,7 @@ def test_more_answers_than_samples_are_refused() -> None:
 def test_intervals() -> None:
     found = Estimate.of([0.0, 1.0, 1.0, 0.0])
     assert found is not None
-    assert (found.value, found.high - found.value) == pytest.approx((0.5, 1.96 * (1 / 3 / 4) ** 0.5))
+    assert (found.value, found.high - found.value) == pytest.approx((0.5, 3.182 * (1 / 3 / 4) ** 0.5))
     assert Estimate.of([]) is None
     same = Estimate.ratio([2.0, 2.0], [4.0, 4.0])
     assert same is not None
