@@ -243,7 +243,11 @@ def _report(arguments: argparse.Namespace) -> int:
 
     runs = [Path(run) for run in arguments.runs]
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-    print(build_report(runs, Path(arguments.out) if arguments.out else default))
+
+    def note(text: str) -> None:
+        print(f"note: {text}", file=sys.stderr)
+
+    print(build_report(runs, Path(arguments.out) if arguments.out else default, note))
     return 0
 
 

@@ -13,7 +13,7 @@ from pydantic_core import PydanticCustomError
 
 from retort import registry
 from retort.errors import UserError, did_you_mean
-from retort.files import write_text
+from retort.files import read_object, write_text
 from retort.method import Method
 
 DEFAULT_METHOD = "eopd"
@@ -330,14 +330,12 @@ def save(config: Config, path: Path) -> None:
 def read_json(path: Path, own: Method | None = None) -> Config:
     """A resolved configuration."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; is {path.parent} the folder of a run?") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if settings.get("own_method") and own is None:
+        settings = read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; put the file back as it was, or start a new run with another --out") from None
+    if settings.get("own_method") and own is None and isinstance(settings.get("method"), Mapping):
         raise UserError(
-            f"{path.parent}: the method of this run ('{settings['method']['name']}') is not the published one; "
+            f"{path.parent}: the method of this run ('{settings['method'].get('name')}') is not the published one; "
             "go on with retort.distill(resume=..., method=...)"
         )
     return resolve(settings, own=own)

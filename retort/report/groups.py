@@ -42,7 +42,14 @@ class Group:
         if not self.several:
             return cells[0]
         values = [value for found in cells if (value := number(found.get("value"))) is not None]
-        return _plain(values)
+        over = _plain(values)
+        if "low" in over and over["low"] == over["high"]:
+            # Seeds that agree to the last digit (all at 0 %) say nothing of how exactly that is known: problems do.
+            ends = [(number(found.get("low")), number(found.get("high"))) for found in cells]
+            known = [(low, high) for low, high in ends if low is not None and high is not None]
+            if known:
+                return {**over, "low": min(low for low, _ in known), "high": max(high for _, high in known)}
+        return over
 
     def whos(self) -> list[str]:
         """Who was judged, in order."""
@@ -76,6 +83,11 @@ def cell(run: RunFiles, who: str, metric: str) -> Mapping[str, Any]:
     return next((as_object(row.get(metric)) for row in rows(run) if row.get("who") == who), {})
 
 
+def seed_of(run: RunFiles) -> str:
+    """A run's seed as text, whatever the file holds."""
+    return str(run.config.get("seed"))
+
+
 def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]:
     """The mean of curves wherever at least half of them have a value, and its interval."""
     curves = [curve for curve in curves if curve]
@@ -95,8 +107,7 @@ def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]
 def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, Any]:
     """`group` minus `other`, within each seed that both have; its mean and interval over seeds."""
     ours, theirs = (
-        {run.config.get("seed"): number(cell(run, who, metric).get("value")) for run in side.runs}
-        for side in (group, other)
+        {seed_of(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
     )
     pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
     return _plain([mine - yours for mine, yours in pairs if mine is not None and yours is not None])
@@ -118,7 +129,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     for index, run in enumerate(runs):
         same = found.get(_identity(run), []) if run.config else []
         # The same seed again is no further seed: somebody compares two versions of the code, say.
-        again = any(run.config.get("seed") == other.config.get("seed") for other in same)
+        again = any(seed_of(run) == seed_of(other) for other in same)
         alone = run.alone or again or not run.config
         found.setdefault(index if alone else _identity(run), []).append(run)
     members = list(found.values())

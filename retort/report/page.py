@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -28,7 +28,7 @@ _MARKS = (_GENERATOR.encode(), b"default-src 'none'; style-src 'sha256-")
 ROLLOUTS = 240
 
 
-def build_report(places: Sequence[Path], out: Path) -> Path:
+def build_report(places: Sequence[Path], out: Path, note: Callable[[str], None] | None = None) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
@@ -36,12 +36,13 @@ def build_report(places: Sequence[Path], out: Path) -> Path:
     Args:
         places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
         out: The file to write; its folder is made if needed.
+        note: Takes a sentence for each run of which something is damaged and left out; the page says it, too.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: A folder does not exist or holds no run.
+        UserError: A folder does not exist or holds no run, or a run of which nothing can be read.
         RunError: The page cannot be written.
     """
     if not places:
@@ -49,6 +50,9 @@ def build_report(places: Sequence[Path], out: Path) -> Path:
     _refuse_foreign(out)
     runs = read_runs(find_runs([Path(place) for place in places]), ROLLOUTS)
     page = _page(grouped(runs))
+    for run in runs if note is not None else ():
+        if run.damage and note is not None:
+            note(f"report: {run.folder}: left out what is damaged: {' '.join(run.damage)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -91,9 +91,10 @@ def _shares(group: Group, who: str, name: str, label: str, several: bool) -> Ser
     for run in group.runs:
         found = _profile(run, who, "histogram")
         lower, counts = _numbers(found.get("from")), _numbers(found.get(name))
-        total = sum(count or 0.0 for count in counts)
+        counts = [max(count or 0.0, 0.0) for count in counts]
+        total = sum(counts)
         if total and len(lower) == len(counts):
-            curves.append({x: (count or 0.0) / total for x, count in zip(lower, counts, strict=True) if x is not None})
+            curves.append({x: count / total for x, count in zip(lower, counts, strict=True) if x is not None})
     points, _ = over_seeds(curves)
     if not points:
         return None
@@ -135,7 +136,7 @@ def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[di
     if not profiles:
         return []
     lower = [x or 0.0 for x in _numbers(profiles[0].get("from"))]
-    tokens = [[count or 0.0 for count in _numbers(found.get("tokens"))] for found in profiles]
+    tokens = [[max(count or 0.0, 0.0) for count in _numbers(found.get("tokens"))] for found in profiles]
     means = [_numbers(found.get(name)) for found in profiles]
     if any(len(row) != len(lower) for row in [*tokens, *means]):
         return []
@@ -144,7 +145,7 @@ def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[di
     curves: list[dict[float, float]] = [{} for _ in profiles]
     for x, inside in _bins(lower, pooled, FEWEST * len(profiles) if merged else 1, middle=merged):
         for curve, counts, values in zip(curves, tokens, means, strict=True):
-            known = [(counts[i], values[i]) for i in inside if counts[i] and values[i] is not None]
+            known = [(counts[i], values[i]) for i in inside if counts[i] > 0 and values[i] is not None]
             if known:
                 curve[x] = sum(count * (value or 0.0) for count, value in known) / sum(count for count, _ in known)
     return curves

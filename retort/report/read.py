@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from retort.errors import UserError
+from retort.files import parse_object, read_object, reason
+
+#: Numbers beyond this overflow when they are added up or drawn, and none that means anything is.
+_LARGEST = 1e100
+#: Steps beyond this are not told apart by a float.
+_LAST_STEP = 2.0**50
 
 FILES = ("config.json", "metrics.jsonl", "rollouts.jsonl", "eval.json", "answers.jsonl")
 
@@ -29,6 +33,7 @@ class RunFiles:
         answers: Recorded answers to held-out prompts.
         eval: Contents of `eval.json`.
         notes: What is missing or odd, for the reader.
+        damage: Those of them that say what was left out because it is damaged.
         alone: Whether it stands for itself, also beside runs that differ in their seed only.
     """
 
@@ -42,6 +47,7 @@ class RunFiles:
     eval: Mapping[str, Any] = field(default_factory=dict)
     trust: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    damage: Sequence[str] = ()
     alone: bool = False
 
 
@@ -97,78 +103,106 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
-    notes: list[str] = []
-    metrics = _lines(run_dir / "metrics.jsonl", notes)
-    chosen, recorded = _some_lines(run_dir / "rollouts.jsonl", rollouts, notes)
+    notes, damage = list[str](), list[str]()
+    metrics = _lines(run_dir / "metrics.jsonl", notes, damage)
+    chosen, recorded = _some_lines(run_dir / "rollouts.jsonl", rollouts, notes, damage)
+    config = _object(run_dir / "config.json", notes, damage)
+    results = _object(run_dir / "eval.json", notes, damage)
+    # Older runs, and those that judge nothing, have none of these: that is no gap in the page.
+    answers = _lines(run_dir / "answers.jsonl", [], damage)
+    trust = _object(run_dir / "trust.json", [], damage)
+    curves = _curves(metrics, notes)
+    if damage and not any((curves, chosen, results, answers, trust)):
+        raise UserError(f"report: {run_dir}: nothing of this run can be read: {' '.join(damage)}")
     return RunFiles(
         name=name,
         folder=run_dir,
-        config=_object(run_dir / "config.json", notes),
-        curves=_curves(metrics, notes),
+        config=config,
+        curves=curves,
         rollouts=chosen,
         recorded=recorded,
-        # Older runs, and those that judge nothing, have none: that is no gap in the page.
-        answers=_lines(run_dir / "answers.jsonl", []),
-        eval=_object(run_dir / "eval.json", notes),
-        trust=_object(run_dir / "trust.json", notes) if (run_dir / "trust.json").exists() else {},
-        notes=notes,
+        answers=answers,
+        eval=results,
+        trust=trust,
+        notes=[*notes, *damage],
+        damage=damage,
     )
 
 
-def _text(path: Path, notes: list[str]) -> str | None:
+def _object(path: Path, notes: list[str], damage: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        notes.append(f"{path.name} is missing.")
+        return {}
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
+        return read_object(path)
+    except UserError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        damage.append(f"{path.name} is not a JSON object. (It {why}.)")
+        return {}
+
+
+def _lines(path: Path, notes: list[str], damage: list[str]) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a run that was killed may leave a torn last line."""
+    return _some_lines(path, None, notes, damage)[0]
+
+
+def _some_lines(path: Path, count: int | None, notes: list[str], damage: list[str]) -> tuple[list[dict[str, Any]], int]:
+    """Some rows of a JSON-lines file, from its whole length, and how many it has; however large, little is held.
+
+    Args:
+        path: Of the file.
+        count: Most rows; None for all.
+        notes: Takes what is missing.
+        damage: Takes what was left out.
+    """
+    rows: list[dict[str, Any]] = []
+    bad: list[str] = []
+    torn = False
+    try:
+        with path.open("rb") as file:
+            places = _places(file)
+            for index in range(len(places)) if count is None else spread(len(places), count):
+                line, start, size = places[index]
+                file.seek(start)
+                content = file.read(size)
+                try:
+                    rows.append(parse_object(content))
+                except ValueError as error:
+                    torn = index == len(places) - 1 and not content.endswith(b"\n")
+                    bad.append(f"line {line} {'is cut off' if torn else error}")
     except FileNotFoundError:
         notes.append(f"{path.name} is missing.")
+        return [], 0
     except OSError as error:
-        notes.append(f"{path.name} cannot be read: {error.strerror}.")
-    return None
+        damage.append(f"{path.name} cannot be read: {reason(error)}.")
+        return [], 0
+    if bad:
+        are = "s that are" if len(bad) > 1 else " that is"
+        first = "The first: " if len(bad) > 1 else ""
+        said = f"{path.name}: left out {len(bad)} line{are} not JSON. ({first}{bad[0]}.)"
+        # A killed run leaves its last line cut off, and one that goes on may be writing it: that is no damage.
+        (notes if torn and rows and len(bad) == 1 else damage).append(said)
+    if not rows:
+        notes.append(f"{path.name} is empty.")
+    return rows, len(places)
 
 
-def _object(path: Path, notes: list[str]) -> dict[str, Any]:
-    text = _text(path, notes)
-    if text is None:
-        return {}
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        notes.append(f"{path.name} is not a JSON object.")
-        return {}
+def _places(file: BinaryIO) -> list[tuple[int, int, int]]:
+    """Number, start and size of each line that is not blank."""
+    found: list[tuple[int, int, int]] = []
+    start = 0
+    for line, content in enumerate(file, 1):
+        if content.strip():
+            found.append((line, start, len(content)))
+        start += len(content)
     return found
 
 
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a run that was killed may leave a torn last line."""
-    text = _text(path, notes)
-    rows: list[dict[str, Any]] = []
-    torn = 0
-    for line in (text or "").split("\n"):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            torn += 1
-    if torn:
-        notes.append(
-            f"{path.name}: left out {torn} line{'s' * (torn > 1)} that {'are' if torn > 1 else 'is'} not JSON."
-        )
-    if text is not None and not rows:
-        notes.append(f"{path.name} is empty.")
-    return rows
-
-
 def number(value: Any) -> float | None:
-    """The value if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """The value if it is a number that can be drawn: nothing beyond 1e100, and 0 for what is within 1e-100 of it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         return None
-    return float(value)
+    return float(value) if abs(value) >= 1 / _LARGEST else 0.0
 
 
 def as_object(value: Any) -> Mapping[str, Any]:
@@ -176,57 +210,28 @@ def as_object(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def as_list(value: Any) -> Sequence[Any]:
+    """The value if it is a JSON list, else an empty one."""
+    return value if isinstance(value, list) else ()
+
+
 def _curves(rows: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, dict[float, float]] = {}
-    odd: dict[str, float] = {}
+    odd: dict[str, tuple[str, float]] = {}
     for row in rows:
         step = number(row.get("step"))
-        if step is None:
+        if step is None or abs(step) > _LAST_STEP:
             continue
         for key, value in row.items():
             value_here = number(value)
             if value_here is not None:
                 found.setdefault(key, {})[step] = value_here  # after a resume the later line of a step counts
-            elif value in ("inf", "-inf") or isinstance(value, float):
-                odd.setdefault(key, step)
-    notes += [f"{key} is not finite at step {step:g} (left out of its curve)." for key, step in odd.items()]
+            elif value in ("inf", "-inf") or (isinstance(value, int | float) and not isinstance(value, bool)):
+                finite = isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
+                odd.setdefault(key, ("beyond 1e100" if finite else "not finite", step))
+    notes += [f"{key} is {what} at step {step:g} (left out of its curve)." for key, (what, step) in odd.items()]
     found.pop("step", None)
     return {key: sorted(points.items()) for key, points in found.items()}
-
-
-def _some_lines(path: Path, count: int, notes: list[str]) -> tuple[list[dict[str, Any]], int]:
-    """Some rows of a JSON-lines file, from its whole length, and how many it has; however large, little is held."""
-    try:
-        with path.open("rb") as file:
-            starts = [0]
-            for line in file:
-                starts.append(starts[-1] + len(line))
-            ends = list(itertools.pairwise(starts))
-            rows: list[dict[str, Any]] = []
-            for index in spread(len(ends), count):
-                file.seek(ends[index][0])
-                row = _row(file.read(ends[index][1] - ends[index][0]))
-                if row is not None:
-                    rows.append(row)
-                elif index < len(ends) - 1:  # the last may be torn: the run was killed, or is going on
-                    notes.append(f"{path.name}: line {index + 1} is not JSON (left out).")
-    except FileNotFoundError:
-        notes.append(f"{path.name} is missing.")
-        return [], 0
-    except OSError as error:
-        notes.append(f"{path.name} cannot be read: {error.strerror}.")
-        return [], 0
-    if not rows:
-        notes.append(f"{path.name} is empty.")
-    return rows, len(ends)
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line.decode("utf-8", "replace"))
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def spread(total: int, count: int) -> list[int]:

@@ -149,6 +149,7 @@ def _about(groups: Sequence[Group]) -> str:
     about = next(run.eval for group in groups for run in group.runs if run.eval)
     words = [f"task {about['task']}"] if "task" in about else []
     words += [f"{about['problems']} problems"] if "problems" in about else []
+    words += [f"{about['graded']} of them graded"] if "graded" in about else []
     words += [f"{about['k']} samples each"] if "k" in about else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
@@ -217,7 +218,7 @@ def _value(cell: Mapping[str, Any], kind: Kind, *, before: Mapping[str, Any] | N
     if value is None:
         return '<span class="muted">–</span>'
     share = kind == "share"
-    if share:  # an interval by normal approximation may reach beyond what is possible
+    if share:  # over seeds, Student's t may reach beyond what is possible
         low, high = (None if end is None else min(1.0, max(0.0, end)) for end in (low, high))
     digits = 1 if share or abs(value) >= 10 else 3
     shown = [minus(f"{x * (100 if share else 1):,.{digits}f}") for x in (value, low, high) if x is not None]
@@ -281,5 +282,5 @@ def _ladders(group: Group, who: str) -> tuple[Points, Points]:
 
 
 def _ladder(by_k: object) -> dict[float, float]:
-    found = ((k, number(value)) for k, value in as_object(by_k).items() if str(k).isdecimal())
+    found = ((k, number(value)) for k, value in as_object(by_k).items() if str(k).isdecimal() and len(str(k)) < 10)
     return {float(k): value for k, value in found if value is not None}

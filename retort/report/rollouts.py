@@ -72,7 +72,8 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     """The section with rollouts and answers; empty if none was recorded."""
     runs = any_of(groups)
     training = [_training(run, row) for run in runs for row in run.rollouts]
-    held_out = _held_out(groups)
+    problems = _held_out(groups)
+    held_out = _within_budget(problems, MOST_BYTES // 2)
     if not training and not held_out:
         return ""
     recorded = sum(run.recorded for run in runs)
@@ -82,7 +83,11 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     data = {"columns": columns, "training": training, "held_out": held_out, "first": _first(columns)}
     words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
     words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
-    also = f"{'; ' if words else ''}{len(held_out)} held-out problems, answered before and after" if held_out else ""
+    also = (
+        f"{'; ' if words else ''}{_of(held_out, problems)} held-out problems, answered before and after"
+        if held_out
+        else ""
+    )
     return (
         '<section aria-labelledby="rollouts"><h2 id="rollouts">Token by token</h2>'
         f'<p class="muted">{words}{also}. Point at a token for its numbers; click to keep them; the arrow keys go from '
@@ -90,6 +95,10 @@ def rollouts_section(groups: Sequence[Group]) -> str:
         '<div id="tokens-view"><noscript><p>Rollouts are drawn by the script of this page, which is switched off.</p>'
         f'</noscript></div><script type="application/json" id="rollout-data">{_dump(data)}</script></section>'
     )
+
+
+def _of(some: Sequence[Any], every: Sequence[Any]) -> str:
+    return f"{len(some)} of {len(every)}" if len(some) < len(every) else str(len(every))
 
 
 def _dump(data: Any) -> str:

@@ -22,6 +22,8 @@ const level = (value, column) => {
   const steps = Math.min(LEVELS, Math.floor((LEVELS * Math.abs(value)) / column.scale + 0.5));
   return `${column.signed && value < 0 ? "n" : "p"}${steps}`;
 };
+// A row's own values of a column: a name such as `constructor` is also one that every object has.
+const valuesOf = (row, name) => (Object.hasOwn(row.values, name) ? row.values[name] : undefined);
 const mean = (values) => {
   const known = (values ?? []).filter((value) => typeof value === "number");
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : -Infinity;
@@ -90,14 +92,14 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
   const relist = () => {
     if (state.mode === "held") return (listed = heldOut);
     listed = training.filter((row) => !state.run || row.run === state.run);
-    if (state.order === "mean") listed = [...listed].sort((a, b) => mean(b.values[state.column]) - mean(a.values[state.column]));
+    if (state.order === "mean") listed = [...listed].sort((a, b) => mean(valuesOf(b, state.column)) - mean(valuesOf(a, state.column)));
     if (state.order === "reward") listed = [...listed].sort((a, b) => (a.reward ?? Infinity) - (b.reward ?? Infinity));
     return listed;
   };
   const facts = (row) => [row.run && runs.length > 1 && row.run, row.status, row.reward !== null && `reward ${row.reward}`, `${(row.tokens.length + (row.more ?? 0)).toLocaleString("en")} tokens`, row.source !== "student" && `from the ${row.source}`].filter(Boolean).join(" · ");
 
   const strip = (row, one) => {
-    const values = row.values[one?.name];
+    const values = valuesOf(row, one?.name);
     if (!values || values.length < STRIP_FROM) return "";
     const [width, height] = [1000, one.signed ? 60 : 40];
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
@@ -127,7 +129,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       // A line break at the token's end stands outside it, or its shade would show at the start of the next line.
       const tail = token.endsWith("\n");
       const body = (tail ? token.slice(0, -1) : token).split("\n");
-      const value = one ? row.values[one.name]?.[place] : null;
+      const value = one ? valuesOf(row, one.name)?.[place] : null;
       const span = make("span", { class: `t ${one ? level(value, one) : "none"}`, role: "option", id: `t-${index}-${place}`, "aria-selected": "false" });
       body.forEach((part, line) => span.append(...(line ? [make("span", { class: "muted", text: "⏎" }), "\n"] : []), part));
       if (tail) span.append(make("span", { class: "muted", text: "⏎" }));
@@ -153,7 +155,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       state.token = [row, index, Math.max(0, Math.min(all.length - 1, from + by)), title];
       look(...state.token);
       box.setAttribute("aria-activedescendant", `t-${index}-${state.token[2]}`);
-      const value = one ? row.values[one.name]?.[state.token[2]] : null;
+      const value = one ? valuesOf(row, one.name)?.[state.token[2]] : null;
       say(`${JSON.stringify(row.tokens[state.token[2]])}${one ? `, ${one.label} ${shown(value, one.unit)}` : ""}`);
     });
     const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
@@ -181,7 +183,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     details.append(make("p", { class: "muted", text: `token ${at + 1} of ${row.tokens.length + (row.more ?? 0)}${id}` }));
     const list = make("dl");
     for (const one of columns) {
-      const value = row.values[one.name]?.[at];
+      const value = valuesOf(row, one.name)?.[at];
       if (typeof value !== "number") continue;
       const size = Math.min(1, Math.abs(value) / one.scale);
       const bar = make("meter", { min: 0, max: 1, value: size.toFixed(3), class: one.signed && value < 0 ? "n" : "p", "aria-hidden": "true" });
@@ -216,7 +218,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     if (held) blocks.append(make("p", { class: "muted id", text: row.id }), make("div", { class: "prompt", text: row.prompt }));
     rows.forEach(([answer, title], index) => blocks.append(block(answer, title, index, !held)));
     // Something to read at once: the token that stands out most.
-    const sizes = (rows[0][0].values[state.column] ?? []).map((value) => Math.abs(value ?? 0));
+    const sizes = (valuesOf(rows[0][0], state.column) ?? []).map((value) => Math.abs(value ?? 0));
     if (sizes.length) look(rows[0][0], 0, sizes.indexOf(Math.max(...sizes)), rows[0][1]);
     else look(null, 0, null);
   };

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from retort.evaluate.unknown import why_unknown
 from retort.report.groups import Group
 from retort.report.plots import Series, plot
-from retort.report.read import as_object, number
+from retort.report.read import as_list, as_object, number
 
 
 def trust_section(groups: Sequence[Group]) -> str:
@@ -29,7 +30,7 @@ def trust_section(groups: Sequence[Group]) -> str:
 
 
 def _one(name: str, found: Mapping[str, Any]) -> str:
-    rows = [as_object(row) for row in found.get("predictors", []) if as_object(row)]
+    rows = [as_object(row) for row in as_list(found.get("predictors")) if as_object(row)]
     body = "".join(
         f'<tr><th scope="row">{_name(row)}</th>'
         f"<td>{_cell(row.get('viable'))}</td><td>{_cell(row.get('helps'))}</td></tr>"
@@ -57,6 +58,7 @@ def _about(found: Mapping[str, Any]) -> str:
         f"View “{found.get('view', '?')}” at step {int(number(found.get('step')) or 0)}: {counts[0]:,} forced tokens "
         f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable} ended right, {alone} of "
         f"those from the same places without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
+        f"{''.join(f' {sentence}.' for sentence in why_unknown(found))}"
     )
 
 
@@ -86,7 +88,7 @@ def _plots(found: Mapping[str, Any]) -> str:
         ("teacher_entropy", "Right in the end, by the teacher’s entropy", "teacher’s entropy, nats"),
         ("student_entropy", "Right in the end, by the student’s entropy", "student’s entropy, nats"),
     ):
-        bins = [as_object(row) for row in as_object(found.get("bins")).get(key, [])]
+        bins = [as_object(row) for row in as_list(as_object(found.get("bins")).get(key))]
         series = [
             Series(label, points, color, dash, band=band)
             for label, name, color, dash in (("teacher’s token", "viable", 0, 0), ("student alone", "alone", 1, 1))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from retort.errors import RunError, UserError
-from retort.files import new_folder, reason
+from retort.files import new_folder, read_object, reason
 
 _NAME = re.compile(r"step-(\d+)$")
 _PARTS = "parts.safetensors"
@@ -82,15 +82,19 @@ def verify(path: Path) -> None:
         UserError: A file is missing, truncated or changed; the message names it and the previous checkpoint.
     """
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        manifest = read_object(path / "manifest.json")
+    except UserError:
         raise _refused(path, "manifest.json", "is missing or unreadable") from None
     further = [_PARTS] if _PARTS in manifest else []
     for name in ("weights.safetensors", "optimizer.safetensors", "state.json", *further):
         file = path / name
         if not file.is_file():
             raise _refused(path, name, "is missing")
-        if _digest(file) != manifest.get(name):
+        try:
+            digest = _digest(file)
+        except OSError as error:
+            raise _refused(path, name, f"cannot be read ({reason(error)})") from None
+        if digest != manifest.get(name):
             raise _refused(path, name, "is truncated or was changed after it was written")
 
 
@@ -101,14 +105,47 @@ def load(path: Path) -> Checkpoint:
         UserError: As `verify`.
     """
     verify(path)
-    state = json.loads((path / "state.json").read_text())
+    # The manifest says that nothing changed since; it does not say that what was written makes sense.
+    try:
+        state = read_object(path / "state.json")
+    except UserError as error:
+        raise _refused(path, "state.json", str(error).partition(": ")[2]) from None
+    odd = _odd(path, state)
+    if odd is not None:
+        raise _refused(path, "state.json", odd)
     return Checkpoint(
-        int(state.pop("step")),
-        load_file(path / "weights.safetensors"),
-        load_file(path / "optimizer.safetensors"),
+        state.pop("step"),
+        _tensors(path, "weights.safetensors"),
+        _tensors(path, "optimizer.safetensors"),
         state,
-        load_file(path / _PARTS) if (path / _PARTS).exists() else {},
+        _tensors(path, _PARTS) if (path / _PARTS).exists() else {},
     )
+
+
+def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint's plain values, if anything."""
+    step, updates, best = state.get("step"), state.get("updates"), state.get("best")
+    if type(step) is not int or step != _step(path):
+        return "names another step than its folder"
+    if type(updates) is not int or updates < 0 or type(state.get("begun", 0)) is not int:
+        return "does not say how many updates were made"
+    paired = isinstance(best, list) and len(best) == 2 and isinstance(best[0], int | float) and type(best[1]) is int
+    if best is not None and not paired:
+        return "holds a best score that is none"
+    advised = state.get("advised")
+    if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
+        return "does not say which advice was given"
+    run = state.get("run")
+    parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else []
+    whole = run is None or (bool(parts) and all(isinstance(part, Mapping) for part in parts))
+    return None if whole and isinstance(state.get("data"), str) else "lacks the digests of its run"
+
+
+def _tensors(path: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path / name)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _refused(path, name, f"cannot be read ({reason(error)})") from None
 
 
 def newest(folder: Path) -> Path | None:

@@ -169,6 +169,22 @@ def test_tokens_are_shaded_read_and_ordered(
     assert [title.split(" completed")[0] for title in titles] == ["student before", "student after", "teacher"]
 
 
+@pytest.mark.parametrize("name", ["constructor", "__proto__", "toString"])
+def test_columns_may_be_called_like_what_every_object_has(
+    name: str, tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
+) -> None:
+    run = make_run(tmp_path / "run", steps=8, tokens=["a", "b"], columns={})
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows[0]["columns"] = {name: [0.25, 0.5]}  # the other rows lack it
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "answers.jsonl").unlink()
+    browser = visit(run)
+    boxes = {box.text.split("\n")[0]: Select(box) for box in browser.find_elements(By.CSS_SELECTOR, "select")}
+    order = next(box for box in boxes.values() if any(one.get_attribute("value") == "mean" for one in box.options))
+    order.select_by_value("mean")
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".block")) == len(rows)
+
+
 def test_plots_are_read_with_the_keyboard(
     tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
 ) -> None:
