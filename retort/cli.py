@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import retort
-from retort.errors import RetortError, UserError, did_you_mean
-from retort.files import reason
+from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
+from retort.files import named, reason
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    """Says what went wrong, to whoever still listens."""
+    """Says what went wrong on one line, to whoever still listens."""
+    message = visible(shortened(message, 2000))
     with contextlib.suppress(OSError, ValueError):
         print(f"retort: {message}", file=sys.stderr, flush=True)
 
@@ -60,7 +61,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     for word in rest:
         if word.startswith("-") or "words" not in arguments:
             known = _options(_parser(), words)
-            raise UserError(f"unknown option {word}; {did_you_mean(word.partition('=')[0], known)}")
+            raise UserError(f"unknown option {shortened(word, 100)}; {did_you_mean(word.partition('=')[0], known)}")
     if rest:
         arguments.words = [*arguments.words, *rest]
     return arguments
@@ -173,9 +174,9 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         if arguments.resume is not None:
             _only_steps(flags, files, pairs)
-            run = runner.resume(Path(arguments.resume), observer, steps=arguments.steps)
+            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps)
         else:
-            settings = api.assemble(*[config.read_toml(Path(file)) for file in files], flags, pairs)
+            settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
             run = runner.start(settings, api.folder_of(settings), observer)
             api.check(run)
         run.go()
@@ -183,7 +184,10 @@ def _train(arguments: argparse.Namespace) -> int:
         observer.close()
     page = api.write_report(run.folder)
     observer.console.print(
-        f"model:  {run.folder / 'model'}\nreport: {page}", soft_wrap=True, markup=False, highlight=False
+        visible(f"model:  {run.folder / 'model'}") + "\n" + visible(f"report: {page}"),
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
     )
     return 0
 
@@ -210,7 +214,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     if arguments.method is not None:
         flags["method"] = {"name": arguments.method}
     quiet_libraries()
-    settings = api.assemble(*[config.read_toml(Path(file)) for file in files], flags, pairs)
+    settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
     found = examine(settings, quick=arguments.quick)
     if arguments.json:
         print(json.dumps(found.plain(), indent=2))
@@ -241,13 +245,13 @@ def _eval(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from retort.report.page import build_report
 
-    runs = [Path(run) for run in arguments.runs]
+    runs = [named(run) for run in arguments.runs]
     default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
 
     def note(text: str) -> None:
-        print(f"note: {text}", file=sys.stderr)
+        print(visible(f"note: {text}"), file=sys.stderr)
 
-    print(build_report(runs, Path(arguments.out) if arguments.out else default, note))
+    print(visible(str(build_report(runs, named(arguments.out) if arguments.out is not None else default, note))))
     return 0
 
 
@@ -262,7 +266,7 @@ def _trust(arguments: argparse.Namespace) -> int:
     observer = RichObserver(Console())
     try:
         found = measure(
-            Path(arguments.run_folder),
+            named(arguments.run_folder),
             observer,
             view=arguments.view,
             problems=arguments.problems,
@@ -274,7 +278,7 @@ def _trust(arguments: argparse.Namespace) -> int:
         observer.close()
     Console().print(trust_table(found))
     folder = Path(arguments.run_folder).resolve()
-    print(f"report: {api.write_report(folder.parents[1] if folder.parent.name == 'checkpoints' else folder)}")
+    print(visible(f"report: {api.write_report(folder.parents[1] if folder.parent.name == 'checkpoints' else folder)}"))
     return 0
 
 

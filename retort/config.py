@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import json
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from retort import registry
-from retort.errors import UserError, did_you_mean
-from retort.files import read_object, write_text
-from retort.method import Method
+from retort.errors import UserError, did_you_mean, quoted
+from retort.files import read_object, unnameable, write_text
+from retort.method import COLDEST, HOTTEST, Method, number_problem
+from retort.toml import overrides, read_toml, value
+
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_METHOD",
+    "Config",
+    "merge",
+    "overrides",
+    "read_json",
+    "read_toml",
+    "recipe",
+    "resolve",
+    "save",
+    "value",
+]
 
 DEFAULT_METHOD = "eopd"
 #: Data that ships with Retort, each with a recipe of that name.
@@ -23,7 +46,28 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _computable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every number is one that can be computed with, but a seed, which only names a stream."""
+        counts = isinstance(value, int | float) and info.field_name != "seed"
+        problem = number_problem(value) if counts else None
+        if problem is not None:
+            raise PydanticCustomError("number", "{problem}", {"problem": problem})
+        return value
+
+
+def _place(name: str) -> str:
+    problem = unnameable(name)
+    if problem is not None:
+        raise PydanticCustomError("place", "{problem}", {"problem": problem})
+    return name
+
+
+#: A path, or a name of the hub.
+Place = Annotated[str, AfterValidator(_place)]
 
 
 class RolloutSection(_Section):
@@ -50,16 +94,16 @@ class RolloutSection(_Section):
 class OptimizerSection(_Section):
     """How the student learns. AdamW on fp32 master weights."""
 
-    learning_rate: float = Field(default=3e-6, gt=0)
+    learning_rate: float = Field(default=3e-6, gt=0, le=1000)
     schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
     warmup: int = Field(default=0, ge=0, description="optimizer steps")
     final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate at the end")
-    weight_decay: float = Field(default=0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0, le=1000)
     beta1: float = Field(default=0.9, ge=0, lt=1)
     beta2: float = Field(default=0.999, ge=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
     updates: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts (mini-batches)")
-    epochs: int = Field(default=1, ge=1, description="passes over a batch of rollouts")
+    epochs: int = Field(default=1, ge=1, le=10_000, description="passes over a batch of rollouts")
     batch_tokens: int = Field(default=16384, ge=1, description="tokens per forward pass")
     gradient_checkpointing: bool = False
 
@@ -67,7 +111,7 @@ class OptimizerSection(_Section):
 class LoraSection(_Section):
     """An adapter that learns in the place of the student's weights, by `peft` (the extra `lora`)."""
 
-    rank: int = Field(default=0, ge=0, description="of the adapter; 0: none, all weights learn")
+    rank: int = Field(default=0, ge=0, le=65_536, description="of the adapter; 0: none, all weights learn")
     alpha: float | None = Field(default=None, gt=0, description="times 1 / rank, its scale; default: twice the rank")
     dropout: float = Field(default=0.0, description="must be 0: a student is taught about what it wrote")
     targets: list[str] = Field(
@@ -106,20 +150,23 @@ class ColdStartSection(_Section):
         default="teacher", description="whose; those of the data are its column `response`"
     )
     attempts: int | None = Field(
-        default=3, ge=1, description="of the teacher at an answer that comes to an end; null: cut answers are used"
+        default=3,
+        ge=1,
+        le=1000,
+        description="of the teacher at an answer that comes to an end; null: cut answers are used",
     )
-    learning_rate: float | None = Field(default=None, gt=0, description="default: that of the optimizer")
+    learning_rate: float | None = Field(default=None, gt=0, le=1000, description="default: that of the optimizer")
 
 
 class EvalSection(_Section):
     """How the student is judged, on prompts it never learns from."""
 
-    data: str | None = Field(
+    data: Place | None = Field(
         default=None, description="data file with answers; default: prompts held out of the training data"
     )
     problems: int = Field(default=64, ge=0, description="prompts; 0 for no evaluation")
-    samples: int = Field(default=8, ge=1, description="k of avg@k and pass@k")
-    temperature: float = Field(default=1.0, gt=0)
+    samples: int = Field(default=8, ge=1, le=100_000, description="k of avg@k and pass@k")
+    temperature: float = Field(default=1.0, ge=COLDEST, le=HOTTEST)
     top_p: float = Field(default=1.0, gt=0, le=1)
     max_new_tokens: int | None = Field(default=None, ge=1, description="default: as in training")
     every: int = Field(
@@ -165,14 +212,14 @@ class RecordSection(_Section):
 class Config(_Section):
     """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
 
-    student: str | None = Field(default=None, description="model folder or hub name")
-    teacher: str | None = Field(default=None, description="model folder or hub name")
-    base: str | None = Field(
+    student: Place | None = Field(default=None, description="model folder or hub name")
+    teacher: Place | None = Field(default=None, description="model folder or hub name")
+    base: Place | None = Field(
         default=None,
         description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
         "as it was before training",
     )
-    data: str | None = Field(
+    data: Place | None = Field(
         default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
     )
     prompt_template: str | None = Field(
@@ -185,8 +232,8 @@ class Config(_Section):
     )
     method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
-    seed: int = 0
-    out: str | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of products; master weights are always fp32"
     )
@@ -196,7 +243,7 @@ class Config(_Section):
         description="attention implementation of transformers, e.g. sdpa or eager; auto measures at the start; "
         "default: the model's own, so that two starts round alike",
     )
-    threads: int | None = Field(default=None, ge=1, description="CPU threads of torch")
+    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of torch")
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
@@ -249,7 +296,10 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, layer)
-    chosen = dict(merged.get("method") or {})
+    chosen = merged.get("method", {})
+    if not isinstance(chosen, Mapping):
+        raise UserError(f"method: give a name, or a table with name and settings (it is {quoted(chosen)})")
+    chosen = dict(chosen)
     name = str(chosen.pop("name", DEFAULT_METHOD))
     made = own or registry.load(name, **chosen)
     merged = merge(dict(made.recipe) if with_recipe else {}, merged)
@@ -280,46 +330,9 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: not a readable TOML file: {error}") from None
-
-
 def recipe(name: str) -> dict[str, Any]:
     """Settings of a recipe that ships with Retort."""
     return read_toml(RECIPES / f"{name}.toml")
-
-
-def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """Nested settings from `section.key=value` words; values are read as TOML where they can be, else as text."""
-    nested: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise UserError(f"'{pair}' is neither a .toml file nor key=value (such as method.entropy_threshold=0.6)")
-        place = nested
-        *sections, last = key.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise UserError(f"'{pair}': {section} was given a value before, so it has no key '{last}'")
-        place[last] = value(text)
-    return nested
-
-
-def value(text: str) -> Any:
-    """A setting's value: TOML, or null/none, or the text itself."""
-    if text.lower() in ("null", "none"):
-        return None
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
 
 
 def save(config: Config, path: Path) -> None:
@@ -333,7 +346,10 @@ def read_json(path: Path, own: Method | None = None) -> Config:
         settings = read_object(path)
     except UserError as error:
         raise UserError(f"{error}; put the file back as it was, or start a new run with another --out") from None
-    if settings.get("own_method") and own is None and isinstance(settings.get("method"), Mapping):
+    if not isinstance(settings.get("method"), dict):
+        whose = "a model's, not a run's" if "model_type" in settings or "architectures" in settings else "not a run's"
+        raise UserError(f"{path}: these settings are {whose}; name the folder that a run wrote to (its --out)")
+    if settings.get("own_method") and own is None:
         raise UserError(
             f"{path.parent}: the method of this run ('{settings['method'].get('name')}') is not the published one; "
             "go on with retort.distill(resume=..., method=...)"
@@ -359,4 +375,4 @@ def _first_problem(error: ValidationError) -> str:
             section = section.model_fields[part].annotation
         known = list(section.model_fields)
         return f"unknown key '{key}'; {did_you_mean(place[-1], known)}"
-    return f"{key}: {first['msg']} (it is {first['input']!r})"
+    return f"{key}: {first['msg']} (it is {quoted(first['input'])})"

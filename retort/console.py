@@ -10,11 +10,11 @@ from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from retort.errors import visible
 from retort.evaluate.unknown import why_unknown
 
 #: Shown in the progress line, if there: metric and label.
@@ -36,6 +36,11 @@ _ROWS = (
 )
 #: Before the name of what a verifier measures besides right and wrong.
 _PART = "reward/"
+
+
+def shown(text: str, style: str = "") -> Text:
+    """A text from anywhere for the terminal: no markup, no emoji codes, and no character that a terminal obeys."""
+    return Text(visible(text), style=style)
 
 
 class Lasting:
@@ -93,14 +98,14 @@ class RichObserver:
         """The start-up summary."""
         table = Table.grid(padding=(0, 2))
         for heading, text in lines.items():
-            table.add_row(f"[bold]{escape(heading)}[/]", escape(text))
+            table.add_row(shown(heading, "bold"), shown(text))
         self.console.print(table)
         for text in notes:
             self.note(text)
 
     def note(self, text: str) -> None:
         """A warning or remark."""
-        self.console.print(f"[yellow]note:[/] {escape(text)}")
+        self.console.print(Text.assemble(("note:", "yellow"), " ", shown(text)))
 
     def phase(self, text: str, done: int, total: int) -> None:
         """Judging a model."""
@@ -119,13 +124,13 @@ class RichObserver:
             self._open("distilling", steps)
         self._seen = [*self._seen, dict(metrics)][-10:]
         self._times.update({key.removeprefix("time/"): metrics[key] for key in metrics if key.startswith("time/")})
-        shown = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
+        curves = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
         judged = [name for name in metrics if name.startswith("eval/avg@")]
-        shown += [f"held-out {name.removeprefix('eval/')} {metrics[name]:.3f}" for name in judged]
-        text = "  ".join([*shown, f"{self._mean('tokens_per_second'):,.0f} tok/s"])
+        curves += [f"held-out {name.removeprefix('eval/')} {metrics[name]:.3f}" for name in judged]
+        text = "  ".join([*curves, f"{self._mean('tokens_per_second'):,.0f} tok/s"])
         self._advance(step, text)
         if not self.console.is_terminal and (step in (1, steps) or step % max(1, steps // 10) == 0):
-            self.console.print(f"step {step}/{steps}  {text}", soft_wrap=True)
+            self.console.print(shown(f"step {step}/{steps}  {text}"), soft_wrap=True)
         if step >= steps:
             self.close()
             self._where_the_time_went()
@@ -134,8 +139,8 @@ class RichObserver:
         whole = self._times.pop("step", 0.0)
         shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
         shares["everything else"] = shares.pop("other", 0.0)
-        shown = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
-        self.console.print(f"time of the steps: {shown}", soft_wrap=True)
+        parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
+        self.console.print(f"time of the steps: {parts}", soft_wrap=True)
         self._times.clear()
 
     def table(self, results: Mapping[str, Any]) -> None:
@@ -148,17 +153,18 @@ class RichObserver:
         )
         table.add_column("")
         for row in rows:
-            table.add_column(row["who"], justify="right")
+            table.add_column(shown(row["who"]), justify="right")
         right = ((f"avg@{k}", f"avg@{k}", "{:.1%}"), (f"pass@{k}", f"pass@{k}", "{:.1%}"))
         parts = [(name, name.removeprefix(_PART), "{:z.3f}") for name in _part_names(rows)]
         for name, label, form in (*right, *parts, *_ROWS):
             cells = [row.get(name) for row in rows]
             if any(cells):
-                table.add_row(label, *(_cell(cell, form) for cell in cells))
+                table.add_row(shown(label), *(_cell(cell, form) for cell in cells))
         self.console.print(table)
         for name, share in results.get("gap_recovered", {}).items():
             what = "recovered" if share >= 0 else "lost: the student moved away from the teacher"
-            self.console.print(f"{name}: [bold]{abs(share):.0%}[/] of the gap to the teacher {what}")
+            gap = Text.assemble(shown(f"{name}: "), (f"{abs(share):.0%}", "bold"), f" of the gap to the teacher {what}")
+            self.console.print(gap)
 
     def close(self) -> None:
         """Ends the bar."""
@@ -172,13 +178,13 @@ class RichObserver:
 
     def _open(self, text: str, total: int) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             console=self.console,
         )
-        self._task = self._progress.add_task(text, total=total)
+        self._task = self._progress.add_task(visible(text), total=total)
         self._curves = Text(style="dim")
         # In a file or a pipe there is nothing to redraw: `step` prints a line now and then instead.
         self._live = Live(Group(self._progress, self._curves), console=self.console)
@@ -188,7 +194,7 @@ class RichObserver:
     def _advance(self, done: int, curves: str) -> None:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done)
-            self._curves.plain = curves
+            self._curves.plain = visible(curves)
 
 
 def _cell(cell: Mapping[str, Any] | None, form: str) -> str:
@@ -208,9 +214,10 @@ def quiet_libraries() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with contextlib.suppress(ImportError):
-        from datasets.utils.logging import disable_progress_bar
+        from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
         disable_progress_bar()
+        set_verbosity(CRITICAL)  # what it logs of a broken file it raises as well, and that is said once
     warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
 
 
@@ -219,12 +226,12 @@ def examination_table(found: Mapping[str, Any]) -> Table:
     colors = {"ok": "green", "warn": "yellow", "fatal": "bold red"}
     table = Table(box=None, padding=(0, 2, 1, 0), show_header=False)
     for check in found["checks"]:
-        text = Text(check["saw"])
+        text = shown(check["saw"])
         if check["verdict"] != "ok":
-            text.append(f"\nwhy it matters: {check['why']}", style="dim")
+            text.append("\nwhy it matters: ", style="dim").append(visible(check["why"]), style="dim")
             if check["remedy"]:
-                text.append(f"\nwhat to do: {check['remedy']}")
-        table.add_row(Text(check["verdict"], style=colors[check["verdict"]]), Text(check["name"], style="bold"), text)
+                text.append("\nwhat to do: ").append(visible(check["remedy"]))
+        table.add_row(Text(check["verdict"], style=colors[check["verdict"]]), shown(check["name"], "bold"), text)
     table.add_row(Text(found["verdict"], style=colors[found["verdict"]]), Text("all together", style="bold"), "")
     return table
 
@@ -232,17 +239,21 @@ def examination_table(found: Mapping[str, Any]) -> Table:
 def trust_table(found: Mapping[str, Any]) -> Table:
     """What `retort trust` shows, from `trust.json`."""
 
-    def shown(cell: Mapping[str, float] | None) -> str:
+    def percent(cell: Mapping[str, float] | None) -> str:
         return "-" if cell is None else f"{cell['value']:.0%} [{cell['low']:.0%}, {cell['high']:.0%}]"
 
     table = Table(
-        title=f"{found['branches']} forced tokens, {found['problems']} {found['prompts']}: AUROC, 95 % over problems"
+        title=shown(
+            f"{found['branches']} forced tokens, {found['problems']} {found['prompts']}: AUROC, 95 % over problems"
+        )
     )
     for column in ("what tells", "who says so", "right in the end", "makes the difference"):
         table.add_column(column)
     for row in found["predictors"]:
         table.add_row(
-            row["predictor"], row["claimed_by"], *(shown(row[name]).replace("[", "\\[") for name in ("viable", "helps"))
+            shown(row["predictor"]),
+            shown(row["claimed_by"]),
+            *(Text(percent(row[name])) for name in ("viable", "helps")),
         )
     table.caption = ". ".join(why_unknown(found)) or None
     return table

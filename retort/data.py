@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from retort.errors import UserError, did_you_mean
+from retort.files import named
 from retort.types import Message, Prompt
 
 __all__ = ["COLUMNS", "fingerprint", "in_template", "load_prompts"]
@@ -130,10 +131,12 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
 
 
 def _rows(source: str, split: str) -> Iterator[Row]:
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
         raise UserError(f"{source} is a folder; name one file in it ({', '.join(SUFFIXES)})")
     if path.exists():
+        if path.suffix in SUFFIXES and not path.is_file():  # a pipe would be waited for, for ever
+            raise UserError(f"{source} is a pipe or a device; write its rows to a file and name that")
         if path.suffix == ".parquet":
             return _parquet_rows(path)
         if path.suffix in (".jsonl", ".json"):
@@ -143,6 +146,13 @@ def _rows(source: str, split: str) -> Iterator[Row]:
     if hub is None or path.suffix in (*SUFFIXES, ".csv", ".txt", ".gz"):
         raise UserError(f"no such file: {source}{_nearest_file(path)}")
     return _hub_rows(source, hub["path"], hub["config"], split)
+
+
+def _path(source: str) -> Path:
+    try:
+        return named(source).expanduser()
+    except RuntimeError:  # ~name, where nobody has that name
+        raise UserError(f"no such file: {source} (there is no such user)") from None
 
 
 def _nearest_file(path: Path) -> str:

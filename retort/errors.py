@@ -1,9 +1,10 @@
 """Errors for people: one line that says what is wrong, where, and what to do."""
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["RetortError", "RunError", "SignalError", "UserError", "did_you_mean"]
+__all__ = ["RetortError", "RunError", "SignalError", "UserError", "did_you_mean", "quoted", "visible"]
 
 
 class RetortError(Exception):
@@ -33,3 +34,39 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return f"known: {', '.join(known)}" if known else "nothing is known here"
+
+
+#: Unicode categories that a terminal obeys instead of showing: control, format (bidi among them), halves of characters,
+#: and what ends a line.
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+#: Format characters that words and emoji are spelt with: joiners, and the mark of a soft hyphen.
+_SPELLING = "\u00ad\u200c\u200d"
+
+
+def visible(text: str) -> str:
+    r"""Text from anywhere on one line, with every character that a terminal or a page would obey written as its escape.
+
+    Control characters (C0, DEL, C1), ends of lines, bidi and other format characters, and lone surrogates become
+    `\x1b`, `\n`, `\u202e`. Whatever is left is shown as itself.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        one if one in _SPELLING or unicodedata.category(one) not in _UNSEEN else ascii(one)[1:-1] for one in text
+    )
+
+
+def quoted(value: object, limit: int = 100) -> str:
+    """A value for a message, as Python writes it, cut in the middle where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; tables nested too deep to be written
+        return f"a very large {type(value).__name__}"
+    return shortened(text, limit)
+
+
+def shortened(text: str, limit: int) -> str:
+    """A text of at most about `limit` characters: its beginning and its end."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit * 2 // 3]}... ({len(text)} characters) ...{text[-limit // 4 :]}"

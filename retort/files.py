@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from retort.errors import RunError, UserError
+from retort.errors import RunError, UserError, quoted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM)
 #: Deepest nesting of lists and objects that is read: files of a run need six, and code that walks them has its limits.
 _DEEPEST = 64
+#: Bytes that the usual file systems allow.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000
 
 
 def reason(error: Exception) -> str:
@@ -35,6 +37,34 @@ def reason(error: Exception) -> str:
 def disk_full(error: Exception) -> bool:
     """Whether an error says that the disk is full, also one of a library that wraps it in text."""
     return reason(error).startswith("the disk is full")
+
+
+def named(place: str) -> Path:
+    """The path that a text names, where the text can be a path at all.
+
+    Raises:
+        UserError: It is empty, holds a NUL or bytes that are not UTF-8 (JSON, model files and cards cannot name those),
+            or is longer than any file's name.
+    """
+    problem = unnameable(place)
+    if problem is not None:
+        raise UserError(f"{quoted(place)}: {problem}")
+    return Path(place)
+
+
+def unnameable(place: str) -> str | None:
+    """Why a text can be no path: in words, or None where it can."""
+    try:
+        content = place.encode()
+    except UnicodeEncodeError as error:
+        return f"no path: character {error.start + 1} is not UTF-8; use another name"
+    if not content.strip():
+        return "no path: it is empty; give a name"
+    if b"\0" in content:
+        return "no path: it holds a NUL character; use another name"
+    if len(content) > _LONGEST_PATH or max(map(len, content.split(b"/"))) > _LONGEST_NAME:
+        return f"no path: a name has at most {_LONGEST_NAME} bytes; use a shorter one"
+    return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, ParamSpec, cast, get_args, get_origi
 from torch import Tensor
 
 from retort.controllers import Controller
-from retort.errors import UserError, did_you_mean
+from retort.errors import UserError, did_you_mean, quoted
 from retort.estimators import Estimator, MatchHidden
 from retort.parts import Part, Stat, Weight
 from retort.reduce import Denominator, tokens
@@ -24,6 +24,8 @@ from retort.types import Need
 Status = Literal["faithful", "partial", "reconstructed"]
 P = ParamSpec("P")
 
+#: Temperatures outside leave nothing of logits in fp32 but infinity, or their order in no digit.
+COLDEST, HOTTEST = 1e-6, 1e6
 #: A setting that may be infinite, such as a limit or a threshold; every other number must be finite.
 Unbounded = Annotated[float, "may be infinite"]
 
@@ -167,8 +169,8 @@ class Method:
             for view in (view for part in term.parts for view in part.also):
                 if view not in self.views:
                     raise UserError(f"term '{term.name}' also asks view '{view}'; {did_you_mean(view, self.views)}")
-        if self.temperature <= 0:
-            raise UserError(f"temperature must be positive, not {self.temperature}")
+        if not COLDEST <= self.temperature <= HOTTEST:
+            raise UserError(f"temperature must be positive, {COLDEST:g} to {HOTTEST:g}, not {self.temperature}")
         own = [term.name for term in self.terms if term.estimator.uses_old_logp]
         if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
             others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
@@ -252,27 +254,56 @@ class Method:
         return {stat.name: (stat, view) for part, view in used for stat in part.stats}
 
 
+#: Beyond these a count can only hang or fill the memory, and a number is infinity or 0 in fp32.
+MOST, LARGEST, SMALLEST = 10**9, 1e30, 1e-30
+
+
+def number_problem(number: float, *, tiny: bool = False) -> str | None:
+    """Why nothing can be computed with a setting's number: in words, or None where it can.
+
+    Infinity is no problem here; whether a setting may be infinite is its own matter.
+
+    Args:
+        number: Of any size.
+        tiny: Allow what is 0 in fp32: a method's clip or discount next to 0 is a limit that it is defined by.
+    """
+    if isinstance(number, bool):
+        return None
+    if isinstance(number, int):
+        return f"it must lie within -{MOST} and {MOST}" if abs(number) > MOST else None
+    if math.isnan(number):
+        return "it must be a number"
+    if math.isfinite(number) and abs(number) > LARGEST:
+        return f"it must be at most {LARGEST:g} in size, or it is infinity in fp32"
+    if not tiny and 0 < abs(number) < SMALLEST:
+        return f"it must be 0 or at least {SMALLEST:g} in size, or it is 0 in fp32"
+    return None
+
+
 def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
-    """Refuses NaN in any setting, and infinity in those that are not `Unbounded`."""
+    """Refuses NaN and numbers out of all range in any setting, and infinity in those that are not `Unbounded`."""
     try:
         hints = get_type_hints(build, include_extras=True)
     except NameError:  # annotations that only its author's module can read
         hints = {}
     for name, value in settings.items():
-        for number in _floats(value):
-            if math.isnan(number):
+        for number in _numbers(value):
+            if isinstance(number, float) and math.isnan(number):
                 raise UserError(f"method.{name} is nan; give a number")
-            if math.isinf(number) and name in hints and not _unbounded(hints[name]):
+            problem = number_problem(number, tiny=True)
+            if problem is not None:
+                raise UserError(f"method.{name}: {problem} (it is {quoted(number)})")
+            if isinstance(number, float) and math.isinf(number) and name in hints and not _unbounded(hints[name]):
                 raise UserError(f"method.{name} = {number:g}: it must be finite; give a number")
 
 
-def _floats(value: object) -> Iterator[float]:
-    if isinstance(value, float):
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, int | float):
         yield value
     elif isinstance(value, Mapping):
-        yield from (number for own in cast(Mapping[Any, object], value).values() for number in _floats(own))
+        yield from (number for own in cast(Mapping[Any, object], value).values() for number in _numbers(own))
     elif isinstance(value, list | tuple):
-        yield from (number for own in cast(Sequence[object], value) for number in _floats(own))
+        yield from (number for own in cast(Sequence[object], value) for number in _numbers(own))
 
 
 def _unbounded(hint: Any) -> bool:

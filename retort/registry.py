@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import retort.methods
-from retort.errors import UserError, did_you_mean
+from retort.errors import UserError, did_you_mean, quoted
 from retort.method import Method
 
 
@@ -52,4 +52,4 @@ def load(name: str, **settings: Any) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"method.{where}: {first['msg']} (it is {first['input']!r})") from None
+        raise UserError(f"method.{where}: {first['msg']} (it is {quoted(first['input'])})") from None

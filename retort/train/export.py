@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from retort.align.stops import WRITTEN, named_stops
-from retort.errors import RunError
+from retort.errors import RunError, visible
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.method import Method
 from retort.models.adapter import described
@@ -92,10 +93,10 @@ def _adapter_card(setup: Setup) -> str:
         "tags: [lora, on-policy-distillation, retort]",
         "---",
         "",
-        f"# A LoRA adapter of {name}, distilled with {setup.method.name}",
+        f"# A LoRA adapter of {_words(name)}, distilled with {_words(setup.method.name)}",
         "",
-        f"Load `{name}`, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 weights; the same "
-        "student, merged, is the folder `model` of the run.",
+        f"Load {_code(name)}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 weights; the "
+        "same student, merged, is the folder `model` of the run.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -112,30 +113,43 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         "tags: [on-policy-distillation, retort]",
         "---",
         "",
-        f"# {Path(setup.student.name).name}, distilled with {method.name}",
+        f"# {_words(Path(setup.student.name).name)}, distilled with {_words(method.name)}",
         "",
         _trained(method.rollout.sources),
         "",
-        f"- student: `{Path(setup.student.name).name}` ({setup.student.parameters:,} parameters)",
+        f"- student: {_code(Path(setup.student.name).name)} ({setup.student.parameters:,} parameters)",
         *([_adapted(setup)] if setup.student.adapter else []),
         *(
-            [f"- teacher: `{Path(setup.teacher_lm.name).name}` ({setup.teacher_lm.parameters:,} parameters)"]
+            [f"- teacher: {_code(Path(setup.teacher_lm.name).name)} ({setup.teacher_lm.parameters:,} parameters)"]
             if setup.teacher_lm
             else []
         ),
         *[f"- teacher: {text}" for text in self_teachers(method)],
-        *([f"- base: `{Path(setup.base_lm.name).name}`, frozen"] if setup.base_lm else []),
-        f"- method: `{method.name}` ({method.status}): {origin}",
-        f"- settings: {settings}",
-        *([f"- before it: `{method.before[1].name}`, {method.before[0]} batches"] if method.before else []),
-        f"- stops with: `{named_stops(setup.student.stops, setup.student.tokenizer)}`",
-        f"- data: `{Path(str(config.data)).name}`, {len(setup.train)} prompts",
+        *([f"- base: {_code(Path(setup.base_lm.name).name)}, frozen"] if setup.base_lm else []),
+        f"- method: {_code(method.name)} ({method.status}): {_words(origin)}",
+        f"- settings: {_words(settings)}",
+        *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
+        f"- stops with: {_code(named_stops(setup.student.stops, setup.student.tokenizer))}",
+        f"- data: {_code(Path(str(config.data)).name)}, {len(setup.train)} prompts",
         f"- training: {step} batches of {setup.batch_prompts} prompts, seed {config.seed}, fp32 master weights, "
         f"{setup.precision} products",
         "",
         *_table(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _words(text: str) -> str:
+    """A text from anywhere as words of a page: no markup, no HTML, no cell of a table, no character that is obeyed."""
+    return re.sub(r"([\\\\`*\[\]<>|&])", r"\\\1", visible(text))
+
+
+def _code(text: str) -> str:
+    """A text from anywhere as code, between more backticks than it holds in a row."""
+    inside = visible(text)
+    fence = "`" * (max((len(run) for run in re.findall("`+", inside)), default=0) + 1)
+    edge = " " if inside[:1] == "`" or inside[-1:] == "`" else ""
+    return f"{fence}{edge}{inside}{edge}{fence}"
 
 
 def self_teachers(method: Method) -> list[str]:
@@ -174,12 +188,12 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         f"Held-out prompts: {results['problems']}{_graded(results)}, {results['k']} answers each; 95 % intervals over "
         "prompts.",
         "",
-        "| | " + " | ".join(names) + " |",
+        "| | " + " | ".join(map(_words, names)) + " |",
         "|---" * (len(names) + 1) + "|",
     ]
     for row in results["rows"]:
         cells = [_cell(row.get(name)) for name in names]
-        lines.append(f"| {row['who']} | " + " | ".join(cells) + " |")
+        lines.append(f"| {_words(row['who'])} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from retort.errors import RunError, UserError
-from retort.files import reason
+from retort.files import reason, unnameable
 
 LOCK = ".lock"
 #: What a run writes, so that a folder with one of these in it is either a run or somebody else's.
@@ -56,6 +56,9 @@ def refuse_taken(folder: Path) -> None:
     Raises:
         UserError: It is no folder, cannot be written, is in use, holds a run, or holds files that a run would replace.
     """
+    problem = unnameable(str(folder))
+    if problem is not None:
+        raise UserError(f"out = {folder}: {problem}; choose another folder with --out")
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             folder.lstat()  # a name that no file can have is an error here, and only absent to `exists`

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from retort.config import BUILTIN, Config
 from retort.data import in_template, load_prompts
@@ -54,6 +56,9 @@ def judge_prompts(config: Config, data: str) -> list[Prompt]:
 
 
 def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
+    near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
+    if near and not Path(data).exists():
+        raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
     prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
