@@ -202,7 +202,8 @@ def _cell(cell: Mapping[str, Any] | None, form: str) -> str:
         return "-"
     low, high = cell["low"], cell["high"]
     known = low is not None and high is not None
-    return form.format(cell["value"]) + (f" \\[{form.format(low)}, {form.format(high)}]" if known else "")
+    # The interval has a line of its own: side by side they do not fit into a terminal of 80 columns.
+    return form.format(cell["value"]) + (f"\n\\[{form.format(low)}, {form.format(high)}]" if known else "")
 
 
 def quiet_libraries() -> None:

@@ -4,7 +4,7 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["RetortError", "RunError", "SignalError", "UserError", "did_you_mean", "quoted", "visible"]
+__all__ = ["RetortError", "RunError", "SignalError", "UserError", "did_you_mean", "quoted", "shortened", "visible"]
 
 
 class RetortError(Exception):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,7 @@ _CLOSE = re.compile(
 _PIECES = re.compile(rf"{_OPEN.pattern}|{_CLOSE.pattern}|<\|(?:channel|message)\|>", re.IGNORECASE)
 # Of the end of a prompt: more than the longest tag has.
 _TAG_TOKENS = 16
+_BOUNDS: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, str]]] = WeakKeyDictionary()
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -47,7 +49,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, p
         prompt_ids: What it was given. Where that ends with the tag that opens a thinking block (some templates write
             it), the text begins with this tag, so that the text alone says whether the block was closed.
     """
-    kept = {token: name for token, name in _special(tokenizer).items() if _PIECES.fullmatch(name)}
+    kept = _bounds(tokenizer)
     text, start = "", 0
     for place, token in enumerate(ids):
         if token in kept:
@@ -63,8 +65,15 @@ def after_thinking(text: str) -> str:
     return "" if _OPEN.search(text, end) else text[end:]
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    return {int(token): str(tokenizer.convert_ids_to_tokens(int(token))) for token in tokenizer.all_special_ids}
+def _bounds(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Special tokens that bound thinking; kept by tokenizer, because every completion becomes text here."""
+    ids = tuple(int(token) for token in tokenizer.all_special_ids)
+    known, found = _BOUNDS.get(tokenizer, ((), {}))
+    if known != ids:
+        names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in ids}
+        found = {token: name for token, name in names.items() if _PIECES.fullmatch(name)}
+        _BOUNDS[tokenizer] = ids, found
+    return found
 
 
 def _opened(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int]) -> str:

@@ -167,9 +167,9 @@ def check_vocabulary(setup: Setup) -> Check:
 def check_lengths(setup: Setup) -> Check:
     """Whether answers grow past a length from which the student reads again what it has read."""
     why = (
-        "a token is learnt from after all of its answer; where that changes how its beginning is read, what is learnt "
+        "a token is learnt from after all of its answer; where that changes how its beginning is read, the student "
+        "learns about another distribution than it wrote from"
     )
-    why += "is not what was written from"
     at = setup.student.rereads_from
     if at is None:
         return Check(

@@ -81,7 +81,7 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
             remedy = (
                 f"write {', '.join(f'templates.{own}' for own in words)} in words that it knows"
                 if words
-                else ("the texts themselves hold them")
+                else "the texts themselves hold them"
             )
             notes.append(
                 f"view '{name}' shows its teacher words that {model.name} does not know (id {unknown}, "

@@ -18,7 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from retort.errors import RunError, UserError
-from retort.files import reason, unnameable
+from retort.files import read_object, reason, unnameable
 
 LOCK = ".lock"
 #: What a run writes, so that a folder with one of these in it is either a run or somebody else's.
@@ -44,10 +44,9 @@ _OURS = {"method", "rollout", "optimizer", "checkpoint"}
 def is_run(folder: Path) -> bool:
     """Whether a folder holds the settings of a run."""
     try:
-        settings = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return read_object(folder / "config.json").keys() >= _OURS
+    except UserError:
         return False
-    return isinstance(settings, dict) and settings.keys() >= _OURS
 
 
 def refuse_taken(folder: Path) -> None:
@@ -174,7 +173,7 @@ class Claim:
 
     def _holder(self) -> str:
         try:
-            about = json.loads((self.folder / LOCK).read_bytes())
+            about = read_object(self.folder / LOCK)
             return f"process {int(about['pid'])} on {about['host']}, {about['command']!r}, since {about['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, ValueError, KeyError, TypeError):
             return "it did not say who it is"

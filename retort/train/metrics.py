@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.errors import RunError, UserError
-from retort.files import reason, write_bytes
+from retort.files import parse_object, reason, write_bytes
 
 
 class Means:
@@ -130,10 +130,10 @@ class JsonLines:
 def _row(line: bytes) -> dict[str, Any] | None:
     """A line of a run's own, or None."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_object(line)
+    except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row.get("step"), int) else None
 
 
 def _finite(thing: Any) -> Any:

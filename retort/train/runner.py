@@ -62,7 +62,7 @@ class Run:
     updates: int = 0
     best: tuple[float, int] | None = None
     begun: int = 0
-    origin: Path | None = None
+    origin: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
@@ -82,8 +82,9 @@ class Run:
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
         self._interrupted = Interruptions()
-        self._saved: Path | None = self.origin
+        self._saved: Path | None = None
         self._new = False
+        self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder)
         self._identity = identity(self.setup)
 
@@ -146,8 +147,8 @@ class Run:
         try:
             if self._new:
                 refuse_files(self.folder, [path.name for path in self.folder.iterdir()])
-            elif self.origin is not None and not self.origin.is_dir():
-                raise UserError(f"{self.origin}: is gone: another process went on with this run; resume it anew")
+            elif checkpoint.newest(self.folder / "checkpoints") != self._newest:
+                raise UserError(f"{self.folder}: another process went on with this run meanwhile; resume it anew")
             self._claim.sign()
             configuration.save(self.setup.config, self.folder / "config.json")
             self.metrics.cut(self.step)

@@ -56,7 +56,9 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("sdpo", {"distillation_weight": 0.5}),
     ("peer_opd", {"reduction": "rollout_sums"}),
     ("cl_egrsd", {"baseline": "group", "length_bonus": 0.0, "scale": "smoothed", "samples": 2}),
-    ("local_teachability", {"max_segment": 1, "shortest": 1}),
+    ("local_teachability", {"max_segment": 1, "shortest": 1, "divide_by": "kept"}),
+    # Longer segments: with those of one token this loss nearly cancels, and fp32 leaves it fewer than five digits.
+    ("local_teachability", {"max_segment": 4, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
     ("uni_opd", {"calibration": "mask", "balance_scope": "batch", "margin_over": "kept"}),
@@ -315,8 +317,7 @@ def test_packs_and_micro_batches_give_what_padding_gives(
         cuts.add(len(setup.student.batches(*sequences, batch_tokens)))
         # The second update is against what the score pass stored, by a student that has not moved.
         for step in pipeline.as_run(setup, pack, batch_tokens):
-            # A loss near 0 is a difference of larger numbers in fp32: it can be no closer than their rounding.
-            assert step.loss == pytest.approx(plain.loss, rel=1e-5, abs=2e-7)
+            assert step.loss == pytest.approx(plain.loss, rel=1e-5)
             assert step.gradients.keys() == plain.gradients.keys()
             for parameter, gradient in step.gradients.items():
                 torch.testing.assert_close(gradient, plain.gradients[parameter], rtol=1e-5, atol=2e-6 * largest)

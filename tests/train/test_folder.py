@@ -110,13 +110,18 @@ def test_loading_a_run_to_resume_it_writes_nothing_until_it_goes(run_copy: Path)
     assert json.loads((run_copy / "config.json").read_text())["steps"] == 6
 
 
-def test_a_run_that_was_loaded_too_early_is_refused(run_copy: Path) -> None:
-    """Between loading and going on, another process went on: the checkpoint is superseded."""
+@pytest.mark.parametrize("goes", ["on", "back"])
+def test_a_run_that_was_loaded_too_early_is_refused(run_copy: Path, goes: str) -> None:
+    """Between loading and going on, another process was at work: its steps are not to be thrown away."""
     late = runner.resume(run_copy, steps=6)
-    runner.resume(run_copy / "checkpoints" / "step-2").go()
-    shutil.rmtree(run_copy / "checkpoints" / "step-4")
+    if goes == "on":
+        runner.resume(run_copy, steps=5).go()
+    else:
+        runner.resume(run_copy / "checkpoints" / "step-2", steps=3).go()
+    before = snapshot(run_copy)
     with pytest.raises(UserError, match="another process went on with this run"):
         late.go()
+    assert snapshot(run_copy) == before
 
 
 # --- what is not ours ---
