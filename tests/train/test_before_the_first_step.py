@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from peft import PeftModel
 from support import make_tokenizer
 
 from retort import config as configuration
@@ -86,6 +88,12 @@ def test_an_adapter_on_experts_is_merged_as_it_learnt(tmp_path: Path, family: st
         ours_ND, bare_ND = lm.hidden(tokens, acted), lm.bare().hidden(tokens, acted)
         torch.testing.assert_close(again.hidden(tokens, acted), ours_ND, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(bare_ND, ours_ND, atol=1e-2)
+        lm.adapter.save(tmp_path / "adapter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's, about names of its own
+            opened: Any = PeftModel.from_pretrained(load(tmp_path / "student").model, str(tmp_path / "adapter"))
+        peft_logits = opened(input_ids=tokens[0][None]).logits
+        torch.testing.assert_close(peft_logits, again.model(input_ids=tokens[0][None]).logits, rtol=1e-4, atol=1e-4)
     assert lm.adapter.layers
     plain = load(tmp_path / "student")
     assert {name: x.shape for name, x in lm.weights().items()} == {n: x.shape for n, x in plain.weights().items()}
