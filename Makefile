@@ -1,6 +1,7 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
 # make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
+# make slow   the tests that `make test` leaves out: many real processes with bad input
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
@@ -20,7 +21,7 @@ QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/we
           tests/test_template.py tests/test_tracking.py tests/test_types.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types layers tests kernels core dev clean
+.PHONY: help demo test quick slow lint types layers tests kernels core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -52,6 +53,10 @@ layers: dev
 tests: dev
 	$(STAGE) 'pytest'
 	@$(PYTEST) $(ARGS)
+
+slow: dev
+	$(STAGE) 'pytest -m slow'
+	@$(PYTEST) -m slow $(ARGS)
 
 # A build of torch for the CPU comes without Triton, one for CUDA with the Triton that it was made for.
 kernels: dev
