@@ -203,9 +203,10 @@ def _banned() -> Case:
     return case
 
 
-@pytest.mark.parametrize("count", [1, 63, 1271])
+@pytest.mark.parametrize(("count", "rows"), [(1, 1), (63, 1), (1271, 30)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_odd_numbers_of_steps(count: int, dtype: torch.dtype) -> None:
+def test_odd_numbers_of_steps(count: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "BLOCK_ELEMENTS", 37 * rows)  # the last block of a chunk is smaller than the others
     check(Case(count, 37, 6, dtype=dtype), chunk=min(count, 40))
 
 
