@@ -119,7 +119,7 @@ def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, readin
         first, begins = rendered[0]
         raise UserError(
             f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be "
-            "rendered once more; give the turns as a column 'messages', or set rollout.rendered=true to take them as they are"
+            "rendered again; give turns as a column 'messages', or set rollout.rendered=true to take them as they are"
         )
     notes: list[str] = []
     if foreign:

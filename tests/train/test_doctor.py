@@ -29,6 +29,8 @@ QUICK = [
     "special tokens",
     "stop token",
     "chat template",
+    "prompt's end",
+    "prompts",
     "vocabulary",
     "lengths",
     "teacher is loaded",
