@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
-from retort.align.encode import Spelt, control_tokens, response_ids
+from retort.align.encode import Spelt, response_ids
 from retort.align.stops import describe_stop_map, named_stops, turn_end
 from retort.align.template import turns, unlike_a_turn
-from retort.align.text import decode
+from retort.align.text import control_tokens, decode
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
