@@ -19,8 +19,9 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.train import checks, reading, runner
 from retort.train.doctor import examine
-from retort.train.evaluation import _READ  # pyright: ignore[reportPrivateUsage]
+from retort.train.evaluation import _READ, evaluate  # pyright: ignore[reportPrivateUsage]
 from retort.train.identity import identity
+from retort.train.observe import Silent
 from retort.train.setup import Setup, prepare
 
 THINKING = CHATML.replace(
@@ -177,3 +178,25 @@ def test_control_tokens_in_prompts_are_a_finding_and_said_once(
 
 def test_eval_takes_the_settings_that_say_how_prompts_are_read() -> None:
     assert {f"rollout.{field.name}" for field in dataclasses.fields(Reading)} <= _READ
+
+
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_eval_reads_alike_and_says_the_same(
+    prompts_file: Path, folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "today", lambda: "2001-02-13")
+    template = DATED.replace("if add_generation_prompt", "if false")
+    small = ["task=exact", "precision=fp32", "samples=1", "problems=2", "max_new_tokens=2"]
+    for more, day in (([], "2001-02-13"), (["rollout.date=2001-02-14"], "2001-02-14")):
+        seen = Notes()
+        evaluate(folder(1, template), str(prompts_file), None, [*small, *more], seen)
+        said = " | ".join(seen.said)
+        assert f"stays {day}" in said
+        assert "the model's chat template is at fault: it ignores add_generation_prompt" in said
