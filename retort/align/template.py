@@ -131,7 +131,7 @@ def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns |
         found: `turns` of it.
     """
     names = spelt(text, tokenizer)
-    if not names or not text.lstrip().startswith(names[0]) or len({*names} - {tokenizer.bos_token}) < 2:
+    if not names or not text.lstrip().startswith(names[0]) or len({*names} - {str(tokenizer.bos_token)}) < 2:
         return None
     own = found.user.strip() if found is not None else ""
     known = [*([own] if own else []), *_KNOWN]
