@@ -97,7 +97,7 @@ def test_columns_are_mapped(file: Path) -> None:
         (b'{"messages": [{"role": "user", "content": " "}]}\n', ["message 0", "empty"]),
         (b'{"messages": [{"role": "user"}]}\n', ["message 0", "NoneType"]),
         (
-            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "c"}\n',
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "c"}',
             ["line 1", "'response'", "differ"],
         ),
     ],
