@@ -92,8 +92,8 @@ class RolloutSection(_Section):
     )
     thinking: bool | None = Field(
         default=None,
-        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it does "
-        "by itself",
+        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it "
+        "does by itself",
     )
     date: str | None = Field(
         default=None,
