@@ -7,7 +7,6 @@ import gzip
 import json
 import lzma
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,10 @@ def test_a_table_with_bare_carriage_returns_and_one_with_long_cells(put: Put) ->
         ("a.jsonl", b"PAR1", ["Parquet"]),
         ("a.jsonl", '{"prompt": "a"}\r{"prompt": "b"}\r', ["line 1", "carriage return", "LF"]),
         ("a.jsonl.gz", gzip.compress(LINES.encode())[:-9], ["unpacked", "written to its end?"]),
+        ("a.jsonl.bz2", bz2.compress(LINES.encode())[:-9], ["unpacked", "written to its end?"]),
+        ("a.csv.xz", lzma.compress(TABLE.encode())[:-9], ["unpacked", "written to its end?"]),
         ("a.jsonl.gz", b"plain", ["unpacked"]),
+        ("a.jsonl.bz2", b"plain", ["cannot read"]),
         ("a.jsonl.xz", b"plain", ["unpacked"]),
         ("a.json", '[{"prompt": "a"}, 3]', ["row 1", "holds a int", "each item"]),
         ("a.json", '[{"prompt": "a"},\n', ["not valid JSON", "one list"]),
@@ -125,17 +127,20 @@ def test_a_list_is_pointed_out_in_json_lines(put: Put) -> None:
     assert "end the file's name in .json" in failure(put("a.jsonl", LIST))
 
 
-def test_zst_goes_through_its_library_and_names_it(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zst_needs_its_library_and_names_it(put: Put, monkeypatch: pytest.MonkeyPatch) -> None:
     source = put("rows.jsonl.zst", LINES)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     assert "pip install zstandard" in failure(source)
 
-    class Plain:
-        def stream_reader(self, file: Any, **_: Any) -> Any:
-            return file
 
-    monkeypatch.setitem(sys.modules, "zstandard", types.SimpleNamespace(ZstdDecompressor=Plain))
-    assert said(source) == SAID
+def test_zst(put: Put) -> None:
+    zstandard = pytest.importorskip("zstandard", reason="the library for .zst files")
+    packed = zstandard.ZstdCompressor().compress(LINES.encode())
+    assert said(put("rows.jsonl.zst", packed)) == SAID
+    halves = [zstandard.ZstdCompressor().compress(part.encode()) for part in (TABLE[:20], TABLE[20:])]
+    assert said(put("rows.csv.zst", b"".join(halves))) == SAID
+    assert "unpacked" in failure(put("rows.jsonl.zst", packed[:-20]))
+    assert "cannot read" in failure(put("rows.jsonl.zst", b"plain"))
 
 
 def test_globs_and_folders_are_read_in_the_order_of_their_names(put: Put, tmp_path: Path) -> None:
