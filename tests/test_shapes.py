@@ -299,6 +299,22 @@ def test_what_cannot_be_read_is_refused_in_one_line(shape: str) -> None:
         assert part in message
 
 
+def test_what_python_cannot_walk_or_write_is_refused_too() -> None:
+    deep: list[Any] = []
+    for _ in range(600):
+        deep = [deep]
+    for row, said in (
+        ({"messages": deep}, "nested too deeply"),
+        ({"prompt": "x", "answer": 10**5000}, "thousands of digits"),
+        ({"prompt": json.dumps(deep), "meta": deep}, ""),
+    ):
+        if said:
+            with pytest.raises(UserError, match=f"data, row 0: .*{said}"):
+                prompts_from_rows([row])
+        else:
+            assert prompts_from_rows([row])[0].text == row["prompt"]
+
+
 def test_ids_meet_no_other_id() -> None:
     def ids(*given: object) -> list[str]:
         rows = [{"prompt": "x"} if name is None else {"prompt": "x", "id": name} for name in given]
@@ -333,6 +349,8 @@ def test_rows_of_python() -> None:
         assert first.messages[0] == USER
         assert second.messages[0].extra == {"name": "Ada"}
         assert (len(first.tools), second.tools) == (1, ())
+    with pytest.raises(UserError, match="'answer' is NaTType"):
+        prompts_from_rows([{"prompt": "x", "answer": pandas.NaT}])
     frame = pandas.DataFrame({"messages": [numpy.array([ASK], dtype=object)], "answer": numpy.array([4])})
     assert prompts_from_rows(frame.to_dict("records"))[0] == chat(USER, answer="4")
     with pytest.raises(UserError, match="to_dict"):

@@ -156,7 +156,7 @@ def test_globs_and_folders_are_read_in_the_order_of_their_names(put: Put, tmp_pa
         assert [prompt.id for prompt in found] == texts  # counted through all files
     notes: list[str] = []
     load_prompts(folder, notes=notes, limit=2)
-    assert notes == [f"{folder}: files that are not read: README.md"]
+    assert notes == ["parts: files that are not read: README.md"]
     put("parts/part-1.jsonl", '{"prompt": "x", "id": "0"}\n{"prompt": "y", "id": "0"}\n')
     message = failure(folder)
     assert f"{folder}/part-1.jsonl, line 2" in message

@@ -93,7 +93,7 @@ def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -
     else:
         raise UserError(
             f"prompt '{prompt.id}' is a conversation, but the tokenizer{_named(tokenizer)} has no chat template; "
-            "give it one (chat_template.jinja in its folder), or use a plain column 'prompt'"
+            "give it one (chat_template.jinja in its folder), or use a plain column 'prompt' without system and tools"
         )
     if not ids:
         raise UserError(f"prompt '{prompt.id}' encodes to no tokens with the tokenizer{_named(tokenizer)}")

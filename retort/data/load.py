@@ -79,7 +79,7 @@ def load_prompts(
     said: list[str] = []
     prompts = _read(rows_of(source, split, said), source, limit, columns, said)
     if notes is not None:
-        notes += [f"{source}: {note}" for note in said]
+        notes += [f"{source.rstrip('/').rsplit('/', 1)[-1]}: {note}" for note in said]
     return prompts
 
 
@@ -144,7 +144,10 @@ def _read(
     for where, row in islice(rows, limit):
         if not found:
             check_mapping(where, row, columns)
-        name, prompt = reader(where, row)
+        try:
+            name, prompt = reader(where, row)
+        except RecursionError:
+            raise UserError(f"{where}: is nested too deeply; no prompt needs that") from None
         if name is not None:
             if name in used:
                 raise UserError(f"{where}: id '{name}' was already used ({used[name]}); ids must be unique")

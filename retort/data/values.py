@@ -39,9 +39,14 @@ def optional(where: str, name: str, value: Any) -> str | None:
         return None
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")  # 1E+3 is written 1000
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return str(value)
+        except ValueError:
+            raise UserError(f"{where}: '{name}' is a number of thousands of digits; write it as text") from None
+    if isinstance(value, float) and math.isfinite(value):
         return str(value)
-    if isinstance(value, date):  # also a date with a time
+    if isinstance(value, date) and value == value:  # also a date with a time, but not pandas' NaT
         return value.isoformat()
     shown = value if isinstance(value, float | Decimal) else type(value).__name__
     raise UserError(f"{where}: '{name}' is {shown}; expected text or a number{_instead(name, value)}")

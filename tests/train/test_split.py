@@ -79,6 +79,8 @@ def test_case_and_system_message_make_another_prompt() -> None:
         Prompt("2", (Message("user", "find X"),)),
         Prompt("3", (Message("system", "be brief"), Message("user", "find x"))),
         Prompt("4", (Message("tool", "find x"),)),
+        Prompt("5", (Message("user", "find x", {"name": "Ada"}),)),
+        Prompt("6", (Message("user", "find x"),), tools=({"name": "solve"},)),
     ]
     assert len({content(prompt) for prompt in [plain, *other]}) == 4
 
