@@ -20,8 +20,8 @@ __all__ = ["Row", "rows_of"]
 # owner/name or owner/name:configuration, as in openai/gsm8k:main
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 
-#: How files of people's text begin their names where they are parts of a split.
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
+#: How files name the split that they are part of: train-00000-of-00002, gsm8k_test.
+_SPLIT = re.compile(r"(?<![A-Za-z])(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
 
 
 def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
@@ -163,11 +163,11 @@ def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[R
             f"{source} is a folder with files of several kinds ({', '.join(kinds)}); name those that are meant, as in "
             f"'{source.rstrip('/')}/*{kinds[0]}'"
         )
-    splits = sorted({found[1].lower() for one in files if (found := _SPLIT.match(one.name))})
+    splits = sorted({found[1].lower() for one in files if (found := _SPLIT.search(one.name))})
     if len(splits) > 1:
         raise UserError(
             f"{source} is a folder with files of several splits ({', '.join(splits)}); name those that are meant, as "
-            f"in '{source.rstrip('/')}/{splits[0]}*'"
+            f"in '{source.rstrip('/')}/*{split if split in splits else splits[0]}*'"
         )
     others = [one.name for one in inside if one not in files]
     if others:
