@@ -149,6 +149,7 @@ def test_globs_and_folders_are_read_in_the_order_of_their_names(put: Put, tmp_pa
     put("parts/.hidden.jsonl", "broken")
     put("parts/_SUCCESS", "")
     put("parts/README.md", "# parts")
+    put("parts/more/notes.bak", "not read")
     folder, texts = str(tmp_path / "parts"), ["0", "1", "2"]
     for source in (folder, f"{folder}/", f"{folder}/*.jsonl", f"{folder}/part-[0-9].*", f"{tmp_path}/**/part-*"):
         found = load_prompts(source)
@@ -156,7 +157,7 @@ def test_globs_and_folders_are_read_in_the_order_of_their_names(put: Put, tmp_pa
         assert [prompt.id for prompt in found] == texts  # counted through all files
     notes: list[str] = []
     load_prompts(folder, notes=notes, limit=2)
-    assert notes == ["parts: files that are not read: README.md"]
+    assert notes == ["parts: not read in this folder: README.md, more/"]
     put("parts/part-1.jsonl", '{"prompt": "x", "id": "0"}\n{"prompt": "y", "id": "0"}\n')
     message = failure(folder)
     assert f"{folder}/part-1.jsonl, line 2" in message

@@ -151,8 +151,8 @@ def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[R
         return _saved_rows(source, path, split)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return _saved_rows(source, path, None)
-    inside = sorted(one for one in path.iterdir() if one.is_file() and not one.name.startswith((".", "_")))
-    files = [one for one in inside if _kind(one)]
+    inside = sorted(one for one in path.iterdir() if not one.name.startswith((".", "_")))
+    files = [one for one in inside if _kind(one) and one.is_file()]
     if not files:
         below = next((one for one in sorted(path.glob("*/*")) if one.is_file() and _kind(one)), None)
         hint = f"; did you mean '{below.parent}'?" if below is not None else f"; known: {_known()}"
@@ -169,9 +169,9 @@ def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[R
             f"{source} is a folder with files of several splits ({', '.join(splits)}); name those that are meant, as "
             f"in '{source.rstrip('/')}/*{split if split in splits else splits[0]}*'"
         )
-    others = [one.name for one in inside if one not in files]
+    others = [one.name + "/" * one.is_dir() for one in inside if one not in files]
     if others:
-        notes.append(f"files that are not read: {shortened(', '.join(others), 200)}")
+        notes.append(f"not read in this folder: {shortened(', '.join(others), 200)}")
     return _together(source, files)
 
 
