@@ -213,6 +213,12 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str], Prompt, str]] = {
         "columns not used: completion; if `completion` is the answer to learn from, map it: "
         "columns.response=completion",
     ),
+    "a turn with its time": (
+        {"conversation": [{**ASK, "timestamp": datetime.datetime(2024, 2, 29, 12)}]},
+        {},
+        chat(Message("user", "2 + 2?", {"timestamp": "2024-02-29T12:00:00"})),
+        "turns have a key `timestamp`",
+    ),
     "a decimal": ({"prompt": "x", "answer": Decimal("1E+3")}, {}, bare("x", answer="1000"), ""),
     "a date": ({"prompt": "x", "answer": datetime.date(2024, 2, 29)}, {}, bare("x", answer="2024-02-29"), ""),
 }

@@ -198,10 +198,10 @@ class RowReader:
 
 
 def _check_last(where: str, messages: tuple[Message, ...]) -> None:
-    if messages[-1].role not in LAST_ROLES:
-        remedy = "join turns of the assistant to one, which is read as the response, and begin with a user's turn"
+    last = messages[-1].role
+    if last not in LAST_ROLES:
+        remedy = "; join turns of the assistant to one, which is read as the response, and begin with a user's turn"
         raise UserError(
-            f"{where}: the last message is the {messages[-1].role}'s; a prompt ends with the user's turn ({remedy})"
-            if messages[-1].role == "assistant"
-            else f"{where}: the last message is the {messages[-1].role}'s; a prompt ends with the user's turn"
+            f"{where}: the last message is the {last}'s; a prompt ends with the user's turn"
+            f"{remedy if last == 'assistant' else ''}"
         )

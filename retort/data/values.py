@@ -28,7 +28,7 @@ def text(where: str, name: str, given: str) -> str:
 
 
 def optional(where: str, name: str, value: Any) -> str | None:
-    """Text as it is; a number or a date as text; null or blank text as None.
+    """Text as it is; a number as text; null or blank text as None.
 
     Raises:
         UserError: It is anything else (true, NaN, a list, an object), with what to write instead.
@@ -46,8 +46,6 @@ def optional(where: str, name: str, value: Any) -> str | None:
             raise UserError(f"{where}: '{name}' is a number of thousands of digits; write it as text") from None
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
-    if isinstance(value, date) and value == value:  # also a date with a time, but not pandas' NaT
-        return value.isoformat()
     shown = value if isinstance(value, float | Decimal) else type(value).__name__
     raise UserError(f"{where}: '{name}' is {shown}; expected text or a number{_instead(name, value)}")
 
@@ -64,9 +62,11 @@ def _instead(name: str, value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A cell as Python's own types: arrays become lists and numbers of numpy become numbers, at any depth."""
+    """A cell as JSON's types, at any depth: arrays become lists, numbers of numpy numbers, and dates their ISO text."""
     if isinstance(value, str) or value is None:
         return value
+    if isinstance(value, date) and value == value:  # also a date with a time, but not pandas' NaT
+        return value.isoformat()
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
