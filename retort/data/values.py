@@ -67,8 +67,9 @@ def plain(value: Any) -> Any:
         return value
     if isinstance(value, date) and value == value:  # also a date with a time, but not pandas' NaT
         return value.isoformat()
-    if hasattr(value, "tolist"):
-        value = value.tolist()
+    listed = getattr(value, "tolist", None)
+    if listed is not None:
+        value = listed()
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
