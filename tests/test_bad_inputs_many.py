@@ -212,7 +212,17 @@ DATA: dict[str, bytes] = {
     "twice.jsonl": b'{"id": "\\u001b[2J\\n[red]", "prompt": "1"}\n' * 2,
     "empty.parquet": b"",
     "broken.parquet": b"PAR1" + b"\0" * 64 + b"PAR1",
-    "kind.csv": b"prompt\n1\n",
+    "kind.xlsx": b"prompt\n1\n",
+    "ragged.csv": b"\x1b[31m,prompt\n1\n",
+    "twice.csv": b"prompt,\x1b[2J,\x1b[2J\n1,2,3\n",
+    "quote.tsv": b'prompt\n"1\n',
+    "plain.jsonl.gz": b'{"prompt": "1"}\n',
+    "cut.json": b'[{"prompt": "1"},',
+    "part.jsonl": b'{"messages": [{"role": "user", "content": [{"type": "\\u001b[2J\\n"}]}]}\n',
+    "tools.jsonl": b'{"prompt": "1", "tools": "\\u001b[2J\\n"}\n',
+    "call.jsonl": b'{"messages": [{"role": "assistant", "tool_calls": ["\\u001b[2J"]}]}\n',
+    "python.jsonl": b"{\"prompt\": \"[{'role': 'user', 'content': '1'}]\"}\n",
+    "nested.jsonl": b'{"messages": ' + b"[" * 600 + b"]" * 600 + b"}\n",
 }
 
 

@@ -51,9 +51,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         raise UserError("problems=0 leaves nothing to judge")
     if config.threads:
         torch.set_num_threads(config.threads)
-    prompts = judge_prompts(config, data)
+    notes: list[str] = []
+    prompts = judge_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
-    notes = repeats(prompts, "rows of the data") if own else []
+    notes += repeats(prompts, "rows of the data") if own else []
     verifier = grader(config.task if own else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(

@@ -20,12 +20,14 @@ def read_prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prom
     wanted = config.eval.problems
     if config.builtin and config.prompt_template is not None:
         raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
-    prompts = builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit)
+    prompts = (
+        builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit, notes)
+    )
     if wanted == 0:
         return prompts, []
     judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
-        held_out = judge_prompts(config, judged)
+        held_out = judge_prompts(config, judged, notes)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
         if judged not in BUILTIN:
@@ -48,18 +50,18 @@ def read_prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prom
     return train, held_out
 
 
-def judge_prompts(config: Config, data: str) -> list[Prompt]:
+def judge_prompts(config: Config, data: str, notes: list[str]) -> list[Prompt]:
     """The prompts to judge on: held-out problems of the built-in task, or a file."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
-    return _load(config, data, config.eval.problems)
+    return _load(config, data, config.eval.problems, notes)
 
 
-def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
+def _load(config: Config, data: str, limit: int | None, notes: list[str]) -> list[Prompt]:
     near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
     if near and not Path(data).exists():
         raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
-    prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns)
+    prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns, notes=notes)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 

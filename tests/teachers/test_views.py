@@ -39,6 +39,17 @@ def scene(rollout: Rollout, *others: Rollout, stage: Stage | None = None, limit:
     return Scene(rollout, group, stage or Stage(), limit)
 
 
+def test_what_belongs_to_a_turn_stays_with_it_when_it_is_framed() -> None:
+    call = Message("assistant", "", {"tool_calls": [{"function": {"name": "add", "arguments": {}}}]})
+    turns = (Message("user", "What?"), call, Message("tool", "9", {"tool_call_id": "c1"}))
+    asked = replace(PROMPT, messages=turns, tools=({"name": "add"},))
+    found = privileged("solution").prompt(scene(written(0, prompt=asked)))
+    assert found is not None
+    assert found.messages[:2] == turns[:2]
+    assert (found.messages[2].extra, found.tools) == ({"tool_call_id": "c1"}, asked.tools)
+    assert "= 9" in found.messages[2].content
+
+
 def test_sections_frame_the_last_turn_and_hostile_places_stay_text() -> None:
     found = privileged("solution", "hint").prompt(scene(written(0)))
     assert found is not None

@@ -79,8 +79,10 @@ def test_case_and_system_message_make_another_prompt() -> None:
         Prompt("2", (Message("user", "find X"),)),
         Prompt("3", (Message("system", "be brief"), Message("user", "find x"))),
         Prompt("4", (Message("tool", "find x"),)),
+        Prompt("5", (Message("user", "find x", {"name": "Ada"}),)),
+        Prompt("6", (Message("user", "find x"),), tools=({"name": "solve"},)),
     ]
-    assert len({content(prompt) for prompt in [plain, *other]}) == 4
+    assert len({content(prompt) for prompt in [plain, *other]}) == 6
 
 
 def test_a_prompt_that_is_most_of_the_data_is_not_held_out() -> None:
