@@ -156,10 +156,11 @@ def written(
         tools: The functions that the model may call.
     """
     told: dict[str, Any] = {} if reading.thinking is None else {"enable_thinking": reading.thinking}
-    if reading.date is not None and dated(tokenizer):
-        told["chat_template"] = _on_day(tokenizer.get_chat_template(), reading.date)
     if tools:
         told["tools"] = [dict(tool) for tool in tools]
+    if reading.date is not None and dated(tokenizer):
+        # Some have a template of its own for conversations with tools.
+        told["chat_template"] = _on_day(tokenizer.get_chat_template(tools=told.get("tools")), reading.date)
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **told

@@ -174,7 +174,7 @@ def read_model(
 def _dropped(place: str, model: Any) -> set[str]:
     """Names of tensors in a model's files that transformers leaves out without a word."""
     from safetensors import safe_open
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     patterns.append(_OTHER_PARTS)  # among them `inv_freq`, which transformers drops of every model that computes it
