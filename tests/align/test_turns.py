@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from retort.align.chat import Renderer, render
+from retort.align.chat import Reading, Renderer, render
 from retort.align.encode import control_tokens
 from retort.align.turns import changed, inner_texts
 from retort.errors import UserError
@@ -167,3 +168,12 @@ def test_every_text_is_found_and_changed() -> None:
     assert shouted.tools[0]["FUNCTION"]["NAME"] == "ADD"
     assert shouted.messages[1].extra["TOOL_CALLS"][0]["FUNCTION"]["ARGUMENTS"] == {"A": 2, "WHY": 'A "SUM"'}
     assert PROMPT.tools == (TOOL,)
+
+
+def test_a_template_of_its_own_for_tools_keeps_it_when_the_day_is_fixed(made: Any) -> None:
+    today = "{{ strftime_now('%Y-%m-%d') }} "
+    tokenizer = copy.copy(made)
+    tokenizer.chat_template = {"default": today + WITHOUT_TOOLS, "tool_use": today + WITH_TOOLS}
+    text = tokenizer.decode(render(PROMPT, tokenizer, Reading(date="2001-02-03")))
+    assert text.startswith("2001-02-03 <|im_start|>system")
+    assert '"name": "add"' in text
