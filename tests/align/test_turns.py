@@ -171,9 +171,9 @@ def test_every_text_is_found_and_changed() -> None:
 
 
 def test_a_template_of_its_own_for_tools_keeps_it_when_the_day_is_fixed(made: Any) -> None:
-    today = "{{ strftime_now('%Y-%m-%d') }} "
+    today = "{{ strftime_now('%Y-%m-%d') }}"
     tokenizer = copy.copy(made)
     tokenizer.chat_template = {"default": today + WITHOUT_TOOLS, "tool_use": today + WITH_TOOLS}
     text = tokenizer.decode(render(PROMPT, tokenizer, Reading(date="2001-02-03")))
-    assert text.startswith("2001-02-03 <|im_start|>system")
+    assert text.startswith("2001-02-03<|im_start|>system")
     assert '"name": "add"' in text
