@@ -8,7 +8,7 @@
 
 `--data` is JSON lines with `problem` and `answer`, and `solution` for methods that learn from given answers, such as
 GSM8K. The student has lost layers and little else, so that a few steps show whether it learns: its teacher's words are
-still its own. On one core of a CPU a step takes half a minute to a minute.
+still its own. On one free core of a CPU a step takes about a minute.
 """
 
 from __future__ import annotations
