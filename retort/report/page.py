@@ -6,12 +6,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 
 from retort.errors import RunError, UserError
 from retort.files import reason, write_text
+from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
 from retort.report.groups import Group, grouped, leaves, method_name
 from retort.report.plots import KEY
@@ -20,6 +20,7 @@ from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
+from retort.report.words import escape, path
 
 _GENERATOR = '<meta name="generator" content="Retort">'
 #: What tells a page of ours from any other: the first, or (before it was there) the policy under which it runs.
@@ -172,14 +173,19 @@ def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str
     else:
         parts.append(_facts(groups[0]))
     notes = [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
-    if notes:
-        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
+    aside = [f"{run.name}: {said}" if len(runs) > 1 else said for run in runs for said in run.remarks]
+    parts += [_list("remarks", [*remarks(groups), *aside]), _list("notes", notes)]
     links = "".join(
         f'<a href="#{key}">{words}</a>'
         for key, words in _LINKS.items()
         if any(f'<h2 id="{key}"' in section for section in sections)
     )
     return f'{"".join(parts)}</header><nav aria-label="Sections">{links}</nav>'
+
+
+def _list(kind: str, sentences: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<ul class="{kind}">{items}</ul>' if items else ""
 
 
 def _run_key(group: Group) -> str:
@@ -196,7 +202,7 @@ def _facts(group: Group) -> str:
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(
-        f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in found
+        f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{path(value)}</dd></div>" for key, value in found
     )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
@@ -211,7 +217,7 @@ def _settings(groups: Sequence[Group]) -> str:
     names = {id(group.runs[0]): group.name for group in groups}
     blocks = "".join(
         f"<details><summary>{escape(names[id(run)])}</summary>"
-        f"<pre>{escape(json.dumps(run.config, indent=2, ensure_ascii=False))}</pre></details>"
+        f"<pre>{_lines(json.dumps(run.config, indent=2, ensure_ascii=False))}</pre></details>"
         for run in configs
     )
     differing = _differences(configs, [names[id(run)] for run in configs]) if len(configs) > 1 else ""
@@ -219,6 +225,10 @@ def _settings(groups: Sequence[Group]) -> str:
     return (
         '<section aria-labelledby="settings"><h2 id="settings">Settings</h2>' + seeds + differing + blocks
     ) + "</section>"
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(escape, text.split("\n")))
 
 
 def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
@@ -234,7 +244,7 @@ def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row"><code>{escape(key)}</code></th>'
-        f"{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        f"{''.join(f'<td>{path(value)}</td>' for value in values)}</tr>"
         for key, values in rows
     )
     return (

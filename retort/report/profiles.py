@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from retort.report.alike import tables
 from retort.report.curves import COLORS
 from retort.report.groups import Group, over_seeds
 from retort.report.plots import Series, plot
 from retort.report.read import RunFiles, as_object, number
 from retort.report.result import AFTER, BEFORE, TEACHER, WHO_COLORS
+from retort.report.words import escape
 
 #: Neighbouring bins are put together until each holds this many tokens: fewer say nothing.
 FEWEST = 30
@@ -17,23 +19,32 @@ FEWEST = 30
 
 def profiles_section(groups: Sequence[Group]) -> str:
     """The section on where the disagreement lies, measured on held-out prompts; empty if it was not measured."""
-    figures = "".join(
-        (
-            _histogram(groups),
-            _averages(groups, "teacher_entropy", "student_entropy", "Student’s entropy by the teacher’s"),
-            _averages(groups, "teacher_entropy", "forward_kl", "Forward KL by the teacher’s entropy"),
-            _averages(groups, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
-            _averages(groups, "position", "forward_kl", "Forward KL along the answer"),
-            _averages(groups, "position", "reverse_kl", "Reverse KL along the answer"),
-        )
-    )
-    if not figures:
+    several = len(groups) > 1
+    split = [(table.name, _figures(table.groups, several)) for table in tables([g for g in groups if g.whos()])]
+    split = [(name, figures) for name, figures in split if figures]
+    if not split:
         return ""
+    on = "<h3 class=on>On {}</h3>" if len(split) > 1 else ""
+    shown = "".join(f'{on.format(escape(name))}<div class="plots">{figures}</div>' for name, figures in split)
     return (
         '<section aria-labelledby="where"><h2 id="where">Where they disagree</h2>'
         '<p class="muted">On every token of each writer’s own answers to the held-out prompts, with exact divergences. '
         f"Bins with fewer than {FEWEST} tokens are drawn together with their neighbours.</p>"
-        f'<div class="plots">{figures}</div></section>'
+        f"{shown}</section>"
+    )
+
+
+def _figures(groups: Sequence[Group], several: bool) -> str:
+    """Of runs that were judged alike; `several`: of how many the page is."""
+    return "".join(
+        (
+            _histogram(groups, several),
+            _averages(groups, several, "teacher_entropy", "student_entropy", "Student’s entropy by the teacher’s"),
+            _averages(groups, several, "teacher_entropy", "forward_kl", "Forward KL by the teacher’s entropy"),
+            _averages(groups, several, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
+            _averages(groups, several, "position", "forward_kl", "Forward KL along the answer"),
+            _averages(groups, several, "position", "reverse_kl", "Reverse KL along the answer"),
+        )
     )
 
 
@@ -48,9 +59,8 @@ def _numbers(values: object) -> list[float | None]:
 # --- the histogram ---
 
 
-def _histogram(groups: Sequence[Group]) -> str:
+def _histogram(groups: Sequence[Group], several: bool) -> str:
     """Shares of tokens by the entropy of whoever wrote them, and by the teacher's at the student's tokens."""
-    several = len(groups) > 1
     whos = [AFTER] if several else [BEFORE, AFTER]
     series = [
         series
@@ -104,8 +114,7 @@ def _shares(group: Group, who: str, name: str, label: str, several: bool) -> Ser
 # --- averages in bins ---
 
 
-def _averages(groups: Sequence[Group], axis: str, name: str, title: str) -> str:
-    several = len(groups) > 1
+def _averages(groups: Sequence[Group], several: bool, axis: str, name: str, title: str) -> str:
     series: list[Series] = []
     for who in [AFTER] if several else [BEFORE, AFTER]:
         for group in groups:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.config import Config
+from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.judge import Judge
 from retort.files import parse_object, read_object, write_bytes, write_text
@@ -38,14 +39,21 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         "k": config.eval.samples,
         "problems": len(judge.prompts) if judge else 0,
         **(judge.graded() if judge else {}),
+        **({"held_out": fingerprint(judge.prompts)} if judge else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin else (config.task or "data"),
+        "task": config.data if config.builtin else (config.task or _judged_on(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
         "gap_recovered": {},
         "profile": {},
     }
+
+
+def _judged_on(config: Config) -> str:
+    """What the prompts to judge on are called: a file's name without its folder."""
+    place = config.eval.data or config.data or "data"
+    return Path(place).name if Path(place).exists() else place
 
 
 def has(results: Mapping[str, Any], who: str) -> bool:
