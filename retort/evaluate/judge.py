@@ -100,7 +100,7 @@ class Judge:
         Args:
             lm: Who answers.
             teacher: Whom its answers are compared with, where it can give distributions.
-            progress: Called with prompts done and prompts in all.
+            progress: Called with prompts done (at first 0) and prompts in all.
 
         Returns:
             Estimates with value, low and high, where they could be measured: `avg@k`, `pass@k`, `length`, `truncated`,
@@ -117,6 +117,8 @@ class Judge:
         tallies: dict[str, tuple[list[float], list[float]]] = {}
         parts: dict[str, list[float]] = {}
         profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
+        if progress is not None:
+            progress(0, len(self.prompts))
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)

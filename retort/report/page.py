@@ -13,7 +13,7 @@ from retort.errors import RunError, UserError
 from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
-from retort.report.groups import Group, grouped, leaves, method_name
+from retort.report.groups import Group, any_of, grouped, leaves, method_name
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
@@ -25,32 +25,37 @@ from retort.report.words import escape, path
 _GENERATOR = '<meta name="generator" content="Retort">'
 #: What tells a page of ours from any other: the first, or (before it was there) the policy under which it runs.
 _MARKS = (_GENERATOR.encode(), b"default-src 'none'; style-src 'sha256-")
+PAGE = "report.html"
 #: Rollouts read, over all runs; the page shows fewer where they are long.
 ROLLOUTS = 240
 
 
-def build_report(places: Sequence[Path], out: Path, note: Callable[[str], None] | None = None) -> Path:
+def build_report(places: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
 
     Args:
         places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
-        out: The file to write; its folder is made if needed.
+        out: The file to write; its folder is made if needed. None: `report.html` in the folder of a single place, or
+            in the current folder for several, but not in the place of a page about other runs.
         note: Takes a sentence for each run of which something is damaged and left out; the page says it, too.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: A folder does not exist or holds no run, or a run of which nothing can be read.
+        UserError: A folder does not exist or holds no run, a run of which nothing can be read, or a file in the way.
         RunError: The page cannot be written.
     """
     if not places:
         raise UserError("report: name at least one run's folder")
-    _refuse_foreign(out)
-    runs = read_runs(find_runs([Path(place) for place in places]), ROLLOUTS)
-    page = _page(grouped(runs))
+    chosen, out = out, out or (Path(places[0]) / PAGE if len(places) == 1 else Path(PAGE))
+    there = _refuse_foreign(out)
+    groups = grouped(read_runs(find_runs([Path(place) for place in places]), ROLLOUTS))
+    if chosen is None and len(places) > 1 and there and _head(_title(groups)) not in there:
+        raise UserError(f"report: {out} exists and is about other runs; name another file, or that one, with --out")
+    page, runs = _page(groups), any_of(groups)
     for run in runs if note is not None else ():
         if run.damage and note is not None:
             note(f"report: {run.folder}: left out what is damaged: {' '.join(run.damage)}")
@@ -62,19 +67,20 @@ def build_report(places: Sequence[Path], out: Path, note: Callable[[str], None] 
     return out
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raises `UserError` where the page would replace a file that is none of ours."""
+def _refuse_foreign(out: Path) -> bytes:
+    """How the page begins that is in the way, if any; raises `UserError` where that file is none of ours."""
     try:
         if out.is_dir():
             raise UserError(f"report: {out} is a folder; name a file with --out")
         if not out.exists():
-            return
+            return b""
         with out.open("rb") as file:
             begins = file.read(4096)
     except (OSError, ValueError) as error:
         raise UserError(f"report: {out}: {reason(error)}; name another file with --out") from None
     if begins and not any(mark in begins for mark in _MARKS):
         raise UserError(f"report: {out} exists and is no report of Retort's; name another file with --out")
+    return begins
 
 
 def _asset(name: str) -> str:
@@ -102,10 +108,14 @@ def _page(groups: Sequence[Group]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"{_head(title).decode()}<style>{style}</style></head>\n"
         f"<body>{_header(groups, title, sections)}<main>{''.join(sections)}</main>{_footer(groups)}"
         f"<script>{script}</script></body></html>\n"
     )
+
+
+def _head(title: str) -> bytes:
+    return f"<title>{escape(title)}</title>".encode()
 
 
 def _hash(text: str) -> str:
@@ -163,8 +173,9 @@ def _itself(run: RunFiles) -> str:
 def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>"]
     runs = [run for group in groups for run in group.runs]
-    for name in dict.fromkeys(method_name(run) for run in runs):
+    for name, own in dict.fromkeys((method_name(run), run.config.get("own_method") is True) for run in runs):
         paper = _paper(name) if name else ""
+        paper = f"changed by the user, not as published: {paper}" if paper and own else paper
         if paper:
             parts.append(f'<p class="muted">{escape(f"{name}: {paper}" if len(groups) > 1 else paper)}</p>')
     parts += [f'<p class="lead">{escape(sentence)}</p>' for sentence in headlines(groups)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retort.config import BUILTIN
+from retort.evaluate.measures import Measure, measure, ordered
 from retort.report.alike import source_name, tables
 from retort.report.axes import Kind, minus, percent
 from retort.report.curves import series_of
@@ -19,30 +20,11 @@ BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
 WHO_DASHES: Mapping[str, int] = {AFTER: 0, BEFORE: 1, TEACHER: 2}
 
-#: Metrics of `eval.json`: words, unit, kind.
-METRICS: Mapping[str, tuple[str, str, Kind]] = {
-    "length": ("Length", "tokens", "number"),
-    "truncated": ("Truncated", "", "share"),
-    "student_entropy": ("Own entropy", "nats", "number"),
-    "student_uncertain": ("Tokens where it is itself uncertain", "", "share"),
-    "uncertain": ("Tokens where the teacher is uncertain", "", "share"),
-    "student_entropy_uncertain": ("Own entropy where the teacher is uncertain", "nats", "number"),
-    "teacher_entropy_uncertain": ("Teacher’s entropy where it is uncertain", "nats", "number"),
-    "forward_kl_uncertain": ("Forward KL where the teacher is uncertain", "nats", "number"),
-    "reverse_kl": ("Reverse KL, all tokens", "nats", "number"),
-}
 
-
-def _words(metric: str) -> tuple[str, str, Kind]:
-    right = metric.startswith(("avg@", "pass@"))
-    return METRICS.get(metric, (metric, "", "share" if right else "number"))
-
-
-def _ordered(metrics: Sequence[str]) -> list[str]:
-    """Right answers first, then in the order of METRICS, then whatever else there is."""
-    known = list(METRICS)
-    place = {name: index for index, name in enumerate(known)}
-    return sorted(metrics, key=lambda name: -1 if "@" in name else place.get(name, len(known)))
+def _words(metric: str) -> Measure:
+    found = measure(metric)
+    words = found.words.replace("'", "’")
+    return found._replace(words=words if "@" in words else words[:1].upper() + words[1:])
 
 
 # --- in words ---
@@ -188,8 +170,8 @@ def _one_table(group: Group) -> str:
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
     body: list[str] = []
-    for metric in _ordered(group.metrics()):
-        kind = _words(metric)[2]
+    for metric in ordered(group.metrics()):
+        kind = _words(metric).kind
         cells = "".join(f"<td>{_value(group.cell(who, metric), kind)}</td>" for who in whos)
         recovered = gap.get(metric)
         last = f"<td>{'' if recovered is None else f'<b>{percent(recovered, 0)}</b>'}</td>" if gap else ""
@@ -207,8 +189,8 @@ def _side_by_side(groups: Sequence[Group]) -> str:
     head += [f"teacher of {listed([one.name for one in taught])}" for taught in teachers]
     head[-1:] = ["teacher"] if len(teachers) == 1 else head[-1:]
     body: list[str] = []
-    for metric in _ordered(metrics):
-        kind = _words(metric)[2]
+    for metric in ordered(metrics):
+        kind = _words(metric).kind
         cells = [
             _value(group.cell(AFTER, metric), kind, before=group.cell(BEFORE, metric), colored=group.color)
             for group in groups

@@ -81,7 +81,8 @@ class Run:
         self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = Interruptions()
+        self._interrupted = Interruptions(self._answer)
+        self._doing = "what is at hand"
         self._saved: Path | None = None
         self._new = False
         self._newest = checkpoint.newest(self.folder / "checkpoints")
@@ -103,6 +104,8 @@ class Run:
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
+        except KeyboardInterrupt:  # the second signal
+            raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
         return self
@@ -163,6 +166,7 @@ class Run:
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
+        self._doing = f"step {self.step + 1}"
         setup, moment, watch = *self._now(), Stopwatch()
         if moment.done == 0:
             self._take_over()
@@ -319,7 +323,17 @@ class Run:
         views = self.setup.method.views
         return next((t for name, t in self.setup.teachers.items() if views[name].model == "teacher"), None)
 
+    def _answer(self, by: str) -> None:
+        self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
+
+    def _stopped(self) -> str:
+        newest = checkpoint.newest(self.folder / "checkpoints")
+        saved = "no checkpoint was saved yet" if newest is None else f"{newest.name} is its newest checkpoint"
+        return f"stopped at once in {self._doing}; {saved}, go on with: retort train --resume {self.folder}"
+
     def _progress(self, text: str) -> Any:
+        self._doing = text
+
         def report(done: int, total: int) -> None:
             self.observer.phase(text, done, total)
             self._stop_if_asked()

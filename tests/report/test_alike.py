@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from report_page import Page
 
+from retort.cli import main
 from retort.report import build_report
 
 MakeRun = Callable[..., Path]
@@ -157,3 +158,19 @@ def test_names_that_would_be_obeyed_are_shown(tmp_path: Path, make: Callable[...
     page = page_of(tmp_path, make("a\u202eb", settings={"student": "x\x1b[31m"}), make("c"))
     assert "\u202e" not in page.text and "\x1b" not in page.raw
     assert "a\\u202eb" in page.text and "x\\x1b[31m" in page.text
+
+
+def test_a_page_about_other_runs_is_not_replaced(
+    tmp_path: Path, make_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        make_run(Path(name), steps=4)
+    assert main(["report", "a", "b"]) == 0
+    before = Path("report.html").read_bytes()
+    assert main(["report", "a", "b"]) == 0
+    assert main(["report", "a", "c"]) == 2
+    assert "report.html exists and is about other runs" in capsys.readouterr().err
+    assert Path("report.html").read_bytes() == before
+    assert main(["report", "a", "c", "--out", "report.html"]) == 0
+    assert Path("report.html").read_bytes() != before
