@@ -175,9 +175,9 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        table = Table(
-            title=f"{results['problems']} held-out prompts{some}, {k} answers each \\[95 % interval over prompts]"
-        )
+        about = f"{results['problems']} held-out prompts{some}, {k} answers each [95 % interval over prompts]"
+        self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
+        table = Table()
         table.add_column("")
         for row in rows:
             table.add_column(shown(row["who"]), justify="right")
@@ -188,6 +188,8 @@ class RichObserver:
             if any(cells):
                 table.add_row(shown(f"{words}, {unit}" if unit else words), *(_cell(cell, form) for cell in cells))
         self.console.print(table)
+        for who, count in results.get("given_up", {}).items():
+            self.note(f"{who}: {count} answers count as wrong because their comparison found no end (docs/grading.md)")
         for name, share in results.get("gap_recovered", {}).items():
             what = "recovered" if share >= 0 else "lost: the student moved away from the teacher"
             gap = Text.assemble(shown(f"{name}: "), (f"{abs(share):.0%}", "bold"), f" of the gap to the teacher {what}")

@@ -89,6 +89,7 @@ PLOTS = (
     ),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
+    Curves("Comparisons given up", "completions of a step, counted as wrong", {"given_up": "given up"}, smooth=False),
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),
     Curves("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),

@@ -79,12 +79,24 @@ def _histogram(groups: Sequence[Group], several: bool) -> str:
         "share of tokens, logarithmic",
         series,
         kind="share",
-        x_label="entropy, nats",
+        x_label=f"entropy, nats{_open_end(groups)}",
         smooth=False,
         log=True,
         stairs=_width(groups),
         values=False,
     )
+
+
+def _open_end(groups: Sequence[Group]) -> str:
+    """Words on the last bin, where anything fell into it: it has no upper end."""
+    for run in (run for group in groups for run in group.runs):
+        for who in (BEFORE, AFTER):
+            found = _profile(run, who, "histogram")
+            lower = _numbers(found.get("from"))
+            last = [_numbers(found.get(name))[-1:] for name in ("student_entropy", "teacher_entropy")]
+            if lower and any(count[0] for count in last if count):
+                return f" (the last bin: {lower[-1] or 0:g} and more)"
+    return ""
 
 
 def _width(groups: Sequence[Group]) -> float:
@@ -144,11 +156,14 @@ def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[di
     profiles = [found for run in runs if (found := _profile(run, who, f"by_{axis}"))]
     if not profiles:
         return []
-    lower = [x or 0.0 for x in _numbers(profiles[0].get("from"))]
+    lower = max(([x or 0.0 for x in _numbers(found.get("from"))] for found in profiles), key=len)
     tokens = [[max(count or 0.0, 0.0) for count in _numbers(found.get("tokens"))] for found in profiles]
     means = [_numbers(found.get(name)) for found in profiles]
-    if any(len(row) != len(lower) for row in [*tokens, *means]):
+    if any(len(one) != len(other) or len(one) > len(lower) for one, other in zip(tokens, means, strict=True)):
         return []
+    # Runs of an earlier version have fewer bins of entropy: the first ones of those there are now.
+    tokens = [[*row, *[0.0] * (len(lower) - len(row))] for row in tokens]
+    means = [[*row, *[None] * (len(lower) - len(row))] for row in means]
     pooled = [sum(counts) for counts in zip(*tokens, strict=True)]
     merged = axis != "position"
     curves: list[dict[float, float]] = [{} for _ in profiles]

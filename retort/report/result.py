@@ -155,6 +155,8 @@ def _about(groups: Sequence[Group], several: bool) -> str:
     words += [f"graded as {about['task']}"] if about.get("task") not in (None, "data", source) else []
     words += [f"{about['graded']} of them graded"] if "graded" in about else []
     words += [f"{about['k']} samples each"] if "k" in about else []
+    lost = sum(int(number(n) or 0) for one in any_of(groups) for n in as_object(one.eval.get("given_up")).values())
+    words += [f"{lost} answers count as wrong because their comparison found no end"] if lost else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
     words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []

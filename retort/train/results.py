@@ -15,7 +15,7 @@ from retort.files import parse_object, read_object, write_bytes, write_text
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
-_BESIDE = ("pass_at", "profile")
+_BESIDE = ("pass_at", "profile", "given_up")
 
 
 def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
     cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
     updated = {**results, "rows": sorted(rows, key=lambda found: order.index(found["who"]))}
-    for name in _BESIDE:
+    for name in (name for name in _BESIDE if name in results or name in row):
         updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
     _write_answers(folder / "answers.jsonl", who, row.get("answers", []))

@@ -17,6 +17,7 @@ from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.evaluate.judge import Judge
 from retort.method import Method
+from retort.rewards.verify import given_up
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
@@ -174,8 +175,10 @@ class Run:
             probed = self.control.probe(setup, moment) if moment.done == 0 else {}
             moment = replace(moment, readings=self.control.readings(setup))
             hard = self._difficulties(setup, moment)
+        before = given_up(setup.verifier)
         with watch("generate"):
             rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
+        lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -206,6 +209,7 @@ class Run:
         written = {
             **record.rollout_metrics(batch, version),
             **against_rewards(pack, values, batch.valid.get("teacher")),
+            **({"given_up": lost} if lost else {}),
         }
         shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
@@ -248,6 +252,12 @@ class Run:
         self.metrics.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
         self.observer.step(self.step, self.setup.steps, metrics)
+        if metrics.get("given_up") and "given_up" not in self._advised:
+            self._advised.add("given_up")
+            self.observer.note(
+                f"step {self.step}: {metrics['given_up']} completions count as wrong because their comparison with the "
+                "right answer found no end (curve given_up; docs/grading.md)"
+            )
         for watch in self.setup.method.watch:
             low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
             if low and watch.name not in self._advised:
