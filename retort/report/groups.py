@@ -120,7 +120,7 @@ def _plain(values: Sequence[float]) -> Mapping[str, Any]:
     interval = Estimate.of_runs(values)
     if interval is None:
         return {"value": values[0]} if values else {}
-    if len(set(values)) == 1:  # no spread was seen, which is no certainty
+    if max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # no spread was seen, which is no certainty
         return {"value": values[0], "n": len(values)}
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
 
