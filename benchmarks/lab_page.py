@@ -118,7 +118,8 @@ def _cells(found: Rows, columns: Columns) -> list[str]:
     for _, value, digits in columns:
         values = [number for row in found if (number := _known(value, row)) is not None]
         interval = Estimate.of_runs(values) if len(values) >= WEAK else None  # of two it would be noise
-        half = f" ± {interval.high - interval.value:.{digits}f}" if interval else ""
+        # Seeds that agree to the last digit (all at 0 %) show no spread, which is no certainty.
+        half = f" ± {interval.high - interval.value:.{digits}f}" if interval and interval.high > interval.low else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
     # Of the same work, the fastest run was disturbed least.
     return [*cells, f"{min(row['seconds'] for row in found):.0f}"]

@@ -26,9 +26,8 @@ def examine(config: Config, method: Method | None = None, *, quick: bool = False
         method: A method of the caller's own, instead of the one that the configuration names.
         quick: Leave out the checks that generate.
     """
-    tokenizers = _tokenizers(config)
-    first: list[Check] = [tokenizers]
-    if tokenizers.verdict != "fatal":
+    first = _tokenizers(config)
+    if not any(check.verdict == "fatal" for check in first):
         try:
             return examine_setup(prepare(config, method), quick=quick, before=first)
         except UserError as error:
@@ -60,16 +59,15 @@ def refuse(examination: Examination) -> None:
 
 
 def _alike(setup: Setup) -> Check:
-    other = setup.teacher_lm or setup.student
-    return _tokenizer_check(setup.student.tokenizer, other.tokenizer)
+    if setup.teacher_lm is None:
+        return Check("tokenizer", "ok", "the student's own: there is no other model to compare it with", _TOKENIZER_WHY)
+    return _tokenizer_check(setup.student.tokenizer, setup.teacher_lm.tokenizer)
 
 
-def _tokenizers(config: Config) -> Check:
-    """Compares tokenizers before any weights are read."""
-    if config.teacher is None:
-        return Check("tokenizer", "ok", "the student's own: no teacher is given", _TOKENIZER_WHY)
-    if config.student is None:
-        return Check("tokenizer", "ok", "not looked at: no student is given", _TOKENIZER_WHY)
+def _tokenizers(config: Config) -> list[Check]:
+    """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
+    if config.teacher is None or config.student is None:
+        return []
     named: list[tuple[Role, str]] = [("student", config.student), ("teacher", config.teacher)]
     try:
         ours, theirs = (
@@ -77,9 +75,8 @@ def _tokenizers(config: Config) -> Check:
             for role, name in named
         )
     except UserError:
-        # Whatever is wrong with them, `prepare` says it in its own words.
-        return Check("tokenizer", "ok", "could not be read by themselves", _TOKENIZER_WHY)
-    return _tokenizer_check(ours, theirs)
+        return []  # whatever is wrong with them, `prepare` says it in its own words
+    return [_tokenizer_check(ours, theirs)]
 
 
 def _tokenizer_check(ours: object, theirs: object) -> Check:
