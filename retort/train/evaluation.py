@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from retort import config as configuration
-from retort.align.chat import render
+from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
 from retort.rewards.own import is_own
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
+from retort.train.reading import check_written, settled
 from retort.train.setup import load, local_teacher
 from retort.train.split import repeats
 
@@ -22,7 +23,7 @@ from retort.train.split import repeats
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
-    | {f"rollout.{name}" for name in ("max_new_tokens", "parallel", "stop", "thinking")}
+    | {f"rollout.{name}" for name in ("date", "max_new_tokens", "parallel", "rendered", "stop", "thinking")}
     | {"optimizer.batch_tokens"}
 )
 
@@ -51,9 +52,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         raise UserError("problems=0 leaves nothing to judge")
     if config.threads:
         torch.set_num_threads(config.threads)
-    prompts = judge_prompts(config, data)
+    notes: list[str] = []
+    prompts = judge_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
-    notes = repeats(prompts, "rows of the data") if own else []
+    notes += repeats(prompts, "rows of the data") if own else []
     verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
@@ -61,13 +63,17 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         )
     lm = load(config, model, "student")
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
+    models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
+    config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
+    render = Renderer(lm.tokenizer, config.rollout.reading)
+    notes += check_written(prompts, {"model": render})
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
-        ids = render(prompt, lm.tokenizer, thinking=config.rollout.thinking)
+        ids = render(prompt)
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
         length = len(ids)
         if length + judge.max_new_tokens > lm.context:
