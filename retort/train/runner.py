@@ -17,6 +17,7 @@ from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.evaluate.judge import Judge
 from retort.method import Method
+from retort.rewards.verify import given_up
 from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
@@ -88,7 +89,8 @@ class Run:
         self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = Interruptions()
+        self._interrupted = Interruptions(self._answer)
+        self._doing = "what is at hand"
         self._saved: Path | None = None
         self._new = False
         self._stop: str | None = None
@@ -123,6 +125,8 @@ class Run:
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
             self._tell("on_end")
+        except KeyboardInterrupt:  # the second signal
+            raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
         return self
@@ -190,6 +194,7 @@ class Run:
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
+        self._doing = f"step {self.step + 1}"
         setup, moment, watch = *self._now(), Stopwatch()
         if moment.done == 0:
             self._take_over()
@@ -197,8 +202,10 @@ class Run:
             probed = self.control.probe(setup, moment) if moment.done == 0 else {}
             moment = replace(moment, readings=self.control.readings(setup))
             hard = self._difficulties(setup, moment)
+        before = given_up(setup.verifier)
         with watch("generate"):
             rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
+        lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -229,6 +236,7 @@ class Run:
         written = {
             **record.rollout_metrics(batch, version),
             **against_rewards(pack, values, batch.valid.get("teacher")),
+            **({"given_up": lost} if lost else {}),
         }
         shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
@@ -271,6 +279,12 @@ class Run:
         self._lines.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
         self.observer.step(self.step, self.setup.steps, metrics)
+        if metrics.get("given_up") and "given_up" not in self._advised:
+            self._advised.add("given_up")
+            self.observer.note(
+                f"step {self.step}: {metrics['given_up']} completions count as wrong because their comparison with the "
+                "right answer found no end (curve given_up; docs/grading.md)"
+            )
         for watch in self.setup.method.watch:
             low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
             if low and watch.name not in self._advised:
@@ -346,7 +360,17 @@ class Run:
         views = self.setup.method.views
         return next((t for name, t in self.setup.teachers.items() if views[name].model == "teacher"), None)
 
+    def _answer(self, by: str) -> None:
+        self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
+
+    def _stopped(self) -> str:
+        newest = checkpoint.newest(self.folder / "checkpoints")
+        saved = "no checkpoint was saved yet" if newest is None else f"{newest.name} is its newest checkpoint"
+        return f"stopped at once in {self._doing}; {saved}, go on with: retort train --resume {self.folder}"
+
     def _progress(self, text: str) -> Any:
+        self._doing = text
+
         def report(done: int, total: int) -> None:
             self.observer.phase(text, done, total)
             self._stop_if_asked()
