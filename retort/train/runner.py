@@ -15,11 +15,10 @@ from retort.apply import check_needs, wanted
 from retort.config import Config
 from retort.data import fingerprint
 from retort.errors import RunError, UserError
-from retort.evaluate.judge import Judge
 from retort.method import Method
 from retort.rewards.verify import given_up
 from retort.schedules import decay
-from retort.teachers.local import LocalTeacher, answers
+from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.callbacks import call
@@ -30,6 +29,7 @@ from retort.train.folder import Claim, refuse_files, refuse_held, refuse_taken
 from retort.train.given import Given
 from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
+from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
@@ -132,36 +132,35 @@ class Run:
         return self
 
     def _train(self, tracker: Tracker) -> None:
-        setup, config = self.setup, self.setup.config
-        judge = self._judge()
-        self.results = results.read(self.folder, judge, config)
-        if judge is not None and not results.has(self.results, results.BEFORE):
-            self._judge_before(judge)
+        setup, every = self.setup, self.setup.config.checkpoint.every
+        judging = Judging(setup, self.folder, self._claim.check)
+        self.results = judging.results
+        if not judging:
+            self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
+        self._judge_first(judging)
 
         while self.step < setup.steps and not self._ended():
             metrics, scores = self._one_step(), None
-            if judge is not None and config.eval.every and self.step % config.eval.every == 0:
-                scores = self._judge_now(judge)
+            if judging.due(self.step):
+                scores = self._judge_now(judging)
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
             self._stop_if_asked()
-            due = config.checkpoint.every and self.step % config.checkpoint.every == 0
-            if due or (self.best is not None and self.best[1] == self.step):
+            if (every and self.step % every == 0) or (self.best is not None and self.best[1] == self.step):
                 self.save()
             self._tell("on_step", dict(metrics))
             if scores is not None:
                 self._tell("on_eval", scores)
 
         self.save()
-        if judge is not None:
-            row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
-            self._claim.check()
-            self.results = results.add(self.folder, self.results, results.AFTER, row)
-            self._tell("on_eval", results.scores(row))
+        if judging:
+            scores = judging.student(self._progress("judging the student"), results.AFTER)
+            self.results = judging.results
+            self._tell("on_eval", scores)
         self._claim.check()
         export.write_model(setup, self.folder / "model", self.results, self.step)
-        if judge is not None:  # last: what cannot be shown is written all the same
+        if judging:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
     def open(self) -> None:
@@ -349,17 +348,6 @@ class Run:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
         self.origin = self._saved = path
 
-    def _judge(self) -> Judge | None:
-        config = self.setup.config
-        if not self.setup.held_out:
-            self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
-            return None
-        return Judge.of(config, self.setup.held_out, self.setup.judge_verifier, vocab=self.setup.vocab)
-
-    def _teacher(self) -> Any:
-        views = self.setup.method.views
-        return next((t for name, t in self.setup.teachers.items() if views[name].model == "teacher"), None)
-
     def _answer(self, by: str) -> None:
         self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
 
@@ -377,34 +365,24 @@ class Run:
 
         return report
 
-    def _judge_before(self, judge: Judge) -> None:
-        setup = self.setup
-        if self.step:
-            return  # resumed without the first table (evaluation was switched on later): there is no "before" any more
-        if setup.config.eval.teacher and setup.teacher_lm is not None:
-            teacher = self._teacher()
-            if isinstance(teacher, LocalTeacher):
-                teacher = teacher.in_its_own_words()
-            row = judge.judge(setup.teacher_lm, teacher=teacher, progress=self._progress("judging the teacher"))
-            self.results = results.add(self.folder, self.results, results.TEACHER, row)
-        row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
-        self.results = results.add(self.folder, self.results, results.BEFORE, row)
-        self._tell("on_eval", results.scores(row))
+    def _judge_first(self, judging: Judging) -> None:
+        """Judges the teacher, and the student before it learns.
 
-    def _judge_now(self, judge: Judge) -> dict[str, float]:
+        Not where a run was resumed without that (evaluation was switched on later): there is no "before" any more.
+        """
+        if judging and not judging.has_begun and not self.step:
+            judging.teacher(self._progress("judging the teacher"))
+            scores = judging.student(self._progress("judging the student"), results.BEFORE)
+            self.results = judging.results
+            self._tell("on_eval", scores)
+
+    def _judge_now(self, judging: Judging) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
-        def progress(done: int, total: int) -> None:
-            self.observer.phase("judging the student", done, total)
-
-        row = judge.judge(self.setup.student, teacher=self._teacher(), progress=progress)
-        found = results.scores(row)
-        # Best: highest avg@k, or where nothing can be graded the lowest reverse KL on held-out prompts.
-        if f"avg@{judge.samples}" not in found and "reverse_kl" not in found:
-            return found  # a self-teacher has nothing to say of the student's own prompt: none is better than another
-        score_now = found.get(f"avg@{judge.samples}", -found.get("reverse_kl", 0.0))
-        if self.best is None or score_now > self.best[0]:
-            self.best = (score_now, self.step)
-        return found
+        scores = judging.student(lambda done, total: self.observer.phase("judging the student", done, total))
+        good = judging.goodness(scores)
+        if good is not None and (self.best is None or good > self.best[0]):
+            self.best = (good, self.step)
+        return scores
 
     def _tell(self, hook: str, *said: Any) -> None:
         """Calls the callbacks at a moment at which the run could be saved; what they raise ends it, saved."""
