@@ -148,7 +148,7 @@ def test_objects_are_taken_for_names_and_a_run_with_them_ends_early_and_goes_on(
     )
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "3 batches, learning rate 0.01" in printed.err
+    assert "learning rate 0.01, cosine schedule" in printed.err
     assert "step 3/3" in printed.err
 
     rest = {name: value for name, value in rest.items() if name != "task"}
