@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 
 from retort.console import RichObserver, lasting_console, shown
 from retort.errors import visible
@@ -39,22 +41,14 @@ class Notebook(Brief):
         self._text, self._total = "", 0
 
     def _open(self, text: str, total: int) -> None:
-        from IPython.display import display
-
         self._text, self._total = text, total
+        display = importlib.import_module("IPython.display").display
         self._handle = display(_line(text, 0, total, ""), raw=True, display_id=True)
-        self._live = _Nothing()  # so that `step` and `close` know that there is a bar
+        self._live = Live(console=self.console)  # never started: by it `step` and `close` know that there is a bar
 
     def _advance(self, done: int, curves: str) -> None:
         if self._handle is not None:
             self._handle.update(_line(self._text, done, self._total, curves), raw=True)
-
-
-class _Nothing:
-    """Stands for what needs no end."""
-
-    def stop(self) -> None:
-        """Nothing."""
 
 
 def _line(text: str, done: int, total: int, curves: str) -> dict[str, str]:
@@ -66,9 +60,7 @@ def in_notebook() -> bool:
     """Whether this runs in the kernel of a notebook."""
     if "IPython" not in sys.modules:  # else nobody can be in one
         return False
-    from IPython import get_ipython
-
-    return getattr(get_ipython(), "kernel", None) is not None
+    return getattr(importlib.import_module("IPython").get_ipython(), "kernel", None) is not None
 
 
 @contextlib.contextmanager
