@@ -10,7 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from retort.errors import UserError, did_you_mean, quoted
 from retort.types import Prompt
@@ -191,7 +191,7 @@ def imported(task: str) -> Grader:
         raise UserError(
             f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion"
         )
-    return found
+    return cast("Grader", found)
 
 
 def _number(value: Any) -> float | None:
