@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from datetime import date, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,9 +24,11 @@ from pydantic_core import PydanticCustomError
 
 from retort import registry
 from retort.align.chat import Reading
-from retort.errors import UserError, did_you_mean, quoted
+from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, unnameable, write_text
 from retort.method import COLDEST, HOTTEST, Method, number_problem
+from retort.rewards.own import is_own
+from retort.rewards.verify import VERIFIERS
 from retort.toml import overrides, read_toml, value
 
 __all__ = [
@@ -61,6 +65,10 @@ class _Section(BaseModel):
         return value
 
 
+def _path(name: Any) -> Any:
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
+
+
 def _place(name: str) -> str:
     problem = unnameable(name)
     if problem is not None:
@@ -68,8 +76,17 @@ def _place(name: str) -> str:
     return name
 
 
-#: A path, or a name of the hub.
-Place = Annotated[str, AfterValidator(_place)]
+#: A path (from Python also a `pathlib.Path`), or a name of the hub.
+Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
+
+
+def _task(name: str) -> str:
+    if name not in VERIFIERS and not is_own(name):
+        file, _, function = name.partition(":")
+        hint = f"write it as {Path(file).stem}:{function}" if file.endswith(".py") else did_you_mean(name, VERIFIERS)
+        problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"
+        raise PydanticCustomError("task", "{problem}", {"problem": problem})
+    return name
 
 
 class RolloutSection(_Section):
@@ -259,8 +276,10 @@ class Config(_Section):
         description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
         "in the words of its own post-training (arXiv 2604.13016)",
     )
-    task: Literal["countdown", "ranking", "coached", "bait", "math", "exact"] | None = Field(
-        None, description="how answers are graded; default: math-verify where the data has answers"
+    task: Annotated[str, AfterValidator(_task)] | None = Field(
+        None,
+        description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
+        "as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")

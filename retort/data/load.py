@@ -107,13 +107,18 @@ def prompts_from_rows(
         UserError: One line that names the row and the remedy.
     """
     said: list[str] = []
-    prompts = _read(_numbered(rows, where), where, limit, columns, said)
+    prompts = _read(numbered(rows, where), where, limit, columns, said)
     if notes is not None:
         notes += [f"{where}: {note}" for note in said]
     return prompts
 
 
-def _numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
+def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
+    """Rows of Python's own, each with the name that messages call it by.
+
+    Raises:
+        UserError: They are no mappings.
+    """
     if isinstance(rows, Mapping):
         names = ", ".join(str(name) for name in list(rows)[:6])
         raise UserError(f"{where}: is one mapping (of {names}); give its rows, or one of its splits")

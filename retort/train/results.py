@@ -12,6 +12,7 @@ from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.judge import Judge
 from retort.files import parse_object, read_object, write_bytes, write_text
+from retort.rewards.own import is_own
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
@@ -41,7 +42,7 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         **(judge.graded() if judge else {}),
         **({"held_out": fingerprint(judge.prompts)} if judge else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin else (config.task or _judged_on(config)),
+        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
@@ -59,6 +60,11 @@ def _judged_on(config: Config) -> str:
 def has(results: Mapping[str, Any], who: str) -> bool:
     """Whether the table has a row."""
     return any(row["who"] == who for row in results["rows"])
+
+
+def scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """The means of a judge's row by name."""
+    return {name: cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell}
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:
