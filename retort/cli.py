@@ -136,6 +136,13 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
     methods.set_defaults(run=_methods)
 
+    settings = commands.add_parser("settings", help="every setting: its default, its bounds and what it is")
+    settings.add_argument("section", nargs="?", metavar="SECTION", help="rollout, eval, method.gkd, ... or one setting")
+    settings.add_argument("--method", help="as the paper of this method has them, and the method's own")
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    settings.add_argument("--markdown", action="store_true", help="the page docs/settings.md")
+    settings.set_defaults(run=_settings)
+
     cite = commands.add_parser("cite", help="BibTeX of a method")
     cite.add_argument("name")
     cite.set_defaults(run=_cite)
@@ -314,6 +321,17 @@ def _methods(arguments: argparse.Namespace) -> int:
         asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
         only = ", ".join(next(iter(row["needs"].values())))
         print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from retort import reference
+
+    if arguments.markdown:
+        print(reference.page(), end="")
+        return 0
+    found = reference.chosen(arguments.section, arguments.method)
+    print(json.dumps(reference.plain(found), indent=2) if arguments.json else reference.text(found, arguments.method))
     return 0
 
 
