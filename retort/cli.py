@@ -60,11 +60,21 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     arguments, rest = _parser().parse_known_args(words)
     for word in rest:
         if word.startswith("-") or "words" not in arguments:
-            known = _options(_parser(), words)
-            raise UserError(f"unknown option {shortened(word, 100)}; {did_you_mean(word.partition('=')[0], known)}")
+            raise UserError(f"unknown option {shortened(word, 100)}; {_instead(word.partition('=')[0], words)}")
     if rest:
         arguments.words = [*arguments.words, *rest]
     return arguments
+
+
+def _instead(option: str, words: list[str]) -> str:
+    """What to write for an option that there is not: a setting, which is a word, or the nearest option."""
+    from retort.config import keys
+    from retort.synonyms import ours_for
+
+    known = _options(_parser(), words)
+    takes_words = bool({"train", "doctor"} & set(words))
+    ours = ours_for(option, list(keys())) if takes_words and f"--{option.lstrip('-')}" not in known else None
+    return did_you_mean(option, known) if ours is None else f"{ours}; settings are words: key=value"
 
 
 def _options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:

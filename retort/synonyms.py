@@ -33,6 +33,7 @@ class Ours:
 
 _A_STEP = "the prompts of a whole step, on all devices; what is computed at once is bounded by optimizer.batch_tokens"
 _IN_TOKENS = "a step is rollout.prompts prompts, computed in pieces of so many tokens, whatever memory there is"
+_BETA = "of the method gkd with the JSD; for 0 and 1: method.divergence=forward_kl and reverse_kl"
 _ROWS = "steps = epochs * rows / rollout.prompts; left out, a run goes through the data once"
 _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("lr learning_rate peak_lr max_lr", Ours(("optimizer.learning_rate",))),
@@ -65,7 +66,7 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("num_generations rollouts_per_example n", Ours(("method.samples",), "answers per prompt")),
     ("temperature", Ours(("method.temperature",), "of held-out answers: eval.temperature")),
     ("lmbda", Ours(("method.on_policy_fraction",), "of the method gkd")),
-    ("beta", Ours(("method.teacher_weight",), "of the method gkd with the JSD")),
+    ("beta", Ours(("method.teacher_weight",), _BETA)),
     ("epsilon clip_ratio cliprange", Ours(("method.clip",), "of the methods that have it")),
     ("bf16", Ours(("precision",), "precision=bf16")),
     ("fp16", Ours(("precision",), "bf16 or fp32; there is no fp16")),
