@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from retort import registry
+from retort.align.chat import Reading
 from retort.errors import UserError, did_you_mean, quoted
 from retort.files import read_object, write_text
 from retort.layers import flat, leave_open, merge
@@ -66,7 +69,37 @@ class RolloutSection(Section):
     stop: list[str] | None = Field(
         default=None, description="stop tokens; default: those of the student's generation settings"
     )
-    thinking: bool = Field(default=False, description="passed to chat templates that know `enable_thinking`")
+    thinking: bool | None = Field(
+        default=None,
+        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it does "
+        "by itself",
+    )
+    date: str | None = Field(
+        default=None,
+        description="day for chat templates that write today's, e.g. 2026-11-29; default: the day on which the run "
+        "starts, written down so that it reads its prompts the same on any other",
+    )
+    rendered: bool = Field(
+        default=False,
+        description="the data's prompts are rendered already: no chat template is applied to them, and the control "
+        "tokens that they spell count",
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """A day as ISO 8601 writes it: text, or TOML's own date."""
+        if value is None:
+            return None
+        try:
+            return (value if type(value) is date else datetime.strptime(value, "%Y-%m-%d")).strftime("%Y-%m-%d")
+        except (TypeError, ValueError):
+            raise PydanticCustomError("day", "must be a day such as 2026-11-29") from None
+
+    @property
+    def reading(self) -> Reading:
+        """How prompts become ids."""
+        return Reading(self.thinking, self.date, self.rendered)
 
 
 class Config(Section):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
 from retort.errors import UserError
@@ -13,14 +16,36 @@ from retort.types import Message, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Renderer", "render"]
+__all__ = ["Reading", "Renderer", "conversation", "dated", "render", "written"]
 
 #: Ids that a renderer keeps: some 40 MB of numbers in Python.
 _KEPT = 2**20
+#: How a template asks for the time: a function that transformers gives to it, and a format.
+_NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How prompts become ids.
+
+    As it stands, ids are those of the tokenizer's own `apply_chat_template(..., add_generation_prompt=True)`.
+
+    Attributes:
+        thinking: Passed to chat templates as `enable_thinking`; None: not passed, each does what it does by itself.
+        date: Day for templates that write today's, as 2026-11-29; None: today.
+        rendered: Prompts are rendered already: no template is applied, and control tokens that they spell count.
+    """
+
+    thinking: bool | None = None
+    date: str | None = None
+    rendered: bool = False
+
+
+_AS_WRITTEN = Reading()
 
 
 def render(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False, split: bool = False
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading = _AS_WRITTEN, *, split: bool = False
 ) -> list[int]:
     """The ids of a prompt, up to where the model's own writing begins.
 
@@ -29,35 +54,39 @@ def render(
     after it: after that, a model would begin a new document.
 
     A control token that a message spells is text: only the template, or the tokenizer itself, writes control tokens.
+    Prompts that are `rendered` already are the exception, and begin with one beginning-of-text token where the
+    tokenizer writes one, whether or not they spell it.
 
     Args:
         prompt: What to render; nothing but its messages is shown.
         tokenizer: Of the model that continues.
-        thinking: Passed to the template as `enable_thinking`; templates that do not know it ignore it.
+        reading: What templates are told.
         split: Put a blank into a spelt control token that the tokenizer cannot encode as text, instead of refusing it.
 
     Returns:
         At least one id.
 
     Raises:
-        UserError: Messages without a chat template, a conversation that the template refuses, nothing to encode, or a
-            control token that cannot be text.
+        UserError: Messages without a chat template or where prompts are rendered already, a conversation that the
+            template refuses, nothing to encode, or a control token that cannot be text.
     """
     try:
-        return _rendered(prompt, tokenizer, thinking)
+        return _ids(prompt, tokenizer, reading)
     except Spelt as error:
         if split:
             opened = tuple(replace(m, content=split_open(m.content, tokenizer)) for m in prompt.messages)
-            return _rendered(replace(prompt, messages=opened), tokenizer, thinking)
+            return _ids(replace(prompt, messages=opened), tokenizer, reading)
         raise UserError(
             f"row '{prompt.id}': its prompt spells the control token {error.token!r}, which the "
             f"tokenizer{_named(tokenizer)} cannot encode as ordinary text; take it out of the prompt, or drop the row"
         ) from None
 
 
-def _rendered(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
-    if tokenizer.chat_template:
-        ids = _templated(prompt, tokenizer, thinking)
+def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[int]:
+    if reading.rendered:
+        ids = _as_it_stands(prompt, tokenizer)
+    elif tokenizer.chat_template:
+        ids = _templated(prompt, tokenizer, reading)
     elif prompt.plain:
         ids = _bare(prompt, tokenizer)
     else:
@@ -76,15 +105,15 @@ class Renderer:
     A run comes back to every prompt in each epoch. What is kept is bounded: what does not fit is rendered every time.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, thinking: bool = False) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading = _AS_WRITTEN) -> None:
         """Nothing rendered yet.
 
         Args:
             tokenizer: Of the model that continues.
-            thinking: See `render`.
+            reading: See `render`.
         """
         self.tokenizer = tokenizer
-        self.thinking = thinking
+        self.reading = reading
         self._found: dict[tuple[tuple[Message, ...], bool, bool], list[int]] = {}
         self._kept = 0
 
@@ -101,24 +130,79 @@ class Renderer:
         key = (prompt.messages, prompt.plain, split)
         ids = self._found.get(key)
         if ids is None:
-            ids = render(prompt, self.tokenizer, thinking=self.thinking, split=split)
+            ids = render(prompt, self.tokenizer, self.reading, split=split)
             if self._kept + len(ids) <= _KEPT:
                 self._found[key] = ids
                 self._kept += len(ids)
         return ids
 
 
-def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: bool) -> list[int]:
-    roles = [message.role for message in prompt.messages]
+def conversation(messages: Sequence[Message], contents: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Messages in the form that chat templates take.
 
-    def template(contents: Sequence[str]) -> str:
-        # As text first: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
-        conversation = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        return str(
-            tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-            )
+    Args:
+        messages: The turns.
+        contents: Instead of their own contents, one for each.
+    """
+    texts = [message.content for message in messages] if contents is None else contents
+    return [{"role": message.role, "content": text} for message, text in zip(messages, texts, strict=True)]
+
+
+def written(
+    turns: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading = _AS_WRITTEN,
+    *,
+    opened: bool = True,
+) -> str:
+    """The text that a chat template makes of a conversation. Whatever the template raises is passed on.
+
+    Args:
+        turns: See `conversation`.
+        tokenizer: With a chat template.
+        reading: What the template is told.
+        opened: Ask for the beginning of the assistant's turn after it.
+    """
+    told: dict[str, Any] = {} if reading.thinking is None else {"enable_thinking": reading.thinking}
+    if reading.date is not None and dated(tokenizer):
+        told["chat_template"] = _on_day(tokenizer.get_chat_template(), reading.date)
+    # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
+    text = tokenizer.apply_chat_template(
+        [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **told
+    )
+    return str(text)
+
+
+def dated(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes the day on which it is rendered."""
+    found: Any = tokenizer.chat_template or ""
+    return any(_NOW.search(str(text)) for text in (found.values() if isinstance(found, Mapping) else [found]))
+
+
+@lru_cache(maxsize=16)
+def _on_day(template: str, date: str) -> str:
+    """A template in which every question for the time is answered: midnight of that day."""
+    day = datetime.fromisoformat(date)
+
+    def said(asked: re.Match[str]) -> str:
+        return repr(day.strftime(asked[1][1:-1]))
+
+    return _NOW.sub(said, template)
+
+
+def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if not prompt.plain:
+        raise UserError(
+            f"prompt '{prompt.id}' is a conversation, which is not rendered yet; rollout.rendered is for texts in a "
+            "column 'prompt'"
         )
+    ids = _bare(prompt, tokenizer, control=True)
+    return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
+
+
+def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[int]:
+    def template(contents: Sequence[str]) -> str:
+        return written(conversation(prompt.messages, contents), tokenizer, reading)
 
     try:
         # The template writes its own special tokens, a beginning-of-text among them.
@@ -129,10 +213,10 @@ def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, thinking: boo
         raise UserError(f"prompt '{prompt.id}': {_why('chat template', tokenizer, error)}") from error
 
 
-def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, control: bool = False) -> list[int]:
     try:
-        bare = ordinary(prompt.text, tokenizer)
-        text_only = bool(spelt(prompt.text, tokenizer))
+        text_only = not control and bool(spelt(prompt.text, tokenizer))
+        bare = tokenizer.encode(prompt.text, add_special_tokens=False) if control else ordinary(prompt.text, tokenizer)
         ids = list(tokenizer.encode(prompt.text, add_special_tokens=True, split_special_tokens=text_only))
     except Spelt:
         raise

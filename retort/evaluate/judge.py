@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.chat import render
+from retort.align.chat import Reading, render
 from retort.config import Config
 from retort.context import Context
 from retort.evaluate.passk import Estimate, pass_at_k
@@ -50,7 +50,7 @@ class Judge:
         vocab: Ids that are tokens.
         parallel: Answers written at once.
         batch_tokens: Tokens per forward pass.
-        thinking: For chat templates that know it.
+        reading: What chat templates are told.
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Prompts whose first answer is kept token by token.
     """
@@ -65,7 +65,7 @@ class Judge:
     vocab: int
     parallel: int
     batch_tokens: int
-    thinking: bool
+    reading: Reading
     threshold: float
     recorded: int = 0
 
@@ -83,7 +83,7 @@ class Judge:
             vocab=vocab,
             parallel=config.rollout.parallel,
             batch_tokens=config.optimizer.batch_tokens,
-            thinking=config.rollout.thinking,
+            reading=config.rollout.reading,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
         )
@@ -148,7 +148,7 @@ class Judge:
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
         for prompt in prompts:
-            prompt_ids = render(prompt, engine.lm.tokenizer, thinking=self.thinking)
+            prompt_ids = render(prompt, engine.lm.tokenizer, self.reading)
             for member in range(self.samples):
                 chance = uniforms(self.seed, "evaluation", prompt.id, member, count=self.max_new_tokens)
                 tasks.append(Task(prompt, prompt_ids, member, chance))

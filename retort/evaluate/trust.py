@@ -131,7 +131,7 @@ def branches(
         protocol: See there.
         progress: Called with what has been written and what is to be, answers.
     """
-    render = Renderer(engine.lm.tokenizer)
+    render = own.render
     spine = _spine(engine, prompts, render, verifier, protocol)
     pack = Pack.of(spine)
     said = teacher.answer(pack, frozenset({DENSE}), view, 1.0)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from retort.align.chat import Renderer
+from retort.align.chat import Reading, Renderer
 from retort.align.stops import KEPT, StopMap
 from retort.errors import SignalError
 from retort.models.core import in_blocks
@@ -80,7 +80,7 @@ class LocalTeacher:
         vocab: int,
         stop_map: Mapping[int, int],
         batch_tokens: int,
-        thinking: bool = False,
+        reading: Reading | None = None,
         stage: Stage | None = None,
     ) -> None:
         """A teacher.
@@ -91,17 +91,17 @@ class LocalTeacher:
             stop_map: The student's stop token in place of the teacher's: applied to the answers it reads and to the
                 distributions it returns, so that what it thinks of *its* stops is taught about the student's.
             batch_tokens: Tokens per forward pass.
-            thinking: For chat templates that know it.
+            reading: What chat templates are told; by default nothing.
             stage: What views may look at besides a rollout and its siblings.
         """
         self.lm = lm
         self.vocab = vocab
         self.stop_map = stop_map if isinstance(stop_map, StopMap) else StopMap(dict(stop_map))
         self.batch_tokens = batch_tokens
-        self.thinking = thinking
+        self.reading = reading or Reading()
         self.stage = stage or Stage()
         self.name = lm.name
-        self.render = Renderer(lm.tokenizer, thinking=thinking)
+        self.render = Renderer(lm.tokenizer, self.reading)
 
     def in_its_own_words(self) -> LocalTeacher:
         """The same teacher about answers that end in its own stop token, such as its own."""
@@ -116,7 +116,7 @@ class LocalTeacher:
         return self._changed(stage=stage)
 
     def _changed(self, **changed: Any) -> LocalTeacher:
-        names = ("vocab", "stop_map", "batch_tokens", "thinking", "stage")
+        names = ("vocab", "stop_map", "batch_tokens", "reading", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def answer(

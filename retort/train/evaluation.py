@@ -15,6 +15,7 @@ from retort.evaluate.judge import Judge
 from retort.synonyms import ours_for
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
+from retort.train.reading import check_written, settled
 from retort.train.setup import load, local_teacher
 from retort.train.split import repeats
 
@@ -22,7 +23,7 @@ from retort.train.split import repeats
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
-    | {f"rollout.{name}" for name in ("max_new_tokens", "parallel", "stop", "thinking")}
+    | {f"rollout.{name}" for name in ("date", "max_new_tokens", "parallel", "rendered", "stop", "thinking")}
     | {"optimizer.batch_tokens"}
 )
 
@@ -61,13 +62,16 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         )
     lm = load(config, model, "student")
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
+    models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
+    config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
+    notes += check_written(prompts, lm.tokenizer, config.rollout.reading)
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
-        ids = render(prompt, lm.tokenizer, thinking=config.rollout.thinking)
+        ids = render(prompt, lm.tokenizer, config.rollout.reading)
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
         length = len(ids)
         if length + judge.max_new_tokens > lm.context:

@@ -123,7 +123,10 @@ def compare(
 
 def _why(refused: list[str]) -> str:
     if all(name.startswith("the prompts as") for name in refused):
-        return " (a chat template that writes today's date does this: write the date of the first start into it)"
+        return (
+            " (a chat template that writes today's date does this: write the day of the first start into "
+            "rollout.date in the run's config.json)"
+        )
     if refused[0] == "the student's weights":
         return " (is it a checkpoint of another run?)"
     return ""

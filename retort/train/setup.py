@@ -10,7 +10,6 @@ import torch
 
 from retort import registry
 from retort.align.chat import Renderer
-from retort.align.encode import spelt
 from retort.align.stops import describe_stop_map, stop_map
 from retort.align.tokens import check_same_tokenizer
 from retort.cold_start import with_cold_start
@@ -28,7 +27,7 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
-from retort.train import pair
+from retort.train import pair, reading
 from retort.train.attention import quickest
 from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
@@ -132,6 +131,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     full = verifier if all(gradable(verifier, prompt) for prompt in train) else None
     need_verifier(method, full, train)
     need_columns(method, train, notes)
+    reading.refuse_views(config, method)
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     need_context(method, full, stage, notes)
     with_base = pair.base_name(config, method, student_name, teacher_name)
@@ -142,8 +142,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     _adapt(config, student)
     rehearse_export(student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
-    render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
-    loaded = [lm for lm in (student, teacher) if lm is not None]
+    named = {who: lm for who, lm in (("student", student), ("teacher", teacher)) if lm is not None}
+    config = reading.settled(config, {who: lm.tokenizer for who, lm in named.items()}, notes)
+    render = Renderer(student.tokenizer, config.rollout.reading)
+    loaded = list(named.values())
     attention = _attention(config, loaded, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -201,7 +203,9 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
         models=models,
         notes=notes,
     )
-    _check_prompts(setup, local["teacher"].render if "teacher" in local else None)
+    readers = {"student": (student, render)}
+    readers |= {who: (model.lm, model.render) for who, model in local.items() if who != "student"}
+    reading.check_prompts(config, train, held_out, readers, notes)
     check_texts(method, train, student, [lm for lm in (student, teacher, base) if lm is not None], vocab)
     if method.before is not None and method.before[0] >= setup.steps:
         raise UserError(
@@ -284,7 +288,7 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
         vocab=vocab,
         stop_map=stop_map(student.stops, teacher.stops, width=vocab),
         batch_tokens=config.optimizer.batch_tokens,
-        thinking=config.rollout.thinking,
+        reading=config.rollout.reading,
     )
 
 
@@ -309,46 +313,3 @@ def device_of(config: Config) -> str:
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.device
-
-
-def _check_prompts(setup: Setup, teacher_render: Renderer | None) -> None:
-    """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other views."""
-    rollout, evaluation = setup.config.rollout, setup.config.eval
-    longest = max(rollout.max_new_tokens, (evaluation.max_new_tokens or 0) if setup.held_out else 0)
-    differing = 0
-    base_render = Renderer(setup.base_lm.tokenizer, thinking=rollout.thinking) if setup.base_lm is not None else None
-    prompts, tokenizer = [*setup.train, *setup.held_out], setup.student.tokenizer
-    for prompt in prompts:
-        ours = setup.render(prompt)
-        if not ours:
-            raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
-        if len(ours) > rollout.max_prompt_tokens:
-            raise UserError(
-                f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
-                f"{rollout.max_prompt_tokens}; raise that, or drop the row"
-            )
-        readers = [("student", ours, setup.student)]
-        if setup.teacher_lm is not None and teacher_render is not None:
-            theirs = teacher_render(prompt)
-            differing += ours != theirs
-            readers.append(("teacher", theirs, setup.teacher_lm))
-        if setup.base_lm is not None and base_render is not None:
-            readers.append(("base", base_render(prompt), setup.base_lm))
-        for who, ids, lm in readers:
-            lm.check_ids(ids, f"row '{prompt.id}': its prompt")
-            if len(ids) + longest > lm.context:
-                raise UserError(
-                    f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
-                    f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
-                )
-    control = [token for prompt in prompts for m in prompt.messages for token in spelt(m.content, tokenizer)]
-    if control:
-        setup.notes.append(
-            f"prompts spell {len(control)} control tokens of the student ({', '.join(sorted(set(control))[:4])}): they "
-            "are read as ordinary text; where they were meant, give the turns as a column 'messages'"
-        )
-    if differing:
-        setup.notes.append(
-            f"{differing} of {len(setup.train) + len(setup.held_out)} prompts read differently to student and teacher: "
-            "each sees its own chat template"
-        )

@@ -78,7 +78,13 @@ def measure(
         samples=setup.method.rollout.samples if setup.method.views[view].rewards else 1,
         seed=setup.config.seed if seed is None else seed,
     )
-    own = LocalTeacher(setup.student, vocab=setup.vocab, stop_map={}, batch_tokens=setup.config.optimizer.batch_tokens)
+    own = LocalTeacher(
+        setup.student,
+        vocab=setup.vocab,
+        stop_map={},
+        batch_tokens=setup.config.optimizer.batch_tokens,
+        reading=setup.render.reading,
+    )
     watcher = run.observer
     found = branches(
         setup.engine,

@@ -1,0 +1,184 @@
+"""How a run reads its prompts: what templates are told for all of it, and whether the prompts can be read so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import date
+from typing import TYPE_CHECKING
+
+from retort.align.chat import Reading, Renderer, dated
+from retort.align.encode import spelt
+from retort.align.template import looks_rendered, of_another_family, thinks, turns
+from retort.config import Config
+from retort.errors import UserError
+from retort.method import Method
+from retort.models.lm import LanguageModel
+from retort.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["check_prompts", "check_written", "refuse_views", "settled", "thinking_words", "today"]
+
+
+def today() -> str:
+    """The day at hand, as settings write it."""
+    return date.today().isoformat()
+
+
+def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], notes: list[str]) -> Config:
+    """The settings with what a run's start leaves open: the day that templates write.
+
+    Args:
+        config: Resolved.
+        tokenizers: By role.
+        notes: Takes what is chosen, and which way `enable_thinking` is used.
+    """
+    rollout = config.rollout
+    asks = [who for who, tokenizer in tokenizers.items() if dated(tokenizer)]
+    if asks and not rollout.rendered:
+        rollout = rollout.model_copy(update={"date": rollout.date or today()})
+        notes.append(
+            f"the chat template of the {' and the '.join(asks)} writes today's date: {rollout.date} for all of the run, "
+            "whenever it goes on (rollout.date)"
+        )
+    said = thinking_words(tokenizers, rollout.reading)
+    if said:
+        notes.append(said)
+    return config if rollout is config.rollout else config.model_copy(update={"rollout": rollout})
+
+
+def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], reading: Reading) -> str:
+    """One sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
+    ways = {who: thinks(tokenizer, reading) for who, tokenizer in tokenizers.items()}
+    found = [(who, way) for who, way in ways.items() if way is not None]
+    if not found:
+        idle = reading.thinking is not None and any(tokenizer.chat_template for tokenizer in tokenizers.values())
+        return (
+            f"rollout.thinking = {str(reading.thinking).lower()} changes nothing: no template knows it" if idle else ""
+        )
+    by = "left to the template" if reading.thinking is None else "as set"
+    words = [f"{way} for the {who}" for who, way in found]
+    words += [f"unknown to the {who}'s template" for who, way in ways.items() if way is None]
+    return f"thinking (`enable_thinking`) is {', '.join(words)}, {by} (rollout.thinking)"
+
+
+def refuse_views(config: Config, method: Method) -> None:
+    """Refuses prompts that are rendered already where a view puts something into them.
+
+    Raises:
+        UserError: It names the view.
+    """
+    phases = [method] if method.before is None else [method.before[1], method]
+    shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
+    if config.rollout.rendered and shown:
+        raise UserError(
+            f"rollout.rendered: the view '{shown[0]}' of method '{method.name}' adds to the user's message, which cannot "
+            "be found in a rendered prompt; give prompts as they were before"
+        )
+
+
+def check_written(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[str]:
+    """Looks for prompts that were rendered before.
+
+    Args:
+        prompts: All of them.
+        tokenizer: Of the model that writes.
+        reading: How they are read.
+
+    Returns:
+        Notes on control tokens that are read as text.
+
+    Raises:
+        UserError: Prompts look rendered: see `retort.align.template.looks_rendered`.
+    """
+    if reading.rendered:
+        return []
+    found = turns(tokenizer, reading)
+    rendered, foreign, control = list[tuple[str, str]](), list[tuple[str, str]](), Counter[str]()
+    for prompt in prompts:
+        for text in (message.content for message in prompt.messages):
+            control.update(spelt(text, tokenizer))
+            if begins := looks_rendered(text, tokenizer, found):
+                rendered.append((prompt.id, begins))
+            elif begins := of_another_family(text, tokenizer):
+                foreign.append((prompt.id, begins))
+    if rendered:
+        first, begins = rendered[0]
+        raise UserError(
+            f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be rendered "
+            "once more; give the turns as a column 'messages', or set rollout.rendered=true to take them as they are"
+        )
+    notes: list[str] = []
+    if foreign:
+        first, begins = foreign[0]
+        notes.append(
+            f"{_rows(foreign, prompts)} look rendered for another family (row '{first}' spells {begins!r}), which is "
+            "text to the student; give the turns as a column 'messages'"
+        )
+    if control:
+        notes.append(
+            f"prompts spell {control.total()} control tokens of the student ({', '.join(sorted(control)[:4])}): they "
+            "are read as ordinary text; where they were meant, give the turns as a column 'messages'"
+        )
+    return notes
+
+
+def check_prompts(
+    config: Config,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    readers: Mapping[str, tuple[LanguageModel, Renderer]],
+    notes: list[str],
+) -> None:
+    """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other readings.
+
+    Args:
+        config: Resolved.
+        train: Prompts to learn from.
+        held_out: Prompts to be judged on.
+        readers: Models by role, and how each reads; the student first.
+        notes: Takes what should be known.
+
+    Raises:
+        UserError: A prompt is too long, holds an id that a model lacks, or looks rendered already.
+    """
+    rollout, prompts = config.rollout, [*train, *held_out]
+    longest = max(rollout.max_new_tokens, (config.eval.max_new_tokens or 0) if held_out else 0)
+    student, render = readers["student"]
+    notes += check_written(prompts, student.tokenizer, rollout.reading)
+    differing, doubled = 0, Counter[str]()
+    for prompt in prompts:
+        ours = render(prompt)
+        if not ours:
+            raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
+        if len(ours) > rollout.max_prompt_tokens:
+            raise UserError(
+                f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
+                f"{rollout.max_prompt_tokens}; raise that, or drop the row"
+            )
+        for who, (lm, read) in readers.items():
+            ids = read(prompt)
+            differing += who == "teacher" and ids != ours
+            doubled[who] += len(ids) > 1 and ids[0] == ids[1] == lm.tokenizer.bos_token_id
+            lm.check_ids(ids, f"row '{prompt.id}': its prompt")
+            if len(ids) + longest > lm.context:
+                raise UserError(
+                    f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
+                    f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
+                )
+    for who, count in (+doubled).items():
+        notes.append(
+            f"{count} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {who}: its chat "
+            "template writes both; take one out of it"
+        )
+    if differing:
+        notes.append(
+            f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "
+            "template"
+        )
+
+
+def _rows(found: Sequence[tuple[str, str]], prompts: Sequence[Prompt]) -> str:
+    return f"{len({name for name, _ in found})} of {len(prompts)} prompts"
