@@ -20,15 +20,21 @@ if TYPE_CHECKING:
     from retort.method import Term as Term
     from retort.method import Watch as Watch
     from retort.registry import load as load
+    from retort.rewards.own import Grade as Grade
+    from retort.train.callbacks import Callback as Callback
+    from retort.train.callbacks import Stop as Stop
 
 #: Public name -> where it lives; imported when first asked for, so that `import retort` costs nothing.
 _HOMES = {
     "distill": "retort.api",
     "doctor": "retort.api",
     "load": "retort.registry",
+    "Callback": "retort.train.callbacks",
+    "Grade": "retort.rewards.own",
     "Limit": "retort.method",
     "Method": "retort.method",
     "Paper": "retort.method",
+    "Stop": "retort.train.callbacks",
     "Term": "retort.method",
     "Watch": "retort.method",
     "RetortError": "retort.errors",
@@ -37,11 +43,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
+    "Grade",
     "Limit",
     "Method",
     "Paper",
     "RetortError",
     "RunError",
+    "Stop",
     "Term",
     "UserError",
     "Watch",

@@ -2,92 +2,111 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retort import config as configuration
 from retort.errors import UserError
 from retort.method import Method
+from retort.progress import quiet_bars, watching
+from retort.rewards.own import Grader
 from retort.train import runner
+from retort.train.callbacks import check_callbacks
 from retort.train.doctor import examine, examine_setup, refuse
 from retort.train.findings import Examination
+from retort.train.given import Given, collect
 from retort.train.observe import Observer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    #: A folder, a hub name, or a model with its tokenizer.
+    Model = str | os.PathLike[str] | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    #: A file, a hub name, or rows: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
+    Data = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 def distill(
     *,
-    student: str | None = None,
-    teacher: str | None = None,
-    base: str | None = None,
-    data: str | None = None,
+    student: Model | None = None,
+    teacher: Model | None = None,
+    base: Model | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    out: str | None = None,
+    verifier: Grader | str | None = None,
+    out: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     seed: int | None = None,
     settings: Mapping[str, Any] | None = None,
-    resume: str | None = None,
+    callbacks: Sequence[Any] = (),
+    resume: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
+    quiet: bool = False,
 ) -> runner.Run:
     """Distils a teacher into a student, on-policy. Without models and data it runs the built-in task.
 
     Args:
-        student: Model folder or hub name.
-        teacher: Model folder or hub name; not for methods in which the student teaches itself.
-        base: Model folder or hub name of a second frozen model, for methods that ask one; by default the student as it
-            was before training.
-        data: JSON lines, Parquet or a hub name, with a column `prompt` or `messages`.
+        student: Model folder, hub name, or a pair `(model, tokenizer)` of transformers. A model of yours is not
+            changed: a copy of it learns, which is `run.setup.student.model`, and in `run.folder / "model"`.
+        teacher: The same; not for methods in which the student teaches itself.
+        base: The same, of a second frozen model, for methods that ask one; by default the student as it was before
+            training.
+        data: JSON lines, Parquet or a hub name; or rows: a list of dicts, a `datasets.Dataset`, any iterable of
+            mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
+        eval_data: The same, to judge on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
+        verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
+            number from 0 to 1 or a `retort.Grade`; or `"module:function"`, or the name of one of Retort's (`"math"`,
+            `"exact"`). By default mathematics, where the data has answers. The setting `task` is the same.
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
         seed: Of all random streams.
         settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`.
-        resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides, and
-            `method` if it was one of your own.
-        observer: Who watches; nobody by default.
+        callbacks: Objects with methods of `retort.Callback`, called in this order.
+        resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides,
+            callbacks, and again what was an object before: `method`, models, `verifier`.
+        observer: Who watches, instead of what is printed by default.
+        quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 
     Returns:
-        The finished run: `.folder`, `.results` (the before/after table), `.setup.student`.
+        The finished run: `.folder`, `.results` (the before/after table), `.metrics` (a row for each step), `.setup`.
 
     Raises:
         UserError: Anything about the input is wrong; one line says what and what to do.
         RunError: The run had to stop; it names the checkpoint to go on from.
     """
-    named = {"name": method} if isinstance(method, str) else method
+    check_callbacks(callbacks)
     own = method if isinstance(method, Method) else None
-    given = {
-        "student": student,
-        "teacher": teacher,
-        "base": base,
-        "data": data,
-        "out": out,
-        "steps": steps,
-        "seed": seed,
-    }
-    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if isinstance(named, Mapping):
-        flags["method"] = named
-    if resume is not None:
-        if set(flags) - {"steps"} or settings:
-            raise UserError("resume goes on with the settings of the run; only steps may be given besides")
-        run = runner.resume(Path(resume), observer, steps=steps, method=own)
-    else:
-        config = assemble(flags, settings or {}, own=own)
-        run = runner.start(config, folder_of(config), observer, method=own)
-        check(run)
-    run.go()
-    write_report(run.folder)
+    objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
+    flags, given = collect(objects, settings or {}, verifier)
+    flags |= _present(method=_named(method), out=_path(out), steps=steps, seed=seed)
+    with watching(observer, quiet=quiet) as watcher, quiet_bars():
+        if resume is not None:
+            _only_objects(flags, given, settings)
+            run = runner.resume(Path(resume), watcher, steps=steps, method=own, given=given)
+        else:
+            config = _assembled(flags, settings, own)
+            run = runner.start(config, folder_of(config), watcher, method=own, given=given)
+            check(run)
+        run.callbacks = tuple(callbacks)
+        run.go()
+        write_report(run.folder)
     return run
 
 
 def doctor(
     *,
-    student: str | None = None,
-    teacher: str | None = None,
-    base: str | None = None,
-    data: str | None = None,
+    student: Model | None = None,
+    teacher: Model | None = None,
+    base: Model | None = None,
+    data: Data | None = None,
+    eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
+    verifier: Grader | str | None = None,
     settings: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Examination:
@@ -98,7 +117,9 @@ def doctor(
         teacher: As in `distill`.
         base: As in `distill`.
         data: As in `distill`.
+        eval_data: As in `distill`.
         method: As in `distill`.
+        verifier: As in `distill`.
         settings: As in `distill`.
         quick: Leave out the checks that generate; these are the ones that `distill` makes.
 
@@ -108,13 +129,56 @@ def doctor(
     Raises:
         UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
     """
-    named = {"name": method} if isinstance(method, str) else method
     own = method if isinstance(method, Method) else None
-    given = {"student": student, "teacher": teacher, "base": base, "data": data}
-    flags: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    if isinstance(named, Mapping):
-        flags["method"] = named
-    return examine(assemble(flags, settings or {}, own=own), own, quick=quick)
+    objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
+    flags, given = collect(objects, settings or {}, verifier)
+    config = _assembled(flags | _present(method=_named(method)), settings, own)
+    with quiet_bars():
+        return examine(config, own, quick=quick, given=given)
+
+
+def _named(method: str | Method | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    named = {"name": method} if isinstance(method, str) else method
+    return named if isinstance(named, Mapping) else None
+
+
+def _path(place: str | os.PathLike[str] | None) -> str | None:
+    return None if place is None else os.fspath(place)
+
+
+def _present(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _assembled(
+    flags: Mapping[str, Any], settings: Mapping[str, Any] | None, own: Method | None
+) -> configuration.Config:
+    """The configuration of arguments and settings.
+
+    Raises:
+        UserError: A setting names what was given as an object.
+    """
+    top = {key: value for key, value in flags.items() if key != "eval.data"}
+    judged = {"eval": {"data": flags["eval.data"]}} if "eval.data" in flags else {}
+    config = assemble({**top, **judged}, settings or {}, own=own)
+    now = config.model_dump() | {"eval.data": config.eval.data}
+    for key, value in flags.items():
+        if isinstance(value, str) and key != "method" and now[key] != value:
+            raise UserError(f"{key} is given twice, as an argument and in settings ({now[key]}); leave one of them out")
+    return config
+
+
+def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any] | None) -> None:
+    """Raises `UserError` where a run that is resumed is given settings."""
+    objects = {*(text for text in given.models), *(rows.label for rows in given.rows.values())}
+    others = [key for key, value in flags.items() if key != "steps" and str(value) not in objects]
+    if given.grade is not None:
+        others = [key for key in others if key != "task"]
+    if others or settings:
+        raise UserError(
+            "resume goes on with the settings of the run; only steps may be given besides, and again what was given as "
+            f"an object ({(others or ['settings'])[0]} is neither)"
+        )
 
 
 def check(run: runner.Run) -> None:

@@ -6,17 +6,19 @@ import json
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from retort import registry
 from retort.align.chat import Reading
-from retort.errors import UserError, did_you_mean, quoted
+from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.layers import flat, leave_open, merge
 from retort.method import Method
+from retort.rewards.own import is_own
+from retort.rewards.verify import VERIFIERS
 from retort.sections import (
     CheckpointSection,
     ColdStartSection,
@@ -51,6 +53,15 @@ BUILTIN = ("countdown", "ranking", "coached", "bait")
 RECIPES = Path(__file__).parent / "recipes"
 
 
+def _task(name: str) -> str:
+    if name not in VERIFIERS and not is_own(name):
+        file, _, function = name.partition(":")
+        hint = f"write it as {Path(file).stem}:{function}" if file.endswith(".py") else did_you_mean(name, VERIFIERS)
+        problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"
+        raise PydanticCustomError("task", "{problem}", {"problem": problem})
+    return name
+
+
 class RolloutSection(Section):
     """How the student writes."""
 
@@ -71,8 +82,8 @@ class RolloutSection(Section):
     )
     thinking: bool | None = Field(
         default=None,
-        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it does "
-        "by itself",
+        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it "
+        "does by itself",
     )
     date: str | None = Field(
         default=None,
@@ -125,8 +136,10 @@ class Config(Section):
         description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
         "in the words of its own post-training (arXiv 2604.13016); null: as they are",
     )
-    task: Literal["countdown", "ranking", "coached", "bait", "math", "exact"] | None = Field(
-        default=None, description="how answers are graded; default: math-verify where the data has answers"
+    task: Annotated[str, AfterValidator(_task)] | None = Field(
+        default=None,
+        description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
+        "as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings: see `retort settings method`"

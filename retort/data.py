@@ -17,7 +17,7 @@ from retort.errors import UserError, did_you_mean
 from retort.files import named
 from retort.types import Message, Prompt
 
-__all__ = ["COLUMNS", "fingerprint", "in_template", "load_prompts"]
+__all__ = ["COLUMNS", "fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
 
 #: Columns of texts that only a teacher may see.
 PRIVILEGED = ("solution", "hint", "outcome", "demonstration", "wrong")
@@ -341,3 +341,20 @@ def _text(where: str, name: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: '{name}' holds half a character (\\ud... escape) at {error.start}") from None
     return text
+
+
+def prompts_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    where: str,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> list[Prompt]:
+    """Stand-in until the branch of the data helper is merged."""
+    columns = dict(columns or {})
+    found = [(f"{where}, row {number}", row) for number, row in enumerate(islice(rows, limit))]
+    for at, row in found[:1]:
+        _check_mapping(at, row, columns)
+    if not found:
+        raise UserError(f"{where}: no rows; expected at least one with a column 'prompt' or 'messages'")
+    return [_prompt(at, row, columns, number) for number, (at, row) in enumerate(found)]

@@ -6,9 +6,19 @@ one that can be computed with (`retort.method.number_problem`).
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from retort.files import unnameable
@@ -31,6 +41,10 @@ class Section(BaseModel):
         return value
 
 
+def _path(name: Any) -> Any:
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
+
+
 def _place(name: str) -> str:
     problem = unnameable(name)
     if problem is not None:
@@ -38,8 +52,8 @@ def _place(name: str) -> str:
     return name
 
 
-#: A path, or a name of the hub.
-Place = Annotated[str, AfterValidator(_place)]
+#: A path (from Python also a `pathlib.Path`), or a name of the hub.
+Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
 
 
 class OptimizerSection(Section):

@@ -93,7 +93,7 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("report_to logger wandb_project use_wandb", Ours(("tracker",), "tensorboard, wandb or trackio")),
     ("resume_from_checkpoint resume_mode", Ours((), "go on with: retort train --resume RUN")),
     ("random_seed", Ours(("seed",))),
-    ("reward_funcs reward_function reward", Ours(("task",))),
+    ("reward_funcs reward_function reward_fn reward", Ours(("task",), "math, exact, ... or module:function")),
 )
 #: Their name -> ours.
 ELSEWHERE = {name: ours for names, ours in _ONE_TABLE for name in names.split()}

@@ -16,11 +16,14 @@ from retort.functional import linear_token_losses, token_losses
 
 def test_names() -> None:
     assert retort.__all__ == [
+        "Callback",
+        "Grade",
         "Limit",
         "Method",
         "Paper",
         "RetortError",
         "RunError",
+        "Stop",
         "Term",
         "UserError",
         "Watch",

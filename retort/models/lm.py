@@ -15,6 +15,7 @@ from retort.align.stops import StopTokens, stop_tokens
 from retort.errors import UserError
 from retort.models.chance import without_chance
 from retort.models.head import Head
+from retort.models.held import Held
 from retort.models.load import Role, Weights, blamed_on, read_model, read_tokenizer
 from retort.models.together import settle
 
@@ -299,7 +300,7 @@ class _Bare(LanguageModel):
 def load_model(
     name: str,
     *,
-    source: str | None = None,
+    source: str | Held | None = None,
     role: Role,
     precision: Precision,
     device: torch.device,
@@ -312,7 +313,7 @@ def load_model(
 
     Args:
         name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`.
+        source: Where it lies, if not at `name`; or a model that the caller holds, of which a copy is made.
         role: A student's weights are fp32 and learn; a teacher's are in its precision and do not.
         precision: Of products.
         device: Where to.

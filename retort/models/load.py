@@ -7,6 +7,7 @@ Here its own account of that (`output_loading_info`) decides: what does not fit 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import warnings
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from retort.errors import RetortError, UserError
+from retort.models.held import Held
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -96,8 +98,10 @@ def look_at(who: str, name: str, source: str | None) -> str:
     return name
 
 
-def read_tokenizer(name: str, source: str | None, role: Role, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model.
+def read_tokenizer(
+    name: str, source: str | Held | None, role: Role, *, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; a copy, where the caller holds it in memory.
 
     Raises:
         UserError: There is none, or it cannot be read.
@@ -105,12 +109,16 @@ def read_tokenizer(name: str, source: str | None, role: Role, *, trust_remote_co
     from transformers import AutoTokenizer
 
     who = f"{role} {name}"
-    place = look_at(who, name, source)
+    place = "" if isinstance(source, Held) else look_at(who, name, source)
     local = Path(place)
-    if local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
+    if place and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
         raise UserError(f"{who}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
     with blamed_on(f"{who}: its tokenizer"):
-        tokenizer: Any = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        tokenizer: Any = (
+            copy.deepcopy(source.tokenizer)
+            if isinstance(source, Held)
+            else AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+        )
         ids = set(tokenizer.get_vocab().values())
         added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
     if ids <= added:  # what transformers makes where it finds no vocabulary
@@ -122,7 +130,7 @@ def read_tokenizer(name: str, source: str | None, role: Role, *, trust_remote_co
 
 def read_model(
     name: str,
-    source: str | None,
+    source: str | Held | None,
     role: Role,
     *,
     dtype: torch.dtype,
@@ -134,7 +142,7 @@ def read_model(
 
     Args:
         name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`.
+        source: Where it lies, if not at `name`; or a model that the caller holds, of which this is a copy.
         role: For messages.
         dtype: Of its weights.
         attention: Attention implementation of transformers; None for its default.
@@ -147,6 +155,10 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     who = f"{role} {name}"
+    if isinstance(source, Held):
+        with blamed_on(who, "cannot be copied"):
+            held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
+        return held, _judged(who, weights, *_account(held, {}))
     place = look_at(who, name, source)
     # Whatever is random (weights that are missing, where the settings allow it) is the same when a run is resumed.
     with blamed_on(who), torch.random.fork_rng([]), warnings.catch_warnings():
@@ -162,13 +174,17 @@ def read_model(
             output_loading_info=True,
         )
     model, info = loaded
-    wrong, notes = _account(model, info)
+    return cast("PreTrainedModel", model), _judged(who, weights, *_account(model, info))
+
+
+def _judged(who: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
+    """What there is to say about a model's weights, or a `UserError` where they are wrong and that is refused."""
     if wrong:
         said = f"{who}: its weights are not those of its config.json: {'; '.join(wrong)}"
         if weights == "refuse":
             raise UserError(f"{said}. To go on all the same (with random numbers for what is missing): weights=warn")
         notes.append(f"{said}; what is missing is random")
-    return cast("PreTrainedModel", model), [note if note.startswith(who) else f"{who}: {note}" for note in notes]
+    return [note if note.startswith(who) else f"{who}: {note}" for note in notes]
 
 
 def _account(model: Any, info: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -1,5 +1,6 @@
 """What a piece of writing is worth: verifiers that compare it with the answer."""
 
+from retort.rewards.own import Grade
 from retort.rewards.verify import (
     CountdownVerifier,
     ExactVerifier,
@@ -15,6 +16,7 @@ __all__ = [
     "ExactVerifier",
     "GivesFeedback",
     "GivesParts",
+    "Grade",
     "MathVerifier",
     "Verifier",
     "verifier_for",

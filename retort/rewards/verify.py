@@ -21,6 +21,7 @@ from retort.align.text import after_thinking
 from retort.errors import UserError, did_you_mean
 from retort.rewards import answers
 from retort.rewards.math_judge import Judge
+from retort.rewards.own import imported, is_own, own_verifier
 from retort.types import Prompt
 
 __all__ = [
@@ -276,21 +277,23 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
     """The verifier of a task.
 
     Args:
-        task: `countdown`, `ranking`, `coached`, `bait`, `math` or `exact`; None means `math` if every prompt has an
-            answer, else no verifier.
+        task: `countdown`, `ranking`, `coached`, `bait`, `math`, `exact`, or `module:function`; None means `math` if
+            every prompt has an answer, else no verifier.
         prompts: What will be judged; `math` and `exact` need an answer in each.
 
     Returns:
         The verifier, or None if responses get no reward.
 
     Raises:
-        UserError: No such task, a prompt without an answer or with one that cannot be graded, or math-verify is not
-            installed.
+        UserError: No such task, a function that does not work, a prompt without an answer or with one that cannot be
+            graded, or math-verify is not installed.
     """
     if task is None:
         if not prompts or any(prompt.answer is None for prompt in prompts):
             return None
         task = MathVerifier.name
+    if is_own(task):
+        return own_verifier(imported(task), task, prompts[0])
     if task not in VERIFIERS:
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
     if task in NEED_ANSWER:

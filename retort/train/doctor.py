@@ -12,25 +12,29 @@ from retort.method import Method
 from retort.models.load import Role, read_tokenizer
 from retort.train.checks import quick_checks
 from retort.train.findings import Check, Examination
+from retort.train.given import Given
 from retort.train.setup import Setup, located, prepare
 from retort.train.trial import trial_checks
 
 _TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
 
 
-def examine(config: Config, method: Method | None = None, *, quick: bool = False) -> Examination:
+def examine(
+    config: Config, method: Method | None = None, *, quick: bool = False, given: Given | None = None
+) -> Examination:
     """All checks of what a configuration would run; what keeps a run from starting is a fatal finding, not an error.
 
     Args:
         config: Resolved.
         method: A method of the caller's own, instead of the one that the configuration names.
         quick: Leave out the checks that generate.
+        given: Objects of the caller's for which texts stand in the configuration.
     """
-    tokenizers = _tokenizers(config)
+    tokenizers = _tokenizers(config, given or Given())
     first: list[Check] = [tokenizers]
     if tokenizers.verdict != "fatal":
         try:
-            return examine_setup(prepare(config, method), quick=quick, before=first)
+            return examine_setup(prepare(config, method, given), quick=quick, before=first)
         except UserError as error:
             first.append(_refused(str(error)))
     return Examination(tuple(first), quick)
@@ -64,7 +68,7 @@ def _alike(setup: Setup) -> Check:
     return _tokenizer_check(setup.student.tokenizer, other.tokenizer)
 
 
-def _tokenizers(config: Config) -> Check:
+def _tokenizers(config: Config, given: Given) -> Check:
     """Compares tokenizers before any weights are read."""
     if config.teacher is None:
         return Check("tokenizer", "ok", "the student's own: no teacher is given", _TOKENIZER_WHY)
@@ -73,7 +77,7 @@ def _tokenizers(config: Config) -> Check:
     named: list[tuple[Role, str]] = [("student", config.student), ("teacher", config.teacher)]
     try:
         ours, theirs = (
-            read_tokenizer(name, located(name), role, trust_remote_code=config.trust_remote_code)
+            read_tokenizer(name, given.source(name) or located(name), role, trust_remote_code=config.trust_remote_code)
             for role, name in named
         )
     except UserError:

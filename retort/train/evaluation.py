@@ -12,6 +12,7 @@ from retort.align.chat import render
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
+from retort.rewards.own import is_own
 from retort.synonyms import ours_for
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
@@ -55,7 +56,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     prompts = judge_prompts(config, data)
     own = data not in configuration.BUILTIN
     notes = repeats(prompts, "rows of the data") if own else []
-    verifier = grader(config.task if own else data, prompts, "prompts", notes)
+    verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"

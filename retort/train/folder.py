@@ -36,6 +36,8 @@ WRITTEN = (
     "teacher_rollouts.jsonl",
     "difficulty.jsonl",
     "tensorboard",
+    "given-data.jsonl",
+    "given-eval-data.jsonl",
 )
 #: Keys that tell the settings of a run from any other `config.json`, such as that of a model.
 _OURS = {"method", "rollout", "optimizer", "checkpoint"}

@@ -7,25 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retort.config import BUILTIN, Config
-from retort.data import in_template, load_prompts
+from retort.data import in_template
 from retort.errors import UserError
 from retort.rewards.verify import NEED_ANSWER, Verifier, verifier_for
 from retort.streams import permutation
+from retort.train.given import Given
 from retort.train.split import different, overlap, repeats, set_aside
 from retort.types import Message, Prompt
 
 
-def read_prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prompt], list[Prompt]]:
+def read_prompts(
+    config: Config, data: str, notes: list[str], given: Given | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to learn from, and those held out to be judged on."""
     wanted = config.eval.problems
     if config.builtin and config.prompt_template is not None:
         raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
-    prompts = builtin_prompts(data, "train", config.limit) if config.builtin else _load(config, data, config.limit)
+    prompts = (
+        builtin_prompts(data, "train", config.limit)
+        if config.builtin
+        else _load(config, "data", data, config.limit, given)
+    )
     if wanted == 0:
         return prompts, []
     judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
-        held_out = judge_prompts(config, judged)
+        held_out = judge_prompts(config, judged, given)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
         if judged not in BUILTIN:
@@ -48,18 +55,18 @@ def read_prompts(config: Config, data: str, notes: list[str]) -> tuple[list[Prom
     return train, held_out
 
 
-def judge_prompts(config: Config, data: str) -> list[Prompt]:
-    """The prompts to judge on: held-out problems of the built-in task, or a file."""
+def judge_prompts(config: Config, data: str, given: Given | None = None) -> list[Prompt]:
+    """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
-    return _load(config, data, config.eval.problems)
+    return _load(config, "eval.data", data, config.eval.problems, given)
 
 
-def _load(config: Config, data: str, limit: int | None) -> list[Prompt]:
+def _load(config: Config, setting: str, data: str, limit: int | None, given: Given | None) -> list[Prompt]:
     near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
     if near and not Path(data).exists():
         raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
-    prompts = load_prompts(data, split=config.split, limit=limit, columns=config.columns)
+    prompts = (given or Given()).prompts(config, setting, data, limit)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 
@@ -93,12 +100,20 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
 
 
 def graders(
-    config: Config, train: Sequence[Prompt], held_out: Sequence[Prompt], notes: list[str]
+    config: Config,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    notes: list[str],
+    given: Given | None = None,
 ) -> tuple[Verifier | None, Verifier | None]:
     """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
 
-    Prompts without an answer that their verifier needs are left out of the grading, and a note counts them.
+    A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
+    out of the grading, and a note counts them.
     """
+    own = (given or Given()).verifier(config, train)
+    if own is not None:
+        return own, own
     task = config.data if config.builtin else config.task
     judged = config.eval.data or config.data
     judge_task = judged if judged in BUILTIN else config.task

@@ -11,6 +11,7 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.evaluate.judge import Judge
 from retort.files import parse_object, read_object, write_bytes, write_text
+from retort.rewards.own import is_own
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
@@ -39,7 +40,7 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         "problems": len(judge.prompts) if judge else 0,
         **(judge.graded() if judge else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin else (config.task or "data"),
+        "task": config.data if config.builtin and not is_own(config.task) else (config.task or "data"),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
@@ -51,6 +52,11 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
 def has(results: Mapping[str, Any], who: str) -> bool:
     """Whether the table has a row."""
     return any(row["who"] == who for row in results["rows"])
+
+
+def scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """The means of a judge's row by name."""
+    return {name: cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell}
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from retort.schedules import decay
 from retort.teachers.local import LocalTeacher, answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
+from retort.train.callbacks import call
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
 from retort.train.digests import digests, refuse_other_adapter, refuse_others
 from retort.train.folder import Claim, refuse_files, refuse_held, refuse_taken
+from retort.train.given import Given
 from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.metrics import JsonLines, Stopwatch
@@ -51,6 +53,9 @@ class Run:
         best: Best held-out score so far, and the step that had it.
         begun: Optimizer steps done when the method at hand took over.
         origin: The checkpoint that it goes on from, if any.
+        callbacks: Whom it calls, see `retort.train.callbacks.Callback`.
+        given: Objects of the caller's that its settings do not hold.
+        results: The before/after table, `eval.json`: `rows`, one for each who was judged, and `gap_recovered`.
 
     Nothing is written before `go`.
     """
@@ -63,6 +68,8 @@ class Run:
     best: tuple[float, int] | None = None
     begun: int = 0
     origin: Path | None = field(default=None, init=False)
+    callbacks: Sequence[Any] = ()
+    given: Given = field(default_factory=Given)
 
     def __post_init__(self) -> None:
         settings = self.setup.config.optimizer
@@ -73,7 +80,7 @@ class Run:
             weight_decay=settings.weight_decay,
             fused=True,  # one pass over the weights instead of a dozen: a fifth of the time on a CPU
         )
-        self.metrics = JsonLines(self.folder / "metrics.jsonl")
+        self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
         self.shelf = shelf.Shelf(self.folder)
@@ -84,9 +91,21 @@ class Run:
         self._interrupted = Interruptions()
         self._saved: Path | None = None
         self._new = False
+        self._stop: str | None = None
         self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder)
         self._identity = identity(self.setup)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """A flat row for each step done, as in `metrics.jsonl`: `pandas.DataFrame(run.metrics)` is a table.
+
+        `step` and `tokens` are counts, `time/...` seconds, entropies and divergences nats a token; None is no number.
+        """
+        return [
+            {name: float(value) if value in ("inf", "-inf") else value for name, value in row.items()}
+            for row in self._lines.rows()
+        ]
 
     def go(self) -> Run:
         """Runs to the end.
@@ -103,6 +122,7 @@ class Run:
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
+            self._tell("on_end")
         finally:
             self._claim.release()
         return self
@@ -115,21 +135,26 @@ class Run:
             self._judge_before(judge)
 
         while self.step < setup.steps and not self._ended():
-            metrics = self._one_step()
+            metrics, scores = self._one_step(), None
             if judge is not None and config.eval.every and self.step % config.eval.every == 0:
-                metrics |= self._judge_now(judge)
+                scores = self._judge_now(judge)
+                metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
             self._stop_if_asked()
             due = config.checkpoint.every and self.step % config.checkpoint.every == 0
             if due or (self.best is not None and self.best[1] == self.step):
                 self.save()
+            self._tell("on_step", dict(metrics))
+            if scores is not None:
+                self._tell("on_eval", scores)
 
         self.save()
         if judge is not None:
             row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
             self._claim.check()
             self.results = results.add(self.folder, self.results, results.AFTER, row)
+            self._tell("on_eval", results.scores(row))
         self._claim.check()
         export.write_model(setup, self.folder / "model", self.results, self.step)
         if judge is not None:  # last: what cannot be shown is written all the same
@@ -150,8 +175,10 @@ class Run:
             elif checkpoint.newest(self.folder / "checkpoints") != self._newest:
                 raise UserError(f"{self.folder}: another process went on with this run meanwhile; resume it anew")
             self._claim.sign()
+            if self._new:
+                self.given.keep(self.folder)
             configuration.save(self.setup.config, self.folder / "config.json")
-            self.metrics.cut(self.step)
+            self._lines.cut(self.step)
             self.rollouts.cut(self.step)
             self.shelf.go_back(self.setup, self.step)
             if self.origin is not None:
@@ -225,7 +252,7 @@ class Run:
         return self._difficulty
 
     def _ended(self) -> bool:
-        reason = self.control.ended(self.setup)
+        reason = self._stop or self.control.ended(self.setup)
         if reason is not None:
             self.observer.note(f"the run ends after step {self.step} of {self.setup.steps}: {reason}")
         return reason is not None
@@ -241,7 +268,7 @@ class Run:
         return lambda update: scale * schedule(update - self.begun, moment.total * per_batch)
 
     def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
-        self.metrics.append(metrics)
+        self._lines.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
         self.observer.step(self.step, self.setup.steps, metrics)
         for watch in self.setup.method.watch:
@@ -338,6 +365,7 @@ class Run:
             self.results = results.add(self.folder, self.results, results.TEACHER, row)
         row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
         self.results = results.add(self.folder, self.results, results.BEFORE, row)
+        self._tell("on_eval", results.scores(row))
 
     def _judge_now(self, judge: Judge) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
@@ -345,16 +373,25 @@ class Run:
             self.observer.phase("judging the student", done, total)
 
         row = judge.judge(self.setup.student, teacher=self._teacher(), progress=progress)
-        found = {
-            f"eval/{name}": cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell
-        }
+        found = results.scores(row)
         # Best: highest avg@k, or where nothing can be graded the lowest reverse KL on held-out prompts.
-        if f"eval/avg@{judge.samples}" not in found and "eval/reverse_kl" not in found:
+        if f"avg@{judge.samples}" not in found and "reverse_kl" not in found:
             return found  # a self-teacher has nothing to say of the student's own prompt: none is better than another
-        score_now = found.get(f"eval/avg@{judge.samples}", -found.get("eval/reverse_kl", 0.0))
+        score_now = found.get(f"avg@{judge.samples}", -found.get("reverse_kl", 0.0))
         if self.best is None or score_now > self.best[0]:
             self.best = (score_now, self.step)
         return found
+
+    def _tell(self, hook: str, *said: Any) -> None:
+        """Calls the callbacks at a moment at which the run could be saved; what they raise ends it, saved."""
+        try:
+            self._stop = call(self.callbacks, hook, self, *said) or self._stop
+        except RunError as error:
+            self.save()
+            raise RunError(
+                f"{error}; everything is saved at step {self.step} of {self.setup.steps}, go on with: "
+                f"retort train --resume {self.folder}"
+            ) from error.__cause__
 
     def _stop_if_asked(self) -> None:
         if self._interrupted.by is None:
@@ -366,7 +403,14 @@ class Run:
         )
 
 
-def start(config: Config, folder: Path, observer: Observer | None = None, *, method: Method | None = None) -> Run:
+def start(
+    config: Config,
+    folder: Path,
+    observer: Observer | None = None,
+    *,
+    method: Method | None = None,
+    given: Given | None = None,
+) -> Run:
     """A new run in a folder of its own, which `Run.go` makes.
 
     Args:
@@ -374,12 +418,13 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
         folder: Of the run.
         observer: Who watches.
         method: A method of the caller's own, instead of the one that the configuration names.
+        given: Objects of the caller's for which texts stand in the configuration.
 
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
     refuse_taken(folder)
-    setup = prepare(config, method)
+    setup = prepare(config, method, given)
     config = setup.config  # without a teacher that nothing asks
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
@@ -392,13 +437,18 @@ def start(config: Config, folder: Path, observer: Observer | None = None, *, met
     places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "base", "data")}
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     resolved = config.model_copy(update={**chosen, **places, "eval": judged, "out": str(folder)})
-    run = Run(replace(setup, config=resolved), folder, observer or Silent())
+    run = Run(replace(setup, config=resolved), folder, observer or Silent(), given=given or Given())
     run._new = True
     return run
 
 
 def resume(
-    path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
+    path: Path,
+    observer: Observer | None = None,
+    *,
+    steps: int | None = None,
+    method: Method | None = None,
+    given: Given | None = None,
 ) -> Run:
     """A run continued from its newest checkpoint (from its start, if it has none), or from the one that `path` names.
 
@@ -409,6 +459,7 @@ def resume(
         observer: Who watches.
         steps: A new number of steps; schedules that end with the run then end with the new one.
         method: The caller's own method, if the run was started with one.
+        given: The objects that it was started with; its folder keeps the rows of data among them.
 
     Raises:
         UserError: No run there, another process at work in it, or a damaged checkpoint.
@@ -417,11 +468,16 @@ def resume(
         raise UserError(f"steps must be at least 1, not {steps}")
     folder, _ = checkpoint.find(path)
     refuse_held(folder)
-    return load(path, observer, steps=steps, method=method)
+    return load(path, observer, steps=steps, method=method, given=given)
 
 
 def load(
-    path: Path, observer: Observer | None = None, *, steps: int | None = None, method: Method | None = None
+    path: Path,
+    observer: Observer | None = None,
+    *,
+    steps: int | None = None,
+    method: Method | None = None,
+    given: Given | None = None,
 ) -> Run:
     """The run of `resume` for whoever only looks at it; another process may be at work in it.
 
@@ -430,6 +486,7 @@ def load(
         observer: As in `resume`.
         steps: As in `resume`.
         method: As in `resume`.
+        given: As in `resume`.
 
     Raises:
         UserError: No run there, or a damaged checkpoint.
@@ -438,9 +495,10 @@ def load(
     config = configuration.read_json(folder / "config.json", method)
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
+    given = (given or Given()).again(config, folder)
     if chosen is not None:
         checkpoint.verify(chosen)  # refuse a damaged one before minutes are spent on loading models
-    run = Run(prepare(config, method), folder, observer or Silent())
+    run = Run(prepare(config, method, given), folder, observer or Silent(), given=given)
     if chosen is not None:
         run.restore(chosen)
     return run

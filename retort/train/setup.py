@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -19,6 +18,7 @@ from retort.method import Method
 from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
+from retort.models.load import Role
 from retort.models.rehearsal import rehearse_export
 from retort.rewards.verify import Verifier, gradable
 from retort.rollout.by_teacher import TeacherWriter
@@ -31,6 +31,7 @@ from retort.train import pair, reading
 from retort.train.attention import quickest
 from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
+from retort.train.given import Given
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.prompts import graders, read_prompts
 from retort.train.texts import check_texts
@@ -107,12 +108,18 @@ class Setup:
         return [(0, replace(self, method=before[1], teachers=teachers)), (before[0], self)]
 
 
-def prepare(config: Config, method: Method | None = None) -> Setup:
-    """Loads and checks everything; a method given is used instead of the configuration's.
+def prepare(config: Config, method: Method | None = None, given: Given | None = None) -> Setup:
+    """Loads and checks everything.
+
+    Args:
+        config: Resolved.
+        method: Of the caller's own, instead of the configuration's.
+        given: Objects of the caller's for which texts stand in the configuration.
 
     Raises:
         UserError: Whatever is wrong, in one line.
     """
+    given = given or Given()
     method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
     cold = config.cold_start
     if cold.steps:
@@ -122,10 +129,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     notes: list[str] = []
     if config.threads:
         torch.set_num_threads(config.threads)
-    train, held_out = read_prompts(config, data, notes)
+    train, held_out = read_prompts(config, data, notes, given)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
-    verifier, judge_verifier = graders(config, train, held_out, notes)
+    verifier, judge_verifier = graders(config, train, held_out, notes, given)
 
     # Whoever learns from rewards or shows them needs all of them; curves make do with those there are.
     full = verifier if all(gradable(verifier, prompt) for prompt in train) else None
@@ -138,10 +145,10 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     alone = with_base in (None, student_name)
     if alone and teacher_name is not None:
         pair.refuse_same_name(method, student_name, teacher_name)
-    student = load(config, student_name, "student")
+    student = load(config, student_name, "student", given)
     _adapt(config, student)
     rehearse_export(student)
-    teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
+    teacher = None if teacher_name is None else load(config, teacher_name, "teacher", given)
     named = {who: lm for who, lm in (("student", student), ("teacher", teacher)) if lm is not None}
     config = reading.settled(config, {who: lm.tokenizer for who, lm in named.items()}, notes)
     render = Renderer(student.tokenizer, config.rollout.reading)
@@ -161,7 +168,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     padded = [lm.name for lm in loaded if not lm.packs and lm.together_up_to != 0]
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
-    base = None if with_base is None else _base(config, student, with_base)
+    base = None if with_base is None else _base(config, student, with_base, given)
     notes += [note for note in (base.notes if base is not None else []) if note not in notes]
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
@@ -219,13 +226,14 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     return setup
 
 
-def load(config: Config, name: str, role: Literal["student", "teacher", "base"]) -> LanguageModel:
-    """A model as the settings say."""
+def load(config: Config, name: str, role: Role, given: Given | None = None) -> LanguageModel:
+    """A model as the settings say, and where they name one that was given as an object, a copy of that."""
+    held = (given or Given()).source(name)
     device = torch.device(device_of(config))
     as_student = role == "student" or (role == "base" and config.base is None)
     return load_model(
-        name,
-        source=located(name),
+        name if held is None else held.name,
+        source=held or located(name),
         role=role,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
@@ -249,9 +257,10 @@ def _adapt(config: Config, student: LanguageModel) -> None:
         add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
 
 
-def _base(config: Config, student: LanguageModel, name: str) -> LanguageModel:
+def _base(config: Config, student: LanguageModel, name: str, given: Given) -> LanguageModel:
     """The base model. Where that is the student as it was, a student with an adapter still holds it."""
-    return student.bare() if student.adapter is not None and name == student.name else load(config, name, "base")
+    kept = student.adapter is not None and name == config.student
+    return student.bare() if kept else load(config, name, "base", given)
 
 
 def _attention(

@@ -177,7 +177,7 @@ def test_a_run_says_that_it_pads(tiny_run: dict[str, Any], tmp_path: Path, monke
     monkeypatch.setattr(LanguageModel, "check_packing", lambda lm: None)
     padded = runner.start(configuration.resolve(tiny_run), tmp_path / "padded")
     assert sum("padded" in note for note in padded.setup.notes) == 1
-    losses = [run.go() and run.metrics.path.read_text().splitlines() for run in (packed, padded)]
+    losses = [run.go() and (run.folder / "metrics.jsonl").read_text().splitlines() for run in (packed, padded)]
     for one, two in zip(*losses, strict=True):
         loss_one, loss_two = (float(line.split('"loss": ')[1].split(",")[0]) for line in (one, two))
         assert loss_one == pytest.approx(loss_two, rel=1e-4)

@@ -1,0 +1,89 @@
+"""What a caller may do while a run is at work: look at it, log it elsewhere, end it early."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from retort.errors import RunError, UserError, quoted
+
+if TYPE_CHECKING:
+    from retort.train.runner import Run
+
+_HOOKS = ("on_step", "on_eval", "on_end")
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What `on_step` and `on_eval` return to end a run after the step at hand.
+
+    It ends as at its last step: saved, judged, its model exported; and can be resumed.
+
+    Attributes:
+        reason: Why, for the console and the log.
+    """
+
+    reason: str = "a callback asked for it"
+
+
+class Callback:
+    """Called by a run. Any object with one of these methods will do; what it has not is not called.
+
+    Nothing that a callback returns or raises changes what is computed. What it raises ends the run, which is saved
+    first. What it remembers is not: a resumed run calls whatever it is given then.
+    """
+
+    def on_step(self, run: Run, metrics: Mapping[str, Any]) -> Stop | None:
+        """A batch of rollouts was learnt from.
+
+        Args:
+            run: The run; `run.step` batches are done.
+            metrics: The step's line of `metrics.jsonl`, flat.
+        """
+
+    def on_eval(self, run: Run, scores: Mapping[str, float]) -> Stop | None:
+        """The student was judged on the held-out prompts: before the first step, every `eval.every` steps, at the end.
+
+        Args:
+            run: The run; `run.step` batches are done.
+            scores: Means by the names of the before/after table (`avg@8`, `reverse_kl`, `length`, ...).
+        """
+
+    def on_end(self, run: Run) -> None:
+        """The run came to its end, also by a `Stop`, and all its files are written (not so if it was interrupted)."""
+
+
+def check_callbacks(callbacks: Sequence[Any]) -> None:
+    """Raises `UserError` for what has none of the methods of a callback."""
+    if isinstance(callbacks, (str, Mapping)) or not isinstance(callbacks, Sequence):
+        raise UserError(f"callbacks = {quoted(callbacks)}: give a list of callbacks")
+    for place, callback in enumerate(callbacks):
+        if isinstance(callback, type):
+            raise UserError(f"callbacks[{place}] is the class {callback.__name__}; give one of its objects")
+        if not any(callable(getattr(callback, hook, None)) for hook in _HOOKS):
+            what = f"a {type(callback).__name__} without any of {', '.join(_HOOKS)}"
+            raise UserError(f"callbacks[{place}] is {what}; see retort.Callback")
+
+
+def call(callbacks: Sequence[Any], hook: str, run: Run, *said: Any) -> str | None:
+    """Calls all of them; the reason to stop that one of them gives, if any.
+
+    Raises:
+        RunError: One raised, or returned something else than None or a `Stop`.
+    """
+    reason = None
+    for callback in callbacks:
+        method = getattr(callback, hook, None)
+        if method is None:
+            continue
+        who = f"callback {type(callback).__name__}.{hook}"
+        try:
+            answer: object = method(run, *said)
+        except Exception as error:
+            words = " ".join(str(error).split())[:300]
+            raise RunError(f"{who} raised {type(error).__name__}{f': {words}' if words else ''}") from error
+        if answer is not None and not isinstance(answer, Stop):
+            raise RunError(f"{who} returned {quoted(answer)}; it returns None, or retort.Stop(reason) to end the run")
+        reason = reason or (cast("Stop", answer).reason if answer is not None else None)
+    return reason

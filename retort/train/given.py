@@ -1,0 +1,221 @@
+"""What a caller of the Python API hands over as objects instead of naming it: models, rows, a verifier.
+
+In the settings of a run a text that begins with `in memory: ` stands for each. Models and verifiers must be given again
+when the run is resumed; rows are kept in the folder of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+from retort.config import Config
+from retort.data import load_prompts, prompts_from_rows
+from retort.errors import UserError, quoted
+from retort.files import parse_object, reason, write_bytes
+from retort.models.held import Held
+from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
+from retort.rewards.verify import Verifier
+from retort.types import Prompt
+
+#: Who can be given as a model, with the text that stands for it.
+MODELS = {role: f"{IN_MEMORY}{role}" for role in ("student", "teacher", "base")}
+#: Rows that can be given, by the setting, with the argument of `retort.distill` and the file that keeps them.
+ROWS = {"data": ("data", "given-data.jsonl"), "eval.data": ("eval_data", "given-eval-data.jsonl")}
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of data that the caller holds.
+
+    Attributes:
+        rows: The mappings, as given.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+
+    @staticmethod
+    def of(setting: str, given: Any, limit: int | None) -> Rows:
+        """Rows as the caller gives them.
+
+        Args:
+            setting: Which, for messages.
+            given: A list, a `datasets.Dataset` or any other iterable of mappings.
+            limit: Take only the first so many.
+
+        Raises:
+            UserError: It is no such thing.
+        """
+        kind = type(given).__name__
+        if hasattr(given, "to_dict") and hasattr(given, "columns"):
+            raise UserError(f"{setting} is a {kind}; give its rows: {setting}=frame.to_dict('records')")
+        if isinstance(given, Mapping):
+            keys = ", ".join(map(str, islice(given, 4)))
+            raise UserError(f"{setting} is a {kind} ({keys}); give its rows, or one of its splits: {setting}[...]")
+        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
+            raise UserError(
+                f"{setting} is {quoted(given)}; give a file, or rows: a list of dicts or a datasets.Dataset"
+            )
+        rows = list(islice(given, limit))
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                kind = type(row).__name__
+                raise UserError(f'{setting}, row {number}: is a {kind}; a row is a mapping such as {{"prompt": "..."}}')
+        return Rows(rows)
+
+    @staticmethod
+    def kept(path: Path) -> Rows:
+        """Rows that the folder of a run keeps.
+
+        Raises:
+            UserError: The file is missing or damaged.
+        """
+        again = "put the file back as it was, or give the rows again: retort.distill(resume=..., data=...)"
+        try:
+            lines = [line for line in path.read_bytes().split(b"\n") if line]
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {reason(error)}; {again}") from None
+        rows: list[Mapping[str, Any]] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(parse_object(line))
+            except ValueError as error:
+                raise UserError(f"{path}, line {number}: {error}; {again}") from None
+        return Rows(rows)
+
+    @cached_property
+    def content(self) -> bytes:
+        """The rows as JSON lines."""
+        return b"".join(json.dumps(dict(row), default=_plain).encode() + b"\n" for row in self.rows)
+
+    @property
+    def label(self) -> str:
+        """What stands for them in the settings."""
+        return f"{IN_MEMORY}{len(self.rows)} rows, {hashlib.sha256(self.content).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What was handed over.
+
+    Attributes:
+        models: By the text that stands for each.
+        rows: By the setting.
+        grade: A verifier.
+    """
+
+    models: Mapping[str, Held] = field(default_factory=lambda: {})
+    rows: Mapping[str, Rows] = field(default_factory=lambda: {})
+    grade: Grader | None = None
+
+    def source(self, name: str) -> Held | None:
+        """The model that a text stands for, if it stands for one."""
+        return self.models.get(name)
+
+    def prompts(self, config: Config, setting: str, place: str, limit: int | None) -> list[Prompt]:
+        """The prompts of a setting: of the rows that were given for it, or of the place that it names."""
+        rows = self.rows.get(setting)
+        if rows is not None:
+            return prompts_from_rows(rows.rows, where=ROWS[setting][0], limit=limit, columns=config.columns)
+        return load_prompts(place, split=config.split, limit=limit, columns=config.columns)
+
+    def verifier(self, config: Config, prompts: Sequence[Prompt]) -> Verifier | None:
+        """The user's own verifier, given or named; None where a task of Retort's grades.
+
+        Raises:
+            UserError: It cannot be imported, or does not work.
+        """
+        task = config.task
+        if task is None or not is_own(task):
+            return None
+        return own_verifier(self.grade or imported(task), task.removeprefix(IN_MEMORY), prompts[0])
+
+    def again(self, config: Config, folder: Path) -> Given:
+        """All that a run needs which is resumed: what is given now, and the rows that its folder keeps.
+
+        Raises:
+            UserError: Something that was given is not given again, or something is given that the run has by name.
+        """
+        for role, text in MODELS.items():
+            inside = getattr(config, role) == text
+            if inside != (text in self.models):
+                raise _other(folder, role, "(model, tokenizer)", inside)
+        task = str(config.task or "")
+        if self.grade is None and task.startswith(IN_MEMORY):
+            raise _other(folder, "verifier", task.removeprefix(IN_MEMORY), True)
+        if self.grade is not None and name_of(self.grade) != task:
+            raise UserError(
+                f"{folder}: its verifier is {task or 'none of your own'}, not {name_of(self.grade)}; give the one that "
+                "it was started with"
+            )
+        rows: dict[str, Rows] = {}
+        for setting, place in {"data": config.data, "eval.data": config.eval.data}.items():
+            inside = str(place or "").startswith(IN_MEMORY)
+            if setting in self.rows and not inside:
+                raise _other(folder, ROWS[setting][0], "", False)
+            if inside:
+                rows[setting] = self.rows.get(setting) or Rows.kept(folder / ROWS[setting][1])
+        return replace(self, rows=rows)
+
+    def keep(self, folder: Path) -> None:
+        """Writes the rows into the folder of a run.
+
+        Raises:
+            RunError: They cannot be written.
+        """
+        for setting, rows in self.rows.items():
+            write_bytes(folder / ROWS[setting][1], rows.content)
+
+
+def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], Given]:
+    """Arguments of `retort.distill` as settings, and what of them are objects.
+
+    Args:
+        named: `student`, `teacher`, `base`, `data`, `eval.data`: a path or name, or an object; None for absent.
+        settings: The settings given besides, for their limits.
+        grade: A verifier: a function, or a text that names one; None for absent.
+
+    Raises:
+        UserError: An object of a kind that is not taken.
+    """
+    found: dict[str, Any] = {}
+    models: dict[str, Held] = {}
+    rows: dict[str, Rows] = {}
+    for name, thing in named.items():
+        if thing is None:
+            continue
+        if isinstance(thing, (str, os.PathLike)):
+            found[name] = os.fspath(thing)
+        elif name in MODELS:
+            found[name], models[MODELS[name]] = MODELS[name], Held.of(name, thing)
+        else:
+            judged = cast("Mapping[str, Any]", settings.get("eval") or {})
+            limit = settings.get("limit") if name == "data" else judged.get("problems")
+            rows[name] = Rows.of(ROWS[name][0], thing, limit if isinstance(limit, int) and limit > 0 else None)
+            found[name] = rows[name].label
+    if isinstance(grade, str):
+        found["task"] = grade
+    elif grade is not None:
+        found["task"] = name_of(grade)
+    return found, Given(models, rows, None if isinstance(grade, str) else grade)
+
+
+def _other(folder: Path, what: str, example: str, absent: bool) -> UserError:
+    if absent:
+        return UserError(
+            f"{folder}: the {what} of this run was given as an object ({example}) and is not kept; go on with "
+            f"retort.distill(resume=..., {what}=...)"
+        )
+    return UserError(f"{folder}: the {what} of this run is named in its settings, so it cannot be given; leave it out")
+
+
+def _plain(thing: Any) -> Any:
+    """What JSON does not know: arrays and tensors as lists, all else as its text."""
+    return thing.tolist() if hasattr(thing, "tolist") else str(thing)
