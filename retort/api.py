@@ -193,8 +193,8 @@ def check(run: runner.Run) -> None:
     found = examine_setup(run.setup, quick=True)
     if how == "refuse":
         refuse(found)
-    # Chat templates and stops are in the summary already.
-    said = [one for one in found.checks if one.verdict != "ok" and one.name != "chat template"]
+    # What differs between chat templates, and what prompts spell, is among the notes already.
+    said = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
     run.setup.notes.extend(one.line for one in said)
 
 

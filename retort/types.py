@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -69,10 +69,22 @@ def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; empty for a turn that only calls tools.
+        extra: What else a chat template may read of the turn, JSON values by their names there: `tool_calls`,
+            `tool_call_id`, `name`, `reasoning_content`, ...
+    """
 
     role: str
     content: str
+    extra: Mapping[str, Any] = field(default_factory=lambda: {}, hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True)
@@ -89,6 +101,7 @@ class Prompt:
         privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
         clean: The conversation without what is not to change the answer (paired prompts); for a teacher only, too.
         domain: Free label, for metrics by domain.
+        tools: The functions that the model may call, as JSON schemas; a chat template writes them.
     """
 
     id: str
@@ -99,6 +112,7 @@ class Prompt:
     privileged: Mapping[str, str] = field(default_factory=lambda: {})
     clean: tuple[Message, ...] | None = None
     domain: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     def shown(self, column: str) -> str | None:
         """What a view may show of the row, by the name of its column; a `demonstration` may be the given response."""

@@ -97,8 +97,8 @@ def test_columns_are_mapped(file: Path) -> None:
         (b'{"messages": [{"role": "user", "content": " "}]}\n', ["message 0", "empty"]),
         (b'{"messages": [{"role": "user"}]}\n', ["message 0", "NoneType"]),
         (
-            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
-            ["assistant's", "'response'"],
+            b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "response": "c"}',
+            ["line 1", "'response'", "differ"],
         ),
     ],
 )
@@ -115,11 +115,12 @@ def test_files_that_are_not_there(tmp_path: Path, file: Path, monkeypatch: pytes
     assert "no such file" in failure("nothing")
     assert failure(str(tmp_path / "row.jsonl")).endswith(f"did you mean '{file}'?")
     assert "no folder" in failure(str(tmp_path / "a" / "b.jsonl"))
-    assert "is a folder" in failure(str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    assert "is a folder" in failure(str(tmp_path / "empty"))
     monkeypatch.chdir(tmp_path)
     assert "no such file" in failure("folder/rows.jsonl")  # looks like owner/name, but its ending says file
-    (tmp_path / "rows.csv").write_text("prompt\n")
-    assert "unknown kind of file '.csv'" in failure("rows.csv")
+    (tmp_path / "rows.xlsx").write_text("prompt\n")
+    assert "unknown kind of file '.xlsx'" in failure("rows.xlsx")
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
+from retort.align.turns import changed, conversation, inner_texts, unshown, with_inner
 from retort.errors import UserError
 from retort.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reading", "Renderer", "conversation", "dated", "render", "written"]
+__all__ = ["Reading", "Renderer", "dated", "render", "written"]
 
 #: Ids that a renderer keeps: some 40 MB of numbers in Python.
 _KEPT = 2**20
@@ -74,8 +76,7 @@ def render(
         return _ids(prompt, tokenizer, reading)
     except Spelt as error:
         if split:
-            opened = tuple(replace(m, content=split_open(m.content, tokenizer)) for m in prompt.messages)
-            return _ids(replace(prompt, messages=opened), tokenizer, reading)
+            return _ids(changed(prompt, lambda text: split_open(text, tokenizer)), tokenizer, reading)
         raise UserError(
             f"row '{prompt.id}': its prompt spells the control token {error.token!r}, which the "
             f"tokenizer{_named(tokenizer)} cannot encode as ordinary text; take it out of the prompt, or drop the row"
@@ -114,7 +115,7 @@ class Renderer:
         """
         self.tokenizer = tokenizer
         self.reading = reading
-        self._found: dict[tuple[tuple[Message, ...], bool, bool], list[int]] = {}
+        self._found: dict[tuple[tuple[Message, ...], str, bool, bool], list[int]] = {}
         self._kept = 0
 
     def __call__(self, prompt: Prompt, *, split: bool = False) -> list[int]:
@@ -127,7 +128,7 @@ class Renderer:
         Raises:
             UserError: See `render`.
         """
-        key = (prompt.messages, prompt.plain, split)
+        key = (prompt.messages, json.dumps(prompt.tools), prompt.plain, split)
         ids = self._found.get(key)
         if ids is None:
             ids = render(prompt, self.tokenizer, self.reading, split=split)
@@ -137,23 +138,13 @@ class Renderer:
         return ids
 
 
-def conversation(messages: Sequence[Message], contents: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """Messages in the form that chat templates take.
-
-    Args:
-        messages: The turns.
-        contents: Instead of their own contents, one for each.
-    """
-    texts = [message.content for message in messages] if contents is None else contents
-    return [{"role": message.role, "content": text} for message, text in zip(messages, texts, strict=True)]
-
-
 def written(
     turns: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     reading: Reading = _AS_WRITTEN,
     *,
     opened: bool = True,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The text that a chat template makes of a conversation. Whatever the template raises is passed on.
 
@@ -162,10 +153,13 @@ def written(
         tokenizer: With a chat template.
         reading: What the template is told.
         opened: Ask for the beginning of the assistant's turn after it.
+        tools: The functions that the model may call.
     """
     told: dict[str, Any] = {} if reading.thinking is None else {"enable_thinking": reading.thinking}
     if reading.date is not None and dated(tokenizer):
         told["chat_template"] = _on_day(tokenizer.get_chat_template(), reading.date)
+    if tools:
+        told["tools"] = [dict(tool) for tool in tools]
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **told
@@ -201,16 +195,36 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[int]:
-    def template(contents: Sequence[str]) -> str:
-        return written(conversation(prompt.messages, contents), tokenizer, reading)
+    # Other texts than contents steer templates (a call's type is compared), so that they are left as they are unless
+    # they spell a control token.
+    contents = [message.content for message in prompt.messages]
+    spelling = [text for text in inner_texts(prompt) if spelt(text, tokenizer)]
+
+    def shown(prompt: Prompt) -> str:
+        return written(conversation(prompt.messages), tokenizer, reading, tools=prompt.tools)
+
+    def template(texts: Sequence[str]) -> str:
+        inner = dict(zip(spelling, texts[len(contents) :], strict=True))
+        other = with_inner(prompt, lambda text: inner.get(text, text)) if inner else prompt
+        turns = conversation(other.messages, texts[: len(contents)])
+        return written(turns, tokenizer, reading, tools=other.tools)
 
     try:
         # The template writes its own special tokens, a beginning-of-text among them.
-        return filled([message.content for message in prompt.messages], template, tokenizer)
+        ids = filled([*contents, *spelling], template, tokenizer)
+        if not prompt.tools and all(turn.role in ("user", "assistant") and not turn.extra for turn in prompt.messages):
+            return ids
+        missing = unshown(prompt, shown(prompt), shown)
     except Spelt:
         raise
     except Exception as error:  # jinja2's errors, and what the template itself raises ("system role not supported")
         raise UserError(f"prompt '{prompt.id}': {_why('chat template', tokenizer, error)}") from error
+    if missing:
+        raise UserError(
+            f"prompt '{prompt.id}': the chat template{_named(tokenizer)} leaves out {missing} without a word; use a "
+            "model whose template shows them, or take them out of the data"
+        )
+    return ids
 
 
 def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, control: bool = False) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,7 +160,8 @@ def _written(tokenizer: PreTrainedTokenizerBase, reading: Reading, *contents: st
 
 def _shared(one: str, other: str) -> str:
     """The beginning that both have; no part of a token such as `<|user|>`."""
-    found = os.path.commonprefix([one, other])
+    places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    found = one[: next(places, min(len(one), len(other)))]
     for opens, closes in ("<>", "[]"):
         if found.rfind(opens) > found.rfind(closes):
             found = found[: found.rfind(opens)]

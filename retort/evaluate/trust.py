@@ -29,7 +29,7 @@ from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
 from retort.signals import TeacherSignal
 from retort.streams import generator, permutation, uniforms
-from retort.teachers.local import Teacher
+from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.view import View
 from retort.types import DENSE, Pack, Prompt, Rollout
 
@@ -111,7 +111,7 @@ class _Fork:
 
 def branches(
     engine: HFEngine,
-    own: Teacher,
+    own: LocalTeacher,
     teacher: Teacher,
     view: View,
     prompts: Sequence[Prompt],

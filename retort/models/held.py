@@ -76,8 +76,8 @@ class Held:
             values = parameter.detach().to(dtype=kind, copy=learns)
             known[id(parameter)] = torch.nn.Parameter(values, requires_grad=False)
         made = cast("Any", copy.deepcopy(self.model, known)).eval()
-        if getattr(made, "is_gradient_checkpointing", False):
-            made.gradient_checkpointing_disable()
+        if made.is_activation_checkpointing:
+            made.activation_checkpointing_disable()
         if attention is not None:
             made.set_attn_implementation(attention)
         return made

@@ -175,8 +175,8 @@ def imported(task: str) -> Grader:
     except ModuleNotFoundError as error:
         missing = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f" (it imports '{error.name}')"
         raise UserError(
-            f"task = {task}: there is no module '{module if missing else error.name}' here{missing}; start retort in the "
-            "folder of the module, or put that on PYTHONPATH"
+            f"task = {task}: there is no module '{module if missing else error.name}' here{missing}; start retort in "
+            "the folder of the module, or put that on PYTHONPATH"
         ) from error
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())[:300]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from retort.streams import uniforms
 from retort.teachers.templates import TEMPLATES, fill
-from retort.types import Message, Prompt, Rollout
+from retort.types import Prompt, Rollout
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,7 @@ class Scene:
         *before, last = self.prompt.messages
         words = self.stage.templates
         content = fill(words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words["closing"])
-        return replace(self.prompt, messages=(*before, Message(last.role, content)))
+        return replace(self.prompt, messages=(*before, replace(last, content=content)))
 
     def shortened(self, render: Callable[[Scene], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:
         """The prompt with each privileged text cut at its end to the longest length that fits; None if none does.

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from retort.align.encode import Spelt, response_ids
+from retort.align.chat import Renderer
+from retort.align.encode import Spelt, control_tokens, response_ids
 from retort.align.stops import describe_stop_map, named_stops, turn_end
+from retort.align.template import turns, unlike_a_turn
+from retort.align.text import decode
 from retort.align.tokens import vocabulary_width
-from retort.errors import UserError
+from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
 from retort.rollout.single_turn import acted
 from retort.signals import Dense, Sampled
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.findings import Check
 from retort.train.memory import available, forecast, size_words
+from retort.train.reading import check_written, thinking_words
 from retort.train.setup import Setup
 from retort.types import SAMPLED, Message, Pack, Prompt, Rollout
 
@@ -30,6 +33,8 @@ PROBE_TOKENS = 256
 UNTRAINED = 0.9
 #: Below this many ids a vocabulary belongs to a toy, which may never have learnt to predict its prompts.
 REAL_VOCABULARY = 1000
+#: Characters of a prompt that are shown.
+SHOWN = 300
 #: Nats by which two passes over one text may differ: rounding, and what is not rounding any more.
 ROUNDING, RANDOM = 1e-4, 1e-2
 #: Shares of the memory there is from which a forecast is worth a word, and from which it cannot work.
@@ -41,17 +46,18 @@ _CONVERSATION = Prompt("probe", (Message("user", "What is 2 + 2?"),), plain=True
 def quick_checks(setup: Setup) -> list[Check]:
     """All of them, in the order in which a user would want to know."""
     pair: list[Callable[[Setup], Check]] = [check_special_tokens, check_stops, check_chat_templates]
+    alone: list[Callable[[Setup], Check]] = [check_prompt_ends, check_prompts, check_vocabulary, check_lengths]
     loaded: list[Callable[[Setup], Check]] = [check_teacher_loaded, check_teacher_repeats]
     if setup.teacher_lm is None:  # a student that teaches itself agrees with itself on all of that
         pair = loaded = []
-    return [check(setup) for check in (*pair, check_vocabulary, check_lengths, *loaded, check_memory)]
+    return [check(setup) for check in (*pair, *alone, *loaded, check_memory)]
 
 
 def check_special_tokens(setup: Setup) -> Check:
     """Whether both sides treat the same tokens as special."""
     why = "a control token to one side that is text to the other is written by one and not expected by the other"
     other_lm = _teacher(setup)
-    ours, theirs = _specials(setup.student), _specials(other_lm)
+    ours, theirs = ({i: name for name, i in control_tokens(lm.tokenizer).items()} for lm in (setup.student, other_lm))
     vocab = setup.vocab
     only = sorted(i for i in ours.keys() ^ theirs.keys() if i < vocab)
     roles = {
@@ -94,7 +100,8 @@ def check_stops(setup: Setup) -> Check:
     if local is not None and local.stop_map:
         saw += f"; {describe_stop_map(local.stop_map, setup.student.tokenizer, _teacher(setup).tokenizer)}"
     doubts = [doubt for who, lm in _models(setup)[:2] if (doubt := _other_end(who, lm))]
-    if len(student.ids) != len(teacher.ids):
+    swap = local.stop_map.swap if local is not None else {}
+    if {swap.get(i, i) for i in teacher.ids} != student.ids:
         doubts.append("the two sets differ")
     if not doubts:
         return Check("stop token", "ok", saw, why)
@@ -145,6 +152,57 @@ def check_chat_templates(setup: Setup) -> Check:
         why,
         "fine if each has the template it was trained with; a student that is to use the teacher's needs it now",
     )
+
+
+def check_prompt_ends(setup: Setup) -> Check:
+    """Whether prompts end where an answer begins, as each template's own conversations tell."""
+    why = "a model whose turn is not begun writes the beginning itself, or goes on for the user, and learns from that"
+    found: list[str] = []
+    fatal, headers = False, dict[str, str]()
+    for who, render in _readers(setup).items():
+        written = turns(render.tokenizer, render.reading)
+        if written is None:
+            continue
+        headers[who] = repr(written.beginning) if written.beginning else "the end of the user's turn"
+        fault = unlike_a_turn(written)
+        if fault is not None:
+            found.append(f"the {who}'s chat template is at fault: {fault[0]}")
+            fatal = fatal or fault[1]
+    if found:
+        remedy = (
+            "end the template (chat_template.jinja in the model's folder) with {% if add_generation_prompt %}, what "
+            "it writes before answers, {% endif %}; or take the template that the model was trained with"
+        )
+        return Check("prompt's end", "fatal" if fatal else "warn", "; ".join(found), why, remedy)
+    if not headers:
+        return Check("prompt's end", "ok", "no chat template: answers continue the bare text", why)
+    same = len(set(headers.values())) == 1
+    saw = [next(iter(headers.values()))] if same else [f"{end} ({who})" for who, end in headers.items()]
+    return Check("prompt's end", "ok", f"answers begin after {', '.join(saw)}", why)
+
+
+def check_prompts(setup: Setup) -> Check:
+    """What all prompts look like to the models, by one of them: control tokens and all."""
+    why = "what is shown here is what the models read, to the last token; a control token in a prompt is text to them"
+    readers = _readers(setup)
+    shown = [f"row '{setup.train[0].id}' is {_shown(setup.train[0], readers)}"]
+    thinking = thinking_words({who: render.tokenizer for who, render in readers.items()}, setup.render.reading)
+    shown += [thinking] if thinking else []
+    doubts = check_written([*setup.train, *setup.held_out], readers)
+    remedy = "see docs/prompts.md for what is read as what" if doubts else ""
+    return Check("prompts", "warn" if doubts else "ok", "; ".join([*doubts, *shown]), why, remedy)
+
+
+def _shown(prompt: Prompt, readers: Mapping[str, Renderer]) -> str:
+    """A prompt as each reads it, in one part where that is the same."""
+    ids = {who: render(prompt) for who, render in readers.items()}
+    same = len({tuple(own) for own in ids.values()}) == 1
+    whom = {"both" if len(ids) > 1 else "the student": ids["student"]} if same else ids
+    texts = [
+        (who, len(own), visible(shortened(decode(readers["student" if same else who].tokenizer, own), SHOWN)))
+        for who, own in whom.items()
+    ]
+    return ", and ".join(f'{count} ids to {who if same else f"the {who}"}: "{text}"' for who, count, text in texts)
 
 
 def check_vocabulary(setup: Setup) -> Check:
@@ -263,17 +321,18 @@ def _teacher(setup: Setup) -> LanguageModel:
     return setup.teacher_lm
 
 
+def _readers(setup: Setup) -> dict[str, Renderer]:
+    """How student and teacher read prompts."""
+    local = _local(setup)
+    return {"student": setup.render} | ({} if local is None else {"teacher": local.render})
+
+
 def _local(setup: Setup) -> LocalTeacher | None:
     for name, view in setup.method.views.items():
         teacher = setup.teachers[name]
         if view.model == "teacher" and isinstance(teacher, LocalTeacher):
             return teacher
     return None
-
-
-def _specials(lm: LanguageModel) -> dict[int, str]:
-    tokenizer: Any = lm.tokenizer
-    return {int(i): str(tokenizer.convert_ids_to_tokens(int(i))) for i in tokenizer.all_special_ids}
 
 
 def _probe(setup: Setup) -> tuple[Pack, str] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from retort import config as configuration
-from retort.align.chat import render
+from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
@@ -53,9 +53,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         raise UserError("problems=0 leaves nothing to judge")
     if config.threads:
         torch.set_num_threads(config.threads)
-    prompts = judge_prompts(config, data)
+    notes: list[str] = []
+    prompts = judge_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
-    notes = repeats(prompts, "rows of the data") if own else []
+    notes += repeats(prompts, "rows of the data") if own else []
     verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
@@ -65,14 +66,15 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
     models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
     config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
-    notes += check_written(prompts, lm.tokenizer, config.rollout.reading)
+    render = Renderer(lm.tokenizer, config.rollout.reading)
+    notes += check_written(prompts, {"model": render})
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     for prompt in prompts:
-        ids = render(prompt, lm.tokenizer, config.rollout.reading)
+        ids = render(prompt)
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
         length = len(ids)
         if length + judge.max_new_tokens > lm.context:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -18,7 +18,8 @@ from typing import Any, cast
 
 from retort.config import Config
 from retort.data import load_prompts, prompts_from_rows
-from retort.errors import UserError, quoted
+from retort.data.load import numbered
+from retort.errors import UserError
 from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
 from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
@@ -53,22 +54,7 @@ class Rows:
         Raises:
             UserError: It is no such thing.
         """
-        kind = type(given).__name__
-        if hasattr(given, "to_dict") and hasattr(given, "columns"):
-            raise UserError(f"{setting} is a {kind}; give its rows: {setting}=frame.to_dict('records')")
-        if isinstance(given, Mapping):
-            keys = ", ".join(map(str, islice(given, 4)))
-            raise UserError(f"{setting} is a {kind} ({keys}); give its rows, or one of its splits: {setting}[...]")
-        if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
-            raise UserError(
-                f"{setting} is {quoted(given)}; give a file, or rows: a list of dicts or a datasets.Dataset"
-            )
-        rows = list(islice(given, limit))
-        for number, row in enumerate(rows):
-            if not isinstance(row, Mapping):
-                kind = type(row).__name__
-                raise UserError(f'{setting}, row {number}: is a {kind}; a row is a mapping such as {{"prompt": "..."}}')
-        return Rows(rows)
+        return Rows([row for _, row in islice(numbered(given, ROWS[setting][0]), limit)])
 
     @staticmethod
     def kept(path: Path) -> Rows:
@@ -119,12 +105,13 @@ class Given:
         """The model that a text stands for, if it stands for one."""
         return self.models.get(name)
 
-    def prompts(self, config: Config, setting: str, place: str, limit: int | None) -> list[Prompt]:
+    def prompts(self, config: Config, setting: str, place: str, limit: int | None, notes: list[str]) -> list[Prompt]:
         """The prompts of a setting: of the rows that were given for it, or of the place that it names."""
         rows = self.rows.get(setting)
         if rows is not None:
-            return prompts_from_rows(rows.rows, where=ROWS[setting][0], limit=limit, columns=config.columns)
-        return load_prompts(place, split=config.split, limit=limit, columns=config.columns)
+            where = ROWS[setting][0]
+            return prompts_from_rows(rows.rows, where=where, limit=limit, columns=config.columns, notes=notes)
+        return load_prompts(place, split=config.split, limit=limit, columns=config.columns, notes=notes)
 
     def verifier(self, config: Config, prompts: Sequence[Prompt]) -> Verifier | None:
         """The user's own verifier, given or named; None where a task of Retort's grades.
@@ -198,7 +185,7 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
         else:
             judged = cast("Mapping[str, Any]", settings.get("eval") or {})
             limit = settings.get("limit") if name == "data" else judged.get("problems")
-            rows[name] = Rows.of(ROWS[name][0], thing, limit if isinstance(limit, int) and limit > 0 else None)
+            rows[name] = Rows.of(name, thing, limit if isinstance(limit, int) and limit > 0 else None)
             found[name] = rows[name].label
     if isinstance(grade, str):
         found["task"] = grade

@@ -26,13 +26,13 @@ def read_prompts(
     prompts = (
         builtin_prompts(data, "train", config.limit)
         if config.builtin
-        else _load(config, "data", data, config.limit, given)
+        else _load(config, "data", data, config.limit, notes, given)
     )
     if wanted == 0:
         return prompts, []
     judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
-        held_out = judge_prompts(config, judged, given)
+        held_out = judge_prompts(config, judged, notes, given)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
         if judged not in BUILTIN:
@@ -55,18 +55,20 @@ def read_prompts(
     return train, held_out
 
 
-def judge_prompts(config: Config, data: str, given: Given | None = None) -> list[Prompt]:
+def judge_prompts(config: Config, data: str, notes: list[str], given: Given | None = None) -> list[Prompt]:
     """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
-    return _load(config, "eval.data", data, config.eval.problems, given)
+    return _load(config, "eval.data", data, config.eval.problems, notes, given)
 
 
-def _load(config: Config, setting: str, data: str, limit: int | None, given: Given | None) -> list[Prompt]:
+def _load(
+    config: Config, setting: str, data: str, limit: int | None, notes: list[str], given: Given | None
+) -> list[Prompt]:
     near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
     if near and not Path(data).exists():
         raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
-    prompts = (given or Given()).prompts(config, setting, data, limit)
+    prompts = (given or Given()).prompts(config, setting, data, limit, notes)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 

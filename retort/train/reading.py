@@ -40,8 +40,8 @@ def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], n
     if asks and not rollout.rendered:
         rollout = rollout.model_copy(update={"date": rollout.date or today()})
         notes.append(
-            f"the chat template of the {' and the '.join(asks)} writes today's date: {rollout.date} for all of the run, "
-            "whenever it goes on (rollout.date)"
+            f"the chat template of the {' and the '.join(asks)} writes today's date: it stays {rollout.date}, whenever "
+            "the run goes on (rollout.date)"
         )
     said = thinking_words(tokenizers, rollout.reading)
     if said:
@@ -74,27 +74,38 @@ def refuse_views(config: Config, method: Method) -> None:
     shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
     if config.rollout.rendered and shown:
         raise UserError(
-            f"rollout.rendered: the view '{shown[0]}' of method '{method.name}' adds to the user's message, which cannot "
-            "be found in a rendered prompt; give prompts as they were before"
+            f"rollout.rendered: the view '{shown[0]}' of method '{method.name}' adds to the user's message, which "
+            "cannot be found in a rendered prompt; give prompts as they were before"
         )
 
 
-def check_written(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[str]:
-    """Looks for prompts that were rendered before.
+def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
+    """Looks through all prompts for such as were rendered before.
 
     Args:
         prompts: All of them.
-        tokenizer: Of the model that writes.
-        reading: How they are read.
+        readers: How each model reads; who writes is the first.
 
     Returns:
-        Notes on control tokens that are read as text.
+        Notes on control tokens that are read as text, and on beginnings that are there twice.
 
     Raises:
         UserError: Prompts look rendered: see `retort.align.template.looks_rendered`.
     """
-    if reading.rendered:
-        return []
+    tokenizer, reading = next((render.tokenizer, render.reading) for render in readers.values())
+    notes = [] if reading.rendered else _spelt(prompts, tokenizer, reading)
+    for who, render in readers.items():
+        bos = render.tokenizer.bos_token_id
+        doubled = 0 if bos is None else sum(render(prompt)[:2] == [bos, bos] for prompt in prompts)
+        if doubled:
+            notes.append(
+                f"{doubled} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {who}: its chat "
+                "template writes both; take one out of it"
+            )
+    return notes
+
+
+def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[str]:
     found = turns(tokenizer, reading)
     rendered, foreign, control = list[tuple[str, str]](), list[tuple[str, str]](), Counter[str]()
     for prompt in prompts:
@@ -107,8 +118,8 @@ def check_written(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase,
     if rendered:
         first, begins = rendered[0]
         raise UserError(
-            f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be rendered "
-            "once more; give the turns as a column 'messages', or set rollout.rendered=true to take them as they are"
+            f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be "
+            "rendered once more; give the turns as a column 'messages', or set rollout.rendered=true to take them as they are"
         )
     notes: list[str] = []
     if foreign:
@@ -146,9 +157,9 @@ def check_prompts(
     """
     rollout, prompts = config.rollout, [*train, *held_out]
     longest = max(rollout.max_new_tokens, (config.eval.max_new_tokens or 0) if held_out else 0)
-    student, render = readers["student"]
-    notes += check_written(prompts, student.tokenizer, rollout.reading)
-    differing, doubled = 0, Counter[str]()
+    render = readers["student"][1]
+    notes += check_written(prompts, {who: read for who, (_, read) in readers.items()})
+    differing = 0
     for prompt in prompts:
         ours = render(prompt)
         if not ours:
@@ -161,18 +172,12 @@ def check_prompts(
         for who, (lm, read) in readers.items():
             ids = read(prompt)
             differing += who == "teacher" and ids != ours
-            doubled[who] += len(ids) > 1 and ids[0] == ids[1] == lm.tokenizer.bos_token_id
             lm.check_ids(ids, f"row '{prompt.id}': its prompt")
             if len(ids) + longest > lm.context:
                 raise UserError(
                     f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
                     f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
                 )
-    for who, count in (+doubled).items():
-        notes.append(
-            f"{count} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {who}: its chat "
-            "template writes both; take one out of it"
-        )
     if differing:
         notes.append(
             f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "

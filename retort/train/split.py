@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
-from retort.types import Prompt
+from retort.types import Message, Prompt
 
-#: What two prompts share if they are the same: role and text of each message.
-Content = tuple[tuple[str, str], ...]
+#: What two prompts share if they are the same: role and text of each message, and what else templates read.
+Content = tuple[tuple[str, ...], ...]
 
 
 def content(prompt: Prompt) -> Content:
-    """What a prompt asks: roles and texts of its messages, with composed characters and single spaces.
+    """What a prompt asks: roles and texts of its messages, with composed characters and single spaces, and its tools.
 
     Case counts (`x` and `X` may be two unknowns), and so does a system message. Columns besides the prompt do not, nor
     does whether it was given as text or as messages.
     """
-    return tuple((m.role, " ".join(unicodedata.normalize("NFC", m.content).split())) for m in prompt.messages)
+
+    def turn(message: Message) -> tuple[str, ...]:
+        words = " ".join(unicodedata.normalize("NFC", message.content).split())
+        return (message.role, words, *([json.dumps(message.extra, sort_keys=True)] if message.extra else []))
+
+    tools = [("tools", json.dumps(prompt.tools, sort_keys=True))] if prompt.tools else []
+    return (*map(turn, prompt.messages), *tools)
 
 
 def set_aside(

@@ -1,0 +1,202 @@
+"""The way in: a source or rows of Python's own, read as prompts; and the prompts' fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from retort.data.columns import COLUMNS, check_mapping
+from retort.data.rows import RowReader
+from retort.data.sources import Row, rows_of
+from retort.data.values import without_nulls
+from retort.errors import UserError, did_you_mean
+from retort.types import Message, Prompt
+
+__all__ = ["fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
+
+#: What a template puts the prompt's own text for.
+_PLACE = "{prompt}"
+
+
+def in_template(prompts: Sequence[Prompt], template: str) -> list[Prompt]:
+    """The same prompts, the user's last turn put into a template.
+
+    Args:
+        prompts: As read.
+        template: A text that holds `{prompt}` once; other braces are text.
+
+    Raises:
+        UserError: It does not.
+    """
+    if template.count(_PLACE) != 1:
+        raise UserError(f"prompt_template = {template!r}: it must hold {_PLACE} once, where the prompt's text goes")
+
+    def put(prompt: Prompt) -> Prompt:
+        *before, last = prompt.messages
+        turn = replace(last, content=template.replace(_PLACE, last.content))
+        return replace(prompt, messages=(*before, turn))
+
+    return [put(prompt) for prompt in prompts]
+
+
+def load_prompts(
+    source: str,
+    *,
+    split: str = "train",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    notes: list[str] | None = None,
+) -> list[Prompt]:
+    """Reads prompts from files, a folder or a data set of the hub; docs/data.md shows every accepted shape.
+
+    A row has a column `prompt` (text, or a list of messages) or `messages` (a list of {role, content}; read where
+    `prompt` is absent or null; a last turn of the assistant is the row's `response`), and may have `system`, `tools`,
+    `id` (default: the number of the row, from 0), `answer`, `response` and `domain`. Only a teacher may see
+    `solution`, `hint`, `outcome` (how a solution ends), `demonstration`, `wrong` (a response that is wrong) and
+    `clean` (a text or a list of messages: the prompt without what is not to change the answer). ShareGPT's
+    `conversations` and Alpaca's `instruction`, `input`, `output` are recognised by their columns.
+
+    Args:
+        source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv (also compressed: .gz, .bz2, .xz, .zst) or
+            .parquet; a glob of such paths; a folder of them, or one that `save_to_disk` wrote; or a hub name,
+            `owner/name` or `owner/name:configuration`.
+        split: Which split of a data set with several; a file is always read whole.
+        limit: Read only the first so many rows; what follows is not even checked.
+        columns: Our name -> the name in the file, for example `{"prompt": "problem"}`; a part of a structure is named
+            with a dot, `{"answer": "reward_model.ground_truth"}`.
+        notes: Takes sentences on what was recognised, and on columns and files that are not used.
+
+    Returns:
+        At least one prompt, in the order of the rows.
+
+    Raises:
+        UserError: One line that names the file and the line (text files) or the row, and the remedy.
+    """
+    said: list[str] = []
+    prompts = _read(rows_of(source, split, said), source, limit, columns, said)
+    if notes is not None:
+        notes += [f"{source}: {note}" for note in said]
+    return prompts
+
+
+def prompts_from_rows(
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    where: str = "data",
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    notes: list[str] | None = None,
+) -> list[Prompt]:
+    """Reads prompts from rows of Python's own: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
+
+    Args:
+        rows: Each as a row of a file, see `load_prompts`. They are not changed.
+        where: What messages call them: "data, row 3".
+        limit: As for `load_prompts`.
+        columns: As for `load_prompts`.
+        notes: As for `load_prompts`.
+
+    Returns:
+        At least one prompt, in the order of the rows.
+
+    Raises:
+        UserError: One line that names the row and the remedy.
+    """
+    said: list[str] = []
+    prompts = _read(numbered(rows, where), where, limit, columns, said)
+    if notes is not None:
+        notes += [f"{where}: {note}" for note in said]
+    return prompts
+
+
+def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
+    """Rows of Python's own, each with the name that messages call it by.
+
+    Raises:
+        UserError: They are no mappings.
+    """
+    if isinstance(rows, Mapping):
+        names = ", ".join(str(name) for name in list(rows)[:6])
+        raise UserError(f"{where}: is one mapping (of {names}); give its rows, or one of its splits")
+    if hasattr(rows, "to_dict") and not hasattr(rows, "features"):
+        raise UserError(f"{where}: is a {type(rows).__name__}; give its rows: to_dict('records')")
+    if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
+        raise UserError(f"{where}: is a {type(rows).__name__}; give a list of mappings, one for each row")
+    arrow = hasattr(rows, "features")
+    for number, row in enumerate(rows):
+        at = f"{where}, row {number}"
+        if not isinstance(row, Mapping):
+            raise UserError(f'{at}: is a {type(row).__name__}; each row must be a mapping such as {{"prompt": "..."}}')
+        yield at, {name: without_nulls(value) for name, value in row.items()} if arrow else row
+
+
+def _read(
+    rows: Iterable[Row], source: str, limit: int | None, columns: Mapping[str, str] | None, notes: list[str]
+) -> list[Prompt]:
+    columns = dict(columns or {})
+    for name in columns:
+        if name not in COLUMNS:
+            raise UserError(f"data columns: there is no column '{name}' to map; {did_you_mean(name, COLUMNS)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"data limit is {limit}; it must be at least 1, or absent to read everything")
+    reader = RowReader(columns)
+    found: list[tuple[str | None, Prompt]] = []
+    used: dict[str, str] = {}
+    for where, row in islice(rows, limit):
+        if not found:
+            check_mapping(where, row, columns)
+        name, prompt = reader(where, row)
+        if name is not None:
+            if name in used:
+                raise UserError(f"{where}: id '{name}' was already used ({used[name]}); ids must be unique")
+            used[name] = where
+        found.append((name, prompt))
+    if not found:
+        raise UserError(f"{source}: no rows; expected at least one with a column 'prompt' or 'messages'")
+    notes += reader.notes()
+    return _named(found, set(used))
+
+
+def _named(found: Sequence[tuple[str | None, Prompt]], used: set[str]) -> list[Prompt]:
+    """Prompts with their ids: the row's own, else its number, made longer where a row is called that."""
+
+    def default(number: int) -> str:
+        name = str(number)
+        while name in used:
+            name = f"row-{name}"
+        return name
+
+    # A made name can meet no other: numbers differ, and each is only made longer.
+    return [
+        replace(prompt, id=default(number) if name is None else name) for number, (name, prompt) in enumerate(found)
+    ]
+
+
+def fingerprint(prompts: Iterable[Prompt]) -> str:
+    """Hex SHA-256 over everything in the prompts and their order; a checkpoint notices by it that the data changed."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        content = [
+            prompt.id,
+            [_content(message) for message in prompt.messages],
+            prompt.plain,
+            prompt.answer,
+            prompt.response,
+            sorted(prompt.privileged.items()),
+            prompt.domain,
+        ]
+        # At the end, and only where it is there: the fingerprint of other data is what it was before.
+        if prompt.clean is not None:
+            content.append([_content(message) for message in prompt.clean])
+        if prompt.tools:
+            content.append({"tools": prompt.tools})
+        digest.update(json.dumps(content).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _content(message: Message) -> list[Any]:
+    return [message.role, message.content, *([message.extra] if message.extra else [])]

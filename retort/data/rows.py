@@ -1,0 +1,199 @@
+"""What a row says: its columns, read as a prompt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from retort.data.columns import PRIVILEGED, Seen, lookup, no_prompt
+from retort.data.conversations import LAST_ROLES, as_conversation, conversation, read_tools
+from retort.data.values import optional, plain, text
+from retort.errors import UserError
+from retort.types import Message, Prompt
+
+__all__ = ["RowReader"]
+
+#: Where other formats keep the conversation; read where no column of ours holds the prompt.
+_CONVERSATIONS = ("conversations", "conversation")
+#: Keys of a turn whose rendering is checked with the chat template; of others it is not known what they do.
+_KNOWN_KEYS = ("tool_calls", "tool_call_id")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a row asks, before columns beside it are looked at."""
+
+    messages: tuple[Message, ...]
+    plain: bool = False
+    response: str | None = None
+
+
+class RowReader:
+    """Reads rows of one source, and keeps count of what a note has to say."""
+
+    def __init__(self, columns: Mapping[str, str]) -> None:
+        """Nothing read yet.
+
+        Args:
+            columns: Our name -> the name in the source.
+        """
+        self.columns = columns
+        self.seen = Seen()
+        self.rows = 0
+        self._said: Counter[str] = Counter()
+        self._answers = self._responses = False
+
+    def __call__(self, where: str, row: Mapping[str, Any]) -> tuple[str | None, Prompt]:
+        """The row's own id, if it has one, and the prompt, without an id.
+
+        Raises:
+            UserError: One line that names the place and the remedy.
+        """
+        self.rows += 1
+        self.seen.row(row)
+        asked = self._asked(where, row)
+        system, tools = (
+            optional(where, "system", self._cell(row, "system")),
+            read_tools(where, self._cell(row, "tools")),
+        )
+        messages = self._with_system(where, system, asked.messages)
+        given = {column: optional(where, column, self._cell(row, column)) for column in PRIVILEGED}
+        prompt = Prompt(
+            id="",
+            messages=messages,
+            plain=asked.plain and system is None and not tools,
+            answer=optional(where, "answer", self._cell(row, "answer")),
+            response=self._response(where, row, asked.response),
+            privileged={column: words for column, words in given.items() if words is not None},
+            clean=self._clean(where, row, system, messages),
+            domain=optional(where, "domain", self._cell(row, "domain")) or "",
+            tools=tools,
+        )
+        self._answers |= prompt.answer is not None
+        self._responses |= prompt.response is not None
+        return optional(where, "id", self._cell(row, "id")), prompt
+
+    def notes(self) -> list[str]:
+        """What was recognised, with the number of rows, and what was not used."""
+        said = [f"{what}: {count} of {self.rows} rows" for what, count in self._said.items()]
+        return said + self.seen.notes(answers=self._answers, responses=self._responses)
+
+    def _cell(self, row: Mapping[str, Any], ours: str) -> Any:
+        theirs = self.columns.get(ours, ours)
+        self.seen.read.add(theirs if theirs in row else theirs.split(".")[0])
+        return plain(lookup(row, theirs))
+
+    def _asked(self, where: str, row: Mapping[str, Any]) -> _Asked:
+        # A mapping of `messages` alone says which of the two is meant, even if the file also has a `prompt`.
+        chosen = (
+            ("messages",) if "messages" in self.columns and "prompt" not in self.columns else ("prompt", "messages")
+        )
+        for ours in chosen:
+            value = self._cell(row, ours)
+            if value is not None:
+                return self._told(where, ours, value)
+        # Shapes of others are recognised by their columns alone, and never against a mapping.
+        if not {"prompt", "messages"} & set(self.columns):
+            for name in _CONVERSATIONS:
+                if row.get(name) is not None:
+                    self.seen.read.add(name)
+                    self._said[f"`{name}` is read as the conversation"] += 1
+                    return self._conversation(where, plain(row[name]))
+            if row.get("instruction") is not None and ("input" in row or "output" in row):
+                return self._alpaca(where, row)
+        raise UserError(f"{where}: {no_prompt(row, self.columns)}")
+
+    def _told(self, where: str, ours: str, value: Any) -> _Asked:
+        if not isinstance(value, str):
+            return self._conversation(where, value)
+        turns = as_conversation(where, value) if ours == "prompt" else value
+        if turns is None:
+            return self._text(where, value)
+        self._said[f"`{self.columns.get(ours, ours)}` is JSON text of a conversation, and read as its turns"] += 1
+        return self._conversation(where, turns)
+
+    def _text(self, where: str, words: str, response: str | None = None) -> _Asked:
+        if not words.strip():
+            raise UserError(f"{where}: the prompt is empty")
+        return _Asked((Message("user", text(where, "prompt", words)),), plain=True, response=response)
+
+    def _alpaca(self, where: str, row: Mapping[str, Any]) -> _Asked:
+        """Instruction, a blank line, and the input where there is one; the output is the response."""
+        self.seen.read |= {"instruction", "input", "output"}
+        parts = {name: optional(where, name, plain(row.get(name))) for name in ("instruction", "input", "output")}
+        self._said["read as Alpaca: `instruction` and `input` are the prompt, `output` is the response"] += 1
+        asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
+        return self._text(where, asked, parts["output"])
+
+    def _conversation(self, where: str, value: Any) -> _Asked:
+        """The turns up to the last one of the user or a tool; what the assistant says after it is the response."""
+        messages = conversation(where, value)
+        response = None
+        if messages[-1].role == "assistant" and len(messages) > 1:
+            *before, last = messages
+            messages, response = tuple(before), self._last_words(last)
+        _check_last(where, messages)
+        for key in {key: None for message in messages for key in message.extra if key not in _KNOWN_KEYS}:
+            self._said[f"turns have a key `{key}`, which the chat template may show or not"] += 1
+        return _Asked(messages, response=response)
+
+    def _last_words(self, last: Message) -> str | None:
+        if "tool_calls" in last.extra:
+            self._said["the last turn, the assistant's, calls a tool and is left out: it is no response in words"] += 1
+            return None
+        if not last.content.strip():
+            self._said["the last turn, the assistant's, is empty and left out"] += 1
+            return None
+        for key in last.extra:
+            self._said[f"the last turn's `{key}` is not in the response"] += 1
+        self._said["the last turn, the assistant's, is read as the response"] += 1
+        return last.content
+
+    def _response(self, where: str, row: Mapping[str, Any], last: str | None) -> str | None:
+        value = self._cell(row, "response")
+        if isinstance(value, list) and value:
+            turns = conversation(where, value)
+            if [turn.role for turn in turns] != ["assistant"]:
+                raise UserError(f"{where}: 'response' holds turns; expected text, or one turn of the assistant")
+            given = self._last_words(turns[0])
+        else:
+            given = optional(where, "response", value)
+        if given is not None and last is not None and given.strip() != last.strip():
+            raise UserError(
+                f"{where}: the column 'response' and the answer that the row ends with differ; leave one of them out"
+            )
+        return last if given is None else given
+
+    def _with_system(self, where: str, system: str | None, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        if system is None:
+            return messages
+        self._said[f"`{self.columns.get('system', 'system')}` is read as the system's turn"] += 1
+        if messages[0].role not in ("system", "developer"):
+            return (Message("system", system), *messages)
+        if messages[0].content.strip() != system.strip():
+            raise UserError(f"{where}: the column 'system' and the conversation's own system turn differ; drop one")
+        return messages
+
+    def _clean(
+        self, where: str, row: Mapping[str, Any], system: str | None, messages: tuple[Message, ...]
+    ) -> tuple[Message, ...] | None:
+        """The other half of a pair of prompts: another last turn, or another conversation."""
+        value = self._cell(row, "clean")
+        if isinstance(value, list):
+            clean = conversation(where, value)
+            _check_last(where, clean)
+            return self._with_system(where, system, clean)
+        words = optional(where, "clean", value)
+        return None if words is None else (*messages[:-1], replace(messages[-1], content=words))
+
+
+def _check_last(where: str, messages: tuple[Message, ...]) -> None:
+    if messages[-1].role not in LAST_ROLES:
+        remedy = "join turns of the assistant to one, which is read as the response, and begin with a user's turn"
+        raise UserError(
+            f"{where}: the last message is the {messages[-1].role}'s; a prompt ends with the user's turn ({remedy})"
+            if messages[-1].role == "assistant"
+            else f"{where}: the last message is the {messages[-1].role}'s; a prompt ends with the user's turn"
+        )

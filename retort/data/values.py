@@ -1,0 +1,114 @@
+"""One cell of a row: text as it is, numbers as text, JSON values that a chat template reads, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from datetime import date
+from decimal import Decimal
+from typing import Any
+
+from retort.errors import UserError, quoted
+
+__all__ = ["json_value", "optional", "parsed", "plain", "short", "text", "without_nulls"]
+
+
+def text(where: str, name: str, given: str) -> str:
+    """A text, which every tokenizer can take.
+
+    Raises:
+        UserError: It holds half of a surrogate pair, which JSON can spell.
+    """
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: '{name}' holds half a character (\\ud... escape) at {error.start}") from None
+    return given
+
+
+def optional(where: str, name: str, value: Any) -> str | None:
+    """Text as it is; a number or a date as text; null or blank text as None.
+
+    Raises:
+        UserError: It is anything else (true, NaN, a list, an object), with what to write instead.
+    """
+    if isinstance(value, str):
+        return text(where, name, value) if value.strip() else None
+    if value is None:
+        return None
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")  # 1E+3 is written 1000
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return str(value)
+    if isinstance(value, date):  # also a date with a time
+        return value.isoformat()
+    shown = value if isinstance(value, float | Decimal) else type(value).__name__
+    raise UserError(f"{where}: '{name}' is {shown}; expected text or a number{_instead(name, value)}")
+
+
+def _instead(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f": write the word that is meant ({'yes' if value else 'no'}, {str(value).lower()}, ...)"
+    if isinstance(value, float | Decimal):
+        return ": write null where there is none"
+    if isinstance(value, Mapping):
+        keys = [str(key) for key in value]
+        return f": map one of its keys ({', '.join(keys[:6])}), as in columns.{name}=COLUMN.{keys[0]}" if keys else ""
+    return ": write one of them, or one text" if isinstance(value, Sequence) else ""
+
+
+def plain(value: Any) -> Any:
+    """A cell as Python's own types: arrays become lists and numbers of numpy become numbers, at any depth."""
+    if isinstance(value, str) or value is None:
+        return value
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def without_nulls(value: Any) -> Any:
+    """A cell of an Arrow table without the nulls in its structures: Arrow gives every one the keys of all of them."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def json_value(where: str, name: str, value: Any) -> Any:
+    """A value that JSON can spell, as it is.
+
+    Raises:
+        UserError: It cannot, or it holds half a character.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: '{name}' holds half a character (\\ud... escape)") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: '{name}' is nothing that JSON can spell: {short(error)}") from None
+    return value
+
+
+def parsed(where: str, name: str, value: Any) -> Any:
+    """A list or object that may be written as JSON text.
+
+    Raises:
+        UserError: It is text, but not JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        python = "[{'" in value or "{'" in value[:2]
+        remedy = "it is in Python's notation; write it with json.dumps" if python else short(error)
+        raise UserError(f"{where}: '{name}' is text that is not JSON ({remedy}): {quoted(value, 40)}") from None
+
+
+def short(error: BaseException) -> str:
+    """The first line of an error's text, cut to a readable length."""
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    return first if len(first) <= 200 else first[:197] + "..."
