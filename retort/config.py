@@ -214,6 +214,11 @@ class Config(Section):
         holder = getattr(self, section) if section else self
         return (not section or section in self.model_fields_set) and name in holder.model_fields_set
 
+    def value(self, key: str) -> Any:
+        """A setting by its full name."""
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self, section) if section else self, name)
+
     def changed(self, key: str, value: Any) -> Config:
         """The same settings but for one, which is still nobody's: what was left open, made to fit.
 

@@ -69,7 +69,7 @@ def look(
     tracking.need(config.tracker)
     if config.lora.rank:
         need_peft()
-    notes += _of_the_paper(config, method)
+    said = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
@@ -77,9 +77,10 @@ def look(
     pair = {role: one.tokenizer for role, one in found.items() if role != "base"}
     config = reading.settled(config, pair, notes)
     renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}
-    longest, highest = reading.check_prompts(config, train, held_out, renders, notes)
-    config = fit_lengths(config, found, longest, notes)
-    return Looked(config, renders["student"], highest)
+    read = reading.check_prompts(config, train, held_out, renders, notes)
+    config = fit_lengths(config, found, read, notes)
+    notes[said:said] = _of_the_paper(config, method)
+    return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
 def _describe(config: Config, role: Role, name: str, source: str | Held) -> Described:
@@ -141,22 +142,22 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
 
 
 def fit_lengths(
-    config: Config, models: Mapping[Role, Described], longest: Mapping[Role, reading.Longest], notes: list[str]
+    config: Config, models: Mapping[Role, Described], read: Mapping[Role, reading.Extremes], notes: list[str]
 ) -> Config:
     """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
 
     Args:
         config: Resolved.
         models: By role.
-        longest: The longest prompts to learn from, and to be judged on, as each reads them.
+        read: How long prompts get, as each reads them.
         notes: Takes what was changed.
 
     Raises:
         UserError: A length of the user's does not fit, or no answer at all does.
     """
     judged = config.eval.max_new_tokens
-    learnt = {role: one.train for role, one in longest.items()}
-    held_out = {role: one.held_out for role, one in longest.items()}
+    learnt = {role: one.train for role, one in read.items()}
+    held_out = {role: one.held_out for role, one in read.items()}
     config = _fit(config, "rollout.max_new_tokens", models, [learnt, *([held_out] if judged is None else [])], notes)
     return config if judged is None else _fit(config, "eval.max_new_tokens", models, [held_out], notes)
 
@@ -185,14 +186,12 @@ def _fit(
     if config.given(key) or room < 1:
         stretched = model.reach
         longer = (
-            f", or raise max_position_embeddings in its config.json: its positions are stretched to {stretched}, and "
-            "the context does not say so"
-            if stretched is not None
-            else ""
+            f"drop the row, or raise max_position_embeddings in the {role}'s config.json to {stretched}, as far as its "
+            "rope_parameters stretch its positions"
         )
         raise UserError(
             f"row '{row}': {tokens} prompt tokens and {asked} new ones exceed the {role}'s context of {model.context}; "
-            f"lower {key}, drop the row{longer}"
+            f"lower {key}, {'or drop the row' if stretched is None else longer}"
         )
     notes.append(
         f"{key} is {room:,} and not {asked:,}: beside the longest prompt (row '{row}', {tokens} tokens) the {role}'s "
@@ -211,4 +210,4 @@ def _of_the_paper(config: Config, method: Method) -> list[str]:
     ]
     paper = method.paper.arxiv if method.paper is not None else None
     whose = f"the paper of '{method.name}'{f' (arXiv {paper})' if paper else ''}"
-    return [f"as in {whose}, where nothing else was said: {', '.join(theirs)}"] if theirs else []
+    return [f"as in {whose}, where you gave nothing: {', '.join(theirs)}"] if theirs else []
