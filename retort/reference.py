@@ -135,7 +135,11 @@ def limits(field: FieldInfo) -> tuple[Callable[[float], bool], str]:
                 bound: Any = getattr(one, kind.__name__.lower())
                 tests.append(lambda number, test=test, bound=bound: test(number, bound))
                 words.append(f"{word} {bound if isinstance(bound, int) else format(bound, 'g')}")
-    return (lambda number: math.isfinite(number) and all(test(number) for test in tests)), ", ".join(words)
+
+    def inside(number: float) -> bool:
+        return (isinstance(number, int) or math.isfinite(number)) and all(test(number) for test in tests)
+
+    return inside, ", ".join(words)
 
 
 def plain(found: Sequence[Setting]) -> list[dict[str, Any]]:

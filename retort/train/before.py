@@ -79,7 +79,7 @@ def look(
     renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}
     read = reading.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
-    notes[said:said] = _of_the_paper(config, method)
+    notes[said:said] = of_the_paper(config, method)
     return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
@@ -200,7 +200,7 @@ def _fit(
     return config.changed(key, room)
 
 
-def _of_the_paper(config: Config, method: Method) -> list[str]:
+def of_the_paper(config: Config, method: Method) -> list[str]:
     """Which settings are neither the user's nor a default."""
     plain: Any = Config()
     theirs = [
