@@ -37,7 +37,7 @@ class Looked:
 
     config: Config
     render: Renderer
-    highest: Mapping[Role, tuple[int, str]]
+    highest: Mapping[str, tuple[int, str]]
 
     def check_ids(self, role: Role, lm: LanguageModel) -> None:
         """Raises `UserError` if a prompt holds an id for which the model has no row."""
@@ -71,7 +71,7 @@ def look(
         need_peft()
     said = len(notes)
     config = fit_steps(config, method, len(train), notes)
-    found = {role: _describe(config, role, *model) for role, model in models.items()}
+    found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
         check_same_tokenizer(found["student"].tokenizer, other.tokenizer)
     pair = {role: one.tokenizer for role, one in found.items() if role != "base"}
@@ -142,7 +142,7 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
 
 
 def fit_lengths(
-    config: Config, models: Mapping[Role, Described], read: Mapping[Role, reading.Extremes], notes: list[str]
+    config: Config, models: Mapping[str, Described], read: Mapping[str, reading.Extremes], notes: list[str]
 ) -> Config:
     """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
 
@@ -165,8 +165,8 @@ def fit_lengths(
 def _fit(
     config: Config,
     key: str,
-    models: Mapping[Role, Described],
-    prompts: Sequence[Mapping[Role, tuple[int, str]]],
+    models: Mapping[str, Described],
+    prompts: Sequence[Mapping[str, tuple[int, str]]],
     notes: list[str],
 ) -> Config:
     """One length, beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""

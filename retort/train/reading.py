@@ -14,7 +14,6 @@ from retort.align.template import looks_rendered, of_another_family, thinks, tur
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.load import Role
 from retort.types import Prompt
 
 if TYPE_CHECKING:
@@ -156,9 +155,9 @@ def check_prompts(
     config: Config,
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    readers: Mapping[Role, Renderer],
+    readers: Mapping[str, Renderer],
     notes: list[str],
-) -> dict[Role, Extremes]:
+) -> dict[str, Extremes]:
     """Refuses prompts that nobody can continue, or that are longer than the settings allow; notes other readings.
 
     Args:

@@ -17,6 +17,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
+from retort.models.held import Held
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.models.load import Role
 from retort.models.rehearsal import rehearse_export
@@ -150,7 +151,9 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     named |= {"teacher": teacher_name} if teacher_name is not None else {}
     named |= {"base": with_base} if with_base not in (None, student_name) else {}
     device_of(config)
-    sources = {role: (name, given.source(name) or located(name)) for role, name in named.items()}
+    sources: dict[Role, tuple[str, str | Held]] = {
+        role: (name, given.source(name) or located(name)) for role, name in named.items()
+    }
     looked = look(config, method, sources, train, held_out, notes)
     config, render = looked.config, looked.render
     student = load(config, student_name, "student", given)
