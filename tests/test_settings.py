@@ -236,6 +236,19 @@ def test_a_number_is_taken_if_and_only_if_it_lies_within_the_bounds(key: str, va
     assert (taken is not None) == bool(expected), (key, value, taken)
 
 
+def test_a_number_that_could_only_hang_is_refused() -> None:
+    """One setting builds something for each of its count, so the bound of all numbers does not bound it."""
+    with pytest.raises(UserError, match="contexts must be at most"):
+        registry.load("unisd", contexts=10**9)
+
+
+def test_what_corrects_for_an_engine_is_a_setting() -> None:
+    glossary = (ROOT / "docs" / "concepts.md").read_text().splitlines()
+    (row,) = [line for line in glossary if line.startswith("| `engine_logp` |")]
+    named = set(re.findall(r"`(\w+)`", row)) - {"engine_logp", "old_logp"}
+    assert named and all(any(own in registry.defaults(name) for name in registry.names()) for own in named)
+
+
 def float_of(value: float) -> float:
     try:
         return float(value)

@@ -91,8 +91,8 @@ def components(preset: Preset, **changed: Level | float | None) -> Components:
     for name, coef in coefs.items():
         if coef < 0:
             raise UserError(f"unisd: {name} must not be negative, but is {coef}")
-    if not 1 <= found.contexts <= _MOST_CONTEXTS:
-        raise UserError(f"unisd: contexts must be 1 to {_MOST_CONTEXTS}, but is {found.contexts}")
+    if found.contexts > _MOST_CONTEXTS:
+        raise UserError(f"unisd: contexts must be at most {_MOST_CONTEXTS}, but is {found.contexts}")
     if not any(coefs.values()):
         raise UserError("unisd: all components are switched off, so nothing would be learnt")
     return found
