@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.set_defaults(run=_settings)
 
     cite = commands.add_parser("cite", help="BibTeX of a method")
-    cite.add_argument("name")
+    cite.add_argument("names", nargs="+", metavar="NAME")
     cite.set_defaults(run=_cite)
     return parser
 
@@ -191,9 +191,11 @@ def _train(arguments: argparse.Namespace) -> int:
     try:
         if arguments.resume is not None:
             _only_steps(flags, files, pairs)
+            observer.working("reading the run and loading its models")
             run = runner.resume(named(arguments.resume), observer, steps=arguments.steps)
         else:
             settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
+            observer.working("reading the data and loading the models")
             run = runner.start(settings, api.folder_of(settings), observer)
             api.check(run)
         run.go()
@@ -221,7 +223,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from retort import api, config
-    from retort.console import examination_table, quiet_libraries
+    from retort.console import RichObserver, examination_table, quiet_libraries
     from retort.train.doctor import examine
 
     files = [word for word in arguments.words if word.endswith(".toml")]
@@ -232,6 +234,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         flags["method"] = {"name": arguments.method}
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
+    RichObserver(Console(stderr=True)).working("loading the models and looking at them")
     found = examine(settings, quick=arguments.quick)
     if arguments.json:
         print(json.dumps(found.plain(), indent=2))
@@ -248,6 +251,7 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     observer = RichObserver(Console(stderr=arguments.json))
+    observer.working("reading the data and loading the model")
     try:
         results = evaluate(arguments.model, arguments.data, arguments.teacher, arguments.words, observer)
     finally:
@@ -263,12 +267,11 @@ def _report(arguments: argparse.Namespace) -> int:
     from retort.report.page import build_report
 
     runs = [named(run) for run in arguments.runs]
-    default = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
 
     def note(text: str) -> None:
         print(visible(f"note: {text}"), file=sys.stderr)
 
-    print(visible(str(build_report(runs, named(arguments.out) if arguments.out is not None else default, note))))
+    print(visible(str(build_report(runs, None if arguments.out is None else named(arguments.out), note))))
     return 0
 
 
@@ -281,6 +284,7 @@ def _trust(arguments: argparse.Namespace) -> int:
 
     quiet_libraries()
     observer = RichObserver(Console())
+    observer.working("reading the run and loading its models")
     try:
         found = measure(
             named(arguments.run_folder),
@@ -348,8 +352,9 @@ def _settings(arguments: argparse.Namespace) -> int:
 def _cite(arguments: argparse.Namespace) -> int:
     from retort import registry
 
-    made = registry.load(arguments.name)
-    if made.paper is None:
-        raise UserError(f"method '{arguments.name}' names no paper")
-    print(made.paper.bibtex(arguments.name))
+    papers = {name: registry.load(name).paper for name in arguments.names}
+    unknown = [name for name, paper in papers.items() if paper is None]
+    if unknown:
+        raise UserError(f"method '{unknown[0]}' names no paper")
+    print("\n\n".join(paper.bibtex(name) for name, paper in papers.items() if paper is not None))
     return 0

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import IO, Any, TextIO, cast
 
 from rich.console import Console, Group
@@ -15,27 +16,23 @@ from rich.table import Table
 from rich.text import Text
 
 from retort.errors import visible
+from retort.evaluate.measures import measure, ordered
 from retort.evaluate.unknown import why_unknown
 
-#: Shown in the progress line, if there: metric and label.
+#: Shown in the progress line, if there: metric, label, how it is printed.
 _CURVES = (
-    ("reward", "reward"),
-    ("reverse_kl", "KL"),
-    ("forward_kl_gated", "fKL gated"),
-    ("student_entropy", "entropy"),
-    ("length", "length"),
+    ("reward", "reward", "{:z.3f}"),
+    ("reverse_kl", "reverse KL", "{:z.3f} nats"),
+    ("forward_kl_gated", "forward KL where the gate is open", "{:z.3f} nats"),
+    ("student_entropy", "entropy", "{:z.3f} nats"),
+    ("length", "length", "{:,.0f} tokens"),
 )
-#: Rows of the table: metric, label, how it is printed.
-_ROWS = (
-    ("length", "mean length, tokens", "{:z.1f}"),
-    ("truncated", "truncated", "{:.1%}"),
-    ("student_entropy", "own entropy, nats", "{:z.3f}"),
-    ("student_entropy_uncertain", "own entropy where the teacher is uncertain, nats", "{:z.3f}"),
-    ("forward_kl_uncertain", "forward KL where the teacher is uncertain, nats", "{:z.3f}"),
-    ("reverse_kl", "reverse KL, nats", "{:z.3f}"),
-)
-#: Before the name of what a verifier measures besides right and wrong.
-_PART = "reward/"
+#: Steps over which they are averaged.
+_OVER = 10
+#: What the table leaves to the report.
+_LEFT_OUT = ("student_uncertain", "uncertain", "teacher_entropy_uncertain")
+#: In a file or a pipe: seconds after which a line says that something goes on.
+_PATIENCE = 60.0
 
 
 def shown(text: str, style: str = "") -> Text:
@@ -93,6 +90,7 @@ class RichObserver:
         self._phase: str | None = None
         self._seen: list[dict[str, Any]] = []
         self._times: Counter[str] = Counter()
+        self._begun = self._said = 0.0
 
     def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
         """The start-up summary."""
@@ -107,40 +105,69 @@ class RichObserver:
         """A warning or remark."""
         self.console.print(Text.assemble(("note:", "yellow"), " ", shown(text)))
 
+    def working(self, text: str) -> None:
+        """Something has begun that may take a while, and of which no progress is known."""
+        self.console.print(Text.assemble(shown(text, "dim"), (" ...", "dim")))
+
     def phase(self, text: str, done: int, total: int) -> None:
         """Judging a model."""
         if self._phase != text:
             self.close()
             self._open(text, total)
             self._phase = text
+            self._begun = time.monotonic()
+            self._line(f"{text}: {done} of {total}")
         self._advance(done, "")
         if done >= total:
+            self._line(f"{text}: {done} of {total} after {time.monotonic() - self._begun:,.0f} s")
             self.close()
+        elif self._quiet():
+            self._line(f"{text}: {done} of {total}")
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
         """One batch of rollouts done."""
         if self._phase is not None or self._live is None:
             self.close()
             self._open("distilling", steps)
-        self._seen = [*self._seen, dict(metrics)][-10:]
+        self._seen = [*self._seen, dict(metrics)][-_OVER:]
         self._times.update({key.removeprefix("time/"): metrics[key] for key in metrics if key.startswith("time/")})
-        curves = [f"{label} {self._mean(name):.3f}" for name, label in _CURVES if name in metrics]
-        judged = [name for name in metrics if name.startswith("eval/avg@")]
-        curves += [f"held-out {name.removeprefix('eval/')} {metrics[name]:.3f}" for name in judged]
-        text = "  ".join([*curves, f"{self._mean('tokens_per_second'):,.0f} tok/s"])
+        self._times["tokens"] += metrics.get("tokens", 0)
+        text = self._now(metrics)
         self._advance(step, text)
-        if not self.console.is_terminal and (step in (1, steps) or step % max(1, steps // 10) == 0):
-            self.console.print(shown(f"step {step}/{steps}  {text}"), soft_wrap=True)
+        if step in (1, steps) or step % max(1, steps // 10) == 0 or self._quiet():
+            self._line(f"step {step}/{steps}  {text}")
         if step >= steps:
             self.close()
             self._where_the_time_went()
 
+    def _now(self, metrics: Mapping[str, Any]) -> str:
+        """The curves that matter, each with what it is a mean of, and the speed: all tokens over all seconds."""
+        count = len(self._seen)
+        parts = [f"{label} {form.format(self._mean(name))}" for name, label, form in _CURVES if name in metrics]
+        tokens, seconds = (sum(row.get(key, 0) for row in self._seen) for key in ("tokens", "time/step"))
+        parts += [_speed(tokens, seconds)] if seconds else []
+        over = "this step" if count == 1 else f"mean of the last {count} steps"
+        means = f"{over}: {', '.join(parts)}" if parts else ""
+        judged = [name for name in metrics if name.startswith("eval/avg@")]
+        now = [f"held-out {name.removeprefix('eval/')} after this step: {metrics[name]:.1%}" for name in judged]
+        return "; ".join([*([means] if means else []), *now])
+
+    def _line(self, text: str) -> None:
+        """Where nothing is drawn, a line."""
+        if not self.console.is_terminal:
+            self._said = time.monotonic()
+            self.console.print(shown(text), soft_wrap=True)
+
+    def _quiet(self) -> bool:
+        return time.monotonic() - self._said > _PATIENCE
+
     def _where_the_time_went(self) -> None:
-        whole = self._times.pop("step", 0.0)
+        whole, tokens = self._times.pop("step", 0.0), self._times.pop("tokens", 0)
         shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
         shares["everything else"] = shares.pop("other", 0.0)
         parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
-        self.console.print(f"time of the steps: {parts}", soft_wrap=True)
+        total = f" {whole:,.1f} s for {tokens:,} tokens ({_speed(tokens, whole)})" if whole else ""
+        self.console.print(f"time of the steps:{total}: {parts}", soft_wrap=True, highlight=False)
         self._times.clear()
 
     def table(self, results: Mapping[str, Any]) -> None:
@@ -148,19 +175,21 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        table = Table(
-            title=f"{results['problems']} held-out prompts{some}, {k} answers each \\[95 % interval over prompts]"
-        )
+        about = f"{results['problems']} held-out prompts{some}, {k} answers each [95 % interval over prompts]"
+        self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
+        table = Table()
         table.add_column("")
         for row in rows:
             table.add_column(shown(row["who"]), justify="right")
-        right = ((f"avg@{k}", f"avg@{k}", "{:.1%}"), (f"pass@{k}", f"pass@{k}", "{:.1%}"))
-        parts = [(name, name.removeprefix(_PART), "{:z.3f}") for name in _part_names(rows)]
-        for name, label, form in (*right, *parts, *_ROWS):
+        for name in ordered([name for row in rows for name in row if name not in ("who", *_LEFT_OUT)]):
             cells = [row.get(name) for row in rows]
+            words, unit, kind = measure(name)
+            form = "{:.1%}" if kind == "share" else "{:z.1f}" if unit == "tokens" else "{:z.3f}"
             if any(cells):
-                table.add_row(shown(label), *(_cell(cell, form) for cell in cells))
+                table.add_row(shown(f"{words}, {unit}" if unit else words), *(_cell(cell, form) for cell in cells))
         self.console.print(table)
+        for who, count in results.get("given_up", {}).items():
+            self.note(f"{who}: {count} answers count as wrong because their comparison found no end (docs/grading.md)")
         for name, share in results.get("gap_recovered", {}).items():
             what = "recovered" if share >= 0 else "lost: the student moved away from the teacher"
             gap = Text.assemble(shown(f"{name}: "), (f"{abs(share):.0%}", "bold"), f" of the gap to the teacher {what}")
@@ -214,6 +243,10 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if not sys.stderr or not sys.stderr.isatty():  # a bar in a log is a line for each redrawing
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
     with contextlib.suppress(ImportError):
         from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
@@ -260,6 +293,6 @@ def trust_table(found: Mapping[str, Any]) -> Table:
     return table
 
 
-def _part_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The measures of the verifier's own, in order."""
-    return list(dict.fromkeys(name for row in rows for name in row if name.startswith(_PART)))
+def _speed(tokens: float, seconds: float) -> str:
+    rate = tokens / seconds
+    return f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.2g} tokens/s"

@@ -195,9 +195,13 @@ class Method:
     @property
     def as_published(self) -> bool:
         """Whether this is what its name and settings make, with no part replaced."""
+        return self.parts_as_published and self.before is None
+
+    @property
+    def parts_as_published(self) -> bool:
+        """The same, whatever is run before it."""
         parts = (self.rollout, self.terms, self.views, self.temperature, self.controllers)
-        unchanged = bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
-        return unchanged and self.before is None
+        return bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
 
     @property
     def wants_rewards(self) -> str | None:

@@ -33,7 +33,8 @@ class Notebook(Brief):
 
     def __init__(self) -> None:
         """Draws nothing yet."""
-        super().__init__(Console(force_jupyter=True, width=100))
+        # A terminal to the base class, which prints a line now and then to whatever cannot be redrawn.
+        super().__init__(Console(force_jupyter=True, force_terminal=True, width=100))
         self._handle: Any = None
         self._text, self._total = "", 0
 

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-VOID = {"meta", "line", "circle", "path", "br", "hr", "img", "input", "link"}
+VOID = {"meta", "wbr", "line", "circle", "path", "br", "hr", "img", "input", "link"}
 
 
 class Page(HTMLParser):

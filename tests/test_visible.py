@@ -10,7 +10,7 @@ from rich.console import Console
 
 from retort.console import RichObserver, examination_table
 from retort.errors import quoted, shortened, visible
-from retort.train.export import _code, _words  # pyright: ignore[reportPrivateUsage]
+from retort.train.card import _code, _words  # pyright: ignore[reportPrivateUsage]
 
 OBEYED = {
     "escape": ("\x1b[31m", r"\x1b[31m"),

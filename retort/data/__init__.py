@@ -6,5 +6,6 @@ they say, `conversations.py` how turns are written, and `values.py` what a cell 
 
 from retort.data.columns import COLUMNS, PRIVILEGED
 from retort.data.load import fingerprint, in_template, load_prompts, prompts_from_rows
+from retort.data.sources import HUB_NAME
 
-__all__ = ["COLUMNS", "PRIVILEGED", "fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
+__all__ = ["COLUMNS", "HUB_NAME", "PRIVILEGED", "fingerprint", "in_template", "load_prompts", "prompts_from_rows"]

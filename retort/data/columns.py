@@ -86,9 +86,10 @@ class Seen:
     def row(self, row: Mapping[str, Any]) -> None:
         """Remembers the columns of a row, and the parts of its structures."""
         for name, value in row.items():
-            parts = self._parts.setdefault(str(name), {})
-            if isinstance(value, Mapping):
-                parts.update(dict.fromkeys(map(str, value)))
+            if name not in self._parts:
+                self._parts[name] = {}
+            if isinstance(value, dict):
+                self._parts[name].update(dict.fromkeys(map(str, value)))
 
     def notes(self, *, answers: bool, responses: bool) -> list[str]:
         """One sentence on the columns that were not read; none where all were.

@@ -162,17 +162,16 @@ def _read(
 
 
 def _named(found: Sequence[tuple[str | None, Prompt]], used: set[str]) -> list[Prompt]:
-    """Prompts with their ids: the row's own, else its number, made longer where a row is called that."""
+    """The prompts; one that is called by its number gets a longer name where another row is called that."""
 
-    def default(number: int) -> str:
-        name = str(number)
+    def free(name: str) -> str:
         while name in used:
             name = f"row-{name}"
         return name
 
     # A made name can meet no other: numbers differ, and each is only made longer.
     return [
-        replace(prompt, id=default(number) if name is None else name) for number, (name, prompt) in enumerate(found)
+        replace(prompt, id=free(prompt.id)) if own is None and prompt.id in used else prompt for own, prompt in found
     ]
 
 

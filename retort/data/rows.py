@@ -46,34 +46,33 @@ class RowReader:
         self._answers = self._responses = False
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> tuple[str | None, Prompt]:
-        """The row's own id, if it has one, and the prompt, without an id.
+        """The row's own id, if it has one, and the prompt, which is called by the row's number where it has none.
 
         Raises:
             UserError: One line that names the place and the remedy.
         """
+        number = self.rows
         self.rows += 1
         self.seen.row(row)
         asked = self._asked(where, row)
-        system, tools = (
-            optional(where, "system", self._cell(row, "system")),
-            read_tools(where, self._cell(row, "tools")),
-        )
+        name, system = self._words(where, row, "id"), self._words(where, row, "system")
+        tools = read_tools(where, self._cell(row, "tools"))
         messages = self._with_system(where, system, asked.messages)
-        given = {column: optional(where, column, self._cell(row, column)) for column in PRIVILEGED}
+        given = {column: self._words(where, row, column) for column in PRIVILEGED}
         prompt = Prompt(
-            id="",
+            id=str(number) if name is None else name,
             messages=messages,
             plain=asked.plain and system is None and not tools,
-            answer=optional(where, "answer", self._cell(row, "answer")),
+            answer=self._words(where, row, "answer"),
             response=self._response(where, row, asked.response),
             privileged={column: words for column, words in given.items() if words is not None},
             clean=self._clean(where, row, system, messages),
-            domain=optional(where, "domain", self._cell(row, "domain")) or "",
+            domain=self._words(where, row, "domain") or "",
             tools=tools,
         )
         self._answers |= prompt.answer is not None
         self._responses |= prompt.response is not None
-        return optional(where, "id", self._cell(row, "id")), prompt
+        return name, prompt
 
     def notes(self) -> list[str]:
         """What was recognised, with the number of rows, and what was not used."""
@@ -82,8 +81,17 @@ class RowReader:
 
     def _cell(self, row: Mapping[str, Any], ours: str) -> Any:
         theirs = self.columns.get(ours, ours)
-        self.seen.read.add(theirs if theirs in row else theirs.split(".")[0])
+        if theirs in row:
+            self.seen.read.add(theirs)
+            return plain(row[theirs])
+        if "." not in theirs:
+            return None
+        self.seen.read.add(theirs.split(".")[0])
         return plain(lookup(row, theirs))
+
+    def _words(self, where: str, row: Mapping[str, Any], ours: str) -> str | None:
+        value = self._cell(row, ours)
+        return None if value is None else optional(where, ours, value)
 
     def _asked(self, where: str, row: Mapping[str, Any]) -> _Asked:
         # A mapping of `messages` alone says which of the two is meant, even if the file also has a `prompt`.

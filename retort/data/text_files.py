@@ -55,15 +55,26 @@ def _opened(path: Path) -> BinaryIO:
         return cast("BinaryIO", bz2.open(path, "rb"))
     if packing == ".xz":
         return cast("BinaryIO", lzma.open(path, "rb"))
-    if packing == ".zst":
+    return io.BytesIO(_unpacked_zst(path)) if packing == ".zst" else path.open("rb")
+
+
+def _unpacked_zst(path: Path) -> bytes:
+    """All of a .zst file: a reader of its library takes a file that was cut off for a whole one."""
+    try:
+        import zstandard  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError(f"{path}: .zst needs the package zstandard (pip install zstandard), or unpack it") from None
+    left, unpacked = path.read_bytes(), list[bytes]()
+    while left:
+        frame = zstandard.ZstdDecompressor().decompressobj()
         try:
-            import zstandard  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise UserError(
-                f"{path}: .zst files need the package zstandard (pip install zstandard), or unpack the file"
-            ) from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True))
-    return path.open("rb")
+            unpacked.append(frame.decompress(left))
+        except zstandard.ZstdError as error:
+            raise OSError(short(error)) from None
+        if not frame.eof:
+            raise EOFError("it ends in the middle")
+        left = frame.unused_data
+    return b"".join(unpacked)
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -80,10 +91,6 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: cannot be unpacked ({short(error)}); was the file written to its end?") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # zstandard has errors of its own
-        if type(error).__module__.startswith("zstd"):
-            raise UserError(f"{path}: cannot be unpacked ({short(error)})") from None
-        raise
 
 
 def json_lines(path: Path) -> Iterator[Row]:

@@ -22,7 +22,7 @@ from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, Steps, per_token
 from retort.models.lm import LanguageModel
-from retort.rewards.verify import Verifier, gradable, grade_known, parts_of
+from retort.rewards.verify import Verifier, given_up, gradable, grade_known, parts_of
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
@@ -100,7 +100,7 @@ class Judge:
         Args:
             lm: Who answers.
             teacher: Whom its answers are compared with, where it can give distributions.
-            progress: Called with prompts done and prompts in all.
+            progress: Called with prompts done (at first 0) and prompts in all.
 
         Returns:
             Estimates with value, low and high, where they could be measured: `avg@k`, `pass@k`, `length`, `truncated`,
@@ -109,14 +109,18 @@ class Judge:
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
             And what the verifier measures besides (`GivesParts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first answer
-            to each of the first `recorded` prompts, token by token.
+            to each of the first `recorded` prompts, token by token. And `given_up`, how many answers count as wrong
+            because their comparison with the right one found no end, where there are any.
         """
         engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
+        before = given_up(self.verifier)
         rewards: list[list[float]] = []
         first: list[float | None] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
         parts: dict[str, list[float]] = {}
         profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
+        if progress is not None:
+            progress(0, len(self.prompts))
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)
@@ -138,6 +142,7 @@ class Judge:
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
+        row |= {"given_up": lost} if (lost := given_up(self.verifier) - before) else {}
         return {**row, "answers": answers} if answers else row
 
     def graded(self) -> dict[str, int]:

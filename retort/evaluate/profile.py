@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 #: Lower ends of the bins of entropy, nats; the last one has no upper end.
-ENTROPY_BINS = tuple(round(0.1 * index, 1) for index in range(41))
+ENTROPY_BINS = tuple(round(0.1 * index, 1) for index in range(126))  # 12.5 is more than ln(262,144)
 #: What is averaged in each bin, where it could be measured.
 AVERAGED = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
 

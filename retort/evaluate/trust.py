@@ -249,6 +249,8 @@ def _graded(
     texts: dict[int, str] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
     rooms = [protocol.max_new_tokens - len(end) if not end or end[-1] not in stops else 0 for end in ends]
+    if progress is not None:
+        progress(0, len(tasks))
     for numbers in _blocks(rooms, [len(task.prompt_ids) for task in tasks], engine.max_parallel, engine.lm.context):
         # With chance of its own for every token, what is written with more room begins as with just that.
         room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)

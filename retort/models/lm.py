@@ -78,12 +78,12 @@ class LanguageModel:
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has, tied ones counted once, an adapter's included."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """How many parameters it has, tied ones counted once, an adapter's not."""
+        return sum(parameter.numel() for parameter in self.weights().values())
 
     @property
     def trainable_parameters(self) -> int:
-        """How many of them learn."""
+        """How many parameters learn: all of its own, or those of an adapter."""
         return sum(parameter.numel() for parameter in self.trainable().values())
 
     def trainable(self) -> dict[str, Parameter]:

@@ -35,6 +35,12 @@ _OTHER_PARTS = re.compile(
 #: What a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3
+_GGUF = (
+    "holds GGUF files; convert them to safetensors (docs/gguf.md shows the six lines), or better take the folder that "
+    "they were made from"
+)
+#: Seconds in which the hub has to say whether it has a model.
+_HUB_SECONDS = 10.0
 _LIBRARY = str(Path(__file__).parents[1])
 
 
@@ -95,7 +101,36 @@ def look_at(who: str, name: str, source: str | None) -> str:
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"{who}: no such folder")
+    problem = _wrong_on_hub(name)
+    if problem is not None:
+        raise UserError(f"{who}: there is no such folder, and {problem}")
     return name
+
+
+def _wrong_on_hub(name: str) -> str | None:
+    """Why a model cannot be had from the hub, where that is certain: libraries ask a missing one again for minutes."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return None
+        if constants.HF_HUB_OFFLINE:
+            return "the hub is not asked, because HF_HUB_OFFLINE is set; unset it, or name a folder"
+        HfApi().model_info(name, timeout=_HUB_SECONDS)
+    except HFValidationError:
+        return "that is no name which the hub could have; name a folder, or owner/name"
+    except GatedRepoError:
+        return None  # it is there; who may have it is for the libraries to say
+    except RepositoryNotFoundError:
+        return "no such model on the hub (or a private one); mind the spelling, or log in with `hf auth login`"
+    except HfHubHTTPError:
+        return None  # it answered, but not to this question: a mirror may have the files all the same
+    except Exception as error:
+        if not isinstance(error, OSError) and "TransportError" not in [kind.__name__ for kind in type(error).__mro__]:
+            return None
+        return f"the hub cannot be reached ({_one_line(error)}); look after the network, or name a folder"
+    return None
 
 
 def read_tokenizer(
@@ -232,12 +267,12 @@ def _counted(keys: list[str]) -> str:
 def _wrong_with(path: Path) -> str | None:
     """Why a folder cannot be read as a model, as far as a look at its files tells."""
     if not path.is_dir():
-        return "that is a file; name the folder of the model"
+        return _GGUF if path.suffix.lower() == ".gguf" else "that is a file; name the folder of the model"
     names = {file.name for file in path.iterdir()}
     if not names:
         return "no config.json: that folder is empty"
-    if any(name.endswith(".gguf") for name in names) and not any(name.endswith(".safetensors") for name in names):
-        return "holds GGUF files; convert them to safetensors, or take the folder they were made from"
+    if any(name.lower().endswith(".gguf") for name in names) and not any(n.endswith(".safetensors") for n in names):
+        return _GGUF
     if "config.json" not in names:
         return "no config.json in that folder, so it is not a model folder"
     for name in ("config.json", "generation_config.json"):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from retort.report.alike import tables
 from retort.report.groups import Group, Points, any_of, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
@@ -88,6 +89,7 @@ PLOTS = (
     ),
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
+    Curves("Comparisons given up", "completions of a step, counted as wrong", {"given_up": "given up"}, smooth=False),
     Curves("Length", "tokens per rollout", {"length": "length"}),
     Curves("Truncated", "share of rollouts", {"truncated_fraction": "truncated"}, "share"),
     Curves("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}),
@@ -137,7 +139,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     runs = any_of(groups)
     split = next(place for place, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
-        *(_loss(groups), *PLOTS[:split], _accuracy(groups), *PLOTS[split:]),
+        *(_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
         _times(groups),
     ]
@@ -145,8 +147,8 @@ def curves_section(groups: Sequence[Group]) -> str:
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
     judged = _keys(groups, "eval/")
     others = [*sorted(every - shown), *(key for key in judged if key not in shown)]
-    main = "".join(_figure(groups, curves) for curves in known)
-    rest = "".join(_figure(groups, _other(key)) for key in others)
+    main = "".join((_judged if curves is accuracy else _figure)(groups, curves) for curves in known)
+    rest = "".join((_judged if key in judged else _figure)(groups, _other(key)) for key in others)
     if not main and not rest:
         return ""
     several = len(others) > 1
@@ -200,7 +202,18 @@ def _times(groups: Sequence[Group]) -> Curves:
     return Curves("Time", "seconds per step", keys)
 
 
-def _figure(groups: Sequence[Group], curves: Curves) -> str:
+def _judged(groups: Sequence[Group], curves: Curves) -> str:
+    """Figures of held-out measures, one for each set of prompts that runs were judged on."""
+    split = tables(groups)
+    titles = [f"{curves.title}, on {table.name}" if len(split) > 1 else curves.title for table in split]
+    figures = [
+        _figure(table.groups, replace(curves, title=title), several=len(groups) > 1)
+        for table, title in zip(split, titles, strict=True)
+    ]
+    return "".join(figures)
+
+
+def _figure(groups: Sequence[Group], curves: Curves, *, several: bool | None = None) -> str:
     runs = any_of(groups)
     present = [key for key in curves.keys if any(run.curves.get(key) for run in runs)]
     if curves.title == "Loss" and len(present) == 2:
@@ -211,7 +224,7 @@ def _figure(groups: Sequence[Group], curves: Curves) -> str:
             place,
             curves.keys[key],
             *_curve(group, key, curves.smooth),
-            several=len(groups) > 1,
+            several=len(groups) > 1 if several is None else several,
             alone=len(present) == 1,
         )
         for place, key in enumerate(present)

@@ -43,7 +43,7 @@ class Group:
             return cells[0]
         values = [value for found in cells if (value := number(found.get("value"))) is not None]
         over = _plain(values)
-        if "low" in over and over["low"] == over["high"]:
+        if "n" in over and "low" not in over:
             # Seeds that agree to the last digit (all at 0 %) say nothing of how exactly that is known: problems do.
             ends = [(number(found.get("low")), number(found.get("high"))) for found in cells]
             known = [(low, high) for low, high in ends if low is not None and high is not None]
@@ -105,7 +105,10 @@ def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]
 
 
 def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, Any]:
-    """`group` minus `other`, within each seed that both have; its mean and interval over seeds."""
+    """`group` minus `other`, within each seed that both have: mean, interval over seeds, and how many seeds (`n`).
+
+    There is no interval where the difference is the same in all of them.
+    """
     ours, theirs = (
         {seed_of(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
     )
@@ -117,6 +120,8 @@ def _plain(values: Sequence[float]) -> Mapping[str, Any]:
     interval = Estimate.of_runs(values)
     if interval is None:
         return {"value": values[0]} if values else {}
+    if len(set(values)) == 1:  # no spread was seen, which is no certainty
+        return {"value": values[0], "n": len(values)}
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
 
 
@@ -149,6 +154,8 @@ def _identity(run: RunFiles) -> tuple[tuple[str, str], ...]:
     """What decides a run, but for its seed; a model or file that is named after the seed counts as the same."""
     ending = f"-{run.config.get('seed')}"
     flat = {key: str(value) for key, value in leaves(run.config).items() if not key.startswith(_BESIDE)}
+    if as_object(run.config.get("eval")).get("data") and run.eval:  # else each seed holds out its own
+        flat["held-out prompts"] = str(run.eval.get("held_out"))
     return tuple(sorted((key, value.removesuffix(ending)) for key, value in flat.items()))
 
 

@@ -6,50 +6,56 @@ import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from importlib import resources
 from pathlib import Path
 
 from retort.errors import RunError, UserError
 from retort.files import reason, write_text
+from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
-from retort.report.groups import Group, grouped, leaves, method_name
+from retort.report.groups import Group, any_of, grouped, leaves, method_name
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
+from retort.report.words import escape, path
 
 _GENERATOR = '<meta name="generator" content="Retort">'
 #: What tells a page of ours from any other: the first, or (before it was there) the policy under which it runs.
 _MARKS = (_GENERATOR.encode(), b"default-src 'none'; style-src 'sha256-")
+PAGE = "report.html"
 #: Rollouts read, over all runs; the page shows fewer where they are long.
 ROLLOUTS = 240
 
 
-def build_report(places: Sequence[Path], out: Path, note: Callable[[str], None] | None = None) -> Path:
+def build_report(places: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
 
     Args:
         places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
-        out: The file to write; its folder is made if needed.
+        out: The file to write; its folder is made if needed. None: `report.html` in the folder of a single place, or
+            in the current folder for several, but not in the place of a page about other runs.
         note: Takes a sentence for each run of which something is damaged and left out; the page says it, too.
 
     Returns:
         `out`.
 
     Raises:
-        UserError: A folder does not exist or holds no run, or a run of which nothing can be read.
+        UserError: A folder does not exist or holds no run, a run of which nothing can be read, or a file in the way.
         RunError: The page cannot be written.
     """
     if not places:
         raise UserError("report: name at least one run's folder")
-    _refuse_foreign(out)
-    runs = read_runs(find_runs([Path(place) for place in places]), ROLLOUTS)
-    page = _page(grouped(runs))
+    chosen, out = out, out or (Path(places[0]) / PAGE if len(places) == 1 else Path(PAGE))
+    there = _refuse_foreign(out)
+    groups = grouped(read_runs(find_runs([Path(place) for place in places]), ROLLOUTS))
+    if chosen is None and len(places) > 1 and there and _head(_title(groups)) not in there:
+        raise UserError(f"report: {out} exists and is about other runs; name another file, or that one, with --out")
+    page, runs = _page(groups), any_of(groups)
     for run in runs if note is not None else ():
         if run.damage and note is not None:
             note(f"report: {run.folder}: left out what is damaged: {' '.join(run.damage)}")
@@ -61,19 +67,20 @@ def build_report(places: Sequence[Path], out: Path, note: Callable[[str], None] 
     return out
 
 
-def _refuse_foreign(out: Path) -> None:
-    """Raises `UserError` where the page would replace a file that is none of ours."""
+def _refuse_foreign(out: Path) -> bytes:
+    """How the page begins that is in the way, if any; raises `UserError` where that file is none of ours."""
     try:
         if out.is_dir():
             raise UserError(f"report: {out} is a folder; name a file with --out")
         if not out.exists():
-            return
+            return b""
         with out.open("rb") as file:
             begins = file.read(4096)
     except (OSError, ValueError) as error:
         raise UserError(f"report: {out}: {reason(error)}; name another file with --out") from None
     if begins and not any(mark in begins for mark in _MARKS):
         raise UserError(f"report: {out} exists and is no report of Retort's; name another file with --out")
+    return begins
 
 
 def _asset(name: str) -> str:
@@ -101,10 +108,14 @@ def _page(groups: Sequence[Group]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="referrer" content="no-referrer">'
-        f"<title>{escape(title)}</title><style>{style}</style></head>\n"
+        f"{_head(title).decode()}<style>{style}</style></head>\n"
         f"<body>{_header(groups, title, sections)}<main>{''.join(sections)}</main>{_footer(groups)}"
         f"<script>{script}</script></body></html>\n"
     )
+
+
+def _head(title: str) -> bytes:
+    return f"<title>{escape(title)}</title>".encode()
 
 
 def _hash(text: str) -> str:
@@ -162,8 +173,9 @@ def _itself(run: RunFiles) -> str:
 def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str:
     parts = [f"<header><h1>{escape(title)}</h1>"]
     runs = [run for group in groups for run in group.runs]
-    for name in dict.fromkeys(method_name(run) for run in runs):
+    for name, own in dict.fromkeys((method_name(run), run.config.get("own_method") is True) for run in runs):
         paper = _paper(name) if name else ""
+        paper = f"changed by the user, not as published: {paper}" if paper and own else paper
         if paper:
             parts.append(f'<p class="muted">{escape(f"{name}: {paper}" if len(groups) > 1 else paper)}</p>')
     parts += [f'<p class="lead">{escape(sentence)}</p>' for sentence in headlines(groups)]
@@ -172,14 +184,19 @@ def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str
     else:
         parts.append(_facts(groups[0]))
     notes = [f"{run.name}: {note}" if len(runs) > 1 else note for run in runs for note in run.notes]
-    if notes:
-        parts.append(f'<ul class="notes">{"".join(f"<li>{escape(note)}</li>" for note in notes)}</ul>')
+    aside = [f"{run.name}: {said}" if len(runs) > 1 else said for run in runs for said in run.remarks]
+    parts += [_list("remarks", [*remarks(groups), *aside]), _list("notes", notes)]
     links = "".join(
         f'<a href="#{key}">{words}</a>'
         for key, words in _LINKS.items()
         if any(f'<h2 id="{key}"' in section for section in sections)
     )
     return f'{"".join(parts)}</header><nav aria-label="Sections">{links}</nav>'
+
+
+def _list(kind: str, sentences: Sequence[str]) -> str:
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in sentences)
+    return f'<ul class="{kind}">{items}</ul>' if items else ""
 
 
 def _run_key(group: Group) -> str:
@@ -196,7 +213,7 @@ def _facts(group: Group) -> str:
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(
-        f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in found
+        f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{path(value)}</dd></div>" for key, value in found
     )
     return f'<dl class="facts">{items}</dl>' if items else ""
 
@@ -211,7 +228,7 @@ def _settings(groups: Sequence[Group]) -> str:
     names = {id(group.runs[0]): group.name for group in groups}
     blocks = "".join(
         f"<details><summary>{escape(names[id(run)])}</summary>"
-        f"<pre>{escape(json.dumps(run.config, indent=2, ensure_ascii=False))}</pre></details>"
+        f"<pre>{_lines(json.dumps(run.config, indent=2, ensure_ascii=False))}</pre></details>"
         for run in configs
     )
     differing = _differences(configs, [names[id(run)] for run in configs]) if len(configs) > 1 else ""
@@ -219,6 +236,10 @@ def _settings(groups: Sequence[Group]) -> str:
     return (
         '<section aria-labelledby="settings"><h2 id="settings">Settings</h2>' + seeds + differing + blocks
     ) + "</section>"
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(escape, text.split("\n")))
 
 
 def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
@@ -234,7 +255,7 @@ def _differences(runs: Sequence[RunFiles], names: Sequence[str]) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
     body = "".join(
         f'<tr><th scope="row"><code>{escape(key)}</code></th>'
-        f"{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>"
+        f"{''.join(f'<td>{path(value)}</td>' for value in values)}</tr>"
         for key, values in rows
     )
     return (

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from itertools import groupby
 
 from retort.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, Kind, axes_for, label, tick_label
+from retort.report.words import escape
 
 __all__ = ["KEY", "Kind", "Series", "plot"]
 

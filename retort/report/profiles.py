@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from retort.report.alike import tables
 from retort.report.curves import COLORS
 from retort.report.groups import Group, over_seeds
 from retort.report.plots import Series, plot
 from retort.report.read import RunFiles, as_object, number
 from retort.report.result import AFTER, BEFORE, TEACHER, WHO_COLORS
+from retort.report.words import escape
 
 #: Neighbouring bins are put together until each holds this many tokens: fewer say nothing.
 FEWEST = 30
@@ -17,23 +19,32 @@ FEWEST = 30
 
 def profiles_section(groups: Sequence[Group]) -> str:
     """The section on where the disagreement lies, measured on held-out prompts; empty if it was not measured."""
-    figures = "".join(
-        (
-            _histogram(groups),
-            _averages(groups, "teacher_entropy", "student_entropy", "Student’s entropy by the teacher’s"),
-            _averages(groups, "teacher_entropy", "forward_kl", "Forward KL by the teacher’s entropy"),
-            _averages(groups, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
-            _averages(groups, "position", "forward_kl", "Forward KL along the answer"),
-            _averages(groups, "position", "reverse_kl", "Reverse KL along the answer"),
-        )
-    )
-    if not figures:
+    several = len(groups) > 1
+    split = [(table.name, _figures(table.groups, several)) for table in tables([g for g in groups if g.whos()])]
+    split = [(name, figures) for name, figures in split if figures]
+    if not split:
         return ""
+    on = "<h3 class=on>On {}</h3>" if len(split) > 1 else ""
+    shown = "".join(f'{on.format(escape(name))}<div class="plots">{figures}</div>' for name, figures in split)
     return (
         '<section aria-labelledby="where"><h2 id="where">Where they disagree</h2>'
         '<p class="muted">On every token of each writer’s own answers to the held-out prompts, with exact divergences. '
         f"Bins with fewer than {FEWEST} tokens are drawn together with their neighbours.</p>"
-        f'<div class="plots">{figures}</div></section>'
+        f"{shown}</section>"
+    )
+
+
+def _figures(groups: Sequence[Group], several: bool) -> str:
+    """Of runs that were judged alike; `several`: of how many the page is."""
+    return "".join(
+        (
+            _histogram(groups, several),
+            _averages(groups, several, "teacher_entropy", "student_entropy", "Student’s entropy by the teacher’s"),
+            _averages(groups, several, "teacher_entropy", "forward_kl", "Forward KL by the teacher’s entropy"),
+            _averages(groups, several, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
+            _averages(groups, several, "position", "forward_kl", "Forward KL along the answer"),
+            _averages(groups, several, "position", "reverse_kl", "Reverse KL along the answer"),
+        )
     )
 
 
@@ -48,9 +59,8 @@ def _numbers(values: object) -> list[float | None]:
 # --- the histogram ---
 
 
-def _histogram(groups: Sequence[Group]) -> str:
+def _histogram(groups: Sequence[Group], several: bool) -> str:
     """Shares of tokens by the entropy of whoever wrote them, and by the teacher's at the student's tokens."""
-    several = len(groups) > 1
     whos = [AFTER] if several else [BEFORE, AFTER]
     series = [
         series
@@ -69,12 +79,24 @@ def _histogram(groups: Sequence[Group]) -> str:
         "share of tokens, logarithmic",
         series,
         kind="share",
-        x_label="entropy, nats",
+        x_label=f"entropy, nats{_open_end(groups)}",
         smooth=False,
         log=True,
         stairs=_width(groups),
         values=False,
     )
+
+
+def _open_end(groups: Sequence[Group]) -> str:
+    """Words on the last bin, where anything fell into it: it has no upper end."""
+    for run in (run for group in groups for run in group.runs):
+        for who in (BEFORE, AFTER):
+            found = _profile(run, who, "histogram")
+            lower = _numbers(found.get("from"))
+            last = [_numbers(found.get(name))[-1:] for name in ("student_entropy", "teacher_entropy")]
+            if lower and any(count[0] for count in last if count):
+                return f" (the last bin: {lower[-1] or 0:g} and more)"
+    return ""
 
 
 def _width(groups: Sequence[Group]) -> float:
@@ -104,8 +126,7 @@ def _shares(group: Group, who: str, name: str, label: str, several: bool) -> Ser
 # --- averages in bins ---
 
 
-def _averages(groups: Sequence[Group], axis: str, name: str, title: str) -> str:
-    several = len(groups) > 1
+def _averages(groups: Sequence[Group], several: bool, axis: str, name: str, title: str) -> str:
     series: list[Series] = []
     for who in [AFTER] if several else [BEFORE, AFTER]:
         for group in groups:
@@ -135,11 +156,14 @@ def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[di
     profiles = [found for run in runs if (found := _profile(run, who, f"by_{axis}"))]
     if not profiles:
         return []
-    lower = [x or 0.0 for x in _numbers(profiles[0].get("from"))]
+    lower = max(([x or 0.0 for x in _numbers(found.get("from"))] for found in profiles), key=len)
     tokens = [[max(count or 0.0, 0.0) for count in _numbers(found.get("tokens"))] for found in profiles]
     means = [_numbers(found.get(name)) for found in profiles]
-    if any(len(row) != len(lower) for row in [*tokens, *means]):
+    if any(len(one) != len(other) or len(one) > len(lower) for one, other in zip(tokens, means, strict=True)):
         return []
+    # Runs of an earlier version have fewer bins of entropy: the first ones of those there are now.
+    tokens = [[*row, *[0.0] * (len(lower) - len(row))] for row in tokens]
+    means = [[*row, *[None] * (len(lower) - len(row))] for row in means]
     pooled = [sum(counts) for counts in zip(*tokens, strict=True)]
     merged = axis != "position"
     curves: list[dict[float, float]] = [{} for _ in profiles]

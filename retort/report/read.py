@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from retort.errors import UserError
+from retort.errors import UserError, visible
 from retort.files import parse_object, read_object, reason
 
 #: Numbers beyond this overflow when they are added up or drawn, and none that means anything is.
@@ -34,6 +34,8 @@ class RunFiles:
         eval: Contents of `eval.json`.
         notes: What is missing or odd, for the reader.
         damage: Those of them that say what was left out because it is damaged.
+        learnt_from: Digest of its training prompts, where a checkpoint of it holds one.
+        remarks: What is as it was asked for, but may be looked for on the page.
         alone: Whether it stands for itself, also beside runs that differ in their seed only.
     """
 
@@ -48,6 +50,8 @@ class RunFiles:
     trust: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     damage: Sequence[str] = ()
+    learnt_from: str | None = None
+    remarks: Sequence[str] = ()
     alone: bool = False
 
 
@@ -96,10 +100,10 @@ def _names(run_dirs: Sequence[Path]) -> list[str]:
     """The shortest ends of the paths that tell the runs apart."""
     parts = [path.resolve().parts for path in run_dirs]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+        names = [visible("/".join(part[-length:])) for part in parts]
         if len(set(names)) == len(names):
             return names
-    return [f"{path.name} ({index})" for index, path in enumerate(run_dirs, 1)]
+    return [f"{visible(path.name)} ({index})" for index, path in enumerate(run_dirs, 1)]
 
 
 def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
@@ -112,6 +116,7 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
     answers = _lines(run_dir / "answers.jsonl", [], damage)
     trust = _object(run_dir / "trust.json", [], damage)
     curves = _curves(metrics, notes)
+    remarks = _asked_for(config, notes)
     if damage and not any((curves, chosen, results, answers, trust)):
         raise UserError(f"report: {run_dir}: nothing of this run can be read: {' '.join(damage)}")
     return RunFiles(
@@ -126,7 +131,34 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
         trust=trust,
         notes=[*notes, *damage],
         damage=damage,
+        learnt_from=_learnt_from(run_dir),
+        remarks=remarks,
     )
+
+
+def _asked_for(config: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """Takes out of the notes what is missing because the settings say so, and says that instead."""
+    said: list[str] = []
+    for name, section, key, words in (
+        ("eval.json", "eval", "problems", "Nothing was judged on held-out prompts"),
+        ("rollouts.jsonl", "record", "rollouts", "No rollouts were recorded"),
+    ):
+        note = f"{name} is missing."
+        if as_object(config.get(section)).get(key) == 0 and note in notes:
+            notes.remove(note)
+            said.append(f"{words} ({section}.{key} = 0).")
+    return said
+
+
+def _learnt_from(run_dir: Path) -> str | None:
+    """What the newest checkpoint says of the training prompts; None where it says nothing."""
+    states = [path for path in (run_dir / "checkpoints").glob("step-*/state.json") if path.parent.name[5:].isdecimal()]
+    try:
+        newest = max(states, key=lambda path: int(path.parent.name[5:]))
+        found = read_object(newest).get("data")
+    except (UserError, ValueError):  # damaged, or no checkpoint
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _object(path: Path, notes: list[str], damage: list[str]) -> dict[str, Any]:

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from retort.config import BUILTIN
+from retort.evaluate.measures import Measure, measure, ordered
+from retort.report.alike import source_name, tables
 from retort.report.axes import Kind, minus, percent
 from retort.report.curves import series_of
 from retort.report.groups import Group, Points, any_of, over_seeds, paired
 from retort.report.plots import Series, plot
 from retort.report.read import as_object, number
+from retort.report.words import escape, listed
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Colours of those three in plots about one run; the last of the palette is grey.
 WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
 WHO_DASHES: Mapping[str, int] = {AFTER: 0, BEFORE: 1, TEACHER: 2}
 
-#: Metrics of `eval.json`: words, unit, kind.
-METRICS: Mapping[str, tuple[str, str, Kind]] = {
-    "length": ("Length", "tokens", "number"),
-    "truncated": ("Truncated", "", "share"),
-    "student_entropy": ("Own entropy", "nats", "number"),
-    "student_uncertain": ("Tokens where it is itself uncertain", "", "share"),
-    "uncertain": ("Tokens where the teacher is uncertain", "", "share"),
-    "student_entropy_uncertain": ("Own entropy where the teacher is uncertain", "nats", "number"),
-    "teacher_entropy_uncertain": ("Teacher’s entropy where it is uncertain", "nats", "number"),
-    "forward_kl_uncertain": ("Forward KL where the teacher is uncertain", "nats", "number"),
-    "reverse_kl": ("Reverse KL, all tokens", "nats", "number"),
-}
 
-
-def _words(metric: str) -> tuple[str, str, Kind]:
-    right = metric.startswith(("avg@", "pass@"))
-    return METRICS.get(metric, (metric, "", "share" if right else "number"))
-
-
-def _ordered(metrics: Sequence[str]) -> list[str]:
-    """Right answers first, then in the order of METRICS, then whatever else there is."""
-    known = list(METRICS)
-    place = {name: index for index, name in enumerate(known)}
-    return sorted(metrics, key=lambda name: -1 if "@" in name else place.get(name, len(known)))
+def _words(metric: str) -> Measure:
+    found = measure(metric)
+    words = found.words.replace("'", "’")
+    return found._replace(words=words if "@" in words else words[:1].upper() + words[1:])
 
 
 # --- in words ---
@@ -50,10 +34,15 @@ def headlines(groups: Sequence[Group]) -> list[str]:
     """What the runs did to the student, and how they differ, in sentences."""
     if len(groups) == 1:
         return _headline(groups[0])
-    metrics = dict.fromkeys(metric for group in groups for metric in group.metrics())
-    found = [_ranking(groups, metric) for metric in metrics if metric.startswith(("avg@", "pass@"))]
-    found += [sentence for group in groups[1:4] for sentence in _against(group, groups[0])]
-    return [sentence for sentence in found if sentence]
+    split = tables([group for group in groups if group.whos()])
+    found: list[str] = []
+    for table in split:
+        metrics = dict.fromkeys(metric for group in table.groups for metric in group.metrics())
+        ranked = [_ranking(table.groups, metric) for metric in metrics if metric.startswith(("avg@", "pass@"))]
+        where = f"On {table.name}: " if len(split) > 1 else ""
+        found += [f"{where}{sentence}" for sentence in ranked if sentence]
+        found += [sentence for group in table.groups[1:4] for sentence in _against(group, table.groups[0])]
+    return found
 
 
 def _ranking(groups: Sequence[Group], metric: str) -> str:
@@ -102,13 +91,16 @@ def _recovered(group: Group, metric: str) -> float | None:
 
 def _against(group: Group, other: Group) -> list[str]:
     """The difference in right answers within each seed, where there are seeds to say something about it."""
-    parts: list[str] = []
+    parts, count = list[str](), 0
     for metric in (name for name in group.metrics() if name.startswith(("avg@", "pass@"))):
         cell = paired(group, other, AFTER, metric)
         if "low" in cell:
             sure = "" if cell["low"] > 0 or cell["high"] < 0 else ", which is no difference that these seeds can show"
             parts.append(f"{metric} {_points(cell)}{sure}")
-            count = cell["n"]
+        elif "n" in cell:
+            points = minus(f"{100 * cell['value']:+.1f}")
+            parts.append(f"{metric} {points} points in each of them")
+        count = cell.get("n", count)
     if not parts:
         return []
     weak = " (weak)" if count <= 3 else ""
@@ -133,29 +125,43 @@ def _overlap(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def result_section(groups: Sequence[Group]) -> str:
     """The section with the table, and pass@k beside it; empty if nothing was evaluated."""
-    judged = [group for group in groups if group.whos()]
-    table = _side_by_side(judged) if len(groups) > 1 and judged else "".join(_one_table(group) for group in judged)
-    pass_at = _pass_at(groups)
-    if not table and not pass_at:
-        return ""
-    return (
-        '<section aria-labelledby="result"><h2 id="result">Before and after</h2>'
-        f'<p class="muted">{escape(_about(groups))}</p>'
-        f'<div class="result{" wide" if len(groups) > 1 else ""}"><div>{table}</div>{pass_at}</div></section>'
+    split = tables([group for group in groups if group.whos() or any(run.eval.get("pass_at") for run in group.runs)])
+    several = len(groups) > 1
+    parts = [(table, _judged_on(table.groups, several), _pass_at(table.groups, several)) for table in split]
+    on = "<h3 class=on>On {}</h3>" if len(split) > 1 else ""
+    shown = "".join(
+        f"{on.format(escape(found.name))}"
+        f'<p class="muted">{escape(_about(found.groups, several))}</p>'
+        f'<div class="result{" wide" if several else ""}"><div>{table}</div>{pass_at}</div>'
+        for found, table, pass_at in parts
+        if table or pass_at
     )
+    return f'<section aria-labelledby="result"><h2 id="result">Before and after</h2>{shown}</section>' if shown else ""
 
 
-def _about(groups: Sequence[Group]) -> str:
-    about = next(run.eval for group in groups for run in group.runs if run.eval)
-    words = [f"task {about['task']}"] if "task" in about else []
-    words += [f"{about['problems']} problems"] if "problems" in about else []
+def _judged_on(groups: Sequence[Group], several: bool) -> str:
+    judged = [group for group in groups if group.whos()]
+    if several and judged:
+        return _side_by_side(judged)
+    return "".join(_one_table(group) for group in judged)
+
+
+def _about(groups: Sequence[Group], several: bool) -> str:
+    run = next(run for group in groups for run in group.runs if run.eval)
+    about, source = run.eval, source_name(run)
+    apart = as_object(run.config.get("eval")).get("data") or source in BUILTIN
+    of = f" {'of' if apart else 'held out of'} {source}" if source else ""
+    words = [f"{about['problems']} problems{of}"] if "problems" in about else []
+    words += [f"graded as {about['task']}"] if about.get("task") not in (None, "data", source) else []
     words += [f"{about['graded']} of them graded"] if "graded" in about else []
     words += [f"{about['k']} samples each"] if "k" in about else []
+    lost = sum(int(number(n) or 0) for one in any_of(groups) for n in as_object(one.eval.get("given_up")).values())
+    words += [f"{lost} answers count as wrong because their comparison found no end"] if lost else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
     words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []
     text = "; ".join(words)
-    once = len(groups) > 1 and not seeds
+    once = several and not seeds
     more = " One seed each: the intervals say how exactly the models were measured, not what another seed would give."
     return f"{text[0].upper()}{text[1:]}.{more if once else ''}"
 
@@ -166,8 +172,8 @@ def _one_table(group: Group) -> str:
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
     body: list[str] = []
-    for metric in _ordered(group.metrics()):
-        kind = _words(metric)[2]
+    for metric in ordered(group.metrics()):
+        kind = _words(metric).kind
         cells = "".join(f"<td>{_value(group.cell(who, metric), kind)}</td>" for who in whos)
         recovered = gap.get(metric)
         last = f"<td>{'' if recovered is None else f'<b>{percent(recovered, 0)}</b>'}</td>" if gap else ""
@@ -178,25 +184,37 @@ def _one_table(group: Group) -> str:
 def _side_by_side(groups: Sequence[Group]) -> str:
     """Metrics down; across, what each run made of its student, how that differs from the first one, and the teacher."""
     metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics()))
-    compared = [group for group in groups[1:] if any("low" in paired(group, groups[0], AFTER, m) for m in metrics)]
-    teacher = next((group for group in groups if any(group.cell(TEACHER, metric) for metric in metrics)), None)
+    compared = [group for group in groups[1:] if any("n" in paired(group, groups[0], AFTER, m) for m in metrics)]
+    teachers = _teachers(groups, metrics)
     head = [group.name for group in groups]
     head += [f"{group.name} − {groups[0].name}" for group in compared]
-    head += ["teacher"] if teacher else []
+    head += [f"teacher of {listed([one.name for one in taught])}" for taught in teachers]
+    head[-1:] = ["teacher"] if len(teachers) == 1 else head[-1:]
     body: list[str] = []
-    for metric in _ordered(metrics):
-        kind = _words(metric)[2]
+    for metric in ordered(metrics):
+        kind = _words(metric).kind
         cells = [
             _value(group.cell(AFTER, metric), kind, before=group.cell(BEFORE, metric), colored=group.color)
             for group in groups
         ]
         cells += [_difference(paired(group, groups[0], AFTER, metric), kind) for group in compared]
-        cells += [_value(teacher.cell(TEACHER, metric), kind)] if teacher else []
+        cells += [_value(taught[0].cell(TEACHER, metric), kind) for taught in teachers]
         body.append(f'<tr><th scope="row">{_named(metric)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     caption = "The student after each run, and before it"
     if compared:
         caption += "; differences are taken within each seed, bold where the interval excludes 0"
+    if len(teachers) > 1:
+        caption += "; what is measured against a teacher is against each run’s own"
     return _table(head, body, caption)
+
+
+def _teachers(groups: Sequence[Group], metrics: Sequence[str]) -> list[list[Group]]:
+    """Runs that have a judged teacher, by teacher."""
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        if any(group.cell(TEACHER, metric) for metric in metrics):
+            found.setdefault(str(group.runs[0].config.get("teacher")), []).append(group)
+    return list(found.values())
 
 
 def _table(head: Sequence[str], body: Sequence[str], caption: str = "") -> str:
@@ -233,9 +251,11 @@ def _value(cell: Mapping[str, Any], kind: Kind, *, before: Mapping[str, Any] | N
 
 def _difference(cell: Mapping[str, Any], kind: Kind) -> str:
     value, low, high = (number(cell.get(key)) for key in ("value", "low", "high"))
-    if value is None or low is None or high is None:
+    if value is None or "n" not in cell:
         return '<span class="muted">–</span>'
     scale, digits = (100, 1) if kind == "share" else (1, 1 if abs(value) >= 10 else 3)
+    if low is None or high is None:
+        return f"{minus(f'{scale * value:+,.{digits}f}')}<small>in each of</small><small>{cell['n']} seeds</small>"
     shown = [minus(f"{scale * x:+,.{digits}f}") for x in (value, low, high)]
     text = f"<b>{shown[0]}</b>" if low > 0 or high < 0 else shown[0]
     return f"{text}<small>[{shown[1]}, {shown[2]}]</small><small>{cell['n']} seeds</small>"
@@ -244,21 +264,21 @@ def _difference(cell: Mapping[str, Any], kind: Kind) -> str:
 # --- pass@k ---
 
 
-def _pass_at(groups: Sequence[Group]) -> str:
+def _pass_at(groups: Sequence[Group], several: bool) -> str:
     judged = dict.fromkeys(who for group in groups for who in group.whos())
     whos = dict.fromkeys([*judged, *(str(who) for run in any_of(groups) for who in as_object(run.eval.get("pass_at")))])
     series: list[Series] = []
     for place, who in enumerate(whos):
         curves = {group.name: _ladders(group, who) for group in groups}
         # What all runs share (the teacher, often the student before) is drawn once, in grey.
-        shared = len(groups) > 1 and who != AFTER and len({str(points) for points, _ in curves.values() if points}) == 1
+        shared = several and who != AFTER and len({str(points) for points, _ in curves.values() if points}) == 1
         for group in groups:
             points, band = curves[group.name]
             if not points or (shared and any(one.label == who for one in series)):
                 continue
             if shared:
                 series.append(Series(who, points, WHO_COLORS[BEFORE], WHO_DASHES.get(who, place)))
-            elif len(groups) > 1:
+            elif several:
                 dash = WHO_DASHES.get(who, place)
                 series.append(series_of(group, dash, who, points, band, several=True, alone=False))
             else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retort.report.groups import Group, any_of
-from retort.report.read import RunFiles, number, spread
+from retort.report.read import RunFiles, as_list, number, spread
 
 #: Most tokens shown of one rollout.
 MOST_TOKENS = 2000
@@ -126,18 +126,19 @@ def _training(run: RunFiles, row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Problems with all answers to them: before, after each run (the first seed of each experiment), the teacher's."""
-    problems: dict[str, dict[str, Any]] = {}
-    once: set[tuple[str, str]] = set()
+    problems: dict[tuple[str, str], dict[str, Any]] = {}
+    once: set[tuple[str, str, str]] = set()
     for group in groups:
         run = group.runs[0]
         for row in run.answers:
-            who, key = str(row.get("who", "")), str(row.get("prompt_id", ""))
+            # Another file may have another prompt of the same id.
+            who, key = str(row.get("who", "")), (str(row.get("prompt_id", "")), str(row.get("prompt", "")))
             # What the student was before, and the teacher, are the same in every run that shares them.
             text = _dump([row.get("text"), row.get("ids")])
-            if who != "student after" and (f"{who} {key}", text) in once:
+            if who != "student after" and (who, str(key), text) in once:
                 continue
-            once.add((f"{who} {key}", text))
-            problem = problems.setdefault(key, {"prompt": str(row.get("prompt", "")), "id": key, "answers": []})
+            once.add((who, str(key), text))
+            problem = problems.setdefault(key, {**_prompt(row), "answers": []})
             named = f"{who}, {group.name}" if len(groups) > 1 and who != "teacher" else who
             problem["answers"].append({"who": named, **_tokens(row)})
     order = {"student before": 0, "student after": 1, "teacher": 2}
@@ -146,13 +147,19 @@ def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return list(problems.values())
 
 
+def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt's id and text, and the turns of a conversation: role and text."""
+    found: dict[str, Any] = {"id": str(row.get("prompt_id", "")), "prompt": str(row.get("prompt", ""))}
+    turns = [turn for turn in as_list(row.get("messages")) if isinstance(turn, list) and len(turn) == 2]
+    return found | ({"turns": [[str(role), str(text)] for role, text in turns]} if turns else {})
+
+
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     tokens = row.get("tokens")
     tokens = [str(token) for token in tokens] if isinstance(tokens, list) else [str(row.get("text", ""))]
     ids = row.get("ids")
     found: dict[str, Any] = {
-        "id": str(row.get("prompt_id", "")),
-        "prompt": str(row.get("prompt", "")),
+        **_prompt(row),
         "status": str(row.get("status", "")),
         "source": str(row.get("source", "student")),
         "reward": number(row.get("reward")),

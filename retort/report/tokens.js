@@ -123,6 +123,13 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     return svg;
   };
 
+  // A conversation with who says what; a bare prompt is text alone.
+  const promptBox = (row) => {
+    if (!row.turns) return make("div", { class: "prompt", text: row.prompt });
+    const turns = row.turns.map(([role, text]) => make("div", { class: "turn" }, make("span", { class: "role", text: role }), make("span", { text })));
+    return make("div", { class: "prompt" }, ...turns);
+  };
+
   const block = (row, title, index, prompt) => {
     const one = column();
     const spans = row.tokens.map((token, place) => {
@@ -160,7 +167,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     });
     const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
     const head = make("h3", {}, title, make("span", { class: "muted", text: ` ${facts(row)}` }));
-    return make("div", { class: "block" }, head, prompt ? make("div", { class: "prompt", text: row.prompt }) : "", strip(row, one), box, more);
+    return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", strip(row, one), box, more);
   };
 
   // The numbers of one token, beside the text.
@@ -215,7 +222,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     if (runBox) runBox.hidden = held;
     blocks.replaceChildren();
     if (!row) return;
-    if (held) blocks.append(make("p", { class: "muted id", text: row.id }), make("div", { class: "prompt", text: row.prompt }));
+    if (held) blocks.append(make("p", { class: "muted id", text: row.id }), promptBox(row));
     rows.forEach(([answer, title], index) => blocks.append(block(answer, title, index, !held)));
     // Something to read at once: the token that stands out most.
     const sizes = (valuesOf(rows[0][0], state.column) ?? []).map((value) => Math.abs(value ?? 0));

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from retort.evaluate.unknown import why_unknown
 from retort.report.groups import Group
 from retort.report.plots import Series, plot
 from retort.report.read import as_list, as_object, number
+from retort.report.words import escape
 
 
 def trust_section(groups: Sequence[Group]) -> str:

@@ -18,7 +18,7 @@ from retort.types import Prompt
 #: Before the name of what a run was given as an object, in its settings.
 IN_MEMORY = "in memory: "
 #: `module:function`, importable from the current folder.
-_IMPORTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_IMPORTED = re.compile(r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 #: Verdicts that are remembered: those of a batch, and of answers that come again.
 _REMEMBERED = 10_000
 

@@ -34,6 +34,7 @@ __all__ = [
     "MathVerifier",
     "RankingVerifier",
     "Verifier",
+    "given_up",
     "grade_all",
     "last_boxed",
     "parts_of",
@@ -329,6 +330,11 @@ def gradable(verifier: Verifier | None, prompt: Prompt) -> bool:
 def parts_of(verifier: Verifier | None, prompt: Prompt, text: str) -> Mapping[str, float]:
     """What a verifier measures of a text besides whether it is right; empty if it does not (see `GivesParts`)."""
     return verifier.parts(prompt, text) if isinstance(verifier, GivesParts) else {}
+
+
+def given_up(verifier: Verifier | None) -> int:
+    """How many comparisons a verifier has given up so far (see `MathVerifier`); 0 for one that never does."""
+    return int(getattr(verifier, "given_up", 0))
 
 
 def last_boxed(text: str) -> str | None:

@@ -25,6 +25,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
     return {
         "prompt_id": rollout.prompt.id,
         "prompt": rollout.prompt.text,
+        **({} if rollout.prompt.plain else {"messages": [[m.role, m.content] for m in rollout.prompt.messages]}),
         "text": rollout.text,
         "member": rollout.member,
         "source": rollout.source,

@@ -41,6 +41,8 @@ def difficulties(
     missing = [start for start in blocks if any(p.id not in found for p in setup.train[start : start + _BLOCK])]
     if missing and not first:
         raise UserError(f"{file.path}: missing or incomplete, and it can only be made before the first step")
+    if missing and progress is not None:
+        progress(_BLOCK * (len(blocks) - len(missing)), len(setup.train))
     for start in missing:
         for prompt_id, rate in _pass_rates(setup, order, start).items():
             if prompt_id not in found:

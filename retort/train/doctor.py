@@ -30,9 +30,8 @@ def examine(
         quick: Leave out the checks that generate.
         given: Objects of the caller's for which texts stand in the configuration.
     """
-    tokenizers = _tokenizers(config, given or Given())
-    first: list[Check] = [tokenizers]
-    if tokenizers.verdict != "fatal":
+    first = _tokenizers(config, given or Given())
+    if not any(check.verdict == "fatal" for check in first):
         try:
             return examine_setup(prepare(config, method, given), quick=quick, before=first)
         except UserError as error:
@@ -64,16 +63,15 @@ def refuse(examination: Examination) -> None:
 
 
 def _alike(setup: Setup) -> Check:
-    other = setup.teacher_lm or setup.student
-    return _tokenizer_check(setup.student.tokenizer, other.tokenizer)
+    if setup.teacher_lm is None:
+        return Check("tokenizer", "ok", "the student's own: there is no other model to compare it with", _TOKENIZER_WHY)
+    return _tokenizer_check(setup.student.tokenizer, setup.teacher_lm.tokenizer)
 
 
-def _tokenizers(config: Config, given: Given) -> Check:
-    """Compares tokenizers before any weights are read."""
-    if config.teacher is None:
-        return Check("tokenizer", "ok", "the student's own: no teacher is given", _TOKENIZER_WHY)
-    if config.student is None:
-        return Check("tokenizer", "ok", "not looked at: no student is given", _TOKENIZER_WHY)
+def _tokenizers(config: Config, given: Given) -> list[Check]:
+    """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
+    if config.teacher is None or config.student is None:
+        return []
     named: list[tuple[Role, str]] = [("student", config.student), ("teacher", config.teacher)]
     try:
         ours, theirs = (
@@ -81,9 +79,8 @@ def _tokenizers(config: Config, given: Given) -> Check:
             for role, name in named
         )
     except UserError:
-        # Whatever is wrong with them, `prepare` says it in its own words.
-        return Check("tokenizer", "ok", "could not be read by themselves", _TOKENIZER_WHY)
-    return _tokenizer_check(ours, theirs)
+        return []  # whatever is wrong with them, `prepare` says it in its own words
+    return [_tokenizer_check(ours, theirs)]
 
 
 def _tokenizer_check(ours: object, theirs: object) -> Check:

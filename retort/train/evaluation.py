@@ -83,7 +83,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
                 f"context of {lm.context}; lower max_new_tokens"
             )
     row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
-    cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "answers")}
+    cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
         "k": judge.samples,
         "problems": len(prompts),
@@ -92,6 +92,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         "rows": [{"who": model, **cells}],
         "pass_at": {model: row.get("pass_at", {})},
         "profile": {model: row["profile"]},
+        **({"given_up": {model: row["given_up"]}} if "given_up" in row else {}),
     }
 
 

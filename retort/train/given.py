@@ -63,7 +63,7 @@ class Rows:
         Raises:
             UserError: The file is missing or damaged.
         """
-        again = "put the file back as it was, or give the rows again: retort.distill(resume=..., data=...)"
+        again = "put the file back as it was, or start a new run"
         try:
             lines = [line for line in path.read_bytes().split(b"\n") if line]
         except OSError as error:
@@ -132,11 +132,13 @@ class Given:
         """
         for role, text in MODELS.items():
             inside = getattr(config, role) == text
-            if inside != (text in self.models):
-                raise _other(folder, role, "(model, tokenizer)", inside)
+            if inside and text not in self.models:
+                raise _absent(folder, role, "(model, tokenizer)")
+            if text in self.models and not inside:
+                raise _named(folder, role, "named in its settings")
         task = str(config.task or "")
         if self.grade is None and task.startswith(IN_MEMORY):
-            raise _other(folder, "verifier", task.removeprefix(IN_MEMORY), True)
+            raise _absent(folder, "verifier", task.removeprefix(IN_MEMORY))
         if self.grade is not None and name_of(self.grade) != task:
             raise UserError(
                 f"{folder}: its verifier is {task or 'none of your own'}, not {name_of(self.grade)}; give the one that "
@@ -145,10 +147,12 @@ class Given:
         rows: dict[str, Rows] = {}
         for setting, place in {"data": config.data, "eval.data": config.eval.data}.items():
             inside = str(place or "").startswith(IN_MEMORY)
-            if setting in self.rows and not inside:
-                raise _other(folder, ROWS[setting][0], "", False)
+            if setting in self.rows:
+                raise _named(
+                    folder, ROWS[setting][0], f"kept in {ROWS[setting][1]}" if inside else "named in its settings"
+                )
             if inside:
-                rows[setting] = self.rows.get(setting) or Rows.kept(folder / ROWS[setting][1])
+                rows[setting] = Rows.kept(folder / ROWS[setting][1])
         return replace(self, rows=rows)
 
     def keep(self, folder: Path) -> None:
@@ -194,13 +198,15 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     return found, Given(models, rows, None if isinstance(grade, str) else grade)
 
 
-def _other(folder: Path, what: str, example: str, absent: bool) -> UserError:
-    if absent:
-        return UserError(
-            f"{folder}: the {what} of this run was given as an object ({example}) and is not kept; go on with "
-            f"retort.distill(resume=..., {what}=...)"
-        )
-    return UserError(f"{folder}: the {what} of this run is named in its settings, so it cannot be given; leave it out")
+def _absent(folder: Path, what: str, example: str) -> UserError:
+    return UserError(
+        f"{folder}: the {what} of this run was given as an object, which no folder keeps; give it again: "
+        f"retort.distill(resume=..., {what}={example})"
+    )
+
+
+def _named(folder: Path, what: str, how: str) -> UserError:
+    return UserError(f"{folder}: the {what} of this run is {how}, so none can be given; leave it out")
 
 
 def _plain(thing: Any) -> Any:

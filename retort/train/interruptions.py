@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -12,10 +14,15 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 
 
 class Interruptions:
-    """SIGINT, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint; another ends it at once."""
+    """SIGINT, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint; another ends it at once.
 
-    def __init__(self) -> None:
+    Args:
+        asked: Called at once with the word for what was asked ("interrupted"), so that somebody may answer.
+    """
+
+    def __init__(self, asked: Callable[[str], None] = lambda by: None) -> None:
         self.by: str | None = None
+        self._asked = asked
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
@@ -34,3 +41,6 @@ class Interruptions:
         if self.by is not None:
             raise KeyboardInterrupt
         self.by = "interrupted" if number == signal.SIGINT else "terminated"
+        # Python forbids writing to a stream that is being written to, and the signal may have come in the middle of it.
+        with contextlib.suppress(RuntimeError):
+            self._asked(self.by)

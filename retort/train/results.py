@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.config import Config
+from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.judge import Judge
 from retort.files import parse_object, read_object, write_bytes, write_text
@@ -15,7 +16,7 @@ from retort.rewards.own import is_own
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
-_BESIDE = ("pass_at", "profile")
+_BESIDE = ("pass_at", "profile", "given_up")
 
 
 def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
@@ -39,14 +40,21 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         "k": config.eval.samples,
         "problems": len(judge.prompts) if judge else 0,
         **(judge.graded() if judge else {}),
+        **({"held_out": fingerprint(judge.prompts)} if judge else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin and not is_own(config.task) else (config.task or "data"),
+        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
         "gap_recovered": {},
         "profile": {},
     }
+
+
+def _judged_on(config: Config) -> str:
+    """What the prompts to judge on are called: a file's name without its folder."""
+    place = config.eval.data or config.data or "data"
+    return Path(place).name if Path(place).exists() else place
 
 
 def has(results: Mapping[str, Any], who: str) -> bool:
@@ -65,7 +73,7 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
     cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
     updated = {**results, "rows": sorted(rows, key=lambda found: order.index(found["who"]))}
-    for name in _BESIDE:
+    for name in (name for name in _BESIDE if name in results or name in row):
         updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
     _write_answers(folder / "answers.jsonl", who, row.get("answers", []))

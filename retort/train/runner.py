@@ -15,9 +15,9 @@ from retort.apply import check_needs, wanted
 from retort.config import Config
 from retort.data import fingerprint
 from retort.errors import RunError, UserError
-from retort.evaluate.judge import Judge
 from retort.method import Method
-from retort.teachers.local import LocalTeacher, answers
+from retort.rewards.verify import given_up
+from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.callbacks import call
@@ -28,6 +28,7 @@ from retort.train.folder import Claim, refuse_files, refuse_held, refuse_taken
 from retort.train.given import Given
 from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
+from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
@@ -88,7 +89,8 @@ class Run:
         self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = Interruptions()
+        self._interrupted = Interruptions(self._answer)
+        self._doing = "what is at hand"
         self._saved: Path | None = None
         self._new = False
         self._stop: str | None = None
@@ -123,41 +125,42 @@ class Run:
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
             self._tell("on_end")
+        except KeyboardInterrupt:  # the second signal
+            raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
         return self
 
     def _train(self, tracker: Tracker) -> None:
-        setup, config = self.setup, self.setup.config
-        judge = self._judge()
-        self.results = results.read(self.folder, judge, config)
-        if judge is not None and not results.has(self.results, results.BEFORE):
-            self._judge_before(judge)
+        setup, every = self.setup, self.setup.config.checkpoint.every
+        judging = Judging(setup, self.folder, self._claim.check)
+        self.results = judging.results
+        if not judging:
+            self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
+        self._judge_first(judging)
 
         while self.step < setup.steps and not self._ended():
             metrics, scores = self._one_step(), None
-            if judge is not None and config.eval.every and self.step % config.eval.every == 0:
-                scores = self._judge_now(judge)
+            if judging.due(self.step):
+                scores = self._judge_now(judging)
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
             self._stop_if_asked()
-            due = config.checkpoint.every and self.step % config.checkpoint.every == 0
-            if due or (self.best is not None and self.best[1] == self.step):
+            if (every and self.step % every == 0) or (self.best is not None and self.best[1] == self.step):
                 self.save()
             self._tell("on_step", dict(metrics))
             if scores is not None:
                 self._tell("on_eval", scores)
 
         self.save()
-        if judge is not None:
-            row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
-            self._claim.check()
-            self.results = results.add(self.folder, self.results, results.AFTER, row)
-            self._tell("on_eval", results.scores(row))
+        if judging:
+            scores = judging.student(self._progress("judging the student"), results.AFTER)
+            self.results = judging.results
+            self._tell("on_eval", scores)
         self._claim.check()
         export.write_model(setup, self.folder / "model", self.results, self.step)
-        if judge is not None:  # last: what cannot be shown is written all the same
+        if judging:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
     def open(self) -> None:
@@ -190,6 +193,7 @@ class Run:
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
+        self._doing = f"step {self.step + 1}"
         setup, moment, watch = *self._now(), Stopwatch()
         if moment.done == 0:
             self._take_over()
@@ -197,8 +201,10 @@ class Run:
             probed = self.control.probe(setup, moment) if moment.done == 0 else {}
             moment = replace(moment, readings=self.control.readings(setup))
             hard = self._difficulties(setup, moment)
+        before = given_up(setup.verifier)
         with watch("generate"):
             rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
+        lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(
@@ -229,6 +235,7 @@ class Run:
         written = {
             **record.rollout_metrics(batch, version),
             **against_rewards(pack, values, batch.valid.get("teacher")),
+            **({"given_up": lost} if lost else {}),
         }
         shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
@@ -261,6 +268,12 @@ class Run:
         self._lines.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
         self.observer.step(self.step, self.setup.steps, metrics)
+        if metrics.get("given_up") and "given_up" not in self._advised:
+            self._advised.add("given_up")
+            self.observer.note(
+                f"step {self.step}: {metrics['given_up']} completions count as wrong because their comparison with the "
+                "right answer found no end (curve given_up; docs/grading.md)"
+            )
         for watch in self.setup.method.watch:
             low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
             if low and watch.name not in self._advised:
@@ -325,52 +338,41 @@ class Run:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
         self.origin = self._saved = path
 
-    def _judge(self) -> Judge | None:
-        config = self.setup.config
-        if not self.setup.held_out:
-            self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
-            return None
-        return Judge.of(config, self.setup.held_out, self.setup.judge_verifier, vocab=self.setup.vocab)
+    def _answer(self, by: str) -> None:
+        self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
 
-    def _teacher(self) -> Any:
-        views = self.setup.method.views
-        return next((t for name, t in self.setup.teachers.items() if views[name].model == "teacher"), None)
+    def _stopped(self) -> str:
+        newest = checkpoint.newest(self.folder / "checkpoints")
+        saved = "no checkpoint was saved yet" if newest is None else f"{newest.name} is its newest checkpoint"
+        return f"stopped at once in {self._doing}; {saved}, go on with: retort train --resume {self.folder}"
 
     def _progress(self, text: str) -> Any:
+        self._doing = text
+
         def report(done: int, total: int) -> None:
             self.observer.phase(text, done, total)
             self._stop_if_asked()
 
         return report
 
-    def _judge_before(self, judge: Judge) -> None:
-        setup = self.setup
-        if self.step:
-            return  # resumed without the first table (evaluation was switched on later): there is no "before" any more
-        if setup.config.eval.teacher and setup.teacher_lm is not None:
-            teacher = self._teacher()
-            if isinstance(teacher, LocalTeacher):
-                teacher = teacher.in_its_own_words()
-            row = judge.judge(setup.teacher_lm, teacher=teacher, progress=self._progress("judging the teacher"))
-            self.results = results.add(self.folder, self.results, results.TEACHER, row)
-        row = judge.judge(setup.student, teacher=self._teacher(), progress=self._progress("judging the student"))
-        self.results = results.add(self.folder, self.results, results.BEFORE, row)
-        self._tell("on_eval", results.scores(row))
+    def _judge_first(self, judging: Judging) -> None:
+        """Judges the teacher, and the student before it learns.
 
-    def _judge_now(self, judge: Judge) -> dict[str, float]:
+        Not where a run was resumed without that (evaluation was switched on later): there is no "before" any more.
+        """
+        if judging and not judging.has_begun and not self.step:
+            judging.teacher(self._progress("judging the teacher"))
+            scores = judging.student(self._progress("judging the student"), results.BEFORE)
+            self.results = judging.results
+            self._tell("on_eval", scores)
+
+    def _judge_now(self, judging: Judging) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
-        def progress(done: int, total: int) -> None:
-            self.observer.phase("judging the student", done, total)
-
-        row = judge.judge(self.setup.student, teacher=self._teacher(), progress=progress)
-        found = results.scores(row)
-        # Best: highest avg@k, or where nothing can be graded the lowest reverse KL on held-out prompts.
-        if f"avg@{judge.samples}" not in found and "reverse_kl" not in found:
-            return found  # a self-teacher has nothing to say of the student's own prompt: none is better than another
-        score_now = found.get(f"avg@{judge.samples}", -found.get("reverse_kl", 0.0))
-        if self.best is None or score_now > self.best[0]:
-            self.best = (score_now, self.step)
-        return found
+        scores = judging.student(lambda done, total: self.observer.phase("judging the student", done, total))
+        good = judging.goodness(scores)
+        if good is not None and (self.best is None or good > self.best[0]):
+            self.best = (good, self.step)
+        return scores
 
     def _tell(self, hook: str, *said: Any) -> None:
         """Calls the callbacks at a moment at which the run could be saved; what they raise ends it, saved."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from retort.apply import wanted
 from retort.models.adapter import described
-from retort.train.export import self_teachers
+from retort.train.card import self_teachers, standing
 from retort.train.memory import forecast
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
@@ -13,8 +13,6 @@ from retort.train.write import plan_summary
 def summary(setup: Setup) -> dict[str, str]:
     """Lines of the start-up summary, by heading."""
     method, config = setup.method, setup.config
-    paper = method.paper
-    source = f"{paper.title}{', arXiv ' + paper.arxiv if paper.arxiv else ''} ({paper.year})" if paper else "your own"
     asked = {
         view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
         for view, teacher in setup.teachers.items()
@@ -24,14 +22,14 @@ def summary(setup: Setup) -> dict[str, str]:
         "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters{_learning(setup)}",
         **({"teacher": _teachers(setup)} if _teachers(setup) else {}),
         **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
-        "method": f"{method.name} ({method.status}): {source}",
+        "method": f"{method.name} ({standing(method)})",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in asked.items()},
         **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
         "data": f"{config.data}: {len(setup.train):,} prompts to learn from, {len(setup.held_out)} held out",
         "graded by": setup.verifier.name if setup.verifier else "nobody (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, setup.batch_prompts)}, {updates} optimizer steps",
-        "run": f"{setup.steps} batches, learning rate {config.optimizer.learning_rate:g}, "
+        "run": f"{setup.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {setup.precision} on {setup.student.device.type}, seed {config.seed}",
         "memory": str(forecast(setup)),
     }
@@ -48,7 +46,7 @@ def _learning(setup: Setup) -> str:
     student = setup.student
     if student.adapter is None:
         return ""
-    return f", of which {_count(student.trainable_parameters)} learn, {described(student.adapter.settings)}"
+    return f", and {_count(student.trainable_parameters)} more that learn, {described(student.adapter.settings)}"
 
 
 def _count(parameters: int) -> str:

@@ -26,11 +26,12 @@ def test_long_answers_have_two_bins_an_octave_that_cover_them(longest: int) -> N
 
 def test_every_token_is_in_the_bin_whose_lower_end_it_has_reached() -> None:
     profile = Profile(longest=4)
-    entropy_N = torch.tensor([0.0, 0.05, 0.1, 0.15, 4.0, 11.0], dtype=torch.float64)
-    profile.add({"student_entropy": entropy_N}, torch.tensor([0, 1, 2, 3, 3, 3]))
+    entropy_N = torch.tensor([0.0, 0.05, 0.1, 0.15, 12.5, 14.0, 11.0], dtype=torch.float64)
+    profile.add({"student_entropy": entropy_N}, torch.tensor([0, 1, 2, 3, 3, 3, 3]))
     counts = profile.plain()["histogram"]["student_entropy"]
     assert len(counts) == len(ENTROPY_BINS)
-    assert (counts[0], counts[1], counts[-1], sum(counts)) == (2, 2, 2, 6)
+    assert (counts[0], counts[1], counts[110], counts[-1], sum(counts)) == (2, 2, 1, 2, 7)
+    assert ENTROPY_BINS[-1] >= math.log(262_144), "the largest vocabulary has bins of its own"
 
 
 def test_means_by_place_and_by_what_the_teacher_is_unsure_of() -> None:

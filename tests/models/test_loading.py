@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from retort.cli import main
 from retort.errors import UserError
 from retort.models import load as load_module
 from retort.models.lm import LanguageModel, load_model
-from retort.models.load import blamed_on
+from retort.models.load import blamed_on, look_at
 
 Change = Callable[[Path], Any]
 WEIGHTS = "model.safetensors"
@@ -118,7 +120,10 @@ UNUSABLE: dict[str, tuple[Change, tuple[str, ...]]] = {
         both(without(WEIGHTS), text("pytorch_model.bin", b"\x80\x04.")),
         ("pickled (pytorch_model.bin)", "convert them to safetensors"),
     ),
-    "gguf": (both(without(WEIGHTS, "*.json"), text("model-q4.gguf", "GGUF")), ("holds GGUF files; convert",)),
+    "gguf": (
+        both(without(WEIGHTS, "*.json"), text("model-q4.gguf", "GGUF")),
+        ("holds GGUF files; convert them to safetensors (docs/gguf.md",),
+    ),
     "other framework": (both(without(WEIGHTS), text("tf_model.h5", "")), ("another framework",)),
     "a shard missing": (
         both(
@@ -293,3 +298,64 @@ def test_an_error_of_our_own_is_no_fault_of_the_folder(
         load(model_folder(seed=1))
     with pytest.raises(KeyError, match="ours"), blamed_on("student x"):
         found["broken"]()
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Says of every model that it is not there, or (`mirror/...`) that it does not know what is asked."""
+
+    def do_GET(self) -> None:
+        known = "mirror" in self.path
+        self.send_response(404)
+        if not known:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "said"),
+    [
+        ("nobody/nothing", True, "there is no such folder, and no such model on the hub (or a private one)"),
+        ("nothing", True, "no such model on the hub"),
+        ("nobody/nothing", False, "the hub cannot be reached ("),
+        ("no--name/a..b", True, "no name which the hub could have"),
+        ("mirror/model", True, None),
+    ],
+)
+def test_what_the_hub_lacks_is_said_at_once(
+    monkeypatch: pytest.MonkeyPatch, name: str, there: bool, said: str | None
+) -> None:
+    """A library asks again for two minutes; the name that it is asked about is looked up first, once."""
+    server = HTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    if not there:
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    try:
+        if said is None:
+            assert look_at(f"student {name}", name, None) == name
+        else:
+            with pytest.raises(UserError) as error:
+                look_at(f"student {name}", name, None)
+            assert said in str(error.value) and "\n" not in str(error.value)
+    finally:
+        if there:
+            server.shutdown()
+            server.server_close()
+
+
+def test_a_hub_that_is_not_to_be_asked_is_not() -> None:
+    with pytest.raises(UserError, match="the hub is not asked, because HF_HUB_OFFLINE is set"):
+        look_at("teacher nobody/nothing", "nobody/nothing", None)
+
+
+def test_a_gguf_file_says_what_to_do(tmp_path: Path) -> None:
+    for place in (tmp_path / "model.GGUF", tmp_path):
+        (tmp_path / "model.GGUF").write_text("GGUF")
+        with pytest.raises(UserError, match=r"GGUF files; convert them to safetensors \(docs/gguf.md"):
+            look_at("student x", "x", str(place))

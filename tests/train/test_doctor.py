@@ -76,6 +76,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], model_folder: Callable[
     assert main(["doctor", "--stundent", "x"]) == 2
 
 
+def test_a_tokenizer_that_cannot_be_read_is_not_ok(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("GGUF")
+    for who in ("student", "teacher"):
+        found = examine(api.assemble({**tiny_run, who: str(tmp_path)}))
+        assert [(check.name, check.verdict) for check in found.checks] == [("setup", "fatal")]
+        assert "GGUF" in found["setup"].saw and "docs/gguf.md" in found["setup"].line
+
+
 def test_other_tokenizer(tiny_run: dict[str, Any], model_folder: Callable[..., Path]) -> None:
     other = model_folder(seed=2, words=[*"abcdefgh", "from", "so"])
     found = examine(api.assemble({**tiny_run, "teacher": str(other)}))

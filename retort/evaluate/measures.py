@@ -1,0 +1,54 @@
+"""What the measures of a before/after table are called, in words, wherever that table is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+__all__ = ["MEASURES", "Measure", "measure", "ordered"]
+
+
+class Measure(NamedTuple):
+    """A measure for people.
+
+    Attributes:
+        words: Its name.
+        unit: What its numbers are counted in; empty for a share and for a verifier's own measures.
+        kind: `share` for a fraction that is shown in per cent.
+    """
+
+    words: str
+    unit: str = ""
+    kind: Literal["number", "share"] = "number"
+
+
+#: By their names in `eval.json`, in the order in which they are shown.
+MEASURES: Mapping[str, Measure] = {
+    "length": Measure("length", "tokens"),
+    "truncated": Measure("answers cut at the limit", "", "share"),
+    "student_entropy": Measure("own entropy", "nats"),
+    "student_uncertain": Measure("tokens where it is itself uncertain", "", "share"),
+    "uncertain": Measure("tokens where the teacher is uncertain", "", "share"),
+    "student_entropy_uncertain": Measure("own entropy where the teacher is uncertain", "nats"),
+    "teacher_entropy_uncertain": Measure("teacher's entropy where it is uncertain", "nats"),
+    "forward_kl_uncertain": Measure("forward KL where the teacher is uncertain", "nats"),
+    "reverse_kl": Measure("reverse KL, all tokens", "nats"),
+}
+_PART = "reward/"
+
+
+def measure(name: str) -> Measure:
+    """Of any measure: `avg@k` and `pass@k` keep their names, and a verifier's own have the verifier's."""
+    if name.startswith(("avg@", "pass@")):
+        return Measure(name, "", "share")
+    return MEASURES.get(name, Measure(name.removeprefix(_PART)))
+
+
+def ordered(names: Sequence[str]) -> list[str]:
+    """Right answers first, then what the verifier measures besides, then in the order of `MEASURES`, then the rest."""
+    place = {name: index for index, name in enumerate(MEASURES)}
+
+    def rank(name: str) -> int:
+        return -2 if "@" in name else -1 if name.startswith(_PART) else place.get(name, len(place))
+
+    return sorted(dict.fromkeys(names), key=rank)

@@ -1,0 +1,191 @@
+"""Which runs were judged on the same prompts in the same way, and which learnt from the same: by digests, not by names.
+
+Numbers of runs that were judged on different prompts stand in tables of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from retort.config import BUILTIN
+from retort.report.groups import Group, leaves, seed_of
+from retort.report.read import RunFiles, as_object
+from retort.report.words import listed
+
+#: `split`: other prompts of the same file, because each seed holds out its own.
+Relation = Literal["same", "split", "unknown", "other"]
+
+#: Settings that change what the same prompts and weights come to.
+_HOW = ("eval.temperature", "eval.top_p", "eval.max_new_tokens", "eval.threshold", "rollout.thinking", "task")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs that may stand beside one another.
+
+    Attributes:
+        name: Of what they were judged on, different from that of every other table on the page.
+        groups: At least one.
+    """
+
+    name: str
+    groups: Sequence[Group]
+
+
+def tables(groups: Sequence[Group]) -> list[Table]:
+    """Runs by what they were judged on and how, in order; those that cannot be told apart stay together."""
+    found: list[list[Group]] = []
+    for group in groups:
+        fitting = (members for members in found if not _differing(members[0], group) and _together(members[0], group))
+        members = next(fitting, None)
+        if members is None:
+            found.append([group])
+        else:
+            members.append(group)
+    names = _numbered(_names([_judged(members[0]) for members in found]))
+    return [Table(name, members) for name, members in zip(names, found, strict=True)]
+
+
+def remarks(groups: Sequence[Group]) -> list[str]:
+    """Sentences about what keeps runs from being compared; none where all is the same."""
+    if len(groups) < 2:
+        return []
+    split = tables([group for group in groups if group.whos()])
+    said: list[str] = []
+    if len(split) > 1:
+        parts = [f"{listed([g.name for g in table.groups])} on {table.name}{_how(split[0], table)}" for table in split]
+        said.append(f"Not judged alike, so each in a table of its own: {'; '.join(parts)}.")
+    for table in split:
+        said += _within(table.groups, _JUDGED)
+    said += _within(groups, _LEARNT)
+    return said
+
+
+def source_name(run: RunFiles) -> str:
+    """What a run was judged on, as a file name, a hub name or that of a built-in task; empty if that is not known."""
+    place = _judged_source(run)
+    return place if place in BUILTIN else Path(place).name if Path(place).is_absolute() else place
+
+
+def judged(ours: Group, theirs: Group) -> Relation:
+    """Whether two experiments were judged on the same prompts."""
+    digests = [{seed_of(run): run.eval.get("held_out") for run in group.runs} for group in (ours, theirs)]
+    same_source = _judged(ours) == _judged(theirs)
+    counts = {run.eval.get("problems") for group in (ours, theirs) for run in group.runs if run.eval}
+    held = [run.config for group in (ours, theirs) for run in group.runs]
+    by_seed = all(not as_object(config.get("eval")).get("data") for config in held)
+    return _relation(digests, _judged(ours), same_source, by_seed, alike=len(counts) <= 1)
+
+
+def _learnt(ours: Group, theirs: Group) -> Relation:
+    """Whether two experiments learnt from the same prompts."""
+    digests = [{seed_of(run): run.learnt_from for run in group.runs} for group in (ours, theirs)]
+    limits = {str(run.config.get("limit")) for group in (ours, theirs) for run in group.runs}
+    return _relation(digests, _data(ours), _data(ours) == _data(theirs), True, alike=len(limits) <= 1)
+
+
+def _relation(
+    digests: Sequence[Mapping[str, object]], source: str, same_source: bool, by_seed: bool, *, alike: bool
+) -> Relation:
+    ours, theirs = digests
+    builtin = source in BUILTIN
+    if not all(isinstance(digest, str) for side in digests for digest in side.values()):
+        if same_source and builtin and alike:
+            return "same"
+        return "unknown" if same_source and alike else "other"
+    common = ours.keys() & theirs.keys()
+    equal = all(ours[seed] == theirs[seed] for seed in common)
+    if equal and (common or set(ours.values()) == set(theirs.values())):
+        return "same"
+    return "split" if same_source and by_seed and not builtin and not common else "other"
+
+
+def _together(ours: Group, theirs: Group) -> bool:
+    return not (ours.whos() and theirs.whos()) or judged(ours, theirs) != "other"
+
+
+@dataclass(frozen=True)
+class _Use:
+    """What a run's prompts were for: how two runs relate in it, the source of one, and words for the reader."""
+
+    relation: Callable[[Group, Group], Relation]
+    source: Callable[[Group], str]
+    did: str
+    lacks: str
+
+
+def _within(groups: Sequence[Group], use: _Use) -> list[str]:
+    """How the others of some experiments relate to the first of them."""
+    first, *others = groups
+    by: dict[Relation, list[Group]] = {}
+    for group in others:
+        by.setdefault(use.relation(first, group), []).append(group)
+    said: list[str] = []
+    for kind, members in by.items():
+        whose = listed([first.name, *(group.name for group in members)])
+        files = listed(list(dict.fromkeys(_names([use.source(group) for group in (first, *members)]))))
+        if kind == "other":
+            one = len({use.source(group) for group in (first, *members)}) == 1
+            which = f"not the same prompts of {files}" if one else f"different data ({files})"
+            said.append(f"{whose} {use.did} {which}.")
+        elif kind == "split" and use is _JUDGED:
+            said.append(
+                f"{whose} {use.did} other prompts of {files}: each seed holds out its own (eval.data fixes them)."
+            )
+        elif kind == "unknown":
+            said.append(
+                f"Whether {whose} {use.did} the same prompts of {files} is not known: their {use.lacks} do not say."
+            )
+    return said
+
+
+def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
+    """Settings of judging that differ: name and both values. One that a run's file lacks is no difference."""
+    if not (ours.whos() and theirs.whos()):
+        return []
+    flat = [leaves(group.runs[0].config) for group in (ours, theirs)]
+    for settings in flat:
+        if settings.get("eval.max_new_tokens") is None and "rollout.max_new_tokens" in settings:
+            settings["eval.max_new_tokens"] = settings["rollout.max_new_tokens"]
+    both = [name for name in _HOW if all(name in settings for settings in flat)]
+    return [(name, flat[0][name], flat[1][name]) for name in both if flat[0][name] != flat[1][name]]
+
+
+def _how(first: Table, table: Table) -> str:
+    found = _differing(first.groups[0], table.groups[0])
+    said = ", ".join(f"{name} = {theirs} (there {ours})" for name, ours, theirs in found)
+    return f", with {said}" if said else ""
+
+
+def _judged_source(run: RunFiles) -> str:
+    return str(as_object(run.config.get("eval")).get("data") or run.config.get("data") or "")
+
+
+def _judged(group: Group) -> str:
+    return _judged_source(group.runs[0])
+
+
+def _data(group: Group) -> str:
+    return str(group.runs[0].config.get("data") or "")
+
+
+_JUDGED = _Use(judged, _judged, "were judged on", "files")
+_LEARNT = _Use(_learnt, _data, "learnt from", "checkpoints")
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    seen = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    return [f"{name} ({n})" if names.count(name) > 1 else name for name, n in zip(names, seen, strict=True)]
+
+
+def _names(sources: Sequence[str]) -> list[str]:
+    """File names, or as much more of the paths as tells different ones apart; the same one twice is numbered."""
+    kinds = list(dict.fromkeys(sources))
+    parts = [Path(source).parts if Path(source).is_absolute() else (source,) for source in kinds]
+    longest = max((len(part) for part in parts), default=1)
+    ends = (["/".join(part[-length:]) or "the data" for part in parts] for length in range(1, longest + 1))
+    names = next((found for found in ends if len(set(found)) == len(found)), kinds)
+    return [dict(zip(kinds, names, strict=True))[source] for source in sources]

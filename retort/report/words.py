@@ -1,0 +1,28 @@
+"""Texts from anywhere as HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+from retort.errors import visible
+
+__all__ = ["escape", "listed", "path"]
+
+
+def escape(text: str) -> str:
+    """A text from anywhere on one line of a page: neither markup nor a character that is obeyed instead of shown."""
+    return html.escape(visible(text))
+
+
+def path(text: str) -> str:
+    """The same of a path or a long name, which may be broken after its separators."""
+    shown = escape(text)
+    for separator in "/\\_":
+        shown = shown.replace(separator, f"{separator}<wbr>")
+    return shown
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a, b and c"."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
