@@ -1,6 +1,7 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
 # make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
+# make slow   the tests that `make test` leaves out: many real processes with bad input
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
@@ -12,12 +13,15 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 STAGE   = @printf '\n== %s\n'
 # What is checked: files that lie beside these are their owner's.
 CODE    = retort tests benchmarks examples
+# Tests run in as many processes as there are cores, at most four (each holds torch): JOBS=0 for one that shows everything.
+JOBS   ?= auto
+PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses=4 --dist=worksteal
 # What `make quick` runs: no training, no browser, no whole pipelines.
 QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/test_data.py tests/test_outcomes.py \
           tests/test_template.py tests/test_tracking.py tests/test_types.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick lint types layers tests kernels core dev clean
+.PHONY: help demo test quick slow lint types layers tests kernels core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,7 +33,7 @@ test: lint types layers tests
 
 quick: lint layers
 	$(STAGE) 'pytest, the quick part'
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(QUICK) $(ARGS)
+	@$(PYTEST) $(QUICK) $(ARGS)
 
 lint: dev
 	$(STAGE) 'ruff check'
@@ -48,13 +52,17 @@ layers: dev
 # Tiny models run fastest on one thread; two on a busy machine spin.
 tests: dev
 	$(STAGE) 'pytest'
-	@OMP_NUM_THREADS=1 $(BIN)/pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+slow: dev
+	$(STAGE) 'pytest -m slow'
+	@$(PYTEST) -m slow $(ARGS)
 
 # A build of torch for the CPU comes without Triton, one for CUDA with the Triton that it was made for.
 kernels: dev
 	$(STAGE) 'pytest tests/kernels'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/kernels $(ARGS)
+	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
 core: $(VENV)/.core
 dev: $(VENV)/.dev

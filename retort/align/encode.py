@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from retort.align.text import decode
+from retort.align.text import control_tokens, decode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Spelt", "control_tokens", "ordinary", "response_ids", "spelt", "split_open"]
+__all__ = ["Spelt", "ordinary", "response_ids", "spelt", "split_open"]
 
 #: What may stand before a response while it is encoded, where it cannot be encoded alone.
 _ANCHORS = ("\n", "a", ":", "\u00e9")
@@ -30,13 +30,6 @@ class Spelt(Exception):
         """Names the token."""
         super().__init__(token)
         self.token = token
-
-
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens by name. Tokens added as ordinary text (`<think>` of many families) are text."""
-    found = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-    return found | {str(name): int(i) for name, i in named}
 
 
 def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:

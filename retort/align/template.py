@@ -123,7 +123,7 @@ def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns |
     """The beginning of a user's turn in a text that is a rendered prompt, or None.
 
     It is one if it begins with a control token of this tokenizer and holds, in such tokens, what its chat template (or
-    that of a family that many models follow) writes before a question.
+    that of a family that many models follow) writes before a question, and another control token for that turn's end.
 
     Args:
         text: Of a message.
@@ -131,7 +131,7 @@ def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns |
         found: `turns` of it.
     """
     names = spelt(text, tokenizer)
-    if not names or not text.lstrip().startswith(names[0]):
+    if not names or not text.lstrip().startswith(names[0]) or len({*names} - {str(tokenizer.bos_token)}) < 2:
         return None
     own = found.user.strip() if found is not None else ""
     known = [*([own] if own else []), *_KNOWN]

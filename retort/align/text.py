@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["after_thinking", "completion_text", "decode"]
+__all__ = ["after_thinking", "completion_text", "control_tokens", "decode"]
 
 _WORD = r"(?:think|thinking|thought|thoughts|begin_of_thought|start_thinking|reasoning|scratchpad|inner_prefix)"
 _END_WORD = r"(?:end_of_thought|end_thinking|inner_suffix)"
@@ -32,7 +32,14 @@ _CLOSE = re.compile(
 _PIECES = re.compile(rf"{_OPEN.pattern}|{_CLOSE.pattern}|<\|(?:channel|message)\|>", re.IGNORECASE)
 # Of the end of a prompt: more than the longest tag has.
 _TAG_TOKENS = 16
-_BOUNDS: WeakKeyDictionary[Any, tuple[tuple[int, ...], dict[int, str]]] = WeakKeyDictionary()
+_BOUNDS: WeakKeyDictionary[Any, tuple[int, dict[int, str]]] = WeakKeyDictionary()
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens by name. Tokens added as ordinary text (`<think>` of many families) are text."""
+    found = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+    return found | {str(name): int(i) for name, i in named}
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
@@ -67,12 +74,10 @@ def after_thinking(text: str) -> str:
 
 def _bounds(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens that bound thinking; kept by tokenizer, because every completion becomes text here."""
-    ids = tuple(int(token) for token in tokenizer.all_special_ids)
-    known, found = _BOUNDS.get(tokenizer, ((), {}))
-    if known != ids:
-        names = {token: str(tokenizer.convert_ids_to_tokens(token)) for token in ids}
-        found = {token: name for token, name in names.items() if _PIECES.fullmatch(name)}
-        _BOUNDS[tokenizer] = ids, found
+    size, found = _BOUNDS.get(tokenizer, (-1, {}))
+    if size != len(tokenizer):
+        found = {token: name for name, token in control_tokens(tokenizer).items() if _PIECES.fullmatch(name)}
+        _BOUNDS[tokenizer] = len(tokenizer), found
     return found
 
 

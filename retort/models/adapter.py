@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from retort.errors import UserError, did_you_mean
+from retort.errors import UserError, did_you_mean, shortened
 from retort.models.head import LowRank
 from retort.streams import key
 
@@ -177,7 +177,7 @@ def add_adapter(
         try:
             wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
         except ValueError as error:
-            raise UserError(f"lora.targets: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"lora.targets: {_refusal(lm, targets, error)}") from None
     wrapper.peft_config[_NAME].base_model_name_or_path = lm.name
     lm.adapter = Adapter(lm.model, wrapper, settings)
 
@@ -208,6 +208,19 @@ def described(settings: Mapping[str, Any] | None) -> str:
         return "without an adapter"
     scale = f"alpha {settings['alpha']:g}{', rslora' if settings['rslora'] else ''}"
     return f"with a LoRA adapter of rank {settings['rank']}, {scale}, on {', '.join(settings['targets'])}"
+
+
+def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> str:
+    """Why `peft` takes no such targets; its own words begin with the printed layer, which has many lines."""
+    model: Any = lm.model
+    for target in targets:
+        for name, module in model.named_modules():
+            if (name == target or name.endswith(f".{target}")) and getattr(module, "weight", None) is None:
+                return (
+                    f"'{target}' is a {type(module).__name__}, no single layer that peft could adapt; name the layers "
+                    "in it, or all-linear, which reaches the experts of a mixture, too"
+                )
+    return shortened(" ".join(str(error).split()), 300)
 
 
 def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:

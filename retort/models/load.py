@@ -193,7 +193,7 @@ def read_model(
     if isinstance(source, Held):
         with blamed_on(who, "cannot be copied"):
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
-        return held, _judged(who, weights, *_account(held, {}))
+        return held, _judged(who, weights, *_account(held, {}, set()))
     place = look_at(who, name, source)
     # Whatever is random (weights that are missing, where the settings allow it) is the same when a run is resumed.
     with blamed_on(who), torch.random.fork_rng([]), warnings.catch_warnings():
@@ -209,7 +209,7 @@ def read_model(
             output_loading_info=True,
         )
     model, info = loaded
-    return cast("PreTrainedModel", model), _judged(who, weights, *_account(model, info))
+    return cast("PreTrainedModel", model), _judged(who, weights, *_account(model, info, _dropped(place, model)))
 
 
 def _judged(who: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
@@ -222,11 +222,33 @@ def _judged(who: str, weights: Weights, wrong: list[str], notes: list[str]) -> l
     return [note if note.startswith(who) else f"{who}: {note}" for note in notes]
 
 
-def _account(model: Any, info: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _dropped(place: str, model: Any) -> set[str]:
+    """Names of tensors in a model's files that transformers leaves out without a word."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    patterns.append(_OTHER_PARTS)  # among them `inv_freq`, which transformers drops of every model that computes it
+    # In the cache of the hub, too, the weights lie beside the settings.
+    config = cached_file(
+        place,
+        "config.json",
+        local_files_only=True,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    names = set[str]()
+    for file in Path(config).parent.glob("*.safetensors") if config is not None else ():
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+    return {name for name in names if any(pattern.search(name) for pattern in patterns)}
+
+
+def _account(model: Any, info: Mapping[str, Any], dropped: set[str]) -> tuple[list[str], list[str]]:
     """What is wrong with the weights of a model, and what is not but should be known."""
     wrong, notes = list[str](), list[str]()
     surplus = set(map(str, info.get("unexpected_keys", ())))
-    others = {key for key in surplus if _OTHER_PARTS.search(key)}
+    others = {key for key in surplus if _OTHER_PARTS.search(key)} | dropped
     shapes = {str(key): (tuple(there), tuple(here)) for key, there, here in info.get("mismatched_keys", ())}
     missing = sorted(set(map(str, info.get("missing_keys", ()))) - shapes.keys())
     if missing:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
-from retort.align.encode import Spelt, control_tokens, response_ids
+from retort.align.encode import Spelt, response_ids
 from retort.align.stops import describe_stop_map, named_stops, turn_end
-from retort.align.template import turns, unlike_a_turn
-from retort.align.text import decode
+from retort.align.text import control_tokens, decode
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
@@ -21,7 +20,7 @@ from retort.signals import Dense, Sampled
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.findings import Check
 from retort.train.memory import available, forecast, size_words
-from retort.train.reading import check_written, thinking_words
+from retort.train.reading import check_written, ends, thinking_words
 from retort.train.setup import Setup
 from retort.types import SAMPLED, Message, Pack, Prompt, Rollout
 
@@ -157,17 +156,7 @@ def check_chat_templates(setup: Setup) -> Check:
 def check_prompt_ends(setup: Setup) -> Check:
     """Whether prompts end where an answer begins, as each template's own conversations tell."""
     why = "a model whose turn is not begun writes the beginning itself, or goes on for the user, and learns from that"
-    found: list[str] = []
-    fatal, headers = False, dict[str, str]()
-    for who, render in _readers(setup).items():
-        written = turns(render.tokenizer, render.reading)
-        if written is None:
-            continue
-        headers[who] = repr(written.beginning) if written.beginning else "the end of the user's turn"
-        fault = unlike_a_turn(written)
-        if fault is not None:
-            found.append(f"the {who}'s chat template is at fault: {fault[0]}")
-            fatal = fatal or fault[1]
+    headers, found, fatal = ends(_readers(setup))
     if found:
         remedy = (
             "end the template (chat_template.jinja in the model's folder) with {% if add_generation_prompt %}, what "

@@ -16,7 +16,7 @@ from retort.rewards.own import is_own
 from retort.synonyms import ours_for
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
-from retort.train.reading import check_written, settled
+from retort.train.reading import check_written, ends, settled
 from retort.train.setup import load, local_teacher
 from retort.train.split import repeats
 
@@ -67,7 +67,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
     config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
     render = Renderer(lm.tokenizer, config.rollout.reading)
-    notes += check_written(prompts, {"model": render})
+    notes += [*check_written(prompts, {"model": render}), *ends({"model": render})[1]]
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)

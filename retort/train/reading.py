@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from retort.align.chat import Reading, Renderer, dated
 from retort.align.encode import spelt
-from retort.align.template import looks_rendered, of_another_family, thinks, turns
+from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
@@ -19,7 +19,7 @@ from retort.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Extremes", "check_prompts", "check_written", "refuse_views", "settled", "thinking_words", "today"]
+__all__ = ["Extremes", "check_prompts", "check_written", "ends", "refuse_views", "settled", "thinking_words", "today"]
 
 
 def today() -> str:
@@ -62,6 +62,29 @@ def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], reading: R
     words = [f"{way} for the {who}" for who, way in found]
     words += [f"unknown to the {who}'s template" for who, way in ways.items() if way is None]
     return f"thinking (`enable_thinking`) is {', '.join(words)}, {by} (rollout.thinking)"
+
+
+def ends(readers: Mapping[str, Renderer]) -> tuple[dict[str, str], list[str], bool]:
+    """Where prompts end, as each template's own conversations tell.
+
+    Args:
+        readers: How each model reads.
+
+    Returns:
+        After what answers begin, by role, where there is a template; what is wrong with it; and whether that leaves no
+        prompt to be answered: see `retort.align.template.unlike_a_turn`.
+    """
+    after, wrong, fatal = dict[str, str](), list[str](), False
+    for who, render in readers.items():
+        found = turns(render.tokenizer, render.reading)
+        if found is None:
+            continue
+        after[who] = repr(found.beginning) if found.beginning else "the end of the user's turn"
+        fault = unlike_a_turn(found)
+        if fault is not None:
+            wrong.append(f"the {who}'s chat template is at fault: {fault[0]}")
+            fatal = fatal or fault[1]
+    return after, wrong, fatal
 
 
 def refuse_views(config: Config, method: Method) -> None:
@@ -119,7 +142,7 @@ def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, readin
         first, begins = rendered[0]
         raise UserError(
             f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be "
-            "rendered once more; give the turns as a column 'messages', or set rollout.rendered=true to take them as they are"
+            "rendered again; give turns as a column 'messages', or set rollout.rendered=true to take them as they are"
         )
     notes: list[str] = []
     if foreign:

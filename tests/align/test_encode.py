@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from retort.align.chat import render
-from retort.align.encode import control_tokens, response_ids, spelt
+from retort.align.encode import response_ids, spelt
+from retort.align.text import control_tokens
 from retort.errors import UserError
 from retort.types import Message, Prompt
 

@@ -40,6 +40,19 @@ def test_tags_that_are_control_tokens_stay_in_the_text() -> None:
     assert after_thinking(completion_text(tokenizer, [a], prompt_ids=[think, end])) == decode(tokenizer, [a])
 
 
+def test_tags_that_are_special_without_being_named_as_such_stay_too() -> None:
+    """As Mistral's families have them: flagged in tokenizer.json, and in no list of special tokens."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(tag, special=True, normalized=False) for tag in ("[THINK]", "[/THINK]")])
+    think, end = tokenizer.convert_tokens_to_ids(["[THINK]", "[/THINK]"])
+    assert think not in tokenizer.all_special_ids
+    a, b = 10, 11
+    assert decode(tokenizer, [think], skip_special_tokens=True) == ""  # what would be left of it
+    assert after_thinking(completion_text(tokenizer, [think, a, end, b])) == decode(tokenizer, [b])
+
+
 @pytest.mark.parametrize("text", ["a < b", "x <thinker> y", "[think about it]", "I think </b>", "", "1 <|other|> 2"])
 def test_text_without_tags_is_whole(text: str) -> None:
     assert after_thinking(text) == text

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import retort
 from retort import api, registry
+from retort.align.stops import StopTokens
 from retort.cli import main
 from retort.errors import UserError
 from retort.train import checks, memory, trial
@@ -29,6 +30,8 @@ QUICK = [
     "special tokens",
     "stop token",
     "chat template",
+    "prompt's end",
+    "prompts",
     "vocabulary",
     "lengths",
     "teacher is loaded",
@@ -129,6 +132,20 @@ def test_other_stop_is_mapped_and_said(tiny_run: dict[str, Any], model_folder: C
     check = checks.check_stops(tiny({**tiny_run, "teacher": str(model_folder(seed=2, eos="<|im_end|>"))}))
     assert check.verdict == "ok"
     assert "reads as its own stop" in check.saw
+
+
+def test_other_sets_of_stops_are_found_at_equal_size(
+    tiny_run: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_model(tmp_path / "teacher", seed=2)
+    setup = tiny({**tiny_run, "student": str(model_folder(seed=1)), "teacher": str(folder)})
+    primary, student, teacher = setup.student.stops.primary, setup.student, setup.teacher_lm
+    assert teacher is not None
+    for ours, theirs, verdict in (({3}, {4}, "warn"), ({3}, {3}, "ok"), ({3}, set[int](), "warn")):
+        student.stops = StopTokens(frozenset({primary, *ours}), primary)
+        teacher.stops = StopTokens(frozenset({primary, *theirs}), primary)
+        check = checks.check_stops(setup)
+        assert (check.verdict, "the two sets differ" in check.saw) == (verdict, verdict == "warn")
 
 
 def test_chat_templates(tiny_run: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path) -> None:
