@@ -250,6 +250,6 @@ def _elsewhere() -> str:
         told.setdefault(ours, []).append(name)
     for ours, names in told.items():
         here = ", ".join(f"`{own}`" for own in ours.settings) or "nothing"
-        rows.append(f"| {', '.join(f'`{name}`' for name in names)} | {here} | {ours.how} |")
+        rows.append(f"| {', '.join(names)} | {here} | {ours.how} |")
     words = "A name of another trainer is not taken, but the error says which setting is meant."
     return "\n".join(["## What other trainers call them", "", words, "", *rows])
