@@ -31,7 +31,7 @@ from retort.catalogue import page, table
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-#: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of what a page is made from.
+#: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of the code.
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
