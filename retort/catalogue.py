@@ -17,7 +17,6 @@ _HEAD = """# Methods
 parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
 [choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
 """
-_ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
 
 def page() -> str:
@@ -48,12 +47,12 @@ def _paper(method: Method) -> str:
 def _entry(method: Method) -> str:
     text = inspect.getdoc(registry.builder(method.name)) or ""
     before, found, after = text.partition("\nArgs:\n")
-    settings, _, rest = after.partition("\n\n")
+    _, _, rest = after.partition("\n\n")
     paper = method.paper
     where = f"{paper.title} ({paper.year})" if paper else "no paper"
     needs = [f"of `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
     parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Asks {'; '.join(needs)}."]
-    parts += [_markdown(before.strip()), *([_settings(method, settings)] if found else []), _markdown(rest.strip())]
+    parts += [_markdown(before.strip()), *([_settings(method)] if found else []), _markdown(rest.strip())]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -70,13 +69,11 @@ def _formula(found: re.Match[str]) -> str:
     return f"```math\n{aligned}\n```"
 
 
-def _settings(method: Method, text: str) -> str:
-    names = list(_ARGUMENT.finditer(text))
-    ends = [name.start() for name in names[1:]] + [len(text)]
+def _settings(method: Method) -> str:
     rows = ["| setting | default | |", "|---|---|---|"]
-    for name, end in zip(names, ends, strict=True):
-        words = _markdown(" ".join(text[name.end() : end].split())).replace("|", "\\|")
-        rows.append(f"| `{name[1]}` | {_default(method.settings[name[1]])} | {words} |")
+    for name, text in registry.described(method.name).items():
+        words = _markdown(text).replace("|", "\\|")
+        rows.append(f"| `{name}` | {_default(method.settings[name])} | {words} |")
     return "\n".join(rows)
 
 

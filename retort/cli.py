@@ -60,11 +60,21 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     arguments, rest = _parser().parse_known_args(words)
     for word in rest:
         if word.startswith("-") or "words" not in arguments:
-            known = _options(_parser(), words)
-            raise UserError(f"unknown option {shortened(word, 100)}; {did_you_mean(word.partition('=')[0], known)}")
+            raise UserError(f"unknown option {shortened(word, 100)}; {_instead(word.partition('=')[0], words)}")
     if rest:
         arguments.words = [*arguments.words, *rest]
     return arguments
+
+
+def _instead(option: str, words: list[str]) -> str:
+    """What to write for an option that there is not: a setting, which is a word, or the nearest option."""
+    from retort.config import keys
+    from retort.synonyms import ours_for
+
+    known = _options(_parser(), words)
+    takes_words = bool({"train", "doctor"} & set(words))
+    ours = ours_for(option, list(keys())) if takes_words and f"--{option.lstrip('-')}" not in known else None
+    return did_you_mean(option, known) if ours is None else f"{ours}; settings are words: key=value"
 
 
 def _options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
@@ -135,6 +145,13 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--json", action="store_true")
     methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
     methods.set_defaults(run=_methods)
+
+    settings = commands.add_parser("settings", help="every setting: its default, its bounds and what it is")
+    settings.add_argument("section", nargs="?", metavar="SECTION", help="rollout, eval, method.gkd, ... or one setting")
+    settings.add_argument("--method", help="as the paper of this method has them, and the method's own")
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    settings.add_argument("--markdown", action="store_true", help="the page docs/settings.md")
+    settings.set_defaults(run=_settings)
 
     cite = commands.add_parser("cite", help="BibTeX of a method")
     cite.add_argument("names", nargs="+", metavar="NAME")
@@ -318,6 +335,17 @@ def _methods(arguments: argparse.Namespace) -> int:
         asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
         only = ", ".join(next(iter(row["needs"].values())))
         print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from retort import reference
+
+    if arguments.markdown:
+        print(reference.page(), end="")
+        return 0
+    found = reference.chosen(arguments.section, arguments.method)
+    print(json.dumps(reference.plain(found), indent=2) if arguments.json else reference.text(found, arguments.method))
     return 0
 
 

@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from retort import registry
 from retort.align.chat import Reading
 from retort.errors import UserError, did_you_mean, quoted, shortened
-from retort.files import read_object, unnameable, write_text
-from retort.method import COLDEST, HOTTEST, Method, number_problem
+from retort.files import read_object, write_text
+from retort.layers import flat, leave_open, merge
+from retort.method import Method
 from retort.rewards.own import is_own
 from retort.rewards.verify import VERIFIERS
+from retort.sections import (
+    CheckpointSection,
+    ColdStartSection,
+    EvalSection,
+    LoraSection,
+    OptimizerSection,
+    Place,
+    RecordSection,
+    Section,
+)
+from retort.synonyms import ours_for
 from retort.toml import overrides, read_toml, value
 
 __all__ = [
     "BUILTIN",
     "DEFAULT_METHOD",
     "Config",
+    "keys",
     "merge",
     "overrides",
     "read_json",
@@ -51,35 +53,6 @@ BUILTIN = ("countdown", "ranking", "coached", "bait")
 RECIPES = Path(__file__).parent / "recipes"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
-
-    @field_validator("*")
-    @classmethod
-    def _computable(cls, value: Any, info: ValidationInfo) -> Any:
-        """Every number is one that can be computed with, but a seed, which only names a stream."""
-        counts = isinstance(value, int | float) and info.field_name != "seed"
-        problem = number_problem(value) if counts else None
-        if problem is not None:
-            raise PydanticCustomError("number", "{problem}", {"problem": problem})
-        return value
-
-
-def _path(name: Any) -> Any:
-    return os.fspath(name) if isinstance(name, os.PathLike) else name
-
-
-def _place(name: str) -> str:
-    problem = unnameable(name)
-    if problem is not None:
-        raise PydanticCustomError("place", "{problem}", {"problem": problem})
-    return name
-
-
-#: A path (from Python also a `pathlib.Path`), or a name of the hub.
-Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
-
-
 def _task(name: str) -> str:
     if name not in VERIFIERS and not is_own(name):
         file, _, function = name.partition(":")
@@ -89,7 +62,7 @@ def _task(name: str) -> str:
     return name
 
 
-class RolloutSection(_Section):
+class RolloutSection(Section):
     """How the student writes."""
 
     prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
@@ -103,7 +76,7 @@ class RolloutSection(_Section):
         description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
         "their end, which is counted (`view/<name>/cut`)",
     )
-    parallel: int = Field(default=256, ge=1, description="rollouts written at once")
+    parallel: int = Field(default=256, ge=1, description="answers written at the same time, at most")
     stop: list[str] | None = Field(
         default=None, description="stop tokens; default: those of the student's generation settings"
     )
@@ -140,161 +113,55 @@ class RolloutSection(_Section):
         return Reading(self.thinking, self.date, self.rendered)
 
 
-class OptimizerSection(_Section):
-    """How the student learns. AdamW on fp32 master weights."""
-
-    learning_rate: float = Field(default=3e-6, gt=0, le=1000)
-    schedule: Literal["constant", "linear", "cosine"] = Field(default="cosine", description="after the warm-up")
-    warmup: int = Field(default=0, ge=0, description="optimizer steps")
-    final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate at the end")
-    weight_decay: float = Field(default=0.01, ge=0, le=1000)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    grad_clip: float = Field(default=1.0, gt=0, description="largest gradient norm")
-    updates: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts (mini-batches)")
-    epochs: int = Field(default=1, ge=1, le=10_000, description="passes over a batch of rollouts")
-    batch_tokens: int = Field(default=16384, ge=1, description="tokens per forward pass")
-    gradient_checkpointing: bool = False
-
-
-class LoraSection(_Section):
-    """An adapter that learns in the place of the student's weights, by `peft` (the extra `lora`)."""
-
-    rank: int = Field(default=0, ge=0, le=65_536, description="of the adapter; 0: none, all weights learn")
-    alpha: float | None = Field(default=None, gt=0, description="times 1 / rank, its scale; default: twice the rank")
-    dropout: float = Field(default=0.0, description="must be 0: a student is taught about what it wrote")
-    targets: list[str] = Field(
-        default_factory=lambda: ["all-linear"],
-        min_length=1,
-        description="layers by the ends of their names; all-linear leaves out the head, which lm_head adds",
-    )
-    rslora: bool = Field(default=False, description="scale by 1 / sqrt(rank) instead")
-
-    @field_validator("dropout")
-    @classmethod
-    def _no_dropout(cls, dropout: float) -> float:
-        if dropout:
-            raise PydanticCustomError(
-                "dropout",
-                "Retort has no dropout, under which a student would learn about another distribution than the one that "
-                "it wrote from; leave it at 0",
-            )
-        return dropout
-
-    @model_validator(mode="after")
-    def _used(self) -> LoraSection:
-        if not self.rank and (self.alpha, self.targets, self.rslora) != (None, ["all-linear"], False):
-            raise PydanticCustomError("no_rank", "its settings do nothing without a rank; set lora.rank, say 64")
-        return self
-
-
-class ColdStartSection(_Section):
-    """A first phase of learning from answers that the student did not write."""
-
-    steps: int = Field(default=0, ge=0, description="of the run's steps; 0 for no cold start")
-    loss: Literal["sft", "forward_kl"] = Field(
-        default="sft", description="likelihood of what was written, or the exact forward KL at each of its tokens"
-    )
-    answers: Literal["teacher", "dataset"] = Field(
-        default="teacher", description="whose; those of the data are its column `response`"
-    )
-    attempts: int | None = Field(
-        default=3,
-        ge=1,
-        le=1000,
-        description="of the teacher at an answer that comes to an end; null: cut answers are used",
-    )
-    learning_rate: float | None = Field(default=None, gt=0, le=1000, description="default: that of the optimizer")
-
-
-class EvalSection(_Section):
-    """How the student is judged, on prompts it never learns from."""
-
-    data: Place | None = Field(
-        default=None, description="data file with answers; default: prompts held out of the training data"
-    )
-    problems: int = Field(default=64, ge=0, description="prompts; 0 for no evaluation")
-    samples: int = Field(default=8, ge=1, le=100_000, description="k of avg@k and pass@k")
-    temperature: float = Field(default=1.0, ge=COLDEST, le=HOTTEST)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_new_tokens: int | None = Field(default=None, ge=1, description="default: as in training")
-    every: int = Field(
-        default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
-    )
-    teacher: bool = Field(default=True, description="judge the teacher too")
-    threshold: float = Field(
-        default=0.8, description="nats of entropy above which a model counts as uncertain in the tables"
-    )
-
-
-class CheckpointSection(_Section):
-    """When the run is saved."""
-
-    every: int = Field(default=50, ge=0, description="steps; 0: only at the end and when interrupted")
-    keep: int = Field(
-        default=2, ge=1, description="newest checkpoints kept; the best by held-out avg@k is kept besides"
-    )
-
-
-class RecordSection(_Section):
-    """What is written down of the rollouts."""
-
-    rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
-    overlap: int = Field(
-        default=16, ge=0, description="k of the comparison of student's and teacher's top-k; 0: no such comparison"
-    )
-    overlap_every: int = Field(
-        default=10,
-        ge=1,
-        description="batches from one such comparison to the next; at 150,000 ids one costs as much as a "
-        "tenth of a step",
-    )
-    gradient_variance_every: int = Field(
-        default=0,
-        ge=0,
-        description="batches from one measurement of the gradient's variance from prompt to prompt to the next, each a "
-        "further pass forward and back over a batch; 0: none",
-    )
-    answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
-
-
-class Config(_Section):
+class Config(Section):
     """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
 
-    student: Place | None = Field(default=None, description="model folder or hub name")
-    teacher: Place | None = Field(default=None, description="model folder or hub name")
+    student: Place | None = Field(default=None, description="the model that learns: folder or hub name")
+    teacher: Place | None = Field(
+        default=None,
+        description="the model that is learnt from: folder or hub name; null where the student teaches itself",
+    )
     base: Place | None = Field(
         default=None,
         description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
         "as it was before training",
     )
     data: Place | None = Field(
-        default=None, description="JSON lines, Parquet or hub name; columns prompt or messages, ..."
+        default=None,
+        description="prompts to learn from: JSON lines, Parquet or hub name, with a column prompt or messages; or "
+        "countdown, ranking, coached, bait, which ship with Retort",
     )
     prompt_template: str | None = Field(
         default=None,
         description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
-        "in the words of its own post-training (arXiv 2604.13016)",
+        "in the words of its own post-training (arXiv 2604.13016); null: as they are",
     )
     task: Annotated[str, AfterValidator(_task)] | None = Field(
-        None,
+        default=None,
         description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
         "as module:function; default: math-verify where the data has answers",
     )
-    method: dict[str, Any] = Field(default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings")
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings: see `retort settings method`"
+    )
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of all random streams")
     out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of products; master weights are always fp32"
+        default="auto",
+        description="of products; master weights are always fp32; auto chooses by the device, and writes down what",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the models are; auto: cuda where torch sees one"
+    )
     attention: str | None = Field(
         default=None,
-        description="attention implementation of transformers, e.g. sdpa or eager; auto measures at the start; "
-        "default: the model's own, so that two starts round alike",
+        description="attention implementation of transformers, e.g. sdpa or eager; auto measures at the start "
+        "and takes the quickest; default: the model's own, so that two starts round alike",
     )
-    threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of torch")
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of torch; default: as torch chooses"
+    )
     trust_remote_code: bool = Field(
         default=False, description="run code that comes with a model; off unless you ask for it"
     )
@@ -307,8 +174,13 @@ class Config(_Section):
         default="refuse",
         description="what a fatal finding of the quick checks of `retort doctor` does to a run before it starts",
     )
-    own_method: bool = Field(default=False, description="the method is the caller's own, not the published one")
-    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    own_method: bool = Field(
+        default=False, description="the method is the caller's own, not the published one; a run writes it, you do not"
+    )
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = Field(
+        default=None,
+        description="where curves are sent besides; null: nowhere, metrics.jsonl and report.html hold them",
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
     )
@@ -317,8 +189,8 @@ class Config(_Section):
         description="words around what a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; the names and "
         "defaults are in docs/views.md",
     )
-    split: str = Field(default="train", description="of a hub data set")
-    limit: int | None = Field(default=None, ge=1, description="use only the first rows of the data")
+    split: str = Field(default="train", description="split of a hub data set that prompts are read from")
+    limit: int | None = Field(default=None, ge=1, description="use only so many rows of the data, the first; null: all")
     rollout: RolloutSection = RolloutSection()
     optimizer: OptimizerSection = OptimizerSection()
     lora: LoraSection = LoraSection()
@@ -332,9 +204,40 @@ class Config(_Section):
         """Whether this is a task that ships with Retort."""
         return self.data in BUILTIN
 
+    def given(self, key: str) -> bool:
+        """Whether a setting is the user's: neither a default nor one of the method's paper.
+
+        Args:
+            key: Its full name, such as `rollout.prompts`.
+        """
+        section, _, name = key.rpartition(".")
+        holder = getattr(self, section) if section else self
+        return (not section or section in self.model_fields_set) and name in holder.model_fields_set
+
+    def value(self, key: str) -> Any:
+        """A setting by its full name."""
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self, section) if section else self, name)
+
+    def changed(self, key: str, value: Any) -> Config:
+        """The same settings but for one, which is still nobody's: what was left open, made to fit.
+
+        Args:
+            key: Its full name.
+            value: Valid; it is not checked again.
+        """
+        section, _, name = key.rpartition(".")
+        holder = getattr(self, section) if section else self
+        copy = holder.model_copy(update={name: value})
+        copy.model_fields_set.discard(name)
+        return self.model_copy(update={section: copy}) if section else copy
+
 
 def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:
-    """One configuration from nested settings; later layers win, the recipe of the method's paper lies beneath.
+    """One configuration from nested settings; later layers win.
+
+    Beneath them lies the recipe of the method's paper, without what depends on something that they say
+    (`retort.layers.FOLLOWS`), and beneath that the defaults.
 
     Args:
         layers: Nested settings.
@@ -352,33 +255,22 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
         raise UserError(f"method: give a name, or a table with name and settings (it is {quoted(chosen)})")
     chosen = dict(chosen)
     name = str(chosen.pop("name", DEFAULT_METHOD))
+    if own is None:
+        _lead(name, chosen)
     made = own or registry.load(name, **chosen)
-    merged = merge(dict(made.recipe) if with_recipe else {}, merged)
+    paper = leave_open(made.recipe, merged) if with_recipe else {}
+    below, merged = paper, merge(paper, merged)
     # Settings are stored with every default filled in, so that a run's config.json says all that it did.
     merged["method"] = {"name": made.name, **made.settings}
     merged["own_method"] = not made.as_published
     try:
-        return Config.model_validate(merged)
+        config = Config.model_validate(merged)
     except ValidationError as error:
-        raise UserError(_first_problem(error)) from None
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
-    merged = dict(below)
-    for key, given in above.items():
-        value = {"name": given} if key == "method" and isinstance(given, str) else given
-        old = merged.get(key)
-        if key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping):
-            if value.get("name", old.get("name")) != old.get("name"):
-                # Only what the other method also understands is carried over (say, the number of samples).
-                known = registry.defaults(str(value["name"]))
-                old = {name: setting for name, setting in old.items() if name in known}
-            merged[key] = {**old, **value}
-        else:
-            both = isinstance(value, Mapping) and isinstance(old, Mapping)
-            merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
-    return merged
+        raise UserError(_first_problem(error, made)) from None
+    for key in flat(below):  # `given` is about the user
+        section, _, last = key.rpartition(".")
+        (getattr(config, section) if section else config).model_fields_set.discard(last)
+    return config
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -416,14 +308,50 @@ def _plain(thing: Any) -> Any:
     return thing
 
 
-def _first_problem(error: ValidationError) -> str:
+def keys() -> Iterator[str]:
+    """Full names of all settings, those of methods excepted."""
+    for name, field in Config.model_fields.items():
+        section = _section(field.annotation)
+        yield from [name] if section is None else (f"{name}.{own}" for own in section.model_fields)
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _known(settings: Mapping[str, Any]) -> list[str]:
+    return [*keys(), *(f"method.{name}" for name in settings)]
+
+
+def _lead(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings of a method that are settings elsewhere."""
+    known = registry.defaults(name)
+    for key in settings:
+        ours = ours_for(key, _known(known)) if key not in known else None
+        if ours is not None:
+            raise UserError(f"method '{name}' has no setting '{key}'; {ours}")
+
+
+def _first_problem(error: ValidationError, method: Method) -> str:
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
-    key = ".".join(place)
     if first["type"] == "extra_forbidden":
-        section: Any = Config
-        for part in place[:-1]:
-            section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        return f"unknown key '{key}'; {did_you_mean(place[-1], known)}"
-    return f"{key}: {first['msg']} (it is {quoted(first['input'])})"
+        return _unknown(place, first["input"], method)
+    section = _section(Config.model_fields[place[0]].annotation) if len(place) == 1 else None
+    if section is not None:
+        some = ", ".join(list(section.model_fields)[:3])
+        return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
+    return f"{'.'.join(place)}: {first['msg']} (it is {quoted(first['input'])})"
+
+
+def _unknown(place: list[str], value: Any, method: Method) -> str:
+    """What is said of a key that there is not: what it is here, the nearest name, or all names."""
+    leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
+    whole = ".".join([*place, *([leaf] if leaf else [])])
+    ours = ours_for(whole, _known(method.settings))
+    if ours is not None:
+        return f"unknown key '{whole}'; {ours}"
+    section: Any = Config
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    return f"unknown key '{'.'.join(place)}'; {did_you_mean(place[-1], list(section.model_fields))}"

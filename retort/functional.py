@@ -118,7 +118,7 @@ def linear_token_losses(
         teacher_hidden: [N, D'].
         teacher_head: Weight [V', D'], or a `Head`.
         tokens: Ids written, [N], int64.
-        chunk: Steps per chunk; None picks about 64 MiB of logits.
+        chunk: Steps per chunk; None for as many as fit into `retort.models.core.CHUNK_ELEMENTS` logits.
         mask: Steps that count; rows outside it are never projected.
         turns: As in `token_losses`.
         rollouts: As in `token_losses`.

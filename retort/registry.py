@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable
 from typing import Any
 
 import retort.methods
 from retort.errors import UserError, did_you_mean, quoted
 from retort.method import Method
+
+_ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
 
 def names() -> list[str]:
@@ -33,6 +36,15 @@ def builder(name: str) -> Callable[..., Method]:
 def defaults(name: str) -> dict[str, Any]:
     """Settings of a method with their default values."""
     return {key: parameter.default for key, parameter in inspect.signature(builder(name)).parameters.items()}
+
+
+def described(name: str) -> dict[str, str]:
+    """What the settings of a method are, from its docstring's `Args:`, in one line each."""
+    text = inspect.getdoc(builder(name)) or ""
+    arguments = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
+    names = list(_ARGUMENT.finditer(arguments))
+    ends = [found.start() for found in names[1:]] + [len(arguments)]
+    return {found[1]: " ".join(arguments[found.end() : end].split()) for found, end in zip(names, ends, strict=True)}
 
 
 def load(name: str, **settings: Any) -> Method:

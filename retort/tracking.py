@@ -16,7 +16,7 @@ from retort.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
-__all__ = ["NAMES", "Tracker", "open_tracker"]
+__all__ = ["NAMES", "Tracker", "need", "open_tracker"]
 
 #: Name of a tracker -> what installs it.
 NAMES: Mapping[str, str] = {"tensorboard": "retort-distill[track]", "trackio": "trackio", "wandb": "wandb"}
@@ -34,6 +34,18 @@ class Tracker(Protocol):
         ...
 
 
+def need(name: str | None) -> None:
+    """Raises `UserError` if there is no tracker of a name, or the packages behind it are not installed."""
+    if name is None:
+        return
+    if name not in NAMES:
+        raise UserError(f"tracker: unknown tracker '{name}'; {did_you_mean(name, NAMES)}")
+    for package in ("accelerate", name):
+        if importlib.util.find_spec(package) is None:
+            install = NAMES["tensorboard"] if package == "accelerate" else NAMES[name]
+            raise UserError(f"tracker: '{name}' needs the package {package}: pip install '{install}'")
+
+
 def open_tracker(name: str | None, *, run_dir: Path, config: Mapping[str, Any]) -> Tracker:
     """Opens a tracker.
 
@@ -46,14 +58,9 @@ def open_tracker(name: str | None, *, run_dir: Path, config: Mapping[str, Any]) 
     Raises:
         UserError: Unknown name, or the packages behind it are not installed.
     """
+    need(name)
     if name is None:
         return _Nowhere()
-    if name not in NAMES:
-        raise UserError(f"tracker: unknown tracker '{name}'; {did_you_mean(name, NAMES)}")
-    for package in ("accelerate", name):
-        if importlib.util.find_spec(package) is None:
-            install = NAMES["tensorboard"] if package == "accelerate" else NAMES[name]
-            raise UserError(f"tracker: '{name}' needs the package {package}: pip install '{install}'")
     return _Accelerate(_start(name, run_dir), dict(_flat(config)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,11 +306,7 @@ def test_unlabelled_training_prompts_and_a_labelled_evaluation_file(
 def test_a_missing_tracker_package_is_said_before_anything_is_judged(
     tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def missing(name: str | None, **_: object) -> None:
-        raise UserError(f"tracker: {name} is not installed")
-
-    monkeypatch.setattr(runner, "open_tracker", missing)
-    with pytest.raises(UserError, match="not installed"):
-        runner.start(configuration.resolve({**tiny_run, "tracker": "trackio"}), tmp_path / "run").go()
-    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(UserError, match="'trackio' needs the package trackio: pip install"):
+        runner.start(configuration.resolve({**tiny_run, "tracker": "trackio"}), tmp_path / "run")
     runner.start(configuration.resolve(tiny_run), tmp_path / "run")  # the folder is not taken by the attempt

@@ -31,11 +31,11 @@ from retort.catalogue import page, table
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-#: Their numbers are those of whole runs, which no snippet can print, or (methods.md) of docstrings.
+#: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of the code.
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "lab", "lab-itself", "lab-notes", "cliff")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "settings", "lab", "lab-itself", "lab-notes", "cliff")),
 }
 
 

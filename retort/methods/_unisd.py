@@ -36,6 +36,10 @@ Preset = Literal[
 ]
 
 
+#: Each auxiliary context is a pass of the teacher over the whole batch; more can only hang.
+_MOST_CONTEXTS = 1000
+
+
 @dataclass(frozen=True)
 class Components:
     """What is switched on, and how strongly. See the arguments of `unisd`, whose names these are."""
@@ -87,6 +91,8 @@ def components(preset: Preset, **changed: Level | float | None) -> Components:
     for name, coef in coefs.items():
         if coef < 0:
             raise UserError(f"unisd: {name} must not be negative, but is {coef}")
+    if found.contexts > _MOST_CONTEXTS:
+        raise UserError(f"unisd: contexts must be at most {_MOST_CONTEXTS}, but is {found.contexts}")
     if not any(coefs.values()):
         raise UserError("unisd: all components are switched off, so nothing would be learnt")
     return found

@@ -7,6 +7,7 @@ generation and the loss core ask the same model for the same things. Only the he
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -123,6 +124,12 @@ class Adapter:
         self.wrapper.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
 
+def need_peft() -> None:
+    """Raises `UserError` if `peft` is not installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise UserError("lora.rank needs peft: pip install 'retort-distill[lora]'")
+
+
 def add_adapter(
     lm: LanguageModel,
     *,
@@ -148,10 +155,9 @@ def add_adapter(
     Raises:
         UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise UserError("lora.rank needs peft: pip install 'retort-distill[lora]'") from None
+    need_peft()
+    from peft import LoraConfig, get_peft_model
+
     settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
     config: LoraConfig = LoraConfig(
         r=rank,

@@ -193,7 +193,7 @@ def read_model(
     if isinstance(source, Held):
         with blamed_on(who, "cannot be copied"):
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
-        return held, _judged(who, weights, *_account(held, {}))
+        return held, _judged(who, weights, *_account(held, {}, set()))
     place = look_at(who, name, source)
     # Whatever is random (weights that are missing, where the settings allow it) is the same when a run is resumed.
     with blamed_on(who), torch.random.fork_rng([]), warnings.catch_warnings():

@@ -13,6 +13,7 @@ from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
 from retort.rewards.own import is_own
+from retort.synonyms import ours_for
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
 from retort.train.reading import check_written, ends, settled
@@ -44,7 +45,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     full = [_full(word) for word in words]
     for key in (word.partition("=")[0] for word in full if "=" in word):
         if key not in _READ and not key.startswith("columns."):
-            raise UserError(f"retort eval does not read '{key}'; {did_you_mean(key, _READ)}")
+            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, _READ) or did_you_mean(key, _READ)}")
     given = configuration.overrides(full)
     recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)

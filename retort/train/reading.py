@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
@@ -13,13 +14,12 @@ from retort.align.template import looks_rendered, of_another_family, thinks, tur
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.lm import LanguageModel
 from retort.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_prompts", "check_written", "ends", "refuse_views", "settled", "thinking_words", "today"]
+__all__ = ["Extremes", "check_prompts", "check_written", "ends", "refuse_views", "settled", "thinking_words", "today"]
 
 
 def today() -> str:
@@ -159,53 +159,74 @@ def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, readin
     return notes
 
 
+@dataclass
+class Extremes:
+    """The longest of some prompts as one model reads them, and the largest id in any, each with its row.
+
+    Attributes:
+        train: Tokens, of those to learn from.
+        held_out: Tokens, of those to be judged on.
+        highest: The id.
+    """
+
+    train: tuple[int, str] = (0, "")
+    held_out: tuple[int, str] = (0, "")
+    highest: tuple[int, str] = (-1, "")
+
+
 def check_prompts(
     config: Config,
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    readers: Mapping[str, tuple[LanguageModel, Renderer]],
+    readers: Mapping[str, Renderer],
     notes: list[str],
-) -> None:
-    """Refuses prompts that do not fit before anything is generated (nothing is cut silently); notes other readings.
+) -> dict[str, Extremes]:
+    """Refuses prompts that nobody can continue, or that are longer than the settings allow; notes other readings.
 
     Args:
         config: Resolved.
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
-        readers: Models by role, and how each reads; the student first.
+        readers: How each model reads, by role; the student first.
         notes: Takes what should be known.
 
+    Returns:
+        Of each model, how long its prompts get, and how large their ids.
+
     Raises:
-        UserError: A prompt is too long, holds an id that a model lacks, or looks rendered already.
+        UserError: A prompt is too long, is empty, or looks rendered already.
     """
-    rollout, prompts = config.rollout, [*train, *held_out]
-    longest = max(rollout.max_new_tokens, (config.eval.max_new_tokens or 0) if held_out else 0)
-    render = readers["student"][1]
-    notes += check_written(prompts, {who: read for who, (_, read) in readers.items()})
+    prompts, allowed = [*train, *held_out], config.rollout.max_prompt_tokens
+    notes += check_written(prompts, readers)
+    found = {who: Extremes() for who in readers}
     differing = 0
-    for prompt in prompts:
-        ours = render(prompt)
+    for place, prompt in enumerate(prompts):
+        ours = readers["student"](prompt)
         if not ours:
             raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
-        if len(ours) > rollout.max_prompt_tokens:
+        if len(ours) > allowed:
             raise UserError(
                 f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
-                f"{rollout.max_prompt_tokens}; raise that, or drop the row"
+                f"{allowed}; raise that, or drop the row"
             )
-        for who, (lm, read) in readers.items():
-            ids = read(prompt)
+        for who, read in readers.items():
+            ids, most = read(prompt), found[who]
             differing += who == "teacher" and ids != ours
-            lm.check_ids(ids, f"row '{prompt.id}': its prompt")
-            if len(ids) + longest > lm.context:
-                raise UserError(
-                    f"row '{prompt.id}': {len(ids)} prompt tokens and {longest} new ones exceed the {who}'s context of "
-                    f"{lm.context}; lower rollout.max_new_tokens (and eval.max_new_tokens), or drop the row"
-                )
+            if place < len(train):
+                most.train = max(most.train, (len(ids), prompt.id), key=_first)
+            else:
+                most.held_out = max(most.held_out, (len(ids), prompt.id), key=_first)
+            most.highest = max(most.highest, (max(ids, default=-1), prompt.id), key=_first)
     if differing:
         notes.append(
             f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "
             "template"
         )
+    return found
+
+
+def _first(pair: tuple[int, str]) -> int:
+    return pair[0]
 
 
 def _rows(found: Sequence[tuple[str, str]], prompts: Sequence[Prompt]) -> str:

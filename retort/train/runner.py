@@ -17,7 +17,6 @@ from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.method import Method
 from retort.rewards.verify import given_up
-from retort.schedules import decay
 from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
@@ -33,6 +32,7 @@ from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
+from retort.train.rates import factor, rise
 from retort.train.score import score
 from retort.train.setup import Setup, prepare
 from retort.train.summary import summary
@@ -217,10 +217,10 @@ class Run:
         with watch("score"):
             batch = self.control.act(setup, score(setup, pack, signals, moment))
         version = self.updates
-        factor = self._factor(setup, moment)
+        rate = factor(self.setup, setup, moment, self.begun)
         own = setup.own_weights
         moved = None if own is None else own.moved
-        self.updates, means, values = learn(setup, batch, self.optimizer, factor, self.updates, watch, moved)
+        self.updates, means, values = learn(setup, batch, self.optimizer, rate, self.updates, watch, moved)
         with watch("score"):
             self.control.learn(setup, batch)
         self.step += 1
@@ -263,16 +263,6 @@ class Run:
         if reason is not None:
             self.observer.note(f"the run ends after step {self.step} of {self.setup.steps}: {reason}")
         return reason is not None
-
-    def _factor(self, setup: Setup, moment: Moment) -> Any:
-        settings, cold = self.setup.config.optimizer, self.setup.config.cold_start.learning_rate
-        schedule = decay(settings.schedule, warmup=settings.warmup, floor=settings.final)
-        plan = setup.method.rollout
-        # A batch is the same number of rollouts at every step, or (with given answers) one less often than a prompt's
-        # samples.
-        per_batch = min(settings.updates, setup.batch_prompts * plan.samples) * settings.epochs
-        scale = cold / settings.learning_rate if cold and setup is not self.setup else 1.0
-        return lambda update: scale * schedule(update - self.begun, moment.total * per_batch)
 
     def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
         self._lines.append(metrics)
@@ -495,6 +485,7 @@ def load(
     """
     folder, chosen = checkpoint.find(path)
     config = configuration.read_json(folder / "config.json", method)
+    before = config.steps or 0
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
     given = (given or Given()).again(config, folder)
@@ -503,6 +494,10 @@ def load(
     run = Run(prepare(config, method, given), folder, observer or Silent(), given=given)
     if chosen is not None:
         run.restore(chosen)
+        if steps is not None:
+            said = rise(run.setup, *run._now(), run.begun, run.updates, before)
+            if said is not None:
+                run.observer.note(said)
     return run
 
 

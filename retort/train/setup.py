@@ -17,6 +17,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
+from retort.models.held import Held
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.models.load import Role
 from retort.models.rehearsal import rehearse_export
@@ -29,6 +30,7 @@ from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
 from retort.train import pair, reading
 from retort.train.attention import quickest
+from retort.train.before import batch_of, look, steps_of
 from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
 from retort.train.given import Given
@@ -91,12 +93,12 @@ class Setup:
     @property
     def batch_prompts(self) -> int:
         """Prompts per batch: what was asked for, or all there are."""
-        return min(self.config.rollout.prompts, len(self.train))
+        return batch_of(self.config, len(self.train))
 
     @property
     def steps(self) -> int:
         """Batches of rollouts in the run."""
-        return self.config.steps or -(-len(self.train) // self.batch_prompts)
+        return steps_of(self.config, len(self.train))
 
     @property
     def phases(self) -> list[tuple[int, Setup]]:
@@ -145,14 +147,20 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     alone = with_base in (None, student_name)
     if alone and teacher_name is not None:
         pair.refuse_same_name(method, student_name, teacher_name)
+    named: dict[Role, str] = {"student": student_name}
+    named |= {"teacher": teacher_name} if teacher_name is not None else {}
+    named |= {"base": with_base} if with_base not in (None, student_name) else {}
+    device_of(config)
+    sources: dict[Role, tuple[str, str | Held]] = {
+        role: (name, given.source(name) or located(name)) for role, name in named.items()
+    }
+    looked = look(config, method, sources, train, held_out, notes)
+    config, render = looked.config, looked.render
     student = load(config, student_name, "student", given)
     _adapt(config, student)
     rehearse_export(student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher", given)
-    named = {who: lm for who, lm in (("student", student), ("teacher", teacher)) if lm is not None}
-    config = reading.settled(config, {who: lm.tokenizer for who, lm in named.items()}, notes)
-    render = Renderer(student.tokenizer, config.rollout.reading)
-    loaded = list(named.values())
+    loaded = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, loaded, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -210,15 +218,9 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
         models=models,
         notes=notes,
     )
-    readers = {"student": (student, render)}
-    readers |= {who: (model.lm, model.render) for who, model in local.items() if who != "student"}
-    reading.check_prompts(config, train, held_out, readers, notes)
+    for role in named:
+        looked.check_ids(role, local[role].lm)
     check_texts(method, train, student, [lm for lm in (student, teacher, base) if lm is not None], vocab)
-    if method.before is not None and method.before[0] >= setup.steps:
-        raise UserError(
-            f"a cold start of {method.before[0]} steps leaves none of the run's {setup.steps} to '{method.name}'; "
-            "lower cold_start.steps, or raise steps"
-        )
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"

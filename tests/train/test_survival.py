@@ -285,13 +285,19 @@ def test_going_back_sets_later_checkpoints_aside(tiny_run: dict[str, Any], tmp_p
     go(settings, tmp_path / "run")
     checkpoints = tmp_path / "run" / "checkpoints"
 
+    said: list[str] = []
+
     class Interrupter(Silent):
+        def note(self, text: str) -> None:
+            said.append(text)
+
         def step(self, step: int, steps: int, metrics: object) -> None:
             if step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(RunError, match="interrupted at step 3"):
         runner.resume(checkpoints / "step-2", Interrupter(), steps=8).go()
+    assert any("the learning rate rises" in note for note in said)
     assert checkpoint.newest(checkpoints) == checkpoints / "step-3"
     runner.resume(tmp_path / "run").go()
     assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 9))

@@ -1,0 +1,90 @@
+"""A model as its small files describe it: its tokenizer and configuration, without its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from retort.align.stops import stop_tokens
+from retort.models.held import Held
+from retort.models.load import Role, blamed_on, look_at, read_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Described:
+    """What is known of a model before its weights are read.
+
+    Attributes:
+        name: What the user calls it, for messages.
+        tokenizer: Its own.
+        config: Of transformers.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    config: Any
+
+    @property
+    def context(self) -> int:
+        """The longest sequence it takes, tokens."""
+        return context_of(self.config)
+
+    @property
+    def reach(self) -> int | None:
+        """Tokens that its rotary positions are stretched to, where that is more than its context says; else None."""
+        text = self.config.get_text_config()
+        given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+        each = given.values() if any(isinstance(one, Mapping) for one in given.values()) else [given]
+        for rope in (one for one in each if isinstance(one, Mapping)):
+            factor, original = rope.get("factor"), rope.get("original_max_position_embeddings") or self.context
+            if isinstance(factor, int | float) and factor > 1 and original * factor > self.context:
+                return int(original * factor)
+        return None
+
+
+def describe(
+    name: str,
+    source: str | Held | None,
+    role: Role,
+    *,
+    stop: Sequence[int | str] | None = None,
+    trust_remote_code: bool = False,
+) -> Described:
+    """Reads all of a model's folder but its weights.
+
+    Args:
+        name: What the user calls it, for messages.
+        source: Where it lies, if not at `name`; or a model that the caller holds.
+        role: For messages.
+        stop: Stop tokens instead of the model's own.
+        trust_remote_code: Run code that comes with the model.
+
+    Raises:
+        UserError: It is not there, cannot be read, or has no usable stop token.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    who = f"{role} {name}"
+    tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
+    generation: Any = None
+    if isinstance(source, Held):
+        config, generation = source.model.config, source.model.generation_config
+    else:
+        place = look_at(who, name, source)
+        with blamed_on(who):
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+            with contextlib.suppress(OSError):  # many models have none
+                generation = GenerationConfig.from_pretrained(place)
+    if config.get_text_config() is config:  # of one made of parts, which part's stops count is known when it is loaded
+        stop_tokens(tokenizer, generation, config, who=who, override=stop)
+    return Described(name, tokenizer, config)
+
+
+def context_of(config: Any) -> int:
+    """The longest sequence that a model of a configuration takes, tokens."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31)

@@ -1,0 +1,203 @@
+"""The sections of a run's settings, but the one of its rollouts: every setting with its default, bounds and words.
+
+Bounds and defaults are stated here (and in `retort.config`) and nowhere else; beyond those bounds every number must be
+one that can be computed with (`retort.method.number_problem`).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from retort.files import unnameable
+from retort.method import COLDEST, HOTTEST, number_problem
+
+
+class Section(BaseModel):
+    """Settings that are checked together; nothing of them changes afterwards."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _computable(cls, value: Any, info: ValidationInfo) -> Any:
+        """Every number is one that can be computed with, but a seed, which only names a stream."""
+        counts = isinstance(value, int | float) and info.field_name != "seed"
+        problem = number_problem(value) if counts else None
+        if problem is not None:
+            raise PydanticCustomError("number", "{problem}", {"problem": problem})
+        return value
+
+
+def _path(name: Any) -> Any:
+    return os.fspath(name) if isinstance(name, os.PathLike) else name
+
+
+def _place(name: str) -> str:
+    problem = unnameable(name)
+    if problem is not None:
+        raise PydanticCustomError("place", "{problem}", {"problem": problem})
+    return name
+
+
+#: A path (from Python also a `pathlib.Path`), or a name of the hub.
+Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
+
+
+class OptimizerSection(Section):
+    """How the student learns. AdamW on fp32 master weights."""
+
+    learning_rate: float = Field(
+        default=3e-6, gt=0, le=1000, description="the largest of the run, after the warm-up; an adapter wants more"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="of the learning rate, from the end of the warm-up to the end of the run"
+    )
+    warmup: int = Field(
+        default=0, ge=0, description="optimizer steps over which the learning rate rises in a line to its full size"
+    )
+    final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate left at the end of the run")
+    weight_decay: float = Field(default=0.01, ge=0, le=1000, description="of AdamW, times the learning rate")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW: share kept of the gradient's running mean")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW: share kept of the mean of its square")
+    grad_clip: float = Field(
+        default=1.0, gt=0, description="largest norm of the gradient; a larger gradient is scaled down to it"
+    )
+    updates: int = Field(default=1, ge=1, description="optimizer steps per batch of rollouts (mini-batches)")
+    epochs: int = Field(default=1, ge=1, le=10_000, description="passes over a batch of rollouts")
+    batch_tokens: int = Field(
+        default=16384,
+        ge=1,
+        description="most tokens of a forward pass: bounds the memory, and changes nothing but rounding",
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute activations again on the way back: a tenth of their memory, more time"
+    )
+
+
+class LoraSection(Section):
+    """An adapter that learns in the place of the student's weights, by `peft` (the extra `lora`)."""
+
+    rank: int = Field(default=0, ge=0, le=65_536, description="rank of the adapter; 0: none, all weights learn")
+    alpha: float | None = Field(
+        default=None, gt=0, description="the adapter's product counts times this / rank; default: twice the rank"
+    )
+    dropout: float = Field(default=0.0, description="must be 0: a student is taught about what it wrote")
+    targets: list[str] = Field(
+        default_factory=lambda: ["all-linear"],
+        min_length=1,
+        description="layers by the ends of their names; all-linear leaves out the head, which lm_head adds",
+    )
+    rslora: bool = Field(default=False, description="the product counts times alpha / sqrt(rank) instead")
+
+    @field_validator("dropout")
+    @classmethod
+    def _no_dropout(cls, dropout: float) -> float:
+        if dropout:
+            raise PydanticCustomError(
+                "dropout",
+                "Retort has no dropout, under which a student would learn about another distribution than the one that "
+                "it wrote from; leave it at 0",
+            )
+        return dropout
+
+    @model_validator(mode="after")
+    def _used(self) -> LoraSection:
+        if not self.rank and (self.alpha, self.targets, self.rslora) != (None, ["all-linear"], False):
+            raise PydanticCustomError("no_rank", "its settings do nothing without a rank; set lora.rank, say 64")
+        return self
+
+
+class ColdStartSection(Section):
+    """A first phase of learning from answers that the student did not write."""
+
+    steps: int = Field(default=0, ge=0, description="so many of the run's steps, the first; 0: no cold start")
+    loss: Literal["sft", "forward_kl"] = Field(
+        default="sft",
+        description="what is learnt: the likelihood of what was written, or the exact forward KL at each of its tokens",
+    )
+    answers: Literal["teacher", "dataset"] = Field(
+        default="teacher", description="whose answers are learnt from; those of the data are its column `response`"
+    )
+    attempts: int | None = Field(
+        default=3,
+        ge=1,
+        le=1000,
+        description="how often a teacher may try to end an answer by itself; null: cut answers are used",
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=1000, description="of the cold start; default: optimizer.learning_rate"
+    )
+
+
+class EvalSection(Section):
+    """How the student is judged, on prompts it never learns from."""
+
+    data: Place | None = Field(
+        default=None, description="data file with answers; default: prompts held out of the training data"
+    )
+    problems: int = Field(
+        default=64, ge=0, description="held-out prompts that are judged on, at most; 0: no evaluation"
+    )
+    samples: int = Field(default=8, ge=1, le=100_000, description="answers to each of them: k of avg@k and pass@k")
+    temperature: float = Field(default=1.0, ge=COLDEST, le=HOTTEST, description="at which held-out answers are drawn")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="held-out answers are drawn from the likeliest tokens of this total mass"
+    )
+    max_new_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest held-out answer, tokens; default: rollout.max_new_tokens, as in training",
+    )
+    every: int = Field(
+        default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
+    )
+    teacher: bool = Field(default=True, description="judge the teacher, too, once")
+    threshold: float = Field(
+        default=0.8, ge=0, description="nats of entropy above which a model counts as uncertain in the tables"
+    )
+
+
+class CheckpointSection(Section):
+    """When the run is saved."""
+
+    every: int = Field(
+        default=50, ge=0, description="steps from one checkpoint to the next; 0: only at the end and when interrupted"
+    )
+    keep: int = Field(
+        default=2, ge=1, description="newest checkpoints kept; the best by held-out avg@k is kept besides"
+    )
+
+
+class RecordSection(Section):
+    """What is written down of the rollouts."""
+
+    rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
+    overlap: int = Field(
+        default=16, ge=0, description="k of the comparison of student's and teacher's top-k; 0: no such comparison"
+    )
+    overlap_every: int = Field(
+        default=10,
+        ge=1,
+        description="batches from one such comparison to the next; at 150,000 ids one costs as much as a "
+        "tenth of a step",
+    )
+    gradient_variance_every: int = Field(
+        default=0,
+        ge=0,
+        description="batches from one measurement of the gradient's variance from prompt to prompt to the next, each a "
+        "further pass forward and back over a batch; 0: none",
+    )
+    answers: int = Field(default=6, ge=0, description="held-out prompts whose first answer is recorded, per evaluation")
