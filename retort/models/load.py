@@ -11,7 +11,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -244,7 +244,7 @@ def _dropped(place: str, model: Any) -> set[str]:
     return {name for name in names if any(pattern.search(name) for pattern in patterns)}
 
 
-def _account(model: Any, info: Mapping[str, Any], dropped: set[str]) -> tuple[list[str], list[str]]:
+def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset()) -> tuple[list[str], list[str]]:
     """What is wrong with the weights of a model, and what is not but should be known."""
     wrong, notes = list[str](), list[str]()
     surplus = set(map(str, info.get("unexpected_keys", ())))
