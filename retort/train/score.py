@@ -80,9 +80,9 @@ def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str,
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for chosen in micro_batches(setup, batch.pack, range(len(batch.pack.rollouts))):
-            core = core_of(setup, batch, batch.pack.steps_of(chosen), values)
             hidden_ND = hidden_of(setup, batch.pack, chosen)
             with setup.student.compute():
+                core = core_of(setup, batch, batch.pack.steps_of(chosen), values)
                 fill(found, batch.pack, chosen, per_token(core, hidden_ND))
     return found
 

@@ -100,9 +100,8 @@ def run_trial(setup: Setup) -> Trial:
         [r.tokens_L for r in pack.rollouts], [r.acted_L for r in pack.rollouts], config.optimizer.batch_tokens
     )
     steps = Steps(pack.tokens_N.to(student.device), {}, position_N=pack.position_N.to(student.device))
-    core = Core(every, steps, signals, student.head(), setup.vocab, temperature)
     with student.compute():
-        values = per_token(core, hidden_ND)
+        values = per_token(Core(every, steps, signals, student.head(), setup.vocab, temperature), hidden_ND)
     named = {name.removeprefix("watch."): values_N.float().cpu() for name, values_N in values.items()}
     return Trial(pack, named, k)
 
