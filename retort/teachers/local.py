@@ -262,8 +262,8 @@ def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
     return TopK(
         dense.tokens_N,
         dense.source,
-        ids_NK=torch.cat(ids) if ids else torch.empty(dense.steps, 0, dtype=torch.long),
-        logp_NK=torch.cat(logps) if logps else torch.empty(dense.steps, 0),
+        ids_NK=torch.cat(ids) if ids else dense.tokens_N.new_empty(dense.steps, 0),
+        logp_NK=torch.cat(logps) if logps else dense.tokens_N.new_empty(dense.steps, 0, dtype=torch.float32),
         sampled_logp_N=torch.cat(sampled),
         entropy_N=torch.cat(entropies) if entropies else None,
         whole=top_k >= dense.width,

@@ -28,7 +28,7 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
-from retort.train import pair
+from retort.train import pair, precision
 from retort.train.attention import quickest
 from retort.train.contexts import need_context, note_unknown
 from retort.train.diagnose import watching
@@ -143,6 +143,7 @@ def prepare(config: Config, method: Method | None = None) -> Setup:
     rehearse_export(student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher")
     render = Renderer(student.tokenizer, thinking=config.rollout.thinking)
+    config, teacher = _precision(config, student, teacher, render, train, notes)
     loaded = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, loaded, render, train, notes)
     if config.optimizer.gradient_checkpointing:
@@ -243,6 +244,30 @@ def _adapt(config: Config, student: LanguageModel) -> None:
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
         add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+
+
+def _precision(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    render: Renderer,
+    train: Sequence[Prompt],
+    notes: list[str],
+) -> tuple[Config, LanguageModel | None]:
+    """The settings with the precision that `auto` stands for, and the teacher in it."""
+    if config.precision != "auto":
+        return config, teacher
+    chosen: Precision = student.precision
+    if chosen == "bf16":
+        chosen, note = precision.settle(student, teacher, [render(prompt) for prompt in train[:64]], config.seed)
+        notes.append(note)
+    config = config.model_copy(update={"precision": chosen})
+    if chosen != student.precision:
+        student.precision = chosen
+        student.working.drop()
+        student.check_packing()  # what may be computed together is a matter of rounding, too
+        teacher = None if teacher is None else load(config, teacher.name, "teacher")
+    return config, teacher
 
 
 def _base(config: Config, student: LanguageModel, name: str) -> LanguageModel:
