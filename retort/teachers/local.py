@@ -140,6 +140,7 @@ class LocalTeacher:
         prompts = self.prompts(pack, view)
         hidden_ND, logits = self._hidden(pack, prompts), self._logits
         unchanged = head or self._unchanged_head()
+        valid_N = prompts.valid_N(pack)
 
         def rows(index_C: Tensor | slice) -> Tensor:
             return logits(unchanged(), hidden_ND[index_C], temperature)
@@ -150,7 +151,7 @@ class LocalTeacher:
             rows,
             self.vocab,
             temperature,
-            valid_N=prompts.valid_N(pack),
+            valid_N=None if valid_N is None else valid_N.to(self.lm.device),
             counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
         )
