@@ -74,7 +74,12 @@ def said(lm: LanguageModel) -> list[Tensor]:
     hidden_ND = lm.all_hidden(tokens, acted, 16)
     with torch.no_grad(), lm.compute():
         logits_NV = lm.head().logits(hidden_ND, vocab)
-    return [torch.tensor([token for w in written for token in w.ids]), *(w.logp_A for w in written), hidden_ND, logits_NV]
+    return [
+        torch.tensor([token for w in written for token in w.ids]),
+        *(w.logp_A for w in written),
+        hidden_ND,
+        logits_NV,
+    ]
 
 
 def same(lm: LanguageModel) -> bool:
