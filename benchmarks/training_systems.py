@@ -74,9 +74,8 @@ class Clock:
         self.tokens.append(tokens)
         self.phases.append(dict(phases))
         if self.peak is None:
-            self.peak = measure.Peak(
-                self.device
-            ).start()  # what the first step leaves behind (optimizer state) is the baseline
+            # What the first step leaves behind (optimizer state) is the baseline.
+            self.peak = measure.Peak(self.device).start()
         self.above = self.peak.stop()
         self.last = time.perf_counter()
 

@@ -74,14 +74,18 @@ def main() -> None:
         shape = {"student": (given.width, given.layers)}
         large_vocabulary.build_pair(Path(folder), vocab=given.vocab, shapes=shape)
         lines, answers = [], []
-        for name, precision, copy in (("copy", "bf16", True), ("autocast alone", "bf16", False), ("fp32", "fp32", True)):
-            chosen: Precision = "bf16" if precision == "bf16" else "fp32"
-            path = str(Path(folder) / "student")
-            lm = load_model(path, role="student", precision=chosen, device=torch.device(given.device))
-            lm.working = WorkingCopy() if copy else Without()
+        sides: dict[str, tuple[Precision, WorkingCopy]] = {
+            "bf16, working copy": ("bf16", WorkingCopy()),
+            "bf16, autocast alone": ("bf16", Without()),
+            "fp32": ("fp32", WorkingCopy()),
+        }
+        path, device = str(Path(folder) / "student"), torch.device(given.device)
+        for name, (precision, copy) in sides.items():
+            lm = load_model(path, role="student", precision=precision, device=device)
+            lm.working = copy
             copies, seconds, found = measured(lm, given.rows, given.tokens)
             answers.append(found)
-            lines.append([f"{precision}, {name}" if precision == "bf16" else name, copies, seconds])
+            lines.append([name, copies, seconds])
     print(measure.in_words(measure.machine(given.device, torch.get_num_threads())), "")
     print(measure.markdown(["", "copies a token", f"s for {given.rows} x {given.tokens} tokens"], lines))
     print("\nbf16 with the copy and without: " + ("the same ids" if answers[0] == answers[1] else "OTHER IDS"))

@@ -1,4 +1,4 @@
-"""A machine without a GPU that pretends to have one: real numbers, and the mistakes of placement that CUDA would refuse.
+"""A machine without a GPU that pretends to have one: real numbers, and the mistakes of placement that CUDA refuses.
 
 Tensors stay where they are, on the CPU. What was asked for on `cuda` is remembered by its memory, `tensor.device` says
 so, and an operation that mixes both sides is refused as CUDA refuses it. So a whole run can be tried, and its numbers
