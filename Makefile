@@ -3,6 +3,7 @@
 # make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
+# make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
 PYTHON ?= python3
@@ -21,7 +22,7 @@ QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/we
           tests/test_template.py tests/test_tracking.py tests/test_types.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests kernels core dev clean
+.PHONY: help demo test quick slow lint types layers tests kernels gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -63,6 +64,10 @@ kernels: dev
 	$(STAGE) 'pytest tests/kernels'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
+
+# TRL and Liger for the comparison: $(PIP) '.[benchmarks]'; without them their lines are left out.
+gpu: dev
+	@OMP_NUM_THREADS=8 $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 core: $(VENV)/.core
 dev: $(VENV)/.dev

@@ -37,6 +37,8 @@ from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
 
 VOCAB, WIDTH, TEACHER_WIDTH = 151_936, 1024, 2048
+#: Of `--small`, a trial of the script itself.
+SMALL = 4096, 64
 
 
 @dataclass
@@ -226,22 +228,38 @@ def installed(device: str) -> tuple[dict[str, System], list[str]]:
     return found, missing
 
 
-def times(systems: Mapping[str, System], steps: int, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+def times(
+    systems: Mapping[str, System],
+    steps: int,
+    dtype: torch.dtype,
+    device: str,
+    rounds: int,
+    *,
+    vocab: int = VOCAB,
+    width: int = WIDTH,
+) -> dict[str, Any]:
     """Best seconds per system over interleaved rounds, with no step masked and with half of them, and the floor."""
     best: dict[str, float] = {}
-    whole, half = (Inputs.make(steps, dtype, device, masked=masked) for masked in (False, True))
+    whole, half = (
+        Inputs.make(steps, dtype, device, masked=masked, vocab=vocab, width=width) for masked in (False, True)
+    )
     for _ in range(rounds):
         best["floor"] = min(best.get("floor", float("inf")), floor(whole))
         for name, system in systems.items():
             for label, given in ((name, whole), (f"{name}, half masked", half)):
-                best[label] = min(best.get(label, float("inf")), _seconds(lambda s=system, g=given: s(g)))
-                given.gradients()
+                try:
+                    best[label] = min(best.get(label, float("inf")), _seconds(lambda s=system, g=given: s(g)))
+                    given.gradients()
+                except torch.OutOfMemoryError:  # what does not fit is a result, too
+                    best[label] = float("nan")
     return best
 
 
-def errors(systems: Mapping[str, System], dtype: torch.dtype, device: str) -> dict[str, float]:
+def errors(
+    systems: Mapping[str, System], dtype: torch.dtype, device: str, *, vocab: int = VOCAB, width: int = WIDTH
+) -> dict[str, float]:
     """Relative Frobenius norm of the difference of both gradients from float64 on the same inputs, at 16 steps."""
-    given = Inputs.make(16, dtype, device)
+    given = Inputs.make(16, dtype, device, vocab=vocab, width=width)
     exact = Inputs(
         *(values.detach().double() for values in vars(given).values() if values.is_floating_point()),
         given.tokens_N,
@@ -264,7 +282,12 @@ def errors(systems: Mapping[str, System], dtype: torch.dtype, device: str) -> di
 
 
 def peak(name: str, steps: int, dtype: str, device: str, vocab: int = VOCAB, width: int = WIDTH) -> float:
-    """MiB above the inputs, in a process of its own."""
+    """MiB above the inputs; on a CPU in a process of its own, on a GPU the allocator knows."""
+    if device == "cuda":
+        try:
+            return _peak_here(name, str(steps), dtype, device, str(vocab), str(width))
+        except torch.OutOfMemoryError:
+            return float("nan")
     command = [sys.executable, __file__, "--peak", name, str(steps), dtype, device, str(vocab), str(width)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -309,7 +332,10 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="*", choices=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--small", action="store_true", help="a trial of the script itself")
     arguments = parser.parse_args()
+    vocab, width = SMALL if arguments.small else (VOCAB, WIDTH)
+    shape = {"vocab": vocab, "width": width}
     dtypes = arguments.dtype or [
         "float32",
         *(["bfloat16"] if arguments.device != "cpu" or measure.native_bf16() else []),
@@ -319,12 +345,14 @@ def main() -> None:
     print(measure.in_words(results["machine"]), *missing, sep="\n")
     for dtype in dtypes:
         kind: torch.dtype = getattr(torch, dtype)
-        wrong = errors(systems, kind, arguments.device)
+        wrong = errors(systems, kind, arguments.device, **shape)
         for steps in arguments.steps:
-            best = times(systems, steps, kind, arguments.device, arguments.rounds)
-            room = {name: peak(name, steps, dtype, arguments.device) for name in systems}
+            best = times(systems, steps, kind, arguments.device, arguments.rounds, **shape)
+            room = {name: peak(name, steps, dtype, arguments.device, vocab, width) for name in systems}
             results[f"{dtype}, N = {steps}"] = {"seconds": best, "gradient error": wrong, "peak MiB": room}
             print("\n" + table(dtype, steps, best, wrong, room), flush=True)
+    if arguments.small:
+        return
     sizes = (1024, 4096, 16_384, 65_536)
     flat = {
         name: {steps: peak(name, steps, "float32", arguments.device, 32_000, 64) for steps in sizes}

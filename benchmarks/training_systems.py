@@ -34,6 +34,7 @@ class Work:
         bf16: Products in bf16 under autocast, weights in fp32.
         batch_tokens: Retort's padded tokens per forward pass.
         parallel: Retort's rollouts written at once.
+        device: Of both models.
     """
 
     student: str
@@ -47,12 +48,14 @@ class Work:
     bf16: bool = False
     batch_tokens: int = 16_384
     parallel: int = 4096
+    device: str = "cpu"
 
 
 @dataclass
 class Clock:
     """Steps as they end: seconds, tokens written and phases of each; peak memory after the first."""
 
+    device: str = "cpu"
     seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     phases: list[dict[str, float]] = field(default_factory=list)
@@ -71,7 +74,8 @@ class Clock:
         self.tokens.append(tokens)
         self.phases.append(dict(phases))
         if self.peak is None:
-            self.peak = measure.Peak().start()  # what the first step leaves behind (optimizer state) is the baseline
+            # What the first step leaves behind (optimizer state) is the baseline.
+            self.peak = measure.Peak(self.device).start()
         self.above = self.peak.stop()
         self.last = time.perf_counter()
 
@@ -86,6 +90,7 @@ class Clock:
             "phases": mean,
             "peak_rss_mib": measure.highest(),
             "peak_above_mib": self.above,
+            "peak_mib": torch.cuda.max_memory_allocated() / measure.MIB if self.device == "cuda" else measure.highest(),
         }
 
 
@@ -110,7 +115,7 @@ def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
 
         LanguageModel.check_packing = alone  # this process does nothing else
 
-    clock = Clock()
+    clock = Clock(work.device)
 
     class Timer(Silent):
         def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
@@ -146,7 +151,7 @@ def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
 def _retort_settings(work: Work, threads: int) -> dict[str, Any]:
     return {
         "precision": "bf16" if work.bf16 else "fp32",
-        "device": "cpu",
+        "device": work.device,
         "attention": "sdpa",
         "threads": threads,
         "checks": "warn",  # the large pair's weights are random, and meant to be
@@ -194,6 +199,7 @@ def trl(work: Work, threads: int, *, tuned: bool) -> dict[str, Any]:
             learning_rate=1e-5,
             lr_scheduler_type="constant",
             bf16=work.bf16,
+            use_cpu=work.device == "cpu",
             shuffle_dataset=False,
             **QUIET,
         )
@@ -205,12 +211,11 @@ def trl(work: Work, threads: int, *, tuned: bool) -> dict[str, Any]:
             processing_class=transformers.AutoTokenizer.from_pretrained(work.student, padding_side="left"),
         )
         torch.set_num_threads(threads)
-        return _run_trl(trainer)
+        return _run_trl(trainer, work.device)
 
 
 #: Nothing is written, drawn or sent.
 QUIET = {
-    "use_cpu": True,
     "report_to": "none",
     "save_strategy": "no",
     "logging_strategy": "no",
@@ -219,11 +224,11 @@ QUIET = {
 }
 
 
-def _run_trl(trainer: Any) -> dict[str, Any]:
+def _run_trl(trainer: Any, device: str) -> dict[str, Any]:
     """Trains with a clock on the steps, and on the parts of a step that can be told apart from outside."""
     from transformers import TrainerCallback
 
-    clock, tokens, phases = Clock(), [], {}
+    clock, tokens, phases = Clock(device), [], {}
 
     def timing(owner: Any, name: str, phase: str, then: Callable[[Any], None] = lambda _: None) -> None:
         inner = getattr(owner, name)

@@ -149,7 +149,8 @@ class Config(Section):
     out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
-        description="of products; master weights are always fp32; auto chooses by the device, and writes down what",
+        description="of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless what it "
+        "rounds away is a third of what there is to learn; what was chosen is written down",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the models are; auto: cuda where torch sees one"

@@ -17,6 +17,7 @@ Stream = Literal[
     "data",
     "rollouts",
     "evaluation",
+    "precision",
     "mixture",
     "holdout",
     "record",

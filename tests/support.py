@@ -71,6 +71,7 @@ def make_model(
         "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
         "cohere": ("CohereConfig", "CohereForCausalLM"),
         "granite": ("GraniteConfig", "GraniteForCausalLM"),
+        "qwen3_moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM"),
     }
     config_name, model_name = classes[family]
     torch.manual_seed(seed)

@@ -173,9 +173,8 @@ class Judge:
         hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
         values = _against_teacher if signals else _alone
         steps = Steps(pack.tokens_N.to(lm.device), {})
-        core = Core(values, steps, signals, lm.head(), self.vocab)
         with lm.compute():
-            found = per_token(core, hidden_ND)
+            found = per_token(Core(values, steps, signals, lm.head(), self.vocab), hidden_ND)
         lm.model.train(was_training)
         return {name: values_N.cpu() for name, values_N in found.items()}, pack
 

@@ -18,6 +18,7 @@ from retort.models.head import Head
 from retort.models.held import Held
 from retort.models.load import Role, Weights, blamed_on, read_model, read_tokenizer
 from retort.models.together import settle
+from retort.models.working import WorkingCopy
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -29,10 +30,11 @@ Precision = Literal["bf16", "fp32"]
 
 
 def best_precision(device: torch.device) -> Precision:
-    """bf16 where the machine multiplies in it natively, else fp32. A fixed rule, so that runs repeat."""
-    if device.type == "cuda":
-        return "bf16"
-    return "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"  # pyright: ignore[reportPrivateUsage]
+    """bf16 on a GPU that multiplies in it, fp32 elsewhere: on the CPUs measured bf16 makes no step shorter.
+
+    A fixed rule, so that runs repeat. On a GPU the pair may refuse it, see `retort.train.precision`.
+    """
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 @dataclass(eq=False)
@@ -54,6 +56,7 @@ class LanguageModel:
             it never does, which is what a causal model should do.
         tried: Lengths of its settings beyond which all of that was tried as they are.
         adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
+        working: The weights in bf16 for wherever no gradient is wanted; shared by all who share the weights.
         notes: What the user should know about it.
     """
 
@@ -69,6 +72,7 @@ class LanguageModel:
     rereads_from: int | None = None
     tried: list[int] = field(default_factory=lambda: [])
     adapter: Adapter | None = None
+    working: WorkingCopy = field(default_factory=WorkingCopy)
     notes: list[str] = field(default_factory=lambda: [])
 
     @property
@@ -166,9 +170,35 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
-        """Products in the model's precision; master weights stay as they are."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            yield
+        """Products in the model's precision; master weights stay as they are.
+
+        Where no gradient is wanted, layers (and a `head` that is asked for inside) hold copies that are cast already.
+        """
+        narrow = self.precision == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
+            if not narrow or self.model.dtype != torch.float32:
+                yield
+            elif torch.is_grad_enabled():
+                self.working.drop(frozen=False)  # learning needs the room, and casts for itself
+                yield
+            else:
+                with self.working.in_place(self.model, self._probe):
+                    yield
+
+    def _probe(self) -> Tensor:
+        """Hidden states and logits of a few tokens: all weights take part."""
+        ids_RL = (torch.arange(16, device=self.device)[None] * 7 + 1) % self.rows
+        hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
+        return torch.cat([hidden_RLD.float(), self.head().logits(hidden_RLD).float()], dim=-1)
+
+    @torch.no_grad()
+    def working_bytes(self) -> tuple[int, int]:
+        """What copies of the weights take where products are in bf16: of what learns, and of what is frozen."""
+        if self.precision != "bf16" or self.model.dtype != torch.float32:
+            return 0, 0
+        with self.compute():
+            pass  # looks
+        return self.working.bytes()
 
     def hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
         """Hidden states [N, D] from which the acted tokens of these sequences were (or would be) decided, in order.

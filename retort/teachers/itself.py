@@ -135,6 +135,7 @@ class OwnWeights:
             updates: Optimizer steps of the run, the one just done included.
         """
         self._updates += 1
+        self.lm.working.drop()  # also copies of what is kept here, whose change the model's own tensors do not show
         for weights, kept in self._kept.items():
             if not weights.stateful or updates % weights.every:
                 continue
@@ -178,6 +179,7 @@ class OwnWeights:
             raise UserError(f"the checkpoint is of a method whose self-teachers move otherwise (tensor '{wrong}')")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self.lm.working.drop()
 
 
 class SelfTeacher:

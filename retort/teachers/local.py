@@ -140,6 +140,7 @@ class LocalTeacher:
         prompts = self.prompts(pack, view)
         hidden_ND, logits = self._hidden(pack, prompts), self._logits
         unchanged = head or self._unchanged_head()
+        valid_N = prompts.valid_N(pack)
 
         def rows(index_C: Tensor | slice) -> Tensor:
             return logits(unchanged(), hidden_ND[index_C], temperature)
@@ -150,7 +151,7 @@ class LocalTeacher:
             rows,
             self.vocab,
             temperature,
-            valid_N=prompts.valid_N(pack),
+            valid_N=None if valid_N is None else valid_N.to(self.lm.device),
             counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
         )
@@ -262,8 +263,8 @@ def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
     return TopK(
         dense.tokens_N,
         dense.source,
-        ids_NK=torch.cat(ids) if ids else torch.empty(dense.steps, 0, dtype=torch.long),
-        logp_NK=torch.cat(logps) if logps else torch.empty(dense.steps, 0),
+        ids_NK=torch.cat(ids) if ids else dense.tokens_N.new_empty(dense.steps, 0),
+        logp_NK=torch.cat(logps) if logps else dense.tokens_N.new_empty(dense.steps, 0, dtype=torch.float32),
         sampled_logp_N=torch.cat(sampled),
         entropy_N=torch.cat(entropies) if entropies else None,
         whole=top_k >= dense.width,

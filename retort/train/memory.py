@@ -23,12 +23,14 @@ class Forecast:
     """Bytes by part.
 
     Attributes:
-        models: Weights of all models, and the copies of a student that teaches itself.
+        models: Weights of all models, the copies of a student that teaches itself, and those in bf16 of weights under
+            an adapter.
         training: Gradients and two moments of Adam, fp32; a second gradient where their variance is measured.
         head: Gradients of head and embeddings while they are formed, before they are added up.
         activations: What is kept of the largest micro-batch for its backward pass.
         loss: A chunk of logits of every model, and what a block's autograd keeps.
         signals: What the teachers say of a batch of rollouts, kept until it is learnt.
+        copies: The student's weights in bf16, where it learns in fp32 and computes in bf16; freed while it learns.
         cache: Keys and values while the rollouts, or the answers to be judged, are written.
     """
 
@@ -38,13 +40,14 @@ class Forecast:
     activations: int
     loss: int
     signals: int
+    copies: int
     cache: int
 
     @property
     def peak(self) -> int:
         """The highest: learning and writing do not happen at once."""
         learning = self.head + self.activations + self.loss
-        return self.models + self.training + max(learning + self.signals, self.cache)
+        return self.models + self.training + max(learning + self.signals, self.copies + self.cache)
 
     def __str__(self) -> str:
         names = {
@@ -54,9 +57,11 @@ class Forecast:
             "activations": "a micro-batch's activations",
             "loss": "chunks of logits",
             "signals": "the teachers' answers",
+            "copies": "weights in bf16 to write with",
             "cache": "the cache of generation",
         }
-        parts = ", ".join(f"{text} {size_words(getattr(self, name))}" for name, text in names.items())
+        sizes = {text: getattr(self, name) for name, text in names.items() if name != "copies" or self.copies}
+        parts = ", ".join(f"{text} {size_words(size)}" for text, size in sizes.items())
         return f"about {size_words(self.peak)} at peak: {parts}"
 
 
@@ -82,14 +87,17 @@ def forecast(setup: Setup) -> Forecast:
     if config.eval.teacher and setup.teacher_lm is not None:
         writers.append((setup.teacher_lm, judged))
     longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
+    copies, lasting = student.working_bytes()
     return Forecast(
         models=sum(p.numel() * p.element_size() for model in {lm.model for lm in lms} for p in model.parameters())
-        + (setup.own_weights.bytes if setup.own_weights else 0),
+        + (setup.own_weights.bytes if setup.own_weights else 0)
+        + lasting,
         training=(16 if config.record.gradient_variance_every else 12) * student.trainable_parameters,
         head=0 if not learns else forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,
         signals=_signals(setup, rollouts * config.rollout.max_new_tokens, product),
+        copies=copies,
         cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
     )
 

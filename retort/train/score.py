@@ -80,9 +80,9 @@ def _evaluated(setup: Setup, batch: Batch, values: Callable[[Context], dict[str,
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for chosen in micro_batches(setup, batch.pack, range(len(batch.pack.rollouts))):
-            core = core_of(setup, batch, batch.pack.steps_of(chosen), values)
             hidden_ND = hidden_of(setup, batch.pack, chosen)
             with setup.student.compute():
+                core = core_of(setup, batch, batch.pack.steps_of(chosen), values)
                 fill(found, batch.pack, chosen, per_token(core, hidden_ND))
     return found
 
@@ -109,8 +109,11 @@ def _layout(setup: Setup, batch: Batch) -> Layout:
 def fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
     """Files the values of some rollouts under their place in N."""
     index_N = pack.steps_of(rollouts)
-    for name, values_N in values.items():
-        found.setdefault(name, torch.full((pack.steps,), math.nan))[index_N] = values_N.detach().float().cpu()
+    if not values:
+        return
+    together_KN = torch.stack([values_N.detach().float() for values_N in values.values()]).cpu()  # one wait for a GPU
+    for name, values_N in zip(values, together_KN, strict=True):
+        found.setdefault(name, torch.full((pack.steps,), math.nan))[index_N] = values_N
 
 
 def hidden_of(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:

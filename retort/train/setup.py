@@ -28,7 +28,7 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher, Teacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
-from retort.train import pair, reading
+from retort.train import pair, precision, reading
 from retort.train.attention import quickest
 from retort.train.before import batch_of, look, steps_of
 from retort.train.contexts import need_context, note_unknown
@@ -160,6 +160,10 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     _adapt(config, student)
     rehearse_export(student)
     teacher = None if teacher_name is None else load(config, teacher_name, "teacher", given)
+    chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
+    config = config.changed("precision", chosen)
+    if teacher_name is not None and teacher is not None and teacher.precision != chosen:
+        teacher = load(config, teacher_name, "teacher", given)
     loaded = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, loaded, render, train, notes)
     if config.optimizer.gradient_checkpointing:
@@ -257,6 +261,25 @@ def _adapt(config: Config, student: LanguageModel) -> None:
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
         add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+
+
+def _precision(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    prompts: Sequence[Sequence[int]],
+    notes: list[str],
+) -> Precision:
+    """The precision that the settings name or that `auto` stands for with this pair; the student computes in it."""
+    if config.precision != "auto" or student.precision != "bf16":
+        return student.precision
+    chosen, note = precision.settle(student, teacher, prompts, config.seed)
+    notes.append(note)
+    if chosen != student.precision:
+        student.precision = chosen
+        student.working.drop()
+        student.check_packing()  # what may be computed together is a matter of rounding, too
+    return chosen
 
 
 def _base(config: Config, student: LanguageModel, name: str, given: Given) -> LanguageModel:

@@ -17,11 +17,13 @@ from retort.apply import check_needs, wanted, watch_values
 from retort.context import Context
 from retort.evaluate.ranks import auroc
 from retort.models.core import Core, Steps, per_token
+from retort.models.lm import Precision
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.local import answers
 from retort.train.diagnose import rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
 from retort.train.moment import Moment
+from retort.train.precision import ABOVE_NOISE
 from retort.train.setup import Setup
 from retort.train.shelf import Shelf
 from retort.train.write import write_rollouts
@@ -37,8 +39,6 @@ NOISY, BROKEN = 0.02, 0.5
 LITTLE_OVERLAP, LITTLE_MASS, NO_MASS = 0.4, 0.8, 0.1
 #: Nats between the two entropies from which one side is far surer than the other.
 ENTROPY_APART = 1.0
-#: How many times the noise floor a disagreement must be to be one.
-ABOVE_NOISE = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,7 @@ class Trial:
     pack: Pack
     values: Mapping[str, Tensor]
     k: int
+    precision: Precision
 
     def mean(self, name: str) -> float:
         """Over the steps where it is a number; NaN if it is nowhere."""
@@ -100,11 +101,10 @@ def run_trial(setup: Setup) -> Trial:
         [r.tokens_L for r in pack.rollouts], [r.acted_L for r in pack.rollouts], config.optimizer.batch_tokens
     )
     steps = Steps(pack.tokens_N.to(student.device), {}, position_N=pack.position_N.to(student.device))
-    core = Core(every, steps, signals, student.head(), setup.vocab, temperature)
     with student.compute():
-        values = per_token(core, hidden_ND)
+        values = per_token(Core(every, steps, signals, student.head(), setup.vocab, temperature), hidden_ND)
     named = {name.removeprefix("watch."): values_N.float().cpu() for name, values_N in values.items()}
-    return Trial(pack, named, k)
+    return Trial(pack, named, k, student.precision)
 
 
 def trial_checks(setup: Setup) -> list[Check]:
@@ -126,7 +126,9 @@ def check_noise_floor(trial: Trial) -> Check:
     values = (("noise_floor", noise), ("largest", worst_gap))
     if noise < NOISY:
         return Check("noise floor", "ok", saw, why, values=values)
-    remedy = "compute both in one precision, or correct by importance (`truncation` of the methods that have it)"
+    remedy = "correct by importance (`truncation` of the methods that have it)"
+    if trial.precision == "bf16":
+        remedy = f"set precision=fp32 (bf16 rounds that much), or {remedy}"
     return Check("noise floor", "warn" if noise < BROKEN else "fatal", saw, why, remedy, values)
 
 
@@ -192,6 +194,8 @@ def _doubts(found: Mapping[str, float], trial: Trial) -> list[tuple[Verdict, str
         doubts.append(("warn", "the teacher's probability is on tokens that the student does not consider", cold_start))
     if found["reverse_kl"] < ABOVE_NOISE * max(trial.noise, 1e-6):
         another = "choose a teacher that differs, or a method whose teacher sees more than the student"
+        if trial.precision == "bf16":
+            another = f"set precision=fp32, or {another}"
         doubts.append(("warn", f"they disagree by less than {ABOVE_NOISE:g} times the noise floor", another))
     if found.get("entropy_gap", 0.0) > ENTROPY_APART:
         forward = "expect the student's entropy to change fast; a forward or mixed divergence keeps more of it"

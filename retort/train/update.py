@@ -113,10 +113,16 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
 
     shares_N = _shares(setup, batch, chosen)
     found: dict[str, Tensor] = {}
-    total = dict.fromkeys(["loss", *(f"loss/{term.name}" for term in method.terms)], 0.0)
-    for micro in micro_batches(setup, pack, chosen):
-        added, values = _backward(setup, batch, micro, every, shares_N, watch)
-        for name, value in added.items():
+    names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
+    micros = micro_batches(setup, pack, chosen)
+    parts_done = [_backward(setup, batch, micro, every, shares_N, watch) for micro in micros]
+    with watch("backward"):  # a GPU is waited for once, after all of them
+        added = torch.stack([added for added, _ in parts_done]).tolist()
+    total = dict.fromkeys(names, 0.0)
+    for micro, (_, values), row in zip(micros, parts_done, added, strict=True):
+        if not math.isfinite(row[0]):
+            raise _not_finite(setup, batch, micro, values)
+        for name, value in zip(names, row, strict=True):
             total[name] += value
         fill(found, pack, micro, values)
     for name, value in total.items():
@@ -147,8 +153,11 @@ def _backward(
     every: Callable[[Context], dict[str, Tensor]],
     shares_N: Mapping[str, Tensor],
     watch: Stopwatch,
-) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Adds the gradient of some rollouts; what they add to the loss and to its terms, and their values."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradient of some rollouts; what they add to the loss and to its terms, float64, and their values.
+
+    All of it stays on the device, and nothing here waits for it: who reads it finds out whether it is finite.
+    """
     index_N = batch.pack.steps_of(micro)
     device = setup.student.device
     here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
@@ -162,14 +171,12 @@ def _backward(
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
         if outside := hidden_values(setup.method, hidden_ND, core.signals):
             loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
-    if not bool(torch.isfinite(loss.detach())):
-        raise _not_finite(setup, batch, micro, values)
     with watch("backward"):
         loss.backward()
-    added = {"loss": float(loss.detach())}
-    for name, term in part(values, slice(None))[1].items():
-        added[f"loss/{name}"] = float(reduce.total(term, here[name]).detach())
-    return added, values
+    values = {name: value_N.detach() for name, value_N in values.items()}
+    terms = part(values, slice(None))[1]
+    totals = [reduce.total(terms[term.name], here[term.name]) for term in setup.method.terms]
+    return torch.stack([x.detach().double() for x in (loss, *totals)]), values
 
 
 def batch_variance(setup: Setup, batch: Batch, chosen: Sequence[int]) -> float | None:
