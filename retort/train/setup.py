@@ -267,7 +267,7 @@ def _precision(
     config: Config,
     student: LanguageModel,
     teacher: LanguageModel | None,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[list[int]],
     notes: list[str],
 ) -> Precision:
     """The precision that the settings name or that `auto` stands for with this pair; the student computes in it."""
