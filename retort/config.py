@@ -128,8 +128,8 @@ class Config(Section):
     )
     data: Place | None = Field(
         default=None,
-        description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column prompt or "
-        "messages; or countdown, ranking, coached, bait, which ship with Retort",
+        description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
+        "prompt or messages; or countdown, ranking, coached, bait, which ship with Retort",
     )
     prompt_template: str | None = Field(
         default=None,
