@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from retort.config import BUILTIN
@@ -61,26 +61,39 @@ def _ranking(groups: Sequence[Group], metric: str) -> str:
 
 
 def _headline(group: Group) -> list[str]:
-    """avg@k before and after, and how much of the gap is closed."""
-    for metric in (name for name in group.metrics() if name.startswith("avg@")):
-        cells = [group.cell(who, metric) for who in (BEFORE, AFTER, TEACHER)]
-        before, after, teacher = (number(cell.get("value")) for cell in cells)
-        if before is None or after is None:
-            continue
-        verb = "rose" if after > before else "fell"
-        here, there = percent(before, 1), percent(after, 1)
-        text = f"{metric} stayed at {here}" if after == before else f"{metric} {verb} from {here} to {there}"
-        if after != before and _overlap(cells[0], cells[1]):
-            text += " (the intervals overlap)"
-        if teacher is not None:
-            text += f"; the teacher reaches {percent(teacher, 1)}"
-        recovered = _recovered(group, metric)
+    """What became of right answers and of the distance to the teacher; what there was to gain comes first."""
+    solved = next((name for name in group.metrics() if name.startswith("avg@")), None)
+    gap = _change(group, "reverse_kl", "Reverse KL to the teacher", lambda value: f"{value:.3f}", " nats a token")
+    if solved is None:
+        return gap
+    found = _change(group, solved, solved, lambda value: percent(value, 1))
+    before, teacher = (number(group.cell(who, solved).get("value")) for who in (BEFORE, TEACHER))
+    if found and teacher is not None:
+        more = f"; the teacher reaches {percent(teacher, 1)}"
+        recovered = _recovered(group, solved)
         if recovered is not None:
-            text += f", so {percent(recovered, 0)} of the gap to it is recovered"
-        if group.several:
-            text += f" (means over {group.seeds()})"
-        return [f"{text}."]
-    return []
+            more += f", so {percent(recovered, 0)} of the gap to it is recovered"
+        found = [found[0].removesuffix(".") + more + "."]
+    # A teacher that solves no more than the student did has nothing to give in right answers.
+    nothing_to_gain = teacher is not None and before is not None and teacher <= before
+    return [*gap, *found] if nothing_to_gain else [*found, *gap]
+
+
+def _change(group: Group, metric: str, name: str, shown: Callable[[float], str], unit: str = "") -> list[str]:
+    """One sentence on a measure before and after; none if it was not taken."""
+    cells = [group.cell(who, metric) for who in (BEFORE, AFTER)]
+    before, after = (number(cell.get("value")) for cell in cells)
+    if before is None or after is None:
+        return []
+    here, there = shown(before), shown(after)
+    verb = "rose" if after > before else "fell"
+    text = f"{name} stayed at {here}" if after == before else f"{name} {verb} from {here} to {there}"
+    text += unit
+    if after != before and _overlap(cells[0], cells[1]):
+        text += " (the intervals overlap)"
+    if group.several:
+        text += f" (means over {group.seeds()})"
+    return [f"{text}."]
 
 
 def _recovered(group: Group, metric: str) -> float | None:

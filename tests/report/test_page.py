@@ -230,3 +230,19 @@ def test_long_rollouts_are_cut_and_the_page_says_so(tmp_path: Path, make_run: Ma
     row = page.rollouts()["training"][0]
     assert (len(row["tokens"]), len(row["values"]["teacher_entropy"]), row["more"]) == (2000, 2000, 500)
     assert "each cut after 2,000 tokens" in page.text
+
+
+def test_a_teacher_that_solves_nothing_does_not_lead_the_page(tmp_path: Path, make_run: MakeRun) -> None:
+    run = make_run(tmp_path / "run")
+    found = json.loads((run / "eval.json").read_text())
+    for row, kl in zip(found["rows"], (0.778, 0.53, 0.0), strict=True):
+        row["reverse_kl"] = {"value": kl, "low": kl - 0.05, "high": kl + 0.05}
+    (run / "eval.json").write_text(json.dumps(found))
+    able = Page(build_report([run], tmp_path / "able.html")).text
+    assert able.index("avg@8 rose from") < able.index(
+        "Reverse KL to the teacher fell from 0.778 to 0.530 nats a token."
+    )
+    found["rows"][2]["avg@8"] = {"value": 0.0, "low": 0.0, "high": 0.1}
+    (run / "eval.json").write_text(json.dumps(found))
+    unable = Page(build_report([run], tmp_path / "unable.html")).text
+    assert unable.index("Reverse KL to the teacher fell") < unable.index("avg@8 rose from")
