@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from retort.config import BUILTIN, Config
@@ -79,6 +80,11 @@ def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
 
 def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
     """Prompts of a built-in task."""
+    return list(_builtin(task, split, count))
+
+
+@lru_cache(maxsize=8)  # thousands of puzzles are solved for one split: a second run of a session need not
+def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
     from retort.tasks import coached, countdown, ranking
 
     source = {
@@ -88,7 +94,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
         "bait": coached.bait_rows,
     }[task]
     rows = source("held_out" if split == "held_out" else "train", count)
-    return [
+    return tuple(
         Prompt(
             id=str(row["id"]),
             messages=(Message("user", str(row["prompt"])),),
@@ -98,7 +104,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
             clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
         )
         for row in rows
-    ]
+    )
 
 
 def graders(

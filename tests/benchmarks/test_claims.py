@@ -37,6 +37,7 @@ def test_every_run_has_settings_that_exist_and_a_folder_of_its_own(claims: Modul
     assert {method.get("entropy_threshold") for method in varied} >= {None, 0.0, 1.2}
 
 
+@pytest.mark.slow
 def test_a_run_is_made_read_and_not_made_again(claims: ModuleType, tmp_path: Path) -> None:
     job = next(iter(claims.jobs(tmp_path, ["cut"], 1)))
     small = {**job.settings["eval"], "problems": 12, "every": 1}

@@ -156,6 +156,7 @@ def test_at_one_the_target_writes_as_the_teacher_does(judge: ModuleType) -> None
     assert judge.target(0.0, 12)["parse"] < 0.8, "at 0 it is the base, which breaks half of its lists"
 
 
+@pytest.mark.slow
 def test_a_run_is_read_judged_and_drawn(cliff: ModuleType, pages: ModuleType, tmp_path: Path) -> None:
     job = next(iter(cliff.jobs(tmp_path / "runs", ["base"], 1)))
     small = {

@@ -66,6 +66,7 @@ def test_its_parts_exist_and_fit_into_eight_minutes(gpu: ModuleType) -> None:
                 assert all(argument in gpu.SYSTEMS for argument in arguments)
 
 
+@pytest.mark.slow
 def test_the_demo_part_tells_a_resumed_run_from_another(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     gpu.demo("cpu", small=True)
     assert "every number of every step, and the table, are equal" in capsys.readouterr().out

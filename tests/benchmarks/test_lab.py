@@ -128,6 +128,7 @@ def test_two_seeds_have_no_interval(lab: ModuleType) -> None:
     assert between([1.0, 2.0, 3.0]) == "+2.0 [−0.5, +4.5]"
 
 
+@pytest.mark.slow
 def test_a_run_is_read_and_drawn(lab: ModuleType, tmp_path: Path) -> None:
     job = next(iter(lab.jobs(lab.BENCHES["outside"], tmp_path / "runs", ["opd"], 1)))
     small = {**job.settings["eval"], "problems": 12, "every": 1}

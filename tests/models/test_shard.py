@@ -75,6 +75,7 @@ def work(rank: int, ranks: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_equal_one_process(ranks: int, tmp_path: Path) -> None:
     multiprocessing.start_processes(work, args=(ranks, str(tmp_path)), nprocs=ranks, start_method="spawn")

@@ -205,6 +205,7 @@ def test_the_darkest_shade_is_that_of_the_95th_percentile() -> None:
     assert scale([0.0]) == 1.0
 
 
+@pytest.mark.slow
 def test_a_large_run_is_sampled_and_the_page_says_so(tmp_path: Path, make_run: MakeRun) -> None:
     run = make_run(tmp_path / "run")
     line = (run / "rollouts.jsonl").read_text().split("\n")[0]
