@@ -296,11 +296,11 @@ def test_going_back_sets_later_checkpoints_aside(tiny_run: dict[str, Any], tmp_p
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(RunError, match="interrupted at step 3"):
-        runner.resume(checkpoints / "step-2", Interrupter(), steps=8).go()
+        runner.resume(checkpoints / "step-2", Interrupter(), steps=9).go()
     assert any("the learning rate rises" in note for note in said)
     assert checkpoint.newest(checkpoints) == checkpoints / "step-3"
     runner.resume(tmp_path / "run").go()
-    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 9))
+    assert [row["step"] for row in lines(tmp_path / "run")] == list(range(1, 10))
     assert sorted(path.name for path in (checkpoints / "superseded").iterdir()) == ["step-4", "step-6"]
 
 
