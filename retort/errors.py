@@ -4,7 +4,18 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
-__all__ = ["RetortError", "RunError", "SignalError", "UserError", "did_you_mean", "quoted", "shortened", "visible"]
+__all__ = [
+    "RetortError",
+    "RunError",
+    "SignalError",
+    "UserError",
+    "a_kind",
+    "counted",
+    "did_you_mean",
+    "quoted",
+    "shortened",
+    "visible",
+]
 
 
 class RetortError(Exception):
@@ -54,6 +65,25 @@ def visible(text: str) -> str:
     return "".join(
         one if one in _SPELLING or unicodedata.category(one) not in _UNSEEN else ascii(one)[1:-1] for one in text
     )
+
+
+def a_kind(value: object) -> str:
+    """What kind of thing a value is, with its article: a list, an int, bytes."""
+    name = type(value).__name__
+    if name in ("bytes", "NoneType"):
+        return name
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A number of things, in words: 1 row, 2 rows.
+
+    Args:
+        count: How many.
+        one: What one is called.
+        many: What several are called; by default with an s.
+    """
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def quoted(value: object, limit: int = 100) -> str:

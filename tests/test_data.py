@@ -82,7 +82,7 @@ def test_columns_are_mapped(file: Path) -> None:
         (b'{"problem": "a"}\n', ["line 1", 'columns = {prompt = "problem"}']),
         (b'{"a": 1}\n', ["no column 'prompt' or 'messages' (found: a)"]),
         (b"{}\n", ["found: nothing"]),
-        (b'{"prompt": 3}\n', ["messages must be a list"]),
+        (b'{"prompt": 3}\n', ["'prompt' is an int; expected text or a list"]),
         (b'{"prompt": "\\ud83d"}\n', ["line 1", "half a character"]),
         (b'{"prompt": "a", "answer": ["b"]}\n', ["line 1", "'answer' is list"]),
         (b'{"prompt": "a", "answer": true}\n', ["'answer' is bool"]),

@@ -21,6 +21,12 @@ _PROMPTS = ("problem", "question", "instruction", "query", "input", "text")
 _ANSWERS = ("ground_truth", "final_answer", "expected_answer", "gold", "target", "answer", "label")
 _RESPONSES = ("completion", "completions", "output", "chosen", "generation", "generated_solution")
 
+#: What to say of a preference pair, whose turns stand in `chosen`.
+_PREFERRED = (
+    "; of a preferred answer map columns.messages=chosen, which reads its turns and the answer that ends them "
+    "(nothing is learnt from what is rejected)"
+)
+
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
     """The cell of a column, or of a part of one: `reward_model.ground_truth`. None where it is not there."""
@@ -70,9 +76,17 @@ def no_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         f"; did you mean '{near[0]}'? rename it or map it: columns.prompt={near[0]}, "
         f'in a file columns = {{prompt = "{near[0]}"}}'
         if near
-        else ""
+        else _other_shape(row)
     )
     return f"no column '{wanted[0]}' or '{wanted[1]}' (found: {', '.join(found) or 'nothing'}){hint}"
+
+
+def _other_shape(row: Mapping[str, Any]) -> str:
+    """What to do about a row whose prompt is inside something else, as an ending of a message."""
+    if isinstance(row.get("chosen"), list | tuple):
+        return _PREFERRED
+    rows = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
+    return f"; if its rows are the list in '{rows[0]}', give that list alone" if rows else ""
 
 
 class Seen:

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from retort.data.values import json_value, parsed, text
-from retort.errors import UserError, did_you_mean, quoted
+from retort.data.media import check_media
+from retort.data.values import decode, json_value, parsed, strict_json, text
+from retort.errors import UserError, a_kind, did_you_mean, quoted
 from retort.types import Message
 
 __all__ = ["LAST_ROLES", "ROLES", "as_conversation", "conversation", "read_tools"]
@@ -51,7 +52,7 @@ def as_conversation(where: str, prompt: str) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     turns = isinstance(found, list) and bool(found) and all(_is_turn(item) for item in cast("list[Any]", found))
-    return cast("list[Any]", found) if turns else None
+    return parsed(where, "prompt", prompt) if turns else None
 
 
 def _is_turn(item: Any) -> bool:
@@ -61,25 +62,30 @@ def _is_turn(item: Any) -> bool:
     )
 
 
-def conversation(where: str, value: Any) -> tuple[Message, ...]:
+def conversation(where: str, value: Any, name: str = "messages") -> tuple[Message, ...]:
     """The turns of a conversation, at least one; who speaks last is for the caller to judge.
 
     Args:
         where: The row, for messages.
         value: A list of {role, content} or {from, value}, or JSON text of one.
+        name: The column, for messages.
 
     Raises:
         UserError: It is something else; a turn has no role that we know, or holds something besides text.
     """
-    value = parsed(where, "messages", value)
-    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
-        raise UserError(f"{where}: messages must be a list with at least one {{role, content}}")
+    value = parsed(where, name, value)
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
+        kinds = "text or a list of {role, content}" if name == "prompt" else "a list of {role, content}"
+        raise UserError(f"{where}: '{name}' is {a_kind(value)}; expected {kinds}{decode(value)}")
+    if not value:
+        raise UserError(f"{where}: '{name}' is empty; expected a list with at least one {{role, content}}")
     return tuple(_turn(f"{where}, message {place}", item) for place, item in enumerate(value))
 
 
 def _turn(at: str, item: Any) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(f"{at}: is a {type(item).__name__}; expected {{role, content}}")
+        raise UserError(f"{at}: is {a_kind(item)}; expected {{role, content}}")
+    check_media(at, item)
     given = {str(key): value for key, value in item.items() if value is not None}
     spoken, content = _take(given, _ROLE), _take(given, _CONTENT)
     if spoken is None:
@@ -111,7 +117,7 @@ def _words(at: str, content: Any, *, silent: bool) -> str:
     if isinstance(content, list):
         content = "\n".join(_part(at, part) for part in content)
     if not isinstance(content, str):
-        raise UserError(f"{at}: content is a {type(content).__name__}; this version reads text only")
+        raise UserError(f"{at}: content is {a_kind(content)}; this version reads text only{decode(content)}")
     return text(at, "content", content)
 
 
@@ -128,7 +134,7 @@ def _calls(at: str, value: Any) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UserError(f"{at}: tool_calls is a {type(value).__name__}; expected a list")
+        raise UserError(f"{at}: tool_calls is {a_kind(value)}; expected a list")
     return [_call(at, call) for call in value]
 
 
@@ -140,7 +146,7 @@ def _call(at: str, call: Any) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            found = json.loads(arguments)
+            found = strict_json(arguments)
         except (ValueError, RecursionError):
             found = None
         if isinstance(found, dict):
@@ -166,7 +172,7 @@ def read_tools(where: str, value: Any) -> tuple[Mapping[str, Any], ...]:
     value = parsed(where, "tools", value)
     if not isinstance(value, list):
         raise UserError(
-            f"{where}: 'tools' is a {type(value).__name__}; expected a list of the functions that the model may call "
+            f"{where}: 'tools' is {a_kind(value)}; expected a list of the functions that the model may call "
             "(rename the column if it is something else)"
         )
     tools = [parsed(where, "tools", tool) for tool in value]

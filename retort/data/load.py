@@ -13,7 +13,7 @@ from retort.data.columns import COLUMNS, check_mapping
 from retort.data.rows import RowReader
 from retort.data.sources import Row, rows_of
 from retort.data.values import without_nulls
-from retort.errors import UserError, did_you_mean
+from retort.errors import UserError, a_kind, did_you_mean
 from retort.types import Message, Prompt
 
 __all__ = ["fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
@@ -123,14 +123,14 @@ def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
         names = ", ".join(str(name) for name in list(rows)[:6])
         raise UserError(f"{where}: is one mapping (of {names}); give its rows, or one of its splits")
     if hasattr(rows, "to_dict") and not hasattr(rows, "features"):
-        raise UserError(f"{where}: is a {type(rows).__name__}; give its rows: to_dict('records')")
+        raise UserError(f"{where}: is {a_kind(rows)}; give its rows: to_dict('records')")
     if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
-        raise UserError(f"{where}: is a {type(rows).__name__}; give a list of mappings, one for each row")
+        raise UserError(f"{where}: is {a_kind(rows)}; give a list of mappings, one for each row")
     arrow = hasattr(rows, "features")
     for number, row in enumerate(rows):
         at = f"{where}, row {number}"
         if not isinstance(row, Mapping):
-            raise UserError(f'{at}: is a {type(row).__name__}; each row must be a mapping such as {{"prompt": "..."}}')
+            raise UserError(f'{at}: is {a_kind(row)}; each row must be a mapping such as {{"prompt": "..."}}')
         yield at, {name: without_nulls(value) for name, value in row.items()} if arrow else row
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from retort.data.columns import PRIVILEGED, Seen, lookup, no_prompt
 from retort.data.conversations import LAST_ROLES, as_conversation, conversation, read_tools
+from retort.data.media import check_media
 from retort.data.values import optional, plain, text
 from retort.errors import UserError
 from retort.types import Message, Prompt
@@ -70,9 +71,21 @@ class RowReader:
             domain=self._words(where, row, "domain") or "",
             tools=tools,
         )
+        self._only_text(where, row, messages)
         self._answers |= prompt.answer is not None
         self._responses |= prompt.response is not None
         return name, prompt
+
+    def _only_text(self, where: str, row: Mapping[str, Any], messages: tuple[Message, ...]) -> None:
+        """Refuses images and their like beside what is read, also in the structures that it is read from."""
+        check_media(where, row, self.seen.read)
+        for theirs in self.columns.values():
+            above, _, part = theirs.rpartition(".")
+            inside = lookup(row, above) if above and theirs not in row else None
+            if isinstance(inside, Mapping):
+                check_media(f"{where}, '{above}'", inside, {part})
+        if any("\0" in message.content for message in messages):
+            self._said["the prompt holds a NUL character (\\x00), which is kept"] += 1
 
     def notes(self) -> list[str]:
         """What was recognised, with the number of rows, and what was not used."""
@@ -108,19 +121,19 @@ class RowReader:
                 if row.get(name) is not None:
                     self.seen.read.add(name)
                     self._said[f"`{name}` is read as the conversation"] += 1
-                    return self._conversation(where, plain(row[name]))
+                    return self._conversation(where, plain(row[name]), name)
             if row.get("instruction") is not None and ("input" in row or "output" in row):
                 return self._alpaca(where, row)
         raise UserError(f"{where}: {no_prompt(row, self.columns)}")
 
     def _told(self, where: str, ours: str, value: Any) -> _Asked:
         if not isinstance(value, str):
-            return self._conversation(where, value)
+            return self._conversation(where, value, ours)
         turns = as_conversation(where, value) if ours == "prompt" else value
         if turns is None:
             return self._text(where, value)
         self._said[f"`{self.columns.get(ours, ours)}` is JSON text of a conversation, and read as its turns"] += 1
-        return self._conversation(where, turns)
+        return self._conversation(where, turns, ours)
 
     def _text(self, where: str, words: str, response: str | None = None) -> _Asked:
         if not words.strip():
@@ -135,9 +148,9 @@ class RowReader:
         asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
         return self._text(where, asked, parts["output"])
 
-    def _conversation(self, where: str, value: Any) -> _Asked:
+    def _conversation(self, where: str, value: Any, name: str) -> _Asked:
         """The turns up to the last one of the user or a tool; what the assistant says after it is the response."""
-        messages = conversation(where, value)
+        messages = conversation(where, value, name)
         response = None
         if messages[-1].role == "assistant" and len(messages) > 1:
             *before, last = messages
@@ -149,7 +162,10 @@ class RowReader:
 
     def _last_words(self, last: Message) -> str | None:
         if "tool_calls" in last.extra:
-            self._said["the last turn, the assistant's, calls a tool and is left out: it is no response in words"] += 1
+            words = " with the words beside the call" if last.content.strip() else ""
+            self._said[
+                f"the last turn, the assistant's, calls a tool and is left out{words}: it is no response in words"
+            ] += 1
             return None
         if not last.content.strip():
             self._said["the last turn, the assistant's, is empty and left out"] += 1
@@ -162,7 +178,7 @@ class RowReader:
     def _response(self, where: str, row: Mapping[str, Any], last: str | None) -> str | None:
         value = self._cell(row, "response")
         if isinstance(value, list) and value:
-            turns = conversation(where, value)
+            turns = conversation(where, value, "response")
             if [turn.role for turn in turns] != ["assistant"]:
                 raise UserError(f"{where}: 'response' holds turns; expected text, or one turn of the assistant")
             given = self._last_words(turns[0])
@@ -190,7 +206,7 @@ class RowReader:
         """The other half of a pair of prompts: another last turn, or another conversation."""
         value = self._cell(row, "clean")
         if isinstance(value, list):
-            clean = conversation(where, value)
+            clean = conversation(where, value, "clean")
             _check_last(where, clean)
             return self._with_system(where, system, clean)
         words = optional(where, "clean", value)

@@ -18,8 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from retort.data.values import short
-from retort.errors import UserError
+from retort.data.values import TwiceError, short, strict_json
+from retort.errors import UserError, quoted
 
 __all__ = ["PACKED", "Row", "json_file", "json_lines", "table"]
 
@@ -114,10 +114,13 @@ def json_file(path: Path) -> Iterator[Row]:
     lines = _lines(path)
     first = next((line for line in lines if line.strip()), b"")
     if not first.lstrip().startswith(b"["):
+        _refuse_one_object(path, first + b"".join(lines) if first.strip() == b"{" else b"")
         yield from json_lines(path)
         return
     try:
-        items = json.loads((first + b"".join(lines)).decode())
+        items = strict_json((first + b"".join(lines)).decode())
+    except TwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
@@ -127,9 +130,23 @@ def json_file(path: Path) -> Iterator[Row]:
         yield where, _row(where, item, "each item of the list")
 
 
+def _refuse_one_object(path: Path, whole: bytes) -> None:
+    """Refuses a file whose lines together are one object, as {"data": [...]} is written over several."""
+    try:
+        found = json.loads(whole)
+    except (ValueError, RecursionError):
+        return  # whatever is wrong with it is said of its line
+    if isinstance(found, dict):
+        lists = [name for name, value in cast("dict[str, Any]", found).items() if isinstance(value, list)]
+        inside = f"; if its rows are in {quoted(lists[0])}, write that list alone" if lists else ""
+        raise UserError(f"{path}: holds one object over several lines; it must hold one list of objects{inside}")
+
+
 def _object(where: str, line: bytes) -> Mapping[str, Any]:
     try:
-        row = json.loads(line.decode())
+        row = strict_json(line.decode())
+    except TwiceError as error:
+        raise UserError(f"{where}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1}); save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:  # ValueError also for a number with thousands of digits

@@ -11,7 +11,7 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 
-__all__ = ["json_value", "optional", "parsed", "plain", "short", "text", "without_nulls"]
+__all__ = ["decode", "json_value", "optional", "parsed", "plain", "short", "strict_json", "text", "without_nulls"]
 
 
 def text(where: str, name: str, given: str) -> str:
@@ -58,7 +58,14 @@ def _instead(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         keys = [str(key) for key in value]
         return f": map one of its keys ({', '.join(keys[:6])}), as in columns.{name}=COLUMN.{keys[0]}" if keys else ""
+    if isinstance(value, bytes | bytearray):
+        return decode(value)
     return ": write one of them, or one text" if isinstance(value, Sequence) else ""
+
+
+def decode(value: Any) -> str:
+    """What to do about bytes, as the ending of a message; nothing for whatever else."""
+    return ": make text of it with .decode()" if isinstance(value, bytes | bytearray) else ""
 
 
 def plain(value: Any) -> Any:
@@ -69,10 +76,20 @@ def plain(value: Any) -> Any:
         return value.isoformat()
     listed = getattr(value, "tolist", None)
     if listed is not None:
-        value = listed()
+        value = _as_written(listed(), value)
     if isinstance(value, Mapping):
         return {key: plain(item) for key, item in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _as_written(numbers: Any, given: Any) -> Any:
+    """Numbers of numpy as it writes them: of a float32 that is 0.1, Python's float would be 0.10000000149011612."""
+    narrow = getattr(getattr(given, "dtype", None), "kind", "") == "f" and given.dtype.itemsize < 8
+    if not narrow:
+        return numbers
+    return (
+        [_as_written(own, cell) for own, cell in zip(numbers, given, strict=True)] if given.ndim else float(str(given))
+    )
 
 
 def without_nulls(value: Any) -> Any:
@@ -97,6 +114,30 @@ def json_value(where: str, name: str, value: Any) -> Any:
     return value
 
 
+class TwiceError(ValueError):
+    """An object of JSON has two values under one key."""
+
+
+def strict_json(spelt: str) -> Any:
+    """What JSON text spells.
+
+    Raises:
+        TwiceError: A key stands twice in one object: which of its values is meant cannot be known.
+        ValueError: It is no JSON.
+        RecursionError: It is nested too deeply.
+    """
+    return json.loads(spelt, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen = set[str]()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise TwiceError(f"the key {quoted(twice)} stands twice in one object; rename one of them, or leave one out")
+    return found
+
+
 def parsed(where: str, name: str, value: Any) -> Any:
     """A list or object that may be written as JSON text.
 
@@ -106,7 +147,9 @@ def parsed(where: str, name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return strict_json(value)
+    except TwiceError as error:
+        raise UserError(f"{where}: '{name}': {error}") from None
     except (ValueError, RecursionError) as error:
         python = "[{'" in value or "{'" in value[:2]
         remedy = "it is in Python's notation; write it with json.dumps" if python else short(error)
