@@ -85,11 +85,9 @@ def plain(value: Any) -> Any:
 def _as_written(numbers: Any, given: Any) -> Any:
     """Numbers of numpy as it writes them: of a float32 that is 0.1, Python's float would be 0.10000000149011612."""
     narrow = getattr(getattr(given, "dtype", None), "kind", "") == "f" and given.dtype.itemsize < 8
-    if not narrow:
-        return numbers
-    return (
-        [_as_written(own, cell) for own, cell in zip(numbers, given, strict=True)] if given.ndim else float(str(given))
-    )
+    if narrow and given.ndim:
+        return [_as_written(own, cell) for own, cell in zip(numbers, given, strict=True)]
+    return float(str(given)) if narrow else numbers
 
 
 def without_nulls(value: Any) -> Any:

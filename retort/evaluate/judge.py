@@ -18,6 +18,7 @@ from torch import Tensor
 from retort.align.chat import Reading, render
 from retort.config import Config
 from retort.context import Context
+from retort.evaluate.measures import range_of
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, Steps, per_token
@@ -212,7 +213,8 @@ class Judge:
             ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
             row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
         for name, (sums, counts) in tallies.items():
-            row[name] = (Estimate.of_share if name in _SHARES else Estimate.ratio)(sums, counts)
+            found = (Estimate.of_share if name in _SHARES else Estimate.ratio)(sums, counts)
+            row[name] = None if found is None else found.within(*range_of(name))
         return {name: value.plain() if isinstance(value, Estimate) else value for name, value in row.items()}
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["MEASURES", "Measure", "measure", "ordered"]
+__all__ = ["MEASURES", "Measure", "measure", "ordered", "range_of"]
 
 
 class Measure(NamedTuple):
@@ -42,6 +43,13 @@ def measure(name: str) -> Measure:
     if name.startswith(("avg@", "pass@")):
         return Measure(name, "", "share")
     return MEASURES.get(name, Measure(name.removeprefix(_PART)))
+
+
+def range_of(name: str) -> tuple[float, float]:
+    """The least and the most that a measure can be; what only its verifier knows has no ends."""
+    if name.startswith("pass@") or (name in MEASURES and MEASURES[name].kind == "share"):
+        return 0.0, 1.0
+    return (0.0 if name in MEASURES else -math.inf), math.inf
 
 
 def ordered(names: Sequence[str]) -> list[str]:

@@ -20,6 +20,13 @@ class Estimate:
         ends = (None if math.isnan(end) else end for end in (self.low, self.high))
         return dict(zip(("value", "low", "high"), (self.value, *ends), strict=True))
 
+    def within(self, least: float, most: float = math.inf) -> Estimate:
+        """The same, its interval cut to what the measure can be at all; the mean itself stays inside."""
+        if math.isnan(self.low):
+            return self
+        low, high = max(self.low, min(least, self.value)), min(self.high, max(most, self.value))
+        return Estimate(self.value, low, high)
+
     @staticmethod
     def of(values: Sequence[float]) -> Estimate | None:
         """The mean of one number per problem, with Student's t; None without any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os.path import commonpath
@@ -9,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluate import Estimate
+from retort.evaluate.measures import range_of
 from retort.report.read import RunFiles, as_object, number
 
 #: Settings that do not change what is learnt or how it is judged.
 _BESIDE = ("out", "seed", "threads", "tracker", "eval.teacher", "eval.every", "record.", "checkpoint.")
 
 Points = list[tuple[float, float]]
+
+#: Of a number of which it is not known what it can be.
+_ANYTHING = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -42,11 +47,11 @@ class Group:
         if not self.several:
             return cells[0]
         values = [value for found in cells if (value := number(found.get("value"))) is not None]
-        over = _plain(values)
+        ends = [(number(found.get("low")), number(found.get("high"))) for found in cells]
+        known = [(low, high) for low, high in ends if low is not None and high is not None]
+        over = _plain(values, _range(metric, known))
         if "n" in over and "low" not in over:
             # Seeds that agree to the last digit (all at 0 %) say nothing of how exactly that is known: problems do.
-            ends = [(number(found.get("low")), number(found.get("high"))) for found in cells]
-            known = [(low, high) for low, high in ends if low is not None and high is not None]
             if known:
                 return {**over, "low": min(low for low, _ in known), "high": max(high for _, high in known)}
         return over
@@ -88,8 +93,10 @@ def seed_of(run: RunFiles) -> str:
     return str(run.config.get("seed"))
 
 
-def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]:
-    """The mean of curves wherever at least half of them have a value, and its interval."""
+def over_seeds(
+    curves: Sequence[Mapping[float, float]], limits: tuple[float, float] = _ANYTHING
+) -> tuple[Points, Points]:
+    """The mean of curves wherever at least half of them have a value, and its interval within what it can be."""
     curves = [curve for curve in curves if curve]
     if len(curves) <= 1:
         return sorted(curves[0].items()) if curves else [], []
@@ -100,6 +107,7 @@ def over_seeds(curves: Sequence[Mapping[float, float]]) -> tuple[Points, Points]
         interval = Estimate.of_runs(values)
         if interval is not None and 2 * len(values) >= len(curves):
             points.append((x, interval.value))
+            interval = interval.within(*limits)
             band.append((interval.low, interval.high))
     return points, band
 
@@ -116,13 +124,20 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
     return _plain([mine - yours for mine, yours in pairs if mine is not None and yours is not None])
 
 
-def _plain(values: Sequence[float]) -> Mapping[str, Any]:
+def _range(metric: str, ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """What a measure can be; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
+    known = range_of(metric)
+    share = bool(ends) and all(0 <= low and high <= 1 for low, high in ends)
+    return (0.0, 1.0) if known == _ANYTHING and share else known
+
+
+def _plain(values: Sequence[float], limits: tuple[float, float] = _ANYTHING) -> Mapping[str, Any]:
     interval = Estimate.of_runs(values)
     if interval is None:
         return {"value": values[0]} if values else {}
     if max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # no spread was seen, which is no certainty
         return {"value": values[0], "n": len(values)}
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(values)}
+    return {**interval.within(*limits).plain(), "n": len(values)}
 
 
 # --- which runs belong together, and what to call them ---

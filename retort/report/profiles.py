@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +131,7 @@ def _averages(groups: Sequence[Group], several: bool, axis: str, name: str, titl
     series: list[Series] = []
     for who in [AFTER] if several else [BEFORE, AFTER]:
         for group in groups:
-            points, band = over_seeds(_curves(group.runs, who, axis, name))
+            points, band = over_seeds(_curves(group.runs, who, axis, name), (0.0, math.inf))
             if points:
                 label = group.name if several else who
                 color = group.color % COLORS if several else WHO_COLORS[who]

@@ -311,7 +311,7 @@ def _pass_at(groups: Sequence[Group], several: bool) -> str:
 
 
 def _ladders(group: Group, who: str) -> tuple[Points, Points]:
-    return over_seeds([_ladder(as_object(run.eval.get("pass_at")).get(who)) for run in group.runs])
+    return over_seeds([_ladder(as_object(run.eval.get("pass_at")).get(who)) for run in group.runs], (0.0, 1.0))
 
 
 def _ladder(by_k: object) -> dict[float, float]:

@@ -1,9 +1,11 @@
 """pass@k against brute force, and the intervals."""
 
 import itertools
+import math
 
 import pytest
 
+from retort.evaluate.measures import range_of
 from retort.evaluate.passk import Estimate, pass_at_k, student_t
 
 
@@ -51,3 +53,18 @@ def test_the_interval_over_runs_is_students() -> None:
     assert found.value == pytest.approx(2.0)
     assert found.high - found.value == pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert Estimate.of_runs([1.0]) is None
+
+
+def test_an_interval_ends_where_the_measure_does() -> None:
+    for name, ends in {"reverse_kl": (0.0, math.inf), "uncertain": (0.0, 1.0), "pass@8": (0.0, 1.0)}.items():
+        assert range_of(name) == ends
+    assert range_of("reward/points") == (-math.inf, math.inf)
+    wide = Estimate.of([0.0, 3.0])
+    assert wide is not None and wide.low < 0
+    cut = wide.within(0.0)
+    assert (cut.value, cut.low, cut.high) == (wide.value, 0.0, wide.high)
+    # The mean stays inside, also where rounding took it past the end.
+    assert Estimate(-1e-9, -1.0, 1.0).within(0.0).low == -1e-9
+    assert wide.within(0.0, 1.0).high == wide.value
+    one = Estimate.of([3.0])
+    assert one is not None and one.within(0.0).plain() == {"value": 3.0, "low": None, "high": None}

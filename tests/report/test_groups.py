@@ -1,6 +1,7 @@
 """Runs that differ only in their seed are shown as one, with intervals over seeds."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from report_page import Page
 
 from retort.report import build_report
-from retort.report.groups import over_seeds
+from retort.report.groups import Group, over_seeds
+from retort.report.read import RunFiles
 
 MakeRun = Callable[..., Path]
 
@@ -87,3 +89,27 @@ def test_the_mean_needs_half_of_the_curves() -> None:
     assert band[0][0] < 2.0 < band[0][1]
     assert over_seeds([{3: 1.0, 1: 2.0}]) == ([(1, 2.0), (3, 1.0)], [])
     assert over_seeds([]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("metric", "limits"),
+    [("reverse_kl", (0.0, math.inf)), ("length", (0.0, math.inf)), ("uncertain", (0.0, 1.0)), ("avg@2", (0.0, 1.0))],
+)
+def test_an_interval_over_seeds_ends_where_the_measure_does(metric: str, limits: tuple[float, float]) -> None:
+    def run(seed: int, value: float) -> RunFiles:
+        row = {"who": "student after", metric: {"value": value, "low": value, "high": value}}
+        return RunFiles("run", config={"seed": seed}, eval={"rows": [row]})
+
+    found = Group("both", [run(0, 0.1), run(1, 0.9)]).cell("student after", metric)
+    assert found["value"] == pytest.approx(0.5)
+    assert found["low"] == limits[0]
+    assert found["high"] == limits[1] if limits[1] == 1 else found["high"] > 1
+
+
+def test_a_verifiers_own_number_may_be_beyond_0_and_1() -> None:
+    def run(seed: int, value: float, high: float) -> RunFiles:
+        row = {"who": "student after", "avg@2": {"value": value, "low": value, "high": high}}
+        return RunFiles("run", config={"seed": seed}, eval={"rows": [row]})
+
+    found = Group("both", [run(0, 0.1, 0.2), run(1, 0.9, 3.0)]).cell("student after", "avg@2")
+    assert found["low"] < 0 and found["high"] > 1
