@@ -342,13 +342,27 @@ def _first_problem(error: ValidationError, method: Method) -> str:
     if section is not None:
         some = ", ".join(list(section.model_fields)[:3])
         return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
+    if len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
+        return _no_section(place[0], first["input"], method)
     return f"{'.'.join(place)}: {first['msg']} (it is {quoted(first['input'])})"
+
+
+def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
+    """What is said of settings below a name that is one setting, as verl's `data.train_batch_size` is."""
+    whole = _whole([name], value)
+    ours = ours_for(whole, _known(method.settings))
+    return f"unknown key '{whole}'; {ours or f'{name} is one setting, with none below it'}"
+
+
+def _whole(place: list[str], value: Any) -> str:
+    """The full name of a key, or of the first one below it."""
+    leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
+    return ".".join([*place, *([leaf] if leaf else [])])
 
 
 def _unknown(place: list[str], value: Any, method: Method) -> str:
     """What is said of a key that there is not: what it is here, the nearest name, or all names."""
-    leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
-    whole = ".".join([*place, *([leaf] if leaf else [])])
+    whole = _whole(place, value)
     ours = ours_for(whole, _known(method.settings))
     if ours is not None:
         return f"unknown key '{whole}'; {ours}"

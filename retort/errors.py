@@ -38,10 +38,14 @@ class SignalError(RunError):
     """A teacher's answer is unusable: not finite, misaligned, or poorer than what was asked for."""
 
 
+#: How alike two names are, from 0 to 1, before one is taken for a slip of the other: `gdk` of `gkd`, and no less.
+_NEAR = 0.66
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Ending for an error message: the nearest known name, or the whole list where nothing is near."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
     if near:
         return f"did you mean '{near[0]}'?"
     return f"known: {', '.join(known)}" if known else "nothing is known here"

@@ -248,7 +248,7 @@ def test_a_callback_returns_nothing_or_a_stop() -> None:
         ({"student": 3}, r"student is a int; give a model of transformers with its tokenizer, as a pair"),
         ({"teacher": ("one", "two")}, "teacher: its model is a str"),
         ({"base": (1, 2, 3)}, "base is 3 things"),
-        ({"data": 3}, "data: is a int; give a list of mappings"),
+        ({"data": 3}, "data: is an int; give a list of mappings"),
         ({"data": {"train": []}}, r"data: is one mapping \(of train\)"),
         ({"eval.data": ["a prompt"]}, r"eval_data, row 0: is a str; each row must be a mapping"),
     ],

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from retort import config, registry
 from retort.data import COLUMNS
 from retort.errors import UserError
+from retort.synonyms import ours_for
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 
@@ -103,3 +104,37 @@ def test_the_configurations_of_the_page_are_accepted(block: str) -> None:
 )
 def test_a_setting_that_is_none_is_noticed(cell: str, wrong: list[str]) -> None:
     assert list(unknown(f"| TRL | Retort | what differs |\n|---|---|---|\n| `beta` | {cell} | |\n")) == wrong
+
+
+def theirs(text: str) -> Iterator[tuple[str, str]]:
+    """Every full name of another trainer's setting in a first column, with the cell of ours beside it."""
+    for line in text.split("\n"):
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        if len(cells) < 3 or "Retort" in cells or set(cells[1]) <= set("-"):
+            continue
+        above = ""
+        for span in re.findall(r"`([^`]+)`", cells[0]):
+            name = re.split(r"[=: ]", span)[0]
+            if name.startswith("."):
+                name = f"{above}{name}"
+            above = name.rpartition(".")[0]
+            if re.fullmatch(r"[a-z_0-9.*]+", name):
+                yield name, cells[1]
+
+
+def test_a_setting_of_theirs_that_is_typed_is_told_what_the_page_tells() -> None:
+    names = [*config.keys(), *(f"method.{own}" for made in registry.names() for own in registry.defaults(made))]
+    told = dict.fromkeys(theirs(PAGE.read_text(encoding="utf-8")))
+    assert len(told) > 120
+    for name, cell in told:
+        if name in names or name in ("optimizer", "type"):  # our own word; a section of ours; said of its section
+            continue
+        answer = ours_for(name, names)
+        assert answer is not None, name
+        of_page = [span.partition("=")[0] for span in re.findall(r"`([^`]+)`", cell)]
+        if not of_page:
+            assert not answer.settings, (name, str(answer))
+        elif all(one in registry.names() or one.startswith("method.") for one in of_page):
+            assert answer.settings[0].partition(".")[0] == "method", (name, str(answer))
+        else:
+            assert any(one in str(answer) for one in of_page), (name, str(answer))

@@ -132,6 +132,29 @@ TYPED = {
     "teacher_model_name_or_path": "teacher",
     "model_name_or_path": "student",
     "dataset": "data",
+    "epochs": "steps",
+    "chat_template_kwargs.enable_thinking": "rollout.thinking",
+    "chat_template_kwargs.greeting": "rollout.thinking",
+    "log_completions": "record.rollouts",
+    "seq_kd": "cold_start.steps",
+    "eval_strategy": "eval.every",
+    "deepspeed": "one device",
+    "use_vllm": "rollout.parallel",
+    "use_liger_kernel": "nothing is to be set",
+    "load_in_4bit": "lora.rank",
+    "kl_coef": "method",
+    # below a name that is a single setting here
+    "data.train_batch_size": "rollout.prompts",
+    "data.train_files": "data",
+    "data.max_prompt_length": "rollout.max_prompt_tokens",
+    "student.path": "student is one setting",
+    "teacher.name": "teacher",
+    "model.path": "student",
+    "actor_rollout_ref.model.path": "student",
+    "algorithm.adv_estimator": "method",
+    "distillation.enabled": "nothing is to be set",
+    "distillation.teacher_models.first.model_path": "teacher",
+    "actor_rollout_ref.rollout.val_kwargs.n": "eval.samples",
     # sections of other systems, and ours in the wrong place
     "trainer.lr": "optimizer.learning_rate",
     "actor_rollout_ref.actor.optim.lr": "optimizer.learning_rate",
@@ -178,6 +201,21 @@ def test_what_names_lead_to_is_there() -> None:
         assert ours.settings or ours.how, name
         assert name not in keys(), f"{name} is a setting of ours"
     assert ours_for("stepz", known) is None
+
+
+@pytest.mark.parametrize("word", ["gradual", "zeropoint", "warehouse", "student_x_ray_path", "nodes"])
+def test_a_name_that_is_like_none_is_no_slip_of_one(word: str) -> None:
+    with pytest.raises(UserError) as refused:
+        resolve({word: 1})
+    assert "did you mean" not in str(refused.value) and "known: " in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("slip", "meant"), [("sed", "seed"), ("stpes", "steps"), ("teachr", "teacher"), ("ouy", "out")]
+)
+def test_a_slip_is_taken_for_what_was_meant(slip: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean '{meant}'"):
+        resolve({slip: 1})
 
 
 @pytest.mark.parametrize("word", ["lora=true", "eval=false", "rollout=3", "optimizer=adamw"])

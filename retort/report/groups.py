@@ -50,10 +50,9 @@ class Group:
         ends = [(number(found.get("low")), number(found.get("high"))) for found in cells]
         known = [(low, high) for low, high in ends if low is not None and high is not None]
         over = _plain(values, _range(metric, known))
-        if "n" in over and "low" not in over:
+        if "n" in over and "low" not in over and known:
             # Seeds that agree to the last digit (all at 0 %) say nothing of how exactly that is known: problems do.
-            if known:
-                return {**over, "low": min(low for low, _ in known), "high": max(high for _, high in known)}
+            return {**over, "low": min(low for low, _ in known), "high": max(high for _, high in known)}
         return over
 
     def whos(self) -> list[str]:
@@ -127,7 +126,7 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
 def _range(metric: str, ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """What a measure can be; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
     known = range_of(metric)
-    share = bool(ends) and all(0 <= low and high <= 1 for low, high in ends)
+    share = bool(ends) and all(low >= 0 and high <= 1 for low, high in ends)
     return (0.0, 1.0) if known == _ANYTHING and share else known
 
 
