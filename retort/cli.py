@@ -59,7 +59,10 @@ def _arguments(words: list[str]) -> argparse.Namespace:
     """Options and key=value words may come in any order, which argparse alone does not allow."""
     arguments, rest = _parser().parse_known_args(words)
     for word in rest:
-        if word.startswith("-") or "words" not in arguments:
+        if not word.startswith("-") and "words" not in arguments:
+            more = "; `retort settings method.NAME` shows one method" if arguments.run is _methods else ""
+            raise UserError(f"one argument too many: '{shortened(word, 100)}'{more}")
+        if word.startswith("-"):
             raise UserError(f"unknown option {shortened(word, 100)}; {_instead(word.partition('=')[0], words)}")
     if rest:
         arguments.words = [*arguments.words, *rest]
@@ -308,6 +311,8 @@ def _methods(arguments: argparse.Namespace) -> int:
     from retort.catalogue import page
 
     if arguments.markdown:
+        if arguments.json:
+            raise UserError("--markdown writes the whole page; give it alone, or leave it out")
         print(page(), end="")
         return 0
     rows: list[dict[str, Any]] = []
@@ -342,6 +347,8 @@ def _settings(arguments: argparse.Namespace) -> int:
     from retort import reference
 
     if arguments.markdown:
+        if arguments.section or arguments.method or arguments.json:
+            raise UserError("--markdown writes the whole page; give it alone, or leave it out")
         print(reference.page(), end="")
         return 0
     found = reference.chosen(arguments.section, arguments.method)

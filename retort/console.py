@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from retort.errors import visible
+from retort.errors import counted, visible
 from retort.evaluate.measures import measure, ordered
 from retort.evaluate.unknown import why_unknown
 
@@ -175,7 +175,8 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        about = f"{results['problems']} held-out prompts{some}, {k} answers each [95 % interval over prompts]"
+        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "answer")
+        about = f"{asked}{some}, {each} each [95 % interval over prompts]"
         self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
         table = Table()
         table.add_column("")

@@ -39,7 +39,8 @@ its start which settings are its paper's. A paper's setting also gives way where
   latter, held-out answers may be as long as those in training.
 * Lengths that nobody gave are cut to what the models hold beside the longest prompt. Lengths that you gave are never
   changed: where they do not fit, the run is refused.
-* A warm-up that you did not give, and that the run would not outlast, is left out.
+* A warm-up of a paper that the run would not outlast is left out. The recipes of the built-in tasks count as given:
+  theirs stays, and a note says how far the learning rate gets.
 * `steps` of a paper that a cold start of yours would use up gives way to once through the data.
 
 Each of these is said at the start. A run's `config.json` holds every setting as it was in the end.

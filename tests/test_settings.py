@@ -24,6 +24,7 @@ from retort.errors import UserError
 from retort.layers import FOLLOWS, flat
 from retort.method import number_problem
 from retort.models.described import Described
+from retort.models.load import _wrong_with
 from retort.reference import chosen, field_of, limits, page, settings_of
 from retort.synonyms import ELSEWHERE, ours_for
 from retort.train.before import fit_lengths, fit_steps, of_the_paper
@@ -480,3 +481,25 @@ def test_what_needs_no_weights_is_said_before_any_are_read(
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1, said
     assert not (unloadable / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["settings", "rollout", "--markdown"], "--markdown writes the whole page"),
+        (["settings", "--json", "--markdown"], "--markdown writes the whole page"),
+        (["methods", "--json", "--markdown"], "--markdown writes the whole page"),
+        (["settings", "rollout", "optimizer"], "one argument too many: 'optimizer'"),
+        (["methods", "eopd"], "one argument too many: 'eopd'; `retort settings method.NAME`"),
+    ],
+)
+def test_no_word_of_a_command_is_passed_over(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_leads_to_its_model(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file in (tmp_path / "config.json", tmp_path / "model" / "config.json"):
+        file.write_text("{}")
+    assert str(tmp_path / "model") in str(_wrong_with(tmp_path))

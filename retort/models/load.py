@@ -293,6 +293,8 @@ def _wrong_with(path: Path) -> str | None:
     names = {file.name for file in path.iterdir()}
     if not names:
         return "no config.json: that folder is empty"
+    if (path / "model" / "config.json").is_file() and not any(name.endswith(".safetensors") for name in names):
+        return f"that is the folder of a run, whose student is in {path / 'model'}"
     if any(name.lower().endswith(".gguf") for name in names) and not any(n.endswith(".safetensors") for n in names):
         return _GGUF
     if "config.json" not in names:

@@ -22,6 +22,10 @@ Relation = Literal["same", "split", "unknown", "other"]
 _HOW = ("eval.temperature", "eval.top_p", "eval.max_new_tokens", "eval.threshold", "rollout.thinking", "task")
 
 
+#: What a setting of those comes to where it is left open.
+_OPEN = {"task": "as the data has it", "rollout.thinking": "as the template has it"}
+
+
 @dataclass(frozen=True)
 class Table:
     """Runs that may stand beside one another.
@@ -156,8 +160,13 @@ def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
 
 def _how(first: Table, table: Table) -> str:
     found = _differing(first.groups[0], table.groups[0])
-    said = ", ".join(f"{name} = {theirs} (there {ours})" for name, ours, theirs in found)
+    said = ", ".join(f"{name} = {_value(name, theirs)} (there {_value(name, ours)})" for name, ours, theirs in found)
     return f", with {said}" if said else ""
+
+
+def _value(name: str, value: Any) -> str:
+    """A setting's value for the reader; where it was left open, what stands for it."""
+    return _OPEN.get(name, "the default") if value is None else str(value)
 
 
 def _judged_source(run: RunFiles) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from retort.config import BUILTIN
+from retort.errors import counted
 from retort.evaluate.measures import Measure, measure, ordered
 from retort.report.alike import source_name, tables
 from retort.report.axes import Kind, minus, percent
@@ -164,10 +165,10 @@ def _about(groups: Sequence[Group], several: bool) -> str:
     about, source = run.eval, source_name(run)
     apart = as_object(run.config.get("eval")).get("data") or source in BUILTIN
     of = f" {'of' if apart else 'held out of'} {source}" if source else ""
-    words = [f"{about['problems']} problems{of}"] if "problems" in about else []
+    words = [f"{counted(about['problems'], 'problem')}{of}"] if "problems" in about else []
     words += [f"graded as {about['task']}"] if about.get("task") not in (None, "data", source) else []
     words += [f"{about['graded']} of them graded"] if "graded" in about else []
-    words += [f"{about['k']} samples each"] if "k" in about else []
+    words += [f"{counted(about['k'], 'sample')} each"] if "k" in about else []
     lost = sum(int(number(n) or 0) for one in any_of(groups) for n in as_object(one.eval.get("given_up")).values())
     words += [f"{lost} answers count as wrong because their comparison found no end"] if lost else []
     seeds = any(group.several for group in groups)

@@ -14,7 +14,7 @@ import torch
 from retort.align.stops import named_stops
 from retort.config import BUILTIN
 from retort.data import HUB_NAME
-from retort.errors import visible
+from retort.errors import counted, visible
 from retort.evaluate.measures import measure, ordered
 from retort.method import Method
 from retort.models.adapter import described
@@ -217,8 +217,8 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         return ["No evaluation was made."]
     graded = f" ({results['graded']} of them graded)" if "graded" in results else ""
     lines = [
-        f"Held-out prompts: {results['problems']}{graded}, {results['k']} answers each; in brackets 95 % intervals "
-        "over prompts.",
+        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'answer')} each; in brackets 95 % "
+        "intervals over prompts.",
         "",
         f"| | {' | '.join(_words(row['who']) for row in rows)} |",
         "|---" * (len(rows) + 1) + "|",

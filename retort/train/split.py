@@ -6,6 +6,7 @@ import json
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 
+from retort.errors import counted
 from retort.types import Message, Prompt
 
 #: What two prompts share if they are the same: role and text of each message, and what else templates read.
@@ -77,7 +78,7 @@ def repeats(prompts: Sequence[Prompt], whose: str) -> list[str]:
         again = min(group[1] for group in rows.values() if len(group) > 1)
         found.append(
             f"{len(prompts) - len(rows)} of {len(prompts)} {whose} repeat the prompt of an earlier one "
-            f"('{prompts[again].id}' first): there are {len(rows)} different prompts"
+            f"('{prompts[again].id}' first), which leaves {counted(len(rows), 'different prompt')}"
         )
     torn = [group[0] for group in rows.values() if len(_answers(prompts[row] for row in group)) > 1]
     if torn:
