@@ -10,6 +10,7 @@ from report_page import Page
 
 from retort.cli import main
 from retort.report import build_report
+from retort.report.alike import _HOW, _value
 
 MakeRun = Callable[..., Path]
 ALONE = "each in a table of its own"
@@ -174,3 +175,9 @@ def test_a_page_about_other_runs_is_not_replaced(
     assert Path("report.html").read_bytes() == before
     assert main(["report", "a", "c", "--out", "report.html"]) == 0
     assert Path("report.html").read_bytes() != before
+
+
+def test_a_setting_that_was_left_open_is_not_called_none() -> None:
+    assert _value("task", "exact") == "exact"
+    for name in _HOW:
+        assert "None" not in _value(name, None)
