@@ -284,6 +284,12 @@ def number_problem(number: float, *, tiny: bool = False) -> str | None:
     return None
 
 
+def numeric(hint: Any) -> bool:
+    """Whether a setting with this annotation is a number, and neither true nor false."""
+    kinds = {hint, *(kind for own in get_args(hint) for kind in (own, *get_args(own)))}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
 def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
     """Refuses NaN and numbers out of all range in any setting, and infinity in those that are not `Unbounded`."""
     try:
@@ -291,6 +297,8 @@ def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) ->
     except NameError:  # annotations that only its author's module can read
         hints = {}
     for name, value in settings.items():
+        if isinstance(value, bool) and numeric(hints.get(name)):
+            raise UserError(f"method.{name} is {str(value).lower()}; give a number")
         for number in _numbers(value):
             if isinstance(number, float) and math.isnan(number):
                 raise UserError(f"method.{name} is nan; give a number")

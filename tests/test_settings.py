@@ -442,3 +442,20 @@ def test_what_needs_no_weights_is_said_before_any_are_read(
     said = capsys.readouterr().err
     assert expected in said and said.count("\n") == 1, said
     assert not (unloadable / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": {"learning_rate": True}},
+        {"rollout": {"prompts": True}},
+        {"steps": True},
+        {"seed": False},
+        {"eval": {"max_new_tokens": True}},
+        {"method": {"name": "opd", "temperature": True}},
+        {"method": {"name": "eopd", "top_k": True}},
+    ],
+)
+def test_true_is_no_number(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="number"):
+        resolve({"data": "countdown"}, settings)

@@ -39,7 +39,7 @@ from retort.train.write import write_rollouts
 from retort.types import Pack
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A distillation run.
 
@@ -96,6 +96,10 @@ class Run:
         self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder)
         self._identity = identity(self.setup)
+
+    def __repr__(self) -> str:
+        method = self.setup.method.name
+        return f"<Run of {method} in {str(self.folder)!r}: step {self.step} of {self.setup.steps}>"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
