@@ -31,7 +31,7 @@ from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
 from retort.parts import Layout
 from retort.registry import load
-from retort.signals import ROUNDING, Dense, TeacherSignal, TopK
+from retort.signals import Dense, TeacherSignal, TopK
 from retort.streams import generator
 from retort.types import TokenLoss, TokenLosses
 
@@ -281,7 +281,7 @@ def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> No
     if values is None:
         return
     kept = values if mask is None else values[mask.bool()]
-    bad = kept.isinf() | (kept > ROUNDING) | (kept.isnan() if name == "old_logp" else False)
+    bad = kept.isinf() | (kept.isnan() if name == "old_logp" else False)
     if bool(bad.any()):
         raise UserError(
             f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written; give finite nats"
