@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
 from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
 from retort.rewards.verify import Verifier
+from retort.train.arguments import path_of
 from retort.types import Prompt
 
 #: Who can be given as a model, with the text that stands for it.
@@ -182,12 +183,13 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     for name, thing in named.items():
         if thing is None:
             continue
-        if isinstance(thing, (str, os.PathLike)):
-            found[name] = os.fspath(thing)
+        if isinstance(thing, (str, PathLike)):
+            found[name] = path_of(ROWS[name][0] if name in ROWS else name, thing)
         elif name in MODELS:
             found[name], models[MODELS[name]] = MODELS[name], Held.of(name, thing)
         else:
-            judged = cast("Mapping[str, Any]", settings.get("eval") or {})
+            judged = settings.get("eval")
+            judged = cast("Mapping[str, Any]", judged) if isinstance(judged, Mapping) else {}
             limit = settings.get("limit") if name == "data" else judged.get("problems")
             rows[name] = Rows.of(name, thing, limit if isinstance(limit, int) and limit > 0 else None)
             found[name] = rows[name].label
