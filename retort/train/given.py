@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from itertools import islice
 from os import PathLike
@@ -19,7 +20,8 @@ from typing import Any, cast
 from retort.config import Config
 from retort.data import load_prompts, prompts_from_rows
 from retort.data.load import numbered
-from retort.errors import UserError
+from retort.data.values import plain
+from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
 from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
@@ -39,9 +41,11 @@ class Rows:
 
     Attributes:
         rows: The mappings, as given.
+        where: What messages call them.
     """
 
     rows: Sequence[Mapping[str, Any]]
+    where: str = "data"
 
     @staticmethod
     def of(setting: str, given: Any, limit: int | None) -> Rows:
@@ -55,7 +59,8 @@ class Rows:
         Raises:
             UserError: It is no such thing.
         """
-        return Rows([row for _, row in islice(numbered(given, ROWS[setting][0]), limit)])
+        where = ROWS[setting][0]
+        return Rows([row for _, row in islice(numbered(given, where), limit)], where)
 
     @staticmethod
     def kept(path: Path) -> Rows:
@@ -79,8 +84,12 @@ class Rows:
 
     @cached_property
     def content(self) -> bytes:
-        """The rows as JSON lines."""
-        return b"".join(json.dumps(dict(row), default=_plain).encode() + b"\n" for row in self.rows)
+        """The rows as JSON lines, which are read as the rows themselves are.
+
+        Raises:
+            UserError: A cell, perhaps of a column that nobody reads, is nothing that JSON can spell.
+        """
+        return b"".join(_line(self.where, number, row) for number, row in enumerate(self.rows))
 
     @property
     def label(self) -> str:
@@ -211,6 +220,39 @@ def _named(folder: Path, what: str, how: str) -> UserError:
     return UserError(f"{folder}: the {what} of this run is {how}, so none can be given; leave it out")
 
 
-def _plain(thing: Any) -> Any:
-    """What JSON does not know: arrays and tensors as lists, all else as its text."""
-    return thing.tolist() if hasattr(thing, "tolist") else str(thing)
+def _line(where: str, number: int, row: Mapping[Any, Any]) -> bytes:
+    """A row as a line of JSON."""
+    cells: list[str] = []
+    for name, value in row.items():
+        # A column whose name is no text is never read; it makes room for one that is called like that.
+        if not isinstance(name, str) and _key(name) in row:
+            continue
+        try:
+            cells.append(f"{json.dumps(_key(name))}: {json.dumps(_spelt(plain(value)))}")
+        except (ValueError, RecursionError) as error:  # a circle, or a number of thousands of digits
+            why = "nested too deeply, or within itself" if isinstance(error, RecursionError) else str(error)
+            raise UserError(
+                f"{where}, row {number}: the column {quoted(name, 40)} cannot be kept in the run's folder ({why}); "
+                "leave it out"
+            ) from None
+    return f"{{{', '.join(cells)}}}\n".encode()
+
+
+def _spelt(value: Any) -> Any:
+    """A plain cell in JSON's types, so that it is read as it is itself (see `retort.data.values`)."""
+    if isinstance(value, Mapping):
+        texts = {key for key in value if isinstance(key, str)}
+        return {_key(key): _spelt(item) for key, item in value.items() if key in texts or _key(key) not in texts}
+    if isinstance(value, list):
+        return [_spelt(item) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")
+    # Nobody reads what is still something else: such a cell is refused where it is read.
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _key(key: Any) -> str:
+    """The name of a column or of a part as JSON has it."""
+    if isinstance(key, str):
+        return key
+    return json.dumps(key) if key is None or isinstance(key, int | float) else str(key)
