@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import UTC, date, datetime
@@ -240,6 +241,23 @@ def test_a_callback_returns_nothing_or_a_stop() -> None:
     assert call([Odd()], "on_eval", None) is None  # type: ignore[arg-type]
     asks = SimpleNamespace(on_step=lambda run: retort.Stop("first")), SimpleNamespace(on_step=lambda run: retort.Stop())
     assert call(asks, "on_step", None) == "first"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("reason", ["", None, " \n", 0])
+def test_a_stop_stops_whatever_its_words_are(reason: Any) -> None:
+    asks = [
+        SimpleNamespace(on_step=lambda run: None),
+        SimpleNamespace(on_step=lambda run: retort.Stop(reason)),
+        SimpleNamespace(on_step=lambda run: retort.Stop("another")),
+    ]
+    said = call(asks, "on_step", None)  # type: ignore[arg-type]
+    assert said == ("0" if reason == 0 else "a callback asked for it")
+
+
+def test_a_callback_that_exits_is_one_that_raised() -> None:
+    asks = SimpleNamespace(on_end=lambda run: sys.exit(3))
+    with pytest.raises(RunError, match="callback SimpleNamespace.on_end raised SystemExit: 3"):
+        call([asks], "on_end", None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,17 @@ class Given:
                 rows[setting] = Rows.kept(folder / ROWS[setting][1])
         return replace(self, rows=rows)
 
+    @property
+    def notes(self) -> list[str]:
+        """What nobody can check of objects that are given again."""
+        if self.grade is None or not name_of(self.grade).startswith(IN_MEMORY):
+            return []
+        name = name_of(self.grade).removeprefix(IN_MEMORY)
+        return [
+            f"the verifier is called {name}, as the one that the run was started with; that it grades like that one is "
+            "not checked"
+        ]
+
     def keep(self, folder: Path) -> None:
         """Writes the rows into the folder of a run.
 
@@ -173,6 +184,16 @@ class Given:
         """
         for setting, rows in self.rows.items():
             write_bytes(folder / ROWS[setting][1], rows.content)
+
+
+def going_on(config: Config, folder: Path) -> str:
+    """What its user types to go on with a run: the command, or where it was given objects, the call that names them."""
+    again = [f"{role}=(model, tokenizer)" for role, text in MODELS.items() if getattr(config, role) == text]
+    again += ["method=..."] if config.own_method else []
+    again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
+    if not again:
+        return f"retort train --resume {folder}"
+    return f"retort.distill(resume={str(folder)!r}, {', '.join(again)}), with the same objects"
 
 
 def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], Given]:
