@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +14,13 @@ import pytest
 import retort
 from retort import config as configuration
 from retort.divergences import forward_kl
-from retort.errors import UserError
+from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.models.held import Held
 from retort.rollout.plan import Replay, RolloutPlan
 from retort.train.given import Given, going_on
 from retort.train.observe import Silent
+from retort.train.run import Run
 from retort.types import Prompt
 
 
@@ -84,6 +87,23 @@ def test_a_verifier_that_fails_within_a_step_loses_no_step(tiny_run: dict[str, A
     resumed = retort.distill(resume=cut, method=mixed(), verifier=Fails(), observer=hears)
     assert numbers(resumed) == numbers(whole)
     assert any("the verifier is called Fails" in note and "is not checked" in note for note in hears.said)
+
+
+def test_what_a_step_put_on_the_shelf_before_it_failed_is_not_saved() -> None:
+    saved: list[Any] = []
+    run: Any = SimpleNamespace(
+        control=SimpleNamespace(states={"dial": 1}), shelf=SimpleNamespace(visits=deque(["old"])), step=2, _go_on="so"
+    )
+    run.setup = SimpleNamespace(steps=3)
+    run.save = lambda: saved.append((dict(run.control.states), list(run.shelf.visits)))
+    with pytest.raises(UserError, match="bad; everything is saved at step 2 of 3, go on with: so"), Run._safe(run):
+        run.shelf.visits.append("new")
+        run.control.states["dial"] = 2
+        raise UserError("bad")
+    assert saved == [({"dial": 1}, ["old"])]
+    with pytest.raises(RunError, match="^half learnt$"), Run._safe(run):
+        raise RunError("half learnt")
+    assert len(saved) == 1
 
 
 def test_a_verifier_that_fails_while_judging_loses_no_step(tiny_run: dict[str, Any], tmp_path: Path) -> None:
