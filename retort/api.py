@@ -14,11 +14,13 @@ from retort.method import Method
 from retort.progress import quiet_bars, watching
 from retort.rewards.own import Grader
 from retort.train import runner
+from retort.train.arguments import method_of, path_of, refuse_twice, settings_of
 from retort.train.callbacks import check_callbacks
 from retort.train.doctor import examine, examine_setup, refuse
 from retort.train.findings import Examination
 from retort.train.given import Given, collect
 from retort.train.observe import Observer
+from retort.train.surroundings import ordinary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,12 +67,15 @@ def distill(
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
         seed: Of all random streams.
-        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`.
+        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. What they
+            say otherwise than an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
         resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides,
             callbacks, and again what was an object before: `method`, models, `verifier`.
         observer: Who watches, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
+
+    What torch was set to (`no_grad`, `autocast`, a default dtype or device) does not reach into the run.
 
     Returns:
         The finished run: `.folder`, `.results` (the before/after table), `.metrics` (a row for each step), `.setup`.
@@ -80,16 +85,16 @@ def distill(
         RunError: The run had to stop; it names the checkpoint to go on from.
     """
     check_callbacks(callbacks)
-    own = method if isinstance(method, Method) else None
+    more, (named, own), place = settings_of(settings), method_of(method), path_of("resume", resume)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    flags, given = collect(objects, settings or {}, verifier)
-    flags |= _present(method=_named(method), out=_path(out), steps=steps, seed=seed)
-    with watching(observer, quiet=quiet) as watcher, quiet_bars():
-        if resume is not None:
-            _only_objects(flags, given, settings)
-            run = runner.resume(Path(resume), watcher, steps=steps, method=own, given=given)
+    flags, given = collect(objects, more, verifier)
+    flags |= _present(method=named, out=path_of("out", out), steps=steps, seed=seed)
+    with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
+        if place is not None:
+            _only_objects(flags, given, more)
+            run = runner.resume(Path(place), watcher, steps=steps, method=own, given=given)
         else:
-            config = _assembled(flags, settings, own)
+            config = _assembled(flags, more, own)
             run = runner.start(config, folder_of(config), watcher, method=own, given=given)
             check(run)
         run.callbacks = tuple(callbacks)
@@ -129,46 +134,31 @@ def doctor(
     Raises:
         UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
     """
-    own = method if isinstance(method, Method) else None
+    more, (named, own) = settings_of(settings), method_of(method)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    flags, given = collect(objects, settings or {}, verifier)
-    config = _assembled(flags | _present(method=_named(method)), settings, own)
-    with quiet_bars():
+    flags, given = collect(objects, more, verifier)
+    config = _assembled(flags | _present(method=named), more, own)
+    with ordinary(), quiet_bars():
         return examine(config, own, quick=quick, given=given)
-
-
-def _named(method: str | Method | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    named = {"name": method} if isinstance(method, str) else method
-    return named if isinstance(named, Mapping) else None
-
-
-def _path(place: str | os.PathLike[str] | None) -> str | None:
-    return None if place is None else os.fspath(place)
 
 
 def _present(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _assembled(
-    flags: Mapping[str, Any], settings: Mapping[str, Any] | None, own: Method | None
-) -> configuration.Config:
+def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Method | None) -> configuration.Config:
     """The configuration of arguments and settings.
 
     Raises:
-        UserError: A setting names what was given as an object.
+        UserError: They say different things.
     """
+    refuse_twice(flags, own, settings)
     top = {key: value for key, value in flags.items() if key != "eval.data"}
     judged = {"eval": {"data": flags["eval.data"]}} if "eval.data" in flags else {}
-    config = assemble({**top, **judged}, settings or {}, own=own)
-    now = config.model_dump() | {"eval.data": config.eval.data}
-    for key, value in flags.items():
-        if isinstance(value, str) and key != "method" and now[key] != value:
-            raise UserError(f"{key} is given twice, as an argument and in settings ({now[key]}); leave one of them out")
-    return config
+    return assemble({**top, **judged}, settings, own=own)
 
 
-def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any] | None) -> None:
+def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` where a run that is resumed is given settings."""
     objects = {*(text for text in given.models), *(rows.label for rows in given.rows.values())}
     others = [key for key, value in flags.items() if key != "steps" and str(value) not in objects]

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--base", help="second frozen model, for methods that ask one; default: the student at its start"
     )
-    train.add_argument("--data", help="JSON lines, Parquet or hub name")
+    train.add_argument("--data", help="file, folder, glob or hub name: see docs/data.md")
     train.add_argument("--out", help="folder of the run")
     train.add_argument("--steps", type=int, help="batches of rollouts")
     train.add_argument("--seed", type=int)
@@ -165,7 +165,8 @@ def _parser() -> argparse.ArgumentParser:
 _TRAIN = (
     "With no argument: the built-in task, in minutes, on a laptop. With --student, --teacher and --data: any causal "
     "language models of transformers. Settings come from a TOML file and from key=value words such as "
-    "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win."
+    "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win. "
+    "`retort settings` lists them all."
 )
 _TRUST = (
     "Forces tokens drawn from the teacher into answers of the student's, lets the student go on alone, and asks of "

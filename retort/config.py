@@ -339,12 +339,13 @@ def _first_problem(error: ValidationError, method: Method) -> str:
     if first["type"] == "extra_forbidden":
         return _unknown(place, first["input"], method)
     section = _section(Config.model_fields[place[0]].annotation) if len(place) == 1 else None
-    if section is not None:
+    if section is not None and not isinstance(first["input"], Mapping):
         some = ", ".join(list(section.model_fields)[:3])
         return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
-    if len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
+    if section is None and len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
         return _no_section(place[0], first["input"], method)
-    return f"{'.'.join(place)}: {first['msg']} (it is {quoted(first['input'])})"
+    shown = "" if section is not None else f" (it is {quoted(first['input'])})"
+    return f"{'.'.join(place)}: {first['msg']}{shown}"
 
 
 def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:

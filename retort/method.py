@@ -284,12 +284,31 @@ def number_problem(number: float, *, tiny: bool = False) -> str | None:
     return None
 
 
+def numeric(hint: Any) -> bool:
+    """Whether a setting with this annotation is a number, and neither true nor false."""
+    kinds = {hint, *(kind for own in get_args(hint) for kind in (own, *get_args(own)))}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def refuse_truth(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
+    """Raises `UserError` where a setting that is a number is given as true or false, which Python takes for 1 and 0."""
+    hints = _hints(build)
+    for name, value in settings.items():
+        if isinstance(value, bool) and numeric(hints.get(name)):
+            raise UserError(f"method.{name} is {str(value).lower()}; give a number")
+
+
+def _hints(build: Callable[..., Method]) -> dict[str, Any]:
+    try:
+        return get_type_hints(inspect.unwrap(build), include_extras=True)
+    except NameError:  # annotations that only its author's module can read
+        return {}
+
+
 def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
     """Refuses NaN and numbers out of all range in any setting, and infinity in those that are not `Unbounded`."""
-    try:
-        hints = get_type_hints(build, include_extras=True)
-    except NameError:  # annotations that only its author's module can read
-        hints = {}
+    refuse_truth(build, settings)
+    hints = _hints(build)
     for name, value in settings.items():
         for number in _numbers(value):
             if isinstance(number, float) and math.isnan(number):

@@ -11,7 +11,7 @@ from typing import Any
 
 import retort.methods
 from retort.errors import UserError, did_you_mean, quoted
-from retort.method import Method
+from retort.method import Method, refuse_truth
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
@@ -59,6 +59,7 @@ def load(name: str, **settings: Any) -> Method:
     for key in settings:
         if key not in defaults(name):
             raise UserError(f"method '{name}' has no setting '{key}'; {did_you_mean(key, defaults(name))}")
+    refuse_truth(build, settings)
     try:
         return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)(**settings)
     except ValidationError as error:

@@ -22,13 +22,21 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from retort.files import unnameable
-from retort.method import COLDEST, HOTTEST, number_problem
+from retort.method import COLDEST, HOTTEST, number_problem, numeric
 
 
 class Section(BaseModel):
     """Settings that are checked together; nothing of them changes afterwards."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """True is no 1: whoever writes it means another setting."""
+        if isinstance(value, bool) and numeric(cls.model_fields[str(info.field_name)].annotation):
+            raise PydanticCustomError("number", "must be a number, not true or false")
+        return value
 
     @field_validator("*")
     @classmethod

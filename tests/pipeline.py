@@ -234,10 +234,10 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within, `prepare` reads every model from disk once and takes copies after that, of this type if one is given."""
     load = setups.load
 
-    def once(config: Any, name: str, role: Any) -> LanguageModel:
+    def once(config: Any, name: str, role: Any, given: Any = None) -> LanguageModel:
         key = (name, role, dtype)
         if key not in _models:
-            _models[key] = load(config, name, role)
+            _models[key] = load(config, name, role, given)
             if dtype is not None:
                 _models[key].model.to(dtype)  # type: ignore[call-overload]
         return replace(_models[key], model=copy.deepcopy(_models[key].model))

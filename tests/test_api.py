@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy
+import pandas
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ import retort
 from retort import config as configuration
 from retort.advantages import log_ratio
 from retort.cli import main
-from retort.data import fingerprint
+from retort.data import fingerprint, prompts_from_rows
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
@@ -140,8 +143,6 @@ class StopsAtTwo(retort.Callback):
 def test_objects_are_taken_for_names_and_a_run_with_them_ends_early_and_goes_on(
     tiny_run: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import pandas
-
     named, rest = arguments(tiny_run)
     whole = retort.distill(
         **{name: Path(place) for name, place in named.items()}, out=tmp_path / "a", steps=3, settings=rest
@@ -242,6 +243,23 @@ def test_a_callback_returns_nothing_or_a_stop() -> None:
     assert call(asks, "on_step", None) == "first"  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reason", ["", None, " \n", 0])
+def test_a_stop_stops_whatever_its_words_are(reason: Any) -> None:
+    asks = [
+        SimpleNamespace(on_step=lambda run: None),
+        SimpleNamespace(on_step=lambda run: retort.Stop(reason)),
+        SimpleNamespace(on_step=lambda run: retort.Stop("another")),
+    ]
+    said = call(asks, "on_step", None)  # type: ignore[arg-type]
+    assert said == ("0" if reason == 0 else "a callback asked for it")
+
+
+def test_a_callback_that_exits_is_one_that_raised() -> None:
+    asks = SimpleNamespace(on_end=lambda run: sys.exit(3))
+    with pytest.raises(RunError, match="callback SimpleNamespace.on_end raised SystemExit: 3"):
+        call([asks], "on_end", None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
@@ -327,3 +345,75 @@ def test_rows_are_kept_as_they_were_read(tmp_path: Path) -> None:
     (tmp_path / "given-data.jsonl").write_text('{"prompt": "1"}\n[]\n')
     with pytest.raises(UserError, match="given-data.jsonl, line 2: holds a list"):
         Rows.kept(tmp_path / "given-data.jsonl")
+
+
+#: Cells that a column which is read may hold, as Python has them.
+READ: dict[str, Any] = {
+    "datetime": datetime(2026, 1, 1, 12, 30),
+    "date": date(2026, 1, 1),
+    "with a zone": datetime(2026, 1, 1, tzinfo=UTC),
+    "timestamp": pandas.Timestamp("2026-01-01 10:00"),
+    "decimal": Decimal("1E+3"),
+    "small decimal": Decimal("0.10"),
+    "float": 1e22,
+    "numpy": numpy.float32(0.1),
+    "array": numpy.array(7),
+    "part": {"deep": Decimal("2E+1")},
+}
+
+
+@pytest.mark.parametrize("column", ["answer", "id", "domain", "hint"])
+@pytest.mark.parametrize("kind", READ)
+def test_a_cell_is_kept_as_it_is_read(kind: str, column: str) -> None:
+    theirs = "cell.deep" if kind == "part" else "cell"
+    rows = Rows([{"prompt": "1 =", "cell": READ[kind]}])
+    lines = [json.loads(line) for line in rows.content.splitlines()]
+    first, second = (prompts_from_rows(found, columns={column: theirs}) for found in (rows.rows, lines))
+    assert fingerprint(first) == fingerprint(second)
+    assert Rows(lines).content == rows.content
+
+
+def test_a_table_with_times_is_kept_as_it_is_read() -> None:
+    import datasets
+
+    table = datasets.Dataset.from_dict({"prompt": ["1 ="], "answer": [datetime(2026, 1, 1)], "a": [Decimal("1.50")]})
+    rows = Rows.of("data", table, None)
+    kept = [json.loads(line) for line in rows.content.splitlines()]
+    for columns in ({}, {"answer": "a"}):
+        first, second = (prompts_from_rows(found, columns=columns) for found in (rows.rows, kept))
+        assert fingerprint(first) == fingerprint(second)
+
+
+def test_columns_whose_names_are_no_text_are_not_used_and_are_kept() -> None:
+    row: dict[Any, Any] = {"prompt": "1 =", 1: 2, (1, 2): "x", None: 3, "seen": {(3, 4): {5: 6, "5": 7}, True: 1}}
+    notes: list[str] = []
+    read = prompts_from_rows([row], notes=notes)
+    assert notes == ["data: columns not used: 1, (1, 2), None, seen (of (3, 4), True)"]
+    line = Rows([row]).content
+    kept = json.loads(line)
+    assert kept == {
+        "prompt": "1 =",
+        "1": 2,
+        "(1, 2)": "x",
+        "null": 3,
+        "seen": {"(3, 4)": {"5": 7}, "true": 1},
+    }
+    assert fingerprint(prompts_from_rows([kept])) == fingerprint(read)
+    assert json.loads(Rows([{1: "number", "1": "text"}, {"1": "text", 1: "number"}]).content.splitlines()[0]) == {
+        "1": "text"
+    }
+    with pytest.raises(UserError, match="'answer' is mapped to a column '1' that is not there"):
+        prompts_from_rows([row], columns={"answer": "1"})
+    with pytest.raises(UserError, match=r"no column 'prompt' or 'messages' \(found: 0, 1\)"):
+        prompts_from_rows([{0: "a", 1: "b"}])  # type: ignore[dict-item]
+
+
+def test_a_column_that_no_file_can_hold_is_named() -> None:
+    circle: list[Any] = []
+    circle.append(circle)
+    table: dict[str, Any] = {}
+    table["self"] = table
+    for cell in (circle, table, 10**5000):
+        with pytest.raises(UserError, match="data, row 1: the column 'odd' cannot be kept in the run's folder") as e:
+            collect({"data": [{"prompt": "1"}, {"prompt": "2", "odd": cell}]}, {}, None)
+        assert "\n" not in str(e.value)

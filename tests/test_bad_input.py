@@ -310,3 +310,12 @@ def test_a_missing_tracker_package_is_said_before_anything_is_judged(
     with pytest.raises(UserError, match="'trackio' needs the package trackio: pip install"):
         runner.start(configuration.resolve({**tiny_run, "tracker": "trackio"}), tmp_path / "run")
     runner.start(configuration.resolve(tiny_run), tmp_path / "run")  # the folder is not taken by the attempt
+
+
+@pytest.mark.parametrize(("data", "meant"), [("countdwon", "countdown"), ("rankin", "ranking"), ("coachd", "coached")])
+@pytest.mark.parametrize("models", [[], ["--student", "x"]])
+def test_a_misspelt_task_is_seen_first(
+    capsys: pytest.CaptureFixture[str], data: str, meant: str, models: list[str]
+) -> None:
+    assert main(["train", "--data", data, *models]) == 2
+    assert f"did you mean '{meant}'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,9 @@ def test_two_steps_of_every_method(method: str, tmp_path: Path, capsys: pytest.C
         "report.html",
     ):
         assert word in shown, word
-    spent = next(line for line in shown.splitlines() if line.startswith("time of the steps: ")).split(": ")[1]
+    times = next(line for line in shown.splitlines() if line.startswith("time of the steps: "))
+    assert re.match(r"time of the steps: [\d.]+ s for [\d,]+ tokens \([\d,.]+ tokens/s\): ", times)
+    spent = times.split(": ")[2]
     shares = {part.rsplit(" ", 1)[0]: float(part.rsplit(" ", 1)[1].rstrip("%")) for part in spent.split(", ")}
     assert {"generate", "teacher", "student", "loss", "backward", "everything else"} <= set(shares)
     assert sum(shares.values()) == pytest.approx(100, abs=1)

@@ -77,3 +77,12 @@ def test_only_the_settings_given_count(
         assert main([*words, *small, "max_new_tokens=6", *more]) == 0
         found.append(json.loads(capsys.readouterr().out)["rows"])
     assert found[0] == found[1] != found[2]
+
+
+def test_a_length_that_nobody_gave_is_made_to_fit(
+    model_folder: Callable[..., Path], prompts_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["eval", str(model_folder(seed=1)), "--data", str(prompts_file), "task=exact", "precision=fp32"]
+    assert main([*words, "problems=1", "samples=1"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the model's context of 128 holds no more" in shown

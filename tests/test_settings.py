@@ -503,3 +503,20 @@ def test_the_folder_of_a_run_leads_to_its_model(tmp_path: Path) -> None:
     for file in (tmp_path / "config.json", tmp_path / "model" / "config.json"):
         file.write_text("{}")
     assert str(tmp_path / "model") in str(_wrong_with(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": {"learning_rate": True}},
+        {"rollout": {"prompts": True}},
+        {"steps": True},
+        {"seed": False},
+        {"eval": {"max_new_tokens": True}},
+        {"method": {"name": "opd", "temperature": True}},
+        {"method": {"name": "eopd", "top_k": True}},
+    ],
+)
+def test_true_is_no_number(settings: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="number"):
+        resolve({"data": "countdown"}, settings)

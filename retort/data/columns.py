@@ -43,7 +43,7 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
 def _names(row: Mapping[str, Any]) -> list[str]:
     """The columns of a row, and the parts of its structures as they are mapped."""
     inner = [f"{name}.{part}" for name, value in row.items() if isinstance(value, Mapping) for part in value]
-    return [*row, *inner]
+    return [*map(str, row), *inner]
 
 
 def check_mapping(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
@@ -99,7 +99,7 @@ class Seen:
 
     def row(self, row: Mapping[str, Any]) -> None:
         """Remembers the columns of a row, and the parts of its structures."""
-        for name, value in row.items():
+        for name, value in ((str(name), value) for name, value in row.items()):
             if name not in self._parts:
                 self._parts[name] = {}
             if isinstance(value, dict):

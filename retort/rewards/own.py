@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import math
 import os
@@ -53,7 +54,7 @@ class OwnVerifier:
         """Asks nothing yet; `name` is for messages and for the run's settings."""
         self.name = name
         self._grade = grade
-        self._said: OrderedDict[tuple[str, str, str], Grade] = OrderedDict()
+        self._said: OrderedDict[tuple[bytes, str], Grade] = OrderedDict()
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """The reward, from 0 to 1.
@@ -73,7 +74,7 @@ class OwnVerifier:
         Raises:
             UserError: As a call.
         """
-        key = (prompt.id, prompt.text, text)
+        key = (_whole(prompt), text)
         if key not in self._said:
             self._said[key] = self._asked(prompt, text)
             if len(self._said) > _REMEMBERED:
@@ -84,7 +85,7 @@ class OwnVerifier:
         at = f"verifier '{self.name}', row '{prompt.id}'"
         try:
             said: Any = self._grade(prompt, text)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit() is no way to end a run either: it would not be saved
             kind, words = type(error).__name__, " ".join(str(error).split())
             raise UserError(
                 f"{at}: it raised {kind}{f': {words[:300]}' if words else ''} on the completion {quoted(text)}; "
@@ -192,6 +193,11 @@ def imported(task: str) -> Grader:
             f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion"
         )
     return cast("Grader", found)
+
+
+def _whole(prompt: Prompt) -> bytes:
+    """A digest of all that a verifier may look at: rows to learn from and to judge on may have one id and one text."""
+    return hashlib.sha256(repr(prompt).encode("utf-8", "surrogatepass")).digest()
 
 
 def _number(value: Any) -> float | None:

@@ -47,7 +47,7 @@ class Prompts:
 
     Attributes:
         ids: By rollout; None where there is no context.
-        cut: How many had a privileged text cut to fit.
+        cut: How many had a privileged text cut to fit, or to nothing.
         shows: How many were shown something in the words of a template, by its name.
     """
 
@@ -185,7 +185,7 @@ class LocalTeacher:
                     view.prompt, lambda made, most=longest: len(self.render(made, split=True)) <= most
                 )
                 ids = None if prompt is None else render(prompt)
-                cut += ids is not None
+                cut += 1
             for name in (scene.shown or ()) if ids is not None else ():
                 shows[name] = shows.get(name, 0) + 1
             found.append(ids)

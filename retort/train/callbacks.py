@@ -21,7 +21,7 @@ class Stop:
     It ends as at its last step: saved, judged, its model exported; and can be resumed.
 
     Attributes:
-        reason: Why, for the console and the log.
+        reason: Why, for the console and the log. Without words it is said that a callback asked for it.
     """
 
     reason: str = "a callback asked for it"
@@ -80,10 +80,13 @@ def call(callbacks: Sequence[Any], hook: str, run: Run, *said: Any) -> str | Non
         who = f"callback {type(callback).__name__}.{hook}"
         try:
             answer: object = method(run, *said)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             words = " ".join(str(error).split())[:300]
             raise RunError(f"{who} raised {type(error).__name__}{f': {words}' if words else ''}") from error
         if answer is not None and not isinstance(answer, Stop):
             raise RunError(f"{who} returned {quoted(answer)}; it returns None, or retort.Stop(reason) to end the run")
-        reason = reason or (cast("Stop", answer).reason if answer is not None else None)
+        if reason is None and answer is not None:
+            given = cast("Stop", answer).reason
+            reason = " ".join(str(given).split()) if given is not None else ""
+            reason = reason or Stop.reason
     return reason

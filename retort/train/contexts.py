@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,6 +88,39 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
                 f"view '{name}' shows its teacher words that {model.name} does not know (id {unknown}, "
                 f"{model.lm.tokenizer.unk_token!r}) in {found} of {seen} prompts looked at: {remedy}"
             )
+
+
+def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, notes: list[str]) -> None:
+    """Refuses a run whose views can show nothing in the room that they have, and notes prompts of which that is so.
+
+    Args:
+        method: Whose views.
+        models: Who reads them, by `View.model`.
+        stage: With the run's templates, prompts and the longest prompt of a view.
+        notes: Of the run.
+
+    Raises:
+        UserError: For none of the prompts looked at is there room for a single character, in any view that is learnt
+            from.
+    """
+    full = set[str]()
+    for name, view in method.views.items():
+        room = min(stage.longest or 2**31, models[view.model].lm.context - 1)
+        scenes = list(_scenes(method, view, True, stage)) if view.render is not None else []
+        least = [view.prompt(replace(scene, limit=1)) for scene in scenes]
+        lengths = [len(models[view.model].render(prompt, split=True)) for prompt in least if prompt is not None]
+        tight = sum(length > room for length in lengths)
+        if not tight:
+            continue
+        what = (
+            f"view '{name}' has no room for a single character of what it shows in {tight} of {len(lengths)} prompts "
+            f"looked at: the rest of a prompt alone has up to {max(lengths)} tokens, and rollout.max_view_tokens is "
+            f"{stage.longest}, the context of {models[view.model].name} {models[view.model].lm.context}"
+        )
+        full |= {name} if tight == len(lengths) else set()
+        if full and all(any(term.asks(other) for other in full) for term in method.terms):
+            raise UserError(f"{what}; nothing would be learnt: raise rollout.max_view_tokens, or shorten the prompts")
+        notes.append(what)
 
 
 def _ids(model: LocalTeacher, stage: Stage, template: str) -> list[int]:

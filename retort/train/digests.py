@@ -40,6 +40,13 @@ def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
         )
 
 
+def adapter_state(student: LanguageModel) -> dict[str, Any]:
+    """Of a student with an adapter, what is not saved and must be the same again; empty without one."""
+    if student.adapter is None:
+        return {}
+    return {"lora": student.adapter.settings, "adapted": student.bare().digest()}
+
+
 def refuse_other_adapter(path: Path, state: Mapping[str, Any], student: LanguageModel) -> None:
     """Refuses a checkpoint of another adapter than the student's, or of one on other weights.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ import torch
 from retort import config as configuration
 from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
+from retort.config import Config
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.judge import Judge
+from retort.models.lm import LanguageModel
 from retort.rewards.own import is_own
 from retort.synonyms import ours_for
 from retort.train.observe import Observer
@@ -73,15 +76,12 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
+    longest, first = 0, prompts[0].id
     for prompt in prompts:
         ids = render(prompt)
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
-        length = len(ids)
-        if length + judge.max_new_tokens > lm.context:
-            raise UserError(
-                f"row '{prompt.id}': {length} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
-                f"context of {lm.context}; lower max_new_tokens"
-            )
+        longest, first = max((longest, first), (len(ids), prompt.id))
+    judge = _fit(config, judge, lm, (longest, first), observer)
     row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
     cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
@@ -94,6 +94,28 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         "profile": {model: row["profile"]},
         **({"given_up": {model: row["given_up"]}} if "given_up" in row else {}),
     }
+
+
+def _fit(config: Config, judge: Judge, lm: LanguageModel, prompt: tuple[int, str], observer: Observer) -> Judge:
+    """The judge, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
+
+    Raises:
+        UserError: A length of the user's does not fit, or none does.
+    """
+    longest, row = prompt
+    room = lm.context - longest
+    if judge.max_new_tokens <= room:
+        return judge
+    if room < 1 or config.given("eval.max_new_tokens") or config.given("rollout.max_new_tokens"):
+        raise UserError(
+            f"row '{row}': {longest} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
+            f"context of {lm.context}; lower max_new_tokens"
+        )
+    observer.note(
+        f"answers end after {room:,} tokens: beside the longest prompt (row '{row}', {longest} tokens) the model's "
+        f"context of {lm.context:,} holds no more"
+    )
+    return replace(judge, max_new_tokens=room)
 
 
 def _full(word: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -59,7 +59,14 @@ class Examination:
 
     def __getitem__(self, name: str) -> Check:
         """The check of a name."""
-        return next(check for check in self.checks if check.name == name)
+        found = next((check for check in self.checks if check.name == name), None)
+        if found is None:
+            raise KeyError(f"no check {name!r}; there are {', '.join(check.name for check in self.checks)}")
+        return found
+
+    def __iter__(self) -> Iterator[Check]:
+        """All checks."""
+        return iter(self.checks)
 
     def plain(self) -> dict[str, Any]:
         """For JSON."""

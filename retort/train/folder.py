@@ -159,7 +159,7 @@ class Claim:
         if self._where() != self._place:
             raise RunError(
                 f"{self.folder}: the run's folder was removed or renamed while the run was at work; if it was renamed, "
-                "go on with: retort train --resume NEW_NAME"
+                "resume it by its new name"
             )
 
     def release(self) -> None:

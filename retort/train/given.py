@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import cached_property
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 from typing import Any, cast
 
 from retort.config import Config
 from retort.data import load_prompts, prompts_from_rows
 from retort.data.load import numbered
-from retort.errors import UserError
+from retort.data.values import plain
+from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
 from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
 from retort.rewards.verify import Verifier
+from retort.train.arguments import path_of
 from retort.types import Prompt
 
 #: Who can be given as a model, with the text that stands for it.
@@ -38,9 +41,11 @@ class Rows:
 
     Attributes:
         rows: The mappings, as given.
+        where: What messages call them.
     """
 
     rows: Sequence[Mapping[str, Any]]
+    where: str = "data"
 
     @staticmethod
     def of(setting: str, given: Any, limit: int | None) -> Rows:
@@ -54,7 +59,8 @@ class Rows:
         Raises:
             UserError: It is no such thing.
         """
-        return Rows([row for _, row in islice(numbered(given, ROWS[setting][0]), limit)])
+        where = ROWS[setting][0]
+        return Rows([row for _, row in islice(numbered(given, where), limit)], where)
 
     @staticmethod
     def kept(path: Path) -> Rows:
@@ -78,8 +84,12 @@ class Rows:
 
     @cached_property
     def content(self) -> bytes:
-        """The rows as JSON lines."""
-        return b"".join(json.dumps(dict(row), default=_plain).encode() + b"\n" for row in self.rows)
+        """The rows as JSON lines, which are read as the rows themselves are.
+
+        Raises:
+            UserError: A cell, perhaps of a column that nobody reads, is nothing that JSON can spell.
+        """
+        return b"".join(_line(self.where, number, row) for number, row in enumerate(self.rows))
 
     @property
     def label(self) -> str:
@@ -155,6 +165,17 @@ class Given:
                 rows[setting] = Rows.kept(folder / ROWS[setting][1])
         return replace(self, rows=rows)
 
+    @property
+    def notes(self) -> list[str]:
+        """What nobody can check of objects that are given again."""
+        if self.grade is None or not name_of(self.grade).startswith(IN_MEMORY):
+            return []
+        name = name_of(self.grade).removeprefix(IN_MEMORY)
+        return [
+            f"the verifier is called {name}, as the one that the run was started with; that it grades like that one is "
+            "not checked"
+        ]
+
     def keep(self, folder: Path) -> None:
         """Writes the rows into the folder of a run.
 
@@ -163,6 +184,16 @@ class Given:
         """
         for setting, rows in self.rows.items():
             write_bytes(folder / ROWS[setting][1], rows.content)
+
+
+def going_on(config: Config, folder: Path) -> str:
+    """What its user types to go on with a run: the command, or where it was given objects, the call that names them."""
+    again = [f"{role}=(model, tokenizer)" for role, text in MODELS.items() if getattr(config, role) == text]
+    again += ["method=..."] if config.own_method else []
+    again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
+    if not again:
+        return f"retort train --resume {folder}"
+    return f"retort.distill(resume={str(folder)!r}, {', '.join(again)}), with the same objects"
 
 
 def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], Given]:
@@ -182,12 +213,13 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     for name, thing in named.items():
         if thing is None:
             continue
-        if isinstance(thing, (str, os.PathLike)):
-            found[name] = os.fspath(thing)
+        if isinstance(thing, (str, PathLike)):
+            found[name] = path_of(ROWS[name][0] if name in ROWS else name, thing)
         elif name in MODELS:
             found[name], models[MODELS[name]] = MODELS[name], Held.of(name, thing)
         else:
-            judged = cast("Mapping[str, Any]", settings.get("eval") or {})
+            judged = settings.get("eval")
+            judged = cast("Mapping[str, Any]", judged) if isinstance(judged, Mapping) else {}
             limit = settings.get("limit") if name == "data" else judged.get("problems")
             rows[name] = Rows.of(name, thing, limit if isinstance(limit, int) and limit > 0 else None)
             found[name] = rows[name].label
@@ -209,6 +241,39 @@ def _named(folder: Path, what: str, how: str) -> UserError:
     return UserError(f"{folder}: the {what} of this run is {how}, so none can be given; leave it out")
 
 
-def _plain(thing: Any) -> Any:
-    """What JSON does not know: arrays and tensors as lists, all else as its text."""
-    return thing.tolist() if hasattr(thing, "tolist") else str(thing)
+def _line(where: str, number: int, row: Mapping[Any, Any]) -> bytes:
+    """A row as a line of JSON."""
+    cells: list[str] = []
+    for name, value in row.items():
+        # A column whose name is no text is never read; it makes room for one that is called like that.
+        if not isinstance(name, str) and _key(name) in row:
+            continue
+        try:
+            cells.append(f"{json.dumps(_key(name))}: {json.dumps(_spelt(plain(value)))}")
+        except (ValueError, RecursionError) as error:  # a circle, or a number of thousands of digits
+            why = "nested too deeply, or within itself" if isinstance(error, RecursionError) else str(error)
+            raise UserError(
+                f"{where}, row {number}: the column {quoted(name, 40)} cannot be kept in the run's folder ({why}); "
+                "leave it out"
+            ) from None
+    return f"{{{', '.join(cells)}}}\n".encode()
+
+
+def _spelt(value: Any) -> Any:
+    """A plain cell in JSON's types, so that it is read as it is itself (see `retort.data.values`)."""
+    if isinstance(value, Mapping):
+        texts = {key for key in value if isinstance(key, str)}
+        return {_key(key): _spelt(item) for key, item in value.items() if key in texts or _key(key) not in texts}
+    if isinstance(value, list):
+        return [_spelt(item) for item in value]
+    if isinstance(value, Decimal) and value.is_finite():
+        return format(value, "f")
+    # Nobody reads what is still something else: such a cell is refused where it is read.
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def _key(key: Any) -> str:
+    """The name of a column or of a part as JSON has it."""
+    if isinstance(key, str):
+        return key
+    return json.dumps(key) if key is None or isinstance(key, int | float) else str(key)

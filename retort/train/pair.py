@@ -11,6 +11,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.teachers.itself import OwnWeights
+from retort.train.prompts import refuse_misspelt
 
 
 def asks_teacher(method: Method) -> str | None:
@@ -43,6 +44,8 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:
     """Student, teacher and data; a teacher only where the method asks one."""
     asked = asks_teacher(method)
+    if config.data is not None:
+        refuse_misspelt(config.data)
     for name in ("student", "teacher", "data") if asked else ("student", "data"):
         if getattr(config, name) is None:
             given = "--student, --teacher and --data" if asked else "--student and --data"

@@ -63,12 +63,17 @@ def judge_prompts(config: Config, data: str, notes: list[str], given: Given | No
     return _load(config, "eval.data", data, config.eval.problems, notes, given)
 
 
+def refuse_misspelt(data: str) -> None:
+    """Raises `UserError` where data is no file, and nearly the name of a task that ships with Retort."""
+    near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
+    if near and data not in BUILTIN and not Path(data).exists():
+        raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
+
+
 def _load(
     config: Config, setting: str, data: str, limit: int | None, notes: list[str], given: Given | None
 ) -> list[Prompt]:
-    near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
-    if near and not Path(data).exists():
-        raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
+    refuse_misspelt(data)
     prompts = (given or Given()).prompts(config, setting, data, limit, notes)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 

@@ -23,7 +23,7 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
     """The table of a resumed run, or an empty one.
 
     Raises:
-        UserError: `eval.json` is damaged. Lines of `answers.jsonl` that are, are left out when it is next written.
+        UserError: `eval.json` is damaged. Lines of `answers.jsonl` that are stay as they are; the report names them.
     """
     path = folder / "eval.json"
     if path.exists():
@@ -112,7 +112,7 @@ def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -
     """Replaces the answers of one writer."""
     # Bytes, and not `splitlines`, which also cuts at separators that JSON text may hold, such as U+2028.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    kept = [line for line in lines if line and _writer(line) not in (who, None)]
+    kept = [line for line in lines if line and _writer(line) != who]  # what is damaged stays, for the report to name
     added = [json.dumps({"who": who, **answer}, ensure_ascii=False).encode("utf-8", "replace") for answer in answers]
     if kept or added:
         write_bytes(path, b"".join(line + b"\n" for line in [*kept, *added]))

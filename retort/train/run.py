@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,18 @@ import torch
 from retort import config as configuration
 from retort.apply import check_needs, wanted
 from retort.data import fingerprint
-from retort.errors import RunError, UserError
+from retort.errors import RetortError, RunError, UserError
 from retort.rewards.verify import given_up
 from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
+from retort.train.advice import advice
 from retort.train.callbacks import call
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
-from retort.train.digests import digests, refuse_other_adapter, refuse_others
+from retort.train.digests import adapter_state, digests, refuse_other_adapter, refuse_others
 from retort.train.folder import Claim, refuse_files
-from retort.train.given import Given
+from retort.train.given import Given, going_on
 from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.judging import Judging
@@ -39,7 +41,7 @@ from retort.train.write import write_rollouts
 from retort.types import Pack
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """A distillation run.
 
@@ -96,6 +98,11 @@ class Run:
         self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder)
         self._identity = identity(self.setup)
+        self._go_on = going_on(self.setup.config, self.folder)
+
+    def __repr__(self) -> str:
+        method = self.setup.method.name
+        return f"<Run of {method} in {str(self.folder)!r}: step {self.step} of {self.setup.steps}>"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -141,7 +148,8 @@ class Run:
         while self.step < setup.steps and not self._ended():
             metrics, scores = self._one_step(), None
             if judging.due(self.step):
-                scores = self._judge_now(judging)
+                with self._safe(first=lambda known=metrics: self._log(known, tracker)):
+                    scores = self._judge_now(judging)
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
@@ -154,7 +162,8 @@ class Run:
 
         self.save()
         if judging:
-            scores = judging.student(self._progress("judging the student"), results.AFTER)
+            with self._safe():
+                scores = judging.student(self._progress("judging the student"), results.AFTER)
             self.results = judging.results
             self._tell("on_eval", scores)
         self._claim.check()
@@ -194,15 +203,16 @@ class Run:
         """Write, ask the teachers, learn: one batch of rollouts."""
         self._doing = f"step {self.step + 1}"
         setup, moment, watch = *self.now(), Stopwatch()
-        if moment.done == 0:
-            self._take_over()
-        with watch("probe"):
-            probed = self.control.probe(setup, moment) if moment.done == 0 else {}
-            moment = replace(moment, readings=self.control.readings(setup))
-            hard = self._difficulties(setup, moment)
         before = given_up(setup.verifier)
-        with watch("generate"):
-            rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
+        with self._safe():
+            if moment.done == 0:
+                self._take_over()
+            with watch("probe"):
+                probed = self.control.probe(setup, moment) if moment.done == 0 else {}
+                moment = replace(moment, readings=self.control.readings(setup))
+                hard = self._difficulties(setup, moment)
+            with watch("generate"):
+                rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
         lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
@@ -267,17 +277,8 @@ class Run:
         self._lines.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
         self.observer.step(self.step, self.setup.steps, metrics)
-        if metrics.get("given_up") and "given_up" not in self._advised:
-            self._advised.add("given_up")
-            self.observer.note(
-                f"step {self.step}: {metrics['given_up']} completions count as wrong because their comparison with the "
-                "right answer found no end (curve given_up; docs/grading.md)"
-            )
-        for watch in self.setup.method.watch:
-            low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
-            if low and watch.name not in self._advised:
-                self._advised.add(watch.name)
-                self.observer.note(f"{watch.name} is {metrics[watch.name]:.2f}: {watch.advice}")
+        for text in advice(metrics, self.setup.method.watch, self.step, self._advised):
+            self.observer.note(text)
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment, and drops those that are not to be kept."""
@@ -295,9 +296,7 @@ class Run:
             "advised": sorted(self._advised),
             "run": self._identity,
         }
-        adapter = self.setup.student.adapter
-        if adapter is not None:  # only what learns is saved: what does not must be the same again
-            state |= {"lora": adapter.settings, "adapted": self.setup.student.bare().digest()}
+        state |= adapter_state(self.setup.student)
         weights = self.setup.student.trainable()
         tensors = checkpoint.optimizer_tensors(self.optimizer)
         own = self.setup.own_weights
@@ -343,7 +342,7 @@ class Run:
     def _stopped(self) -> str:
         newest = checkpoint.newest(self.folder / "checkpoints")
         saved = "no checkpoint was saved yet" if newest is None else f"{newest.name} is its newest checkpoint"
-        return f"stopped at once in {self._doing}; {saved}, go on with: retort train --resume {self.folder}"
+        return f"stopped at once in {self._doing}; {saved}, go on with: {self._go_on}"
 
     def _progress(self, text: str) -> Any:
         self._doing = text
@@ -360,8 +359,9 @@ class Run:
         Not where a run was resumed without that (evaluation was switched on later): there is no "before" any more.
         """
         if judging and not judging.has_begun and not self.step:
-            judging.teacher(self._progress("judging the teacher"))
-            scores = judging.student(self._progress("judging the student"), results.BEFORE)
+            with self._safe():
+                judging.teacher(self._progress("judging the teacher"))
+                scores = judging.student(self._progress("judging the student"), results.BEFORE)
             self.results = judging.results
             self._tell("on_eval", scores)
 
@@ -374,14 +374,21 @@ class Run:
         return scores
 
     def _tell(self, hook: str, *said: Any) -> None:
-        """Calls the callbacks at a moment at which the run could be saved; what they raise ends it, saved."""
-        try:
+        with self._safe(RunError):
             self._stop = call(self.callbacks, hook, self, *said) or self._stop
-        except RunError as error:
+
+    @contextlib.contextmanager
+    def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Where nothing is half learnt: what a verifier or callback raises ends the run, saved after `first`."""
+        states, visits = dict(self.control.states), tuple(self.shelf.visits)
+        try:
+            yield
+        except kind as error:
+            self.control.states, self.shelf.visits = states, deque(visits)
+            first()
             self.save()
-            raise RunError(
-                f"{error}; everything is saved at step {self.step} of {self.setup.steps}, go on with: "
-                f"retort train --resume {self.folder}"
+            raise type(error)(
+                f"{error}; everything is saved at step {self.step} of {self.setup.steps}, go on with: {self._go_on}"
             ) from error.__cause__
 
     def _stop_if_asked(self) -> None:
@@ -390,5 +397,5 @@ class Run:
         self.save()
         raise RunError(
             f"{self._interrupted.by} at step {self.step} of {self.setup.steps}; everything is saved, go on with: "
-            f"retort train --resume {self.folder}"
+            f"{self._go_on}"
         )

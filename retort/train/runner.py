@@ -122,6 +122,8 @@ def load(
             said = rise(run.setup, *run.now(), run.begun, run.updates, before)
             if said is not None:
                 run.observer.note(said)
+    for note in given.notes:
+        run.observer.note(note)
     return run
 
 

@@ -31,7 +31,7 @@ from retort.teachers.templates import templates
 from retort.train import pair, precision, reading
 from retort.train.attention import quickest
 from retort.train.before import batch_of, look, steps_of
-from retort.train.contexts import need_context, note_unknown
+from retort.train.contexts import need_context, need_room, note_unknown
 from retort.train.diagnose import watching
 from retort.train.given import Given
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
@@ -195,6 +195,7 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
         if base is not None and base.digest() == teacher.digest():
             raise pair.same_base(method)
     note_unknown(method, local, stage, notes)
+    need_room(method, local, stage, notes)
     own = pair.own_weights(config, method, student)
     models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:

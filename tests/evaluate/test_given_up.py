@@ -38,7 +38,7 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
     run.setup = replace(run.setup, verifier=Endless(), judge_verifier=Endless())
     run._phases = run.setup.phases  # pyright: ignore[reportPrivateUsage]
     run.go()
-    assert [row["given_up"] for row in run.metrics.rows()] == [4, 4]
+    assert [row["given_up"] for row in run.metrics] == [4, 4]
     assert [note for note in said if "found no end" in note] == [
         "step 1: 4 completions count as wrong because their comparison with the right answer found no end "
         "(curve given_up; docs/grading.md)"

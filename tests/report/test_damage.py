@@ -212,6 +212,9 @@ def test_damaged_lines_of_answers_cost_no_table(tmp_path: Path) -> None:
     cell = {"value": 0.5, "low": 0.1, "high": 0.9}
     table = results.read(tmp_path, None, config)
     results.add(tmp_path, table, results.AFTER, {"avg@8": cell, "answers": [{"text": "y"}]})
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert rows == [{"who": results.TEACHER, "text": "x"}, {"who": results.AFTER, "text": "y"}]
+    lines = (tmp_path / "answers.jsonl").read_bytes().split(b"\n")
+    good = [json.loads(line) for line in (kept, lines[-2])]
+    assert good == [{"who": results.TEACHER, "text": "x"}, {"who": results.AFTER, "text": "y"}]
+    # Nothing is thrown away, the damage least of all: the report names it.
+    assert lines == [*(line for line in bad if line), kept, b'{"who": 3}', b'{"who": "student a', lines[-2], b""]
     assert results.has(results.read(tmp_path, None, config), results.AFTER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,31 @@ def test_a_verifier_is_asked_once_about_a_completion_and_its_parts_and_feedback_
     assert grade_known(made, [PROMPT, PROMPT], ["1", "1"]) == [0.0, 0.0]
     assert (parts_of(made, PROMPT, "1"), made.feedback(PROMPT, "1")) == ({"asked": 2}, "asked 2 times")
     assert asked == ["", "1"]
+
+
+def test_rows_that_differ_in_anything_have_verdicts_of_their_own() -> None:
+    kinds = {
+        "answer": "3",
+        "response": "three",
+        "privileged": {"hint": "count"},
+        "clean": (Message("user", "1 + 1"),),
+        "domain": "sums",
+        "tools": ({"name": "sum"},),
+        "plain": False,
+        "messages": (Message("system", "1 + 1 ="),),
+    }
+    asked: list[Prompt] = []
+    made = OwnVerifier(lambda prompt, text: bool(asked.append(prompt)), "mine")
+    others = [replace(PROMPT, **{name: value}) for name, value in kinds.items()]
+    for prompt in (PROMPT, *others, replace(PROMPT), *others):
+        made(prompt, "2")
+    assert asked == [PROMPT, *others]
+
+
+@pytest.mark.parametrize("ends", [lambda: sys.exit(), lambda: sys.exit(3), lambda: sys.exit("enough")])
+def test_a_verifier_that_exits_is_one_that_raised(ends: Any) -> None:
+    with pytest.raises(UserError, match="row 'row-1': it raised SystemExit"):
+        OwnVerifier(lambda prompt, text: ends(), "mine")(PROMPT, "2")
 
 
 def test_a_verifier_without_feedback_is_none_that_gives_it_and_grades_rows_without_answers() -> None:

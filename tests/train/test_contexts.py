@@ -16,7 +16,7 @@ from retort.tasks.coached import TEMPLATES
 from retort.teachers.scene import Stage
 from retort.teachers.templates import TEMPLATES as ALL
 from retort.train.contexts import need_context
-from retort.train.setup import Setup, prepare
+from retort.train.setup import Setup, local_teacher, prepare
 
 
 def prepared(settings: dict[str, Any], **method: Any) -> Setup:
@@ -88,3 +88,22 @@ def test_unknown_words_are_noted_with_the_templates_that_hold_them(
     known = prepared({**tiny_run, "templates": words}, name="pw_opsd")
     assert not [note for note in known.notes if "does not know" in note]
     assert not [note for note in prepared(tiny_run, name="opd").notes if "does not know" in note]
+
+
+@pytest.mark.parametrize("name", ["opsd", "pw_opsd"])
+def test_views_without_room_are_refused_or_noted(tiny_run: dict[str, Any], name: str) -> None:
+    def with_room(tokens: int) -> Setup:
+        rollout = {**tiny_run["rollout"], "max_view_tokens": tokens}
+        return prepared({**tiny_run, "rollout": rollout}, name=name)
+
+    with pytest.raises(UserError, match=r"view 'teacher' has no room for a single character.*max_view_tokens is 4"):
+        with_room(4)
+    assert not [note for note in with_room(128).notes if "no room" in note]
+
+
+def test_what_is_cut_to_nothing_counts_as_cut(tiny_run: dict[str, Any]) -> None:
+    setup = prepared(tiny_run, name="opsd")
+    pack = pipeline.ragged(setup)
+    tight = local_teacher(setup.config, setup.student, setup.student).on(Stage(longest=4))
+    found = tight.prompts(pack, setup.method.views["teacher"])
+    assert found.counts["cut"] == found.counts["no_context"] == len(pack.rollouts)

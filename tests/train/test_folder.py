@@ -226,7 +226,12 @@ def at_work(model_folder: Any, prompts_file: Path, tmp_path: Path) -> Iterator[t
     out = tmp_path / "live"
     command = [sys.executable, "-m", "retort", "train", *words(model_folder, prompts_file, out)]
     process = subprocess.Popen(
-        [*command, "steps=100000", "eval.problems=0"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*command, "steps=100000", "eval.problems=0"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What nohup has told the tests to ignore, a run would ignore, too.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     wait_for(lambda: (out / "metrics.jsonl").exists() or process.poll() is not None)
     yield process, out
