@@ -57,8 +57,8 @@ def distill(
         teacher: The same; not for methods in which the student teaches itself.
         base: The same, of a second frozen model, for methods that ask one; by default the student as it was before
             training.
-        data: JSON lines, Parquet or a hub name; or rows: a list of dicts, a `datasets.Dataset`, any iterable of
-            mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
+        data: A file, a folder, a glob or a hub name (docs/data.md); or rows: a list of dicts, a `datasets.Dataset`, any
+            iterable of mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
         eval_data: The same, to judge on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
         verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a

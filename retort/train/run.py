@@ -101,8 +101,7 @@ class Run:
         self._go_on = going_on(self.setup.config, self.folder)
 
     def __repr__(self) -> str:
-        method = self.setup.method.name
-        return f"<Run of {method} in {str(self.folder)!r}: step {self.step} of {self.setup.steps}>"
+        return f"<Run of {self.setup.method.name} in '{self.folder}': step {self.step} of {self.setup.steps}>"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -340,8 +339,8 @@ class Run:
         self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
 
     def _stopped(self) -> str:
-        newest = checkpoint.newest(self.folder / "checkpoints")
-        saved = "no checkpoint was saved yet" if newest is None else f"{newest.name} is its newest checkpoint"
+        last = checkpoint.newest(self.folder / "checkpoints")
+        saved = f"{last.name} is its newest checkpoint" if last else "no checkpoint was saved yet"
         return f"stopped at once in {self._doing}; {saved}, go on with: {self._go_on}"
 
     def _progress(self, text: str) -> Any:
