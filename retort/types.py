@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from retort.errors import SignalError
 
-NeedKind = Literal["text", "sampled", "topk", "entropy", "dense", "hidden"]
+NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden"]
 
 
 @dataclass(frozen=True, order=True)
@@ -34,17 +35,21 @@ class Need:
     """One thing a method asks of a teacher, per view.
 
     Attributes:
-        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `entropy` (of the
-            whole distribution, nats), `dense` (every log-prob), `hidden` (its last hidden states), `text`.
-        k: for `topk`, how many candidates.
+        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `logp_at`
+            (log-probs of ids that somebody else chose), `entropy` (of the whole distribution, nats), `dense` (every
+            log-prob), `hidden` (its last hidden states), `text`.
+        k: for `topk` and `logp_at`, how many candidates.
+        whose: for `logp_at`, whose most likely ids they are.
     """
 
     kind: NeedKind
     k: int = 0
+    whose: Literal["teacher", "student"] = "teacher"
 
     def __str__(self) -> str:
         names = {
             "topk": f"its top-{self.k}",
+            "logp_at": f"log-probs of the {self.whose}'s top-{self.k}",
             "sampled": "log-prob of the token written",
             "entropy": "entropy",
             "dense": "the whole distribution",
@@ -58,8 +63,14 @@ ENTROPY = Need("entropy")
 DENSE = Need("dense")
 HIDDEN = Need("hidden")
 
+
+def logp_at(k: int) -> Need:
+    """The need for the teacher's log-probs of the student's `k` most likely ids."""
+    return Need("logp_at", k, whose="student")
+
+
 #: What a capability answers besides itself: whoever has the whole distribution has all that follows from it.
-IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "entropy"})}
+IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "logp_at", "entropy"})}
 
 
 def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
@@ -199,6 +210,16 @@ class Rollout:
     def action_ids(self) -> list[int]:
         """Ids of the acted tokens."""
         return _plain(self.tokens_L[self.acted_L])
+
+
+#: All rollouts of one visit to one prompt: what is graded and scored together.
+Group = tuple[Rollout, ...]
+
+
+def in_groups(rollouts: Sequence[Rollout]) -> list[Group]:
+    """Rollouts by visit to a prompt, those of a visit being neighbours; end to end they are in the order given."""
+    visits = groupby(rollouts, key=lambda rollout: (rollout.prompt.id, rollout.visit))
+    return [tuple(own) for _, own in visits]
 
 
 def _plain(ids_A: Tensor) -> list[int]:

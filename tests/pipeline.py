@@ -25,13 +25,13 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.signals import Dense
 from retort.teachers.itself import SelfTeacher
-from retort.teachers.local import LocalTeacher, answers
+from retort.teachers.local import LocalTeacher
 from retort.train import setup as setups
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.moment import Moment
 from retort.train.pair import asks_teacher
-from retort.train.score import Batch, score
+from retort.train.score import Batch, ask_teachers, score
 from retort.train.setup import Setup, prepare
 from retort.train.update import learn
 from retort.types import Pack, Rollout, TokenLosses
@@ -132,7 +132,7 @@ def scored(setup: Setup, pack: Pack) -> Batch:
     def asked(view: str) -> Any:
         return wanted(method, view, setup.teachers[view].capabilities, moment.step)
 
-    signals = answers(setup.teachers, method.views, pack, asked, method.temperature)
+    signals = ask_teachers(setup, pack, asked)
     return control.act(setup, score(setup, pack, signals, moment))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from retort import config as configuration
 from retort.cli import main
 from retort.errors import RunError, UserError
 from retort.signals import Dense, Sampled, TeacherSignal
-from retort.teachers.view import View
+from retort.teachers.base import Ask
 from retort.train import runner
-from retort.types import Need, NeedKind, Pack
+from retort.types import Group, Need, NeedKind, Pack
 
 Command = Callable[..., tuple[int, str]]
 
@@ -191,9 +191,9 @@ class FakeTeacher:
         self._answer = answer
         self.asked: list[frozenset[Need]] = []
 
-    def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
-        self.asked.append(needs)
-        return self._answer(pack)
+    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
+        self.asked.append(ask.needs)
+        return self._answer(Pack.of([rollout for group in groups for rollout in group]))
 
 
 def run_with(teacher: FakeTeacher, settings: dict[str, Any], folder: Path, method: str) -> runner.Run:

@@ -16,21 +16,33 @@ from retort.divergences.jsd import jsd_values
 from retort.divergences.kl import kl_values
 from retort.errors import UserError
 from retort.parts import Divergence
-from retort.types import DENSE, Need
+from retort.types import Need, logp_at
 
 Whose = Literal["student", "teacher", "union", "intersection", "symmetric_difference"]
 Tail = Literal["renormalised", "bucket"]
 Weighting = Literal["student", "teacher", "uniform"]
 
 
+def student_topk(context: Context, view: str, k: int) -> tuple[Tensor, Tensor]:
+    """The student's `k` most likely ids [N, K] and their log-probs under it now, nats [N, K], both detached.
+
+    Where the view's teacher was asked about ids, they are those: the student's top-k when the batch was scored, which
+    several updates on it leave behind. A teacher that has the whole distribution says something about any ids, so they
+    are those of the student as it is.
+    """
+    ids_NK = context.signal(view).candidates(k)
+    return context.student.topk(k) if ids_NK is None else (ids_NK, context.student.logp_at(ids_NK).detach())
+
+
 def support_ids(context: Context, view: str, whose: Whose, k: int) -> tuple[Tensor, Tensor]:
     """Ids [N, K], detached, and which of them belong to the support [N, K]; every id at most once."""
-    ours_NK, _ = context.student.topk(k)
+    if whose == "teacher":
+        theirs_NK, _ = context.signal(view).topk(k)
+        return theirs_NK, torch.ones_like(theirs_NK, dtype=torch.bool)
+    ours_NK, _ = student_topk(context, view, k)
     if whose == "student":
         return ours_NK, torch.ones_like(ours_NK, dtype=torch.bool)
     theirs_NK, _ = context.signal(view).topk(k)
-    if whose == "teacher":
-        return theirs_NK, torch.ones_like(theirs_NK, dtype=torch.bool)
     shared_NKK = ours_NK[:, :, None] == theirs_NK[:, None, :]
     if whose == "intersection":
         return ours_NK, shared_NKK.any(2)
@@ -143,7 +155,8 @@ def topk_score(k: int = 16, whose: Whose = "student", weighting: Weighting = "st
 
 
 def _needs(whose: Whose, k: int) -> frozenset[Need]:
-    return frozenset({Need("topk", k)}) if whose == "teacher" else frozenset({DENSE})
+    own, theirs = Need("topk", k), logp_at(k)
+    return frozenset({own}) if whose == "teacher" else frozenset({theirs} if whose == "student" else {own, theirs})
 
 
 def _check(name: str, k: int) -> None:

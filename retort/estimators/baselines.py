@@ -6,9 +6,10 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.divergences.kl import kl_values
+from retort.divergences.support import student_topk
 from retort.errors import UserError
 from retort.parts import Baseline
-from retort.types import DENSE
+from retort.types import DENSE, logp_at
 
 
 def reverse_kl_value(top_k: int | None = None) -> Baseline:
@@ -18,8 +19,8 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
 
     Args:
         top_k: None for the whole vocabulary (Eqs. 9-10). Otherwise both sides are renormalised on the student's `top_k`
-            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written. Either way
-            the teacher is asked for its whole distribution.
+            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written. The teacher
+            is then asked about those ids only.
 
     Raises:
         UserError: Fewer than 1 id. (On 1 id, renormalised, the value is 0 everywhere.)
@@ -31,8 +32,8 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
         teacher = context.signal(view)
         if top_k is None:
             return -context.student.reverse_kl(teacher.distribution).detach()
-        ids_NK, student_logp_NK = context.student.topk(top_k)
+        ids_NK, student_logp_NK = student_topk(context, view, top_k)
         return -kl_values(student_logp_NK.log_softmax(-1), teacher.logp_at(ids_NK).log_softmax(-1))
 
     name = "reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})"
-    return Baseline(name, value, frozenset({DENSE}))
+    return Baseline(name, value, frozenset({DENSE if top_k is None else logp_at(top_k)}))

@@ -28,9 +28,9 @@ from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
 from retort.streams import uniforms
-from retort.teachers.local import Teacher
+from retort.teachers.base import Ask, Teacher
 from retort.teachers.view import View
-from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet
+from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet, in_groups
 
 #: Prompts that are written and scored at once: bounds what is held in memory.
 _BLOCK = 64
@@ -168,7 +168,7 @@ class Judge:
         pack = Pack.of(list(rollouts))
         signals = {}
         if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), 1.0)}
+            signals = {"teacher": teacher.score(in_groups(rollouts), Ask(View(), frozenset({DENSE})))}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)

@@ -29,9 +29,10 @@ from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
 from retort.signals import TeacherSignal
 from retort.streams import generator, permutation, uniforms
-from retort.teachers.local import LocalTeacher, Teacher
+from retort.teachers.base import Ask, Teacher
+from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
-from retort.types import DENSE, Pack, Prompt, Rollout
+from retort.types import DENSE, Pack, Prompt, Rollout, in_groups
 
 #: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
 PREDICTORS = {
@@ -134,7 +135,8 @@ def branches(
     render = own.render
     spine = _spine(engine, prompts, render, verifier, protocol)
     pack = Pack.of(spine)
-    said = teacher.answer(pack, frozenset({DENSE}), view, 1.0)
+    groups = in_groups(spine)
+    said = teacher.score(groups, Ask(view, frozenset({DENSE})))
     forks = _forks(pack, said, protocol)
     if not forks:
         return []
@@ -142,7 +144,7 @@ def branches(
     draw = generator(protocol.seed, "evaluation", "candidates")
     ids_MK = _drawn(said, index_M, protocol.candidates, draw)
     theirs = _at(said, index_M, ids_MK)
-    ours = _at(own.answer(pack, frozenset({DENSE}), View(), 1.0), index_M, ids_MK)
+    ours = _at(own.score(groups, Ask(View(), frozenset({DENSE}))), index_M, ids_MK)
     tasks: list[Task] = []
     ends: list[list[int]] = []
     for number, fork in enumerate(forks):

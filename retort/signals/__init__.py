@@ -1,10 +1,11 @@
 """What a teacher said about each step: signals of every kind, and the answers they give for a chunk of steps."""
 
 from retort.signals.base import SignalRows, TeacherSignal, as_compute
-from retort.signals.by_ids import Sampled, TopK, entropy_lower_bound
+from retort.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.signals.dense import Dense, DistributionRows, entropy
 
 __all__ = [
+    "Candidates",
     "Dense",
     "DistributionRows",
     "Sampled",

@@ -64,6 +64,10 @@ class SignalRows:
         """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
         raise self._missing("top-k")
 
+    def candidates(self, k: int) -> Tensor | None:
+        """The first `k` of the student's most likely ids that it was asked about, [C, K]; None: ask about any ids."""
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class TeacherSignal:
@@ -92,6 +96,14 @@ class TeacherSignal:
         """The kinds of `Need` this signal can answer."""
         raise NotImplementedError
 
+    def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
+        """Ids [N, K] that it names instead of having all, by the need they answer; and whether they are all there are.
+
+        Args:
+            width: How many ids the student has.
+        """
+        return {}
+
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
         """The answer for some of the steps.
 
@@ -109,7 +121,7 @@ class TeacherSignal:
         return self.select(torch.arange(*index_C.indices(self.steps), device=self.tokens_N.device))
 
     def select(self, index_N: Tensor) -> TeacherSignal:
-        """The signal about some of the steps only, in the order given."""
+        """The signal about some of the steps only, in the order given, on the device of the index."""
         raise NotImplementedError
 
     def hidden_states(self) -> Tensor:
@@ -121,7 +133,7 @@ class TeacherSignal:
         raise SignalError(f"{self.source}: its signal ({type(self).__name__}) has no hidden states")
 
     def _valid(self, index: Tensor | slice) -> Tensor | None:
-        return None if self.valid_N is None else self.valid_N[index]
+        return None if self.valid_N is None else taken(self.valid_N, index)
 
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raises `SignalError` unless the signal is about exactly these tokens."""
@@ -139,6 +151,11 @@ class TeacherSignal:
 def as_compute(values: Tensor) -> Tensor:
     """Softmaxes and sums are done in fp32, or in float64 where that is what came in."""
     return values if values.dtype == torch.float64 else values.float()
+
+
+def taken(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Some rows of a tensor, on the device of the index: what a server said is kept on the CPU."""
+    return values[index] if isinstance(index, slice) else values[index.to(values.device)].to(index.device)
 
 
 def check_logps(signal: TeacherSignal, name: str, logp: Tensor) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from retort.errors import SignalError
-from retort.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length
+from retort.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length, taken
 from retort.types import NeedKind, require_finite
 
 
@@ -42,33 +43,33 @@ class Sampled(TeacherSignal):
         return _SampledRows(self.source, self.logp_N[index_C])
 
     def select(self, index_N: Tensor) -> Sampled:
-        return Sampled(self.tokens_N[index_N], self.source, self.logp_N[index_N], valid_N=self._valid(index_N))
+        tokens_N, logp_N = taken(self.tokens_N, index_N), taken(self.logp_N, index_N)
+        return Sampled(tokens_N, self.source, logp_N, valid_N=self._valid(index_N))
 
 
-class _TopKRows(SignalRows):
-    def __init__(self, signal: TopK, index_C: Tensor | slice) -> None:
-        self.source = signal.source
-        self._signal = signal
-        self._index_C = index_C
+class _ListedRows(SignalRows):
+    """What is known of the ids of a list.
 
-    def _cut(self, values: Tensor | None, what: str) -> Tensor:
+    Attributes:
+        ids_CK: The ids of each step.
+        logp_CK: Their log-probs under the whole distribution, nats.
+        whole: Whether they are all ids that there are.
+    """
+
+    def __init__(self, source: str, ids_CK: Tensor, logp_CK: Tensor, whole: bool) -> None:
+        self.source, self.ids_CK, self.logp_CK, self.whole = source, ids_CK, logp_CK, whole
+
+    def _first(self, values_CK: Tensor, k: int, what: str) -> Tensor:
+        """The first `k` columns; fewer only where that is all there are."""
+        kept = values_CK.shape[1]
+        if k > kept and not self.whole:
+            raise self._missing(f"{what} (it kept {kept})")
+        return values_CK[:, :k]
+
+    def _known(self, values: Tensor | None, what: str) -> Tensor:
         if values is None:
             raise self._missing(what)
-        return values[self._index_C]
-
-    @property
-    def sampled_logp_N(self) -> Tensor:
-        return self._cut(self._signal.sampled_logp_N, "log-prob of the written token")
-
-    @property
-    def entropy_N(self) -> Tensor:
-        return self._cut(self._signal.entropy_N, "entropy")
-
-    def topk(self, k: int) -> tuple[Tensor, Tensor]:
-        kept = self._signal.ids_NK.shape[1]
-        if k > kept and not self._signal.whole:
-            raise self._missing(f"top-{k} (it kept {kept})")
-        return self._signal.ids_NK[self._index_C, :k], self._signal.logp_NK[self._index_C, :k]
+        return values
 
     def logp_at(self, ids_NK: Tensor) -> Tensor:
         """Log-probs of ids that it kept.
@@ -76,19 +77,45 @@ class _TopKRows(SignalRows):
         Raises:
             SignalError: An id that it did not keep, of which it says nothing.
         """
-        kept_NK = self._cut(self._signal.ids_NK if self._signal.ids_NK.shape[1] else None, "top-k")
-        same_NKK = ids_NK[:, :, None] == kept_NK[:, None, :]
+        if not self.ids_CK.shape[1]:
+            raise self._missing("top-k")
+        first = slice(0, ids_NK.shape[1])
+        if torch.equal(ids_NK, self.ids_CK[:, first]):  # those that it was asked about
+            return self.logp_CK[:, first]
+        same_NKK = ids_NK[:, :, None] == self.ids_CK[:, None, :]
         lacking_NK = ~same_NKK.any(-1)
         if bool(lacking_NK.any()):
             row, column = (int(place) for place in lacking_NK.nonzero()[0])
-            raise self._missing(f"log-prob of id {int(ids_NK[row, column])} (it kept {kept_NK.shape[1]} others)")
-        return self._signal.logp_NK[self._index_C].gather(-1, same_NKK.to(torch.uint8).argmax(-1))
+            kept = self.ids_CK.shape[1]
+            raise self._missing(f"log-prob of id {int(ids_NK[row, column])} (it kept {kept} others)")
+        return self.logp_CK.gather(-1, same_NKK.to(torch.uint8).argmax(-1))
 
     def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
-        """Of ids that it kept, each once: what they leave of 1, at least one rounding error, since it has no more."""
+        """Of ids that it kept, each once: what they leave of 1, at least one rounding error, unless it kept all ids."""
         logp_NK = self.logp_at(ids_NK)
+        if self.whole:
+            meant_NKK = (self.ids_CK[:, :, None] == ids_NK[:, None, :]) & inside_NK[:, None, :]
+            return self.logp_CK.masked_fill(meant_NKK.any(-1), -math.inf).logsumexp(-1)
         left_N = 1.0 - logp_NK.double().exp().mul(inside_NK).sum(-1)
         return left_N.clamp_min(torch.finfo(logp_NK.dtype).eps).log().to(logp_NK.dtype)
+
+
+class _TopKRows(_ListedRows):
+    def __init__(self, signal: TopK, index_C: Tensor | slice) -> None:
+        super().__init__(signal.source, signal.ids_NK[index_C], signal.logp_NK[index_C], signal.whole)
+        self._sampled_N = None if signal.sampled_logp_N is None else signal.sampled_logp_N[index_C]
+        self._entropy_N = None if signal.entropy_N is None else signal.entropy_N[index_C]
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        return self._known(self._sampled_N, "log-prob of the written token")
+
+    @property
+    def entropy_N(self) -> Tensor:
+        return self._known(self._entropy_N, "entropy")
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        return self._first(self.ids_CK, k, f"top-{k}"), self._first(self.logp_CK, k, f"top-{k}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +152,8 @@ class TopK(TeacherSignal):
             check_logps(self, "log-prob of a written token", self.sampled_logp_N)
         if self.entropy_N is not None:
             require_finite("entropy", self.entropy_N, self.source)
-        _check_top_k(self)
+        _check_list(self, self.ids_NK, self.logp_NK, "top-k")
+        _check_order(self)
 
     @property
     def offers(self) -> frozenset[NeedKind]:
@@ -136,43 +164,145 @@ class TopK(TeacherSignal):
             kinds.add("entropy")
         return frozenset(kinds)
 
+    def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
+        return {"topk": (self.ids_NK, self.whole)}
+
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
         return _TopKRows(self, index_C)
 
     def select(self, index_N: Tensor) -> TopK:
         return TopK(
-            self.tokens_N[index_N],
+            taken(self.tokens_N, index_N),
             self.source,
-            self.ids_NK[index_N],
-            self.logp_NK[index_N],
-            None if self.sampled_logp_N is None else self.sampled_logp_N[index_N],
-            None if self.entropy_N is None else self.entropy_N[index_N],
+            taken(self.ids_NK, index_N),
+            taken(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
+            None if self.entropy_N is None else taken(self.entropy_N, index_N),
             self.entropy_exact,
             self.whole,
             valid_N=self._valid(index_N),
         )
 
 
-def _check_top_k(signal: TopK) -> None:
-    """Refuses ids that are not the k most likely ones in order, each once; what it says of no context is not looked at.
+class _CandidateRows(_ListedRows):
+    def __init__(self, signal: Candidates, index_C: Tensor | slice, vocab: int | None) -> None:
+        ids_CK, logp_CK = signal.ids_NK[index_C], signal.logp_NK[index_C]
+        self._asked_CK = ids_CK
+        self._sampled_N = None if signal.sampled_logp_N is None else signal.sampled_logp_N[index_C]
+        self._top = SignalRows() if signal.top is None else signal.top.rows(index_C, vocab)
+        self._top.source = signal.source
+        whole = vocab is not None and ids_CK.shape[1] >= vocab
+        if signal.top is not None and not whole:
+            ids_CK = torch.cat([ids_CK, signal.top.ids_NK[index_C]], 1)
+            logp_CK = torch.cat([logp_CK, signal.top.logp_NK[index_C]], 1)
+        super().__init__(signal.source, ids_CK, logp_CK, whole)
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        return self._top.sampled_logp_N if self._sampled_N is None else self._sampled_N
+
+    @property
+    def entropy_N(self) -> Tensor:
+        return self._top.entropy_N
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        return self._top.topk(k)
+
+    def candidates(self, k: int) -> Tensor:
+        return self._first(self._asked_CK, k, f"log-probs of the student's top-{k}")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates(TeacherSignal):
+    """Log-probs of ids that the student chose, and what else was asked for: of a teacher that cannot tell all.
+
+    Refused with a `SignalError`: log-probs that are NaN or above 0, or that add up to more than 1; ids that are
+    negative or twice at one step; a `top` about other tokens.
+
+    Attributes:
+        ids_NK: The ids it was asked about, most likely first under the student when the batch was scored; int64.
+        logp_NK: Log-probs under its whole distribution (not renormalised), nats; minus infinity where it rules one out.
+        sampled_logp_N: Log-prob of the written token, nats, where asked for.
+        top: Its own most likely ids and its entropy, where asked for.
+    """
+
+    ids_NK: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    logp_NK: Tensor = field(default_factory=lambda: torch.empty(0, 0))
+    sampled_logp_N: Tensor | None = None
+    top: TopK | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ids_NK", "logp_NK", "sampled_logp_N"):
+            values: Tensor | None = self.__dict__[name]
+            if values is not None:
+                object.__setattr__(self, name, values.detach())
+                same_length(self, name, values)
+        check_logps(self, "log-prob of a candidate", self.logp_NK)
+        if self.sampled_logp_N is not None:
+            check_logps(self, "log-prob of a written token", self.sampled_logp_N)
+        _check_list(self, self.ids_NK, self.logp_NK, "candidate")
+        if self.top is not None:
+            self.top.check_tokens(self.tokens_N)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        kinds: set[NeedKind] = {"logp_at"} if self.sampled_logp_N is None else {"logp_at", "sampled"}
+        return frozenset(kinds) if self.top is None else self.top.offers | kinds
+
+    def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
+        own: dict[NeedKind, tuple[Tensor, bool]] = {"logp_at": (self.ids_NK, self.ids_NK.shape[1] >= width)}
+        return own if self.top is None else {**own, **self.top.lists(width)}
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        return _CandidateRows(self, index_C, vocab)
+
+    def select(self, index_N: Tensor) -> Candidates:
+        return Candidates(
+            taken(self.tokens_N, index_N),
+            self.source,
+            taken(self.ids_NK, index_N),
+            taken(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
+            None if self.top is None else self.top.select(index_N),
+            valid_N=self._valid(index_N),
+        )
+
+    def check_ids(self, ids_NK: Tensor) -> None:
+        """Raises `SignalError` unless it is about exactly these ids, in this order."""
+        if self.ids_NK.shape != ids_NK.shape:
+            asked, said = tuple(ids_NK.shape), tuple(self.ids_NK.shape)
+            raise SignalError(f"{self.source}: was asked about ids {asked}, and answered about {said}")
+        wrong = (self.ids_NK.to(ids_NK.device) != ids_NK).nonzero()
+        if len(wrong):
+            step, place = (int(index) for index in wrong[0])
+            raise SignalError(
+                f"{self.source}: misaligned at step {step}: it was asked about id {int(ids_NK[step, place])}, "
+                f"and answered about id {int(self.ids_NK[step, place])}"
+            )
+
+
+def _check_list(signal: TeacherSignal, ids_NK: Tensor, logp_NK: Tensor, name: str) -> None:
+    """Refuses what is no list of ids, each once, with log-probs; what it says of no context is not looked at.
 
     Of ids with a log-prob of -inf, which fill up a short list, only the place counts.
     """
-    ids_NK, logp_NK = signal.ids_NK, signal.logp_NK
     if ids_NK.shape != logp_NK.shape or ids_NK.ndim != 2:
-        raise SignalError(
-            f"{signal.source}: top-k ids {tuple(ids_NK.shape)} and log-probs {tuple(logp_NK.shape)} must be [N, K] both"
-        )
+        shapes = f"ids {tuple(ids_NK.shape)} and log-probs {tuple(logp_NK.shape)}"
+        raise SignalError(f"{signal.source}: {name} {shapes} must be [N, K] both")
     if not ids_NK.numel():
         return
-    refuse(signal, ids_NK < 0, "a top-k id is negative")
-    unordered_NK = logp_NK[:, 1:] > logp_NK[:, :-1]
-    refuse(signal, unordered_NK, "top-k log-probs are not in order, most likely first; sort them with their ids")
+    refuse(signal, ids_NK < 0, f"a {name} id is negative")
     # Fillers get numbers of their own, below all ids.
     fillers_K = -1 - torch.arange(ids_NK.shape[1], device=ids_NK.device)
     sorted_NK = torch.where(logp_NK > -math.inf, ids_NK, fillers_K).sort(-1).values
-    refuse(signal, sorted_NK[:, 1:] == sorted_NK[:, :-1], "top-k names an id twice")
-    refuse(signal, logp_NK.double().exp().sum(-1) > 1.0 + ROUNDING, "top-k probabilities add up to more than 1")
+    refuse(signal, sorted_NK[:, 1:] == sorted_NK[:, :-1], f"{name} names an id twice")
+    refuse(signal, logp_NK.double().exp().sum(-1) > 1.0 + ROUNDING, f"{name} probabilities add up to more than 1")
+
+
+def _check_order(signal: TopK) -> None:
+    """Refuses ids that are not the most likely ones in order."""
+    unordered_NK = signal.logp_NK[:, 1:] > signal.logp_NK[:, :-1]
+    refuse(signal, unordered_NK, "top-k log-probs are not in order, most likely first; sort them with their ids")
 
 
 def entropy_lower_bound(logp_NK: Tensor) -> Tensor:

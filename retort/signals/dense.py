@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retort.distribution import WHOLE, Distribution, Shard
-from retort.signals.base import SignalRows, TeacherSignal, as_compute
+from retort.signals.base import SignalRows, TeacherSignal, as_compute, taken
 from retort.types import NeedKind, require_finite
 
 
@@ -117,7 +117,7 @@ class Dense(TeacherSignal):
 
         return replace(
             self,
-            tokens_N=self.tokens_N[index_N],
+            tokens_N=taken(self.tokens_N, index_N),
             logits=logits,
             hidden=None if self.hidden is None else hidden,
             valid_N=self._valid(index_N),

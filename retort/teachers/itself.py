@@ -18,10 +18,10 @@ from retort.errors import SignalError, UserError
 from retort.models.head import Head
 from retort.models.lm import LanguageModel
 from retort.signals import Dense, TeacherSignal, as_compute
+from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher, reduced
 from retort.teachers.moving import Weights, frozen, live
-from retort.teachers.view import View
-from retort.types import DENSE, Need, NeedKind, Pack
+from retort.types import DENSE, Group, NeedKind
 
 _PREFIX = "moving/"
 
@@ -198,29 +198,19 @@ class SelfTeacher:
         self.weights = weights
         self.name = f"{local.name} itself"
 
-    def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
+    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
         """See `Teacher`. A trust region reads twice, and mixes logits chunk by chunk."""
-        sides = sides_of(view.weights)
+        sides = sides_of(ask.view.weights)
         if len(sides) == 1:
-            return self._side(pack, needs, view, temperature, sides[0][0])
-        lasting = any(need.kind in ("dense", "hidden") for need in needs)
-        signals = [self._side(pack, frozenset({DENSE}), view, temperature, side, lasting) for side, _ in sides]
+            return self._side(groups, ask, sides[0][0], lasting=ask.whole)
+        whole = replace(ask, needs=frozenset({DENSE}), student_ids_NK=None)
+        signals = [self._side(groups, whole, side, lasting=ask.whole) for side, _ in sides]
         mixed = mix(signals, [share for _, share in sides])
-        return mixed if lasting else reduced(mixed, needs)
+        return mixed if ask.whole else reduced(mixed, ask.needs, ask.student_ids_NK)
 
-    def _side(
-        self,
-        pack: Pack,
-        needs: frozenset[Need],
-        view: View,
-        temperature: float,
-        side: Weights,
-        lasting: bool = True,
-    ) -> TeacherSignal:
+    def _side(self, groups: Sequence[Group], ask: Ask, side: Weights, *, lasting: bool) -> TeacherSignal:
         with self.weights.in_place(side):
-            lasting = lasting and any(need.kind in ("dense", "hidden") for need in needs)
-            head = self.weights.head(side, lasting=lasting)
-            return self.local.answer(pack, needs, view, temperature, head=head)
+            return self.local.score(groups, ask, head=self.weights.head(side, lasting=lasting))
 
 
 def sides_of(weights: Weights) -> list[tuple[Weights, float]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,28 +17,11 @@ from retort.errors import SignalError
 from retort.models.core import in_blocks
 from retort.models.head import Head
 from retort.models.lm import LanguageModel
-from retort.signals import Dense, Sampled, TeacherSignal, TopK
+from retort.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
+from retort.teachers.base import Ask
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.view import View
-from retort.types import Need, NeedKind, Pack, Rollout
-
-
-class Teacher(Protocol):
-    """Whoever answers the tokens of rollouts."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-        ...
-
-    @property
-    def capabilities(self) -> frozenset[NeedKind]:
-        """What it can be asked for."""
-        ...
-
-    def answer(self, pack: Pack, needs: frozenset[Need], view: View, temperature: float) -> TeacherSignal:
-        """What it says about every step of a pack: what `needs` asks for and no more."""
-        ...
+from retort.types import Group, Need, NeedKind, Pack, Rollout
 
 
 @dataclass(frozen=True)
@@ -119,25 +102,16 @@ class LocalTeacher:
         names = ("vocab", "stop_map", "batch_tokens", "reading", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
-    def answer(
-        self,
-        pack: Pack,
-        needs: frozenset[Need],
-        view: View,
-        temperature: float,
-        *,
-        head: Callable[[], Head] | None = None,
-    ) -> TeacherSignal:
-        """See `Teacher`. A dense or hidden need keeps hidden states, [N, D]; others are reduced chunk by chunk at once.
+    def score(self, groups: Sequence[Group], ask: Ask, *, head: Callable[[], Head] | None = None) -> TeacherSignal:
+        """See `Teacher`. Whoever asks for all (`Ask.whole`) gets what keeps hidden states, [N, D]; all else is reduced.
 
         Args:
-            pack: Rollouts.
-            needs: What is asked.
-            view: What it sees.
-            temperature: Of the distributions.
+            groups: Rollouts.
+            ask: What is asked.
             head: Gives the head as it is at this moment, where its weights move; None: the model's, which must not.
         """
-        prompts = self.prompts(pack, view)
+        pack, temperature = Pack.of([rollout for group in groups for rollout in group]), ask.temperature
+        prompts = self.prompts(pack, ask.view)
         hidden_ND, logits = self._hidden(pack, prompts), self._logits
         unchanged = head or self._unchanged_head()
         valid_N = prompts.valid_N(pack)
@@ -155,9 +129,7 @@ class LocalTeacher:
             counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
         )
-        if any(need.kind in ("dense", "hidden") for need in needs):
-            return dense
-        return reduced(dense, needs)
+        return dense if ask.whole else reduced(dense, ask.needs, ask.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
@@ -242,46 +214,46 @@ def _merge(logits_CV: Tensor, stops: StopMap, temperature: float) -> None:
 
 
 @torch.no_grad()
-def reduced(dense: Dense, needs: frozenset[Need]) -> TeacherSignal:
-    """The smallest signal that answers the needs, computed chunk by chunk."""
-    top_k = max((need.k for need in needs if need.kind == "topk"), default=0)
-    with_entropy = any(need.kind == "entropy" for need in needs)
-    sampled: list[Tensor] = []
-    entropies: list[Tensor] = []
-    ids: list[Tensor] = []
-    logps: list[Tensor] = []
+def reduced(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None = None) -> TeacherSignal:
+    """The smallest signal that answers the needs, computed chunk by chunk.
+
+    Args:
+        dense: The whole distribution.
+        needs: What is asked.
+        student_ids_NK: The ids that a need `logp_at` is about.
+    """
+    kinds, top_k = {need.kind for need in needs}, max((need.k for need in needs if need.kind == "topk"), default=0)
+    blocks: list[dict[str, Tensor]] = []
+    start = 0
     for rows in in_blocks(dense, dense.width):
-        sampled.append(rows.sampled_logp_N)
-        if with_entropy:
-            entropies.append(rows.entropy_N)
+        block = {"sampled": rows.sampled_logp_N}
+        here = slice(start, start + len(block["sampled"]))
+        if "entropy" in kinds:
+            block["entropy"] = rows.entropy_N
         if top_k:
-            ids_CK, logp_CK = rows.topk(top_k)
-            ids.append(ids_CK)
-            logps.append(logp_CK)
-    if not top_k and not with_entropy:
-        return Sampled(dense.tokens_N, dense.source, torch.cat(sampled), valid_N=dense.valid_N, counts=dense.counts)
-    return TopK(
-        dense.tokens_N,
+            block["ids"], block["logp"] = rows.topk(top_k)
+        if student_ids_NK is not None:
+            block["at"] = rows.logp_at(student_ids_NK[here].to(dense.tokens_N.device))
+        blocks.append(block)
+        start = here.stop
+    found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    tokens_N, valid_N, counts = dense.tokens_N, dense.valid_N, dense.counts
+    top = TopK(
+        tokens_N,
         dense.source,
-        ids_NK=torch.cat(ids) if ids else dense.tokens_N.new_empty(dense.steps, 0),
-        logp_NK=torch.cat(logps) if logps else dense.tokens_N.new_empty(dense.steps, 0, dtype=torch.float32),
-        sampled_logp_N=torch.cat(sampled),
-        entropy_N=torch.cat(entropies) if entropies else None,
+        ids_NK=found.get("ids", tokens_N.new_empty(dense.steps, 0)),
+        logp_NK=found.get("logp", tokens_N.new_empty(dense.steps, 0, dtype=torch.float32)),
+        sampled_logp_N=found["sampled"],
+        entropy_N=found.get("entropy"),
         whole=top_k >= dense.width,
-        valid_N=dense.valid_N,
-        counts=dense.counts,
+        valid_N=valid_N,
+        counts=counts,
     )
-
-
-def answers(
-    teachers: Mapping[str, Teacher],
-    views: Mapping[str, View],
-    pack: Pack,
-    needs: Callable[[str], frozenset[Need]],
-    temperature: float,
-) -> dict[str, TeacherSignal]:
-    """Every view's signal about a pack, checked to be about its very tokens."""
-    found = {name: teachers[name].answer(pack, needs(name), view, temperature) for name, view in views.items()}
-    for signal in found.values():
-        signal.check_tokens(pack.tokens_N)
-    return found
+    if student_ids_NK is None and (top_k or "entropy" in kinds):
+        return top
+    if student_ids_NK is None:
+        return Sampled(tokens_N, dense.source, found["sampled"], valid_N=valid_N, counts=counts)
+    ids_NK = student_ids_NK.to(tokens_N.device)
+    return Candidates(
+        tokens_N, dense.source, ids_NK, found["at"], found["sampled"], top, valid_N=valid_N, counts=counts
+    )

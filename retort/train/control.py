@@ -12,9 +12,8 @@ from retort.controllers import Controller, Probe, Seen, State
 from retort.errors import UserError
 from retort.rollout.single_turn import Task, write
 from retort.streams import generator, uniforms
-from retort.teachers.local import answers
 from retort.train.moment import Moment
-from retort.train.score import Batch, averages
+from retort.train.score import Batch, ask_teachers, averages
 from retort.train.setup import Setup
 from retort.train.write import given_rollout, horizon
 from retort.types import Pack, Rollout
@@ -120,7 +119,7 @@ def _measured(setup: Setup, probe: Probe, moment: Moment) -> dict[str, float]:
     pack, view = Pack.of(rollouts), probe.against
     needs = frozenset(need for part in probe.parts.values() for need in part.needs)
     views = {view: setup.method.views[view]} if needs else {}
-    signals = answers(setup.teachers, views, pack, lambda _: needs, setup.method.temperature)
+    signals = ask_teachers(setup, pack, lambda _: needs, views)
     return averages(setup, Batch(pack, signals, {}, (), moment), probe.parts, view)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from retort.models.core import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.teachers.base import Ask
 from retort.teachers.itself import sides_of
 from retort.train.setup import Setup
 
@@ -155,7 +156,7 @@ def _signals(setup: Setup, steps: int, product: int) -> int:
     for name, view in setup.method.views.items():
         lm = models[view.model]
         assert lm is not None  # loaded by `prepare`, as a view asks it
-        dense = any(need.kind in ("dense", "hidden") for need in setup.method.needs(name))
+        dense = Ask(view, setup.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)

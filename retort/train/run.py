@@ -16,7 +16,6 @@ from retort.apply import check_needs, wanted
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.rewards.verify import given_up
-from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.advice import advice
@@ -33,7 +32,7 @@ from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.rates import factor
-from retort.train.score import score
+from retort.train.score import ask_teachers, score
 from retort.train.setup import Setup
 from retort.train.summary import summary
 from retort.train.update import learn
@@ -215,13 +214,8 @@ class Run:
         lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
-            signals = answers(
-                setup.teachers,
-                setup.method.views,
-                pack,
-                lambda view: wanted(setup.method, view, setup.teachers[view].capabilities, self.step),
-                setup.method.temperature,
-            )
+            able = {view: teacher.capabilities for view, teacher in setup.teachers.items()}
+            signals = ask_teachers(setup, pack, lambda view: wanted(setup.method, view, able[view], self.step))
         with watch("score"):
             batch = self.control.act(setup, score(setup, pack, signals, moment))
         version = self.updates

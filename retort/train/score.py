@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,11 @@ from retort.method import Watch
 from retort.models.core import Core, Steps, per_token
 from retort.parts import Layout, Part
 from retort.signals import TeacherSignal
+from retort.teachers.base import answers
+from retort.teachers.view import View
 from retort.train.moment import Moment
 from retort.train.setup import Setup
-from retort.types import Pack, can_meet
+from retort.types import Need, Pack, can_meet, in_groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,48 @@ def score(setup: Setup, pack: Pack, signals: Mapping[str, TeacherSignal], moment
         return bare
     found = _evaluated(setup, bare, stored_values(method, weights_only=not several))
     return replace(bare, stored={**bare.stored, **found})
+
+
+def student_ids(setup: Setup, pack: Pack, k: int) -> Tensor:
+    """The student's `k` most likely ids at every step, by place in N: int64 [N, K] on the CPU, most likely first.
+
+    For teachers that cannot hand over a whole distribution. Exact, as the student is now and at the temperature of the
+    loss; fewer than `k` where student and teachers share fewer. Costs a forward pass.
+    """
+    bare = Batch(pack, {}, {}, (), Moment(0, 1))
+    ids_NK = torch.zeros(pack.steps, min(k, setup.vocab), dtype=torch.long)
+    with torch.no_grad():
+        for chosen in micro_batches(setup, pack, range(len(pack.rollouts))):
+            hidden_ND = hidden_of(setup, pack, chosen)
+            index_N = pack.steps_of(chosen)
+            with setup.student.compute():
+                core = core_of(setup, bare, index_N, lambda context: {"ids": context.student.topk(k)[0]})
+                ids_NK[index_N] = per_token(core, hidden_ND)["ids"].cpu()
+    return ids_NK
+
+
+def ask_teachers(
+    setup: Setup,
+    pack: Pack,
+    needs: Callable[[str], frozenset[Need]],
+    views: Mapping[str, View] | None = None,
+) -> dict[str, TeacherSignal]:
+    """What the teachers say about a pack.
+
+    Args:
+        setup: Of the run.
+        pack: Rollouts, those of a visit to a prompt being neighbours.
+        needs: What to ask of a view's teacher.
+        views: Who is asked; all of the method's by default.
+    """
+    return answers(
+        setup.teachers,
+        setup.method.views if views is None else views,
+        in_groups(pack.rollouts),
+        needs,
+        setup.method.temperature,
+        partial(student_ids, setup, pack),
+    )
 
 
 def averages(setup: Setup, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:

@@ -24,8 +24,9 @@ from retort.models.rehearsal import rehearse_export
 from retort.rewards.verify import Verifier, gradable
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
+from retort.teachers.base import Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
-from retort.teachers.local import LocalTeacher, Teacher
+from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
 from retort.train import pair, precision, reading

@@ -19,11 +19,11 @@ from retort.evaluate.ranks import auroc
 from retort.models.core import Core, Steps, per_token
 from retort.models.lm import Precision
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.local import answers
 from retort.train.diagnose import rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
 from retort.train.moment import Moment
 from retort.train.precision import ABOVE_NOISE
+from retort.train.score import ask_teachers
 from retort.train.setup import Setup
 from retort.train.shelf import Shelf
 from retort.train.write import write_rollouts
@@ -78,13 +78,7 @@ def run_trial(setup: Setup) -> Trial:
     trial = replace(setup, config=config, method=method)
     check_needs(method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
     pack = Pack.of(write_rollouts(trial, Shelf(Path()), Moment(0, 1), 0))
-    signals = answers(
-        setup.teachers,
-        method.views,
-        pack,
-        lambda view: wanted(method, view, setup.teachers[view].capabilities),
-        temperature,
-    )
+    signals = ask_teachers(trial, pack, lambda view: wanted(method, view, setup.teachers[view].capabilities))
     offers = {view: signal.offers for view, signal in signals.items()}
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
     able = [watch for watch in watches if all(can_meet(offers[watch.against], need) for need in watch.part.needs)]

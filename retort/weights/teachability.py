@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from retort.context import RULED_OUT, Context
+from retort.divergences.support import student_topk
 from retort.errors import UserError
 from retort.parts import Layout, Quantity, Stat, Weight
-from retort.types import DENSE
+from retort.types import logp_at
 
 Margin = Literal["gap", "log_gap", "advantage"]
 #: Residuals below this share of all there is to explain are arithmetic.
@@ -43,7 +44,7 @@ def teacher_margin(k: int, kind: Margin = "log_gap") -> Quantity:
         raise UserError(f"a margin needs at least 2 candidates, not {k}")
 
     def value(context: Context, view: str) -> Tensor:
-        ids_CK, student_logp_CK = context.student.topk(k)
+        ids_CK, student_logp_CK = student_topk(context, view, k)
         teacher_logp_CK = context.signal(view).logp_at(ids_CK).detach()
         # A candidate that is ruled out is far behind, by a number; all of them ruled out are not told apart.
         best_C1 = teacher_logp_CK.amax(-1, keepdim=True)
@@ -60,7 +61,7 @@ def teacher_margin(k: int, kind: Margin = "log_gap") -> Quantity:
             first_two_CK = first_two_CK.exp()
         return first_two_CK[:, 0] - first_two_CK[:, 1]
 
-    return Quantity(f"teacher_margin({kind}, top-{k})", value, frozenset({DENSE}))
+    return Quantity(f"teacher_margin({kind}, top-{k})", value, frozenset({logp_at(k)}))
 
 
 def change_point(
@@ -156,7 +157,7 @@ def release(
     def value(context: Context, view: str) -> Tensor:
         return context.stored[stats[-1].name].to(context.student_logp_N.dtype)
 
-    return Weight(f"{name}({margin}, top-{k})", value, frozenset({DENSE}), stats=stats)
+    return Weight(f"{name}({margin}, top-{k})", value, stats=stats)
 
 
 def kept(margin_N: Tensor, layout: Layout, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:

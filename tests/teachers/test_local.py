@@ -14,9 +14,10 @@ from retort.align import StopTokens, stop_map
 from retort.errors import SignalError
 from retort.models.lm import load_model
 from retort.signals import Dense, Sampled, TopK
+from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
-from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout
+from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout, in_groups
 
 
 def prompt(text: str = "3 + 4 =") -> Prompt:
@@ -41,9 +42,9 @@ def teacher(lm: Any, **more: Any) -> LocalTeacher:
 
 def test_every_signal_says_the_same(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13, 2]), rollout(lm, [7]), rollout(lm, [20, 2], "1 =")])
-    dense = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0)
-    top = teacher(lm).answer(pack, frozenset({Need("topk", 5), ENTROPY, SAMPLED}), View(), 1.0)
-    sampled = teacher(lm).answer(pack, frozenset({SAMPLED}), View(), 1.0)
+    dense = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE})))
+    top = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({Need("topk", 5), ENTROPY, SAMPLED})))
+    sampled = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED})))
     assert isinstance(dense, Dense)
     assert isinstance(top, TopK)
     assert isinstance(sampled, Sampled)
@@ -64,8 +65,8 @@ def test_every_signal_says_the_same(lm: Any) -> None:
 
 def test_temperature_divides_the_logits(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
-    warm = teacher(lm).answer(pack, frozenset({DENSE}), View(), 2.0).rows(slice(None))
-    plain = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
+    warm = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE}), 2.0)).rows(slice(None))
+    plain = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
     torch.testing.assert_close(warm.logp_NV, (plain.logp_NV / 2).log_softmax(-1))
 
 
@@ -74,8 +75,8 @@ def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None
     mapped = teacher(lm, stop_map={ours: theirs, theirs: ours})
     student_pack = Pack.of([rollout(lm, [12, ours])])
     teacher_pack = Pack.of([rollout(lm, [12, theirs])])
-    said = mapped.answer(student_pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
-    own = teacher(lm).answer(teacher_pack, frozenset({DENSE}), View(), 1.0).rows(slice(None))
+    said = mapped.score(in_groups(student_pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
+    own = teacher(lm).score(in_groups(teacher_pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
     torch.testing.assert_close(said.sampled_logp_N, own.sampled_logp_N)
     torch.testing.assert_close(said.logp_NV[:, ours], own.logp_NV[:, theirs])
     torch.testing.assert_close(said.logp_NV[:, theirs], own.logp_NV[:, ours])
@@ -90,10 +91,10 @@ def test_all_stops_of_the_teacher_are_the_students(
     """The probabilities of merged stops are added, at the temperature at which they are read."""
     stops = stop_map(StopTokens(frozenset(ours), ours[0]), StopTokens(frozenset(theirs), theirs[0]))
     asked = {need.kind: frozenset({need}) for need in (DENSE, Need("topk", 61), SAMPLED)}
-    pack = Pack.of([rollout(lm, [12, ours[0]])])
-    said = teacher(lm, stop_map=stops).answer(pack, asked["dense"], View(), temperature).rows(slice(None))
-    read = Pack.of([rollout(lm, [12, theirs[0]])])
-    own_NV = teacher(lm).answer(read, asked["dense"], View(), temperature).rows(slice(None)).logp_NV.exp()
+    groups, read = ([(rollout(lm, [12, ids[0]]),)] for ids in (ours, theirs))
+    said = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["dense"], temperature)).rows(slice(None))
+    own = teacher(lm).score(read, Ask(View(), asked["dense"], temperature)).rows(slice(None))
+    own_NV = own.logp_NV.exp()
     ended = sorted({ours[0]} | (set(theirs) - set(ours)))
     moved = {stops.get(i, i) for i in range(61)} - {stops.get(i, i) for i in ended}
     p_NV = said.logp_NV.exp()
@@ -104,11 +105,11 @@ def test_all_stops_of_the_teacher_are_the_students(
     assert bool((p_NV[:, list(stops.merged)] < 2e-6).all())
     for i in sorted(moved - set(theirs) - set(ours)):
         torch.testing.assert_close(p_NV[:, i], own_NV[:, stops.get(i, i)])
-    top = teacher(lm, stop_map=stops).answer(pack, asked["topk"], View(), temperature)
+    top = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["topk"], temperature))
     assert isinstance(top, TopK)
     scattered_NV = torch.zeros_like(p_NV).scatter(-1, top.ids_NK, top.logp_NK.exp())
     torch.testing.assert_close(scattered_NV, p_NV)
-    sampled = teacher(lm, stop_map=stops).answer(pack, asked["sampled"], View(), temperature)
+    sampled = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["sampled"], temperature))
     assert isinstance(sampled, Sampled)
     torch.testing.assert_close(sampled.logp_N, said.sampled_logp_N)
 
@@ -116,8 +117,8 @@ def test_all_stops_of_the_teacher_are_the_students(
 def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
     view = View(render=lambda seen: replace(seen.prompt, messages=(Message("user", "7 3 + 4 ="),)))
-    said = teacher(lm).answer(pack, frozenset({SAMPLED}), view, 1.0)
-    other = teacher(lm).answer(Pack.of([rollout(lm, [12, 13], "7 3 + 4 =")]), frozenset({SAMPLED}), View(), 1.0)
+    said = teacher(lm).score(in_groups(pack.rollouts), Ask(view, frozenset({SAMPLED})))
+    other = teacher(lm).score(in_groups([rollout(lm, [12, 13], "7 3 + 4 =")]), Ask(View(), frozenset({SAMPLED})))
     assert isinstance(said, Sampled)
     assert isinstance(other, Sampled)
     torch.testing.assert_close(said.logp_N, other.logp_N)
@@ -126,7 +127,7 @@ def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
 
 def test_a_head_that_changed_after_scoring_is_noticed(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
-    dense = teacher(lm).answer(pack, frozenset({DENSE}), View(), 1.0)
+    dense = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE})))
     with torch.no_grad():
         lm.head().weight_VD.mul_(1.0)
     with pytest.raises(SignalError, match="changed after it had scored"):

@@ -12,12 +12,13 @@ import torch
 
 from retort.errors import UserError
 from retort.models.lm import load_model
+from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import TEMPLATES, fill, templates
 from retort.teachers.view import View
 from retort.teachers.views import clean, examples, peers, privileged
-from retort.types import DENSE, SAMPLED, Message, Pack, Prompt, Rollout
+from retort.types import DENSE, SAMPLED, Message, Pack, Prompt, Rollout, in_groups
 
 PROMPT = Prompt(
     "p",
@@ -173,14 +174,14 @@ def answered(lm: Any, text: str, actions: list[int], **privileged_texts: str) ->
 
 def test_a_rollout_without_context_is_left_out_and_the_others_are_scored_as_ever(lm: Any) -> None:
     with_one, without = answered(lm, "3 + 4 =", [12, 13], solution="7 2"), answered(lm, "1 =", [7, 8, 9])
-    said = told(lm).answer(Pack.of([without, with_one]), frozenset({SAMPLED}), privileged("solution"), 1.0)
-    alone = told(lm).answer(Pack.of([with_one]), frozenset({SAMPLED}), privileged("solution"), 1.0)
+    said = told(lm).score(in_groups([without, with_one]), Ask(privileged("solution"), frozenset({SAMPLED})))
+    alone = told(lm).score(in_groups([with_one]), Ask(privileged("solution"), frozenset({SAMPLED})))
     assert said.valid_N is not None
     assert said.valid_N.tolist() == [False] * 3 + [True] * 2
     assert alone.valid_N is None
     torch.testing.assert_close(said.rows(slice(3, 5)).sampled_logp_N, alone.rows(slice(None)).sampled_logp_N)
     assert said.counts["no_context"] == 1
-    nobody = told(lm).answer(Pack.of([without]), frozenset({DENSE}), privileged("solution"), 1.0)
+    nobody = told(lm).score(in_groups([without]), Ask(privileged("solution"), frozenset({DENSE})))
     assert nobody.valid_N is not None
     assert not nobody.valid_N.any()
 
@@ -199,7 +200,7 @@ def test_too_long_a_context_is_cut_at_the_end_of_the_privileged_text_and_counted
 
 def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the_students_own_tokens(lm: Any) -> None:
     own = answered(lm, "3 + 4 =", [12, 13], solution="7 2")
-    said = told(lm).answer(Pack.of([own]), frozenset({SAMPLED}), privileged("solution"), 1.0)
+    said = told(lm).score(in_groups([own]), Ask(privileged("solution"), frozenset({SAMPLED})))
     ids = lm.tokenizer("7 2 3 + 4 =")["input_ids"]
     whole = torch.tensor([[*ids, 12, 13]])
     with torch.no_grad():

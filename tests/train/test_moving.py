@@ -21,6 +21,7 @@ from retort.errors import SignalError, UserError
 from retort.estimators import pathwise
 from retort.method import Method, Term
 from retort.rollout.plan import RolloutPlan
+from retort.teachers.base import Ask
 from retort.teachers.itself import OwnWeights, SelfTeacher, sides_of
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, hard_copy, live, trust_region
@@ -33,7 +34,7 @@ from retort.train.observe import Silent
 from retort.train.pair import own_weights, without_idle_teacher
 from retort.train.setup import load, prepare
 from retort.train.summary import summary
-from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout
+from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout, in_groups
 from retort.weights import student_entropy
 
 
@@ -115,7 +116,7 @@ def teacher(own: OwnWeights) -> SelfTeacher:
 
 
 def logits(own: OwnWeights, pack: Pack, weights: Weights, temperature: float = 1.0) -> Tensor:
-    signal = teacher(own).answer(pack, frozenset({DENSE}), self_view(weights), temperature)
+    signal = teacher(own).score(in_groups(pack.rollouts), Ask(self_view(weights), frozenset({DENSE}), temperature))
     return signal.rows(slice(None)).logp_NV
 
 
@@ -177,7 +178,7 @@ def test_a_trust_region_mixes_logits(lm: Any, pack: Pack) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     # What is reduced at once says the same of the tokens written, and of the likeliest ids.
     needs = frozenset({SAMPLED, Need("topk", 3), Need("entropy")})
-    rows = teacher(own).answer(pack, needs, self_view(trust_region(0.3)), 1.0).rows(slice(None))
+    rows = teacher(own).score(in_groups(pack.rollouts), Ask(self_view(trust_region(0.3)), needs)).rows(slice(None))
     whole = logits(own, pack, trust_region(0.3))
     torch.testing.assert_close(rows.sampled_logp_N, whole.gather(1, pack.tokens_N[:, None]).squeeze(1))
     torch.testing.assert_close(rows.topk(3)[1], whole.topk(3).values)
@@ -278,7 +279,7 @@ def test_an_answer_is_that_of_its_moment(lm: Any, pack: Pack, weights: Weights) 
     needs, view = frozenset({DENSE}), self_view(weights)
     several = OwnWeights(lm, [weights], moves_within_batch=True)
     once = OwnWeights(lm, [weights])
-    kept, guarded = (teacher(own).answer(pack, needs, view, 1.0) for own in (several, once))
+    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), Ask(view, needs)) for own in (several, once))
     said = kept.rows(slice(None)).logp_NV
     torch.testing.assert_close(guarded.rows(slice(None)).logp_NV, said)
     disturb(lm, 1)
@@ -287,7 +288,8 @@ def test_an_answer_is_that_of_its_moment(lm: Any, pack: Pack, weights: Weights) 
     assert torch.equal(kept.rows(slice(None)).logp_NV, said)
     with pytest.raises(SignalError, match="moved after it had scored"):
         guarded.rows(slice(None))
-    assert not torch.equal(teacher(several).answer(pack, needs, view, 1.0).rows(slice(None)).logp_NV, said)
+    now = teacher(several).score(in_groups(pack.rollouts), Ask(view, needs))
+    assert not torch.equal(now.rows(slice(None)).logp_NV, said)
 
 
 def test_in_bf16_a_copied_head_says_the_same(lm: Any, pack: Pack) -> None:
@@ -295,7 +297,7 @@ def test_in_bf16_a_copied_head_says_the_same(lm: Any, pack: Pack) -> None:
     lm.precision = "bf16"
     needs, view = frozenset({DENSE}), self_view(live())
     several, once = (OwnWeights(lm, [live()], moves_within_batch=more) for more in (True, False))
-    kept, guarded = (teacher(own).answer(pack, needs, view, 1.0) for own in (several, once))
+    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), Ask(view, needs)) for own in (several, once))
     assert torch.equal(kept.rows(slice(None)).logp_NV, guarded.rows(slice(None)).logp_NV)
     copied = several.head(live(), lasting=True)().weight_VD
     assert copied.dtype == torch.bfloat16 and lm.head().weight_VD.dtype == torch.float32
@@ -340,15 +342,15 @@ def test_in_the_second_update_the_live_teacher_is_the_one_of_the_first(
     run = started(alone, tmp_path / "run", live(), steps=1, optimizer={"updates": 2})
     found: list[Any] = []
     kept: list[Tensor] = []
-    answer = SelfTeacher.answer
+    score = SelfTeacher.score
 
     def listening(self: SelfTeacher, *arguments: Any) -> Any:
-        signal = answer(self, *arguments)
+        signal = score(self, *arguments)
         found.append(signal)
         kept.append(signal.rows(slice(None)).logp_NV.clone())
         return signal
 
-    monkeypatch.setattr(SelfTeacher, "answer", listening)
+    monkeypatch.setattr(SelfTeacher, "score", listening)
     before = state(run.setup.student)
     run.go()
     assert run.updates == 2 and not same(state(run.setup.student), before)

@@ -25,6 +25,7 @@ from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan
 from retort.streams import uniforms
+from retort.teachers.base import Ask
 from retort.teachers.view import View
 from retort.train import checkpoint, runner
 from retort.train.control import Control
@@ -33,7 +34,7 @@ from retort.train.observe import Silent
 from retort.train.setup import Setup, prepare
 from retort.train.shelf import FILE, Shelf
 from retort.train.write import easy_to_hard, plan_summary, write_rollouts
-from retort.types import SAMPLED, Pack, Prompt, Rollout, Status
+from retort.types import SAMPLED, Pack, Prompt, Rollout, Status, in_groups
 
 
 def changed(settings: dict[str, Any], **sections: Any) -> dict[str, Any]:
@@ -129,7 +130,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
         assert setup.teacher_writer.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
-    signal = setup.teachers["teacher"].answer(pack, frozenset({SAMPLED}), View(), 1.0)
+    signal = setup.teachers["teacher"].score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED})))
     assert signal.rows(slice(None)).sampled_logp_N.tolist() == pytest.approx(heard, abs=1e-4)
     assert pack.engine_logp_N.isnan().all()
 

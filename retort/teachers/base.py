@@ -1,0 +1,121 @@
+"""What a teacher is to everybody else. Axis letters: see `retort.types`.
+
+Whatever has a `score` like this one is a teacher: a model in this process, the student itself, a server. What any of
+them must hold is in `tests/contracts/test_teacher.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from retort.errors import SignalError
+from retort.signals import Candidates, TeacherSignal
+from retort.teachers.view import View
+from retort.types import Group, Need, NeedKind, Pack, can_meet
+
+
+@dataclass(frozen=True, eq=False)
+class Ask:
+    """What is asked about some rollouts.
+
+    Attributes:
+        view: What the teacher sees of them.
+        needs: What it is to say about every step: this and no more.
+        temperature: Of the distributions that it speaks of.
+        student_ids_NK: For the need `logp_at`: the student's most likely ids at every step, int64, on the CPU. None
+            where the teacher can hand over its whole distribution, which then answers that need.
+    """
+
+    view: View
+    needs: frozenset[Need]
+    temperature: float = 1.0
+    student_ids_NK: Tensor | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether only a whole distribution (or what makes one, hidden states) is an answer."""
+        kinds = {need.kind for need in self.needs}
+        return not kinds.isdisjoint({"dense", "hidden"} | ({"logp_at"} if self.student_ids_NK is None else set()))
+
+
+class Teacher(Protocol):
+    """Whoever scores the tokens of rollouts."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def capabilities(self) -> frozenset[NeedKind]:
+        """What it can be asked for."""
+        ...
+
+    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
+        """What it says about every step of some rollouts.
+
+        Args:
+            groups: The rollouts; views may look at the others of a group. The steps are theirs in this order, as
+                `Pack.of` lays them end to end.
+            ask: What is wanted. `student_ids_NK` is about the same steps.
+
+        Returns:
+            A signal about exactly the tokens that were written, detached, with `valid_N` False where the view has no
+            context. On whatever device: it is moved where it is read.
+
+        Raises:
+            SignalError: Its numbers are none.
+        """
+        ...
+
+
+def answers(
+    teachers: Mapping[str, Teacher],
+    views: Mapping[str, View],
+    groups: Sequence[Group],
+    needs: Callable[[str], frozenset[Need]],
+    temperature: float,
+    student_ids: Callable[[int], Tensor],
+) -> dict[str, TeacherSignal]:
+    """Every view's signal about some rollouts, checked to be about their very tokens.
+
+    Args:
+        teachers: Who is asked, by view.
+        views: What each sees.
+        groups: The rollouts.
+        needs: What to ask of a view's teacher.
+        temperature: Of the distributions.
+        student_ids: The student's k most likely ids at every step, [N, K]. Called once where a teacher that cannot hand
+            over a whole distribution is asked about them, and else not at all.
+
+    Raises:
+        SignalError: A signal is about other tokens or ids, or lacks what was asked for.
+    """
+    asked = {name: needs(name) for name in views}
+    counts = {name: _given_ids(teachers[name], own) for name, own in asked.items()}
+    most = max(counts.values(), default=0)
+    ids_NK = student_ids(most) if most else None
+    tokens_N = Pack.of([rollout for group in groups for rollout in group]).tokens_N
+    found: dict[str, TeacherSignal] = {}
+    for name, view in views.items():
+        own_NK = ids_NK[:, : counts[name]] if ids_NK is not None and counts[name] else None
+        signal = teachers[name].score(groups, Ask(view, asked[name], temperature, own_NK))
+        signal.check_tokens(tokens_N)
+        if isinstance(signal, Candidates) and own_NK is not None:
+            signal.check_ids(own_NK)
+        for need in sorted(asked[name]):
+            if not can_meet(signal.offers, need):
+                raise SignalError(f"{signal.source}: was asked for {need}, and gave only: {', '.join(signal.offers)}")
+        found[name] = signal
+    return found
+
+
+def _given_ids(teacher: Teacher, needs: frozenset[Need]) -> int:
+    """How many of the student's ids a teacher has to be given at every step."""
+    if "dense" in teacher.capabilities:
+        return 0
+    return max((need.k for need in needs if need.kind == "logp_at"), default=0)
