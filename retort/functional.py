@@ -44,8 +44,8 @@ def token_losses(
     Args:
         method: A `Method`, or a name for the paper's defaults.
         student_logits: [N, V], any float dtype; softmax is in fp32 (float64 stays float64).
-        teacher_logits: [N, V'] under the view `teacher`, or a `TeacherSignal` (sampled, top-k). V' may differ from V:
-            the ids that both have are shared, the others are padding and get no probability.
+        teacher_logits: [N, V'] under the view `teacher`, or a `TeacherSignal` (sampled, top-k, candidates). V' may
+            differ from V: the ids that both have are shared, the others are padding and get no probability.
         tokens: Ids written, [N], int64.
         mask: Steps that count, [N], bool; all by default. Rows outside it are never read.
         turns: Turn of each step, [N].

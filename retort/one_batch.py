@@ -31,7 +31,7 @@ from retort.models.core import Core, Steps, loss_pass, per_token
 from retort.models.head import Head
 from retort.parts import Layout
 from retort.registry import load
-from retort.signals import Dense, TeacherSignal, TopK
+from retort.signals import Dense, TeacherSignal
 from retort.streams import generator
 from retort.types import TokenLoss, TokenLosses
 
@@ -153,7 +153,7 @@ class OneBatch:
         """The method on hidden states and a head, or on logits and no head; `states_ND` are compared as they are."""
         check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
         for name, signal in signals.items():
-            self._check_top_k(name, signal, width)
+            self._check_lists(name, signal, width)
         vocab = min([width, *(signal.width for signal in signals.values() if isinstance(signal, Dense))])
         tokens_N = self.steps.tokens_N
         whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
@@ -252,17 +252,17 @@ class OneBatch:
             )
         return replace(core.steps, stored={**core.steps.stored, **found})
 
-    def _check_top_k(self, name: str, signal: TeacherSignal, width: int) -> None:
-        """Refuses a top-k signal that is shorter than the method needs, or that holds ids the student does not have."""
-        if not isinstance(signal, TopK):
-            return
-        wanted, kept = max((need.k for need in self.method.needs(name)), default=0), signal.ids_NK.shape[1]
-        if kept < wanted and not signal.whole:
-            raise UserError(
-                f"method '{self.method.name}' needs the top-{wanted} of '{name}', which gives its top-{kept}"
-            )
-        if signal.ids_NK.numel() and int(signal.ids_NK.max()) >= width:
-            raise UserError(f"'{name}' names id {int(signal.ids_NK.max())}; the student's vocabulary has {width}")
+    def _check_lists(self, name: str, signal: TeacherSignal, width: int) -> None:
+        """Refuses lists of ids that are shorter than the method needs, or that hold ids the student does not have."""
+        for kind, (ids_NK, whole) in signal.lists(width).items():
+            wanted = max((need.k for need in self.method.needs(name) if need.kind == kind), default=0)
+            kept = ids_NK.shape[1]
+            if kept < wanted and not whole:
+                asked = f"the top-{wanted} of '{name}', which gives its top-{kept}"
+                about = f"log-probs of the student's top-{wanted} from '{name}', which gives those of {kept} ids"
+                raise UserError(f"method '{self.method.name}' needs {asked if kind == 'topk' else about}")
+            if ids_NK.numel() and int(ids_NK.max()) >= width:
+                raise UserError(f"'{name}' names id {int(ids_NK.max())}; the student's vocabulary has {width}")
 
     def _spread(self, term: TokenLoss) -> TokenLoss:
         """Back to all N steps; 0 where the mask is."""

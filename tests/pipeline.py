@@ -185,11 +185,15 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     )
 
 
+def student_logits(setup: Setup, pack: Pack) -> Tensor:
+    """The student's logits over the shared ids before each token that was decided, [N, V]."""
+    with torch.no_grad():
+        return _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)[0][:, : setup.vocab]
+
+
 def padded_logp(setup: Setup, pack: Pack) -> Tensor:
     """The student's log-probs of what was written, nats, [N]."""
-    with torch.no_grad():
-        logits, _ = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
-    return logits[:, : setup.vocab].log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
+    return student_logits(setup, pack).log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
 
 
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:
