@@ -13,7 +13,7 @@ from toy import Toy
 from retort import registry
 from retort.distribution import Distribution
 from retort.errors import SignalError, UserError
-from retort.signals import Dense, Sampled, TopK
+from retort.signals import Candidates, Dense, Sampled, TopK
 
 F64 = torch.float64
 TOKENS = torch.tensor([0, 1])
@@ -99,6 +99,83 @@ def test_a_top_k_says_what_the_whole_distribution_says() -> None:
     torch.testing.assert_close(short.logp_at(chosen), whole.logp_at(chosen))
     inside = torch.tensor([True, False, True]).expand(6, 3)
     torch.testing.assert_close(short.logp_outside(chosen, inside), whole.logp_outside(chosen, inside))
+
+
+def test_a_list_of_all_ids_leaves_nothing() -> None:
+    """Not a rounding error: a forward KL with a bucket would be infinite, as the student leaves nothing."""
+    logits = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    tokens = torch.zeros(3, dtype=torch.long)
+    whole = Dense.of(logits, tokens).rows(slice(None))
+    ids, logp = whole.topk(4)
+    inside = torch.tensor([[True] * 4, [True, False, True, True], [False] * 4])
+    for signal in (TopK(tokens, "t", ids, logp, whole=True), Candidates(tokens, "t", ids, logp)):
+        found = signal.rows(slice(None), 4).logp_outside(ids, inside)
+        torch.testing.assert_close(found, whole.logp_outside(ids, inside))
+        assert found[0] == -math.inf
+
+
+# --- ids that somebody else chose ---
+
+
+def candidates(ids: Tensor = IDS, logp: Tensor = LOGP, **more: Any) -> Candidates:
+    return Candidates(TOKENS, "t", ids, logp, **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"ids": torch.tensor([[2, 0, 2], [1, 3, 4]])}, "candidate names an id twice"),
+        ({"ids": torch.tensor([[2, -1, 5], [1, 3, 4]])}, "negative"),
+        ({"logp": torch.tensor([[0.2, -1.0, -2.0], [-1.0, -2.0, -3.0]])}, "above 0"),
+        ({"logp": torch.tensor([[-0.1, -0.2, -0.3], [-1.0, -2.0, -3.0]])}, "more than 1"),
+        ({"logp": torch.tensor([[-0.5, math.nan, -2.0], [-1.0, -2.0, -3.0]])}, "nan"),
+        ({"ids": IDS[:, :2]}, r"\[N, K\]"),
+        ({"ids": IDS[:1], "logp": LOGP[:1]}, "1 steps, the rollouts have 2"),
+        ({"sampled_logp_N": torch.tensor([-1.0, math.nan])}, "log-prob of a written token is nan"),
+        ({"top": TopK(TOKENS + 1, "t", IDS, LOGP)}, "misaligned at step 0"),
+    ],
+)
+def test_candidates_that_are_none_are_refused(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(SignalError, match=message):
+        candidates(**more)
+
+
+def test_candidates_need_no_order_and_may_be_ruled_out() -> None:
+    found = candidates(logp=LOGP.flip(-1)).select(torch.tensor([1, 0]))
+    assert found.ids_NK.tolist() == IDS.flip(0).tolist()
+    candidates(logp=torch.tensor([[-math.inf, -1.0, -math.inf], [-1.0, -2.0, -3.0]]))
+
+
+def test_candidates_say_what_they_were_asked_and_no_more() -> None:
+    rows = candidates().rows(slice(None), 9)
+    first = rows.candidates(2)
+    assert first is not None and first.tolist() == IDS[:, :2].tolist()
+    torch.testing.assert_close(rows.logp_at(first), LOGP[:, :2])
+    torch.testing.assert_close(rows.logp_at(IDS.flip(-1)), LOGP.flip(-1))
+    missing: list[Any] = [
+        (lambda: rows.candidates(4), "no log-probs of the student's top-4 .it kept 3"),
+        (lambda: rows.logp_at(torch.tensor([[2], [7]])), "no log-prob of id 7"),
+        (lambda: rows.sampled_logp_N, "no log-prob of the written token"),
+        (lambda: rows.topk(1), "no top-k"),
+        (lambda: rows.entropy_N, "no entropy"),
+        (lambda: rows.logp_NV, "no full distribution"),
+    ]
+    for ask, message in missing:
+        with pytest.raises(SignalError, match=f"t: .*{message}"):
+            ask()
+    assert candidates().offers == {"logp_at"}
+    assert top().rows(slice(None)).candidates(1) is None, "a top-k is its own"
+
+
+def test_candidates_carry_what_else_was_asked_for() -> None:
+    own = TopK(TOKENS, "t", torch.tensor([[7, 2], [1, 8]]), LOGP[:, [0, 1]] - 0.5, entropy_N=LOGP.abs().sum(-1))
+    signal = candidates(sampled_logp_N=LOGP[:, 0], top=own)
+    assert signal.offers == {"logp_at", "sampled", "topk", "entropy"}
+    rows = signal.select(torch.tensor([1])).rows(slice(None), 9)
+    assert rows.topk(2)[0].tolist() == [[1, 8]]
+    torch.testing.assert_close(rows.entropy_N, LOGP.abs().sum(-1)[1:])
+    torch.testing.assert_close(rows.sampled_logp_N, LOGP[1:, 0])
+    torch.testing.assert_close(rows.logp_at(torch.tensor([[4, 8]])), torch.stack([LOGP[1:, 2], own.logp_NK[1:, 1]], 1))
 
 
 # --- what is left outside of some ids ---

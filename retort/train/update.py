@@ -23,7 +23,7 @@ from retort.context import Context
 from retort.errors import RunError, SignalError
 from retort.method import Method
 from retort.models.core import loss_pass
-from retort.signals import Dense, TeacherSignal
+from retort.signals import Candidates, Dense, TeacherSignal
 from retort.streams import permutation
 from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
@@ -294,7 +294,11 @@ def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
         logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
         banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
         return [token] if token in banned else banned
+    asked = (
+        signal.ids_NK[step][signal.logp_NK[step] == float("-inf")].tolist() if isinstance(signal, Candidates) else []
+    )
     try:
-        return [token] if float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf") else []
+        written = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
     except SignalError:
-        return []
+        return asked
+    return [token] if written else asked

@@ -19,7 +19,7 @@ from retort.apply import check_needs
 from retort.context import Context
 from retort.controllers import Controller, Probe
 from retort.divergences.support import student_topk
-from retort.errors import SignalError, UserError
+from retort.errors import RunError, SignalError, UserError
 from retort.method import Method
 from retort.signals import Candidates, Dense, Sampled, TeacherSignal
 from retort.teachers.base import Ask, answers
@@ -189,6 +189,24 @@ def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any])
     found, expected = (Control(own).probe(own, pipeline.MOMENT) for own in (far, setup))
     assert found.keys() == {"probe/looks.margin"}
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_candidate_that_is_ruled_out_is_named(tiny_run: dict[str, Any]) -> None:
+    """A reverse KL on the student's ids is infinite there, and the run stops before it learns."""
+    setup = pipeline.prepared(tiny_run, "topk_kl", top_k=3)
+    pack = pipeline.ragged(setup)
+    first = int(scoring.student_ids(setup, pack, 3)[0, 1])
+
+    def said(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
+        found = candidates(tokens_N, ask)
+        assert isinstance(found, Candidates)
+        logp_NK = found.logp_NK.clone()
+        logp_NK[0, 1] = float("-inf")
+        return replace(found, logp_NK=logp_NK)
+
+    far = replace(setup, teachers={"teacher": Scripted({"sampled", "logp_at"}, said)})
+    with pytest.raises(RunError, match=f"infinite at token 0 .* probability 0 to id {first} "):
+        pipeline.as_run(far, pack, 10**6)
 
 
 # --- what is asked, and what is taken for an answer ---
