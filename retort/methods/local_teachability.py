@@ -60,7 +60,7 @@ def local_teachability(
     Written from the abstract and from a reading note of the paper that quotes its equations; its text was not read.
     Not in either, and decided here: the shortest side, the longest segment, and that S is made in the same way of other
     margins. `min_drop` and `robust` come from another reimplementation. Sentences are split by rule, where the paper
-    takes NLTK. The teacher is asked for its whole distribution, whatever the wrapped method asks for.
+    takes NLTK. The teacher is asked about the student's candidates besides what the wrapped method asks for.
     """
     made = inner(of, settings, outer="local_teachability")
     rule: dict[str, Any] = {
