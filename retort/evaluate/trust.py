@@ -32,7 +32,7 @@ from retort.streams import generator, permutation, uniforms
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
-from retort.types import DENSE, Pack, Prompt, Rollout, in_groups
+from retort.types import DENSE, Pack, Prompt, Rollout, can_meet, in_groups
 
 #: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
 PREDICTORS = {
@@ -131,7 +131,13 @@ def branches(
         verifier: Says what is right.
         protocol: See there.
         progress: Called with what has been written and what is to be, answers.
+
+    Raises:
+        UserError: A teacher that cannot hand over its whole distribution, from which tokens are drawn.
     """
+    if not can_meet(teacher.capabilities, DENSE):
+        gives = ", ".join(sorted(teacher.capabilities))
+        raise UserError(f"trust draws tokens from {DENSE} of the teacher, and {teacher.name} gives only: {gives}")
     render = own.render
     spine = _spine(engine, prompts, render, verifier, protocol)
     pack = Pack.of(spine)

@@ -20,6 +20,7 @@ from retort.context import Context
 from retort.controllers import Controller, Probe
 from retort.divergences.support import student_topk
 from retort.errors import RunError, SignalError, UserError
+from retort.evaluate.trust import Protocol, branches
 from retort.method import Method
 from retort.signals import Candidates, Dense, Sampled, TeacherSignal
 from retort.teachers.base import Ask, answers
@@ -282,6 +283,12 @@ def test_an_answer_about_something_else_is_refused(groups: list[Group], said: An
     teacher = Scripted({"sampled", "logp_at"}, said)
     with pytest.raises(SignalError, match=message):
         asked({"teacher": teacher}, {"teacher": {logp_at(2)}}, groups, lambda k: torch.arange(k).expand(steps, k))
+
+
+def test_trust_needs_a_whole_distribution_and_says_so_before_anything_is_written() -> None:
+    nobody: Any = None
+    with pytest.raises(UserError, match="from the whole distribution of the teacher, and scripted gives only: sampled"):
+        branches(nobody, nobody, Scripted({"sampled"}, nobody), View(), [], nobody, Protocol())
 
 
 def test_groups_are_neighbours_of_one_visit_and_keep_their_order(groups: list[Group]) -> None:
