@@ -44,10 +44,13 @@ class TeacherWriter:
         written = write(
             self.engine, own, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, source="teacher"
         )
-        return [self._read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
+        return [self.as_read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
 
-    def _read(self, task: Task, rollout: Rollout) -> Rollout:
-        """Turn by turn; where a turn ends earlier for the student, so does the rollout: no reply was made to that."""
+    def as_read(self, task: Task, rollout: Rollout) -> Rollout:
+        """What the teacher wrote, turn by turn, as the student reads it behind its own prompt.
+
+        Where a turn ends earlier for the student, so does the rollout: no reply was made to that.
+        """
         pieces = rollout.sequence.continuation.pieces()
         sequence, status = task.context, rollout.status
         for number, piece in enumerate(pieces):

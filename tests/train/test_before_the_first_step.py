@@ -93,7 +93,9 @@ def test_an_adapter_on_experts_is_merged_as_it_learnt(tmp_path: Path, family: st
             warnings.simplefilter("ignore")  # peft's, about names of its own
             opened: Any = PeftModel.from_pretrained(load(tmp_path / "student").model, str(tmp_path / "adapter"))
         peft_logits = opened(input_ids=asked[0].tokens_L[None]).logits
-        torch.testing.assert_close(peft_logits, again.model(input_ids=asked[0].tokens_L[None]).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            peft_logits, again.model(input_ids=asked[0].tokens_L[None]).logits, rtol=1e-4, atol=1e-4
+        )
     assert lm.adapter.layers
     plain = load(tmp_path / "student")
     assert {name: x.shape for name, x in lm.weights().items()} == {n: x.shape for n, x in plain.weights().items()}
