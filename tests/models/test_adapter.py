@@ -89,7 +89,8 @@ def by_pefts_own_forward(lm: LanguageModel) -> tuple[Tensor, dict[str, Tensor]]:
     """One sequence at a time, logits as the model itself gives them, the divergence by its definition."""
     lm.model.zero_grad()
     logits = []
-    for ids, own in zip(*sequences(), strict=True):
+    for sequence in sequences():
+        ids, own = sequence.tokens_L, sequence.action_mask_L
         logits.append(lm.adapter.wrapper(input_ids=ids[None], use_cache=False).logits[0, :-1][own[1:]])  # type: ignore[union-attr]
     logp_NV = torch.cat(logits).log_softmax(-1)
     theirs_NV = teacher_logits(len(logp_NV), logp_NV.shape[1]).log_softmax(-1)
