@@ -224,7 +224,7 @@ class Scripted:
 
     def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
         self.asked.append(ask)
-        return self.said(torch.cat([own.tokens_L[own.acted_L] for group in groups for own in group]), ask)
+        return self.said(torch.cat([own.sequence.actions_A for group in groups for own in group]), ask)
 
 
 def candidates(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
