@@ -58,7 +58,7 @@ class Prompts:
     def valid_N(self, pack: Pack) -> Tensor | None:
         """See `TeacherSignal.valid_N`."""
         valid_R = torch.tensor([own is not None for own in self.ids])
-        return None if bool(valid_R.all()) else valid_R[pack.rollout_N]
+        return None if bool(valid_R.all()) else valid_R[pack.steps.rollout_N]
 
     @property
     def counts(self) -> dict[str, float]:
@@ -146,7 +146,7 @@ class LocalTeacher:
             return logits(unchanged(), hidden_ND[index_C], temperature)
 
         dense = Dense(
-            pack.tokens_N.to(self.lm.device),
+            pack.steps.tokens_N.to(self.lm.device),
             self.name,
             rows,
             self.vocab,
@@ -201,13 +201,13 @@ class LocalTeacher:
         valid_N = prompts.valid_N(pack)
         if not pairs:
             weight_VD = self.lm.head().weight_VD
-            return weight_VD.new_zeros(pack.steps, weight_VD.shape[1])
+            return weight_VD.new_zeros(len(pack), weight_VD.shape[1])
         tokens, acted = zip(*pairs, strict=True)
         hidden_ND = self.lm.all_hidden(tokens, acted, self.batch_tokens)
         if valid_N is None:
             return hidden_ND
         index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)
-        return hidden_ND.new_zeros(pack.steps, hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
+        return hidden_ND.new_zeros(len(pack), hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
 
     def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> tuple[Tensor, Tensor]:
         """What the teacher reads: its own rendering of the prompt, then the very tokens that the student wrote."""
@@ -283,5 +283,5 @@ def answers(
     """Every view's signal about a pack, checked to be about its very tokens."""
     found = {name: teachers[name].answer(pack, needs(name), view, temperature) for name, view in views.items()}
     for signal in found.values():
-        signal.check_tokens(pack.tokens_N)
+        signal.check_tokens(pack.steps.tokens_N)
     return found
