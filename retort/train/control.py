@@ -11,6 +11,7 @@ from retort.controllers import Probe, State
 from retort.errors import UserError
 from retort.rollout.single_turn import Task, write
 from retort.scoring import look
+from retort.sequences import TokenSequence
 from retort.steps import Clock
 from retort.streams import generator, uniforms
 from retort.teachers.local import answers
@@ -116,5 +117,5 @@ def _written(setup: Setup, probe: Probe, longest: int) -> list[Rollout]:
     plan, tasks = setup.method.rollout, list[Task]()
     for prompt in setup.probe[: probe.prompts]:
         chance = uniforms(setup.config.seed, "probe", prompt.id, count=longest)
-        tasks.append(Task(prompt, setup.render(prompt), 0, chance))
+        tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), 0, chance))
     return write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight, as_it_is
 from retort.steps import Clock, Steps, quantile
 from retort.types import SAMPLED
 
@@ -72,9 +72,6 @@ def agreement(
 
         # All are asked for each, so that a rollout for which one of them has no context is left out.
         return Quantity(f"{of}_logp", value, also=also)
-
-    def as_it_is(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
-        return values_N
 
     def apart(last_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
         logp_KN = torch.stack([*(steps.stored[f"{name}.{view}"] for view in views[:-1]), last_N]).double()

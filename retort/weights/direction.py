@@ -98,6 +98,9 @@ def directed(
     def gap(context: Context, view: str) -> Tensor:
         return context.gap_N(view)
 
+    def raw_gap(gap_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return gap_N.double()
+
     def scaled_gap(gap_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
         return scaled(gap_N.double(), steps.rollouts(), scale)
 
@@ -119,7 +122,7 @@ def directed(
         return found_N.max().expand_as(found_N) if len(found_N) else found_N
 
     stats = (
-        Stat(f"{name}.raw", Quantity("gap", gap, frozenset({SAMPLED})), lambda gap_N, *_: gap_N.double()),
+        Stat(f"{name}.raw", Quantity("gap", gap, frozenset({SAMPLED})), raw_gap),
         Stat(f"{name}.gap", Quantity("gap", gap, frozenset({SAMPLED})), scaled_gap),
         Stat(name, student_entropy(), omega),
         Stat(f"{name}.correction", None, correction),

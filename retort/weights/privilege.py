@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight, as_it_is
 from retort.steps import Clock, Steps
 from retort.types import SAMPLED
 
@@ -80,9 +80,6 @@ class Regimes:
             student_logp_N = steps.stored[f"{name}.student_logp"]
             found_N = regimes(teacher_logp_N.double(), student_logp_N.double(), trim)
             return found_N.to(teacher_logp_N.dtype)
-
-        def as_it_is(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
-            return values_N
 
         self.name = name
         self.stats = (

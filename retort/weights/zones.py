@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Stat, Weight
+from retort.parts import Stat, Weight, as_it_is
 from retort.steps import Clock, Steps
 from retort.types import ENTROPY
 from retort.weights.entropy import student_entropy, teacher_entropy
@@ -73,7 +73,7 @@ class Zones:
 
         self.name = name
         self.stats = (
-            Stat(f"{name}.teacher_entropy", teacher_entropy(), lambda values_N, *_: values_N),
+            Stat(f"{name}.teacher_entropy", teacher_entropy(), as_it_is),
             Stat(name, student_entropy(), finish),
             Stat(f"{name}.taught", student_entropy(), taught),
         )
