@@ -31,10 +31,11 @@ from retort.context import Context
 from retort.divergences import forward_kl, jsd, reverse_kl
 from retort.estimators import pathwise
 from retort.functional import linear_token_losses
-from retort.models.core import Core, Steps, per_token
+from retort.models.core import Core, per_token
 from retort.models.head import Head
 from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
+from retort.steps import Clock, Steps
 
 VOCAB, WIDTH, TEACHER_WIDTH = 151_936, 1024, 2048
 #: Of `--small`, a trial of the script itself.
@@ -114,7 +115,7 @@ def retort_twice(given: Inputs) -> Tensor:
     def reverse(context: Context) -> dict[str, Tensor]:
         return {"reverse": context.student.reverse_kl(context.signal("teacher").distribution)}
 
-    core = Core(reverse, Steps(tokens_N, {}), {"teacher": signal}, Head(given.weight_VD), head.width)
+    core = Core(reverse, Steps.of(tokens_N), Clock(), {"teacher": signal}, Head(given.weight_VD), head.width)
     loss = per_token(core, given.hidden_ND[kept_N])["reverse"].mean()
     loss.backward()
     return loss.detach()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage, Layout, Quantity, Stat
-from retort.schedules import Schedule, at
+from retort.parts import Advantage, Quantity, Stat
+from retort.schedules import Schedule
+from retort.steps import Clock, Steps
 from retort.types import SAMPLED
 from retort.weights.contract import BaseMode, held_below
 
@@ -47,8 +48,8 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
 
         return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
 
-    def finish(values_N: Tensor, layout: Layout) -> Tensor:
-        rollouts, place_N = layout.rollouts(), layout.place_N()
+    def finish(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        rollouts, place_N = steps.rollouts(), steps.position_N
         # Beyond an answer's end there is nothing; all answers are walked through at once, from the back.
         values_RA = values_N.new_zeros(len(rollouts.steps_R), int(rollouts.steps_R.max()), dtype=torch.float64)
         values_RA[rollouts.number_N, place_N] = values_N.double()
@@ -59,7 +60,7 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
     stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
 
     def value(context: Context, view: str) -> Tensor:
-        return coef * context.stored[stat.name].to(context.student_logp_N.dtype)
+        return coef * context.steps.stored[stat.name].to(context.student_logp_N.dtype)
 
     return Advantage(f"{stat.name} * {coef:g}", value, inner.needs, stats=(stat,))
 
@@ -81,7 +82,7 @@ def extrapolated_log_ratio(
     """
 
     def value(context: Context, view: str) -> Tensor:
-        return _extrapolated(context, view, base, at(reward_weight, context.step, context.total_steps))
+        return _extrapolated(context, view, base, context.clock.at(reward_weight))
 
     name = "a schedule" if callable(reward_weight) else f"{reward_weight:g}"
     return Advantage(

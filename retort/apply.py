@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +10,11 @@ from torch import Tensor
 from retort import reduce
 from retort.context import Context
 from retort.errors import UserError
-from retort.estimators import MatchHidden
 from retort.method import Method, Term, Watch
-from retort.parts import Layout, Part
-from retort.schedules import at
+from retort.parts import Part
+from retort.policy import Policy
 from retort.signals import TeacherSignal
+from retort.steps import Clock, Ranks, Steps
 from retort.types import SAMPLED, Need, NeedKind, TokenLoss, can_meet
 
 
@@ -37,44 +36,47 @@ def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: i
 
 
 def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
-    """The function of a chunk that gives `<term>.value` and `<term>.weight` for every term, [C] each."""
+    """The function of a chunk that gives `<term>.value` and `<term>.weight`, [C] each, of terms that read logits."""
+    return _values_of([term for term in method.terms if not term.estimator.reads_hidden])
 
+
+def hidden_values(
+    method: Method,
+    student_ND: Tensor | None,
+    signals: Mapping[str, TeacherSignal],
+    steps: Steps,
+    clock: Clock,
+) -> dict[str, Tensor]:
+    """The same, [N] each, of the terms that compare hidden states; by plain autograd, outside of the loss core.
+
+    Args:
+        method: What is learnt.
+        student_ND: The student's last hidden states at some steps, live.
+        signals: The views' answers about the same steps.
+        steps: What else is known about them.
+        clock: Where the run is.
+    """
+    terms = [term for term in method.terms if term.estimator.reads_hidden]
+    if terms and student_ND is None:
+        raise UserError(f"method '{method.name}' needs student_hidden (term '{terms[0].name}'), which was not given")
+    rows = {term.against: signals[term.against].hidden_rows() for term in terms}
+    return _values_of(terms)(Context(Policy(), rows, steps, clock, student_ND))
+
+
+def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
     def values(context: Context) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for term in method.terms:
-            if isinstance(term.estimator, MatchHidden):
-                continue  # see `hidden_values`
-            weight_C = torch.ones_like(context.student_logp_N.detach())
+        for term in terms:
+            weight_C = None
             if term.weight is not None:
-                stored_C = context.stored.get(f"{term.name}.weight")
-                weight_C = term.weight.value(context, term.against) if stored_C is None else stored_C
-            weight_C = weight_C.detach()
+                weight_C = context.steps.stored.get(f"{term.name}.weight")
+                weight_C = (term.weight.value(context, term.against) if weight_C is None else weight_C).detach()
             value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
             found[f"{term.name}.value"] = value_C
             found[f"{term.name}.weight"] = weight_C
         return found
 
     return values
-
-
-def hidden_values(method: Method, student_ND: Tensor | None, signals: Mapping[str, TeacherSignal]) -> dict[str, Tensor]:
-    """`<term>.value` and `<term>.weight` of the terms that compare hidden states, [N] each; the core has the others.
-
-    Args:
-        method: What is learnt.
-        student_ND: The student's last hidden states at some steps, live.
-        signals: The views' answers about the same steps.
-    """
-    found: dict[str, Tensor] = {}
-    for term in method.terms:
-        if isinstance(term.estimator, MatchHidden):
-            if student_ND is None:
-                raise UserError(
-                    f"method '{method.name}' needs student_hidden (term '{term.name}'), which was not given"
-                )
-            found[f"{term.name}.value"] = term.estimator.values(student_ND, signals[term.against], term.name)
-            found[f"{term.name}.weight"] = torch.ones_like(found[f"{term.name}.value"].detach())
-    return found
 
 
 def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:
@@ -110,12 +112,6 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
 def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dict[str, Tensor]]:
     """The function of a chunk that gives some parts by name, [C] each, detached."""
     return lambda context: {name: part.value(context, view).detach() for name, part in parts.items()}
-
-
-def means(values: Mapping[str, Tensor], valid_N: Tensor | None) -> dict[str, float]:
-    """Of values at every step, over those about which the view that they ask says something."""
-    kept = {name: values_N if valid_N is None else values_N[valid_N] for name, values_N in values.items()}
-    return {name: float(values_N.double().mean()) if len(values_N) else 0.0 for name, values_N in kept.items()}
 
 
 def recorded_values(
@@ -154,17 +150,23 @@ def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> d
     return found
 
 
-def batch_shares(
-    method: Method, *, counted_N: Mapping[str, Tensor], rollout_N: Tensor, stored: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What each step of the whole optimizer batch is multiplied by, per term, [N] each; `counted_N` is by term."""
+def batch_shares(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """What each step is multiplied by, per term, [N] each.
+
+    Args:
+        method: What is learnt.
+        steps: Of one optimizer step, those of this worker.
+        counted_N: The steps that take part in each term, see `counted`.
+        ranks: Who holds the rest of that optimizer step.
+    """
+    whole, own = ranks.gather(steps.storing({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
     return {
         term.name: reduce.shares(
             term.denominator,
-            counted_N=counted_N[term.name],
-            rollout_N=rollout_N,
-            weight_N=_summed(term, stored),
-        )
+            counted_N=whole.stored[f"counted/{term.name}"],
+            rollout_N=whole.rollout_N,
+            weight_N=_summed(term, whole.stored),
+        )[own]
         for term in method.terms
     }
 
@@ -192,25 +194,29 @@ def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
 
 
 def finish_stats(
-    method: Method, values: Mapping[str, Tensor], layout: Layout, valid: Mapping[str, Tensor | None] | None = None
+    method: Method,
+    values: Mapping[str, Tensor],
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """What is stored for the whole batch, from the values of all its steps; `valid` is as in `counted`."""
     found: dict[str, Tensor] = {}
     for name, (stat, view) in method.stats.items():
-        values_N = values.get(name, torch.zeros(len(layout.rollout_N), device=layout.rollout_N.device))
+        values_N = values.get(name, torch.zeros(len(steps), device=steps.rollout_N.device))
         asked = [
             valid_N
             for other, valid_N in (valid or {}).items()
             if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
         ]
-        here = replace(layout, found=found)
+        here = steps.storing(found)
         if asked:
             index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
             values_N, here = values_N[index_N], here.select(index_N)
         # A batch without a step has no largest number and no mean; what is stored for it is as empty as it is.
-        finished = stat.finish(values_N, here).detach() if len(values_N) else values_N
+        finished = stat.finish(values_N, here, clock).detach() if len(values_N) else values_N
         if asked:
-            finished = finished.new_zeros(len(layout.rollout_N)).index_copy_(0, index_N, finished)
+            finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
         found[name] = finished
     return found
 
@@ -218,21 +224,16 @@ def finish_stats(
 def losses(
     method: Method,
     values: Mapping[str, Tensor],
+    clock: Clock,
     *,
     counted_N: Mapping[str, Tensor],
     shares_N: Mapping[str, Tensor],
-    step: int,
-    total_steps: int | None,
-    readings: Mapping[str, float] | None = None,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
-    """The scalar of these steps and the terms behind it: those that there are values of.
-
-    `readings` are the numbers of the method's controllers.
-    """
+    """The scalar of these steps and the terms behind it: those that there are values of."""
     terms = {
         term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N[term.name])
         for term in method.terms
         if f"{term.name}.value" in values
     }
-    coefs = {term.name: at(term.coef, step, total_steps, readings) for term in method.terms}
+    coefs = {term.name: clock.at(term.coef) for term in method.terms}
     return reduce.scalar(terms, shares_N, coefs), terms

@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from retort.distribution import WHOLE, Distribution, Shard
+from retort.distribution import WHOLE, Distribution
 from retort.errors import SignalError
+from retort.policy import Policy
 from retort.signals import SignalRows, as_compute
+from retort.steps import Clock, Steps
 
 T = TypeVar("T")
 #: Nats that count for a log-ratio that is infinite, where it must be a number: about what fp32 tells from 0.
@@ -22,34 +24,35 @@ RULED_OUT = 100.0
 
 @dataclass(eq=False)
 class Context:
-    """The student's live outputs, the named signals and the stored values, for N steps (or one chunk of them).
+    """The student's live policy, the named signals, the table of steps and the clock, for N steps (or one chunk).
 
     Attributes:
-        student_logits_NV: Live logits over the shared vocabulary, already divided by the loss temperature; any float
-            dtype.
-        tokens_N: The token written at each step.
+        policy: What the student decides by; `student` is the same where that is a distribution over tokens.
         signals: Each view's answer for these steps.
-        stored: Per-step values of the score pass (`old_logp`, baselines), detached, by name.
-        engine_logp_N: The rollout engine's log-probs, nats, where it gave any.
-        rollout_N, turn_N, position_N: Where each step stands.
-        step, total_steps: How far the run is (batches of rollouts).
-        readings: Numbers of the method's controllers, by `<controller>.<number>`.
-        shard: Which ids the student's logits are about, where a rank holds only some.
+        steps: What else is known about them.
+        clock: Where the run is.
+        student_hidden_ND: The student's last hidden states, live; only for estimators that read them.
     """
 
-    student_logits_NV: Tensor
-    tokens_N: Tensor
+    policy: Policy
     signals: Mapping[str, SignalRows]
-    stored: Mapping[str, Tensor] = field(default_factory=lambda: {})
-    engine_logp_N: Tensor | None = None
-    rollout_N: Tensor | None = None
-    turn_N: Tensor | None = None
-    position_N: Tensor | None = None
-    step: int = 0
-    total_steps: int | None = None
-    readings: Mapping[str, float] = field(default_factory=lambda: {})
-    shard: Shard = WHOLE
+    steps: Steps
+    clock: Clock = field(default_factory=Clock)
+    student_hidden_ND: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, repr=False)
+
+    @staticmethod
+    def of(
+        logits_NV: Tensor,
+        tokens_N: Tensor,
+        signals: Mapping[str, SignalRows],
+        stored: Mapping[str, Tensor] | None = None,
+        *,
+        clock: Clock | None = None,
+    ) -> Context:
+        """From plain logits [N, V] at the loss temperature: how a part is tried by itself."""
+        steps = Steps.of(tokens_N, stored=stored)
+        return Context(Distribution(as_compute(logits_NV)), signals, steps, clock or Clock())
 
     def signal(self, view: str) -> SignalRows:
         """The answer of one view."""
@@ -63,10 +66,17 @@ class Context:
             self._made[key] = make()
         return self._made[key]
 
-    @cached_property
+    @property
     def student(self) -> Distribution:
-        """The student's live distribution."""
-        return Distribution(as_compute(self.student_logits_NV), self.shard)
+        """The student's live distribution over the shared vocabulary, already at the loss temperature.
+
+        Raises:
+            SignalError: It decides no tokens, or its logits are not at hand (hidden states are compared outside of the
+                loss core).
+        """
+        if not isinstance(self.policy, Distribution):
+            raise SignalError("the student's distribution over tokens is not at hand where this is evaluated")
+        return self.policy
 
     @cached_property
     def student_logp_NV(self) -> Tensor:
@@ -75,16 +85,16 @@ class Context:
         For what `student` does not offer: it costs several times the memory, and a rank that holds only some of the
         ids has no such thing.
         """
-        if self.shard is not WHOLE:
+        if self.student.shard is not WHOLE:
             raise SignalError("this method reads the student's whole distribution, which no rank holds")
-        logits_NV = as_compute(self.student_logits_NV)
+        logits_NV = self.student.logits_CV
         # Not log_softmax: over 150,000 ids the sum in its gradient is ten times less exact in fp32.
         return logits_NV - logits_NV.logsumexp(-1, keepdim=True)
 
     @cached_property
     def student_logp_N(self) -> Tensor:
         """Live log-prob of the written token, nats."""
-        return self.student.logp_at(self.tokens_N[:, None]).squeeze(-1)
+        return self.student.logp_at(self.steps.tokens_N[:, None]).squeeze(-1)
 
     @cached_property
     def student_entropy_N(self) -> Tensor:
@@ -111,5 +121,5 @@ class Context:
 
         Strictly on-policy (nothing stored), it is the live value without its gradient.
         """
-        old = self.stored.get("old_logp")
+        old = self.steps.stored.get("old_logp")
         return self.student_logp_N.detach() if old is None else old

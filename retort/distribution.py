@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.policy import Policy
+
 
 class Shard:
     """Which ids logits are about: all of them. `retort.models.shard.VocabShard` is one rank's part of them."""
@@ -71,7 +73,7 @@ class _Value(torch.autograd.Function):
         return (ctx.gradient(upstream, *kept), None, None, *(None for _ in kept))
 
 
-class Distribution:
+class Distribution(Policy):
     """What follows from logits, each thing computed once and only when asked for.
 
     Attributes:

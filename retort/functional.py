@@ -9,8 +9,9 @@ from torch import Tensor
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.head import Head
-from retort.one_batch import OneBatch, as_head
+from retort.one_batch import Given, OneBatch, as_head
 from retort.signals import TeacherSignal
+from retort.steps import Clock
 from retort.types import TokenLosses
 
 __all__ = ["Head", "linear_token_losses", "token_losses"]
@@ -74,14 +75,13 @@ def token_losses(
         UserError: Shapes that do not fit, ids outside the vocabulary, or something the method needs and was not given.
         SignalError: A teacher's answer that is misaligned or not finite.
     """
-    batch = OneBatch.of(
-        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, longest, step, total_steps, state
-    )
+    given = Given(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    batch = OneBatch.of(method, given, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_logits", student_logits, 2)
     if student_hidden is not None:
         batch.check_rows("student_hidden", student_hidden, 2)
     views: dict[str, Tensor | TeacherSignal] = {} if teacher_logits is None else {"teacher": teacher_logits}
-    signals = {name: batch.signal(name, given) for name, given in (views | dict(extra_views or {})).items()}
+    signals = {name: batch.signal(name, said) for name, said in (views | dict(extra_views or {})).items()}
     states_ND = None if student_hidden is None else student_hidden[batch.kept_N]
     width, chunk = student_logits.shape[-1], len(tokens) or 1
     return batch.evaluate(student_logits[batch.kept_N], None, width, signals, chunk, states_ND)
@@ -139,9 +139,8 @@ def linear_token_losses(
         UserError: As in `token_losses`.
         SignalError: As in `token_losses`.
     """
-    batch = OneBatch.of(
-        method, tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, longest, step, total_steps, state
-    )
+    known = Given(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    batch = OneBatch.of(method, known, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_hidden", student_hidden, 2)
     given: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})
     if teacher_hidden is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.controllers import Controller
 from retort.errors import UserError, did_you_mean, quoted
-from retort.estimators import Estimator, MatchHidden
+from retort.estimators import Estimator
 from retort.parts import Part, Stat, Weight
 from retort.reduce import Denominator, tokens
 from retort.rollout.plan import RolloutPlan
@@ -164,7 +164,7 @@ class Method:
                 raise UserError(
                     f"term '{term.name}' is against view '{term.against}'; {did_you_mean(term.against, self.views)}"
                 )
-            if isinstance(term.estimator, MatchHidden) and term.weight is not None:
+            if term.estimator.reads_hidden and term.weight is not None:
                 raise UserError(f"term '{term.name}' compares hidden states, and such a term has no weight")
             for view in (view for part in term.parts for view in part.also):
                 if view not in self.views:

@@ -5,114 +5,114 @@ Axis letters: see `retort.types`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from retort.apply import (
-    batch_shares,
-    check_needs,
-    counted,
-    finish_stats,
-    hidden_values,
-    losses,
-    means,
-    part_values,
-    stat_values,
-    stored_values,
-    term_values,
-)
-from retort.controllers import Controller, Seen, State
+from retort.apply import batch_shares, check_needs, counted, hidden_values, losses, term_values
+from retort.controllers import Controller, State
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.core import Core, Steps, loss_pass, per_token
+from retort.models.core import Core, loss_pass, per_token
+from retort.models.definition import Values
 from retort.models.head import Head
-from retort.parts import Layout
 from retort.registry import load
+from retort.scoring import Evaluate, look, scored
 from retort.signals import Dense, TeacherSignal
+from retort.steps import ALONE, Clock, Steps
 from retort.streams import generator
 from retort.types import TokenLoss, TokenLosses
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a caller knows of the steps of a batch, as the functions of `retort.functional` take it."""
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    turns: Tensor | None = None
+    rollouts: Tensor | None = None
+    groups: Tensor | None = None
+    rewards: Tensor | None = None
+    old_logp: Tensor | None = None
+    engine_logp: Tensor | None = None
+
+    def check(self) -> None:
+        """Raises `UserError` where something does not fit the tokens."""
+        tokens = self.tokens
+        if tokens.ndim != 1 or tokens.is_floating_point():
+            raise UserError(f"tokens must be [N] integers, not {tuple(tokens.shape)} {tokens.dtype}")
+        for name in ("mask", "turns", "rollouts", "old_logp", "engine_logp"):
+            values: Tensor | None = getattr(self, name)
+            if values is not None and values.shape != tokens.shape:
+                raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
+        for name, values in {"old_logp": self.old_logp, "engine_logp": self.engine_logp}.items():
+            _check_own_logp(name, values, self.mask)
+        count = int(self.rollout_N.max()) + 1 if len(tokens) else 0
+        for name, values in {"groups": self.groups, "rewards": self.rewards}.items():
+            if values is not None and values.shape not in ((count,), tokens.shape):
+                raise UserError(
+                    f"{name} must be [R] = ({count},), one per rollout, or repeated per step, not {tuple(values.shape)}"
+                )
+
+    @property
+    def rollout_N(self) -> Tensor:
+        """One rollout by default."""
+        return torch.zeros_like(self.tokens) if self.rollouts is None else self.rollouts
+
+    @property
+    def kept_N(self) -> Tensor:
+        """Places of the steps that count."""
+        if self.mask is None:
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.mask.bool().nonzero().squeeze(-1)
+
+    def steps(self, kept_N: Tensor) -> Steps:
+        """The table of the steps that count."""
+        rollout_N, rewards, groups = self.rollout_N, self.rewards, self.groups
+        cut: Callable[[Tensor | None], Tensor | None] = lambda values: None if values is None else values[kept_N]  # noqa: E731
+        reward_N = cut(None if rewards is None else _per_step(rewards, rollout_N))
+        return Steps.of(
+            self.tokens[kept_N],
+            rollout_N[kept_N],
+            turn_N=cut(self.turns),
+            group_N=cut(None if groups is None else _per_step(groups, rollout_N)),
+            reward_N=None if reward_N is None else reward_N.double(),
+            engine_logp_N=None if self.engine_logp is None else self.engine_logp.detach()[kept_N],
+            stored={} if self.old_logp is None else {"old_logp": self.old_logp.detach()[kept_N]},
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class OneBatch:
-    """The checked arguments that both entry points share, cut to the steps that count."""
+    """A method and the steps that count of a batch."""
 
     method: Method
     tokens_N: Tensor
     kept_N: Tensor
     steps: Steps
-    layout: Layout
+    clock: Clock
     state: Mapping[str, Tensor]
 
     @staticmethod
-    def of(
-        method: Method | str,
-        tokens: Tensor,
-        mask: Tensor | None,
-        turns: Tensor | None,
-        rollouts: Tensor | None,
-        groups: Tensor | None,
-        rewards: Tensor | None,
-        old_logp: Tensor | None,
-        engine_logp: Tensor | None,
-        longest: int | None,
-        step: int,
-        total_steps: int | None,
-        state: Mapping[str, Tensor] | None,
-    ) -> OneBatch:
-        if tokens.ndim != 1 or tokens.is_floating_point():
-            raise UserError(f"tokens must be [N] integers, not {tuple(tokens.shape)} {tokens.dtype}")
-        per_step = {
-            "mask": mask,
-            "turns": turns,
-            "rollouts": rollouts,
-            "old_logp": old_logp,
-            "engine_logp": engine_logp,
-        }
-        for name, values in per_step.items():
-            if values is not None and values.shape != tokens.shape:
-                raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
-        for name, values in {"old_logp": old_logp, "engine_logp": engine_logp}.items():
-            _check_own_logp(name, values, mask)
-        rollout_N = torch.zeros_like(tokens) if rollouts is None else rollouts
-        count = int(rollout_N.max()) + 1 if len(rollout_N) else 0
-        for name, values in {"groups": groups, "rewards": rewards}.items():
-            if values is not None and values.shape not in ((count,), tokens.shape):
-                raise UserError(
-                    f"{name} must be [R] = ({count},), one per rollout, or repeated per step, not {tuple(values.shape)}"
-                )
-        kept_N = torch.arange(len(tokens), device=tokens.device) if mask is None else mask.bool().nonzero().squeeze(-1)
-        steps = Steps(
-            tokens_N=tokens[kept_N],
-            stored={} if old_logp is None else {"old_logp": old_logp.detach()[kept_N]},
-            engine_logp_N=None if engine_logp is None else engine_logp.detach()[kept_N],
-            rollout_N=rollout_N[kept_N],
-            turn_N=None if turns is None else turns[kept_N],
-            step=step,
-            total_steps=total_steps,
-        )
-        found = load(method) if isinstance(method, str) else method
-        layout = Layout(
-            rollout_N[kept_N],
-            reward_N=None if rewards is None else _per_step(rewards, rollout_N)[kept_N].double(),
-            group_N=None if groups is None else _per_step(groups, rollout_N)[kept_N],
-            longest=longest,
-            step=step,
-        )
-        for name, given, wants in (("rewards", rewards, found.wants_rewards), ("groups", groups, found.wants_groups)):
-            if wants is not None and given is None:
-                raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
-        if found.wants_rewards is not None and bool(layout.reward_N is not None and layout.reward_N.isnan().any()):
-            raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
-        return OneBatch(found, tokens, kept_N, steps, layout, dict(state or {}))
+    def of(method: Method | str, given: Given, clock: Clock, state: Mapping[str, Tensor] | None) -> OneBatch:
+        """Checks all of it.
 
-    @property
-    def rollout_N(self) -> Tensor:
-        """Rollout of each step that counts."""
-        return self.layout.rollout_N
+        Raises:
+            UserError: Something does not fit, or the method needs what was not given.
+        """
+        given.check()
+        found, kept_N = load(method) if isinstance(method, str) else method, given.kept_N
+        steps = given.steps(kept_N)
+        needed = (("rewards", given.rewards, found.wants_rewards), ("groups", given.groups, found.wants_groups))
+        for name, values, wants in needed:
+            if wants is not None and values is None:
+                raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
+        if found.wants_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
+            raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
+        return OneBatch(found, given.tokens, kept_N, steps, clock, dict(state or {}))
 
     def check_rows(self, name: str, values: Tensor, ndim: int) -> None:
         if values.ndim != ndim or len(values) != len(self.tokens_N):
@@ -159,41 +159,39 @@ class OneBatch:
         whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
         if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
             raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
-        core = Core(term_values(self.method), self._read(), signals, head, vocab, self.method.temperature)
-        if self.method.stats:
-            core = replace(core, steps=self._with_stats(core, hidden_ND, chunk))
-        if self.method.weighs_batch:
-            core = replace(core, steps=self._weighed(core, hidden_ND, chunk))
+        core = Core(term_values(self.method), self.steps, self._read(), signals, head, vocab, self.method.temperature)
         valid = {name: signal.valid_N for name, signal in signals.items()}
+
+        @torch.no_grad()
+        def evaluated(values: Values, steps: Steps, clock: Clock) -> dict[str, Tensor]:
+            return per_token(replace(core, values=values, steps=steps, clock=clock), hidden_ND, chunk=chunk)
+
+        steps = scored(self.method, self.steps, core.clock, valid, evaluated, several=False)
         counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
-        shares_N = batch_shares(self.method, counted_N=counted_N, rollout_N=self.rollout_N, stored=core.steps.stored)
-        state, readings = self._controlled(core, hidden_ND, chunk)
-        core = replace(core, steps=replace(core.steps, readings=readings))
+        shares_N = batch_shares(self.method, steps, counted_N, ALONE)
+        state, clock = self._controlled(steps, core.clock, valid, evaluated)
+        core = replace(core, steps=steps, clock=clock)
 
         def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
-            here = {name: share_N[rows] for name, share_N in shares_N.items()}
-            step, total = core.steps.step, core.steps.total_steps
             return losses(
                 self.method,
                 values,
+                clock,
                 counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
-                shares_N=here,
-                step=step,
-                total_steps=total,
-                readings=readings,
+                shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
             )
 
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
-        if outside := hidden_values(self.method, states_ND, signals):
+        if outside := hidden_values(self.method, states_ND, signals, steps, clock):
             loss, values = loss + terms_of(outside, slice(None))[0], {**values, **outside}
         terms = terms_of(values, slice(None))[1]
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
 
-    def _read(self) -> Steps:
-        """The steps with the numbers of the controllers as they are before this batch."""
+    def _read(self) -> Clock:
+        """The clock with the numbers of the controllers as they are before this batch."""
         states = ((controller, self._state_of(controller)) for controller in self.method.controllers)
         readings = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
-        return replace(self.steps, readings=readings)
+        return replace(self.clock, readings=readings)
 
     def _state_of(self, controller: Controller) -> State:
         """What was given of a controller's state, or that at the start of a run."""
@@ -202,55 +200,20 @@ class OneBatch:
         return given or controller.init(generator(0, "controllers", name))
 
     def _controlled(
-        self, core: Core, hidden_ND: Tensor, chunk: int | None
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The state of all controllers after this batch, flat, and the numbers that its terms read."""
+        self, steps: Steps, clock: Clock, valid: Mapping[str, Tensor | None], evaluate: Evaluate
+    ) -> tuple[dict[str, Tensor], Clock]:
+        """The state of all controllers after this batch, flat, and the clock with the numbers that its terms read."""
         flat, readings = dict(self.state), dict[str, float]()
         for controller in self.method.controllers:
-            name, step, state = controller.name, self.steps.step, self._state_of(controller)
-            seen = None
-            if core.count:
-                rollouts = self.layout.rollouts()
-                seen = Seen(
-                    self._means(core, controller, hidden_ND, chunk),
-                    step,
-                    self.steps.total_steps,
-                    rollouts.reward_R,
-                    rollouts.steps_R,
-                    self.layout.longest,
-                )
-                state = controller.act(state, seen, generator(0, "controllers", name, step))
+            name, state = controller.name, self._state_of(controller)
+            seen = look(controller, steps, clock, valid, evaluate) if len(steps) else None
+            if seen is not None:
+                state = controller.act(state, seen, generator(0, "controllers", name, clock.step))
             readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
             if seen is not None and not controller.again:
                 state = controller.learn(state, seen, {})
             flat |= {f"{name}/{key}": x for key, x in state.items()}
-        return flat, readings
-
-    @torch.no_grad()
-    def _means(self, core: Core, controller: Controller, hidden_ND: Tensor, chunk: int | None) -> dict[str, float]:
-        """Of what a controller sees."""
-        if not controller.sees:
-            return {}
-        values = part_values(controller.sees, controller.against)
-        found = per_token(replace(core, values=values), hidden_ND, chunk=chunk)
-        return means(found, core.signals[controller.against].valid_N)
-
-    def _with_stats(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
-        """The steps with what the method reads of the whole batch."""
-        with torch.no_grad():
-            found = per_token(replace(core, values=stat_values(self.method)), hidden_ND, chunk=chunk)
-        valid = {name: signal.valid_N for name, signal in core.signals.items()}
-        layout = replace(self.layout, readings=core.steps.readings)
-        stats = finish_stats(self.method, found, layout, valid)
-        return replace(core.steps, stored={**core.steps.stored, **stats})
-
-    def _weighed(self, core: Core, hidden_ND: Tensor, chunk: int | None) -> Steps:
-        """The steps with the weights that a denominator is the sum of."""
-        with torch.no_grad():
-            found = per_token(
-                replace(core, values=stored_values(self.method, weights_only=True)), hidden_ND, chunk=chunk
-            )
-        return replace(core.steps, stored={**core.steps.stored, **found})
+        return flat, replace(clock, readings=readings)
 
     def _check_lists(self, name: str, signal: TeacherSignal, width: int) -> None:
         """Refuses lists of ids that are shorter than the method needs, or that hold ids the student does not have."""

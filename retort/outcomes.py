@@ -13,7 +13,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage, Layout, Rollouts, Stat
+from retort.parts import Advantage, Stat
+from retort.steps import Clock, Rollouts, Steps
 
 Scope = Literal["group", "batch"]
 #: (rewards [R], lengths in steps [R], longest answer allowed) -> rewards [R].
@@ -22,7 +23,7 @@ Shape = Callable[[Tensor, Tensor, int | None], Tensor]
 
 def per_rollout(
     name: str,
-    number: Callable[[Rollouts, Layout], Tensor],
+    number: Callable[[Rollouts, Steps, Clock], Tensor],
     *,
     rewards: bool = True,
     groups: bool = False,
@@ -31,14 +32,14 @@ def per_rollout(
 
     Args:
         name: Under which it is stored.
-        number: (the rollouts of the batch, where all steps stand) -> [R], float64.
+        number: (the rollouts of the batch, all its steps, the clock) -> [R], float64.
         rewards: Whether it cannot do without rewards.
         groups: Whether it compares the rollouts of one prompt.
     """
 
-    def finish(_: Tensor, layout: Layout) -> Tensor:
-        rollouts = layout.rollouts()
-        return number(rollouts, layout)[rollouts.number_N]
+    def finish(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        rollouts = steps.rollouts()
+        return number(rollouts, steps, clock)[rollouts.number_N]
 
     return Stat(name, None, finish, rewards=rewards, groups=groups)
 
@@ -91,10 +92,10 @@ def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | 
     """
     name = f"group_advantage({'std' if std else 'mean'}, {scope})"
 
-    def number(rollouts: Rollouts, layout: Layout) -> Tensor:
+    def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
         reward_R = graded(rollouts)
         if shape is not None:
-            reward_R = shape(reward_R, rollouts.steps_R, layout.longest)
+            reward_R = shape(reward_R, rollouts.steps_R, clock.longest)
         group_R = members(rollouts, scope)
         above_R = reward_R - group_means(reward_R, group_R)
         if not std:
@@ -116,11 +117,11 @@ def running_advantage(controller: str, shape: Shape | None = None) -> Advantage:
         shape: What the rewards are made into first; its own must be the same.
     """
 
-    def number(rollouts: Rollouts, layout: Layout) -> Tensor:
+    def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
         reward_R = graded(rollouts)
         if shape is not None:
-            reward_R = shape(reward_R, rollouts.steps_R, layout.longest)
-        return (reward_R - layout.readings[f"{controller}.mean"]) / layout.readings[f"{controller}.std"]
+            reward_R = shape(reward_R, rollouts.steps_R, clock.longest)
+        return (reward_R - clock.readings[f"{controller}.mean"]) / clock.readings[f"{controller}.std"]
 
     return stored_advantage(per_rollout(f"running_advantage({controller})", number))
 
@@ -129,6 +130,6 @@ def stored_advantage(stat: Stat) -> Advantage:
     """An advantage that was taken over the whole batch."""
 
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[stat.name].to(context.student_logp_N.dtype)
+        return context.steps.stored[stat.name].to(context.student_logp_N.dtype)
 
     return Advantage(stat.name, value, stats=(stat,))

@@ -6,7 +6,7 @@ loss of a step does not depend on how the batch was cut, and adding a term never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,17 +64,12 @@ def constant(value: float) -> Denominator:
     return Denominator("constant", value)
 
 
-def _identity(total: Tensor) -> Tensor:
-    return total
-
-
 def shares(
     denominator: Denominator,
     *,
     counted_N: Tensor,
     rollout_N: Tensor,
     weight_N: Tensor | None = None,
-    over_ranks: Callable[[Tensor], Tensor] = _identity,
 ) -> Tensor:
     """What each step of the whole optimizer batch is multiplied by, [N]: one over its denominator.
 
@@ -83,19 +78,18 @@ def shares(
         counted_N: bool.
         rollout_N: Index of the rollout of each step; needed for `rollouts`.
         weight_N: The term's weights over the whole batch; needed for `weighted`.
-        over_ranks: Sums a total over all ranks (an all-reduce); the identity where there is one.
     """
     ones_N = counted_N.double()  # one third must be one third in a float64 check, too
     if denominator.kind == "constant":
         return ones_N / denominator.value
     if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
-        return _rollout_shares(denominator, ones_N, rollout_N, weight_N, over_ranks)
+        return _rollout_shares(denominator, ones_N, rollout_N, weight_N)
     if denominator.kind == "weighted":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
-        total = over_ranks((weight_N.double() * ones_N).sum())
+        total = (weight_N.double() * ones_N).sum()
         return torch.where(total > 0, ones_N / total, torch.zeros_like(ones_N))
-    return ones_N / over_ranks(ones_N.sum()).clamp_min(1)
+    return ones_N / ones_N.sum().clamp_min(1)
 
 
 def _rollout_shares(
@@ -103,9 +97,8 @@ def _rollout_shares(
     ones_N: Tensor,
     rollout_N: Tensor,
     weight_N: Tensor | None,
-    over_ranks: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """See `shares`; a rollout is whole on one rank, so only their number is summed over ranks."""
+    """See `shares`."""
     if denominator.kind == "weighted_rollouts":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
@@ -115,7 +108,7 @@ def _rollout_shares(
         ones_N = counted_N
     steps_R = torch.zeros(int(rollout_N.max()) + 1 if len(rollout_N) else 0, dtype=ones_N.dtype)
     steps_R = steps_R.to(ones_N.device).index_add_(0, rollout_N, counted_N)
-    rollouts = over_ranks((steps_R > 0).sum().to(ones_N.dtype)).clamp_min(1)
+    rollouts = (steps_R > 0).sum().to(ones_N.dtype).clamp_min(1)
     if denominator.kind == "sums":
         return ones_N / rollouts
     steps_N = steps_R[rollout_N]

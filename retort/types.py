@@ -26,6 +26,7 @@ from torch import Tensor
 
 from retort.errors import SignalError
 from retort.sequences import TokenSequence
+from retort.steps import Steps
 
 NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden"]
 
@@ -237,34 +238,22 @@ class Pack:
 
     Attributes:
         rollouts: The R rollouts, in order.
-        tokens_N: The token written at each step, int64.
-        rollout_N: Index (into R) of the rollout a step belongs to, int64.
-        position_N: Index of the step within its rollout, int64.
-        turn_N: Index of the turn, int64.
+        steps: The table of their N steps.
         group_R: Index of the group (one visit to one prompt) that a rollout belongs to, int64.
-        engine_logp_N: The engine's log-prob of each token, nats; NaN where the token came from data.
     """
 
     rollouts: tuple[Rollout, ...]
-    tokens_N: Tensor
-    rollout_N: Tensor
-    position_N: Tensor
-    turn_N: Tensor
+    steps: Steps
     group_R: Tensor
-    engine_logp_N: Tensor
 
-    @property
-    def steps(self) -> int:
+    def __len__(self) -> int:
         """N, the number of decision steps."""
-        return len(self.tokens_N)
+        return len(self.steps)
 
     @property
     def reward_R(self) -> Tensor:
         """Of each rollout, float64; NaN where nobody graded it."""
-        return torch.tensor(
-            [float("nan") if rollout.reward is None else rollout.reward for rollout in self.rollouts],
-            dtype=torch.float64,
-        )
+        return _rewards(self.rollouts)
 
     def groups(self) -> list[tuple[Rollout, ...]]:
         """For each rollout, all of its group in order of member, itself included."""
@@ -278,7 +267,7 @@ class Pack:
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:
         """Places in N of the steps of some rollouts, in the order given."""
         chosen = torch.tensor(rollouts, dtype=torch.long)
-        steps_R = torch.bincount(self.rollout_N, minlength=len(self.rollouts))
+        steps_R = torch.bincount(self.steps.rollout_N, minlength=len(self.rollouts))
         starts_R = steps_R.cumsum(0) - steps_R
         steps, starts = steps_R[chosen], starts_R[chosen]
         # A step's place is its rollout's start in N, plus how far it lies behind its rollout's start in the answer.
@@ -292,19 +281,28 @@ class Pack:
             raise ValueError("cannot pack zero rollouts")
         steps_R = torch.tensor([rollout.steps for rollout in rollouts])
         names = {name: index for index, name in enumerate(dict.fromkeys((r.prompt.id, r.visit) for r in rollouts))}
+        group_R = torch.tensor([names[r.prompt.id, r.visit] for r in rollouts])
+        rollout_N = torch.repeat_interleave(torch.arange(len(rollouts)), steps_R)
+        reward_R = _rewards(rollouts)
         engine = [
             torch.full((r.steps,), float("nan")) if r.engine_logp_A is None else r.engine_logp_A for r in rollouts
         ]
         turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_A is None else r.turn_A for r in rollouts]
-        return Pack(
-            rollouts=tuple(rollouts),
+        steps = Steps(
             tokens_N=torch.cat([r.sequence.actions_A for r in rollouts]),
-            rollout_N=torch.repeat_interleave(torch.arange(len(rollouts)), steps_R),
+            rollout_N=rollout_N,
             position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
             turn_N=torch.cat(turns),
-            group_R=torch.tensor([names[r.prompt.id, r.visit] for r in rollouts]),
+            group_N=group_R[rollout_N],
+            reward_N=None if bool(reward_R.isnan().any()) else reward_R[rollout_N],
             engine_logp_N=torch.cat(engine).float(),
         )
+        return Pack(tuple(rollouts), steps, group_R)
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    given = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
+    return torch.tensor(given, dtype=torch.float64)
 
 
 @dataclass(frozen=True)

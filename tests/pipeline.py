@@ -25,12 +25,12 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.sequences import TokenSequence
 from retort.signals import Dense
+from retort.steps import Clock
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train import setup as setups
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
-from retort.train.moment import Moment
 from retort.train.pair import asks_teacher
 from retort.train.score import Batch, ask_teachers, score
 from retort.train.setup import Setup, prepare
@@ -41,7 +41,7 @@ from retort.types import Pack, Rollout, TokenLosses
 LENGTHS = (7, 3, 1, 12, 5)
 PROMPTS = (0, 0, 1, 2, 3)
 #: Not the first batch, so that dials that move are somewhere between their ends.
-MOMENT = Moment(3, 10)
+CLOCK = Clock(3, 10)
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,14 @@ def cut_to(setup: Setup, batch_tokens: int) -> Setup:
 def scored(setup: Setup, pack: Pack) -> Batch:
     """A batch with all that a run knows of it before it learns."""
     control, method = Control(setup), setup.method
-    moment = replace(MOMENT, readings=control.readings(setup))
+    longest, seed = setup.config.rollout.max_new_tokens, setup.config.seed
+    clock = replace(CLOCK, readings=control.readings(setup), longest=longest, seed=seed)
 
     def asked(view: str) -> Any:
-        return wanted(method, view, setup.teachers[view].capabilities, moment.step)
+        return wanted(method, view, setup.teachers[view].capabilities, clock.step)
 
     signals = ask_teachers(setup, pack, asked)
-    return control.act(setup, score(setup, pack, signals, moment))
+    return control.act(setup, score(setup, pack, signals, clock))
 
 
 def learnt(setup: Setup, batch: Batch) -> list[Step]:
@@ -164,7 +165,7 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
         with torch.no_grad():
             logits_NV, states_ND = _padded(lm, sequences, pack)
         temperature = setup.method.temperature
-        said = Dense.of(logits_NV[:, : setup.vocab], pack.tokens_N, temperature=temperature, hidden_ND=states_ND)
+        said = Dense.of(logits_NV[:, : setup.vocab], pack.steps.tokens_N, temperature=temperature, hidden_ND=states_ND)
         views[name] = replace(said, valid_N=valid_N)
     return token_losses(
         setup.method,
@@ -172,14 +173,14 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
         student_hidden=hidden_ND,
         teacher_logits=views.pop("teacher", None),
         extra_views=views,
-        tokens=pack.tokens_N,
-        rollouts=pack.rollout_N,
+        tokens=pack.steps.tokens_N,
+        rollouts=pack.steps.rollout_N,
         groups=pack.group_R,
         rewards=torch.tensor([rollout.reward for rollout in pack.rollouts]),
-        engine_logp=pack.engine_logp_N,
+        engine_logp=pack.steps.engine_logp_N,
         longest=setup.config.rollout.max_new_tokens,
-        step=MOMENT.done,
-        total_steps=MOMENT.total,
+        step=CLOCK.done,
+        total_steps=CLOCK.total,
     )
 
 
@@ -191,7 +192,7 @@ def student_logits(setup: Setup, pack: Pack) -> Tensor:
 
 def padded_logp(setup: Setup, pack: Pack) -> Tensor:
     """The student's log-probs of what was written, nats, [N]."""
-    return student_logits(setup, pack).log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
+    return student_logits(setup, pack).log_softmax(-1).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
 
 
 def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:

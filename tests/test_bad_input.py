@@ -204,7 +204,7 @@ def run_with(teacher: FakeTeacher, settings: dict[str, Any], folder: Path, metho
 
 
 def test_a_teacher_of_sampled_log_probs_only(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    teacher = FakeTeacher({"sampled"}, lambda pack: Sampled(pack.tokens_N, "fake", torch.full((pack.steps,), -2.0)))
+    teacher = FakeTeacher({"sampled"}, lambda pack: Sampled(pack.steps.tokens_N, "fake", -2 * torch.ones(len(pack))))
     run_with(teacher, tiny_run, tmp_path / "opd", "opd").go()
     assert [sorted(need.kind for need in asked) for asked in teacher.asked] == [["sampled"]]
     for method in ("eopd", "gkd", "vopd"):
@@ -213,10 +213,10 @@ def test_a_teacher_of_sampled_log_probs_only(tiny_run: dict[str, Any], tmp_path:
 
 
 def _logits(pack: Pack, at: int | None, value: float) -> TeacherSignal:
-    logits = torch.zeros(pack.steps, 61)
+    logits = torch.zeros(len(pack), 61)
     if at is not None:
         logits[0, at] = value
-    return Dense.of(logits, pack.tokens_N, source="fake")
+    return Dense.of(logits, pack.steps.tokens_N, source="fake")
 
 
 @pytest.mark.parametrize("method", ["opd", "gkd", "eopd", "vopd"])
@@ -256,7 +256,7 @@ def test_a_truly_infinite_divergence_stops_and_names_the_id(tiny_run: dict[str, 
 
 def test_a_banned_token_that_was_written_stops_sampled_methods(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     def ban_first(pack: Pack) -> TeacherSignal:
-        return _logits(pack, int(pack.tokens_N[0]), float("-inf"))
+        return _logits(pack, int(pack.steps.tokens_N[0]), float("-inf"))
 
     for method in ("opd", "eopd"):
         with pytest.raises(RunError, match="term 'reverse' is infinite at token 0"):
@@ -265,13 +265,13 @@ def test_a_banned_token_that_was_written_stops_sampled_methods(tiny_run: dict[st
 
 def test_a_misaligned_teacher_is_refused(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     def shifted(pack: Pack) -> TeacherSignal:
-        return Sampled((pack.tokens_N + 1) % 60, "fake", torch.full((pack.steps,), -2.0))
+        return Sampled((pack.steps.tokens_N + 1) % 60, "fake", torch.full((len(pack),), -2.0))
 
     with pytest.raises(RunError, match="fake: misaligned at step 0"):
         run_with(FakeTeacher({"sampled"}, shifted), tiny_run, tmp_path / "run", "opd").go()
 
     def short(pack: Pack) -> TeacherSignal:
-        return Sampled(pack.tokens_N[1:], "fake", torch.full((pack.steps - 1,), -2.0))
+        return Sampled(pack.steps.tokens_N[1:], "fake", torch.full((len(pack) - 1,), -2.0))
 
     with pytest.raises(RunError, match="fake: scored"):
         run_with(FakeTeacher({"sampled"}, short), tiny_run, tmp_path / "short", "opd").go()

@@ -16,10 +16,10 @@ from retort.estimators import pathwise, score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.outcomes import group_advantage, length_bonus, running_advantage
-from retort.parts import Layout, quantile
 from retort.reduce import Denominator, rollout_means, rollout_sums, shares, weighted_rollout_means
 from retort.rollout.plan import RolloutPlan
 from retort.signals import Dense
+from retort.steps import Steps, quantile
 
 STEPS, VOCAB = 12, 5
 ROLLOUTS = torch.tensor([0] * 3 + [1] * 1 + [2] * 4 + [3] * 2 + [4] * 2)
@@ -185,13 +185,17 @@ def test_denominators_by_rollout() -> None:
 
 
 def test_layout_by_rollout_whatever_the_numbers() -> None:
-    layout = Layout(torch.tensor([9, 9, 4, 9, 4]), reward_N=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]))
-    rollouts = layout.rollouts()
+    steps = Steps.of(
+        torch.zeros(5, dtype=torch.long),
+        torch.tensor([9, 9, 4, 9, 4]),
+        reward_N=torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0]),
+    )
+    rollouts = steps.rollouts()
     assert rollouts.number_N.tolist() == [1, 1, 0, 1, 0]
     assert rollouts.steps_R.tolist() == [2, 3]
     assert rollouts.reward_R is not None
     assert rollouts.reward_R.tolist() == [0.0, 1.0]
-    assert layout.place_N().tolist() == [0, 1, 0, 2, 1]
+    assert steps.position_N.tolist() == [0, 1, 0, 2, 1]
     assert rollouts.mean(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [4.0, pytest.approx(7 / 3)]
 
 
@@ -199,7 +203,7 @@ def test_quantiles_by_rollout_are_torchs() -> None:
     values = torch.randn(STEPS, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     shuffled = torch.randperm(STEPS, generator=torch.Generator().manual_seed(6))
     for share in (0.0, 0.2, 0.5, 0.8, 1.0):
-        found = Layout(ROLLOUTS[shuffled]).rollouts().quantile(values[shuffled], share)
+        found = Steps.of(ROLLOUTS, ROLLOUTS[shuffled]).rollouts().quantile(values[shuffled], share)
         wanted = [torch.quantile(values[rollout == ROLLOUTS], share).item() for rollout in range(5)]
         assert found.tolist() == pytest.approx(wanted, rel=1e-14)
         assert quantile(values, share).item() == pytest.approx(torch.quantile(values, share).item(), rel=1e-14)

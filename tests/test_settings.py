@@ -26,9 +26,9 @@ from retort.method import number_problem
 from retort.models.described import Described
 from retort.models.load import _wrong_with
 from retort.reference import chosen, field_of, limits, page, settings_of
+from retort.steps import Clock
 from retort.synonyms import ELSEWHERE, ours_for
 from retort.train.before import fit_lengths, fit_steps, of_the_paper
-from retort.train.moment import Moment
 from retort.train.rates import rise
 from retort.train.reading import Extremes
 
@@ -416,13 +416,13 @@ def _at(schedule: str, *, steps: int, warmup: int = 0) -> Any:
 
 def test_a_learning_rate_that_rises_on_resume_is_said() -> None:
     cosine = _at("cosine", steps=8)
-    said = rise(cosine, cosine, Moment(4, 8), begun=0, updates=4, steps=4)
+    said = rise(cosine, cosine, Clock(4, 8), begun=0, updates=4, steps=4)
     assert said is not None and "rises from" in said and "which had 4 steps and has 8 now" in said
-    assert rise(cosine, cosine, Moment(4, 8), begun=0, updates=4, steps=8) is None
+    assert rise(cosine, cosine, Clock(4, 8), begun=0, updates=4, steps=8) is None
     constant = _at("constant", steps=8)
-    assert rise(constant, constant, Moment(4, 8), begun=0, updates=4, steps=4) is None
+    assert rise(constant, constant, Clock(4, 8), begun=0, updates=4, steps=4) is None
     warming = _at("cosine", steps=8, warmup=6)
-    assert rise(warming, warming, Moment(4, 8), begun=0, updates=4, steps=4) is None
+    assert rise(warming, warming, Clock(4, 8), begun=0, updates=4, steps=4) is None
 
 
 # --- what needs no weights is said before any are loaded ---

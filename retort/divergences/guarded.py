@@ -7,8 +7,9 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Divergence, Layout, Stat
-from retort.parts import quantile as at
+from retort.parts import Divergence, Stat
+from retort.steps import Clock, Steps
+from retort.steps import quantile as at
 from retort.types import SAMPLED
 
 
@@ -27,13 +28,13 @@ def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Div
     if not cap > 0 or (quantile and cap > 1):
         raise UserError(f"capped: the cap must be positive, and at most 1 as a quantile; it is {cap}")
 
-    def finish(values_N: Tensor, _: Layout) -> Tensor:
+    def finish(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
         found = at(values_N.double(), cap) if len(values_N) else values_N.new_zeros(())
         return found.to(values_N.dtype).expand_as(values_N)
 
     def value(context: Context, view: str) -> Tensor:
         value_N = divergence.value(context, view)
-        cap_N = context.stored["cap"].to(value_N.dtype) if quantile else torch.full_like(value_N, cap)
+        cap_N = context.steps.stored["cap"].to(value_N.dtype) if quantile else torch.full_like(value_N, cap)
         return torch.where(value_N < cap_N, value_N, cap_N.detach())
 
     stats = (Stat("cap", divergence, finish),) if quantile else ()

@@ -1,11 +1,10 @@
 """How a disagreement becomes a gradient."""
 
+from retort.estimators.base import Estimator
 from retort.estimators.baselines import reverse_kl_value
 from retort.estimators.hidden import MatchHidden, match_hidden, mean_square
 from retort.estimators.pathwise import Pathwise, pathwise
 from retort.estimators.score import ScoreFunction, score_function
-
-Estimator = Pathwise | ScoreFunction | MatchHidden
 
 __all__ = [
     "Estimator",

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from retort.context import Context
 from retort.errors import SignalError
 from retort.parts import Part
-from retort.signals import TeacherSignal, as_compute
+from retort.signals import as_compute
 from retort.types import HIDDEN, Need
 
 #: (the student's states [N, D], live, the teacher's [N, D]) -> [N].
@@ -48,23 +49,27 @@ class MatchHidden:
         """It differentiates the live student only."""
         return False
 
-    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Refused: see `values`."""
-        raise SignalError(f"term '{term}' compares hidden states, which a loss core does not see")
+    @property
+    def reads_hidden(self) -> bool:
+        """It reads nothing else."""
+        return True
 
-    def values(self, student_ND: Tensor, signal: TeacherSignal, term: str) -> Tensor:
-        """The distance at each step, [N], differentiable in the student's states.
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The distance at each step, [N], differentiable in the student's states, and a weight of 1.
 
         Raises:
             SignalError: States of another width: only models of one family have any business with each other's.
         """
-        teacher_ND = as_compute(signal.hidden_states()).detach()
+        rows = context.signal(view)
+        assert context.student_hidden_ND is not None
+        student_ND, teacher_ND = as_compute(context.student_hidden_ND), as_compute(rows.hidden_ND).detach()
         if teacher_ND.shape != student_ND.shape:
             raise SignalError(
                 f"term '{term}' compares hidden states of width {student_ND.shape[-1]} (the student's) and "
-                f"{teacher_ND.shape[-1]} ({signal.source}); it needs a teacher of the student's width, such as itself"
+                f"{teacher_ND.shape[-1]} ({rows.source}); it needs a teacher of the student's width, such as itself"
             )
-        return self.distance(as_compute(student_ND), teacher_ND)
+        value_N = self.distance(student_ND, teacher_ND)
+        return value_N, torch.ones_like(value_N.detach())
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
         """What else is worth seeing of each token: nothing, its value says it all."""

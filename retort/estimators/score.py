@@ -47,7 +47,7 @@ class ScoreFunction:
         """Advantage minus baseline, nats, detached."""
         advantage_N = self.advantage.value(context, view)
         if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is no number
-            baseline_N = context.stored.get(f"{term}.baseline")
+            baseline_N = context.steps.stored.get(f"{term}.baseline")
             if baseline_N is None:
                 baseline_N = self.baseline.value(context, view)
             # A token that the teacher rules out is infinitely bad, and no baseline (infinite, too) makes it less so.
@@ -58,12 +58,18 @@ class ScoreFunction:
     def _ratio_N(self, context: Context) -> Tensor:
         return (context.student_logp_N - context.old_logp_N).exp()
 
-    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def reads_hidden(self) -> bool:
+        """It reads logits."""
+        return False
+
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """The clipped surrogate at each step, and the size of its weight.
 
         The weight multiplies the advantage *before* the clip: a negative weight flips the sign of the advantage, and so
         which side of the clip binds. Only then does the weight's size scale the result.
         """
+        weight_N = torch.ones_like(context.student_logp_N.detach()) if weight_N is None else weight_N
         advantage_N = self.advantage_N(context, view, term)
         advantage_N = torch.where(weight_N < 0, -advantage_N, advantage_N)
         # Zeroed before the product, not after: an infinite advantage behind a shut gate would leave a NaN gradient.

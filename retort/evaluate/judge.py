@@ -21,13 +21,14 @@ from retort.context import Context
 from retort.evaluate.measures import range_of
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
-from retort.models.core import Core, Steps, per_token
+from retort.models.core import Core, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.verify import Verifier, given_up, gradable, grade_known, parts_of
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
 from retort.sequences import TokenSequence
+from retort.steps import Clock
 from retort.streams import uniforms
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.view import View
@@ -138,7 +139,7 @@ class Judge:
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
             self._tally_values(tallies, values, pack)
-            profile.add(values, pack.position_N)
+            profile.add(values, pack.steps.position_N)
             for index in range(max(0, min(len(block), self.recorded - start))):
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
             if progress is not None:
@@ -174,9 +175,9 @@ class Judge:
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.sequence for r in rollouts], self.batch_tokens)
         values = _against_teacher if signals else _alone
-        steps = Steps(pack.tokens_N.to(lm.device), {})
+        steps = pack.steps.to(lm.device)
         with lm.compute():
-            found = per_token(Core(values, steps, signals, lm.head(), self.vocab), hidden_ND)
+            found = per_token(Core(values, steps, Clock(), signals, lm.head(), self.vocab), hidden_ND)
         lm.model.train(was_training)
         return {name: values_N.cpu() for name, values_N in found.items()}, pack
 
@@ -186,7 +187,7 @@ class Judge:
         """Sums per prompt of what the table shows."""
         measures = _measures(values, self.threshold)
         for group in range(int(pack.group_R.max()) + 1):
-            inside_N = pack.group_R[pack.rollout_N] == group
+            inside_N = pack.steps.group_N == group
             for name, values_N in measures.items():
                 own_N = values_N[inside_N]
                 _tally(tallies, name, own_N[~own_N.isnan()].double().tolist())

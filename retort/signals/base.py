@@ -64,6 +64,11 @@ class SignalRows:
         """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
         raise self._missing("top-k")
 
+    @property
+    def hidden_ND(self) -> Tensor:
+        """The teacher's last hidden states."""
+        raise self._missing("hidden states")
+
     def candidates(self, k: int) -> Tensor | None:
         """The first `k` of the student's most likely ids that it was asked about, [C, K]; None: ask about any ids."""
         return None
@@ -132,6 +137,10 @@ class TeacherSignal:
         """
         raise SignalError(f"{self.source}: its signal ({type(self).__name__}) has no hidden states")
 
+    def hidden_rows(self) -> SignalRows:
+        """The answer for all steps of estimators that compare hidden states and read nothing else."""
+        return _HiddenRows(self)
+
     def _valid(self, index: Tensor | slice) -> Tensor | None:
         return None if self.valid_N is None else taken(self.valid_N, index)
 
@@ -146,6 +155,16 @@ class TeacherSignal:
                 f"{self.source}: misaligned at step {step}: it scored id {int(self.tokens_N[step])}, "
                 f"the rollout has id {int(tokens_N[step])}"
             )
+
+
+class _HiddenRows(SignalRows):
+    def __init__(self, signal: TeacherSignal) -> None:
+        self.source = signal.source
+        self._signal = signal
+
+    @property
+    def hidden_ND(self) -> Tensor:
+        return self._signal.hidden_states()
 
 
 def as_compute(values: Tensor) -> Tensor:

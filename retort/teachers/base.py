@@ -99,7 +99,7 @@ def answers(
     counts = {name: _given_ids(teachers[name], own) for name, own in asked.items()}
     most = max(counts.values(), default=0)
     ids_NK = student_ids(most) if most else None
-    tokens_N = Pack.of([rollout for group in groups for rollout in group]).tokens_N
+    tokens_N = Pack.of([rollout for group in groups for rollout in group]).steps.tokens_N
     found: dict[str, TeacherSignal] = {}
     for name, view in views.items():
         own_NK = ids_NK[:, : counts[name]] if ids_NK is not None and counts[name] else None

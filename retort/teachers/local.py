@@ -42,7 +42,7 @@ class Prompts:
     def valid_N(self, pack: Pack) -> Tensor | None:
         """See `TeacherSignal.valid_N`."""
         valid_R = torch.tensor([own is not None for own in self.ids])
-        return None if bool(valid_R.all()) else valid_R[pack.rollout_N]
+        return None if bool(valid_R.all()) else valid_R[pack.steps.rollout_N]
 
     @property
     def counts(self) -> dict[str, float]:
@@ -121,7 +121,7 @@ class LocalTeacher:
             return logits(unchanged(), hidden_ND[index_C], temperature)
 
         dense = Dense(
-            pack.tokens_N.to(self.lm.device),
+            pack.steps.tokens_N.to(self.lm.device),
             self.name,
             rows,
             self.vocab,
@@ -174,12 +174,12 @@ class LocalTeacher:
         valid_N = prompts.valid_N(pack)
         if not sequences:
             weight_VD = self.lm.head().weight_VD
-            return weight_VD.new_zeros(pack.steps, weight_VD.shape[1])
+            return weight_VD.new_zeros(len(pack), weight_VD.shape[1])
         hidden_ND = self.lm.all_hidden(sequences, self.batch_tokens)
         if valid_N is None:
             return hidden_ND
         index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)
-        return hidden_ND.new_zeros(pack.steps, hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
+        return hidden_ND.new_zeros(len(pack), hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
 
     def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> TokenSequence:
         """What the teacher reads: its own rendering of the prompt, then the very tokens that followed the student's.

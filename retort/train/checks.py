@@ -360,7 +360,7 @@ def _scored(setup: Setup, pack: Pack) -> Tensor:
         with lm.compute():
             return lm.head().logits(hidden_ND[rows], setup.vocab)
 
-    signal = reduced(Dense(pack.tokens_N.to(lm.device), lm.name, logits, setup.vocab), frozenset({SAMPLED}))
+    signal = reduced(Dense(pack.steps.tokens_N.to(lm.device), lm.name, logits, setup.vocab), frozenset({SAMPLED}))
     assert isinstance(signal, Sampled)
     return signal.logp_N.cpu()
 

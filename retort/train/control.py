@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from retort.controllers import Controller, Probe, Seen, State
+from retort.controllers import Probe, State
 from retort.errors import UserError
 from retort.rollout.single_turn import Task, write
+from retort.scoring import look
 from retort.sequences import TokenSequence
+from retort.steps import Clock
 from retort.streams import generator, uniforms
-from retort.train.moment import Moment
-from retort.train.score import Batch, ask_teachers, averages
+from retort.train.score import Batch, ask_teachers, averages, evaluator
 from retort.train.setup import Setup
 from retort.train.write import given_rollout, horizon
 from retort.types import Pack, Rollout
@@ -45,13 +45,13 @@ class Control:
         controllers = setup.method.controllers
         self._seen = {}
         for controller in controllers:
-            seen = self._look(setup, batch, controller)
-            draw = generator(self.seed, "controllers", controller.name, batch.step)
+            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluator(setup, batch))
+            draw = generator(self.seed, "controllers", controller.name, batch.clock.step)
             self.states[controller.name] = controller.act(self.states[controller.name], seen, draw)
             self._seen[controller.name] = seen
         if not controllers:
             return batch
-        return replace(batch, moment=replace(batch.moment, readings=self.readings(setup)))
+        return replace(batch, clock=replace(batch.clock, readings=self.readings(setup)))
 
     def learn(self, setup: Setup, batch: Batch) -> None:
         """Tells them what became of the batch."""
@@ -61,14 +61,14 @@ class Control:
             state = self.states[controller.name]
             self.states[controller.name] = controller.learn(state, self._seen[controller.name], after)
 
-    def probe(self, setup: Setup, moment: Moment) -> dict[str, float]:
-        """Makes the probes that are due after `moment.done` batches; what they found, to be logged."""
+    def probe(self, setup: Setup, clock: Clock) -> dict[str, float]:
+        """Makes the probes that are due after `clock.done` batches; what they found, to be logged."""
         logged: dict[str, float] = {}
         for controller in setup.method.controllers:
-            probe, done = controller.probe, moment.done
+            probe, done = controller.probe, clock.done
             if probe is None or (done % probe.every if done else not probe.at_start):
                 continue
-            found = _measured(setup, probe, replace(moment, readings=self.readings(setup)))
+            found = _measured(setup, probe, replace(clock, readings=self.readings(setup)))
             self.states[controller.name] = controller.probed(self.states[controller.name], found)
             logged |= {f"probe/{controller.name}.{name}": value for name, value in found.items()}
         return logged
@@ -95,23 +95,10 @@ class Control:
         for name, state in self.states.items():
             self.states[name] = {key: tensors[f"{_PREFIX}{name}/{key}"] for key in state}
 
-    def _look(self, setup: Setup, batch: Batch, controller: Controller) -> Seen:
-        now = batch.moment
-        found = averages(setup, batch, controller.sees, controller.against) if controller.sees else {}
-        rewards_R = batch.pack.reward_R
-        return Seen(
-            found,
-            now.done,
-            now.total,
-            None if bool(rewards_R.isnan().any()) else rewards_R,
-            torch.tensor([rollout.steps for rollout in batch.pack.rollouts]),
-            setup.config.rollout.max_new_tokens,
-        )
 
-
-def _measured(setup: Setup, probe: Probe, moment: Moment) -> dict[str, float]:
+def _measured(setup: Setup, probe: Probe, clock: Clock) -> dict[str, float]:
     """A probe's means over all tokens of the answers to the prompts kept out for it."""
-    prompts, longest = setup.probe[: probe.prompts], horizon(setup, moment)
+    prompts, longest = setup.probe[: probe.prompts], horizon(setup, clock)
     if probe.source == "dataset":
         limit = setup.config.rollout.max_new_tokens
         rollouts = [given_rollout(setup, prompt, 0, limit) for prompt in prompts]
@@ -121,7 +108,7 @@ def _measured(setup: Setup, probe: Probe, moment: Moment) -> dict[str, float]:
     needs = frozenset(need for part in probe.parts.values() for need in part.needs)
     views = {view: setup.method.views[view]} if needs else {}
     signals = ask_teachers(setup, pack, lambda _: needs, views)
-    return averages(setup, Batch(pack, signals, {}, (), moment), probe.parts, view)
+    return averages(setup, Batch(pack, pack.steps, signals, (), clock), probe.parts, view)
 
 
 def _written(setup: Setup, probe: Probe, longest: int) -> list[Rollout]:

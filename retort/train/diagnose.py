@@ -70,18 +70,23 @@ def add_noise_floor(means: Means, pack: Pack, rollouts: Sequence[int], student_l
 
     Divergences smaller than this are arithmetic and not disagreement.
     """
-    index_N = pack.steps_of(rollouts)
-    gap_N = (student_logp_N[index_N] - pack.engine_logp_N[index_N]).abs().double()
+    gap_N = engine_gap_N(pack, student_logp_N)[pack.steps_of(rollouts)]
     gap_N = gap_N[gap_N.isfinite()]
     means.add_sum("noise_floor", float(gap_N.sum()), len(gap_N))
+
+
+def engine_gap_N(pack: Pack, student_logp_N: Tensor) -> Tensor:
+    """How far each step's log-prob is from the engine's, nats, float64, [N]; NaN where no engine reported any."""
+    assert pack.steps.engine_logp_N is not None  # a pack has the column
+    return (student_logp_N - pack.steps.engine_logp_N).abs().double()
 
 
 def rollout_means(pack: Pack, values_N: Tensor) -> Tensor:
     """The mean over each rollout's steps, [R]."""
     kept_N = values_N.isfinite()
     total_R = torch.zeros(len(pack.rollouts), dtype=torch.float64)
-    total_R.index_add_(0, pack.rollout_N[kept_N], values_N[kept_N].double())
-    count_R = torch.bincount(pack.rollout_N[kept_N], minlength=len(pack.rollouts))
+    total_R.index_add_(0, pack.steps.rollout_N[kept_N], values_N[kept_N].double())
+    count_R = torch.bincount(pack.steps.rollout_N[kept_N], minlength=len(pack.rollouts))
     return total_R / count_R
 
 

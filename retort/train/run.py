@@ -16,6 +16,7 @@ from retort.apply import check_needs, wanted
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.rewards.verify import given_up
+from retort.steps import Clock
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
 from retort.train.advice import advice
@@ -29,7 +30,6 @@ from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
-from retort.train.moment import Moment
 from retort.train.observe import Observer, Silent
 from retort.train.rates import factor
 from retort.train.score import ask_teachers, score
@@ -200,26 +200,26 @@ class Run:
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
         self._doing = f"step {self.step + 1}"
-        setup, moment, watch = *self.now(), Stopwatch()
+        setup, clock, watch = *self.now(), Stopwatch()
         before = given_up(setup.verifier)
         with self._safe():
-            if moment.done == 0:
+            if clock.done == 0:
                 self._take_over()
             with watch("probe"):
-                probed = self.control.probe(setup, moment) if moment.done == 0 else {}
-                moment = replace(moment, readings=self.control.readings(setup))
-                hard = self._difficulties(setup, moment)
+                probed = self.control.probe(setup, clock) if clock.done == 0 else {}
+                clock = replace(clock, readings=self.control.readings(setup))
+                hard = self._difficulties(setup, clock)
             with watch("generate"):
-                rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
+                rollouts = write_rollouts(setup, self.shelf, clock, self.updates, hard)
         lost = given_up(setup.verifier) - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             able = {view: teacher.capabilities for view, teacher in setup.teachers.items()}
             signals = ask_teachers(setup, pack, lambda view: wanted(setup.method, view, able[view], self.step))
         with watch("score"):
-            batch = self.control.act(setup, score(setup, pack, signals, moment))
+            batch = self.control.act(setup, score(setup, pack, signals, clock))
         version = self.updates
-        rate = factor(self.setup, setup, moment, self.begun)
+        rate = factor(self.setup, setup, clock, self.begun)
         own = setup.own_weights
         moved = None if own is None else own.moved
         self.updates, means, values = learn(setup, batch, self.optimizer, rate, self.updates, watch, moved)
@@ -229,11 +229,11 @@ class Run:
         self._claim.check()
         for row in record.rows(setup, batch, values, self.step):
             self.rollouts.append(row)
-        dials = {f"control/{name}": value for name, value in batch.moment.readings.items()}
+        dials = {f"control/{name}": value for name, value in batch.clock.readings.items()}
         with watch("probe"):
-            probed |= self.control.probe(setup, replace(moment, step=self.step))
+            probed |= self.control.probe(setup, replace(clock, step=self.step))
         times = watch.values()
-        speed = {"tokens": pack.steps, "tokens_per_second": pack.steps / times["time/step"]}
+        speed = {"tokens": len(pack), "tokens_per_second": len(pack) / times["time/step"]}
         written = {
             **record.rollout_metrics(batch, version),
             **against_rewards(pack, values, batch.valid.get("teacher")),
@@ -242,22 +242,23 @@ class Run:
         shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
 
-    def now(self) -> tuple[Setup, Moment]:
+    def now(self) -> tuple[Setup, Clock]:
         """The method at hand, in its setup, and where the run is."""
         number = max(index for index, (begins, _) in enumerate(self._phases) if begins <= self.step)
         begins, setup = self._phases[number]
         ends = [begun for begun, _ in self._phases[number + 1 :]]
-        return setup, Moment(self.step, ends[0] if ends else self.setup.steps, begins)
+        end, config = ends[0] if ends else self.setup.steps, setup.config
+        return setup, Clock(self.step, end, begins, seed=config.seed, longest=config.rollout.max_new_tokens)
 
     def _take_over(self) -> None:
         """Every method of a run begins with an optimizer and a learning rate of its own."""
         self.optimizer.state.clear()
         self.begun = self.updates
 
-    def _difficulties(self, setup: Setup, moment: Moment) -> dict[str, float] | None:
+    def _difficulties(self, setup: Setup, clock: Clock) -> dict[str, float] | None:
         if setup.method.rollout.order is not None and self._difficulty is None:
             progress = self._progress("measuring how hard each prompt is")
-            self._difficulty = difficulty.difficulties(setup, self.folder, first=moment.done == 0, progress=progress)
+            self._difficulty = difficulty.difficulties(setup, self.folder, first=clock.done == 0, progress=progress)
         return self._difficulty
 
     def _ended(self) -> bool:

@@ -16,12 +16,12 @@ from torch import Tensor
 from retort.apply import check_needs, wanted, watch_values
 from retort.context import Context
 from retort.evaluate.ranks import auroc
-from retort.models.core import Core, Steps, per_token
+from retort.models.core import Core, per_token
 from retort.models.lm import Precision
 from retort.rollout.plan import RolloutPlan
-from retort.train.diagnose import rollout_means, watching
+from retort.steps import Clock
+from retort.train.diagnose import engine_gap_N, rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
-from retort.train.moment import Moment
 from retort.train.precision import ABOVE_NOISE
 from retort.train.score import ask_teachers
 from retort.train.setup import Setup
@@ -59,7 +59,7 @@ class Trial:
     @property
     def noise(self) -> float:
         """Mean size of engine's minus trainer's log-prob of the token written, nats."""
-        gap_N = (self.values["student_logp"] - self.pack.engine_logp_N).abs().double()
+        gap_N = engine_gap_N(self.pack, self.values["student_logp"])
         return float(gap_N[gap_N.isfinite()].mean())
 
 
@@ -77,7 +77,7 @@ def run_trial(setup: Setup) -> Trial:
     )
     trial = replace(setup, config=config, method=method)
     check_needs(method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
-    pack = Pack.of(write_rollouts(trial, Shelf(Path()), Moment(0, 1), 0))
+    pack = Pack.of(write_rollouts(trial, Shelf(Path()), Clock(0, 1), 0))
     signals = ask_teachers(trial, pack, lambda view: wanted(method, view, setup.teachers[view].capabilities))
     offers = {view: signal.offers for view, signal in signals.items()}
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
@@ -92,9 +92,9 @@ def run_trial(setup: Setup) -> Trial:
 
     student = setup.student
     hidden_ND = student.all_hidden([r.sequence for r in pack.rollouts], config.optimizer.batch_tokens)
-    steps = Steps(pack.tokens_N.to(student.device), {}, position_N=pack.position_N.to(student.device))
+    steps = pack.steps.to(student.device)
     with student.compute():
-        values = per_token(Core(every, steps, signals, student.head(), setup.vocab, temperature), hidden_ND)
+        values = per_token(Core(every, steps, Clock(), signals, student.head(), setup.vocab, temperature), hidden_ND)
     named = {name.removeprefix("watch."): values_N.float().cpu() for name, values_N in values.items()}
     return Trial(pack, named, k, student.precision)
 
@@ -113,8 +113,8 @@ def check_noise_floor(trial: Trial) -> Check:
         "divergence smaller than their difference is arithmetic"
     )
     noise = trial.noise
-    worst_gap = float((trial.values["student_logp"] - trial.pack.engine_logp_N).abs().nan_to_num().max())
-    saw = f"{noise:.1e} nats a token on average, {worst_gap:.1e} at most, over {trial.pack.steps:,} tokens written"
+    worst_gap = float(engine_gap_N(trial.pack, trial.values["student_logp"]).nan_to_num().max())
+    saw = f"{noise:.1e} nats a token on average, {worst_gap:.1e} at most, over {len(trial.pack):,} tokens written"
     values = (("noise_floor", noise), ("largest", worst_gap))
     if noise < NOISY:
         return Check("noise floor", "ok", saw, why, values=values)

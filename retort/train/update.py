@@ -24,6 +24,7 @@ from retort.errors import RunError, SignalError
 from retort.method import Method
 from retort.models.core import loss_pass
 from retort.signals import Candidates, Dense, TeacherSignal
+from retort.steps import ALONE
 from retort.streams import permutation
 from retort.train.diagnose import add_noise_floor, add_positions
 from retort.train.metrics import Means, Stopwatch
@@ -63,11 +64,11 @@ def learn(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rollouts = len(pack.rollouts)
     for epoch in range(settings.epochs):
-        order = permutation(setup.config.seed, "data", "updates", batch.step, epoch, count=rollouts)
+        order = permutation(setup.config.seed, "data", "updates", batch.clock.step, epoch, count=rollouts)
         parts = min(settings.updates, rollouts)
         for part in range(parts):
             chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
-            if epoch == part == 0 and every and batch.step % every == 0:
+            if epoch == part == 0 and every and batch.clock.step % every == 0:
                 with watch("variance"):
                     variance = batch_variance(setup, batch, chosen)
                 if variance is not None:
@@ -82,7 +83,7 @@ def learn(
             with watch("optimizer"):
                 norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
                 if not math.isfinite(norm):
-                    raise RunError(f"step {batch.step + 1}: the gradient is {norm}; stopping before the update")
+                    raise RunError(f"step {batch.clock.step + 1}: the gradient is {norm}; stopping before the update")
                 rate = settings.learning_rate * factor(updates_done)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -129,7 +130,7 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
         logged.add(name, value)
     # Curves are about what the student writes; of a method under which it never does, about what it reads.
     alone = "student" in method.rollout.sources
-    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[pack.rollout_N]
+    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
     for watched in batch.watches:
         values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
         if valid_N is not None:
@@ -141,7 +142,7 @@ def _gradients(setup: Setup, batch: Batch, chosen: Sequence[int], logged: Means,
             logged.add(watched.name, watched.summed_up(kept_N))
         if watched.by_position:
             longest = setup.config.rollout.max_new_tokens
-            place_N = pack.position_N[~values_N.isnan() & written_N]
+            place_N = batch.steps.position_N[~values_N.isnan() & written_N]
             add_positions(logged, watched.name, kept_N, place_N, longest)
     return found
 
@@ -161,7 +162,7 @@ def _backward(
     index_N = batch.pack.steps_of(micro)
     device = setup.student.device
     here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
-    counted_N = counted(setup.method, batch.valid, batch.pack.steps)
+    counted_N = counted(setup.method, batch.valid, len(batch.steps))
     counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
     with watch("student"):
         hidden_ND = hidden_of(setup, batch.pack, micro)
@@ -169,7 +170,7 @@ def _backward(
     with watch("loss"), setup.student.compute():
         core = core_of(setup, batch, index_N, every)
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
-        if outside := hidden_values(setup.method, hidden_ND, core.signals):
+        if outside := hidden_values(setup.method, hidden_ND, core.signals, core.steps, core.clock):
             loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
     with watch("backward"):
         loss.backward()
@@ -233,15 +234,11 @@ def _as_written(setup: Setup) -> bool:
 def _shares(setup: Setup, batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
     """What each step is multiplied by in this optimizer step, by place in N."""
     index_N = batch.pack.steps_of(chosen)
-    counted_N = counted(setup.method, batch.valid, batch.pack.steps)
-    cut = batch_shares(
-        setup.method,
-        counted_N={name: in_N[index_N] for name, in_N in counted_N.items()},
-        rollout_N=batch.pack.rollout_N[index_N],
-        stored={name: values_N[index_N] for name, values_N in batch.stored.items()},
-    )
+    counted_N = counted(setup.method, batch.valid, len(batch.steps))
+    here = {name: in_N[index_N] for name, in_N in counted_N.items()}
+    cut = batch_shares(setup.method, batch.steps.select(index_N), here, ALONE)
     return {
-        name: torch.zeros(batch.pack.steps, dtype=torch.float64).index_copy(0, index_N, share_N)
+        name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, share_N)
         for name, share_N in cut.items()
     }
 
@@ -255,16 +252,12 @@ def _terms(
     rows: slice,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
     """What some steps add to the loss, and the terms behind it."""
-    here = {name: share_N[rows] for name, share_N in shares_N.items()}
-    now = batch.moment
     return losses(
         method,
         values,
+        batch.clock,
         counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
-        shares_N=here,
-        step=now.done,
-        total_steps=now.total,
-        readings=now.readings,
+        shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
     )
 
 
@@ -276,16 +269,17 @@ def _not_finite(setup: Setup, batch: Batch, rollouts: Sequence[int], values: Map
         if not len(bad):
             continue
         step = int(steps[int(bad[0])])
-        rollout = batch.pack.rollouts[int(batch.pack.rollout_N[step])]
-        ids = _banned(batch.signals[term.against], step, int(batch.pack.tokens_N[step]))
+        rollout = batch.pack.rollouts[int(batch.steps.rollout_N[step])]
+        ids = _banned(batch.signals[term.against], step, int(batch.steps.tokens_N[step]))
         names = ", ".join(f"{i} ({setup.student.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
         banned = f"the teacher gives probability 0 to id {names}, which the student may write"
+        place = int(batch.steps.position_N[step])
         return RunError(
-            f"step {batch.step + 1}: term '{term.name}' is infinite at token {int(batch.pack.position_N[step])} of an "
-            f"answer to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
+            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {place} of an answer "
+            f"to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
             "(a forward KL or jsd stays finite where the teacher rules out an id)"
         )
-    return RunError(f"step {batch.step + 1}: the loss is not finite; stopping before the update")
+    return RunError(f"step {batch.clock.step + 1}: the loss is not finite; stopping before the update")
 
 
 def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:

@@ -15,8 +15,8 @@ from retort.rollout.plan import EasyToHard, RolloutPlan
 from retort.rollout.single_turn import Task, write
 from retort.schedules import Reading
 from retort.sequences import TokenSequence
+from retort.steps import Clock
 from retort.streams import generator, permutation, uniforms
-from retort.train.moment import Moment
 from retort.train.setup import Setup
 from retort.train.shelf import Shelf, key
 from retort.types import Prompt, Rollout, Status
@@ -41,7 +41,7 @@ def easy_to_hard(
     order: EasyToHard,
     *,
     seed: int,
-    moment: Moment,
+    clock: Clock,
     count: int,
 ) -> list[Visit]:
     """The prompts of a step by difficulty, in [0, 1] by the prompt's id; see `EasyToHard`."""
@@ -56,17 +56,17 @@ def easy_to_hard(
             shuffled = permutation(seed, "data", epoch, count=len(hard))
             return sorted(shuffled, key=lambda place: float(noisy[place]))
 
-        return _through(prompts, ranked, moment.done, count)
+        return _through(prompts, ranked, clock.done, count)
     if order.kind == "balanced":
-        chance = uniforms(seed, "data", "balanced", moment.step, count=len(hard))
+        chance = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
         # Drawing without replacement by odds w is taking the largest u^(1/w).
         keys = chance ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
         places: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
-        return [Visit(prompts[place], moment.step) for place in places]
-    limit = max(order.gate(moment.done, moment.total), sorted(hard)[min(count, len(hard)) - 1])
+        return [Visit(prompts[place], clock.step) for place in places]
+    limit = max(order.gate(clock.done, clock.total or 1), sorted(hard)[min(count, len(hard)) - 1])
     open_ = [place for place, value in enumerate(hard) if value <= limit]
-    chosen = permutation(seed, "data", "gated", moment.step, count=len(open_))[:count]
-    return [Visit(prompts[open_[place]], moment.step) for place in chosen]
+    chosen = permutation(seed, "data", "gated", clock.step, count=len(open_))[:count]
+    return [Visit(prompts[open_[place]], clock.step) for place in chosen]
 
 
 def _through(prompts: Sequence[Prompt], order: Callable[[int], Sequence[int]], step: int, count: int) -> list[Visit]:
@@ -86,14 +86,14 @@ class _Shared:
 
 
 def write_rollouts(
-    setup: Setup, shelf: Shelf, moment: Moment, version: int, difficulty: Mapping[str, float] | None = None
+    setup: Setup, shelf: Shelf, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
 ) -> list[Rollout]:
     """The rollouts of a step, graded.
 
     Args:
         setup: Of the run.
         shelf: What was kept of earlier steps; takes what is to be kept of this one.
-        moment: Where the run is.
+        clock: Where the run is.
         version: Optimizer steps done.
         difficulty: Of every prompt, for plans that order by it.
 
@@ -102,39 +102,39 @@ def write_rollouts(
     """
     plan, seed, count = setup.method.rollout, setup.config.seed, setup.batch_prompts
     if plan.order is None:
-        chosen = visits(setup.train, seed=seed, step=moment.step, count=count)
+        chosen = visits(setup.train, seed=seed, step=clock.step, count=count)
     else:
-        chosen = easy_to_hard(setup.train, difficulty or {}, plan.order, seed=seed, moment=moment, count=count)
-    shared = _share(setup, shelf, moment, chosen)
-    longest = horizon(setup, moment)
-    again = [rollout for visit in shared.replay for rollout in _replayed(setup, shelf, visit, moment, longest)]
+        chosen = easy_to_hard(setup.train, difficulty or {}, plan.order, seed=seed, clock=clock, count=count)
+    shared = _share(setup, shelf, clock, chosen)
+    longest = horizon(setup, clock)
+    again = [rollout for visit in shared.replay for rollout in _replayed(setup, shelf, visit, clock, longest)]
     rollouts = [
         *_by_student(setup, shelf, shared.student, longest, version),
-        *_by_teacher(setup, shelf, shared.teacher, longest, moment),
+        *_by_teacher(setup, shelf, shared.teacher, longest, clock),
         *again,
         *(given_rollout(setup, visit.prompt, visit.epoch, longest) for visit in shared.dataset),
     ]
     if not rollouts:
         raise RunError(
-            f"step {moment.step + 1}: the teacher came to an end in none of its answers within "
+            f"step {clock.step + 1}: the teacher came to an end in none of its answers within "
             f"{setup.config.rollout.max_new_tokens} tokens, so there is nothing to learn; raise rollout.max_new_tokens"
         )
     return rollouts
 
 
-def horizon(setup: Setup, moment: Moment) -> int:
+def horizon(setup: Setup, clock: Clock) -> int:
     """The longest answer now, tokens: the plan's, within the run's limit."""
     limit, dial = setup.config.rollout.max_new_tokens, setup.method.rollout.horizon
-    return limit if dial is None else max(1, min(limit, int(moment.at(dial))))
+    return limit if dial is None else max(1, min(limit, int(clock.at(dial))))
 
 
-def _share(setup: Setup, shelf: Shelf, moment: Moment, chosen: Sequence[Visit]) -> _Shared:
+def _share(setup: Setup, shelf: Shelf, clock: Clock, chosen: Sequence[Visit]) -> _Shared:
     """Who answers which prompt, by one number per visit: a growing share only adds visits to the student's."""
     plan, seed, shared = setup.method.rollout, setup.config.seed, _Shared()
-    share = moment.at(plan.on_policy_fraction)
+    share = clock.at(plan.on_policy_fraction)
     others = shared.teacher if plan.off_policy == "teacher" else shared.dataset
     full = plan.replay is not None and len(shelf.visits) >= plan.replay.capacity
-    fresh = moment.at(plan.replay.fresh) if plan.replay is not None and full else 1.0
+    fresh = clock.at(plan.replay.fresh) if plan.replay is not None and full else 1.0
     for visit in chosen:
         # Streams are keyed: where every answer is the student's own, this number can be left undrawn.
         if share == 1 and fresh == 1:
@@ -173,13 +173,13 @@ def _by_student(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
     return written
 
 
-def _replayed(setup: Setup, shelf: Shelf, visit: Visit, moment: Moment, longest: int) -> list[Rollout]:
+def _replayed(setup: Setup, shelf: Shelf, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
     """An old visit of the student's, in the place of a new one to this prompt."""
-    chance = float(uniforms(setup.config.seed, "replay", moment.step, visit.prompt.id, count=1))
+    chance = float(uniforms(setup.config.seed, "replay", clock.step, visit.prompt.id, count=1))
     return [_cut(setup, rollout, longest) for rollout in shelf.visits[int(chance * len(shelf.visits))]]
 
 
-def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: int, moment: Moment) -> list[Rollout]:
+def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: int, clock: Clock) -> list[Rollout]:
     """The teacher's answers: kept ones, and new ones for what it has not answered yet."""
     plan, found = setup.method.rollout, dict[tuple[int, int], Rollout]()
     wanted = [(place, member) for place in range(len(chosen)) for member in range(plan.samples)]
@@ -192,7 +192,7 @@ def _by_teacher(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
     new = _written_by_teacher(setup, [(chosen[place], member) for place, member in missing], longest)
     found.update(zip(missing, new, strict=True))
     if plan.keep:
-        shelf.keep(new, plan, moment.step + 1)
+        shelf.keep(new, plan, clock.step + 1)
     rollouts = [replace(found[place, member], visit=chosen[place].epoch) for place, member in wanted]
     if plan.attempts is not None:
         rollouts = [rollout for rollout in rollouts if rollout.status == Status.COMPLETED]

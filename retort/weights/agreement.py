@@ -13,7 +13,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight, quantile
+from retort.parts import Quantity, Stat, Weight, as_it_is
+from retort.steps import Clock, Steps, quantile
 from retort.types import SAMPLED
 
 Level = Literal["token", "sequence"]
@@ -72,19 +73,16 @@ def agreement(
         # All are asked for each, so that a rollout for which one of them has no context is left out.
         return Quantity(f"{of}_logp", value, also=also)
 
-    def as_it_is(values_N: Tensor, _: Layout) -> Tensor:
-        return values_N
-
-    def apart(last_N: Tensor, layout: Layout) -> Tensor:
-        logp_KN = torch.stack([*(layout.found[f"{name}.{view}"] for view in views[:-1]), last_N]).double()
+    def apart(last_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        logp_KN = torch.stack([*(steps.stored[f"{name}.{view}"] for view in views[:-1]), last_N]).double()
         if level == "token":
             return disagreement(logp_KN, spread, level)
-        rollouts = layout.rollouts()
+        rollouts = steps.rollouts()
         mean_KR = torch.stack([rollouts.mean(logp_N) for logp_N in logp_KN])
         return disagreement(mean_KR, spread, level)[rollouts.number_N]
 
-    def weights(_: Tensor, layout: Layout) -> Tensor:
-        apart_N = layout.found[f"{name}.apart"]
+    def weights(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        apart_N = steps.stored[f"{name}.apart"]
         return token_weights(apart_N, gamma) if level == "token" else sequence_weights(apart_N, gamma)
 
     stats = (
@@ -94,6 +92,6 @@ def agreement(
     )
 
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[name].to(context.student_logp_N.dtype)
+        return context.steps.stored[name].to(context.student_logp_N.dtype)
 
     return Weight(f"{name}({level}, {len(views)} views)", value, stats=stats)

@@ -15,7 +15,8 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.outcomes import Scope, graded, members, per_rollout
-from retort.parts import Advantage, Layout, Quantity, Rollouts, Stat, Weight
+from retort.parts import Advantage, Quantity, Stat, Weight
+from retort.steps import Clock, Rollouts, Steps
 from retort.streams import uniforms
 from retort.types import SAMPLED
 
@@ -66,11 +67,11 @@ def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, nam
     if not ratio >= 0:
         raise UserError(f"balance: the ratio of right to wrong rollouts must not be negative, but is {ratio}")
 
-    def number(rollouts: Rollouts, layout: Layout) -> Tensor:
+    def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
         right_R = graded(rollouts) >= threshold
-        ids_R = layout.rollout_N.new_zeros(len(right_R)).index_copy_(0, rollouts.number_N, layout.rollout_N)
+        ids_R = steps.rollout_N.new_zeros(len(right_R)).index_copy_(0, rollouts.number_N, steps.rollout_N)
         # By the rollout's own index, so that a rollout that is masked does not move the draws of the others.
-        chance = uniforms(layout.seed, "balance", layout.step, count=int(ids_R.max()) + 1).to(ids_R.device)
+        chance = uniforms(clock.seed, "balance", clock.step, count=int(ids_R.max()) + 1).to(ids_R.device)
         return 1.0 - surplus(right_R, members(rollouts, scope), chance[ids_R], ratio).double()
 
     stat = per_rollout(name, number, groups=scope == "group")
@@ -79,7 +80,7 @@ def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, nam
 
 def _read(name: str) -> Callable[[Context, str], Tensor]:
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[name].to(context.student_logp_N.dtype)
+        return context.steps.stored[name].to(context.student_logp_N.dtype)
 
     return value
 
@@ -192,18 +193,18 @@ def calibrated_log_ratio(
     # Finite, so that one token that the teacher rules out does not decide what all the others get.
     part = Quantity("log_ratio", lambda context, view: context.gap_N(view), frozenset({SAMPLED}))
 
-    def mean(ratio_N: Tensor, layout: Layout) -> Tensor:
-        rollouts = layout.rollouts()
+    def mean(ratio_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        rollouts = steps.rollouts()
         return rollouts.mean(ratio_N.double())[rollouts.number_N]
 
-    def moved(ratio_N: Tensor, layout: Layout) -> Tensor:
+    def moved(ratio_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
         """Of `shift`: what is added. Of `mask`: 1 where the rollout is kept."""
-        rollouts = layout.rollouts()
+        rollouts = steps.rollouts()
         right_R, group_R = graded(rollouts) >= threshold, members(rollouts, scope)
         return_R = rollouts.mean(ratio_N.double())
         within_R = torch.ones_like(right_R)
         if over is not None:
-            within_R = rollouts.mean(layout.found[over.stats[0].name]) > 0.5
+            within_R = rollouts.mean(steps.stored[over.stats[0].name]) > 0.5
         given = (return_R[within_R], right_R[within_R], group_R[within_R])
         if kind == "shift":
             found_R = torch.zeros_like(return_R)
@@ -217,7 +218,7 @@ def calibrated_log_ratio(
 
     def value(context: Context, view: str) -> Tensor:
         ratio_N = ratio(context, view)
-        moved_N = context.stored[stored].to(ratio_N.dtype)
+        moved_N = context.steps.stored[stored].to(ratio_N.dtype)
         return ratio_N + moved_N if kind == "shift" else torch.where(moved_N > 0, ratio_N, torch.zeros_like(ratio_N))
 
     stats = (

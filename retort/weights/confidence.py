@@ -9,7 +9,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight
+from retort.steps import Steps
 from retort.types import ENTROPY
 from retort.weights.entropy import teacher_entropy
 
@@ -63,21 +64,21 @@ class Confidence:
         if window < 0:
             raise UserError(f"confidence: window must not be negative, but is {window}")
 
-        def scaled(entropy_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+        def scaled(entropy_N: Tensor, steps: Steps) -> tuple[Tensor, Tensor]:
             if not len(entropy_N):
                 return entropy_N, entropy_N
-            ahead_N = lowest_ahead(entropy_N, layout.rollout_N.to(entropy_N.device), window)
+            ahead_N = lowest_ahead(entropy_N, steps.rollout_N.to(entropy_N.device), window)
             largest = (ahead_N if scale == "smoothed" else entropy_N).max().clamp_min(1.0)
             return entropy_N / largest, ahead_N / largest
 
         self.coef, self.floor, self.name = coef, floor, name
         self.stats = (
-            Stat(name, teacher_entropy(), lambda entropy_N, layout: scaled(entropy_N, layout)[0]),
-            Stat(f"{name}.ahead", teacher_entropy(), lambda entropy_N, layout: scaled(entropy_N, layout)[1]),
+            Stat(name, teacher_entropy(), lambda entropy_N, steps, _: scaled(entropy_N, steps)[0]),
+            Stat(f"{name}.ahead", teacher_entropy(), lambda entropy_N, steps, _: scaled(entropy_N, steps)[1]),
         )
 
     def _gate(self, context: Context, stored: str) -> Tensor:
-        normal_N = context.stored[stored].to(context.student_logp_N.dtype)
+        normal_N = context.steps.stored[stored].to(context.student_logp_N.dtype)
         return (1.0 - self.coef * normal_N).clamp(self.floor, 1.0)
 
     def weight(self) -> Weight:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.extrapolation import lambda_star, with_budget
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight
+from retort.steps import Clock, Steps
 from retort.types import DENSE, Need
 
 BaseMode = Literal["implied", "direct"]
@@ -68,8 +69,8 @@ def masses(threshold: float, base: str, base_mode: BaseMode) -> tuple[Stat, Stat
         log_ratio_C = log_ratio_C.clamp_max(-math.log(_EDGE))
         return log_ratio_C.masked_fill(logp_C1.squeeze(-1).exp() < threshold, math.nan)
 
-    def implied(values_N: Tensor, layout: Layout) -> Tensor:
-        return (-_rollout_means(values_N, layout).nanmean()).exp().expand(len(values_N)).to(values_N.dtype)
+    def implied(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return (-_rollout_means(values_N, steps).nanmean()).exp().expand(len(values_N)).to(values_N.dtype)
 
     top, also = frozenset({_TOP}), {base: frozenset({DENSE})}
     other = Quantity("contract_base", geometric if base_mode == "implied" else direct, top, also)
@@ -92,16 +93,16 @@ def threshold_weight(
         base_mode: As `masses` was told.
         budget: Move it to the run's number of steps.
     """
-    if not len(context.tokens_N):
+    if not len(context.steps.tokens_N):
         return math.nan
-    typical, teacher, base = (float(context.stored[f"contract_{name}"][0]) for name in ("typical", which, "base"))
+    typical, teacher, base = (float(context.steps.stored[f"contract_{name}"][0]) for name in ("typical", which, "base"))
     if math.isnan(teacher) or math.isnan(base):
         return math.nan
     if base_mode == "implied":
         base = typical * base
     inside: Callable[[float], float] = lambda mass: min(max(mass, _EDGE), 1.0 - _EDGE)  # noqa: E731
     found = lambda_star(inside(teacher), inside(base), cap)
-    steps = context.total_steps or context.step + 1
+    steps = context.clock.total or context.clock.done + 1
     return with_budget(found, steps) if budget and math.isfinite(found) else found
 
 
@@ -133,27 +134,29 @@ def cliff(
         if kind == "in_effect":
             held = margin is not None
             return held_below(context, reward_weight, cap, margin, base_mode) if held else reward_weight  # type: ignore[arg-type]
-        typical = float(context.stored["contract_typical"][0]) if len(context.tokens_N) else math.nan
+        typical = float(context.steps.stored["contract_typical"][0]) if len(context.steps.tokens_N) else math.nan
         if kind == "tail_boundary":
             return (1.0 - typical) / cap
         if kind == "teacher_mass":
             return typical
-        base = float(context.stored["contract_base"][0]) if len(context.tokens_N) else math.nan
+        base = float(context.steps.stored["contract_base"][0]) if len(context.steps.tokens_N) else math.nan
         return typical * base if base_mode == "implied" else base
 
     def value(context: Context, view: str) -> Tensor:
         found = number(context)
         found = found if math.isfinite(found) else math.nan
-        return torch.full(context.tokens_N.shape, found, dtype=torch.float64, device=context.tokens_N.device)
+        return torch.full(
+            context.steps.tokens_N.shape, found, dtype=torch.float64, device=context.steps.tokens_N.device
+        )
 
     star = kind in ("safe", "typical", "budget")
     name = f"lambda_star_{kind}" if star else ("reward_weight" if kind == "in_effect" else f"contract_{kind}")
     return Quantity(name, value)
 
 
-def _over(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Layout], Tensor]:
-    def finish(values_N: Tensor, layout: Layout) -> Tensor:
-        return reduce(_rollout_means(values_N, layout)).expand(len(values_N)).to(values_N.dtype)
+def _over(reduce: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Steps, Clock], Tensor]:
+    def finish(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return reduce(_rollout_means(values_N, steps)).expand(len(values_N)).to(values_N.dtype)
 
     return finish
 
@@ -163,9 +166,9 @@ def _largest(values_R: Tensor) -> Tensor:
     return kept_R.max() if len(kept_R) else torch.full((), math.nan, dtype=values_R.dtype, device=values_R.device)
 
 
-def _rollout_means(values_N: Tensor, layout: Layout) -> Tensor:
+def _rollout_means(values_N: Tensor, steps: Steps) -> Tensor:
     """Means within rollouts, [R]; NaN for a rollout without any."""
-    rollout_N = layout.rollout_N.to(values_N.device)
+    rollout_N = steps.rollout_N.to(values_N.device)
     kept_N = ~values_N.isnan()
     count = int(rollout_N.max()) + 1 if len(rollout_N) else 0
     total_R = torch.zeros(count, dtype=torch.float64, device=values_N.device)

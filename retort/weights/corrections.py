@@ -15,7 +15,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight
+from retort.steps import Clock, Steps
 
 Correction = Literal["token", "token_mask", "sequence", "sequence_mask", "geometric"]
 _CLAMP = 20.0
@@ -25,9 +26,9 @@ def engine_gap() -> Quantity:
     """The logarithm of xi, nats: the trainer's log-prob of the token written minus the engine's."""
 
     def value(context: Context, view: str) -> Tensor:
-        if context.engine_logp_N is None:
+        if context.steps.engine_logp_N is None:
             return torch.zeros_like(context.old_logp_N)
-        gap_N = context.old_logp_N - context.engine_logp_N
+        gap_N = context.old_logp_N - context.steps.engine_logp_N
         return gap_N.nan_to_num(0.0, posinf=_CLAMP, neginf=-_CLAMP).clamp(-_CLAMP, _CLAMP)
 
     return Quantity("engine_gap", value)
@@ -95,17 +96,17 @@ def engine_correction(
 
     gap = engine_gap()
 
-    def finish(gap_N: Tensor, layout: Layout) -> Tensor:
-        weight_N = corrected(gap_N, layout.rollout_N.to(gap_N.device), kind, floor, ceiling)
+    def finish(gap_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        weight_N = corrected(gap_N, steps.rollout_N.to(gap_N.device), kind, floor, ceiling)
         mean = weight_N.mean()
         return weight_N / mean if mean_one and mean > 0 else weight_N
 
     def stored(context: Context, view: str) -> Tensor:
-        return context.stored[name]
+        return context.steps.stored[name]
 
     def own(context: Context, view: str) -> Tensor:
         gap_N = gap.value(context, view).detach()
-        return corrected(gap_N, torch.zeros_like(context.tokens_N), kind, floor, ceiling)
+        return corrected(gap_N, torch.zeros_like(context.steps.tokens_N), kind, floor, ceiling)
 
     if kind in ("token", "token_mask") and not mean_one:  # a step's own affair: no pass over the batch before
         return Weight(f"{name}({kind})", own, uses_old_logp=True)

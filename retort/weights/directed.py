@@ -8,7 +8,7 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.parts import Advantage, Quantity, Weight
-from retort.schedules import Schedule, at
+from retort.schedules import Schedule
 from retort.types import SAMPLED
 
 
@@ -48,7 +48,7 @@ def directed_ratio(
 
     def value(context: Context, view: str) -> Tensor:
         advantage_N = advantage.value(context, view)
-        part = at(share, context.step, context.total_steps)
+        part = context.clock.at(share)
         ratio_N = directed(context.signal(view).sampled_logp_N - context.old_logp_N, advantage_N, bound)
         if negative_only:
             ratio_N = torch.where(advantage_N > 0, torch.ones_like(ratio_N), ratio_N)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Advantage, Layout, Quantity, Rollouts, Stat
+from retort.parts import Advantage, Quantity, Stat
+from retort.steps import Clock, Rollouts, Steps
 from retort.types import SAMPLED
 from retort.weights.entropy import student_entropy
 
@@ -97,28 +98,31 @@ def directed(
     def gap(context: Context, view: str) -> Tensor:
         return context.gap_N(view)
 
-    def scaled_gap(gap_N: Tensor, layout: Layout) -> Tensor:
-        return scaled(gap_N.double(), layout.rollouts(), scale)
+    def raw_gap(gap_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return gap_N.double()
 
-    def omega(entropy_N: Tensor, layout: Layout) -> Tensor:
-        gap_N = layout.found[f"{name}.gap"]
+    def scaled_gap(gap_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return scaled(gap_N.double(), steps.rollouts(), scale)
+
+    def omega(entropy_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        gap_N = steps.stored[f"{name}.gap"]
         gate_N = torch.sigmoid(gap_N.abs() - 1.0)
         if router != "entropy":
             return gate_N if router == "attract" else -gate_N
-        return routed(entropy_N.double(), layout.rollouts(), quantile) * gate_N
+        return routed(entropy_N.double(), steps.rollouts(), quantile) * gate_N
 
-    def free(layout: Layout) -> Tensor:
-        return coef * layout.found[name] * layout.found[f"{name}.{'raw' if raw else 'gap'}"]
+    def free(steps: Steps) -> Tensor:
+        return coef * steps.stored[name] * steps.stored[f"{name}.{'raw' if raw else 'gap'}"]
 
-    def correction(_: Tensor, layout: Layout) -> Tensor:
-        return free(layout).clamp(-limit, limit)
+    def correction(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return free(steps).clamp(-limit, limit)
 
-    def largest(_: Tensor, layout: Layout) -> Tensor:
-        found_N = free(layout).abs()
+    def largest(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        found_N = free(steps).abs()
         return found_N.max().expand_as(found_N) if len(found_N) else found_N
 
     stats = (
-        Stat(f"{name}.raw", Quantity("gap", gap, frozenset({SAMPLED})), lambda gap_N, _: gap_N.double()),
+        Stat(f"{name}.raw", Quantity("gap", gap, frozenset({SAMPLED})), raw_gap),
         Stat(f"{name}.gap", Quantity("gap", gap, frozenset({SAMPLED})), scaled_gap),
         Stat(name, student_entropy(), omega),
         Stat(f"{name}.correction", None, correction),
@@ -127,7 +131,7 @@ def directed(
 
     def value(context: Context, view: str) -> Tensor:
         outcome_N = outcome.value(context, view)
-        return outcome_N + context.stored[f"{name}.correction"].to(outcome_N.dtype)
+        return outcome_N + context.steps.stored[f"{name}.correction"].to(outcome_N.dtype)
 
     return Advantage(
         f"{outcome.name} + {coef:g} directed({router})",

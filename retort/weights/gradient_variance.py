@@ -37,7 +37,7 @@ def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) ->
             advantage_NV = advantage_NV - coef * baseline.value(context, view).detach()[:, None]
 
         def total(values_NV: Tensor) -> Tensor:
-            return context.shard.sum(values_NV.sum(-1))
+            return context.student.shard.sum(values_NV.sum(-1))
 
         p_NV = student.p_CV
         square_NV = 1.0 - 2.0 * p_NV + total(p_NV.square())[:, None]

@@ -63,6 +63,6 @@ def stored_quantity(name: str) -> Quantity:
     """What a statistic of a term stored for each step under `name`, to watch."""
 
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[name]
+        return context.steps.stored[name]
 
     return Quantity(name, value)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Stat, Weight
+from retort.parts import Stat, Weight
+from retort.steps import Clock, Steps
 
 
 def after(skip: int) -> Weight:
@@ -18,8 +19,8 @@ def after(skip: int) -> Weight:
     if skip < 0:
         raise UserError(f"skip must be at least 0 tokens, not {skip}")
 
-    def finish(_: Tensor, layout: Layout) -> Tensor:
-        return (layout.place_N() >= skip).double()
+    def finish(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        return (steps.position_N >= skip).double()
 
     return _stored(Stat(f"after({skip})", None, finish))
 
@@ -52,10 +53,10 @@ def late(min_weight: float = 0.25, midpoint: float = 0.3, width: float = 0.1) ->
     if not width > 0:
         raise UserError(f"width must be positive, not {width}; a very small one makes a step at the midpoint")
 
-    def finish(_: Tensor, layout: Layout) -> Tensor:
-        rollouts = layout.rollouts()
+    def finish(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        rollouts = steps.rollouts()
         steps_N = rollouts.steps_R[rollouts.number_N].double()
-        u_N = (layout.place_N().double() + 0.5) / steps_N
+        u_N = (steps.position_N.double() + 0.5) / steps_N
         return position_weights(u_N, min_weight=min_weight, midpoint=midpoint, width=width)
 
     return _stored(Stat(f"late({min_weight:g}, {midpoint:g}, {width:g})", None, finish))
@@ -63,6 +64,6 @@ def late(min_weight: float = 0.25, midpoint: float = 0.3, width: float = 0.1) ->
 
 def _stored(stat: Stat) -> Weight:
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[stat.name].to(context.student_logp_N.dtype)
+        return context.steps.stored[stat.name].to(context.student_logp_N.dtype)
 
     return Weight(stat.name, value, stats=(stat,))

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight, as_it_is
+from retort.steps import Clock, Steps
 from retort.types import SAMPLED
 
 #: Regimes: both agree and are sure, both agree and are not, the teacher or the student prefers the token by far.
@@ -75,13 +76,10 @@ class Regimes:
             # Both are asked for either, so that steps about which one has nothing to say enter no mean.
             return Quantity(f"{of}_logp", value, also=views)
 
-        def finish(teacher_logp_N: Tensor, layout: Layout) -> Tensor:
-            student_logp_N = layout.found[f"{name}.student_logp"]
+        def finish(teacher_logp_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+            student_logp_N = steps.stored[f"{name}.student_logp"]
             found_N = regimes(teacher_logp_N.double(), student_logp_N.double(), trim)
             return found_N.to(teacher_logp_N.dtype)
-
-        def as_it_is(values_N: Tensor, _: Layout) -> Tensor:
-            return values_N
 
         self.name = name
         self.stats = (
@@ -94,7 +92,7 @@ class Regimes:
         """1 in a regime, 0 elsewhere."""
 
         def value(context: Context, view: str) -> Tensor:
-            regime_N = context.stored[self.name]
+            regime_N = context.steps.stored[self.name]
             return (regime_N == regime).to(context.student_logp_N.dtype)
 
         return Weight(f"{self.name} {regime}", value, stats=self.stats)
@@ -103,6 +101,6 @@ class Regimes:
         """The privileged teacher's log-prob of the token written less the privileged student's, nats, to watch."""
 
         def value(context: Context, view: str) -> Tensor:
-            return context.stored[f"{self.name}.teacher_logp"] - context.stored[f"{self.name}.student_logp"]
+            return context.steps.stored[f"{self.name}.teacher_logp"] - context.steps.stored[f"{self.name}.student_logp"]
 
         return Quantity("privileged_gap", value)

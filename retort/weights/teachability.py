@@ -18,7 +18,8 @@ from torch import Tensor
 from retort.context import RULED_OUT, Context
 from retort.divergences.support import student_topk
 from retort.errors import UserError
-from retort.parts import Layout, Quantity, Stat, Weight
+from retort.parts import Quantity, Stat, Weight
+from retort.steps import Clock, Steps
 from retort.types import logp_at
 
 Margin = Literal["gap", "log_gap", "advantage"]
@@ -138,16 +139,16 @@ def release(
     if max_segment < 1 or shortest < 1:
         raise UserError(f"max_segment and shortest must be at least 1, not {max_segment} and {shortest}")
 
-    def finish(margin_N: Tensor, layout: Layout) -> Tensor:
+    def finish(margin_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
         def find(means: Tensor) -> int | None:
             return change_point(means, shortest=shortest, min_drop=min_drop, robust=robust)
 
-        return kept(margin_N, layout, max_segment, find)
+        return kept(margin_N, steps, max_segment, find)
 
     stat = Stat(name, teacher_margin(k, margin), finish, sentences=True)
 
-    def mass(_: Tensor, layout: Layout) -> Tensor:
-        kept_N, rollouts = layout.found[name], layout.rollouts()
+    def mass(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+        kept_N, rollouts = steps.stored[name], steps.rollouts()
         share_N = rollouts.mean(kept_N.double())[rollouts.number_N]
         # A rollout without context has no mask, and none of its tokens counts.
         return torch.where(share_N > 0, kept_N.double() / torch.where(share_N > 0, share_N, 1.0), 0.0)
@@ -155,20 +156,20 @@ def release(
     stats = (stat, Stat(f"{name}.mass", None, mass)) if rescale else (stat,)
 
     def value(context: Context, view: str) -> Tensor:
-        return context.stored[stats[-1].name].to(context.student_logp_N.dtype)
+        return context.steps.stored[stats[-1].name].to(context.student_logp_N.dtype)
 
     return Weight(f"{name}({margin}, top-{k})", value, stats=stats)
 
 
-def kept(margin_N: Tensor, layout: Layout, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:
+def kept(margin_N: Tensor, steps: Steps, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:
     """The mask of `release`, [N]: 1...1 0...0 in every rollout, on borders of segments."""
     mask_N = torch.ones_like(margin_N)
-    order_N = torch.argsort(layout.rollout_N, stable=True)
-    ends = torch.bincount(layout.rollout_N).cumsum(0)
+    order_N = torch.argsort(steps.rollout_N, stable=True)
+    ends = torch.bincount(steps.rollout_N).cumsum(0)
     for places in torch.tensor_split(order_N, ends[:-1].cpu()):
         if not len(places):
             continue
-        sentence_A = None if layout.sentence_N is None else layout.sentence_N[places]
+        sentence_A = None if steps.sentence_N is None else steps.sentence_N[places]
         segment_A = segments(len(places), sentence_A, max_segment).to(margin_N.device)
         count = int(segment_A[-1]) + 1
         total = torch.zeros(count, dtype=torch.float64, device=margin_N.device)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout, Stat, Weight
+from retort.parts import Stat, Weight, as_it_is
+from retort.steps import Clock, Steps
 from retort.types import ENTROPY
 from retort.weights.entropy import student_entropy, teacher_entropy
 
@@ -56,23 +57,23 @@ class Zones:
         if silent < 0 or unsure < 0 or silent + unsure > 1:
             raise UserError(f"shares of zones must be at least 0 and at most 1 together, not {silent} and {unsure}")
 
-        def finish(student_N: Tensor, layout: Layout) -> Tensor:
-            teacher_N = layout.found[f"{name}.teacher_entropy"]
+        def finish(student_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+            teacher_N = steps.stored[f"{name}.teacher_entropy"]
             if scope == "batch":
                 return zones(teacher_N, student_N, silent=silent, unsure=unsure)
             zone_N = torch.empty_like(student_N)
-            rollouts = int(layout.rollout_N.max()) + 1 if len(student_N) else 0
+            rollouts = int(steps.rollout_N.max()) + 1 if len(student_N) else 0
             for rollout in range(rollouts):
-                own = layout.rollout_N == rollout
+                own = steps.rollout_N == rollout
                 zone_N[own] = zones(teacher_N[own], student_N[own], silent=silent, unsure=unsure)
             return zone_N
 
-        def taught(_: Tensor, layout: Layout) -> Tensor:
-            return (layout.found[name] != SILENT).to(layout.found[name].dtype)
+        def taught(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
+            return (steps.stored[name] != SILENT).to(steps.stored[name].dtype)
 
         self.name = name
         self.stats = (
-            Stat(f"{name}.teacher_entropy", teacher_entropy(), lambda values_N, _: values_N),
+            Stat(f"{name}.teacher_entropy", teacher_entropy(), as_it_is),
             Stat(name, student_entropy(), finish),
             Stat(f"{name}.taught", student_entropy(), taught),
         )
@@ -81,7 +82,7 @@ class Zones:
         """1 in a zone, 0 elsewhere."""
 
         def value(context: Context, view: str) -> Tensor:
-            zone_N = context.stored[self.name]
+            zone_N = context.steps.stored[self.name]
             return (zone_N == zone).to(zone_N.dtype)
 
         return Weight(f"{self.name} {zone}", value, frozenset({ENTROPY}), stats=self.stats)

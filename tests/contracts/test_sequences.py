@@ -139,9 +139,11 @@ def test_every_teacher_reads_what_the_student_read(lm: LanguageModel, rollout: R
     logp_NV[:, here] = logp_NV[:, there]
     for needs in (frozenset({SAMPLED}), frozenset({DENSE})):
         signal = make(lm).score(in_groups(pack.rollouts), Ask(view, needs))
-        signal.check_tokens(pack.tokens_N)
+        signal.check_tokens(pack.steps.tokens_N)
         found_N = signal.rows(slice(None)).sampled_logp_N
-        torch.testing.assert_close(found_N, logp_NV.gather(1, pack.tokens_N[:, None]).squeeze(1), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            found_N, logp_NV.gather(1, pack.steps.tokens_N[:, None]).squeeze(1), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageModel, rollout: Rollout) -> None:
@@ -165,8 +167,8 @@ def test_the_room_of_a_view_is_what_the_whole_continuation_leaves(lm: LanguageMo
 
 def test_a_pack_has_its_turns(rollout: Rollout) -> None:
     pack = Pack.of([rollout, single([5])])
-    assert pack.tokens_N.tolist() == [token for ids in TURNS for token in ids] + [7, 8]
-    assert pack.turn_N.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0]
+    assert pack.steps.tokens_N.tolist() == [token for ids in TURNS for token in ids] + [7, 8]
+    assert pack.steps.turn_N.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 0, 0]
 
 
 def test_a_cut_keeps_turns_log_probs_and_what_stands_between(rollout: Rollout) -> None:

@@ -110,7 +110,7 @@ def batch(lm: Any) -> list[Group]:
 
 def given(groups: list[Group]) -> Tensor:
     """Ids that somebody asks about, other ones at every step and in no order of the teacher's."""
-    steps = Pack.of([own for group in groups for own in group]).steps
+    steps = len(written(groups))
     draw = torch.Generator().manual_seed(0)
     return torch.stack([torch.randperm(VOCAB, generator=draw)[:K] for _ in range(steps)])
 
@@ -145,7 +145,7 @@ def plain(lm: Any, groups: list[Group], temperature: float = 1.0) -> Tensor:
 
 
 def written(groups: list[Group]) -> Tensor:
-    return Pack.of([own for group in groups for own in group]).tokens_N
+    return Pack.of([own for group in groups for own in group]).steps.tokens_N
 
 
 def rows(signal: TeacherSignal) -> SignalRows:

@@ -14,10 +14,10 @@ from retort.estimators import score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.outcomes import group_advantage
-from retort.parts import Layout, Rollouts
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
 from retort.signals import Sampled
+from retort.steps import Clock, Rollouts, Steps
 from retort.weights.direction import directed, routed, scaled
 
 DRAW = torch.Generator().manual_seed(4)
@@ -27,7 +27,7 @@ ROLLOUTS = torch.arange(20) // 12  # of 12 and of 8 steps
 
 
 def rollouts(rollout_N: torch.Tensor = ROLLOUTS) -> Rollouts:
-    return Layout(rollout_N).rollouts()
+    return Steps.of(rollout_N, rollout_N).rollouts()
 
 
 def quantile(values: list[float], share: float) -> float:
@@ -55,7 +55,9 @@ def corrections(entropy: torch.Tensor = ENTROPY, gap: torch.Tensor = GAP, **sett
     given, found = {"direction.gap": gap, "direction": entropy}, dict[str, torch.Tensor]()
     for stat in part.stats:
         if stat.name.startswith("direction"):
-            found[stat.name] = stat.finish(given.get(stat.name, torch.zeros(20)), Layout(ROLLOUTS, found=found))
+            found[stat.name] = stat.finish(
+                given.get(stat.name, torch.zeros(20)), Steps.of(ROLLOUTS, ROLLOUTS, stored=found), Clock()
+            )
     return found
 
 

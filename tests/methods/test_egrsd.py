@@ -58,7 +58,7 @@ def test_by_hand_in_value_and_gradient(name: str, gamma: float, window: int) -> 
 
 def test_without_gate_and_magnitude_it_is_reinforce_on_the_whitened_reward() -> None:
     toy = Toy()
-    fixed = Stat("fixed", None, lambda _, layout: advantage_by_hand(toy))
+    fixed = Stat("fixed", None, lambda *_: advantage_by_hand(toy))
     reinforce = Method(rollout=RolloutPlan(), terms=(Term("outcome", score_function(stored_advantage(fixed))),))
     ours = toy.losses(load("egrsd", gate=0.0, bound=0.0)).loss
     theirs = toy.losses(reinforce).loss

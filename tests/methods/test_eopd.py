@@ -130,8 +130,8 @@ def test_first_update_has_ratio_one() -> None:
     watch = next(watch for watch in load("eopd").watch if watch.name == "clip_fraction")
     from retort.context import Context
 
-    context = Context(
-        student_logits_NV=STUDENT,
+    context = Context.of(
+        logits_NV=STUDENT,
         tokens_N=torch.tensor([0, 0]),
         signals={"teacher": golden_signal().rows(slice(None))},
         stored={"old_logp": STUDENT.log_softmax(-1)[:, 0]},

@@ -170,8 +170,8 @@ def test_masses_are_means_of_rollout_means_at_contract_positions() -> None:
     """Two rollouts of unequal length and one position that is no structure."""
     from retort.apply import finish_stats, stat_values
     from retort.context import Context
-    from retort.parts import Layout
     from retort.signals import Dense
+    from retort.steps import Clock, Steps
 
     masses = torch.tensor([0.95, 0.99, 0.97, 0.5, 0.99], dtype=torch.float64)
     others = torch.tensor([0.8, 0.9, 0.7, 0.4, 0.6], dtype=torch.float64)
@@ -181,10 +181,10 @@ def test_masses_are_means_of_rollout_means_at_contract_positions() -> None:
         "teacher": Dense.of(rows(masses), tokens).rows(slice(None)),
         "base": Dense.of(rows(others), tokens).rows(slice(None)),
     }
-    context = Context(rows(others), tokens, signals)
+    context = Context.of(rows(others), tokens, signals)
     for mode in ("direct", "implied"):
         method = registry.load("listopd", base_mode=mode)
-        found = finish_stats(method, stat_values(method)(context), Layout(rollouts))
+        found = finish_stats(method, stat_values(method)(context), Steps.of(tokens, rollouts), Clock())
         first, second = (0.95 + 0.99 + 0.97) / 3, 0.99
         assert found["contract_typical"].tolist() == pytest.approx([(first + second) / 2] * 5)
         assert found["contract_safe"].tolist() == pytest.approx([0.99] * 5)

@@ -107,7 +107,7 @@ def test_a_run_of_several_updates_keeps_the_student_before_the_batch(tiny_run: d
     for more, kept in (({}, True), ({"ratio_cap": None, "truncation": None}, False)):
         setup = pipeline.prepared(tiny_run, "sdpo", **more)
         batch = pipeline.scored(setup, pipeline.ragged(setup))
-        assert ("old_logp" in batch.stored) == kept
+        assert ("old_logp" in batch.steps.stored) == kept
 
 
 @pytest.mark.parametrize(

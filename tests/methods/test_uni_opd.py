@@ -11,10 +11,9 @@ from toy import Toy
 
 from retort.errors import UserError
 from retort.functional import token_losses
-from retort.parts import Layout
 from retort.registry import load
 from retort.rollout.plan import EasyToHard
-from retort.train.moment import Moment
+from retort.steps import Clock, Steps
 from retort.train.write import easy_to_hard
 from retort.types import Message, Prompt, TokenLosses
 from retort.weights.calibration import balance, order_gap, ordered, shifts, surplus
@@ -106,8 +105,8 @@ def draws(seed: int, step: int, keep: torch.Tensor | None = None) -> torch.Tenso
     """The balance of 64 groups of four, three of them right; of the steps of some rollouts only."""
     rollout_N = torch.arange(256)
     kept = rollout_N if keep is None else keep
-    layout = Layout(kept, reward_N=(kept % 4 > 0).double(), group_N=kept // 4, seed=seed, step=step)
-    return balance(1.0).stats[0].finish(torch.zeros(len(kept)), layout)
+    steps = Steps.of(kept, kept, reward_N=(kept % 4 > 0).double(), group_N=kept // 4)
+    return balance(1.0).stats[0].finish(torch.zeros(len(kept)), steps, Clock(step, seed=seed))
 
 
 def test_draws_are_keyed_by_seed_and_step() -> None:
@@ -214,7 +213,7 @@ def test_rare_difficulties_are_drawn_more_often() -> None:
     prompts = [Prompt(str(place), (Message("user", "?"),)) for place in range(140)]
     given = {prompt.id: value for prompt, value in zip(prompts, hard, strict=True)}
     for step in range(400):
-        met = easy_to_hard(prompts, given, order, seed=0, moment=Moment(step, 400), count=8)
+        met = easy_to_hard(prompts, given, order, seed=0, clock=Clock(step, 400), count=8)
         assert len({(visit.prompt.id, visit.epoch) for visit in met}) == 8
         for visit in met:
             found[visit.prompt.id] = found.get(visit.prompt.id, 0) + 1

@@ -32,7 +32,7 @@ def context(spread: float = 1.0, dtype: torch.dtype = torch.float64, vocab: int 
     teacher = (spread * teacher).to(dtype)
     tokens = torch.zeros(N, dtype=torch.long)
     rows = Dense.of(teacher, tokens).rows(torch.arange(N))
-    return Context(student.to(dtype), tokens, {"teacher": rows}), teacher
+    return Context.of(student.to(dtype), tokens, {"teacher": rows}), teacher
 
 
 def constant(b_N: Tensor) -> Baseline:
@@ -60,14 +60,14 @@ def test_the_exact_variance_is_that_of_every_token(top_k: int | None, coef: floa
     baseline = reverse_kl_value(top_k)
     ours = gradient_variance(baseline, coef=coef).value(here, "teacher")
     b_N = coef * baseline.value(here, "teacher")
-    torch.testing.assert_close(ours, enumerated(here.student_logits_NV, teacher, b_N), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(ours, enumerated(here.student.logits_CV, teacher, b_N), rtol=1e-11, atol=1e-12)
     if coef == 0.0:
         torch.testing.assert_close(ours, gradient_variance().value(here, "teacher"), rtol=1e-13, atol=1e-13)
 
 
 def moments(here: Context, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """E[r |g|^2] and E|g|^2 of each step."""
-    logp = here.student_logits_NV.log_softmax(-1)
+    logp = here.student.logits_CV.log_softmax(-1)
     p = logp.exp()
     square = 1 - 2 * p + p.square().sum(-1, keepdim=True)
     reward = teacher.log_softmax(-1) - logp
@@ -99,7 +99,7 @@ def test_no_scalar_baseline_beats_the_optimal_one() -> None:
 def four(student: Tensor, teacher: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact variances [N] of the plain gradient, and with the value, the top-k value and the best scalar subtracted."""
     tokens = torch.zeros(len(student), dtype=torch.long)
-    here = Context(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(torch.arange(len(student)))})
+    here = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(torch.arange(len(student)))})
     first, second = moments(here, teacher)
     baselines = (None, reverse_kl_value(), reverse_kl_value(top_k), constant(first / second))
     plain, full, cut, best = (gradient_variance(baseline).value(here, "teacher") for baseline in baselines)
@@ -158,25 +158,25 @@ def test_the_baseline_is_the_rule_and_not_a_law() -> None:
 
 def test_equal_or_certain_students_have_no_noise() -> None:
     here, _ = context()
-    tokens = here.tokens_N
-    same = Dense.of(here.student_logits_NV, tokens).rows(torch.arange(N))
-    equal = Context(here.student_logits_NV, tokens, {"teacher": same})
+    tokens = here.steps.tokens_N
+    same = Dense.of(here.student.logits_CV, tokens).rows(torch.arange(N))
+    equal = Context.of(here.student.logits_CV, tokens, {"teacher": same})
     assert gradient_variance(reverse_kl_value()).value(equal, "teacher").abs().max() < 1e-25
     sure = torch.full((N, VOCAB), -math.inf, dtype=torch.float64)
     sure[:, 2] = 0.0
-    certain = Context(sure, tokens, here.signals)
+    certain = Context.of(sure, tokens, here.signals)
     assert gradient_variance(reverse_kl_value()).value(certain, "teacher").tolist() == [0.0] * N
 
 
 def test_an_id_the_teacher_rules_out_is_infinite_noise_only_where_it_may_be_written() -> None:
     here, teacher = context()
-    tokens, banned = here.tokens_N, teacher.clone()
+    tokens, banned = here.steps.tokens_N, teacher.clone()
     banned[0, 3] = banned[1, 3] = -math.inf
-    student = here.student_logits_NV.clone()
+    student = here.student.logits_CV.clone()
     student[1, 3] = -math.inf
     rows = Dense.of(banned, tokens).rows(torch.arange(N))
     for baseline in (None, reverse_kl_value(), reverse_kl_value(2)):
-        found = gradient_variance(baseline).value(Context(student, tokens, {"teacher": rows}), "teacher")
+        found = gradient_variance(baseline).value(Context.of(student, tokens, {"teacher": rows}), "teacher")
         assert found[0].item() == math.inf
         assert found[1:].isfinite().all()
 
@@ -233,7 +233,7 @@ def test_the_variance_of_a_step_is_that_of_its_prompts_gradients(tiny_run: dict[
     visits = int(pack.group_R.max()) + 1
     assert visits < len(pack.rollouts), "two answers to one prompt are one draw"
     for visit in range(visits):
-        mine_N = (pack.group_R[pack.rollout_N] == visit).double() / pack.steps
+        mine_N = (pack.steps.group_N == visit).double() / len(pack)
         part = torch.stack([(term.value * term.weight * mine_N).sum() for term in losses.terms.values()]).sum()
         own.append(torch.cat([g.flatten() for g in torch.autograd.grad(part, parameters, retain_graph=True)]))
     gradients = torch.stack(own)

@@ -14,11 +14,12 @@ from torch import Tensor
 from retort.context import Context
 from retort.errors import UserError
 from retort.models.adapter import add_adapter
-from retort.models.core import Core, Steps, loss_pass
+from retort.models.core import Core, loss_pass
 from retort.models.lm import LanguageModel, load_model
 from retort.rollout.engines.hf import HFEngine, Request
 from retort.sequences import TokenSequence
 from retort.signals import Dense
+from retort.steps import Clock, Steps
 from retort.streams import uniforms
 
 UNTIED = {"tie_word_embeddings": False}
@@ -79,7 +80,7 @@ def through_the_core(lm: LanguageModel, chunk: int) -> tuple[Tensor, dict[str, T
     def values(context: Context) -> dict[str, Tensor]:
         return {"kl": context.student.reverse_kl(context.signals["teacher"].distribution)}
 
-    core = Core(values, Steps(written_N, {}), {"teacher": signal}, head, head.width)
+    core = Core(values, Steps.of(written_N), Clock(), {"teacher": signal}, head, head.width)
     loss, _ = loss_pass(core, hidden_ND, lambda found, rows: found["kl"].double().sum(), chunk=chunk)
     loss.backward()
     return loss.detach(), gradients(lm)

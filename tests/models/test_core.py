@@ -14,10 +14,11 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.divergences import jsd_values, kl_values
-from retort.models import chunked, core, head
-from retort.models.core import Core, Steps, loss_pass, per_token
+from retort.models import chunked, head
+from retort.models.core import Core, loss_pass, per_token
 from retort.models.head import Head, LowRank
 from retort.signals import Dense, entropy
+from retort.steps import Clock, Steps
 
 #: Largest difference allowed from float64, relative to the largest number of the tensor, by the dtype that came in.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
@@ -54,7 +55,7 @@ def by_definition(context: Context) -> dict[str, Tensor]:
         "forward": kl_values(teacher_NV, logp_NV),
         "jsd": jsd_values(teacher_NV, logp_NV, 0.3),
         "entropy": entropy(logp_NV),
-        "sampled": logp_NV.gather(-1, context.tokens_N[:, None]).squeeze(-1),
+        "sampled": logp_NV.gather(-1, context.steps.tokens_N[:, None]).squeeze(-1),
         "top": kl_values(top_logp_NK.log_softmax(-1), logp_NV.gather(-1, ids_NK)),
         "still": entropy(teacher_NV) + (own_logp_NK - teacher_NV.gather(-1, own_ids_NK)).sum(-1),
     }
@@ -116,8 +117,9 @@ class Case:
         return hidden_ND, head, [part for part in parts + more if part.requires_grad]
 
     def core(self, head: Head, values: Callable[[Context], dict[str, Tensor]]) -> Core:
-        steps = Steps(tokens_N=self.tokens_N, stored={})
-        return Core(values, steps, {"teacher": self.signal}, head, self.vocab, self.temperature)
+        return Core(
+            values, Steps.of(self.tokens_N), Clock(), {"teacher": self.signal}, head, self.vocab, self.temperature
+        )
 
     def scalar(self, values: Mapping[str, Tensor], rows: slice) -> Tensor:
         return torch.stack([(values[name] * u[rows]).sum() for name, u in self.upstream.items()]).sum()
@@ -172,7 +174,7 @@ def _close(found: Tensor, wanted: Tensor, dtype: torch.dtype, what: str) -> None
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "BLOCK_ELEMENTS", 40)
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 40)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def _banned() -> Case:
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (63, 1), (1271, 30)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_odd_numbers_of_steps(count: int, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(core, "BLOCK_ELEMENTS", 37 * rows)  # the last block of a chunk is smaller than the others
+    monkeypatch.setattr(chunked, "BLOCK_ELEMENTS", 37 * rows)  # the last block of a chunk is smaller than the others
     check(Case(count, 37, 6, dtype=dtype), chunk=min(count, 40))
 
 
@@ -253,8 +255,8 @@ def test_a_small_kl_of_bf16_logits() -> None:
     teacher_NV = (2 * torch.randn(64, 4096, generator=draw)).bfloat16()
     student_NV = (teacher_NV.float() + 0.05 * torch.randn(64, 4096, generator=draw)).bfloat16()
     exact = kl_values(student_NV.double().log_softmax(-1), teacher_NV.double().log_softmax(-1)).mean()
-    context = Context(
-        student_logits_NV=student_NV, tokens_N=torch.zeros(64, dtype=torch.long),
+    context = Context.of(
+        logits_NV=student_NV, tokens_N=torch.zeros(64, dtype=torch.long),
         signals={"teacher": Dense.of(teacher_NV, torch.zeros(64, dtype=torch.long)).rows(slice(0, 64))},
     )  # fmt: skip
     assert 5e-4 < float(exact) < 3e-3

@@ -11,10 +11,11 @@ from torch import Tensor, distributed, multiprocessing
 
 from retort.context import Context
 from retort.divergences import clipped, clipped_mass, kl_values
-from retort.models.core import Core, Steps, loss_pass, per_token
+from retort.models.core import Core, loss_pass, per_token
 from retort.models.head import Head
 from retort.models.shard import VocabShard
 from retort.signals import Dense
+from retort.steps import Clock, Steps
 
 STEPS, VOCAB, PADDED, WIDTH, CHUNK = 23, 37, 40, 6, 8
 
@@ -56,7 +57,7 @@ def evaluate(rank: int, ranks: int) -> dict[str, Tensor]:
     weight_VD = weight_VD[mine].clone().requires_grad_()
     signal = Dense(tokens_N, "teacher", lambda rows: teacher_NV[rows, mine], size, 1.0, shard)
     head = Head(weight_VD, shard=shard)
-    core = Core(values, Steps(tokens_N, {}), {"teacher": signal}, head, min(size, VOCAB - mine.start))
+    core = Core(values, Steps.of(tokens_N), Clock(), {"teacher": signal}, head, min(size, VOCAB - mine.start))
     found: dict[str, Tensor] = {}
     loss, at_once = loss_pass(core, hidden_ND, scalar, chunk=CHUNK)
     later = per_token(core, hidden_ND, chunk=CHUNK)

@@ -122,7 +122,7 @@ def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
     assert isinstance(said, Sampled)
     assert isinstance(other, Sampled)
     torch.testing.assert_close(said.logp_N, other.logp_N)
-    assert torch.equal(said.tokens_N, pack.tokens_N)
+    assert torch.equal(said.tokens_N, pack.steps.tokens_N)
 
 
 def test_a_head_that_changed_after_scoring_is_noticed(lm: Any) -> None:

@@ -131,7 +131,7 @@ def test_the_ids_are_those_that_the_teacher_was_asked_about_and_live_where_it_kn
     dense = Dense.of(theirs, tokens)
     held = reduced(dense, frozenset({logp_at(3)}), then.topk(3).indices)
     for signal, expected in ((held, then.topk(2).indices), (dense, now.topk(2).indices)):
-        context = Context(now, tokens, {"teacher": signal.rows(slice(None), 9)})
+        context = Context.of(now, tokens, {"teacher": signal.rows(slice(None), 9)})
         ids_NK, logp_NK = student_topk(context, "teacher", 2)
         assert torch.equal(ids_NK, expected)
         torch.testing.assert_close(logp_NK, now.log_softmax(-1).gather(1, ids_NK))
@@ -187,7 +187,7 @@ def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any])
     setup = pipeline.prepared(tiny_run, "opd")
     setup = replace(setup, method=replace(setup.method, controllers=(looks,)), probe=setup.train[:2])
     far = replace(setup, teachers={view: RemoteTeacher(teacher) for view, teacher in setup.teachers.items()})
-    found, expected = (Control(own).probe(own, pipeline.MOMENT) for own in (far, setup))
+    found, expected = (Control(own).probe(own, pipeline.CLOCK) for own in (far, setup))
     assert found.keys() == {"probe/looks.margin"}
     assert found == pytest.approx(expected, rel=1e-5)
 

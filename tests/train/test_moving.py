@@ -180,7 +180,7 @@ def test_a_trust_region_mixes_logits(lm: Any, pack: Pack) -> None:
     needs = frozenset({SAMPLED, Need("topk", 3), Need("entropy")})
     rows = teacher(own).score(in_groups(pack.rollouts), Ask(self_view(trust_region(0.3)), needs)).rows(slice(None))
     whole = logits(own, pack, trust_region(0.3))
-    torch.testing.assert_close(rows.sampled_logp_N, whole.gather(1, pack.tokens_N[:, None]).squeeze(1))
+    torch.testing.assert_close(rows.sampled_logp_N, whole.gather(1, pack.steps.tokens_N[:, None]).squeeze(1))
     torch.testing.assert_close(rows.topk(3)[1], whole.topk(3).values)
 
 

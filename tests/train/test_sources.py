@@ -25,12 +25,12 @@ from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan
 from retort.sequences import TokenSequence
+from retort.steps import Clock
 from retort.streams import uniforms
 from retort.teachers.base import Ask
 from retort.teachers.view import View
 from retort.train import checkpoint, runner
 from retort.train.control import Control
-from retort.train.moment import Moment
 from retort.train.observe import Silent
 from retort.train.setup import Setup, prepare
 from retort.train.shelf import FILE, Shelf
@@ -106,7 +106,7 @@ def learner(plan: RolloutPlan) -> Method:
 
 
 def written(setup: Setup, folder: Path, step: int = 0, shelf: Shelf | None = None, **more: Any) -> list[Rollout]:
-    return write_rollouts(setup, shelf or Shelf(folder), Moment(step, setup.steps), 0, **more)
+    return write_rollouts(setup, shelf or Shelf(folder), Clock(step, setup.steps), 0, **more)
 
 
 def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[str, Any], tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     pack = Pack.of(rollouts)
     signal = setup.teachers["teacher"].score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED})))
     assert signal.rows(slice(None)).sampled_logp_N.tolist() == pytest.approx(heard, abs=1e-4)
-    assert pack.engine_logp_N.isnan().all()
+    assert pack.steps.engine_logp_N.isnan().all()
 
 
 def _request(prompt_ids: list[int], chance: torch.Tensor) -> Any:
@@ -322,7 +322,7 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
     setup, shelf, before = setup_of(tiny_run, learner(plan)), Shelf(tmp_path), dict[tuple[str, int], list[int]]()
     replayed = 0
     for step in range(12):
-        rollouts = write_rollouts(setup, shelf, Moment(step, 12), version=step)
+        rollouts = write_rollouts(setup, shelf, Clock(step, 12), version=step)
         old = [rollout for rollout in rollouts if rollout.policy_version < step]
         assert len(old) % 2 == 0  # whole visits
         for rollout in old:
@@ -347,7 +347,7 @@ def test_replay_waits_until_its_shelf_is_full(tiny_run: dict[str, Any], tmp_path
     setup = setup_of(tiny_run, learner(RolloutPlan(replay=Replay(capacity=9, fresh=0.0))))
     shelf, versions = Shelf(tmp_path), list[set[int]]()
     for step in range(4):
-        versions.append({r.policy_version for r in write_rollouts(setup, shelf, Moment(step, 4), version=step)})
+        versions.append({r.policy_version for r in write_rollouts(setup, shelf, Clock(step, 4), version=step)})
     assert versions[:3] == [{0}, {1}, {2}]
     assert 3 not in versions[3]
 
@@ -394,7 +394,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     assert len(setup.probe) == 6
     assert not {p.id for p in setup.probe} & {p.id for p in setup.train}
     control = Control(setup)
-    found = control.probe(setup, Moment(1, 4))["probe/length.entropy"]
+    found = control.probe(setup, Clock(1, 4))["probe/length.entropy"]
     assert control.readings(setup)["length.horizon"] == 4
     # By hand: write with the same luck, and average over tokens.
     entropies: list[float] = []
@@ -459,7 +459,7 @@ def test_sorted_order_visits_every_prompt_once_easiest_first() -> None:
         met = [
             visit.prompt.id
             for step in range(5)
-            for visit in easy_to_hard(prompts(20), hard, order, seed=0, moment=Moment(step, 5), count=4)
+            for visit in easy_to_hard(prompts(20), hard, order, seed=0, clock=Clock(step, 5), count=4)
         ]
         assert sorted(met, key=int) == [str(place) for place in range(20)]
         values = [hard[name] for name in met]
@@ -468,7 +468,7 @@ def test_sorted_order_visits_every_prompt_once_easiest_first() -> None:
     again = [
         visit.prompt.id
         for step in range(5, 10)
-        for visit in easy_to_hard(prompts(20), hard, EasyToHard(noise=0.0), seed=0, moment=Moment(step, 10), count=4)
+        for visit in easy_to_hard(prompts(20), hard, EasyToHard(noise=0.0), seed=0, clock=Clock(step, 10), count=4)
     ]
     assert sorted(again, key=int) == [str(place) for place in range(20)]
 
@@ -482,10 +482,10 @@ def test_the_gate_never_shrinks_and_draws_only_what_is_easy_enough() -> None:
     assert EasyToHard(kind="gated", start=0.5).gate(10, 10) == 1.0
     hard = {str(place): place / 20 for place in range(20)}
     for step in range(10):
-        met = easy_to_hard(prompts(20), hard, order, seed=0, moment=Moment(step, 10), count=4)
+        met = easy_to_hard(prompts(20), hard, order, seed=0, clock=Clock(step, 10), count=4)
         assert len({visit.prompt.id for visit in met}) == 4
         assert all(hard[visit.prompt.id] <= gates[step] for visit in met)
-    few = easy_to_hard(prompts(20), hard, EasyToHard("gated", start=0.0), seed=0, moment=Moment(0, 9), count=4)
+    few = easy_to_hard(prompts(20), hard, EasyToHard("gated", start=0.0), seed=0, clock=Clock(0, 9), count=4)
     assert sorted(visit.prompt.id for visit in few) == ["0", "1", "2", "3"]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.parts import Layout
+from retort.steps import Clock, Steps
 from retort.weights import Confidence
 from retort.weights.confidence import lowest_ahead
 
@@ -21,10 +21,11 @@ def gate(
     """The weights, and what of them is owed to the window."""
     confidence = Confidence(gamma, **more)  # type: ignore[arg-type]
     entropy_N = torch.as_tensor(entropy, dtype=torch.float64)
-    layout = Layout(torch.zeros(len(entropy_N), dtype=torch.long) if rollouts is None else torch.tensor(rollouts))
-    stored = {stat.name: stat.finish(entropy_N, layout) for stat in confidence.stats}
+    tokens = torch.zeros(len(entropy_N), dtype=torch.long)
+    steps = Steps.of(tokens, tokens if rollouts is None else torch.tensor(rollouts))
+    stored = {stat.name: stat.finish(entropy_N, steps, Clock()) for stat in confidence.stats}
     student = torch.zeros(len(entropy_N), 2, dtype=torch.float64)
-    context = Context(student, torch.zeros(len(entropy_N), dtype=torch.long), {}, stored)
+    context = Context.of(student, torch.zeros(len(entropy_N), dtype=torch.long), {}, stored)
     return confidence.weight().value(context, "teacher"), confidence.restored().value(context, "teacher")
 
 

@@ -130,13 +130,13 @@ def test_the_sample_size_of_another_engine_and_what_it_costs(
 
     batch = pipeline.scored(setup, pack)
     monkeypatch.setattr(LanguageModel, "hidden", counted)
-    batch = score.score(setup, pack, batch.signals, batch.moment)
+    batch = score.score(setup, pack, batch.signals, batch.clock)
     _, means, _ = update.learn(setup, batch, pipeline.Noted(setup.student), lambda _: 1.0, 0, Stopwatch())
     assert len(calls) == passes
     if kind is None or wanted is None:
         assert "ess" not in means.values()
         return
-    weight_N = corrected(logp_N - pack.engine_logp_N.double(), pack.rollout_N, kind, 0.5, wanted)
+    weight_N = corrected(logp_N - pack.steps.engine_logp_N.double(), pack.steps.rollout_N, kind, 0.5, wanted)
     assert means.values()["importance"] == pytest.approx(float(weight_N.mean()), rel=1e-5)
     assert means.values()["ess"] == pytest.approx(effective_sample_size(weight_N), rel=1e-5)
     assert means.values()["ess"] < 0.95

@@ -14,6 +14,7 @@ from retort.errors import UserError
 from retort.outcomes import group_advantage, stored_advantage
 from retort.parts import Stat
 from retort.signals import Sampled
+from retort.steps import Clock
 from retort.weights import directed_ratio, outside_bound
 from retort.weights.directed import directed
 
@@ -24,16 +25,16 @@ def context(delta: list[float], advantage: list[float], step: int = 0) -> Contex
     student = torch.tensor([[0.0, 100.0]] * count, dtype=torch.float64, requires_grad=True)
     tokens = torch.zeros(count, dtype=torch.long)
     teacher = student.detach().log_softmax(-1)[:, 0] + torch.tensor(delta, dtype=torch.float64)
-    return Context(
+    return Context.of(
         student,
         tokens,
         {"teacher": Sampled(tokens, "teacher", teacher).rows(slice(None))},
         {"a": torch.tensor(advantage, dtype=torch.float64)},
-        step=step,
+        clock=Clock(step),
     )
 
 
-ADVANTAGE = stored_advantage(Stat("a", None, lambda values_N, _: values_N))
+ADVANTAGE = stored_advantage(Stat("a", None, lambda values_N, *_: values_N))
 
 
 def test_by_hand() -> None:

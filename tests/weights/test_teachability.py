@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ from retort.align.sentences import sentences
 from retort.context import Context
 from retort.errors import UserError
 from retort.functional import token_losses
-from retort.parts import Layout
 from retort.signals import Dense
+from retort.steps import Steps
 from retort.weights import teacher_margin
 from retort.weights.teachability import change_point, kept, segments
 
 N, V, K = 7, 11, 4
+
+
+def table(rollout_N: torch.Tensor, sentence_N: torch.Tensor | None = None) -> Steps:
+    return replace(Steps.of(torch.zeros_like(rollout_N), rollout_N), sentence_N=sentence_N)
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -112,7 +117,7 @@ def test_options_of_the_other_reimplementation() -> None:
 def test_margins() -> None:
     student, teacher = drawn(0), drawn(1)
     tokens = torch.zeros(N, dtype=torch.long)
-    context = Context(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    context = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
     gap, log_gap, advantage = (
         teacher_margin(K, kind).value(context, "teacher")
         for kind in ("gap", "log_gap", "advantage")  # type: ignore[arg-type]
@@ -143,11 +148,11 @@ def test_segments_are_sentences_cut_at_their_longest() -> None:
 def test_the_mask_falls_once_per_rollout_on_a_border_of_segments() -> None:
     margin = torch.cat([step((20, 0.9), (20, 0.1)), step((30, 0.5))])
     rollouts = torch.tensor([0] * 40 + [1] * 30)
-    mask = kept(margin, Layout(rollouts, torch.arange(70) // 4), 128, change_point)
+    mask = kept(margin, table(rollouts, torch.arange(70) // 4), 128, change_point)
     assert mask.tolist() == [1.0] * 20 + [0.0] * 20 + [1.0] * 30
     # In any order of the rollouts.
     order = torch.cat([torch.arange(40, 70), torch.arange(40)])
-    moved = kept(margin[order], Layout(rollouts[order], (torch.arange(70) // 4)[order]), 128, change_point)
+    moved = kept(margin[order], table(rollouts[order], (torch.arange(70) // 4)[order]), 128, change_point)
     assert torch.equal(moved, mask[order])
 
 
@@ -317,7 +322,7 @@ def test_the_log_margin_of_a_candidate_that_is_ruled_out_is_a_number() -> None:
     teacher[0, ids[0, 1:]] = -math.inf  # one is left
     teacher[1, ids[1]] = -math.inf  # none is
     tokens = torch.zeros(3, dtype=torch.long)
-    context = Context(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    context = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
     log_gap = teacher_margin(K).value(context, "teacher").tolist()
     assert log_gap[:2] == pytest.approx([100.0, 0.0])
     assert teacher_margin(K, "gap").value(context, "teacher").tolist()[:2] == pytest.approx([1.0, 0.0])
@@ -348,5 +353,5 @@ def test_the_series_is_the_log_of_one_more_than_the_mean() -> None:
     def find(series: Tensor) -> None:
         seen.append(series)
 
-    kept(torch.tensor([1.0, 3.0, 0.0, 0.5, 7.0]), Layout(torch.zeros(5, dtype=torch.long)), 2, find)
+    kept(torch.tensor([1.0, 3.0, 0.0, 0.5, 7.0]), table(torch.zeros(5, dtype=torch.long)), 2, find)
     assert seen[0].tolist() == pytest.approx([math.log(3.0), math.log(1.25), math.log(8.0)])

@@ -1,0 +1,49 @@
+"""What an estimator is: a way from a disagreement to a gradient. Axis letters: see `retort.types`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from retort.context import Context
+from retort.parts import Part
+from retort.types import Need
+
+
+class Estimator(Protocol):
+    """How a term's disagreement is differentiated. Implementations are frozen values."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All that it evaluates."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What it asks of the teacher."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[str, Part]:
+        """Values, by name, that must be taken before the first update on a batch."""
+        ...
+
+    @property
+    def uses_old_logp(self) -> bool:
+        """Whether it compares the student with itself before the first update on a batch."""
+        ...
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it reads `Context.student_hidden_ND` and the signals' hidden states, and no logits."""
+        ...
+
+    def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Value, differentiable in the student, and weight of each step, [N] each; without a weight all count 1."""
+        ...
+
+    def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
+        """What else is worth seeing of each token, [N] each, by name."""
+        ...

@@ -1,0 +1,124 @@
+"""The score pass: what must be known of a whole batch before its first update, for the trainer and for `functional`.
+
+A statistic, a denominator, a controller: all are taken over the table of the whole batch, and with several workers over
+that of all of them (`Ranks`); each worker keeps its own part. Axis letters: see `retort.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from retort.apply import finish_stats, part_values, stat_values, stored_values
+from retort.controllers import Controller, Seen
+from retort.method import Method
+from retort.models.definition import Values
+from retort.parts import Part
+from retort.steps import ALONE, Clock, Ranks, Steps
+
+
+class Evaluate(Protocol):
+    """Evaluates a function of the context at every step of a batch, without gradient: a pass of the student."""
+
+    def __call__(self, values: Values, steps: Steps, clock: Clock) -> Mapping[str, Tensor]:
+        """Named values, [N] each, by place in `steps`."""
+        ...
+
+
+def scored(
+    method: Method,
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None],
+    evaluate: Evaluate,
+    *,
+    several: bool,
+    ranks: Ranks = ALONE,
+) -> Steps:
+    """The steps with all that the method wants stored of the batch.
+
+    Args:
+        method: What is learnt.
+        steps: Of the batch, those of this worker.
+        clock: Where the run is.
+        valid: Each view's `TeacherSignal.valid_N`.
+        evaluate: Asks the student as it is now; not called where the method needs nothing.
+        several: Several updates are made on the batch, so what they compare with is taken now.
+        ranks: Who holds the rest of the batch.
+    """
+    if method.stats:
+        measured = any(stat.part is not None for stat, _ in method.stats.values())
+        values = evaluate(stat_values(method), steps, clock) if measured else {}
+        steps = steps.storing(_finished(method, values, steps, clock, valid, ranks))
+    if several or method.weighs_batch:
+        steps = steps.storing(evaluate(stored_values(method, weights_only=not several), steps, clock))
+    return steps
+
+
+def _finished(
+    method: Method,
+    values: Mapping[str, Tensor],
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None],
+    ranks: Ranks,
+) -> dict[str, Tensor]:
+    given = {f"value/{name}": values_N for name, values_N in values.items()}
+    given |= {f"valid/{view}": valid_N for view, valid_N in valid.items() if valid_N is not None}
+    whole, own = ranks.gather(steps.storing(given))
+    found = finish_stats(
+        method,
+        {name: whole.stored[f"value/{name}"] for name in values},
+        whole,
+        clock,
+        {view: whole.stored.get(f"valid/{view}") for view in valid},
+    )
+    return {name: values_N[own] for name, values_N in found.items()}
+
+
+def averages(
+    parts: Mapping[str, Part],
+    view: str,
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None],
+    evaluate: Evaluate,
+    ranks: Ranks = ALONE,
+) -> dict[str, float]:
+    """Means of parts over the steps about which the view says something, with the student as it is now.
+
+    Args:
+        parts: By name; without any, nothing is evaluated.
+        view: That they ask.
+        steps: As in `scored`, as are all others.
+        clock: See there.
+        valid: See there.
+        evaluate: See there.
+        ranks: See there.
+    """
+    if not parts:
+        return {}
+    values = evaluate(part_values(parts, view), steps, clock)
+    valid_N = valid.get(view)
+    whole, _ = ranks.gather(steps.storing({**values, **({} if valid_N is None else {"valid": valid_N})}))
+    found: dict[str, float] = {}
+    for name in values:
+        values_N = whole.stored[name] if valid_N is None else whole.stored[name][whole.stored["valid"]]
+        found[name] = float(values_N.double().mean()) if len(values_N) else 0.0
+    return found
+
+
+def look(
+    controller: Controller,
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None],
+    evaluate: Evaluate,
+    ranks: Ranks = ALONE,
+) -> Seen:
+    """What a controller is shown of a batch before it is learnt from; arguments as in `scored`."""
+    means = averages(controller.sees, controller.against, steps, clock, valid, evaluate, ranks)
+    rollouts = ranks.gather(steps)[0].rollouts()
+    return Seen(means, clock.done, clock.total, rollouts.reward_R, rollouts.steps_R, clock.longest)
