@@ -62,7 +62,8 @@ def reply_ids(
             "template only adds to a conversation"
         )
     # Both are the same up to what is said first; the turn's end is the last stop before that.
-    behind = next(place for place, (one, two) in enumerate(zip(whole_ids, other_ids, strict=False)) if one != two)
+    places = enumerate(zip(whole_ids, other_ids, strict=False))
+    behind = next((place for place, (one, two) in places if one != two), min(len(whole_ids), len(other_ids)))
     while behind > len(before_ids) and whole_ids[behind - 1] != stop:
         behind -= 1
     if behind == len(before_ids):
