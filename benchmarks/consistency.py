@@ -123,9 +123,9 @@ def answers(path: Path) -> None:
 
     from retort.align.chat import Renderer
     from retort.config import resolve
-    from retort.rollout.engines.hf import HFEngine
-    from retort.rollout.single_turn import Task, write
-    from retort.streams import uniforms
+    from retort.rollout.engines.hf import HFEngine, Sampling
+    from retort.rollout.episodes import Task, run_episodes
+    from retort.streams import Chance
     from retort.tasks.coached import bait_rows
     from retort.train.setup import load
     from retort.types import Message
@@ -139,15 +139,9 @@ def answers(path: Path) -> None:
     tasks: list[Task] = []
     for number, row in chosen:
         prompt = Prompt(row["id"], (Message("user", row["clean"]),))
-        chance = uniforms(0, "evaluation", "answers", number, count=longest)
+        chance = Chance(0, "evaluation", "answers", number)
         tasks.append(Task(prompt, TokenSequence.of(render(prompt)), 0, chance))
-    written = write(
-        HFEngine(lm, vocab=lm.head().width, max_parallel=2048),
-        tasks,
-        max_new_tokens=longest,
-        temperature=1.0,
-        top_p=1.0,
-    )
+    written = run_episodes(HFEngine(lm, vocab=lm.head().width, max_parallel=2048), tasks, Sampling(longest))
     lines = [
         json.dumps({"id": f"{row['id']}-{number}", "prompt": row["prompt"], "response": rollout.text})
         for (number, row), rollout in zip(chosen, written, strict=True)

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from retort.align.stops import StopTokens
 from retort.models.lm import LanguageModel, Precision, load_model
 from retort.models.working import WorkingCopy
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
@@ -44,7 +44,7 @@ def write(lm: LanguageModel, rows: int, tokens: int) -> list[list[int]]:
     engine = HFEngine(lm, vocab=vocab - 1, max_parallel=rows)
     engine._loops = True  # its trial is no part of what is measured
     asked = [Request(TokenSequence.of([5 + n, 9, 12]), uniforms(0, "rollouts", n, count=tokens)) for n in range(rows)]
-    return [found.ids for found in engine.write(asked, max_new_tokens=tokens, temperature=1.0, top_p=1.0)]
+    return [found.ids for found in engine.generate(asked, Sampling(tokens))]
 
 
 def measured(lm: LanguageModel, rows: int, tokens: int) -> tuple[float, float, list[list[int]]]:

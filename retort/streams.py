@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -46,6 +47,30 @@ def generator(seed: int, stream: Stream, *parts: str | int) -> torch.Generator:
 def uniforms(seed: int, stream: Stream, *parts: str | int, count: int) -> Tensor:
     """`count` numbers in [0, 1), float64."""
     return torch.rand(count, generator=generator(seed, stream, *parts), dtype=torch.float64)
+
+
+@dataclass(frozen=True, init=False)
+class Chance:
+    """The numbers of an episode: of its first turn under the key alone, of later ones under the key and the turn.
+
+    Attributes:
+        seed: Of the run.
+        stream: Its name.
+        parts: The key: say, the prompt and the member.
+    """
+
+    seed: int
+    stream: Stream
+    parts: tuple[str | int, ...]
+
+    def __init__(self, seed: int, stream: Stream, *parts: str | int) -> None:
+        """Draws nothing yet."""
+        for name, value in (("seed", seed), ("stream", stream), ("parts", parts)):
+            object.__setattr__(self, name, value)
+
+    def uniforms(self, turn: int, *, count: int) -> Tensor:
+        """`count` numbers in [0, 1), float64; more of them begin with fewer of them."""
+        return uniforms(self.seed, self.stream, *self.parts, *(("turn", turn) if turn else ()), count=count)
 
 
 def permutation(seed: int, stream: Stream, *parts: str | int, count: int) -> list[int]:

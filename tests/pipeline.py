@@ -221,10 +221,10 @@ def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> tuple[Ten
     said = lm.model(input_ids=ids_RL, attention_mask=real_RL, use_cache=False, output_hidden_states=True)
 
     def rows(all_RLX: Tensor) -> Tensor:
-        found = [
-            one_LX[len(ids) - rollout.steps - 1 : len(ids) - 1]
-            for one_LX, ids, rollout in zip(all_RLX, sequences, pack.rollouts, strict=True)
-        ]
+        found: list[Tensor] = []
+        for one_LX, ids, rollout in zip(all_RLX, sequences, pack.rollouts, strict=True):
+            decided_L = rollout.sequence.continuation.action_mask_L
+            found.append(one_LX[len(ids) - len(decided_L) - 1 : len(ids) - 1][decided_L])
         return torch.cat(found)
 
     return rows(said.logits), rows(said.hidden_states[-1])

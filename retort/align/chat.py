@@ -47,7 +47,12 @@ _AS_WRITTEN = Reading()
 
 
 def render(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading = _AS_WRITTEN, *, split: bool = False
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: Reading = _AS_WRITTEN,
+    *,
+    split: bool = False,
+    opened: bool = True,
 ) -> list[int]:
     """The ids of a prompt, up to where the model's own writing begins.
 
@@ -64,6 +69,7 @@ def render(
         tokenizer: Of the model that continues.
         reading: What templates are told.
         split: Put a blank into a spelt control token that the tokenizer cannot encode as text, instead of refusing it.
+        opened: See `written`; bare texts have no such beginning.
 
     Returns:
         At least one id.
@@ -73,21 +79,21 @@ def render(
             template refuses, nothing to encode, or a control token that cannot be text.
     """
     try:
-        return _ids(prompt, tokenizer, reading)
+        return _ids(prompt, tokenizer, reading, opened)
     except Spelt as error:
         if split:
-            return _ids(changed(prompt, lambda text: split_open(text, tokenizer)), tokenizer, reading)
+            return _ids(changed(prompt, lambda text: split_open(text, tokenizer)), tokenizer, reading, opened)
         raise UserError(
             f"row '{prompt.id}': its prompt spells the control token {error.token!r}, which the "
             f"tokenizer{_named(tokenizer)} cannot encode as ordinary text; take it out of the prompt, or drop the row"
         ) from None
 
 
-def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[int]:
+def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading, opened: bool) -> list[int]:
     if reading.rendered:
         ids = _as_it_stands(prompt, tokenizer)
     elif tokenizer.chat_template:
-        ids = _templated(prompt, tokenizer, reading)
+        ids = _templated(prompt, tokenizer, reading, opened)
     elif prompt.plain:
         ids = _bare(prompt, tokenizer)
     else:
@@ -195,20 +201,20 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
-def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[int]:
+def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading, opened: bool) -> list[int]:
     # Other texts than contents steer templates (a call's type is compared), so that they are left as they are unless
     # they spell a control token.
     contents = [message.content for message in prompt.messages]
     spelling = [text for text in inner_texts(prompt) if spelt(text, tokenizer)]
 
     def shown(prompt: Prompt) -> str:
-        return written(conversation(prompt.messages), tokenizer, reading, tools=prompt.tools)
+        return written(conversation(prompt.messages), tokenizer, reading, opened=opened, tools=prompt.tools)
 
     def template(texts: Sequence[str]) -> str:
         inner = dict(zip(spelling, texts[len(contents) :], strict=True))
         other = with_inner(prompt, lambda text: inner.get(text, text)) if inner else prompt
         turns = conversation(other.messages, texts[: len(contents)])
-        return written(turns, tokenizer, reading, tools=other.tools)
+        return written(turns, tokenizer, reading, opened=opened, tools=other.tools)
 
     try:
         # The template writes its own special tokens, a beginning-of-text among them.

@@ -24,12 +24,13 @@ from retort.evaluate.profile import Profile
 from retort.models.core import Core, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.verify import Verifier, given_up, gradable, grade_known, parts_of
+from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.record import token_row
-from retort.rollout.single_turn import Task, write
 from retort.sequences import TokenSequence
 from retort.steps import Clock
-from retort.streams import uniforms
+from retort.streams import Chance
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.view import View
 from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet, in_groups
@@ -158,9 +159,9 @@ class Judge:
         for prompt in prompts:
             context = TokenSequence.of(render(prompt, engine.lm.tokenizer, self.reading))
             for member in range(self.samples):
-                chance = uniforms(self.seed, "evaluation", prompt.id, member, count=self.max_new_tokens)
+                chance = Chance(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, chance))
-        return write(engine, tasks, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
+        return run_episodes(engine, tasks, Sampling(self.max_new_tokens, self.temperature, self.top_p))
 
     @torch.no_grad()
     def _compare(

@@ -25,11 +25,12 @@ from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.verify import GivesFeedback, Verifier, grade_all
+from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
-from retort.rollout.single_turn import Task, write
+from retort.rollout.episodes import Task, run_episodes
 from retort.sequences import TokenSequence
 from retort.signals import TeacherSignal
-from retort.streams import generator, permutation, uniforms
+from retort.streams import Chance, generator, permutation
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
@@ -159,7 +160,7 @@ def branches(
         for choice in range(protocol.candidates + 1):
             forced = [] if choice == 0 else [int(ids_MK[number, choice - 1])]
             begun.append(before.then(forced, decided=True))
-            chance = uniforms(protocol.seed, "evaluation", "branch", number, choice, count=protocol.max_new_tokens)
+            chance = Chance(protocol.seed, "evaluation", "branch", number, choice)
             tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance))
     right = _graded(engine, tasks, begun, verifier, protocol, progress)
     found: list[Branch] = []
@@ -189,9 +190,9 @@ def _spine(
     longest, tasks = protocol.max_new_tokens, list[Task]()
     for prompt in prompts:
         for member in range(protocol.samples):
-            chance = uniforms(protocol.seed, "evaluation", "spine", prompt.id, member, count=longest)
+            chance = Chance(protocol.seed, "evaluation", "spine", prompt.id, member)
             tasks.append(Task(prompt, TokenSequence.of(render(prompt)), member, chance))
-    written = write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
+    written = run_episodes(engine, tasks, Sampling(longest, protocol.temperature))
     rewards = grade_all(verifier, [rollout.prompt for rollout in written], [rollout.text for rollout in written])
     explain = verifier.feedback if isinstance(verifier, GivesFeedback) else None
     return [
@@ -272,8 +273,8 @@ def _graded(
         # With chance of its own for every token, what is written with more room begins as with just that.
         room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)
         if room > 0:
-            chosen, temperature = [tasks[number] for number in numbers], protocol.temperature
-            written = write(engine, chosen, max_new_tokens=room, temperature=temperature, top_p=1.0)
+            chosen = [tasks[number] for number in numbers]
+            written = run_episodes(engine, chosen, Sampling(room, protocol.temperature))
             more = [rollout.action_ids for rollout in written]
         for number, ids in zip(numbers, more, strict=True):
             whole = begun[number].then(ids[: rooms[number]], decided=True)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from retort.align.chat import Renderer
 from retort.align.stops import StopTokens
-from retort.rollout.engines.hf import HFEngine
-from retort.rollout.single_turn import Task, write
+from retort.rollout.engines.base import Engine, Sampling
+from retort.rollout.episodes import Task, run_episodes
 from retort.sequences import TokenSequence
 from retort.types import Rollout, Status
 
@@ -20,7 +20,7 @@ class TeacherWriter:
     """
 
     def __init__(
-        self, engine: HFEngine, render: Renderer, *, stop_map: Mapping[int, int], student_stops: StopTokens
+        self, engine: Engine, render: Renderer, *, stop_map: Mapping[int, int], student_stops: StopTokens
     ) -> None:
         """A writer.
 
@@ -35,15 +35,13 @@ class TeacherWriter:
         self.stop_map = dict(stop_map)
         self.student_stops = student_stops
 
-    def write(self, tasks: Sequence[Task], *, max_new_tokens: int, temperature: float, top_p: float) -> list[Rollout]:
+    def write(self, tasks: Sequence[Task], sampling: Sampling) -> list[Rollout]:
         """Answers in order, as rollouts of the student's; the context of a task is the student's, as always.
 
         They carry no log-probs of an engine: those would be the teacher's.
         """
         own = [replace(task, context=TokenSequence.of(self.render(task.prompt))) for task in tasks]
-        written = write(
-            self.engine, own, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, source="teacher"
-        )
+        written = run_episodes(self.engine, own, sampling, source="teacher")
         return [self.as_read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
 
     def as_read(self, task: Task, rollout: Rollout) -> Rollout:

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from retort.models.lm import LanguageModel, use_attention
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 
 #: Share of the time of the one preferred so far that another one must stay under.
@@ -74,6 +74,6 @@ def _trial(lm: LanguageModel, length: int, count: int) -> None:
     half_A = torch.full((written,), 0.5, dtype=torch.float64)
     requests = [Request(TokenSequence.of(ids_L.roll(row)[: length - written].tolist()), half_A) for row in range(count)]
     engine = HFEngine(lm, vocab=lm.head().width, max_parallel=count)
-    engine.write(requests, max_new_tokens=written, temperature=1.0, top_p=1.0)
+    engine.generate(requests, Sampling(written))
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from retort.controllers import Probe, State
 from retort.errors import UserError
-from retort.rollout.single_turn import Task, write
+from retort.rollout.engines.base import Sampling
+from retort.rollout.episodes import Task, run_episodes
 from retort.scoring import look
 from retort.sequences import TokenSequence
 from retort.steps import Clock
-from retort.streams import generator, uniforms
+from retort.streams import Chance, generator
 from retort.train.score import Batch, ask_teachers, averages, evaluator
 from retort.train.setup import Setup
 from retort.train.write import given_rollout, horizon
@@ -115,6 +116,6 @@ def _written(setup: Setup, probe: Probe, longest: int) -> list[Rollout]:
     """The student's answers, always with the same luck."""
     plan, tasks = setup.method.rollout, list[Task]()
     for prompt in setup.probe[: probe.prompts]:
-        chance = uniforms(setup.config.seed, "probe", prompt.id, count=longest)
+        chance = Chance(setup.config.seed, "probe", prompt.id)
         tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), 0, chance))
-    return write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)
+    return run_episodes(setup.engine, tasks, Sampling(longest, plan.temperature, plan.top_p))

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from retort.errors import UserError
 from retort.rewards.verify import grade_all
+from retort.rollout.engines.base import Sampling
+from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.plan import EasyToHard
-from retort.rollout.single_turn import Task, write
 from retort.sequences import TokenSequence
-from retort.streams import uniforms
+from retort.streams import Chance
 from retort.train.metrics import JsonLines
 from retort.train.setup import Setup
 
@@ -60,9 +61,9 @@ def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]
     block, tasks = setup.train[start : start + _BLOCK], list[Task]()
     for prompt in block:
         for member in range(order.samples):
-            chance = uniforms(setup.config.seed, "difficulty", prompt.id, member, count=longest)
+            chance = Chance(setup.config.seed, "difficulty", prompt.id, member)
             tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), member, chance))
-    written = write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)
+    written = run_episodes(setup.engine, tasks, Sampling(longest, plan.temperature, plan.top_p))
     rewards = grade_all(setup.verifier, [task.prompt for task in tasks], [rollout.text for rollout in written])
     size = order.samples
     return {

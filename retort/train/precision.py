@@ -15,7 +15,7 @@ from torch import Tensor
 
 from retort.align.tokens import check_same_tokenizer
 from retort.models.lm import LanguageModel, Precision
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
@@ -81,7 +81,7 @@ def measured(
         for n, ids in enumerate(prompts[:_ANSWERS])
     ]
     engine = HFEngine(student, vocab=vocab, max_parallel=_ANSWERS)
-    answers = engine.write(asked, max_new_tokens=written, temperature=1.0, top_p=1.0)
+    answers = engine.generate(asked, Sampling(written))
     sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
     token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
     rounded_N1 = _logp(student, sequences, vocab).gather(1, token_N1)

@@ -11,12 +11,13 @@ from retort.align.encode import Spelt, response_ids
 from retort.align.text import completion_text
 from retort.errors import RunError, UserError
 from retort.rewards.verify import GivesFeedback, grade_known, parts_of
+from retort.rollout.engines.base import Sampling
+from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.plan import EasyToHard, RolloutPlan
-from retort.rollout.single_turn import Task, write
 from retort.schedules import Reading
 from retort.sequences import TokenSequence
 from retort.steps import Clock
-from retort.streams import generator, permutation, uniforms
+from retort.streams import Chance, generator, permutation, uniforms
 from retort.train.setup import Setup
 from retort.train.shelf import Shelf, key
 from retort.types import Prompt, Rollout, Status
@@ -155,17 +156,10 @@ def _by_student(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: in
     for visit in chosen:
         context = TokenSequence.of(setup.render(visit.prompt))
         for member in range(plan.samples):
-            chance = uniforms(setup.config.seed, "rollouts", visit.epoch, visit.prompt.id, member, count=longest)
+            chance = Chance(setup.config.seed, "rollouts", visit.epoch, visit.prompt.id, member)
             tasks.append(Task(visit.prompt, context, member, chance, visit.epoch))
-    written = write(
-        setup.engine,
-        tasks,
-        max_new_tokens=longest,
-        temperature=plan.temperature,
-        top_p=plan.top_p,
-        version=version,
-    )
-    written = _graded(setup, written)
+    setup.engine.update(version)
+    written = _graded(setup, run_episodes(setup.engine, tasks, Sampling(longest, plan.temperature, plan.top_p)))
     if plan.replay is not None:
         size = plan.samples
         groups = [tuple(written[start : start + size]) for start in range(0, len(written), size)]
@@ -212,10 +206,10 @@ def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longe
         tasks: list[Task] = []
         for visit, member in (wanted[index] for index in open_):
             epoch = "kept" if plan.keep else visit.epoch
-            chance = uniforms(setup.config.seed, "teacher", epoch, visit.prompt.id, member, attempt, count=room)
+            chance = Chance(setup.config.seed, "teacher", epoch, visit.prompt.id, member, attempt)
             tasks.append(Task(visit.prompt, TokenSequence.of(setup.render(visit.prompt)), member, chance, visit.epoch))
         assert setup.teacher_writer is not None  # a plan with the teacher's answers asks for a teacher
-        written = setup.teacher_writer.write(tasks, max_new_tokens=room, temperature=plan.temperature, top_p=plan.top_p)
+        written = setup.teacher_writer.write(tasks, Sampling(room, plan.temperature, plan.top_p))
         found.update(zip(open_, written, strict=True))
     return _graded(setup, [found[index] for index in range(len(wanted))])
 

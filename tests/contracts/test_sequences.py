@@ -24,12 +24,12 @@ from retort.models.lm import LanguageModel, load_model
 from retort.models.packing import Row, row_batches
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.decode import read_once
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
+from retort.rollout.episodes import Task
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.record import token_row
-from retort.rollout.single_turn import Task
 from retort.sequences import Media, TokenSequence
-from retort.streams import uniforms
+from retort.streams import Chance, uniforms
 from retort.teachers.base import Ask
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
@@ -250,7 +250,7 @@ def test_what_the_teacher_wrote_is_read_with_the_students_stops_turn_by_turn(
         stop_map={STOP: OTHER, OTHER: STOP},
         student_stops=StopTokens(frozenset({OTHER}), OTHER),
     )
-    task = Task(rollout.prompt, TokenSequence.of([5, 6]), 0, torch.zeros(0))
+    task = Task(rollout.prompt, TokenSequence.of([5, 6]), 0, Chance(0, "teacher"))
     read = writer.as_read(task, rollout)
     expected = [12, 13, OTHER, *SAID[0], 20, OTHER, *SAID[1], 7, 8, 9, OTHER]
     assert read.sequence.tokens_L.tolist() == [5, 6, *expected]
@@ -288,9 +288,9 @@ def test_trust_forces_tokens_behind_all_that_was_read(
     asked: list[TokenSequence] = []
 
     class Noting(HFEngine):
-        def write(self, requests: Sequence[Request], **more: Any) -> Any:
+        def generate(self, requests: Sequence[Request], sampling: Sampling) -> Any:
             asked.extend(request.context for request in requests)
-            return super().write(requests, **more)
+            return super().generate(requests, sampling)
 
     class Always:
         name = "always"
@@ -336,9 +336,7 @@ def test_a_model_of_text_refuses_media(lm: LanguageModel) -> None:
     asks: list[Callable[[], Any]] = [
         lambda: lm.hidden([sequence]),
         lambda: lm.all_hidden([sequence], 8),
-        lambda: engine.write(
-            [Request(sequence.prefix, uniforms(0, "x", count=2))], max_new_tokens=2, temperature=1.0, top_p=1.0
-        ),
+        lambda: engine.generate([Request(sequence.prefix, uniforms(0, "x", count=2))], Sampling(2)),
         # The teacher renders the prompt itself: an image that it would not see must not vanish.
         lambda: local(lm).score([(rollout,)], Ask(View(), frozenset({SAMPLED}))),
     ]

@@ -16,7 +16,7 @@ from retort.errors import UserError
 from retort.models.adapter import add_adapter
 from retort.models.core import Core, loss_pass
 from retort.models.lm import LanguageModel, load_model
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.steps import Clock, Steps
@@ -183,9 +183,7 @@ def test_both_write_what_they_score(model_folder: Callable[..., Path]) -> None:
     ]
     found = []
     for who in (lm, lm.bare()):
-        written = HFEngine(who, vocab=lm.head().width, max_parallel=3).write(
-            requests, max_new_tokens=8, temperature=1.0, top_p=1.0
-        )
+        written = HFEngine(who, vocab=lm.head().width, max_parallel=3).generate(requests, Sampling(8))
         found.append([answer.ids for answer in written])
         for request, answer in zip(requests, written, strict=True):
             with torch.no_grad():

@@ -13,7 +13,7 @@ import torch
 from retort import config as configuration
 from retort.errors import UserError
 from retort.models.lm import load_model, token_batches
-from retort.rollout.engines.hf import HFEngine, Request, nucleus
+from retort.rollout.engines.hf import HFEngine, Request, Sampling, nucleus
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.train import runner
@@ -75,7 +75,7 @@ def test_the_engines_log_probs_are_the_trainers(model_folder: Callable[..., Path
             Request(TokenSequence.of([5 + n, 9, 12][: 1 + n % 3]), uniforms(0, "rollouts", n, count=6))
             for n in range(5)
         ]
-        written = engine.write(requests, max_new_tokens=6, temperature=1.0, top_p=1.0)
+        written = engine.generate(requests, Sampling(6))
         for request, answer in zip(requests, written, strict=True):
             with torch.no_grad():
                 hidden_AD = lm.hidden([request.context.then(answer.ids, decided=True)])
@@ -87,11 +87,9 @@ def test_the_engines_log_probs_are_the_trainers(model_folder: Callable[..., Path
 def test_a_rollout_does_not_depend_on_its_neighbours(model_folder: Callable[..., Path]) -> None:
     lm = load(model_folder(seed=1))
     requests = [Request(TokenSequence.of([5 + n % 7, 9]), uniforms(0, "rollouts", n, count=8)) for n in range(9)]
-    together = HFEngine(lm, vocab=61, max_parallel=9).write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)
+    together = HFEngine(lm, vocab=61, max_parallel=9).generate(requests, Sampling(8))
     for order in (list(range(8, -1, -1)), [3]):
-        alone = HFEngine(lm, vocab=61, max_parallel=2).write(
-            [requests[n] for n in order], max_new_tokens=8, temperature=1.0, top_p=1.0
-        )
+        alone = HFEngine(lm, vocab=61, max_parallel=2).generate([requests[n] for n in order], Sampling(8))
         assert [answer.ids for answer in alone] == [together[n].ids for n in order]
 
 
@@ -105,12 +103,7 @@ def test_sampling_is_exact(model_folder: Callable[..., Path]) -> None:
         expected = (logits / temperature).softmax(-1)
         draws = torch.rand(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         engine = HFEngine(lm, vocab=vocab, max_parallel=20_000)
-        written = engine.write(
-            [Request(TokenSequence.of([7, 9]), draw) for draw in draws],
-            max_new_tokens=1,
-            temperature=temperature,
-            top_p=1.0,
-        )
+        written = engine.generate([Request(TokenSequence.of([7, 9]), draw) for draw in draws], Sampling(1, temperature))
         counts = torch.bincount(torch.tensor([answer.ids[0] for answer in written]), minlength=vocab)
         kept = expected * 20_000 > 5
         chi = ((counts - expected * 20_000) ** 2 / (expected * 20_000))[kept].sum().item()
@@ -143,7 +136,7 @@ def test_generation_settings_of_the_model_do_not_bend_rollouts(
         lm = load(folder)
         requests = [Request(TokenSequence.of([5, 9]), uniforms(0, "rollouts", n, count=8)) for n in range(6)]
         engine = HFEngine(lm, vocab=61, max_parallel=6)
-        answers.append([a.ids for a in engine.write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)])
+        answers.append([a.ids for a in engine.generate(requests, Sampling(8))])
     assert answers[0] == answers[1]
     assert lm.written_generation.repetition_penalty == 5.0
 

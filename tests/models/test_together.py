@@ -17,7 +17,7 @@ from retort.models import together
 from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, load_model
 from retort.models.together import lowered, switches
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
@@ -124,7 +124,7 @@ def test_what_the_engine_reports_is_what_is_scored_on_either_side_of_the_length(
     requests = [
         Request(sequences(size)[0], uniforms(0, "rollouts", place, count=8)) for place, size in enumerate(sizes)
     ]
-    written = engine.write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)
+    written = engine.generate(requests, Sampling(8))
     for request, answer in zip(requests, written, strict=True):
         with torch.no_grad():
             hidden_AD = lm.hidden([request.context.read().then(answer.ids, decided=True)])
@@ -187,4 +187,4 @@ def test_an_id_without_a_row_is_named(model_folder: Callable[..., Path]) -> None
         lm.hidden([asked])
     engine = HFEngine(lm, vocab=lm.rows, max_parallel=1)
     with pytest.raises(UserError, match="a prompt holds"):
-        engine.write([Request(asked, uniforms(0, "rollouts", count=2))], max_new_tokens=2, temperature=1.0, top_p=1.0)
+        engine.generate([Request(asked, uniforms(0, "rollouts", count=2))], Sampling(2))

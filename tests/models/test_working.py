@@ -16,7 +16,7 @@ from retort.align.stops import StopTokens
 from retort.models.adapter import add_adapter
 from retort.models.lm import LanguageModel, load_model
 from retort.models.working import WorkingCopy
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.teachers.itself import OwnWeights
@@ -71,7 +71,7 @@ def said(lm: LanguageModel) -> list[Tensor]:
     requests = [
         Request(TokenSequence.of([5 + n, 9, 12][: 1 + n % 3]), uniforms(0, "rollouts", n, count=6)) for n in range(5)
     ]
-    written = HFEngine(lm, vocab=vocab, max_parallel=3).write(requests, max_new_tokens=6, temperature=1.0, top_p=1.0)
+    written = HFEngine(lm, vocab=vocab, max_parallel=3).generate(requests, Sampling(6))
     sequences = [
         TokenSequence.of([5, 9]).then([12, 7, 20], decided=True),
         TokenSequence.of([6]).then([8, 30], decided=True),
@@ -124,7 +124,7 @@ def written(lm: LanguageModel, longest: int) -> Casts:
     engine._loops = True  # its own trial is no part of what is counted
     requests = [Request(TokenSequence.of([5, 9, 12]), uniforms(0, "rollouts", n, count=longest)) for n in range(2)]
     with Casts() as casts:
-        engine.write(requests, max_new_tokens=longest, temperature=1.0, top_p=1.0)
+        engine.generate(requests, Sampling(longest))
     return casts
 
 

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 from retort.models.lm import LanguageModel, load_model
 from retort.rollout.engines import hf
 from retort.rollout.engines.decode import RoomyLayer, can_decode, decode, roomy_cache
-from retort.rollout.engines.hf import HFEngine, Request
+from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.engines.sample import sample
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
@@ -51,11 +51,9 @@ def test_the_loop_writes_what_generate_writes(
     with torch.no_grad():
         assert can_decode(lm)
     engine = HFEngine(lm, vocab=58, max_parallel=8)
-    ours = engine.write(requests(lengths), max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)
+    ours = engine.generate(requests(lengths), Sampling(LONGEST, 1.2))
     monkeypatch.setattr("retort.rollout.engines.decode.can_decode", lambda lm: False)
-    theirs = HFEngine(lm, vocab=58, max_parallel=8).write(
-        requests(lengths), max_new_tokens=LONGEST, temperature=1.2, top_p=1.0
-    )
+    theirs = HFEngine(lm, vocab=58, max_parallel=8).generate(requests(lengths), Sampling(LONGEST, 1.2))
     for one, two in zip(ours, theirs, strict=True):
         assert one.ids == two.ids
         assert one.status == two.status
@@ -72,9 +70,7 @@ def test_a_family_that_prepares_its_own_inputs_is_left_to_generate(model_folder:
 
     lm.model.__class__ = Other
     assert not can_decode(lm)
-    answers = HFEngine(lm, vocab=58, max_parallel=8).write(
-        requests([2, 3]), max_new_tokens=4, temperature=1.0, top_p=1.0
-    )
+    answers = HFEngine(lm, vocab=58, max_parallel=8).generate(requests([2, 3]), Sampling(4))
     assert all(1 <= len(answer.ids) <= 4 for answer in answers)
 
 
@@ -101,12 +97,12 @@ def test_answers_to_one_prompt_read_it_once(model_folder: Callable[..., Path], a
     prompts = [[5, 9, 6, 8, 11, 12], [7, 9], [5, 9, 6, 8, 11, 12], [7, 9], [30, 31, 32], [7, 9]]
     asked = [Request(TokenSequence.of(ids), uniforms(0, "rollouts", n, count=LONGEST)) for n, ids in enumerate(prompts)]
     engine = HFEngine(lm, vocab=58, max_parallel=6)
-    alone = [engine.write([one], max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)[0] for one in asked]
+    alone = [engine.generate([one], Sampling(LONGEST, 1.2))[0] for one in asked]
     rows: list[tuple[int, ...]] = []
     lm.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    together = engine.write(asked, max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)
+    together = engine.generate(asked, Sampling(LONGEST, 1.2))
     assert rows[0] == (3, 6)
     for one, two in zip(together, alone, strict=True):
         assert one.ids == two.ids
@@ -155,9 +151,7 @@ def test_what_was_written_can_be_learnt_from(model_folder: Callable[..., Path]) 
     """Writing runs in inference mode; nothing of it may reach a graph."""
     lm = load(model_folder(seed=5))
     lm.model.train()
-    answers = HFEngine(lm, vocab=58, max_parallel=8).write(
-        requests([2, 3, 4]), max_new_tokens=LONGEST, temperature=1.0, top_p=1.0
-    )
+    answers = HFEngine(lm, vocab=58, max_parallel=8).generate(requests([2, 3, 4]), Sampling(LONGEST))
     assert lm.model.training
     assert not any(answer.logp_A.is_inference() for answer in answers)
     lm.hidden([TokenSequence.of([5, 6]).then(answer.ids, decided=True) for answer in answers]).sum().backward()
@@ -167,7 +161,7 @@ def test_sampling_by_the_engine_is_sampling_by_hand(model_folder: Callable[..., 
     lm = load(model_folder(seed=5))
     asked = requests([3, 5])
     for answer, request in zip(
-        hf.HFEngine(lm, vocab=58, max_parallel=8).write(asked, max_new_tokens=3, temperature=0.7, top_p=0.9),
+        hf.HFEngine(lm, vocab=58, max_parallel=8).generate(asked, Sampling(3, 0.7, 0.9)),
         asked,
         strict=True,
     ):

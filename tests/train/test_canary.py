@@ -13,7 +13,7 @@ import pytest
 from retort import config as configuration
 from retort import registry
 from retort.data import PRIVILEGED
-from retort.rollout.engines.hf import HFEngine, Request, Written
+from retort.rollout.engines.hf import Completion, HFEngine, Request
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train import runner
@@ -55,9 +55,9 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
 ) -> None:
     asked: list[list[int]] = []
     taught: list[Sequence[list[int] | None]] = []
-    write, prompts = HFEngine.write, LocalTeacher.prompts
+    write, prompts = HFEngine.generate, LocalTeacher.prompts
 
-    def note_asked(self: HFEngine, requests: Sequence[Request], **more: Any) -> list[Written]:
+    def note_asked(self: HFEngine, requests: Sequence[Request], **more: Any) -> list[Completion]:
         asked.extend(request.context.tokens_L.tolist() for request in requests)
         return write(self, requests, **more)
 
@@ -66,7 +66,7 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
         taught.append(found.ids)
         return found
 
-    monkeypatch.setattr(HFEngine, "write", note_asked)
+    monkeypatch.setattr(HFEngine, "generate", note_asked)
     monkeypatch.setattr(LocalTeacher, "prompts", note_taught)
     settings = pipeline.for_method(tiny_run, registry.load(name))
     more = {"data": str(data), "method": {"name": name}, "steps": 1, "eval": {"problems": 3}}

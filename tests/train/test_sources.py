@@ -23,6 +23,7 @@ from retort.controllers.off_policy import adaptive_share
 from retort.divergences import forward_kl, reverse_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
+from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan
 from retort.sequences import TokenSequence
 from retort.steps import Clock
@@ -128,7 +129,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
         # What the engine says when it writes with these very numbers: that is what the teacher must say when it reads.
         chance = uniforms(setup.config.seed, "teacher", 0, rollout.prompt.id, rollout.member, 0, count=6)
         request = _request(setup.teacher_writer.render(rollout.prompt), chance)
-        (own,) = setup.teacher_writer.engine.write([request], max_new_tokens=6, temperature=1.0, top_p=1.0)
+        (own,) = setup.teacher_writer.engine.generate([request], Sampling(6))
         assert setup.teacher_writer.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
@@ -138,8 +139,6 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
 
 
 def _request(prompt_ids: list[int], chance: torch.Tensor) -> Any:
-    from retort.rollout.engines.hf import Request
-
     return Request(TokenSequence.of(prompt_ids), chance)
 
 
@@ -400,7 +399,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     entropies: list[float] = []
     for prompt in setup.probe:
         request = _request(setup.render(prompt), uniforms(setup.config.seed, "probe", prompt.id, count=2))
-        (own,) = setup.engine.write([request], max_new_tokens=2, temperature=1.0, top_p=0.95)
+        (own,) = setup.engine.generate([request], Sampling(2, 1.0, 0.95))
         sequence = request.context.then(own.ids, decided=True)
         with torch.no_grad():
             logits = setup.student.head().logits(setup.student.hidden([sequence]))[:, : setup.vocab]
@@ -497,7 +496,7 @@ def test_difficulty_is_measured_before_training_and_kept(tiny_run: dict[str, Any
     def untrained(prompt: Prompt) -> list[str]:
         before = setup.render(prompt)
         requests = [_request(before, uniforms(0, "difficulty", prompt.id, member, count=6)) for member in range(4)]
-        written = setup.engine.write(requests, max_new_tokens=6, temperature=1.0, top_p=1.0)
+        written = setup.engine.generate(requests, Sampling(6))
         return [setup.student.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in written]
 
     # A random student is never right: so for every second prompt what it says is called right.

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retort.models.lm import LanguageModel
+from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.sample import nucleus, sample
 from retort.sequences import TokenSequence
 from retort.types import Status
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from retort.rollout.engines.decode import Draw
 
-__all__ = ["HFEngine", "Request", "Written", "nucleus"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One answer to write.
-
-    Attributes:
-        context: What it follows, tokens and media; which of them were decided does not matter.
-        uniforms: Random numbers in [0, 1), one per token that may be written, float64: the only source of chance.
-    """
-
-    context: TokenSequence
-    uniforms: Tensor
-
-
-@dataclass(frozen=True)
-class Written:
-    """One answer.
-
-    Attributes:
-        ids: Tokens, the stop token included.
-        logp_A: Log-prob of each under the distribution it was drawn from, nats.
-        status: Completed, or truncated at the token limit.
-    """
-
-    ids: list[int]
-    logp_A: Tensor
-    status: Status
+__all__ = ["Completion", "HFEngine", "Request", "Sampling", "nucleus"]
 
 
 class _Given:
@@ -80,58 +55,71 @@ class HFEngine:
         self.lm = lm
         self.vocab = vocab
         self.max_parallel = max_parallel
+        self.version = 0
         self._loops: bool | None = None
 
-    def write(
-        self, requests: Sequence[Request], *, max_new_tokens: int, temperature: float, top_p: float
-    ) -> list[Written]:
-        """Answers all requests, in order.
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Engine`."""
+        return self.lm.tokenizer
 
-        Raises:
-            UserError: A prompt holds an id for which the model has no row, or media, which it cannot read.
-        """
+    @property
+    def context(self) -> int:
+        """See `Engine`."""
+        return self.lm.context
+
+    def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """See `Engine`; it writes with the live weights, and notes their version."""
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine`."""
         self.lm.check_readable((request.context for request in requests), "a prompt")
-        written: dict[int, Written] = {}
+        found: dict[int, Completion] = {}
+        rooms = [min(sampling.max_new_tokens, len(request.uniforms)) for request in requests]
         # Neighbours of like length need least padding.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
         limit = self.lm.together_up_to
-        alone = [i for i in order if limit is not None and len(requests[i].context) + max_new_tokens > limit]
+        alone = [i for i in order if limit is not None and len(requests[i].context) + rooms[i] > limit]
         others = order if not alone else [i for i in order if i not in set(alone)]
         batches = [others[start : start + self.max_parallel] for start in range(0, len(others), self.max_parallel)]
         for batch in [*batches, *([i] for i in alone)]:
-            answers = self._write_batch([requests[i] for i in batch], max_new_tokens, temperature, top_p)
-            written.update(zip(batch, answers, strict=True))
-        return [written[index] for index in range(len(requests))]
+            found.update(zip(batch, self._batch([requests[i] for i in batch], sampling), strict=True))
+        return [found[index] for index in range(len(requests))]
 
-    def _write_batch(
-        self, requests: Sequence[Request], max_new_tokens: int, temperature: float, top_p: float
-    ) -> list[Written]:
+    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         from retort.rollout.engines.decode import can_decode, decode  # loads transformers
 
         lm = self.lm
-        uniforms_BA = torch.stack([request.uniforms[:max_new_tokens] for request in requests]).to(lm.device)
+        uniforms = [request.uniforms[: sampling.max_new_tokens] for request in requests]
+        rooms, uniforms_BA = [len(own_A) for own_A in uniforms], pad_sequence(uniforms, batch_first=True).to(lm.device)
+        longest, ragged = max(rooms), min(rooms) < max(rooms)
+        room_B = torch.tensor(rooms, device=lm.device)
 
         def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
-            return sample(logits_BV, uniforms_BA[row_B, step], temperature, top_p)
+            token_B, logp_B = sample(logits_BV, uniforms_BA[row_B, step], sampling.temperature, sampling.top_p)
+            # Who has used up its room leaves; what it would write is cut off below.
+            return (torch.where(step < room_B[row_B], token_B, lm.stops.primary) if ragged else token_B), logp_B
 
         was_training = lm.model.training
         lm.model.eval()
         try:
             with torch.inference_mode(), lm.compute():
                 self._loops = can_decode(lm) if self._loops is None else self._loops
-                write = decode if self._loops else _generate
-                ids_BA, logp_BA = write(lm, [r.context for r in requests], draw, self.vocab, max_new_tokens)
+                decoded = decode if self._loops else _generate
+                ids_BA, logp_BA = decoded(lm, [r.context for r in requests], draw, self.vocab, longest)
         finally:
             lm.model.train(was_training)
         # Copied outside of inference mode: what it made may never meet autograd.
-        return [self._cut(ids, logp_A) for ids, logp_A in zip(ids_BA.tolist(), logp_BA.clone(), strict=True)]
+        parts = zip(ids_BA.tolist(), logp_BA.clone(), rooms, strict=True)
+        return [self._cut(ids[:room], logp_A[:room]) for ids, logp_A, room in parts]
 
-    def _cut(self, ids: list[int], logp_A: Tensor) -> Written:
+    def _cut(self, ids: list[int], logp_A: Tensor) -> Completion:
         """Ends an answer after its first stop token."""
         for place, token in enumerate(ids):
             if token in self.lm.stops.ids:
-                return Written(ids[: place + 1], logp_A[: place + 1], Status.COMPLETED)
-        return Written(ids, logp_A[: len(ids)], Status.TRUNCATED)
+                return Completion(ids[: place + 1], logp_A[: place + 1], Status.COMPLETED, self.version)
+        return Completion(ids, logp_A[: len(ids)], Status.TRUNCATED, self.version)
 
 
 def _generate(

@@ -1,0 +1,1 @@
+"""Environments: who answers to what a model wrote, turn by turn."""

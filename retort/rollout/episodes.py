@@ -1,0 +1,180 @@
+"""From prompts to rollouts: all episodes are continued in lock step, turn by turn. Ungraded, but for what is earned.
+
+A prompt that is answered once is an episode of one turn in an environment that says nothing to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from retort.align.chat import Reading, render
+from retort.align.replies import reply_ids
+from retort.align.text import completion_text
+from retort.envs.base import Environment, Episode, SingleTurn
+from retort.rollout.engines.base import Completion, Engine, Request, Sampling
+from retort.sequences import TokenSequence
+from retort.streams import Chance
+from retort.types import Prompt, Rollout, Status
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_ONCE = SingleTurn()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A rollout to be written.
+
+    Attributes:
+        prompt: To what.
+        context: What the writer reads before its first turn, where the environment begins with this very prompt.
+        member: Which of the samples of its prompt.
+        chance: Of every token of every turn.
+        visit: See `Rollout`.
+    """
+
+    prompt: Prompt
+    context: TokenSequence
+    member: int
+    chance: Chance
+    visit: int = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """Who replies to the writer, and how that is read.
+
+    Attributes:
+        environment: Plays the episodes.
+        reading: What the writer's chat template is told of what the environment says.
+        turns: Most turns of the writer in an episode; None: as many as its tokens allow.
+    """
+
+    environment: Environment = _ONCE
+    reading: Reading = field(default_factory=Reading)
+    turns: int | None = None
+
+
+@dataclass(eq=False)
+class _Open:
+    """An episode that is being played."""
+
+    task: Task
+    episode: Episode
+    sequence: TokenSequence
+    completions: list[Completion] = field(default_factory=lambda: [])
+    texts: list[str] = field(default_factory=lambda: [])
+    rewards: list[float] = field(default_factory=lambda: [])
+    status: Status | None = None
+
+    def request(self, sampling: Sampling, context: int) -> Request:
+        """For the next turn."""
+        turn, room = len(self.completions), self.room(sampling, context)
+        return Request(self.sequence, self.task.chance.uniforms(turn, count=room))
+
+    def room(self, sampling: Sampling, context: int) -> int:
+        """Tokens that the next turn may have. That a prompt leaves room for the first is seen when it is read."""
+        left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
+        return min(left, context - len(self.sequence)) if self.completions else left
+
+    def take(self, completion: Completion, engine: Engine, world: World, sampling: Sampling) -> None:
+        """A turn was written: the environment replies, unless there is nothing more to reply to."""
+        before: list[int] = self.sequence.tokens_L.tolist()
+        self.completions.append(completion)
+        self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
+        self.sequence = self.sequence.then(completion.ids, decided=True)
+        if completion.status != Status.COMPLETED:
+            self.status = completion.status
+            return
+        reply = self.episode.reply(self.texts[-1])
+        if reply.reward is not None:
+            self.rewards.append(reply.reward)
+        if reply.over:
+            self.status = reply.status
+            return
+        ids = reply_ids(self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, world.reading)
+        written, self.sequence = self.sequence, self.sequence.then(ids)
+        if len(self.completions) == world.turns or self.room(sampling, engine.context) < 1:
+            self.sequence, self.status = written, Status.TRUNCATED  # nothing will be decided from the reply
+
+    def rollout(self, tokenizer: PreTrainedTokenizerBase, source: Literal["student", "teacher"]) -> Rollout:
+        """What has been written."""
+        assert self.status is not None
+        several = len(self.completions) > 1
+        turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
+        prompt_ids: list[int] = self.sequence.prefix.tokens_L.tolist() if several else []
+        ids: list[int] = self.sequence.actions_A.tolist() if several else []
+        return Rollout(
+            prompt=self.episode.prompt,
+            sequence=self.sequence,
+            turn_A=torch.cat(turns) if several else None,
+            engine_logp_A=_joined([own.logp_A for own in self.completions]),
+            policy_version=self.completions[0].version,
+            member=self.task.member,
+            visit=self.task.visit,
+            status=self.status,
+            source=source,
+            text=completion_text(tokenizer, ids, prompt_ids=prompt_ids) if several else self.texts[0],
+            reward=sum(self.rewards) if self.rewards else None,
+        )
+
+
+def run_episodes(
+    engine: Engine,
+    tasks: Sequence[Task],
+    sampling: Sampling,
+    *,
+    world: World | None = None,
+    source: Literal["student", "teacher"] = "student",
+) -> list[Rollout]:
+    """Has the engine write all tasks, in order; every turn of all open episodes is one call of it.
+
+    An episode ends when its environment says so, or truncated when what it may write, its turns or the engine's context
+    are used up. Rollouts of one visit to a prompt must be neighbours.
+
+    Args:
+        engine: Writes.
+        tasks: What is to be written.
+        sampling: How tokens are drawn; `max_new_tokens` is for all turns of an episode together.
+        world: Who replies; None: nobody.
+        source: Who writes.
+
+    Raises:
+        UserError: What an environment says cannot be put behind a turn, see `reply_ids`; or see `Engine.generate`.
+    """
+    world = world or World()
+    with contextlib.ExitStack() as stack:
+        episodes = _begun(engine, tasks, world, stack)
+        while open_ := [own for own in episodes if own.status is None]:
+            requests = [own.request(sampling, engine.context) for own in open_]
+            for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
+                own.take(completion, engine, world, sampling)
+    return [own.rollout(engine.tokenizer, source) for own in episodes]
+
+
+def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextlib.ExitStack) -> list[_Open]:
+    """Every episode before its first turn; the stack closes them."""
+    found: list[_Open] = []
+    for _, group in groupby(tasks, key=lambda task: (task.prompt.id, task.visit)):
+        own = list(group)
+        episodes = world.environment.begin_group(own[0].prompt, [task.member for task in own])
+        for episode in episodes:
+            stack.callback(episode.close)
+        for task, episode in zip(own, episodes, strict=True):
+            context = task.context
+            if episode.prompt is not task.prompt:
+                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, world.reading))
+            found.append(_Open(task, episode, context))
+    return found
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -1,0 +1,160 @@
+"""What every engine must hold: order, chance, log-probs, stops, limits, media, versions. A new one is one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import ScriptedEngine
+from support import make_tokenizer
+from torch import Tensor
+
+from retort.errors import UserError
+from retort.models.lm import load_model
+from retort.rollout.engines.base import Engine, Request, Sampling
+from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.sample import nucleus
+from retort.sequences import Media, TokenSequence
+from retort.streams import uniforms
+from retort.types import Status
+
+VOCAB = 58
+ROOM = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """An engine, with what a test has to know of it.
+
+    Attributes:
+        engine: To be held to the contract.
+        stops: Tokens that end a completion.
+        logp: Log-probs [A, V] of every id before each of some ids written after a context, as drawn under a sampling.
+    """
+
+    engine: Engine
+    stops: frozenset[int]
+    logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
+
+
+def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *, loops: bool) -> Case:
+    stops = list(range(2, VOCAB, 9))
+    cpu = torch.device("cpu")
+    lm = load_model(str(model_folder(seed=5)), role="student", precision="fp32", device=cpu, stop=stops)
+    engine = HFEngine(lm, vocab=VOCAB, max_parallel=3)
+    engine._loops = loops
+
+    def logp(context: TokenSequence, ids: list[int], sampling: Sampling) -> Tensor:
+        whole_1L = torch.cat([context.tokens_L, torch.tensor(ids)])[None]
+        with torch.no_grad():
+            logits_AV = lm.model(input_ids=whole_1L).logits[0, len(context) - 1 : -1, :VOCAB]
+        return nucleus((logits_AV / sampling.temperature).log_softmax(-1), sampling.top_p)
+
+    return Case(engine, frozenset(stops), logp)
+
+
+def scripted(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Case:
+    logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+    logits_V[2] = 2.0
+    engine = ScriptedEngine(make_tokenizer(), 2, logits_V)
+    return Case(engine, frozenset({2}), lambda context, ids, sampling: engine.logp(sampling).expand(len(ids), -1))
+
+
+ENGINES: dict[str, Callable[..., Case]] = {
+    "in this process": lambda *more: in_process(*more, loops=True),
+    "in this process, by generate": lambda *more: in_process(*more, loops=False),
+    "scripted": scripted,
+}
+
+
+@pytest.fixture(params=ENGINES)
+def case(request: pytest.FixtureRequest, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Case:
+    return ENGINES[request.param](model_folder, monkeypatch)
+
+
+def requests(count: int = 7, room: int = ROOM) -> list[Request]:
+    """Contexts of several lengths, some of them the same, and one that is a conversation already."""
+    contexts = [TokenSequence.of([5 + n % 3, 9, 12, 7][: 1 + n % 4]) for n in range(count)]
+    contexts[2] = contexts[2].then([8, 2], decided=True).then([30, 31])
+    return [Request(own, uniforms(0, "rollouts", n, count=room)) for n, own in enumerate(contexts)]
+
+
+def test_each_completion_is_its_own_requests_whatever_is_beside_it_and_in_order(case: Case) -> None:
+    asked, sampling = requests(), Sampling(ROOM, 1.3)
+    together = case.engine.generate(asked, sampling)
+    assert len({tuple(own.ids) for own in together}) > 3
+    turned = case.engine.generate(asked[::-1], sampling)[::-1]
+    alone = [case.engine.generate([one], sampling)[0] for one in asked]
+    for one, two, three in zip(together, turned, alone, strict=True):
+        assert one.ids == two.ids == three.ids
+        torch.testing.assert_close(one.logp_A, three.logp_A, rtol=1e-4, atol=1e-5)
+
+
+def test_which_tokens_were_decided_changes_nothing(case: Case) -> None:
+    asked = requests()
+    read = [Request(own.context.read(), own.uniforms) for own in asked]
+    one, two = (case.engine.generate(own, Sampling(ROOM)) for own in (asked, read))
+    assert [own.ids for own in one] == [own.ids for own in two]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(ROOM), Sampling(ROOM, 0.7, 0.8)], ids=["as it is", "bent"])
+def test_log_probs_are_those_of_the_distribution_that_was_drawn_from(case: Case, sampling: Sampling) -> None:
+    for request, found in zip(requests(), case.engine.generate(requests(), sampling), strict=True):
+        logp_AV = case.logp(request.context, found.ids, sampling)
+        assert found.logp_A.dtype == torch.float32
+        torch.testing.assert_close(
+            found.logp_A, logp_AV.gather(1, torch.tensor(found.ids)[:, None]).squeeze(1), rtol=1e-3, atol=1e-4
+        )
+
+
+def test_a_stop_is_included_ends_it_and_is_what_completed_means(case: Case) -> None:
+    found = case.engine.generate(requests(24), Sampling(ROOM, 1.3))
+    assert {own.status for own in found} == {Status.COMPLETED, Status.TRUNCATED}
+    for own in found:
+        ends = [token in case.stops for token in own.ids]
+        assert ends == [False] * (len(ends) - 1) + [own.status == Status.COMPLETED]
+        assert len(own.ids) == len(own.logp_A) <= ROOM
+        assert own.status == Status.COMPLETED or len(own.ids) == ROOM
+
+
+def test_a_shorter_limit_only_cuts_and_each_request_may_have_its_own(case: Case) -> None:
+    whole = case.engine.generate(requests(), Sampling(ROOM))
+    by_sampling = case.engine.generate(requests(), Sampling(3))
+    rooms = [1 + n % 5 for n in range(7)]
+    own_room = [Request(one.context, one.uniforms[:room]) for one, room in zip(requests(), rooms, strict=True)]
+    by_numbers = case.engine.generate(own_room, Sampling(ROOM))
+    for found, limits in ((by_sampling, [3] * 7), (by_numbers, rooms)):
+        for cut, one, room in zip(found, whole, limits, strict=True):
+            assert cut.ids == one.ids[:room]
+            assert len(cut.logp_A) == len(cut.ids)
+            assert cut.status == (one.status if len(one.ids) <= room else Status.TRUNCATED)
+    assert any(len(cut.ids) < len(one.ids) for cut, one in zip(by_numbers, whole, strict=True))
+
+
+def test_media_are_read_or_refused(case: Case) -> None:
+    """Two requests that differ in nothing but an image must not get one answer without a word."""
+    asked = [Request(TokenSequence.of([5, 6], (Media(name, 1),)), torch.full((4,), 0.5).double()) for name in "ab"]
+    with pytest.raises(UserError, match="holds an image, a sound or a video"):
+        case.engine.generate(asked, Sampling(4))
+
+
+def test_an_id_that_it_cannot_read_is_refused(case: Case) -> None:
+    asked = Request(TokenSequence.of([5, 10_000]), torch.full((4,), 0.5).double())
+    with pytest.raises(UserError, match="a prompt holds"):
+        case.engine.generate([asked], Sampling(4))
+
+
+def test_completions_say_which_weights_wrote_them(case: Case) -> None:
+    assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {0}
+    case.engine.update(7)
+    assert {own.version for own in case.engine.generate(requests(), Sampling(2))} == {7}
+
+
+def test_nothing_asked_is_nothing_written(case: Case) -> None:
+    assert case.engine.generate([], Sampling(4)) == []
+    assert case.engine.context > 0
+    assert case.engine.tokenizer.decode([6])
