@@ -324,7 +324,7 @@ class Run:
                 parameter.copy_(found.weights[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
-        self.begun = int(found.state.get("begun", 0))
+        self.begun = int(found.state["begun"])
         self.control.restore(found.parts)
         self.shelf.restore(self.setup, found.parts)
         if self.setup.own_weights is not None:
