@@ -27,9 +27,9 @@ from torch import Tensor
 from retort.errors import RunError, UserError, quoted
 from retort.files import new_folder, read_object, reason
 
-#: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the numbers
-#: it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of other formats
-#: are refused, so no code need know how they looked. One that names no format is of the first.
+#: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
+#: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
+#: other formats are refused, so no code need know how they looked. One that names no format is of the first.
 FORMAT = 2
 #: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
 _KEYS = ("updates", "begun", "best", "data", "teacher", "base", "start", "precision", "advised", "run")
