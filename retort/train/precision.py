@@ -16,6 +16,7 @@ from torch import Tensor
 from retort.align.tokens import check_same_tokenizer
 from retort.models.lm import LanguageModel, Precision
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
 #: How many times what rounding makes of a token's log-prob a divergence must be to be one.
@@ -75,29 +76,30 @@ def measured(
         known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
         vocab = min(known, vocab, teacher.head().width)
     written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
-    asked = [Request(ids, uniforms(seed, "precision", n, count=written)) for n, ids in enumerate(prompts[:_ANSWERS])]
+    asked = [
+        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
+        for n, ids in enumerate(prompts[:_ANSWERS])
+    ]
     engine = HFEngine(student, vocab=vocab, max_parallel=_ANSWERS)
     answers = engine.write(asked, max_new_tokens=written, temperature=1.0, top_p=1.0)
-    tokens = [torch.tensor([*request.prompt_ids, *a.ids]) for request, a in zip(asked, answers, strict=True)]
-    acted = [torch.arange(len(t)) >= len(request.prompt_ids) for t, request in zip(tokens, asked, strict=True)]
-    token_N1 = torch.cat([tokens_L[acted_L] for tokens_L, acted_L in zip(tokens, acted, strict=True)])[:, None]
-    token_N1 = token_N1.to(student.device)
-    rounded_N1 = _logp(student, tokens, acted, vocab).gather(1, token_N1)
+    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
+    token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
+    rounded_N1 = _logp(student, sequences, vocab).gather(1, token_N1)
     before: Precision = student.precision
     student.precision = "fp32"
     try:
-        exact_NV = _logp(student, tokens, acted, vocab)
+        exact_NV = _logp(student, sequences, vocab)
     finally:
         student.precision = before
     noise = float((rounded_N1 - exact_NV.gather(1, token_N1)).abs().mean())
     if teacher is None:
         return noise, None
-    gap_NV = exact_NV - _logp(teacher, tokens, acted, vocab)
+    gap_NV = exact_NV - _logp(teacher, sequences, vocab)
     return noise, float((exact_NV.exp() * gap_NV).sum(-1).mean())
 
 
-def _logp(lm: LanguageModel, tokens: list[Tensor], acted: list[Tensor], vocab: int) -> Tensor:
+def _logp(lm: LanguageModel, sequences: list[TokenSequence], vocab: int) -> Tensor:
     """Of every id at every token written, [N, V], fp32."""
-    hidden_ND = lm.all_hidden(tokens, acted, sum(map(len, tokens)))
+    hidden_ND = lm.all_hidden(sequences, sum(map(len, sequences)))
     with lm.compute():
         return lm.head().logits(hidden_ND, vocab).float().log_softmax(-1)
