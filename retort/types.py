@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
@@ -208,6 +209,16 @@ class Rollout:
             status=Status.TRUNCATED,
             text=text,
         )
+
+
+#: All rollouts of one visit to one prompt: what is graded and scored together.
+Group = tuple[Rollout, ...]
+
+
+def in_groups(rollouts: Sequence[Rollout]) -> list[Group]:
+    """Rollouts by visit to a prompt, those of a visit being neighbours; end to end they are in the order given."""
+    visits = groupby(rollouts, key=lambda rollout: (rollout.prompt.id, rollout.visit))
+    return [tuple(own) for _, own in visits]
 
 
 @dataclass(frozen=True)

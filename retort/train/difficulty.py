@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from retort.errors import UserError
-from retort.rewards.verify import grade_all
+from retort.rewards.base import graded
 from retort.rollout.plan import EasyToHard
 from retort.rollout.single_turn import Task, write
 from retort.sequences import TokenSequence
@@ -63,7 +63,7 @@ def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]
             chance = uniforms(setup.config.seed, "difficulty", prompt.id, member, count=longest)
             tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), member, chance))
     written = write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)
-    rewards = grade_all(setup.verifier, [task.prompt for task in tasks], [rollout.text for rollout in written])
+    rewards = [rollout.reward or 0.0 for rollout in graded(setup.verifier, written)]
     size = order.samples
     return {
         prompt.id: sum(reward > 0.5 for reward in rewards[place * size : (place + 1) * size]) / size

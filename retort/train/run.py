@@ -15,7 +15,6 @@ from retort import config as configuration
 from retort.apply import check_needs, wanted
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
-from retort.rewards.verify import given_up
 from retort.teachers.local import answers
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
@@ -202,7 +201,7 @@ class Run:
         """Write, ask the teachers, learn: one batch of rollouts."""
         self._doing = f"step {self.step + 1}"
         setup, moment, watch = *self.now(), Stopwatch()
-        before = given_up(setup.verifier)
+        before = 0 if setup.verifier is None else setup.verifier.given_up
         with self._safe():
             if moment.done == 0:
                 self._take_over()
@@ -212,7 +211,7 @@ class Run:
                 hard = self._difficulties(setup, moment)
             with watch("generate"):
                 rollouts = write_rollouts(setup, self.shelf, moment, self.updates, hard)
-        lost = given_up(setup.verifier) - before
+        lost = 0 if setup.verifier is None else setup.verifier.given_up - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             signals = answers(

@@ -12,13 +12,14 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from support import group_of
 
 import retort
 from retort import config as configuration
 from retort.cli import main
 from retort.errors import UserError
+from retort.rewards import ByText, GivesFeedback, GivesParts, verifier_for
 from retort.rewards.own import OwnVerifier, imported, is_own, name_of, own_verifier
-from retort.rewards.verify import GivesFeedback, GivesParts, gradable, grade_known, parts_of, verifier_for
 from retort.types import Message, Prompt
 
 PROMPT = Prompt("row-1", (Message("user", "1 + 1 ="),), answer="2")
@@ -123,8 +124,9 @@ def test_a_verifier_is_asked_once_about_a_completion_and_its_parts_and_feedback_
     assert asked == [""]
     assert isinstance(made, GivesFeedback)
     assert isinstance(made, GivesParts)
-    assert grade_known(made, [PROMPT, PROMPT], ["1", "1"]) == [0.0, 0.0]
-    assert (parts_of(made, PROMPT, "1"), made.feedback(PROMPT, "1")) == ({"asked": 2}, "asked 2 times")
+    verdict = retort.Grade(0.0, {"asked": 2.0}, "asked 2 times")
+    assert ByText(made).grade(group_of(PROMPT, ["1", "1"])) == [verdict, verdict]
+    assert (made.parts(PROMPT, "1"), made.feedback(PROMPT, "1")) == ({"asked": 2}, "asked 2 times")
     assert asked == ["", "1"]
 
 
@@ -156,7 +158,8 @@ def test_a_verifier_that_exits_is_one_that_raised(ends: Any) -> None:
 def test_a_verifier_without_feedback_is_none_that_gives_it_and_grades_rows_without_answers() -> None:
     made = own_verifier(length_in_tens, "mine", PROMPT)
     assert not isinstance(made, GivesFeedback)
-    assert gradable(made, Prompt("2", PROMPT.messages))
+    assert ByText(made).can_grade(Prompt("2", PROMPT.messages))
+    assert not ByText(made).explains
     with pytest.raises(UserError, match="it raised TypeError: .*positional argument"):
         own_verifier(lambda completion: 1.0, "mine", PROMPT)  # type: ignore[arg-type, misc]
 
