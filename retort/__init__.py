@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from retort.method import Term as Term
     from retort.method import Watch as Watch
     from retort.registry import load as load
-    from retort.rewards.own import Grade as Grade
+    from retort.rewards.base import Grade as Grade
     from retort.train.callbacks import Callback as Callback
     from retort.train.callbacks import Stop as Stop
 
@@ -30,7 +30,7 @@ _HOMES = {
     "doctor": "retort.api",
     "load": "retort.registry",
     "Callback": "retort.train.callbacks",
-    "Grade": "retort.rewards.own",
+    "Grade": "retort.rewards.base",
     "Limit": "retort.method",
     "Method": "retort.method",
     "Paper": "retort.method",

@@ -12,7 +12,7 @@ from retort import config as configuration
 from retort.errors import UserError
 from retort.method import Method
 from retort.progress import quiet_bars, watching
-from retort.rewards.own import Grader
+from retort.rewards.own import Own
 from retort.train import runner
 from retort.train.arguments import method_of, path_of, refuse_twice, settings_of
 from retort.train.callbacks import check_callbacks
@@ -39,7 +39,7 @@ def distill(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Grader | str | None = None,
+    verifier: Own | str | None = None,
     out: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -62,8 +62,9 @@ def distill(
         eval_data: The same, to judge on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
         verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
-            number from 0 to 1 or a `retort.Grade`; or `"module:function"`, or the name of one of Retort's (`"math"`,
-            `"exact"`). By default mathematics, where the data has answers. The setting `task` is the same.
+            number from 0 to 1 or a `retort.Grade`; or an object with a method `grade(group)` that grades all rollouts
+            to a prompt at once; or `"module:name"` of one; or the name of one of Retort's (`"math"`, `"exact"`). By
+            default mathematics, where the data has answers. The setting `task` is the same.
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
         seed: Of all random streams.
@@ -111,7 +112,7 @@ def doctor(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Grader | str | None = None,
+    verifier: Own | str | None = None,
     settings: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Examination:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from retort.sequences import TokenSequence
+from retort.types import Group, Prompt, Rollout
 
 WORDS = [str(number) for number in range(40)] + list("+-*=,:()") + ["from", "so", "the", "answer", "is", "add", "and"]
 CHATML = (
@@ -83,3 +87,9 @@ def make_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def group_of(prompt: Prompt, texts: Sequence[str]) -> Group:
+    """Rollouts of these texts to a prompt, for whoever looks at nothing but texts."""
+    sequence = TokenSequence.of([0]).then([1], decided=True)
+    return tuple(Rollout(prompt, sequence, member=member, text=text) for member, text in enumerate(texts))

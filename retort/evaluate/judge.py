@@ -23,7 +23,7 @@ from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.core import Core, per_token
 from retort.models.lm import LanguageModel
-from retort.rewards.verify import Verifier, given_up, gradable, grade_known, parts_of
+from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.episodes import Task, run_episodes
@@ -60,7 +60,7 @@ class Judge:
     """
 
     prompts: Sequence[Prompt]
-    verifier: Verifier | None
+    verifier: Grader | None
     samples: int
     seed: int
     max_new_tokens: int
@@ -74,7 +74,7 @@ class Judge:
     recorded: int = 0
 
     @staticmethod
-    def of(config: Config, prompts: Sequence[Prompt], verifier: Verifier | None, *, vocab: int) -> Judge:
+    def of(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Judge:
         """As a run's settings say."""
         return Judge(
             prompts=prompts,
@@ -111,13 +111,13 @@ class Judge:
             `student_entropy` (the writer's own), `student_uncertain` (share of tokens where it exceeds the threshold),
             and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
-            And what the verifier measures besides (`GivesParts`), as `reward/<part>`: means over samples, as `avg@k`.
+            And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first answer
             to each of the first `recorded` prompts, token by token. And `given_up`, how many answers count as wrong
             because their comparison with the right one found no end, where there are any.
         """
         engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
-        before = given_up(self.verifier)
+        before = 0 if self.verifier is None else self.verifier.given_up
         rewards: list[list[float]] = []
         first: list[float | None] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
@@ -128,14 +128,14 @@ class Judge:
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
             rollouts = self._answers(engine, block)
-            graded = grade_known(self.verifier, [r.prompt for r in rollouts], [r.text for r in rollouts])
-            for index, prompt in enumerate(block):
+            rollouts = rollouts if self.verifier is None else graded(self.verifier, rollouts)
+            for index in range(len(block)):
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
-                known = [reward for reward in graded[index * self.samples :][: self.samples] if reward is not None]
+                known = [rollout.reward for rollout in own if rollout.reward is not None]
                 first.append(known[0] if known else None)
                 if known:
                     rewards.append(known)
-                _tally_parts(parts, [parts_of(self.verifier, prompt, rollout.text) for rollout in own])
+                _tally_parts(parts, [rollout.reward_parts for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
@@ -146,12 +146,13 @@ class Judge:
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
-        row |= {"given_up": lost} if (lost := given_up(self.verifier) - before) else {}
+        lost = 0 if self.verifier is None else self.verifier.given_up - before
+        row |= {"given_up": lost} if lost else {}
         return {**row, "answers": answers} if answers else row
 
     def graded(self) -> dict[str, int]:
         """How many prompts can be graded, as `graded`, where that is only a part of them."""
-        count = sum(gradable(self.verifier, prompt) for prompt in self.prompts)
+        count = 0 if self.verifier is None else sum(map(self.verifier.can_grade, self.prompts))
         return {"graded": count} if 0 < count < len(self.prompts) else {}
 
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:

@@ -12,7 +12,7 @@ student towards: the second best of a teacher that is sure is a token that it wo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
-from retort.rewards.verify import GivesFeedback, Verifier, grade_all
+from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.episodes import Task, run_episodes
@@ -118,7 +118,7 @@ def branches(
     teacher: Teacher,
     view: View,
     prompts: Sequence[Prompt],
-    verifier: Verifier,
+    verifier: Grader,
     protocol: Protocol,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Branch]:
@@ -161,7 +161,7 @@ def branches(
             forced = [] if choice == 0 else [int(ids_MK[number, choice - 1])]
             begun.append(before.then(forced, decided=True))
             chance = Chance(protocol.seed, "evaluation", "branch", number, choice)
-            tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance))
+            tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance, visit=number))
     right = _graded(engine, tasks, begun, verifier, protocol, progress)
     found: list[Branch] = []
     for number, fork in enumerate(forks):
@@ -184,7 +184,7 @@ def branches(
 
 
 def _spine(
-    engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, verifier: Verifier, protocol: Protocol
+    engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, verifier: Grader, protocol: Protocol
 ) -> list[Rollout]:
     """The student's own answers, graded, those to one prompt one after another."""
     longest, tasks = protocol.max_new_tokens, list[Task]()
@@ -193,16 +193,7 @@ def _spine(
             chance = Chance(protocol.seed, "evaluation", "spine", prompt.id, member)
             tasks.append(Task(prompt, TokenSequence.of(render(prompt)), member, chance))
     written = run_episodes(engine, tasks, Sampling(longest, protocol.temperature))
-    rewards = grade_all(verifier, [rollout.prompt for rollout in written], [rollout.text for rollout in written])
-    explain = verifier.feedback if isinstance(verifier, GivesFeedback) else None
-    return [
-        replace(
-            rollout,
-            reward=reward,
-            feedback="" if explain is None else explain(rollout.prompt, rollout.text),
-        )
-        for rollout, reward in zip(written, rewards, strict=True)
-    ]
+    return graded(verifier, written)
 
 
 def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
@@ -249,7 +240,7 @@ def _graded(
     engine: HFEngine,
     tasks: Sequence[Task],
     begun: Sequence[TokenSequence],
-    verifier: Verifier,
+    verifier: Grader,
     protocol: Protocol,
     progress: Callable[[int, int], None] | None,
 ) -> list[bool]:
@@ -264,7 +255,7 @@ def _graded(
         progress: See `branches`.
     """
     stops, tokenizer = set(engine.lm.stops.ids), engine.lm.tokenizer
-    texts: dict[int, str] = {}
+    whole: dict[int, Rollout] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
     rooms = [0 if _ended(own, stops) else protocol.max_new_tokens - own.steps for own in begun]
     if progress is not None:
@@ -277,13 +268,13 @@ def _graded(
             written = run_episodes(engine, chosen, Sampling(room, protocol.temperature))
             more = [rollout.action_ids for rollout in written]
         for number, ids in zip(numbers, more, strict=True):
-            whole = begun[number].then(ids[: rooms[number]], decided=True)
-            prompt_ids: list[int] = whole.prefix.tokens_L.tolist()
-            texts[number] = completion_text(tokenizer, whole.actions_A.tolist(), prompt_ids=prompt_ids)
+            sequence, task = begun[number].then(ids[: rooms[number]], decided=True), tasks[number]
+            prompt_ids: list[int] = sequence.prefix.tokens_L.tolist()
+            text = completion_text(tokenizer, sequence.actions_A.tolist(), prompt_ids=prompt_ids)
+            whole[number] = Rollout(task.prompt, sequence, member=task.member, visit=task.visit, text=text)
         if progress is not None:
-            progress(len(texts), len(tasks))
-    rewards = grade_all(verifier, [task.prompt for task in tasks], [texts[number] for number in range(len(tasks))])
-    return [reward > 0.5 for reward in rewards]
+            progress(len(whole), len(tasks))
+    return [(rollout.reward or 0.0) > 0.5 for rollout in graded(verifier, [whole[n] for n in range(len(tasks))])]
 
 
 def _ended(sequence: TokenSequence, stops: Set[int]) -> bool:

@@ -1,23 +1,18 @@
 """What a piece of writing is worth: verifiers that compare it with the answer."""
 
-from retort.rewards.own import Grade
-from retort.rewards.verify import (
-    CountdownVerifier,
-    ExactVerifier,
-    GivesFeedback,
-    GivesParts,
-    MathVerifier,
-    Verifier,
-    verifier_for,
-)
+from retort.rewards.base import ByText, GivesFeedback, GivesParts, Grade, Grader, Verifier
+from retort.rewards.verify import CountdownVerifier, ExactVerifier, MathVerifier, grader_for, verifier_for
 
 __all__ = [
+    "ByText",
     "CountdownVerifier",
     "ExactVerifier",
     "GivesFeedback",
     "GivesParts",
     "Grade",
+    "Grader",
     "MathVerifier",
     "Verifier",
+    "grader_for",
     "verifier_for",
 ]

@@ -1,4 +1,7 @@
-"""Verifiers of the user's own: a function of a prompt and a completion that says how good the completion is."""
+"""Verifiers of the user's own: a function of a prompt and a completion that says how good the completion is.
+
+Where completions to one prompt are to be compared with each other, an object with a method `grade(group)` serves.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ import os
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, cast
 
 from retort.errors import UserError, did_you_mean, quoted
-from retort.types import Prompt
+from retort.rewards.base import ByText, Grade, Grader
+from retort.sequences import TokenSequence
+from retort.types import Group, Prompt, Rollout
 
 #: Before the name of what a run was given as an object, in its settings.
 IN_MEMORY = "in memory: "
@@ -24,24 +28,21 @@ _IMPORTED = re.compile(r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\
 _REMEMBERED = 10_000
 
 
-@dataclass(frozen=True)
-class Grade:
-    """What a verifier may say of a completion where a number is not enough.
-
-    Attributes:
-        reward: From 0 to 1; a completion counts as right from 0.5 on.
-        parts: Further measures by name, recorded as curves and columns `reward/<name>`; no part of the reward.
-        feedback: What is wrong with the completion, in words, for methods that show it to a teacher.
-    """
-
-    reward: float
-    parts: Mapping[str, float] = field(default_factory=lambda: {})
-    feedback: str | None = None
-
-
 #: A verifier of the user's own. The prompt is the row (`text`, `answer`, `id`, ...), the completion is all that was
 #: written, thinking included.
-Grader = Callable[[Prompt, str], "float | Grade"]
+OwnFunction = Callable[[Prompt, str], "float | Grade"]
+
+
+class GradesGroups(Protocol):
+    """An object of the user's own that grades all completions to a prompt at once."""
+
+    def grade(self, group: Group, /) -> Sequence[float | Grade | None]:
+        """A number or a `Grade` for each rollout, in order; None for one that cannot be graded."""
+        ...
+
+
+#: What a user may hand over.
+Own = OwnFunction | GradesGroups
 
 
 class OwnVerifier:
@@ -50,7 +51,7 @@ class OwnVerifier:
     It is asked once about each completion to a prompt; the last 10,000 verdicts are remembered.
     """
 
-    def __init__(self, grade: Grader, name: str) -> None:
+    def __init__(self, grade: OwnFunction, name: str) -> None:
         """Asks nothing yet; `name` is for messages and for the run's settings."""
         self.name = name
         self._grade = grade
@@ -86,27 +87,8 @@ class OwnVerifier:
         try:
             said: Any = self._grade(prompt, text)
         except (Exception, SystemExit) as error:  # sys.exit() is no way to end a run either: it would not be saved
-            kind, words = type(error).__name__, " ".join(str(error).split())
-            raise UserError(
-                f"{at}: it raised {kind}{f': {words[:300]}' if words else ''} on the completion {quoted(text)}; "
-                "whatever a model writes must get a reward"
-            ) from error
-        grade = said if isinstance(said, Grade) else Grade(said)
-        reward = _number(grade.reward)
-        if reward is None or not 0 <= reward <= 1:
-            raise UserError(
-                f"{at}: its reward is {quoted(grade.reward)}; return a number from 0 (wrong) to 1 (right), or a "
-                "retort.Grade with one"
-            )
-        if not isinstance(grade.parts, Mapping):
-            raise UserError(f"{at}: its parts are {quoted(grade.parts)}; give a mapping from names to numbers")
-        parts = {str(name): _number(value) for name, value in grade.parts.items()}
-        for name, value in parts.items():
-            if value is None:
-                raise UserError(f"{at}: its part '{name}' is {quoted(grade.parts[name])}; a part is a finite number")
-        if grade.feedback is not None and not isinstance(grade.feedback, str):
-            raise UserError(f"{at}: its feedback is {quoted(grade.feedback)}; feedback is a text, or None")
-        return Grade(reward, {name: value for name, value in parts.items() if value is not None}, grade.feedback)
+            raise _raised(error, at, f"the completion {quoted(text)}") from error
+        return _checked(said, at)
 
 
 class TalkingVerifier(OwnVerifier):
@@ -117,7 +99,68 @@ class TalkingVerifier(OwnVerifier):
         return self.grade(prompt, text).feedback or ""
 
 
-def own_verifier(grade: Grader, name: str, first: Prompt) -> OwnVerifier:
+class OwnGrader(Grader):
+    """An object of the user's own as a grader: its `grade(group)` says how good the completions to a prompt are.
+
+    Nothing is remembered: it is asked about each group once.
+    """
+
+    def __init__(self, own: GradesGroups, name: str, *, explains: bool = False) -> None:
+        """Asks nothing yet; `name` is for messages and for the run's settings."""
+        self._own, self._name, self._explains = own, name, explains
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return self._name
+
+    @property
+    def explains(self) -> bool:
+        """As it was given."""
+        return self._explains
+
+    def can_grade(self, prompt: Prompt) -> bool:
+        """Always true: what it cannot grade, it says of the rollouts."""
+        return True
+
+    def grade(self, group: Group) -> list[Grade | None]:
+        """See `Grader`.
+
+        Raises:
+            UserError: It raised, gave another number of grades, or what is no grade; the message names it and the row.
+        """
+        at = f"verifier '{self._name}', row '{group[0].prompt.id}'"
+        try:
+            said: Any = self._own.grade(group)
+            found = list(said)
+        except (Exception, SystemExit) as error:
+            raise _raised(error, at, f"{len(group)} completions, first {quoted(group[0].text)}") from error
+        if len(found) != len(group):
+            raise UserError(f"{at}: it gave {len(found)} grades for {len(group)} completions; give one for each")
+        return [None if one is None else _checked(one, at) for one in found]
+
+
+def own_grader(own: Own, name: str, first: Prompt) -> Grader:
+    """A grader from what the user handed over, which is tried before anything else is done.
+
+    Args:
+        own: A function of a prompt and a completion (see `own_verifier`), or else an object with a method
+            `grade(group)`, which is tried on a group of two empty completions. Where it gives feedback on these, it
+            counts as one that gives feedback.
+        name: For messages.
+        first: A prompt of the data.
+
+    Raises:
+        UserError: It cannot be called like that, or returns what is no reward.
+    """
+    if callable(own):
+        return ByText(own_verifier(own, name, first))
+    empty = TokenSequence.of([0])
+    tried = OwnGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
+    return OwnGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
+
+
+def own_verifier(grade: OwnFunction, name: str, first: Prompt) -> OwnVerifier:
     """A verifier from a function, which is tried on an empty completion to one prompt before anything else is done.
 
     Args:
@@ -137,15 +180,16 @@ def is_own(task: str | None) -> bool:
     return task is not None and (task.startswith(IN_MEMORY) or _IMPORTED.fullmatch(task) is not None)
 
 
-def name_of(grade: Grader) -> str:
+def name_of(grade: Own) -> str:
     """What stands for a function in the settings of a run: `module:function` where that leads to it again.
 
     Raises:
         UserError: It cannot be called.
     """
-    if not callable(grade):
+    if not _grades(grade):
         raise UserError(
-            f"verifier = {quoted(grade)}: give a function of a prompt and a completion, or 'module:function'"
+            f"verifier = {quoted(grade)}: give a function of a prompt and a completion, an object with a method "
+            "grade(group), or 'module:function'"
         )
     module, name = getattr(grade, "__module__", None), getattr(grade, "__qualname__", None)
     found: Any = sys.modules.get(module) if module and module != "__main__" else None
@@ -156,8 +200,10 @@ def name_of(grade: Grader) -> str:
     return f"{IN_MEMORY}{name or type(grade).__qualname__}"
 
 
-def imported(task: str) -> Grader:
-    """The function that `module:function` names. The current folder is looked in, too, after all others.
+def imported(task: str) -> Own:
+    """The function, or the object with a method `grade(group)`, that `module:name` names.
+
+    The current folder is looked in, too, after all others.
 
     Raises:
         UserError: No such module or function, or the module cannot be imported.
@@ -188,11 +234,46 @@ def imported(task: str) -> Grader:
             names = [known for known in vars(found) if not known.startswith("_") and callable(getattr(found, known))]
             raise UserError(f"task = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
         found = getattr(found, part)
-    if not callable(found):
+    if not _grades(found):
         raise UserError(
-            f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion"
+            f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion, or an "
+            "object with a method grade(group)"
         )
-    return cast("Grader", found)
+    return cast("Own", found)
+
+
+def _grades(own: object) -> bool:
+    return callable(own) or callable(getattr(own, "grade", None))
+
+
+def _raised(error: BaseException, at: str, what: str) -> UserError:
+    kind, words = type(error).__name__, " ".join(str(error).split())
+    said = f"{kind}: {words[:300]}" if words else kind
+    return UserError(f"{at}: it raised {said} on {what}; whatever a model writes must get a reward")
+
+
+def _checked(said: Any, at: str) -> Grade:
+    """What the user's own said of a completion, as plain numbers.
+
+    Raises:
+        UserError: It is no grade.
+    """
+    grade = said if isinstance(said, Grade) else Grade(said)
+    reward = _number(grade.reward)
+    if reward is None or not 0 <= reward <= 1:
+        raise UserError(
+            f"{at}: its reward is {quoted(grade.reward)}; return a number from 0 (wrong) to 1 (right), or a "
+            "retort.Grade with one"
+        )
+    if not isinstance(grade.parts, Mapping):
+        raise UserError(f"{at}: its parts are {quoted(grade.parts)}; give a mapping from names to numbers")
+    parts = {str(name): _number(value) for name, value in grade.parts.items()}
+    for name, value in parts.items():
+        if value is None:
+            raise UserError(f"{at}: its part '{name}' is {quoted(grade.parts[name])}; a part is a finite number")
+    if grade.feedback is not None and not isinstance(grade.feedback, str):
+        raise UserError(f"{at}: its feedback is {quoted(grade.feedback)}; feedback is a text, or None")
+    return Grade(reward, {name: value for name, value in parts.items() if value is not None}, grade.feedback)
 
 
 def _whole(prompt: Prompt) -> bytes:

@@ -15,13 +15,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Protocol, runtime_checkable
 
 from retort.align.text import after_thinking
 from retort.errors import UserError, did_you_mean
 from retort.rewards import answers
+from retort.rewards.base import ByText, GivesFeedback, GivesParts, Grader, Verifier
 from retort.rewards.math_judge import Judge
-from retort.rewards.own import imported, is_own, own_verifier
+from retort.rewards.own import imported, is_own, own_grader
 from retort.types import Prompt
 
 __all__ = [
@@ -34,10 +34,8 @@ __all__ = [
     "MathVerifier",
     "RankingVerifier",
     "Verifier",
-    "given_up",
-    "grade_all",
+    "grader_for",
     "last_boxed",
-    "parts_of",
     "verifier_for",
 ]
 
@@ -52,44 +50,10 @@ MOST_GIVEN_UP = 8
 SHORT_LIMIT_S = 0.25
 
 
-class Verifier(Protocol):
-    """Says whether a response is right. Never raises because of the text, and returns within seconds."""
-
-    @property
-    def name(self) -> str:
-        """Short name, as in the setting `task`."""
-        ...
-
-    def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
-        ...
-
-
-@runtime_checkable
-class GivesFeedback(Protocol):
-    """What a verifier may do besides: say in words what is wrong. Never raises because of the text."""
-
-    def feedback(self, prompt: Prompt, text: str) -> str:
-        """What is wrong with the text, in words that the task's models know; empty if nothing is."""
-        ...
-
-
-@runtime_checkable
-class GivesParts(Protocol):
-    """What a verifier may do besides: measure more of a response than whether it is right.
-
-    Parts are recorded (curves `reward/<part>`, columns of the before/after table) and are no part of the reward.
-    """
-
-    def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
-        """Measures of the text by name; one that a prompt does not have is absent. Never raises because of the text."""
-        ...
-
-
 class ExactVerifier:
     """Right if the text equals the answer, white space aside."""
 
-    name = "exact"
+    name, needs_answer = "exact", True
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
@@ -159,7 +123,7 @@ class MathVerifier:
     let go of it, to end the worker.
 
     A comparison is given up, and the response is wrong, where its form shows that it has no end (a tower of powers),
-    or after `limit_s` seconds of processor time. After 8 of those in one batch (see `grade_all`) the others of the
+    or after `limit_s` seconds of processor time. After 8 of those in one batch (see `start_batch`) the others of the
     batch get a quarter of a second each. Both are counted, by the texts of the batch alone, so that a resumed run
     gives the same verdicts; `given_up` says how many there were.
 
@@ -170,7 +134,7 @@ class MathVerifier:
         UserError: math-verify is not installed.
     """
 
-    name = "math"
+    name, needs_answer = "math", True
 
     def __init__(self, limit_s: float = 2.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
@@ -204,7 +168,7 @@ class MathVerifier:
         return float(bool(decided))
 
     def start_batch(self) -> None:
-        """Forgets how many comparisons of the last batch were given up; see `grade_all`."""
+        """Forgets how many comparisons of the last batch were given up."""
         self._endless.clear()
 
     def close(self) -> None:
@@ -271,7 +235,26 @@ VERIFIERS = {
     for verifier in (CountdownVerifier, RankingVerifier, CoachedVerifier, BaitVerifier, ExactVerifier, MathVerifier)
 }
 #: These compare with the answer of the prompt; the others read the problem itself.
-NEED_ANSWER = (ExactVerifier.name, MathVerifier.name)
+NEED_ANSWER = tuple(name for name, verifier in VERIFIERS.items() if getattr(verifier, "needs_answer", False))
+
+
+def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:
+    """The grader of a task: its verifier for one completion after another, or an object of the user's own.
+
+    Args:
+        task: As for `verifier_for`; `module:name` may also name an object with a method `grade(group)`.
+        prompts: As for `verifier_for`.
+
+    Returns:
+        The grader, or None if completions get no reward.
+
+    Raises:
+        UserError: As `verifier_for`.
+    """
+    if is_own(task):
+        return own_grader(imported(str(task)), str(task), prompts[0])
+    verifier = verifier_for(task, prompts)
+    return None if verifier is None else ByText(verifier)
 
 
 def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None:
@@ -294,7 +277,10 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
             return None
         task = MathVerifier.name
     if is_own(task):
-        return own_verifier(imported(task), task, prompts[0])
+        own = own_grader(imported(task), task, prompts[0])
+        if not isinstance(own, ByText):
+            raise UserError(f"task = {task}: that grades groups, not single completions; `grader_for` takes it")
+        return own.verifier
     if task not in VERIFIERS:
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
     if task in NEED_ANSWER:
@@ -303,38 +289,6 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
     if task == MathVerifier.name:
         _check_gradable(prompts)
     return VERIFIERS[task]()
-
-
-def grade_all(verifier: Verifier, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    """Rewards of the responses of one batch, which share one allowance for comparisons that find no end."""
-    if isinstance(verifier, MathVerifier):
-        verifier.start_batch()
-    return [verifier(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-
-
-def grade_known(verifier: Verifier | None, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float | None]:
-    """As `grade_all`, with None for each prompt that cannot be graded: see `gradable`."""
-    known = [gradable(verifier, prompt) for prompt in prompts]
-    pairs = [(prompt, text) for prompt, text, fit in zip(prompts, texts, known, strict=True) if fit]
-    if verifier is None or not pairs:
-        return [None] * len(known)
-    rewards = iter(grade_all(verifier, [prompt for prompt, _ in pairs], [text for _, text in pairs]))
-    return [next(rewards) if fit else None for fit in known]
-
-
-def gradable(verifier: Verifier | None, prompt: Prompt) -> bool:
-    """Whether a verifier can grade responses to a prompt: `math` and `exact` need its answer."""
-    return verifier is not None and (prompt.answer is not None or verifier.name not in NEED_ANSWER)
-
-
-def parts_of(verifier: Verifier | None, prompt: Prompt, text: str) -> Mapping[str, float]:
-    """What a verifier measures of a text besides whether it is right; empty if it does not (see `GivesParts`)."""
-    return verifier.parts(prompt, text) if isinstance(verifier, GivesParts) else {}
-
-
-def given_up(verifier: Verifier | None) -> int:
-    """How many comparisons a verifier has given up so far (see `MathVerifier`); 0 for one that never does."""
-    return int(getattr(verifier, "given_up", 0))
 
 
 def last_boxed(text: str) -> str | None:

@@ -24,9 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from retort.errors import RunError, UserError
+from retort.errors import RunError, UserError, quoted
 from retort.files import new_folder, read_object, reason
 
+#: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
+#: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
+#: other formats are refused, so no code need know how they looked. One that names no format is of the first.
+FORMAT = 2
+#: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
+_KEYS = ("updates", "begun", "best", "data", "teacher", "base", "start", "precision", "advised", "run")
 _NAME = re.compile(r"step-(\d+)$")
 _PARTS = "parts.safetensors"
 
@@ -64,7 +70,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
             save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
             if checkpoint.parts:
                 save_file(_distinct(checkpoint.parts), temporary / _PARTS)
-            state = {"step": checkpoint.step, **checkpoint.state}
+            state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
             (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
             manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -76,26 +82,55 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
 
 def verify(path: Path) -> None:
-    """Checks every file of a checkpoint.
+    """Checks the format of a checkpoint, and every file of it.
 
     Raises:
-        UserError: A file is missing, truncated or changed; the message names it and the previous checkpoint.
+        UserError: It is of another format; or a file is missing, truncated or changed, and the message names it and the
+            previous checkpoint.
     """
     try:
         manifest = read_object(path / "manifest.json")
     except UserError:
         raise _refused(path, "manifest.json", "is missing or unreadable") from None
+    _check_digest(path, "state.json", manifest)
+    _check_format(path, _state(path))  # before the other files: another format may have others
     further = [_PARTS] if _PARTS in manifest else []
-    for name in ("weights.safetensors", "optimizer.safetensors", "state.json", *further):
-        file = path / name
-        if not file.is_file():
-            raise _refused(path, name, "is missing")
-        try:
-            digest = _digest(file)
-        except OSError as error:
-            raise _refused(path, name, f"cannot be read ({reason(error)})") from None
-        if digest != manifest.get(name):
-            raise _refused(path, name, "is truncated or was changed after it was written")
+    for name in ("weights.safetensors", "optimizer.safetensors", *further):
+        _check_digest(path, name, manifest)
+
+
+def _check_digest(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise _refused(path, name, "is missing")
+    try:
+        digest = _digest(file)
+    except OSError as error:
+        raise _refused(path, name, f"cannot be read ({reason(error)})") from None
+    if digest != manifest.get(name):
+        raise _refused(path, name, "is truncated or was changed after it was written")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path / "state.json")
+    except UserError as error:
+        raise _refused(path, "state.json", str(error).partition(": ")[2]) from None
+
+
+def _check_format(path: Path, state: Mapping[str, Any]) -> None:
+    found = state.get("format", 1)
+    if type(found) is int and found == FORMAT:
+        return
+    run = state.get("run")
+    versions = run.get("versions") if isinstance(run, Mapping) else None
+    version = versions.get("retort") if isinstance(versions, Mapping) else None
+    writer = f" ({quoted(version, 30)})" if isinstance(version, str) else ""
+    raise UserError(
+        f"checkpoint refused: {path} is of format {quoted(found, 30)}, and this version of Retort goes on from format "
+        f"{FORMAT} only; start the run anew with another --out, or resume it with the version of Retort that wrote it"
+        f"{writer}"
+    )
 
 
 def load(path: Path) -> Checkpoint:
@@ -106,13 +141,11 @@ def load(path: Path) -> Checkpoint:
     """
     verify(path)
     # The manifest says that nothing changed since; it does not say that what was written makes sense.
-    try:
-        state = read_object(path / "state.json")
-    except UserError as error:
-        raise _refused(path, "state.json", str(error).partition(": ")[2]) from None
+    state = _state(path)
     odd = _odd(path, state)
     if odd is not None:
         raise _refused(path, "state.json", odd)
+    del state["format"]
     return Checkpoint(
         state.pop("step"),
         _tensors(path, "weights.safetensors"),
@@ -124,21 +157,23 @@ def load(path: Path) -> Checkpoint:
 
 def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
     """What is wrong with a checkpoint's plain values, if anything."""
-    step, updates, best = state.get("step"), state.get("updates"), state.get("best")
-    if type(step) is not int or step != _step(path):
+    absent = next((name for name in _KEYS if name not in state), None)
+    if absent is not None or ("lora" in state) != ("adapted" in state):
+        return f"lacks its '{absent or 'lora'}'"
+    updates, begun, best = state["updates"], state["begun"], state["best"]
+    if type(state.get("step")) is not int or state["step"] != _step(path):
         return "names another step than its folder"
-    if type(updates) is not int or updates < 0 or type(state.get("begun", 0)) is not int:
+    if type(updates) is not int or updates < 0 or type(begun) is not int:
         return "does not say how many updates were made"
     paired = isinstance(best, list) and len(best) == 2 and isinstance(best[0], int | float) and type(best[1]) is int
     if best is not None and not paired:
         return "holds a best score that is none"
-    advised = state.get("advised")
+    advised, run = state["advised"], state["run"]
     if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
         return "does not say which advice was given"
-    run = state.get("run")
-    parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else []
-    whole = run is None or (bool(parts) and all(isinstance(part, Mapping) for part in parts))
-    return None if whole and isinstance(state.get("data"), str) else "lacks the digests of its run"
+    parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else [None]
+    whole = all(isinstance(part, Mapping) for part in parts) and isinstance(state["data"], str)
+    return None if whole else "lacks the digests of its run"
 
 
 def _tensors(path: Path, name: str) -> dict[str, Tensor]:

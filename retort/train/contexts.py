@@ -9,7 +9,7 @@ from typing import Any
 
 from retort.errors import UserError
 from retort.method import Method
-from retort.rewards.verify import GivesFeedback, Verifier
+from retort.rewards.base import Grader
 from retort.sequences import TokenSequence
 from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
@@ -24,7 +24,7 @@ _WORST, _BEST = -1e9, 1e9
 _PLACES = re.compile(r"\{\w+\}")
 
 
-def need_context(method: Method, verifier: Verifier | None, stage: Stage, notes: list[str]) -> None:
+def need_context(method: Method, verifier: Grader | None, stage: Stage, notes: list[str]) -> None:
     """Refuses a run in which no term can ever count a step, and notes a term that cannot.
 
     Raises:
@@ -128,11 +128,11 @@ def _ids(model: LocalTeacher, stage: Stage, template: str) -> list[int]:
     return list(model.lm.tokenizer.encode(text, add_special_tokens=False))
 
 
-def _shows(method: Method, view: View, verifier: Verifier | None, stage: Stage) -> bool:
+def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) -> bool:
     """Whether a view has anything to show for some rollout."""
     if view.render is None:
         return True
-    feedback = isinstance(verifier, GivesFeedback)
+    feedback = verifier is not None and verifier.explains
     return any(view.prompt(scene) is not None for scene in _scenes(method, view, feedback, stage))
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from retort.errors import UserError
-from retort.rewards.verify import grade_all
-from retort.rollout.engines.base import Sampling
-from retort.rollout.episodes import Task, run_episodes
+from retort.rewards.base import graded
+from retort.rollout.episodes import Task
 from retort.rollout.plan import EasyToHard
 from retort.sequences import TokenSequence
 from retort.streams import Chance
@@ -64,7 +63,7 @@ def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]
             chance = Chance(setup.config.seed, "difficulty", prompt.id, member)
             tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), member, chance))
     written = run_episodes(setup.engine, tasks, Sampling(longest, plan.temperature, plan.top_p))
-    rewards = grade_all(setup.verifier, [task.prompt for task in tasks], [rollout.text for rollout in written])
+    rewards = [rollout.reward or 0.0 for rollout in graded(setup.verifier, written)]
     size = order.samples
     return {
         prompt.id: sum(reward > 0.5 for reward in rewards[place * size : (place + 1) * size]) / size

@@ -23,7 +23,7 @@ def digests(setup: Setup) -> dict[str, str | None]:
 
 def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
     """Raises `UserError` unless a checkpoint's models are those of the run that goes on from it."""
-    if state.get("precision", setup.precision) != setup.precision:  # first: a teacher in it has other weights, too
+    if state["precision"] != setup.precision:  # first: a teacher in it has other weights, too
         raise UserError(
             f"{path}: it was made with precision = {state['precision']}, not {setup.precision}; put precision back"
             " in the run's config.json"
@@ -31,9 +31,9 @@ def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
     now = digests(setup)
     if state["teacher"] != now["teacher"]:
         raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
-    if state.get("base") != now["base"]:
+    if state["base"] != now["base"]:
         raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
-    if state.get("start") != now["start"]:
+    if state["start"] != now["start"]:
         raise UserError(
             f"{path}: the weights in {setup.config.student} changed since this checkpoint, and the teacher is the "
             "student as it was before training; put the same student back"

@@ -24,8 +24,8 @@ from retort.data.values import plain
 from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
-from retort.rewards.own import IN_MEMORY, Grader, imported, is_own, name_of, own_verifier
-from retort.rewards.verify import Verifier
+from retort.rewards.base import Grader
+from retort.rewards.own import IN_MEMORY, Own, imported, is_own, name_of, own_grader
 from retort.train.arguments import path_of
 from retort.types import Prompt
 
@@ -109,7 +109,7 @@ class Given:
 
     models: Mapping[str, Held] = field(default_factory=lambda: {})
     rows: Mapping[str, Rows] = field(default_factory=lambda: {})
-    grade: Grader | None = None
+    grade: Own | None = None
 
     def source(self, name: str) -> Held | None:
         """The model that a text stands for, if it stands for one."""
@@ -123,7 +123,7 @@ class Given:
             return prompts_from_rows(rows.rows, where=where, limit=limit, columns=config.columns, notes=notes)
         return load_prompts(place, split=config.split, limit=limit, columns=config.columns, notes=notes)
 
-    def verifier(self, config: Config, prompts: Sequence[Prompt]) -> Verifier | None:
+    def verifier(self, config: Config, prompts: Sequence[Prompt]) -> Grader | None:
         """The user's own verifier, given or named; None where a task of Retort's grades.
 
         Raises:
@@ -132,7 +132,8 @@ class Given:
         task = config.task
         if task is None or not is_own(task):
             return None
-        return own_verifier(self.grade or imported(task), task.removeprefix(IN_MEMORY), prompts[0])
+        own = imported(task) if self.grade is None else self.grade
+        return own_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
 
     def again(self, config: Config, folder: Path) -> Given:
         """All that a run needs which is resumed: what is given now, and the rows that its folder keeps.
@@ -202,7 +203,8 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     Args:
         named: `student`, `teacher`, `base`, `data`, `eval.data`: a path or name, or an object; None for absent.
         settings: The settings given besides, for their limits.
-        grade: A verifier: a function, or a text that names one; None for absent.
+        grade: A verifier: a function, an object with a method `grade(group)`, or a text that names one; None for
+            absent.
 
     Raises:
         UserError: An object of a kind that is not taken.

@@ -80,13 +80,7 @@ def compare(
     Raises:
         UserError: Something differs that makes it another run.
     """
-    then = state.get("run")
-    if then is None:
-        note(
-            f"{path} is of an earlier version of Retort, without digests of settings, tokenizers and prompts: whether "
-            "those changed since is not known"
-        )
-        return
+    then = state["run"]
     settings = [
         (name, then["settings"][name], value)
         for name, value in now["settings"].items()
@@ -105,7 +99,7 @@ def compare(
         if name in now["versions"] and now["versions"][name] != was
     ]
     upgraded = then["versions"].get("transformers") != now["versions"]["transformers"]
-    changed = [name for name, digest in now["digests"].items() if then["digests"].get(name, digest) != digest]
+    changed = [name for name, digest in now["digests"].items() if then["digests"].get(name) != digest]
     may_be_written_otherwise = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
     refused = [name for name in changed if name not in may_be_written_otherwise]
     if refused:

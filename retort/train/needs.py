@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.rewards.verify import GivesFeedback, Verifier
+from retort.rewards.base import Grader
 from retort.streams import permutation
 from retort.train.split import set_aside
 from retort.types import Prompt
@@ -54,7 +54,7 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
         )
 
 
-def need_verifier(method: Method, verifier: Verifier | None, train: Sequence[Prompt]) -> None:
+def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Prompt]) -> None:
     """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
     alone = "student" in method.rollout.sources and method.rollout.samples < 2
     if method.wants_groups is not None and alone:
@@ -63,7 +63,7 @@ def need_verifier(method: Method, verifier: Verifier | None, train: Sequence[Pro
             "there is nothing to compare; set method.samples to 2 or more"
         )
     siblings = next((name for name, view in method.views.items() if view.rewards), None)
-    if siblings is not None and alone and not isinstance(verifier, GivesFeedback):
+    if siblings is not None and alone and not (verifier is not None and verifier.explains):
         raise UserError(
             f"method '{method.name}' shows what siblings wrote (view '{siblings}'), of which there are none with "
             "samples = 1, and this verifier says nothing of what is wrong; set method.samples to 2 or more"

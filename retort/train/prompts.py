@@ -10,7 +10,8 @@ from pathlib import Path
 from retort.config import BUILTIN, Config
 from retort.data import in_template
 from retort.errors import UserError
-from retort.rewards.verify import NEED_ANSWER, Verifier, verifier_for
+from retort.rewards.base import Grader
+from retort.rewards.verify import NEED_ANSWER, grader_for
 from retort.streams import permutation
 from retort.train.given import Given
 from retort.train.split import different, overlap, repeats, set_aside
@@ -118,7 +119,7 @@ def graders(
     held_out: Sequence[Prompt],
     notes: list[str],
     given: Given | None = None,
-) -> tuple[Verifier | None, Verifier | None]:
+) -> tuple[Grader | None, Grader | None]:
     """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
 
     A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
@@ -140,25 +141,25 @@ def graders(
     return None, judge
 
 
-def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Verifier | None:
-    """The verifier of those prompts that it can grade; a note counts the others.
+def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Grader | None:
+    """The grader of those prompts that it can grade; a note counts the others.
 
     Args:
-        task: As for `verifier_for`.
+        task: As for `grader_for`.
         prompts: At least one.
         whose: What they are, for messages.
         notes: Takes the note.
 
     Raises:
-        UserError: As `verifier_for`; where a task is named that needs answers and no prompt has one.
+        UserError: As `grader_for`; where a task is named that needs answers and no prompt has one.
     """
     needed = task is None or task in NEED_ANSWER
     known = [prompt for prompt in prompts if prompt.answer is not None] if needed else prompts
-    verifier = verifier_for(task, known or prompts)
-    if verifier is not None and len(known) < len(prompts):
+    found = grader_for(task, known or prompts)
+    if found is not None and len(known) < len(prompts):
         first = next(prompt.id for prompt in prompts if prompt.answer is None)
         notes.append(
             f"{len(prompts) - len(known)} of {len(prompts)} {whose} have no `answer` ('{first}' first): what is "
             "written for them is not graded"
         )
-    return verifier
+    return found

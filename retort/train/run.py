@@ -15,7 +15,6 @@ from retort import config as configuration
 from retort.apply import check_needs, wanted
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
-from retort.rewards.verify import given_up
 from retort.steps import Clock
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results, shelf
@@ -201,7 +200,7 @@ class Run:
         """Write, ask the teachers, learn: one batch of rollouts."""
         self._doing = f"step {self.step + 1}"
         setup, clock, watch = *self.now(), Stopwatch()
-        before = given_up(setup.verifier)
+        before = 0 if setup.verifier is None else setup.verifier.given_up
         with self._safe():
             if clock.done == 0:
                 self._take_over()
@@ -211,7 +210,7 @@ class Run:
                 hard = self._difficulties(setup, clock)
             with watch("generate"):
                 rollouts = write_rollouts(setup, self.shelf, clock, self.updates, hard)
-        lost = given_up(setup.verifier) - before
+        lost = 0 if setup.verifier is None else setup.verifier.given_up - before
         pack = Pack.of(rollouts)
         with watch("teacher"):
             able = {view: teacher.capabilities for view, teacher in setup.teachers.items()}
@@ -319,7 +318,7 @@ class Run:
                 parameter.copy_(found.weights[name])
         checkpoint.restore_optimizer(self.optimizer, found.optimizer)
         self.step, self.updates = found.step, int(found.state["updates"])
-        self.begun = int(found.state.get("begun", 0))
+        self.begun = int(found.state["begun"])
         self.control.restore(found.parts)
         self.shelf.restore(self.setup, found.parts)
         if self.setup.own_weights is not None:

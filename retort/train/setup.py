@@ -21,7 +21,7 @@ from retort.models.held import Held
 from retort.models.lm import LanguageModel, Precision, best_precision, load_model
 from retort.models.load import Role
 from retort.models.rehearsal import rehearse_export
-from retort.rewards.verify import Verifier, gradable
+from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.base import Teacher
@@ -61,7 +61,7 @@ class Setup:
         train: Prompts to learn from.
         held_out: Prompts to be judged on.
         probe: Prompts kept out of the training data for the method's probes.
-        verifier: Grades training rollouts, where any of the training data has answers: see `gradable`.
+        verifier: Grades training rollouts, where any of the training data has answers: see `Grader.can_grade`.
         judge_verifier: Grades answers to held-out prompts, where any of those has an answer.
         precision: Of products, resolved.
         render: A prompt's ids, as the student sees it.
@@ -80,8 +80,8 @@ class Setup:
     train: list[Prompt]
     held_out: list[Prompt]
     probe: list[Prompt]
-    verifier: Verifier | None
-    judge_verifier: Verifier | None
+    verifier: Grader | None
+    judge_verifier: Grader | None
     precision: Precision
     render: Renderer
     attention: str | None = None
@@ -138,7 +138,7 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     verifier, judge_verifier = graders(config, train, held_out, notes, given)
 
     # Whoever learns from rewards or shows them needs all of them; curves make do with those there are.
-    full = verifier if all(gradable(verifier, prompt) for prompt in train) else None
+    full = verifier if verifier is not None and all(map(verifier.can_grade, train)) else None
     need_verifier(method, full, train)
     need_columns(method, train, notes)
     reading.refuse_views(config, method)

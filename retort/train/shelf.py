@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retort.align.text import completion_text
 from retort.errors import UserError
-from retort.rewards.verify import parts_of
 from retort.rollout.plan import RolloutPlan
 from retort.sequences import TokenSequence
 from retort.train.metrics import JsonLines
@@ -58,6 +58,8 @@ class Shelf:
                     "top_p": plan.top_p,
                     "status": str(rollout.status),
                     "reward": rollout.reward,
+                    **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
+                    **({"feedback": rollout.feedback} if rollout.feedback else {}),
                     "text": rollout.text,
                     "ids": written.tokens_L.tolist(),
                     **({} if written.steps == len(written) else {"mask": written.action_mask_L.int().tolist()}),
@@ -90,7 +92,8 @@ class Shelf:
                 source="teacher",
                 text=row["text"],
                 reward=row["reward"],
-                reward_parts=parts_of(setup.verifier, prompt, row["text"]),
+                reward_parts=row.get("reward_parts", {}),
+                feedback=row.get("feedback", ""),
             )
 
     def tensors(self, setup: Setup) -> dict[str, Tensor]:
@@ -114,7 +117,7 @@ class Shelf:
             "visits": torch.tensor([r.visit for r in rollouts]),
             "versions": torch.tensor([r.policy_version for r in rollouts]),
             "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
-            "rewards": torch.tensor([math.nan if r.reward is None else r.reward for r in rollouts]).double(),
+            "grades": _as_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
         }
         return {_PREFIX + name: value for name, value in found.items()}
 
@@ -126,10 +129,11 @@ class Shelf:
             return
         flat = {"ids": "lengths", "mask": "lengths", "logp": "steps", "turns": "steps"}
         lists = {name: values.tolist() for name, values in tensors.items() if name not in flat}
+        grades = json.loads(bytes(lists["grades"]))
         pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
         rollouts: list[Rollout] = []
         for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
-            prompt, reward = setup.train[lists["prompts"][index]], lists["rewards"][index]
+            prompt, (reward, parts, feedback) = setup.train[lists["prompts"][index]], grades[index]
             before = setup.render(prompt)
             text = completion_text(setup.student.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
             rollouts.append(
@@ -143,8 +147,9 @@ class Shelf:
                     visit=lists["visits"][index],
                     status=list(Status)[lists["statuses"][index]],
                     text=text,
-                    reward=None if math.isnan(reward) else reward,
-                    reward_parts=parts_of(setup.verifier, prompt, text),
+                    reward=reward,
+                    reward_parts=parts,
+                    feedback=feedback,
                 )
             )
         rest = iter(rollouts)
@@ -155,6 +160,11 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
     """What was written, and read in between, after a prompt rendered again."""
     before = TokenSequence.of(prompt_ids)
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
+
+
+def _as_bytes(values: list[Any]) -> Tensor:
+    """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
+    return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
 
 def _turns(rollout: Rollout) -> Tensor:

@@ -13,7 +13,6 @@ from retort.errors import UserError
 from retort.evaluate.trust import Protocol, branches, trust
 from retort.files import write_text
 from retort.method import Method
-from retort.rewards.verify import gradable
 from retort.teachers.local import LocalTeacher
 from retort.train import checkpoint
 from retort.train.observe import Observer, Silent
@@ -117,7 +116,7 @@ def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
         fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
         judge = run.setup.judge_verifier if source == HELD_OUT else run.setup.verifier
         if judge is not None:
-            fit = [prompt for prompt in fit if gradable(judge, prompt)]
+            fit = [prompt for prompt in fit if judge.can_grade(prompt)]
         if fit:
             return fit[:problems], source
     raise UserError(f"no prompt of the run has what view '{view}' shows: {', '.join(columns) or 'an answer'}")

@@ -10,7 +10,7 @@ import torch
 from retort.align.encode import Spelt, response_ids
 from retort.align.text import completion_text
 from retort.errors import RunError, UserError
-from retort.rewards.verify import GivesFeedback, grade_known, parts_of
+from retort.rewards.base import graded
 from retort.rollout.engines.base import Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.plan import EasyToHard, RolloutPlan
@@ -221,18 +221,14 @@ def _unfinished(rollout: Rollout) -> bool:
 def _graded(setup: Setup, rollouts: list[Rollout]) -> list[Rollout]:
     if setup.verifier is None:
         return rollouts
-    grade = setup.verifier
-    rewards = grade_known(grade, [rollout.prompt for rollout in rollouts], [rollout.text for rollout in rollouts])
-    explain = grade.feedback if isinstance(grade, GivesFeedback) else None
-    return [
-        replace(
-            rollout,
-            reward=reward,
-            reward_parts=parts_of(grade, rollout.prompt, rollout.text),
-            feedback="" if explain is None or reward is None else explain(rollout.prompt, rollout.text),
+    found, wants = graded(setup.verifier, rollouts), setup.method.wants_rewards
+    lacking = next((rollout for rollout in found if rollout.reward is None), None)
+    if wants is not None and lacking is not None:
+        raise UserError(
+            f"verifier '{setup.verifier.name}', row '{lacking.prompt.id}': it gave a completion no grade, and method "
+            f"'{setup.method.name}' learns from rewards ({wants}); grade every one, or choose a method without rewards"
         )
-        for rollout, reward in zip(rollouts, rewards, strict=True)
-    ]
+    return found
 
 
 def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:

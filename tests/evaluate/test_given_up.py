@@ -14,7 +14,7 @@ from rich.console import Console
 from retort import config as configuration
 from retort.console import RichObserver
 from retort.report import build_report
-from retort.rewards.verify import MathVerifier, given_up
+from retort.rewards import ByText, ExactVerifier, MathVerifier
 from retort.train import runner
 from retort.train.observe import Silent
 from retort.types import Prompt
@@ -35,7 +35,7 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
             said.append(text)
 
     run = runner.start(configuration.resolve(tiny_run | {"steps": 2}), tmp_path / "run", Noting())
-    run.setup = replace(run.setup, verifier=Endless(), judge_verifier=Endless())
+    run.setup = replace(run.setup, verifier=ByText(Endless()), judge_verifier=ByText(Endless()))
     run._phases = run.setup.phases  # pyright: ignore[reportPrivateUsage]
     run.go()
     assert [row["given_up"] for row in run.metrics] == [4, 4]
@@ -52,6 +52,6 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
     assert page.plots()["Comparisons given up"]["series"][0]["y"] == [4, 4]
 
 
-@pytest.mark.parametrize("verifier", [None, lambda prompt, text: 1.0])
+@pytest.mark.parametrize("verifier", [ExactVerifier(), lambda prompt, text: 1.0])
 def test_whoever_gives_nothing_up_counts_none(verifier: Any) -> None:
-    assert given_up(verifier) == 0
+    assert ByText(verifier).given_up == 0

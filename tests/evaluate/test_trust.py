@@ -15,7 +15,7 @@ from retort.evaluate.ranks import auroc, clustered_auroc
 from retort.evaluate.trust import PREDICTORS, Branch, Protocol, _blocks, branches, trust
 from retort.models.lm import load_model
 from retort.report.page import build_report
-from retort.rewards.verify import ExactVerifier
+from retort.rewards import ByText, ExactVerifier
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
@@ -88,8 +88,8 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     prompts = [Prompt(str(n), (Message("user", f"{n} + 1 ="),)) for n in range(6)]
     protocol = Protocol(places=3, candidates=2, max_new_tokens=6)
     engine = HFEngine(student, vocab=50, max_parallel=64)
-    found = branches(engine, own, teacher, View(), prompts, Odd(), protocol)
-    assert found == branches(engine, own, teacher, View(), prompts, Odd(), protocol)
+    found = branches(engine, own, teacher, View(), prompts, ByText(Odd()), protocol)
+    assert found == branches(engine, own, teacher, View(), prompts, ByText(Odd()), protocol)
     assert 0 < len(found) <= 6 * 3 * 2
     assert len({one.viable for one in found}) == 2
     assert all(0 < one.position < 1 for one in found)
@@ -98,7 +98,7 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     assert all(one.teacher_entropy == two.teacher_entropy for one, two in pairs)
     assert {one.teacher_logp > two.teacher_logp for one, two in pairs} == {True, False}
     assert all(one.alone == two.alone for one, two in zip(found[::2], found[1::2], strict=True))
-    same = branches(engine, own, own, View(), prompts, Odd(), protocol)
+    same = branches(engine, own, own, View(), prompts, ByText(Odd()), protocol)
     assert all(one.teacher_logp == pytest.approx(one.student_logp, abs=1e-5) for one in same)
     assert all(one.shift == pytest.approx(0.0, abs=1e-5) for one in same)
     assert any(abs(one.shift) > 1e-3 for one in found)

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rewards.answer_forms import BOXED, MISSED, REAL, TEXTS
+from support import group_of
 
 from retort.errors import UserError
-from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, verifier_for, verify
+from retort.rewards import ByText, CountdownVerifier, ExactVerifier, MathVerifier, verifier_for, verify
 from retort.rewards.answers import hopeless, number
-from retort.rewards.verify import CoachedVerifier, grade_all
+from retort.rewards.base import graded
+from retort.rewards.verify import CoachedVerifier
 from retort.types import Message, Prompt
 
 DATA = Path(__file__).parents[2] / "../shared/data/math"
@@ -131,7 +134,9 @@ def test_a_batch_of_hopeless_answers_has_one_allowance(judge: MathVerifier, monk
         texts = [rf"\boxed{{\sin(x + {n})}}" for n in range(256)]
         for _ in range(2):  # the second batch begins anew
             limits.clear()
-            assert grade_all(own, [prompt(r"\sin x")] * 256, texts) == [0.0] * 256
+            groups = [group_of(replace(prompt(r"\sin x"), id=str(n)), texts[n : n + 4]) for n in range(0, 256, 4)]
+            rewards = [rollout.reward for rollout in graded(ByText(own), [one for group in groups for one in group])]
+            assert rewards == [0.0] * 256
             assert limits == [own.limit_s] * verify.MOST_GIVEN_UP + [verify.SHORT_LIMIT_S] * (
                 256 - verify.MOST_GIVEN_UP
             )

@@ -7,25 +7,50 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
 import pytest
 import torch
+from support import group_of
 
 import retort
 from retort import config as configuration
 from retort.cli import main
 from retort.errors import UserError
-from retort.rewards.own import OwnVerifier, imported, is_own, name_of, own_verifier
-from retort.rewards.verify import GivesFeedback, GivesParts, gradable, grade_known, parts_of, verifier_for
-from retort.types import Message, Prompt
+from retort.rewards import ByText, GivesFeedback, GivesParts, grader_for, verifier_for
+from retort.rewards.own import OwnGrader, OwnVerifier, imported, is_own, name_of, own_grader, own_verifier
+from retort.train import write
+from retort.types import Group, Message, Prompt
 
 PROMPT = Prompt("row-1", (Message("user", "1 + 1 ="),), answer="2")
 
 
 def length_in_tens(prompt: Prompt, completion: str) -> float:
     return min(1.0, len(completion) / 10)
+
+
+class Closest:
+    """Right are the completions to a prompt that no other is closer to its answer than; keeps the groups it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[Group] = []
+
+    def grade(self, group: Group) -> list[retort.Grade | None]:
+        self.seen.append(group)
+        far = [abs(len(rollout.text) - len(str(rollout.prompt.answer))) for rollout in group]
+        return [retort.Grade(float(own == min(far)), {"far": own}, f"{own} too long or short") for own in far]
+
+
+class Says:
+    """Answers what it was made with."""
+
+    def __init__(self, said: Any) -> None:
+        self.said = said
+
+    def grade(self, group: Group) -> Any:
+        return self.said(group) if callable(self.said) else self.said
 
 
 class Judge:
@@ -48,6 +73,11 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         "    @staticmethod\n"
         "    def grade(prompt, completion):\n"
         "        return completion == prompt.answer\n"
+        "class Longest:\n"
+        "    def grade(self, group):\n"
+        "        most = max(len(rollout.text) for rollout in group)\n"
+        "        return [len(rollout.text) == most for rollout in group]\n"
+        "longest = Longest()\n"
     )
     (tmp_path / "broken_rewards.py").write_text("1 / 0\n")
     (tmp_path / "ends_rewards.py").write_text("raise SystemExit(3)\n")
@@ -123,8 +153,9 @@ def test_a_verifier_is_asked_once_about_a_completion_and_its_parts_and_feedback_
     assert asked == [""]
     assert isinstance(made, GivesFeedback)
     assert isinstance(made, GivesParts)
-    assert grade_known(made, [PROMPT, PROMPT], ["1", "1"]) == [0.0, 0.0]
-    assert (parts_of(made, PROMPT, "1"), made.feedback(PROMPT, "1")) == ({"asked": 2}, "asked 2 times")
+    verdict = retort.Grade(0.0, {"asked": 2.0}, "asked 2 times")
+    assert ByText(made).grade(group_of(PROMPT, ["1", "1"])) == [verdict, verdict]
+    assert (made.parts(PROMPT, "1"), made.feedback(PROMPT, "1")) == ({"asked": 2}, "asked 2 times")
     assert asked == ["", "1"]
 
 
@@ -156,9 +187,78 @@ def test_a_verifier_that_exits_is_one_that_raised(ends: Any) -> None:
 def test_a_verifier_without_feedback_is_none_that_gives_it_and_grades_rows_without_answers() -> None:
     made = own_verifier(length_in_tens, "mine", PROMPT)
     assert not isinstance(made, GivesFeedback)
-    assert gradable(made, Prompt("2", PROMPT.messages))
+    assert ByText(made).can_grade(Prompt("2", PROMPT.messages))
+    assert not ByText(made).explains
     with pytest.raises(UserError, match="it raised TypeError: .*positional argument"):
         own_verifier(lambda completion: 1.0, "mine", PROMPT)  # type: ignore[arg-type, misc]
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ([1.0], "it gave 1 grades for 2 completions; give one for each"),
+        ([], "it gave 0 grades for 2 completions"),
+        (None, "it raised TypeError: 'NoneType' object is not iterable on 2 completions, first 'a'"),
+        ([1.0, float("nan")], "its reward is nan; return a number from 0"),
+        ([0.5, retort.Grade(0.5, {"style": "good"})], "its part 'style' is 'good'"),
+        (lambda group: 1 / 0, "it raised ZeroDivisionError: division by zero on 2 completions"),
+        (lambda group: sys.exit(3), "it raised SystemExit: 3 on 2 completions"),
+    ],
+)
+def test_whatever_is_no_list_of_grades_is_one_line_that_names_verifier_and_row(said: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=f"verifier 'mine', row 'row-1': {complaint}") as caught:
+        OwnGrader(Says(said), "mine").grade(group_of(PROMPT, ["a", "b"]))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_object_that_grades_groups_is_tried_on_two_empty_completions() -> None:
+    closest = Closest()
+    made = own_grader(closest, "closest", PROMPT)
+    assert [[rollout.text for rollout in group] for group in closest.seen] == [["", ""]]
+    assert made.explains and made.can_grade(replace(PROMPT, answer=None))
+    said = made.grade(group_of(PROMPT, ["12", "3", "456"]))
+    assert said[1] == retort.Grade(1.0, {"far": 0.0}, "0 too long or short")
+    assert [grade and grade.reward for grade in said] == [0.0, 1.0, 0.0]
+    silent = own_grader(Says(lambda group: [None, *[numpy.float32(0.5)] * (len(group) - 1)]), "silent", PROMPT)
+    assert not silent.explains
+    assert silent.grade(group_of(PROMPT, ["1", "2"])) == [None, retort.Grade(0.5)]
+    with pytest.raises(UserError, match="verifier 'short', row 'row-1': it gave 1 grades for 2"):
+        own_grader(Says([0.0]), "short", PROMPT)
+
+
+def test_what_can_be_called_is_a_function_whatever_else_it_has() -> None:
+    made = own_grader(Judge(), "judge", PROMPT)
+    assert isinstance(made, ByText)
+    assert made.grade(group_of(PROMPT, ["1"])) == [retort.Grade(1.0)]
+
+
+def test_a_method_that_learns_from_rewards_needs_a_grade_for_every_completion() -> None:
+    group = list(group_of(PROMPT, ["1", "2"]))
+    method: Any = SimpleNamespace(name="rlsd", wants_rewards="advantage")
+    setup: Any = SimpleNamespace(verifier=OwnGrader(Says([1.0, None]), "mine"), method=method)
+    with pytest.raises(
+        UserError, match="verifier 'mine', row 'row-1': it gave a completion no grade, and method 'rlsd'"
+    ):
+        write._graded(setup, group)
+    method.wants_rewards = None
+    assert [rollout.reward for rollout in write._graded(setup, group)] == [1.0, None]
+
+
+def test_a_run_is_graded_by_an_object_that_compares_the_rollouts_to_a_prompt(
+    tiny_run: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = {name: value for name, value in tiny_run.items() if name not in ("task", "steps")}
+    closest, method = Closest(), {"name": "opd", "samples": 3}
+    run = retort.distill(settings=settings, method=method, steps=1, verifier=closest, out=tmp_path / "run", quiet=True)
+    tried, *seen = closest.seen
+    assert len(tried) == 2
+    assert {len(group) for group in seen} == {2, 3}  # eval.samples, and the method's
+    assert all(len({(rollout.prompt.id, rollout.visit) for rollout in group}) == 1 for group in seen)
+    assert run.metrics[0]["reward"] > 0
+    assert run.results["rows"][0]["reward/far"]["value"] >= 0
+    assert run.results["task"] == "in memory: Closest"
+    with pytest.raises(UserError, match="the verifier of this run was given as an object.*verifier=Closest"):
+        retort.distill(resume=tmp_path / "run", steps=2, quiet=True)
 
 
 def test_the_name_of_a_function_leads_to_it_or_says_that_it_does_not() -> None:
@@ -180,6 +280,12 @@ def test_the_name_of_a_function_leads_to_it_or_says_that_it_does_not() -> None:
 def test_a_function_is_found_in_the_current_folder(module: Path) -> None:
     assert verifier_for("my_rewards:right", [PROMPT])(PROMPT, "2") == 1.0  # type: ignore[misc]
     assert verifier_for("my_rewards:Strict.grade", [PROMPT])(PROMPT, "3") == 0.0  # type: ignore[misc]
+    for task, texts in [("my_rewards:right", ["2", "33"]), ("my_rewards:longest", ["22", "3"])]:
+        found = grader_for(task, [PROMPT])
+        assert found is not None and found.name == task
+        assert [grade and grade.reward for grade in found.grade(group_of(PROMPT, texts))] == [1.0, 0.0]
+    with pytest.raises(UserError, match="my_rewards:longest: that grades groups, not single completions"):
+        verifier_for("my_rewards:longest", [PROMPT])
 
 
 @pytest.mark.parametrize(
@@ -188,7 +294,7 @@ def test_a_function_is_found_in_the_current_folder(module: Path) -> None:
         ("my_reward:right", "there is no module 'my_reward' here; start retort in the folder"),
         ("my_rewards.sub:right", "there is no module 'my_rewards.sub' here"),
         ("my_rewards:rihgt", "'my_rewards' .*my_rewards.py. has no 'rihgt'; did you mean 'right'?"),
-        ("my_rewards:GOLD", "that is a str; name a function"),
+        ("my_rewards:GOLD", "that is a str; name a function .*, or an object with a method grade"),
         ("broken_rewards:right", "importing 'broken_rewards' raised ZeroDivisionError: division by zero"),
         ("ends_rewards:right", "importing 'ends_rewards' raised SystemExit: 3"),
         ("lacks_rewards:right", r"no module 'lacks_rewards' here \(it imports 'no_such_library'\)"),

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from support import group_of
 
 from retort import config as configuration
 from retort.cli import main
 from retort.data import fingerprint
-from retort.rewards.verify import GivesFeedback, GivesParts, parts_of, verifier_for
+from retort.rewards import ByText, GivesFeedback, GivesParts, verifier_for
 from retort.tasks.coached import (
     PRIVILEGED,
     TEMPLATES,
@@ -186,7 +187,8 @@ def test_the_verifiers() -> None:
     assert paired.parts(baited, "3 + 5 = 8") == {"followed": 1.0}
     assert paired.parts(baited, RIGHT) == {"followed": 0.0}
     assert paired.parts(plain, RIGHT) == {}
-    assert parts_of(coached, plain, RIGHT) == parts_of(None, plain, RIGHT) == {}
+    (grade,) = ByText(coached).grade(group_of(plain, [RIGHT]))
+    assert grade is not None and grade.parts == {}
     assert not isinstance(verifier_for("countdown", [plain]), GivesFeedback)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -14,9 +15,11 @@ from support import make_model
 
 import retort
 from retort import config as configuration
+from retort.cli import main
 from retort.errors import UserError
-from retort.train import checkpoint, runner
+from retort.train import checkpoint, runner, setup
 from retort.train.observe import Silent
+from retort.train.trust import measure
 
 
 class Notes(Silent):
@@ -157,12 +160,49 @@ def test_what_only_rounds_or_moves_is_no_other_run(run: Path, monkeypatch: pytes
     assert "retort 9.9" in said
 
 
-def test_a_checkpoint_without_digests_goes_on_with_a_note(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = run / "run" / "checkpoints" / "step-1" / "state.json"
-    state = json.loads(file.read_text())
-    del state["run"]
-    file.write_text(json.dumps(state))
-    monkeypatch.setattr(checkpoint, "verify", lambda path: None)
-    seen = Notes()
-    assert runner.resume(run / "run", seen, steps=2).step == 1
-    assert any("is of an earlier version of Retort" in note for note in seen.notes)
+def test_a_checkpoint_of_another_format_is_refused_whoever_reads_it(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = run / "run" / "checkpoints" / "step-1"
+    good = json.loads((place / "state.json").read_text())
+    assert good["format"] == checkpoint.FORMAT
+
+    def never(*_: Any) -> None:
+        raise AssertionError("models are loaded for a checkpoint that is refused")
+
+    monkeypatch.setattr(setup, "load", never)
+    (place / "weights.safetensors").unlink()  # another format may have other files
+    for state, said in [
+        ({name: value for name, value in good.items() if name not in ("format", "run")}, "is of format 1, and"),
+        ({**good, "format": 3}, f"is of format 3, and .* that wrote it \\('{retort.__version__}'\\)$"),
+        ({**good, "format": "\x1b[2J\n"}, r"is of format '\\x1b\[2J\\n', and"),
+        ({**good, "format": True}, "is of format True, and"),
+    ]:
+        (place / "state.json").write_text(json.dumps(state))
+        digest = hashlib.sha256((place / "state.json").read_bytes()).hexdigest()
+        edited(place / "manifest.json", **{"state.json": digest})
+        with pytest.raises(UserError, match=said) as caught:
+            runner.resume(run / "run", steps=2)
+        assert f"goes on from format {checkpoint.FORMAT} only; start the run anew" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match="checkpoint refused: .*is of format"):
+            measure(run / "run")
+    assert main(["train", "--resume", str(run / "run"), "--steps", "2"]) == 2
+    assert main(["report", str(run / "run"), "--out", str(run / "page.html")]) == 0, capsys.readouterr()
+
+
+def test_a_checkpoint_without_a_key_of_its_format_is_refused(run: Path) -> None:
+    place = run / "run" / "checkpoints" / "step-1"
+    good = json.loads((place / "state.json").read_text())
+    for state, key in [
+        *(({name: value for name, value in good.items() if name != key}, key) for key in good if key != "step"),
+        ({**good, "adapted": "0"}, "lora"),
+        ({**good, "lora": {}}, "lora"),
+    ]:
+        (place / "state.json").write_text(json.dumps(state))
+        digest = hashlib.sha256((place / "state.json").read_bytes()).hexdigest()
+        edited(place / "manifest.json", **{"state.json": digest})
+        with pytest.raises(
+            UserError, match=rf"lacks its '{key}'; there is no earlier" if key != "format" else "format 1"
+        ):
+            checkpoint.load(place)
