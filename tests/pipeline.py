@@ -200,7 +200,7 @@ def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Te
     teacher, sees = setup.teachers[view], setup.method.views[view]
     teacher = teacher.local if isinstance(teacher, SelfTeacher) else teacher
     assert isinstance(teacher, LocalTeacher)
-    assert not teacher.stop_map, "the tiny models have one tokenizer"
+    assert not teacher.alignment.stops, "the tiny models have one tokenizer"
     shown = teacher.prompts(pack, sees)
     prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
     sequences = [torch.cat([ids, r.tokens_L[r.acted_L]]) for ids, r in zip(prompts, pack.rollouts, strict=True)]

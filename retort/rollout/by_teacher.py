@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from retort.align.chat import Renderer
+from retort.align.pair import Alignment
 from retort.align.stops import StopTokens
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, acted, write
@@ -20,20 +21,18 @@ class TeacherWriter:
     What the teacher wrote ends, for the student, in the student's stop token, and nothing follows one.
     """
 
-    def __init__(
-        self, engine: HFEngine, render: Renderer, *, stop_map: Mapping[int, int], student_stops: StopTokens
-    ) -> None:
+    def __init__(self, engine: HFEngine, render: Renderer, *, alignment: Alignment, student_stops: StopTokens) -> None:
         """A writer.
 
         Args:
-            engine: Of the teacher, over the ids that both share.
+            engine: Of the teacher, over the ids that the alignment reads.
             render: A prompt's ids, as the teacher sees it.
-            stop_map: See `retort.align.stops.StopMap`; its swap is read.
+            alignment: Of the student and the teacher.
             student_stops: Where the student's answers end.
         """
         self.engine = engine
         self.render = render
-        self.stop_map = dict(stop_map)
+        self.alignment = alignment
         self.student_stops = student_stops
 
     def write(self, tasks: Sequence[Task], *, max_new_tokens: int, temperature: float, top_p: float) -> list[Rollout]:
@@ -59,7 +58,8 @@ class TeacherWriter:
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
         """An answer of the teacher's as the student would have written it."""
-        read = [self.stop_map.get(token, token) for token in ids]
+        swap = self.alignment.stops.swap
+        read = [swap.get(token, token) for token in self.alignment.ours(ids)]
         stops = self.student_stops
         if status == Status.COMPLETED and read[-1] not in stops.ids:
             read[-1] = stops.primary  # one of the teacher's further stops

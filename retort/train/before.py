@@ -11,7 +11,7 @@ from typing import Any
 
 from retort import tracking
 from retort.align.chat import Renderer
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.layers import flat
@@ -73,7 +73,7 @@ def look(
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
-        check_same_tokenizer(found["student"].tokenizer, other.tokenizer)
+        align_ids(found["student"].tokenizer, other.tokenizer)
     pair = {role: one.tokenizer for role, one in found.items() if role != "base"}
     config = reading.settled(config, pair, notes)
     renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}

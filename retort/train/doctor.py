@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import IdMap, align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
@@ -85,13 +85,12 @@ def _tokenizers(config: Config, given: Given) -> list[Check]:
 
 def _tokenizer_check(ours: object, theirs: object) -> Check:
     try:
-        shared = check_same_tokenizer(ours, theirs)  # type: ignore[arg-type]
+        shared = align_ids(ours, theirs)  # type: ignore[arg-type]
     except UserError as error:
         text, _, remedy = str(error).rpartition(". ")
         return Check("tokenizer", "fatal", text or str(error), _TOKENIZER_WHY, remedy)
-    return Check(
-        "tokenizer", "ok", f"{shared:,} ids are the same token to both, and probes are cut alike", _TOKENIZER_WHY
-    )
+    what = "tokens have other ids for the teacher" if isinstance(shared, IdMap) else "ids are the same token to both"
+    return Check("tokenizer", "ok", f"{shared.vocab:,} {what}, and probes are cut alike", _TOKENIZER_WHY)
 
 
 def _refused(message: str) -> Check:

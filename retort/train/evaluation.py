@@ -74,7 +74,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
-    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
+    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     longest, first = 0, prompts[0].id
     for prompt in prompts:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import Alignment, SameIds, align_pair
 from retort.models.lm import LanguageModel, Precision
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
 #: How many times what rounding makes of a token's log-prob a divergence must be to be one.
@@ -70,34 +71,34 @@ def measured(
         The mean distance of the log-probs of the tokens written, bf16 from fp32, nats; and the mean reverse KL from the
         teacher on them, nats.
     """
-    vocab = student.head().width
-    if teacher is not None:
-        known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
-        vocab = min(known, vocab, teacher.head().width)
+    width = student.head().width
+    pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
+    same = SameIds(pair.vocab)
     written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
     asked = [Request(ids, uniforms(seed, "precision", n, count=written)) for n, ids in enumerate(prompts[:_ANSWERS])]
-    engine = HFEngine(student, vocab=vocab, max_parallel=_ANSWERS)
+    engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
     answers = engine.write(asked, max_new_tokens=written, temperature=1.0, top_p=1.0)
     tokens = [torch.tensor([*request.prompt_ids, *a.ids]) for request, a in zip(asked, answers, strict=True)]
     acted = [torch.arange(len(t)) >= len(request.prompt_ids) for t, request in zip(tokens, asked, strict=True)]
     token_N1 = torch.cat([tokens_L[acted_L] for tokens_L, acted_L in zip(tokens, acted, strict=True)])[:, None]
     token_N1 = token_N1.to(student.device)
-    rounded_N1 = _logp(student, tokens, acted, vocab).gather(1, token_N1)
+    rounded_N1 = _logp(student, tokens, acted, same).gather(1, token_N1)
     before: Precision = student.precision
     student.precision = "fp32"
     try:
-        exact_NV = _logp(student, tokens, acted, vocab)
+        exact_NV = _logp(student, tokens, acted, same)
     finally:
         student.precision = before
     noise = float((rounded_N1 - exact_NV.gather(1, token_N1)).abs().mean())
     if teacher is None:
         return noise, None
-    gap_NV = exact_NV - _logp(teacher, tokens, acted, vocab)
+    gap_NV = exact_NV - _logp(teacher, tokens, acted, pair)
     return noise, float((exact_NV.exp() * gap_NV).sum(-1).mean())
 
 
-def _logp(lm: LanguageModel, tokens: list[Tensor], acted: list[Tensor], vocab: int) -> Tensor:
-    """Of every id at every token written, [N, V], fp32."""
-    hidden_ND = lm.all_hidden(tokens, acted, sum(map(len, tokens)))
+def _logp(lm: LanguageModel, tokens: list[Tensor], acted: list[Tensor], alignment: Alignment) -> Tensor:
+    """Of every id of the student's at every token written, [N, V], fp32."""
+    read = [alignment.read(TokenSequence(*pair)) for pair in zip(tokens, acted, strict=True)]
+    hidden_ND = lm.all_hidden([own.tokens_L for own in read], acted, sum(map(len, tokens)))
     with lm.compute():
-        return lm.head().logits(hidden_ND, vocab).float().log_softmax(-1)
+        return alignment.logits(lm.head().logits(hidden_ND, alignment.width), 1.0).float().log_softmax(-1)

@@ -9,8 +9,7 @@ import torch
 
 from retort import registry
 from retort.align.chat import Renderer
-from retort.align.stops import describe_stop_map, stop_map
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import align_pair
 from retort.cold_start import with_cold_start
 from retort.config import Config
 from retort.errors import UserError
@@ -185,11 +184,11 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     lms = {"teacher": teacher, "base": base, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
-    vocab = min(model.vocab for model in local.values())
+    vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.about(vocab) for name, model in local.items()}
     if teacher is not None:
-        if local["teacher"].stop_map:
-            notes.append(describe_stop_map(local["teacher"].stop_map, student.tokenizer, teacher.tokenizer))
+        said = local["teacher"].alignment.describe(student.tokenizer, teacher.tokenizer)
+        notes += [said] if said else []
         if alone:
             pair.refuse_same_weights(method, student, teacher)
         if base is not None and base.digest() == teacher.digest():
@@ -252,8 +251,8 @@ def load(config: Config, name: str, role: Role, given: Given | None = None) -> L
 
 
 def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
-    engine = HFEngine(teacher.lm, vocab=teacher.vocab, max_parallel=config.rollout.parallel)
-    return TeacherWriter(engine, teacher.render, stop_map=teacher.stop_map, student_stops=student.stops)
+    engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=config.rollout.parallel)
+    return TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
 
 
 def _adapt(config: Config, student: LanguageModel) -> None:
@@ -311,17 +310,14 @@ def _attention(
 
 
 def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
-    """A teacher for this student: with the ids that both share, and their stops mapped.
+    """A teacher for this student, aligned with it.
 
     Raises:
         UserError: Their tokenizers disagree.
     """
-    known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
-    vocab = min(known, student.head().width, teacher.head().width)
     return LocalTeacher(
         teacher,
-        vocab=vocab,
-        stop_map=stop_map(student.stops, teacher.stops, width=vocab),
+        alignment=align_pair(student, teacher),
         batch_tokens=config.optimizer.batch_tokens,
         reading=config.rollout.reading,
     )

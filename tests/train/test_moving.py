@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort import api, registry
 from retort import config as configuration
+from retort.align.pair import SameIds
 from retort.controllers import Controller
 from retort.divergences import forward_kl
 from retort.errors import SignalError, UserError
@@ -111,7 +112,7 @@ def disturb(lm: Any, seed: int) -> None:
 
 def teacher(own: OwnWeights) -> SelfTeacher:
     vocab = own.lm.head().width
-    return SelfTeacher(LocalTeacher(own.lm, vocab=vocab, stop_map={}, batch_tokens=64), own)
+    return SelfTeacher(LocalTeacher(own.lm, alignment=SameIds(vocab), batch_tokens=64), own)
 
 
 def logits(own: OwnWeights, pack: Pack, weights: Weights, temperature: float = 1.0) -> Tensor:

@@ -1,0 +1,131 @@
+"""A teacher with the same tokens under other ids: what it says and writes is what it would with the student's ids."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import WORDS, make_tokenizer
+from tokenizers import normalizers
+
+from retort import api
+from retort.align import check_same_tokenizer
+from retort.align.pair import IdMap, SameIds, align_pair
+from retort.errors import UserError
+from retort.models.lm import load_model
+from retort.rollout.by_teacher import TeacherWriter
+from retort.rollout.engines.hf import HFEngine
+from retort.rollout.single_turn import Task
+from retort.signals import Dense
+from retort.streams import uniforms
+from retort.teachers.local import LocalTeacher
+from retort.teachers.view import View
+from retort.train import runner
+from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout
+
+PROMPT = Prompt("p", (Message("user", "3 + 4 ="),))
+CLOCK = re.compile(r"time/|tokens_per_second").match
+ASKED = {"sampled": SAMPLED, "topk": Need("topk", 5), "entropy": ENTROPY, "dense": DENSE, "hidden": Need("hidden")}
+
+
+def loaded(folder: Path, role: str, **more: Any) -> Any:
+    return load_model(str(folder), role=role, precision="fp32", device=torch.device("cpu"), **more)
+
+
+@pytest.fixture(scope="module")
+def student(model_folder: Callable[..., Path]) -> Any:
+    return loaded(model_folder(seed=1), "student")
+
+
+@pytest.fixture(scope="module", params=["<eos>", "<|im_end|>"], ids=["one stop", "another stop"])
+def pair(request: pytest.FixtureRequest, model_folder: Callable[..., Path], student: Any) -> tuple[Any, Any]:
+    """The same teacher with the student's ids and with others."""
+    same, other = (model_folder(seed=2, padded_to=80, eos=request.param, renumbered=seed) for seed in (None, 5))
+    return tuple(
+        LocalTeacher(lm, alignment=align_pair(student, lm), batch_tokens=64)
+        for lm in (loaded(same, "teacher"), loaded(other, "teacher"))
+    )
+
+
+def values(signal: Any) -> dict[str, torch.Tensor]:
+    """All numbers of a signal by name."""
+    if isinstance(signal, Dense):
+        assert signal.hidden is not None
+        return {"logits": signal.logits(slice(None)), "hidden": signal.hidden(slice(None))}
+    each = {one.name: getattr(signal, one.name) for one in dataclasses.fields(signal)}
+    return {name: value for name, value in each.items() if isinstance(value, torch.Tensor)}
+
+
+def test_it_is_known_for_what_it_is(pair: tuple[Any, Any], student: Any) -> None:
+    same, other = (teacher.alignment for teacher in pair)
+    assert isinstance(same, SameIds) and isinstance(other, IdMap)
+    assert (same.vocab, dict(same.stops)) == (other.vocab, dict(other.stops))
+    assert "tokens have another id for the teacher" in other.describe(student.tokenizer, pair[1].lm.tokenizer)
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_its_signals_are_the_very_same(pair: tuple[Any, Any], student: Any, asked: str, temperature: float) -> None:
+    ids = student.tokenizer("3 + 4 =")["input_ids"]
+    stop = student.stops.primary
+    wrote = [torch.tensor([*ids, *actions]) for actions in ([12, 13, stop], [7], [20, 4, stop])]
+    pack = Pack.of([Rollout(PROMPT, tokens, torch.arange(len(tokens)) >= len(ids)) for tokens in wrote])
+    expected, found = (values(teacher.answer(pack, frozenset({ASKED[asked]}), View(), temperature)) for teacher in pair)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        assert torch.equal(expected[name], found[name]), name
+
+
+def test_what_it_writes_is_in_the_students_ids(pair: tuple[Any, Any], student: Any) -> None:
+    rollouts: list[list[Rollout]] = []
+    for teacher in pair:
+        engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=4)
+        writer = TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+        ids = student.tokenizer("3 + 4 =")["input_ids"]
+        tasks = [Task(PROMPT, ids, member, uniforms(0, "teacher", member, count=8)) for member in range(6)]
+        # A nucleus this small holds one token: the order in which a model numbers tokens decides nothing.
+        rollouts.append(writer.write(tasks, max_new_tokens=8, temperature=1.0, top_p=1e-6))
+    same, other = rollouts
+    assert [r.tokens_L.tolist() for r in other] == [r.tokens_L.tolist() for r in same]
+    assert [(r.status, r.text) for r in other] == [(r.status, r.text) for r in same]
+
+
+def test_a_run_with_it_is_the_run_without(
+    tiny_run: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows: list[list[dict[str, Any]]] = []
+    for place, renumbered in enumerate((None, 5)):
+        folder = model_folder(seed=2, hidden_size=24, padded_to=64, eos="<|im_end|>", renumbered=renumbered)
+        settings = api.assemble({**tiny_run, "teacher": str(folder), "steps": 2}, {"method": "eopd"})
+        run = runner.start(settings, tmp_path / str(place))
+        api.check(run)
+        assert isinstance(run.setup.teachers["teacher"].alignment, IdMap) == (renumbered is not None)
+        run.go()
+        lines = (tmp_path / str(place) / "metrics.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if not CLOCK(k)} for line in lines])
+    assert rows[0] and rows[0] == rows[1]
+
+
+def test_ids_that_are_nobodys_and_other_cuts_are_refused_as_before(student: Any) -> None:
+    def model(tokenizer: Any) -> Any:
+        return dataclasses.replace(student, tokenizer=tokenizer)
+
+    for other in (
+        make_tokenizer(words=[*WORDS[:-1], "more"], renumbered=5),  # another token
+        make_tokenizer(words=[*WORDS, "more"], renumbered=5),  # one more
+    ):
+        with pytest.raises(UserError) as said:
+            align_pair(student, model(other))
+        with pytest.raises(UserError) as before:
+            check_same_tokenizer(student.tokenizer, other)
+        assert str(said.value) == str(before.value)
+    digits = make_tokenizer(renumbered=5)  # the same tokens, but another reading of texts
+    digits.backend_tokenizer.normalizer = normalizers.Replace("2", "3")
+    with pytest.raises(UserError, match="different tokenizers"):
+        align_pair(student, model(digits))
