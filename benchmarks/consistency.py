@@ -126,7 +126,7 @@ def answers(path: Path) -> None:
     from retort.rollout.single_turn import Task, write
     from retort.streams import uniforms
     from retort.tasks.coached import bait_rows
-    from retort.train.setup import load
+    from retort.train.models import load
     from retort.types import Message
 
     torch.set_num_threads(1)

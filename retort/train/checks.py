@@ -102,7 +102,8 @@ def check_stops(setup: Setup) -> Check:
         saw = f"the student stops with {ours}, the teacher with {theirs}"
     if local is not None and local.alignment.stops:
         saw += f"; {local.alignment.describe(setup.student.tokenizer, _teacher(setup).tokenizer)}"
-    doubts = [doubt for who, lm in _models(setup)[:2] if (doubt := _other_end(who, lm))]
+    both = {"student": setup.student, "teacher": _teacher(setup)}
+    doubts = [doubt for who, lm in both.items() if (doubt := _other_end(who, lm))]
     swap = local.alignment.stops.swap if local is not None else {}
     if {swap.get(i, i) for i in theirs_too} != student.ids:
         doubts.append("the two sets differ")
@@ -202,7 +203,7 @@ def check_vocabulary(setup: Setup) -> Check:
     """Whether the models have a row for every id, and how much is padding."""
     why = "an id without a row cannot be read; a row without an id is padding, and must get no probability"
     parts, missing = [], []
-    for who, lm in _models(setup):
+    for who, lm in setup.lms.items():
         rows, ids = lm.head().width, vocabulary_width(lm.tokenizer)
         parts.append(f"{who} {rows:,} rows for {ids:,} ids")
         if rows < ids:
@@ -302,11 +303,6 @@ def check_memory(setup: Setup) -> Check:
 
 
 # --- inside ---
-
-
-def _models(setup: Setup) -> list[tuple[str, LanguageModel]]:
-    named = [("student", setup.student), ("teacher", setup.teacher_lm), ("base", setup.base_lm)]
-    return [(who, lm) for who, lm in named if lm is not None]
 
 
 def _teacher(setup: Setup) -> LanguageModel:

@@ -17,10 +17,10 @@ from retort.evaluate.judge import Judge
 from retort.models.lm import LanguageModel
 from retort.rewards.own import is_own
 from retort.synonyms import ours_for
+from retort.train.models import load, local_teacher
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
 from retort.train.reading import check_written, ends, settled
-from retort.train.setup import load, local_teacher
 from retort.train.split import repeats
 
 #: Settings that have a meaning here.

@@ -68,7 +68,7 @@ class Forecast:
 def forecast(setup: Setup) -> Forecast:
     """What a run will take at its peak, bytes above an empty process."""
     student, config = setup.student, setup.config
-    lms = [lm for lm in (student, setup.teacher_lm, setup.base_lm) if lm is not None]
+    lms = list(setup.lms.values())
     frozen = lms[1:] + [student] * _self_passes(setup)
     text = student.model.config.get_text_config()
     head = student.head().weight_VD
@@ -151,10 +151,8 @@ def _self_passes(setup: Setup) -> int:
 def _signals(setup: Setup, steps: int, product: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
     total = 0
-    models = {"teacher": setup.teacher_lm, "base": setup.base_lm, "student": setup.student}
     for name, view in setup.method.views.items():
-        lm = models[view.model]
-        assert lm is not None  # loaded by `prepare`, as a view asks it
+        lm = setup.lms[view.model]
         dense = any(need.kind in ("dense", "hidden") for need in setup.method.needs(name))
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)

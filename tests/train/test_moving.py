@@ -30,9 +30,10 @@ from retort.teachers.view import View
 from retort.train import export, runner
 from retort.train.doctor import examine_setup
 from retort.train.memory import forecast
+from retort.train.models import load
 from retort.train.observe import Silent
 from retort.train.pair import own_weights, without_idle_teacher
-from retort.train.setup import load, prepare
+from retort.train.setup import prepare
 from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout
 from retort.weights import student_entropy
