@@ -34,6 +34,7 @@ from retort.estimators import pathwise
 from retort.files import write_text
 from retort.method import Method, Term, Watch
 from retort.rollout.plan import RolloutPlan
+from retort.sequences import TokenSequence
 from retort.teachers.moving import live
 from retort.teachers.view import View
 from retort.types import Prompt
@@ -138,7 +139,8 @@ def answers(path: Path) -> None:
     tasks: list[Task] = []
     for number, row in chosen:
         prompt = Prompt(row["id"], (Message("user", row["clean"]),))
-        tasks.append(Task(prompt, render(prompt), 0, uniforms(0, "evaluation", "answers", number, count=longest)))
+        chance = uniforms(0, "evaluation", "answers", number, count=longest)
+        tasks.append(Task(prompt, TokenSequence.of(render(prompt)), 0, chance))
     written = write(
         HFEngine(lm, vocab=lm.head().width, max_parallel=2048),
         tasks,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from retort.models.lm import LanguageModel, load_model
+from retort.sequences import TokenSequence
 
 BUDGET = 8192
 
@@ -36,34 +37,30 @@ class Case:
         name: In the table.
         lm: Who scores.
         prompt, answer: Tokens, the mean of the groups.
-        tokens, acted: The sequences.
+        sequences: A prompt and an answer each.
     """
 
     name: str
     lm: LanguageModel
     prompt: float
     answer: float
-    tokens: Sequence[Tensor]
-    acted: Sequence[Tensor]
+    sequences: Sequence[TokenSequence]
 
 
-def grouped(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Sequences and their decisions: each answer of a group behind its prompt."""
-    tokens, acted = list[Tensor](), list[Tensor]()
-    for prompt, group in zip(prompts, answers, strict=True):
-        for answer in group:
-            tokens.append(torch.tensor([*prompt, *answer]))
-            acted.append(torch.arange(len(tokens[-1])) >= len(prompt))
-    return tokens, acted
+def grouped(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]) -> list[TokenSequence]:
+    """Each answer of a group behind its prompt."""
+    return [
+        TokenSequence.of(prompt).then(answer, decided=True)
+        for prompt, group in zip(prompts, answers, strict=True)
+        for answer in group
+    ]
 
 
-def computed(tokens: Sequence[Tensor], acted: Sequence[Tensor], *, share: bool) -> int:
+def computed(sequences: Sequence[TokenSequence], *, share: bool) -> int:
     """Tokens that go through the layers."""
     from retort.models.packing import Row
 
-    return len(Row.of(tokens, acted, share=share, device=torch.device("cpu")).tokens_T)
+    return len(Row.of(sequences, share=share, device=torch.device("cpu")).tokens_T)
 
 
 def coached_student(groups: int, samples: int) -> Case:
@@ -83,15 +80,15 @@ def coached_student(groups: int, samples: int) -> Case:
     assert view.render is not None
     prompts, answers = list[list[int]](), list[list[list[int]]]()
     for prompt in builtin_prompts("coached", "train", groups):
-        ids = torch.tensor(render(prompt))
-        shown = view.render(Scene(Rollout(prompt, ids, ids < 0), (), Stage(templates(config.templates))))
+        rollout = Rollout(prompt, TokenSequence.of(render(prompt)))
+        shown = view.render(Scene(rollout, (), Stage(templates(config.templates))))
         assert shown is not None
         prompts.append(render(shown))
         own = lm.tokenizer(str(prompt.response), add_special_tokens=False)["input_ids"]
         answers.append([own] * samples)
-    tokens, acted = grouped(prompts, answers)
+    sequences = grouped(prompts, answers)
     lengths = sum(map(len, prompts)) / groups, sum(len(group[0]) for group in answers) / groups
-    return Case("coached student, with the solution", lm, *lengths, tokens, acted)
+    return Case("coached student, with the solution", lm, *lengths, sequences)
 
 
 def random_model(groups: int, samples: int, prompt: int, answer: int) -> Case:
@@ -130,11 +127,11 @@ def row(case: Case, rounds: int) -> list[Any]:
     for turn in range(rounds + 1):
         for share in (True, False):
             lm.shares = share
-            spent, found[share] = timed(lambda: lm.all_hidden(case.tokens, case.acted, BUDGET))
+            spent, found[share] = timed(lambda: lm.all_hidden(case.sequences, BUDGET))
             if turn:
                 seconds[share].append(spent)
     ratios = [off / on for on, off in zip(seconds[True], seconds[False], strict=True)]
-    counts = [computed(case.tokens, case.acted, share=share) for share in (True, False)]
+    counts = [computed(case.sequences, share=share) for share in (True, False)]
     apart = float((found[True] - found[False]).norm() / found[False].norm())
     middle = {share: measure.median(values) for share, values in seconds.items()}
     lengths = f"{case.prompt:.0f} + {case.answer:.0f}"

@@ -25,6 +25,7 @@ from retort.align.stops import StopTokens
 from retort.models.lm import LanguageModel, Precision, load_model
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
 
@@ -42,7 +43,7 @@ def write(lm: LanguageModel, rows: int, tokens: int) -> list[list[int]]:
     lm.stops = StopTokens(frozenset({vocab - 1}), vocab - 1)
     engine = HFEngine(lm, vocab=vocab - 1, max_parallel=rows)
     engine._loops = True  # its trial is no part of what is measured
-    asked = [Request([5 + n, 9, 12], uniforms(0, "rollouts", n, count=tokens)) for n in range(rows)]
+    asked = [Request(TokenSequence.of([5 + n, 9, 12]), uniforms(0, "rollouts", n, count=tokens)) for n in range(rows)]
     return [found.ids for found in engine.write(asked, max_new_tokens=tokens, temperature=1.0, top_p=1.0)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,10 +110,14 @@ class TokenSequence:
         return self.tokens_L[self.action_mask_L]
 
     @property
+    def key(self) -> tuple[bytes, tuple[tuple[str, int], ...]]:
+        """What two sequences share that are read alike: the same tokens and the same media in the same places."""
+        return self.tokens_L.numpy().tobytes(), tuple((own.digest, own.place) for own in self.media)
+
+    @property
     def prefix_key(self) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-        """What two sequences share whose prefixes may be computed once: the same tokens and the same media."""
-        media = tuple((own.digest, own.place) for own in self.media if own.place < self.start)
-        return self.tokens_L[: self.start].numpy().tobytes(), media
+        """What two sequences share whose prefixes may be computed once, see `key`."""
+        return self.prefix.key
 
     def then(self, ids: Sequence[int], *, decided: bool = False, media: tuple[Media, ...] = ()) -> TokenSequence:
         """The sequence followed by tokens: an action, or what is only read.
@@ -149,6 +154,24 @@ class TokenSequence:
             return self
         last = self.action_mask_L.nonzero()[steps - 1] if steps else self.start - 1
         return self.part(0, int(last) + 1)
+
+    def before(self, step: int) -> TokenSequence:
+        """What a decision was made from: everything before it, what the environment said last included.
+
+        Args:
+            step: Number of the decision, from 0, below `steps`.
+        """
+        return self.part(0, int(self.action_mask_L.nonzero()[step]))
+
+    def read(self) -> TokenSequence:
+        """The same tokens, none of them decided: a context to go on from."""
+        return replace(self, action_mask_L=torch.zeros_like(self.action_mask_L))
+
+    def pieces(self) -> list[TokenSequence]:
+        """Neighbours that are all decided, or all read, in order; those that are decided are no sequence by itself."""
+        changes = (self.action_mask_L[1:] != self.action_mask_L[:-1]).nonzero().flatten() + 1
+        bounds = [0, *(int(place) for place in changes), len(self)]
+        return [self.part(start, end) for start, end in pairwise(bounds) if end > start]
 
     def mapped(self, swap: Mapping[int, int]) -> TokenSequence:
         """The sequence with other ids in the place of some decided ones."""

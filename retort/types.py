@@ -8,7 +8,7 @@ Axis letters, used at the end of every tensor's name:
     D  width of a hidden state
     C  one chunk of N
     L  all tokens of one rollout: prompt, actions and tool replies, interleaved
-    A  the decision steps of one rollout (those of its L tokens that it acted)
+    A  the decision steps of one rollout (those of its L tokens that it decided)
 
 Log-probabilities and entropies are in nats. Nothing here is mutated after it was made.
 """
@@ -16,15 +16,15 @@ Log-probabilities and entropies are in nats. Nothing here is mutated after it wa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from retort.errors import SignalError
+from retort.sequences import TokenSequence
 
 NeedKind = Literal["text", "sampled", "topk", "entropy", "dense", "hidden"]
 
@@ -137,31 +137,27 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Rollout:
-    """One piece of writing, token by token, with who wrote what.
+    """What was written to a prompt, token by token, with who wrote what.
 
     Attributes:
         prompt: What it answers.
-        tokens_L: Ids of everything in order, int64.
-        acted_L: True where the student (or the data set) decided the token; bool.
-        turn_L: Index of the turn each token belongs to, int64; None for a single turn.
-        spans: Named token ranges (start, end) within L.
-        engine_logp_A: What the rollout engine reported for each acted token, nats; None for data.
+        sequence: All that was read and written in order, and which of it was decided.
+        turn_A: Index of the turn of each decided token, int64; None for a single turn.
+        engine_logp_A: What the rollout engine reported for each decided token, nats; None for data.
         policy_version: Optimizer steps the student had taken when it wrote this.
         member: Which of the samples of its prompt this is; rollouts of one visit to a prompt are a group.
         visit: How many times the run had been through the data when it came to this prompt.
         status: How it ended.
         source: Who wrote it.
-        text: The acted tokens, decoded.
+        text: The decided tokens, decoded.
         reward: What the verifier said, if one was asked.
         reward_parts: The reward by component.
         feedback: What the verifier says is wrong with it, where it says anything; for views that show it to a teacher.
     """
 
     prompt: Prompt
-    tokens_L: Tensor
-    acted_L: Tensor
-    turn_L: Tensor | None = None
-    spans: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=lambda: {})
+    sequence: TokenSequence
+    turn_A: Tensor | None = None
     engine_logp_A: Tensor | None = None
     policy_version: int = 0
     member: int = 0
@@ -174,35 +170,44 @@ class Rollout:
     feedback: str = ""
 
     def __post_init__(self) -> None:
-        if self.tokens_L.shape != self.acted_L.shape or self.tokens_L.ndim != 1:
-            raise ValueError(f"tokens_L {tuple(self.tokens_L.shape)} and acted_L {tuple(self.acted_L.shape)} differ")
-        if bool(self.acted_L[:1].any()):
-            raise ValueError("the first token of a rollout has no context to be decided from; it cannot be acted")
+        if self.turn_A is not None and len(self.turn_A) != self.steps:
+            raise ValueError(f"{len(self.turn_A)} turns for {self.steps} decided tokens")
         if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
-            raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} acted tokens")
+            raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} decided tokens")
         if self.engine_logp_A is not None and bool(self.engine_logp_A.isnan().any()):
             raise ValueError("an engine's log-prob is NaN; leave out those of a rollout that has none")
 
-    @cached_property
-    def steps(self) -> int:
-        """Number of decision steps (acted tokens)."""
-        return int(self.acted_L.sum())
-
     @property
-    def prompt_ids(self) -> list[int]:
-        """Ids before the first acted token."""
-        acted = self.acted_L.nonzero()
-        first = int(acted[0]) if len(acted) else len(self.tokens_L)
-        return _plain(self.tokens_L[:first])
+    def steps(self) -> int:
+        """Number of decision steps (decided tokens)."""
+        return self.sequence.steps
 
     @property
     def action_ids(self) -> list[int]:
-        """Ids of the acted tokens."""
-        return _plain(self.tokens_L[self.acted_L])
+        """Ids of the decided tokens."""
+        return self.sequence.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
+    def with_prefix(self, prefix: TokenSequence) -> Rollout:
+        """The same decisions, and all that was read between them, after another context."""
+        return replace(self, sequence=self.sequence.with_prefix(prefix))
 
-def _plain(ids_A: Tensor) -> list[int]:
-    return ids_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    def cut(self, steps: int, text: str) -> Rollout:
+        """The rollout up to so many decisions, as truncated; itself where it has no more.
+
+        Args:
+            steps: Decisions that stay.
+            text: Of them.
+        """
+        if self.steps <= steps:
+            return self
+        return replace(
+            self,
+            sequence=self.sequence.cut(steps),
+            turn_A=None if self.turn_A is None else self.turn_A[:steps],
+            engine_logp_A=None if self.engine_logp_A is None else self.engine_logp_A[:steps],
+            status=Status.TRUNCATED,
+            text=text,
+        )
 
 
 @dataclass(frozen=True)
@@ -269,10 +274,10 @@ class Pack:
         engine = [
             torch.full((r.steps,), float("nan")) if r.engine_logp_A is None else r.engine_logp_A for r in rollouts
         ]
-        turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_L is None else r.turn_L[r.acted_L] for r in rollouts]
+        turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_A is None else r.turn_A for r in rollouts]
         return Pack(
             rollouts=tuple(rollouts),
-            tokens_N=torch.cat([r.tokens_L[r.acted_L] for r in rollouts]),
+            tokens_N=torch.cat([r.sequence.actions_A for r in rollouts]),
             rollout_N=torch.repeat_interleave(torch.arange(len(rollouts)), steps_R),
             position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
             turn_N=torch.cat(turns),

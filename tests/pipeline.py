@@ -23,6 +23,7 @@ from retort.apply import wanted
 from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher, answers
@@ -87,17 +88,14 @@ def ragged(setup: Setup) -> Pack:
     given = "dataset" in setup.method.rollout.sources
     for index, (length, place) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
         prompt = setup.train[place]
-        before = torch.tensor(setup.render(prompt))
-        tokens_L = torch.cat([before, torch.randint(5, setup.vocab, (length,), generator=draw)])
-        acted_L = torch.arange(len(tokens_L)) >= len(before)
+        ids: list[int] = torch.randint(5, setup.vocab, (length,), generator=draw).tolist()
         logp_A = -3.0 * torch.rand(length, generator=draw)
         rollout = Rollout(
             prompt,
-            tokens_L,
-            acted_L,
+            TokenSequence.of(setup.render(prompt)).then(ids, decided=True),
             member=index,
             engine_logp_A=logp_A,
-            text=setup.student.tokenizer.decode(tokens_L[acted_L]),
+            text=setup.student.tokenizer.decode(ids),
             reward=float(index % 2),
         )
         by_data = given and index == len(LENGTHS) - 1
@@ -115,7 +113,7 @@ def even(setup: Setup, seed: int) -> Pack:
         with torch.no_grad():
             logits_RV = setup.student.model(input_ids=tokens_RL).logits[:, -1, : setup.vocab]
         tokens_RL = torch.cat([tokens_RL, torch.multinomial(logits_RV.softmax(-1), 1, generator=draw)], dim=1)
-    return Pack.of([Rollout(prompt, tokens_RL[i], acted_L, visit=i) for i, prompt in enumerate(prompts)])
+    return Pack.of([Rollout(prompt, TokenSequence(tokens_RL[i], acted_L), visit=i) for i, prompt in enumerate(prompts)])
 
 
 def cut_to(setup: Setup, batch_tokens: int) -> Setup:
@@ -159,7 +157,7 @@ def by_padding(setup: Setup, pack: Pack) -> Step:
 
 def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     """One padded forward pass of every model, and the definition of the losses."""
-    logits, hidden_ND = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
+    logits, hidden_ND = _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)
     views: dict[str, Any] = {}
     for name in setup.method.views:
         lm, sequences, valid_N = read_by(setup, name, pack)
@@ -188,7 +186,7 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
 def padded_logp(setup: Setup, pack: Pack) -> Tensor:
     """The student's log-probs of what was written, nats, [N]."""
     with torch.no_grad():
-        logits, _ = _padded(setup.student, [r.tokens_L for r in pack.rollouts], pack)
+        logits, _ = _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)
     return logits[:, : setup.vocab].log_softmax(-1).gather(1, pack.tokens_N[:, None]).squeeze(1)
 
 
@@ -203,7 +201,8 @@ def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Te
     assert not teacher.alignment.stops, "the tiny models have one tokenizer"
     shown = teacher.prompts(pack, sees)
     prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
-    sequences = [torch.cat([ids, r.tokens_L[r.acted_L]]) for ids, r in zip(prompts, pack.rollouts, strict=True)]
+    written = [r.sequence.continuation.tokens_L for r in pack.rollouts]
+    sequences = [torch.cat([ids, own]) for ids, own in zip(prompts, written, strict=True)]
     return teacher.lm, sequences, shown.valid_N(pack)
 
 

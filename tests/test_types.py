@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
+from retort.sequences import TokenSequence
 from retort.types import Message, Pack, Prompt, Rollout
 
 
@@ -12,7 +12,7 @@ from retort.types import Message, Pack, Prompt, Rollout
 def test_steps_of_some_rollouts_in_the_order_given(chosen: list[int]) -> None:
     prompt = Prompt("row", (Message("user", "x"),))
     steps = [3, 0, 5, 1]
-    pack = Pack.of([Rollout(prompt, torch.arange(2 + n), torch.arange(2 + n) >= 2) for n in steps])
+    pack = Pack.of([Rollout(prompt, TokenSequence.of([0, 1]).then(range(2, 2 + n), decided=True)) for n in steps])
     starts = [0, 3, 3, 8]
     expected = [place for i in chosen for place in range(starts[i], starts[i] + steps[i])]
     assert pack.steps_of(chosen).tolist() == expected

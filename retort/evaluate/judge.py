@@ -27,6 +27,7 @@ from retort.rewards.verify import Verifier, given_up, gradable, grade_known, par
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.record import token_row
 from retort.rollout.single_turn import Task, write
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.teachers.local import Teacher
 from retort.teachers.view import View
@@ -154,10 +155,10 @@ class Judge:
     def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
         for prompt in prompts:
-            prompt_ids = render(prompt, engine.lm.tokenizer, self.reading)
+            context = TokenSequence.of(render(prompt, engine.lm.tokenizer, self.reading))
             for member in range(self.samples):
                 chance = uniforms(self.seed, "evaluation", prompt.id, member, count=self.max_new_tokens)
-                tasks.append(Task(prompt, prompt_ids, member, chance))
+                tasks.append(Task(prompt, context, member, chance))
         return write(engine, tasks, max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p)
 
     @torch.no_grad()
@@ -171,7 +172,7 @@ class Judge:
             signals = {"teacher": teacher.answer(pack, frozenset({DENSE}), View(), 1.0)}
         was_training = lm.model.training
         lm.model.eval()
-        hidden_ND = lm.all_hidden([r.tokens_L for r in rollouts], [r.acted_L for r in rollouts], self.batch_tokens)
+        hidden_ND = lm.all_hidden([r.sequence for r in rollouts], self.batch_tokens)
         values = _against_teacher if signals else _alone
         steps = Steps(pack.tokens_N.to(lm.device), {})
         with lm.compute():

@@ -11,7 +11,7 @@ student towards: the second best of a teacher that is sure is a token that it wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.verify import GivesFeedback, Verifier, grade_all
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task, write
+from retort.sequences import TokenSequence
 from retort.signals import TeacherSignal
 from retort.streams import generator, permutation, uniforms
 from retort.teachers.local import LocalTeacher, Teacher
@@ -144,16 +145,15 @@ def branches(
     theirs = _at(said, index_M, ids_MK)
     ours = _at(own.answer(pack, frozenset({DENSE}), View(), 1.0), index_M, ids_MK)
     tasks: list[Task] = []
-    ends: list[list[int]] = []
+    begun: list[TokenSequence] = []
     for number, fork in enumerate(forks):
-        prefix = spine[fork.rollout].action_ids[: fork.place]
+        before = spine[fork.rollout].sequence.before(fork.place)
         for choice in range(protocol.candidates + 1):
             forced = [] if choice == 0 else [int(ids_MK[number, choice - 1])]
-            ends.append([*prefix, *forced])
+            begun.append(before.then(forced, decided=True))
             chance = uniforms(protocol.seed, "evaluation", "branch", number, choice, count=protocol.max_new_tokens)
-            prompt_ids = [*spine[fork.rollout].prompt_ids, *ends[-1]]
-            tasks.append(Task(spine[fork.rollout].prompt, prompt_ids, choice, chance))
-    right = _graded(engine, tasks, ends, verifier, protocol, progress)
+            tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance))
+    right = _graded(engine, tasks, begun, verifier, protocol, progress)
     found: list[Branch] = []
     for number, fork in enumerate(forks):
         first = number * (protocol.candidates + 1)
@@ -182,7 +182,7 @@ def _spine(
     for prompt in prompts:
         for member in range(protocol.samples):
             chance = uniforms(protocol.seed, "evaluation", "spine", prompt.id, member, count=longest)
-            tasks.append(Task(prompt, render(prompt), member, chance))
+            tasks.append(Task(prompt, TokenSequence.of(render(prompt)), member, chance))
     written = write(engine, tasks, max_new_tokens=longest, temperature=protocol.temperature, top_p=1.0)
     rewards = grade_all(verifier, [rollout.prompt for rollout in written], [rollout.text for rollout in written])
     explain = verifier.feedback if isinstance(verifier, GivesFeedback) else None
@@ -239,19 +239,28 @@ def _at(signal: TeacherSignal, index_M: Tensor, ids_MK: Tensor) -> dict[str, Ten
 def _graded(
     engine: HFEngine,
     tasks: Sequence[Task],
-    ends: Sequence[list[int]],
+    begun: Sequence[TokenSequence],
     verifier: Verifier,
     protocol: Protocol,
     progress: Callable[[int, int], None] | None,
 ) -> list[bool]:
-    """Whether each answer, its beginning included, is right; one that begins with its end is not written further."""
+    """Whether each answer, its beginning included, is right; one that begins with its end is not written further.
+
+    Args:
+        engine: Writes.
+        tasks: The rest of each answer.
+        begun: Prompt and beginning of each.
+        verifier: Says what is right.
+        protocol: See there.
+        progress: See `branches`.
+    """
     stops, tokenizer = set(engine.lm.stops.ids), engine.lm.tokenizer
     texts: dict[int, str] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
-    rooms = [protocol.max_new_tokens - len(end) if not end or end[-1] not in stops else 0 for end in ends]
+    rooms = [0 if _ended(own, stops) else protocol.max_new_tokens - own.steps for own in begun]
     if progress is not None:
         progress(0, len(tasks))
-    for numbers in _blocks(rooms, [len(task.prompt_ids) for task in tasks], engine.max_parallel, engine.lm.context):
+    for numbers in _blocks(rooms, [len(task.context) for task in tasks], engine.max_parallel, engine.lm.context):
         # With chance of its own for every token, what is written with more room begins as with just that.
         room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)
         if room > 0:
@@ -259,13 +268,18 @@ def _graded(
             written = write(engine, chosen, max_new_tokens=room, temperature=temperature, top_p=1.0)
             more = [rollout.action_ids for rollout in written]
         for number, ids in zip(numbers, more, strict=True):
-            whole, given = [*ends[number], *ids[: rooms[number]]], tasks[number].prompt_ids
-            before = given[: len(given) - len(ends[number])]
-            texts[number] = completion_text(tokenizer, whole, prompt_ids=before)
+            whole = begun[number].then(ids[: rooms[number]], decided=True)
+            prompt_ids: list[int] = whole.prefix.tokens_L.tolist()
+            texts[number] = completion_text(tokenizer, whole.actions_A.tolist(), prompt_ids=prompt_ids)
         if progress is not None:
             progress(len(texts), len(tasks))
     rewards = grade_all(verifier, [task.prompt for task in tasks], [texts[number] for number in range(len(tasks))])
     return [reward > 0.5 for reward in rewards]
+
+
+def _ended(sequence: TokenSequence, stops: Set[int]) -> bool:
+    """Whether its last token is a stop that was decided."""
+    return bool(sequence.action_mask_L[-1]) and int(sequence.tokens_L[-1]) in stops
 
 
 def _blocks(rooms: Sequence[int], prompts: Sequence[int], most: int, context: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from retort.errors import UserError
+from retort.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,10 +36,10 @@ def check_repeats(lm: LanguageModel) -> None:
         UserError: They differ by more than rounding.
     """
     ids_L = (torch.arange(min(32, lm.context)) * 7 + 1) % lm.head().width
-    acted_L = torch.arange(len(ids_L)) > 0
+    sequence = TokenSequence(ids_L, torch.arange(len(ids_L)) > 0)
     with torch.random.fork_rng([lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
-        first_ND, *others = [lm.hidden([ids_L], [acted_L]).float() for _ in range(4)]
+        first_ND, *others = [lm.hidden([sequence]).float() for _ in range(4)]
     apart = max(float((one_ND - first_ND).norm(dim=1).max()) for one_ND in others)
     if not apart <= _ROUNDING * float(first_ND.norm(dim=1).max()):
         family = type(lm.model).__name__

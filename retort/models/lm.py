@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.stops import StopTokens, stop_tokens
 from retort.errors import UserError
@@ -19,6 +20,7 @@ from retort.models.held import Held
 from retort.models.load import Weights, blamed_on, read_model, read_tokenizer
 from retort.models.together import settle
 from retort.models.working import WorkingCopy
+from retort.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -200,21 +202,27 @@ class LanguageModel:
             pass  # looks
         return self.working.bytes()
 
-    def hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
-        """Hidden states [N, D] from which the acted tokens of these sequences were (or would be) decided, in order.
-
-        Args:
-            tokens: Ids of each sequence, [L].
-            acted: True where a token is a decision, [L]; never the first.
+    def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Hidden states [N, D] from which the decided tokens of these sequences were (or would be) decided, in order.
 
         Raises:
-            UserError: An id for which the model has no row.
+            UserError: An id for which the model has no row, or media, which it cannot read.
         """
-        self.check_ids(int(tokens_L.max()) for tokens_L in tokens if len(tokens_L))
+        self.check_readable(sequences)
         limit = self.together_up_to
-        if limit is not None and any(len(tokens_L) > limit for tokens_L in tokens):
-            return self.alone(tokens, acted)
-        return self.packed(tokens, acted) if self.packs else self.padded(tokens, acted)
+        if limit is not None and any(len(sequence) > limit for sequence in sequences):
+            return self.alone(sequences)
+        return self.packed(sequences) if self.packs else self.padded(sequences)
+
+    def check_readable(self, sequences: Iterable[TokenSequence], where: str = "a text") -> None:
+        """Raises `UserError` if one of these holds what the model cannot read; `where` says what they are."""
+        sequences = list(sequences)
+        if any(sequence.media for sequence in sequences):
+            raise UserError(
+                f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "
+                "leave that out of the data"
+            )
+        self.check_ids((int(sequence.tokens_L.max()) for sequence in sequences if len(sequence)), where)
 
     def check_ids(self, ids: Iterable[int], where: str = "a text") -> None:
         """Raises `UserError` if the model has no row for one of these ids; `where` says whose they are."""
@@ -227,62 +235,62 @@ class LanguageModel:
                     "that token"
                 )
 
-    def alone(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+    def alone(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, every sequence by itself and not longer than its last decision needs: the definition."""
         found: list[Tensor] = []
-        for tokens_L, acted_L in zip(tokens, acted, strict=True):
-            places = acted_L.nonzero()
-            end = int(places[-1]) if len(places) else 1
+        for sequence in sequences:
+            end = max(sequence.end - 1, 1)
             with self.compute():
-                ids_1L = tokens_L[None, :end].to(self.device)
+                ids_1L = sequence.tokens_L[None, :end].to(self.device)
                 hidden_LD = self.model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
-            found.append(hidden_LD[acted_L[1 : end + 1].to(self.device)])
+            found.append(hidden_LD[sequence.action_mask_L[1 : end + 1].to(self.device)])
         return torch.cat(found)
 
-    def padded(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+    def padded(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, in rows of equal length."""
         # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
-        ids_RL = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True).to(self.device)
-        acted_RL = torch.nn.utils.rnn.pad_sequence(list(acted), batch_first=True).to(self.device)
+        ids_RL = pad_sequence([own.tokens_L for own in sequences], batch_first=True).to(self.device)
+        mask_RL = pad_sequence([own.action_mask_L for own in sequences], batch_first=True).to(self.device)
         with self.compute():
             hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
-        return hidden_RLD[:, :-1][acted_RL[:, 1:]]
+        return hidden_RLD[:, :-1][mask_RL[:, 1:]]
 
-    def packed(self, tokens: Sequence[Tensor], acted: Sequence[Tensor]) -> Tensor:
+    def packed(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, end to end in one row."""
         from retort.models.packing import Row, packed  # loads transformers
 
-        row = Row.of(tokens, acted, share=self.shares, device=self.device)
+        row = Row.of(sequences, share=self.shares, device=self.device)
         with self.compute(), packed(row):
             hidden_1TD = self.model.base_model(
                 input_ids=row.tokens_T[None], position_ids=row.position_T[None], use_cache=False
             ).last_hidden_state
         return hidden_1TD[0].index_select(0, row.decided_N)
 
-    def batches(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], budget: int) -> list[list[int]]:
         """Indices of sequences, cut into batches for which at most `budget` tokens are computed (or one sequence)."""
         limit = self.together_up_to
-        if limit is not None and any(len(tokens_L) > limit for tokens_L in tokens):
-            short = [i for i, tokens_L in enumerate(tokens) if len(tokens_L) <= limit]
-            batches = self.batches([tokens[i] for i in short], [acted[i] for i in short], budget)
-            long = [[i] for i, tokens_L in enumerate(tokens) if len(tokens_L) > limit]
+        if limit is not None and any(len(sequence) > limit for sequence in sequences):
+            short = [i for i, sequence in enumerate(sequences) if len(sequence) <= limit]
+            batches = self.batches([sequences[i] for i in short], budget)
+            long = [[i] for i, sequence in enumerate(sequences) if len(sequence) > limit]
             return [[short[i] for i in batch] for batch in batches] + long
         if not self.packs:
-            return token_batches([len(tokens_L) for tokens_L in tokens], budget)
+            return token_batches([len(sequence) for sequence in sequences], budget)
         from retort.models.packing import row_batches  # loads transformers
 
-        return row_batches(tokens, acted, budget, share=self.shares)
+        return row_batches(sequences, budget, share=self.shares)
 
-    def all_hidden(self, tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int) -> Tensor:
+    def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
         parts: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for batch in self.batches(tokens, acted, budget):
-                hidden_ND = self.hidden([tokens[i] for i in batch], [acted[i] for i in batch])
-                parts.update(zip(batch, hidden_ND.split([int(acted[i].sum()) for i in batch]), strict=True))
+            for batch in self.batches(sequences, budget):
+                own = [sequences[i] for i in batch]
+                hidden_ND = self.hidden(own)
+                parts.update(zip(batch, hidden_ND.split([sequence.steps for sequence in own]), strict=True))
         # Outside, so that what is handed out is an ordinary tensor, which autograd may save.
         with torch.no_grad():
-            return torch.cat([parts[index] for index in range(len(tokens))])
+            return torch.cat([parts[index] for index in range(len(sequences))])
 
     def check_packing(self) -> None:
         """Sets by trying what may be computed together, see `retort.models.together`."""

@@ -6,9 +6,10 @@ asks for is only described (`PackedMask`), and attention runs once for every run
 batch, by the implementation that the name stands for. So neither time nor memory grows with the square of the pack,
 nothing is padded, and a family's own rules (sliding windows, chunks) are asked of the family's own mask.
 
-Sequences that begin with the same prompt share its place in the row: what a token is in every layer depends only on
-those before it, so all layers compute a prompt once, and attention alone sees every sequence written out in full (F is
-all of their tokens). That holds where attention is plainly causal; a window or a chunk counts places in the row.
+Sequences that begin with the same prompt (the same tokens and the same media) share its place in the row: what a token
+is in every layer depends only on those before it, so all layers compute a prompt once, and attention alone sees every
+sequence written out in full (F is all of their tokens). That holds where attention is plainly causal; a window or a
+chunk counts places in the row.
 
 A family that makes no masks through transformers, or whose layers carry a state along the row, would mix sequences.
 `LanguageModel` finds that out by trying (`packs`, `shares`), not by a list of names.
@@ -30,6 +31,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from retort.sequences import TokenSequence
 
 #: Implementations that are wrapped. The flash kernels know packs by themselves, from position ids that restart.
 WRAPPED = ("eager", "sdpa")
@@ -67,7 +70,7 @@ class Row:
     Attributes:
         tokens_T: Ids.
         position_T: Place of each token in its own sequence.
-        decided_N: Place in the row of the token before every acted one, sequences in the order they were given in.
+        decided_N: Place in the row of the token before every decided one, sequences in the order they were given in.
         parts: The sequences, as attention sees them.
         place_F: Place in the row of every token of every sequence; None where these are the row itself.
         first_T: Where in F a token of the row stands first; None with `place_F`.
@@ -81,26 +84,26 @@ class Row:
     first_T: Tensor | None = None
 
     @staticmethod
-    def of(tokens: Sequence[Tensor], acted: Sequence[Tensor], *, share: bool, device: torch.device) -> Row:
-        """Lays sequences of ids [L], of which those marked in `acted` [L] are decisions, into a row.
+    def of(sequences: Sequence[TokenSequence], *, share: bool, device: torch.device) -> Row:
+        """Lays sequences into a row.
 
         Shortest first, so that runs are long. Tokens behind a sequence's last decision decide nothing and are left out.
         """
-        places = [acted_L.nonzero().squeeze(1) for acted_L in acted]
+        places = [sequence.action_mask_L.nonzero().squeeze(1) for sequence in sequences]
         ends = [int(place_A[-1]) if len(place_A) else 1 for place_A in places]
-        order = sorted(range(len(tokens)), key=lambda i: (ends[i], i))
-        prompts: dict[bytes, int] = {}
+        order = sorted(range(len(sequences)), key=lambda i: (ends[i], i))
+        prompts: dict[object, int] = {}
         ids, position, place, first, starts = list[Tensor](), list[range](), list[range](), list[range](), {}
         wide = full = 0  # tokens of the row, and of all sequences, so far
         for i in order:
             end, starts[i] = ends[i], full
             fresh = 0  # the first token that is not in the row yet
             if share and len(places[i]):
-                prompt = int(places[i][0])
-                start = prompts.setdefault(tokens[i][:prompt].numpy().tobytes(), wide)
+                prompt = sequences[i].start
+                start = prompts.setdefault(sequences[i].prefix_key, wide)
                 fresh = prompt if start != wide else 0
                 place.append(range(start, start + fresh))
-            ids.append(tokens[i][fresh:end])
+            ids.append(sequences[i].tokens_L[fresh:end])
             position.append(range(fresh, end))
             place.append(range(wide, wide + end - fresh))
             first.append(range(full + fresh, full + end))
@@ -133,25 +136,25 @@ def _joined(ranges: Sequence[range]) -> Tensor:
     return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
 
 
-def row_batches(tokens: Sequence[Tensor], acted: Sequence[Tensor], budget: int, *, share: bool) -> list[list[int]]:
+def row_batches(sequences: Sequence[TokenSequence], budget: int, *, share: bool) -> list[list[int]]:
     """Indices of sequences, cut into rows of at most `budget` tokens (or one sequence).
 
     Shortest first, so that neighbours are alike; where prompts are shared, sequences with the same one are neighbours.
     """
-    lengths = [len(tokens_L) for tokens_L in tokens]
-    prompts: list[object] = list(range(len(tokens)))
-    shared = [0] * len(tokens)
+    lengths = [len(sequence) for sequence in sequences]
+    prompts: list[object] = list(range(len(sequences)))
+    shared = [0] * len(sequences)
     if share:
-        for i, (tokens_L, acted_L) in enumerate(zip(tokens, acted, strict=True)):
-            shared[i] = int(acted_L.int().argmax())
-            prompts[i] = tokens_L[: shared[i]].numpy().tobytes()
+        for i, sequence in enumerate(sequences):
+            if sequence.steps:
+                shared[i], prompts[i] = sequence.start, sequence.prefix_key
     longest: dict[object, int] = {}
     for prompt, length in zip(prompts, lengths, strict=True):
         longest[prompt] = max(length, longest.get(prompt, 0))
     names = {prompt: number for number, prompt in enumerate(longest)}
     batches: list[list[int]] = []
     filled, before = 0, None
-    for i in sorted(range(len(tokens)), key=lambda i: (longest[prompts[i]], names[prompts[i]], lengths[i], i)):
+    for i in sorted(range(len(sequences)), key=lambda i: (longest[prompts[i]], names[prompts[i]], lengths[i], i)):
         filled += lengths[i] - (shared[i] if prompts[i] == before else 0)
         if not batches or filled > budget:
             batches.append([])

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from retort.sequences import TokenSequence
+
 if TYPE_CHECKING:
     from retort.models.lm import LanguageModel
 
@@ -42,13 +44,13 @@ def settle(lm: LanguageModel) -> None:
     lm.together_up_to = lm.rereads_from = None
     lm.tried = []
     ids_T = (torch.arange(26) * 7 + 1) % lm.head().width
-    tokens = ids_T.split([3, 9, 9, 5])  # two that run as a batch, and neighbours that would leak into each other
-    acted = [torch.arange(len(tokens_L)) > 0 for tokens_L in tokens]
+    # Two that run as a batch, and neighbours that would leak into each other.
+    sequences = [_decided(tokens_L) for tokens_L in ids_T.split([3, 9, 9, 5])]
     with torch.no_grad():
-        alone_ND = lm.alone(tokens, acted).float()
-        if not _alike(lm, lambda: lm.padded(tokens, acted), alone_ND):
+        alone_ND = lm.alone(sequences).float()
+        if not _alike(lm, lambda: lm.padded(sequences), alone_ND):
             lm.together_up_to = 0
-        lm.packs = _alike(lm, lambda: lm.packed(tokens, acted), alone_ND)
+        lm.packs = _alike(lm, lambda: lm.packed(sequences), alone_ND)
         if lm.packs:
             lm.shares = _shares(lm, ids_T, [5, 4, 6, 2, 9])
         for length in dict.fromkeys(length for _, length in switches(lm.model.config.get_text_config())):
@@ -63,13 +65,11 @@ def _try_beyond(lm: LanguageModel, length: int) -> None:
     with contextlib.nullcontext(length) if affordable else lowered(lm, length, _LOWERED) as switch:
         sizes = [3, switch + 6, switch // 2, switch + 6]
         ids_T = (torch.arange(sum(sizes)) * 7 + 1) % lm.head().width
-        tokens = list(ids_T.split(sizes))
-        acted = [torch.arange(len(tokens_L)) > 0 for tokens_L in tokens]
-        alone_ND = lm.alone(tokens, acted).float()
-        padded = _alike(lm, lambda: lm.padded(tokens, acted), alone_ND)
-        packed = lm.packs and _alike(lm, lambda: lm.packed(tokens, acted), alone_ND)
-        half = tokens[1][: switch - 2]
-        begun_ND = lm.alone([half], [acted[1][: switch - 2]])
+        sequences = [_decided(tokens_L) for tokens_L in ids_T.split(sizes)]
+        alone_ND = lm.alone(sequences).float()
+        padded = _alike(lm, lambda: lm.padded(sequences), alone_ND)
+        packed = lm.packs and _alike(lm, lambda: lm.packed(sequences), alone_ND)
+        begun_ND = lm.alone([sequences[1].part(0, switch - 2)])
         same_start = _alike(lm, lambda: begun_ND, alone_ND[2 : 2 + len(begun_ND)])
         if not padded:
             lm.together_up_to = length if lm.together_up_to is None else min(lm.together_up_to, length)
@@ -86,14 +86,18 @@ def _try_beyond(lm: LanguageModel, length: int) -> None:
 def _shares(lm: LanguageModel, ids_T: Tensor, sizes: Sequence[int]) -> bool:
     """Whether answers of these sizes to one prompt, the first size, may share it in a row."""
     prompt, *answers = ids_T[: sum(sizes)].split(list(sizes))
-    tokens = [torch.cat([prompt, answer]) for answer in answers]
-    acted = [torch.arange(len(tokens_L)) >= len(prompt) for tokens_L in tokens]
-    alone_ND = lm.alone(tokens, acted).float()
+    sequences = [_decided(torch.cat([prompt, answer]), behind=len(prompt)) for answer in answers]
+    alone_ND = lm.alone(sequences).float()
     before, lm.shares = lm.shares, True
     try:
-        return _alike(lm, lambda: lm.packed(tokens, acted), alone_ND)
+        return _alike(lm, lambda: lm.packed(sequences), alone_ND)
     finally:
         lm.shares = before
+
+
+def _decided(tokens_L: Tensor, behind: int = 1) -> TokenSequence:
+    """A sequence that is all decided but for its first tokens."""
+    return TokenSequence(tokens_L, torch.arange(len(tokens_L)) >= behind)
 
 
 def _alike(lm: LanguageModel, compute: Callable[[], Tensor], alone_ND: Tensor) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from retort.align.chat import Renderer
 from retort.align.pair import Alignment
 from retort.align.stops import StopTokens
+from retort.errors import SignalError
 from retort.rollout.engines.hf import HFEngine
-from retort.rollout.single_turn import Task, acted, write
+from retort.rollout.single_turn import Task, write
+from retort.sequences import TokenSequence
 from retort.types import Rollout, Status
 
 
@@ -36,30 +36,41 @@ class TeacherWriter:
         self.student_stops = student_stops
 
     def write(self, tasks: Sequence[Task], *, max_new_tokens: int, temperature: float, top_p: float) -> list[Rollout]:
-        """Answers in order, as rollouts of the student's; `prompt_ids` of a task are the student's, as always.
+        """Answers in order, as rollouts of the student's; the context of a task is the student's, as always.
 
         They carry no log-probs of an engine: those would be the teacher's.
         """
-        own = [replace(task, prompt_ids=self.render(task.prompt)) for task in tasks]
+        own = [replace(task, context=TokenSequence.of(self.render(task.prompt))) for task in tasks]
         written = write(
             self.engine, own, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, source="teacher"
         )
-        return [self._read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
+        return [self.as_read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
 
-    def _read(self, task: Task, rollout: Rollout) -> Rollout:
-        ids, status = self.translated(rollout.action_ids, rollout.status)
-        return replace(
-            rollout,
-            tokens_L=torch.tensor([*task.prompt_ids, *ids]),
-            acted_L=acted(len(task.prompt_ids), len(ids)),
-            engine_logp_A=None,
-            status=status,
-        )
+    def as_read(self, task: Task, rollout: Rollout) -> Rollout:
+        """What the teacher wrote, turn by turn, as the student reads it behind its own prompt.
+
+        Where a turn ends earlier for the student, so does the rollout: no reply was made to that.
+        """
+        pieces = rollout.sequence.continuation.pieces()
+        sequence, status = task.context, rollout.status
+        for number, piece in enumerate(pieces):
+            ids: list[int] = piece.tokens_L.tolist()
+            if not piece.steps:
+                sequence = sequence.then(self._ours(ids), media=piece.media)
+                continue
+            last = number == len(pieces) - 1
+            read, ended = self.translated(ids, rollout.status if last else Status.COMPLETED)
+            sequence = sequence.then(read, decided=True)
+            if last or len(read) < len(ids):
+                status = ended
+                break
+        turn_A = None if rollout.turn_A is None else rollout.turn_A[: sequence.steps]
+        return replace(rollout, sequence=sequence, turn_A=turn_A, engine_logp_A=None, status=status)
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
-        """An answer of the teacher's as the student would have written it."""
+        """A turn of the teacher's as the student would have written it."""
         swap = self.alignment.stops.swap
-        read = [swap.get(token, token) for token in self.alignment.ours(ids)]
+        read = [swap.get(token, token) for token in self._ours(ids)]
         stops = self.student_stops
         if status == Status.COMPLETED and read[-1] not in stops.ids:
             read[-1] = stops.primary  # one of the teacher's further stops
@@ -67,3 +78,9 @@ class TeacherWriter:
             if token in stops.ids:
                 return read[: place + 1], Status.COMPLETED
         return read, status
+
+    def _ours(self, ids: Sequence[int]) -> list[int]:
+        found = self.alignment.ours(ids)
+        if -1 in found:
+            raise SignalError(f"the student has no id for the token with the teacher's id {ids[found.index(-1)]}")
+        return found

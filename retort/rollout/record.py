@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from retort.align.text import decode
-from retort.types import Pack
+from retort.types import Pack, Rollout
 
 
 def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
@@ -20,6 +20,9 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         index: Its place in R.
         columns: Values by name, by place in N.
         tokenizer: Of whoever wrote it.
+
+    Returns:
+        JSON values. `between` is there only where something stands between the decisions: what an environment said.
     """
     rollout, places_N = pack.rollouts[index], pack.steps_of([index])
     return {
@@ -33,8 +36,20 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "reward": rollout.reward,
         "ids": rollout.action_ids,
         "tokens": [decode(tokenizer, [token]) for token in rollout.action_ids],
+        **({"between": between} if (between := _between(rollout, tokenizer)) else {}),
         "columns": {name: [_short(x) for x in values_N[places_N].tolist()] for name, values_N in columns.items()},
     }
+
+
+def _between(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
+    """What was read, and not decided, behind the first decision: before which step it stands, its ids and text."""
+    found, step = list[dict[str, Any]](), 0
+    for piece in rollout.sequence.continuation.pieces():
+        if not piece.steps:
+            ids: list[int] = piece.tokens_L.tolist()
+            found.append({"before": step, "ids": ids, "text": decode(tokenizer, ids)})
+        step += piece.steps
+    return found
 
 
 def _short(value: float) -> float | None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from retort.align.text import completion_text
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.types import Prompt, Rollout
 
 
@@ -20,14 +20,14 @@ class Task:
 
     Attributes:
         prompt: To what.
-        prompt_ids: As the writer sees it.
+        context: What the writer reads before it.
         member: Which of the samples of its prompt.
         uniforms: See `Request`.
         visit: See `Rollout`.
     """
 
     prompt: Prompt
-    prompt_ids: list[int]
+    context: TokenSequence
     member: int
     uniforms: Tensor
     visit: int = 0
@@ -45,7 +45,7 @@ def write(
 ) -> list[Rollout]:
     """Has the engine answer all tasks, in order."""
     written = engine.write(
-        [Request(task.prompt_ids, task.uniforms) for task in tasks],
+        [Request(task.context, task.uniforms) for task in tasks],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -53,20 +53,14 @@ def write(
     return [
         Rollout(
             prompt=task.prompt,
-            tokens_L=torch.tensor([*task.prompt_ids, *answer.ids]),
-            acted_L=acted(len(task.prompt_ids), len(answer.ids)),
+            sequence=task.context.then(answer.ids, decided=True),
             engine_logp_A=answer.logp_A,
             policy_version=version,
             member=task.member,
             visit=task.visit,
             status=answer.status,
             source=source,
-            text=completion_text(engine.lm.tokenizer, answer.ids, prompt_ids=task.prompt_ids),
+            text=completion_text(engine.lm.tokenizer, answer.ids, prompt_ids=task.context.tokens_L.tolist()),
         )
         for task, answer in zip(tasks, written, strict=True)
     ]
-
-
-def acted(prompt: int, answer: int) -> Tensor:
-    """The mask of a prompt followed by an answer, bool."""
-    return torch.arange(prompt + answer) >= prompt

@@ -170,7 +170,7 @@ class LocalTeacher:
         """What the teacher reads before each rollout of a pack: as long as the stage and its context allow."""
         found, cut, shows = list[list[int] | None](), 0, dict[str, int]()
         for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
-            longest = min(self.stage.longest or 2**31, self.lm.context - rollout.steps)
+            longest = min(self.stage.longest or 2**31, self.lm.context - len(rollout.sequence.continuation))
             scene = Scene(rollout, group, self.stage, shown=set())
             prompt = view.prompt(scene)
             # A view shows what models wrote: what it spells must not end a run.
@@ -189,27 +189,29 @@ class LocalTeacher:
 
     def _hidden(self, pack: Pack, prompts: Prompts) -> Tensor:
         """Hidden states at every step, [N, D]; zeros where there is no context."""
-        pairs = [
+        sequences = [
             self._sequence(rollout, ids)
             for rollout, ids in zip(pack.rollouts, prompts.ids, strict=True)
             if ids is not None
         ]
         valid_N = prompts.valid_N(pack)
-        if not pairs:
+        if not sequences:
             weight_VD = self.lm.head().weight_VD
             return weight_VD.new_zeros(pack.steps, weight_VD.shape[1])
-        tokens, acted = zip(*pairs, strict=True)
-        hidden_ND = self.lm.all_hidden(tokens, acted, self.batch_tokens)
+        hidden_ND = self.lm.all_hidden(sequences, self.batch_tokens)
         if valid_N is None:
             return hidden_ND
         index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)
         return hidden_ND.new_zeros(pack.steps, hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
 
-    def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> tuple[Tensor, Tensor]:
-        """What the teacher reads: its own rendering of the prompt, then the very tokens that the student wrote."""
-        written = TokenSequence(rollout.tokens_L, rollout.acted_L)
-        read = self.alignment.read(written).with_prefix(TokenSequence.of(prompt_ids))
-        return read.tokens_L, read.action_mask_L
+    def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> TokenSequence:
+        """What the teacher reads: its own rendering of the prompt, then the very tokens that followed the student's.
+
+        What an environment said in between is as the student read it; in what the student decided, stops are mapped.
+        All of it is in the teacher's ids.
+        """
+        self.lm.check_readable([rollout.sequence], f"the rollout of prompt '{rollout.prompt.id}'")
+        return self.alignment.read(rollout.sequence).with_prefix(TokenSequence.of(prompt_ids))
 
     def _logits(self, head: Head, hidden_CD: Tensor, temperature: float) -> Tensor:
         with torch.no_grad(), self.lm.compute():

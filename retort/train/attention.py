@@ -15,6 +15,7 @@ import torch
 
 from retort.models.lm import LanguageModel, use_attention
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 
 #: Share of the time of the one preferred so far that another one must stay under.
 _QUICKER = 0.9
@@ -67,11 +68,11 @@ def _trial(lm: LanguageModel, length: int, count: int) -> None:
     length = max(2, min(length, lm.context, _TOKENS))
     count = max(1, min(count, _TOKENS // length))
     ids_L = (torch.arange(length) * 7 + 1) % lm.head().width
-    lm.hidden([ids_L] * count, [torch.arange(length) > 0] * count).float().square().mean().backward()
+    lm.hidden([TokenSequence(ids_L, torch.arange(length) > 0)] * count).float().square().mean().backward()
     lm.model.zero_grad(set_to_none=True)
     written = min(_WRITTEN, length - 1)
     half_A = torch.full((written,), 0.5, dtype=torch.float64)
-    requests = [Request(ids_L.roll(row)[: length - written].tolist(), half_A) for row in range(count)]
+    requests = [Request(TokenSequence.of(ids_L.roll(row)[: length - written].tolist()), half_A) for row in range(count)]
     engine = HFEngine(lm, vocab=lm.head().width, max_parallel=count)
     engine.write(requests, max_new_tokens=written, temperature=1.0, top_p=1.0)
     if lm.device.type == "cuda":

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
@@ -16,7 +15,7 @@ from retort.align.text import control_tokens, decode
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
-from retort.rollout.single_turn import acted
+from retort.sequences import TokenSequence
 from retort.signals import Dense, Sampled
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.findings import Check
@@ -345,7 +344,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
-            rollouts.append(Rollout(prompt, torch.tensor([*prompt_ids, *ids]), acted(len(prompt_ids), len(ids))))
+            rollouts.append(Rollout(prompt, TokenSequence.of(prompt_ids).then(ids, decided=True)))
     what = "answers" if answered else "prompts"
     return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
 
@@ -361,9 +360,7 @@ def _answer_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> list
 def _scored(setup: Setup, pack: Pack) -> Tensor:
     """The teacher's log-probs of what it reads, [N], nats."""
     lm = _teacher(setup)
-    tokens = [rollout.tokens_L for rollout in pack.rollouts]
-    masks = [rollout.acted_L for rollout in pack.rollouts]
-    hidden_ND = lm.all_hidden(tokens, masks, setup.config.optimizer.batch_tokens)
+    hidden_ND = lm.all_hidden([rollout.sequence for rollout in pack.rollouts], setup.config.optimizer.batch_tokens)
 
     def logits(rows: Tensor | slice) -> Tensor:
         with lm.compute():

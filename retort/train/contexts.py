@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.verify import GivesFeedback, Verifier
+from retort.sequences import TokenSequence
 from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import templates
@@ -155,10 +154,8 @@ def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Rollout:
-    tokens_L = torch.zeros(2, dtype=torch.long)
+    sequence = TokenSequence.of([0]).then([0], decided=True)
     # In words that every task knows: its own answer.
     text = prompt.response or prompt.answer or prompt.text
     said = text if feedback and reward == _WORST else ""
-    return Rollout(
-        prompt, tokens_L, torch.tensor([False, True]), member=member, text=text, reward=reward, feedback=said
-    )
+    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=said)

@@ -11,6 +11,7 @@ from torch import Tensor
 from retort.controllers import Controller, Probe, Seen, State
 from retort.errors import UserError
 from retort.rollout.single_turn import Task, write
+from retort.sequences import TokenSequence
 from retort.streams import generator, uniforms
 from retort.teachers.local import answers
 from retort.train.moment import Moment
@@ -129,5 +130,5 @@ def _written(setup: Setup, probe: Probe, longest: int) -> list[Rollout]:
     plan, tasks = setup.method.rollout, list[Task]()
     for prompt in setup.probe[: probe.prompts]:
         chance = uniforms(setup.config.seed, "probe", prompt.id, count=longest)
-        tasks.append(Task(prompt, setup.render(prompt), 0, chance))
+        tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), 0, chance))
     return write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)

@@ -9,6 +9,7 @@ from retort.errors import UserError
 from retort.rewards.verify import grade_all
 from retort.rollout.plan import EasyToHard
 from retort.rollout.single_turn import Task, write
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.train.metrics import JsonLines
 from retort.train.setup import Setup
@@ -60,7 +61,7 @@ def _pass_rates(setup: Setup, order: EasyToHard, start: int) -> dict[str, float]
     for prompt in block:
         for member in range(order.samples):
             chance = uniforms(setup.config.seed, "difficulty", prompt.id, member, count=longest)
-            tasks.append(Task(prompt, setup.render(prompt), member, chance))
+            tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), member, chance))
     written = write(setup.engine, tasks, max_new_tokens=longest, temperature=plan.temperature, top_p=plan.top_p)
     rewards = grade_all(setup.verifier, [task.prompt for task in tasks], [rollout.text for rollout in written])
     size = order.samples

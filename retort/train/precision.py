@@ -75,30 +75,30 @@ def measured(
     pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
     same = SameIds(pair.vocab)
     written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
-    asked = [Request(ids, uniforms(seed, "precision", n, count=written)) for n, ids in enumerate(prompts[:_ANSWERS])]
+    asked = [
+        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
+        for n, ids in enumerate(prompts[:_ANSWERS])
+    ]
     engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
     answers = engine.write(asked, max_new_tokens=written, temperature=1.0, top_p=1.0)
-    tokens = [torch.tensor([*request.prompt_ids, *a.ids]) for request, a in zip(asked, answers, strict=True)]
-    acted = [torch.arange(len(t)) >= len(request.prompt_ids) for t, request in zip(tokens, asked, strict=True)]
-    token_N1 = torch.cat([tokens_L[acted_L] for tokens_L, acted_L in zip(tokens, acted, strict=True)])[:, None]
-    token_N1 = token_N1.to(student.device)
-    rounded_N1 = _logp(student, tokens, acted, same).gather(1, token_N1)
+    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
+    token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
+    rounded_N1 = _logp(student, sequences, same).gather(1, token_N1)
     before: Precision = student.precision
     student.precision = "fp32"
     try:
-        exact_NV = _logp(student, tokens, acted, same)
+        exact_NV = _logp(student, sequences, same)
     finally:
         student.precision = before
     noise = float((rounded_N1 - exact_NV.gather(1, token_N1)).abs().mean())
     if teacher is None:
         return noise, None
-    gap_NV = exact_NV - _logp(teacher, tokens, acted, pair)
+    gap_NV = exact_NV - _logp(teacher, sequences, pair)
     return noise, float((exact_NV.exp() * gap_NV).sum(-1).mean())
 
 
-def _logp(lm: LanguageModel, tokens: list[Tensor], acted: list[Tensor], alignment: Alignment) -> Tensor:
+def _logp(lm: LanguageModel, sequences: list[TokenSequence], alignment: Alignment) -> Tensor:
     """Of every id of the student's at every token written, [N, V], fp32."""
-    read = [alignment.read(TokenSequence(*pair)) for pair in zip(tokens, acted, strict=True)]
-    hidden_ND = lm.all_hidden([own.tokens_L for own in read], acted, sum(map(len, tokens)))
+    hidden_ND = lm.all_hidden([alignment.read(own) for own in sequences], sum(map(len, sequences)))
     with lm.compute():
         return alignment.logits(lm.head().logits(hidden_ND, alignment.width), 1.0).float().log_softmax(-1)

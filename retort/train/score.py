@@ -118,9 +118,7 @@ def fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: 
 
 def hidden_of(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> Tensor:
     """The student's hidden states at the steps of some rollouts."""
-    return setup.student.hidden(
-        [pack.rollouts[i].tokens_L for i in rollouts], [pack.rollouts[i].acted_L for i in rollouts]
-    )
+    return setup.student.hidden([pack.rollouts[i].sequence for i in rollouts])
 
 
 def core_of(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Context], dict[str, Tensor]]) -> Core:
@@ -143,6 +141,5 @@ def core_of(setup: Setup, batch: Batch, index_N: Tensor, values: Callable[[Conte
 
 def micro_batches(setup: Setup, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
     """Rollouts, cut into what fits one forward pass."""
-    tokens, acted = zip(*((pack.rollouts[i].tokens_L, pack.rollouts[i].acted_L) for i in rollouts), strict=True)
-    batches = setup.student.batches(tokens, acted, setup.config.optimizer.batch_tokens)
+    batches = setup.student.batches([pack.rollouts[i].sequence for i in rollouts], setup.config.optimizer.batch_tokens)
     return [[rollouts[i] for i in batch] for batch in batches]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from retort.align.text import completion_text
+from retort.errors import UserError
 from retort.rewards.verify import parts_of
 from retort.rollout.plan import RolloutPlan
-from retort.rollout.single_turn import acted
+from retort.sequences import TokenSequence
 from retort.train.metrics import JsonLines
 from retort.train.setup import Setup
 from retort.types import Prompt, Rollout, Status
@@ -45,7 +46,9 @@ class Shelf:
     def keep(self, rollouts: Sequence[Rollout], plan: RolloutPlan, step: int) -> None:
         """Puts answers of the teacher's on the shelf; `step` is the number, from 1, of the batch that needed them."""
         for rollout in rollouts:
+            _check_media(rollout)
             self.answers[key(plan, rollout.prompt, rollout.member)] = rollout
+            written = rollout.sequence.continuation
             self.file.append(
                 {
                     "step": step,
@@ -56,12 +59,16 @@ class Shelf:
                     "status": str(rollout.status),
                     "reward": rollout.reward,
                     "text": rollout.text,
-                    "ids": rollout.action_ids,
+                    "ids": written.tokens_L.tolist(),
+                    **({} if written.steps == len(written) else {"mask": written.action_mask_L.int().tolist()}),
+                    **({} if rollout.turn_A is None else {"turns": rollout.turn_A.tolist()}),
                 }
             )
 
     def remember(self, visits: Sequence[tuple[Rollout, ...]], capacity: int) -> None:
         """Puts visits of the student's on the shelf; the oldest make room."""
+        for rollout in (rollout for visit in visits for rollout in visit):
+            _check_media(rollout)
         self.visits.extend(visits)
         while len(self.visits) > capacity:
             self.visits.popleft()
@@ -73,11 +80,11 @@ class Shelf:
         prompts = {prompt.id: prompt for prompt in setup.train}
         for row in self.file.rows():
             prompt = prompts[row["prompt_id"]]
-            before, ids = setup.render(prompt), row["ids"]
+            mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
             self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
-                tokens_L=torch.tensor([*before, *ids]),
-                acted_L=acted(len(before), len(ids)),
+                sequence=_behind(setup.render(prompt), torch.tensor(row["ids"]), mask_L),
+                turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
                 member=row["member"],
                 status=Status(row["status"]),
                 source="teacher",
@@ -93,16 +100,20 @@ class Shelf:
             return {}
         places = {prompt.id: place for place, prompt in enumerate(setup.train)}
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
+        written = [r.sequence.continuation for r in rollouts]
         found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
-            "ids": torch.tensor([token for r in rollouts for token in r.action_ids]),
+            "lengths": torch.tensor([len(own) for own in written]),
+            "ids": torch.cat([own.tokens_L for own in written]),
+            "mask": torch.cat([own.action_mask_L for own in written]),
+            "turns": torch.cat([_turns(r) for r in rollouts]),
             "logp": torch.cat(logps),
             "prompts": torch.tensor([places[r.prompt.id] for r in rollouts]),
             "members": torch.tensor([r.member for r in rollouts]),
             "visits": torch.tensor([r.visit for r in rollouts]),
             "versions": torch.tensor([r.policy_version for r in rollouts]),
-            "completed": torch.tensor([r.status == Status.COMPLETED for r in rollouts]),
+            "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
             "rewards": torch.tensor([math.nan if r.reward is None else r.reward for r in rollouts]).double(),
         }
         return {_PREFIX + name: value for name, value in found.items()}
@@ -113,23 +124,24 @@ class Shelf:
         tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
         if not tensors:
             return
-        lists = {name: values.tolist() for name, values in tensors.items() if name != "logp"}
-        pieces = zip(tensors["ids"].split(lists["steps"]), tensors["logp"].split(lists["steps"]), strict=True)
+        flat = {"ids": "lengths", "mask": "lengths", "logp": "steps", "turns": "steps"}
+        lists = {name: values.tolist() for name, values in tensors.items() if name not in flat}
+        pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
         rollouts: list[Rollout] = []
-        for index, (ids_A, logp_A) in enumerate(pieces):
+        for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
             prompt, reward = setup.train[lists["prompts"][index]], lists["rewards"][index]
-            before, ids = setup.render(prompt), ids_A.tolist()
-            text = completion_text(setup.student.tokenizer, ids, prompt_ids=before)
+            before = setup.render(prompt)
+            text = completion_text(setup.student.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
             rollouts.append(
                 Rollout(
                     prompt=prompt,
-                    tokens_L=torch.tensor([*before, *ids]),
-                    acted_L=acted(len(before), len(ids)),
+                    sequence=_behind(before, ids_L, mask_L),
+                    turn_A=None if bool((turn_A < 0).any()) else turn_A.clone(),
                     engine_logp_A=logp_A.clone(),
                     policy_version=lists["versions"][index],
                     member=lists["members"][index],
                     visit=lists["visits"][index],
-                    status=Status.COMPLETED if lists["completed"][index] else Status.TRUNCATED,
+                    status=list(Status)[lists["statuses"][index]],
                     text=text,
                     reward=None if math.isnan(reward) else reward,
                     reward_parts=parts_of(setup.verifier, prompt, text),
@@ -137,3 +149,22 @@ class Shelf:
             )
         rest = iter(rollouts)
         self.visits.extend(tuple(next(rest) for _ in range(size)) for size in lists["sizes"])
+
+
+def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSequence:
+    """What was written, and read in between, after a prompt rendered again."""
+    before = TokenSequence.of(prompt_ids)
+    return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
+
+
+def _turns(rollout: Rollout) -> Tensor:
+    """Turn of each decided token; -1 where there is but one."""
+    return torch.full((rollout.steps,), -1) if rollout.turn_A is None else rollout.turn_A
+
+
+def _check_media(rollout: Rollout) -> None:
+    if rollout.sequence.continuation.media:
+        raise UserError(
+            f"prompt '{rollout.prompt.id}': an image, a sound or a video was shown between the turns of its rollout; "
+            "such rollouts cannot be kept for later (leave out replay, or the teacher's kept answers)"
+        )

@@ -97,9 +97,7 @@ def run_trial(setup: Setup) -> Trial:
         return found if view is None else {**found, "reverse_kl": kl.value(context, view)}
 
     student = setup.student
-    hidden_ND = student.all_hidden(
-        [r.tokens_L for r in pack.rollouts], [r.acted_L for r in pack.rollouts], config.optimizer.batch_tokens
-    )
+    hidden_ND = student.all_hidden([r.sequence for r in pack.rollouts], config.optimizer.batch_tokens)
     steps = Steps(pack.tokens_N.to(student.device), {}, position_N=pack.position_N.to(student.device))
     with student.compute():
         values = per_token(Core(every, steps, signals, student.head(), setup.vocab, temperature), hidden_ND)

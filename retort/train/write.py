@@ -12,8 +12,9 @@ from retort.align.text import completion_text
 from retort.errors import RunError, UserError
 from retort.rewards.verify import GivesFeedback, grade_known, parts_of
 from retort.rollout.plan import EasyToHard, RolloutPlan
-from retort.rollout.single_turn import Task, acted, write
+from retort.rollout.single_turn import Task, write
 from retort.schedules import Reading
+from retort.sequences import TokenSequence
 from retort.streams import generator, permutation, uniforms
 from retort.train.moment import Moment
 from retort.train.setup import Setup
@@ -152,10 +153,10 @@ def _share(setup: Setup, shelf: Shelf, moment: Moment, chosen: Sequence[Visit]) 
 def _by_student(setup: Setup, shelf: Shelf, chosen: Sequence[Visit], longest: int, version: int) -> list[Rollout]:
     plan, tasks = setup.method.rollout, list[Task]()
     for visit in chosen:
-        prompt_ids = setup.render(visit.prompt)
+        context = TokenSequence.of(setup.render(visit.prompt))
         for member in range(plan.samples):
             chance = uniforms(setup.config.seed, "rollouts", visit.epoch, visit.prompt.id, member, count=longest)
-            tasks.append(Task(visit.prompt, prompt_ids, member, chance, visit.epoch))
+            tasks.append(Task(visit.prompt, context, member, chance, visit.epoch))
     written = write(
         setup.engine,
         tasks,
@@ -212,7 +213,7 @@ def _written_by_teacher(setup: Setup, wanted: Sequence[tuple[Visit, int]], longe
         for visit, member in (wanted[index] for index in open_):
             epoch = "kept" if plan.keep else visit.epoch
             chance = uniforms(setup.config.seed, "teacher", epoch, visit.prompt.id, member, attempt, count=room)
-            tasks.append(Task(visit.prompt, setup.render(visit.prompt), member, chance, visit.epoch))
+            tasks.append(Task(visit.prompt, TokenSequence.of(setup.render(visit.prompt)), member, chance, visit.epoch))
         assert setup.teacher_writer is not None  # a plan with the teacher's answers asks for a teacher
         written = setup.teacher_writer.write(tasks, max_new_tokens=room, temperature=plan.temperature, top_p=plan.top_p)
         found.update(zip(open_, written, strict=True))
@@ -244,16 +245,8 @@ def _cut(setup: Setup, rollout: Rollout, longest: int) -> Rollout:
     """A rollout within the horizon."""
     if rollout.steps <= longest:
         return rollout
-    before, ids = len(rollout.prompt_ids), rollout.action_ids[:longest]
-    logp_A = rollout.engine_logp_A
-    return replace(
-        rollout,
-        tokens_L=rollout.tokens_L[: before + longest],
-        acted_L=rollout.acted_L[: before + longest],
-        engine_logp_A=None if logp_A is None else logp_A[:longest],
-        status=Status.TRUNCATED,
-        text=completion_text(setup.student.tokenizer, ids, prompt_ids=rollout.prompt_ids),
-    )
+    before, ids = rollout.sequence.prefix.tokens_L.tolist(), rollout.action_ids[:longest]
+    return rollout.cut(longest, completion_text(setup.student.tokenizer, ids, prompt_ids=before))
 
 
 def given_rollout(setup: Setup, prompt: Prompt, epoch: int, longest: int) -> Rollout:
@@ -276,8 +269,7 @@ def given_rollout(setup: Setup, prompt: Prompt, epoch: int, longest: int) -> Rol
     status = Status.COMPLETED if len(ids) <= longest else Status.TRUNCATED
     return Rollout(
         prompt=prompt,
-        tokens_L=torch.tensor([*prompt_ids, *ids[:longest]]),
-        acted_L=acted(len(prompt_ids), len(ids[:longest])),
+        sequence=TokenSequence.of(prompt_ids).then(ids[:longest], decided=True),
         status=status,
         visit=epoch,
         source="dataset",

@@ -111,12 +111,12 @@ def test_the_table_of_trust_has_the_first_interval_and_the_range_of_all(tmp_path
 
 def test_a_shared_prompt_is_counted_once() -> None:
     prefix = importlib.import_module("shared_prefix")
-    tokens, acted = prefix.grouped([[1, 2, 3, 4], [5, 6]], [[[7, 8], [9, 9, 9]], [[7], [8, 8]]])
-    assert [row.tolist() for row in tokens][1] == [1, 2, 3, 4, 9, 9, 9]
-    assert [int(row.sum()) for row in acted] == [2, 3, 1, 2]
+    sequences = prefix.grouped([[1, 2, 3, 4], [5, 6]], [[[7, 8], [9, 9, 9]], [[7], [8, 8]]])
+    assert sequences[1].tokens_L.tolist() == [1, 2, 3, 4, 9, 9, 9]
+    assert [sequence.steps for sequence in sequences] == [2, 3, 1, 2]
     # What stands behind the last decision is not computed: the last token of each.
-    assert prefix.computed(tokens, acted, share=False) == (4 + 1) + (4 + 2) + 2 + (2 + 1)
-    assert prefix.computed(tokens, acted, share=True) == 4 + 1 + 2 + 2 + 0 + 1
+    assert prefix.computed(sequences, share=False) == (4 + 1) + (4 + 2) + 2 + (2 + 1)
+    assert prefix.computed(sequences, share=True) == 4 + 1 + 2 + 2 + 0 + 1
 
 
 def test_results_that_ship_are_of_the_conditions_that_are_there() -> None:

@@ -313,8 +313,7 @@ def test_packs_and_micro_batches_give_what_padding_gives(
     assert largest > 0
     cuts = set[int]()
     for batch_tokens in (10**6, 20, 1):
-        sequences = [r.tokens_L for r in pack.rollouts], [r.acted_L for r in pack.rollouts]
-        cuts.add(len(setup.student.batches(*sequences, batch_tokens)))
+        cuts.add(len(setup.student.batches([r.sequence for r in pack.rollouts], batch_tokens)))
         # The second update is against what the score pass stored, by a student that has not moved.
         for step in pipeline.as_run(setup, pack, batch_tokens):
             assert step.loss == pytest.approx(plain.loss, rel=1e-5)

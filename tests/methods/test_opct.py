@@ -10,6 +10,7 @@ from toy import Toy
 from retort import registry
 from retort.divergences import kl_values
 from retort.errors import UserError
+from retort.sequences import TokenSequence
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.moving import frozen
 from retort.teachers.scene import Scene
@@ -83,13 +84,13 @@ def test_the_student_answers_the_prompt_and_the_teacher_sees_the_clean_one_never
     assert (view.model, view.weights) == ("student", frozen())
     for before, after in ((asked, cleaned), (cleaned, asked)):
         prompt = Prompt("a", before, clean=after)
-        rollout = Rollout(prompt, torch.tensor([1, 2]), torch.tensor([False, True]))
+        rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
         seen = view.prompt(Scene(rollout, (rollout,)))
         assert seen is not None
         assert seen.messages == after
         assert rollout.prompt.messages == before
     alone = Prompt("b", asked)
-    rollout = Rollout(alone, torch.tensor([1, 2]), torch.tensor([False, True]))
+    rollout = Rollout(alone, TokenSequence.of([1]).then([2], decided=True))
     assert view.prompt(Scene(rollout, (rollout,))) is None
 
 
@@ -126,5 +127,5 @@ def test_in_a_run_the_student_answers_the_prompt_of_the_data_and_the_teacher_rea
     assert any(rollout.prompt.clean != rollout.prompt.messages for rollout in pack.rollouts)
     for rollout, ids in zip(pack.rollouts, read, strict=True):
         assert rollout.prompt.clean is not None
-        assert rollout.prompt_ids == setup.render(rollout.prompt)
+        assert rollout.sequence.prefix.tokens_L.tolist() == setup.render(rollout.prompt)
         assert ids == setup.render(Prompt("x", rollout.prompt.clean))

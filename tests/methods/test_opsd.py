@@ -7,6 +7,7 @@ from toy import Toy
 from retort import registry
 from retort.divergences import kl_values
 from retort.errors import UserError
+from retort.sequences import TokenSequence
 from retort.teachers.moving import ema, frozen, live
 from retort.teachers.scene import Scene
 from retort.types import Message, Prompt, Rollout
@@ -85,7 +86,7 @@ def test_an_outside_teacher_is_shown_the_same_and_never_moves(name: str) -> None
 
 
 def _scene(prompt: Prompt) -> Scene:
-    rollout = Rollout(prompt, torch.tensor([1, 2]), torch.tensor([False, True]))
+    rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
     return Scene(rollout, (rollout,))
 
 

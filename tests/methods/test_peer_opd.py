@@ -11,6 +11,7 @@ from toy import Toy
 from retort.errors import UserError
 from retort.method import Method
 from retort.registry import load
+from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.teachers.moving import ema, frozen
 from retort.teachers.scene import Scene, Stage
@@ -20,10 +21,10 @@ PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What?")))
 
 
 def group(rewards: list[float], texts: list[str] | None = None, feedback: str = "") -> tuple[Rollout, ...]:
-    tokens, acted = torch.tensor([1, 2]), torch.tensor([False, True])
+    sequence = TokenSequence.of([1]).then([2], decided=True)
     texts = texts or [f"attempt-{index}-" for index in range(len(rewards))]
     return tuple(
-        Rollout(PROMPT, tokens, acted, member=index, text=text, reward=reward, feedback=feedback)
+        Rollout(PROMPT, sequence, member=index, text=text, reward=reward, feedback=feedback)
         for index, (reward, text) in enumerate(zip(rewards, texts, strict=True))
     )
 

@@ -7,6 +7,7 @@ from toy import Toy
 from retort import registry
 from retort.divergences import kl_values
 from retort.errors import UserError
+from retort.sequences import TokenSequence
 from retort.teachers.moving import ema
 from retort.teachers.scene import Scene
 from retort.types import Message, Prompt, Rollout
@@ -46,7 +47,7 @@ def test_only_the_teacher_sees_the_demonstration() -> None:
     assert view.weights == ema(0.01)
     assert method.rollout.sources == {"student"}
     prompt = Prompt("a", (Message("user", "Greet me."),), response="Good morning to you.")
-    rollout = Rollout(prompt, torch.tensor([1, 2]), torch.tensor([False, True]))
+    rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
     seen = view.prompt(Scene(rollout, (rollout,)))
     assert seen is not None
     assert "Good morning to you." in seen.messages[-1].content

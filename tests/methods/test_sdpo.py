@@ -16,6 +16,7 @@ from retort.method import Method, Term
 from retort.outcomes import group_advantage
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
+from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.teachers.moving import ema, frozen, live, trust_region
 from retort.teachers.scene import Scene
@@ -45,10 +46,10 @@ def test_an_empty_target_batch_is_0_and_not_nan() -> None:
 
 def shown(method: Method, rewards: list[float], own: int, feedback: str = "") -> str | None:
     prompt = Prompt("p", (Message("system", "Be brief."), Message("user", "What?")))
-    tokens, acted = torch.tensor([1, 2]), torch.tensor([False, True])
+    sequence = TokenSequence.of([1]).then([2], decided=True)
     words = [f"<think>hm</think> attempt {index}" for index in range(len(rewards))]
     group = tuple(
-        Rollout(prompt, tokens, acted, member=index, text=words[index], reward=reward, feedback=feedback)
+        Rollout(prompt, sequence, member=index, text=words[index], reward=reward, feedback=feedback)
         for index, reward in enumerate(rewards)
     )
     found = method.views["teacher"].prompt(Scene(group[own], group))

@@ -17,6 +17,7 @@ from retort.models.adapter import add_adapter
 from retort.models.core import Core, Steps, loss_pass
 from retort.models.lm import LanguageModel, load_model
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.streams import uniforms
 
@@ -46,13 +47,17 @@ def adapted(folder: Path, targets: tuple[str, ...] = ON_HEAD, *, precision: str 
     return lm
 
 
-def sequences() -> tuple[list[Tensor], list[Tensor]]:
+def sequences() -> list[TokenSequence]:
     """Three answers to one prompt and one to another."""
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 50, (4,), generator=draw), torch.randint(0, 50, (3,), generator=draw)]
     made = [(0, 3), (1, 5), (0, 6), (0, 3)]
-    tokens = [torch.cat([prompts[which], torch.randint(0, 50, (count,), generator=draw)]) for which, count in made]
-    return tokens, [torch.arange(len(ids)) >= len(prompts[which]) for ids, (which, _) in zip(tokens, made, strict=True)]
+    return [
+        TokenSequence.of(prompts[which].tolist()).then(
+            torch.randint(0, 50, (count,), generator=draw).tolist(), decided=True
+        )
+        for which, count in made
+    ]
 
 
 def gradients(lm: LanguageModel) -> dict[str, Tensor]:
@@ -65,10 +70,9 @@ def teacher_logits(steps: int, width: int) -> Tensor:
 
 def through_the_core(lm: LanguageModel, chunk: int) -> tuple[Tensor, dict[str, Tensor]]:
     lm.model.zero_grad()
-    tokens, acted = sequences()
-    hidden_ND = lm.hidden(tokens, acted)
+    hidden_ND = lm.hidden(sequences())
     head = lm.head()
-    written_N = torch.cat([ids[own] for ids, own in zip(tokens, acted, strict=True)])
+    written_N = torch.cat([sequence.actions_A for sequence in sequences()])
     theirs_NV = teacher_logits(len(written_N), head.width)
     signal = Dense(written_N, "teacher", lambda index: theirs_NV[index], head.width, 1.0)
 
@@ -133,19 +137,19 @@ def test_switched_off_it_is_the_frozen_model_bit_for_bit(model_folder: Callable[
     folder = model_folder(seed=3, **UNTIED)
     plain, lm = load(folder, precision), adapted(folder, precision=precision)
     bare, before = lm.bare(), lm.digest()
-    tokens, acted = sequences()
+    asked = sequences()
     with torch.no_grad(), lm.compute():
-        wanted_ND, own_ND = plain.hidden(tokens, acted), lm.hidden(tokens, acted)
+        wanted_ND, own_ND = plain.hidden(asked), lm.hidden(asked)
         wanted_NV, own_NV = plain.head().logits(wanted_ND), lm.head().logits(own_ND)
         with lm.without_adapter():
             with lm.without_adapter():
                 pass
-            assert torch.equal(lm.hidden(tokens, acted), wanted_ND), "leaving the inner one does not switch it on"
+            assert torch.equal(lm.hidden(asked), wanted_ND), "leaving the inner one does not switch it on"
             assert torch.equal(lm.head().logits(wanted_ND), wanted_NV)
             assert all(parameter.requires_grad for parameter in lm.trainable().values())
-        assert torch.equal(bare.hidden(tokens, acted), wanted_ND)
-        assert torch.equal(lm.hidden(tokens, acted), own_ND), "and on again"
-    assert torch.equal(bare.all_hidden(tokens, acted, 1 << 10), plain.all_hidden(tokens, acted, 1 << 10))
+        assert torch.equal(bare.hidden(asked), wanted_ND)
+        assert torch.equal(lm.hidden(asked), own_ND), "and on again"
+    assert torch.equal(bare.all_hidden(asked, 1 << 10), plain.all_hidden(asked, 1 << 10))
     assert bare.head().adapter is None
     assert lm.head().adapter is not None
     with plain.compute():
@@ -164,16 +168,17 @@ def test_a_teacher_may_be_asked_between_the_students_passes(model_folder: Callab
     lm = adapted(model_folder(seed=3, **UNTIED))
     wanted = through_the_core(lm, 4)[1]
     lm.model.zero_grad()
-    tokens, acted = sequences()
-    hidden_ND = lm.hidden(tokens, acted)
-    lm.bare().all_hidden(tokens, acted, 20)
+    hidden_ND = lm.hidden(sequences())
+    lm.bare().all_hidden(sequences(), 20)
     hidden_ND.sum().backward()
     assert gradients(lm).keys() == {name for name in wanted if "lm_head" not in name}
 
 
 def test_both_write_what_they_score(model_folder: Callable[..., Path]) -> None:
     lm = adapted(model_folder(seed=3, **UNTIED))
-    requests = [Request([5 + n, 9, 12][: 1 + n % 3], uniforms(0, "rollouts", n, count=8)) for n in range(6)]
+    requests = [
+        Request(TokenSequence.of([5 + n, 9, 12][: 1 + n % 3]), uniforms(0, "rollouts", n, count=8)) for n in range(6)
+    ]
     found = []
     for who in (lm, lm.bare()):
         written = HFEngine(who, vocab=lm.head().width, max_parallel=3).write(
@@ -181,9 +186,8 @@ def test_both_write_what_they_score(model_folder: Callable[..., Path]) -> None:
         )
         found.append([answer.ids for answer in written])
         for request, answer in zip(requests, written, strict=True):
-            tokens = torch.tensor([*request.prompt_ids, *answer.ids])
             with torch.no_grad():
-                logits = who.head().logits(who.hidden([tokens], [torch.arange(len(tokens)) >= len(request.prompt_ids)]))
+                logits = who.head().logits(who.hidden([request.context.then(answer.ids, decided=True)]))
             again = logits.log_softmax(-1).gather(-1, torch.tensor(answer.ids)[:, None]).squeeze(-1)
             torch.testing.assert_close(answer.logp_A, again, rtol=1e-5, atol=1e-5)
     assert found[0] != found[1]

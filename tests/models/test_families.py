@@ -14,6 +14,7 @@ from retort import config as configuration
 from retort.errors import UserError
 from retort.models.lm import load_model, token_batches
 from retort.rollout.engines.hf import HFEngine, Request, nucleus
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.train import runner
 
@@ -37,14 +38,16 @@ def test_hidden_states_and_head_give_the_models_own_logits(
     model_folder: Callable[..., Path], arguments: dict[str, Any]
 ) -> None:
     lm = load(model_folder(seed=3, **arguments))
-    sequences = [torch.tensor([5, 9, 12, 7, 20]), torch.tensor([6, 8, 30])]
-    acted = [torch.tensor([False, False, True, True, True]), torch.tensor([False, True, True])]
+    sequences = [
+        TokenSequence.of([5, 9]).then([12, 7, 20], decided=True),
+        TokenSequence.of([6]).then([8, 30], decided=True),
+    ]
     with torch.no_grad():
-        ours = lm.head().logits(lm.hidden(sequences, acted))
-        own = [lm.model(input_ids=ids[None]).logits[0] for ids in sequences]
+        ours = lm.head().logits(lm.hidden(sequences))
+        own = [lm.model(input_ids=own.tokens_L[None]).logits[0] for own in sequences]
     expected = torch.cat([own[0][1:4], own[1][0:2]])
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
-    gathered = lm.all_hidden(sequences, acted, budget=1)
+    gathered = lm.all_hidden(sequences, budget=1)
     torch.testing.assert_close(lm.head().logits(gathered), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -68,20 +71,22 @@ def test_the_engines_log_probs_are_the_trainers(model_folder: Callable[..., Path
     for arguments in FAMILIES:
         lm = load(model_folder(seed=3, **arguments))
         engine = HFEngine(lm, vocab=lm.head().width, max_parallel=3)
-        requests = [Request([5 + n, 9, 12][: 1 + n % 3], uniforms(0, "rollouts", n, count=6)) for n in range(5)]
+        requests = [
+            Request(TokenSequence.of([5 + n, 9, 12][: 1 + n % 3]), uniforms(0, "rollouts", n, count=6))
+            for n in range(5)
+        ]
         written = engine.write(requests, max_new_tokens=6, temperature=1.0, top_p=1.0)
         for request, answer in zip(requests, written, strict=True):
-            tokens = torch.tensor([*request.prompt_ids, *answer.ids])
-            acted = torch.arange(len(tokens)) >= len(request.prompt_ids)
             with torch.no_grad():
-                logp = lm.head().logits(lm.hidden([tokens], [acted])).log_softmax(-1)
+                hidden_AD = lm.hidden([request.context.then(answer.ids, decided=True)])
+                logp = lm.head().logits(hidden_AD).log_softmax(-1)
             again = logp.gather(-1, torch.tensor(answer.ids)[:, None]).squeeze(-1)
             torch.testing.assert_close(answer.logp_A, again, rtol=1e-3, atol=1e-4)
 
 
 def test_a_rollout_does_not_depend_on_its_neighbours(model_folder: Callable[..., Path]) -> None:
     lm = load(model_folder(seed=1))
-    requests = [Request([5 + n % 7, 9], uniforms(0, "rollouts", n, count=8)) for n in range(9)]
+    requests = [Request(TokenSequence.of([5 + n % 7, 9]), uniforms(0, "rollouts", n, count=8)) for n in range(9)]
     together = HFEngine(lm, vocab=61, max_parallel=9).write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)
     for order in (list(range(8, -1, -1)), [3]):
         alone = HFEngine(lm, vocab=61, max_parallel=2).write(
@@ -101,7 +106,10 @@ def test_sampling_is_exact(model_folder: Callable[..., Path]) -> None:
         draws = torch.rand(20_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         engine = HFEngine(lm, vocab=vocab, max_parallel=20_000)
         written = engine.write(
-            [Request([7, 9], draw) for draw in draws], max_new_tokens=1, temperature=temperature, top_p=1.0
+            [Request(TokenSequence.of([7, 9]), draw) for draw in draws],
+            max_new_tokens=1,
+            temperature=temperature,
+            top_p=1.0,
         )
         counts = torch.bincount(torch.tensor([answer.ids[0] for answer in written]), minlength=vocab)
         kept = expected * 20_000 > 5
@@ -133,7 +141,7 @@ def test_generation_settings_of_the_model_do_not_bend_rollouts(
     answers = []
     for folder in (plain, bent):
         lm = load(folder)
-        requests = [Request([5, 9], uniforms(0, "rollouts", n, count=8)) for n in range(6)]
+        requests = [Request(TokenSequence.of([5, 9]), uniforms(0, "rollouts", n, count=8)) for n in range(6)]
         engine = HFEngine(lm, vocab=61, max_parallel=6)
         answers.append([a.ids for a in engine.write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)])
     assert answers[0] == answers[1]
@@ -144,9 +152,9 @@ def test_generation_settings_of_the_model_do_not_bend_rollouts(
 def test_dropout_is_off_even_in_training_mode(model_folder: Callable[..., Path], arguments: dict[str, Any]) -> None:
     lm = load(model_folder(seed=1, **arguments))
     lm.model.train()
-    tokens, acted = [torch.tensor([5, 9, 12, 7])], [torch.tensor([False, True, True, True])]
+    sequences = [TokenSequence.of([5]).then([9, 12, 7], decided=True)]
     with torch.no_grad():
-        assert torch.equal(lm.hidden(tokens, acted), lm.hidden(tokens, acted))
+        assert torch.equal(lm.hidden(sequences), lm.hidden(sequences))
 
 
 def test_token_batches_hold_their_budget() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 from retort import config as configuration
 from retort.models.lm import LanguageModel, load_model
 from retort.models.packing import CannotShareError, Run, row_batches, runs
+from retort.sequences import TokenSequence
 from retort.train import runner
 
 FAMILIES: list[dict[str, Any]] = [
@@ -58,16 +60,18 @@ def of_family(model_folder: Callable[..., Path], arguments: dict[str, Any], **mo
     return load(model_folder(seed=3, **given), attention=attention, **more)
 
 
-def sequences(lengths: list[int]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def sequences(lengths: list[int]) -> list[TokenSequence]:
     draw = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(0, 55, (length,), generator=draw) for length in lengths]
-    return tokens, [torch.arange(length) >= 1 + length // 3 for length in lengths]
+    return [
+        TokenSequence(torch.randint(0, 55, (length,), generator=draw), torch.arange(length) >= 1 + length // 3)
+        for length in lengths
+    ]
 
 
 def hidden_and_gradients(lm: LanguageModel, packs: bool, lengths: list[int]) -> tuple[torch.Tensor, dict[str, Any]]:
     lm.packs = packs
     lm.model.zero_grad()
-    hidden_ND = lm.hidden(*sequences(lengths))
+    hidden_ND = lm.hidden(sequences(lengths))
     weight_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(1))
     (hidden_ND.float() * weight_ND).sum().backward()
     return hidden_ND.detach().float(), {n: p.grad for n, p in lm.model.named_parameters() if p.grad is not None}
@@ -91,11 +95,11 @@ def test_values_and_gradients_are_those_of_padded_rows(
 @pytest.mark.parametrize("arguments", FAMILIES, ids=lambda arguments: "-".join(map(str, arguments.values())))
 def test_nothing_leaks_from_a_neighbour(model_folder: Callable[..., Path], arguments: dict[str, Any]) -> None:
     lm = of_family(model_folder, arguments)
-    tokens, acted = sequences([6, 9, 9])
+    first, *others = sequences([6, 9, 9])
     with torch.no_grad():
-        before_ND = lm.hidden(tokens, acted)
-        after_ND = lm.hidden([tokens[0].flip(0), *tokens[1:]], acted)
-    own = int(acted[0].sum())
+        before_ND = lm.hidden([first, *others])
+        after_ND = lm.hidden([replace(first, tokens_L=first.tokens_L.flip(0)), *others])
+    own = first.steps
     assert torch.equal(before_ND[own:], after_ND[own:])
     assert not torch.equal(before_ND[:own], after_ND[:own])
 
@@ -138,7 +142,7 @@ def test_no_padding_and_no_mask_is_computed(model_folder: Callable[..., Path], m
         return real(query, *args, **more)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
-    lm.hidden(*sequences(LENGTHS))
+    lm.hidden(sequences(LENGTHS))
     # The last token of each decides nothing.
     assert rows == [torch.Size([1, sum(LENGTHS) - len(LENGTHS)])]
     assert attended == 2 * [(1, 1), (2, 2), (3, 6), (1, 11), (1, 19)]  # once a run, in each of two layers
@@ -164,10 +168,9 @@ def test_a_family_is_packed_only_if_that_changes_nothing(tmp_path: Path, family:
     tokenizer.save_pretrained(tmp_path)
     lm = load(tmp_path)
     assert lm.packs == packs
-    tokens, acted = sequences(LENGTHS)
     with torch.no_grad():
-        together_ND = lm.hidden(tokens, acted)
-        alone_ND = torch.cat([lm.hidden([one], [two]) for one, two in zip(tokens, acted, strict=True)])
+        together_ND = lm.hidden(sequences(LENGTHS))
+        alone_ND = torch.cat([lm.hidden([one]) for one in sequences(LENGTHS)])
     torch.testing.assert_close(together_ND, alone_ND, rtol=1e-3, atol=1e-4)
 
 
@@ -195,7 +198,7 @@ def test_runs_are_neighbours_of_one_length() -> None:
 
 def test_packed_batches_count_what_is_in_them() -> None:
     lengths = [7, 3, 3, 9, 1, 20, 3]
-    batches = row_batches(*sequences(lengths), 10, share=False)
+    batches = row_batches(sequences(lengths), 10, share=False)
     assert batches == [[4, 1, 2, 6], [0], [3], [5]]
     assert sorted(index for batch in batches for index in batch) == list(range(7))
 
@@ -204,7 +207,7 @@ def test_packed_batches_count_what_is_in_them() -> None:
 SIBLINGS = [(0, 4), (1, 1), (0, 2), (2, 5), (0, 4), (1, 7), (0, 1)]
 
 
-def siblings() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def siblings() -> list[TokenSequence]:
     """Answers to three prompts, one of which is how another one begins; one turn of a tool among what is written."""
     draw = torch.Generator().manual_seed(0)
     longest = torch.randint(0, 55, (6,), generator=draw)
@@ -212,7 +215,7 @@ def siblings() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     tokens = [torch.cat([prompts[which], torch.randint(0, 55, (count,), generator=draw)]) for which, count in SIBLINGS]
     acted = [torch.arange(len(ids)) >= len(prompts[which]) for ids, (which, _) in zip(tokens, SIBLINGS, strict=True)]
     acted[5][5:8] = False
-    return tokens, acted
+    return [TokenSequence(ids, own) for ids, own in zip(tokens, acted, strict=True)]
 
 
 def values_and_gradients(lm: LanguageModel, shares: bool) -> tuple[torch.Tensor, dict[str, Any], list[int]]:
@@ -222,7 +225,7 @@ def values_and_gradients(lm: LanguageModel, shares: bool) -> tuple[torch.Tensor,
     hook = lm.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    hidden_ND = lm.hidden(*siblings())
+    hidden_ND = lm.hidden(siblings())
     hook.remove()
     weight_ND = torch.randn(hidden_ND.shape, generator=torch.Generator().manual_seed(1))
     (hidden_ND.float() * weight_ND).sum().backward()
@@ -253,10 +256,9 @@ def test_a_prompt_is_computed_once_for_all_answers_to_it(
 
 
 def test_answers_to_one_prompt_stay_together_and_their_prompt_counts_once() -> None:
-    tokens, acted = siblings()
-    apart = row_batches(tokens, acted, 22, share=False)
-    together = row_batches(tokens, acted, 22, share=True)
+    apart = row_batches(siblings(), 22, share=False)
+    together = row_batches(siblings(), 22, share=True)
     assert len(together) < len(apart)
     prompts = [[SIBLINGS[i][0] for i in batch] for batch in together]
     assert [which for batch in prompts for which in batch] == [2, 0, 0, 0, 0, 1, 1]
-    assert row_batches(tokens, acted, 1, share=True) == [[i] for batch in together for i in batch]
+    assert row_batches(siblings(), 1, share=True) == [[i] for batch in together for i in batch]

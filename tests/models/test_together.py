@@ -18,6 +18,7 @@ from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, load_model
 from retort.models.together import lowered, switches
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
 SMALL: dict[str, Any] = {
@@ -58,10 +59,12 @@ def phi(folder: Path) -> LanguageModel:
     return make(folder, "Phi3", rope_parameters=LONGROPE, original_max_position_embeddings=64)
 
 
-def sequences(*lengths: int) -> tuple[list[Tensor], list[Tensor]]:
+def sequences(*lengths: int) -> list[TokenSequence]:
     draw = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(5, 50, (length,), generator=draw) for length in lengths]
-    return tokens, [torch.arange(length) > min(4, length // 2) for length in lengths]
+    return [
+        TokenSequence(torch.randint(5, 50, (length,), generator=draw), torch.arange(length) > min(4, length // 2))
+        for length in lengths
+    ]
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any], int | None]] = {
@@ -99,19 +102,19 @@ def test_no_sequence_depends_on_its_neighbours_beyond_any_length(
     lm = make(tmp_path, family, **settings)
     assert lm.together_up_to == lm.rereads_from == limit
     for lengths in ((20, 100), (100, 20, 100), (20, 30, 20), (63, 64, 65, 66), (3, 130, 70)):
-        tokens, acted = sequences(*lengths)
+        asked = sequences(*lengths)
         with torch.no_grad():
-            alone = torch.cat([lm.hidden([one], [two]) for one, two in zip(tokens, acted, strict=True)])
-            torch.testing.assert_close(lm.hidden(tokens, acted), alone, rtol=1e-3, atol=1e-3)
-            torch.testing.assert_close(lm.all_hidden(tokens, acted, 200), alone, rtol=1e-3, atol=1e-3)
-        batches = lm.batches(tokens, acted, 200)
+            alone = torch.cat([lm.hidden([one]) for one in asked])
+            torch.testing.assert_close(lm.hidden(asked), alone, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(lm.all_hidden(asked, 200), alone, rtol=1e-3, atol=1e-3)
+        batches = lm.batches(asked, 200)
         assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
 
 
 def test_short_sequences_of_such_a_family_still_go_together(tmp_path: Path) -> None:
     lm = phi(tmp_path)
-    tokens, acted = sequences(20, 100, 30, 64, 65)
-    assert sorted(map(sorted, lm.batches(tokens, acted, 1000))) == [[0, 2, 3], [1], [4]]
+    asked = sequences(20, 100, 30, 64, 65)
+    assert sorted(map(sorted, lm.batches(asked, 1000))) == [[0, 2, 3], [1], [4]]
 
 
 def test_what_the_engine_reports_is_what_is_scored_on_either_side_of_the_length(tmp_path: Path) -> None:
@@ -119,14 +122,12 @@ def test_what_the_engine_reports_is_what_is_scored_on_either_side_of_the_length(
     engine = HFEngine(lm, vocab=lm.rows, max_parallel=8)
     sizes = [70, 5, 100, 40]
     requests = [
-        Request(sequences(size)[0][0].tolist(), uniforms(0, "rollouts", place, count=8))
-        for place, size in enumerate(sizes)
+        Request(sequences(size)[0], uniforms(0, "rollouts", place, count=8)) for place, size in enumerate(sizes)
     ]
     written = engine.write(requests, max_new_tokens=8, temperature=1.0, top_p=1.0)
     for request, answer in zip(requests, written, strict=True):
-        ids_L = torch.tensor([*request.prompt_ids, *answer.ids])
         with torch.no_grad():
-            hidden_AD = lm.hidden([ids_L], [torch.arange(len(ids_L)) >= len(request.prompt_ids)])
+            hidden_AD = lm.hidden([request.context.read().then(answer.ids, decided=True)])
             logp_AV = lm.head().logits(hidden_AD).log_softmax(-1)
         again_A = logp_AV.gather(1, torch.tensor(answer.ids)[:, None]).squeeze(1)
         torch.testing.assert_close(answer.logp_A, again_A, rtol=1e-3, atol=1e-3)
@@ -156,12 +157,12 @@ def test_switches_are_found_at_any_depth_and_put_back(tmp_path: Path) -> None:
 )
 def test_training_mode_changes_nothing(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     lm = make(tmp_path, family, **settings)
-    tokens, acted = sequences(20, 12)
+    asked = sequences(20, 12)
     with torch.no_grad():
-        before_ND = lm.hidden(tokens, acted)
+        before_ND = lm.hidden(asked)
         lm.model.train()
         check_repeats(lm)
-        torch.testing.assert_close(lm.hidden(tokens, acted), before_ND, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lm.hidden(asked), before_ND, rtol=1e-5, atol=1e-5)
 
 
 def test_chance_that_a_family_hides_is_refused(model_folder: Callable[..., Path]) -> None:
@@ -181,11 +182,9 @@ def test_chance_that_a_family_hides_is_refused(model_folder: Callable[..., Path]
 
 def test_an_id_without_a_row_is_named(model_folder: Callable[..., Path]) -> None:
     lm = load_model(str(model_folder(seed=1)), role="student", precision="fp32", device=torch.device("cpu"))
-    ids_L = torch.tensor([3, lm.rows, 4])
+    asked = TokenSequence.of([3]).then([lm.rows, 4], decided=True)
     with pytest.raises(UserError, match=f"id {lm.rows}.*has no row"):
-        lm.hidden([ids_L], [torch.arange(3) > 0])
+        lm.hidden([asked])
     engine = HFEngine(lm, vocab=lm.rows, max_parallel=1)
     with pytest.raises(UserError, match="a prompt holds"):
-        engine.write(
-            [Request(ids_L.tolist(), uniforms(0, "rollouts", count=2))], max_new_tokens=2, temperature=1.0, top_p=1.0
-        )
+        engine.write([Request(asked, uniforms(0, "rollouts", count=2))], max_new_tokens=2, temperature=1.0, top_p=1.0)

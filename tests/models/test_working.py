@@ -17,6 +17,7 @@ from retort.models.adapter import add_adapter
 from retort.models.lm import LanguageModel, load_model
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.teachers.itself import OwnWeights
 from retort.teachers.moving import ema, live
@@ -67,11 +68,15 @@ class Casts(TorchDispatchMode):
 def said(lm: LanguageModel) -> list[Tensor]:
     """Everything that is computed without gradients: answers with their log-probs, hidden states, logits."""
     vocab = lm.head().width - 3
-    requests = [Request([5 + n, 9, 12][: 1 + n % 3], uniforms(0, "rollouts", n, count=6)) for n in range(5)]
+    requests = [
+        Request(TokenSequence.of([5 + n, 9, 12][: 1 + n % 3]), uniforms(0, "rollouts", n, count=6)) for n in range(5)
+    ]
     written = HFEngine(lm, vocab=vocab, max_parallel=3).write(requests, max_new_tokens=6, temperature=1.0, top_p=1.0)
-    tokens = [torch.tensor([5, 9, 12, 7, 20]), torch.tensor([6, 8, 30])]
-    acted = [torch.tensor([False, False, True, True, True]), torch.tensor([False, True, True])]
-    hidden_ND = lm.all_hidden(tokens, acted, 16)
+    sequences = [
+        TokenSequence.of([5, 9]).then([12, 7, 20], decided=True),
+        TokenSequence.of([6]).then([8, 30], decided=True),
+    ]
+    hidden_ND = lm.all_hidden(sequences, 16)
     with torch.no_grad(), lm.compute():
         logits_NV = lm.head().logits(hidden_ND, vocab)
     return [
@@ -117,7 +122,7 @@ def test_copies_say_the_same_bit_by_bit_before_and_after_an_update(
 def written(lm: LanguageModel, longest: int) -> Casts:
     engine = HFEngine(lm, vocab=lm.head().width - 3, max_parallel=4)
     engine._loops = True  # its own trial is no part of what is counted
-    requests = [Request([5, 9, 12], uniforms(0, "rollouts", n, count=longest)) for n in range(2)]
+    requests = [Request(TokenSequence.of([5, 9, 12]), uniforms(0, "rollouts", n, count=longest)) for n in range(2)]
     with Casts() as casts:
         engine.write(requests, max_new_tokens=longest, temperature=1.0, top_p=1.0)
     return casts
@@ -163,13 +168,13 @@ def test_learning_has_gradients_of_the_weights_themselves_and_no_copies_beside_i
     lm = load(model_folder(seed=3))
     said(lm)
     assert lm.working._casts
-    tokens, acted = [torch.tensor([5, 9, 12, 7])], [torch.tensor([False, True, True, True])]
+    sequences = [TokenSequence.of([5]).then([9, 12, 7], decided=True)]
     with lm.compute():
-        lm.head().logits(lm.hidden(tokens, acted)).float().square().sum().backward()
+        lm.head().logits(lm.hidden(sequences)).float().square().sum().backward()
     assert not lm.working._casts
     assert all(p.grad is not None and p.dtype == torch.float32 for p in lm.trainable().values())
     with torch.no_grad(), lm.compute(), torch.enable_grad(), pytest.raises(RuntimeError, match="gradients"):
-        lm.hidden(tokens, acted)
+        lm.hidden(sequences)
 
 
 def test_weights_put_in_the_place_of_the_students_are_seen(model_folder: Callable[..., Path]) -> None:

@@ -15,6 +15,7 @@ from retort.rollout.engines import hf
 from retort.rollout.engines.decode import RoomyLayer, can_decode, decode, roomy_cache
 from retort.rollout.engines.hf import HFEngine, Request
 from retort.rollout.engines.sample import sample
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
 FAMILIES: list[dict[str, Any]] = [
@@ -33,7 +34,10 @@ def load(folder: Path, stop: Sequence[int] | None = None) -> LanguageModel:
 
 def requests(lengths: list[int]) -> list[Request]:
     return [
-        Request([5 + (n + place) % 40 for place in range(length)], uniforms(0, "rollouts", n, count=LONGEST))
+        Request(
+            TokenSequence.of([5 + (n + place) % 40 for place in range(length)]),
+            uniforms(0, "rollouts", n, count=LONGEST),
+        )
         for n, length in enumerate(lengths)
     ]
 
@@ -95,7 +99,7 @@ def test_a_state_that_no_cache_knows_of_is_noticed(model_folder: Callable[..., P
 def test_answers_to_one_prompt_read_it_once(model_folder: Callable[..., Path], arguments: dict[str, Any]) -> None:
     lm = load(model_folder(seed=5, **arguments), stop=list(range(2, 58, 7)))
     prompts = [[5, 9, 6, 8, 11, 12], [7, 9], [5, 9, 6, 8, 11, 12], [7, 9], [30, 31, 32], [7, 9]]
-    asked = [Request(ids, uniforms(0, "rollouts", n, count=LONGEST)) for n, ids in enumerate(prompts)]
+    asked = [Request(TokenSequence.of(ids), uniforms(0, "rollouts", n, count=LONGEST)) for n, ids in enumerate(prompts)]
     engine = HFEngine(lm, vocab=58, max_parallel=6)
     alone = [engine.write([one], max_new_tokens=LONGEST, temperature=1.2, top_p=1.0)[0] for one in asked]
     rows: list[tuple[int, ...]] = []
@@ -121,7 +125,7 @@ def test_rows_that_are_done_leave_the_batch(model_folder: Callable[..., Path]) -
         return torch.where(row_B <= step, stop, 7), torch.zeros(len(row_B))
 
     with torch.no_grad():
-        ids_BA, _ = decode(lm, [[5, 6 + row] for row in range(5)], draw, 58, 9)
+        ids_BA, _ = decode(lm, [TokenSequence.of([5, 6 + row]) for row in range(5)], draw, 58, 9)
     assert rows == [5, 4, 3, 2, 1]
     for row, ids in enumerate(ids_BA.tolist()):
         assert ids[: row + 1] == [7] * row + [stop]
@@ -156,8 +160,7 @@ def test_what_was_written_can_be_learnt_from(model_folder: Callable[..., Path]) 
     )
     assert lm.model.training
     assert not any(answer.logp_A.is_inference() for answer in answers)
-    tokens = [torch.tensor([5, 6, *answer.ids]) for answer in answers]
-    lm.hidden(tokens, [torch.arange(len(ids)) >= 2 for ids in tokens]).sum().backward()
+    lm.hidden([TokenSequence.of([5, 6]).then(answer.ids, decided=True) for answer in answers]).sum().backward()
 
 
 def test_sampling_by_the_engine_is_sampling_by_hand(model_folder: Callable[..., Path]) -> None:
@@ -168,7 +171,7 @@ def test_sampling_by_the_engine_is_sampling_by_hand(model_folder: Callable[..., 
         asked,
         strict=True,
     ):
-        ids = list(request.prompt_ids)
+        ids = request.context.tokens_L.tolist()
         for step, token in enumerate(answer.ids):
             with torch.no_grad():
                 logits = lm.model(input_ids=torch.tensor([ids])).logits[:, -1, :58]

@@ -14,6 +14,7 @@ from retort.align import StopMap, StopTokens, stop_map
 from retort.align.pair import SameIds
 from retort.errors import SignalError
 from retort.models.lm import load_model
+from retort.sequences import TokenSequence
 from retort.signals import Dense, Sampled, TopK
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
@@ -26,8 +27,7 @@ def prompt(text: str = "3 + 4 =") -> Prompt:
 
 def rollout(lm: Any, actions: list[int], text: str = "3 + 4 =") -> Rollout:
     ids = lm.tokenizer(text)["input_ids"]
-    tokens = torch.tensor([*ids, *actions])
-    return Rollout(prompt(text), tokens, torch.arange(len(tokens)) >= len(ids))
+    return Rollout(prompt(text), TokenSequence.of(ids).then(actions, decided=True))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_every_signal_says_the_same(lm: Any) -> None:
     expected = []
     for item in pack.rollouts:
         with torch.no_grad():
-            logp = lm.model(input_ids=item.tokens_L[None]).logits[0, :, :61].log_softmax(-1)
-        places = item.acted_L.nonzero().squeeze(-1)
-        expected.append(logp[places - 1].gather(-1, item.tokens_L[places][:, None]).squeeze(-1))
+            logp = lm.model(input_ids=item.sequence.tokens_L[None]).logits[0, :, :61].log_softmax(-1)
+        places = item.sequence.action_mask_L.nonzero().squeeze(-1)
+        expected.append(logp[places - 1].gather(-1, item.sequence.actions_A[:, None]).squeeze(-1))
     torch.testing.assert_close(sampled.logp_N, torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 

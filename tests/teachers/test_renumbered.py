@@ -22,12 +22,13 @@ from retort.models.lm import load_model
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.single_turn import Task
+from retort.sequences import TokenSequence
 from retort.signals import Dense
 from retort.streams import uniforms
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 from retort.train import runner
-from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout
+from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout, Status
 
 PROMPT = Prompt("p", (Message("user", "3 + 4 ="),))
 CLOCK = re.compile(r"time/|tokens_per_second").match
@@ -74,8 +75,10 @@ def test_it_is_known_for_what_it_is(pair: tuple[Any, Any], student: Any) -> None
 def test_its_signals_are_the_very_same(pair: tuple[Any, Any], student: Any, asked: str, temperature: float) -> None:
     ids = student.tokenizer("3 + 4 =")["input_ids"]
     stop = student.stops.primary
-    wrote = [torch.tensor([*ids, *actions]) for actions in ([12, 13, stop], [7], [20, 4, stop])]
-    pack = Pack.of([Rollout(PROMPT, tokens, torch.arange(len(tokens)) >= len(ids)) for tokens in wrote])
+    asked_for = TokenSequence.of(ids)
+    wrote = [asked_for.then(actions, decided=True) for actions in ([12, 13, stop], [7], [20, 4, stop])]
+    wrote.append(wrote[0].then([8, 2, 4, 30]).then([9, stop], decided=True))  # an environment spoke in between
+    pack = Pack.of([Rollout(PROMPT, sequence) for sequence in wrote])
     expected, found = (values(teacher.answer(pack, frozenset({ASKED[asked]}), View(), temperature)) for teacher in pair)
     assert expected.keys() == found.keys()
     for name in expected:
@@ -88,11 +91,13 @@ def test_what_it_writes_is_in_the_students_ids(pair: tuple[Any, Any], student: A
         engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=4)
         writer = TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
         ids = student.tokenizer("3 + 4 =")["input_ids"]
-        tasks = [Task(PROMPT, ids, member, uniforms(0, "teacher", member, count=8)) for member in range(6)]
+        tasks = [
+            Task(PROMPT, TokenSequence.of(ids), member, uniforms(0, "teacher", member, count=8)) for member in range(6)
+        ]
         # A nucleus this small holds one token: the order in which a model numbers tokens decides nothing.
         rollouts.append(writer.write(tasks, max_new_tokens=8, temperature=1.0, top_p=1e-6))
     same, other = rollouts
-    assert [r.tokens_L.tolist() for r in other] == [r.tokens_L.tolist() for r in same]
+    assert [r.sequence.tokens_L.tolist() for r in other] == [r.sequence.tokens_L.tolist() for r in same]
     assert [(r.status, r.text) for r in other] == [(r.status, r.text) for r in same]
 
 
@@ -129,3 +134,21 @@ def test_ids_that_are_nobodys_and_other_cuts_are_refused_as_before(student: Any)
     digits.backend_tokenizer.normalizer = normalizers.Replace("2", "3")
     with pytest.raises(UserError, match="different tokenizers"):
         align_pair(student, model(digits))
+
+
+def test_an_episode_of_the_teachers_is_in_the_students_ids_whole(pair: tuple[Any, Any], student: Any) -> None:
+    """Turns of the teacher's with its stop at their ends, and what was said in between, without."""
+    student_ids = student.tokenizer("3 + 4 =")["input_ids"]
+    read: list[Rollout] = []
+    for teacher in pair:
+        own = teacher.lm.tokenizer.convert_tokens_to_ids
+        stop, engine = teacher.lm.stops.primary, HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=4)
+        writer = TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+        wrote = TokenSequence.of(own(["so", "is"])).then([*own(["7", "+"]), stop], decided=True)
+        wrote = wrote.then(own(["<eos>", "from"])).then(own(["9"]), decided=True)
+        task = Task(PROMPT, TokenSequence.of(student_ids), 0, uniforms(0, "teacher", count=1))
+        read.append(writer.as_read(task, Rollout(PROMPT, wrote, status=Status.TRUNCATED)))
+    same, other = (rollout.sequence for rollout in read)
+    expected = ["7", "+", "<eos>", "<eos>", "from", "9"]
+    assert student.tokenizer.convert_ids_to_tokens(other.tokens_L[len(student_ids) :].tolist()) == expected
+    assert torch.equal(same.tokens_L, other.tokens_L) and torch.equal(same.action_mask_L, other.action_mask_L)

@@ -13,6 +13,7 @@ import torch
 from retort.align.pair import SameIds
 from retort.errors import UserError
 from retort.models.lm import load_model
+from retort.sequences import TokenSequence
 from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import TEMPLATES, fill, templates
@@ -31,8 +32,8 @@ PROMPT = Prompt(
 
 
 def written(member: int, text: str = "", reward: float = 0.0, feedback: str = "", prompt: Prompt = PROMPT) -> Rollout:
-    tokens, acted = torch.tensor([5, 6, 7]), torch.tensor([False, True, True])
-    return Rollout(prompt, tokens, acted, member=member, text=text, reward=reward, feedback=feedback)
+    sequence = TokenSequence.of([5]).then([6, 7], decided=True)
+    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=feedback)
 
 
 def scene(rollout: Rollout, *others: Rollout, stage: Stage | None = None, limit: int | None = None) -> Scene:
@@ -167,9 +168,8 @@ def told(lm: Any, **more: Any) -> LocalTeacher:
 
 def answered(lm: Any, text: str, actions: list[int], **privileged_texts: str) -> Rollout:
     ids = lm.tokenizer(text)["input_ids"]
-    tokens = torch.tensor([*ids, *actions])
     prompt = Prompt(text, (Message("user", text),), privileged=privileged_texts)
-    return Rollout(prompt, tokens, torch.arange(len(tokens)) >= len(ids))
+    return Rollout(prompt, TokenSequence.of(ids).then(actions, decided=True))
 
 
 def test_a_rollout_without_context_is_left_out_and_the_others_are_scored_as_ever(lm: Any) -> None:

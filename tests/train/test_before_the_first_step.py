@@ -19,6 +19,7 @@ from retort.errors import UserError
 from retort.models.adapter import Adapter, add_adapter
 from retort.models.lm import LanguageModel, load_model
 from retort.models.rehearsal import rehearse_export
+from retort.sequences import TokenSequence
 from retort.train import runner
 from retort.train.doctor import examine
 
@@ -82,18 +83,19 @@ def test_an_adapter_on_experts_is_merged_as_it_learnt(tmp_path: Path, family: st
     lm.model.save_pretrained(tmp_path / "merged", state_dict=merged)
     lm.tokenizer.save_pretrained(tmp_path / "merged")
     again = load(tmp_path / "merged")
-    tokens = [torch.randint(5, 50, (20,), generator=draw)]
-    acted = [torch.arange(20) > 0]
+    asked = [TokenSequence(torch.randint(5, 50, (20,), generator=draw), torch.arange(20) > 0)]
     with torch.no_grad():
-        ours_ND, bare_ND = lm.hidden(tokens, acted), lm.bare().hidden(tokens, acted)
-        torch.testing.assert_close(again.hidden(tokens, acted), ours_ND, rtol=1e-4, atol=1e-4)
+        ours_ND, bare_ND = lm.hidden(asked), lm.bare().hidden(asked)
+        torch.testing.assert_close(again.hidden(asked), ours_ND, rtol=1e-4, atol=1e-4)
         assert not torch.allclose(bare_ND, ours_ND, atol=1e-2)
         lm.adapter.save(tmp_path / "adapter")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's, about names of its own
             opened: Any = PeftModel.from_pretrained(load(tmp_path / "student").model, str(tmp_path / "adapter"))
-        peft_logits = opened(input_ids=tokens[0][None]).logits
-        torch.testing.assert_close(peft_logits, again.model(input_ids=tokens[0][None]).logits, rtol=1e-4, atol=1e-4)
+        peft_logits = opened(input_ids=asked[0].tokens_L[None]).logits
+        torch.testing.assert_close(
+            peft_logits, again.model(input_ids=asked[0].tokens_L[None]).logits, rtol=1e-4, atol=1e-4
+        )
     assert lm.adapter.layers
     plain = load(tmp_path / "student")
     assert {name: x.shape for name, x in lm.weights().items()} == {n: x.shape for n, x in plain.weights().items()}

@@ -58,7 +58,7 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
     write, prompts = HFEngine.write, LocalTeacher.prompts
 
     def note_asked(self: HFEngine, requests: Sequence[Request], **more: Any) -> list[Written]:
-        asked.extend(list(request.prompt_ids) for request in requests)
+        asked.extend(request.context.tokens_L.tolist() for request in requests)
         return write(self, requests, **more)
 
     def note_taught(self: LocalTeacher, pack: Pack, view: Any) -> Any:

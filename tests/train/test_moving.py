@@ -22,6 +22,7 @@ from retort.errors import SignalError, UserError
 from retort.estimators import pathwise
 from retort.method import Method, Term
 from retort.rollout.plan import RolloutPlan
+from retort.sequences import TokenSequence
 from retort.teachers.itself import OwnWeights, SelfTeacher, sides_of
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, hard_copy, live, trust_region
@@ -97,8 +98,7 @@ def pack(lm: Any) -> Pack:
     prompt = Prompt("a", (Message("user", "1 + 2 ="),), answer="3", plain=True)
     ids = lm.tokenizer("1 + 2 =")["input_ids"]
     rollouts = [
-        Rollout(prompt, torch.tensor([*ids, *answer]), torch.arange(len(ids) + len(answer)) >= len(ids))
-        for answer in ([8, 9, 2], [10, 11, 12, 2])
+        Rollout(prompt, TokenSequence.of(ids).then(answer, decided=True)) for answer in ([8, 9, 2], [10, 11, 12, 2])
     ]
     return Pack.of(rollouts)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from retort import config as configuration
 from retort.models.lm import best_precision, load_model
+from retort.sequences import TokenSequence
 from retort.train import memory, precision, setup, trial
 from retort.types import Pack, Prompt, Rollout
 
@@ -75,7 +76,7 @@ def test_a_run_whose_pair_refuses_bf16_is_in_fp32_on_both_sides(
 
 def test_advice_about_noise_names_the_setting_where_it_helps() -> None:
     one = torch.ones(4)
-    rollout = Rollout(Prompt("x", ()), torch.arange(5), torch.arange(5) > 0, engine_logp_A=one)
+    rollout = Rollout(Prompt("x", ()), TokenSequence.of([0]).then([1, 2, 3, 4], decided=True), engine_logp_A=one)
     pack = Pack.of([rollout])
     for chosen in ("bf16", "fp32"):
         noisy = trial.Trial(pack, {"student_logp": one + 0.1}, 4, chosen)  # type: ignore[arg-type]

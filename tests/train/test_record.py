@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from retort.sequences import TokenSequence
 from retort.signals import Sampled
 from retort.teachers.view import View
 from retort.teachers.views import peers
@@ -18,9 +19,9 @@ from retort.types import Message, Pack, Prompt, Rollout
 
 
 def written(prompt: str, member: int, reward: float | None, steps: int = 2, **more: Any) -> Rollout:
-    tokens = torch.arange(steps + 1)
+    sequence = TokenSequence.of([0]).then(range(1, steps + 1), decided=True)
     asked = Prompt(prompt, (Message("user", prompt),))
-    return Rollout(asked, tokens, tokens > 0, member=member, reward=reward, **more)
+    return Rollout(asked, sequence, member=member, reward=reward, **more)
 
 
 def metrics(*rollouts: Rollout) -> dict[str, float]:

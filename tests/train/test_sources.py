@@ -24,6 +24,7 @@ from retort.divergences import forward_kl, reverse_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan
+from retort.sequences import TokenSequence
 from retort.streams import uniforms
 from retort.teachers.view import View
 from retort.train import checkpoint, runner
@@ -118,7 +119,8 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     assert student_stop != teacher_stop
     heard: list[float] = []
     for rollout in rollouts:
-        assert rollout.prompt_ids == setup.render(rollout.prompt) != setup.teacher_writer.render(rollout.prompt)
+        read = rollout.sequence.prefix.tokens_L.tolist()
+        assert read == setup.render(rollout.prompt) != setup.teacher_writer.render(rollout.prompt)
         assert rollout.engine_logp_A is None
         ends = [token in setup.student.stops.ids for token in rollout.action_ids]
         assert ends == [False] * (len(ends) - 1) + [rollout.status == Status.COMPLETED]
@@ -137,7 +139,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
 def _request(prompt_ids: list[int], chance: torch.Tensor) -> Any:
     from retort.rollout.engines.hf import Request
 
-    return Request(prompt_ids, chance)
+    return Request(TokenSequence.of(prompt_ids), chance)
 
 
 def test_an_answer_ends_where_the_student_would_end_it(two_dialects: dict[str, Any]) -> None:
@@ -193,7 +195,7 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             again.go_back(setup, 30)
             assert again.answers.keys() == shelf.answers.keys()
             for key, rollout in again.answers.items():
-                assert torch.equal(rollout.tokens_L, shelf.answers[key].tokens_L)
+                assert torch.equal(rollout.sequence.tokens_L, shelf.answers[key].sequence.tokens_L)
                 assert (rollout.text, rollout.status, rollout.reward) == (
                     shelf.answers[key].text,
                     shelf.answers[key].status,
@@ -333,11 +335,10 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
     again.restore(setup, shelf.tensors(setup))
     for one, two in zip(shelf.visits, again.visits, strict=True):
         for ours, theirs in zip(one, two, strict=True):
-            assert torch.equal(ours.tokens_L, theirs.tokens_L)
+            assert torch.equal(ours.sequence.tokens_L, theirs.sequence.tokens_L)
             assert torch.equal(ours.engine_logp_A, theirs.engine_logp_A)  # type: ignore[arg-type]
-            left, right = (
-                replace(r, tokens_L=ours.tokens_L, acted_L=ours.acted_L, engine_logp_A=None) for r in (ours, theirs)
-            )
+            assert torch.equal(ours.sequence.action_mask_L, theirs.sequence.action_mask_L)
+            left, right = (replace(r, sequence=ours.sequence, engine_logp_A=None) for r in (ours, theirs))
             assert left == right
 
 
@@ -399,10 +400,9 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     for prompt in setup.probe:
         request = _request(setup.render(prompt), uniforms(setup.config.seed, "probe", prompt.id, count=2))
         (own,) = setup.engine.write([request], max_new_tokens=2, temperature=1.0, top_p=0.95)
-        tokens_L = torch.tensor([*setup.render(prompt), *own.ids])
-        acted_L = torch.arange(len(tokens_L)) >= len(setup.render(prompt))
+        sequence = request.context.then(own.ids, decided=True)
         with torch.no_grad():
-            logits = setup.student.head().logits(setup.student.hidden([tokens_L], [acted_L]))[:, : setup.vocab]
+            logits = setup.student.head().logits(setup.student.hidden([sequence]))[:, : setup.vocab]
         entropies += torch.distributions.Categorical(logits=logits.double()).entropy().tolist()
     assert found == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 

@@ -124,9 +124,9 @@ def test_the_sample_size_of_another_engine_and_what_it_costs(
     logp_N = pipeline.padded_logp(setup, pack)
     real = LanguageModel.hidden
 
-    def counted(self: LanguageModel, tokens: Any, acted: Any) -> Tensor:
-        calls.append(len(tokens))
-        return real(self, tokens, acted)
+    def counted(self: LanguageModel, sequences: Any) -> Tensor:
+        calls.append(len(sequences))
+        return real(self, sequences)
 
     batch = pipeline.scored(setup, pack)
     monkeypatch.setattr(LanguageModel, "hidden", counted)

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
 from retort.models.lm import LanguageModel
+from retort.sequences import TokenSequence
 
 #: Ids and the log-prob of each, [B] both, from logits [B, V], the rows' places in the batch [B] and the step.
 Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -97,7 +98,9 @@ def can_decode(lm: LanguageModel) -> bool:
 def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
-    short, long = ([(7 * place + length) % vocab for place in range(length)] for length in (shorter, longer))
+    short, long = (
+        TokenSequence.of([(7 * place + length) % vocab for place in range(length)]) for length in (shorter, longer)
+    )
     prompts = [short, long, long]
     answers_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
 
@@ -111,8 +114,7 @@ def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
         return False
     for prompt, answer_A, logp_A in zip(prompts, answers_BA, logp_BA, strict=True):
         length = int((answer_A == stop).nonzero()[0]) + 1
-        tokens_L = torch.cat([torch.tensor(prompt), answer_A[:length]])
-        logits_AV = lm.head().logits(lm.hidden([tokens_L], [torch.arange(len(tokens_L)) >= len(prompt)]))
+        logits_AV = lm.head().logits(lm.hidden([prompt.then(answer_A[:length].tolist(), decided=True)]))
         again_A = logits_AV.float().log_softmax(-1).cpu().gather(1, answer_A[:length, None]).squeeze(1)
         # Rounding of logits, in bf16 an eighth where they reach 16; another context is worse.
         if not bool(((logp_A[:length] - again_A).abs() < (1e-2 if lm.precision == "fp32" else 0.5)).all()):
@@ -121,13 +123,13 @@ def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
 
 
 def decode(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], draw: Draw, vocab: int, longest: int
+    lm: LanguageModel, contexts: Sequence[TokenSequence], draw: Draw, vocab: int, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """Writes at most `longest` tokens after every prompt.
+    """Writes at most `longest` tokens after every context.
 
     Args:
         lm: Who writes.
-        prompts: Ids of each row.
+        contexts: Of each row.
         draw: Chooses ids.
         vocab: Ids below this are tokens.
         longest: Limit, tokens.
@@ -135,11 +137,11 @@ def decode(
     Returns:
         Ids and log-probs, [B, A] each, on the CPU; what stands behind a row's first stop token means nothing.
     """
-    # Answers to the same prompt read it together, and part when the first token is drawn.
-    places = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    asked_B = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=lm.device)
-    ids_BL, mask_BL = left_padded(list(places), lm)
-    rows, width = len(prompts), ids_BL.shape[1]
+    # Answers to the same context read it together, and part when the first token is drawn.
+    asked_B, different = read_once(contexts)
+    asked_B = asked_B.to(lm.device)
+    ids_BL, mask_BL = left_padded(different, lm)
+    rows, width = len(contexts), ids_BL.shape[1]
     stops = torch.tensor(sorted(lm.stops.ids), device=lm.device)
     found_BA = torch.full((rows, longest), lm.stops.primary, device=lm.device)
     logp_BA = torch.zeros(rows, longest, device=lm.device)
@@ -147,7 +149,7 @@ def decode(
     cache: Any = roomy_cache(lm, width + longest)
     # Without padding no mask has to be made or read at all.
     mask_BL = None if bool(mask_BL.all()) else functional.pad(mask_BL, (0, longest), value=1)
-    position_BL = _positions(mask_BL, len(places), width, lm.device)
+    position_BL = _positions(mask_BL, len(different), width, lm.device)
     row_B = torch.arange(rows, device=lm.device)
     live_B = torch.ones(rows, dtype=torch.bool, device=lm.device)
     for step in range(longest):
@@ -158,7 +160,7 @@ def decode(
             use_cache=True,
             **({"position_ids": position_BL} if takes_positions else {}),
         ).last_hidden_state[:, -1]
-        if step == 0 and len(places) < rows:
+        if step == 0 and len(different) < rows:
             cache.reorder_cache(asked_B)
             hidden_BD, position_BL = hidden_BD[asked_B], position_BL[asked_B]
             mask_BL = None if mask_BL is None else mask_BL[asked_B]
@@ -177,11 +179,21 @@ def decode(
     return found_BA.cpu(), logp_BA.cpu()
 
 
-def left_padded(prompts: Sequence[Sequence[int]], lm: LanguageModel) -> tuple[Tensor, Tensor]:
-    """Ids [B, L] that end where the prompts end, and a mask that is 1 on them and 0 before."""
-    longest = max(len(prompt) for prompt in prompts)
-    ids = [[lm.stops.primary] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+def read_once(contexts: Sequence[TokenSequence]) -> tuple[Tensor, list[TokenSequence]]:
+    """Contexts that differ, in tokens or in media, and for each of those given which of them it is, [B]."""
+    different: dict[object, TokenSequence] = {}
+    keys = [context.key for context in contexts]
+    for key, context in zip(keys, contexts, strict=True):
+        different.setdefault(key, context)
+    places = {key: place for place, key in enumerate(different)}
+    return torch.tensor([places[key] for key in keys]), list(different.values())
+
+
+def left_padded(contexts: Sequence[TokenSequence], lm: LanguageModel) -> tuple[Tensor, Tensor]:
+    """Ids [B, L] that end where the contexts end, and a mask that is 1 on them and 0 before."""
+    longest = max(len(context) for context in contexts)
+    ids = [[lm.stops.primary] * (longest - len(context)) + context.tokens_L.tolist() for context in contexts]
+    mask = [[0] * (longest - len(context)) + [1] * len(context) for context in contexts]
     return torch.tensor(ids, device=lm.device), torch.tensor(mask, device=lm.device)
 
 

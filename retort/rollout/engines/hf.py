@@ -11,6 +11,7 @@ from torch import Tensor
 
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.sample import nucleus, sample
+from retort.sequences import TokenSequence
 from retort.types import Status
 
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ class Request:
     """One answer to write.
 
     Attributes:
-        prompt_ids: Context.
+        context: What it follows, tokens and media; which of them were decided does not matter.
         uniforms: Random numbers in [0, 1), one per token that may be written, float64: the only source of chance.
     """
 
-    prompt_ids: Sequence[int]
+    context: TokenSequence
     uniforms: Tensor
 
 
@@ -87,14 +88,14 @@ class HFEngine:
         """Answers all requests, in order.
 
         Raises:
-            UserError: A prompt holds an id for which the model has no row.
+            UserError: A prompt holds an id for which the model has no row, or media, which it cannot read.
         """
-        self.lm.check_ids((max(request.prompt_ids) for request in requests if request.prompt_ids), "a prompt")
+        self.lm.check_readable((request.context for request in requests), "a prompt")
         written: dict[int, Written] = {}
         # Neighbours of like length need least padding.
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt_ids), i))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
         limit = self.lm.together_up_to
-        alone = [i for i in order if limit is not None and len(requests[i].prompt_ids) + max_new_tokens > limit]
+        alone = [i for i in order if limit is not None and len(requests[i].context) + max_new_tokens > limit]
         others = order if not alone else [i for i in order if i not in set(alone)]
         batches = [others[start : start + self.max_parallel] for start in range(0, len(others), self.max_parallel)]
         for batch in [*batches, *([i] for i in alone)]:
@@ -119,7 +120,7 @@ class HFEngine:
             with torch.inference_mode(), lm.compute():
                 self._loops = can_decode(lm) if self._loops is None else self._loops
                 write = decode if self._loops else _generate
-                ids_BA, logp_BA = write(lm, [r.prompt_ids for r in requests], draw, self.vocab, max_new_tokens)
+                ids_BA, logp_BA = write(lm, [r.context for r in requests], draw, self.vocab, max_new_tokens)
         finally:
             lm.model.train(was_training)
         # Copied outside of inference mode: what it made may never meet autograd.
@@ -134,15 +135,15 @@ class HFEngine:
 
 
 def _generate(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], draw: Draw, vocab: int, longest: int
+    lm: LanguageModel, contexts: Sequence[TokenSequence], draw: Draw, vocab: int, longest: int
 ) -> tuple[Tensor, Tensor]:
     """`decode` by transformers' own `generate`, for families whose inputs only it knows how to prepare."""
     from transformers import GenerationConfig, LogitsProcessorList
 
     from retort.rollout.engines.decode import left_padded
 
-    ids_BL, mask_BL = left_padded(prompts, lm)
-    given = _Given(draw, len(prompts), vocab, lm.device)
+    ids_BL, mask_BL = left_padded(contexts, lm)
+    given = _Given(draw, len(contexts), vocab, lm.device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=longest,
