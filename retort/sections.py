@@ -110,7 +110,7 @@ def shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name} is named twice: {name} = {quoted(own)} and models.{name}.path = {quoted(path)}; leave one out"
             )
         found[name] = path
-    return found | ({"models": others} if others else {})
+    return found | {"models": others}
 
 
 def refuse_name(name: Any) -> None:
