@@ -7,7 +7,7 @@ import torch
 
 from retort.align.pair import Alignment, IdMap, SameIds
 from retort.align.stops import StopMap
-from retort.errors import SignalError
+from retort.errors import SignalError, UserError
 from retort.sequences import TokenSequence
 
 STOPS = StopMap({2: 4, 4: 2}, (3,), 2)
@@ -84,3 +84,10 @@ def test_a_token_without_an_id_is_refused_and_not_read_as_another() -> None:
     for token in (5, 6):  # one without, and one beyond all
         with pytest.raises(SignalError, match=f"no id for the student's token id {token}"):
             lacking.read(TokenSequence.of([0, token]))
+
+
+def test_fewer_ids_are_the_first_ones_or_refused() -> None:
+    assert ALIGNMENTS["same ids, other stops"].about(5).vocab == 5
+    assert ALIGNMENTS["id map"].about(6).vocab == 6
+    with pytest.raises(UserError, match="share only 5 ids, and a teacher that has other ids .* is about all 6"):
+        ALIGNMENTS["id map"].about(5)

@@ -28,6 +28,8 @@ from retort.streams import uniforms
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 from retort.train import runner
+from retort.train.doctor import examine_setup
+from retort.train.precision import measured
 from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout, Status
 
 PROMPT = Prompt("p", (Message("user", "3 + 4 ="),))
@@ -105,16 +107,35 @@ def test_a_run_with_it_is_the_run_without(
     tiny_run: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     rows: list[list[dict[str, Any]]] = []
+    checks: list[dict[str, Any]] = []
     for place, renumbered in enumerate((None, 5)):
         folder = model_folder(seed=2, hidden_size=24, padded_to=64, eos="<|im_end|>", renumbered=renumbered)
         settings = api.assemble({**tiny_run, "teacher": str(folder), "steps": 2}, {"method": "eopd"})
         run = runner.start(settings, tmp_path / str(place))
-        api.check(run)
+        checks.append({check.name: check for check in examine_setup(run.setup, quick=True).checks})
         assert isinstance(run.setup.teachers["teacher"].alignment, IdMap) == (renumbered is not None)
         run.go()
         lines = (tmp_path / str(place) / "metrics.jsonl").read_text().splitlines()
         rows.append([{k: v for k, v in json.loads(line).items() if not CLOCK(k)} for line in lines])
     assert rows[0] and rows[0] == rows[1]
+    same, other = checks
+    for name in ("special tokens", "chat template", "prompt's end", "prompts", "teacher is loaded", "teacher repeats"):
+        assert other[name] == same[name], name
+    assert other["stop token"].verdict == same["stop token"].verdict
+    assert "tokens have other ids for the teacher" in other["tokenizer"].line
+
+
+def test_what_bf16_rounds_away_is_measured_alike(model_folder: Callable[..., Path], student: Any) -> None:
+    prompts = [student.tokenizer("3 + 4 =")["input_ids"]]
+    learner, same, other = (
+        load_model(str(model_folder(**one)), role=role, precision="bf16", device=torch.device("cpu"))
+        for role, one in (
+            ("student", {"seed": 1}),
+            ("teacher", {"seed": 2, "padded_to": 80, "eos": "<|im_end|>", "renumbered": None}),
+            ("teacher", {"seed": 2, "padded_to": 80, "eos": "<|im_end|>", "renumbered": 5}),
+        )
+    )
+    assert measured(learner, same, prompts, 0) == measured(learner, other, prompts, 0)
 
 
 def test_ids_that_are_nobodys_and_other_cuts_are_refused_as_before(student: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_all_that_counts_models_counts_a_third(with_critic: dict[str, Any], mode
         refuse_others(Path("run"), state, setup)
     with pytest.raises(UserError, match="the critic's weights changed"):
         refuse_others(Path("run"), {**state, "models": {"teacher": state["models"]["teacher"]}}, setup)
+
+
+@pytest.mark.parametrize("name", ["base", "critic"])
+def test_a_day_that_any_model_is_told_stays(
+    tiny_run: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(model_folder(seed=3), tmp_path / "dated")
+    (tmp_path / "dated" / "chat_template.jinja").write_text("{{ strftime_now('%Y') }} {{ messages[0].content }}")
+    method = replace(CRITIC, views={"teacher": View(), "kept": View(model=name)})
+    models = {"models": {name: {"path": tmp_path / "dated"}}}
+    setup = prepare(api.assemble(tiny_run, models, own=method), method)
+    assert setup.config.rollout.date is not None
+    assert any(f"the chat template of the {name} writes today's date" in note for note in setup.notes)
 
 
 def test_a_third_model_that_cannot_be_had_is_named(with_critic: dict[str, Any]) -> None:
