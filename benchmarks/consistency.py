@@ -127,7 +127,7 @@ def answers(path: Path) -> None:
     from retort.rollout.episodes import Task, run_episodes
     from retort.streams import Chance
     from retort.tasks.coached import bait_rows
-    from retort.train.setup import load
+    from retort.train.models import load
     from retort.types import Message
 
     torch.set_num_threads(1)

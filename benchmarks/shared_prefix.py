@@ -70,8 +70,8 @@ def coached_student(groups: int, samples: int) -> Case:
     from retort.teachers.scene import Scene, Stage
     from retort.teachers.templates import templates
     from retort.teachers.views import privileged
+    from retort.train.models import load
     from retort.train.prompts import builtin_prompts
-    from retort.train.setup import load
     from retort.types import Rollout
 
     config = resolve(recipe("coached"))

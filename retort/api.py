@@ -13,8 +13,9 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.progress import quiet_bars, watching
 from retort.rewards.own import Own
+from retort.sections import shorthands
 from retort.train import runner
-from retort.train.arguments import method_of, path_of, refuse_twice, settings_of
+from retort.train.arguments import method_of, models_of, path_of, refuse_twice, settings_of
 from retort.train.callbacks import check_callbacks
 from retort.train.doctor import examine, examine_setup, refuse
 from retort.train.findings import Examination
@@ -36,6 +37,7 @@ def distill(
     student: Model | None = None,
     teacher: Model | None = None,
     base: Model | None = None,
+    models: Mapping[str, Model] | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
@@ -57,6 +59,7 @@ def distill(
         teacher: The same; not for methods in which the student teaches itself.
         base: The same, of a second frozen model, for methods that ask one; by default the student as it was before
             training.
+        models: The same, of further frozen models by name, for methods of your own whose views name them.
         data: A file, a folder, a glob or a hub name (docs/data.md); or rows: a list of dicts, a `datasets.Dataset`, any
             iterable of mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
         eval_data: The same, to judge on; by default prompts held out of the data.
@@ -88,6 +91,7 @@ def distill(
     check_callbacks(callbacks)
     more, (named, own), place = settings_of(settings), method_of(method), path_of("resume", resume)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
+    objects |= models_of(models, objects)
     flags, given = collect(objects, more, verifier)
     flags |= _present(method=named, out=path_of("out", out), steps=steps, seed=seed)
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
@@ -109,6 +113,7 @@ def doctor(
     student: Model | None = None,
     teacher: Model | None = None,
     base: Model | None = None,
+    models: Mapping[str, Model] | None = None,
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
@@ -122,6 +127,7 @@ def doctor(
         student: As in `distill`, as are all arguments not named here.
         teacher: As in `distill`.
         base: As in `distill`.
+        models: As in `distill`.
         data: As in `distill`.
         eval_data: As in `distill`.
         method: As in `distill`.
@@ -137,6 +143,7 @@ def doctor(
     """
     more, (named, own) = settings_of(settings), method_of(method)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
+    objects |= models_of(models, objects)
     flags, given = collect(objects, more, verifier)
     config = _assembled(flags | _present(method=named), more, own)
     with ordinary(), quiet_bars():
@@ -153,10 +160,16 @@ def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Metho
     Raises:
         UserError: They say different things.
     """
+    settings = shorthands(settings)
     refuse_twice(flags, own, settings)
-    top = {key: value for key, value in flags.items() if key != "eval.data"}
-    judged = {"eval": {"data": flags["eval.data"]}} if "eval.data" in flags else {}
-    return assemble({**top, **judged}, settings, own=own)
+    nested: dict[str, Any] = {}
+    for key, value in flags.items():
+        *sections, name = key.split(".")
+        holder = nested
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
+    return assemble(nested, settings, own=own)
 
 
 def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any]) -> None:
@@ -191,6 +204,7 @@ def check(run: runner.Run) -> None:
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
     """The configuration of a run: the built-in recipe beneath, if no model is named."""
+    layers = tuple(shorthands(layer) for layer in layers)
     named = {key for layer in layers for key in layer}
     below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
     data = next((layer["data"] for layer in reversed(layers) if "data" in layer), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,14 +20,17 @@ from retort.method import Method
 from retort.rewards.own import is_own
 from retort.rewards.verify import VERIFIERS
 from retort.sections import (
+    SHORTHANDS,
     CheckpointSection,
     ColdStartSection,
     EvalSection,
     LoraSection,
+    ModelSection,
     OptimizerSection,
     Place,
     RecordSection,
     Section,
+    shorthands,
 )
 from retort.synonyms import ours_for
 from retort.toml import overrides, read_toml, value
@@ -126,6 +129,11 @@ class Config(Section):
         description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
         "as it was before training",
     )
+    models: dict[str, ModelSection] = Field(
+        default_factory=dict,
+        description="further frozen models for methods of your own whose views name them, e.g. "
+        "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
+    )
     data: Place | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
@@ -205,6 +213,18 @@ class Config(Section):
         """Whether this is a task that ships with Retort."""
         return self.data in BUILTIN
 
+    @property
+    def places(self) -> dict[str, str]:
+        """Folder or hub name of every model that is named, by its name; student, teacher and base first."""
+        own = {name: place for name in SHORTHANDS if (place := getattr(self, name)) is not None}
+        return own | {name: model.path for name, model in self.models.items()}
+
+    def moved(self, where: Callable[[str], str]) -> Config:
+        """The same settings with every model's place changed."""
+        own = {name: where(place) for name, place in self.places.items() if name in SHORTHANDS}
+        others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
+        return self.model_copy(update={**own, "models": others})
+
     def given(self, key: str) -> bool:
         """Whether a setting is the user's: neither a default nor one of the method's paper.
 
@@ -250,7 +270,7 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
     """
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(merged, layer)
+        merged = merge(merged, shorthands(layer))
     chosen = merged.get("method", {})
     if not isinstance(chosen, Mapping):
         raise UserError(f"method: give a name, or a table with name and settings (it is {quoted(chosen)})")

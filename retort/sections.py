@@ -7,6 +7,8 @@ one that can be computed with (`retort.method.number_problem`).
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -21,8 +23,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from retort.errors import UserError, quoted
 from retort.files import unnameable
 from retort.method import COLDEST, HOTTEST, number_problem, numeric
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Section(BaseModel):
@@ -62,6 +67,56 @@ def _place(name: str) -> str:
 
 #: A path (from Python also a `pathlib.Path`), or a name of the hub.
 Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
+
+
+class ModelSection(Section):
+    """A model by its name."""
+
+    path: Place = Field(description="model folder or hub name")
+
+
+#: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
+SHORTHANDS = ("student", "teacher", "base")
+
+
+def shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which the models that have a setting of their own are named by that alone.
+
+    Args:
+        layer: Nested settings, unchecked.
+
+    Raises:
+        UserError: Such a model is named twice, differently; or `models` is no table of models by name.
+    """
+    models, found = layer.get("models"), {key: value for key, value in layer.items() if key != "models"}
+    if models is None:
+        return found
+    if not isinstance(models, Mapping):
+        raise UserError(f"models is a table: give models.NAME.path, not {quoted(models)}")
+    others: dict[str, Any] = {}
+    for name, model in models.items():
+        refuse_name(name)
+        unknown = sorted(map(str, set(model) - set(ModelSection.model_fields))) if isinstance(model, Mapping) else []
+        if unknown:
+            raise UserError(f"unknown key 'models.{name}.{unknown[0]}'; a model has a path: models.{name}.path")
+        if not isinstance(model, Mapping) or "path" not in model:
+            raise UserError(f"models.{name}: give its folder or hub name as models.{name}.path, not {quoted(model)}")
+        if name not in SHORTHANDS:
+            others[name] = model
+            continue
+        own, path = layer.get(name), _path(model["path"])
+        if own is not None and _path(own) != path:
+            raise UserError(
+                f"{name} is named twice: {name} = {quoted(own)} and models.{name}.path = {quoted(path)}; leave one out"
+            )
+        found[name] = path
+    return found | {"models": others}
+
+
+def refuse_name(name: Any) -> None:
+    """Raises `UserError` if a text cannot be a model's name."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(f"models: {quoted(name)} cannot be a model's name; use letters, digits, - and _")
 
 
 class OptimizerSection(Section):

@@ -203,7 +203,7 @@ def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Te
     teacher, sees = setup.teachers[view], setup.method.views[view]
     teacher = teacher.local if isinstance(teacher, SelfTeacher) else teacher
     assert isinstance(teacher, LocalTeacher)
-    assert not teacher.stop_map, "the tiny models have one tokenizer"
+    assert not teacher.alignment.stops, "the tiny models have one tokenizer"
     shown = teacher.prompts(pack, sees)
     prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
     written = [r.sequence.continuation.tokens_L for r in pack.rollouts]

@@ -18,13 +18,16 @@ CHATML = (
 )
 
 
-def make_tokenizer(*, eos: str = "<eos>", chat: bool = False, words: list[str] | None = None) -> Any:
-    """A word-level tokenizer in memory."""
+def make_tokenizer(
+    *, eos: str = "<eos>", chat: bool = False, words: list[str] | None = None, renumbered: int | None = None
+) -> Any:
+    """A word-level tokenizer in memory; `renumbered` is the seed of other ids for the same tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     specials = ["<unk>", "<pad>", "<eos>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: place for place, token in enumerate([*specials, *(words or WORDS)])}
+    known = [*specials, *(words or WORDS)]
+    vocabulary = dict(zip(known, _order(len(known), renumbered).tolist(), strict=True))
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(specials)
@@ -40,6 +43,13 @@ def make_tokenizer(*, eos: str = "<eos>", chat: bool = False, words: list[str] |
     return fast
 
 
+def _order(count: int, renumbered: int | None) -> torch.Tensor:
+    """The id of each token, [V]."""
+    if renumbered is None:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(renumbered))
+
+
 def make_model(
     folder: Path,
     *,
@@ -49,12 +59,13 @@ def make_model(
     eos: str = "<eos>",
     chat: bool = False,
     words: list[str] | None = None,
+    renumbered: int | None = None,
     **settings: Any,
 ) -> Path:
-    """A random-weight model folder of a family, with its tokenizer."""
+    """A random-weight model folder of a family, with its tokenizer; `renumbered` gives its tokens other ids."""
     import transformers
 
-    tokenizer = make_tokenizer(eos=eos, chat=chat, words=words)
+    tokenizer = make_tokenizer(eos=eos, chat=chat, words=words, renumbered=renumbered)
     shape = {
         "vocab_size": padded_to or len(tokenizer),
         "hidden_size": 16,
@@ -84,6 +95,9 @@ def make_model(
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.35)
+        order_V = _order(len(tokenizer), renumbered)
+        for weight_VD in {model.get_input_embeddings().weight, model.get_output_embeddings().weight}:
+            weight_VD[order_V] = weight_VD[: len(order_V)].clone()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

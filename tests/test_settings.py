@@ -204,7 +204,7 @@ def test_what_names_lead_to_is_there() -> None:
     assert ours_for("stepz", known) is None
 
 
-@pytest.mark.parametrize("word", ["gradual", "zeropoint", "warehouse", "student_x_ray_path", "nodes"])
+@pytest.mark.parametrize("word", ["gradual", "zeropoint", "warehouse", "student_x_ray_path", "hosts"])
 def test_a_name_that_is_like_none_is_no_slip_of_one(word: str) -> None:
     with pytest.raises(UserError) as refused:
         resolve({word: 1})

@@ -9,7 +9,7 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROBES", "check_same_tokenizer", "vocabulary_width"]
+__all__ = ["PROBES", "check_same_tokenizer", "encoded", "vocabulary_width"]
 
 #: Two tokenizers with one vocabulary can still cut text differently (other merges, normaliser or splitting of digits).
 PROBES = (
@@ -50,7 +50,7 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
             f"{_REMEDY}"
         )
     for probe in PROBES:
-        ours_ids, theirs_ids = _encode(student, probe), _encode(teacher, probe)
+        ours_ids, theirs_ids = encoded(student, probe), encoded(teacher, probe)
         if ours_ids != theirs_ids:
             raise UserError(
                 f"student and teacher have one vocabulary but cut text differently: {probe[:20]!r}... is "
@@ -86,7 +86,8 @@ def _differing(ours: dict[str, int], theirs: dict[str, int], width: int) -> list
     return differing
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
+    """Ids of a text; None where the tokenizer cannot encode it."""
     try:
         return list(tokenizer.encode(text, add_special_tokens=False))
     except Exception:  # a small vocabulary without an unknown token; then the other side must fail as well

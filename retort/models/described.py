@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
 from retort.models.held import Held
-from retort.models.load import Role, blamed_on, look_at, read_tokenizer
+from retort.models.load import blamed_on, look_at, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Described:
 def describe(
     name: str,
     source: str | Held | None,
-    role: Role,
+    role: str,
     *,
     stop: Sequence[int | str] | None = None,
     trust_remote_code: bool = False,

@@ -17,7 +17,7 @@ from retort.errors import UserError
 from retort.models.chance import without_chance
 from retort.models.head import Head
 from retort.models.held import Held
-from retort.models.load import Role, Weights, blamed_on, read_model, read_tokenizer
+from retort.models.load import Weights, blamed_on, read_model, read_tokenizer
 from retort.models.together import settle
 from retort.models.working import WorkingCopy
 from retort.sequences import TokenSequence
@@ -339,7 +339,7 @@ def load_model(
     name: str,
     *,
     source: str | Held | None = None,
-    role: Role,
+    role: str,
     precision: Precision,
     device: torch.device,
     attention: str | None = None,

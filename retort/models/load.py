@@ -23,7 +23,6 @@ from retort.models.held import Held
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Role = Literal["student", "teacher", "base"]
 #: What to do about weights that do not fit: an error, or a note.
 Weights = Literal["refuse", "warn"]
 
@@ -134,7 +133,7 @@ def _wrong_on_hub(name: str) -> str | None:
 
 
 def read_tokenizer(
-    name: str, source: str | Held | None, role: Role, *, trust_remote_code: bool
+    name: str, source: str | Held | None, role: str, *, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; a copy, where the caller holds it in memory.
 
@@ -166,7 +165,7 @@ def read_tokenizer(
 def read_model(
     name: str,
     source: str | Held | None,
-    role: Role,
+    role: str,
     *,
     dtype: torch.dtype,
     attention: str | None,

@@ -207,13 +207,17 @@ def _run_key(group: Group) -> str:
 
 def _facts(group: Group) -> str:
     run = group.runs[0]
-    keys = ("student", "teacher", "base", "data", "task", "steps", "precision", "device")
-    config = {**run.config, "teacher": run.config.get("teacher") or _itself(run)}
+    models = run.config.get("models")
+    models = models if isinstance(models, dict) else {}
+    others = {f"model {name}": own.get("path") for name, own in models.items() if isinstance(own, dict)}
+    keys = ("student", "teacher", "base", *others, "data", "task", "steps", "precision", "device")
+    config = {**others, **run.config, "teacher": run.config.get("teacher") or _itself(run)}
     found = [(key.capitalize(), str(config[key])) for key in keys if config.get(key) not in (None, "")]
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(
-        f"<div{' class=wide' * (len(value) > 24)}><dt>{key}</dt><dd>{path(value)}</dd></div>" for key, value in found
+        f"<div{' class=wide' * (len(value) > 24)}><dt>{escape(key)}</dt><dd>{path(value)}</dd></div>"
+        for key, value in found
     )
     return f'<dl class="facts">{items}</dl>' if items else ""
 

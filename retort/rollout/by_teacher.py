@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from retort.align.chat import Renderer
+from retort.align.pair import Alignment
 from retort.align.stops import StopTokens
+from retort.errors import SignalError
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.sequences import TokenSequence
@@ -19,20 +21,18 @@ class TeacherWriter:
     What the teacher wrote ends, for the student, in the student's stop token, and nothing follows one.
     """
 
-    def __init__(
-        self, engine: Engine, render: Renderer, *, stop_map: Mapping[int, int], student_stops: StopTokens
-    ) -> None:
+    def __init__(self, engine: Engine, render: Renderer, *, alignment: Alignment, student_stops: StopTokens) -> None:
         """A writer.
 
         Args:
-            engine: Of the teacher, over the ids that both share.
+            engine: Of the teacher, over the ids that the alignment reads.
             render: A prompt's ids, as the teacher sees it.
-            stop_map: See `retort.align.stops.StopMap`; its swap is read.
+            alignment: Of the student and the teacher.
             student_stops: Where the student's answers end.
         """
         self.engine = engine
         self.render = render
-        self.stop_map = dict(stop_map)
+        self.alignment = alignment
         self.student_stops = student_stops
 
     def write(self, tasks: Sequence[Task], sampling: Sampling) -> list[Rollout]:
@@ -54,7 +54,7 @@ class TeacherWriter:
         for number, piece in enumerate(pieces):
             ids: list[int] = piece.tokens_L.tolist()
             if not piece.steps:
-                sequence = sequence.then(ids, media=piece.media)
+                sequence = sequence.then(self._ours(ids), media=piece.media)
                 continue
             last = number == len(pieces) - 1
             read, ended = self.translated(ids, rollout.status if last else Status.COMPLETED)
@@ -67,7 +67,8 @@ class TeacherWriter:
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
         """A turn of the teacher's as the student would have written it."""
-        read = [self.stop_map.get(token, token) for token in ids]
+        swap = self.alignment.stops.swap
+        read = [swap.get(token, token) for token in self._ours(ids)]
         stops = self.student_stops
         if status == Status.COMPLETED and read[-1] not in stops.ids:
             read[-1] = stops.primary  # one of the teacher's further stops
@@ -75,3 +76,9 @@ class TeacherWriter:
             if token in stops.ids:
                 return read[: place + 1], Status.COMPLETED
         return read, status
+
+    def _ours(self, ids: Sequence[int]) -> list[int]:
+        found = self.alignment.ours(ids)
+        if -1 in found:
+            raise SignalError(f"the student has no id for the token with the teacher's id {ids[found.index(-1)]}")
+        return found

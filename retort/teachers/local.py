@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Reading, Renderer
-from retort.align.stops import KEPT, StopMap
+from retort.align.pair import Alignment
 from retort.errors import SignalError
 from retort.models.core import in_blocks
 from retort.models.head import Head
@@ -61,8 +60,7 @@ class LocalTeacher:
         self,
         lm: LanguageModel,
         *,
-        vocab: int,
-        stop_map: Mapping[int, int],
+        alignment: Alignment,
         batch_tokens: int,
         reading: Reading | None = None,
         stage: Stage | None = None,
@@ -71,16 +69,13 @@ class LocalTeacher:
 
         Args:
             lm: The model.
-            vocab: Ids that it shares with the student.
-            stop_map: The student's stop token in place of the teacher's: applied to the answers it reads and to the
-                distributions it returns, so that what it thinks of *its* stops is taught about the student's.
+            alignment: How it reads the student's ids, and at which of them it answers.
             batch_tokens: Tokens per forward pass.
             reading: What chat templates are told; by default nothing.
             stage: What views may look at besides a rollout and its siblings.
         """
         self.lm = lm
-        self.vocab = vocab
-        self.stop_map = stop_map if isinstance(stop_map, StopMap) else StopMap(dict(stop_map))
+        self.alignment = alignment
         self.batch_tokens = batch_tokens
         self.reading = reading or Reading()
         self.stage = stage or Stage()
@@ -88,19 +83,19 @@ class LocalTeacher:
         self.render = Renderer(lm.tokenizer, self.reading)
 
     def in_its_own_words(self) -> LocalTeacher:
-        """The same teacher about answers that end in its own stop token, such as its own."""
-        return self._changed(stop_map={})
+        """The same teacher about answers in its own ids that end in its own stop token, such as its own."""
+        return self._changed(alignment=self.alignment.itself())
 
     def about(self, vocab: int) -> LocalTeacher:
-        """The same teacher about fewer ids."""
-        return self._changed(vocab=vocab)
+        """The same teacher about fewer ids of the student's."""
+        return self._changed(alignment=self.alignment.about(vocab))
 
     def on(self, stage: Stage) -> LocalTeacher:
         """The same teacher, whose views may look at more."""
         return self._changed(stage=stage)
 
     def _changed(self, **changed: Any) -> LocalTeacher:
-        names = ("vocab", "stop_map", "batch_tokens", "reading", "stage")
+        names = ("alignment", "batch_tokens", "reading", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def score(self, groups: Sequence[Group], ask: Ask, *, head: Callable[[], Head] | None = None) -> TeacherSignal:
@@ -124,7 +119,7 @@ class LocalTeacher:
             pack.steps.tokens_N.to(self.lm.device),
             self.name,
             rows,
-            self.vocab,
+            self.alignment.vocab,
             temperature,
             valid_N=None if valid_N is None else valid_N.to(self.lm.device),
             counts=prompts.counts,
@@ -185,34 +180,15 @@ class LocalTeacher:
         """What the teacher reads: its own rendering of the prompt, then the very tokens that followed the student's.
 
         What an environment said in between is as the student read it; in what the student decided, stops are mapped.
+        All of it is in the teacher's ids.
         """
         self.lm.check_readable([rollout.sequence], f"the rollout of prompt '{rollout.prompt.id}'")
-        return rollout.sequence.mapped(self.stop_map).with_prefix(TokenSequence.of(prompt_ids))
+        return self.alignment.read(rollout.sequence).with_prefix(TokenSequence.of(prompt_ids))
 
     def _logits(self, head: Head, hidden_CD: Tensor, temperature: float) -> Tensor:
         with torch.no_grad(), self.lm.compute():
-            logits_CV = head.logits(hidden_CD, self.vocab)
-        # In place: the product is ours, and large.
-        if len(self.stop_map):
-            here, there = list(self.stop_map), list(self.stop_map.values())
-            logits_CV[:, here] = logits_CV[:, there]
-        if self.stop_map.merged:
-            _merge(logits_CV, self.stop_map, temperature)
-        return logits_CV
-
-
-def _merge(logits_CV: Tensor, stops: StopMap, temperature: float) -> None:
-    """Gives the probability of the teacher's further stops to one id, but for a share that keeps each finite.
-
-    At the temperature at which the distribution is read, so that their probabilities add up there.
-    """
-    merged, kept = list(stops.merged), math.log(KEPT)
-    exact = torch.float64 if logits_CV.dtype == torch.float64 else torch.float32
-    stop_CS = logits_CV[:, [stops.into, *merged]].to(exact)
-    # The map divides as the reader will: exp(logit / temperature), up to one factor per row.
-    together_C = torch.logsumexp(stop_CS / temperature, dim=-1)
-    logits_CV[:, stops.into] = ((together_C + math.log1p(-len(merged) * KEPT)) * temperature).to(logits_CV.dtype)
-    logits_CV[:, merged] = ((together_C + kept) * temperature).to(logits_CV.dtype)[:, None]
+            logits_CW = head.logits(hidden_CD, self.alignment.width)
+        return self.alignment.logits(logits_CW, temperature)
 
 
 @torch.no_grad()

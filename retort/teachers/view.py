@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
 
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
@@ -23,15 +22,15 @@ class View:
         render: The prompt as the teacher sees it; None for the student's own. Whatever it returns, the teacher scores
             the very tokens that the student wrote after it. Where it returns None there is no context, and the steps of
             that rollout are left out of all terms that ask this view anything.
-        model: Which model answers: the teacher, the base (a run's `base`; by default the student as it was before
-            training), or the student itself, with weights of its own.
+        model: The name of the model that answers: `teacher`, `base` (by default the student as it was before
+            training), `student` (itself, with weights of its own), or another of the run's `[models]`.
         weights: Of a student that teaches itself, see `retort.teachers.moving`; other models never move.
         columns: What it shows of a row of the data; a row without is one without context.
         rewards: Whether it looks at how the rollouts were graded.
     """
 
     render: Render | None = None
-    model: Literal["teacher", "base", "student"] = "teacher"
+    model: str = "teacher"
     weights: Weights = field(default_factory=frozen)
     columns: tuple[str, ...] = ()
     rewards: bool = False

@@ -12,17 +12,16 @@ from retort.teachers.scene import Scene
 from retort.teachers.view import Render, View
 from retort.types import Prompt, Rollout
 
-Model = Literal["teacher", "base", "student"]
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
 
 def _view(
-    render: Render, model: Model, weights: Weights | None, columns: tuple[str, ...] = (), *, rewards: bool = False
+    render: Render, model: str, weights: Weights | None, columns: tuple[str, ...] = (), *, rewards: bool = False
 ) -> View:
     return View(render, model, weights or Weights(), columns, rewards)
 
 
-def privileged(*columns: str, model: Model = "student", weights: Weights | None = None) -> View:
+def privileged(*columns: str, model: str = "student", weights: Weights | None = None) -> View:
     """The prompt with privileged texts of its row; no context where the row lacks one of them.
 
     Args:
@@ -39,7 +38,7 @@ def privileged(*columns: str, model: Model = "student", weights: Weights | None 
     return _view(render, model, weights, columns)
 
 
-def clean(model: Model = "student", weights: Weights | None = None) -> View:
+def clean(model: str = "student", weights: Weights | None = None) -> View:
     """The prompt without what is not to change the answer (`clean`): the other half of a pair of prompts."""
 
     def render(scene: Scene) -> Prompt | None:
@@ -49,7 +48,7 @@ def clean(model: Model = "student", weights: Weights | None = None) -> View:
     return _view(render, model, weights, ("clean",))
 
 
-def examples(count: int, place: int = 0, *, model: Model = "student", weights: Weights | None = None) -> View:
+def examples(count: int, place: int = 0, *, model: str = "student", weights: Weights | None = None) -> View:
     """The prompt with other problems of the training data, solved; which ones is drawn anew for every visit.
 
     Args:
@@ -97,7 +96,7 @@ def peers(
     failure_when: Literal["always", "without_success"] = "always",
     thoughts: bool = True,
     choice: Literal["graded", "random"] = "graded",
-    model: Model = "student",
+    model: str = "student",
     weights: Weights | None = None,
 ) -> View:
     """The prompt with what the rollout's siblings wrote, never with the rollout itself; no context where none is fit.

@@ -8,8 +8,9 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 from retort.method import Method
+from retort.sections import SHORTHANDS, refuse_name
 
-__all__ = ["method_of", "path_of", "refuse_twice", "settings_of"]
+__all__ = ["method_of", "models_of", "path_of", "refuse_twice", "settings_of"]
 
 #: Settings that the arguments call otherwise.
 _ARGUMENTS = {"task": "verifier", "eval.data": "eval_data"}
@@ -69,6 +70,29 @@ def path_of(argument: str, place: Any) -> str | None:
     return path
 
 
+def models_of(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
+    """Models by name as settings: a path, a name or an object for each.
+
+    Args:
+        models: A mapping by name, or None for absent.
+        besides: The arguments that name a model of their own.
+
+    Raises:
+        UserError: It is no mapping, a name is none, or a model is given by its own argument, too.
+    """
+    if models is None:
+        return {}
+    if not isinstance(models, Mapping):
+        raise UserError(f'models = {quoted(models)}: give a mapping by name, such as {{"critic": "folder"}}')
+    for name, model in models.items():
+        refuse_name(name)
+        if model is None:
+            raise UserError(f"models: {name} is None; give a folder, a hub name or a pair (model, tokenizer)")
+        if name in SHORTHANDS and besides.get(name) is not None:
+            raise UserError(f"{name} is given twice, as an argument and in models; leave one of them out")
+    return {name if name in SHORTHANDS else f"models.{name}.path": model for name, model in models.items()}
+
+
 def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping[str, Any]) -> None:
     """Refuses what an argument and the settings say differently; what they say alike is said once.
 
@@ -83,8 +107,10 @@ def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping
     for key, value in flags.items():
         if key == "method":
             continue
-        section, _, name = key.rpartition(".")
-        holder = settings.get(section) if section else settings
+        *sections, name = key.split(".")
+        holder: Any = settings
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, Mapping) else None
         if isinstance(holder, Mapping) and name in holder and not _alike(value, holder[name]):
             raise _twice(_ARGUMENTS.get(key, key), value, holder[name])
     said = settings.get("method")

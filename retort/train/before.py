@@ -11,7 +11,7 @@ from typing import Any
 
 from retort import tracking
 from retort.align.chat import Renderer
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.layers import flat
@@ -20,7 +20,6 @@ from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
 from retort.models.held import Held
 from retort.models.lm import LanguageModel
-from retort.models.load import Role
 from retort.train import reading
 from retort.types import Prompt
 
@@ -39,7 +38,7 @@ class Looked:
     render: Renderer
     highest: Mapping[str, tuple[int, str]]
 
-    def check_ids(self, role: Role, lm: LanguageModel) -> None:
+    def check_ids(self, role: str, lm: LanguageModel) -> None:
         """Raises `UserError` if a prompt holds an id for which the model has no row."""
         token, row = self.highest[role]
         lm.check_ids([token], f"row '{row}': its prompt")
@@ -48,7 +47,7 @@ class Looked:
 def look(
     config: Config,
     method: Method,
-    models: Mapping[Role, tuple[str, str | Held]],
+    models: Mapping[str, tuple[str, str | Held]],
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
@@ -73,9 +72,8 @@ def look(
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
-        check_same_tokenizer(found["student"].tokenizer, other.tokenizer)
-    pair = {role: one.tokenizer for role, one in found.items() if role != "base"}
-    config = reading.settled(config, pair, notes)
+        align_ids(found["student"].tokenizer, other.tokenizer)
+    config = reading.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
     renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}
     read = reading.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
@@ -83,7 +81,7 @@ def look(
     return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
-def _describe(config: Config, role: Role, name: str, source: str | Held) -> Described:
+def _describe(config: Config, role: str, name: str, source: str | Held) -> Described:
     shown = source.name if isinstance(source, Held) else name
     stop = config.rollout.stop if role == "student" else None
     return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)

@@ -18,7 +18,9 @@ from retort.errors import counted, visible
 from retort.evaluate.measures import measure, ordered
 from retort.method import Method
 from retort.models.adapter import described
-from retort.train.setup import Setup, located
+from retort.models.lm import LanguageModel
+from retort.train.models import located
+from retort.train.setup import Setup
 from retort.train.write import plan_summary
 
 #: Folder of an adapter, beside that of the model.
@@ -51,7 +53,7 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         *([_adapted(setup)] if student.adapter else []),
         *([f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters)"] if teacher else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
-        *([f"- base: {_code(_short(setup.base_lm.name))}, frozen"] if setup.base_lm else []),
+        *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(setup).items()],
         f"- method: {_code(method.name)} ({_words(standing(method))})",
         f"- settings of the method: {_words(settings) or 'none'}",
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
@@ -66,6 +68,12 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         *_table(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def beside(setup: Setup) -> dict[str, LanguageModel]:
+    """The frozen models besides the teacher, by what people are told that they are."""
+    others = {name: lm for name, lm in setup.lms.items() if name not in ("student", "teacher")}
+    return {name if name == "base" else f"model '{name}'": lm for name, lm in others.items()}
 
 
 def adapter_card(setup: Setup) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from retort.align.chat import Renderer
 from retort.align.encode import Spelt, response_ids
-from retort.align.stops import describe_stop_map, named_stops, turn_end
+from retort.align.stops import named_stops, turn_end
 from retort.align.text import control_tokens, decode
 from retort.align.tokens import vocabulary_width
 from retort.errors import UserError, shortened, visible
@@ -56,12 +57,13 @@ def check_special_tokens(setup: Setup) -> Check:
     why = "a control token to one side that is text to the other is written by one and not expected by the other"
     other_lm = _teacher(setup)
     ours, theirs = ({i: name for name, i in control_tokens(lm.tokenizer).items()} for lm in (setup.student, other_lm))
-    vocab = setup.vocab
+    read, vocab = _read(setup), setup.vocab
+    theirs = {read(i): name for i, name in theirs.items()}
     only = sorted(i for i in ours.keys() ^ theirs.keys() if i < vocab)
     roles = {
         role: (mine, other)
         for role in ("bos_token_id", "pad_token_id", "unk_token_id")
-        if (mine := getattr(setup.student.tokenizer, role)) != (other := getattr(other_lm.tokenizer, role))
+        if (mine := getattr(setup.student.tokenizer, role)) != (other := read(getattr(other_lm.tokenizer, role)))
     }
     parts = []
     if only:
@@ -88,18 +90,21 @@ def check_stops(setup: Setup) -> Check:
     why = "a student that is never told to stop writes until it is cut off, and learns from that"
     local = _local(setup)
     student, teacher = setup.student.stops, _teacher(setup).stops
-    if any(stops.primary >= setup.vocab for stops in (student, teacher)):  # `prepare` refuses it as well
+    read = _read(setup)
+    primary, theirs_too = read(teacher.primary), {read(i) for i in teacher.ids}
+    if any(stop >= setup.vocab for stop in (student.primary, primary)):  # `prepare` refuses it as well
         saw = f"stops {student.primary} and {teacher.primary}, of {setup.vocab:,} ids that both share"
         return Check("stop token", "fatal", saw, why, "choose a stop that both have: rollout.stop, or eos_token")
     ours, theirs = (named_stops(lm.stops, lm.tokenizer) for lm in (setup.student, _teacher(setup)))
     saw = f"both stop with {ours}, which is among the shared ids"
-    if student.ids != teacher.ids or student.primary != teacher.primary:
+    if student.ids != theirs_too or student.primary != primary:
         saw = f"the student stops with {ours}, the teacher with {theirs}"
-    if local is not None and local.stop_map:
-        saw += f"; {describe_stop_map(local.stop_map, setup.student.tokenizer, _teacher(setup).tokenizer)}"
-    doubts = [doubt for who, lm in _models(setup)[:2] if (doubt := _other_end(who, lm))]
-    swap = local.stop_map.swap if local is not None else {}
-    if {swap.get(i, i) for i in teacher.ids} != student.ids:
+    if local is not None and local.alignment.stops:
+        saw += f"; {local.alignment.describe(setup.student.tokenizer, _teacher(setup).tokenizer)}"
+    both = {"student": setup.student, "teacher": _teacher(setup)}
+    doubts = [doubt for who, lm in both.items() if (doubt := _other_end(who, lm))]
+    swap = local.alignment.stops.swap if local is not None else {}
+    if {swap.get(i, i) for i in theirs_too} != student.ids:
         doubts.append("the two sets differ")
     if not doubts:
         return Check("stop token", "ok", saw, why)
@@ -137,7 +142,7 @@ def check_chat_templates(setup: Setup) -> Check:
     local = _local(setup)
     assert local is not None
     try:
-        mine, other = setup.render(_CONVERSATION), local.render(_CONVERSATION)
+        mine, other = setup.render(_CONVERSATION), local.alignment.ours(local.render(_CONVERSATION))
     except UserError as error:
         return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
     if mine == other:
@@ -184,7 +189,7 @@ def check_prompts(setup: Setup) -> Check:
 def _shown(prompt: Prompt, readers: Mapping[str, Renderer]) -> str:
     """A prompt as each reads it, in one part where that is the same."""
     ids = {who: render(prompt) for who, render in readers.items()}
-    same = len({tuple(own) for own in ids.values()}) == 1
+    same = len({tuple(readers[who].tokenizer.convert_ids_to_tokens(own)) for who, own in ids.items()}) == 1
     whom = {"both" if len(ids) > 1 else "the student": ids["student"]} if same else ids
     texts = [
         (who, len(own), visible(shortened(decode(readers["student" if same else who].tokenizer, own), SHOWN)))
@@ -197,7 +202,7 @@ def check_vocabulary(setup: Setup) -> Check:
     """Whether the models have a row for every id, and how much is padding."""
     why = "an id without a row cannot be read; a row without an id is padding, and must get no probability"
     parts, missing = [], []
-    for who, lm in _models(setup):
+    for who, lm in setup.lms.items():
         rows, ids = lm.head().width, vocabulary_width(lm.tokenizer)
         parts.append(f"{who} {rows:,} rows for {ids:,} ids")
         if rows < ids:
@@ -299,11 +304,6 @@ def check_memory(setup: Setup) -> Check:
 # --- inside ---
 
 
-def _models(setup: Setup) -> list[tuple[str, LanguageModel]]:
-    named = [("student", setup.student), ("teacher", setup.teacher_lm), ("base", setup.base_lm)]
-    return [(who, lm) for who, lm in named if lm is not None]
-
-
 def _teacher(setup: Setup) -> LanguageModel:
     assert setup.teacher_lm is not None  # else `quick_checks` leaves out what is about it
     return setup.teacher_lm
@@ -323,6 +323,12 @@ def _local(setup: Setup) -> LocalTeacher | None:
     return None
 
 
+def _read(setup: Setup) -> Callable[[Any], Any]:
+    """An id of the teacher's (or none) as the student's for the same token."""
+    local = _local(setup)
+    return lambda i: i if local is None or i is None else local.alignment.ours([i])[0]
+
+
 def _probe(setup: Setup) -> tuple[Pack, str] | None:
     """Some of the data as if a student had written it: answers if there are any, else the prompts themselves."""
     local = _local(setup)
@@ -336,7 +342,7 @@ def _probe(setup: Setup) -> tuple[Pack, str] | None:
             ids = _answer_ids(prompt_ids, str(prompt.response), _teacher(setup))
         else:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
-        ids = [token for token in ids if token < setup.vocab][:PROBE_TOKENS]
+        ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
             rollouts.append(Rollout(prompt, TokenSequence.of(prompt_ids).then(ids, decided=True)))
     what = "answers" if answered else "prompts"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from retort.errors import UserError
 from retort.rewards.base import graded
-from retort.rollout.episodes import Task
+from retort.rollout.engines.base import Sampling
+from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.plan import EasyToHard
 from retort.sequences import TokenSequence
 from retort.streams import Chance

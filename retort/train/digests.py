@@ -12,13 +12,10 @@ from retort.models.lm import LanguageModel
 from retort.train.setup import Setup
 
 
-def digests(setup: Setup) -> dict[str, str | None]:
-    """Fingerprints of the models that do not learn, None for one that a run has not: part of a checkpoint's state."""
-    return {
-        "teacher": setup.teacher_lm.digest() if setup.teacher_lm else None,
-        "base": setup.base_lm.digest() if setup.base_lm else None,
-        "start": setup.start,
-    }
+def digests(setup: Setup) -> dict[str, Any]:
+    """Fingerprints of the models that do not learn, by name, and of the student that teaches it: part of a state."""
+    frozen = {name: lm.digest() for name, lm in setup.lms.items() if name != "student"}
+    return {"models": frozen, "start": setup.start}
 
 
 def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
@@ -28,11 +25,11 @@ def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
             f"{path}: it was made with precision = {state['precision']}, not {setup.precision}; put precision back"
             " in the run's config.json"
         )
-    now = digests(setup)
-    if state["teacher"] != now["teacher"]:
-        raise UserError(f"{path}: the teacher's weights changed since this checkpoint; put the same teacher back")
-    if state["base"] != now["base"]:
-        raise UserError(f"{path}: the base model's weights changed since this checkpoint; put the same base back")
+    now, then = digests(setup), state["models"]
+    for name in dict.fromkeys((*now["models"], *then)):
+        if then.get(name) != now["models"].get(name):
+            who = "base model" if name == "base" else name
+            raise UserError(f"{path}: the {who}'s weights changed since this checkpoint; put the same {name} back")
     if state["start"] != now["start"]:
         raise UserError(
             f"{path}: the weights in {setup.config.student} changed since this checkpoint, and the teacher is the "

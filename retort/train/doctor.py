@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import IdMap, align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.load import Role, read_tokenizer
+from retort.models.load import read_tokenizer
 from retort.train.checks import quick_checks
 from retort.train.findings import Check, Examination
 from retort.train.given import Given
-from retort.train.setup import Setup, located, prepare
+from retort.train.models import sources
+from retort.train.setup import Setup, prepare
 from retort.train.trial import trial_checks
 
 _TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
@@ -47,7 +48,7 @@ def examine_setup(setup: Setup, *, quick: bool = False, before: Sequence[Check] 
         quick: Leave out the checks that generate.
         before: Checks made already.
     """
-    checks = [*before, *([] if before else [_alike(setup)]), *quick_checks(setup)]
+    checks = [*before, *([] if before else _alike(setup)), *quick_checks(setup)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
         checks += trial_checks(replace(setup, notes=[]))
     return Examination(tuple(checks), quick)
@@ -62,36 +63,39 @@ def refuse(examination: Examination) -> None:
         raise UserError(f"{first.line}{more}. To go on all the same: checks=warn")
 
 
-def _alike(setup: Setup) -> Check:
-    if setup.teacher_lm is None:
-        return Check("tokenizer", "ok", "the student's own: there is no other model to compare it with", _TOKENIZER_WHY)
-    return _tokenizer_check(setup.student.tokenizer, setup.teacher_lm.tokenizer)
+def _alike(setup: Setup) -> list[Check]:
+    """Compares the tokenizers of the models that a run names."""
+    others = [name for name in setup.config.places if name != "student" and name in setup.lms]
+    if not others:
+        saw = "the student's own: there is no other model to compare it with"
+        return [Check("tokenizer", "ok", saw, _TOKENIZER_WHY)]
+    return [_tokenizer_check(name, setup.student.tokenizer, setup.lms[name].tokenizer) for name in others]
 
 
 def _tokenizers(config: Config, given: Given) -> list[Check]:
     """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
-    if config.teacher is None or config.student is None:
+    if config.student is None:
         return []
-    named: list[tuple[Role, str]] = [("student", config.student), ("teacher", config.teacher)]
     try:
-        ours, theirs = (
-            read_tokenizer(name, given.source(name) or located(name), role, trust_remote_code=config.trust_remote_code)
-            for role, name in named
-        )
+        found = {
+            name: read_tokenizer(place, source, name, trust_remote_code=config.trust_remote_code)
+            for name, (place, source) in sources(config.places, given).items()
+        }
     except UserError:
         return []  # whatever is wrong with them, `prepare` says it in its own words
-    return [_tokenizer_check(ours, theirs)]
+    ours = found.pop("student")
+    return [_tokenizer_check(name, ours, theirs) for name, theirs in found.items()]
 
 
-def _tokenizer_check(ours: object, theirs: object) -> Check:
+def _tokenizer_check(name: str, ours: object, theirs: object) -> Check:
+    check = "tokenizer" if name == "teacher" else f"tokenizer of {name}"
     try:
-        shared = check_same_tokenizer(ours, theirs)  # type: ignore[arg-type]
+        shared = align_ids(ours, theirs)  # type: ignore[arg-type]
     except UserError as error:
         text, _, remedy = str(error).rpartition(". ")
-        return Check("tokenizer", "fatal", text or str(error), _TOKENIZER_WHY, remedy)
-    return Check(
-        "tokenizer", "ok", f"{shared:,} ids are the same token to both, and probes are cut alike", _TOKENIZER_WHY
-    )
+        return Check(check, "fatal", text or str(error), _TOKENIZER_WHY, remedy)
+    what = f"tokens have other ids for the {name}" if isinstance(shared, IdMap) else "ids are the same token to both"
+    return Check(check, "ok", f"{shared.vocab:,} {what}, and probes are cut alike", _TOKENIZER_WHY)
 
 
 def _refused(message: str) -> Check:

@@ -17,10 +17,10 @@ from retort.evaluate.judge import Judge
 from retort.models.lm import LanguageModel
 from retort.rewards.own import is_own
 from retort.synonyms import ours_for
+from retort.train.models import load, local_teacher
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
 from retort.train.reading import check_written, ends, settled
-from retort.train.setup import load, local_teacher
 from retort.train.split import repeats
 
 #: Settings that have a meaning here.
@@ -74,7 +74,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
-    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.vocab
+    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
     judge = Judge.of(config, prompts, verifier, vocab=vocab)
     longest, first = 0, prompts[0].id
     for prompt in prompts:

@@ -26,11 +26,10 @@ from retort.files import parse_object, reason, write_bytes
 from retort.models.held import Held
 from retort.rewards.base import Grader
 from retort.rewards.own import IN_MEMORY, Own, imported, is_own, name_of, own_grader
+from retort.sections import SHORTHANDS
 from retort.train.arguments import path_of
 from retort.types import Prompt
 
-#: Who can be given as a model, with the text that stands for it.
-MODELS = {role: f"{IN_MEMORY}{role}" for role in ("student", "teacher", "base")}
 #: Rows that can be given, by the setting, with the argument of `retort.distill` and the file that keeps them.
 ROWS = {"data": ("data", "given-data.jsonl"), "eval.data": ("eval_data", "given-eval-data.jsonl")}
 
@@ -141,15 +140,16 @@ class Given:
         Raises:
             UserError: Something that was given is not given again, or something is given that the run has by name.
         """
-        for role, text in MODELS.items():
-            inside = getattr(config, role) == text
-            if inside and text not in self.models:
-                raise _absent(folder, role, "(model, tokenizer)")
-            if text in self.models and not inside:
-                raise _named(folder, role, "named in its settings")
+        inside = [name for name, place in config.places.items() if place == in_memory(name)]
+        for name in inside:
+            if in_memory(name) not in self.models:
+                raise _absent(folder, name, _again(name))
+        for name in (text.removeprefix(IN_MEMORY) for text in self.models):
+            if name not in inside:
+                raise _named(folder, name, "named in its settings")
         task = str(config.task or "")
         if self.grade is None and task.startswith(IN_MEMORY):
-            raise _absent(folder, "verifier", task.removeprefix(IN_MEMORY))
+            raise _absent(folder, "verifier", f"verifier={task.removeprefix(IN_MEMORY)}")
         if self.grade is not None and name_of(self.grade) != task:
             raise UserError(
                 f"{folder}: its verifier is {task or 'none of your own'}, not {name_of(self.grade)}; give the one that "
@@ -189,7 +189,7 @@ class Given:
 
 def going_on(config: Config, folder: Path) -> str:
     """What its user types to go on with a run: the command, or where it was given objects, the call that names them."""
-    again = [f"{role}=(model, tokenizer)" for role, text in MODELS.items() if getattr(config, role) == text]
+    again = [_again(name) for name, place in config.places.items() if place == in_memory(name)]
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
     if not again:
@@ -201,7 +201,8 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     """Arguments of `retort.distill` as settings, and what of them are objects.
 
     Args:
-        named: `student`, `teacher`, `base`, `data`, `eval.data`: a path or name, or an object; None for absent.
+        named: By the setting (`student`, `models.NAME.path`, `data`, `eval.data`, ...): a path or name, or an object;
+            None for absent.
         settings: The settings given besides, for their limits.
         grade: A verifier: a function, an object with a method `grade(group)`, or a text that names one; None for
             absent.
@@ -217,8 +218,9 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
             continue
         if isinstance(thing, (str, PathLike)):
             found[name] = path_of(ROWS[name][0] if name in ROWS else name, thing)
-        elif name in MODELS:
-            found[name], models[MODELS[name]] = MODELS[name], Held.of(name, thing)
+        elif name not in ROWS:
+            model = name.removeprefix("models.").removesuffix(".path")
+            found[name], models[in_memory(model)] = in_memory(model), Held.of(model, thing)
         else:
             judged = settings.get("eval")
             judged = cast("Mapping[str, Any]", judged) if isinstance(judged, Mapping) else {}
@@ -232,10 +234,21 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     return found, Given(models, rows, None if isinstance(grade, str) else grade)
 
 
+def in_memory(name: str) -> str:
+    """The text that stands for a model that was given as an object."""
+    return f"{IN_MEMORY}{name}"
+
+
+def _again(name: str) -> str:
+    """How a model is given again."""
+    example = "(model, tokenizer)"
+    return f"{name}={example}" if name in SHORTHANDS else f"models={{{name!r}: {example}}}"
+
+
 def _absent(folder: Path, what: str, example: str) -> UserError:
     return UserError(
         f"{folder}: the {what} of this run was given as an object, which no folder keeps; give it again: "
-        f"retort.distill(resume=..., {what}={example})"
+        f"retort.distill(resume=..., {example})"
     )
 
 

@@ -14,12 +14,16 @@ import torch
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
+from retort.sections import SHORTHANDS
 from retort.teachers.local import LocalTeacher
 from retort.train.setup import Setup
 from retort.types import Prompt
 
 #: Settings that do not change what is learnt or judged; places, because it is their content that counts.
-FREE = ("student", "teacher", "base", "data", "eval.data", "out", "steps", "tracker", "checks", "checkpoint", "record")
+FREE = (
+    *(*SHORTHANDS, "models", "data", "eval.data", "out"),
+    *("steps", "tracker", "checks", "checkpoint", "record"),
+)
 #: Settings that change rounding at most.
 ROUNDING = (
     "device",
@@ -44,15 +48,11 @@ def identity(setup: Setup) -> dict[str, Any]:
 
     import retort
 
-    models = {"student": setup.student, "teacher": setup.teacher_lm, "base": setup.base_lm}
     digests: dict[str, str] = {}
-    for who, lm in models.items():
-        if lm is not None:
-            digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
-    teacher = setup.models.get("teacher")
+    for who, lm in setup.lms.items():
+        digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
     readers = {"student": setup.render}
-    if isinstance(teacher, LocalTeacher):
-        readers["teacher"] = teacher.render
+    readers |= {who: model.render for who, model in setup.models.items() if isinstance(model, LocalTeacher)}
     for who, render in readers.items():
         digests[f"the prompts as the {who} reads them"] = _rendered([*setup.train, *setup.held_out], render)
     digests["the held-out prompts"] = fingerprint([*setup.held_out, *setup.probe])

@@ -14,7 +14,6 @@ import torch
 
 from retort.models.core import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
-from retort.teachers.base import Ask
 from retort.teachers.itself import sides_of
 from retort.train.setup import Setup
 
@@ -69,7 +68,7 @@ class Forecast:
 def forecast(setup: Setup) -> Forecast:
     """What a run will take at its peak, bytes above an empty process."""
     student, config = setup.student, setup.config
-    lms = [lm for lm in (student, setup.teacher_lm, setup.base_lm) if lm is not None]
+    lms = list(setup.lms.values())
     frozen = lms[1:] + [student] * _self_passes(setup)
     text = student.model.config.get_text_config()
     head = student.head().weight_VD
@@ -152,10 +151,8 @@ def _self_passes(setup: Setup) -> int:
 def _signals(setup: Setup, steps: int, product: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
     total = 0
-    models = {"teacher": setup.teacher_lm, "base": setup.base_lm, "student": setup.student}
     for name, view in setup.method.views.items():
-        lm = models[view.model]
-        assert lm is not None  # loaded by `prepare`, as a view asks it
+        lm = setup.lms[view.model]
         dense = Ask(view, setup.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)

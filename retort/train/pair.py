@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from retort.config import Config, recipe
-from retort.errors import UserError
+from retort.errors import UserError, did_you_mean
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.sections import SHORTHANDS
 from retort.teachers.itself import OwnWeights
 from retort.train.prompts import refuse_misspelt
 
@@ -39,6 +40,29 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
         f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
         "method that asks a teacher (see `retort methods`)"
     )
+
+
+def further(config: Config, method: Method) -> dict[str, str]:
+    """Models besides student, teacher and base that views name: their places, by name.
+
+    Raises:
+        UserError: A view names a model that the settings do not, or the settings one that no view names.
+    """
+    phases = [method] if method.before is None else [method.before[1], method]
+    asked = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    for model, (phase, view) in asked.items():
+        if model not in (*SHORTHANDS, *config.models):
+            raise UserError(
+                f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
+                f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
+            )
+    for name, model in config.models.items():
+        if name not in asked:
+            raise UserError(
+                f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
+                f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
+            )
+    return {name: model.path for name, model in config.models.items()}
 
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retort.align.tokens import check_same_tokenizer
+from retort.align.pair import Alignment, SameIds, align_pair
 from retort.models.lm import LanguageModel, Precision
-from retort.rollout.engines.hf import HFEngine, Request, Sampling
+from retort.rollout.engines.base import Sampling
+from retort.rollout.engines.hf import HFEngine, Request
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
 
@@ -71,35 +72,34 @@ def measured(
         The mean distance of the log-probs of the tokens written, bf16 from fp32, nats; and the mean reverse KL from the
         teacher on them, nats.
     """
-    vocab = student.head().width
-    if teacher is not None:
-        known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
-        vocab = min(known, vocab, teacher.head().width)
+    width = student.head().width
+    pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
+    same = SameIds(pair.vocab)
     written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
     asked = [
         Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
         for n, ids in enumerate(prompts[:_ANSWERS])
     ]
-    engine = HFEngine(student, vocab=vocab, max_parallel=_ANSWERS)
+    engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
     answers = engine.generate(asked, Sampling(written))
     sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
     token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
-    rounded_N1 = _logp(student, sequences, vocab).gather(1, token_N1)
+    rounded_N1 = _logp(student, sequences, same).gather(1, token_N1)
     before: Precision = student.precision
     student.precision = "fp32"
     try:
-        exact_NV = _logp(student, sequences, vocab)
+        exact_NV = _logp(student, sequences, same)
     finally:
         student.precision = before
     noise = float((rounded_N1 - exact_NV.gather(1, token_N1)).abs().mean())
     if teacher is None:
         return noise, None
-    gap_NV = exact_NV - _logp(teacher, sequences, vocab)
+    gap_NV = exact_NV - _logp(teacher, sequences, pair)
     return noise, float((exact_NV.exp() * gap_NV).sum(-1).mean())
 
 
-def _logp(lm: LanguageModel, sequences: list[TokenSequence], vocab: int) -> Tensor:
-    """Of every id at every token written, [N, V], fp32."""
-    hidden_ND = lm.all_hidden(sequences, sum(map(len, sequences)))
+def _logp(lm: LanguageModel, sequences: list[TokenSequence], alignment: Alignment) -> Tensor:
+    """Of every id of the student's at every token written, [N, V], fp32."""
+    hidden_ND = lm.all_hidden([alignment.read(own) for own in sequences], sum(map(len, sequences)))
     with lm.compute():
-        return lm.head().logits(hidden_ND, vocab).float().log_softmax(-1)
+        return alignment.logits(lm.head().logits(hidden_ND, alignment.width), 1.0).float().log_softmax(-1)

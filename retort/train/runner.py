@@ -52,9 +52,9 @@ def start(
         "steps": setup.steps,
     }
     # So are places: a run may be resumed from another folder than it was started from.
-    places = {name: _absolute(getattr(config, name)) for name in ("student", "teacher", "base", "data")}
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
-    resolved = config.model_copy(update={**chosen, **places, "eval": judged, "out": str(folder)})
+    kept = {**chosen, "data": _absolute(config.data), "eval": judged, "out": str(folder)}
+    resolved = config.moved(lambda place: str(_absolute(place))).model_copy(update=kept)
     return Run(replace(setup, config=resolved), folder, observer or Silent(), given=given or Given(), new=True)
 
 

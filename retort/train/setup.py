@@ -9,17 +9,12 @@ import torch
 
 from retort import registry
 from retort.align.chat import Renderer
-from retort.align.stops import describe_stop_map, stop_map
-from retort.align.tokens import check_same_tokenizer
 from retort.cold_start import with_cold_start
 from retort.config import Config
-from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
-from retort.models.held import Held
-from retort.models.lm import LanguageModel, Precision, best_precision, load_model
-from retort.models.load import Role
+from retort.models.lm import LanguageModel, Precision
 from retort.models.rehearsal import rehearse_export
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherWriter
@@ -35,6 +30,7 @@ from retort.train.before import batch_of, look, steps_of
 from retort.train.contexts import need_context, need_room, note_unknown
 from retort.train.diagnose import watching
 from retort.train.given import Given
+from retort.train.models import device_of, load, local_teacher, sources
 from retort.train.needs import need_columns, need_responses, need_verifier, probe_prompts
 from retort.train.prompts import graders, read_prompts
 from retort.train.texts import check_texts
@@ -92,6 +88,12 @@ class Setup:
     notes: list[str] = field(default_factory=list)
 
     @property
+    def lms(self) -> dict[str, LanguageModel]:
+        """Every model of the run by its name; the student first."""
+        frozen = {name: model.lm for name, model in self.models.items() if isinstance(model, LocalTeacher)}
+        return {"student": self.student, **frozen}
+
+    @property
     def batch_prompts(self) -> int:
         """Prompts per batch: what was asked for, or all there are."""
         return batch_of(self.config, len(self.train))
@@ -145,17 +147,16 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     stage = Stage(templates(config.templates), config.seed, train, config.rollout.max_view_tokens)
     need_context(method, full, stage, notes)
     with_base = pair.base_name(config, method, student_name, teacher_name)
-    alone = with_base in (None, student_name)
+    others = pair.further(config, method)
+    alone = with_base in (None, student_name) and not others
     if alone and teacher_name is not None:
         pair.refuse_same_name(method, student_name, teacher_name)
-    named: dict[Role, str] = {"student": student_name}
+    named = {"student": student_name}
     named |= {"teacher": teacher_name} if teacher_name is not None else {}
     named |= {"base": with_base} if with_base not in (None, student_name) else {}
+    named |= others
     device_of(config)
-    sources: dict[Role, tuple[str, str | Held]] = {
-        role: (name, given.source(name) or located(name)) for role, name in named.items()
-    }
-    looked = look(config, method, sources, train, held_out, notes)
+    looked = look(config, method, sources(named, given), train, held_out, notes)
     config, render = looked.config, looked.render
     student = load(config, student_name, "student", given)
     _adapt(config, student)
@@ -182,15 +183,16 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     if padded:
         notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
     base = None if with_base is None else _base(config, student, with_base, given)
-    notes += [note for note in (base.notes if base is not None else []) if note not in notes]
-    lms = {"teacher": teacher, "base": base, "student": student}
+    frozen = {name: load(config, place, name, given) for name, place in others.items()}
+    notes += [note for lm in (base, *frozen.values()) if lm is not None for note in lm.notes if note not in notes]
+    lms = {"teacher": teacher, "base": base, **frozen, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items() if lm is not None}
     # Nobody may say of an id that one of the models lacks.
-    vocab = min(model.vocab for model in local.values())
+    vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.about(vocab) for name, model in local.items()}
     if teacher is not None:
-        if local["teacher"].stop_map:
-            notes.append(describe_stop_map(local["teacher"].stop_map, student.tokenizer, teacher.tokenizer))
+        said = local["teacher"].alignment.describe(student.tokenizer, teacher.tokenizer)
+        notes += [said] if said else []
         if alone:
             pair.refuse_same_weights(method, student, teacher)
         if base is not None and base.digest() == teacher.digest():
@@ -226,7 +228,7 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     )
     for role in named:
         looked.check_ids(role, local[role].lm)
-    check_texts(method, train, student, [lm for lm in (student, teacher, base) if lm is not None], vocab)
+    check_texts(method, train, student, list(setup.lms.values()), vocab)
     if setup.batch_prompts < config.rollout.prompts:
         notes.append(
             f"{len(train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of them"
@@ -234,27 +236,9 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     return setup
 
 
-def load(config: Config, name: str, role: Role, given: Given | None = None) -> LanguageModel:
-    """A model as the settings say, and where they name one that was given as an object, a copy of that."""
-    held = (given or Given()).source(name)
-    device = torch.device(device_of(config))
-    as_student = role == "student" or (role == "base" and config.base is None)
-    return load_model(
-        name if held is None else held.name,
-        source=held or located(name),
-        role=role,
-        precision=best_precision(device) if config.precision == "auto" else config.precision,
-        device=device,
-        attention=None if config.attention == "auto" else config.attention,
-        stop=config.rollout.stop if as_student else None,
-        trust_remote_code=config.trust_remote_code,
-        weights=config.weights,
-    )
-
-
 def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
-    engine = HFEngine(teacher.lm, vocab=teacher.vocab, max_parallel=config.rollout.parallel)
-    return TeacherWriter(engine, teacher.render, stop_map=teacher.stop_map, student_stops=student.stops)
+    engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=config.rollout.parallel)
+    return TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
 
 
 def _adapt(config: Config, student: LanguageModel) -> None:
@@ -309,43 +293,3 @@ def _attention(
     measured = ", ".join(f"{name} {seconds * 1e3:,.0f} ms" for name, seconds in times.items())
     notes.append(f"attention is {chosen}, by measuring on batches like this run's ({measured})")
     return chosen
-
-
-def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
-    """A teacher for this student: with the ids that both share, and their stops mapped.
-
-    Raises:
-        UserError: Their tokenizers disagree.
-    """
-    known = check_same_tokenizer(student.tokenizer, teacher.tokenizer)
-    vocab = min(known, student.head().width, teacher.head().width)
-    return LocalTeacher(
-        teacher,
-        vocab=vocab,
-        stop_map=stop_map(student.stops, teacher.stops, width=vocab),
-        batch_tokens=config.optimizer.batch_tokens,
-        reading=config.rollout.reading,
-    )
-
-
-def located(name: str) -> str:
-    """Where a model lies: `countdown:student` and others ship with Retort, wherever that is installed."""
-    from retort.tasks import coached, countdown, ranking
-
-    bundled = {
-        f"{task.__name__.rpartition('.')[2]}:{role}": path
-        for task in (countdown, ranking, coached)
-        for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
-    }
-    return str(bundled[name]()) if name in bundled else name
-
-
-def device_of(config: Config) -> str:
-    """The device that the settings name, or the best there is."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"
-        )
-    if config.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.device

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from retort.apply import wanted
 from retort.models.adapter import described
-from retort.train.card import self_teachers, standing
+from retort.train.card import beside, self_teachers, standing
 from retort.train.memory import forecast
 from retort.train.setup import Setup
 from retort.train.write import plan_summary
@@ -21,7 +21,7 @@ def summary(setup: Setup) -> dict[str, str]:
     return {
         "student": f"{setup.student.name}, {_count(setup.student.parameters)} parameters{_learning(setup)}",
         **({"teacher": _teachers(setup)} if _teachers(setup) else {}),
-        **({"base": f"{setup.base_lm.name}, frozen"} if setup.base_lm else {}),
+        **{who: f"{lm.name}, frozen" for who, lm in beside(setup).items()},
         "method": f"{method.name} ({standing(method)})",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in asked.items()},

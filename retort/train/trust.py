@@ -9,6 +9,7 @@ from typing import Any
 
 from retort import config as configuration
 from retort import registry
+from retort.align.pair import SameIds
 from retort.errors import UserError
 from retort.evaluate.trust import Protocol, branches, trust
 from retort.files import write_text
@@ -79,8 +80,7 @@ def measure(
     )
     own = LocalTeacher(
         setup.student,
-        vocab=setup.vocab,
-        stop_map={},
+        alignment=SameIds(setup.vocab),
         batch_tokens=setup.config.optimizer.batch_tokens,
         reading=setup.render.reading,
     )

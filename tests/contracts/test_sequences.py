@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Reading
+from retort.align.pair import SameIds
 from retort.align.stops import StopMap, StopTokens
 from retort.errors import UserError
 from retort.evaluate import trust
@@ -105,7 +106,7 @@ def test_every_pass_of_a_model_reads_all_of_it(lm: LanguageModel, rollout: Rollo
 
 
 def local(lm: LanguageModel, stop_map: Any = None) -> LocalTeacher:
-    return LocalTeacher(lm, vocab=VOCAB, stop_map=stop_map or {}, batch_tokens=64)
+    return LocalTeacher(lm, alignment=SameIds(VOCAB, StopMap(stop_map or {})), batch_tokens=64)
 
 
 def itself(lm: LanguageModel, kind: Any) -> SelfTeacher:
@@ -247,7 +248,7 @@ def test_what_the_teacher_wrote_is_read_with_the_students_stops_turn_by_turn(
     writer = TeacherWriter(
         HFEngine(lm, vocab=VOCAB, max_parallel=1),
         lambda prompt: [9, 9],
-        stop_map={STOP: OTHER, OTHER: STOP},
+        alignment=SameIds(VOCAB, StopMap({STOP: OTHER, OTHER: STOP})),
         student_stops=StopTokens(frozenset({OTHER}), OTHER),
     )
     task = Task(rollout.prompt, TokenSequence.of([5, 6]), 0, Chance(0, "teacher"))
@@ -259,7 +260,9 @@ def test_what_the_teacher_wrote_is_read_with_the_students_stops_turn_by_turn(
     assert read.turn_A.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     # A stop of the student's in the middle of a turn ends the rollout: the reply was to more than that.
     first = TokenSequence.of([9, 9]).then([12, 8, STOP], decided=True).then([30]).then([7, STOP], decided=True)
-    writer = TeacherWriter(writer.engine, lambda prompt: [9], stop_map={}, student_stops=StopTokens(frozenset({8}), 8))
+    writer = TeacherWriter(
+        writer.engine, lambda prompt: [9], alignment=SameIds(VOCAB), student_stops=StopTokens(frozenset({8}), 8)
+    )
     early = writer.as_read(task, Rollout(rollout.prompt, first, turn_A=torch.tensor([0, 0, 0, 1, 1])))
     assert early.sequence.tokens_L.tolist() == [5, 6, 12, 8]
     assert early.turn_A is not None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from retort.align.pair import SameIds
 from retort.cli import main
 from retort.evaluate.ranks import auroc, clustered_auroc
 from retort.evaluate.trust import PREDICTORS, Branch, Protocol, _blocks, branches, trust
@@ -84,7 +85,7 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     cpu = torch.device("cpu")
     student = load_model(str(model_folder(seed=1)), role="student", precision="fp32", device=cpu)
     other = load_model(str(model_folder(seed=2)), role="teacher", precision="fp32", device=cpu)
-    own, teacher = (LocalTeacher(lm, vocab=50, stop_map={}, batch_tokens=64) for lm in (student, other))
+    own, teacher = (LocalTeacher(lm, alignment=SameIds(50), batch_tokens=64) for lm in (student, other))
     prompts = [Prompt(str(n), (Message("user", f"{n} + 1 ="),)) for n in range(6)]
     protocol = Protocol(places=3, candidates=2, max_new_tokens=6)
     engine = HFEngine(student, vocab=50, max_parallel=64)

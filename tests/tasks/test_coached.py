@@ -31,8 +31,8 @@ from retort.tasks.coached.build import LAYOUTS, RESPONSE, Data, context, measure
 from retort.tasks.coached.problems import Mistake, mistake, outcome, plan
 from retort.tasks.coached.tokenizer import CONTEXT, build_tokenizer
 from retort.tasks.countdown.problems import Problem, problems
+from retort.train.models import located
 from retort.train.prompts import builtin_prompts
-from retort.train.setup import located
 from retort.types import Message, Prompt
 
 ASKED = "45 from 3 5 12 :"

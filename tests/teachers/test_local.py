@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from retort.align import StopTokens, stop_map
+from retort.align import StopMap, StopTokens, stop_map
+from retort.align.pair import SameIds
 from retort.errors import SignalError
 from retort.models.lm import load_model
 from retort.sequences import TokenSequence
@@ -37,7 +38,7 @@ def lm(model_folder: Callable[..., Path]) -> Any:
 
 
 def teacher(lm: Any, **more: Any) -> LocalTeacher:
-    return LocalTeacher(lm, **{"vocab": 61, "stop_map": {}, "batch_tokens": 8, **more})
+    return LocalTeacher(lm, **{"alignment": SameIds(61), "batch_tokens": 8, **more})
 
 
 def test_every_signal_says_the_same(lm: Any) -> None:
@@ -72,7 +73,7 @@ def test_temperature_divides_the_logits(lm: Any) -> None:
 
 def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None:
     ours, theirs = 2, 4
-    mapped = teacher(lm, stop_map={ours: theirs, theirs: ours})
+    mapped = teacher(lm, alignment=SameIds(61, StopMap({ours: theirs, theirs: ours})))
     student_pack = Pack.of([rollout(lm, [12, ours])])
     teacher_pack = Pack.of([rollout(lm, [12, theirs])])
     said = mapped.score(in_groups(student_pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
@@ -92,7 +93,8 @@ def test_all_stops_of_the_teacher_are_the_students(
     stops = stop_map(StopTokens(frozenset(ours), ours[0]), StopTokens(frozenset(theirs), theirs[0]))
     asked = {need.kind: frozenset({need}) for need in (DENSE, Need("topk", 61), SAMPLED)}
     groups, read = ([(rollout(lm, [12, ids[0]]),)] for ids in (ours, theirs))
-    said = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["dense"], temperature)).rows(slice(None))
+    mapped = teacher(lm, alignment=SameIds(61, stops))
+    said = mapped.score(groups, Ask(View(), asked["dense"], temperature)).rows(slice(None))
     own = teacher(lm).score(read, Ask(View(), asked["dense"], temperature)).rows(slice(None))
     own_NV = own.logp_NV.exp()
     ended = sorted({ours[0]} | (set(theirs) - set(ours)))
@@ -105,11 +107,11 @@ def test_all_stops_of_the_teacher_are_the_students(
     assert bool((p_NV[:, list(stops.merged)] < 2e-6).all())
     for i in sorted(moved - set(theirs) - set(ours)):
         torch.testing.assert_close(p_NV[:, i], own_NV[:, stops.get(i, i)])
-    top = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["topk"], temperature))
+    top = mapped.score(groups, Ask(View(), asked["topk"], temperature))
     assert isinstance(top, TopK)
     scattered_NV = torch.zeros_like(p_NV).scatter(-1, top.ids_NK, top.logp_NK.exp())
     torch.testing.assert_close(scattered_NV, p_NV)
-    sampled = teacher(lm, stop_map=stops).score(groups, Ask(View(), asked["sampled"], temperature))
+    sampled = mapped.score(groups, Ask(View(), asked["sampled"], temperature))
     assert isinstance(sampled, Sampled)
     torch.testing.assert_close(sampled.logp_N, said.sampled_logp_N)
 

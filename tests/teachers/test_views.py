@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from retort.align.pair import SameIds
 from retort.errors import UserError
 from retort.models.lm import load_model
 from retort.sequences import TokenSequence
@@ -163,7 +164,7 @@ def lm(model_folder: Callable[..., Path]) -> Any:
 
 def told(lm: Any, **more: Any) -> LocalTeacher:
     words = templates({"frame": "{sections} {prompt}", "solution": "{text}", "closing": ""})
-    return LocalTeacher(lm, vocab=61, stop_map={}, batch_tokens=64, stage=Stage(words, **more))
+    return LocalTeacher(lm, alignment=SameIds(61), batch_tokens=64, stage=Stage(words, **more))
 
 
 def answered(lm: Any, text: str, actions: list[int], **privileged_texts: str) -> Rollout:
@@ -211,7 +212,7 @@ def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the
 
 def test_what_is_shown_is_counted_by_template(lm: Any) -> None:
     words = templates({"frame": "{sections} {prompt}", "success": "{text}", "failure": "{text}", "closing": ""})
-    teacher = LocalTeacher(lm, vocab=61, stop_map={}, batch_tokens=64, stage=Stage(words))
+    teacher = LocalTeacher(lm, alignment=SameIds(61), batch_tokens=64, stage=Stage(words))
     group = [
         replace(answered(lm, "3 + 4 =", [12]), member=member, reward=reward, text=str(member))
         for member, reward in enumerate((1.0, 0.0, 0.0))

@@ -16,7 +16,8 @@ from retort.tasks.coached import TEMPLATES
 from retort.teachers.scene import Stage
 from retort.teachers.templates import TEMPLATES as ALL
 from retort.train.contexts import need_context
-from retort.train.setup import Setup, local_teacher, prepare
+from retort.train.models import local_teacher
+from retort.train.setup import Setup, prepare
 
 
 def prepared(settings: dict[str, Any], **method: Any) -> Setup:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort import api, registry
 from retort import config as configuration
+from retort.align.pair import SameIds
 from retort.controllers import Controller
 from retort.divergences import forward_kl
 from retort.errors import SignalError, UserError
@@ -31,9 +32,10 @@ from retort.teachers.view import View
 from retort.train import export, runner
 from retort.train.doctor import examine_setup
 from retort.train.memory import forecast
+from retort.train.models import load
 from retort.train.observe import Silent
 from retort.train.pair import own_weights, without_idle_teacher
-from retort.train.setup import load, prepare
+from retort.train.setup import prepare
 from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout, in_groups
 from retort.weights import student_entropy
@@ -112,7 +114,7 @@ def disturb(lm: Any, seed: int) -> None:
 
 def teacher(own: OwnWeights) -> SelfTeacher:
     vocab = own.lm.head().width
-    return SelfTeacher(LocalTeacher(own.lm, vocab=vocab, stop_map={}, batch_tokens=64), own)
+    return SelfTeacher(LocalTeacher(own.lm, alignment=SameIds(vocab), batch_tokens=64), own)
 
 
 def logits(own: OwnWeights, pack: Pack, weights: Weights, temperature: float = 1.0) -> Tensor:
