@@ -23,6 +23,7 @@ from retort.evaluate import trust
 from retort.evaluate.judge import Judge
 from retort.models.lm import LanguageModel, load_model
 from retort.models.packing import Row, row_batches
+from retort.rewards import ByText
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.decode import read_once
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
@@ -304,7 +305,7 @@ def test_trust_forces_tokens_behind_all_that_was_read(
     monkeypatch.setattr(trust, "_spine", lambda *more: [rollout])
     engine = Noting(lm, vocab=VOCAB, max_parallel=8)
     protocol = trust.Protocol(places=9, candidates=1, max_new_tokens=12)
-    found = trust.branches(engine, local(lm), local(lm), View(), [rollout.prompt], Always(), protocol)
+    found = trust.branches(engine, local(lm), local(lm), View(), [rollout.prompt], ByText(Always()), protocol)
     assert len(found) == 9
     places = rollout.sequence.action_mask_L.nonzero().flatten().tolist()
     whole = rollout.sequence.tokens_L.tolist()
