@@ -218,6 +218,15 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
             assert (one.status, one.member, one.reward) == (two.status, two.member, two.reward)
 
 
+def test_a_visit_that_began_otherwise_than_its_row_is_not_kept_as_if_it_had_not(
+    lm: LanguageModel, rollout: Rollout, tmp_path: Path
+) -> None:
+    shelf, row = Shelf(tmp_path), Prompt("p", (Message("user", "3 ="),))
+    shelf.remember([(rollout,)], 9)
+    with pytest.raises(UserError, match=r"prompt 'p': its environment began with other messages"):
+        shelf.tensors(setup_of(lm, [row]))
+
+
 def test_kept_answers_come_back_from_their_file_as_they_were(
     lm: LanguageModel, rollout: Rollout, tmp_path: Path
 ) -> None:
