@@ -199,10 +199,6 @@ class Rollout:
         """Ids of the decided tokens."""
         return self.sequence.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
-    def with_prefix(self, prefix: TokenSequence) -> Rollout:
-        """The same decisions, and all that was read between them, after another context."""
-        return replace(self, sequence=self.sequence.with_prefix(prefix))
-
     def cut(self, steps: int, text: str) -> Rollout:
         """The rollout up to so many decisions, as truncated; itself where it has no more.
 

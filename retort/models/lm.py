@@ -217,12 +217,16 @@ class LanguageModel:
     def check_readable(self, sequences: Iterable[TokenSequence], where: str = "a text") -> None:
         """Raises `UserError` if one of these holds what the model cannot read; `where` says what they are."""
         sequences = list(sequences)
+        self.check_media(sequences, where)
+        self.check_ids((int(sequence.tokens_L.max()) for sequence in sequences if len(sequence)), where)
+
+    def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
+        """Raises `UserError` if one of these holds media; `where` says what they are."""
         if any(sequence.media for sequence in sequences):
             raise UserError(
                 f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "
                 "leave that out of the data"
             )
-        self.check_ids((int(sequence.tokens_L.max()) for sequence in sequences if len(sequence)), where)
 
     def check_ids(self, ids: Iterable[int], where: str = "a text") -> None:
         """Raises `UserError` if the model has no row for one of these ids; `where` says whose they are."""

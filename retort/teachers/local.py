@@ -182,7 +182,8 @@ class LocalTeacher:
         What an environment said in between is as the student read it; in what the student decided, stops are mapped.
         All of it is in the teacher's ids.
         """
-        self.lm.check_readable([rollout.sequence], f"the rollout of prompt '{rollout.prompt.id}'")
+        # The student's prompt may hold what this model has no row for; it renders its own, but from text alone.
+        self.lm.check_media([rollout.sequence], f"the rollout of prompt '{rollout.prompt.id}'")
         return self.alignment.read(rollout.sequence).with_prefix(TokenSequence.of(prompt_ids))
 
     def _logits(self, head: Head, hidden_CD: Tensor, temperature: float) -> Tensor:

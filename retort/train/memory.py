@@ -14,6 +14,7 @@ import torch
 
 from retort.models.core import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.teachers.base import Ask
 from retort.teachers.itself import sides_of
 from retort.train.setup import Setup
 

@@ -102,6 +102,12 @@ class Shelf:
         if not rollouts:
             return {}
         places = {prompt.id: place for place, prompt in enumerate(setup.train)}
+        for rollout in rollouts:
+            if rollout.prompt.messages != setup.train[places[rollout.prompt.id]].messages:
+                raise UserError(
+                    f"prompt '{rollout.prompt.id}': its environment began with other messages than the data's row; "
+                    "such rollouts cannot be kept in a checkpoint (leave out replay)"
+                )
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
         written = [r.sequence.continuation for r in rollouts]
         found = {

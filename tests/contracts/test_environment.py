@@ -238,8 +238,8 @@ ANEW = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 LEAVES_OUT = (
-    "{% for message in messages %}{% if message.role != 'tool' %}<|im_start|>{{ message.content }}<|im_end|>{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    "{% for message in messages %}{% if message.role not in ('tool', 'critic') %}<|im_start|>{{ message.content }}"
+    "<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}"
 )
 
 
@@ -259,6 +259,7 @@ def test_a_template_that_treats_the_last_turn_otherwise_still_says_what_follows(
         (THINKS, 2, "user", Reading(), r"ends its turns with '<eos>'.*set rollout.stop"),
         (ANEW, 4, "user", Reading(), "writes earlier turns anew"),
         (LEAVES_OUT, 4, "tool", Reading(), "leaves out turns of the role 'tool'"),
+        (LEAVES_OUT, 4, "critic", Reading(), "leaves out turns of the role 'critic'"),
     ],
 )
 def test_what_cannot_follow_is_refused_in_one_line(

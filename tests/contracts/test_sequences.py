@@ -159,6 +159,15 @@ def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageM
     torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)
 
 
+def test_a_teacher_need_not_know_the_ids_of_the_students_prompt(lm: LanguageModel) -> None:
+    rollout = three_turns([lm.rows + 7, 5])
+    pack = Pack.of([rollout])
+    found_N = local(lm).answer(pack, frozenset({SAMPLED}), View(), 1.0).rows(slice(None)).sampled_logp_N
+    sequence = rollout.sequence.with_prefix(TokenSequence.of(lm.tokenizer(TEXT)["input_ids"]))
+    expected_N = own_logp(lm, [sequence]).gather(1, pack.tokens_N[:, None]).squeeze(1)
+    torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)
+
+
 def test_the_room_of_a_view_is_what_the_whole_continuation_leaves(lm: LanguageModel, rollout: Rollout) -> None:
     long = rollout.sequence.prefix.then([7], decided=True).then([30] * (lm.context - 20)).then([8], decided=True)
     shown = Prompt("q", (Message("user", "so " * 30),))
@@ -222,6 +231,15 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
             same(one, two)
             assert torch.equal(one.engine_logp_A, two.engine_logp_A)  # type: ignore[arg-type]
             assert (one.status, one.member, one.reward) == (two.status, two.member, two.reward)
+
+
+def test_a_visit_that_began_otherwise_than_its_row_is_not_kept_as_if_it_had_not(
+    lm: LanguageModel, rollout: Rollout, tmp_path: Path
+) -> None:
+    shelf, row = Shelf(tmp_path), Prompt("p", (Message("user", "3 ="),))
+    shelf.remember([(rollout,)], 9)
+    with pytest.raises(UserError, match=r"prompt 'p': its environment began with other messages"):
+        shelf.tensors(setup_of(lm, [row]))
 
 
 def test_kept_answers_come_back_from_their_file_as_they_were(
