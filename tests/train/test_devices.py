@@ -12,7 +12,7 @@ from pretended import Misplaced, Pretended, pretended
 
 from retort import config as configuration
 from retort import distribution
-from retort.train import checks, runner, setup, trial, update
+from retort.train import checks, models, runner, trial, update
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +67,7 @@ def test_a_run_on_a_pretended_gpu_is_the_run_on_the_cpu(
     monkeypatch.setattr(distribution, "KERNELS", False)  # a kernel needs a real one
     here = runner.start(config, tmp_path / "cpu").go()
     with pretended(monkeypatch) as gpu:
-        monkeypatch.setattr(setup, "device_of", lambda config: "cuda")
+        monkeypatch.setattr(models, "device_of", lambda config: "cuda")
         monkeypatch.setattr(checks, "available", lambda device: None)
         run = runner.start(config, tmp_path / "gpu")
         assert run.setup.student.device.type == run.setup.student.head().weight_VD.device.type == "cuda"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from retort import config as configuration
 from retort.models.lm import best_precision, load_model
 from retort.sequences import TokenSequence
-from retort.train import memory, precision, setup, trial
+from retort.train import memory, models, precision, setup, trial
 from retort.types import Pack, Prompt, Rollout
 
 PROMPTS = [[5 + n, 45, 7] for n in range(6)]
@@ -63,7 +63,7 @@ def test_bf16_is_kept_where_there_is_more_to_learn_than_it_rounds_away(
 def test_a_run_whose_pair_refuses_bf16_is_in_fp32_on_both_sides(
     tiny_run: dict[str, Any], near: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "best_precision", lambda device: "bf16")
+    monkeypatch.setattr(models, "best_precision", lambda device: "bf16")
     for teacher, wanted in ((str(near), "fp32"), (tiny_run["teacher"], "bf16")):
         sections = {"precision": "auto", "teacher": teacher}
         made = setup.prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
