@@ -164,7 +164,7 @@ def test_a_teacher_need_not_know_the_ids_of_the_students_prompt(lm: LanguageMode
     pack = Pack.of([rollout])
     found_N = local(lm).answer(pack, frozenset({SAMPLED}), View(), 1.0).rows(slice(None)).sampled_logp_N
     sequence = rollout.sequence.with_prefix(TokenSequence.of(lm.tokenizer(TEXT)["input_ids"]))
-    expected_N = own_logp(lm, [sequence]).gather(1, pack.tokens_N[:, None]).squeeze(1)
+    expected_N = own_logp(lm, [sequence]).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)
 
 
