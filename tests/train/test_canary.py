@@ -13,7 +13,7 @@ import pytest
 from retort import config as configuration
 from retort import registry
 from retort.data import PRIVILEGED
-from retort.rollout.engines.hf import Completion, HFEngine, Request
+from retort.rollout.engines.hf import Completion, HFEngine, Request, Sampling
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train import runner
@@ -57,9 +57,9 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
     taught: list[Sequence[list[int] | None]] = []
     write, prompts = HFEngine.generate, LocalTeacher.prompts
 
-    def note_asked(self: HFEngine, requests: Sequence[Request], **more: Any) -> list[Completion]:
+    def note_asked(self: HFEngine, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         asked.extend(request.context.tokens_L.tolist() for request in requests)
-        return write(self, requests, **more)
+        return write(self, requests, sampling)
 
     def note_taught(self: LocalTeacher, pack: Pack, view: Any) -> Any:
         found = prompts(self, pack, view)
