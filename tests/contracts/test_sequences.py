@@ -162,7 +162,9 @@ def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageM
 def test_a_teacher_need_not_know_the_ids_of_the_students_prompt(lm: LanguageModel) -> None:
     rollout = three_turns([lm.rows + 7, 5])
     pack = Pack.of([rollout])
-    found_N = local(lm).answer(pack, frozenset({SAMPLED}), View(), 1.0).rows(slice(None)).sampled_logp_N
+    found_N = (
+        local(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))).rows(slice(None)).sampled_logp_N
+    )
     sequence = rollout.sequence.with_prefix(TokenSequence.of(lm.tokenizer(TEXT)["input_ids"]))
     expected_N = own_logp(lm, [sequence]).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)

@@ -15,6 +15,7 @@ import torch
 from remote import RemoteTeacher
 from torch import Tensor
 
+from retort.align.pair import SameIds
 from retort.models.lm import load_model
 from retort.sequences import TokenSequence
 from retort.signals import Dense, SignalRows, TeacherSignal
@@ -57,7 +58,7 @@ class Made:
 
 
 def local(lm: Any) -> LocalTeacher:
-    return LocalTeacher(lm, vocab=VOCAB, stop_map={}, batch_tokens=16)
+    return LocalTeacher(lm, alignment=SameIds(VOCAB), batch_tokens=16)
 
 
 def itself(weights: Weights) -> Callable[[Any], Made]:
