@@ -1,4 +1,4 @@
-"""The party that learns: the student, its optimizer, the score pass and the updates. It knows no teacher and no engine."""
+"""The party that learns: the student, its optimizer, score pass and updates. It knows no teacher and no engine."""
 
 from __future__ import annotations
 

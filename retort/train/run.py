@@ -90,6 +90,11 @@ class Run:
         self._go_on = going_on(self.prepared.config, self.folder)
 
     @property
+    def updates(self) -> int:
+        """Optimizer steps done."""
+        return self.learner.updates
+
+    @property
     def student(self) -> LanguageModel:
         """The model that learns."""
         return self.learner.lm

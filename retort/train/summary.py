@@ -12,7 +12,7 @@ from retort.train.prepare import Prepared
 
 def summary(prepared: Prepared) -> dict[str, str]:
     """Lines of the start-up summary, by heading."""
-    method, config = prepared.method, prepared.config
+    method, config, source, student = prepared.method, prepared.config, prepared.source, prepared.student
     asked = {
         view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
         for view, teacher in prepared.teachers.behind(prepared.method).items()
@@ -26,11 +26,11 @@ def summary(prepared: Prepared) -> dict[str, str]:
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in asked.items()},
         **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
-        "data": f"{config.data}: {len(prepared.source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
-        "graded by": prepared.source.grader.name if prepared.source.grader else "nobody (the data has no answers)",
+        "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
+        "graded by": source.grader.name if source.grader else "nobody (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
-        f"{config.optimizer.schedule} schedule, {prepared.student.precision} on {prepared.student.device.type}, seed {config.seed}",
+        f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
         "memory": str(forecast(prepared)),
     }
 

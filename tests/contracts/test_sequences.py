@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -204,11 +203,19 @@ def test_turns_and_log_probs_are_one_for_each_decision(rollout: Rollout, turns: 
         Rollout(rollout.prompt, rollout.sequence, turn_A=torch.zeros(turns).long(), engine_logp_A=torch.zeros(logps))
 
 
-def setup_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> Any:
-    """As much of a run as what was written before looks at."""
-    return SimpleNamespace(
-        train=prompts, render=lambda prompt: lm.tokenizer(TEXT)["input_ids"], student=lm, verifier=None
-    )
+class Reads:
+    """Reads every prompt as the same tokens."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.tokenizer = lm.tokenizer
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer(TEXT)["input_ids"]
+
+
+def setup_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Any]:
+    """The prompts of a run, and how they are read."""
+    return prompts, Reads(lm)
 
 
 def same(one: Rollout, two: Rollout) -> None:
@@ -226,7 +233,7 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
     setup, shelf = setup_of(lm, [rollout.prompt, visits[1][0].prompt]), Shelf(tmp_path)
     shelf.remember(visits, 9)
     again = Shelf(tmp_path)
-    again.restore(setup, shelf.tensors(setup))
+    again.restore(*setup, shelf.tensors(setup[0]))
     assert [len(visit) for visit in again.visits] == [2, 1]
     for before, after in zip(visits, again.visits, strict=True):
         for one, two in zip(before, after, strict=True):
@@ -241,7 +248,7 @@ def test_a_visit_that_began_otherwise_than_its_row_is_not_kept_as_if_it_had_not(
     shelf, row = Shelf(tmp_path), Prompt("p", (Message("user", "3 ="),))
     shelf.remember([(rollout,)], 9)
     with pytest.raises(UserError, match=r"prompt 'p': its environment began with other messages"):
-        shelf.tensors(setup_of(lm, [row]))
+        shelf.tensors([row])
 
 
 def test_kept_answers_come_back_from_their_file_as_they_were(
@@ -251,7 +258,7 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
     setup, plan = setup_of(lm, [own.prompt for own in kept]), RolloutPlan()
     Shelf(tmp_path).keep(kept, plan, 1)
     again = Shelf(tmp_path)
-    again.go_back(setup, 1)
+    again.go_back(*setup, 1)
     for one, two in zip(kept, again.answers.values(), strict=True):
         same(one, two)
 

@@ -106,7 +106,7 @@ def test_a_mixture_trains_with_an_adapter_to_the_end(tiny_run: dict[str, Any], t
     settings = merged_settings(tiny_run, student=student, lora={"rank": 4}, steps=1, eval={"problems": 0})
     run = runner.start(configuration.resolve(settings), tmp_path / "run")
     run.go()
-    again, adapter = load(tmp_path / "run" / "model"), run.setup.student.adapter
+    again, adapter = load(tmp_path / "run" / "model"), run.student.adapter
     assert adapter is not None
     for name, weight in again.model.state_dict().items():
         torch.testing.assert_close(weight, adapter.merged()[name])
