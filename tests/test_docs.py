@@ -168,7 +168,7 @@ FOLDERS = ("retort", "tests", "docs", "benchmarks", "examples")
 
 
 def unknown_places(page: Page) -> Iterator[str]:
-    """Paths in backquotes that are neither there nor on the page, and names said to be in such a file, `name` (`path`), that are not."""
+    """Paths in backquotes that are not there, and `name` (`path`) of what no such file has; files of the page count."""
     made = {block.file for block in page.blocks}
     for line, text in page.prose:
         for place in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./]*)`", text):
