@@ -163,6 +163,41 @@ def unknown_tests(page: Page) -> Iterator[str]:
                 yield f"{page.name}:{line}: there is no {name}"
 
 
+#: Folders of the repository with which a path in a page begins.
+FOLDERS = ("retort", "tests", "docs", "benchmarks", "examples")
+
+
+def unknown_places(page: Page) -> Iterator[str]:
+    """Paths in backquotes that are not there, and `name` (`path`) of what no such file has; files of the page count."""
+    made = {block.file for block in page.blocks}
+    for line, text in page.prose:
+        for place in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w./]*)`", text):
+            if place not in made and not (ROOT / place).exists():
+                yield f"{page.name}:{line}: {place} does not exist"
+        for name, place in re.findall(r"`([\w.]+)` \(`([\w/]+\.py)`\)", text):
+            if (ROOT / place).exists() and not defines(ROOT / place, name):
+                yield f"{page.name}:{line}: {place} has no {name}"
+
+
+def defines(path: Path, name: str) -> bool:
+    """Whether a file defines a function or class, a value, or `Class.member`, at its outermost level."""
+    body: list[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+    for part in name.split("."):
+        found = next((node for node in body if part in names_of(node)), None)
+        if found is None:
+            return False
+        body = found.body if isinstance(found, ast.ClassDef) else []
+    return True
+
+
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement names."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def anchors(page: Page) -> set[str]:
     """The names by which GitHub links to the headings of a page."""
     headings = [text.lstrip("#").strip().lower() for _, text in page.prose if re.match(r"#+ ", text)]
@@ -194,7 +229,17 @@ def test_snippets_print_what_they_show(path: Path, files: Path) -> None:
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_lead_somewhere(path: Path) -> None:
     page = Page.of(path)
-    assert [*dead_links(page), *unknown_tests(page)] == []
+    assert [*dead_links(page), *unknown_tests(page), *unknown_places(page)] == []
+
+
+def test_the_map_of_the_rooms_has_every_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tree,) = (block.code for block in Page.parsed("CONTRIBUTING.md", text).blocks if block.code.startswith("cli "))
+    shown = {name for line in tree.splitlines() for name in re.split(r"\s{2,}", line)[0].split(", ")}
+    rooms = {
+        path.stem for path in (ROOT / "retort").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert shown == {room for room in rooms if not room.startswith("__")}
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
@@ -258,11 +303,14 @@ def test_methods_of_the_pages_pass_the_contract(files: Path, tiny_run: dict[str,
         ("See [there](../REEDME.md).", "docs/x.md:1: ../REEDME.md does not exist"),
         ("See [there](log.md#lug).", "docs/x.md:1: log.md#lug names no heading"),
         ("Held by `test_of_nothing`.", "docs/x.md:1: there is no test_of_nothing"),
+        ("In `retort/train/nothing.py`.", "docs/x.md:1: retort/train/nothing.py does not exist"),
+        ("By `Steps.nothing` (`retort/steps.py`).", "docs/x.md:1: retort/steps.py has no Steps.nothing"),
     ],
 )
 def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
     page = Page.parsed("docs/x.md", text)
-    assert [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)] == [complaint]
+    found = [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)]
+    assert [*found, *unknown_places(page)] == [complaint]
 
 
 @pytest.mark.parametrize(
@@ -272,9 +320,11 @@ def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
         "```py\nprint(1 + 1)  # 3\n```",
         "<!-- not run: needs a hub -->\n```python\nprint(1 + 1)  # 3\n```",
         "It is 0.125 nats (arXiv 2603.07079).\n```python\nprint(1 / 8)  # 0.125\n```",
+        "By `Steps.select` (`retort/steps.py`), `ALONE` (`retort/steps.py`), in `retort/envs/`.",
         "See [there](../README.md), [here](#part-2-k3-ends) and [out](https://example.org/x).\n## Part 2: `k3` ends",
     ],
 )
 def test_a_page_that_is_right_is_left_alone(text: str) -> None:
     page = Page.parsed("docs/x.md", text)
-    assert [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)] == []
+    found = [*wrong_prints(page), *uncomputed_numbers(page), *dead_links(page), *unknown_tests(page)]
+    assert [*found, *unknown_places(page)] == []
