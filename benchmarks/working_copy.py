@@ -22,7 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from retort.align.stops import StopTokens
-from retort.models.lm import LanguageModel, Precision, load_model
+from retort.models.lm import LanguageModel, Precision
+from retort.models.load import load_model
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence

@@ -13,7 +13,8 @@ from retort.align.pair import align_pair
 from retort.config import Config
 from retort.errors import UserError
 from retort.models.held import Held
-from retort.models.lm import LanguageModel, best_precision, load_model
+from retort.models.lm import LanguageModel, best_precision
+from retort.models.load import load_model
 from retort.teachers.local import LocalTeacher
 from retort.train.given import Given
 

@@ -14,7 +14,7 @@ from support import make_tokenizer
 from torch import Tensor
 
 from retort.errors import UserError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.sample import nucleus

@@ -21,7 +21,8 @@ from retort.align.stops import StopMap, StopTokens
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.judge import Judge
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.models.packing import Row, row_batches
 from retort.rewards import ByText
 from retort.rollout.by_teacher import TeacherWriter

@@ -14,7 +14,7 @@ from retort.align.pair import SameIds
 from retort.cli import main
 from retort.evaluate.ranks import auroc, clustered_auroc
 from retort.evaluate.trust import PREDICTORS, Branch, Protocol, _blocks, branches, trust
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.report.page import build_report
 from retort.rewards import ByText, ExactVerifier
 from retort.rollout.engines.hf import HFEngine

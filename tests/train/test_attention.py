@@ -13,7 +13,8 @@ import torch
 
 from retort import config as configuration
 from retort.config import merge
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.train import attention, runner, setup
 
 
