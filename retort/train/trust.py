@@ -11,7 +11,7 @@ from retort import config as configuration
 from retort import registry
 from retort.align.pair import SameIds
 from retort.errors import UserError
-from retort.evaluate.trust import Protocol, branches, trust
+from retort.evaluate.trust import Protocol, Student, branches, trust
 from retort.files import write_text
 from retort.method import Method
 from retort.teachers.local import LocalTeacher
@@ -86,8 +86,7 @@ def measure(
     )
     watcher = run.observer
     found = branches(
-        setup.engine,
-        own,
+        Student(setup.engine, own, own.render, setup.student.stops, setup.config.rollout.parallel),
         setup.teachers[view],
         setup.method.views[view],
         prompts,
