@@ -46,7 +46,7 @@ def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     cpu = torch.device("cpu")
     lm = load_model(str(model_folder(seed=5)), role="student", precision="fp32", device=cpu, stop=stops)
     engine = HFEngine(lm, vocab=VOCAB, max_parallel=3)
-    engine._loops = loops
+    engine.loops = loops
 
     def logp(context: TokenSequence, ids: list[int], sampling: Sampling) -> Tensor:
         whole_1L = torch.cat([context.tokens_L, torch.tensor(ids)])[None]
