@@ -26,8 +26,8 @@ from retort.data import fingerprint, prompts_from_rows
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
+from retort.models.files import read_model
 from retort.models.held import Held
-from retort.models.load import read_model
 from retort.reduce import rollout_means, weighted
 from retort.rollout import RolloutPlan
 from retort.train.callbacks import call

@@ -23,7 +23,7 @@ from retort.errors import UserError
 from retort.layers import FOLLOWS, flat
 from retort.method import number_problem
 from retort.models.described import Described
-from retort.models.load import _wrong_with
+from retort.models.files import _wrong_with
 from retort.reference import chosen, field_of, limits, page, settings_of
 from retort.steps import Clock
 from retort.synonyms import ELSEWHERE, ours_for

@@ -9,7 +9,7 @@ from retort.align.pair import IdMap, align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.load import read_tokenizer
+from retort.models.files import read_tokenizer
 from retort.train.checks import quick_checks
 from retort.train.findings import Check, Examination
 from retort.train.given import Given

@@ -10,6 +10,8 @@ from retort.evaluate.judge import Judge
 from retort.teachers.local import LocalTeacher
 from retort.train import results
 from retort.train.prepare import Prepared
+from retort.train.models import engine
+from retort.train.setup import Setup
 
 #: Takes prompts done and prompts in all.
 Progress = Callable[[int, int], None]
@@ -78,7 +80,8 @@ class Judging:
 
     def _judged(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
         assert self._judge is not None
-        return self._judge.judge(lm, teacher=teacher, progress=progress)
+        writer = engine(self._setup.config, lm, self._judge.vocab)
+        return self._judge.judge(lm, writer, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
         self._check()

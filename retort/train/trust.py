@@ -11,7 +11,7 @@ from retort import config as configuration
 from retort import registry
 from retort.align.pair import SameIds
 from retort.errors import UserError
-from retort.evaluate.trust import Protocol, branches, trust
+from retort.evaluate.trust import Protocol, Student, branches, trust
 from retort.files import write_text
 from retort.method import Method
 from retort.rollout.engines.hf import HFEngine
@@ -88,10 +88,9 @@ def measure(
     watcher, engine = run.observer, prepared.source.engine
     assert isinstance(engine, HFEngine)  # a run's student is in this process
     found = branches(
-        engine,
-        own,
-        prepared.teachers.behind(prepared.method)[view],
-        prepared.method.views[view],
+        Student(setup.engine, own, own.render, setup.student.stops, setup.config.rollout.parallel),
+        setup.teachers[view],
+        setup.method.views[view],
         prompts,
         verifier,
         protocol,

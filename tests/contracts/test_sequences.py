@@ -20,7 +20,8 @@ from retort.align.stops import StopMap, StopTokens
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.judge import Judge
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.models.packing import Row, row_batches
 from retort.rewards import ByText
 from retort.rollout.by_teacher import TeacherWriter
@@ -306,7 +307,7 @@ def test_a_record_says_what_was_read_between_the_steps(lm: LanguageModel, rollou
 
 
 def test_the_judge_compares_behind_all_that_was_read(lm: LanguageModel, rollout: Rollout) -> None:
-    judge = Judge([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 4, 64, Reading(), 1.0)
+    judge = Judge([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 64, Reading(), 1.0)
     values, _ = judge._compare(lm, local(lm), [rollout])
     entropy_N = torch.distributions.Categorical(logits=own_logp(lm, [rollout.sequence])).entropy()
     torch.testing.assert_close(values["student_entropy"], entropy_N, rtol=1e-4, atol=1e-4)
@@ -330,9 +331,10 @@ def test_trust_forces_tokens_behind_all_that_was_read(
             return 1.0
 
     monkeypatch.setattr(trust, "_spine", lambda *more: [rollout])
-    engine = Noting(lm, vocab=VOCAB, max_parallel=8)
+    engine, own = Noting(lm, vocab=VOCAB, max_parallel=8), local(lm)
+    student = trust.Student(engine, own, own.render, lm.stops, parallel=8)
     protocol = trust.Protocol(places=9, candidates=1, max_new_tokens=12)
-    found = trust.branches(engine, local(lm), local(lm), View(), [rollout.prompt], ByText(Always()), protocol)
+    found = trust.branches(student, local(lm), View(), [rollout.prompt], ByText(Always()), protocol)
     assert len(found) == 9
     places = rollout.sequence.action_mask_L.nonzero().flatten().tolist()
     whole = rollout.sequence.tokens_L.tolist()

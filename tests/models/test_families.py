@@ -12,7 +12,8 @@ import torch
 
 from retort import config as configuration
 from retort.errors import UserError
-from retort.models.lm import load_model, token_batches
+from retort.models.lm import token_batches
+from retort.models.load import load_model
 from retort.rollout.engines.hf import HFEngine, Request, Sampling, nucleus
 from retort.sequences import TokenSequence
 from retort.streams import uniforms

@@ -18,7 +18,7 @@ from retort import api
 from retort.align import check_same_tokenizer
 from retort.align.pair import IdMap, SameIds, align_pair
 from retort.errors import UserError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine

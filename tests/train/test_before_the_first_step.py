@@ -16,8 +16,10 @@ from support import make_tokenizer
 
 from retort import config as configuration
 from retort.errors import UserError
-from retort.models.adapter import Adapter, add_adapter
-from retort.models.lm import LanguageModel, load_model
+from retort.models.adapter import Adapter
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
+from retort.models.lora import add_adapter
 from retort.models.rehearsal import rehearse_export
 from retort.sequences import TokenSequence
 from retort.train import runner
