@@ -126,7 +126,7 @@ def test_no_file_reaches_into_anothers_objects() -> None:
     ("code", "found"),
     [
         ("run._setup.student", ["_setup"]),
-        ("run.setup._student.x = 1", ["_student"]),
+        ("run.prepared._student.x = 1", ["_student"]),
         ("from retort.config import _keys, keys", ["_keys"]),
         ("from retort import config\nconfig._keys()", ["_keys"]),
         ("getattr(run, '_setup', None)", ["_setup"]),
