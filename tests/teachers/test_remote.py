@@ -151,7 +151,7 @@ def test_a_step_with_a_remote_teacher_is_one_with_a_local_one(
     far = setup.teachers.with_models({name: RemoteTeacher(own) for name, own in setup.teachers.models.items()})
     pack = pipeline.ragged(setup)
     ours = pipeline.as_run(replace(setup, teachers=far), pack, 20)
-    assert [len(teacher.asked) for teacher in far.values()] == [1] * len(far)
+    assert [len(teacher.asked) for teacher in far.models.values()] == [1] * len(far.models)
     monkeypatch.setattr(Passes, "top_ids", lambda *_: pytest.fail("nobody has to be given ids"))
     theirs = pipeline.as_run(setup, pack, 20)
     for mine, expected in zip(ours, theirs, strict=True):
