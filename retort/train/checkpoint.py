@@ -32,7 +32,7 @@ from retort.files import new_folder, read_object, reason
 #: other formats are refused, so no code need know how they looked. One that names no format is of the first.
 FORMAT = 2
 #: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
-_KEYS = ("updates", "begun", "best", "data", "teacher", "base", "start", "precision", "advised", "run")
+_KEYS = ("updates", "begun", "best", "data", "models", "start", "precision", "advised", "run")
 _NAME = re.compile(r"step-(\d+)$")
 _PARTS = "parts.safetensors"
 
@@ -172,7 +172,7 @@ def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
     if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
         return "does not say which advice was given"
     parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else [None]
-    whole = all(isinstance(part, Mapping) for part in parts) and isinstance(state["data"], str)
+    whole = all(isinstance(part, Mapping) for part in (*parts, state["models"])) and isinstance(state["data"], str)
     return None if whole else "lacks the digests of its run"
 
 
