@@ -23,7 +23,8 @@ import measure
 import torch
 from torch import Tensor
 
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.sequences import TokenSequence
 
 BUDGET = 8192

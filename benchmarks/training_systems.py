@@ -107,13 +107,8 @@ def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
     from retort.train.observe import Silent
 
     if not share:
-        check = LanguageModel.check_packing
-
-        def alone(lm: LanguageModel) -> None:
-            check(lm)
-            lm.shares = False
-
-        LanguageModel.check_packing = alone  # this process does nothing else
+        never: Any = property(lambda lm: False, lambda lm, value: None)
+        LanguageModel.shares = never  # this process does nothing else
 
     clock = Clock(work.device)
 

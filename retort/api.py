@@ -55,7 +55,7 @@ def distill(
 
     Args:
         student: Model folder, hub name, or a pair `(model, tokenizer)` of transformers. A model of yours is not
-            changed: a copy of it learns, which is `run.setup.student.model`, and in `run.folder / "model"`.
+            changed: a copy of it learns, which is `run.student.model`, and in `run.folder / "model"`.
         teacher: The same; not for methods in which the student teaches itself.
         base: The same, of a second frozen model, for methods that ask one; by default the student as it was before
             training.
@@ -82,7 +82,7 @@ def distill(
     What torch was set to (`no_grad`, `autocast`, a default dtype or device) does not reach into the run.
 
     Returns:
-        The finished run: `.folder`, `.results` (the before/after table), `.metrics` (a row for each step), `.setup`.
+        The finished run: `.folder`, `.results` (the before/after table), `.metrics` (a row for each step), `.student`.
 
     Raises:
         UserError: Anything about the input is wrong; one line says what and what to do.
@@ -191,15 +191,15 @@ def check(run: runner.Run) -> None:
     Raises:
         UserError: One is fatal, and the settings do not say `checks = "warn"`.
     """
-    how = run.setup.config.checks
+    how = run.prepared.config.checks
     if how == "skip":
         return
-    found = examine_setup(run.setup, quick=True)
+    found = examine_setup(run.prepared, quick=True)
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.
     said = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
-    run.setup.notes.extend(one.line for one in said)
+    run.prepared.notes.extend(one.line for one in said)
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from retort import config as configuration
 from retort import registry
-from retort.apply import wanted
 from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
@@ -28,14 +28,14 @@ from retort.signals import Dense
 from retort.steps import Clock
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
-from retort.train import setup as setups
+from retort.train import loading
 from retort.train.control import Control
 from retort.train.metrics import Stopwatch
 from retort.train.pair import asks_teacher
-from retort.train.score import Batch, ask_teachers, score
-from retort.train.setup import Setup, prepare
-from retort.train.update import learn
-from retort.types import Pack, Rollout, TokenLosses
+from retort.train.passes import Batch
+from retort.train.prepare import Prepared, prepare
+from retort.train.update import Update, learn
+from retort.types import Pack, Rollout, TokenLosses, in_groups
 
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
 LENGTHS = (7, 3, 1, 12, 5)
@@ -64,7 +64,7 @@ class Noted(torch.optim.Optimizer):
         self.seen.append({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
 
 
-def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Setup:
+def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Prepared:
     """A run's parts, ready for `learn` to make two updates on one batch."""
     sections: dict[str, Any] = {
         "method": {"name": method, **given},
@@ -82,17 +82,17 @@ def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "teacher" or asks_teacher(method) is not None}
 
 
-def ragged(setup: Setup) -> Pack:
+def ragged(setup: Prepared) -> Pack:
     """Answers of random tokens, the student's and (where the method learns from such) the data's."""
     draw, rollouts = torch.Generator().manual_seed(0), list[Rollout]()
     given = "dataset" in setup.method.rollout.sources
     for index, (length, place) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
-        prompt = setup.train[place]
-        ids: list[int] = torch.randint(5, setup.vocab, (length,), generator=draw).tolist()
+        prompt = setup.source.prompts[place]
+        ids: list[int] = torch.randint(5, setup.learner.vocab, (length,), generator=draw).tolist()
         logp_A = -3.0 * torch.rand(length, generator=draw)
         rollout = Rollout(
             prompt,
-            TokenSequence.of(setup.render(prompt)).then(ids, decided=True),
+            TokenSequence.of(setup.source.render(prompt)).then(ids, decided=True),
             member=index,
             engine_logp_A=logp_A,
             text=setup.student.tokenizer.decode(ids),
@@ -103,52 +103,52 @@ def ragged(setup: Setup) -> Pack:
     return Pack.of(rollouts)
 
 
-def even(setup: Setup, seed: int) -> Pack:
+def even(setup: Prepared, seed: int) -> Pack:
     """Four answers that the student draws, of three tokens each, to prompts drawn with replacement."""
     draw = torch.Generator().manual_seed(seed)
-    prompts = [setup.train[place] for place in torch.randint(len(setup.train), (4,), generator=draw).tolist()]
-    tokens_RL = torch.tensor([setup.render(prompt) for prompt in prompts])  # all of one length
+    given = setup.source.prompts
+    prompts = [given[place] for place in torch.randint(len(given), (4,), generator=draw).tolist()]
+    tokens_RL = torch.tensor([setup.source.render(prompt) for prompt in prompts])  # all of one length
     acted_L = torch.arange(tokens_RL.shape[1] + 3) >= tokens_RL.shape[1]
     for _ in range(3):
         with torch.no_grad():
-            logits_RV = setup.student.model(input_ids=tokens_RL).logits[:, -1, : setup.vocab]
+            logits_RV = setup.student.model(input_ids=tokens_RL).logits[:, -1, : setup.learner.vocab]
         tokens_RL = torch.cat([tokens_RL, torch.multinomial(logits_RV.softmax(-1), 1, generator=draw)], dim=1)
     return Pack.of([Rollout(prompt, TokenSequence(tokens_RL[i], acted_L), visit=i) for i, prompt in enumerate(prompts)])
 
 
-def cut_to(setup: Setup, batch_tokens: int) -> Setup:
+def cut_to(setup: Prepared, batch_tokens: int) -> Prepared:
     """With so many tokens per forward pass."""
-    optimizer = setup.config.optimizer.model_copy(update={"batch_tokens": batch_tokens})
-    return replace(setup, config=setup.config.model_copy(update={"optimizer": optimizer}))
+    passes = replace(setup.learner.passes, batch_tokens=batch_tokens)
+    return replace(setup, learner=replace(setup.learner, passes=passes))
 
 
-def scored(setup: Setup, pack: Pack) -> Batch:
+def scored(setup: Prepared, pack: Pack) -> Batch:
     """A batch with all that a run knows of it before it learns."""
-    control, method = Control(setup), setup.method
-    longest, seed = setup.config.rollout.max_new_tokens, setup.config.seed
-    clock = replace(CLOCK, readings=control.readings(setup), longest=longest, seed=seed)
-
-    def asked(view: str) -> Any:
-        return wanted(method, view, setup.teachers[view].capabilities, clock.step)
-
-    signals = ask_teachers(setup, pack, asked)
-    return control.act(setup, score(setup, pack, signals, clock))
+    method, learner, groups = setup.method, setup.learner, in_groups(pack.rollouts)
+    control = Control(method.controllers, setup.config.seed)
+    longest, seed = setup.source.limit, setup.config.seed
+    clock = replace(CLOCK, readings=control.readings(method), longest=longest, seed=seed)
+    needs = setup.teachers.wanted(method, clock.step)
+    signals = setup.teachers.score(method, groups, needs, partial(learner.passes.top_ids, method, pack))
+    return control.act(learner.score(method, groups, signals, clock), learner)
 
 
-def learnt(setup: Setup, batch: Batch) -> list[Step]:
+def learnt(setup: Prepared, batch: Batch) -> list[Step]:
     """The updates that a run makes on it."""
     noted = Noted(setup.student)
-    _, means, _ = learn(setup, batch, noted, lambda update: 1.0, 0, Stopwatch())
+    update = Update(setup.learner.passes, setup.learner.settings, noted, lambda step: 1.0)
+    _, means, _ = learn(update, batch, 0, Stopwatch())
     return [Step(means.values()["loss"], gradients) for gradients in noted.seen]
 
 
-def as_run(setup: Setup, pack: Pack, batch_tokens: int) -> list[Step]:
+def as_run(setup: Prepared, pack: Pack, batch_tokens: int) -> list[Step]:
     """The updates that a run makes on some rollouts, at so many tokens per forward pass."""
     setup = cut_to(setup, batch_tokens)
     return learnt(setup, scored(setup, pack))
 
 
-def by_padding(setup: Setup, pack: Pack) -> Step:
+def by_padding(setup: Prepared, pack: Pack) -> Step:
     """The same in the plain way."""
     losses = padded_losses(setup, pack)
     named = {n: p for n, p in setup.student.model.named_parameters() if p.requires_grad}
@@ -156,7 +156,7 @@ def by_padding(setup: Setup, pack: Pack) -> Step:
     return Step(losses.loss.item(), {n: g for n, g in zip(named, found, strict=True) if g is not None})
 
 
-def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
+def padded_losses(setup: Prepared, pack: Pack) -> TokenLosses:
     """One padded forward pass of every model, and the definition of the losses."""
     logits, hidden_ND = _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)
     views: dict[str, Any] = {}
@@ -165,11 +165,12 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
         with torch.no_grad():
             logits_NV, states_ND = _padded(lm, sequences, pack)
         temperature = setup.method.temperature
-        said = Dense.of(logits_NV[:, : setup.vocab], pack.steps.tokens_N, temperature=temperature, hidden_ND=states_ND)
+        shared_NV = logits_NV[:, : setup.learner.vocab]
+        said = Dense.of(shared_NV, pack.steps.tokens_N, temperature=temperature, hidden_ND=states_ND)
         views[name] = replace(said, valid_N=valid_N)
     return token_losses(
         setup.method,
-        student_logits=logits[:, : setup.vocab],
+        student_logits=logits[:, : setup.learner.vocab],
         student_hidden=hidden_ND,
         teacher_logits=views.pop("teacher", None),
         extra_views=views,
@@ -184,23 +185,23 @@ def padded_losses(setup: Setup, pack: Pack) -> TokenLosses:
     )
 
 
-def student_logits(setup: Setup, pack: Pack) -> Tensor:
+def student_logits(setup: Prepared, pack: Pack) -> Tensor:
     """The student's logits over the shared ids before each token that was decided, [N, V]."""
     with torch.no_grad():
-        return _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)[0][:, : setup.vocab]
+        return _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)[0][:, : setup.learner.vocab]
 
 
-def padded_logp(setup: Setup, pack: Pack) -> Tensor:
+def padded_logp(setup: Prepared, pack: Pack) -> Tensor:
     """The student's log-probs of what was written, nats, [N]."""
     return student_logits(setup, pack).log_softmax(-1).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
 
 
-def read_by(setup: Setup, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:
+def read_by(setup: Prepared, view: str, pack: Pack) -> tuple[LanguageModel, list[Tensor], Tensor | None]:
     """The model behind a view, what it reads of each rollout, and the steps about which it says something.
 
     Nothing has been learnt yet, so the student as its own teacher has the student's weights, however they move.
     """
-    teacher, sees = setup.teachers[view], setup.method.views[view]
+    teacher, sees = setup.teachers.behind(setup.method)[view], setup.method.views[view]
     teacher = teacher.local if isinstance(teacher, SelfTeacher) else teacher
     assert isinstance(teacher, LocalTeacher)
     assert not teacher.alignment.stops, "the tiny models have one tokenizer"
@@ -236,7 +237,7 @@ _models: dict[tuple[str, str, torch.dtype | None], LanguageModel] = {}
 @contextlib.contextmanager
 def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
     """Within, `prepare` reads every model from disk once and takes copies after that, of this type if one is given."""
-    load = setups.load
+    load = loading.load
 
     def once(config: Any, name: str, role: Any, given: Any = None) -> LanguageModel:
         key = (name, role, dtype)
@@ -247,5 +248,5 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
         return replace(_models[key], model=copy.deepcopy(_models[key].model))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setups, "load", once)
+        patch.setattr(loading, "load", once)
         yield

@@ -26,8 +26,8 @@ from retort.data import fingerprint, prompts_from_rows
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
+from retort.models.files import read_model
 from retort.models.held import Held
-from retort.models.load import read_model
 from retort.reduce import rollout_means, weighted
 from retort.rollout import RolloutPlan
 from retort.train.callbacks import call
@@ -187,7 +187,7 @@ def test_objects_are_taken_for_names_and_a_run_with_them_ends_early_and_goes_on(
     with pytest.raises(UserError, match="the data of this run is kept in given-data.jsonl"):
         retort.distill(resume=tmp_path / "b", **given, data=rows)
     with pytest.raises(UserError, match="the student's weights changed since this checkpoint"):
-        retort.distill(resume=tmp_path / "b", **{**given, "student": (run.setup.student.model, models["student"][1])})
+        retort.distill(resume=tmp_path / "b", **{**given, "student": (run.student.model, models["student"][1])})
     with pytest.raises(UserError, match=r"only steps may be given besides.*\(seed is neither\)"):
         retort.distill(resume=tmp_path / "b", **given, seed=3)
     with pytest.raises(UserError, match="the teacher of this run is named in its settings"):

@@ -199,7 +199,7 @@ class FakeTeacher:
 def run_with(teacher: FakeTeacher, settings: dict[str, Any], folder: Path, method: str) -> runner.Run:
     sections = {"method": {"name": method}, "steps": 1, "eval": {"problems": 0}}
     run = runner.start(configuration.resolve(configuration.merge(settings, sections)), folder)
-    run.setup.teachers["teacher"] = teacher
+    run.prepared.teachers.models["teacher"] = teacher
     return run
 
 
@@ -225,10 +225,10 @@ def test_a_nan_or_infinite_logit_stops_the_run_before_the_update(
     tiny_run: dict[str, Any], tmp_path: Path, method: str, value: float
 ) -> None:
     run = run_with(FakeTeacher({"dense"}, lambda pack: _logits(pack, 7, value)), tiny_run, tmp_path / "run", method)
-    before = [parameter.detach().clone() for parameter in run.setup.student.model.parameters()]
+    before = [parameter.detach().clone() for parameter in run.student.model.parameters()]
     with pytest.raises(RunError, match="fake: a logit"):
         run.go()
-    for old, parameter in zip(before, run.setup.student.model.parameters(), strict=True):
+    for old, parameter in zip(before, run.student.model.parameters(), strict=True):
         assert torch.equal(old, parameter)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -238,7 +238,7 @@ def test_a_banned_id_leaves_forward_kl_and_jsd_finite(tiny_run: dict[str, Any], 
         sections = {"method": {**method, "on_policy_fraction": 1.0}, "steps": 1, "eval": {"problems": 0}}
         config = configuration.resolve(configuration.merge(tiny_run, sections))
         run = runner.start(config, tmp_path / str(number))
-        run.setup.teachers["teacher"] = FakeTeacher({"dense"}, lambda pack: _logits(pack, 7, float("-inf")))
+        run.prepared.teachers.models["teacher"] = FakeTeacher({"dense"}, lambda pack: _logits(pack, 7, float("-inf")))
         run.go()
         assert run.step == 1
 
@@ -249,7 +249,7 @@ def test_a_truly_infinite_divergence_stops_and_names_the_id(tiny_run: dict[str, 
         configuration.merge(tiny_run, {"method": method, "steps": 1, "eval": {"problems": 0}})
     )
     run = runner.start(config, tmp_path / "run")
-    run.setup.teachers["teacher"] = FakeTeacher({"dense"}, lambda pack: _logits(pack, 7, float("-inf")))
+    run.prepared.teachers.models["teacher"] = FakeTeacher({"dense"}, lambda pack: _logits(pack, 7, float("-inf")))
     with pytest.raises(RunError, match=r"term 'divergence' is infinite at token 0 .* probability 0 to id 7 \('2'\)"):
         run.go()
 
@@ -295,7 +295,7 @@ def test_unlabelled_training_prompts_and_a_labelled_evaluation_file(
     bare.write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
     sections = {"data": str(bare), "eval": {"data": str(prompts_file)}, "steps": 1}
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
-    assert any("not every training prompt has an answer" in note for note in run.setup.notes)
+    assert any("not every training prompt has an answer" in note for note in run.prepared.notes)
     run.go()
     assert "avg@2" in run.results["rows"][0]
     sections["eval"] = {"data": str(prompts_file), "problems": 0}  # type: ignore[assignment]

@@ -68,8 +68,8 @@ def test_a_folder_named_like_the_data_is_not_taken_for_it(tmp_path: Path, monkey
 def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> None:
     """They must be the held-out ones: `countdown` as training data means the others."""
     from retort import config as configuration
+    from retort.train.prepare import prepare
     from retort.train.prompts import countdown_prompts
-    from retort.train.setup import prepare
 
     data = tmp_path / "own.jsonl"
     rows = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in countdown_prompts("train", 20)]
@@ -78,8 +78,8 @@ def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> No
     sections = {"data": str(data), "eval": {"data": "countdown", "problems": 12}}
     setup = prepare(configuration.resolve(settings, sections))
     assert [prompt.id for prompt in setup.held_out] == [prompt.id for prompt in countdown_prompts("held_out", 12)]
-    assert setup.judge_verifier is not None
-    assert setup.judge_verifier.name == "countdown"
+    assert setup.judge_grader is not None
+    assert setup.judge_grader.name == "countdown"
 
 
 def test_bundled_models_are_shown_words_that_they_know() -> None:

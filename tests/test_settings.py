@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,12 +23,12 @@ from retort.errors import UserError
 from retort.layers import FOLLOWS, flat
 from retort.method import number_problem
 from retort.models.described import Described
-from retort.models.load import _wrong_with
+from retort.models.files import _wrong_with
 from retort.reference import chosen, field_of, limits, page, settings_of
 from retort.steps import Clock
 from retort.synonyms import ELSEWHERE, ours_for
 from retort.train.before import fit_lengths, fit_steps, of_the_paper
-from retort.train.rates import rise
+from retort.train.rates import Rates
 from retort.train.reading import Extremes
 
 ROOT = Path(__file__).parents[1]
@@ -409,20 +408,18 @@ def test_a_run_says_what_it_takes_from_the_paper() -> None:
     assert of_the_paper(everything, registry.load("eopd")) == []
 
 
-def _at(schedule: str, *, steps: int, warmup: int = 0) -> Any:
-    config = resolve({"steps": steps, "optimizer": {"schedule": schedule, "warmup": warmup, "updates": 1}})
-    return SimpleNamespace(config=config, steps=steps, batch_prompts=4, method=registry.load("opd"))
+def _at(schedule: str, *, warmup: int = 0) -> Rates:
+    config = resolve({"optimizer": {"schedule": schedule, "warmup": warmup, "updates": 1}})
+    return Rates(config.optimizer, 1.0, rollouts=4)
 
 
 def test_a_learning_rate_that_rises_on_resume_is_said() -> None:
-    cosine = _at("cosine", steps=8)
-    said = rise(cosine, cosine, Clock(4, 8), begun=0, updates=4, steps=4)
+    cosine = _at("cosine")
+    said = cosine.rise(Clock(4, 8), begun=0, updates=4, steps=4)
     assert said is not None and "rises from" in said and "which had 4 steps and has 8 now" in said
-    assert rise(cosine, cosine, Clock(4, 8), begun=0, updates=4, steps=8) is None
-    constant = _at("constant", steps=8)
-    assert rise(constant, constant, Clock(4, 8), begun=0, updates=4, steps=4) is None
-    warming = _at("cosine", steps=8, warmup=6)
-    assert rise(warming, warming, Clock(4, 8), begun=0, updates=4, steps=4) is None
+    assert cosine.rise(Clock(4, 8), begun=0, updates=4, steps=8) is None
+    assert _at("constant").rise(Clock(4, 8), begun=0, updates=4, steps=4) is None
+    assert _at("cosine", warmup=6).rise(Clock(4, 8), begun=0, updates=4, steps=4) is None
 
 
 # --- what needs no weights is said before any are loaded ---

@@ -41,7 +41,7 @@ def test_a_run_trains_and_judges_in_it(tiny_run: dict[str, Any], tmp_path: Path)
 
 def test_the_built_in_task_has_its_own_words() -> None:
     config = configuration.resolve(configuration.recipe("countdown"), {"prompt_template": "{prompt}!"})
-    from retort.train.setup import prepare
+    from retort.train.prepare import prepare
 
     with pytest.raises(UserError, match="prompt_template is for data of your own"):
         prepare(config)

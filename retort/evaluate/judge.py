@@ -24,8 +24,7 @@ from retort.evaluate.profile import Profile
 from retort.models.core import Core, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader, graded
-from retort.rollout.engines.base import Sampling
-from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.record import token_row
 from retort.sequences import TokenSequence
@@ -52,7 +51,6 @@ class Judge:
         seed: Of the run.
         max_new_tokens, temperature, top_p: Of sampling.
         vocab: Ids that are tokens.
-        parallel: Answers written at once.
         batch_tokens: Tokens per forward pass.
         reading: What chat templates are told.
         threshold: Nats of entropy above which a model counts as uncertain.
@@ -67,7 +65,6 @@ class Judge:
     temperature: float
     top_p: float
     vocab: int
-    parallel: int
     batch_tokens: int
     reading: Reading
     threshold: float
@@ -85,7 +82,6 @@ class Judge:
             temperature=config.eval.temperature,
             top_p=config.eval.top_p,
             vocab=vocab,
-            parallel=config.rollout.parallel,
             batch_tokens=config.optimizer.batch_tokens,
             reading=config.rollout.reading,
             threshold=config.eval.threshold,
@@ -95,6 +91,7 @@ class Judge:
     def judge(
         self,
         lm: LanguageModel,
+        engine: Engine,
         *,
         teacher: Teacher | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -102,7 +99,8 @@ class Judge:
         """One row of the before/after table.
 
         Args:
-            lm: Who answers.
+            lm: Who is judged.
+            engine: Writes its answers.
             teacher: Whom its answers are compared with, where it can give distributions.
             progress: Called with prompts done (at first 0) and prompts in all.
 
@@ -116,7 +114,6 @@ class Judge:
             to each of the first `recorded` prompts, token by token. And `given_up`, how many answers count as wrong
             because their comparison with the right one found no end, where there are any.
         """
-        engine = HFEngine(lm, vocab=self.vocab, max_parallel=self.parallel)
         before = 0 if self.verifier is None else self.verifier.given_up
         rewards: list[list[float]] = []
         first: list[float | None] = []
@@ -155,10 +152,10 @@ class Judge:
         count = 0 if self.verifier is None else sum(map(self.verifier.can_grade, self.prompts))
         return {"graded": count} if 0 < count < len(self.prompts) else {}
 
-    def _answers(self, engine: HFEngine, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def _answers(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
         for prompt in prompts:
-            context = TokenSequence.of(render(prompt, engine.lm.tokenizer, self.reading))
+            context = TokenSequence.of(render(prompt, engine.tokenizer, self.reading))
             for member in range(self.samples):
                 chance = Chance(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, chance))

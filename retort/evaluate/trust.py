@@ -19,20 +19,19 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import Renderer
+from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
 from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.base import Grader, graded
-from retort.rollout.engines.base import Sampling
-from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.sequences import TokenSequence
 from retort.signals import TeacherSignal
 from retort.streams import Chance, generator, permutation
 from retort.teachers.base import Ask, Teacher
-from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 from retort.types import DENSE, Pack, Prompt, Rollout, can_meet, in_groups
 
@@ -103,6 +102,25 @@ class Protocol:
             raise UserError(f"{counts} must be at least 1")
 
 
+@dataclass(frozen=True, eq=False)
+class Student:
+    """Upon whom tokens are forced.
+
+    Attributes:
+        engine: Writes as the student.
+        own: Says what the student's own distributions are.
+        render: Gives the ids of a prompt, as the student reads it.
+        stops: Tokens on which it ends an answer.
+        parallel: Answers written at once.
+    """
+
+    engine: Engine
+    own: Teacher
+    render: Renderer
+    stops: StopTokens
+    parallel: int
+
+
 @dataclass(frozen=True)
 class _Fork:
     """A place of an answer where the teacher's candidates are tried."""
@@ -113,8 +131,7 @@ class _Fork:
 
 
 def branches(
-    engine: HFEngine,
-    own: LocalTeacher,
+    student: Student,
     teacher: Teacher,
     view: View,
     prompts: Sequence[Prompt],
@@ -125,9 +142,8 @@ def branches(
     """Writes answers, forces the teacher's tokens, and has the student go on.
 
     Args:
-        engine: Writes as the student.
-        own: The student's own distributions.
-        teacher: The teacher's.
+        student: Who answers.
+        teacher: Whose tokens are forced.
         view: What it sees; prompts for which it has no context are left out.
         prompts: To answer; the verifier must be able to grade all.
         verifier: Says what is right.
@@ -140,8 +156,7 @@ def branches(
     if not can_meet(teacher.capabilities, DENSE):
         gives = ", ".join(sorted(teacher.capabilities))
         raise UserError(f"trust draws tokens from {DENSE} of the teacher, and {teacher.name} gives only: {gives}")
-    render = own.render
-    spine = _spine(engine, prompts, render, verifier, protocol)
+    spine = _spine(student, prompts, verifier, protocol)
     pack = Pack.of(spine)
     groups = in_groups(spine)
     said = teacher.score(groups, Ask(view, frozenset({DENSE})))
@@ -152,7 +167,7 @@ def branches(
     draw = generator(protocol.seed, "evaluation", "candidates")
     ids_MK = _drawn(said, index_M, protocol.candidates, draw)
     theirs = _at(said, index_M, ids_MK)
-    ours = _at(own.score(groups, Ask(View(), frozenset({DENSE}))), index_M, ids_MK)
+    ours = _at(student.own.score(groups, Ask(View(), frozenset({DENSE}))), index_M, ids_MK)
     tasks: list[Task] = []
     begun: list[TokenSequence] = []
     for number, fork in enumerate(forks):
@@ -162,7 +177,7 @@ def branches(
             begun.append(before.then(forced, decided=True))
             chance = Chance(protocol.seed, "evaluation", "branch", number, choice)
             tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance, visit=number))
-    right = _graded(engine, tasks, begun, verifier, protocol, progress)
+    right = _graded(student, tasks, begun, verifier, protocol, progress)
     found: list[Branch] = []
     for number, fork in enumerate(forks):
         first = number * (protocol.candidates + 1)
@@ -183,16 +198,14 @@ def branches(
     return found
 
 
-def _spine(
-    engine: HFEngine, prompts: Sequence[Prompt], render: Renderer, verifier: Grader, protocol: Protocol
-) -> list[Rollout]:
+def _spine(student: Student, prompts: Sequence[Prompt], verifier: Grader, protocol: Protocol) -> list[Rollout]:
     """The student's own answers, graded, those to one prompt one after another."""
     longest, tasks = protocol.max_new_tokens, list[Task]()
     for prompt in prompts:
         for member in range(protocol.samples):
             chance = Chance(protocol.seed, "evaluation", "spine", prompt.id, member)
-            tasks.append(Task(prompt, TokenSequence.of(render(prompt)), member, chance))
-    written = run_episodes(engine, tasks, Sampling(longest, protocol.temperature))
+            tasks.append(Task(prompt, TokenSequence.of(student.render(prompt)), member, chance))
+    written = run_episodes(student.engine, tasks, Sampling(longest, protocol.temperature))
     return graded(verifier, written)
 
 
@@ -237,7 +250,7 @@ def _at(signal: TeacherSignal, index_M: Tensor, ids_MK: Tensor) -> dict[str, Ten
 
 
 def _graded(
-    engine: HFEngine,
+    student: Student,
     tasks: Sequence[Task],
     begun: Sequence[TokenSequence],
     verifier: Grader,
@@ -247,20 +260,20 @@ def _graded(
     """Whether each answer, its beginning included, is right; one that begins with its end is not written further.
 
     Args:
-        engine: Writes.
+        student: Writes.
         tasks: The rest of each answer.
         begun: Prompt and beginning of each.
         verifier: Says what is right.
         protocol: See there.
         progress: See `branches`.
     """
-    stops, tokenizer = set(engine.lm.stops.ids), engine.lm.tokenizer
+    engine, stops = student.engine, set(student.stops.ids)
     whole: dict[int, Rollout] = {}
     # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
     rooms = [0 if _ended(own, stops) else protocol.max_new_tokens - own.steps for own in begun]
     if progress is not None:
         progress(0, len(tasks))
-    for numbers in _blocks(rooms, [len(task.context) for task in tasks], engine.max_parallel, engine.lm.context):
+    for numbers in _blocks(rooms, [len(task.context) for task in tasks], student.parallel, engine.context):
         # With chance of its own for every token, what is written with more room begins as with just that.
         room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)
         if room > 0:
@@ -270,7 +283,7 @@ def _graded(
         for number, ids in zip(numbers, more, strict=True):
             sequence, task = begun[number].then(ids[: rooms[number]], decided=True), tasks[number]
             prompt_ids: list[int] = sequence.prefix.tokens_L.tolist()
-            text = completion_text(tokenizer, sequence.actions_A.tolist(), prompt_ids=prompt_ids)
+            text = completion_text(engine.tokenizer, sequence.actions_A.tolist(), prompt_ids=prompt_ids)
             whole[number] = Rollout(task.prompt, sequence, member=task.member, visit=task.visit, text=text)
         if progress is not None:
             progress(len(whole), len(tasks))

@@ -9,27 +9,19 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from retort.errors import UserError, did_you_mean, shortened
+from retort.errors import UserError
 from retort.models.head import LowRank
-from retort.streams import key
 
-if TYPE_CHECKING:
-    from peft import LoraConfig
-
-    from retort.models.lm import LanguageModel
-
-#: What peft calls every linear layer but the head.
-ALL_LINEAR = "all-linear"
-_NAME = "default"
+#: What peft calls the adapter that it adds to a model.
+NAME = "default"
 _BASE = ".base_layer"
 
 
@@ -84,8 +76,8 @@ class Adapter:
         adapted: Any = layer
         if not self._on:
             return adapted.base_layer, None
-        down, up = adapted.lora_A[_NAME].weight, adapted.lora_B[_NAME].weight
-        return adapted.base_layer, LowRank(down, up, float(adapted.scaling[_NAME]))
+        down, up = adapted.lora_A[NAME].weight, adapted.lora_B[NAME].weight
+        return adapted.base_layer, LowRank(down, up, float(adapted.scaling[NAME]))
 
     @torch.no_grad()
     def merged(self) -> dict[str, Tensor]:
@@ -96,7 +88,7 @@ class Adapter:
         found = {own: x for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None}
         for name, layer in self.layers.items():
             own, weight = _adapted(name, layer)
-            found[own] = weight + layer.get_delta_weight(_NAME).to(weight.dtype)
+            found[own] = weight + layer.get_delta_weight(NAME).to(weight.dtype)
         return found
 
     @torch.no_grad()
@@ -111,7 +103,7 @@ class Adapter:
         }
         for name, layer in self.layers.items():
             own, weight = _adapted(name, layer)
-            delta = layer.get_delta_weight(_NAME)
+            delta = layer.get_delta_weight(NAME)
             if shapes.get(own) != weight.shape or delta.shape != weight.shape:
                 raise UserError(
                     f"lora.targets: the adapter of {_without_wrappers(name)} could not be merged into the model at the "
@@ -128,58 +120,6 @@ def need_peft() -> None:
     """Raises `UserError` if `peft` is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError("lora.rank needs peft: pip install 'retort-distill[lora]'")
-
-
-def add_adapter(
-    lm: LanguageModel,
-    *,
-    rank: int,
-    alpha: float,
-    targets: Sequence[str] = (ALL_LINEAR,),
-    rslora: bool = False,
-    seed: int = 0,
-) -> None:
-    r"""Puts a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into a model, and freezes all else.
-
-    A layer's product gains :math:`s\,B A x`; B begins at 0, so the model begins as it is.
-
-    Args:
-        lm: The model; changed in place, `lm.adapter` is the adapter.
-        rank: Rows of A.
-        alpha: s = alpha / rank.
-        targets: Names of layers, or their ends (`q_proj`); `all-linear` is every linear layer but the head, which is
-            `lm_head` in most families.
-        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
-        seed: Of the run; A is drawn from a stream of its own.
-
-    Raises:
-        UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
-    """
-    need_peft()
-    from peft import LoraConfig, get_peft_model
-
-    settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
-    config: LoraConfig = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- it divides it, so a fraction is as good
-        lora_dropout=0.0,
-        target_modules=_targets(lm, targets),
-        use_rslora=rslora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that the latter will drop
-        # For fused experts peft makes a pattern of its own, and warns when that finds nothing.
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
-        torch.manual_seed(key(seed, "adapter"))
-        try:
-            wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
-        except ValueError as error:
-            raise UserError(f"lora.targets: {_refusal(lm, targets, error)}") from None
-    wrapper.peft_config[_NAME].base_model_name_or_path = lm.name
-    lm.adapter = Adapter(lm.model, wrapper, settings)
 
 
 def _without_wrappers(name: str) -> str:
@@ -208,39 +148,3 @@ def described(settings: Mapping[str, Any] | None) -> str:
         return "without an adapter"
     scale = f"alpha {settings['alpha']:g}{', rslora' if settings['rslora'] else ''}"
     return f"with a LoRA adapter of rank {settings['rank']}, {scale}, on {', '.join(settings['targets'])}"
-
-
-def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> str:
-    """Why `peft` takes no such targets; its own words begin with the printed layer, which has many lines."""
-    model: Any = lm.model
-    for target in targets:
-        for name, module in model.named_modules():
-            if (name == target or name.endswith(f".{target}")) and getattr(module, "weight", None) is None:
-                return (
-                    f"'{target}' is a {type(module).__name__}, no single layer that peft could adapt; name the layers "
-                    "in it, or all-linear, which reaches the experts of a mixture, too"
-                )
-    return shortened(" ".join(str(error).split()), 300)
-
-
-def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
-    """What to tell `peft`, which knows `all-linear` only by itself."""
-    model: Any = lm.model
-    ends = {"the head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
-    known = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    linear = [name for name in known if model.get_submodule(name) is not ends["the head"]]
-    tied = ends["the head"].weight is ends["the embedding"].weight
-    chosen: list[str] = []
-    for target in targets:
-        named = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
-        if target != ALL_LINEAR and not named:
-            short = sorted({name.rpartition(".")[2] for name in known})
-            raise UserError(f"lora.targets: {lm.name} has no layer '{target}'; {did_you_mean(target, short)}")
-        for what, module in ends.items():
-            if tied and any(model.get_submodule(name) is module for name in named):
-                raise UserError(
-                    f"lora.targets: '{target}' is {what} of {lm.name}, tied to the other end of the model: merged, an "
-                    "adapter on one would change both; leave it out"
-                )
-        chosen += linear if target == ALL_LINEAR else [target]
-    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else chosen

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
+from retort.models.files import blamed_on, look_at, read_tokenizer
 from retort.models.held import Held
-from retort.models.load import blamed_on, look_at, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

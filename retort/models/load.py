@@ -1,370 +1,101 @@
-"""From a folder or hub name to a model of transformers, all of whose weights are those of its files.
-
-transformers fills in what a checkpoint lacks with random numbers, drops what it does not know, and says so in a log.
-Here its own account of that (`output_loading_info`) decides: what does not fit is an error that names the keys.
-"""
+"""A model of transformers made ready for whoever scores, writes or learns with it."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import json
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Set
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
-from retort.errors import RetortError, UserError
+from retort.align.stops import stop_tokens
+from retort.models.chance import without_chance
+from retort.models.files import Weights, blamed_on, read_model, read_tokenizer
 from retort.models.held import Held
+from retort.models.lm import LanguageModel, Precision
+from retort.models.together import settle
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-#: What to do about weights that do not fit: an error, or a note.
-Weights = Literal["refuse", "warn"]
-
-#: Weights of parts that a text model does without, and buffers that older files hold: the same text model either way.
-_OTHER_PARTS = re.compile(
-    r"(^|\.)(mtp|vision_tower|vision_model|visual|vision_encoder|multi_modal_projector|image_newline|audio_tower"
-    r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
-)
-#: What a tokenizer may be read from.
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
-_NAMED = 3
-_GGUF = (
-    "holds GGUF files; convert them to safetensors (docs/gguf.md shows the six lines), or better take the folder that "
-    "they were made from"
-)
-#: Seconds in which the hub has to say whether it has a model.
-_HUB_SECONDS = 10.0
-_LIBRARY = str(Path(__file__).parents[1])
+    from transformers import PreTrainedModel
 
 
-@contextlib.contextmanager
-def blamed_on(who: str, what: str = "cannot be loaded") -> Iterator[None]:
-    """Within, whatever other libraries raise about a model is one line about its folder.
-
-    An error that begins in Retort's own code is left as it is: that is no fault of the folder.
-
-    Args:
-        who: Role and name of the model.
-        what: What is wrong with it.
-
-    Raises:
-        UserError: Any error that was raised outside of Retort.
-    """
-    try:
-        yield
-    except RetortError:
-        raise
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        if _raised_in_retort(error):
-            raise
-        raise UserError(f"{who}: {what}: {_one_line(error)}") from error
-
-
-def look_at(who: str, name: str, source: str | None) -> str:
-    """Where transformers is to read a model from, after a look at what is there.
-
-    Args:
-        who: Role and name of the model.
-        name: What the user calls it.
-        source: Where it lies, if not at `name`.
-
-    Raises:
-        UserError: A folder that is not there, not readable, or holds no model that can be read.
-    """
-    path = Path(source or name).expanduser()
-    found: str | None = None
-    try:
-        there = path.exists()
-        if there:
-            found = _wrong_with(path)
-    except PermissionError as error:
-        where = error.filename or path
-        raise UserError(f"{who}: no permission to read {where}; change it, or choose another folder") from None
-    except OSError as error:
-        raise UserError(f"{who}: {path} cannot be read: {_one_line(error)}") from None
-    except ValueError:
-        raise UserError(f"{who}: no such folder; the name holds a character that no name can have") from None
-    if found is not None:
-        raise UserError(f"{who}: {found}")
-    if there:
-        return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{who}: no such folder")
-    problem = _wrong_on_hub(name)
-    if problem is not None:
-        raise UserError(f"{who}: there is no such folder, and {problem}")
-    return name
-
-
-def _wrong_on_hub(name: str) -> str | None:
-    """Why a model cannot be had from the hub, where that is certain: libraries ask a missing one again for minutes."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return None
-        if constants.HF_HUB_OFFLINE:
-            return "the hub is not asked, because HF_HUB_OFFLINE is set; unset it, or name a folder"
-        HfApi().model_info(name, timeout=_HUB_SECONDS)
-    except HFValidationError:
-        return "that is no name which the hub could have; name a folder, or owner/name"
-    except GatedRepoError:
-        return None  # it is there; who may have it is for the libraries to say
-    except RepositoryNotFoundError:
-        return "no such model on the hub (or a private one); mind the spelling, or log in with `hf auth login`"
-    except HfHubHTTPError:
-        return None  # it answered, but not to this question: a mirror may have the files all the same
-    except Exception as error:
-        if not isinstance(error, OSError) and "TransportError" not in [kind.__name__ for kind in type(error).__mro__]:
-            return None
-        return f"the hub cannot be reached ({_one_line(error)}); look after the network, or name a folder"
-    return None
-
-
-def read_tokenizer(
-    name: str, source: str | Held | None, role: str, *, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; a copy, where the caller holds it in memory.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    who = f"{role} {name}"
-    place = "" if isinstance(source, Held) else look_at(who, name, source)
-    local = Path(place)
-    if place and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
-        raise UserError(f"{who}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
-    with blamed_on(f"{who}: its tokenizer"):
-        tokenizer: Any = (
-            copy.deepcopy(source.tokenizer)
-            if isinstance(source, Held)
-            else AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
-        )
-        ids = set(tokenizer.get_vocab().values())
-        added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    if ids <= added:  # what transformers makes where it finds no vocabulary
-        raise UserError(
-            f"{who}: its tokenizer has no tokens but {len(ids)} special one(s); is tokenizer.json in the folder?"
-        )
-    return cast("PreTrainedTokenizerBase", tokenizer)
-
-
-def read_model(
+def load_model(
     name: str,
-    source: str | Held | None,
-    role: str,
     *,
-    dtype: torch.dtype,
-    attention: str | None,
-    trust_remote_code: bool,
+    source: str | Held | None = None,
+    role: str,
+    precision: Precision,
+    device: torch.device,
+    attention: str | None = None,
+    stop: Sequence[int | str] | None = None,
+    trust_remote_code: bool = False,
     weights: Weights = "refuse",
-) -> tuple[PreTrainedModel, list[str]]:
-    """A model whose weights are those of its files, and what there is to say about them.
+) -> LanguageModel:
+    """Loads a model folder or hub name; only safetensors weights are read.
 
     Args:
         name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`; or a model that the caller holds, of which this is a copy.
-        role: For messages.
-        dtype: Of its weights.
+        source: Where it lies, if not at `name`; or a model that the caller holds, of which a copy is made.
+        role: A student's weights are fp32 and learn; a teacher's are in its precision and do not.
+        precision: Of products.
+        device: Where to.
         attention: Attention implementation of transformers; None for its default.
+        stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
         weights: What to do about weights that are missing, left over, misshapen or no numbers.
 
     Raises:
-        UserError: It cannot be read, or its weights do not fit it.
+        UserError: Not found, not a causal language model, weights that are not its own, no usable stop token.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import GenerationConfig
 
     who = f"{role} {name}"
-    if isinstance(source, Held):
-        with blamed_on(who, "cannot be copied"):
-            held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
-        return held, _judged(who, weights, *_account(held, {}, set()))
-    place = look_at(who, name, source)
-    # Whatever is random (weights that are missing, where the settings allow it) is the same when a run is resumed.
-    with blamed_on(who), torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the shapes say it
-        torch.manual_seed(0)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that all of what does not fit is in one account
-            output_loading_info=True,
-        )
-    model, info = loaded
-    return cast("PreTrainedModel", model), _judged(who, weights, *_account(model, info, _dropped(place, model)))
-
-
-def _judged(who: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
-    """What there is to say about a model's weights, or a `UserError` where they are wrong and that is refused."""
-    if wrong:
-        said = f"{who}: its weights are not those of its config.json: {'; '.join(wrong)}"
-        if weights == "refuse":
-            raise UserError(f"{said}. To go on all the same (with random numbers for what is missing): weights=warn")
-        notes.append(f"{said}; what is missing is random")
-    return [note if note.startswith(who) else f"{who}: {note}" for note in notes]
-
-
-def _dropped(place: str, model: Any) -> set[str]:
-    """Names of tensors in a model's files that transformers leaves out without a word."""
-    from safetensors import safe_open
-    from transformers.utils.hub import cached_file
-
-    patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    patterns.append(_OTHER_PARTS)  # among them `inv_freq`, which transformers drops of every model that computes it
-    # In the cache of the hub, too, the weights lie beside the settings.
-    config = cached_file(
-        place,
-        "config.json",
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
+    dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
+    tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
+    model, notes = read_model(
+        name,
+        source,
+        role,
+        dtype=dtype,
+        attention=attention,
+        trust_remote_code=trust_remote_code,
+        weights=weights,
     )
-    names = set[str]()
-    for file in Path(config).parent.glob("*.safetensors") if config is not None else ():
-        with safe_open(file, framework="pt") as weights:
-            names.update(weights.keys())
-    return {name for name in names if any(pattern.search(name) for pattern in patterns)}
+    model.to(device)  # type: ignore[arg-type]
+    _wrap_attention(model)
+    model.requires_grad_(role == "student")
+    without_chance(model)
+    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=who, override=stop)
+    written = model.generation_config
+    # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would
+    # make rollouts come from another distribution than the one that is scored.
+    model.generation_config = GenerationConfig()
+    loaded = LanguageModel(model, tokenizer, stops, name, precision, written, notes=notes)
+    with blamed_on(who):  # settings that make a model, but none that computes
+        loaded.check_head(finite=weights == "refuse")
+    settle(loaded)
+    return loaded
 
 
-def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset()) -> tuple[list[str], list[str]]:
-    """What is wrong with the weights of a model, and what is not but should be known."""
-    wrong, notes = list[str](), list[str]()
-    surplus = set(map(str, info.get("unexpected_keys", ())))
-    others = {key for key in surplus if _OTHER_PARTS.search(key)} | dropped
-    shapes = {str(key): (tuple(there), tuple(here)) for key, there, here in info.get("mismatched_keys", ())}
-    missing = sorted(set(map(str, info.get("missing_keys", ()))) - shapes.keys())
-    if missing:
-        wrong.append(f"{_counted(missing)} missing")
-    if surplus - others:
-        wrong.append(f"{_counted(sorted(surplus - others))} in the files, but not in the model")
-    if shapes:
-        key = min(shapes)
-        there, here = shapes[key]
-        wrong.append(f"{_counted(sorted(shapes))} of another shape ({key}: {there} in the files, {here} in the model)")
-    broken = _not_finite(model, {*missing, *shapes})
-    if broken:
-        wrong.append(f"{_counted(broken)} with NaN or infinity in it")
-    if others:
-        notes.append(f"{_counted(sorted(others))} in its files, of parts that text does not need: left out")
-    return wrong, notes
-
-
-def _not_finite(model: Any, besides: set[str]) -> list[str]:
-    """Names of tensors that hold a number that is none."""
-    found, seen = list[str](), set[int]()
-    for name, tensor in model.state_dict().items():
-        if name in besides or not tensor.is_floating_point() or not tensor.numel() or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())  # what is tied is looked at once
-        # The extremes are NaN where anything is, and no array of answers has to be made.
-        extremes = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
-        if not all(bool(extreme.isfinite()) for extreme in extremes):
-            found.append(name)
-    return sorted(found)
-
-
-def _counted(keys: list[str]) -> str:
-    shown = ", ".join(keys[:_NAMED])
-    return f"{len(keys)} tensor(s) ({shown}{', ...' if len(keys) > _NAMED else ''})"
-
-
-def _wrong_with(path: Path) -> str | None:
-    """Why a folder cannot be read as a model, as far as a look at its files tells."""
-    if not path.is_dir():
-        return _GGUF if path.suffix.lower() == ".gguf" else "that is a file; name the folder of the model"
-    names = {file.name for file in path.iterdir()}
-    if not names:
-        return "no config.json: that folder is empty"
-    if (path / "model" / "config.json").is_file() and not any(name.endswith(".safetensors") for name in names):
-        return f"that is the folder of a run, whose student is in {path / 'model'}"
-    if any(name.lower().endswith(".gguf") for name in names) and not any(n.endswith(".safetensors") for n in names):
-        return _GGUF
-    if "config.json" not in names:
-        return "no config.json in that folder, so it is not a model folder"
-    for name in ("config.json", "generation_config.json"):
-        if name in names:
-            found = _wrong_with_settings(path / name)
-            if found is not None:
-                return found
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and not (path / "model.safetensors").is_file():
-        return _wrong_with_index(index, names)
-    weights = [name for name in names if name.endswith(".safetensors")]
-    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
-    if not weights and pickles:
-        return (
-            f"its weights are pickled ({pickles[0]}), and unpickling can run code; convert them to safetensors "
-            "(save_pretrained of a recent transformers does)"
-        )
-    if not weights and names & {"tf_model.h5", "flax_model.msgpack"}:
-        return "its weights are of another framework; convert them to safetensors"
-    if not weights:
-        return "no weights in that folder (model.safetensors)"
-    for name in sorted({*weights, *names & {"tokenizer.json", "tokenizer_config.json"}}):
-        with (path / name).open("rb"):  # permission
-            pass
-    return None
-
-
-def _wrong_with_settings(file: Path) -> str | None:
-    """Why config.json or generation_config.json cannot be meant as it is."""
+def use_attention(lm: LanguageModel, name: str) -> bool:
+    """Sets an attention implementation of transformers; False, and nothing changed, where the model has no such one."""
+    before = lm.model.config._attn_implementation
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        return f"{file.name} is not readable as JSON: {_one_line(error)}"
-    if not isinstance(settings, dict):
-        return f"{file.name} holds a {type(settings).__name__} where an object with settings should be"
-    stops = cast("dict[str, Any]", settings).get("eos_token_id")
-    ids: list[Any] = [] if stops is None else cast("list[Any]", stops) if isinstance(stops, list) else [stops]
-    if any(isinstance(stop, bool) or not isinstance(stop, int) or stop < 0 for stop in ids):
-        return f"{file.name}: eos_token_id is {str(stops)[:60]!r}; it must be a token's id, or a list of them"
-    return None
+        lm.model.set_attn_implementation(name)
+    except (ValueError, ImportError):
+        return False
+    # A model that sets it at loading only says so in a log line, and keeps what it had.
+    if lm.model.config._attn_implementation != name:
+        lm.model.config._attn_implementation = before
+        return False
+    _wrap_attention(lm.model)
+    settle(lm)
+    return True
 
 
-def _wrong_with_index(index: Path, names: set[str]) -> str | None:
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"{index.name} is not an index of weights ({_one_line(error)}); copy it again"
-    missing = sorted(str(shard) for shard in shards - names)
-    if missing:
-        return f"{len(missing)} of {len(shards)} files of weights are missing ({missing[0]}); copy them again"
-    for shard in sorted(shards):
-        with (index.parent / str(shard)).open("rb"):
-            pass
-    return None
+def _wrap_attention(model: PreTrainedModel) -> None:
+    """Lets a family that leaves attention to transformers take packs."""
+    from retort.models.packing import wrapped
 
-
-def _raised_in_retort(error: BaseException) -> bool:
-    """Whether the code that raised it is ours."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_code.co_filename.startswith(_LIBRARY)
-
-
-def _one_line(error: BaseException) -> str:
-    """What an error says, in one line without control characters."""
-    if isinstance(error, KeyError):
-        return f"it lacks or does not know {str(error)[:200]}"
-    text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())
-    kind = "" if isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and text else type(error).__name__
-    text = ": ".join(part for part in (kind, text) if part)
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    chosen = model.config._attn_implementation
+    if chosen is not None and wrapped(chosen) != chosen and type(model)._can_set_attn_implementation():
+        model.set_attn_implementation(wrapped(chosen))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retort.models.load import blamed_on
+from retort.models.files import blamed_on
 
 if TYPE_CHECKING:
     from retort.models.lm import LanguageModel

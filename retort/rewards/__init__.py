@@ -1,7 +1,8 @@
 """What a piece of writing is worth: verifiers that compare it with the answer."""
 
 from retort.rewards.base import ByText, GivesFeedback, GivesParts, Grade, Grader, Verifier
-from retort.rewards.verify import CountdownVerifier, ExactVerifier, MathVerifier, grader_for, verifier_for
+from retort.rewards.choose import grader_for, verifier_for
+from retort.rewards.verify import CountdownVerifier, ExactVerifier, MathVerifier
 
 __all__ = [
     "ByText",

@@ -46,7 +46,7 @@ Own = OwnFunction | GradesGroups
 
 
 class OwnVerifier:
-    """A function of the user's own as a verifier (see `retort.rewards.verify.Verifier`).
+    """A function of the user's own as a verifier (see `retort.rewards.base.Verifier`).
 
     It is asked once about each completion to a prompt; the last 10,000 verdicts are remembered.
     """
@@ -92,7 +92,7 @@ class OwnVerifier:
 
 
 class TalkingVerifier(OwnVerifier):
-    """One that says in words what is wrong (see `retort.rewards.verify.GivesFeedback`)."""
+    """One that says in words what is wrong (see `retort.rewards.base.GivesFeedback`)."""
 
     def feedback(self, prompt: Prompt, text: str) -> str:
         """What is wrong with the completion; empty if nothing is."""

@@ -17,11 +17,10 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from retort.align.text import after_thinking
-from retort.errors import UserError, did_you_mean
+from retort.errors import UserError
 from retort.rewards import answers
-from retort.rewards.base import ByText, GivesFeedback, GivesParts, Grader, Verifier
+from retort.rewards.base import GivesFeedback, GivesParts, Verifier
 from retort.rewards.math_judge import Judge
-from retort.rewards.own import imported, is_own, own_grader
 from retort.types import Prompt
 
 __all__ = [
@@ -34,9 +33,7 @@ __all__ = [
     "MathVerifier",
     "RankingVerifier",
     "Verifier",
-    "grader_for",
     "last_boxed",
-    "verifier_for",
 ]
 
 #: Characters of a boxed answer (longer is wrong) and of the end of a text in which an unboxed one is looked for.
@@ -57,7 +54,7 @@ class ExactVerifier:
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
-        return float(after_thinking(text).split() == _answer(prompt, self.name).split())
+        return float(after_thinking(text).split() == answer_of(prompt, self.name).split())
 
 
 class CountdownVerifier:
@@ -152,7 +149,7 @@ class MathVerifier:
 
     def __call__(self, prompt: Prompt, text: str) -> float:
         """1.0 if the text is a right response to the prompt, else 0.0."""
-        gold, text = _gold(_answer(prompt, self.name)), after_thinking(text)
+        gold, text = _gold(answer_of(prompt, self.name)), after_thinking(text)
         boxed = last_boxed(text[-MOST_TEXT:])
         if boxed is not None:
             right = len(boxed) <= MOST_BOXED and bool(boxed.strip()) and self._is_right(gold, boxed)
@@ -238,59 +235,6 @@ VERIFIERS = {
 NEED_ANSWER = tuple(name for name, verifier in VERIFIERS.items() if getattr(verifier, "needs_answer", False))
 
 
-def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:
-    """The grader of a task: its verifier for one completion after another, or an object of the user's own.
-
-    Args:
-        task: As for `verifier_for`; `module:name` may also name an object with a method `grade(group)`.
-        prompts: As for `verifier_for`.
-
-    Returns:
-        The grader, or None if completions get no reward.
-
-    Raises:
-        UserError: As `verifier_for`.
-    """
-    if is_own(task):
-        return own_grader(imported(str(task)), str(task), prompts[0])
-    verifier = verifier_for(task, prompts)
-    return None if verifier is None else ByText(verifier)
-
-
-def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None:
-    """The verifier of a task.
-
-    Args:
-        task: `countdown`, `ranking`, `coached`, `bait`, `math`, `exact`, or `module:function`; None means `math` if
-            every prompt has an answer, else no verifier.
-        prompts: What will be judged; `math` and `exact` need an answer in each.
-
-    Returns:
-        The verifier, or None if responses get no reward.
-
-    Raises:
-        UserError: No such task, a function that does not work, a prompt without an answer or with one that cannot be
-            graded, or math-verify is not installed.
-    """
-    if task is None:
-        if not prompts or any(prompt.answer is None for prompt in prompts):
-            return None
-        task = MathVerifier.name
-    if is_own(task):
-        own = own_grader(imported(task), task, prompts[0])
-        if not isinstance(own, ByText):
-            raise UserError(f"task = {task}: that grades groups, not single completions; `grader_for` takes it")
-        return own.verifier
-    if task not in VERIFIERS:
-        raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
-    if task in NEED_ANSWER:
-        for prompt in prompts:
-            _answer(prompt, task)
-    if task == MathVerifier.name:
-        _check_gradable(prompts)
-    return VERIFIERS[task]()
-
-
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last complete `\boxed{...}` or `\fbox{...}` of a text; None if there is none."""
     end = len(text)
@@ -306,17 +250,22 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _answer(prompt: Prompt, task: str) -> str:
+def answer_of(prompt: Prompt, task: str) -> str:
+    """The right answer to a prompt.
+
+    Raises:
+        UserError: The prompt has none, and the task cannot do without.
+    """
     if prompt.answer is None:
         raise UserError(f"prompt '{prompt.id}' has no answer, which task '{task}' needs; add a column 'answer'")
     return prompt.answer
 
 
-def _check_gradable(prompts: Sequence[Prompt]) -> None:
+def check_gradable(prompts: Sequence[Prompt]) -> None:
     """Raises a UserError for the first prompt to whose answer no response could be equal."""
     checked: set[str] = set()
     for prompt in prompts:
-        gold = _gold(_answer(prompt, MathVerifier.name))
+        gold = _gold(answer_of(prompt, MathVerifier.name))
         if gold in checked:
             continue
         checked.add(gold)

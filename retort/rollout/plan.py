@@ -137,3 +137,21 @@ class RolloutPlan:
         """The numbers of controllers that it reads."""
         dials = (self.on_policy_fraction, self.horizon, self.replay.fresh if self.replay else None)
         return tuple(dial for dial in dials if isinstance(dial, Reading))
+
+
+def plan_summary(plan: RolloutPlan, prompts: int) -> str:
+    """One line on who writes, for the start-up summary."""
+    share, other = plan.on_policy_fraction, "the teacher" if plan.off_policy == "teacher" else "the data"
+    mixed = ""
+    if share == 0:
+        mixed = f", answered by {other}"
+    elif isinstance(share, Reading):
+        mixed = f", as many as {share} says (else by {other})"
+    elif not isinstance(share, int | float):
+        mixed = f", a share that moves (else by {other})"
+    elif share != 1:
+        mixed = f", {share:.0%} of prompts (else {other}'s answer)"
+    replayed = f", replayed from {plan.replay.capacity} visits" if plan.replay else ""
+    kind = None if plan.order is None else plan.order.kind
+    ordered = "" if kind is None else ", balanced by difficulty" if kind == "balanced" else ", easy to hard"
+    return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{mixed}{replayed}{ordered}"

@@ -13,7 +13,8 @@ from itertools import pairwise
 
 import torch
 
-from retort.models.lm import LanguageModel, use_attention
+from retort.models.lm import LanguageModel
+from retort.models.load import use_attention
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 

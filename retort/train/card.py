@@ -19,9 +19,9 @@ from retort.evaluate.measures import measure, ordered
 from retort.method import Method
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
+from retort.rollout.plan import plan_summary
 from retort.train.models import located
-from retort.train.setup import Setup
-from retort.train.write import plan_summary
+from retort.train.prepare import Prepared
 
 #: Folder of an adapter, beside that of the model.
 ADAPTER = "adapter"
@@ -30,16 +30,16 @@ _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
 
-def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
+def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
     """The model card of the student after a run.
 
     Args:
-        setup: Of the run.
+        prepared: The run's parts.
         results: The before/after table.
         step: Batches of rollouts that the student learnt from.
     """
-    method, config, optimizer = setup.method, setup.config, setup.config.optimizer
-    student, teacher = setup.student, setup.teacher_lm
+    method, config, optimizer = prepared.method, prepared.config, prepared.config.optimizer
+    student, teacher = prepared.student, prepared.teachers.lms.get("teacher")
     settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
     base, (licence, words) = _hub_name(student.name), licence_of(student.name)
     front = _base_model(base) + ([f"license: {licence}"] if licence else [])
@@ -50,18 +50,18 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
         _trained(method.rollout.sources),
         "",
         f"- student: {_code(_short(student.name))} ({student.parameters:,} parameters)",
-        *([_adapted(setup)] if student.adapter else []),
+        *([_adapted(prepared)] if student.adapter else []),
         *([f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters)"] if teacher else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
-        *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(setup).items()],
+        *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(prepared).items()],
         f"- method: {_code(method.name)} ({_words(standing(method))})",
         f"- settings of the method: {_words(settings) or 'none'}",
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
         f"- stops with: {_code(named_stops(student.stops, student.tokenizer))}",
-        f"- data: {_code(_short(str(config.data)))}, {len(setup.train)} prompts",
-        f"- training: {step} steps, each on {plan_summary(method.rollout, setup.batch_prompts)}; AdamW, learning rate "
-        f"{optimizer.learning_rate:g}, {optimizer.schedule} schedule, warm-up {optimizer.warmup}; seed {config.seed}; "
-        f"fp32 master weights, {setup.precision} products",
+        f"- data: {_code(_short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
+        f"- training: {step} steps, each on {plan_summary(method.rollout, prepared.source.count)}; AdamW, learning "
+        f"rate {optimizer.learning_rate:g}, {optimizer.schedule} schedule, warm-up {optimizer.warmup}; seed "
+        f"{config.seed}; fp32 master weights, {prepared.student.precision} products",
         f"- versions: {_versions()}",
         f"- licence: {words}; what the teacher's allows is for you to check",
         "",
@@ -70,19 +70,19 @@ def card(setup: Setup, results: Mapping[str, Any], step: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def beside(setup: Setup) -> dict[str, LanguageModel]:
+def beside(prepared: Prepared) -> dict[str, LanguageModel]:
     """The frozen models besides the teacher, by what people are told that they are."""
-    others = {name: lm for name, lm in setup.lms.items() if name not in ("student", "teacher")}
+    others = {name: lm for name, lm in prepared.lms.items() if name not in ("student", "teacher")}
     return {name if name == "base" else f"model '{name}'": lm for name, lm in others.items()}
 
 
-def adapter_card(setup: Setup) -> str:
+def adapter_card(prepared: Prepared) -> str:
     """The card of an adapter's folder."""
-    student = setup.student
+    student = prepared.student
     base = _hub_name(student.name)
     lines = [
         *_front("peft", ["lora", "on-policy-distillation", "retort"], _base_model(base)),
-        f"# A LoRA adapter of {_words(_short(student.name))}, distilled with {_words(setup.method.name)}",
+        f"# A LoRA adapter of {_words(_short(student.name))}, distilled with {_words(prepared.method.name)}",
         "",
         f"Load {_code(_short(student.name))}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 "
         "weights; the same student, merged, is the folder `model` of the run.",
@@ -196,11 +196,11 @@ def _code(text: str) -> str:
     return f"{fence}{edge}{inside}{edge}{fence}"
 
 
-def _adapted(setup: Setup) -> str:
-    adapter = setup.student.adapter
+def _adapted(prepared: Prepared) -> str:
+    adapter = prepared.student.adapter
     assert adapter is not None
     return (
-        f"- trained {described(adapter.settings)}: {setup.student.trainable_parameters:,} parameters learnt. It is "
+        f"- trained {described(adapter.settings)}: {prepared.student.trainable_parameters:,} parameters learnt. It is "
         f"merged into these weights; by itself it is in the run's folder `{ADAPTER}`"
     )
 

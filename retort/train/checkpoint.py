@@ -171,6 +171,8 @@ def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
     advised, run = state["advised"], state["run"]
     if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
         return "does not say which advice was given"
+    if not isinstance(state["models"], Mapping):
+        return "does not say which models it was made with"
     parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else [None]
     whole = all(isinstance(part, Mapping) for part in (*parts, state["models"])) and isinstance(state["data"], str)
     return None if whole else "lacks the digests of its run"

@@ -20,8 +20,8 @@ from retort.signals import Dense, Sampled
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.findings import Check
 from retort.train.memory import available, forecast, size_words
+from retort.train.prepare import Prepared
 from retort.train.reading import check_written, ends, thinking_words
-from retort.train.setup import Setup
 from retort.types import SAMPLED, Message, Pack, Prompt, Rollout
 
 #: Rows of the data that models are probed on.
@@ -42,28 +42,30 @@ TIGHT, TOO_MUCH = 0.9, 1.3
 _CONVERSATION = Prompt("probe", (Message("user", "What is 2 + 2?"),), plain=True)
 
 
-def quick_checks(setup: Setup) -> list[Check]:
+def quick_checks(prepared: Prepared) -> list[Check]:
     """All of them, in the order in which a user would want to know."""
-    pair: list[Callable[[Setup], Check]] = [check_special_tokens, check_stops, check_chat_templates]
-    alone: list[Callable[[Setup], Check]] = [check_prompt_ends, check_prompts, check_vocabulary, check_lengths]
-    loaded: list[Callable[[Setup], Check]] = [check_teacher_loaded, check_teacher_repeats]
-    if setup.teacher_lm is None:  # a student that teaches itself agrees with itself on all of that
+    pair: list[Callable[[Prepared], Check]] = [check_special_tokens, check_stops, check_chat_templates]
+    alone: list[Callable[[Prepared], Check]] = [check_prompt_ends, check_prompts, check_vocabulary, check_lengths]
+    loaded: list[Callable[[Prepared], Check]] = [check_teacher_loaded, check_teacher_repeats]
+    if prepared.teachers.lms.get("teacher") is None:  # a student that teaches itself agrees with itself on all of that
         pair = loaded = []
-    return [check(setup) for check in (*pair, *alone, *loaded, check_memory)]
+    return [check(prepared) for check in (*pair, *alone, *loaded, check_memory)]
 
 
-def check_special_tokens(setup: Setup) -> Check:
+def check_special_tokens(prepared: Prepared) -> Check:
     """Whether both sides treat the same tokens as special."""
     why = "a control token to one side that is text to the other is written by one and not expected by the other"
-    other_lm = _teacher(setup)
-    ours, theirs = ({i: name for name, i in control_tokens(lm.tokenizer).items()} for lm in (setup.student, other_lm))
-    read, vocab = _read(setup), setup.vocab
+    other_lm = _teacher(prepared)
+    ours, theirs = (
+        {i: name for name, i in control_tokens(lm.tokenizer).items()} for lm in (prepared.student, other_lm)
+    )
+    read, vocab = _read(prepared), prepared.learner.vocab
     theirs = {read(i): name for i, name in theirs.items()}
     only = sorted(i for i in ours.keys() ^ theirs.keys() if i < vocab)
     roles = {
         role: (mine, other)
         for role in ("bos_token_id", "pad_token_id", "unk_token_id")
-        if (mine := getattr(setup.student.tokenizer, role)) != (other := read(getattr(other_lm.tokenizer, role)))
+        if (mine := getattr(prepared.student.tokenizer, role)) != (other := read(getattr(other_lm.tokenizer, role)))
     }
     parts = []
     if only:
@@ -85,23 +87,23 @@ def check_special_tokens(setup: Setup) -> Check:
     )
 
 
-def check_stops(setup: Setup) -> Check:
+def check_stops(prepared: Prepared) -> Check:
     """Which tokens end the writing of either side, and whether the primary ones are among the ids of both."""
     why = "a student that is never told to stop writes until it is cut off, and learns from that"
-    local = _local(setup)
-    student, teacher = setup.student.stops, _teacher(setup).stops
-    read = _read(setup)
+    local = _local(prepared)
+    student, teacher = prepared.student.stops, _teacher(prepared).stops
+    read = _read(prepared)
     primary, theirs_too = read(teacher.primary), {read(i) for i in teacher.ids}
-    if any(stop >= setup.vocab for stop in (student.primary, primary)):  # `prepare` refuses it as well
-        saw = f"stops {student.primary} and {teacher.primary}, of {setup.vocab:,} ids that both share"
+    if any(stop >= prepared.learner.vocab for stop in (student.primary, primary)):  # `prepare` refuses it as well
+        saw = f"stops {student.primary} and {teacher.primary}, of {prepared.learner.vocab:,} ids that both share"
         return Check("stop token", "fatal", saw, why, "choose a stop that both have: rollout.stop, or eos_token")
-    ours, theirs = (named_stops(lm.stops, lm.tokenizer) for lm in (setup.student, _teacher(setup)))
+    ours, theirs = (named_stops(lm.stops, lm.tokenizer) for lm in (prepared.student, _teacher(prepared)))
     saw = f"both stop with {ours}, which is among the shared ids"
     if student.ids != theirs_too or student.primary != primary:
         saw = f"the student stops with {ours}, the teacher with {theirs}"
     if local is not None and local.alignment.stops:
-        saw += f"; {local.alignment.describe(setup.student.tokenizer, _teacher(setup).tokenizer)}"
-    both = {"student": setup.student, "teacher": _teacher(setup)}
+        saw += f"; {local.alignment.describe(prepared.student.tokenizer, _teacher(prepared).tokenizer)}"
+    both = {"student": prepared.student, "teacher": _teacher(prepared)}
     doubts = [doubt for who, lm in both.items() if (doubt := _other_end(who, lm))]
     swap = local.alignment.stops.swap if local is not None else {}
     if {swap.get(i, i) for i in theirs_too} != student.ids:
@@ -124,10 +126,10 @@ def _other_end(who: str, lm: LanguageModel) -> str | None:
     return f"the {who}'s chat template ends an assistant's turn with {written[0]}, at which it does not stop"
 
 
-def check_chat_templates(setup: Setup) -> Check:
+def check_chat_templates(prepared: Prepared) -> Check:
     """Whether a user's message reads the same to both."""
     why = "the teacher judges what it reads: in another template, or in none, it judges another conversation"
-    ours, theirs = setup.student.tokenizer, _teacher(setup).tokenizer
+    ours, theirs = prepared.student.tokenizer, _teacher(prepared).tokenizer
     if not ours.chat_template and not theirs.chat_template:
         return Check("chat template", "ok", "neither side has one: prompts are bare text to both", why)
     if bool(ours.chat_template) != bool(theirs.chat_template):
@@ -139,10 +141,10 @@ def check_chat_templates(setup: Setup) -> Check:
             why,
             f"copy the template the {other} was trained with into its folder (chat_template.jinja)",
         )
-    local = _local(setup)
+    local = _local(prepared)
     assert local is not None
     try:
-        mine, other = setup.render(_CONVERSATION), local.alignment.ours(local.render(_CONVERSATION))
+        mine, other = prepared.source.render(_CONVERSATION), local.alignment.ours(local.render(_CONVERSATION))
     except UserError as error:
         return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
     if mine == other:
@@ -157,10 +159,10 @@ def check_chat_templates(setup: Setup) -> Check:
     )
 
 
-def check_prompt_ends(setup: Setup) -> Check:
+def check_prompt_ends(prepared: Prepared) -> Check:
     """Whether prompts end where an answer begins, as each template's own conversations tell."""
     why = "a model whose turn is not begun writes the beginning itself, or goes on for the user, and learns from that"
-    headers, found, fatal = ends(_readers(setup))
+    headers, found, fatal = ends(_readers(prepared))
     if found:
         remedy = (
             "end the template (chat_template.jinja in the model's folder) with {% if add_generation_prompt %}, what "
@@ -174,14 +176,15 @@ def check_prompt_ends(setup: Setup) -> Check:
     return Check("prompt's end", "ok", f"answers begin after {', '.join(saw)}", why)
 
 
-def check_prompts(setup: Setup) -> Check:
+def check_prompts(prepared: Prepared) -> Check:
     """What all prompts look like to the models, by one of them: control tokens and all."""
     why = "what is shown here is what the models read, to the last token; a control token in a prompt is text to them"
-    readers = _readers(setup)
-    shown = [f"row '{setup.train[0].id}' is {_shown(setup.train[0], readers)}"]
-    thinking = thinking_words({who: render.tokenizer for who, render in readers.items()}, setup.render.reading)
+    readers = _readers(prepared)
+    shown = [f"row '{prepared.source.prompts[0].id}' is {_shown(prepared.source.prompts[0], readers)}"]
+    tokenizers = {who: render.tokenizer for who, render in readers.items()}
+    thinking = thinking_words(tokenizers, prepared.source.render.reading)
     shown += [thinking] if thinking else []
-    doubts = check_written([*setup.train, *setup.held_out], readers)
+    doubts = check_written([*prepared.source.prompts, *prepared.held_out], readers)
     remedy = "see docs/prompts.md for what is read as what" if doubts else ""
     return Check("prompts", "warn" if doubts else "ok", "; ".join([*doubts, *shown]), why, remedy)
 
@@ -198,16 +201,16 @@ def _shown(prompt: Prompt, readers: Mapping[str, Renderer]) -> str:
     return ", and ".join(f'{count} ids to {who if same else f"the {who}"}: "{text}"' for who, count, text in texts)
 
 
-def check_vocabulary(setup: Setup) -> Check:
+def check_vocabulary(prepared: Prepared) -> Check:
     """Whether the models have a row for every id, and how much is padding."""
     why = "an id without a row cannot be read; a row without an id is padding, and must get no probability"
     parts, missing = [], []
-    for who, lm in setup.lms.items():
+    for who, lm in prepared.lms.items():
         rows, ids = lm.head().width, vocabulary_width(lm.tokenizer)
         parts.append(f"{who} {rows:,} rows for {ids:,} ids")
         if rows < ids:
             missing.append(f"the {who}'s model lacks rows for ids {rows} to {ids - 1}")
-    saw = f"{'; '.join(parts)}; {setup.vocab:,} shared, the rest gets no probability"
+    saw = f"{'; '.join(parts)}; {prepared.learner.vocab:,} shared, the rest gets no probability"
     if missing:
         remedy = "resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
         saw = f"{saw}; {' and '.join(missing)}, of which the data's prompts hold none"
@@ -215,19 +218,19 @@ def check_vocabulary(setup: Setup) -> Check:
     return Check("vocabulary", "ok", saw, why)
 
 
-def check_lengths(setup: Setup) -> Check:
+def check_lengths(prepared: Prepared) -> Check:
     """Whether answers grow past a length from which the student reads again what it has read."""
     why = (
         "a token is learnt from after all of its answer; where that changes how its beginning is read, the student "
         "learns about another distribution than it wrote from"
     )
-    at = setup.student.rereads_from
+    at = prepared.student.rereads_from
     if at is None:
         return Check(
             "lengths", "ok", "the student reads what stands before a token the same, however long it gets", why
         )
-    longest = setup.config.rollout.max_new_tokens
-    lengths = [len(setup.render(prompt)) for prompt in setup.train]
+    longest = prepared.config.rollout.max_new_tokens
+    lengths = [len(prepared.source.render(prompt)) for prompt in prepared.source.prompts]
     over = sum(length <= at < length + longest for length in lengths)
     saw = f"from {at} tokens on the student reads with other rotary factors, also what it read before"
     if not over:
@@ -238,21 +241,21 @@ def check_lengths(setup: Setup) -> Check:
     )
 
 
-def check_teacher_loaded(setup: Setup) -> Check:
+def check_teacher_loaded(prepared: Prepared) -> Check:
     """Whether the teacher is a trained model: random weights are as surprised by any text as a fair die."""
     why = "weights that were not loaded (a renamed layer, a wrong file) leave random ones, and everything still runs"
-    probe = _probe(setup)
+    probe = _probe(prepared)
     if probe is None:
         return Check("teacher is loaded", "ok", "not looked at: this teacher is not a model in this process", why)
     pack, text = probe
-    logp_N = _scored(setup, pack)
-    surprise, die = -float(logp_N.double().mean()), math.log(setup.vocab)
+    logp_N = _scored(prepared, pack)
+    surprise, die = -float(logp_N.double().mean()), math.log(prepared.learner.vocab)
     nats = f"{surprise:.2f} nats a token (perplexity {_perplexity(surprise)})"
     saw = f"{nats} on {text}; random weights give about {die:.2f}"
     values = (("nats_per_token", surprise), ("uniform_nats", die))
     if surprise < UNTRAINED * die:
         return Check("teacher is loaded", "ok", saw, why, values=values)
-    sure = text.startswith("answers") or setup.vocab >= REAL_VOCABULARY
+    sure = text.startswith("answers") or prepared.learner.vocab >= REAL_VOCABULARY
     return Check(
         "teacher is loaded",
         "fatal" if sure else "warn",
@@ -266,14 +269,14 @@ def check_teacher_loaded(setup: Setup) -> Check:
     )
 
 
-def check_teacher_repeats(setup: Setup) -> Check:
+def check_teacher_repeats(prepared: Prepared) -> Check:
     """Whether the teacher says the same of the same text twice."""
     why = "a teacher that answers by chance (dropout, a quantised cache) teaches noise, and no run can be repeated"
-    probe = _probe(setup)
+    probe = _probe(prepared)
     if probe is None:
         return Check("teacher repeats", "ok", "not looked at: this teacher is not a model in this process", why)
     pack, text = probe
-    apart = float((_scored(setup, pack) - _scored(setup, pack)).abs().max())
+    apart = float((_scored(prepared, pack) - _scored(prepared, pack)).abs().max())
     saw = f"two passes over {text} differ by {apart:.1e} nats at most"
     values = (("largest_difference", apart),)
     if apart <= ROUNDING:
@@ -282,15 +285,15 @@ def check_teacher_repeats(setup: Setup) -> Check:
     return Check("teacher repeats", "warn" if apart <= RANDOM else "fatal", saw, why, remedy, values)
 
 
-def check_memory(setup: Setup) -> Check:
+def check_memory(prepared: Prepared) -> Check:
     """Whether a run will fit."""
     why = "a run that dies of memory does so at its longest rollouts, hours in"
-    found, there = forecast(setup), available(setup.student.device)
+    found, there = forecast(prepared), available(prepared.student.device)
     if there is None:
         return Check("memory", "ok", f"{found}; this system does not say how much there is", why)
     there += found.models  # loaded already
     share = found.peak / there
-    saw = f"{found} of {size_words(there)} on {setup.student.device.type}"
+    saw = f"{found} of {size_words(there)} on {prepared.student.device.type}"
     values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)))
     if share < TIGHT:
         return Check("memory", "ok", saw, why, values=values)
@@ -304,42 +307,41 @@ def check_memory(setup: Setup) -> Check:
 # --- inside ---
 
 
-def _teacher(setup: Setup) -> LanguageModel:
-    assert setup.teacher_lm is not None  # else `quick_checks` leaves out what is about it
-    return setup.teacher_lm
+def _teacher(prepared: Prepared) -> LanguageModel:
+    return prepared.teachers.lms["teacher"]  # there is one, or `quick_checks` leaves out what is about it
 
 
-def _readers(setup: Setup) -> dict[str, Renderer]:
+def _readers(prepared: Prepared) -> dict[str, Renderer]:
     """How student and teacher read prompts."""
-    local = _local(setup)
-    return {"student": setup.render} | ({} if local is None else {"teacher": local.render})
+    local = _local(prepared)
+    return {"student": prepared.source.render} | ({} if local is None else {"teacher": local.render})
 
 
-def _local(setup: Setup) -> LocalTeacher | None:
-    for name, view in setup.method.views.items():
-        teacher = setup.teachers[name]
+def _local(prepared: Prepared) -> LocalTeacher | None:
+    for name, view in prepared.method.views.items():
+        teacher = prepared.teachers.behind(prepared.method)[name]
         if view.model == "teacher" and isinstance(teacher, LocalTeacher):
             return teacher
     return None
 
 
-def _read(setup: Setup) -> Callable[[Any], Any]:
+def _read(prepared: Prepared) -> Callable[[Any], Any]:
     """An id of the teacher's (or none) as the student's for the same token."""
-    local = _local(setup)
+    local = _local(prepared)
     return lambda i: i if local is None or i is None else local.alignment.ours([i])[0]
 
 
-def _probe(setup: Setup) -> tuple[Pack, str] | None:
+def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
     """Some of the data as if a student had written it: answers if there are any, else the prompts themselves."""
-    local = _local(setup)
+    local = _local(prepared)
     if local is None:
         return None
     rollouts: list[Rollout] = []
-    answered = all(prompt.response is not None for prompt in setup.train[:PROBES])
-    for prompt in setup.train[:PROBES]:
+    answered = all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
+    for prompt in prepared.source.prompts[:PROBES]:
         prompt_ids = local.render(prompt)
         if answered:
-            ids = _answer_ids(prompt_ids, str(prompt.response), _teacher(setup))
+            ids = _answer_ids(prompt_ids, str(prompt.response), _teacher(prepared))
         else:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
@@ -357,16 +359,18 @@ def _answer_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> list
         return []
 
 
-def _scored(setup: Setup, pack: Pack) -> Tensor:
+def _scored(prepared: Prepared, pack: Pack) -> Tensor:
     """The teacher's log-probs of what it reads, [N], nats."""
-    lm = _teacher(setup)
-    hidden_ND = lm.all_hidden([rollout.sequence for rollout in pack.rollouts], setup.config.optimizer.batch_tokens)
+    lm = _teacher(prepared)
+    hidden_ND = lm.all_hidden([rollout.sequence for rollout in pack.rollouts], prepared.config.optimizer.batch_tokens)
 
     def logits(rows: Tensor | slice) -> Tensor:
         with lm.compute():
-            return lm.head().logits(hidden_ND[rows], setup.vocab)
+            return lm.head().logits(hidden_ND[rows], prepared.learner.vocab)
 
-    signal = reduced(Dense(pack.steps.tokens_N.to(lm.device), lm.name, logits, setup.vocab), frozenset({SAMPLED}))
+    signal = reduced(
+        Dense(pack.steps.tokens_N.to(lm.device), lm.name, logits, prepared.learner.vocab), frozenset({SAMPLED})
+    )
     assert isinstance(signal, Sampled)
     return signal.logp_N.cpu()
 

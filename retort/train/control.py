@@ -2,81 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
-from retort.controllers import Probe, State
+from retort.controllers import Controller, Probe, State
 from retort.errors import UserError
-from retort.rollout.engines.base import Sampling
-from retort.rollout.episodes import Task, run_episodes
+from retort.method import Method
 from retort.scoring import look
-from retort.sequences import TokenSequence
 from retort.steps import Clock
-from retort.streams import Chance, generator
-from retort.train.score import Batch, ask_teachers, averages, evaluator
-from retort.train.setup import Setup
-from retort.train.write import given_rollout, horizon
-from retort.types import Pack, Rollout
+from retort.streams import generator
+from retort.train.learner import Learner
+from retort.train.passes import Batch
 
+#: Makes a probe.
+Measure = Callable[[Probe, Clock], Mapping[str, float]]
 _PREFIX = "control/"
 
 
 class Control:
     """States by the controllers' names. A method at hand without controllers leaves them all alone."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, controllers: Sequence[Controller], seed: int) -> None:
         """The states before the first batch."""
-        self.seed = setup.config.seed
+        self.seed = seed
         self.states: dict[str, State] = {}
-        for controller in setup.method.controllers:
+        for controller in controllers:
             self.states[controller.name] = controller.init(generator(self.seed, "controllers", controller.name))
 
-    def readings(self, setup: Setup) -> dict[str, float]:
+    def readings(self, method: Method) -> dict[str, float]:
         """What dials read, by `<controller>.<number>`."""
         return {
             f"{controller.name}.{number}": value
-            for controller in setup.method.controllers
+            for controller in method.controllers
             for number, value in controller.numbers(self.states[controller.name]).items()
         }
 
-    def act(self, setup: Setup, batch: Batch) -> Batch:
+    def act(self, batch: Batch, learner: Learner) -> Batch:
         """Shows the batch to those that look at it, before it is learnt from; the batch with their new numbers."""
-        controllers = setup.method.controllers
+        controllers, evaluate = batch.method.controllers, learner.passes.evaluator(batch)
         self._seen = {}
         for controller in controllers:
-            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluator(setup, batch))
+            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluate)
             draw = generator(self.seed, "controllers", controller.name, batch.clock.step)
             self.states[controller.name] = controller.act(self.states[controller.name], seen, draw)
             self._seen[controller.name] = seen
         if not controllers:
             return batch
-        return replace(batch, clock=replace(batch.clock, readings=self.readings(setup)))
+        return replace(batch, clock=replace(batch.clock, readings=self.readings(batch.method)))
 
-    def learn(self, setup: Setup, batch: Batch) -> None:
+    def learn(self, batch: Batch, learner: Learner) -> None:
         """Tells them what became of the batch."""
-        for controller in setup.method.controllers:
+        for controller in batch.method.controllers:
             again = controller.again and controller.sees
-            after = averages(setup, batch, controller.sees, controller.against) if again else {}
+            after = learner.averages(batch, controller.sees, controller.against) if again else {}
             state = self.states[controller.name]
             self.states[controller.name] = controller.learn(state, self._seen[controller.name], after)
 
-    def probe(self, setup: Setup, clock: Clock) -> dict[str, float]:
-        """Makes the probes that are due after `clock.done` batches; what they found, to be logged."""
+    def probe(self, method: Method, clock: Clock, measure: Measure) -> dict[str, float]:
+        """Makes the probes that are due after `clock.done` batches; what they found, to be logged.
+
+        Args:
+            method: At hand.
+            clock: Where the run is.
+            measure: Makes a probe: its means over all tokens of the answers to the prompts kept out for it.
+        """
         logged: dict[str, float] = {}
-        for controller in setup.method.controllers:
+        for controller in method.controllers:
             probe, done = controller.probe, clock.done
             if probe is None or (done % probe.every if done else not probe.at_start):
                 continue
-            found = _measured(setup, probe, replace(clock, readings=self.readings(setup)))
+            found = measure(probe, replace(clock, readings=self.readings(method)))
             self.states[controller.name] = controller.probed(self.states[controller.name], found)
             logged |= {f"probe/{controller.name}.{name}": value for name, value in found.items()}
         return logged
 
-    def ended(self, setup: Setup) -> str | None:
+    def ended(self, method: Method) -> str | None:
         """Why the run is to end now, if it is."""
-        reasons = (controller.ended(self.states[controller.name]) for controller in setup.method.controllers)
+        reasons = (controller.ended(self.states[controller.name]) for controller in method.controllers)
         return next((reason for reason in reasons if reason is not None), None)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -95,27 +99,3 @@ class Control:
             raise UserError(f"the checkpoint is of a method with other controllers (state '{wrong}')")
         for name, state in self.states.items():
             self.states[name] = {key: tensors[f"{_PREFIX}{name}/{key}"] for key in state}
-
-
-def _measured(setup: Setup, probe: Probe, clock: Clock) -> dict[str, float]:
-    """A probe's means over all tokens of the answers to the prompts kept out for it."""
-    prompts, longest = setup.probe[: probe.prompts], horizon(setup, clock)
-    if probe.source == "dataset":
-        limit = setup.config.rollout.max_new_tokens
-        rollouts = [given_rollout(setup, prompt, 0, limit) for prompt in prompts]
-    else:
-        rollouts = _written(setup, probe, longest)
-    pack, view = Pack.of(rollouts), probe.against
-    needs = frozenset(need for part in probe.parts.values() for need in part.needs)
-    views = {view: setup.method.views[view]} if needs else {}
-    signals = ask_teachers(setup, pack, lambda _: needs, views)
-    return averages(setup, Batch(pack, pack.steps, signals, (), clock), probe.parts, view)
-
-
-def _written(setup: Setup, probe: Probe, longest: int) -> list[Rollout]:
-    """The student's answers, always with the same luck."""
-    plan, tasks = setup.method.rollout, list[Task]()
-    for prompt in setup.probe[: probe.prompts]:
-        chance = Chance(setup.config.seed, "probe", prompt.id)
-        tasks.append(Task(prompt, TokenSequence.of(setup.render(prompt)), 0, chance))
-    return run_episodes(setup.engine, tasks, Sampling(longest, plan.temperature, plan.top_p))

@@ -9,30 +9,29 @@ from typing import Any
 from retort.errors import UserError
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
-from retort.train.setup import Setup
+from retort.train.teachers import Teachers
 
 
-def digests(setup: Setup) -> dict[str, Any]:
+def digests(teachers: Teachers) -> dict[str, Any]:
     """Fingerprints of the models that do not learn, by name, and of the student that teaches it: part of a state."""
-    frozen = {name: lm.digest() for name, lm in setup.lms.items() if name != "student"}
-    return {"models": frozen, "start": setup.start}
+    return {"models": {name: lm.digest() for name, lm in teachers.lms.items()}, "start": teachers.start}
 
 
-def refuse_others(path: Path, state: Mapping[str, Any], setup: Setup) -> None:
+def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, student: LanguageModel) -> None:
     """Raises `UserError` unless a checkpoint's models are those of the run that goes on from it."""
-    if state["precision"] != setup.precision:  # first: a teacher in it has other weights, too
+    if state["precision"] != student.precision:  # first: a teacher in it has other weights, too
         raise UserError(
-            f"{path}: it was made with precision = {state['precision']}, not {setup.precision}; put precision back"
+            f"{path}: it was made with precision = {state['precision']}, not {student.precision}; put precision back"
             " in the run's config.json"
         )
-    now, then = digests(setup), state["models"]
+    now, then = digests(teachers), state["models"]
     for name in dict.fromkeys((*now["models"], *then)):
         if then.get(name) != now["models"].get(name):
             who = "base model" if name == "base" else name
             raise UserError(f"{path}: the {who}'s weights changed since this checkpoint; put the same {name} back")
     if state["start"] != now["start"]:
         raise UserError(
-            f"{path}: the weights in {setup.config.student} changed since this checkpoint, and the teacher is the "
+            f"{path}: the weights in {student.name} changed since this checkpoint, and the teacher is the "
             "student as it was before training; put the same student back"
         )
 

@@ -9,12 +9,12 @@ from retort.align.pair import IdMap, align_ids
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.load import read_tokenizer
+from retort.models.files import read_tokenizer
 from retort.train.checks import quick_checks
 from retort.train.findings import Check, Examination
 from retort.train.given import Given
 from retort.train.models import sources
-from retort.train.setup import Setup, prepare
+from retort.train.prepare import Prepared, prepare
 from retort.train.trial import trial_checks
 
 _TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
@@ -40,17 +40,17 @@ def examine(
     return Examination(tuple(first), quick)
 
 
-def examine_setup(setup: Setup, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
+def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
     """The checks of a run whose parts are loaded.
 
     Args:
-        setup: Its parts; nothing of it changes.
+        prepared: Its parts; nothing of it changes.
         quick: Leave out the checks that generate.
         before: Checks made already.
     """
-    checks = [*before, *([] if before else _alike(setup)), *quick_checks(setup)]
+    checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
-        checks += trial_checks(replace(setup, notes=[]))
+        checks += trial_checks(replace(prepared, notes=[]))
     return Examination(tuple(checks), quick)
 
 
@@ -63,13 +63,13 @@ def refuse(examination: Examination) -> None:
         raise UserError(f"{first.line}{more}. To go on all the same: checks=warn")
 
 
-def _alike(setup: Setup) -> list[Check]:
+def _alike(prepared: Prepared) -> list[Check]:
     """Compares the tokenizers of the models that a run names."""
-    others = [name for name in setup.config.places if name != "student" and name in setup.lms]
+    others = [name for name in prepared.config.places if name != "student" and name in prepared.lms]
     if not others:
         saw = "the student's own: there is no other model to compare it with"
         return [Check("tokenizer", "ok", saw, _TOKENIZER_WHY)]
-    return [_tokenizer_check(name, setup.student.tokenizer, setup.lms[name].tokenizer) for name in others]
+    return [_tokenizer_check(name, prepared.student.tokenizer, prepared.lms[name].tokenizer) for name in others]
 
 
 def _tokenizers(config: Config, given: Given) -> list[Check]:

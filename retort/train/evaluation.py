@@ -17,7 +17,7 @@ from retort.evaluate.judge import Judge
 from retort.models.lm import LanguageModel
 from retort.rewards.own import is_own
 from retort.synonyms import ours_for
-from retort.train.models import load, local_teacher
+from retort.train.models import engine, load, local_teacher
 from retort.train.observe import Observer
 from retort.train.prompts import grader, judge_prompts
 from retort.train.reading import check_written, ends, settled
@@ -82,7 +82,12 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
         longest, first = max((longest, first), (len(ids), prompt.id))
     judge = _fit(config, judge, lm, (longest, first), observer)
-    row = judge.judge(lm, teacher=other, progress=lambda done, total: observer.phase("judging", done, total))
+    row = judge.judge(
+        lm,
+        engine(config, lm, vocab),
+        teacher=other,
+        progress=lambda done, total: observer.phase("judging", done, total),
+    )
     cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
         "k": judge.samples,

@@ -14,10 +14,10 @@ from retort.errors import RunError
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.models.lm import LanguageModel
 from retort.train.card import ADAPTER, adapter_card, card
-from retort.train.setup import Setup
+from retort.train.prepare import Prepared
 
 
-def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: int) -> None:
+def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int) -> None:
     """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
 
     An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
@@ -25,20 +25,20 @@ def write_model(setup: Setup, folder: Path, results: Mapping[str, Any], step: in
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
-    student = setup.student
+    student = prepared.student
     merged = None if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         if student.adapter is not None:
             with new_folder(folder.with_name(ADAPTER)) as temporary:
                 student.adapter.save(temporary)
-                write_text(temporary / "README.md", adapter_card(setup))
+                write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
             with _says_where_it_stops(student):
                 student.model.generation_config = student.written_generation
                 student.model.save_pretrained(temporary, state_dict=merged)
                 student.tokenizer.save_pretrained(temporary)
-            write_text(temporary / "README.md", card(setup, results, step))
+            write_text(temporary / "README.md", card(prepared, results, step))
     except Exception as error:  # a tokenizer that meets a full disk raises plain Exception
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
             raise

@@ -16,7 +16,7 @@ from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.sections import SHORTHANDS
 from retort.teachers.local import LocalTeacher
-from retort.train.setup import Setup
+from retort.train.prepare import Prepared
 from retort.types import Prompt
 
 #: Settings that do not change what is learnt or judged; places, because it is their content that counts.
@@ -39,7 +39,7 @@ _BY_VERSION = ("configuration", "tokenizer")
 _LOADED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
 
 
-def identity(setup: Setup) -> dict[str, Any]:
+def identity(prepared: Prepared) -> dict[str, Any]:
     """Settings, digests and versions of a run, to be taken before its student has learnt: part of a checkpoint's state.
 
     Weights are hashed whole (about a second per gigabyte), and prompts as each model reads them.
@@ -49,20 +49,22 @@ def identity(setup: Setup) -> dict[str, Any]:
     import retort
 
     digests: dict[str, str] = {}
-    for who, lm in setup.lms.items():
+    for who, lm in prepared.lms.items():
         digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
-    readers = {"student": setup.render}
-    readers |= {who: model.render for who, model in setup.models.items() if isinstance(model, LocalTeacher)}
+    readers = {"student": prepared.source.render}
+    readers |= {who: model.render for who, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)}
     for who, render in readers.items():
-        digests[f"the prompts as the {who} reads them"] = _rendered([*setup.train, *setup.held_out], render)
-    digests["the held-out prompts"] = fingerprint([*setup.held_out, *setup.probe])
+        digests[f"the prompts as the {who} reads them"] = _rendered(
+            [*prepared.source.prompts, *prepared.held_out], render
+        )
+    digests["the held-out prompts"] = fingerprint([*prepared.held_out, *prepared.source.probe])
     versions = {
         "retort": retort.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"settings": _settings(setup), "digests": digests, "versions": versions}
+    return {"settings": _settings(prepared), "digests": digests, "versions": versions}
 
 
 def compare(
@@ -126,11 +128,11 @@ def _why(refused: list[str]) -> str:
     return ""
 
 
-def _settings(setup: Setup) -> dict[str, str]:
+def _settings(prepared: Prepared) -> dict[str, str]:
     """Settings that count by their dotted names, as JSON; the numbers of a method of the caller's own, too."""
-    method = setup.method
+    method = prepared.method
     plain = {name: v for name, v in method.settings.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    found = dict(_flat(setup.config.model_dump())) | {
+    found = dict(_flat(prepared.config.model_dump())) | {
         f"method {name}": json.dumps(value) for name, value in {"name": method.name, **plain}.items()
     }
     return {name: value for name, value in found.items() if not _is_of(name, FREE)}

@@ -9,6 +9,8 @@ from typing import Any
 from retort.evaluate.judge import Judge
 from retort.teachers.local import LocalTeacher
 from retort.train import results
+from retort.train.prepare import Prepared
+from retort.train.models import engine
 from retort.train.setup import Setup
 
 #: Takes prompts done and prompts in all.
@@ -18,16 +20,17 @@ Progress = Callable[[int, int], None]
 class Judging:
     """The judge of a run and what it has said so far. Without held-out prompts nobody is judged."""
 
-    def __init__(self, setup: Setup, folder: Path, check: Callable[[], None]) -> None:
+    def __init__(self, prepared: Prepared, folder: Path, check: Callable[[], None]) -> None:
         """Reads the table of a run that is resumed; `check` is called before anything is written.
 
         Raises:
             UserError: The table is damaged.
         """
-        self._setup, self._folder, self._check = setup, folder, check
-        held_out = setup.held_out
-        self._judge = Judge.of(setup.config, held_out, setup.judge_verifier, vocab=setup.vocab) if held_out else None
-        self.results = results.read(folder, self._judge, setup.config)
+        self._prepared, self._folder, self._check = prepared, folder, check
+        held_out = prepared.held_out
+        config, vocab = prepared.config, prepared.learner.vocab
+        self._judge = Judge.of(config, held_out, prepared.judge_grader, vocab=vocab) if held_out else None
+        self.results = results.read(folder, self._judge, prepared.config)
 
     def __bool__(self) -> bool:
         """Whether anybody is judged."""
@@ -40,13 +43,13 @@ class Judging:
 
     def due(self, step: int) -> bool:
         """Whether the student is judged after a step."""
-        every = self._setup.config.eval.every
+        every = self._prepared.config.eval.every
         return bool(self) and every > 0 and step % every == 0
 
     def teacher(self, progress: Progress) -> None:
         """Judges the teacher, where there is one and the settings ask for it."""
-        lm, asked = self._setup.teacher_lm, self._asked()
-        if self._setup.config.eval.teacher and lm is not None:
+        lm, asked = self._prepared.teachers.lms.get("teacher"), self._asked()
+        if self._prepared.config.eval.teacher and lm is not None:
             own = asked.in_its_own_words() if isinstance(asked, LocalTeacher) else asked
             self._add(results.TEACHER, self._judged(lm, own, progress))
 
@@ -60,7 +63,7 @@ class Judging:
         Returns:
             The means by name.
         """
-        row = self._judged(self._setup.student, self._asked(), progress)
+        row = self._judged(self._prepared.student, self._asked(), progress)
         if who is not None:
             self._add(who, row)
         return results.scores(row)
@@ -77,12 +80,14 @@ class Judging:
 
     def _judged(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
         assert self._judge is not None
-        return self._judge.judge(lm, teacher=teacher, progress=progress)
+        writer = engine(self._setup.config, lm, self._judge.vocab)
+        return self._judge.judge(lm, writer, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
         self._check()
         self.results = results.add(self._folder, self.results, who, row)
 
     def _asked(self) -> Any:
-        views = self._setup.method.views
-        return next((t for name, t in self._setup.teachers.items() if views[name].model == "teacher"), None)
+        """The teacher, where some view of the method is of it: whom answers are compared with."""
+        asks = any(view.model == "teacher" for view in self._prepared.method.views.values())
+        return self._prepared.teachers.models["teacher"] if asks else None

@@ -16,7 +16,7 @@ from retort.models.core import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
 from retort.teachers.base import Ask
 from retort.teachers.itself import sides_of
-from retort.train.setup import Setup
+from retort.train.prepare import Prepared
 
 
 @dataclass(frozen=True)
@@ -66,38 +66,38 @@ class Forecast:
         return f"about {size_words(self.peak)} at peak: {parts}"
 
 
-def forecast(setup: Setup) -> Forecast:
+def forecast(prepared: Prepared) -> Forecast:
     """What a run will take at its peak, bytes above an empty process."""
-    student, config = setup.student, setup.config
-    lms = list(setup.lms.values())
-    frozen = lms[1:] + [student] * _self_passes(setup)
+    student, config = prepared.student, prepared.config
+    lms = list(prepared.lms.values())
+    frozen = lms[1:] + [student] * _self_passes(prepared)
     text = student.model.config.get_text_config()
     head = student.head().weight_VD
     learns = head.requires_grad
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
     forming = 4 * head.numel() * 2
-    tokens = min(config.optimizer.batch_tokens, _written(setup, longest=True))
-    rows = min(chunk_rows(setup.vocab, student.device), tokens)
-    product = 4 if setup.precision == "fp32" else 2
+    tokens = min(config.optimizer.batch_tokens, _written(prepared, longest=True))
+    rows = min(chunk_rows(prepared.learner.vocab, student.device), tokens)
+    product = 4 if prepared.student.precision == "fp32" else 2
     # Student: product and fp32 logits in one where the product is fp32; a teacher's chunk is held beside it.
-    chunks = rows * setup.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
-    rollouts = setup.batch_prompts * setup.method.rollout.samples
-    judged = config.eval.samples * min(64, len(setup.held_out))
+    chunks = rows * prepared.learner.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
+    rollouts = prepared.source.count * prepared.method.rollout.samples
+    judged = config.eval.samples * min(64, len(prepared.held_out))
     writers = [(student, max(rollouts, judged))]
-    if config.eval.teacher and setup.teacher_lm is not None:
-        writers.append((setup.teacher_lm, judged))
-    longest = config.rollout.max_new_tokens + _prompt_tokens(setup)
+    if config.eval.teacher and "teacher" in prepared.lms:
+        writers.append((prepared.lms["teacher"], judged))
+    longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()
     return Forecast(
         models=sum(p.numel() * p.element_size() for model in {lm.model for lm in lms} for p in model.parameters())
-        + (setup.own_weights.bytes if setup.own_weights else 0)
+        + (prepared.teachers.own.bytes if prepared.teachers.own else 0)
         + lasting,
         training=(16 if config.record.gradient_variance_every else 12) * student.trainable_parameters,
         head=0 if not learns else forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,
-        signals=_signals(setup, rollouts * config.rollout.max_new_tokens, product),
+        signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product),
         copies=copies,
         cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
     )
@@ -132,36 +132,36 @@ def _kept_bytes(text: object, product: int, *, checkpointed: bool) -> int:
     return layers * (residual + attention + feed_forward)
 
 
-def _prompt_tokens(setup: Setup) -> int:
+def _prompt_tokens(prepared: Prepared) -> int:
     """The longest prompt among some of the training data."""
-    return max((len(setup.render(prompt)) for prompt in setup.train[:256]), default=0)
+    return max((len(prepared.source.render(prompt)) for prompt in prepared.source.prompts[:256]), default=0)
 
 
-def _written(setup: Setup, *, longest: bool) -> int:
+def _written(prepared: Prepared, *, longest: bool) -> int:
     """Tokens of a batch of rollouts, prompts included, if every answer is as long as it may be."""
-    rollouts = setup.batch_prompts * setup.method.rollout.samples
-    return rollouts * (setup.config.rollout.max_new_tokens + _prompt_tokens(setup)) if longest else rollouts
+    rollouts = prepared.source.count * prepared.method.rollout.samples
+    return rollouts * (prepared.config.rollout.max_new_tokens + _prompt_tokens(prepared)) if longest else rollouts
 
 
-def _self_passes(setup: Setup) -> int:
+def _self_passes(prepared: Prepared) -> int:
     """How often the student reads a batch as its own teacher."""
-    views = setup.method.views.values()
+    views = prepared.method.views.values()
     return sum(len(sides_of(view.weights)) for view in views if view.model == "student")
 
 
-def _signals(setup: Setup, steps: int, product: int) -> int:
+def _signals(prepared: Prepared, steps: int, product: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
     total = 0
-    for name, view in setup.method.views.items():
-        lm = setup.lms[view.model]
-        dense = Ask(view, setup.method.needs(name)).whole
+    for name, view in prepared.method.views.items():
+        lm = prepared.lms[view.model]
+        dense = Ask(view, prepared.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)
-        own = setup.own_weights
+        own = prepared.teachers.own
         if view.model == "student" and dense and own is not None and own.moves_within_batch:
             moving = sum(weights.kind != "frozen" for weights, _ in sides)
-            total += moving * product * setup.student.head().weight_VD.numel()
+            total += moving * product * prepared.student.head().weight_VD.numel()
     return total
 
 

@@ -13,7 +13,10 @@ from retort.align.pair import align_pair
 from retort.config import Config
 from retort.errors import UserError
 from retort.models.held import Held
-from retort.models.lm import LanguageModel, best_precision, load_model
+from retort.models.lm import LanguageModel, best_precision
+from retort.models.load import load_model
+from retort.rollout.engines.base import Engine
+from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
 from retort.train.given import Given
 
@@ -68,6 +71,11 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
         batch_tokens=config.optimizer.batch_tokens,
         reading=config.rollout.reading,
     )
+
+
+def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
+    """What writes with a model of the run; only ids below `vocab` are tokens."""
+    return HFEngine(lm, vocab=vocab, max_parallel=config.rollout.parallel)
 
 
 def located(name: str) -> str:

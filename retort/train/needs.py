@@ -3,14 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.streams import permutation
+from retort.train import reading
+from retort.train.given import Given
+from retort.train.prompts import graders, read_prompts
 from retort.train.split import set_aside
 from retort.types import Prompt
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged on.
+
+    Attributes:
+        train: Prompts to learn from.
+        probe: Prompts kept out of them for the method's probes.
+        held_out: Prompts to be judged on.
+        grader: Grades training rollouts, where any prompt has an answer.
+        judge_grader: Grades completions of held-out prompts, where any has an answer.
+    """
+
+    train: list[Prompt]
+    probe: list[Prompt]
+    held_out: list[Prompt]
+    grader: Grader | None
+    judge_grader: Grader | None
+
+    @property
+    def full(self) -> Grader | None:
+        """The grader where it can grade every prompt: who learns from rewards or shows them needs all of them."""
+        return self.grader if self.grader is not None and all(map(self.grader.can_grade, self.train)) else None
+
+
+def read_data(config: Config, method: Method, data: str, notes: list[str], given: Given) -> Data:
+    """Reads the data and sets aside what is not learnt from.
+
+    Raises:
+        UserError: It cannot be read, or lacks what the method needs.
+    """
+    train, held_out = read_prompts(config, data, notes, given)
+    train, probe = probe_prompts(config, method, train, notes)
+    need_responses(method, train, probe)
+    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, given))
+    need_verifier(method, found.full, train)
+    need_columns(method, train, notes)
+    reading.refuse_views(config, method)
+    return found
 
 
 def probe_prompts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -91,6 +92,30 @@ def base_name(config: Config, method: Method, student: str, teacher: str | None)
     if config.base is not None and teacher is not None and _known(config.base) == _known(teacher):
         raise same_base(method)
     return config.base or student
+
+
+def places(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
+    """Where every model of a run is, by name, the student first; a base that is the student as it was is where that is.
+
+    Raises:
+        UserError: Two of them are one model, and nothing would be learnt; or a model is named that nobody asks.
+    """
+    base, others = base_name(config, method, student, teacher), further(config, method)
+    if base in (None, student) and not others and teacher is not None:
+        refuse_same_name(method, student, teacher)
+    found = {"student": student}
+    found |= {"teacher": teacher} if teacher is not None else {}
+    found |= {"base": base} if base is not None else {}
+    return found | others
+
+
+def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, LanguageModel]) -> None:
+    """Raises `UserError` if models of other names hold the same weights, and nothing would be learnt."""
+    teacher, base = frozen["teacher"], frozen.get("base")
+    if (base is None or config.base in (None, config.student)) and not config.models:
+        refuse_same_weights(method, student, teacher)
+    if base is not None and base.digest() == teacher.digest():
+        raise same_base(method)
 
 
 def same_base(method: Method) -> UserError:

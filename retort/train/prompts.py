@@ -11,7 +11,8 @@ from retort.config import BUILTIN, Config
 from retort.data import in_template
 from retort.errors import UserError
 from retort.rewards.base import Grader
-from retort.rewards.verify import NEED_ANSWER, grader_for
+from retort.rewards.choose import grader_for
+from retort.rewards.verify import NEED_ANSWER
 from retort.streams import permutation
 from retort.train.given import Given
 from retort.train.split import different, overlap, repeats, set_aside

@@ -13,24 +13,24 @@ from retort.signals import TeacherSignal
 from retort.streams import permutation
 from retort.teachers.view import View
 from retort.train.metrics import Means
-from retort.train.score import Batch
-from retort.train.setup import Setup
+from retort.train.passes import Batch
 from retort.types import Pack, Status
 
 
-def rows(setup: Setup, batch: Batch, values: Mapping[str, Tensor], step: int) -> list[dict[str, Any]]:
+def rows(batch: Batch, values: Mapping[str, Tensor], step: int, *, count: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Lines of `rollouts.jsonl` for one step; which rollouts is drawn by seed.
 
     Args:
-        setup: Of the run.
         batch: The scored rollouts.
         values: Per-step values by place in N.
         step: Number of this step, from 1.
+        count: How many rollouts.
+        tokenizer: The student's.
     """
     pack = batch.pack
-    chosen = permutation(setup.config.seed, "record", step, count=len(pack.rollouts))[: setup.config.record.rollouts]
+    chosen = permutation(batch.clock.seed, "record", step, count=len(pack.rollouts))[:count]
     columns = {name.removeprefix("watch."): values_N for name, values_N in values.items()}
-    return [{"step": step, **token_row(pack, index, columns, setup.student.tokenizer)} for index in sorted(chosen)]
+    return [{"step": step, **token_row(pack, index, columns, tokenizer)} for index in sorted(chosen)]
 
 
 def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from retort import config as configuration
-from retort.apply import check_needs, wanted
+from retort.controllers import Probe
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
+from retort.method import Method
+from retort.models.lm import LanguageModel
+from retort.signals import TeacherSignal
 from retort.steps import Clock
 from retort.tracking import Tracker, open_tracker
-from retort.train import checkpoint, difficulty, export, record, results, shelf
+from retort.train import checkpoint, difficulty, export, record, results
 from retort.train.advice import advice
 from retort.train.callbacks import call
 from retort.train.control import Control
@@ -30,13 +34,12 @@ from retort.train.interruptions import Interruptions
 from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.observe import Observer, Silent
-from retort.train.rates import factor
-from retort.train.score import ask_teachers, score
-from retort.train.setup import Setup
+from retort.train.passes import Batch
+from retort.train.prepare import Prepared
+from retort.train.rates import Rates
+from retort.train.shelf import Shelf
 from retort.train.summary import summary
-from retort.train.update import learn
-from retort.train.write import write_rollouts
-from retort.types import Pack
+from retort.types import Group, Need, Pack, in_groups
 
 
 @dataclass(repr=False)
@@ -44,13 +47,11 @@ class Run:
     """A distillation run.
 
     Attributes:
-        setup: All its parts.
+        prepared: Its parts; `source`, `teachers` and `learner` are its three parties.
         folder: Where its files go.
         observer: Who watches.
         step: Batches of rollouts done.
-        updates: Optimizer steps done.
         best: Best held-out score so far, and the step that had it.
-        begun: Optimizer steps done when the method at hand took over.
         origin: The checkpoint that it goes on from, if any.
         callbacks: Whom it calls, see `retort.train.callbacks.Callback`.
         given: Objects of the caller's that its settings do not hold.
@@ -60,33 +61,23 @@ class Run:
     Nothing is written before `go`.
     """
 
-    setup: Setup
+    prepared: Prepared
     folder: Path
     observer: Observer = field(default_factory=Silent)
     step: int = 0
-    updates: int = 0
     best: tuple[float, int] | None = None
-    begun: int = 0
     origin: Path | None = field(default=None, init=False)
     callbacks: Sequence[Any] = ()
     given: Given = field(default_factory=Given)
     new: bool = False
 
     def __post_init__(self) -> None:
-        settings = self.setup.config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            list(self.setup.student.trainable().values()),
-            lr=settings.learning_rate,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-            fused=True,  # one pass over the weights instead of a dozen: a fifth of the time on a CPU
-        )
+        self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
+        self.source.shelf = Shelf(self.folder)
+        self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
-        self.shelf = shelf.Shelf(self.folder)
-        self.control = Control(self.setup)
-        self._phases = self.setup.phases
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
         self._interrupted = Interruptions(self._answer)
@@ -95,11 +86,21 @@ class Run:
         self._stop: str | None = None
         self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder)
-        self._identity = identity(self.setup)
-        self._go_on = going_on(self.setup.config, self.folder)
+        self._identity = identity(self.prepared)
+        self._go_on = going_on(self.prepared.config, self.folder)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps done."""
+        return self.learner.updates
+
+    @property
+    def student(self) -> LanguageModel:
+        """The model that learns."""
+        return self.learner.lm
 
     def __repr__(self) -> str:
-        return f"<Run of {self.setup.method.name} in '{self.folder}': step {self.step} of {self.setup.steps}>"
+        return f"<Run of {self.prepared.method.name} in '{self.folder}': step {self.step} of {self.prepared.steps}>"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -118,12 +119,12 @@ class Run:
         Raises:
             RunError: It had to stop (interrupted, disk full, a teacher gone wrong); a checkpoint says where to go on.
         """
-        for _, phase in self._phases:
-            check_needs(phase.method, {view: teacher.capabilities for view, teacher in phase.teachers.items()})
+        for _, method in self.prepared.phases:
+            self.teachers.check(method)
         self.open()
         try:
-            self.observer.summary(summary(self.setup), self.setup.notes)
-            config = self.setup.config
+            self.observer.summary(summary(self.prepared), self.prepared.notes)
+            config = self.prepared.config
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
@@ -135,14 +136,14 @@ class Run:
         return self
 
     def _train(self, tracker: Tracker) -> None:
-        setup, every = self.setup, self.setup.config.checkpoint.every
-        judging = Judging(setup, self.folder, self._claim.check)
+        every = self.prepared.config.checkpoint.every
+        judging = Judging(self.prepared, self.folder, self._claim.check)
         self.results = judging.results
         if not judging:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
         self._judge_first(judging)
 
-        while self.step < setup.steps and not self._ended():
+        while self.step < self.prepared.steps and not self._ended():
             metrics, scores = self._one_step(), None
             if judging.due(self.step):
                 with self._safe(first=lambda known=metrics: self._log(known, tracker)):
@@ -164,7 +165,7 @@ class Run:
             self.results = judging.results
             self._tell("on_eval", scores)
         self._claim.check()
-        export.write_model(setup, self.folder / "model", self.results, self.step)
+        export.write_model(self.prepared, self.folder / "model", self.results, self.step)
         if judging:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
@@ -185,10 +186,10 @@ class Run:
             self._claim.sign()
             if self.new:
                 self.given.keep(self.folder)
-            configuration.save(self.setup.config, self.folder / "config.json")
+            configuration.save(self.prepared.config, self.folder / "config.json")
             self._lines.cut(self.step)
             self.rollouts.cut(self.step)
-            self.shelf.go_back(self.setup, self.step)
+            self.source.go_back(self.step)
             if self.origin is not None:
                 checkpoint.supersede(self.origin.parent, self.step)
         except BaseException:
@@ -199,78 +200,93 @@ class Run:
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
         self._doing = f"step {self.step + 1}"
-        setup, clock, watch = *self.now(), Stopwatch()
-        before = 0 if setup.verifier is None else setup.verifier.given_up
+        (method, clock), watch = self.prepared.at(self.step), Stopwatch()
+        before, version = self.source.given_up, self.learner.updates
         with self._safe():
             if clock.done == 0:
-                self._take_over()
+                self.learner.begin()
             with watch("probe"):
-                probed = self.control.probe(setup, clock) if clock.done == 0 else {}
-                clock = replace(clock, readings=self.control.readings(setup))
-                hard = self._difficulties(setup, clock)
+                probed = self.control.probe(method, clock, partial(self._probed, method)) if clock.done == 0 else {}
+                clock = replace(clock, readings=self.control.readings(method))
+                hard = self._difficulties(method, clock)
             with watch("generate"):
-                rollouts = write_rollouts(setup, self.shelf, clock, self.updates, hard)
-        lost = 0 if setup.verifier is None else setup.verifier.given_up - before
-        pack = Pack.of(rollouts)
+                groups = self.source.rollouts(method, clock, version, hard)
+        lost = self.source.given_up - before
         with watch("teacher"):
-            able = {view: teacher.capabilities for view, teacher in setup.teachers.items()}
-            signals = ask_teachers(setup, pack, lambda view: wanted(setup.method, view, able[view], self.step))
+            signals = self._asked(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
-            batch = self.control.act(setup, score(setup, pack, signals, clock))
-        version = self.updates
-        rate = factor(self.setup, setup, clock, self.begun)
-        own = setup.own_weights
-        moved = None if own is None else own.moved
-        self.updates, means, values = learn(setup, batch, self.optimizer, rate, self.updates, watch, moved)
+            batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
+        means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
         with watch("score"):
-            self.control.learn(setup, batch)
+            self.control.learn(batch, self.learner)
         self.step += 1
         self._claim.check()
-        for row in record.rows(setup, batch, values, self.step):
-            self.rollouts.append(row)
+        self._record(batch, values)
         dials = {f"control/{name}": value for name, value in batch.clock.readings.items()}
         with watch("probe"):
-            probed |= self.control.probe(setup, replace(clock, step=self.step))
+            probed |= self.control.probe(method, replace(clock, step=self.step), partial(self._probed, method))
         times = watch.values()
-        speed = {"tokens": len(pack), "tokens_per_second": len(pack) / times["time/step"]}
+        speed = {"tokens": len(batch.pack), "tokens_per_second": len(batch.pack) / times["time/step"]}
         written = {
             **record.rollout_metrics(batch, version),
-            **against_rewards(pack, values, batch.valid.get("teacher")),
+            **against_rewards(batch.pack, values, batch.valid.get("teacher")),
             **({"given_up": lost} if lost else {}),
         }
-        shown = record.view_metrics(signals, setup.method.views, len(rollouts)) | ({} if own is None else own.lags())
+        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
 
-    def now(self) -> tuple[Setup, Clock]:
-        """The method at hand, in its setup, and where the run is."""
-        number = max(index for index, (begins, _) in enumerate(self._phases) if begins <= self.step)
-        begins, setup = self._phases[number]
-        ends = [begun for begun, _ in self._phases[number + 1 :]]
-        end, config = ends[0] if ends else self.setup.steps, setup.config
-        return setup, Clock(self.step, end, begins, seed=config.seed, longest=config.rollout.max_new_tokens)
+    def _asked(
+        self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
+    ) -> dict[str, TeacherSignal]:
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        return self.teachers.score(method, groups, needs, partial(self.learner.passes.top_ids, method, pack))
 
-    def _take_over(self) -> None:
-        """Every method of a run begins with an optimizer and a learning rate of its own."""
-        self.optimizer.state.clear()
-        self.begun = self.updates
+    def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
+        """A probe's means over all tokens of the answers to the prompts kept out for it."""
+        groups = in_groups(self.source.probed(method.rollout, probe, clock))
+        needs = frozenset(need for part in probe.parts.values() for need in part.needs)
+        signals = self._asked(method, groups, {probe.against: needs} if needs else {})
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        return self.learner.averages(Batch(method, pack, pack.steps, signals, clock), probe.parts, probe.against)
 
-    def _difficulties(self, setup: Setup, clock: Clock) -> dict[str, float] | None:
-        if setup.method.rollout.order is not None and self._difficulty is None:
+    def _record(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
+        count, tokenizer = self.prepared.config.record.rollouts, self.student.tokenizer
+        for row in record.rows(batch, values, self.step, count=count, tokenizer=tokenizer):
+            self.rollouts.append(row)
+
+    def _rates(self, method: Method) -> Rates:
+        """Of a method of the run; a cold start may have a learning rate of its own."""
+        config = self.prepared.config
+        cold = config.cold_start.learning_rate if method is not self.prepared.method else None
+        scale = cold / config.optimizer.learning_rate if cold else 1.0
+        return Rates(config.optimizer, scale, self.source.count * method.rollout.samples)
+
+    def rise(self, steps: int) -> str | None:
+        """One sentence where the learning rate rises because the run has more steps now than `steps`; else None."""
+        method, clock = self.prepared.at(self.step)
+        if clock.end != self.prepared.steps:
+            return None
+        return self._rates(method).rise(clock, self.learner.begun, self.learner.updates, steps)
+
+    def _difficulties(self, method: Method, clock: Clock) -> dict[str, float] | None:
+        if method.rollout.order is not None and self._difficulty is None:
             progress = self._progress("measuring how hard each prompt is")
-            self._difficulty = difficulty.difficulties(setup, self.folder, first=clock.done == 0, progress=progress)
+            self._difficulty = difficulty.difficulties(
+                self.source, method.rollout, self.folder, first=clock.done == 0, progress=progress
+            )
         return self._difficulty
 
     def _ended(self) -> bool:
-        reason = self._stop or self.control.ended(self.setup)
+        reason = self._stop or self.control.ended(self.prepared.method)
         if reason is not None:
-            self.observer.note(f"the run ends after step {self.step} of {self.setup.steps}: {reason}")
+            self.observer.note(f"the run ends after step {self.step} of {self.prepared.steps}: {reason}")
         return reason is not None
 
     def _log(self, metrics: dict[str, Any], tracker: Tracker) -> None:
         self._lines.append(metrics)
         tracker.log({k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}, self.step)
-        self.observer.step(self.step, self.setup.steps, metrics)
-        for text in advice(metrics, self.setup.method.watch, self.step, self._advised):
+        self.observer.step(self.step, self.prepared.steps, metrics)
+        for text in advice(metrics, self.prepared.method.watch, self.step, self._advised):
             self.observer.note(text)
 
     def save(self) -> Path:
@@ -279,54 +295,44 @@ class Run:
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
         self._claim.check()
+        weights, tensors, counts = self.learner.tensors()
         state = {
-            "updates": self.updates,
-            "begun": self.begun,
+            **counts,
             "best": self.best,
-            "data": fingerprint(self.setup.train),
-            **digests(self.setup),
-            "precision": self.setup.precision,
+            "data": fingerprint(self.source.prompts),
+            **digests(self.teachers),
+            "precision": self.student.precision,
             "advised": sorted(self._advised),
             "run": self._identity,
+            **adapter_state(self.student),
         }
-        state |= adapter_state(self.setup.student)
-        weights = self.setup.student.trainable()
-        tensors = checkpoint.optimizer_tensors(self.optimizer)
-        own = self.setup.own_weights
-        parts = self.control.tensors() | self.shelf.tensors(self.setup) | (own.tensors() if own else {})
+        parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
         self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
-        checkpoint.prune(folder, keep=self.setup.config.checkpoint.keep, best=self.best[1] if self.best else None)
+        checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=self.best[1] if self.best else None)
         return path
 
     def restore(self, path: Path) -> None:
         """Puts the run where a checkpoint was taken. Its files stay as they are until `go`."""
         found = checkpoint.load(path)
-        if found.state["data"] != fingerprint(self.setup.train):
+        if found.state["data"] != fingerprint(self.source.prompts):
             raise UserError(
                 f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
             )
-        refuse_other_adapter(path, found.state, self.setup.student)
-        refuse_others(path, found.state, self.setup)
-        parameters = self.setup.student.trainable()
+        refuse_other_adapter(path, found.state, self.student)
+        refuse_others(path, found.state, self.teachers, self.student)
+        parameters = self.student.trainable()
         if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
-            raise UserError(
-                f"{path}: the student {self.setup.student.name} is another model than the one it was made with"
-            )
+            raise UserError(f"{path}: the student {self.student.name} is another model than the one it was made with")
         compare(path, found.state, self._identity, self.folder, self.observer.note)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(found.weights[name])
-        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
-        self.step, self.updates = found.step, int(found.state["updates"])
-        self.begun = int(found.state["begun"])
+        self.step = found.step
+        self.learner.restore(found)
         self.control.restore(found.parts)
-        self.shelf.restore(self.setup, found.parts)
-        if self.setup.own_weights is not None:
-            self.setup.own_weights.restore(found.parts)
+        self.source.restore(found.parts)
+        self.teachers.restore(found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
         self._advised = set(found.state["advised"])
-        if self.setup.steps < self.step:
-            raise UserError(f"{path} is at step {self.step} already; --steps {self.setup.steps} lies before it")
+        if self.prepared.steps < self.step:
+            raise UserError(f"{path} is at step {self.step} already; --steps {self.prepared.steps} lies before it")
         self.origin = self._saved = path
 
     def _answer(self, by: str) -> None:
@@ -373,15 +379,15 @@ class Run:
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Where nothing is half learnt: what a verifier or callback raises ends the run, saved after `first`."""
-        states, visits = dict(self.control.states), tuple(self.shelf.visits)
+        states, visits = dict(self.control.states), tuple(self.source.shelf.visits)
         try:
             yield
         except kind as error:
-            self.control.states, self.shelf.visits = states, deque(visits)
+            self.control.states, self.source.shelf.visits = states, deque(visits)
             first()
             self.save()
             raise type(error)(
-                f"{error}; everything is saved at step {self.step} of {self.setup.steps}, go on with: {self._go_on}"
+                f"{error}; everything is saved at step {self.step} of {self.prepared.steps}, go on with: {self._go_on}"
             ) from error.__cause__
 
     def _stop_if_asked(self) -> None:
@@ -389,6 +395,6 @@ class Run:
             return
         self.save()
         raise RunError(
-            f"{self._interrupted.by} at step {self.step} of {self.setup.steps}; everything is saved, go on with: "
+            f"{self._interrupted.by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: "
             f"{self._go_on}"
         )

@@ -14,9 +14,8 @@ from retort.train import checkpoint
 from retort.train.folder import refuse_held, refuse_taken
 from retort.train.given import Given
 from retort.train.observe import Observer, Silent
-from retort.train.rates import rise
+from retort.train.prepare import prepare
 from retort.train.run import Run
-from retort.train.setup import prepare
 
 __all__ = ["Run", "load", "resume", "start"]
 
@@ -42,20 +41,20 @@ def start(
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
     refuse_taken(folder)
-    setup = prepare(config, method, given)
-    config = setup.config  # without a teacher that nothing asks
+    prepared = prepare(config, method, given)
+    config = prepared.config  # without a teacher that nothing asks
     # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
-        "precision": setup.precision,
-        "attention": setup.attention,
-        "device": setup.student.device.type,
-        "steps": setup.steps,
+        "precision": prepared.student.precision,
+        "attention": prepared.attention,
+        "device": prepared.student.device.type,
+        "steps": prepared.steps,
     }
     # So are places: a run may be resumed from another folder than it was started from.
     judged = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     kept = {**chosen, "data": _absolute(config.data), "eval": judged, "out": str(folder)}
     resolved = config.moved(lambda place: str(_absolute(place))).model_copy(update=kept)
-    return Run(replace(setup, config=resolved), folder, observer or Silent(), given=given or Given(), new=True)
+    return Run(replace(prepared, config=resolved), folder, observer or Silent(), given=given or Given(), new=True)
 
 
 def resume(
@@ -119,7 +118,7 @@ def load(
     if chosen is not None:
         run.restore(chosen)
         if steps is not None:
-            said = rise(run.setup, *run.now(), run.begun, run.updates, before)
+            said = run.rise(before)
             if said is not None:
                 run.observer.note(said)
     for note in given.notes:

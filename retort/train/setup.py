@@ -12,10 +12,11 @@ from retort.align.chat import Renderer
 from retort.cold_start import with_cold_start
 from retort.config import Config
 from retort.method import Method
-from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision
+from retort.models.lora import add_adapter
 from retort.models.rehearsal import rehearse_export
+from retort.models.together import settle
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.hf import HFEngine
@@ -264,7 +265,7 @@ def _precision(
     if chosen != student.precision:
         student.precision = chosen
         student.working.drop()
-        student.check_packing()  # what may be computed together is a matter of rounding, too
+        settle(student)  # what may be computed together is a matter of rounding, too
     return chosen
 
 

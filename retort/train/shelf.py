@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.align.chat import Renderer
 from retort.align.text import completion_text
 from retort.errors import UserError
 from retort.rollout.plan import RolloutPlan
 from retort.sequences import TokenSequence
 from retort.train.metrics import JsonLines
-from retort.train.setup import Setup
 from retort.types import Prompt, Rollout, Status
 
 FILE = "teacher_rollouts.jsonl"
@@ -37,8 +37,8 @@ class Shelf:
     student's are few (a replay's capacity) and go into the checkpoint.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Nothing kept yet."""
+    def __init__(self, folder: Path = Path()) -> None:
+        """Nothing kept yet; `folder` is the run's, which is written to when the first answer is to be kept."""
         self.file = JsonLines(folder / FILE)
         self.answers: dict[Key, Rollout] = {}
         self.visits: deque[tuple[Rollout, ...]] = deque()
@@ -75,17 +75,23 @@ class Shelf:
         while len(self.visits) > capacity:
             self.visits.popleft()
 
-    def go_back(self, setup: Setup, step: int) -> None:
-        """The teacher's answers as they were after a step."""
+    def go_back(self, prompts: Sequence[Prompt], render: Renderer, step: int) -> None:
+        """The teacher's answers as they were after a step.
+
+        Args:
+            prompts: Of the run's training data.
+            render: A prompt's ids, as the student reads it.
+            step: Batches done.
+        """
         self.file.cut(step)
         self.answers = {}
-        prompts = {prompt.id: prompt for prompt in setup.train}
+        named = {prompt.id: prompt for prompt in prompts}
         for row in self.file.rows():
-            prompt = prompts[row["prompt_id"]]
+            prompt = named[row["prompt_id"]]
             mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
             self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
-                sequence=_behind(setup.render(prompt), torch.tensor(row["ids"]), mask_L),
+                sequence=_behind(render(prompt), torch.tensor(row["ids"]), mask_L),
                 turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
                 member=row["member"],
                 status=Status(row["status"]),
@@ -96,14 +102,14 @@ class Shelf:
                 feedback=row.get("feedback", ""),
             )
 
-    def tensors(self, setup: Setup) -> dict[str, Tensor]:
-        """The student's visits, flat, for a checkpoint; empty if there are none."""
+    def tensors(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """The student's visits, flat, for a checkpoint; empty if there are none. `prompts` are the training data's."""
         rollouts = [rollout for visit in self.visits for rollout in visit]
         if not rollouts:
             return {}
-        places = {prompt.id: place for place, prompt in enumerate(setup.train)}
+        places = {prompt.id: place for place, prompt in enumerate(prompts)}
         for rollout in rollouts:
-            if rollout.prompt.messages != setup.train[places[rollout.prompt.id]].messages:
+            if rollout.prompt.messages != prompts[places[rollout.prompt.id]].messages:
                 raise UserError(
                     f"prompt '{rollout.prompt.id}': its environment began with other messages than the data's row; "
                     "such rollouts cannot be kept in a checkpoint (leave out replay)"
@@ -127,8 +133,8 @@ class Shelf:
         }
         return {_PREFIX + name: value for name, value in found.items()}
 
-    def restore(self, setup: Setup, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at."""
+    def restore(self, prompts: Sequence[Prompt], render: Renderer, tensors: Mapping[str, Tensor]) -> None:
+        """Puts `tensors` back; those of others are not looked at. `prompts` and `render` are as in `go_back`."""
         self.visits.clear()
         tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
         if not tensors:
@@ -139,9 +145,9 @@ class Shelf:
         pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
         rollouts: list[Rollout] = []
         for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
-            prompt, (reward, parts, feedback) = setup.train[lists["prompts"][index]], grades[index]
-            before = setup.render(prompt)
-            text = completion_text(setup.student.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
+            prompt, (reward, parts, feedback) = prompts[lists["prompts"][index]], grades[index]
+            before = render(prompt)
+            text = completion_text(render.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
             rollouts.append(
                 Rollout(
                     prompt=prompt,

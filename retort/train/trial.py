@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from retort.apply import check_needs, wanted, watch_values
+from retort.apply import watch_values
 from retort.context import Context
 from retort.evaluate.ranks import auroc
 from retort.models.core import Core, per_token
@@ -23,10 +23,8 @@ from retort.steps import Clock
 from retort.train.diagnose import engine_gap_N, rollout_means, watching
 from retort.train.findings import Check, Verdict, worst
 from retort.train.precision import ABOVE_NOISE
-from retort.train.score import ask_teachers
-from retort.train.setup import Setup
+from retort.train.prepare import Prepared
 from retort.train.shelf import Shelf
-from retort.train.write import write_rollouts
 from retort.types import Pack, Status, can_meet
 from retort.weights import sampled_reverse_kl
 
@@ -64,46 +62,46 @@ class Trial:
 
 
 @torch.no_grad()
-def run_trial(setup: Setup) -> Trial:
+def run_trial(prepared: Prepared) -> Trial:
     """The student writes about a few prompts, at the temperature at which distributions are compared."""
-    temperature = setup.method.temperature
+    temperature = prepared.method.temperature
     # Whatever the method's sampling: at top-p below 1 the engine's log-probs are of another distribution.
-    plan = RolloutPlan(samples=setup.method.rollout.samples, temperature=temperature)
-    k = setup.config.record.overlap or 16
-    now = tuple(replace(watch, every=1) for watch in setup.method.watch)
-    method = watching(replace(setup.method, rollout=plan, watch=now), k, 1)
-    config = setup.config.model_copy(
-        update={"rollout": setup.config.rollout.model_copy(update={"prompts": TRIAL_PROMPTS})}
-    )
-    trial = replace(setup, config=config, method=method)
-    check_needs(method, {view: teacher.capabilities for view, teacher in setup.teachers.items()})
-    pack = Pack.of(write_rollouts(trial, Shelf(Path()), Clock(0, 1), 0))
-    signals = ask_teachers(trial, pack, lambda view: wanted(method, view, setup.teachers[view].capabilities))
+    plan = RolloutPlan(samples=prepared.method.rollout.samples, temperature=temperature)
+    k = prepared.config.record.overlap or 16
+    now = tuple(replace(watch, every=1) for watch in prepared.method.watch)
+    method = watching(replace(prepared.method, rollout=plan, watch=now), k, 1)
+    source, teachers, passes = prepared.source, prepared.teachers, prepared.learner.passes
+    teachers.check(method)
+    trial = replace(source, count=min(TRIAL_PROMPTS, len(source.prompts)), shelf=Shelf())
+    clock = Clock(0, 1, seed=prepared.config.seed, longest=source.limit)
+    groups = trial.rollouts(method, clock, 0)
+    pack = Pack.of([rollout for group in groups for rollout in group])
+    signals = teachers.score(method, groups, teachers.wanted(method), partial(passes.top_ids, method, pack))
     offers = {view: signal.offers for view, signal in signals.items()}
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
     able = [watch for watch in watches if all(can_meet(offers[watch.against], need) for need in watch.part.needs)]
     watched = watch_values(able)
-    kl, view = sampled_reverse_kl(), _teacher_view(setup)
+    kl, view = sampled_reverse_kl(), _teacher_view(prepared)
 
     def every(context: Context) -> dict[str, Tensor]:
         # Nothing of the method's terms: what they read of a whole batch is not taken here.
         found = {"student_logp": context.student_logp_N.detach(), **watched(context)}
         return found if view is None else {**found, "reverse_kl": kl.value(context, view)}
 
-    student = setup.student
-    hidden_ND = student.all_hidden([r.sequence for r in pack.rollouts], config.optimizer.batch_tokens)
-    steps = pack.steps.to(student.device)
+    student = passes.lm
+    hidden_ND = student.all_hidden([r.sequence for r in pack.rollouts], passes.batch_tokens)
+    core = Core(every, pack.steps.to(student.device), clock, signals, student.head(), passes.vocab, temperature)
     with student.compute():
-        values = per_token(Core(every, steps, Clock(), signals, student.head(), setup.vocab, temperature), hidden_ND)
+        values = per_token(core, hidden_ND)
     named = {name.removeprefix("watch."): values_N.float().cpu() for name, values_N in values.items()}
     return Trial(pack, named, k, student.precision)
 
 
-def trial_checks(setup: Setup) -> list[Check]:
+def trial_checks(prepared: Prepared) -> list[Check]:
     """All of them."""
-    trial = run_trial(setup)
+    trial = run_trial(prepared)
     checks = [check_noise_floor(trial), check_stopping(trial)]
-    return checks if _teacher_view(setup) is None else [*checks, check_teachability(setup, trial)]
+    return checks if _teacher_view(prepared) is None else [*checks, check_teachability(prepared, trial)]
 
 
 def check_noise_floor(trial: Trial) -> Check:
@@ -139,7 +137,7 @@ def check_stopping(trial: Trial) -> Check:
     return Check("stopping", "warn", saw, why, remedy, values)
 
 
-def check_teachability(setup: Setup, trial: Trial) -> Check:
+def check_teachability(prepared: Prepared, trial: Trial) -> Check:
     """Will this teacher teach this student, and why not: the conditions of arXiv 2604.13016, as a prediction."""
     why = (
         "on-policy distillation works where student and teacher consider the same tokens and the teacher prefers "
@@ -153,7 +151,7 @@ def check_teachability(setup: Setup, trial: Trial) -> Check:
     score = _right_from_wrong(trial)
     if score is not None:
         found["trajectory_auroc"] = score
-    chance = _overlap_by_chance(setup, trial)
+    chance = _overlap_by_chance(prepared, trial)
     saw = (
         f"top-{trial.k} in common {found['overlap_ratio']:.0%} (by chance {chance:.0%}), holding "
         f"{found['overlap_mass']:.0%} of the student's probability and {found['overlap_teacher_mass']:.0%} of the "
@@ -198,13 +196,13 @@ def _doubts(found: Mapping[str, float], trial: Trial) -> list[tuple[Verdict, str
 _LOOKED_AT = ("overlap_ratio", "overlap_advantage", "overlap_mass", "overlap_teacher_mass", "entropy_gap")
 
 
-def _teacher_view(setup: Setup) -> str | None:
-    return next((name for name, view in setup.method.views.items() if view.model == "teacher"), None)
+def _teacher_view(prepared: Prepared) -> str | None:
+    return next((name for name, view in prepared.method.views.items() if view.model == "teacher"), None)
 
 
-def _overlap_by_chance(setup: Setup, trial: Trial) -> float:
+def _overlap_by_chance(prepared: Prepared, trial: Trial) -> float:
     """Of two random lists."""
-    return min(1.0, trial.k / setup.vocab)
+    return min(1.0, trial.k / prepared.learner.vocab)
 
 
 def _right_from_wrong(trial: Trial) -> float | None:

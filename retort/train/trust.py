@@ -11,9 +11,10 @@ from retort import config as configuration
 from retort import registry
 from retort.align.pair import SameIds
 from retort.errors import UserError
-from retort.evaluate.trust import Protocol, branches, trust
+from retort.evaluate.trust import Protocol, Student, branches, trust
 from retort.files import write_text
 from retort.method import Method
+from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
 from retort.train import checkpoint
 from retort.train.observe import Observer, Silent
@@ -65,29 +66,29 @@ def measure(
     if view not in known.views:
         raise UserError(f"view '{view}' is none of method '{known.name}': {', '.join(known.views)}")
     run = load(path, observer or Silent(), method=method)
-    setup = run.setup
+    prepared = run.prepared
     prompts, source = _prompts(run, view, problems)
-    verifier = setup.judge_verifier if source == HELD_OUT else setup.verifier
+    verifier = prepared.judge_grader if source == HELD_OUT else prepared.source.grader
     if verifier is None:
         raise UserError("nobody can say which answers are right: the data needs an `answer`")
     protocol = Protocol(
         places=places,
         candidates=candidates,
-        max_new_tokens=setup.config.rollout.max_new_tokens,
-        temperature=setup.method.rollout.temperature,
-        samples=setup.method.rollout.samples if setup.method.views[view].rewards else 1,
-        seed=setup.config.seed if seed is None else seed,
+        max_new_tokens=prepared.config.rollout.max_new_tokens,
+        temperature=prepared.method.rollout.temperature,
+        samples=prepared.method.rollout.samples if prepared.method.views[view].rewards else 1,
+        seed=prepared.config.seed if seed is None else seed,
     )
     own = LocalTeacher(
-        setup.student,
-        alignment=SameIds(setup.vocab),
-        batch_tokens=setup.config.optimizer.batch_tokens,
-        reading=setup.render.reading,
+        prepared.student,
+        alignment=SameIds(prepared.learner.vocab),
+        batch_tokens=prepared.config.optimizer.batch_tokens,
+        reading=prepared.source.render.reading,
     )
-    watcher = run.observer
+    watcher, engine = run.observer, prepared.source.engine
+    assert isinstance(engine, HFEngine)  # a run's student is in this process
     found = branches(
-        setup.engine,
-        own,
+        Student(setup.engine, own, own.render, setup.student.stops, setup.config.rollout.parallel),
         setup.teachers[view],
         setup.method.views[view],
         prompts,
@@ -98,7 +99,7 @@ def measure(
     if not found:
         raise UserError(f"view '{view}' had no context for any of {len(prompts)} prompts, so there is nothing to force")
     results = {
-        "method": setup.method.name,
+        "method": prepared.method.name,
         "view": view,
         "step": run.step,
         "prompts": source,
@@ -111,10 +112,10 @@ def measure(
 
 def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
     """Prompts that the view can show something of."""
-    columns = run.setup.method.views[view].columns
-    for source, prompts in ((HELD_OUT, run.setup.held_out), ("training prompts", run.setup.train)):
+    columns = run.prepared.method.views[view].columns
+    for source, prompts in ((HELD_OUT, run.prepared.held_out), ("training prompts", run.prepared.source.prompts)):
         fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
-        judge = run.setup.judge_verifier if source == HELD_OUT else run.setup.verifier
+        judge = run.prepared.judge_grader if source == HELD_OUT else run.prepared.source.grader
         if judge is not None:
             fit = [prompt for prompt in fit if judge.can_grade(prompt)]
         if fit:

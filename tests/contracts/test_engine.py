@@ -14,7 +14,7 @@ from support import make_tokenizer
 from torch import Tensor
 
 from retort.errors import UserError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.sample import nucleus
@@ -46,7 +46,7 @@ def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     cpu = torch.device("cpu")
     lm = load_model(str(model_folder(seed=5)), role="student", precision="fp32", device=cpu, stop=stops)
     engine = HFEngine(lm, vocab=VOCAB, max_parallel=3)
-    engine._loops = loops
+    engine.loops = loops
 
     def logp(context: TokenSequence, ids: list[int], sampling: Sampling) -> Tensor:
         whole_1L = torch.cat([context.tokens_L, torch.tensor(ids)])[None]

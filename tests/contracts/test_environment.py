@@ -284,13 +284,13 @@ def test_an_episode_of_three_turns_is_learnt_from_like_any_rollout(
     teacher = model_folder(seed=2, hidden_size=24, padded_to=64, eos="<|im_end|>", chat=True)
     settings = {**tiny_run, "student": str(student), "teacher": str(teacher)}
     setup = pipeline.prepared(settings, "eopd")
-    prompts = [replace(own, answer="99") for own in setup.train[:2]]  # never guessed
+    prompts = [replace(own, answer="99") for own in setup.source.prompts[:2]]  # never guessed
     asked = [
-        Task(own, TokenSequence.of(setup.render(own)), member, Chance(0, "rollouts", own.id, member))
+        Task(own, TokenSequence.of(setup.source.render(own)), member, Chance(0, "rollouts", own.id, member))
         for own in prompts
         for member in range(2)
     ]
-    rollouts = run_episodes(setup.engine, asked, Sampling(60), world=World(Guess()))
+    rollouts = run_episodes(setup.source.engine, asked, Sampling(60), world=World(Guess()))
     several = [own for own in rollouts if own.turn_A is not None and int(own.turn_A.max()) == 2]
     assert several, "no episode came to its third turn"
     pack = Pack.of([replace(own, reward=float(own.member)) for own in rollouts])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +20,8 @@ from retort.align.stops import StopMap, StopTokens
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.judge import Judge
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.models.packing import Row, row_batches
 from retort.rewards import ByText
 from retort.rollout.by_teacher import TeacherWriter
@@ -204,11 +204,19 @@ def test_turns_and_log_probs_are_one_for_each_decision(rollout: Rollout, turns: 
         Rollout(rollout.prompt, rollout.sequence, turn_A=torch.zeros(turns).long(), engine_logp_A=torch.zeros(logps))
 
 
-def setup_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> Any:
-    """As much of a run as what was written before looks at."""
-    return SimpleNamespace(
-        train=prompts, render=lambda prompt: lm.tokenizer(TEXT)["input_ids"], student=lm, verifier=None
-    )
+class Reads:
+    """Reads every prompt as the same tokens."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.tokenizer = lm.tokenizer
+
+    def __call__(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer(TEXT)["input_ids"]
+
+
+def setup_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Any]:
+    """The prompts of a run, and how they are read."""
+    return prompts, Reads(lm)
 
 
 def same(one: Rollout, two: Rollout) -> None:
@@ -226,7 +234,7 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
     setup, shelf = setup_of(lm, [rollout.prompt, visits[1][0].prompt]), Shelf(tmp_path)
     shelf.remember(visits, 9)
     again = Shelf(tmp_path)
-    again.restore(setup, shelf.tensors(setup))
+    again.restore(*setup, shelf.tensors(setup[0]))
     assert [len(visit) for visit in again.visits] == [2, 1]
     for before, after in zip(visits, again.visits, strict=True):
         for one, two in zip(before, after, strict=True):
@@ -241,7 +249,7 @@ def test_a_visit_that_began_otherwise_than_its_row_is_not_kept_as_if_it_had_not(
     shelf, row = Shelf(tmp_path), Prompt("p", (Message("user", "3 ="),))
     shelf.remember([(rollout,)], 9)
     with pytest.raises(UserError, match=r"prompt 'p': its environment began with other messages"):
-        shelf.tensors(setup_of(lm, [row]))
+        shelf.tensors([row])
 
 
 def test_kept_answers_come_back_from_their_file_as_they_were(
@@ -251,7 +259,7 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
     setup, plan = setup_of(lm, [own.prompt for own in kept]), RolloutPlan()
     Shelf(tmp_path).keep(kept, plan, 1)
     again = Shelf(tmp_path)
-    again.go_back(setup, 1)
+    again.go_back(*setup, 1)
     for one, two in zip(kept, again.answers.values(), strict=True):
         same(one, two)
 
@@ -299,7 +307,7 @@ def test_a_record_says_what_was_read_between_the_steps(lm: LanguageModel, rollou
 
 
 def test_the_judge_compares_behind_all_that_was_read(lm: LanguageModel, rollout: Rollout) -> None:
-    judge = Judge([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 4, 64, Reading(), 1.0)
+    judge = Judge([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 64, Reading(), 1.0)
     values, _ = judge._compare(lm, local(lm), [rollout])
     entropy_N = torch.distributions.Categorical(logits=own_logp(lm, [rollout.sequence])).entropy()
     torch.testing.assert_close(values["student_entropy"], entropy_N, rtol=1e-4, atol=1e-4)
@@ -323,9 +331,10 @@ def test_trust_forces_tokens_behind_all_that_was_read(
             return 1.0
 
     monkeypatch.setattr(trust, "_spine", lambda *more: [rollout])
-    engine = Noting(lm, vocab=VOCAB, max_parallel=8)
+    engine, own = Noting(lm, vocab=VOCAB, max_parallel=8), local(lm)
+    student = trust.Student(engine, own, own.render, lm.stops, parallel=8)
     protocol = trust.Protocol(places=9, candidates=1, max_new_tokens=12)
-    found = trust.branches(engine, local(lm), local(lm), View(), [rollout.prompt], ByText(Always()), protocol)
+    found = trust.branches(student, local(lm), View(), [rollout.prompt], ByText(Always()), protocol)
     assert len(found) == 9
     places = rollout.sequence.action_mask_L.nonzero().flatten().tolist()
     whole = rollout.sequence.tokens_L.tolist()

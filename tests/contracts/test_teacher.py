@@ -16,7 +16,7 @@ from remote import RemoteTeacher
 from torch import Tensor
 
 from retort.align.pair import SameIds
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.sequences import TokenSequence
 from retort.signals import Dense, SignalRows, TeacherSignal
 from retort.teachers.base import Ask, Teacher

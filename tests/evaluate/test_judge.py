@@ -12,7 +12,7 @@ import torch
 
 import retort
 from retort.signals import entropy
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 
 
 @pipeline.models_once()
@@ -38,15 +38,15 @@ def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict
     with pipeline.models_once():
         setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
     judge = Judge.of(setup.config, setup.held_out, None, vocab=setup.vocab)
-    row = judge.judge(setup.student, teacher=setup.teachers["teacher"])
+    row = judge.judge(setup.student, setup.engine, teacher=setup.teachers["teacher"])
     assert len(row["answers"]) == len(setup.held_out)
     found: list[float] = []
     for prompt, answer in zip(setup.held_out, row["answers"], strict=True):
-        ids = setup.render(prompt)
+        ids = setup.source.render(prompt)
         written = setup.student.tokenizer.convert_tokens_to_ids([token.strip() for token in answer["tokens"]])
         with torch.no_grad():
             logits = setup.student.model(input_ids=torch.tensor([[*ids, *written]])).logits[0, len(ids) - 1 : -1]
-        own = entropy(logits[:, : setup.vocab].log_softmax(-1)).tolist()
+        own = entropy(logits[:, : setup.learner.vocab].log_softmax(-1)).tolist()
         assert answer["columns"]["student_entropy"] == pytest.approx(own, abs=1e-4)
         found += own
     assert row["student_entropy"]["value"] == pytest.approx(sum(found) / len(found), abs=1e-4)

@@ -13,8 +13,8 @@ import torch
 from retort.align.pair import SameIds
 from retort.cli import main
 from retort.evaluate.ranks import auroc, clustered_auroc
-from retort.evaluate.trust import PREDICTORS, Branch, Protocol, _blocks, branches, trust
-from retort.models.lm import load_model
+from retort.evaluate.trust import PREDICTORS, Branch, Protocol, Student, _blocks, branches, trust
+from retort.models.load import load_model
 from retort.report.page import build_report
 from retort.rewards import ByText, ExactVerifier
 from retort.rollout.engines.hf import HFEngine
@@ -88,9 +88,9 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     own, teacher = (LocalTeacher(lm, alignment=SameIds(50), batch_tokens=64) for lm in (student, other))
     prompts = [Prompt(str(n), (Message("user", f"{n} + 1 ="),)) for n in range(6)]
     protocol = Protocol(places=3, candidates=2, max_new_tokens=6)
-    engine = HFEngine(student, vocab=50, max_parallel=64)
-    found = branches(engine, own, teacher, View(), prompts, ByText(Odd()), protocol)
-    assert found == branches(engine, own, teacher, View(), prompts, ByText(Odd()), protocol)
+    writer = Student(HFEngine(student, vocab=50, max_parallel=64), own, own.render, student.stops, parallel=64)
+    found = branches(writer, teacher, View(), prompts, ByText(Odd()), protocol)
+    assert found == branches(writer, teacher, View(), prompts, ByText(Odd()), protocol)
     assert 0 < len(found) <= 6 * 3 * 2
     assert len({one.viable for one in found}) == 2
     assert all(0 < one.position < 1 for one in found)
@@ -99,7 +99,7 @@ def test_a_forced_token_is_the_teachers_and_the_rest_is_the_students(model_folde
     assert all(one.teacher_entropy == two.teacher_entropy for one, two in pairs)
     assert {one.teacher_logp > two.teacher_logp for one, two in pairs} == {True, False}
     assert all(one.alone == two.alone for one, two in zip(found[::2], found[1::2], strict=True))
-    same = branches(engine, own, own, View(), prompts, ByText(Odd()), protocol)
+    same = branches(writer, own, View(), prompts, ByText(Odd()), protocol)
     assert all(one.teacher_logp == pytest.approx(one.student_logp, abs=1e-5) for one in same)
     assert all(one.shift == pytest.approx(0.0, abs=1e-5) for one in same)
     assert any(abs(one.shift) > 1e-3 for one in found)

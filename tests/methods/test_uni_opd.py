@@ -14,7 +14,7 @@ from retort.functional import token_losses
 from retort.registry import load
 from retort.rollout.plan import EasyToHard
 from retort.steps import Clock, Steps
-from retort.train.write import easy_to_hard
+from retort.train.order import easy_to_hard
 from retort.types import Message, Prompt, TokenLosses
 from retort.weights.calibration import balance, order_gap, ordered, shifts, surplus
 

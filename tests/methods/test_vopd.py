@@ -240,10 +240,10 @@ def test_the_variance_of_a_step_is_that_of_its_prompts_gradients(tiny_run: dict[
     wanted = visits / (visits - 1) * (gradients - gradients.mean(0)).square().sum()
     batch = pipeline.scored(setup, pack)
     for tokens in (10**6, 1):  # however micro-batches are cut
-        found = batch_variance(pipeline.cut_to(setup, tokens), batch, range(len(pack.rollouts)))
+        found = batch_variance(pipeline.cut_to(setup, tokens).learner.passes, batch, range(len(pack.rollouts)))
         assert found == pytest.approx(float(wanted), rel=1e-5)
     assert all(p.grad is None for p in parameters)
-    assert batch_variance(setup, batch, [0, 1]) is None, "one visit has no variance"
+    assert batch_variance(setup.learner.passes, batch, [0, 1]) is None, "one visit has no variance"
 
 
 def test_the_variance_estimates_that_of_the_gradient(tiny_run: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,7 +253,7 @@ def test_the_variance_estimates_that_of_the_gradient(tiny_run: dict[str, Any], m
     for seed in range(36):
         pack = pipeline.even(setup, seed)
         batch = pipeline.scored(setup, pack)
-        estimate = batch_variance(setup, batch, range(len(pack.rollouts)))
+        estimate = batch_variance(setup.learner.passes, batch, range(len(pack.rollouts)))
         assert estimate is not None
         found.append(estimate)
         (step, _) = pipeline.learnt(setup, batch)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from retort.context import Context
 from retort.errors import UserError
-from retort.models.adapter import add_adapter
 from retort.models.core import Core, loss_pass
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
+from retort.models.lora import add_adapter
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.signals import Dense

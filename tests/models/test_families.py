@@ -12,7 +12,8 @@ import torch
 
 from retort import config as configuration
 from retort.errors import UserError
-from retort.models.lm import load_model, token_batches
+from retort.models.lm import token_batches
+from retort.models.load import load_model
 from retort.rollout.engines.hf import HFEngine, Request, Sampling, nucleus
 from retort.sequences import TokenSequence
 from retort.streams import uniforms
@@ -59,11 +60,11 @@ def test_a_family_trains_against_a_padded_teacher(
     teacher = model_folder(seed=4, **{**arguments, "padded_to": 80})
     sections = {"student": str(student), "teacher": str(teacher), "steps": 1, "eval": {"problems": 2}}
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
-    assert run.setup.vocab == run.setup.student.head().width < run.setup.teacher_lm.head().width
+    assert run.prepared.learner.vocab == run.student.head().width < run.prepared.teachers.lms["teacher"].head().width
     # Adam moves every weight a little: what is tied stays tied, what is trained is saved.
     run.go()
     again = load(tmp_path / "run" / "model")
-    for name, parameter in run.setup.student.model.named_parameters():
+    for name, parameter in run.student.model.named_parameters():
         assert torch.equal(parameter, dict(again.model.named_parameters())[name])
 
 
@@ -165,7 +166,7 @@ def test_chat_models_with_different_stops_are_mapped_and_said(
     teacher = model_folder(seed=2, eos="<|im_end|>", chat=True)
     sections = {"student": str(student), "teacher": str(teacher), "steps": 1}
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
-    assert any("<eos>" in note and "<|im_end|>" in note for note in run.setup.notes)
+    assert any("<eos>" in note and "<|im_end|>" in note for note in run.prepared.notes)
     run.go()
     rollout = json.loads((tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()[0])
     assert rollout["status"] in ("completed", "truncated")
@@ -181,7 +182,7 @@ def test_a_base_student_of_a_chat_teacher_is_told_that_they_read_prompts_differe
 ) -> None:
     sections = {"student": str(model_folder(seed=1)), "teacher": str(model_folder(seed=2, chat=True)), "steps": 1}
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "run")
-    assert any("30 of 30 prompts read differently" in note for note in run.setup.notes)
+    assert any("30 of 30 prompts read differently" in note for note in run.prepared.notes)
     run.go()
 
 
@@ -202,8 +203,8 @@ def test_real_prompts_graded_by_math_verify(model_folder: Callable[..., Path], t
         "eval": {"problems": 4, "samples": 2, "max_new_tokens": 8},
     }
     run = runner.start(configuration.resolve(settings), tmp_path / "run").go()
-    assert run.setup.verifier is not None
-    assert "math" in run.setup.verifier.name
+    assert run.prepared.source.grader is not None
+    assert "math" in run.prepared.source.grader.name
     assert {"avg@2", "pass@2"} <= set(run.results["rows"][0])
 
 

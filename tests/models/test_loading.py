@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from retort.cli import main
 from retort.errors import UserError
-from retort.models import load as load_module
-from retort.models.lm import LanguageModel, load_model
-from retort.models.load import blamed_on, look_at
+from retort.models import files
+from retort.models.files import blamed_on, look_at
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 
 Change = Callable[[Path], Any]
 WEIGHTS = "model.safetensors"
@@ -289,10 +290,10 @@ def test_an_error_of_our_own_is_no_fault_of_the_folder(
 ) -> None:
     with pytest.raises(UserError, match="^student x: cannot be loaded: TypeError"), blamed_on("student x"):
         json.loads(3)  # type: ignore[arg-type]
-    ours = compile("def broken(*args): return {}['ours']", load_module.__file__, "exec")
+    ours = compile("def broken(*args): return {}['ours']", files.__file__, "exec")
     found: dict[str, Any] = {}
     exec(ours, found)
-    monkeypatch.setattr(load_module, "_account", found["broken"])
+    monkeypatch.setattr(files, "_account", found["broken"])
     monkeypatch.setattr(LanguageModel, "head", found["broken"])
     with pytest.raises(KeyError, match="ours"):
         load(model_folder(seed=1))

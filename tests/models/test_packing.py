@@ -14,7 +14,9 @@ from support import make_tokenizer
 from torch.nn import functional
 
 from retort import config as configuration
-from retort.models.lm import LanguageModel, load_model
+from retort.models import load as load_module
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.models.packing import CannotShareError, Run, row_batches, runs
 from retort.sequences import TokenSequence
 from retort.train import runner
@@ -177,7 +179,7 @@ def test_a_family_is_packed_only_if_that_changes_nothing(tmp_path: Path, family:
 def test_a_run_says_that_it_pads(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = runner.start(configuration.resolve(tiny_run), tmp_path / "packed")
     assert not any("padded" in note for note in packed.setup.notes)
-    monkeypatch.setattr(LanguageModel, "check_packing", lambda lm: None)
+    monkeypatch.setattr(load_module, "settle", lambda lm: None)
     padded = runner.start(configuration.resolve(tiny_run), tmp_path / "padded")
     assert sum("padded" in note for note in padded.setup.notes) == 1
     losses = [run.go() and (run.folder / "metrics.jsonl").read_text().splitlines() for run in (packed, padded)]

@@ -15,7 +15,8 @@ from torch import Tensor
 from retort.errors import UserError
 from retort.models import together
 from retort.models.chance import check_repeats
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.models.together import lowered, switches
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retort.align.stops import StopTokens
-from retort.models.adapter import add_adapter
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
+from retort.models.lora import add_adapter
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.sequences import TokenSequence
@@ -121,7 +122,7 @@ def test_copies_say_the_same_bit_by_bit_before_and_after_an_update(
 
 def written(lm: LanguageModel, longest: int) -> Casts:
     engine = HFEngine(lm, vocab=lm.head().width - 3, max_parallel=4)
-    engine._loops = True  # its own trial is no part of what is counted
+    engine.loops = True  # its own trial is no part of what is counted
     requests = [Request(TokenSequence.of([5, 9, 12]), uniforms(0, "rollouts", n, count=longest)) for n in range(2)]
     with Casts() as casts:
         engine.generate(requests, Sampling(longest))

@@ -170,7 +170,7 @@ def test_a_state_that_was_written_wrongly_is_refused_though_its_digest_fits(fini
     changes: list[Any] = [
         {name: odd} for name in ("step", "updates", "best", "advised", "data", "run") for odd in (3.5, {})
     ]
-    for changed in [*changes, {"run": {"settings": 1}}, {"best": [1]}, {"step": 10**400}]:
+    for changed in [*changes, {"run": {"settings": 1}}, {"models": 3.5}, {"best": [1]}, {"step": 10**400}]:
         written = json.dumps({**good, **changed}).encode()
         _with_digest(place, "state.json", written)
         with pytest.raises(UserError, match=r"state\.json .*--resume .*step-1"):

@@ -21,7 +21,7 @@ from retort.cli import main
 from retort.errors import UserError
 from retort.rewards import ByText, GivesFeedback, GivesParts, grader_for, verifier_for
 from retort.rewards.own import OwnGrader, OwnVerifier, imported, is_own, name_of, own_grader, own_verifier
-from retort.train import write
+from retort.train.source import Source
 from retort.types import Group, Message, Prompt
 
 PROMPT = Prompt("row-1", (Message("user", "1 + 1 ="),), answer="2")
@@ -235,13 +235,13 @@ def test_what_can_be_called_is_a_function_whatever_else_it_has() -> None:
 def test_a_method_that_learns_from_rewards_needs_a_grade_for_every_completion() -> None:
     group = list(group_of(PROMPT, ["1", "2"]))
     method: Any = SimpleNamespace(name="rlsd", wants_rewards="advantage")
-    setup: Any = SimpleNamespace(verifier=OwnGrader(Says([1.0, None]), "mine"), method=method)
+    source: Any = SimpleNamespace(grader=OwnGrader(Says([1.0, None]), "mine"))
     with pytest.raises(
         UserError, match="verifier 'mine', row 'row-1': it gave a completion no grade, and method 'rlsd'"
     ):
-        write._graded(setup, group)
+        Source._graded(source, method, group)
     method.wants_rewards = None
-    assert [rollout.reward for rollout in write._graded(setup, group)] == [1.0, None]
+    assert [rollout.reward for rollout in Source._graded(source, method, group)] == [1.0, None]
 
 
 def test_a_run_is_graded_by_an_object_that_compares_the_rollouts_to_a_prompt(

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from retort.models.lm import LanguageModel, load_model
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.rollout.engines import hf
 from retort.rollout.engines.decode import RoomyLayer, can_decode, decode, roomy_cache
 from retort.rollout.engines.hf import HFEngine, Request, Sampling

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from retort.rewards.verify import RankingVerifier, verifier_for
+from retort.rewards.choose import verifier_for
+from retort.rewards.verify import RankingVerifier
 from retort.tasks.ranking import MODELS_DIR, judge, rows, student_path, teacher_path
 from retort.tasks.ranking.build import MAX_NEW_TOKENS, measure
 from retort.tasks.ranking.lists import ITEMS, Problem, problem

@@ -13,7 +13,7 @@ import torch
 from retort.align import StopMap, StopTokens, stop_map
 from retort.align.pair import SameIds
 from retort.errors import SignalError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.sequences import TokenSequence
 from retort.signals import Dense, Sampled, TopK
 from retort.teachers.base import Ask

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pipeline
@@ -27,8 +28,8 @@ from retort.teachers.base import Ask, answers
 from retort.teachers.local import reduced
 from retort.teachers.view import View
 from retort.train import runner
-from retort.train import score as scoring
-from retort.train.control import Control
+from retort.train.passes import Passes
+from retort.train.run import Run
 from retort.types import DENSE, SAMPLED, Group, Need, NeedKind, in_groups, logp_at
 from retort.weights import teacher_margin
 
@@ -147,11 +148,11 @@ def test_a_step_with_a_remote_teacher_is_one_with_a_local_one(
 ) -> None:
     """Value and gradient; and a teacher that can hand over all costs no pass of the student."""
     setup = pipeline.prepared(tiny_run, name, **given)
-    far = {view: RemoteTeacher(teacher) for view, teacher in setup.teachers.items()}
+    far = setup.teachers.with_models({name: RemoteTeacher(own) for name, own in setup.teachers.models.items()})
     pack = pipeline.ragged(setup)
     ours = pipeline.as_run(replace(setup, teachers=far), pack, 20)
     assert [len(teacher.asked) for teacher in far.values()] == [1] * len(far)
-    monkeypatch.setattr(scoring, "student_ids", lambda *_: pytest.fail("nobody has to be given ids"))
+    monkeypatch.setattr(Passes, "top_ids", lambda *_: pytest.fail("nobody has to be given ids"))
     theirs = pipeline.as_run(setup, pack, 20)
     for mine, expected in zip(ours, theirs, strict=True):
         assert mine.loss == pytest.approx(expected.loss, rel=1e-6, abs=1e-6)
@@ -164,7 +165,8 @@ def test_a_step_with_a_remote_teacher_is_one_with_a_local_one(
 def test_a_run_with_a_remote_teacher(tiny_run: dict[str, Any], tmp_path: Any) -> None:
     sections = {"method": {"name": "vopd", "top_k": 4}, "steps": 2, "eval": {"problems": 0}}
     run = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path)
-    run.setup.teachers["teacher"] = far = RemoteTeacher(run.setup.teachers["teacher"])
+    far = RemoteTeacher(run.teachers.models["teacher"])
+    run.teachers = run.teachers.with_models({"teacher": far})
     run.go()
     assert [ask.needs for ask in far.asked] == [frozenset({SAMPLED, logp_at(4)})] * 2
     assert all(ask.student_ids_NK is not None and ask.student_ids_NK.shape[1] == 4 for ask in far.asked)
@@ -176,18 +178,22 @@ def test_the_ids_are_the_students_most_likely_at_the_temperature_of_the_loss(tin
     pack = pipeline.ragged(setup)
     logits_NV = pipeline.student_logits(setup, pack)
     for k in (3, 10**9):
-        ids_NK = scoring.student_ids(setup, pack, k)
+        ids_NK = setup.learner.passes.top_ids(setup.method, pack, k)
         assert ids_NK.dtype == torch.long and not ids_NK.is_cuda
         found_NK = logits_NV.gather(1, ids_NK)
-        torch.testing.assert_close(found_NK, logits_NV.topk(min(k, setup.vocab)).values, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found_NK, logits_NV.topk(min(k, setup.learner.vocab)).values, rtol=1e-4, atol=1e-5)
 
 
-def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any]) -> None:
+def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any], tmp_path: Any) -> None:
     looks = Controller("looks", probe=Probe(parts={"margin": teacher_margin(4)}, every=1, prompts=2))
     setup = pipeline.prepared(tiny_run, "opd")
-    setup = replace(setup, method=replace(setup.method, controllers=(looks,)), probe=setup.train[:2])
-    far = replace(setup, teachers={view: RemoteTeacher(teacher) for view, teacher in setup.teachers.items()})
-    found, expected = (Control(own).probe(own, pipeline.CLOCK) for own in (far, setup))
+    source, method = replace(setup.source, probe=setup.source.prompts[:2]), replace(setup.method, controllers=(looks,))
+    setup = replace(setup, method=method, source=source)
+    remote = {name: RemoteTeacher(own) for name, own in setup.teachers.models.items()}
+    far = replace(setup, teachers=setup.teachers.with_models(remote))
+    clock = replace(pipeline.CLOCK, longest=source.limit)
+    runs = [Run(own, tmp_path) for own in (far, setup)]
+    found, expected = (run.control.probe(method, clock, partial(run._probed, method)) for run in runs)
     assert found.keys() == {"probe/looks.margin"}
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -196,7 +202,7 @@ def test_a_candidate_that_is_ruled_out_is_named(tiny_run: dict[str, Any]) -> Non
     """A reverse KL on the student's ids is infinite there, and the run stops before it learns."""
     setup = pipeline.prepared(tiny_run, "topk_kl", top_k=3)
     pack = pipeline.ragged(setup)
-    first = int(scoring.student_ids(setup, pack, 3)[0, 1])
+    first = int(setup.learner.passes.top_ids(setup.method, pack, 3)[0, 1])
 
     def said(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
         found = candidates(tokens_N, ask)
@@ -205,7 +211,8 @@ def test_a_candidate_that_is_ruled_out_is_named(tiny_run: dict[str, Any]) -> Non
         logp_NK[0, 1] = float("-inf")
         return replace(found, logp_NK=logp_NK)
 
-    far = replace(setup, teachers={"teacher": Scripted({"sampled", "logp_at"}, said)})
+    scripted = Scripted({"sampled", "logp_at"}, said)
+    far = replace(setup, teachers=setup.teachers.with_models({"teacher": scripted}))
     with pytest.raises(RunError, match=f"infinite at token 0 .* probability 0 to id {first} "):
         pipeline.as_run(far, pack, 10**6)
 

@@ -18,7 +18,7 @@ from retort import api
 from retort.align import check_same_tokenizer
 from retort.align.pair import IdMap, SameIds, align_pair
 from retort.errors import UserError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
@@ -115,8 +115,10 @@ def test_a_run_with_it_is_the_run_without(
         folder = model_folder(seed=2, hidden_size=24, padded_to=64, eos="<|im_end|>", renumbered=renumbered)
         settings = api.assemble({**tiny_run, "teacher": str(folder), "steps": 2}, {"method": "eopd"})
         run = runner.start(settings, tmp_path / str(place))
-        checks.append({check.name: check for check in examine_setup(run.setup, quick=True).checks})
-        assert isinstance(run.setup.teachers["teacher"].alignment, IdMap) == (renumbered is not None)
+        checks.append({check.name: check for check in examine_setup(run.prepared, quick=True).checks})
+        assert isinstance(run.prepared.teachers.behind(run.prepared.method)["teacher"].alignment, IdMap) == (
+            renumbered is not None
+        )
         run.go()
         lines = (tmp_path / str(place) / "metrics.jsonl").read_text().splitlines()
         rows.append([{k: v for k, v in json.loads(line).items() if not CLOCK(k)} for line in lines])

@@ -12,7 +12,7 @@ import torch
 
 from retort.align.pair import SameIds
 from retort.errors import UserError
-from retort.models.lm import load_model
+from retort.models.load import load_model
 from retort.sequences import TokenSequence
 from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher

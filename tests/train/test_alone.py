@@ -11,7 +11,7 @@ from retort import config as configuration
 from retort import registry
 from retort.errors import UserError
 from retort.rewards.verify import ExactVerifier
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 from retort.types import Prompt
 
 

@@ -14,6 +14,9 @@ import torch
 from retort import config as configuration
 from retort.config import merge
 from retort.models.lm import LanguageModel, load_model
+from retort.train import attention, loading, runner
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
 from retort.train import attention, runner, setup
 
 
@@ -73,21 +76,21 @@ def test_the_choice_is_written_down_and_repeated(
         measured.append((length, count))
         return attention.quickest(models, length, count, clock=ticking(1.0, 0.5))
 
-    monkeypatch.setattr(setup, "quickest", quickest)
+    monkeypatch.setattr(loading, "quickest", quickest)
     run = runner.start(configuration.resolve(merge(tiny_run, {"attention": "auto", "steps": 2})), tmp_path / "run")
-    assert any("attention is eager" in note and "sdpa 1,000 ms" in note for note in run.setup.notes)
+    assert any("attention is eager" in note and "sdpa 1,000 ms" in note for note in run.prepared.notes)
     run.go()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["attention"] == "eager"
     again = runner.resume(tmp_path / "run", steps=3)
     assert len(measured) == 1, "a resumed run measured again"
-    assert implementations([again.setup.student, again.setup.teacher_lm]) == ["retort_eager"] * 2
+    assert implementations([again.student, again.teachers.lms["teacher"]]) == ["retort_eager"] * 2
     again.go()
 
 
 def test_measuring_is_not_the_default(
     tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "quickest", lambda *_: pytest.fail("measured without being asked"))
+    monkeypatch.setattr(loading, "quickest", lambda *_: pytest.fail("measured without being asked"))
     run = runner.start(configuration.resolve(tiny_run), tmp_path / "run")
-    assert run.setup.attention is None
-    assert not any("attention" in note for note in run.setup.notes)
+    assert run.prepared.attention is None
+    assert not any("attention" in note for note in run.prepared.notes)

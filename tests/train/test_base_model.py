@@ -13,7 +13,7 @@ import torch
 from retort import api
 from retort.errors import UserError
 from retort.train import runner
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 
 METHOD = {"name": "gopd", "reward_weight": 1.5}
 
@@ -25,14 +25,14 @@ def prepared(settings: dict[str, Any], **more: Any) -> Any:
 def test_by_default_it_is_the_student_as_it_was(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     once = {"optimizer": {"updates": 1}}  # the live student is then the one that the advantage is against
     run = runner.start(api.assemble(tiny_run, {"method": METHOD}, once), tmp_path / "run")
-    base = run.setup.base_lm
+    base = run.prepared.teachers.lms.get("base")
     assert base is not None
     before = base.digest()
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
-    start = {name: p.detach().clone() for name, p in run.setup.student.model.named_parameters()}
+    start = {name: p.detach().clone() for name, p in run.student.model.named_parameters()}
     run.go()
     assert base.digest() == before
-    moved = dict(run.setup.student.model.named_parameters())
+    moved = dict(run.student.model.named_parameters())
     assert any(not torch.equal(moved[name], start[name]) for name in start)
     for name, parameter in base.model.named_parameters():
         torch.testing.assert_close(parameter.float(), start[name])
@@ -48,15 +48,15 @@ def test_by_default_it_is_the_student_as_it_was(tiny_run: dict[str, Any], tmp_pa
 
 def test_at_the_start_the_base_is_the_student(tiny_run: dict[str, Any]) -> None:
     setup = prepared(tiny_run)
-    assert setup.teachers["base"] is not setup.teachers["teacher"]
-    assert setup.base_lm.digest() == setup.student.digest()
+    assert setup.teachers.behind(setup.method)["base"] is not setup.teachers.behind(setup.method)["teacher"]
+    assert setup.teachers.lms["base"].digest() == setup.student.digest()
 
 
 def test_a_base_of_ones_own(tiny_run: dict[str, Any], model_folder: Callable[..., Path]) -> None:
     other = model_folder(seed=3)
     setup = prepared(tiny_run, base=str(other))
-    assert setup.base_lm.name == str(other)
-    assert setup.base_lm.digest() != setup.student.digest()
+    assert setup.teachers.lms["base"].name == str(other)
+    assert setup.teachers.lms["base"].digest() != setup.student.digest()
 
 
 def test_what_is_refused(tiny_run: dict[str, Any], model_folder: Callable[..., Path]) -> None:
@@ -72,7 +72,7 @@ def test_what_is_refused(tiny_run: dict[str, Any], model_folder: Callable[..., P
     with pytest.raises(UserError, match="nothing to learn"):
         prepared({**tiny_run, "teacher": tiny_run["student"]})
     setup = prepared({**tiny_run, "teacher": tiny_run["student"]}, base=str(model_folder(seed=3)))
-    assert setup.base_lm is not None
+    assert setup.teachers.lms.get("base") is not None
 
 
 def test_a_checkpoint_knows_its_base(

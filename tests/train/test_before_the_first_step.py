@@ -16,8 +16,10 @@ from support import make_tokenizer
 
 from retort import config as configuration
 from retort.errors import UserError
-from retort.models.adapter import Adapter, add_adapter
-from retort.models.lm import LanguageModel, load_model
+from retort.models.adapter import Adapter
+from retort.models.lm import LanguageModel
+from retort.models.load import load_model
+from retort.models.lora import add_adapter
 from retort.models.rehearsal import rehearse_export
 from retort.sequences import TokenSequence
 from retort.train import runner
@@ -106,7 +108,7 @@ def test_a_mixture_trains_with_an_adapter_to_the_end(tiny_run: dict[str, Any], t
     settings = merged_settings(tiny_run, student=student, lora={"rank": 4}, steps=1, eval={"problems": 0})
     run = runner.start(configuration.resolve(settings), tmp_path / "run")
     run.go()
-    again, adapter = load(tmp_path / "run" / "model"), run.setup.student.adapter
+    again, adapter = load(tmp_path / "run" / "model"), run.student.adapter
     assert adapter is not None
     for name, weight in again.model.state_dict().items():
         torch.testing.assert_close(weight, adapter.merged()[name])

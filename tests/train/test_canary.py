@@ -71,13 +71,13 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
     settings = pipeline.for_method(tiny_run, registry.load(name))
     more = {"data": str(data), "method": {"name": name}, "steps": 1, "eval": {"problems": 3}}
     run = runner.start(configuration.resolve(configuration.merge(settings, more)), tmp_path / "run")
-    canary = run.setup.student.tokenizer.convert_tokens_to_ids(CANARY)
+    canary = run.student.tokenizer.convert_tokens_to_ids(CANARY)
     run.go()
     assert asked
     assert all(canary not in ids for ids in asked), "a student was asked with what only its teacher may see"
     reads = [ids for shown in taught for ids in shown if ids is not None and canary in ids]
-    columns = [view for view in run.setup.method.views.values() if view.columns]
+    columns = [view for view in run.prepared.method.views.values() if view.columns]
     assert bool(reads) == bool(columns), "the test would not notice a view that shows nothing"
-    assert all(isinstance(t, SelfTeacher | LocalTeacher) for t in run.setup.teachers.values())
+    assert all(isinstance(t, SelfTeacher | LocalTeacher) for t in run.prepared.teachers.values())
     lines = (tmp_path / "run" / "rollouts.jsonl").read_text()
     assert CANARY not in "".join(json.loads(line)["prompt"] for line in lines.splitlines())

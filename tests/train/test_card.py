@@ -16,7 +16,7 @@ from retort.cold_start import with_cold_start
 from retort.evaluate.measures import MEASURES, measure, ordered
 from retort.train import card as cards
 from retort.train.card import card, licence_of, standing
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 from retort.train.summary import summary
 
 CELL = {"value": 0.25, "low": 0.125, "high": 0.5}

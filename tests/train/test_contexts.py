@@ -17,15 +17,15 @@ from retort.teachers.scene import Stage
 from retort.teachers.templates import TEMPLATES as ALL
 from retort.train.contexts import need_context
 from retort.train.models import local_teacher
-from retort.train.setup import Setup, prepare
+from retort.train.prepare import Prepared, prepare
 
 
-def prepared(settings: dict[str, Any], **method: Any) -> Setup:
+def prepared(settings: dict[str, Any], **method: Any) -> Prepared:
     bare = pipeline.for_method(settings, registry.load(**method))
     return prepare(api.assemble({**bare, "method": method}))
 
 
-def coached(data: str, **method: Any) -> Setup:
+def coached(data: str, **method: Any) -> Prepared:
     small = {"data": data, "eval": {"problems": 0}, "steps": 2}
     return prepare(api.assemble({**small, "method": method}))
 
@@ -54,13 +54,13 @@ def test_a_loss_of_nothing_is_refused_and_a_term_of_nothing_is_noted(tiny_run: d
         prepared(tiny_run, name="opd", coef=0.0)
     setup = coached("coached", name="unisd", preset="contrastive")
     notes: list[str] = []
-    stage = Stage(pool=setup.train[:1])
+    stage = Stage(pool=setup.source.prompts[:1])
     agreeing = registry.load("unisd", preset="star")  # other problems as examples, of which there are none
-    need_context(agreeing, setup.verifier, stage, notes)
+    need_context(agreeing, setup.source.grader, stage, notes)
     assert any("term 'divergence'" in note and "view 'context_0'" in note for note in notes)
     alone = registry.load("unisd", preset="token_agreement")
     with pytest.raises(UserError, match="1 training prompts"):
-        need_context(alone, setup.verifier, stage, notes)
+        need_context(alone, setup.source.grader, stage, notes)
 
 
 def test_the_tasks_replace_every_template() -> None:
@@ -93,7 +93,7 @@ def test_unknown_words_are_noted_with_the_templates_that_hold_them(
 
 @pytest.mark.parametrize("name", ["opsd", "pw_opsd"])
 def test_views_without_room_are_refused_or_noted(tiny_run: dict[str, Any], name: str) -> None:
-    def with_room(tokens: int) -> Setup:
+    def with_room(tokens: int) -> Prepared:
         rollout = {**tiny_run["rollout"], "max_view_tokens": tokens}
         return prepared({**tiny_run, "rollout": rollout}, name=name)
 

@@ -70,10 +70,10 @@ def test_a_run_on_a_pretended_gpu_is_the_run_on_the_cpu(
         monkeypatch.setattr(models, "device_of", lambda config: "cuda")
         monkeypatch.setattr(checks, "available", lambda device: None)
         run = runner.start(config, tmp_path / "gpu")
-        assert run.setup.student.device.type == run.setup.student.head().weight_VD.device.type == "cuda"
+        assert run.student.device.type == run.student.head().weight_VD.device.type == "cuda"
         waits = counted(monkeypatch, gpu)
         run.go()
-        assert [check.name for check in (*checks.quick_checks(run.setup), *trial.trial_checks(run.setup))]
+        assert [check.name for check in (*checks.quick_checks(run.prepared), *trial.trial_checks(run.prepared))]
     # Checks of what teachers said; the loss and what is recorded are read once, after all micro-batches.
     assert len(waits) > 1
     assert max(waits) <= {"opd": 12, "sdpo": 6}[method]

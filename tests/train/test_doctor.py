@@ -23,7 +23,8 @@ from retort.errors import UserError
 from retort.train import checks, memory, trial
 from retort.train.doctor import examine, examine_setup, refuse
 from retort.train.findings import Check, Examination
-from retort.train.setup import Setup, prepare
+from retort.train.prepare import Prepared, prepare
+from retort.train.source import Source
 
 QUICK = [
     "tokenizer",
@@ -41,11 +42,11 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def builtin() -> Setup:
+def builtin() -> Prepared:
     return prepare(api.assemble({"method": {"name": "opd"}}))
 
 
-def tiny(settings: dict[str, Any], **more: Any) -> Setup:
+def tiny(settings: dict[str, Any], **more: Any) -> Prepared:
     return prepare(api.assemble(settings, more))
 
 
@@ -139,7 +140,7 @@ def test_other_sets_of_stops_are_found_at_equal_size(
 ) -> None:
     folder = make_model(tmp_path / "teacher", seed=2)
     setup = tiny({**tiny_run, "student": str(model_folder(seed=1)), "teacher": str(folder)})
-    primary, student, teacher = setup.student.stops.primary, setup.student, setup.teacher_lm
+    primary, student, teacher = setup.student.stops.primary, setup.student, setup.teachers.lms.get("teacher")
     assert teacher is not None
     for ours, theirs, verdict in (({3}, {4}, "warn"), ({3}, {3}, "ok"), ({3}, set[int](), "warn")):
         student.stops = StopTokens(frozenset({primary, *ours}), primary)
@@ -174,7 +175,7 @@ def test_ids_without_rows(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     assert checks.check_vocabulary(tiny(tiny_run)).verdict == "ok", "padding is fine"
 
 
-def test_random_weights(builtin: Setup, tmp_path: Path) -> None:
+def test_random_weights(builtin: Prepared, tmp_path: Path) -> None:
     """The built-in teacher with its weights drawn anew: everything loads, and everything would run."""
     from transformers import AutoModelForCausalLM
 
@@ -196,8 +197,9 @@ def test_random_weights(builtin: Setup, tmp_path: Path) -> None:
     assert good_values["nats_per_token"] < 0.1 * good_values["uniform_nats"]
 
 
-def test_a_toy_that_never_learnt_its_prompts_is_not_called_random(builtin: Setup) -> None:
-    bare = replace(builtin, train=[replace(prompt, response=None) for prompt in builtin.train[:16]])
+def test_a_toy_that_never_learnt_its_prompts_is_not_called_random(builtin: Prepared) -> None:
+    prompts = [replace(prompt, response=None) for prompt in builtin.source.prompts[:16]]
+    bare = replace(builtin, source=replace(builtin.source, prompts=prompts))
     check = checks.check_teacher_loaded(bare)
     assert "prompts of the data" in check.saw
     assert check.verdict in ("ok", "warn")
@@ -211,11 +213,11 @@ def test_a_teacher_that_answers_by_chance(noise: float, verdict: str) -> None:
     def disturb(module: object, given: object, out: Tensor) -> Tensor:
         return out + noise * torch.randn(out.shape, generator=draw)
 
-    setup.teacher_lm.model.base_model.norm.register_forward_hook(disturb)  # type: ignore[union-attr, operator]
+    setup.teachers.lms["teacher"].model.base_model.norm.register_forward_hook(disturb)  # type: ignore[union-attr, operator]
     assert checks.check_teacher_repeats(setup).verdict == verdict
 
 
-def test_too_little_memory(builtin: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory(builtin: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
     peak = memory.forecast(builtin).peak
     loaded = memory.forecast(builtin).models
     for there, verdict in ((2 * peak, "ok"), (1.05 * peak, "warn"), (0.5 * peak, "fatal")):
@@ -230,7 +232,7 @@ def test_too_little_memory(builtin: Setup, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_forecast_knows_what_it_is_about(tiny_run: dict[str, Any]) -> None:
     setup = tiny(tiny_run)
     found = memory.forecast(setup)
-    student, teacher = setup.student.parameters, setup.teacher_lm.parameters
+    student, teacher = setup.student.parameters, setup.teachers.lms["teacher"].parameters
     assert found.models == 4 * (student + teacher)
     assert found.training == 12 * student
     with_base = tiny(tiny_run, method={"name": "gopd"})
@@ -240,14 +242,17 @@ def test_the_forecast_knows_what_it_is_about(tiny_run: dict[str, Any]) -> None:
     assert memory.available(torch.device("cpu")) is None or memory.available(torch.device("cpu")) > 2**20  # type: ignore[operator]
 
 
-def test_an_engine_that_is_not_the_trainer(builtin: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = trial.write_rollouts
+def test_an_engine_that_is_not_the_trainer(builtin: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = Source.rollouts
 
     def off_by(nats: float) -> None:
         def write(*arguments: Any) -> list[Any]:
-            return [replace(r, engine_logp_A=r.engine_logp_A + nats) for r in written(*arguments)]  # type: ignore[operator]
+            return [
+                tuple(replace(r, engine_logp_A=r.engine_logp_A + nats) for r in group)  # type: ignore[operator]
+                for group in written(*arguments)
+            ]
 
-        monkeypatch.setattr(trial, "write_rollouts", write)
+        monkeypatch.setattr(Source, "rollouts", write)
 
     for nats, verdict in ((0.0, "ok"), (0.1, "warn"), (1.0, "fatal")):
         off_by(nats)
@@ -256,19 +261,17 @@ def test_an_engine_that_is_not_the_trainer(builtin: Setup, monkeypatch: pytest.M
         assert dict(check.values)["noise_floor"] == pytest.approx(nats, abs=1e-4)
 
 
-def test_a_student_that_never_ends(builtin: Setup) -> None:
-    short = builtin.config.model_copy(
-        update={"rollout": builtin.config.rollout.model_copy(update={"max_new_tokens": 3})}
-    )
-    check = trial.check_stopping(trial.run_trial(replace(builtin, config=short)))
+def test_a_student_that_never_ends(builtin: Prepared) -> None:
+    short = replace(builtin, source=replace(builtin.source, limit=3))
+    check = trial.check_stopping(trial.run_trial(short))
     assert check.verdict == "warn"
     assert "0 of 16" in check.saw
 
 
-def test_a_teacher_that_considers_nothing_the_student_writes(builtin: Setup) -> None:
+def test_a_teacher_that_considers_nothing_the_student_writes(builtin: Prepared) -> None:
     """The very teacher, with every id read as another one."""
     setup = prepare(api.assemble({"method": {"name": "opd"}}))
-    head = setup.teacher_lm.model.get_output_embeddings()
+    head = setup.teachers.lms["teacher"].model.get_output_embeddings()
     with torch.no_grad():
         head.weight = torch.nn.Parameter(head.weight.roll(97, 0), requires_grad=False)  # type: ignore[union-attr, operator]
     check = trial.check_teachability(setup, trial.run_trial(setup))
@@ -289,7 +292,7 @@ def test_a_teacher_with_nothing_to_add(tmp_path: Path) -> None:
     assert "teacher that differs" in check.remedy
 
 
-def test_a_teacher_far_surer_than_the_student(builtin: Setup) -> None:
+def test_a_teacher_far_surer_than_the_student(builtin: Prepared) -> None:
     setup = prepare(api.assemble({"method": {"name": "opd"}}))
     with torch.no_grad():
         setup.student.model.get_output_embeddings().weight.mul_(0.3)  # type: ignore[union-attr, operator]
@@ -309,7 +312,7 @@ def test_training_refuses_what_is_fatal(tiny_run: dict[str, Any], tmp_path: Path
         run = retort.distill(
             **named, settings={**settings, "checks": how, "steps": 1}, method="opd", out=str(tmp_path / how)
         )
-        assert any("teacher is loaded" in note for note in run.setup.notes) == (how == "warn")
+        assert any("teacher is loaded" in note for note in run.prepared.notes) == (how == "warn")
 
 
 def test_nothing_fatal_nothing_refused() -> None:
@@ -318,7 +321,7 @@ def test_nothing_fatal_nothing_refused() -> None:
         refuse(Examination((Check("b", "fatal", "x", "y", "z"), Check("c", "fatal", "x", "y"))))
 
 
-def test_it_changes_nothing(builtin: Setup) -> None:
+def test_it_changes_nothing(builtin: Prepared) -> None:
     before = builtin.student.digest(), list(builtin.notes), builtin.student.model.training
     examine_setup(builtin)
     assert (builtin.student.digest(), builtin.notes, builtin.student.model.training) == before

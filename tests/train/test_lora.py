@@ -64,7 +64,7 @@ def go(settings: dict[str, Any], folder: Path, **sections: Any) -> runner.Run:
 def test_only_the_adapter_learns_and_is_saved(lora_run: dict[str, Any], tmp_path: Path) -> None:
     before = load_file(Path(lora_run["student"]) / "model.safetensors")
     run = go(lora_run, tmp_path / "run", optimizer={"weight_decay": 0.5})
-    student = run.setup.student
+    student = run.student
     assert all(torch.equal(parameter, before[name]) for name, parameter in student.weights().items())
     saved = load_file(tmp_path / "run" / "checkpoints" / "step-4" / "weights.safetensors")
     assert saved.keys() == student.trainable().keys()
@@ -74,9 +74,9 @@ def test_only_the_adapter_learns_and_is_saved(lora_run: dict[str, Any], tmp_path
         assert "lora_A" in name or bool((tensor != 0).any()), f"{name} did not learn"
     moments = load_file(tmp_path / "run" / "checkpoints" / "step-4" / "optimizer.safetensors")
     assert len({name.partition(".")[0] for name in moments}) == len(saved)
-    said = summary(run.setup)["student"]
+    said = summary(run.prepared)["student"]
     assert said.endswith(" learn, with a LoRA adapter of rank 2, alpha 4, on all-linear, lm_head")
-    assert forecast(run.setup).training == 12 * student.trainable_parameters
+    assert forecast(run.prepared).training == 12 * student.trainable_parameters
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     floors = [row["noise_floor"] for row in metrics if "noise_floor" in row]
     assert len(floors) == len(metrics)
@@ -138,7 +138,7 @@ def test_others_open_what_is_written(
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     base = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     with torch.no_grad():
-        own, before = run.setup.student.model(input_ids=ids_RL).logits, base(input_ids=ids_RL).logits
+        own, before = run.student.model(input_ids=ids_RL).logits, base(input_ids=ids_RL).logits
         adapted = PeftModel.from_pretrained(base, folder / "adapter")
         assert torch.equal(adapted(input_ids=ids_RL).logits, own)
         assert not torch.allclose(before, own, atol=0.05)
@@ -147,7 +147,7 @@ def test_others_open_what_is_written(
     written = load_file(folder / "model" / "model.safetensors")
     assert written.keys() == plain.keys(), "an ordinary model folder"
     assert torch.equal(written["model.embed_tokens.weight"], plain["model.embed_tokens.weight"])
-    assert len(AutoTokenizer.from_pretrained(folder / "model")) == len(run.setup.student.tokenizer)
+    assert len(AutoTokenizer.from_pretrained(folder / "model")) == len(run.student.tokenizer)
     settings = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["base_model_name_or_path"]) == (2, 4, student)
     assert all("lora_" in name for name in load_file(folder / "adapter" / "adapter_model.safetensors"))
@@ -159,17 +159,17 @@ def test_the_student_as_it_was_needs_no_second_copy(lora_run: dict[str, Any], tm
     method = {"name": "gopd", "reward_weight": 1.5}
     once = {"optimizer": {"updates": 1}}
     run = go(lora_run, tmp_path / "adapted", method=method, steps=2, **once)
-    base = run.setup.base_lm
+    base = run.prepared.teachers.lms.get("base")
     assert base is not None
-    assert base.model is run.setup.student.model
+    assert base.model is run.student.model
     # A run with a copy of the student as its base, by another name, is the same run.
     copy = tmp_path / "copy"
     copy.symlink_to(lora_run["student"], target_is_directory=True)
     other = go(lora_run, tmp_path / "copied", method=method, steps=2, base=str(copy), **once)
-    assert other.setup.base_lm is not None
-    assert other.setup.base_lm.model is not other.setup.student.model
-    for name, parameter in run.setup.student.trainable().items():
-        assert torch.equal(parameter, other.setup.student.trainable()[name]), name
+    assert other.teachers.lms["base"] is not None
+    assert other.teachers.lms["base"].model is not other.student.model
+    for name, parameter in run.student.trainable().items():
+        assert torch.equal(parameter, other.student.trainable()[name]), name
 
 
 def test_self_teachers_keep_no_more_than_the_adapter(lora_run: dict[str, Any], tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_self_teachers_keep_no_more_than_the_adapter(lora_run: dict[str, Any], t
     settings = api.assemble(alone, {"steps": 4, "checkpoint": {"every": 2}}, own=method)
     before = load_file(Path(lora_run["student"]) / "model.safetensors")
     run = runner.start(settings, tmp_path / "run", method=method)
-    student, own = run.setup.student, run.setup.own_weights
+    student, own = run.student, run.prepared.teachers.own
     assert own is not None
     assert own.bytes == 4 * student.trainable_parameters, "one copy of the adapter that follows; frozen needs none"
     run.go()
@@ -204,16 +204,16 @@ def test_self_teachers_keep_no_more_than_the_adapter(lora_run: dict[str, Any], t
     assert all(torch.equal(parameter, before[name]) for name, parameter in student.weights().items())
     end = {name: parameter.detach().clone() for name, parameter in student.trainable().items()}
     again = runner.resume(tmp_path / "run" / "checkpoints" / "step-2", method=method).go()
-    assert all(torch.equal(parameter, end[name]) for name, parameter in again.setup.student.trainable().items())
-    assert again.setup.own_weights is not None
-    moved, kept = again.setup.own_weights.tensors(), own.tensors()
+    assert all(torch.equal(parameter, end[name]) for name, parameter in again.student.trainable().items())
+    assert again.teachers.own is not None
+    moved, kept = again.teachers.own.tensors(), own.tensors()
     assert moved.keys() == kept.keys() != set()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in moved.items())
 
 
 def test_layers_computed_again_change_nothing(lora_run: dict[str, Any], tmp_path: Path) -> None:
     runs = [go(lora_run, tmp_path / str(on), steps=2, optimizer={"gradient_checkpointing": on}) for on in (False, True)]
-    kept, again = (run.setup.student.trainable() for run in runs)
+    kept, again = (run.student.trainable() for run in runs)
     for name, parameter in kept.items():
         torch.testing.assert_close(again[name], parameter)
 

@@ -35,7 +35,7 @@ from retort.train.memory import forecast
 from retort.train.models import load
 from retort.train.observe import Silent
 from retort.train.pair import own_weights, without_idle_teacher
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 from retort.train.summary import summary
 from retort.types import DENSE, SAMPLED, Message, Need, Pack, Prompt, Rollout, in_groups
 from retort.weights import student_entropy
@@ -353,9 +353,9 @@ def test_in_the_second_update_the_live_teacher_is_the_one_of_the_first(
         return signal
 
     monkeypatch.setattr(SelfTeacher, "score", listening)
-    before = state(run.setup.student)
+    before = state(run.student)
     run.go()
-    assert run.updates == 2 and not same(state(run.setup.student), before)
+    assert run.updates == 2 and not same(state(run.student), before)
     assert len(found) == 1
     assert torch.equal(found[0].rows(slice(None)).logp_NV, kept[0])
 
@@ -367,11 +367,11 @@ MOVING = [ema(0.3), ema(0.5, every=3), hard_copy(3), trust_region(0.4), frozen()
 
 def test_frozen_is_the_same_for_the_whole_run(alone: dict[str, Any], tmp_path: Path) -> None:
     run = started(alone, tmp_path / "run", frozen())
-    first = state(run.setup.student)
+    first = state(run.student)
     run.go()
-    own = run.setup.own_weights
+    own = run.prepared.teachers.own
     assert own is not None and same(weights_of(own, frozen()), first)
-    assert not same(state(run.setup.student), first)
+    assert not same(state(run.student), first)
     assert "teacher_lag" not in json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
 
 
@@ -380,7 +380,7 @@ def test_ema_of_a_run_against_a_loop_by_hand(alone: dict[str, Any], tmp_path: Pa
     """The formula over the student's weights after each single optimizer step, two of them in every batch."""
     checkpointing = {"gradient_checkpointing": True} if kind == "checkpointed" else {}
     run = started(alone, tmp_path / "run", ema(0.3), ema(0.5, every=3), optimizer={"updates": 2, **checkpointing})
-    own, lm = run.setup.own_weights, run.setup.student
+    own, lm = run.prepared.teachers.own, run.student
     assert own is not None
     one = two = {name: p.double() for name, p in state(lm).items()}
     moved = own.moved
@@ -436,12 +436,12 @@ def test_after_a_resume_frozen_is_the_student_before_training(
     alone: dict[str, Any], tmp_path: Path, weights: Weights, model_folder: Callable[..., Path]
 ) -> None:
     run = started(alone, tmp_path / "run", weights, steps=2)
-    first = state(run.setup.student)
+    first = state(run.student)
     run.go()
     again = runner.resume(tmp_path / "run", steps=3, method=self_taught(weights))
     own = again.setup.own_weights
     assert own is not None and same(weights_of(own, frozen()), first)
-    assert same(state(again.setup.student), state(run.setup.student)) and not same(state(run.setup.student), first)
+    assert same(state(again.setup.student), state(run.student)) and not same(state(run.student), first)
     written = tmp_path / "run" / "config.json"
     config = json.loads(written.read_text())
     written.write_text(json.dumps({**config, "student": str(model_folder(seed=5))}))
@@ -461,8 +461,12 @@ def test_another_movement_is_another_run(alone: dict[str, Any], tmp_path: Path) 
 def test_a_run_without_a_teacher(alone: dict[str, Any], tmp_path: Path) -> None:
     """Everything that is written says only what there is."""
     run = started(alone, tmp_path / "run", ema(0.3), eval={"every": 2, "teacher": True})
-    setup = run.setup
-    assert setup.teacher_lm is None and setup.teacher_writer is None and set(setup.teachers) == {"self0"}
+    setup = run.prepared
+    assert (
+        setup.teachers.lms.get("teacher") is None
+        and setup.source.teacher_writer is None
+        and set(setup.teachers) == {"self0"}
+    )
     assert summary(setup)["teacher"] == "the student itself, an average that takes 0.3 of it every optimizer step"
     size = sum(4 * p.numel() for p in setup.student.model.parameters())
     assert forecast(setup).models == 2 * size
@@ -520,7 +524,7 @@ def test_the_built_in_teacher_is_left_out_quietly(tmp_path: Path) -> None:
     config = settings({}, method, limit=8, eval={"problems": 0}, device="cpu")
     assert config.teacher == "countdown:teacher"
     run = runner.start(config, tmp_path / "run", Silent(), method=method)
-    assert run.setup.teacher_lm is None and run.setup.config.teacher is None
+    assert run.prepared.teachers.lms.get("teacher") is None and run.prepared.config.teacher is None
     run.open()
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] is None
 
@@ -539,12 +543,16 @@ def test_beside_a_teacher(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     terms = (*own.terms, Term("theirs", pathwise(forward_kl())))
     method = replace(own, terms=terms, views={**own.views, "teacher": View.same_prompt()})
     run = runner.start(settings(tiny_run, method, steps=1), tmp_path / "run", method=method)
-    assert run.setup.teacher_lm is not None and run.setup.vocab == run.setup.student.head().width
-    assert isinstance(run.setup.teachers["self0"], SelfTeacher)
-    assert isinstance(run.setup.teachers["teacher"], LocalTeacher)
+    assert (
+        run.prepared.teachers.lms.get("teacher") is not None and run.prepared.learner.vocab == run.student.head().width
+    )
+    assert isinstance(run.prepared.teachers.behind(run.prepared.method)["self0"], SelfTeacher)
+    assert isinstance(run.prepared.teachers.behind(run.prepared.method)["teacher"], LocalTeacher)
     run.go()
-    assert "the student itself" in summary(run.setup)["teacher"] and "parameters;" in summary(run.setup)["teacher"]
-    assert export.card(run.setup, {}, 1).count("- teacher: ") == 2
+    assert (
+        "the student itself" in summary(run.prepared)["teacher"] and "parameters;" in summary(run.prepared)["teacher"]
+    )
+    assert export.card(run.prepared, {}, 1).count("- teacher: ") == 2
 
 
 def test_after_a_cold_start(alone: dict[str, Any], tiny_run: dict[str, Any], tmp_path: Path) -> None:
@@ -552,9 +560,9 @@ def test_after_a_cold_start(alone: dict[str, Any], tiny_run: dict[str, Any], tmp
     method = self_taught(frozen())
     cold = {"cold_start": {"steps": 2, "answers": "dataset"}}
     run = runner.start(settings(alone, method, **cold), tmp_path / "alone", method=method)
-    first = state(run.setup.student)
+    first = state(run.student)
     run.go()
-    own = run.setup.own_weights
+    own = run.prepared.teachers.own
     assert own is not None and same(weights_of(own, frozen()), first)
     named = replace(
         method,

@@ -28,7 +28,7 @@ from retort.train.doctor import examine_setup
 from retort.train.given import Given, going_on
 from retort.train.identity import identity
 from retort.train.memory import forecast
-from retort.train.setup import prepare
+from retort.train.prepare import prepare
 from retort.train.summary import summary
 
 CRITIC = Method(
@@ -130,25 +130,30 @@ def test_all_that_counts_models_counts_a_third(with_critic: dict[str, Any], mode
     assert list(setup.lms) == ["student", "teacher", "critic"]
     critic = setup.lms["critic"]
     assert critic.name == str(model_folder(seed=3)) and not any(p.requires_grad for p in critic.model.parameters())
-    assert setup.teachers["kept"].lm is critic  # type: ignore[attr-defined]
-    assert digests(setup)["models"] == {"teacher": setup.teacher_lm.digest(), "critic": critic.digest()}  # type: ignore[union-attr]
+    assert setup.teachers.behind(setup.method)["kept"].lm is critic  # type: ignore[attr-defined]
+    assert digests(setup.teachers)["models"] == {
+        "teacher": setup.teachers.lms["teacher"].digest(),
+        "critic": critic.digest(),
+    }  # type: ignore[union-attr]
     known = identity(setup)["digests"]
     assert {"the critic's weights", "the critic's tokenizer", "the prompts as the critic reads them"} <= known.keys()
     assert summary(setup)["model 'critic'"] == f"{critic.name}, frozen"
-    without = replace(setup, models={name: own for name, own in setup.models.items() if name != "critic"})
+    fewer = {name: own for name, own in setup.teachers.models.items() if name != "critic"}
+    without = replace(setup, teachers=replace(setup.teachers, models=fewer))
     with_it, alone = (
         forecast(replace(one, method=replace(CRITIC, views={"teacher": View(), "kept": View()})))
         for one in (setup, without)
     )
     assert with_it.models - alone.models == sum(p.numel() * p.element_size() for p in critic.model.parameters())
     assert [check.name for check in examine_setup(setup, quick=True).checks][:2] == ["tokenizer", "tokenizer of critic"]
-    state = {**digests(setup), "precision": setup.precision}
-    refuse_others(Path("run"), state, setup)
+    state = {**digests(setup.teachers), "precision": setup.student.precision}
+    refuse_others(Path("run"), state, setup.teachers, setup.student)
     state["models"] = {**state["models"], "critic": "another"}
     with pytest.raises(UserError, match="the critic's weights changed since this checkpoint; put the same critic back"):
-        refuse_others(Path("run"), state, setup)
+        refuse_others(Path("run"), state, setup.teachers, setup.student)
     with pytest.raises(UserError, match="the critic's weights changed"):
-        refuse_others(Path("run"), {**state, "models": {"teacher": state["models"]["teacher"]}}, setup)
+        less = {**state, "models": {"teacher": state["models"]["teacher"]}}
+        refuse_others(Path("run"), less, setup.teachers, setup.student)
 
 
 @pytest.mark.parametrize("name", ["base", "critic"])

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from retort import config as configuration
-from retort.models.lm import best_precision, load_model
+from retort.models.lm import best_precision
+from retort.models.load import load_model
 from retort.sequences import TokenSequence
 from retort.train import memory, models, precision, setup, trial
 from retort.types import Pack, Prompt, Rollout

@@ -22,7 +22,7 @@ from retort.train.doctor import examine
 from retort.train.evaluation import _READ, evaluate  # pyright: ignore[reportPrivateUsage]
 from retort.train.identity import identity
 from retort.train.observe import Silent
-from retort.train.setup import Setup, prepare
+from retort.train.prepare import Prepared, prepare
 
 THINKING = CHATML.replace(
     "assistant {% endif %}", "assistant {% if enable_thinking is false %}the answer is{% endif %}{% endif %}"
@@ -53,8 +53,8 @@ def config_of(settings: dict[str, Any], folder: Callable[..., str], ours: str, t
     return api.assemble(configuration.merge({**settings, **pair, "method": {"name": "opd"}}, more))
 
 
-def text(setup: Setup, row: int = 0) -> str:
-    return str(setup.student.tokenizer.decode(setup.render(setup.train[row])))
+def text(setup: Prepared, row: int = 0) -> str:
+    return str(setup.student.tokenizer.decode(setup.source.render(setup.source.prompts[row])))
 
 
 def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], folder: Callable[..., str]) -> None:
@@ -62,7 +62,7 @@ def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], fo
     for thinking in (None, False, True):
         setup = prepare(config_of(tiny_run, folder, THINKING, CHATML, rollout={"thinking": thinking}))
         ends[thinking] = text(setup).endswith("the answer is")
-        teacher = setup.models["teacher"].render(setup.train[0])  # type: ignore[attr-defined]
+        teacher = setup.teachers.models["teacher"].render(setup.source.prompts[0])  # type: ignore[attr-defined]
         assert not setup.student.tokenizer.decode(teacher).endswith("the answer is")
         way = "off" if thinking is False else "on"
         said = f"is {way} for the student, unknown to the teacher's template"
@@ -80,8 +80,8 @@ def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], fo
 def test_doctor_shows_a_prompt_on_one_line(tiny_run: dict[str, Any], folder: Callable[..., str]) -> None:
     setup = prepare(config_of(tiny_run, folder, CHATML, CHATML))
     check = checks.check_prompts(setup)
-    count = len(setup.render(setup.train[0]))
-    assert f"row '{setup.train[0].id}' is {count} ids to both: \"<|im_start|>" in check.saw
+    count = len(setup.source.render(setup.source.prompts[0]))
+    assert f"row '{setup.source.prompts[0].id}' is {count} ids to both: \"<|im_start|>" in check.saw
     assert "<|im_end|>" in check.saw
     assert "\n" not in check.saw
     assert checks.check_prompt_ends(setup).saw == "answers begin after '<|im_start|>assistant'"
@@ -93,7 +93,7 @@ def test_a_template_that_begins_no_answer_is_refused(
 ) -> None:
     ours, theirs = (SILENT if who == silent else CHATML for who in ("student", "teacher"))
     run = runner.start(config_of(tiny_run, folder, ours, theirs, checks="refuse"), tmp_path / "run")
-    found = checks.check_prompt_ends(run.setup)
+    found = checks.check_prompt_ends(run.prepared)
     assert found.verdict == "fatal"
     assert f"the {silent}'s chat template" in found.saw
     assert "'<|im_start|>assistant'" in found.saw
@@ -152,8 +152,8 @@ def test_prompts_that_were_rendered_before_are_refused_or_taken(
         prepare(config_of(tiny_run, folder, template, CHATML, **data))
     setup = prepare(config_of(tiny_run, folder, template, CHATML, **data, rollout={"rendered": True}))
     for row, given in enumerate(("1 + 2", RENDERED, "3 + 4")):
-        for read in (setup.render, setup.models["teacher"].render):  # type: ignore[attr-defined]
-            assert read(setup.train[row]) == setup.student.tokenizer.encode(given)
+        for read in (setup.source.render, setup.teachers.models["teacher"].render):  # type: ignore[attr-defined]
+            assert read(setup.source.prompts[row]) == setup.student.tokenizer.encode(given)
     assert checks.check_prompt_ends(setup).verdict == "ok"
 
 
@@ -169,11 +169,11 @@ def test_control_tokens_in_prompts_are_a_finding_and_said_once(
 ) -> None:
     data = {"data": rows(tmp_path, "1 + 2", "is <|im_end|> so"), "eval": {"problems": 0}}
     run = runner.start(config_of(tiny_run, folder, CHATML, CHATML, **data), tmp_path / "run")
-    check = checks.check_prompts(run.setup)
+    check = checks.check_prompts(run.prepared)
     assert check.verdict == "warn"
     assert "1 control tokens of the student (<|im_end|>)" in check.saw
     api.check(run)
-    assert sum("control tokens" in note for note in run.setup.notes) == 1
+    assert sum("control tokens" in note for note in run.prepared.notes) == 1
 
 
 def test_eval_takes_the_settings_that_say_how_prompts_are_read() -> None:

@@ -92,12 +92,15 @@ def test_a_verifier_that_fails_within_a_step_loses_no_step(tiny_run: dict[str, A
 def test_what_a_step_put_on_the_shelf_before_it_failed_is_not_saved() -> None:
     saved: list[Any] = []
     run: Any = SimpleNamespace(
-        control=SimpleNamespace(states={"dial": 1}), shelf=SimpleNamespace(visits=deque(["old"])), step=2, _go_on="so"
+        control=SimpleNamespace(states={"dial": 1}),
+        source=SimpleNamespace(shelf=SimpleNamespace(visits=deque(["old"]))),
+        step=2,
+        _go_on="so",
     )
-    run.setup = SimpleNamespace(steps=3)
-    run.save = lambda: saved.append((dict(run.control.states), list(run.shelf.visits)))
+    run.prepared = SimpleNamespace(steps=3)
+    run.save = lambda: saved.append((dict(run.control.states), list(run.source.shelf.visits)))
     with pytest.raises(UserError, match="bad; everything is saved at step 2 of 3, go on with: so"), Run._safe(run):
-        run.shelf.visits.append("new")
+        run.source.shelf.visits.append("new")
         run.control.states["dial"] = 2
         raise UserError("bad")
     assert saved == [({"dial": 1}, ["old"])]
@@ -118,7 +121,7 @@ def test_a_verifier_that_fails_while_judging_loses_no_step(tiny_run: dict[str, A
 
     class Armed:
         def on_eval(self, run: Any, scores: Any) -> None:
-            held.update(prompt.id for prompt in run.setup.held_out)
+            held.update(prompt.id for prompt in run.prepared.held_out)
             grade.at = 1
 
     with pytest.raises(UserError, match=r"not today .*; everything is saved at step 1 of 4, go on with: retort.dist"):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from support import group_of, make_tokenizer
 
+from retort.align.chat import Reading, Renderer
 from retort.rollout.plan import RolloutPlan
 from retort.train.shelf import Shelf
 from retort.types import Message, Prompt, Rollout
@@ -20,17 +20,15 @@ PROMPT = Prompt("row", (Message("user", "1 + 1 ="),), answer="2")
 
 @pytest.fixture
 def setup() -> Any:
-    """Of a run whose verifier must not be called."""
-    tokenizer = make_tokenizer()
-    student = SimpleNamespace(tokenizer=tokenizer)
-    return SimpleNamespace(train=[PROMPT], render=lambda prompt: tokenizer.encode(prompt.text), student=student)
+    """The prompts of a run, and how they are read."""
+    return [PROMPT], Renderer(make_tokenizer(), Reading())
 
 
 def kept(setup: Any) -> list[Rollout]:
     """Rollouts with every kind of grade: a whole one, a plain one, none."""
     rollouts = group_of(PROMPT, ["a", "b", "c"])
-    context = rollouts[0].sequence.of(setup.render(PROMPT))
-    tokenizer = setup.student.tokenizer
+    context = rollouts[0].sequence.of(setup[1](PROMPT))
+    tokenizer = setup[1].tokenizer
     written = [
         replace(
             rollout,
@@ -51,7 +49,7 @@ def plain(rollout: Rollout) -> dict[str, Any]:
 def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None:
     shelf, again = Shelf(tmp_path), Shelf(tmp_path)
     shelf.remember([tuple(kept(setup)), tuple(kept(setup)[:1])], 2)
-    again.restore(setup, shelf.tensors(setup))
+    again.restore(*setup, shelf.tensors(setup[0]))
     assert [[plain(r) for r in visit] for visit in again.visits] == [[plain(r) for r in v] for v in shelf.visits]
     assert [len(visit) for visit in again.visits] == [3, 1]
 
@@ -59,6 +57,6 @@ def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None
 def test_kept_answers_of_the_teacher_keep_their_grades(setup: Any, tmp_path: Path) -> None:
     shelf, again = Shelf(tmp_path), Shelf(tmp_path)
     shelf.keep(kept(setup), RolloutPlan(samples=3), 1)
-    again.go_back(setup, 1)
+    again.go_back(*setup, 1)
     assert {key: plain(r) for key, r in again.answers.items()} == {key: plain(r) for key, r in shelf.answers.items()}
     assert len(again.answers) == 3

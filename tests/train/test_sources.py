@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,18 @@ from retort.divergences import forward_kl, reverse_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.engines.base import Request, Sampling
-from retort.rollout.plan import EasyToHard, Replay, RolloutPlan
+from retort.rollout.plan import EasyToHard, Replay, RolloutPlan, plan_summary
 from retort.sequences import TokenSequence
 from retort.steps import Clock
 from retort.streams import uniforms
 from retort.teachers.base import Ask
 from retort.teachers.view import View
 from retort.train import checkpoint, runner
-from retort.train.control import Control
 from retort.train.observe import Silent
-from retort.train.setup import Setup, prepare
+from retort.train.order import easy_to_hard
+from retort.train.prepare import Prepared, prepare
+from retort.train.run import Run
 from retort.train.shelf import FILE, Shelf
-from retort.train.write import easy_to_hard, plan_summary, write_rollouts
 from retort.types import SAMPLED, Pack, Prompt, Rollout, Status, in_groups
 
 
@@ -43,7 +44,7 @@ def changed(settings: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return configuration.merge(settings, sections)
 
 
-def setup_of(settings: dict[str, Any], method: Method | None = None, **sections: Any) -> Setup:
+def setup_of(settings: dict[str, Any], method: Method | None = None, **sections: Any) -> Prepared:
     return prepare(configuration.resolve(changed(settings, **sections), own=method), method)
 
 
@@ -106,8 +107,14 @@ def learner(plan: RolloutPlan) -> Method:
     return Method(name="mine", rollout=plan, terms=(Term("forward", pathwise(forward_kl())),))
 
 
-def written(setup: Setup, folder: Path, step: int = 0, shelf: Shelf | None = None, **more: Any) -> list[Rollout]:
-    return write_rollouts(setup, shelf or Shelf(folder), Clock(step, setup.steps), 0, **more)
+def written(setup: Prepared, folder: Path, step: int = 0, shelf: Shelf | None = None, **more: Any) -> list[Rollout]:
+    clock = Clock(step, setup.steps, seed=setup.config.seed, longest=setup.source.limit)
+    return rollouts_of(setup, shelf or Shelf(folder), clock, 0, **more)
+
+
+def rollouts_of(setup: Prepared, shelf: Shelf, clock: Clock, version: int, **more: Any) -> list[Rollout]:
+    groups = replace(setup.source, shelf=shelf).rollouts(setup.method, clock, version, **more)
+    return [rollout for group in groups for rollout in group]
 
 
 def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[str, Any], tmp_path: Path) -> None:
@@ -117,23 +124,25 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     assert len(rollouts) == 12
     assert {rollout.source for rollout in rollouts} == {"teacher"}
     assert any(rollout.status == Status.COMPLETED for rollout in rollouts)
-    student_stop, teacher_stop = setup.student.stops.primary, setup.teacher_lm.stops.primary
+    student_stop, teacher_stop = setup.student.stops.primary, setup.teachers.lms["teacher"].stops.primary
     assert student_stop != teacher_stop
     heard: list[float] = []
     for rollout in rollouts:
         read = rollout.sequence.prefix.tokens_L.tolist()
-        assert read == setup.render(rollout.prompt) != setup.teacher_writer.render(rollout.prompt)
+        assert read == setup.source.render(rollout.prompt) != setup.source.teacher_writer.render(rollout.prompt)
         assert rollout.engine_logp_A is None
         ends = [token in setup.student.stops.ids for token in rollout.action_ids]
         assert ends == [False] * (len(ends) - 1) + [rollout.status == Status.COMPLETED]
         # What the engine says when it writes with these very numbers: that is what the teacher must say when it reads.
         chance = uniforms(setup.config.seed, "teacher", 0, rollout.prompt.id, rollout.member, 0, count=6)
-        request = _request(setup.teacher_writer.render(rollout.prompt), chance)
-        (own,) = setup.teacher_writer.engine.generate([request], Sampling(6))
-        assert setup.teacher_writer.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
+        request = _request(setup.source.teacher_writer.render(rollout.prompt), chance)
+        (own,) = setup.source.teacher_writer.engine.generate([request], Sampling(6))
+        assert setup.source.teacher_writer.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
-    signal = setup.teachers["teacher"].score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED})))
+    signal = setup.teachers.behind(setup.method)["teacher"].score(
+        in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))
+    )
     assert signal.rows(slice(None)).sampled_logp_N.tolist() == pytest.approx(heard, abs=1e-4)
     assert pack.steps.engine_logp_N.isnan().all()
 
@@ -192,7 +201,7 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             rows = lines(folder, FILE)
             assert len(rows) == len({(row["prompt_id"], row["member"]) for row in rows}) == 60
             again = Shelf(folder)
-            again.go_back(setup, 30)
+            again.go_back(setup.source.prompts, setup.source.render, 30)
             assert again.answers.keys() == shelf.answers.keys()
             for key, rollout in again.answers.items():
                 assert torch.equal(rollout.sequence.tokens_L, shelf.answers[key].sequence.tokens_L)
@@ -201,7 +210,7 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
                     shelf.answers[key].status,
                     shelf.answers[key].reward,
                 )
-            again.go_back(setup, 3)
+            again.go_back(setup.source.prompts, setup.source.render, 3)
             assert len(again.answers) == 24
 
 
@@ -231,7 +240,7 @@ def test_answers_without_an_end_are_begun_again_and_then_left_out(tiny_run: dict
 
 def test_a_teacher_that_never_ends_is_said(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     setup = setup_of(tiny_run, learner(by_teacher(attempts=1)), rollout={"max_new_tokens": 1})
-    setup.teacher_lm.stops = replace(setup.teacher_lm.stops, ids=frozenset({63}), primary=63)
+    setup.teachers.lms["teacher"].stops = replace(setup.teachers.lms["teacher"].stops, ids=frozenset({63}), primary=63)
     with pytest.raises(RunError, match="came to an end in none of its answers within 1 tokens.*max_new_tokens"):
         written(setup, tmp_path)
 
@@ -321,7 +330,7 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
     setup, shelf, before = setup_of(tiny_run, learner(plan)), Shelf(tmp_path), dict[tuple[str, int], list[int]]()
     replayed = 0
     for step in range(12):
-        rollouts = write_rollouts(setup, shelf, Clock(step, 12), version=step)
+        rollouts = rollouts_of(setup, shelf, Clock(step, 12), version=step)
         old = [rollout for rollout in rollouts if rollout.policy_version < step]
         assert len(old) % 2 == 0  # whole visits
         for rollout in old:
@@ -332,7 +341,7 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
         assert len(shelf.visits) <= 3
     assert replayed > 0
     again = Shelf(tmp_path)
-    again.restore(setup, shelf.tensors(setup))
+    again.restore(setup.source.prompts, setup.source.render, shelf.tensors(setup.source.prompts))
     for one, two in zip(shelf.visits, again.visits, strict=True):
         for ours, theirs in zip(one, two, strict=True):
             assert torch.equal(ours.sequence.tokens_L, theirs.sequence.tokens_L)
@@ -346,7 +355,7 @@ def test_replay_waits_until_its_shelf_is_full(tiny_run: dict[str, Any], tmp_path
     setup = setup_of(tiny_run, learner(RolloutPlan(replay=Replay(capacity=9, fresh=0.0))))
     shelf, versions = Shelf(tmp_path), list[set[int]]()
     for step in range(4):
-        versions.append({r.policy_version for r in write_rollouts(setup, shelf, Clock(step, 4), version=step)})
+        versions.append({r.policy_version for r in rollouts_of(setup, shelf, Clock(step, 4), version=step)})
     assert versions[:3] == [{0}, {1}, {2}]
     assert 3 not in versions[3]
 
@@ -390,19 +399,20 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:
     setup = setup_of(tiny_run, load("decoupled_kl", lengths=(2, 4), probe_every=1), eval={"problems": 0})
-    assert len(setup.probe) == 6
-    assert not {p.id for p in setup.probe} & {p.id for p in setup.train}
-    control = Control(setup)
-    found = control.probe(setup, Clock(1, 4))["probe/length.entropy"]
-    assert control.readings(setup)["length.horizon"] == 4
+    assert len(setup.source.probe) == 6
+    assert not {p.id for p in setup.source.probe} & {p.id for p in setup.source.prompts}
+    run = Run(setup, tmp_path)
+    clock = Clock(1, 4, seed=setup.config.seed, longest=setup.source.limit)
+    found = run.control.probe(setup.method, clock, partial(run._probed, setup.method))["probe/length.entropy"]
+    assert run.control.readings(setup.method)["length.horizon"] == 4
     # By hand: write with the same luck, and average over tokens.
     entropies: list[float] = []
-    for prompt in setup.probe:
-        request = _request(setup.render(prompt), uniforms(setup.config.seed, "probe", prompt.id, count=2))
-        (own,) = setup.engine.generate([request], Sampling(2, 1.0, 0.95))
+    for prompt in setup.source.probe:
+        request = _request(setup.source.render(prompt), uniforms(setup.config.seed, "probe", prompt.id, count=2))
+        (own,) = setup.source.engine.generate([request], Sampling(2, 1.0, 0.95))
         sequence = request.context.then(own.ids, decided=True)
         with torch.no_grad():
-            logits = setup.student.head().logits(setup.student.hidden([sequence]))[:, : setup.vocab]
+            logits = setup.student.head().logits(setup.student.hidden([sequence]))[:, : setup.learner.vocab]
         entropies += torch.distributions.Categorical(logits=logits.double()).entropy().tolist()
     assert found == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
 
@@ -494,15 +504,15 @@ def test_difficulty_is_measured_before_training_and_kept(tiny_run: dict[str, Any
     setup = setup_of(tiny_run, method, eval={"problems": 0})
 
     def untrained(prompt: Prompt) -> list[str]:
-        before = setup.render(prompt)
+        before = setup.source.render(prompt)
         requests = [_request(before, uniforms(0, "difficulty", prompt.id, member, count=6)) for member in range(4)]
-        written = setup.engine.generate(requests, Sampling(6))
+        written = setup.source.engine.generate(requests, Sampling(6))
         return [setup.student.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in written]
 
     # A random student is never right: so for every second prompt what it says is called right.
     wanted, data = {}, tmp_path / "prompts.jsonl"
     rows = []
-    for place, prompt in enumerate(setup.train):
+    for place, prompt in enumerate(setup.source.prompts):
         texts = untrained(prompt)
         answer = texts[0] if place % 2 else "39 39"
         wanted[prompt.id] = sum(text.split() == answer.split() for text in texts) / 4

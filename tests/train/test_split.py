@@ -130,7 +130,7 @@ def test_one_row_without_an_answer_silences_no_other(write: Write, tiny_run: dic
     held = write("h.jsonl", [{"prompt": f"{a} + 2 =", **({"answer": "2"} if a else {})} for a in range(3)])
     settings = configuration.merge(tiny_run, {"data": data, "eval": {"data": held, "problems": 3}, "steps": 2})
     run = runner.start(configuration.resolve(settings), tmp_path / "run").go()
-    notes = run.setup.notes
+    notes = run.prepared.notes
     assert any("1 of 3 held-out prompts have no `answer` ('0' first)" in note for note in notes)
     assert any("4 of 20 training prompts have no `answer` ('0' first)" in note for note in notes)
     results = json.loads((tmp_path / "run" / "eval.json").read_text())

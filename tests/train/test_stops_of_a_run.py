@@ -12,7 +12,7 @@ import transformers
 from support import make_model
 
 import retort
-from retort.models.lm import load_model
+from retort.models.load import load_model
 
 
 def loaded(folder: Path) -> Any:

@@ -56,7 +56,7 @@ class Watching:
         self.rows: list[dict[str, float]] = []
 
     def on_step(self, run: runner.Run, metrics: dict[str, Any]) -> None:
-        weights = [x.detach().double() for x in run.setup.student.trainable().values()]
+        weights = [x.detach().double() for x in run.student.trainable().values()]
         self.rows.append(
             {
                 "loss": metrics["loss"],

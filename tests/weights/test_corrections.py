@@ -18,8 +18,8 @@ from retort.errors import UserError
 from retort.functional import token_losses
 from retort.models.lm import LanguageModel
 from retort.registry import load
-from retort.train import score, update
 from retort.train.metrics import Stopwatch
+from retort.types import in_groups
 from retort.weights.corrections import corrected, effective_sample_size
 
 KINDS = ("token", "token_mask", "sequence", "sequence_mask", "geometric")
@@ -119,7 +119,8 @@ def test_the_sample_size_of_another_engine_and_what_it_costs(
     """Only what looks at a whole rollout passes over the batch before; the sample size is that of the weights."""
     setup = pipeline.cut_to(pipeline.prepared(tiny_run, "opd", correction=kind), 10**6)
     once = setup.config.optimizer.model_copy(update={"epochs": 1})
-    setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"optimizer": once}))
+    learner = dataclasses.replace(setup.learner, settings=once)
+    setup = dataclasses.replace(setup, learner=learner)
     pack, calls = pipeline.ragged(setup), list[int]()
     logp_N = pipeline.padded_logp(setup, pack)
     real = LanguageModel.hidden
@@ -130,8 +131,9 @@ def test_the_sample_size_of_another_engine_and_what_it_costs(
 
     batch = pipeline.scored(setup, pack)
     monkeypatch.setattr(LanguageModel, "hidden", counted)
-    batch = score.score(setup, pack, batch.signals, batch.clock)
-    _, means, _ = update.learn(setup, batch, pipeline.Noted(setup.student), lambda _: 1.0, 0, Stopwatch())
+    batch = learner.score(setup.method, in_groups(pack.rollouts), batch.signals, batch.clock)
+    learner.optimizer = pipeline.Noted(setup.student)
+    means, _ = learner.learn(batch, lambda _: 1.0, Stopwatch())
     assert len(calls) == passes
     if kind is None or wanted is None:
         assert "ess" not in means.values()

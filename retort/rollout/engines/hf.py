@@ -56,7 +56,7 @@ class HFEngine:
         self.vocab = vocab
         self.max_parallel = max_parallel
         self.version = 0
-        self._loops: bool | None = None
+        self.loops: bool | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,8 +105,8 @@ class HFEngine:
         lm.model.eval()
         try:
             with torch.inference_mode(), lm.compute():
-                self._loops = can_decode(lm) if self._loops is None else self._loops
-                decoded = decode if self._loops else _generate
+                self.loops = can_decode(lm) if self.loops is None else self.loops
+                decoded = decode if self.loops else _generate
                 ids_BA, logp_BA = decoded(lm, [r.context for r in requests], draw, self.vocab, longest)
         finally:
             lm.model.train(was_training)

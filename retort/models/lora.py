@@ -1,0 +1,108 @@
+"""Puts a LoRA adapter into a model, by `peft`; what it then is, see `retort.models.adapter`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from retort.errors import UserError, did_you_mean, shortened
+from retort.models.adapter import NAME, Adapter, need_peft
+from retort.models.lm import LanguageModel
+from retort.streams import key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+#: What peft calls every linear layer but the head.
+ALL_LINEAR = "all-linear"
+
+
+def add_adapter(
+    lm: LanguageModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] = (ALL_LINEAR,),
+    rslora: bool = False,
+    seed: int = 0,
+) -> None:
+    r"""Puts a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into a model, and freezes all else.
+
+    A layer's product gains :math:`s\,B A x`; B begins at 0, so the model begins as it is.
+
+    Args:
+        lm: The model; changed in place, `lm.adapter` is the adapter.
+        rank: Rows of A.
+        alpha: s = alpha / rank.
+        targets: Names of layers, or their ends (`q_proj`); `all-linear` is every linear layer but the head, which is
+            `lm_head` in most families.
+        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        seed: Of the run; A is drawn from a stream of its own.
+
+    Raises:
+        UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
+    """
+    need_peft()
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
+    config: LoraConfig = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- it divides it, so a fraction is as good
+        lora_dropout=0.0,
+        target_modules=_targets(lm, targets),
+        use_rslora=rslora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that the latter will drop
+        # For fused experts peft makes a pattern of its own, and warns when that finds nothing.
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
+        torch.manual_seed(key(seed, "adapter"))
+        try:
+            wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
+        except ValueError as error:
+            raise UserError(f"lora.targets: {_refusal(lm, targets, error)}") from None
+    wrapper.peft_config[NAME].base_model_name_or_path = lm.name
+    lm.adapter = Adapter(lm.model, wrapper, settings)
+
+
+def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> str:
+    """Why `peft` takes no such targets; its own words begin with the printed layer, which has many lines."""
+    model: Any = lm.model
+    for target in targets:
+        for name, module in model.named_modules():
+            if (name == target or name.endswith(f".{target}")) and getattr(module, "weight", None) is None:
+                return (
+                    f"'{target}' is a {type(module).__name__}, no single layer that peft could adapt; name the layers "
+                    "in it, or all-linear, which reaches the experts of a mixture, too"
+                )
+    return shortened(" ".join(str(error).split()), 300)
+
+
+def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
+    """What to tell `peft`, which knows `all-linear` only by itself."""
+    model: Any = lm.model
+    ends = {"the head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
+    known = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    linear = [name for name in known if model.get_submodule(name) is not ends["the head"]]
+    tied = ends["the head"].weight is ends["the embedding"].weight
+    chosen: list[str] = []
+    for target in targets:
+        named = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        if target != ALL_LINEAR and not named:
+            short = sorted({name.rpartition(".")[2] for name in known})
+            raise UserError(f"lora.targets: {lm.name} has no layer '{target}'; {did_you_mean(target, short)}")
+        for what, module in ends.items():
+            if tied and any(model.get_submodule(name) is module for name in named):
+                raise UserError(
+                    f"lora.targets: '{target}' is {what} of {lm.name}, tied to the other end of the model: merged, an "
+                    "adapter on one would change both; leave it out"
+                )
+        chosen += linear if target == ALL_LINEAR else [target]
+    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else chosen
