@@ -9,9 +9,8 @@ from typing import Any
 from retort.evaluate.judge import Judge
 from retort.teachers.local import LocalTeacher
 from retort.train import results
-from retort.train.prepare import Prepared
 from retort.train.models import engine
-from retort.train.setup import Setup
+from retort.train.prepare import Prepared
 
 #: Takes prompts done and prompts in all.
 Progress = Callable[[int, int], None]
@@ -80,7 +79,7 @@ class Judging:
 
     def _judged(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
         assert self._judge is not None
-        writer = engine(self._setup.config, lm, self._judge.vocab)
+        writer = engine(self._prepared.config, lm, self._judge.vocab)
         return self._judge.judge(lm, writer, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:

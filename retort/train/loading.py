@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from retort.align.chat import Renderer
 from retort.config import Config
-from retort.models.adapter import add_adapter
 from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision
+from retort.models.lora import add_adapter
 from retort.models.rehearsal import rehearse_export
+from retort.models.together import settle
 from retort.train import precision
 from retort.train.attention import quickest
 from retort.train.given import Given
@@ -119,7 +120,7 @@ def _precision(
     if chosen != student.precision:
         student.precision = chosen
         student.working.drop()
-        student.check_packing()  # what may be computed together is a matter of rounding, too
+        settle(student)  # what may be computed together is a matter of rounding, too
     return chosen
 
 

@@ -14,7 +14,6 @@ from retort.errors import UserError
 from retort.evaluate.trust import Protocol, Student, branches, trust
 from retort.files import write_text
 from retort.method import Method
-from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
 from retort.train import checkpoint
 from retort.train.observe import Observer, Silent
@@ -85,12 +84,17 @@ def measure(
         batch_tokens=prepared.config.optimizer.batch_tokens,
         reading=prepared.source.render.reading,
     )
-    watcher, engine = run.observer, prepared.source.engine
-    assert isinstance(engine, HFEngine)  # a run's student is in this process
+    watcher = run.observer
     found = branches(
-        Student(setup.engine, own, own.render, setup.student.stops, setup.config.rollout.parallel),
-        setup.teachers[view],
-        setup.method.views[view],
+        Student(
+            prepared.source.engine,
+            own,
+            own.render,
+            prepared.student.stops,
+            prepared.config.rollout.parallel,
+        ),
+        prepared.teachers.behind(prepared.method)[view],
+        prepared.method.views[view],
         prompts,
         verifier,
         protocol,

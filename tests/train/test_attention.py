@@ -13,11 +13,9 @@ import torch
 
 from retort import config as configuration
 from retort.config import merge
-from retort.models.lm import LanguageModel, load_model
-from retort.train import attention, loading, runner
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
-from retort.train import attention, runner, setup
+from retort.train import attention, loading, runner
 
 
 def load(folder: Path, role: str = "student") -> LanguageModel:
