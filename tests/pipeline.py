@@ -130,7 +130,7 @@ def scored(setup: Prepared, pack: Pack) -> Batch:
     longest, seed = setup.source.limit, setup.config.seed
     clock = replace(CLOCK, readings=control.readings(method), longest=longest, seed=seed)
     needs = setup.teachers.wanted(method, clock.step)
-    signals = setup.teachers.score(method, groups, needs, partial(learner.passes.top_ids, method, pack))
+    signals = setup.teachers.score(method, groups, needs, partial(learner.top_ids, method, groups))
     return control.act(learner.score(method, groups, signals, clock), learner)
 
 

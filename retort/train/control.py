@@ -41,7 +41,7 @@ class Control:
 
     def act(self, batch: Batch, learner: Learner) -> Batch:
         """Shows the batch to those that look at it, before it is learnt from; the batch with their new numbers."""
-        controllers, evaluate = batch.method.controllers, learner.passes.evaluator(batch)
+        controllers, evaluate = batch.method.controllers, learner.evaluator(batch)
         self._seen = {}
         for controller in controllers:
             seen = look(controller, batch.steps, batch.clock, batch.valid, evaluate)
@@ -82,6 +82,11 @@ class Control:
         """Why the run is to end now, if it is."""
         reasons = (controller.ended(self.states[controller.name]) for controller in method.controllers)
         return next((reason for reason in reasons if reason is not None), None)
+
+    def mark(self) -> Callable[[], None]:
+        """What puts back the states as they are now."""
+        states = dict(self.states)
+        return lambda: self.states.update(states)
 
     def tensors(self) -> dict[str, Tensor]:
         """All states, flat."""

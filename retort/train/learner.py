@@ -64,6 +64,13 @@ class Learner:
         """Ids that the student shares with all teachers."""
         return self.passes.vocab
 
+    def batch(
+        self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
+    ) -> Batch:
+        """Rollouts with what was said about them, laid end to end; arguments as in `score`."""
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        return Batch(method, pack, pack.steps, signals, clock)
+
     def score(
         self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
     ) -> Batch:
@@ -75,14 +82,14 @@ class Learner:
             signals: The teachers' answers about them, by view.
             clock: Where the run is.
         """
-        pack = Pack.of([rollout for group in groups for rollout in group])
+        bare = self.batch(method, groups, signals, clock)
         watches = tuple(
             watch
             for watch in method.watch
             if clock.step % watch.every == 0
             and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
         )
-        bare = Batch(method, pack, self._with_sentences(method, pack), signals, clock, watches)
+        bare = replace(bare, steps=self._with_sentences(method, bare.pack), watches=watches)
         several = self.settings.updates * self.settings.epochs > 1 and method.uses_old_logp
         evaluate = self.passes.evaluator(bare)
         return replace(bare, steps=scoring.scored(method, bare.steps, clock, bare.valid, evaluate, several=several))
@@ -102,9 +109,17 @@ class Learner:
         self.updates, means, values = learn(update, batch, self.updates, watch)
         return means, values
 
+    def top_ids(self, method: Method, groups: Sequence[Group], k: int) -> Tensor:
+        """See `Passes.top_ids`."""
+        return self.passes.top_ids(method, Pack.of([rollout for group in groups for rollout in group]), k)
+
+    def evaluator(self, batch: Batch) -> scoring.Evaluate:
+        """Evaluates functions of the context on a batch, with the student as it is now."""
+        return self.passes.evaluator(batch)
+
     def averages(self, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
         """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
-        evaluate = self.passes.evaluator(batch)
+        evaluate = self.evaluator(batch)
         return scoring.averages(parts, view, batch.steps, batch.clock, batch.valid, evaluate)
 
     def begin(self) -> None:

@@ -14,7 +14,6 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherWriter
-from retort.rollout.engines.hf import HFEngine
 from retort.steps import Clock
 from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
@@ -28,7 +27,7 @@ from retort.train.diagnose import watching
 from retort.train.given import Given
 from retort.train.learner import Learner
 from retort.train.loading import Loaded, load_models
-from retort.train.models import device_of, local_teacher, sources
+from retort.train.models import device_of, engine, local_teacher, sources
 from retort.train.needs import Data, read_data
 from retort.train.passes import Passes
 from retort.train.source import Source
@@ -173,7 +172,7 @@ def _parties(
         count=batch_of(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=HFEngine(student, vocab=vocab, max_parallel=config.rollout.parallel),
+        engine=engine(config, student, vocab),
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
@@ -201,5 +200,5 @@ def _parties(
 
 
 def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
-    engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=config.rollout.parallel)
-    return TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+    writes = engine(config, teacher.lm, teacher.alignment.width)
+    return TeacherWriter(writes, teacher.render, alignment=teacher.alignment, student_stops=student.stops)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -37,9 +36,8 @@ from retort.train.observe import Observer, Silent
 from retort.train.passes import Batch
 from retort.train.prepare import Prepared
 from retort.train.rates import Rates
-from retort.train.shelf import Shelf
 from retort.train.summary import summary
-from retort.types import Group, Need, Pack, in_groups
+from retort.types import Group, Need, in_groups
 
 
 @dataclass(repr=False)
@@ -73,7 +71,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
-        self.source.shelf = Shelf(self.folder)
+        self.source.open(self.folder)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
@@ -238,16 +236,14 @@ class Run:
     def _asked(
         self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
     ) -> dict[str, TeacherSignal]:
-        pack = Pack.of([rollout for group in groups for rollout in group])
-        return self.teachers.score(method, groups, needs, partial(self.learner.passes.top_ids, method, pack))
+        return self.teachers.score(method, groups, needs, partial(self.learner.top_ids, method, groups))
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """A probe's means over all tokens of the answers to the prompts kept out for it."""
         groups = in_groups(self.source.probed(method.rollout, probe, clock))
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
         signals = self._asked(method, groups, {probe.against: needs} if needs else {})
-        pack = Pack.of([rollout for group in groups for rollout in group])
-        return self.learner.averages(Batch(method, pack, pack.steps, signals, clock), probe.parts, probe.against)
+        return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
 
     def _record(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
         count, tokenizer = self.prepared.config.record.rollouts, self.student.tokenizer
@@ -379,11 +375,12 @@ class Run:
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Where nothing is half learnt: what a verifier or callback raises ends the run, saved after `first`."""
-        states, visits = dict(self.control.states), tuple(self.source.shelf.visits)
+        marks = self.control.mark(), self.source.mark()
         try:
             yield
         except kind as error:
-            self.control.states, self.source.shelf.visits = states, deque(visits)
+            for put_back in marks:
+                put_back()
             first()
             self.save()
             raise type(error)(

@@ -75,6 +75,10 @@ class Shelf:
         while len(self.visits) > capacity:
             self.visits.popleft()
 
+    def put(self, visits: Sequence[tuple[Rollout, ...]]) -> None:
+        """Has these visits of the student's on the shelf and no others."""
+        self.visits = deque(visits)
+
     def go_back(self, prompts: Sequence[Prompt], render: Renderer, step: int) -> None:
         """The teacher's answers as they were after a step.
 

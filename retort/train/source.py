@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor
 
@@ -166,6 +167,15 @@ class Source:
             source="dataset",
             text=prompt.response,
         )
+
+    def open(self, folder: Path) -> None:
+        """Keeps answers in a run's folder from now on."""
+        self.shelf = Shelf(folder)
+
+    def mark(self) -> Callable[[], None]:
+        """What puts back what is kept for replay as it is now."""
+        visits = tuple(self.shelf.visits)
+        return lambda: self.shelf.put(visits)
 
     def go_back(self, step: int) -> None:
         """Kept answers of the teacher's as they were after a step."""

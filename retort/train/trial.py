@@ -76,7 +76,7 @@ def run_trial(prepared: Prepared) -> Trial:
     clock = Clock(0, 1, seed=prepared.config.seed, longest=source.limit)
     groups = trial.rollouts(method, clock, 0)
     pack = Pack.of([rollout for group in groups for rollout in group])
-    signals = teachers.score(method, groups, teachers.wanted(method), partial(passes.top_ids, method, pack))
+    signals = teachers.score(method, groups, teachers.wanted(method), partial(prepared.learner.top_ids, method, groups))
     offers = {view: signal.offers for view, signal in signals.items()}
     watches = [watch for watch in method.watch if watch.every == 1 and watch.name in _LOOKED_AT]
     able = [watch for watch in watches if all(can_meet(offers[watch.against], need) for need in watch.part.needs)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +17,12 @@ from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.models.held import Held
 from retort.rollout.plan import Replay, RolloutPlan
+from retort.train.control import Control
 from retort.train.given import Given, going_on
 from retort.train.observe import Silent
 from retort.train.run import Run
+from retort.train.shelf import Shelf
+from retort.train.source import Source
 from retort.types import Prompt
 
 
@@ -91,19 +93,18 @@ def test_a_verifier_that_fails_within_a_step_loses_no_step(tiny_run: dict[str, A
 
 def test_what_a_step_put_on_the_shelf_before_it_failed_is_not_saved() -> None:
     saved: list[Any] = []
-    run: Any = SimpleNamespace(
-        control=SimpleNamespace(states={"dial": 1}),
-        source=SimpleNamespace(shelf=SimpleNamespace(visits=deque(["old"]))),
-        step=2,
-        _go_on="so",
-    )
+    control, source = Control([], 0), SimpleNamespace(shelf=Shelf())
+    source.mark = lambda: Source.mark(source)  # type: ignore[arg-type]
+    control.states["dial"] = {"number": 1}  # type: ignore[dict-item]
+    source.shelf.visits.append("old")
+    run: Any = SimpleNamespace(control=control, source=source, step=2, _go_on="so")
     run.prepared = SimpleNamespace(steps=3)
     run.save = lambda: saved.append((dict(run.control.states), list(run.source.shelf.visits)))
     with pytest.raises(UserError, match="bad; everything is saved at step 2 of 3, go on with: so"), Run._safe(run):
         run.source.shelf.visits.append("new")
-        run.control.states["dial"] = 2
+        run.control.states["dial"] = {"number": 2}
         raise UserError("bad")
-    assert saved == [({"dial": 1}, ["old"])]
+    assert saved == [({"dial": {"number": 1}}, ["old"])]
     with pytest.raises(RunError, match="^half learnt$"), Run._safe(run):
         raise RunError("half learnt")
     assert len(saved) == 1
