@@ -295,7 +295,7 @@ def test_an_answer_about_something_else_is_refused(groups: list[Group], said: An
 def test_trust_needs_a_whole_distribution_and_says_so_before_anything_is_written() -> None:
     nobody: Any = None
     with pytest.raises(UserError, match="from the whole distribution of the teacher, and scripted gives only: sampled"):
-        branches(nobody, nobody, Scripted({"sampled"}, nobody), View(), [], nobody, Protocol())
+        branches(nobody, Scripted({"sampled"}, nobody), View(), [], nobody, Protocol())
 
 
 def test_groups_are_neighbours_of_one_visit_and_keep_their_order(groups: list[Group]) -> None:
