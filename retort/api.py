@@ -16,10 +16,10 @@ from retort.rewards.own import Own
 from retort.sections import shorthands
 from retort.train import runner
 from retort.train.arguments import method_of, models_of, path_of, refuse_twice, settings_of
-from retort.train.callbacks import check_callbacks
 from retort.train.doctor import examine, examine_setup, refuse
 from retort.train.findings import Examination
 from retort.train.given import Given, collect
+from retort.train.hooks import check_callbacks
 from retort.train.observe import Observer
 from retort.train.surroundings import ordinary
 

@@ -30,8 +30,8 @@ from retort.models.files import read_model
 from retort.models.held import Held
 from retort.reduce import rollout_means, weighted
 from retort.rollout import RolloutPlan
-from retort.train.callbacks import call
 from retort.train.given import Given, Rows, collect
+from retort.train.hooks import call
 from retort.types import Prompt
 from retort.weights import above, teacher_entropy
 

@@ -22,12 +22,12 @@ from retort.steps import Clock
 from retort.tracking import Tracker, open_tracker
 from retort.train import checkpoint, difficulty, export, record, results
 from retort.train.advice import advice
-from retort.train.callbacks import call
 from retort.train.control import Control
 from retort.train.diagnose import against_rewards
 from retort.train.digests import adapter_state, digests, refuse_other_adapter, refuse_others
 from retort.train.folder import Claim, refuse_files
 from retort.train.given import Given, going_on
+from retort.train.hooks import call
 from retort.train.identity import compare, identity
 from retort.train.interruptions import Interruptions
 from retort.train.judging import Judging
