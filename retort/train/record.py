@@ -17,7 +17,7 @@ from retort.train.passes import Batch
 from retort.types import Pack, Status
 
 
-def rows(batch: Batch, values: Mapping[str, Tensor], step: int, *, count: int, tokenizer: Any) -> list[dict[str, Any]]:
+def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, tokenizer: Any) -> list[dict[str, Any]]:
     """Lines of `rollouts.jsonl` for one step; which rollouts is drawn by seed.
 
     Args:

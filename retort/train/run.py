@@ -9,8 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from retort import config as configuration
 from retort.controllers import Probe
 from retort.data import fingerprint
@@ -33,7 +31,6 @@ from retort.train.interruptions import Interruptions
 from retort.train.judging import Judging
 from retort.train.metrics import JsonLines, Stopwatch
 from retort.train.observe import Observer, Silent
-from retort.train.passes import Batch
 from retort.train.prepare import Prepared
 from retort.train.rates import Rates
 from retort.train.summary import summary
@@ -86,6 +83,11 @@ class Run:
         self._claim = Claim(self.folder)
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
+
+    @property
+    def setup(self) -> Prepared:
+        """`prepared`, under the name that it had: `run.setup.student` is `run.student`."""
+        return self.prepared
 
     @property
     def updates(self) -> int:
@@ -219,7 +221,8 @@ class Run:
             self.control.learn(batch, self.learner)
         self.step += 1
         self._claim.check()
-        self._record(batch, values)
+        for row in record.rows(batch, values, self.step, self.prepared.config.record.rollouts, self.student.tokenizer):
+            self.rollouts.append(row)
         dials = {f"control/{name}": value for name, value in batch.clock.readings.items()}
         with watch("probe"):
             probed |= self.control.probe(method, replace(clock, step=self.step), partial(self._probed, method))
@@ -244,11 +247,6 @@ class Run:
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
         signals = self._asked(method, groups, {probe.against: needs} if needs else {})
         return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
-
-    def _record(self, batch: Batch, values: Mapping[str, Tensor]) -> None:
-        count, tokenizer = self.prepared.config.record.rollouts, self.student.tokenizer
-        for row in record.rows(batch, values, self.step, count=count, tokenizer=tokenizer):
-            self.rollouts.append(row)
 
     def _rates(self, method: Method) -> Rates:
         """Of a method of the run; a cold start may have a learning rate of its own."""
