@@ -90,7 +90,7 @@ class World:
         }
 
     def of(self, own: slice) -> tuple[Steps, dict[str, Tensor | None]]:
-        """A worker's part; it counts its rollouts and groups from 0, and knows of no view that lacked a context elsewhere."""
+        """A worker's part: rollouts and groups are counted from 0, and a view has no `valid_N` where all of it is valid."""
         steps = self.steps.select(own)
         if not len(steps):
             return Steps.of(steps.tokens_N), dict.fromkeys(self.teachers)
