@@ -90,7 +90,7 @@ class World:
         }
 
     def of(self, own: slice) -> tuple[Steps, dict[str, Tensor | None]]:
-        """A worker's part: rollouts and groups are counted from 0, and a view has no `valid_N` where all of it is valid."""
+        """A worker's part: rollouts and groups count from 0, and a view that is valid everywhere has no `valid_N`."""
         steps = self.steps.select(own)
         if not len(steps):
             return Steps.of(steps.tokens_N), dict.fromkeys(self.teachers)
