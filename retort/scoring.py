@@ -7,8 +7,10 @@ that of all of them (`Ranks`); each worker keeps its own part. Axis letters: see
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from retort.apply import finish_stats, part_values, stat_values, stored_values
@@ -65,17 +67,32 @@ def _finished(
     valid: Mapping[str, Tensor | None],
     ranks: Ranks,
 ) -> dict[str, Tensor]:
-    given = {f"value/{name}": values_N for name, values_N in values.items()}
-    given |= {f"valid/{view}": valid_N for view, valid_N in valid.items() if valid_N is not None}
-    whole, own = ranks.gather(steps.storing(given))
-    found = finish_stats(
-        method,
-        {name: whole.stored[f"value/{name}"] for name in values},
-        whole,
-        clock,
-        {view: whole.stored.get(f"valid/{view}") for view in valid},
-    )
+    whole, values, valid, own = _of_all(values, steps, valid, ranks)
+    found = finish_stats(method, values, whole, clock, valid)
     return {name: values_N[own] for name, values_N in found.items()}
+
+
+def _of_all(
+    values: Mapping[str, Tensor], steps: Steps, valid: Mapping[str, Tensor | None], ranks: Ranks
+) -> tuple[Steps, dict[str, Tensor], dict[str, Tensor | None], slice]:
+    """The table of all workers, values and `valid_N` over it, and where the own steps stand in it.
+
+    A view may lack a context for a rollout of one worker and for none of another's, which then has no `valid_N`: it
+    gives a column all the same, since what only some workers have is left out of the table.
+    """
+    device = steps.tokens_N.device
+    given = {f"value/{name}": values_N for name, values_N in values.items()}
+    for view, valid_N in valid.items():
+        every_N = torch.ones(len(steps), dtype=torch.bool, device=device)
+        given[f"valid/{view}"] = every_N if valid_N is None else valid_N
+    whole, own = ranks.gather(steps.storing(given))
+    all_values, all_valid = (
+        {name.removeprefix(kind): whole.stored[name] for name in whole.stored if name.startswith(kind)}
+        for kind in ("value/", "valid/")
+    )
+    rest = {name: column_N for name, column_N in whole.stored.items() if not name.startswith(("value/", "valid/"))}
+    said = {view: None if bool(valid_N.all()) else valid_N for view, valid_N in all_valid.items()}
+    return replace(whole, stored=rest), all_values, said, own
 
 
 def averages(
@@ -100,13 +117,12 @@ def averages(
     """
     if not parts:
         return {}
-    values = evaluate(part_values(parts, view), steps, clock)
-    valid_N = valid.get(view)
-    whole, _ = ranks.gather(steps.storing({**values, **({} if valid_N is None else {"valid": valid_N})}))
-    found: dict[str, float] = {}
-    for name in values:
-        values_N = whole.stored[name] if valid_N is None else whole.stored[name][whole.stored["valid"]]
-        found[name] = float(values_N.double().mean()) if len(values_N) else 0.0
+    own = evaluate(part_values(parts, view), steps, clock)
+    _, values, said, _ = _of_all(own, steps, {view: valid.get(view)}, ranks)
+    valid_N, found = said[view], dict[str, float]()
+    for name, values_N in values.items():
+        kept_N = values_N if valid_N is None else values_N[valid_N]
+        found[name] = float(kept_N.double().mean()) if len(kept_N) else 0.0
     return found
 
 

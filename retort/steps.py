@@ -127,8 +127,10 @@ class Steps:
         """The steps of several workers, in order, as one table; rollouts and groups of two workers are never the same.
 
         Args:
-            parts: With the same columns, but for those that only some have: these are left out.
+            parts: With the same columns, but for those that only some have: these are left out. A part without a step
+                has whatever the others have.
         """
+        parts = [part for part in parts if len(part)] or parts[:1]
         moved: list[Steps] = []
         rollouts = groups = 0
         for part in parts:

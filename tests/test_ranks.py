@@ -43,8 +43,8 @@ class Pair(Ranks):
         return Steps.joined(parts), slice(start, start + len(steps))
 
 
-def together(work: Callable[[Ranks, slice], Any]) -> list[Any]:
-    """What two workers found, each on its half."""
+def together(work: Callable[[Ranks, slice], Any], cut: int = HALF) -> list[Any]:
+    """What two workers found, each on its part."""
     board: list[Any] = [None, None]
     found: list[Any] = [None, None]
     gate = threading.Barrier(2)
@@ -56,7 +56,7 @@ def together(work: Callable[[Ranks, slice], Any]) -> list[Any]:
             found[rank] = error
             gate.abort()
 
-    halves = (slice(0, HALF), slice(HALF, sum(LENGTHS)))
+    halves = (slice(0, cut), slice(cut, sum(LENGTHS)))
     threads = [threading.Thread(target=run, args=pair) for pair in enumerate(halves)]
     for thread in threads:
         thread.start()
@@ -90,8 +90,10 @@ class World:
         }
 
     def of(self, own: slice) -> tuple[Steps, dict[str, Tensor | None]]:
-        """A worker's part; it counts its rollouts and groups from 0."""
+        """A worker's part: rollouts and groups count from 0, and a view that is valid everywhere has no `valid_N`."""
         steps = self.steps.select(own)
+        if not len(steps):
+            return Steps.of(steps.tokens_N), dict.fromkeys(self.teachers)
         assert steps.group_N is not None
         mine = Steps(
             steps.tokens_N,
@@ -102,10 +104,13 @@ class World:
             steps.reward_N,
             steps.engine_logp_N,
         )
-        return mine, {view: valid_N[own] for view, (_, valid_N) in self.teachers.items()}
+        valid = {view: valid_N[own] for view, (_, valid_N) in self.teachers.items()}
+        return mine, {view: None if bool(valid_N.all()) else valid_N for view, valid_N in valid.items()}
 
     def evaluate(self, own: slice) -> Any:
         def evaluate(values: Any, steps: Steps, clock: Clock) -> dict[str, Tensor]:
+            if not len(steps):
+                return {}  # as of a pack without rollouts: there is no chunk to evaluate
             signals = {
                 view: Dense.of(logits_NV[own], steps.tokens_N).rows(slice(None))
                 for view, (logits_NV, _) in self.teachers.items()
@@ -130,16 +135,18 @@ def _readings(method: Method) -> dict[str, float]:
     return {f"{one.name}.{number}": x for one, state in states for number, x in one.numbers(state).items()}
 
 
+@pytest.mark.parametrize("cut", [HALF, 0, sum(LENGTHS)])
 @pytest.mark.parametrize("name", names())
-def test_two_workers_are_one(name: str) -> None:
+def test_two_workers_are_one(name: str, cut: int) -> None:
+    """Also where one of them has not a single step."""
     world = World(load(name))
     alone, shares_N, seen = world.work(ALONE, slice(0, sum(LENGTHS)))
-    halves = together(world.work)
+    halves = together(world.work, cut)
     for stored in alone.stored:
-        both_N = torch.cat([steps.stored[stored] for steps, _, _ in halves])
+        both_N = torch.cat([steps.stored[stored] for steps, _, _ in halves if len(steps)])
         torch.testing.assert_close(both_N, alone.stored[stored], msg=f"{name}: {stored}", equal_nan=True)
     for term, share_N in shares_N.items():
-        torch.testing.assert_close(torch.cat([shares[term] for _, shares, _ in halves]), share_N)
+        torch.testing.assert_close(torch.cat([shares[term] for _, shares, _ in halves if len(shares[term])]), share_N)
     for _, _, own in halves:
         for mine, whole in zip(own, seen, strict=True):
             assert mine.before == pytest.approx(whole.before)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from toy import Toy
 from retort import registry
 from retort.distribution import Distribution
 from retort.errors import SignalError, UserError
-from retort.signals import Candidates, Dense, Sampled, TopK
+from retort.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
 
 F64 = torch.float64
 TOKENS = torch.tensor([0, 1])
@@ -40,6 +42,27 @@ def top(ids: Tensor = IDS, logp: Tensor = LOGP, **more: Any) -> TopK:
 def test_a_top_k_that_is_none_is_refused(ids: Tensor, logp: Tensor, message: str) -> None:
     with pytest.raises(SignalError, match=message):
         top(ids, logp)
+
+
+@pytest.mark.parametrize(
+    "valid_N", [torch.tensor([True]), torch.tensor([1, 0]), torch.tensor([[True, False]])], ids=["[R]", "int", "[1, N]"]
+)
+def test_a_valid_that_is_none_is_refused(valid_N: Tensor) -> None:
+    """A teacher of somebody's own may say it per rollout, or as 0 and 1, which would pick steps 0 and 1."""
+    logits_NV = torch.zeros(2, 6)
+
+    def checked(signal: TeacherSignal) -> None:
+        signal.check_tokens(TOKENS)
+
+    makes: list[Callable[[], object]] = [
+        lambda: checked(Sampled(TOKENS, "t", LOGP[:, 0], valid_N=valid_N)),
+        lambda: checked(top(valid_N=valid_N)),
+        lambda: checked(Candidates(TOKENS, "t", IDS, LOGP, valid_N=valid_N)),
+        lambda: checked(replace(Dense.of(logits_NV, TOKENS, source="t"), valid_N=valid_N)),
+    ]
+    for make in makes:
+        with pytest.raises(SignalError, match=r"t: valid_N must be bool \[N\] = \(2,\), not torch"):
+            make()
 
 
 def test_short_lists_ties_rounding_and_steps_without_context_are_fine() -> None:

@@ -83,7 +83,8 @@ class TeacherSignal:
         source: Who says it, for messages.
         valid_N: False at the steps of rollouts that the view had no context for: what is said there means nothing, and
             terms against the view leave these steps out. None: all are valid.
-        counts: What happened to the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`.
+        counts: What happened to the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`; each
+            may be left out.
     """
 
     tokens_N: Tensor
@@ -144,8 +145,18 @@ class TeacherSignal:
     def _valid(self, index: Tensor | slice) -> Tensor | None:
         return None if self.valid_N is None else taken(self.valid_N, index)
 
+    def check_valid(self) -> None:
+        """Raises `SignalError` unless `valid_N` says of each step, as a bool, whether the signal is about it."""
+        valid_N = self.valid_N
+        if valid_N is not None and (valid_N.dtype != torch.bool or valid_N.shape != self.tokens_N.shape):
+            raise SignalError(
+                f"{self.source}: valid_N must be bool [N] = {tuple(self.tokens_N.shape)}, "
+                f"not {valid_N.dtype} {tuple(valid_N.shape)}"
+            )
+
     def check_tokens(self, tokens_N: Tensor) -> None:
         """Raises `SignalError` unless the signal is about exactly these tokens."""
+        self.check_valid()
         if self.tokens_N.shape != tokens_N.shape:
             raise SignalError(f"{self.source}: scored {len(self.tokens_N)} tokens, the rollouts have {len(tokens_N)}")
         wrong = (self.tokens_N.to(tokens_N.device) != tokens_N).nonzero()
@@ -187,6 +198,7 @@ def refuse(signal: TeacherSignal, bad: Tensor, what: str) -> None:
     """Raises at the first step that is bad, [N] or [N, K], and about which the signal says something."""
     bad_N = bad if bad.ndim == 1 else bad.any(-1)
     if signal.valid_N is not None:
+        signal.check_valid()
         bad_N = bad_N & signal.valid_N.to(bad_N.device)
     if bool(bad_N.any()):
         step = int(bad_N.nonzero()[0])

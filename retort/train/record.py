@@ -76,11 +76,12 @@ def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View]
     for name, signal in signals.items():
         if views[name].render is None or not signal.counts:
             continue
-        left_out = signal.counts["no_context"]
-        found[f"view/{name}/no_context"] = left_out / rollouts
+        left_out = signal.counts.get("no_context", 0.0)
+        if "no_context" in signal.counts:
+            found[f"view/{name}/no_context"] = left_out / rollouts
         for what, count in signal.counts.items():
             if what == "cut" or what.startswith("shows/"):
                 found[f"view/{name}/{what}"] = count / rollouts
-        if rollouts > left_out:
+        if rollouts > left_out and "prompt_tokens" in signal.counts:
             found[f"view/{name}/prompt_tokens"] = signal.counts["prompt_tokens"] / (rollouts - left_out)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -54,6 +55,8 @@ def test_shares_of_what_was_shown() -> None:
         "view/teacher/shows/failure": 0.25,
         "view/teacher/prompt_tokens": 10.0,
     }
+    bare = replace(signal, counts={"cut": 1})
+    assert view_metrics({"teacher": bare}, {"teacher": peers()}, rollouts=4) == {"view/teacher/cut": 0.25}
     assert not view_metrics({"teacher": signal}, {"teacher": View.same_prompt()}, rollouts=4)
 
 
