@@ -48,6 +48,12 @@ class Given:
             values: Tensor | None = getattr(self, name)
             if values is not None and values.shape != tokens.shape:
                 raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
+        for name in ("turns", "rollouts", "groups"):
+            values = getattr(self, name)
+            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+                raise UserError(f"{name} must be whole numbers that say which one, not {values.dtype}")
+        if len(tokens) and int(self.rollout_N.min()) < 0:
+            raise UserError(f"rollouts count from 0; one is {int(self.rollout_N.min())}")
         for name, values in {"old_logp": self.old_logp, "engine_logp": self.engine_logp}.items():
             _check_own_logp(name, values, self.mask)
         count = int(self.rollout_N.max()) + 1 if len(tokens) else 0
@@ -254,7 +260,8 @@ def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> No
 def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:
     """A number per rollout or per step as one per step."""
     # One rollout per step is both; then the index is the identity, or the caller's own order of rollouts.
-    return values if values.shape == rollout_N.shape and len(values) != int(rollout_N.max()) + 1 else values[rollout_N]
+    per_step = values.shape == rollout_N.shape
+    return values if per_step and (not len(values) or len(values) != int(rollout_N.max()) + 1) else values[rollout_N]
 
 
 def as_head(head: Tensor | Head) -> Head:

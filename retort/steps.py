@@ -127,8 +127,11 @@ class Steps:
         """The steps of several workers, in order, as one table; rollouts and groups of two workers are never the same.
 
         Args:
-            parts: With the same columns, but for those that only some have: these are left out. A part without a step
-                has whatever the others have.
+            parts: With the same stored values. A column that only some have is left out: where not all are graded, the
+                batch is not. A part without a step has whatever the others have.
+
+        Raises:
+            ValueError: A value is stored by some of them only.
         """
         parts = [part for part in parts if len(part)] or parts[:1]
         moved: list[Steps] = []
@@ -138,14 +141,17 @@ class Steps:
             moved.append(replace(part, rollout_N=part.rollout_N + rollouts, group_N=group_N))
             rollouts += _count(part.rollout_N)
             groups += 0 if part.group_N is None else _count(part.group_N)
-        first, *others = moved
 
         def column(get: Callable[[Steps], Tensor | None]) -> Tensor | None:
             found = [own for own in map(get, moved) if own is not None]
             return torch.cat(found) if len(found) == len(moved) else None
 
-        names = [name for name in first.stored if all(name in other.stored for other in others)]
-        stored = {name: torch.cat([part.stored[name] for part in moved]) for name in names}
+        lacking = next((name for part in moved for other in moved for name in part.stored.keys() - other.stored), None)
+        if lacking is not None:
+            raise ValueError(
+                f"'{lacking}' is stored by some workers only, so it would be lost; store it on all of them"
+            )
+        stored = {name: torch.cat([part.stored[name] for part in moved]) for name in moved[0].stored}
         columns = {name: column(lambda part, name=name: getattr(part, name)) for name in _COLUMNS}
         return Steps(**columns, stored=stored)  # pyright: ignore[reportArgumentType]
 

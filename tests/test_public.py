@@ -116,3 +116,26 @@ def test_bf16_inputs_get_an_fp32_softmax(name: str) -> None:
     high = token_losses(name, student_logits=student.double(), teacher_logits=teacher.double(), tokens=tokens)
     assert low.loss.dtype == torch.float32
     torch.testing.assert_close(low.loss.double(), high.loss, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rollouts": torch.tensor([0.0, 0.0, 1.0])}, "rollouts must be whole numbers"),
+        ({"rollouts": torch.tensor([-1, 0, 0])}, "rollouts count from 0; one is -1"),
+        ({"rollouts": torch.tensor([0, 0, 1]), "groups": torch.tensor([0.0, 1.0])}, "groups must be whole numbers"),
+        ({"turns": torch.tensor([True, False, False])}, "turns must be whole numbers"),
+    ],
+    ids=["float rollouts", "negative rollouts", "float groups", "bool turns"],
+)
+def test_what_numbers_rollouts_is_refused_in_one_line(given: dict[str, torch.Tensor], message: str) -> None:
+    logits, tokens = torch.zeros(3, 5), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(UserError, match=message):
+        token_losses("opd", student_logits=logits, teacher_logits=logits, tokens=tokens, **given)
+
+
+def test_no_token_at_all_is_a_loss_of_nothing() -> None:
+    """Also with rewards and groups, of which there is one per rollout, so none."""
+    empty, tokens = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    more = {"rollouts": tokens, "groups": tokens, "rewards": torch.zeros(0)}
+    assert float(token_losses("rlsd", student_logits=empty, teacher_logits=empty, tokens=tokens, **more).loss) == 0

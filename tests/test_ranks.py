@@ -162,3 +162,16 @@ def test_a_worker_by_itself_would_be_wrong() -> None:
         half, own_N, _ = world.work(ALONE, slice(0, HALF))
         assert any(not torch.equal(half.stored[stored], alone.stored[stored][:HALF]) for stored in half.stored), name
         assert any(not torch.equal(own_N[term], share_N[:HALF]) for term, share_N in shares_N.items()), name
+
+
+def test_what_only_some_workers_have() -> None:
+    """Rewards of a part are not those of the batch; what is stored of a part may not be lost in silence."""
+    tokens_N = torch.tensor([1, 2])
+    graded = Steps.of(tokens_N, reward_N=torch.ones(2, dtype=torch.float64))
+    bare, nothing = Steps.of(tokens_N), Steps.of(tokens_N[:0])
+    assert Steps.joined([graded, bare]).reward_N is None
+    assert Steps.joined([nothing, graded, nothing]).reward_N is not None
+    assert not len(Steps.joined([nothing, nothing]))
+    for parts in ([graded.storing({"seen": tokens_N}), bare], [graded, bare.storing({"seen": tokens_N})]):
+        with pytest.raises(ValueError, match="'seen' is stored by some workers only"):
+            Steps.joined(parts)

@@ -6,6 +6,7 @@ replies, until it says that this is the end. `tests/contracts/test_environment.p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -25,7 +26,7 @@ class Reply:
         status: Of an episode that is over.
 
     Raises:
-        ValueError: Nothing is said, and it goes on.
+        ValueError: Nothing is said, and it goes on; or the reward is no finite number.
     """
 
     messages: tuple[Message, ...] = ()
@@ -36,6 +37,8 @@ class Reply:
     def __post_init__(self) -> None:
         if not self.over and not self.messages:
             raise ValueError("an environment that goes on must say something: give Reply messages, or over=True")
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"an environment's reward must be a finite number, or None, not {self.reward}")
 
 
 class Episode(Protocol):

@@ -18,6 +18,7 @@ from retort.align.chat import Reading, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
 from retort.envs.base import Environment, Episode, SingleTurn
+from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 from retort.sequences import TokenSequence
 from retort.streams import Chance
@@ -148,7 +149,8 @@ def run_episodes(
         source: Who writes.
 
     Raises:
-        UserError: What an environment says cannot be put behind a turn, see `reply_ids`; or see `Engine.generate`.
+        UserError: The environment began other episodes than it was asked for; what it says cannot be put behind a turn,
+            see `reply_ids`; or see `Engine.generate`.
     """
     world = world or World()
     with contextlib.ExitStack() as stack:
@@ -168,12 +170,28 @@ def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextli
         episodes = world.environment.begin_group(own[0].prompt, [task.member for task in own])
         for episode in episodes:
             stack.callback(episode.close)
+        _check(own[0].prompt, len(own), episodes)
         for task, episode in zip(own, episodes, strict=True):
             context = task.context
             if episode.prompt is not task.prompt:
                 context = TokenSequence.of(render(episode.prompt, engine.tokenizer, world.reading))
             found.append(_Open(task, episode, context))
     return found
+
+
+def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:
+    """Refuses episodes that would be filed under other rollouts."""
+    if len(episodes) != members:
+        raise UserError(
+            f"prompt '{prompt.id}': the environment began {len(episodes)} episodes for {members} members; begin_group "
+            "gives one for each"
+        )
+    other = next((episode.prompt.id for episode in episodes if episode.prompt.id != prompt.id), None)
+    if other is not None:
+        raise UserError(
+            f"prompt '{prompt.id}': an episode of it has a prompt with the id '{other}', under which it would be taken "
+            "for an answer to another prompt; keep the id"
+        )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -38,9 +39,9 @@ class Batch:
     clock: Clock
     watches: tuple[Watch, ...] = ()
 
-    @property
+    @cached_property
     def valid(self) -> dict[str, Tensor | None]:
-        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept."""
+        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept, and fetched there once."""
         return {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
 
 

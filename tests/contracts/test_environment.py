@@ -207,6 +207,36 @@ def test_episodes_are_closed_when_something_fails() -> None:
     assert [own.closed for own in game.games] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda begun: begun[:-1], "prompt 'p': the environment began 1 episodes for 2 members"),
+        (lambda begun: [*begun, begun[0]], "prompt 'p': the environment began 3 episodes for 2 members"),
+        (lambda begun: [begun[0], Game(replace(ASKED, id="q"), 3)], "prompt 'p': an episode of it has .* the id 'q'"),
+    ],
+    ids=["too few", "too many", "another id"],
+)
+def test_other_episodes_than_were_asked_for_are_refused_in_one_line(change: Callable[..., Any], message: str) -> None:
+    """Under another id a rollout would be graded, and shown to its teacher, in another prompt's group."""
+
+    class Odd(Guess):
+        def begin_group(self, prompt: Prompt, members: Sequence[int]) -> Sequence[Episode]:
+            return change(super().begin_group(prompt, members))
+
+    engine, game = script("3", "9"), Odd()
+    with pytest.raises(UserError, match=message) as raised:
+        run_episodes(engine, tasks(engine, 2), Sampling(20), world=World(game))
+    assert "\n" not in str(raised.value)
+    assert not engine.asked, "nothing is written before"
+
+
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
+    """NaN would count as a rollout that nobody graded."""
+    with pytest.raises(ValueError, match="finite"):
+        Reply(over=True, reward=reward)
+
+
 # --- what is said, as ids ---
 
 

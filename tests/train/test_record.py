@@ -10,11 +10,14 @@ from typing import Any, cast
 import pytest
 import torch
 
+from retort import registry
 from retort.sequences import TokenSequence
 from retort.signals import Sampled
+from retort.steps import Clock
 from retort.teachers.view import View
 from retort.teachers.views import peers
 from retort.train.diagnose import against_rewards
+from retort.train.passes import Batch
 from retort.train.record import rollout_metrics, view_metrics
 from retort.types import Message, Pack, Prompt, Rollout
 
@@ -91,3 +94,14 @@ def test_nothing_of_ungraded_or_foreign_answers() -> None:
     for pack in (ungraded, foreign):
         assert against_rewards(pack, values) == {}
     assert against_rewards(Pack.of([written("a", 0, 1.0), written("a", 1, math.nan)]), {}) == {}
+
+
+def test_what_a_view_is_about_is_fetched_once() -> None:
+    """A teacher's mask may lie on a GPU: asked for per micro-batch, each would wait for all work before it."""
+    pack = Pack.of([written("a", 0, 1.0)])
+    signal = Sampled(pack.steps.tokens_N, "teacher", torch.zeros(2), valid_N=torch.tensor([True, False]))
+    batch = Batch(registry.load("opd"), pack, pack.steps, {"teacher": signal}, Clock())
+    assert batch.valid is batch.valid
+    assert batch.valid["teacher"] is not None
+    again = replace(batch, signals={"teacher": replace(signal, valid_N=None)})
+    assert again.valid == {"teacher": None}
