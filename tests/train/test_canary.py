@@ -78,6 +78,6 @@ def test_what_the_student_is_asked_holds_no_privileged_text(
     reads = [ids for shown in taught for ids in shown if ids is not None and canary in ids]
     columns = [view for view in run.prepared.method.views.values() if view.columns]
     assert bool(reads) == bool(columns), "the test would not notice a view that shows nothing"
-    assert all(isinstance(t, SelfTeacher | LocalTeacher) for t in run.prepared.teachers.values())
+    assert all(isinstance(t, SelfTeacher | LocalTeacher) for t in run.teachers.models.values())
     lines = (tmp_path / "run" / "rollouts.jsonl").read_text()
     assert CANARY not in "".join(json.loads(line)["prompt"] for line in lines.splitlines())

@@ -185,7 +185,7 @@ def test_random_weights(builtin: Prepared, tmp_path: Path) -> None:
     lost = AutoModelForCausalLM.from_config(good.config)
     lost.generation_config = good.generation_config
     lost.save_pretrained(tmp_path / "teacher")
-    builtin.teacher_lm.tokenizer.save_pretrained(tmp_path / "teacher")
+    builtin.teachers.lms["teacher"].tokenizer.save_pretrained(tmp_path / "teacher")
     settings = {"student": "countdown:student", "teacher": str(tmp_path / "teacher"), "data": "countdown"}
     setup = prepare(api.assemble({**settings, "rollout": {"max_new_tokens": 14}, "method": {"name": "opd"}}))
     check = checks.check_teacher_loaded(setup)
@@ -284,7 +284,7 @@ def test_a_teacher_with_nothing_to_add(tmp_path: Path) -> None:
     """The student as its own teacher, but for a rounding."""
     settings = {"student": "countdown:student", "teacher": "countdown:teacher", "data": "countdown"}
     setup = prepare(api.assemble({**settings, "method": {"name": "opd"}, "rollout": {"max_new_tokens": 14}}))
-    for teacher in setup.teachers.values():
+    for teacher in setup.teachers.models.values():
         teacher.lm = setup.student  # type: ignore[attr-defined]
     check = trial.check_teachability(setup, trial.run_trial(setup))
     assert check.verdict == "warn"

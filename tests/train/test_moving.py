@@ -393,7 +393,7 @@ def test_ema_of_a_run_against_a_loop_by_hand(alone: dict[str, Any], tmp_path: Pa
         if updates % 3 == 0:
             two = {name: 0.5 * two[name] + 0.5 * now[name] for name in now}
 
-    own.moved = both  # type: ignore[method-assign]
+    run.learner.moved = both
     run.go()
     assert run.updates == 8
     for weights, wanted in ((ema(0.3), one), (ema(0.5, every=3), two)):
@@ -413,10 +413,10 @@ def test_a_resumed_run_is_the_same(alone: dict[str, Any], tmp_path: Path, weight
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     again = runner.resume(tmp_path / "parts" / "checkpoints" / "step-3", method=self_taught(weights))
     assert again.step == 3 and again.updates == 6
-    assert not same(state(whole.setup.student), state(again.setup.student))
+    assert not same(state(whole.student), state(again.student))
     again.go()
-    assert same(state(whole.setup.student), state(again.setup.student))
-    ours, theirs = whole.setup.own_weights, again.setup.own_weights
+    assert same(state(whole.student), state(again.student))
+    ours, theirs = whole.teachers.own, again.teachers.own
     assert ours is not None and theirs is not None
     for side, _ in sides_of(weights):
         assert same(weights_of(ours, side), weights_of(theirs, side))
@@ -439,9 +439,9 @@ def test_after_a_resume_frozen_is_the_student_before_training(
     first = state(run.student)
     run.go()
     again = runner.resume(tmp_path / "run", steps=3, method=self_taught(weights))
-    own = again.setup.own_weights
+    own = again.teachers.own
     assert own is not None and same(weights_of(own, frozen()), first)
-    assert same(state(again.setup.student), state(run.student)) and not same(state(run.student), first)
+    assert same(state(again.student), state(run.student)) and not same(state(run.student), first)
     written = tmp_path / "run" / "config.json"
     config = json.loads(written.read_text())
     written.write_text(json.dumps({**config, "student": str(model_folder(seed=5))}))
@@ -465,7 +465,7 @@ def test_a_run_without_a_teacher(alone: dict[str, Any], tmp_path: Path) -> None:
     assert (
         setup.teachers.lms.get("teacher") is None
         and setup.source.teacher_writer is None
-        and set(setup.teachers) == {"self0"}
+        and set(setup.teachers.behind(setup.method)) == {"self0"}
     )
     assert summary(setup)["teacher"] == "the student itself, an average that takes 0.3 of it every optimizer step"
     size = sum(4 * p.numel() for p in setup.student.model.parameters())
@@ -571,4 +571,5 @@ def test_after_a_cold_start(alone: dict[str, Any], tiny_run: dict[str, Any], tmp
     )
     cold = {"cold_start": {"steps": 2, "loss": "forward_kl"}}
     both = prepare(settings(tiny_run, named, **cold), named)
-    assert [type(phase.teachers["teacher"]) for _, phase in both.phases] == [LocalTeacher, SelfTeacher]
+    behind = [both.teachers.behind(phase)["teacher"] for _, phase in both.phases]
+    assert [type(teacher) for teacher in behind] == [LocalTeacher, SelfTeacher]

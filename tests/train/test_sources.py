@@ -152,7 +152,7 @@ def _request(prompt_ids: list[int], chance: torch.Tensor) -> Any:
 
 
 def test_an_answer_ends_where_the_student_would_end_it(two_dialects: dict[str, Any]) -> None:
-    writer = setup_of(two_dialects, learner(by_teacher())).teacher_writer
+    writer = setup_of(two_dialects, learner(by_teacher())).source.teacher_writer
     ours, theirs = writer.student_stops.primary, writer.alignment.stops[writer.student_stops.primary]
     word = next(token for token in range(10, 20) if token not in (ours, theirs))
     assert writer.translated([word, theirs], Status.COMPLETED) == ([word, ours], Status.COMPLETED)

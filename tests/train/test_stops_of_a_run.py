@@ -48,7 +48,7 @@ def test_the_teachers_stop_is_the_one_that_it_uses(tmp_path: Path) -> None:
     teacher = make_model(tmp_path / "teacher", seed=2, chat=True)
     stops_at(student, [2])
     stops_at(teacher, [2, 4])
-    found = run(tmp_path).setup.models["teacher"].alignment.stops
+    found = run(tmp_path).teachers.models["teacher"].alignment.stops
     assert dict(found) == {2: 4, 4: 2}
     assert found.merged == (4,)
 
