@@ -11,7 +11,7 @@ from retort import reduce
 from retort.context import Context
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
-from retort.parts import Part
+from retort.parts import Part, per_step
 from retort.policy import Policy
 from retort.signals import TeacherSignal
 from retort.steps import Clock, Ranks, Steps
@@ -70,10 +70,10 @@ def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
             weight_C = None
             if term.weight is not None:
                 weight_C = context.steps.stored.get(f"{term.name}.weight")
-                weight_C = (term.weight.value(context, term.against) if weight_C is None else weight_C).detach()
+                weight_C = (term.weight.at(context, term.against) if weight_C is None else weight_C).detach()
             value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
-            found[f"{term.name}.value"] = value_C
-            found[f"{term.name}.weight"] = weight_C
+            found[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
+            found[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
         return found
 
     return values
@@ -84,7 +84,7 @@ def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Co
 
     def values(context: Context) -> dict[str, Tensor]:
         found = {
-            name: part.value(context, view).detach()
+            name: part.at(context, view).detach()
             for name, (part, view) in method.stored.items()
             if not weights_only or name.endswith(".weight")
         }
@@ -99,9 +99,9 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
     def values(context: Context) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for watch in watches:
-            value_C = watch.part.value(context, watch.against).detach()
+            value_C = watch.part.at(context, watch.against).detach()
             if watch.where is not None:
-                in_C = watch.where.value(context, watch.against) != 0
+                in_C = watch.where.at(context, watch.against) != 0
                 value_C = value_C.masked_fill(~in_C, float("nan"))
             found[f"watch.{watch.name}"] = value_C
         return found
@@ -111,7 +111,7 @@ def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tens
 
 def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dict[str, Tensor]]:
     """The function of a chunk that gives some parts by name, [C] each, detached."""
-    return lambda context: {name: part.value(context, view).detach() for name, part in parts.items()}
+    return lambda context: {name: part.at(context, view).detach() for name, part in parts.items()}
 
 
 def recorded_values(
@@ -185,7 +185,7 @@ def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
 
     def values(context: Context) -> dict[str, Tensor]:
         return {
-            name: stat.part.value(context, view).detach()
+            name: stat.part.at(context, view).detach()
             for name, (stat, view) in method.stats.items()
             if stat.part is not None
         }
@@ -215,6 +215,7 @@ def finish_stats(
             values_N, here = values_N[index_N], here.select(index_N)
         # A batch without a step has no largest number and no mean; what is stored for it is as empty as it is.
         finished = stat.finish(values_N, here, clock).detach() if len(values_N) else values_N
+        per_step(f"statistic '{name}'", finished, here)
         if asked:
             finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
         found[name] = finished

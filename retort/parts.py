@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from retort.context import Context
+from retort.errors import UserError
 from retort.steps import Clock, Steps
 from retort.types import Need
 
@@ -41,6 +42,13 @@ class Stat:
     groups: bool = False
 
 
+def per_step(what: str, values_N: Tensor, steps: Steps) -> Tensor:
+    """The values themselves; raises `UserError`, which says what they are of, unless they are one number per step."""
+    if values_N.shape != steps.tokens_N.shape:
+        raise UserError(f"{what} gave {tuple(values_N.shape)} for {len(steps)} steps; give one number per step, [N]")
+    return values_N
+
+
 def as_it_is(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
     """The `finish` of a statistic that is the part's own value, taken before the first update."""
     return values_N
@@ -66,6 +74,14 @@ class Part:
     also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
     stats: tuple[Stat, ...] = ()
     uses_old_logp: bool = field(default=False, kw_only=True)
+
+    def at(self, context: Context, view: str) -> Tensor:
+        """Its value at the steps of a context.
+
+        Raises:
+            UserError: It is not one number per step, which would be multiplied with other steps' numbers in silence.
+        """
+        return per_step(f"'{self.name}'", self.value(context, view), context.steps)
 
     def asks(self, view: str, against: str) -> frozenset[Need]:
         """What it asks of a view when it is used against another (or the same) one."""

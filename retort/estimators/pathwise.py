@@ -47,7 +47,7 @@ class Pathwise:
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """Value and weight at each step; 0 where the weight is 0, so that infinity behind a shut gate is harmless."""
-        value_N = self.divergence.value(context, view)
+        value_N = self.divergence.at(context, view)
         if weight_N is None:
             return value_N, torch.ones_like(context.student_logp_N.detach())
         return torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N

@@ -45,11 +45,11 @@ class ScoreFunction:
 
     def advantage_N(self, context: Context, view: str, term: str) -> Tensor:
         """Advantage minus baseline, nats, detached."""
-        advantage_N = self.advantage.value(context, view)
+        advantage_N = self.advantage.at(context, view)
         if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is no number
             baseline_N = context.steps.stored.get(f"{term}.baseline")
             if baseline_N is None:
-                baseline_N = self.baseline.value(context, view)
+                baseline_N = self.baseline.at(context, view)
             # A token that the teacher rules out is infinitely bad, and no baseline (infinite, too) makes it less so.
             lower_N = advantage_N - self.baseline_coef * baseline_N
             advantage_N = torch.where(advantage_N.isinf(), advantage_N, lower_N)
