@@ -17,7 +17,7 @@ import retort
 from retort import config as configuration
 from retort.cli import main
 from retort.errors import UserError
-from retort.train import checkpoint, runner, setup
+from retort.train import checkpoint, loading, runner
 from retort.train.observe import Silent
 from retort.train.trust import measure
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_of_another_format_is_refused_whoever_reads_it(
     def never(*_: Any) -> None:
         raise AssertionError("models are loaded for a checkpoint that is refused")
 
-    monkeypatch.setattr(setup, "load", never)
+    monkeypatch.setattr(loading, "load", never)
     (place / "weights.safetensors").unlink()  # another format may have other files
     for state, said in [
         ({name: value for name, value in good.items() if name not in ("format", "run")}, "is of format 1, and"),

@@ -16,7 +16,8 @@ from retort import config as configuration
 from retort.models.lm import best_precision
 from retort.models.load import load_model
 from retort.sequences import TokenSequence
-from retort.train import memory, models, precision, setup, trial
+from retort.train import memory, models, precision, trial
+from retort.train.prepare import prepare
 from retort.types import Pack, Prompt, Rollout
 
 PROMPTS = [[5 + n, 45, 7] for n in range(6)]
@@ -67,11 +68,11 @@ def test_a_run_whose_pair_refuses_bf16_is_in_fp32_on_both_sides(
     monkeypatch.setattr(models, "best_precision", lambda device: "bf16")
     for teacher, wanted in ((str(near), "fp32"), (tiny_run["teacher"], "bf16")):
         sections = {"precision": "auto", "teacher": teacher}
-        made = setup.prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
-        assert made.precision == made.student.precision == made.config.precision == wanted
-        assert made.teacher_lm is not None
-        assert made.teacher_lm.precision == wanted
-        assert made.teacher_lm.model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
+        made = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
+        assert made.student.precision == made.config.precision == wanted
+        teacher_lm = made.teachers.lms["teacher"]
+        assert teacher_lm.precision == wanted
+        assert teacher_lm.model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[wanted]
         assert sum(note.startswith(f"precision is {wanted} (auto)") for note in made.notes) == 1
 
 
@@ -92,7 +93,7 @@ def test_advice_about_noise_names_the_setting_where_it_helps() -> None:
 def test_the_memory_forecast_counts_copies_to_write_with(tiny_run: dict[str, Any]) -> None:
     found = {}
     for chosen in ("fp32", "bf16"):
-        made = setup.prepare(configuration.resolve(configuration.merge(tiny_run, {"precision": chosen})))
+        made = prepare(configuration.resolve(configuration.merge(tiny_run, {"precision": chosen})))
         found[chosen] = memory.forecast(made)
     # Two bytes for every weight that is multiplied by: all but embedding and norms.
     rows = sum(p.numel() for name, p in made.student.model.named_parameters() if p.ndim == 2 and "embed" not in name)
