@@ -124,7 +124,7 @@ def answers(path: Path) -> None:
     from retort.align.chat import Renderer
     from retort.config import resolve
     from retort.core.rollouts import Message
-    from retort.core.streams import Chance
+    from retort.core.streams import UniformStream
     from retort.rollout.engines.hf import HFEngine, Sampling
     from retort.rollout.episodes import Task, run_episodes
     from retort.tasks.coached import bait_rows
@@ -139,8 +139,8 @@ def answers(path: Path) -> None:
     tasks: list[Task] = []
     for number, row in chosen:
         prompt = Prompt(row["id"], (Message("user", row["clean"]),))
-        chance = Chance(0, "evaluation", "answers", number)
-        tasks.append(Task(prompt, TokenSequence.of(render(prompt)), 0, chance))
+        uniform_stream = UniformStream(0, "evaluation", "answers", number)
+        tasks.append(Task(prompt, TokenSequence.of(render(prompt)), 0, uniform_stream))
     written = run_episodes(HFEngine(lm, vocab=lm.head().width, max_parallel=2048), tasks, Sampling(longest))
     lines = [
         json.dumps({"id": f"{row['id']}-{number}", "prompt": row["prompt"], "response": rollout.text})

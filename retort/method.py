@@ -15,7 +15,7 @@ from retort.controllers import Controller
 from retort.core.needs import Need
 from retort.core.parts import Part, Stat, Weight
 from retort.core.reduce import Denominator, tokens
-from retort.core.schedules import Dial, Reading
+from retort.core.schedules import ControllerOutput, ScalarOrSchedule
 from retort.errors import UserError, did_you_mean, quoted
 from retort.estimators import Estimator
 from retort.rollout.plan import RolloutPlan
@@ -59,7 +59,7 @@ class Term:
     estimator: Estimator
     against: str = "teacher"
     weight: Weight | None = None
-    coef: Dial = 1.0
+    coef: ScalarOrSchedule = 1.0
     denominator: Denominator = field(default_factory=tokens)
 
     @property
@@ -187,10 +187,10 @@ class Method:
                     raise UserError(
                         f"controller '{controller.name}' looks at view '{view}'; {did_you_mean(view, self.views)}"
                     )
-        coefs = [term.coef for term in self.terms if isinstance(term.coef, Reading)]
-        for reading in (*coefs, *self.rollout.readings):
-            if reading.controller not in controllers:
-                raise UserError(f"a dial reads '{reading}'; {did_you_mean(reading.controller, controllers)}")
+        coefs = [term.coef for term in self.terms if isinstance(term.coef, ControllerOutput)]
+        for output in (*coefs, *self.rollout.controller_outputs):
+            if output.controller not in controllers:
+                raise UserError(f"a dial reads '{output}'; {did_you_mean(output.controller, controllers)}")
 
     @property
     def as_published(self) -> bool:

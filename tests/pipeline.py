@@ -129,7 +129,7 @@ def scored(setup: Prepared, pack: Pack) -> Batch:
     method, learner, groups = setup.method, setup.learner, in_groups(pack.rollouts)
     control = Control(method.controllers, setup.config.seed)
     longest, seed = setup.source.limit, setup.config.seed
-    clock = replace(CLOCK, readings=control.readings(method), longest=longest, seed=seed)
+    clock = replace(CLOCK, controller_outputs=control.controller_outputs(method), longest=longest, seed=seed)
     needs = setup.teachers.wanted(method, clock.step)
     signals = setup.teachers.score(method, groups, needs, partial(learner.top_ids, method, groups))
     return control.act(learner.score(method, groups, signals, clock), learner)

@@ -78,8 +78,8 @@ def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> No
     sections = {"data": str(data), "eval": {"data": "countdown", "problems": 12}}
     setup = prepare(configuration.resolve(settings, sections))
     assert [prompt.id for prompt in setup.held_out] == [prompt.id for prompt in countdown_prompts("held_out", 12)]
-    assert setup.judge_grader is not None
-    assert setup.judge_grader.name == "countdown"
+    assert setup.eval_grader is not None
+    assert setup.eval_grader.name == "countdown"
 
 
 def test_bundled_models_are_shown_words_that_they_know() -> None:

@@ -121,7 +121,9 @@ def running_advantage(controller: str, shape: Shape | None = None) -> Advantage:
         reward_R = graded(rollouts)
         if shape is not None:
             reward_R = shape(reward_R, rollouts.steps_R, clock.longest)
-        return (reward_R - clock.readings[f"{controller}.mean"]) / clock.readings[f"{controller}.std"]
+        return (reward_R - clock.controller_outputs[f"{controller}.mean"]) / clock.controller_outputs[
+            f"{controller}.std"
+        ]
 
     return stored_advantage(per_rollout(f"running_advantage({controller})", number))
 

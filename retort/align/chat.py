@@ -18,7 +18,7 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reading", "Renderer", "dated", "render", "written"]
+__all__ = ["Renderer", "TemplateOptions", "as_text", "dated", "render"]
 
 #: Ids that a renderer keeps: some 40 MB of numbers in Python.
 _KEPT = 2**20
@@ -27,7 +27,7 @@ _NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 
 
 @dataclass(frozen=True)
-class Reading:
+class TemplateOptions:
     """How prompts become ids.
 
     As it stands, ids are those of the tokenizer's own `apply_chat_template(..., add_generation_prompt=True)`.
@@ -43,13 +43,13 @@ class Reading:
     rendered: bool = False
 
 
-_AS_WRITTEN = Reading()
+_AS_IT_STANDS = TemplateOptions()
 
 
 def render(
     prompt: Prompt,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading = _AS_WRITTEN,
+    template_options: TemplateOptions = _AS_IT_STANDS,
     *,
     split: bool = False,
     opened: bool = True,
@@ -67,9 +67,9 @@ def render(
     Args:
         prompt: What to render; nothing but its messages is shown.
         tokenizer: Of the model that continues.
-        reading: What templates are told.
+        template_options: What templates are told.
         split: Put a blank into a spelt control token that the tokenizer cannot encode as text, instead of refusing it.
-        opened: See `written`; bare texts have no such beginning.
+        opened: See `as_text`; bare texts have no such beginning.
 
     Returns:
         At least one id.
@@ -79,21 +79,23 @@ def render(
             template refuses, nothing to encode, or a control token that cannot be text.
     """
     try:
-        return _ids(prompt, tokenizer, reading, opened)
+        return _ids(prompt, tokenizer, template_options, opened)
     except Spelt as error:
         if split:
-            return _ids(changed(prompt, lambda text: split_open(text, tokenizer)), tokenizer, reading, opened)
+            return _ids(changed(prompt, lambda text: split_open(text, tokenizer)), tokenizer, template_options, opened)
         raise UserError(
             f"row '{prompt.id}': its prompt spells the control token {error.token!r}, which the "
             f"tokenizer{_named(tokenizer)} cannot encode as ordinary text; take it out of the prompt, or drop the row"
         ) from None
 
 
-def _ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading, opened: bool) -> list[int]:
-    if reading.rendered:
+def _ids(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, opened: bool
+) -> list[int]:
+    if template_options.rendered:
         ids = _as_it_stands(prompt, tokenizer)
     elif tokenizer.chat_template:
-        ids = _templated(prompt, tokenizer, reading, opened)
+        ids = _templated(prompt, tokenizer, template_options, opened)
     elif prompt.plain:
         ids = _bare(prompt, tokenizer)
     else:
@@ -112,15 +114,15 @@ class Renderer:
     A run comes back to every prompt in each epoch. What is kept is bounded: what does not fit is rendered every time.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, reading: Reading = _AS_WRITTEN) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions = _AS_IT_STANDS) -> None:
         """Nothing rendered yet.
 
         Args:
             tokenizer: Of the model that continues.
-            reading: See `render`.
+            template_options: See `render`.
         """
         self.tokenizer = tokenizer
-        self.reading = reading
+        self.template_options = template_options
         self._found: dict[tuple[tuple[Message, ...], str, bool, bool], list[int]] = {}
         self._kept = 0
 
@@ -137,17 +139,17 @@ class Renderer:
         key = (prompt.messages, json.dumps(prompt.tools), prompt.plain, split)
         ids = self._found.get(key)
         if ids is None:
-            ids = render(prompt, self.tokenizer, self.reading, split=split)
+            ids = render(prompt, self.tokenizer, self.template_options, split=split)
             if self._kept + len(ids) <= _KEPT:
                 self._found[key] = ids
                 self._kept += len(ids)
         return ids
 
 
-def written(
+def as_text(
     turns: Sequence[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading = _AS_WRITTEN,
+    template_options: TemplateOptions = _AS_IT_STANDS,
     *,
     opened: bool = True,
     tools: Sequence[Mapping[str, Any]] = (),
@@ -157,16 +159,16 @@ def written(
     Args:
         turns: See `conversation`.
         tokenizer: With a chat template.
-        reading: What the template is told.
+        template_options: What the template is told.
         opened: Ask for the beginning of the assistant's turn after it.
         tools: The functions that the model may call.
     """
-    told: dict[str, Any] = {} if reading.thinking is None else {"enable_thinking": reading.thinking}
+    told: dict[str, Any] = {} if template_options.thinking is None else {"enable_thinking": template_options.thinking}
     if tools:
         told["tools"] = [dict(tool) for tool in tools]
-    if reading.date is not None and dated(tokenizer):
+    if template_options.date is not None and dated(tokenizer):
         # Some have a template of its own for conversations with tools.
-        told["chat_template"] = _on_day(tokenizer.get_chat_template(tools=told.get("tools")), reading.date)
+        told["chat_template"] = _on_day(tokenizer.get_chat_template(tools=told.get("tools")), template_options.date)
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **told
@@ -201,20 +203,22 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids
 
 
-def _templated(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, reading: Reading, opened: bool) -> list[int]:
+def _templated(
+    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, opened: bool
+) -> list[int]:
     # Other texts than contents steer templates (a call's type is compared), so that they are left as they are unless
     # they spell a control token.
     contents = [message.content for message in prompt.messages]
     spelling = [text for text in inner_texts(prompt) if spelt(text, tokenizer)]
 
     def shown(prompt: Prompt) -> str:
-        return written(conversation(prompt.messages), tokenizer, reading, opened=opened, tools=prompt.tools)
+        return as_text(conversation(prompt.messages), tokenizer, template_options, opened=opened, tools=prompt.tools)
 
     def template(texts: Sequence[str]) -> str:
         inner = dict(zip(spelling, texts[len(contents) :], strict=True))
         other = with_inner(prompt, lambda text: inner.get(text, text)) if inner else prompt
         turns = conversation(other.messages, texts[: len(contents)])
-        return written(turns, tokenizer, reading, opened=opened, tools=other.tools)
+        return as_text(turns, tokenizer, template_options, opened=opened, tools=other.tools)
 
     try:
         # The template writes its own special tokens, a beginning-of-text among them.

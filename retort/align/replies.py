@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from retort.align.chat import Reading, render
+from retort.align.chat import TemplateOptions, render
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 
@@ -24,7 +24,7 @@ def reply_ids(
     said: Sequence[Message],
     stop: int,
     tokenizer: PreTrainedTokenizerBase,
-    reading: Reading,
+    template_options: TemplateOptions,
 ) -> list[int]:
     """The ids from the end of a turn of the model's to the beginning of its next one.
 
@@ -37,25 +37,30 @@ def reply_ids(
         said: What is said to the model's turn.
         stop: The token that the turn ended with.
         tokenizer: Of the model.
-        reading: What chat templates are told.
+        template_options: What chat templates are told.
 
     Raises:
         UserError: There is no chat template, or it does not end turns with this token, writes what stood before the
             turn anew, or refuses or leaves out what is said.
     """
     who = f"prompt '{prompt.id}': the model cannot be answered"
-    if reading.rendered or not tokenizer.chat_template:
+    if template_options.rendered or not tokenizer.chat_template:
         raise UserError(
             f"{who}, because its prompts are no conversations; an environment that replies needs a model with a chat "
             "template, and rollout.rendered=false"
         )
     whole_ids, other_ids = (
-        render(replace(prompt, messages=(*prompt.messages, _TURN, first, *said[1:])), tokenizer, reading, split=True)
+        render(
+            replace(prompt, messages=(*prompt.messages, _TURN, first, *said[1:])),
+            tokenizer,
+            template_options,
+            split=True,
+        )
         for first in (said[0], replace(said[0], content=f"Retortagain {said[0].content}"))
     )
     if whole_ids == other_ids:
         raise UserError(f"{who}, because its chat template leaves out turns of the role '{said[0].role}'")
-    before_ids = render(prompt, tokenizer, reading, split=True, opened=False)
+    before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
     if whole_ids[: len(before_ids)] != before_ids:
         raise UserError(
             f"{who}, because its chat template writes earlier turns anew when another follows; use a model whose "

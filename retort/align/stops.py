@@ -121,10 +121,10 @@ def stop_tokens(
         primary, ids = found[0], found
     else:
         generation, model = _ids(generation_config), _ids(model_config)
-        written = [int(i) for i in getattr(model_config, WRITTEN, None) or ()]
+        as_text = [int(i) for i in getattr(model_config, WRITTEN, None) or ()]
         # Believed only while generation_config.json agrees: whoever edits that one is heard.
-        if written and set(written) == set(generation) and all(i in tokens for i in written):
-            return StopTokens(frozenset(written), written[0])
+        if as_text and set(as_text) == set(generation) and all(i in tokens for i in as_text):
+            return StopTokens(frozenset(as_text), as_text[0])
         for origin, stated in (("generation_config.json", generation), ("config.json", model)):
             for i in stated:
                 _check(tokenizer, tokens, i, origin, who)

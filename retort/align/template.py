@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from retort.align.chat import Reading, written
+from retort.align.chat import TemplateOptions, as_text
 from retort.align.encode import spelt
 
 if TYPE_CHECKING:
@@ -60,24 +60,24 @@ class Turns:
         return text[len(_shared(self.end, self.answer)) :].strip()
 
 
-def turns(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> Turns | None:
+def turns(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions) -> Turns | None:
     """What the chat template writes around messages; None without one, or where it refuses a question and an answer.
 
     Args:
         tokenizer: Of the model.
-        reading: What the template is told.
+        template_options: What the template is told.
     """
-    if not tokenizer.chat_template or reading.rendered:
+    if not tokenizer.chat_template or template_options.rendered:
         return None
     try:
-        asked = _written(tokenizer, reading, _ASKED, opened=True)
-        end = _after(_ASKED, _written(tokenizer, reading, _ASKED)) or ""
-        said = _written(tokenizer, reading, _ASKED, _SAID)
+        asked = _written(tokenizer, template_options, _ASKED, opened=True)
+        end = _after(_ASKED, _written(tokenizer, template_options, _ASKED)) or ""
+        said = _written(tokenizer, template_options, _ASKED, _SAID)
     except Exception:  # jinja2's errors, and what a template itself raises; rendering a prompt says so to the user
         return None
     return Turns(
         asked=asked,
-        user=_user(tokenizer, reading, _after(_SAID, said) or ""),
+        user=_user(tokenizer, template_options, _after(_SAID, said) or ""),
         answer=_between(_ASKED, _SAID, said),
         end=end,
         opened=_after(_ASKED, asked),
@@ -103,14 +103,14 @@ def unlike_a_turn(found: Turns) -> tuple[str, bool] | None:
     return f"it ends a prompt with {beginning!r}, but writes {header!r} before answers", False
 
 
-def thinks(tokenizer: PreTrainedTokenizerBase, reading: Reading) -> str | None:
+def thinks(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions) -> str | None:
     """Which way a template that knows `enable_thinking` is used: on, off, or its own; None if it does not know it."""
-    if not tokenizer.chat_template or reading.rendered:
+    if not tokenizer.chat_template or template_options.rendered:
         return None
     try:
         on, off, now = (
-            _written(tokenizer, Reading(thinking, reading.date), _ASKED, opened=True)
-            for thinking in (True, False, reading.thinking)
+            _written(tokenizer, TemplateOptions(thinking, template_options.date), _ASKED, opened=True)
+            for thinking in (True, False, template_options.thinking)
         )
     except Exception:  # as above
         return None
@@ -144,18 +144,20 @@ def of_another_family(text: str, tokenizer: PreTrainedTokenizerBase) -> str | No
     return next((known for known in _KNOWN if begins and known in text and not spelt(known, tokenizer)), None)
 
 
-def _user(tokenizer: PreTrainedTokenizerBase, reading: Reading, end: str) -> str:
+def _user(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, end: str) -> str:
     try:
-        again = _between(_SAID, _AGAIN, _written(tokenizer, reading, _ASKED, _SAID, _AGAIN))
+        again = _between(_SAID, _AGAIN, _written(tokenizer, template_options, _ASKED, _SAID, _AGAIN))
     except Exception:  # as above
         return ""
     return again[len(_shared(end, again)) :]
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, reading: Reading, *contents: str, opened: bool = False) -> str:
+def _written(
+    tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, *contents: str, opened: bool = False
+) -> str:
     roles: Sequence[str] = ("user", "assistant", "user")
     talk: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=False)]
-    return written(talk, tokenizer, reading, opened=opened)
+    return as_text(talk, tokenizer, template_options, opened=opened)
 
 
 def _shared(one: str, other: str) -> str:

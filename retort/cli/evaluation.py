@@ -14,14 +14,14 @@ from retort.align.tokens import vocabulary_width
 from retort.config import Config
 from retort.config.synonyms import ours_for
 from retort.errors import UserError, did_you_mean
-from retort.evaluate.judge import Judge
+from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
 from retort.rewards.own import is_own
 from retort.train.events.observe import Observer
 from retort.train.models.models import engine, load, local_teacher
-from retort.train.setup.prompts import grader, judge_prompts
-from retort.train.setup.reading import check_written, ends, settled
+from retort.train.setup.prompts import eval_prompts, grader
 from retort.train.setup.split import repeats
+from retort.train.setup.templates import check_written, ends, settled
 
 #: Settings that have a meaning here.
 _READ = frozenset(
@@ -57,7 +57,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     if config.threads:
         torch.set_num_threads(config.threads)
     notes: list[str] = []
-    prompts = judge_prompts(config, data, notes)
+    prompts = eval_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
     notes += repeats(prompts, "rows of the data") if own else []
     verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
@@ -69,20 +69,20 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
     models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
     config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
-    render = Renderer(lm.tokenizer, config.rollout.reading)
+    render = Renderer(lm.tokenizer, config.rollout.template_options)
     notes += [*check_written(prompts, {"model": render}), *ends({"model": render})[1]]
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
-    judge = Judge.of(config, prompts, verifier, vocab=vocab)
+    evaluator = Evaluator.of(config, prompts, verifier, vocab=vocab)
     longest, first = 0, prompts[0].id
     for prompt in prompts:
         ids = render(prompt)
         lm.check_ids(ids, f"row '{prompt.id}': its prompt")
         longest, first = max((longest, first), (len(ids), prompt.id))
-    judge = _fit(config, judge, lm, (longest, first), observer)
-    row = judge.judge(
+    evaluator = _fit(config, evaluator, lm, (longest, first), observer)
+    row = evaluator.evaluate(
         lm,
         engine(config, lm, vocab),
         teacher=other,
@@ -90,10 +90,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     )
     cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
-        "k": judge.samples,
+        "k": evaluator.samples,
         "problems": len(prompts),
-        **judge.graded(),
-        "seed": judge.seed,
+        **evaluator.graded(),
+        "seed": evaluator.seed,
         "rows": [{"who": model, **cells}],
         "pass_at": {model: row.get("pass_at", {})},
         "profile": {model: row["profile"]},
@@ -101,7 +101,9 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     }
 
 
-def _fit(config: Config, judge: Judge, lm: LanguageModel, prompt: tuple[int, str], observer: Observer) -> Judge:
+def _fit(
+    config: Config, evaluator: Evaluator, lm: LanguageModel, prompt: tuple[int, str], observer: Observer
+) -> Evaluator:
     """The judge, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
 
     Raises:
@@ -109,18 +111,18 @@ def _fit(config: Config, judge: Judge, lm: LanguageModel, prompt: tuple[int, str
     """
     longest, row = prompt
     room = lm.context - longest
-    if judge.max_new_tokens <= room:
-        return judge
+    if evaluator.max_new_tokens <= room:
+        return evaluator
     if room < 1 or config.given("eval.max_new_tokens") or config.given("rollout.max_new_tokens"):
         raise UserError(
-            f"row '{row}': {longest} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
+            f"row '{row}': {longest} prompt tokens and {evaluator.max_new_tokens} new ones exceed the model's "
             f"context of {lm.context}; lower max_new_tokens"
         )
     observer.note(
         f"answers end after {room:,} tokens: beside the longest prompt (row '{row}', {longest} tokens) the model's "
         f"context of {lm.context:,} holds no more"
     )
-    return replace(judge, max_new_tokens=room)
+    return replace(evaluator, max_new_tokens=room)
 
 
 def _full(word: str) -> str:

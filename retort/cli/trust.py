@@ -67,7 +67,7 @@ def measure(
     run = load(path, observer or Silent(), method=method)
     prepared = run.prepared
     prompts, source = _prompts(run, view, problems)
-    verifier = prepared.judge_grader if source == HELD_OUT else prepared.source.grader
+    verifier = prepared.eval_grader if source == HELD_OUT else prepared.source.grader
     if verifier is None:
         raise UserError("nobody can say which answers are right: the data needs an `answer`")
     protocol = Protocol(
@@ -82,7 +82,7 @@ def measure(
         prepared.student,
         alignment=SameIds(prepared.learner.vocab),
         batch_tokens=prepared.config.optimizer.batch_tokens,
-        reading=prepared.source.render.reading,
+        template_options=prepared.source.render.template_options,
     )
     watcher = run.observer
     found = branches(
@@ -119,9 +119,9 @@ def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
     columns = run.prepared.method.views[view].columns
     for source, prompts in ((HELD_OUT, run.prepared.held_out), ("training prompts", run.prepared.source.prompts)):
         fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
-        judge = run.prepared.judge_grader if source == HELD_OUT else run.prepared.source.grader
-        if judge is not None:
-            fit = [prompt for prompt in fit if judge.can_grade(prompt)]
+        evaluator = run.prepared.eval_grader if source == HELD_OUT else run.prepared.source.grader
+        if evaluator is not None:
+            fit = [prompt for prompt in fit if evaluator.can_grade(prompt)]
         if fit:
             return fit[:problems], source
     raise UserError(f"no prompt of the run has what view '{view}' shows: {', '.join(columns) or 'an answer'}")

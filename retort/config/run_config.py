@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from retort import registry
-from retort.align.chat import Reading
+from retort.align.chat import TemplateOptions
 from retort.config.precedence import flat, leave_open, merge
 from retort.config.sections import (
     SHORTHANDS,
@@ -111,9 +111,9 @@ class RolloutSection(Section):
             raise PydanticCustomError("day", "must be a day such as 2026-11-29") from None
 
     @property
-    def reading(self) -> Reading:
+    def template_options(self) -> TemplateOptions:
         """How prompts become ids."""
-        return Reading(self.thinking, self.date, self.rendered)
+        return TemplateOptions(self.thinking, self.date, self.rendered)
 
 
 class Config(Section):

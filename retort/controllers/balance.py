@@ -192,5 +192,5 @@ def _normalised(state: dict[str, Tensor], features: Tensor) -> Tensor:
 
 def _entropy(logit: Tensor) -> Tensor:
     """Of a coin that falls on one side with probability sigmoid(logit), nats."""
-    chance = logit.sigmoid()
-    return -(chance * functional.logsigmoid(logit) + (1 - chance) * functional.logsigmoid(-logit))
+    uniform_stream = logit.sigmoid()
+    return -(uniform_stream * functional.logsigmoid(logit) + (1 - uniform_stream) * functional.logsigmoid(-logit))

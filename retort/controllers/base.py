@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retort.core.parts import Part
-from retort.core.schedules import Reading
+from retort.core.schedules import ControllerOutput
 from retort.errors import UserError
 
 #: Named tensors on the CPU; nobody changes them in place.
@@ -90,9 +90,9 @@ class Controller:
     against: str = "teacher"
     rewards: bool = False
 
-    def read(self, number: str) -> Reading:
+    def read(self, number: str) -> ControllerOutput:
         """A dial that is one of its numbers."""
-        return Reading(self.name, number)
+        return ControllerOutput(self.name, number)
 
     def init(self, draw: torch.Generator) -> State:
         """The state before the first batch."""

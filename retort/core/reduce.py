@@ -64,7 +64,7 @@ def constant(value: float) -> Denominator:
     return Denominator("constant", value)
 
 
-def shares(
+def loss_scales(
     denominator: Denominator,
     *,
     counted_N: Tensor,
@@ -83,7 +83,7 @@ def shares(
     if denominator.kind == "constant":
         return ones_N / denominator.value
     if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
-        return _rollout_shares(denominator, ones_N, rollout_N, weight_N)
+        return _rollout_scales(denominator, ones_N, rollout_N, weight_N)
     if denominator.kind == "weighted":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
@@ -92,13 +92,13 @@ def shares(
     return ones_N / ones_N.sum().clamp_min(1)
 
 
-def _rollout_shares(
+def _rollout_scales(
     denominator: Denominator,
     ones_N: Tensor,
     rollout_N: Tensor,
     weight_N: Tensor | None,
 ) -> Tensor:
-    """See `shares`."""
+    """See `loss_scales`."""
     if denominator.kind == "weighted_rollouts":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
@@ -115,17 +115,17 @@ def _rollout_shares(
     return torch.where(steps_N > 0, ones_N / (torch.where(steps_N > 0, steps_N, 1.0) * rollouts), 0.0)
 
 
-def scalar(terms: Mapping[str, TokenLoss], shares_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:
+def scalar(terms: Mapping[str, TokenLoss], scale_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:
     """Sum over terms of coef * sum over steps of value * weight * share; differentiable.
 
-    `shares_N` are those of the steps at hand, cut from the shares of the whole batch: micro-batches add up to the
+    `scale_N` are those of the steps at hand, cut from the shares of the whole batch: micro-batches add up to the
     batch.
     """
-    losses = [coefs[name] * total(term, shares_N[name]) for name, term in terms.items()]
+    losses = [coefs[name] * total(term, scale_N[name]) for name, term in terms.items()]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
-def total(term: TokenLoss, share_N: Tensor) -> Tensor:
+def total(term: TokenLoss, scale_N: Tensor) -> Tensor:
     """One term's part of the loss, before its coefficient; an uncounted step cannot poison it."""
     value_N = torch.where(term.counted_N, term.value_N, torch.zeros_like(term.value_N))
-    return (value_N * term.weight_N.to(value_N.dtype) * share_N.to(value_N.dtype)).sum()
+    return (value_N * term.weight_N.to(value_N.dtype) * scale_N.to(value_N.dtype)).sum()

@@ -18,7 +18,7 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ControllerOutput:
     """A number that one of the method's controllers gives, read anew for every batch (`retort.controllers`).
 
     Attributes:
@@ -34,20 +34,24 @@ class Reading:
 
 
 #: A number that may move: fixed, a function of the step, or read from a controller.
-Dial = float | Schedule | Reading
+ScalarOrSchedule = float | Schedule | ControllerOutput
 
 
-def at(dial: Dial, step: int, total_steps: int | None, readings: Mapping[str, float] | None = None) -> float:
+def at(
+    scalar: ScalarOrSchedule, step: int, total_steps: int | None, controller_outputs: Mapping[str, float] | None = None
+) -> float:
     """The value of a dial at a step.
 
     Raises:
         UserError: It is read from a controller that gave no such number.
     """
-    if isinstance(dial, Reading):
-        if str(dial) not in (readings or {}):
-            raise UserError(f"no controller gives '{dial}' (given: {', '.join(sorted(readings or {})) or 'nothing'})")
-        return (readings or {})[str(dial)]
-    return dial(step, total_steps) if callable(dial) else dial
+    if isinstance(scalar, ControllerOutput):
+        if str(scalar) not in (controller_outputs or {}):
+            raise UserError(
+                f"no controller gives '{scalar}' (given: {', '.join(sorted(controller_outputs or {})) or 'nothing'})"
+            )
+        return (controller_outputs or {})[str(scalar)]
+    return scalar(step, total_steps) if callable(scalar) else scalar
 
 
 def line(start: float, end: float) -> Schedule:

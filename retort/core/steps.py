@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
-from retort.core.schedules import Dial, at
+from retort.core.schedules import ScalarOrSchedule, at
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Clock:
         step: Batches done in the run; random streams are keyed by it.
         end: Batches after which the method at hand is done; None where that is not known.
         begun: Batches done before the method at hand took over (a cold start runs another one first).
-        readings: Numbers of the method's controllers, by `<controller>.<number>`.
+        controller_outputs: Numbers of the method's controllers, by `<controller>.<number>`.
         seed: Of the run, for what is drawn.
         longest: The longest completion that was allowed, tokens; None where that is not known.
     """
@@ -31,7 +31,7 @@ class Clock:
     step: int = 0
     end: int | None = None
     begun: int = 0
-    readings: Mapping[str, float] = field(default_factory=lambda: {})
+    controller_outputs: Mapping[str, float] = field(default_factory=lambda: {})
     seed: int = 0
     longest: int | None = None
 
@@ -45,9 +45,9 @@ class Clock:
         """Batches of the method at hand, where known."""
         return None if self.end is None else self.end - self.begun
 
-    def at(self, dial: Dial) -> float:
+    def at(self, scalar: ScalarOrSchedule) -> float:
         """The value of a dial now."""
-        return at(dial, self.done, self.total, self.readings)
+        return at(scalar, self.done, self.total, self.controller_outputs)
 
 
 @dataclass(frozen=True, eq=False)

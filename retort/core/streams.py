@@ -51,7 +51,7 @@ def uniforms(seed: int, stream: Stream, *parts: str | int, count: int) -> Tensor
 
 
 @dataclass(frozen=True, init=False)
-class Chance:
+class UniformStream:
     """The numbers of an episode: of its first turn under the key alone, of later ones under the key and the turn.
 
     Attributes:

@@ -25,7 +25,7 @@ from retort.core.needs import DENSE, can_meet
 from retort.core.rollouts import Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
-from retort.core.streams import Chance, generator, permutation
+from retort.core.streams import UniformStream, generator, permutation
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
@@ -176,8 +176,8 @@ def branches(
         for choice in range(protocol.candidates + 1):
             forced = [] if choice == 0 else [int(ids_MK[number, choice - 1])]
             begun.append(before.then(forced, decided=True))
-            chance = Chance(protocol.seed, "evaluation", "branch", number, choice)
-            tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, chance, visit=number))
+            uniform_stream = UniformStream(protocol.seed, "evaluation", "branch", number, choice)
+            tasks.append(Task(spine[fork.rollout].prompt, begun[-1].read(), choice, uniform_stream, visit=number))
     right = _graded(student, tasks, begun, verifier, protocol, progress)
     found: list[Branch] = []
     for number, fork in enumerate(forks):
@@ -204,8 +204,8 @@ def _spine(student: Student, prompts: Sequence[Prompt], verifier: Grader, protoc
     longest, tasks = protocol.max_new_tokens, list[Task]()
     for prompt in prompts:
         for member in range(protocol.samples):
-            chance = Chance(protocol.seed, "evaluation", "spine", prompt.id, member)
-            tasks.append(Task(prompt, TokenSequence.of(student.render(prompt)), member, chance))
+            uniform_stream = UniformStream(protocol.seed, "evaluation", "spine", prompt.id, member)
+            tasks.append(Task(prompt, TokenSequence.of(student.render(prompt)), member, uniform_stream))
     written = run_episodes(student.engine, tasks, Sampling(longest, protocol.temperature))
     return graded(verifier, written)
 

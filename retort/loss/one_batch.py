@@ -21,7 +21,7 @@ from retort.core.steps import ALONE, Clock, Steps
 from retort.core.streams import generator
 from retort.errors import UserError
 from retort.loss.scoring import Evaluate, look, scored
-from retort.loss.terms import batch_shares, check_needs, counted, hidden_values, losses, term_values
+from retort.loss.terms import batch_scales, check_needs, counted, hidden_values, losses, term_values
 from retort.method import Method
 from retort.registry import load
 
@@ -174,7 +174,7 @@ class OneBatch:
 
         steps = scored(self.method, self.steps, core.clock, valid, evaluated, several=False)
         counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
-        shares_N = batch_shares(self.method, steps, counted_N, ALONE)
+        scale_N = batch_scales(self.method, steps, counted_N, ALONE)
         state, clock = self._controlled(steps, core.clock, valid, evaluated)
         core = replace(core, steps=steps, clock=clock)
 
@@ -184,7 +184,7 @@ class OneBatch:
                 values,
                 clock,
                 counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
-                shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
+                scale_N={name: scale_N[rows] for name, scale_N in scale_N.items()},
             )
 
         loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
@@ -196,8 +196,8 @@ class OneBatch:
     def _read(self) -> Clock:
         """The clock with the numbers of the controllers as they are before this batch."""
         states = ((controller, self._state_of(controller)) for controller in self.method.controllers)
-        readings = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
-        return replace(self.clock, readings=readings)
+        controller_outputs = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
+        return replace(self.clock, controller_outputs=controller_outputs)
 
     def _state_of(self, controller: Controller) -> State:
         """What was given of a controller's state, or that at the start of a run."""
@@ -209,17 +209,17 @@ class OneBatch:
         self, steps: Steps, clock: Clock, valid: Mapping[str, Tensor | None], evaluate: Evaluate
     ) -> tuple[dict[str, Tensor], Clock]:
         """The state of all controllers after this batch, flat, and the clock with the numbers that its terms read."""
-        flat, readings = dict(self.state), dict[str, float]()
+        flat, controller_outputs = dict(self.state), dict[str, float]()
         for controller in self.method.controllers:
             name, state = controller.name, self._state_of(controller)
             seen = look(controller, steps, clock, valid, evaluate) if len(steps) else None
             if seen is not None:
                 state = controller.act(state, seen, generator(0, "controllers", name, clock.step))
-            readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
+            controller_outputs |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
             if seen is not None and not controller.again:
                 state = controller.learn(state, seen, {})
             flat |= {f"{name}/{key}": x for key, x in state.items()}
-        return flat, replace(clock, readings=readings)
+        return flat, replace(clock, controller_outputs=controller_outputs)
 
     def _check_lists(self, name: str, signal: TeacherSignal, width: int) -> None:
         """Refuses lists of ids that are shorter than the method needs, or that hold ids the student does not have."""

@@ -151,7 +151,7 @@ def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> d
     return found
 
 
-def batch_shares(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
     """What each step is multiplied by, per term, [N] each.
 
     Args:
@@ -162,7 +162,7 @@ def batch_shares(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], 
     """
     whole, own = ranks.gather(steps.storing({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
     return {
-        term.name: reduce.shares(
+        term.name: reduce.loss_scales(
             term.denominator,
             counted_N=whole.stored[f"counted/{term.name}"],
             rollout_N=whole.rollout_N,
@@ -229,7 +229,7 @@ def losses(
     clock: Clock,
     *,
     counted_N: Mapping[str, Tensor],
-    shares_N: Mapping[str, Tensor],
+    scale_N: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
     """The scalar of these steps and the terms behind it: those that there are values of."""
     terms = {
@@ -238,4 +238,4 @@ def losses(
         if f"{term.name}.value" in values
     }
     coefs = {term.name: clock.at(term.coef) for term in method.terms}
-    return reduce.scalar(terms, shares_N, coefs), terms
+    return reduce.scalar(terms, scale_N, coefs), terms

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from retort.controllers.balance import balance
-from retort.core.schedules import Dial, line
+from retort.core.schedules import ScalarOrSchedule, line
 from retort.divergences import forward_kl, reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
@@ -71,8 +71,8 @@ def arkd(
     if not 0 <= forward_weight <= 1:
         raise UserError(f"forward_weight must lie in [0, 1], not {forward_weight}")
     policy = None
-    forward: Dial = forward_weight
-    reverse: Dial = 1.0 - forward_weight
+    forward: ScalarOrSchedule = forward_weight
+    reverse: ScalarOrSchedule = 1.0 - forward_weight
     if mode in ("linear_to_reverse", "linear_to_forward"):
         ends = (1.0, 0.0) if mode == "linear_to_reverse" else (0.0, 1.0)
         forward, reverse = line(*ends), line(*ends[::-1])

@@ -70,8 +70,8 @@ def rlsd(
         raise UserError(f"method.share must lie in [0, 1], not {share:g}")
     advantage = group_advantage()
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
-    dial = share if share_steps is None else _falling(share, share_steps)
-    size = directed_ratio(advantage, share=dial, bound=bound, negative_only=negative_only)
+    scalar = share if share_steps is None else _falling(share, share_steps)
+    size = directed_ratio(advantage, share=scalar, bound=bound, negative_only=negative_only)
     weights = hard_copy(copy_every) if teacher == "hard_copy" else frozen()
     score = score_function(advantage, clip=clip)
     return Method(

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from retort.align.stops import stop_tokens
-from retort.models.chance import without_chance
 from retort.models.files import Weights, blamed_on, read_model, read_tokenizer
 from retort.models.held import Held
 from retort.models.lm import LanguageModel, Precision
+from retort.models.randomness import without_randomness
 from retort.models.together import settle
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def load_model(
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
     model.requires_grad_(role == "student")
-    without_chance(model)
+    without_randomness(model)
     stops = stop_tokens(tokenizer, model.generation_config, model.config, who=who, override=stop)
     written = model.generation_config
     # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would

@@ -23,7 +23,7 @@ from retort.preflight.findings import Check
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.setup.memory import available, forecast, size_words
 from retort.train.setup.prepare import Prepared
-from retort.train.setup.reading import check_written, ends, thinking_words
+from retort.train.setup.templates import check_written, ends, thinking_words
 
 #: Rows of the data that models are probed on.
 PROBES = 16
@@ -183,7 +183,7 @@ def check_prompts(prepared: Prepared) -> Check:
     readers = _readers(prepared)
     shown = [f"row '{prepared.source.prompts[0].id}' is {_shown(prepared.source.prompts[0], readers)}"]
     tokenizers = {who: render.tokenizer for who, render in readers.items()}
-    thinking = thinking_words(tokenizers, prepared.source.render.reading)
+    thinking = thinking_words(tokenizers, prepared.source.render.template_options)
     shown += [thinking] if thinking else []
     doubts = check_written([*prepared.source.prompts, *prepared.held_out], readers)
     remedy = "see docs/prompts.md for what is read as what" if doubts else ""

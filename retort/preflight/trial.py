@@ -27,7 +27,7 @@ from retort.rollout.plan import RolloutPlan
 from retort.train.learning.diagnose import engine_gap_N, rollout_means, watching
 from retort.train.models.precision import ABOVE_NOISE
 from retort.train.setup.prepare import Prepared
-from retort.train.source.cache import Shelf
+from retort.train.source.cache import RolloutCache
 
 #: Prompts that the student writes about.
 TRIAL_PROMPTS = 16
@@ -73,7 +73,7 @@ def run_trial(prepared: Prepared) -> Trial:
     method = watching(replace(prepared.method, rollout=plan, watch=now), k, 1)
     source, teachers, passes = prepared.source, prepared.teachers, prepared.learner.passes
     teachers.check(method)
-    trial = replace(source, count=min(TRIAL_PROMPTS, len(source.prompts)), shelf=Shelf())
+    trial = replace(source, count=min(TRIAL_PROMPTS, len(source.prompts)), cache=RolloutCache())
     clock = Clock(0, 1, seed=prepared.config.seed, longest=source.limit)
     groups = trial.rollouts(method, clock, 0)
     pack = Pack.of([rollout for group in groups for rollout in group])
@@ -152,9 +152,9 @@ def check_teachability(prepared: Prepared, trial: Trial) -> Check:
     score = _right_from_wrong(trial)
     if score is not None:
         found["trajectory_auroc"] = score
-    chance = _overlap_by_chance(prepared, trial)
+    uniform_stream = _overlap_at_random(prepared, trial)
     saw = (
-        f"top-{trial.k} in common {found['overlap_ratio']:.0%} (by chance {chance:.0%}), holding "
+        f"top-{trial.k} in common {found['overlap_ratio']:.0%} (by chance {uniform_stream:.0%}), holding "
         f"{found['overlap_mass']:.0%} of the student's probability and {found['overlap_teacher_mass']:.0%} of the "
         f"teacher's; reverse KL {found['reverse_kl']:.3f} nats"
         + (f", entropies {found['entropy_gap']:.2f} nats apart" if "entropy_gap" in found else "")
@@ -201,7 +201,7 @@ def _teacher_view(prepared: Prepared) -> str | None:
     return next((name for name, view in prepared.method.views.items() if view.model == "teacher"), None)
 
 
-def _overlap_by_chance(prepared: Prepared, trial: Trial) -> float:
+def _overlap_at_random(prepared: Prepared, trial: Trial) -> float:
     """Of two random lists."""
     return min(1.0, trial.k / prepared.learner.vocab)
 

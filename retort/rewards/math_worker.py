@@ -1,9 +1,9 @@
 """The process that judges mathematics: one JSON request per line in, one reply per line out.
 
-Run by its path by `retort.rewards.math_judge`. It imports math-verify and the standard library only. This process loads
-the libraries once and forks a child that judges. A child whose comparison exceeds the processor time that its request
-allows is ended by the kernel, and another is forked at once. It is processor time and not time on the clock, because a
-verdict must not depend on what else the machine does.
+`retort.rewards.math_process` runs it by its path. It imports math-verify and the standard library only. This process
+loads the libraries once and forks a child that compares. A child whose comparison exceeds the processor time that its
+request allows is ended by the kernel, and another is forked at once. It is processor time and not time on the clock,
+because a verdict must not depend on what else the machine does.
 
 In: {"gold", "text", "boxed", "digits", "limit_s"}. Out: {"equal"} or {"given_up"}; first of all {"ready"} or {"error"}.
 
@@ -45,20 +45,20 @@ def main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     try:
-        judge = _judge()
+        verify = _verifier()
     except Exception as error:
         _reply(replies, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
         return
     _reply(replies, {"ready": True})
     if not hasattr(os, "fork"):
-        _serve(judge, replies)
+        _serve(verify, replies)
         return
     while True:
         own = os.getpid()
         child = os.fork()
         if child == 0:
             _die_with(own)
-            _serve(judge, replies)
+            _serve(verify, replies)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
@@ -66,13 +66,13 @@ def main() -> None:
         _reply(replies, {"given_up": True})
 
 
-def _serve(judge: Any, replies: Any) -> None:
+def _serve(verify: Any, replies: Any) -> None:
     # One request at a time lies in the pipe, so that nothing is lost with a child's buffer.
     for line in sys.stdin.buffer:
         request = json.loads(line)
         _allow(request["limit_s"])
         try:
-            equal = judge(request["gold"], request["text"], request["boxed"], request["digits"])
+            equal = verify(request["gold"], request["text"], request["boxed"], request["digits"])
         except (Exception, MemoryError):  # the text's doing, whatever it is: it is not right
             equal = False
         _allow(0.0)
@@ -101,22 +101,22 @@ def _reply(replies: Any, content: dict[str, object]) -> None:
     replies.flush()
 
 
-def _judge() -> Any:
+def _verifier() -> Any:
     import logging
 
     import math_verify
 
     logging.disable()
 
-    def judge(gold: str, text: str, boxed: bool, digits: int) -> bool:
+    def verify(gold: str, text: str, boxed: bool, digits: int) -> bool:
         # No timeouts of math-verify's own (see retort.rewards.verify): the kernel ends this process.
         parsed = math_verify.parse(f"\\boxed{{{text}}}" if boxed else text, parsing_timeout=None)  # type: ignore[arg-type]
         golds = math_verify.parse(f"\\boxed{{{gold}}}", parsing_timeout=None)  # type: ignore[arg-type]
         return bool(math_verify.verify(golds, parsed, float_rounding=digits, timeout_seconds=None))
 
     for text in _WARM:
-        judge(text, text, True, 6)
-    return judge
+        verify(text, text, True, 6)
+    return verify
 
 
 if __name__ == "__main__":

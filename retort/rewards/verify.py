@@ -21,7 +21,7 @@ from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.rewards import answers
 from retort.rewards.base import GivesFeedback, GivesParts, Verifier
-from retort.rewards.math_judge import Judge
+from retort.rewards.math_process import MathProcess
 
 __all__ = [
     "BaitVerifier",
@@ -141,7 +141,7 @@ class MathVerifier:
             )
         self.limit_s = limit_s
         self.given_up = 0
-        self._judge = Judge()
+        self._judge = MathProcess()
         # Rollouts of one prompt often agree, and a hopeless comparison should cost its time limit only once. The limit
         # is part of what is remembered: a verdict does not depend on what other batches asked.
         self._remembered = lru_cache(maxsize=4096)(self._judge.equal)

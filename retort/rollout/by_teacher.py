@@ -15,7 +15,7 @@ from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 
 
-class TeacherWriter:
+class TeacherGenerator:
     """The teacher as a writer: it answers its own rendering of a prompt; the student reads that answer after its own.
 
     What the teacher wrote ends, for the student, in the student's stop token, and nothing follows one.

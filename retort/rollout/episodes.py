@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from retort.align.chat import Reading, render
+from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.core.streams import Chance
+from retort.core.streams import UniformStream
 from retort.envs.base import Environment, Episode, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
@@ -38,14 +38,14 @@ class Task:
         prompt: To what.
         context: What the writer reads before its first turn, where the environment begins with this very prompt.
         member: Which of the samples of its prompt.
-        chance: Of every token of every turn.
+        uniform_stream: Of every token of every turn.
         visit: See `Rollout`.
     """
 
     prompt: Prompt
     context: TokenSequence
     member: int
-    chance: Chance
+    uniform_stream: UniformStream
     visit: int = 0
 
 
@@ -55,12 +55,12 @@ class World:
 
     Attributes:
         environment: Plays the episodes.
-        reading: What the writer's chat template is told of what the environment says.
+        template_options: What the writer's chat template is told of what the environment says.
         turns: Most turns of the writer in an episode; None: as many as its tokens allow.
     """
 
     environment: Environment = _ONCE
-    reading: Reading = field(default_factory=Reading)
+    template_options: TemplateOptions = field(default_factory=TemplateOptions)
     turns: int | None = None
 
 
@@ -79,7 +79,7 @@ class _Open:
     def request(self, sampling: Sampling, context: int) -> Request:
         """For the next turn."""
         turn, room = len(self.completions), self.room(sampling, context)
-        return Request(self.sequence, self.task.chance.uniforms(turn, count=room))
+        return Request(self.sequence, self.task.uniform_stream.uniforms(turn, count=room))
 
     def room(self, sampling: Sampling, context: int) -> int:
         """Tokens that the next turn may have. That a prompt leaves room for the first is seen when it is read."""
@@ -101,7 +101,9 @@ class _Open:
         if reply.over:
             self.status = reply.status
             return
-        ids = reply_ids(self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, world.reading)
+        ids = reply_ids(
+            self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, world.template_options
+        )
         written, self.sequence = self.sequence, self.sequence.then(ids)
         if len(self.completions) == world.turns or self.room(sampling, engine.context) < 1:
             self.sequence, self.status = written, Status.TRUNCATED  # nothing will be decided from the reply
@@ -174,7 +176,7 @@ def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextli
         for task, episode in zip(own, episodes, strict=True):
             context = task.context
             if episode.prompt is not task.prompt:
-                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, world.reading))
+                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, world.template_options))
             found.append(_Open(task, episode, context))
     return found
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from retort.core.schedules import Dial, Reading, line
+from retort.core.schedules import ControllerOutput, ScalarOrSchedule, line
 from retort.errors import UserError
 
 Source = Literal["student", "teacher", "dataset"]
@@ -26,7 +26,7 @@ class Replay:
     """
 
     capacity: int = 1000
-    fresh: Dial = field(default_factory=lambda: line(1.0, 0.0))
+    fresh: ScalarOrSchedule = field(default_factory=lambda: line(1.0, 0.0))
 
     def __post_init__(self) -> None:
         if self.capacity < 1:
@@ -103,11 +103,11 @@ class RolloutPlan:
     samples: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
-    on_policy_fraction: Dial = 1.0
+    on_policy_fraction: ScalarOrSchedule = 1.0
     off_policy: Literal["dataset", "teacher"] = "dataset"
     keep: bool = False
     attempts: int | None = None
-    horizon: Dial | None = None
+    horizon: ScalarOrSchedule | None = None
     replay: Replay | None = None
     order: EasyToHard | None = None
 
@@ -133,10 +133,10 @@ class RolloutPlan:
         return frozenset(found if share == 1 else {*found, self.off_policy})
 
     @property
-    def readings(self) -> tuple[Reading, ...]:
+    def controller_outputs(self) -> tuple[ControllerOutput, ...]:
         """The numbers of controllers that it reads."""
-        dials = (self.on_policy_fraction, self.horizon, self.replay.fresh if self.replay else None)
-        return tuple(dial for dial in dials if isinstance(dial, Reading))
+        scalars = (self.on_policy_fraction, self.horizon, self.replay.fresh if self.replay else None)
+        return tuple(scalar for scalar in scalars if isinstance(scalar, ControllerOutput))
 
 
 def plan_summary(plan: RolloutPlan, prompts: int) -> str:
@@ -145,7 +145,7 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     mixed = ""
     if share == 0:
         mixed = f", answered by {other}"
-    elif isinstance(share, Reading):
+    elif isinstance(share, ControllerOutput):
         mixed = f", as many as {share} says (else by {other})"
     elif not isinstance(share, int | float):
         mixed = f", a share that moves (else by {other})"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.chat import Reading, Renderer
+from retort.align.chat import Renderer, TemplateOptions
 from retort.align.pair import Alignment
 from retort.core.head import Head
 from retort.core.needs import Need, NeedKind
@@ -63,7 +63,7 @@ class LocalTeacher:
         *,
         alignment: Alignment,
         batch_tokens: int,
-        reading: Reading | None = None,
+        template_options: TemplateOptions | None = None,
         stage: Stage | None = None,
     ) -> None:
         """A teacher.
@@ -72,16 +72,16 @@ class LocalTeacher:
             lm: The model.
             alignment: How it reads the student's ids, and at which of them it answers.
             batch_tokens: Tokens per forward pass.
-            reading: What chat templates are told; by default nothing.
+            template_options: What chat templates are told; by default nothing.
             stage: What views may look at besides a rollout and its siblings.
         """
         self.lm = lm
         self.alignment = alignment
         self.batch_tokens = batch_tokens
-        self.reading = reading or Reading()
+        self.template_options = template_options or TemplateOptions()
         self.stage = stage or Stage()
         self.name = lm.name
-        self.render = Renderer(lm.tokenizer, self.reading)
+        self.render = Renderer(lm.tokenizer, self.template_options)
 
     def in_its_own_words(self) -> LocalTeacher:
         """The same teacher about answers in its own ids that end in its own stop token, such as its own."""
@@ -96,7 +96,7 @@ class LocalTeacher:
         return self._changed(stage=stage)
 
     def _changed(self, **changed: Any) -> LocalTeacher:
-        names = ("alignment", "batch_tokens", "reading", "stage")
+        names = ("alignment", "batch_tokens", "template_options", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def score(self, groups: Sequence[Group], ask: Ask, *, head: Callable[[], Head] | None = None) -> TeacherSignal:

@@ -50,7 +50,7 @@ class Scene:
         """What the student was asked."""
         return self.rollout.prompt
 
-    def chance(self, *key: str | int) -> float:
+    def uniform(self, *key: str | int) -> float:
         """A number in [0, 1) that depends on the seed, the rollout and a key of the caller's, and on nothing else."""
         where = (self.rollout.visit, self.prompt.id, self.rollout.member)
         return float(uniforms(self.stage.seed, "views", *where, *key, count=1))

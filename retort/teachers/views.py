@@ -70,7 +70,7 @@ def examples(count: int, place: int = 0, *, model: str = "student", weights: Wei
             if not pool or len(chosen) == count:
                 break
             # By visit, not by rollout: siblings are told the same, and their prompt is computed once.
-            other = pool[int(_first_of(scene).chance("example", place, attempt) * len(pool))]
+            other = pool[int(_first_of(scene).uniform("example", place, attempt) * len(pool))]
             if other.id != scene.prompt.id and other.shown("demonstration"):
                 chosen[other.id] = other
         if len(chosen) < count:
@@ -122,11 +122,11 @@ def peers(
         right = [other for other in others if (other.reward or 0.0) >= threshold][:successes]
         wrong = [other for other in others if (other.reward or 0.0) < threshold]
         if failure_when == "always" or not right:
-            wrong = sorted(wrong, key=lambda other: scene.chance("failure", other.member))[:failures]
+            wrong = sorted(wrong, key=lambda other: scene.uniform("failure", other.member))[:failures]
         else:
             wrong = []
         if choice == "random":
-            drawn = sorted(others, key=lambda other: scene.chance("peer", other.member))
+            drawn = sorted(others, key=lambda other: scene.uniform("peer", other.member))
             right, wrong = drawn[: len(right)], drawn[len(right) : len(right) + len(wrong)]
         sections = [scene.section("success", _shown(other, thoughts)) for other in right]
         sections += [scene.section("failure", _shown(other, thoughts)) for other in wrong]

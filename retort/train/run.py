@@ -29,8 +29,8 @@ from retort.train.learning.control import Control
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
 from retort.train.output import export, record, results
+from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import compare, identity
-from retort.train.output.judging import Judging
 from retort.train.output.summary import summary
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
@@ -140,17 +140,17 @@ class Run:
 
     def _train(self, tracker: Tracker) -> None:
         every = self.prepared.config.checkpoint.every
-        judging = Judging(self.prepared, self.folder, self._claim.check)
-        self.results = judging.results
-        if not judging:
+        evaluations = Evaluations(self.prepared, self.folder, self._claim.check)
+        self.results = evaluations.results
+        if not evaluations:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
-        self._judge_first(judging)
+        self._evaluate_first(evaluations)
 
         while self.step < self.prepared.steps and not self._ended():
             metrics, scores = self._one_step(), None
-            if judging.due(self.step):
+            if evaluations.due(self.step):
                 with self._safe(first=lambda known=metrics: self._log(known, tracker)):
-                    scores = self._judge_now(judging)
+                    scores = self._evaluate_now(evaluations)
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
@@ -162,14 +162,14 @@ class Run:
                 self._tell("on_eval", scores)
 
         self.save()
-        if judging:
+        if evaluations:
             with self._safe():
-                scores = judging.student(self._progress("judging the student"), results.AFTER)
-            self.results = judging.results
+                scores = evaluations.student(self._progress("judging the student"), results.AFTER)
+            self.results = evaluations.results
             self._tell("on_eval", scores)
         self._claim.check()
         export.write_model(self.prepared, self.folder / "model", self.results, self.step)
-        if judging:  # last: what cannot be shown is written all the same
+        if evaluations:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
     def open(self) -> None:
@@ -210,7 +210,7 @@ class Run:
                 self.learner.begin()
             with watch("probe"):
                 probed = self.control.probe(method, clock, partial(self._probed, method)) if clock.done == 0 else {}
-                clock = replace(clock, readings=self.control.readings(method))
+                clock = replace(clock, controller_outputs=self.control.controller_outputs(method))
                 hard = self._difficulties(method, clock)
             with watch("generate"):
                 groups = self.source.rollouts(method, clock, version, hard)
@@ -226,7 +226,7 @@ class Run:
         self._claim.check()
         for row in record.rows(batch, values, self.step, self.prepared.config.record.rollouts, self.student.tokenizer):
             self.rollouts.append(row)
-        dials = {f"control/{name}": value for name, value in batch.clock.readings.items()}
+        scalars = {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
         with watch("probe"):
             probed |= self.control.probe(method, replace(clock, step=self.step), partial(self._probed, method))
         times = watch.values()
@@ -237,7 +237,7 @@ class Run:
             **({"given_up": lost} if lost else {}),
         }
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
-        return {"step": self.step, **means.values(), **written, **shown, **dials, **probed, **speed, **times}
+        return {"step": self.step, **means.values(), **written, **shown, **scalars, **probed, **speed, **times}
 
     def _asked(
         self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
@@ -349,22 +349,22 @@ class Run:
 
         return report
 
-    def _judge_first(self, judging: Judging) -> None:
+    def _evaluate_first(self, evaluations: Evaluations) -> None:
         """Judges the teacher, and the student before it learns.
 
         Not where a run was resumed without that (evaluation was switched on later): there is no "before" any more.
         """
-        if judging and not judging.has_begun and not self.step:
+        if evaluations and not evaluations.has_begun and not self.step:
             with self._safe():
-                judging.teacher(self._progress("judging the teacher"))
-                scores = judging.student(self._progress("judging the student"), results.BEFORE)
-            self.results = judging.results
+                evaluations.teacher(self._progress("judging the teacher"))
+                scores = evaluations.student(self._progress("judging the student"), results.BEFORE)
+            self.results = evaluations.results
             self._tell("on_eval", scores)
 
-    def _judge_now(self, judging: Judging) -> dict[str, float]:
+    def _evaluate_now(self, evaluations: Evaluations) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
-        scores = judging.student(lambda done, total: self.observer.phase("judging the student", done, total))
-        good = judging.goodness(scores)
+        scores = evaluations.student(lambda done, total: self.observer.phase("judging the student", done, total))
+        good = evaluations.goodness(scores)
         if good is not None and (self.best is None or good > self.best[0]):
             self.best = (good, self.step)
         return scores

@@ -24,7 +24,7 @@ Gap = Literal["mean", "minmax"]
 Direction = Literal["both", "correct_up", "incorrect_down"]
 
 
-def surplus(right_R: Tensor, group_R: Tensor, chance_R: Tensor, ratio: float) -> Tensor:
+def surplus(right_R: Tensor, group_R: Tensor, uniform_R: Tensor, ratio: float) -> Tensor:
     """Which rollouts are one too many for right : wrong = ratio in their group, bool [R].
 
     Only the surplus side of a mixed group loses rollouts, those of lowest chance first; a group for which the other
@@ -33,7 +33,7 @@ def surplus(right_R: Tensor, group_R: Tensor, chance_R: Tensor, ratio: float) ->
     Args:
         right_R: bool.
         group_R: Index of each one's group.
-        chance_R: Whatever says who goes first.
+        uniform_R: Whatever says who goes first.
         ratio: 0 keeps only the wrong ones of a mixed group, infinity only the right ones.
     """
     out_R = torch.zeros_like(right_R)
@@ -47,7 +47,7 @@ def surplus(right_R: Tensor, group_R: Tensor, chance_R: Tensor, ratio: float) ->
             continue
         for side, allowed in ((right, int(len(wrong) * ratio)), (wrong, int(len(right) / ratio))):
             if len(side) > allowed >= 1:
-                out_R[side[torch.argsort(chance_R[side], stable=True)[: len(side) - allowed]]] = True
+                out_R[side[torch.argsort(uniform_R[side], stable=True)[: len(side) - allowed]]] = True
                 break
     return out_R
 
@@ -71,8 +71,8 @@ def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, nam
         right_R = graded(rollouts) >= threshold
         ids_R = steps.rollout_N.new_zeros(len(right_R)).index_copy_(0, rollouts.number_N, steps.rollout_N)
         # By the rollout's own index, so that a rollout that is masked does not move the draws of the others.
-        chance = uniforms(clock.seed, "balance", clock.step, count=int(ids_R.max()) + 1).to(ids_R.device)
-        return 1.0 - surplus(right_R, members(rollouts, scope), chance[ids_R], ratio).double()
+        uniform = uniforms(clock.seed, "balance", clock.step, count=int(ids_R.max()) + 1).to(ids_R.device)
+        return 1.0 - surplus(right_R, members(rollouts, scope), uniform[ids_R], ratio).double()
 
     stat = per_rollout(name, number, groups=scope == "group")
     return Weight(f"balance({ratio:g}, {scope})", _read(name), stats=(stat,))

@@ -11,7 +11,7 @@ import torch
 from retort.advantages.outcome import group_advantage, length_bonus, running_advantage
 from retort.controllers import Seen
 from retort.controllers.rewards import RunningRewards
-from retort.core.reduce import Denominator, rollout_means, rollout_sums, shares, weighted_rollout_means
+from retort.core.reduce import Denominator, loss_scales, rollout_means, rollout_sums, weighted_rollout_means
 from retort.core.signals import Dense
 from retort.core.steps import Steps, quantile
 from retort.divergences.kl import reverse_kl
@@ -171,7 +171,7 @@ def test_denominators_by_rollout() -> None:
     kept = (ROLLOUTS != 2).double()
 
     def found(denominator: Denominator, weight: torch.Tensor | None = None) -> torch.Tensor:
-        return shares(denominator, counted_N=counted, rollout_N=ROLLOUTS, weight_N=weight)
+        return loss_scales(denominator, counted_N=counted, rollout_N=ROLLOUTS, weight_N=weight)
 
     assert found(rollout_means())[0].item() == pytest.approx(1 / 15)
     assert found(rollout_sums())[0].item() == pytest.approx(1 / 5)

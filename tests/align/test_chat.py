@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from retort.align import Reading, render
+from retort.align import TemplateOptions, render
 from retort.align import chat as chat_module
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
@@ -55,7 +55,7 @@ def words(made: PreTrainedTokenizerFast, ids: list[int]) -> str:
 @pytest.mark.parametrize("wrap", [False, True])  # a template writes its own special tokens: none are added to it
 def test_chat_template(wrap: bool) -> None:
     made = tokenizer(CHATML, wrap=wrap)
-    rendered = words(made, render(chat(("system", "world"), ("user", "hello")), made, Reading(thinking=False)))
+    rendered = words(made, render(chat(("system", "world"), ("user", "hello")), made, TemplateOptions(thinking=False)))
     assert rendered == (
         "<|im_start|> system world <|im_end|> <|im_start|> user hello <|im_end|> "
         "<|im_start|> assistant <think> </think>"
@@ -65,9 +65,9 @@ def test_chat_template(wrap: bool) -> None:
 
 def test_thinking_reaches_the_template_and_other_templates_ignore_it() -> None:
     made = tokenizer(CHATML)
-    assert words(made, render(PLAIN, made, Reading(thinking=True))).endswith("<|im_start|> assistant")
+    assert words(made, render(PLAIN, made, TemplateOptions(thinking=True))).endswith("<|im_start|> assistant")
     made = tokenizer(PLAIN_TEMPLATE)
-    assert render(PLAIN, made, Reading(thinking=True)) == render(PLAIN, made) != []
+    assert render(PLAIN, made, TemplateOptions(thinking=True)) == render(PLAIN, made) != []
 
 
 def test_bare_text_keeps_the_beginning_but_not_the_end_of_text() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from families import FAMILIES, tokenizer_of
 
-from retort.align.chat import Reading, Renderer, conversation, dated, render, written
+from retort.align.chat import Renderer, TemplateOptions, as_text, conversation, dated, render
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.train.setup.reading import check_written, thinking_words
+from retort.train.setup.templates import check_written, thinking_words
 
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n4"
 TALKS = {
@@ -57,7 +57,7 @@ def test_ids_are_those_of_the_tokenizers_own_template(name: str, talk: str) -> N
         return
     for thinking in (None, True, False):
         told = {} if thinking is None else {"enable_thinking": thinking}
-        found = render(prompt(*TALKS[talk]), made(name), Reading(thinking))
+        found = render(prompt(*TALKS[talk]), made(name), TemplateOptions(thinking))
         assert found == own_ids(made(name), TALKS[talk], **told), thinking
     assert render(prompt(*TALKS[talk], plain=True), made(name)) == own_ids(made(name), TALKS[talk])
 
@@ -80,23 +80,25 @@ def test_these_templates_write_what_the_published_ones_write() -> None:
 def test_thinking_is_left_to_the_template_unless_it_is_set() -> None:
     qwen, llama = made("qwen3"), made("llama3.1")
     asked = prompt(*TALKS["single"])
-    assert render(asked, qwen) == render(asked, qwen, Reading(True)) != render(asked, qwen, Reading(False))
-    assert [thinks(qwen, Reading(thinking)) for thinking in (None, True, False)] == ["on", "on", "off"]
-    assert thinks(llama, Reading(True)) is None
+    assert (
+        render(asked, qwen) == render(asked, qwen, TemplateOptions(True)) != render(asked, qwen, TemplateOptions(False))
+    )
+    assert [thinks(qwen, TemplateOptions(thinking)) for thinking in (None, True, False)] == ["on", "on", "off"]
+    assert thinks(llama, TemplateOptions(True)) is None
     pair = {"student": qwen, "teacher": llama}
-    assert thinking_words(pair, Reading()) == (
+    assert thinking_words(pair, TemplateOptions()) == (
         "thinking (`enable_thinking`) is on for the student, unknown to the teacher's template, left to the template "
         "(rollout.thinking)"
     )
-    assert "off for the student" in thinking_words(pair, Reading(False))
-    assert "rollout.thinking = true changes nothing" in thinking_words({"student": llama}, Reading(True))
-    assert thinking_words({"student": llama}, Reading()) == ""
+    assert "off for the student" in thinking_words(pair, TemplateOptions(False))
+    assert "rollout.thinking = true changes nothing" in thinking_words({"student": llama}, TemplateOptions(True))
+    assert thinking_words({"student": llama}, TemplateOptions()) == ""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_day_that_is_fixed_is_the_day_that_is_written(name: str) -> None:
     tokenizer, asked = made(name), prompt(*TALKS["single"])
-    then, later = (render(asked, tokenizer, Reading(date=day)) for day in ("2001-02-03", "2001-02-04"))
+    then, later = (render(asked, tokenizer, TemplateOptions(date=day)) for day in ("2001-02-03", "2001-02-04"))
     assert (then != later) == dated(tokenizer) == (name in ("llama3.2", "mistral-small"))
     if dated(tokenizer):
         text = tokenizer.decode(then)
@@ -104,7 +106,7 @@ def test_a_day_that_is_fixed_is_the_day_that_is_written(name: str) -> None:
         days = [date.today().isoformat()]
         now = render(asked, tokenizer)
         days.append(date.today().isoformat())  # another one at midnight
-        assert now in [render(asked, tokenizer, Reading(date=day)) for day in days]
+        assert now in [render(asked, tokenizer, TemplateOptions(date=day)) for day in days]
 
 
 def without_beginning(template: str) -> str:
@@ -114,12 +116,12 @@ def without_beginning(template: str) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_template_that_does_not_begin_the_answer_is_found(name: str) -> None:
     tokenizer = made(name)
-    found = turns(tokenizer, Reading())
+    found = turns(tokenizer, TemplateOptions())
     assert found is not None
     assert unlike_a_turn(found) is None
     assert (found.header == "") == (name in HEADLESS)
     tokenizer.chat_template = without_beginning(FAMILIES[name].template)
-    fault = unlike_a_turn(turns(tokenizer, Reading()))  # type: ignore[arg-type]
+    fault = unlike_a_turn(turns(tokenizer, TemplateOptions()))  # type: ignore[arg-type]
     if name in HEADLESS:
         assert fault is None
     else:
@@ -143,7 +145,7 @@ def test_a_template_that_does_not_begin_the_answer_is_found(name: str) -> None:
 def test_other_ends_of_a_prompt_are_found(change: Callable[[str], str], fault: tuple[str, bool]) -> None:
     tokenizer = made("qwen2.5")
     tokenizer.chat_template = change(tokenizer.chat_template)
-    found = turns(tokenizer, Reading())
+    found = turns(tokenizer, TemplateOptions())
     assert found is not None
     said, fatal = unlike_a_turn(found) or ("", False)
     assert fault[0] in said
@@ -154,17 +156,17 @@ def test_a_template_that_refuses_or_is_not_there_has_no_turns() -> None:
     tokenizer = made("qwen2.5")
     for template in ("{{ raise_exception('no') }}", "{% broken", None):
         tokenizer.chat_template = template
-        assert turns(tokenizer, Reading()) is None
-        assert thinks(tokenizer, Reading()) is None
-    assert turns(made("qwen2.5"), Reading(rendered=True)) is None
+        assert turns(tokenizer, TemplateOptions()) is None
+        assert thinks(tokenizer, TemplateOptions()) is None
+    assert turns(made("qwen2.5"), TemplateOptions(rendered=True)) is None
 
 
 @pytest.mark.parametrize("talk", ["single", "turns"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_that_were_rendered_before_are_found_and_can_be_asked_for(name: str, talk: str) -> None:
     tokenizer, bos = made(name), FAMILIES[name].bos or ""
-    text = written(conversation(prompt(*TALKS[talk]).messages), tokenizer)
-    found = turns(tokenizer, Reading())
+    text = as_text(conversation(prompt(*TALKS[talk]).messages), tokenizer)
+    found = turns(tokenizer, TemplateOptions())
     for spelling in (text, f"\n{text}", text.removeprefix(bos)):
         assert looks_rendered(spelling, tokenizer, found), spelling
     before = prompt(("user", text), plain=True)
@@ -172,7 +174,7 @@ def test_prompts_that_were_rendered_before_are_found_and_can_be_asked_for(name: 
     with pytest.raises(UserError, match=r"1 of 3 prompts look rendered already \(row 'row'.*rollout.rendered=true"):
         check_written([*fine, before], {"student": Renderer(tokenizer)})
     # Asked for, the ids are those of the conversation; and not two beginnings, or none.
-    taken = Renderer(tokenizer, Reading(rendered=True))
+    taken = Renderer(tokenizer, TemplateOptions(rendered=True))
     assert taken(before) == own_ids(tokenizer, TALKS[talk])
     assert taken(prompt(("user", text.removeprefix(bos)), plain=True)) == own_ids(tokenizer, TALKS[talk])
     assert check_written([before], {"student": taken}) == []
@@ -183,7 +185,7 @@ def test_prompts_that_were_rendered_before_are_found_and_can_be_asked_for(name: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_question_about_control_tokens_was_not_rendered(name: str) -> None:
     tokenizer = made(name)
-    found = turns(tokenizer, Reading())
+    found = turns(tokenizer, TemplateOptions())
     assert found is not None
     token = FAMILIES[name].special[0]
     for text in (f"What does {found.user} mean?", f"{token} is what?", "user\nassistant", ""):
@@ -196,7 +198,7 @@ def test_a_question_about_control_tokens_was_not_rendered(name: str) -> None:
 
 
 def test_a_prompt_rendered_for_another_family_is_noted() -> None:
-    theirs = written(conversation(prompt(*TALKS["single"]).messages), made("qwen3"))
+    theirs = as_text(conversation(prompt(*TALKS["single"]).messages), made("qwen3"))
     tokenizer = made("llama3.1")
     notes = check_written([prompt(("user", theirs)), prompt(*TALKS["single"])], {"student": Renderer(tokenizer)})
     assert len(notes) == 1
@@ -205,7 +207,7 @@ def test_a_prompt_rendered_for_another_family_is_noted() -> None:
 
 def test_a_base_model_does_not_render_and_its_prompts_may_look_rendered() -> None:
     tokenizer = made("qwen2.5")
-    text = written(conversation(prompt(*TALKS["single"]).messages), tokenizer)
+    text = as_text(conversation(prompt(*TALKS["single"]).messages), tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="look rendered already"):
         check_written([prompt(("user", text), plain=True)], {"student": Renderer(tokenizer)})

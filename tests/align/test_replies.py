@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 from families import FAMILIES, tokenizer_of
 
-from retort.align.chat import Reading, written
+from retort.align.chat import TemplateOptions, as_text
 from retort.align.replies import reply_ids
 from retort.align.text import decode
 from retort.align.turns import conversation
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 
-READING = Reading(date="2026-11-29")
+READING = TemplateOptions(date="2026-11-29")
 PROMPT = Prompt("p", (Message("user", "What is 2 + 2?"),))
 SAID = Message("user", "No, <unk> is not it. And 3 + 3?")
 
@@ -25,7 +25,7 @@ def test_it_is_what_the_template_writes_there(name: str) -> None:
     end = {"gemma2": "<end_of_turn>", "gemma3": "<end_of_turn>"}.get(name, FAMILIES[name].eos)
     ids = reply_ids(PROMPT, (SAID,), tokenizer.convert_tokens_to_ids(end), tokenizer, READING)
     turns = (*PROMPT.messages, Message("assistant", "It is user 5."), SAID)
-    whole = written(conversation(turns), tokenizer, READING)
+    whole = as_text(conversation(turns), tokenizer, READING)
     _, turn, follows = whole.rpartition("It is user 5." + end)
     assert turn
     assert decode(tokenizer, ids) == follows

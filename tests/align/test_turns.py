@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from retort.align.chat import Reading, Renderer, render
+from retort.align.chat import Renderer, TemplateOptions, render
 from retort.align.encode import control_tokens
 from retort.align.turns import changed, inner_texts
 from retort.core.rollouts import Message, Prompt
@@ -174,6 +174,6 @@ def test_a_template_of_its_own_for_tools_keeps_it_when_the_day_is_fixed(made: An
     today = "{{ strftime_now('%Y-%m-%d') }}"
     tokenizer = copy.copy(made)
     tokenizer.chat_template = {"default": today + WITHOUT_TOOLS, "tool_use": today + WITH_TOOLS}
-    text = tokenizer.decode(render(PROMPT, tokenizer, Reading(date="2001-02-03")))
+    text = tokenizer.decode(render(PROMPT, tokenizer, TemplateOptions(date="2001-02-03")))
     assert text.startswith("2001-02-03<|im_start|>system")
     assert '"name": "add"' in text

@@ -29,7 +29,7 @@ from retort.models.described import Described
 from retort.models.files import _wrong_with
 from retort.train.learning.rates import Rates
 from retort.train.setup.before import fit_lengths, fit_steps, of_the_paper
-from retort.train.setup.reading import Extremes
+from retort.train.setup.templates import Extremes
 
 ROOT = Path(__file__).parents[2]
 

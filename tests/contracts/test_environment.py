@@ -13,12 +13,12 @@ import torch
 from scripted import ScriptedEngine
 from support import make_tokenizer
 
-from retort.align.chat import Reading, render
+from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import decode
 from retort.core.rollouts import Message, Pack, Prompt, Status
 from retort.core.sequences import TokenSequence
-from retort.core.streams import Chance, uniforms
+from retort.core.streams import UniformStream, uniforms
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
@@ -127,7 +127,9 @@ def script(*turns: str, context: int = 128) -> ScriptedEngine:
 
 def tasks(engine: Any, count: int = 1, prompt: Prompt = ASKED) -> list[Task]:
     context = TokenSequence.of(render(prompt, engine.tokenizer))
-    return [Task(prompt, context, member, Chance(0, "rollouts", 0, prompt.id, member)) for member in range(count)]
+    return [
+        Task(prompt, context, member, UniformStream(0, "rollouts", 0, prompt.id, member)) for member in range(count)
+    ]
 
 
 def test_a_game_is_one_growing_conversation() -> None:
@@ -243,7 +245,7 @@ def test_a_reward_that_is_no_number_is_refused(reward: float) -> None:
 def test_a_reply_is_what_the_template_writes_behind_the_turn() -> None:
     tokenizer = make_tokenizer(eos="<|im_end|>", chat=True)
     said = (Message("user", "add 5"), Message("user", "so"))
-    ids = reply_ids(ASKED, said, tokenizer.eos_token_id, tokenizer, Reading())
+    ids = reply_ids(ASKED, said, tokenizer.eos_token_id, tokenizer, TemplateOptions())
     turn = [*tokenizer.encode("9", add_special_tokens=False), tokenizer.eos_token_id]
     whole = replace(ASKED, messages=(*ASKED.messages, Message("assistant", "9"), *said))
     assert [*render(ASKED, tokenizer), *turn, *ids] == render(whole, tokenizer)
@@ -253,7 +255,7 @@ def test_the_rest_of_a_turns_end_is_written_and_a_stop_that_is_said_is_text() ->
     tokenizer = make_tokenizer(eos="<|im_end|>", chat=True)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>{% endfor %}", "<|im_end|> so {% endfor %}")
     said = (Message("user", "add <|im_end|> 5"),)
-    ids = reply_ids(ASKED, said, tokenizer.eos_token_id, tokenizer, Reading())
+    ids = reply_ids(ASKED, said, tokenizer.eos_token_id, tokenizer, TemplateOptions())
     assert ids[0] == tokenizer.convert_tokens_to_ids("so")
     assert ids.count(tokenizer.eos_token_id) == 1, "what is said ended its own turn"
 
@@ -276,29 +278,29 @@ LEAVES_OUT = (
 def test_a_template_that_treats_the_last_turn_otherwise_still_says_what_follows() -> None:
     """Such as Qwen3's, which writes an empty thinking block into an assistant's turn as long as it is the last."""
     tokenizer = make_tokenizer(eos="<|im_end|>", chat=True)
-    plain = reply_ids(ASKED, (Message("user", "add"),), tokenizer.eos_token_id, tokenizer, Reading())
+    plain = reply_ids(ASKED, (Message("user", "add"),), tokenizer.eos_token_id, tokenizer, TemplateOptions())
     tokenizer.chat_template = THINKS
-    assert reply_ids(ASKED, (Message("user", "add"),), tokenizer.eos_token_id, tokenizer, Reading()) == plain
+    assert reply_ids(ASKED, (Message("user", "add"),), tokenizer.eos_token_id, tokenizer, TemplateOptions()) == plain
 
 
 @pytest.mark.parametrize(
-    ("template", "stop", "role", "reading", "message"),
+    ("template", "stop", "role", "template_options", "message"),
     [
-        (None, 4, "user", Reading(), "needs a model with a chat template"),
-        (THINKS, 4, "user", Reading(rendered=True), "rollout.rendered=false"),
-        (THINKS, 2, "user", Reading(), r"ends its turns with '<eos>'.*set rollout.stop"),
-        (ANEW, 4, "user", Reading(), "writes earlier turns anew"),
-        (LEAVES_OUT, 4, "tool", Reading(), "leaves out turns of the role 'tool'"),
-        (LEAVES_OUT, 4, "critic", Reading(), "leaves out turns of the role 'critic'"),
+        (None, 4, "user", TemplateOptions(), "needs a model with a chat template"),
+        (THINKS, 4, "user", TemplateOptions(rendered=True), "rollout.rendered=false"),
+        (THINKS, 2, "user", TemplateOptions(), r"ends its turns with '<eos>'.*set rollout.stop"),
+        (ANEW, 4, "user", TemplateOptions(), "writes earlier turns anew"),
+        (LEAVES_OUT, 4, "tool", TemplateOptions(), "leaves out turns of the role 'tool'"),
+        (LEAVES_OUT, 4, "critic", TemplateOptions(), "leaves out turns of the role 'critic'"),
     ],
 )
 def test_what_cannot_follow_is_refused_in_one_line(
-    template: str | None, stop: int, role: str, reading: Reading, message: str
+    template: str | None, stop: int, role: str, template_options: TemplateOptions, message: str
 ) -> None:
     tokenizer = make_tokenizer(eos="<|im_end|>", chat=True)
     tokenizer.chat_template = template
     with pytest.raises(UserError, match=message) as raised:
-        reply_ids(ASKED, (Message(role, "add"),), stop, tokenizer, reading)
+        reply_ids(ASKED, (Message(role, "add"),), stop, tokenizer, template_options)
     assert "prompt 'p'" in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -316,7 +318,7 @@ def test_an_episode_of_three_turns_is_learnt_from_like_any_rollout(
     setup = pipeline.prepared(settings, "eopd")
     prompts = [replace(own, answer="99") for own in setup.source.prompts[:2]]  # never guessed
     asked = [
-        Task(own, TokenSequence.of(setup.source.render(own)), member, Chance(0, "rollouts", own.id, member))
+        Task(own, TokenSequence.of(setup.source.render(own)), member, UniformStream(0, "rollouts", own.id, member))
         for own in prompts
         for member in range(2)
     ]

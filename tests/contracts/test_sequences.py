@@ -14,21 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.align.chat import Reading
+from retort.align.chat import TemplateOptions
 from retort.align.pair import SameIds
 from retort.align.stops import StopMap, StopTokens
 from retort.core.needs import DENSE, SAMPLED
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import Media, TokenSequence
-from retort.core.streams import Chance, uniforms
+from retort.core.streams import UniformStream, uniforms
 from retort.errors import UserError
 from retort.evaluate import trust
-from retort.evaluate.judge import Judge
+from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.packing import Row, row_batches
 from retort.rewards import ByText
-from retort.rollout.by_teacher import TeacherWriter
+from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.decode import read_once
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.episodes import Task
@@ -39,7 +39,7 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import frozen, live, trust_region
 from retort.teachers.view import View
-from retort.train.source.cache import Shelf
+from retort.train.source.cache import RolloutCache
 
 TEXT = "3 + 4 ="
 STOP, OTHER = 2, 4
@@ -232,10 +232,10 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
 ) -> None:
     ended = three_turns(rollout.sequence.prefix.tokens_L.tolist(), member=1).cut(4, "")
     visits = [(rollout, ended), (single(rollout.sequence.prefix.tokens_L.tolist()),)]
-    setup, shelf = setup_of(lm, [rollout.prompt, visits[1][0].prompt]), Shelf(tmp_path)
-    shelf.remember(visits, 9)
-    again = Shelf(tmp_path)
-    again.restore(*setup, shelf.tensors(setup[0]))
+    setup, cache = setup_of(lm, [rollout.prompt, visits[1][0].prompt]), RolloutCache(tmp_path)
+    cache.remember(visits, 9)
+    again = RolloutCache(tmp_path)
+    again.restore(*setup, cache.tensors(setup[0]))
     assert [len(visit) for visit in again.visits] == [2, 1]
     for before, after in zip(visits, again.visits, strict=True):
         for one, two in zip(before, after, strict=True):
@@ -247,10 +247,10 @@ def test_replayed_visits_come_back_from_a_checkpoint_as_they_were(
 def test_a_visit_that_began_otherwise_than_its_row_is_not_kept_as_if_it_had_not(
     lm: LanguageModel, rollout: Rollout, tmp_path: Path
 ) -> None:
-    shelf, row = Shelf(tmp_path), Prompt("p", (Message("user", "3 ="),))
-    shelf.remember([(rollout,)], 9)
+    cache, row = RolloutCache(tmp_path), Prompt("p", (Message("user", "3 ="),))
+    cache.remember([(rollout,)], 9)
     with pytest.raises(UserError, match=r"prompt 'p': its environment began with other messages"):
-        shelf.tensors([row])
+        cache.tensors([row])
 
 
 def test_kept_answers_come_back_from_their_file_as_they_were(
@@ -258,8 +258,8 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
 ) -> None:
     kept = [rollout, single(rollout.sequence.prefix.tokens_L.tolist())]
     setup, plan = setup_of(lm, [own.prompt for own in kept]), RolloutPlan()
-    Shelf(tmp_path).keep(kept, plan, 1)
-    again = Shelf(tmp_path)
+    RolloutCache(tmp_path).keep(kept, plan, 1)
+    again = RolloutCache(tmp_path)
     again.go_back(*setup, 1)
     for one, two in zip(kept, again.answers.values(), strict=True):
         same(one, two)
@@ -269,19 +269,21 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
 def test_media_between_turns_are_refused_where_they_would_be_lost(rollout: Rollout, tmp_path: Path, kind: str) -> None:
     shown = Rollout(rollout.prompt, rollout.sequence.then([30], media=(Media("x", 0),)).then([7], decided=True))
     with pytest.raises(UserError, match=r"prompt 'p': an image.*cannot be kept"):
-        Shelf(tmp_path).remember([(shown,)], 1) if kind == "replay" else Shelf(tmp_path).keep([shown], RolloutPlan(), 1)
+        RolloutCache(tmp_path).remember([(shown,)], 1) if kind == "replay" else RolloutCache(tmp_path).keep(
+            [shown], RolloutPlan(), 1
+        )
 
 
 def test_what_the_teacher_wrote_is_read_with_the_students_stops_turn_by_turn(
     lm: LanguageModel, rollout: Rollout
 ) -> None:
-    writer = TeacherWriter(
+    writer = TeacherGenerator(
         HFEngine(lm, vocab=VOCAB, max_parallel=1),
         lambda prompt: [9, 9],
         alignment=SameIds(VOCAB, StopMap({STOP: OTHER, OTHER: STOP})),
         student_stops=StopTokens(frozenset({OTHER}), OTHER),
     )
-    task = Task(rollout.prompt, TokenSequence.of([5, 6]), 0, Chance(0, "teacher"))
+    task = Task(rollout.prompt, TokenSequence.of([5, 6]), 0, UniformStream(0, "teacher"))
     read = writer.as_read(task, rollout)
     expected = [12, 13, OTHER, *SAID[0], 20, OTHER, *SAID[1], 7, 8, 9, OTHER]
     assert read.sequence.tokens_L.tolist() == [5, 6, *expected]
@@ -290,7 +292,7 @@ def test_what_the_teacher_wrote_is_read_with_the_students_stops_turn_by_turn(
     assert read.turn_A.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2]
     # A stop of the student's in the middle of a turn ends the rollout: the reply was to more than that.
     first = TokenSequence.of([9, 9]).then([12, 8, STOP], decided=True).then([30]).then([7, STOP], decided=True)
-    writer = TeacherWriter(
+    writer = TeacherGenerator(
         writer.engine, lambda prompt: [9], alignment=SameIds(VOCAB), student_stops=StopTokens(frozenset({8}), 8)
     )
     early = writer.as_read(task, Rollout(rollout.prompt, first, turn_A=torch.tensor([0, 0, 0, 1, 1])))
@@ -308,8 +310,8 @@ def test_a_record_says_what_was_read_between_the_steps(lm: LanguageModel, rollou
 
 
 def test_the_judge_compares_behind_all_that_was_read(lm: LanguageModel, rollout: Rollout) -> None:
-    judge = Judge([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 64, Reading(), 1.0)
-    values, _ = judge._compare(lm, local(lm), [rollout])
+    evaluator = Evaluator([], None, 1, 0, 8, 1.0, 1.0, VOCAB, 64, TemplateOptions(), 1.0)
+    values, _ = evaluator._compare(lm, local(lm), [rollout])
     entropy_N = torch.distributions.Categorical(logits=own_logp(lm, [rollout.sequence])).entropy()
     torch.testing.assert_close(values["student_entropy"], entropy_N, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(values["reverse_kl"], torch.zeros(9), rtol=0, atol=1e-5)

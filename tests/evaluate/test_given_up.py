@@ -35,7 +35,7 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
             said.append(text)
 
     run = runner.start(configuration.resolve(tiny_run | {"steps": 2}), tmp_path / "run", Noting())
-    run.prepared = replace(run.prepared, judge_grader=ByText(Endless()))
+    run.prepared = replace(run.prepared, eval_grader=ByText(Endless()))
     run.source.grader = ByText(Endless())
     run.go()
     assert [row["given_up"] for row in run.metrics] == [4, 4]

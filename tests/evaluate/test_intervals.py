@@ -62,13 +62,13 @@ def _covered(rate: float, problems: int, samples: int, together: float, draws: i
         sums: list[float] = []
         for _ in range(problems):
             if together == 1:
-                chance = float(draw.random() < rate)
+                uniform_stream = float(draw.random() < rate)
             elif together == 0:
-                chance = rate
+                uniform_stream = rate
             else:
                 scale = 1 / together - 1
-                chance = draw.betavariate(rate * scale, (1 - rate) * scale)
-            sums.append(float(sum(draw.random() < chance for _ in range(samples))))
+                uniform_stream = draw.betavariate(rate * scale, (1 - rate) * scale)
+            sums.append(float(sum(draw.random() < uniform_stream for _ in range(samples))))
         found = share(sums, [float(samples)] * problems)
         hits += found.low <= rate <= found.high
     return hits / draws

@@ -16,7 +16,7 @@ from retort.core.signals import Dense
 from retort.core.steps import ALONE, Clock, Ranks, Steps
 from retort.core.streams import generator
 from retort.loss.scoring import look, scored
-from retort.loss.terms import batch_shares, counted
+from retort.loss.terms import batch_scales, counted
 from retort.method import Method
 from retort.registry import load, names
 
@@ -75,7 +75,7 @@ class World:
         draw = torch.Generator().manual_seed(0)
         count = sum(LENGTHS)
         rollout_N = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
-        self.method, self.clock = method, Clock(3, 12, longest=12, seed=5, readings=_readings(method))
+        self.method, self.clock = method, Clock(3, 12, longest=12, seed=5, controller_outputs=_readings(method))
         self.logits_NV = torch.randn(count, VOCAB, generator=draw, dtype=torch.float64)
         self.steps = Steps.of(
             torch.randint(VOCAB, (count,), generator=draw),
@@ -125,9 +125,9 @@ class World:
         steps, valid = self.of(own)
         evaluate = self.evaluate(own)
         found = scored(self.method, steps, self.clock, valid, evaluate, several=True, ranks=ranks)
-        shares_N = batch_shares(self.method, found, counted(self.method, valid, len(found)), ranks)
+        scale_N = batch_scales(self.method, found, counted(self.method, valid, len(found)), ranks)
         seen = [look(one, found, self.clock, valid, evaluate, ranks) for one in self.method.controllers]
-        return found, shares_N, seen
+        return found, scale_N, seen
 
 
 def _readings(method: Method) -> dict[str, float]:
@@ -140,13 +140,15 @@ def _readings(method: Method) -> dict[str, float]:
 def test_two_workers_are_one(name: str, cut: int) -> None:
     """Also where one of them has not a single step."""
     world = World(load(name))
-    alone, shares_N, seen = world.work(ALONE, slice(0, sum(LENGTHS)))
+    alone, all_scales, seen = world.work(ALONE, slice(0, sum(LENGTHS)))
     halves = together(world.work, cut)
     for stored in alone.stored:
         both_N = torch.cat([steps.stored[stored] for steps, _, _ in halves if len(steps)])
         torch.testing.assert_close(both_N, alone.stored[stored], msg=f"{name}: {stored}", equal_nan=True)
-    for term, share_N in shares_N.items():
-        torch.testing.assert_close(torch.cat([shares[term] for _, shares, _ in halves if len(shares[term])]), share_N)
+    for term, scale_N in all_scales.items():
+        torch.testing.assert_close(
+            torch.cat([loss_scales[term] for _, loss_scales, _ in halves if len(loss_scales[term])]), scale_N
+        )
     for _, _, own in halves:
         for mine, whole in zip(own, seen, strict=True):
             assert mine.before == pytest.approx(whole.before)
@@ -158,10 +160,10 @@ def test_a_worker_by_itself_would_be_wrong() -> None:
     """The batch is one on which a half's own numbers are other numbers."""
     for name in ("dasd", "dopd", "listopd", "sead", "unisd"):
         world = World(load(name))
-        alone, shares_N, _ = world.work(ALONE, slice(0, sum(LENGTHS)))
+        alone, scale_N, _ = world.work(ALONE, slice(0, sum(LENGTHS)))
         half, own_N, _ = world.work(ALONE, slice(0, HALF))
         assert any(not torch.equal(half.stored[stored], alone.stored[stored][:HALF]) for stored in half.stored), name
-        assert any(not torch.equal(own_N[term], share_N[:HALF]) for term, share_N in shares_N.items()), name
+        assert any(not torch.equal(own_N[term], scale_N[:HALF]) for term, scale_N in scale_N.items()), name
 
 
 def test_what_only_some_workers_have() -> None:

@@ -75,9 +75,9 @@ def test_the_sampled_form_has_the_exact_gradient_in_expectation(prefix: str, wei
     exact = loss_and_gradient(student, teacher, ONE, reverse_weight=weight, prefix=prefix)[1]
     writer = (student.detach() if prefix == "student" else teacher).softmax(-1)[0]
     mean = torch.zeros_like(exact)
-    for token, chance in enumerate(writer):
+    for token, uniform_stream in enumerate(writer):
         settings = {"reverse_weight": weight, "prefix": prefix, "estimator": "sampled"}
-        mean += chance * loss_and_gradient(student, teacher, torch.tensor([token]), **settings)[1]
+        mean += uniform_stream * loss_and_gradient(student, teacher, torch.tensor([token]), **settings)[1]
     torch.testing.assert_close(mean, exact, rtol=1e-11, atol=1e-12)
 
 

@@ -79,8 +79,8 @@ def test_a_mask_drops_the_worst_first() -> None:
 def test_a_balance(ratio: float, right: int, wrong: int) -> None:
     right_R = torch.tensor([True] * right + [False] * wrong)
     group_R = torch.zeros(8, dtype=torch.long)
-    chance_R = torch.rand(8, generator=torch.Generator().manual_seed(0))
-    out_R = surplus(right_R, group_R, chance_R, ratio)
+    uniform_R = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    out_R = surplus(right_R, group_R, uniform_R, ratio)
     assert not (out_R[right_R].any() and out_R[~right_R].any()), "only the surplus side"
     left, others = int((right_R & ~out_R).sum()), int((~right_R & ~out_R).sum())
     if not right or not wrong:
@@ -94,10 +94,10 @@ def test_a_balance(ratio: float, right: int, wrong: int) -> None:
 
 
 def test_the_ends_of_a_balance() -> None:
-    chance_R = torch.zeros(8)
+    uniform_R = torch.zeros(8)
     mixed = GROUP != 2
-    assert torch.equal(surplus(RIGHT, GROUP, chance_R, 0.0), RIGHT & mixed)
-    assert torch.equal(surplus(RIGHT, GROUP, chance_R, math.inf), ~RIGHT)
+    assert torch.equal(surplus(RIGHT, GROUP, uniform_R, 0.0), RIGHT & mixed)
+    assert torch.equal(surplus(RIGHT, GROUP, uniform_R, math.inf), ~RIGHT)
     with pytest.raises(UserError, match="negative"):
         load("uni_opd", balance=-1.0)
 

@@ -16,9 +16,9 @@ from retort.core.sequences import TokenSequence
 from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models import together
-from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
+from retort.models.randomness import check_repeats
 from retort.models.together import lowered, switches
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 

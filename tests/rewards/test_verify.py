@@ -12,7 +12,7 @@ import pytest
 from retort.core.rollouts import Message, Prompt
 from retort.data import load_prompts
 from retort.errors import RunError, UserError
-from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, math_judge, verifier_for
+from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, math_process, verifier_for
 from retort.rewards.verify import last_boxed
 
 PROBLEMS = Path(__file__).parents[2] / "../shared/data/math"
@@ -206,7 +206,7 @@ def test_works_from_threads_and_quietly(
 def test_a_worker_that_does_not_start_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     script = tmp_path / "worker.py"
-    monkeypatch.setattr(math_judge, "WORKER", script)
+    monkeypatch.setattr(math_process, "WORKER", script)
     script.write_text(f"print({json.dumps(json.dumps({'error': 'ImportError: no sympy'}))})")
     with pytest.raises(RunError, match="ImportError: no sympy"):
         MathVerifier()(prompt("3"), r"\boxed{\sqrt{9}}")

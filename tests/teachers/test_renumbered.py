@@ -21,11 +21,11 @@ from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
-from retort.core.streams import Chance
+from retort.core.streams import UniformStream
 from retort.errors import UserError
 from retort.models.load import load_model
 from retort.preflight.doctor import examine_setup
-from retort.rollout.by_teacher import TeacherWriter
+from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.episodes import Task
@@ -97,9 +97,11 @@ def test_what_it_writes_is_in_the_students_ids(pair: tuple[Any, Any], student: A
     rollouts: list[list[Rollout]] = []
     for teacher in pair:
         engine = HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=4)
-        writer = TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+        writer = TeacherGenerator(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
         ids = student.tokenizer("3 + 4 =")["input_ids"]
-        tasks = [Task(PROMPT, TokenSequence.of(ids), member, Chance(0, "teacher", member)) for member in range(6)]
+        tasks = [
+            Task(PROMPT, TokenSequence.of(ids), member, UniformStream(0, "teacher", member)) for member in range(6)
+        ]
         # A nucleus this small holds one token: the order in which a model numbers tokens decides nothing.
         rollouts.append(writer.write(tasks, Sampling(8, 1.0, 1e-6)))
     same, other = rollouts
@@ -170,10 +172,10 @@ def test_an_episode_of_the_teachers_is_in_the_students_ids_whole(pair: tuple[Any
     for teacher in pair:
         own = teacher.lm.tokenizer.convert_tokens_to_ids
         stop, engine = teacher.lm.stops.primary, HFEngine(teacher.lm, vocab=teacher.alignment.width, max_parallel=4)
-        writer = TeacherWriter(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+        writer = TeacherGenerator(engine, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
         wrote = TokenSequence.of(own(["so", "is"])).then([*own(["7", "+"]), stop], decided=True)
         wrote = wrote.then(own(["<eos>", "from"])).then(own(["9"]), decided=True)
-        task = Task(PROMPT, TokenSequence.of(student_ids), 0, Chance(0, "teacher"))
+        task = Task(PROMPT, TokenSequence.of(student_ids), 0, UniformStream(0, "teacher"))
         read.append(writer.as_read(task, Rollout(PROMPT, wrote, status=Status.TRUNCATED)))
     same, other = (rollout.sequence for rollout in read)
     expected = ["7", "+", "<eos>", "<eos>", "from", "9"]

@@ -31,7 +31,7 @@ class Control:
         for controller in controllers:
             self.states[controller.name] = controller.init(generator(self.seed, "controllers", controller.name))
 
-    def readings(self, method: Method) -> dict[str, float]:
+    def controller_outputs(self, method: Method) -> dict[str, float]:
         """What dials read, by `<controller>.<number>`."""
         return {
             f"{controller.name}.{number}": value
@@ -50,7 +50,7 @@ class Control:
             self._seen[controller.name] = seen
         if not controllers:
             return batch
-        return replace(batch, clock=replace(batch.clock, readings=self.readings(batch.method)))
+        return replace(batch, clock=replace(batch.clock, controller_outputs=self.controller_outputs(batch.method)))
 
     def learn(self, batch: Batch, learner: Learner) -> None:
         """Tells them what became of the batch."""
@@ -73,7 +73,7 @@ class Control:
             probe, done = controller.probe, clock.done
             if probe is None or (done % probe.every if done else not probe.at_start):
                 continue
-            found = measure(probe, replace(clock, readings=self.readings(method)))
+            found = measure(probe, replace(clock, controller_outputs=self.controller_outputs(method)))
             self.states[controller.name] = controller.probed(self.states[controller.name], found)
             logged |= {f"probe/{controller.name}.{name}": value for name, value in found.items()}
         return logged

@@ -19,7 +19,7 @@ from retort.core.signals import Candidates, Dense, TeacherSignal
 from retort.core.steps import ALONE
 from retort.core.streams import permutation
 from retort.errors import RunError, SignalError
-from retort.loss.terms import batch_shares, counted, hidden_values, losses, recorded_values, term_values, watch_values
+from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
 from retort.method import Method
 from retort.train.learning.diagnose import add_noise_floor, add_positions
 from retort.train.learning.passes import Batch, Passes, fill
@@ -117,11 +117,11 @@ def _gradients(
     def every(context: Context) -> dict[str, Tensor]:
         return {name: value_C for part in parts for name, value_C in part(context).items()}
 
-    shares_N = _shares(batch, chosen)
+    scale_N = _scales(batch, chosen)
     found: dict[str, Tensor] = {}
     names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
     micros = passes.micro_batches(pack, chosen)
-    parts_done = [_backward(passes, batch, micro, every, shares_N, watch) for micro in micros]
+    parts_done = [_backward(passes, batch, micro, every, scale_N, watch) for micro in micros]
     with watch("backward"):  # a GPU is waited for once, after all of them
         added = torch.stack([added for added, _ in parts_done]).tolist()
     total = dict.fromkeys(names, 0.0)
@@ -157,7 +157,7 @@ def _backward(
     batch: Batch,
     micro: Sequence[int],
     every: Callable[[Context], dict[str, Tensor]],
-    shares_N: Mapping[str, Tensor],
+    scale_N: Mapping[str, Tensor],
     watch: Stopwatch,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Adds the gradient of some rollouts; what they add to the loss and to its terms, float64, and their values.
@@ -166,7 +166,7 @@ def _backward(
     """
     index_N = batch.pack.steps_of(micro)
     device = passes.lm.device
-    here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
+    here = {name: scale_N[index_N].to(device) for name, scale_N in scale_N.items()}
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
     counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
     with watch("student"):
@@ -213,11 +213,11 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
         return None
     parameters = list(passes.lm.trainable().values())
     whole = [torch.zeros_like(p) for p in parameters]
-    shares_N, idle = _shares(batch, chosen), Stopwatch()
+    scale_N, idle = _scales(batch, chosen), Stopwatch()
     squares = 0.0
     for own in visits.values():
         for micro in passes.micro_batches(batch.pack, own):
-            _backward(passes, batch, micro, term_values(batch.method), shares_N, idle)
+            _backward(passes, batch, micro, term_values(batch.method), scale_N, idle)
         squares += _square([p.grad for p in parameters if p.grad is not None])
         for total, parameter in zip(whole, parameters, strict=True):
             if parameter.grad is not None:
@@ -236,22 +236,22 @@ def _as_written(method: Method) -> bool:
     return method.rollout.top_p == 1.0 and method.rollout.temperature == method.temperature
 
 
-def _shares(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
+def _scales(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
     """What each step is multiplied by in this optimizer step, by place in N."""
     index_N = batch.pack.steps_of(chosen)
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
     here = {name: in_N[index_N] for name, in_N in counted_N.items()}
-    cut = batch_shares(batch.method, batch.steps.select(index_N), here, ALONE)
+    cut = batch_scales(batch.method, batch.steps.select(index_N), here, ALONE)
     return {
-        name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, share_N)
-        for name, share_N in cut.items()
+        name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, scale_N)
+        for name, scale_N in cut.items()
     }
 
 
 def _terms(
     batch: Batch,
     counted_N: Mapping[str, Tensor],
-    shares_N: Mapping[str, Tensor],
+    scale_N: Mapping[str, Tensor],
     values: Mapping[str, Tensor],
     rows: slice,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
@@ -261,7 +261,7 @@ def _terms(
         values,
         batch.clock,
         counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
-        shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
+        scale_N={name: scale_N[rows] for name, scale_N in scale_N.items()},
     )
 
 

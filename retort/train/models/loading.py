@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from retort.align.chat import Renderer
 from retort.config import Config
 from retort.core.rollouts import Prompt
-from retort.models.chance import check_repeats
 from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
+from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
 from retort.models.together import settle
 from retort.train.given.given import Given

@@ -69,7 +69,7 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
         teacher,
         alignment=align_pair(student, teacher),
         batch_tokens=config.optimizer.batch_tokens,
-        reading=config.rollout.reading,
+        template_options=config.rollout.template_options,
     )
 
 

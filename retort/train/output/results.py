@@ -10,7 +10,7 @@ from typing import Any
 from retort.config import Config
 from retort.data import fingerprint
 from retort.errors import UserError
-from retort.evaluate.judge import Judge
+from retort.evaluate.evaluator import Evaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
 from retort.rewards.own import is_own
 
@@ -19,7 +19,7 @@ BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 _BESIDE = ("pass_at", "profile", "given_up")
 
 
-def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
+def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str, Any]:
     """The table of a resumed run, or an empty one.
 
     Raises:
@@ -38,9 +38,9 @@ def read(folder: Path, judge: Judge | None, config: Config) -> dict[str, Any]:
         return found
     return {
         "k": config.eval.samples,
-        "problems": len(judge.prompts) if judge else 0,
-        **(judge.graded() if judge else {}),
-        **({"held_out": fingerprint(judge.prompts)} if judge else {}),
+        "problems": len(evaluator.prompts) if evaluator else 0,
+        **(evaluator.graded() if evaluator else {}),
+        **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
         "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
         "threshold": config.eval.threshold,

@@ -21,7 +21,7 @@ from retort.models.described import Described, describe
 from retort.models.held import Held
 from retort.models.lm import LanguageModel
 from retort.train.events import tracking
-from retort.train.setup import reading
+from retort.train.setup import templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +73,9 @@ def look(
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
         align_ids(found["student"].tokenizer, other.tokenizer)
-    config = reading.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
-    renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}
-    read = reading.check_prompts(config, train, held_out, renders, notes)
+    config = templates.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
+    renders = {role: Renderer(one.tokenizer, config.rollout.template_options) for role, one in found.items()}
+    read = templates.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
     notes[said:said] = of_the_paper(config, method)
     return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
@@ -140,7 +140,7 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
 
 
 def fit_lengths(
-    config: Config, models: Mapping[str, Described], read: Mapping[str, reading.Extremes], notes: list[str]
+    config: Config, models: Mapping[str, Described], read: Mapping[str, templates.Extremes], notes: list[str]
 ) -> Config:
     """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
 

@@ -12,7 +12,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.train.given.given import Given
-from retort.train.setup import reading
+from retort.train.setup import templates
 from retort.train.setup.prompts import graders, read_prompts
 from retort.train.setup.split import set_aside
 
@@ -26,14 +26,14 @@ class Data:
         probe: Prompts kept out of them for the method's probes.
         held_out: Prompts to be judged on.
         grader: Grades training rollouts, where any prompt has an answer.
-        judge_grader: Grades completions of held-out prompts, where any has an answer.
+        eval_grader: Grades completions of held-out prompts, where any has an answer.
     """
 
     train: list[Prompt]
     probe: list[Prompt]
     held_out: list[Prompt]
     grader: Grader | None
-    judge_grader: Grader | None
+    eval_grader: Grader | None
 
     @property
     def full(self) -> Grader | None:
@@ -53,7 +53,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], given
     found = Data(train, probe, held_out, *graders(config, train, held_out, notes, given))
     need_verifier(method, found.full, train)
     need_columns(method, train, notes)
-    reading.refuse_views(config, method)
+    templates.refuse_views(config, method)
     return found
 
 

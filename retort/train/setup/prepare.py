@@ -15,7 +15,7 @@ from retort.method import Method
 from retort.methods._cold_start import with_cold_start
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader
-from retort.rollout.by_teacher import TeacherWriter
+from retort.rollout.by_teacher import TeacherGenerator
 from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
@@ -47,7 +47,7 @@ class Prepared:
         teachers: Who answers.
         learner: What learns.
         held_out: Prompts to be judged on.
-        judge_grader: Grades completions of these, where any has an answer.
+        eval_grader: Grades completions of these, where any has an answer.
         attention: Implementation, resolved; None for each model's own default.
         notes: What the user should know before the run starts.
     """
@@ -58,7 +58,7 @@ class Prepared:
     teachers: Teachers
     learner: Learner
     held_out: Sequence[Prompt]
-    judge_grader: Grader | None
+    eval_grader: Grader | None
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -176,7 +176,7 @@ def _parties(
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
-        teacher_writer=_writer(config, local["teacher"], student) if "teacher" in local else None,
+        teacher_generator=_writer(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
     )
     learner = Learner(
@@ -193,12 +193,12 @@ def _parties(
         teachers=Teachers(models, own, start),
         learner=learner,
         held_out=data.held_out,
-        judge_grader=data.judge_grader,
+        eval_grader=data.eval_grader,
         attention=loaded.attention,
         notes=notes,
     )
 
 
-def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
+def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherGenerator:
     writes = engine(config, teacher.lm, teacher.alignment.width)
-    return TeacherWriter(writes, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+    return TeacherGenerator(writes, teacher.render, alignment=teacher.alignment, student_stops=student.stops)

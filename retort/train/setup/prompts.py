@@ -35,7 +35,7 @@ def read_prompts(
         return prompts, []
     judged = config.eval.data or (data if config.builtin else None)
     if judged is not None:
-        held_out = judge_prompts(config, judged, notes, given)
+        held_out = eval_prompts(config, judged, notes, given)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
         if judged not in BUILTIN:
@@ -58,7 +58,7 @@ def read_prompts(
     return train, held_out
 
 
-def judge_prompts(config: Config, data: str, notes: list[str], given: Given | None = None) -> list[Prompt]:
+def eval_prompts(config: Config, data: str, notes: list[str], given: Given | None = None) -> list[Prompt]:
     """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)

@@ -30,7 +30,7 @@ def key(plan: RolloutPlan, prompt: Prompt, member: int) -> Key:
     return prompt.id, member, plan.temperature, plan.top_p
 
 
-class Shelf:
+class RolloutCache:
     """Kept answers.
 
     The teacher's are appended to a file of the run as they come, and cut back to the step that a run is resumed at. The

@@ -49,9 +49,9 @@ def easy_to_hard(
 
         return _through(prompts, ranked, clock.done, count)
     if order.kind == "balanced":
-        chance = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
+        uniform_stream = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
         # Drawing without replacement by odds w is taking the largest u^(1/w).
-        keys = chance ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
+        keys = uniform_stream ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
         places: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
         return [Visit(prompts[place], clock.step) for place in places]
     limit = max(order.gate(clock.done, clock.total or 1), sorted(hard)[min(count, len(hard)) - 1])

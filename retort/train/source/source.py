@@ -16,15 +16,15 @@ from retort.controllers import Probe
 from retort.core.rollouts import Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import Chance, uniforms
+from retort.core.streams import UniformStream, uniforms
 from retort.errors import RunError, UserError
 from retort.method import Method
 from retort.rewards.base import Grader, graded
-from retort.rollout.by_teacher import TeacherWriter
+from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.plan import RolloutPlan
-from retort.train.source.cache import Shelf, key
+from retort.train.source.cache import RolloutCache, key
 from retort.train.source.order import Visit, easy_to_hard, visits
 
 
@@ -52,9 +52,9 @@ class Source:
         render: A prompt's ids, as the student reads it.
         stops: Where the student's completions end.
         vocab: Ids that student and teachers share.
-        teacher_writer: How the teacher writes for the student, where there is one.
+        teacher_generator: How the teacher writes for the student, where there is one.
         grader: Of rollouts, where any of the data has answers.
-        shelf: What was kept of earlier batches; a run puts its own there.
+        cache: What was kept of earlier batches; a run puts its own there.
     """
 
     prompts: Sequence[Prompt]
@@ -66,9 +66,9 @@ class Source:
     render: Renderer
     stops: StopTokens
     vocab: int
-    teacher_writer: TeacherWriter | None = None
+    teacher_generator: TeacherGenerator | None = None
     grader: Grader | None = None
-    shelf: Shelf = field(default_factory=Shelf)
+    cache: RolloutCache = field(default_factory=RolloutCache)
 
     @property
     def given_up(self) -> int:
@@ -116,14 +116,16 @@ class Source:
         prompts = self.probe[: probe.prompts]
         if probe.source == "dataset":
             return [self.given(prompt, 0, self.limit) for prompt in prompts]
-        tasks = [Task(prompt, self._context(prompt), 0, Chance(self.seed, "probe", prompt.id)) for prompt in prompts]
+        tasks = [
+            Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
+        ]
         return run_episodes(self.engine, tasks, Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p))
 
     def passed(self, plan: RolloutPlan, prompts: Sequence[Prompt], samples: int) -> dict[str, float]:
         """The student's pass rate on some prompts, by the prompt's id; needs a grader."""
         assert self.grader is not None  # checked by `prepare`
         tasks = [
-            Task(prompt, self._context(prompt), member, Chance(self.seed, "difficulty", prompt.id, member))
+            Task(prompt, self._context(prompt), member, UniformStream(self.seed, "difficulty", prompt.id, member))
             for prompt in prompts
             for member in range(samples)
         ]
@@ -170,24 +172,24 @@ class Source:
 
     def open(self, folder: Path) -> None:
         """Keeps answers in a run's folder from now on."""
-        self.shelf = Shelf(folder)
+        self.cache = RolloutCache(folder)
 
     def mark(self) -> Callable[[], None]:
         """What puts back what is kept for replay as it is now."""
-        visits = tuple(self.shelf.visits)
-        return lambda: self.shelf.put(visits)
+        visits = tuple(self.cache.visits)
+        return lambda: self.cache.put(visits)
 
     def go_back(self, step: int) -> None:
         """Kept answers of the teacher's as they were after a step."""
-        self.shelf.go_back(self.prompts, self.render, step)
+        self.cache.go_back(self.prompts, self.render, step)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs: the student's rollouts that are kept for replay."""
-        return self.shelf.tensors(self.prompts)
+        return self.cache.tensors(self.prompts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Puts `tensors` back; those of others are not looked at."""
-        self.shelf.restore(self.prompts, self.render, tensors)
+        self.cache.restore(self.prompts, self.render, tensors)
 
     def _context(self, prompt: Prompt) -> TokenSequence:
         return TokenSequence.of(self.render(prompt))
@@ -196,17 +198,17 @@ class Source:
         """Who answers which prompt, by one number per visit: a growing share only adds visits to the student's."""
         shared, share = _Shared(), clock.at(plan.on_policy_fraction)
         others = shared.teacher if plan.off_policy == "teacher" else shared.dataset
-        full = plan.replay is not None and len(self.shelf.visits) >= plan.replay.capacity
+        full = plan.replay is not None and len(self.cache.visits) >= plan.replay.capacity
         fresh = clock.at(plan.replay.fresh) if plan.replay is not None and full else 1.0
         for visit in chosen:
             # Streams are keyed: where every answer is the student's own, this number can be left undrawn.
             if share == 1 and fresh == 1:
                 shared.student.append(visit)
                 continue
-            chance = float(uniforms(self.seed, "mixture", visit.epoch, visit.prompt.id, count=1))
-            if chance >= share:
+            uniform = float(uniforms(self.seed, "mixture", visit.epoch, visit.prompt.id, count=1))
+            if uniform >= share:
                 others.append(visit)
-            elif chance < share * fresh:
+            elif uniform < share * fresh:
                 shared.student.append(visit)
             else:
                 shared.replay.append(visit)
@@ -217,21 +219,21 @@ class Source:
         for visit in chosen:
             context = self._context(visit.prompt)
             for member in range(plan.samples):
-                chance = Chance(self.seed, "rollouts", visit.epoch, visit.prompt.id, member)
-                tasks.append(Task(visit.prompt, context, member, chance, visit.epoch))
+                uniform = UniformStream(self.seed, "rollouts", visit.epoch, visit.prompt.id, member)
+                tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
         written = self._graded(method, run_episodes(self.engine, tasks, sampling))
         if plan.replay is not None:
             size = plan.samples
             groups = [tuple(written[start : start + size]) for start in range(0, len(written), size)]
-            self.shelf.remember(groups, plan.replay.capacity)
+            self.cache.remember(groups, plan.replay.capacity)
         return written
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An old visit of the student's, in the place of a new one to this prompt."""
-        chance = float(uniforms(self.seed, "replay", clock.step, visit.prompt.id, count=1))
-        return [self._cut(rollout, longest) for rollout in self.shelf.visits[int(chance * len(self.shelf.visits))]]
+        uniform = float(uniforms(self.seed, "replay", clock.step, visit.prompt.id, count=1))
+        return [self._cut(rollout, longest) for rollout in self.cache.visits[int(uniform * len(self.cache.visits))]]
 
     def _by_teacher(self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock) -> list[Rollout]:
         """The teacher's answers: kept ones, and new ones for what it has not answered yet."""
@@ -239,20 +241,20 @@ class Source:
         wanted = [(place, member) for place in range(len(chosen)) for member in range(plan.samples)]
         if plan.keep:
             for place, member in wanted:
-                kept = self.shelf.answers.get(key(plan, chosen[place].prompt, member))
+                kept = self.cache.answers.get(key(plan, chosen[place].prompt, member))
                 if kept is not None:
                     found[place, member] = kept
         missing = [place for place in wanted if place not in found]
-        new = self._written_by_teacher(method, [(chosen[place], member) for place, member in missing], longest)
+        new = self._generated_by_teacher(method, [(chosen[place], member) for place, member in missing], longest)
         found.update(zip(missing, new, strict=True))
         if plan.keep:
-            self.shelf.keep(new, plan, clock.step + 1)
+            self.cache.keep(new, plan, clock.step + 1)
         rollouts = [replace(found[place, member], visit=chosen[place].epoch) for place, member in wanted]
         if plan.attempts is not None:
             rollouts = [rollout for rollout in rollouts if rollout.status == Status.COMPLETED]
         return [self._cut(rollout, longest) for rollout in rollouts]
 
-    def _written_by_teacher(self, method: Method, wanted: Sequence[tuple[Visit, int]], longest: int) -> list[Rollout]:
+    def _generated_by_teacher(self, method: Method, wanted: Sequence[tuple[Visit, int]], longest: int) -> list[Rollout]:
         """New answers in order; where the plan says so, the teacher begins again where it came to no end."""
         if not wanted:
             return []
@@ -265,10 +267,10 @@ class Source:
             tasks: list[Task] = []
             for visit, member in (wanted[index] for index in open_):
                 epoch = "kept" if plan.keep else visit.epoch
-                chance = Chance(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
-                tasks.append(Task(visit.prompt, self._context(visit.prompt), member, chance, visit.epoch))
-            assert self.teacher_writer is not None  # a plan with the teacher's answers asks for a teacher
-            written = self.teacher_writer.write(tasks, Sampling(room, plan.temperature, plan.top_p))
+                uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
+                tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
+            assert self.teacher_generator is not None  # a plan with the teacher's answers asks for a teacher
+            written = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
             found.update(zip(open_, written, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 

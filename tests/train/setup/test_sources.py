@@ -37,7 +37,7 @@ from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.run import Run
 from retort.train.setup.prepare import Prepared, prepare
-from retort.train.source.cache import FILE, Shelf
+from retort.train.source.cache import FILE, RolloutCache
 from retort.train.source.order import easy_to_hard
 from retort.train.storage import checkpoint
 
@@ -109,13 +109,15 @@ def learner(plan: RolloutPlan) -> Method:
     return Method(name="mine", rollout=plan, terms=(Term("forward", pathwise(forward_kl())),))
 
 
-def written(setup: Prepared, folder: Path, step: int = 0, shelf: Shelf | None = None, **more: Any) -> list[Rollout]:
+def written(
+    setup: Prepared, folder: Path, step: int = 0, cache: RolloutCache | None = None, **more: Any
+) -> list[Rollout]:
     clock = Clock(step, setup.steps, seed=setup.config.seed, longest=setup.source.limit)
-    return rollouts_of(setup, shelf or Shelf(folder), clock, 0, **more)
+    return rollouts_of(setup, cache or RolloutCache(folder), clock, 0, **more)
 
 
-def rollouts_of(setup: Prepared, shelf: Shelf, clock: Clock, version: int, **more: Any) -> list[Rollout]:
-    groups = replace(setup.source, shelf=shelf).rollouts(setup.method, clock, version, **more)
+def rollouts_of(setup: Prepared, cache: RolloutCache, clock: Clock, version: int, **more: Any) -> list[Rollout]:
+    groups = replace(setup.source, cache=cache).rollouts(setup.method, clock, version, **more)
     return [rollout for group in groups for rollout in group]
 
 
@@ -131,15 +133,15 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     heard: list[float] = []
     for rollout in rollouts:
         read = rollout.sequence.prefix.tokens_L.tolist()
-        assert read == setup.source.render(rollout.prompt) != setup.source.teacher_writer.render(rollout.prompt)
+        assert read == setup.source.render(rollout.prompt) != setup.source.teacher_generator.render(rollout.prompt)
         assert rollout.engine_logp_A is None
         ends = [token in setup.student.stops.ids for token in rollout.action_ids]
         assert ends == [False] * (len(ends) - 1) + [rollout.status == Status.COMPLETED]
         # What the engine says when it writes with these very numbers: that is what the teacher must say when it reads.
-        chance = uniforms(setup.config.seed, "teacher", 0, rollout.prompt.id, rollout.member, 0, count=6)
-        request = _request(setup.source.teacher_writer.render(rollout.prompt), chance)
-        (own,) = setup.source.teacher_writer.engine.generate([request], Sampling(6))
-        assert setup.source.teacher_writer.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
+        uniform_stream = uniforms(setup.config.seed, "teacher", 0, rollout.prompt.id, rollout.member, 0, count=6)
+        request = _request(setup.source.teacher_generator.render(rollout.prompt), uniform_stream)
+        (own,) = setup.source.teacher_generator.engine.generate([request], Sampling(6))
+        assert setup.source.teacher_generator.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
     signal = setup.teachers.behind(setup.method)["teacher"].score(
@@ -149,12 +151,12 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     assert pack.steps.engine_logp_N.isnan().all()
 
 
-def _request(prompt_ids: list[int], chance: torch.Tensor) -> Any:
-    return Request(TokenSequence.of(prompt_ids), chance)
+def _request(prompt_ids: list[int], uniform_stream: torch.Tensor) -> Any:
+    return Request(TokenSequence.of(prompt_ids), uniform_stream)
 
 
 def test_an_answer_ends_where_the_student_would_end_it(two_dialects: dict[str, Any]) -> None:
-    writer = setup_of(two_dialects, learner(by_teacher())).source.teacher_writer
+    writer = setup_of(two_dialects, learner(by_teacher())).source.teacher_generator
     ours, theirs = writer.student_stops.primary, writer.alignment.stops[writer.student_stops.primary]
     word = next(token for token in range(10, 20) if token not in (ours, theirs))
     assert writer.translated([word, theirs], Status.COMPLETED) == ([word, ours], Status.COMPLETED)
@@ -191,9 +193,9 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
         setup, folder = setup_of(tiny_run, learner(by_teacher(keep=keep, samples=2)), eval={"problems": 0}), tmp_path
         folder = tmp_path / str(keep)
         folder.mkdir()
-        shelf, epochs = Shelf(folder), dict[str, set[tuple[int, ...]]]()
+        cache, epochs = RolloutCache(folder), dict[str, set[tuple[int, ...]]]()
         for step in range(30):  # 30 prompts, 4 a step: four times through
-            for rollout in written(setup, folder, step, shelf):
+            for rollout in written(setup, folder, step, cache):
                 if rollout.member == 0:
                     epochs.setdefault(rollout.prompt.id, set()).add(tuple(rollout.action_ids))
         assert len(epochs) == 30
@@ -202,25 +204,25 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
         if keep:
             rows = lines(folder, FILE)
             assert len(rows) == len({(row["prompt_id"], row["member"]) for row in rows}) == 60
-            again = Shelf(folder)
+            again = RolloutCache(folder)
             again.go_back(setup.source.prompts, setup.source.render, 30)
-            assert again.answers.keys() == shelf.answers.keys()
+            assert again.answers.keys() == cache.answers.keys()
             for key, rollout in again.answers.items():
-                assert torch.equal(rollout.sequence.tokens_L, shelf.answers[key].sequence.tokens_L)
+                assert torch.equal(rollout.sequence.tokens_L, cache.answers[key].sequence.tokens_L)
                 assert (rollout.text, rollout.status, rollout.reward) == (
-                    shelf.answers[key].text,
-                    shelf.answers[key].status,
-                    shelf.answers[key].reward,
+                    cache.answers[key].text,
+                    cache.answers[key].status,
+                    cache.answers[key].reward,
                 )
             again.go_back(setup.source.prompts, setup.source.render, 3)
             assert len(again.answers) == 24
 
 
 def test_answers_kept_at_one_temperature_do_not_serve_at_another(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    shelf, found = Shelf(tmp_path), list[list[Rollout]]()
+    cache, found = RolloutCache(tmp_path), list[list[Rollout]]()
     for temperature in (1.0, 0.3, 1.0):
         setup = setup_of(tiny_run, learner(by_teacher(keep=True, temperature=temperature)))
-        found.append(written(setup, tmp_path, 0, shelf))
+        found.append(written(setup, tmp_path, 0, cache))
     ids = [[rollout.action_ids for rollout in rollouts] for rollouts in found]
     assert ids[0] == ids[2] != ids[1]
 
@@ -329,10 +331,10 @@ def test_the_share_rises_with_every_bad_validation_and_answers_are_replayed(
 
 def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     plan = RolloutPlan(samples=2, replay=Replay(capacity=3, fresh=0.5))
-    setup, shelf, before = setup_of(tiny_run, learner(plan)), Shelf(tmp_path), dict[tuple[str, int], list[int]]()
+    setup, cache, before = setup_of(tiny_run, learner(plan)), RolloutCache(tmp_path), dict[tuple[str, int], list[int]]()
     replayed = 0
     for step in range(12):
-        rollouts = rollouts_of(setup, shelf, Clock(step, 12), version=step)
+        rollouts = rollouts_of(setup, cache, Clock(step, 12), version=step)
         old = [rollout for rollout in rollouts if rollout.policy_version < step]
         assert len(old) % 2 == 0  # whole visits
         for rollout in old:
@@ -340,11 +342,11 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
             assert rollout.engine_logp_A is not None
         replayed += len(old)
         before |= {(r.prompt.id, r.member): r.action_ids for r in rollouts}
-        assert len(shelf.visits) <= 3
+        assert len(cache.visits) <= 3
     assert replayed > 0
-    again = Shelf(tmp_path)
-    again.restore(setup.source.prompts, setup.source.render, shelf.tensors(setup.source.prompts))
-    for one, two in zip(shelf.visits, again.visits, strict=True):
+    again = RolloutCache(tmp_path)
+    again.restore(setup.source.prompts, setup.source.render, cache.tensors(setup.source.prompts))
+    for one, two in zip(cache.visits, again.visits, strict=True):
         for ours, theirs in zip(one, two, strict=True):
             assert torch.equal(ours.sequence.tokens_L, theirs.sequence.tokens_L)
             assert torch.equal(ours.engine_logp_A, theirs.engine_logp_A)  # type: ignore[arg-type]
@@ -355,9 +357,9 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
 
 def test_replay_waits_until_its_shelf_is_full(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     setup = setup_of(tiny_run, learner(RolloutPlan(replay=Replay(capacity=9, fresh=0.0))))
-    shelf, versions = Shelf(tmp_path), list[set[int]]()
+    cache, versions = RolloutCache(tmp_path), list[set[int]]()
     for step in range(4):
-        versions.append({r.policy_version for r in rollouts_of(setup, shelf, Clock(step, 4), version=step)})
+        versions.append({r.policy_version for r in rollouts_of(setup, cache, Clock(step, 4), version=step)})
     assert versions[:3] == [{0}, {1}, {2}]
     assert 3 not in versions[3]
 
@@ -406,7 +408,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     run = Run(setup, tmp_path)
     clock = Clock(1, 4, seed=setup.config.seed, longest=setup.source.limit)
     found = run.control.probe(setup.method, clock, partial(run._probed, setup.method))["probe/length.entropy"]
-    assert run.control.readings(setup.method)["length.horizon"] == 4
+    assert run.control.controller_outputs(setup.method)["length.horizon"] == 4
     # By hand: write with the same luck, and average over tokens.
     entropies: list[float] = []
     for prompt in setup.source.probe:

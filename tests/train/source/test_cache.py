@@ -10,10 +10,10 @@ import pytest
 import torch
 from support import group_of, make_tokenizer
 
-from retort.align.chat import Reading, Renderer
+from retort.align.chat import Renderer, TemplateOptions
 from retort.core.rollouts import Message, Prompt, Rollout
 from retort.rollout.plan import RolloutPlan
-from retort.train.source.cache import Shelf
+from retort.train.source.cache import RolloutCache
 
 PROMPT = Prompt("row", (Message("user", "1 + 1 ="),), answer="2")
 
@@ -21,7 +21,7 @@ PROMPT = Prompt("row", (Message("user", "1 + 1 ="),), answer="2")
 @pytest.fixture
 def setup() -> Any:
     """The prompts of a run, and how they are read."""
-    return [PROMPT], Renderer(make_tokenizer(), Reading())
+    return [PROMPT], Renderer(make_tokenizer(), TemplateOptions())
 
 
 def kept(setup: Any) -> list[Rollout]:
@@ -47,16 +47,16 @@ def plain(rollout: Rollout) -> dict[str, Any]:
 
 
 def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None:
-    shelf, again = Shelf(tmp_path), Shelf(tmp_path)
-    shelf.remember([tuple(kept(setup)), tuple(kept(setup)[:1])], 2)
-    again.restore(*setup, shelf.tensors(setup[0]))
-    assert [[plain(r) for r in visit] for visit in again.visits] == [[plain(r) for r in v] for v in shelf.visits]
+    cache, again = RolloutCache(tmp_path), RolloutCache(tmp_path)
+    cache.remember([tuple(kept(setup)), tuple(kept(setup)[:1])], 2)
+    again.restore(*setup, cache.tensors(setup[0]))
+    assert [[plain(r) for r in visit] for visit in again.visits] == [[plain(r) for r in v] for v in cache.visits]
     assert [len(visit) for visit in again.visits] == [3, 1]
 
 
 def test_kept_answers_of_the_teacher_keep_their_grades(setup: Any, tmp_path: Path) -> None:
-    shelf, again = Shelf(tmp_path), Shelf(tmp_path)
-    shelf.keep(kept(setup), RolloutPlan(samples=3), 1)
+    cache, again = RolloutCache(tmp_path), RolloutCache(tmp_path)
+    cache.keep(kept(setup), RolloutPlan(samples=3), 1)
     again.go_back(*setup, 1)
-    assert {key: plain(r) for key, r in again.answers.items()} == {key: plain(r) for key, r in shelf.answers.items()}
+    assert {key: plain(r) for key, r in again.answers.items()} == {key: plain(r) for key, r in cache.answers.items()}
     assert len(again.answers) == 3

@@ -22,7 +22,7 @@ from retort.train.events.observe import Silent
 from retort.train.given.given import Given, going_on
 from retort.train.learning.control import Control
 from retort.train.run import Run
-from retort.train.source.cache import Shelf
+from retort.train.source.cache import RolloutCache
 from retort.train.source.source import Source
 
 
@@ -93,15 +93,15 @@ def test_a_verifier_that_fails_within_a_step_loses_no_step(tiny_run: dict[str, A
 
 def test_what_a_step_put_on_the_shelf_before_it_failed_is_not_saved() -> None:
     saved: list[Any] = []
-    control, source = Control([], 0), SimpleNamespace(shelf=Shelf())
+    control, source = Control([], 0), SimpleNamespace(cache=RolloutCache())
     source.mark = lambda: Source.mark(source)  # type: ignore[arg-type]
     control.states["dial"] = {"number": 1}  # type: ignore[dict-item]
-    source.shelf.visits.append("old")
+    source.cache.visits.append("old")
     run: Any = SimpleNamespace(control=control, source=source, step=2, _go_on="so")
     run.prepared = SimpleNamespace(steps=3)
-    run.save = lambda: saved.append((dict(run.control.states), list(run.source.shelf.visits)))
+    run.save = lambda: saved.append((dict(run.control.states), list(run.source.cache.visits)))
     with pytest.raises(UserError, match="bad; everything is saved at step 2 of 3, go on with: so"), Run._safe(run):
-        run.source.shelf.visits.append("new")
+        run.source.cache.visits.append("new")
         run.control.states["dial"] = {"number": 2}
         raise UserError("bad")
     assert saved == [({"dial": {"number": 1}}, ["old"])]

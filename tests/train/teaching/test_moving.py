@@ -466,7 +466,7 @@ def test_a_run_without_a_teacher(alone: dict[str, Any], tmp_path: Path) -> None:
     setup = run.prepared
     assert (
         setup.teachers.lms.get("teacher") is None
-        and setup.source.teacher_writer is None
+        and setup.source.teacher_generator is None
         and set(setup.teachers.behind(setup.method)) == {"self0"}
     )
     assert summary(setup)["teacher"] == "the student itself, an average that takes 0.3 of it every optimizer step"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from retort.evaluate.judge import Judge
+from retort.evaluate.evaluator import Evaluator
 from retort.teachers.local import LocalTeacher
 from retort.train.models.models import engine
 from retort.train.output import results
@@ -16,7 +16,7 @@ from retort.train.setup.prepare import Prepared
 Progress = Callable[[int, int], None]
 
 
-class Judging:
+class Evaluations:
     """The judge of a run and what it has said so far. Without held-out prompts nobody is judged."""
 
     def __init__(self, prepared: Prepared, folder: Path, check: Callable[[], None]) -> None:
@@ -28,12 +28,12 @@ class Judging:
         self._prepared, self._folder, self._check = prepared, folder, check
         held_out = prepared.held_out
         config, vocab = prepared.config, prepared.learner.vocab
-        self._judge = Judge.of(config, held_out, prepared.judge_grader, vocab=vocab) if held_out else None
-        self.results = results.read(folder, self._judge, prepared.config)
+        self._evaluator = Evaluator.of(config, held_out, prepared.eval_grader, vocab=vocab) if held_out else None
+        self.results = results.read(folder, self._evaluator, prepared.config)
 
     def __bool__(self) -> bool:
         """Whether anybody is judged."""
-        return self._judge is not None
+        return self._evaluator is not None
 
     @property
     def has_begun(self) -> bool:
@@ -72,15 +72,15 @@ class Judging:
 
         None where there is neither: a self-teacher has nothing to say of the student's own prompt.
         """
-        assert self._judge is not None
-        if f"avg@{self._judge.samples}" in scores:
-            return scores[f"avg@{self._judge.samples}"]
+        assert self._evaluator is not None
+        if f"avg@{self._evaluator.samples}" in scores:
+            return scores[f"avg@{self._evaluator.samples}"]
         return -scores["reverse_kl"] if "reverse_kl" in scores else None
 
     def _judged(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
-        assert self._judge is not None
-        writer = engine(self._prepared.config, lm, self._judge.vocab)
-        return self._judge.judge(lm, writer, teacher=teacher, progress=progress)
+        assert self._evaluator is not None
+        writer = engine(self._prepared.config, lm, self._evaluator.vocab)
+        return self._evaluator.evaluate(lm, writer, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
         self._check()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.chat import Reading, render
+from retort.align.chat import TemplateOptions, render
 from retort.config import Config
 from retort.core.context import Context
 from retort.core.needs import DENSE, can_meet
@@ -23,7 +23,7 @@ from retort.core.per_token import Core, per_token
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import Chance
+from retort.core.streams import UniformStream
 from retort.evaluate.measures import range_of
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
@@ -42,7 +42,7 @@ _SHARES = ("truncated", "uncertain", "student_uncertain")
 
 
 @dataclass(frozen=True, eq=False)
-class Judge:
+class Evaluator:
     """How models are judged.
 
     Attributes:
@@ -53,7 +53,7 @@ class Judge:
         max_new_tokens, temperature, top_p: Of sampling.
         vocab: Ids that are tokens.
         batch_tokens: Tokens per forward pass.
-        reading: What chat templates are told.
+        template_options: What chat templates are told.
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Prompts whose first answer is kept token by token.
     """
@@ -67,14 +67,14 @@ class Judge:
     top_p: float
     vocab: int
     batch_tokens: int
-    reading: Reading
+    template_options: TemplateOptions
     threshold: float
     recorded: int = 0
 
     @staticmethod
-    def of(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Judge:
+    def of(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
         """As a run's settings say."""
-        return Judge(
+        return Evaluator(
             prompts=prompts,
             verifier=verifier,
             samples=config.eval.samples,
@@ -84,12 +84,12 @@ class Judge:
             top_p=config.eval.top_p,
             vocab=vocab,
             batch_tokens=config.optimizer.batch_tokens,
-            reading=config.rollout.reading,
+            template_options=config.rollout.template_options,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
         )
 
-    def judge(
+    def evaluate(
         self,
         lm: LanguageModel,
         engine: Engine,
@@ -156,10 +156,10 @@ class Judge:
     def _answers(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         tasks: list[Task] = []
         for prompt in prompts:
-            context = TokenSequence.of(render(prompt, engine.tokenizer, self.reading))
+            context = TokenSequence.of(render(prompt, engine.tokenizer, self.template_options))
             for member in range(self.samples):
-                chance = Chance(self.seed, "evaluation", prompt.id, member)
-                tasks.append(Task(prompt, context, member, chance))
+                uniform_stream = UniformStream(self.seed, "evaluation", prompt.id, member)
+                tasks.append(Task(prompt, context, member, uniform_stream))
         return run_episodes(engine, tasks, Sampling(self.max_new_tokens, self.temperature, self.top_p))
 
     @torch.no_grad()

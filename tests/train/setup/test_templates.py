@@ -14,7 +14,7 @@ from support import CHATML, make_model, make_tokenizer
 
 from retort import api
 from retort import config as configuration
-from retort.align.chat import Reading
+from retort.align.chat import TemplateOptions
 from retort.cli.evaluation import _READ, evaluate  # pyright: ignore[reportPrivateUsage]
 from retort.config import Config
 from retort.errors import UserError
@@ -23,7 +23,7 @@ from retort.preflight.doctor import examine
 from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.output.identity import identity
-from retort.train.setup import reading
+from retort.train.setup import templates
 from retort.train.setup.prepare import Prepared, prepare
 
 THINKING = CHATML.replace(
@@ -76,7 +76,7 @@ def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], fo
         assert ("ids to the teacher" in check.saw) == (thinking is False)
     assert ends == {None: False, False: True, True: False}
     # What a run of an earlier version wrote down keeps its meaning.
-    assert configuration.resolve({"rollout": {"thinking": False}}).rollout.reading.thinking is False
+    assert configuration.resolve({"rollout": {"thinking": False}}).rollout.template_options.thinking is False
 
 
 def test_doctor_shows_a_prompt_on_one_line(tiny_run: dict[str, Any], folder: Callable[..., str]) -> None:
@@ -112,13 +112,13 @@ def test_a_student_that_teaches_itself_is_looked_at_too(tiny_run: dict[str, Any]
 def test_a_run_keeps_its_day(
     tiny_run: dict[str, Any], folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "today", lambda: "2001-02-13")
+    monkeypatch.setattr(templates, "today", lambda: "2001-02-13")
     config = config_of(tiny_run, folder, DATED, CHATML)
     first = prepare(config)
     assert first.config.rollout.date == "2001-02-13"
     assert text(first).startswith("13")
     assert any("student writes today's date: it stays 2001-02-13" in note for note in first.notes)
-    monkeypatch.setattr(reading, "today", lambda: "2001-02-14")
+    monkeypatch.setattr(templates, "today", lambda: "2001-02-14")
     again = prepare(first.config)
     assert text(again) == text(first)
     assert identity(again)["digests"] == identity(first)["digests"]
@@ -179,7 +179,7 @@ def test_control_tokens_in_prompts_are_a_finding_and_said_once(
 
 
 def test_eval_takes_the_settings_that_say_how_prompts_are_read() -> None:
-    assert {f"rollout.{field.name}" for field in dataclasses.fields(Reading)} <= _READ
+    assert {f"rollout.{field.name}" for field in dataclasses.fields(TemplateOptions)} <= _READ
 
 
 class Notes(Silent):
@@ -193,7 +193,7 @@ class Notes(Silent):
 def test_eval_reads_alike_and_says_the_same(
     prompts_file: Path, folder: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "today", lambda: "2001-02-13")
+    monkeypatch.setattr(templates, "today", lambda: "2001-02-13")
     template = DATED.replace("if add_generation_prompt", "if false")
     small = ["task=exact", "precision=fp32", "samples=1", "problems=2", "max_new_tokens=2"]
     for more, day in (([], "2001-02-13"), (["rollout.date=2001-02-14"], "2001-02-14")):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retort.errors import RunError
 
-__all__ = ["Judge"]
+__all__ = ["MathProcess"]
 
 WORKER = Path(__file__).with_name("math_worker.py")
 # Importing sympy from a cold disk can take long; only after this is the worker considered broken.
@@ -22,13 +22,13 @@ START_SECONDS = 120.0
 PATIENCE = 30.0
 
 
-class Judge:
+class MathProcess:
     """Owns the worker process: starts it when first needed, replaces it where it died."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[bytes] | None = None
-        self.finalizer: weakref.finalize[[subprocess.Popen[bytes]], Judge] | None = None
+        self.finalizer: weakref.finalize[[subprocess.Popen[bytes]], MathProcess] | None = None
 
     def equal(self, gold: str, text: str, boxed: bool, digits: int, limit_s: float) -> bool | None:
         """Whether math-verify holds the two for equal; None where it found no end.

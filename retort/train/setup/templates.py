@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING
 
-from retort.align.chat import Reading, Renderer, dated
+from retort.align.chat import Renderer, TemplateOptions, dated
 from retort.align.encode import spelt
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.config import Config
@@ -43,22 +43,26 @@ def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], n
             f"the chat template of the {' and the '.join(asks)} writes today's date: it stays {rollout.date}, whenever "
             "the run goes on (rollout.date)"
         )
-    said = thinking_words(tokenizers, rollout.reading)
+    said = thinking_words(tokenizers, rollout.template_options)
     if said:
         notes.append(said)
     return config if rollout is config.rollout else config.model_copy(update={"rollout": rollout})
 
 
-def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], reading: Reading) -> str:
+def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_options: TemplateOptions) -> str:
     """One sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
-    ways = {who: thinks(tokenizer, reading) for who, tokenizer in tokenizers.items()}
+    ways = {who: thinks(tokenizer, template_options) for who, tokenizer in tokenizers.items()}
     found = [(who, way) for who, way in ways.items() if way is not None]
     if not found:
-        idle = reading.thinking is not None and any(tokenizer.chat_template for tokenizer in tokenizers.values())
-        return (
-            f"rollout.thinking = {str(reading.thinking).lower()} changes nothing: no template knows it" if idle else ""
+        idle = template_options.thinking is not None and any(
+            tokenizer.chat_template for tokenizer in tokenizers.values()
         )
-    by = "left to the template" if reading.thinking is None else "as set"
+        return (
+            f"rollout.thinking = {str(template_options.thinking).lower()} changes nothing: no template knows it"
+            if idle
+            else ""
+        )
+    by = "left to the template" if template_options.thinking is None else "as set"
     words = [f"{way} for the {who}" for who, way in found]
     words += [f"unknown to the {who}'s template" for who, way in ways.items() if way is None]
     return f"thinking (`enable_thinking`) is {', '.join(words)}, {by} (rollout.thinking)"
@@ -76,7 +80,7 @@ def ends(readers: Mapping[str, Renderer]) -> tuple[dict[str, str], list[str], bo
     """
     after, wrong, fatal = dict[str, str](), list[str](), False
     for who, render in readers.items():
-        found = turns(render.tokenizer, render.reading)
+        found = turns(render.tokenizer, render.template_options)
         if found is None:
             continue
         after[who] = repr(found.beginning) if found.beginning else "the end of the user's turn"
@@ -115,8 +119,8 @@ def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) ->
     Raises:
         UserError: Prompts look rendered: see `retort.align.template.looks_rendered`.
     """
-    tokenizer, reading = next((render.tokenizer, render.reading) for render in readers.values())
-    notes = [] if reading.rendered else _spelt(prompts, tokenizer, reading)
+    tokenizer, template_options = next((render.tokenizer, render.template_options) for render in readers.values())
+    notes = [] if template_options.rendered else _spelt(prompts, tokenizer, template_options)
     for who, render in readers.items():
         bos = render.tokenizer.bos_token_id
         doubled = 0 if bos is None else sum(render(prompt)[:2] == [bos, bos] for prompt in prompts)
@@ -128,8 +132,10 @@ def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) ->
     return notes
 
 
-def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[str]:
-    found = turns(tokenizer, reading)
+def _spelt(
+    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions
+) -> list[str]:
+    found = turns(tokenizer, template_options)
     rendered, foreign, control = list[tuple[str, str]](), list[tuple[str, str]](), Counter[str]()
     for prompt in prompts:
         for text in (message.content for message in prompt.messages):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _ROUNDING = 1e-2
 
 
-def without_chance(model: PreTrainedModel) -> None:
+def without_randomness(model: PreTrainedModel) -> None:
     """Switches off what is random in training mode: dropout, and the noise of routers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

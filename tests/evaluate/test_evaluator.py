@@ -32,13 +32,13 @@ def test_a_table_is_about_the_models_and_not_the_losses_temperature(tiny_run: di
 def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict[str, Any]) -> None:
     """By hand, from the model's own logits."""
     from retort import config as configuration
-    from retort.evaluate.judge import Judge
+    from retort.evaluate.evaluator import Evaluator
 
     sections = {"method": {"name": "temperature"}, "eval": {"temperature": 0.6, "samples": 1}, "record": {"answers": 4}}
     with pipeline.models_once():
         setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
-    judge = Judge.of(setup.config, setup.held_out, None, vocab=setup.learner.vocab)
-    row = judge.judge(setup.student, setup.source.engine, teacher=setup.teachers.behind(setup.method)["teacher"])
+    evaluator = Evaluator.of(setup.config, setup.held_out, None, vocab=setup.learner.vocab)
+    row = evaluator.evaluate(setup.student, setup.source.engine, teacher=setup.teachers.behind(setup.method)["teacher"])
     assert len(row["answers"]) == len(setup.held_out)
     found: list[float] = []
     for prompt, answer in zip(setup.held_out, row["answers"], strict=True):
