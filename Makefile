@@ -17,9 +17,9 @@ CODE    = retort tests benchmarks examples
 # Tests run in as many processes as there are cores, at most four (each holds torch): JOBS=0 for one that shows everything.
 JOBS   ?= auto
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses=4 --dist=worksteal
-# What `make quick` runs: no training, no browser, no whole pipelines.
-QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/data/test_data.py tests/advantages/test_outcomes.py \
-          tests/test_house.py tests/align/test_template.py tests/train/events/test_tracking.py tests/core/test_rollouts.py
+# What `make quick` runs: no training (tests of whole runs are named so), no browser, no whole pipelines.
+QUICK   = tests/align tests/divergences tests/estimators tests/weights tests/test_data.py tests/test_house.py \
+          tests/test_outcomes.py tests/test_signals.py tests/test_template.py tests/test_types.py -k 'not _run'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick slow lint types layers tests kernels gpu core dev clean

@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 
+import retort
 from retort import registry
 from retort.cli.catalogue import page, table
 
@@ -248,8 +249,29 @@ def test_numbers_in_the_prose_were_computed(path: Path) -> None:
     assert page.name in UNCOMPUTED or list(uncomputed_numbers(page)) == []
 
 
-def test_the_table_of_the_readme_is_that_of_the_methods() -> None:
-    assert table() in (ROOT / "README.md").read_text(), "put the output of retort.cli.catalogue.table() there"
+def test_the_readme_names_methods_as_they_are() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = {row[0]: row for row in cells(table())}
+    shown = [row for row in cells(text) if re.fullmatch(r"`\w+`", row[0])]
+    assert len(shown) == 12, "the README says a dozen"
+    assert [(name, paper, status) for name, paper, _, status in shown] == [
+        (name, made[name][1], made[name][3]) for name, *_ in shown if name in made
+    ]
+    assert {int(number) for number in re.findall(r"(?:all|of the) (\d+)\b", text)} == {len(registry.names())}
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the rows of all tables of a text, as their cells."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_first_example_of_the_readme_passes_arguments_that_there_are() -> None:
+    block = next(block for block in Page.of(ROOT / "README.md").blocks if block.language == "python")
+    calls = [node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if ast.unparse(node.func) == "retort.distill")
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    inspect.signature(retort.distill).bind(*call.args, **given)
+    assert given["method"] in registry.names()
 
 
 def test_the_page_of_methods_is_what_the_command_writes() -> None:
