@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 
+import retort.methods
 from retort import registry
 from retort.method import Method
 
@@ -22,7 +23,8 @@ parts are reconstructed, because no source states them. *Reconstructed*: so is t
 def page() -> str:
     """Markdown: a table of contents, then every method with its formula, settings, needs and departures."""
     made = [registry.load(name) for name in registry.names()]
-    return "\n\n".join([_HEAD.rstrip(), table(links=True), *(_entry(method) for method in made)]) + "\n"
+    examples = _markdown((inspect.getdoc(retort.methods) or "").partition("\n\n")[2])
+    return "\n\n".join([_HEAD.rstrip(), examples, table(links=True), *(_entry(method) for method in made)]) + "\n"
 
 
 def table(*, links: bool = False) -> str:
@@ -57,8 +59,9 @@ def _entry(method: Method) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Formulas as Markdown writes them."""
+    """Formulas and examples as Markdown writes them."""
     text = re.sub(r"^ *\.\. math::((?:.|\n(?!\n|\S))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"\n+( *>>> (?:.|\n(?!\n))*)", _example, text)
     return re.sub(r":math:`([^`]+)`", r"$\1$", text)
 
 
@@ -67,6 +70,10 @@ def _formula(found: re.Match[str]) -> str:
     inside = "\n".join(line.strip() for line in body.splitlines())
     aligned = f"\\begin{{aligned}}\n{inside}\n\\end{{aligned}}" if "&" in inside else inside
     return f"```math\n{aligned}\n```"
+
+
+def _example(found: re.Match[str]) -> str:
+    return f"\n\n```pycon\n{textwrap.dedent(found[1])}\n```"
 
 
 def _settings(method: Method) -> str:

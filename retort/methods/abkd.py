@@ -43,6 +43,12 @@ def abkd(
     Departures: at alpha = 0, beta = 0 and alpha + beta = 0 the released code divides the limit by alpha or beta where
     the limit has the square; here it is the limit. The paper distils on given answers; here the student writes, unless
     `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> losses = token_losses("abkd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 4 (1 - sqrt(0.5 * 0.9) - sqrt(0.5 * 0.1)), four times Hellinger's distance squared
+        tensor(0.4223)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),

@@ -36,6 +36,12 @@ def akl(
         temperature: Of sampling only.
 
     Departures from the paper: it distils on given answers; here the student writes, unless `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.7, 0.2, 0.1]]).log()
+        >>> losses = token_losses("akl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # w_h = 0.2 / (0.2 + 0.1 + 0.1) is 1/2, so this is the mean of both KLs
+        tensor(0.0886)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),

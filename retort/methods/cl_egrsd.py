@@ -64,6 +64,12 @@ def cl_egrsd(
 
     Departures: as of `egrsd`. The curve `restored` is what a token's weight owes to the window; the paper splits it by
     regimes of entropy, whose thresholds it does not give.
+
+    Example:
+        >>> logits, given = tensor([[0.5, 0.5], [1.0, 0.0]]).log(), {"tokens": tensor([0, 0]), "rewards": tensor([1.0])}
+        >>> losses = token_losses("cl_egrsd", student_logits=logits, teacher_logits=logits, longest=2, **given)
+        >>> losses.terms["outcome"].weight  # 1 where `egrsd` has 0.7921: the next token resolves the doubt
+        tensor([1., 1.])
     """
     confidence = Confidence(gate, floor=floor, window=window, scale=scale)
     return gated(

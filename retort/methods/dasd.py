@@ -69,6 +69,13 @@ def dasd(
     Reconstructed from two summaries that give the same equations and from the paper's captions; its full text was not
     read. beta, the scale of delta, the reading of rho and the clip are therefore choices. Of rollouts without context
     the verifier's part is left out, too. beta = 0 is GRPO.
+
+    Example:
+        >>> student, teacher = tensor([[0.6, 0.4, 0.0], [0.3, 0.3, 0.4]]), tensor([[0.9, 0.1, 0.0], [0.45, 0.15, 0.4]])
+        >>> given = {"tokens": tensor([0, 0]), "groups": tensor([0]), "rewards": tensor([1.0])}
+        >>> losses = token_losses("dasd", student_logits=student.log(), teacher_logits=teacher.log(), **given)
+        >>> losses.terms["policy"].value  # -0.05 tanh(1.6) where the student is sure, 0.05 tanh(0.4) where it is not
+        tensor([-0.0461,  0.0190])
     """
     quantile = 1.0 - entropy_share if share_from == "top" else entropy_share
     advantage = directed(

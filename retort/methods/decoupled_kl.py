@@ -64,9 +64,14 @@ def decoupled_kl(
         temperature: Of sampling only; the loss is at temperature 1.
         top_p: Nucleus of sampling. 0.95 is the paper's for teacher prefixes; for student prefixes it says nothing.
 
-    Departures from the paper: its teacher rollouts are cut to the top 20 ids as well; its teacher's logits are kept
-    with them, here they are made again; the divisor is that of the authors' related trainer (the paper writes a sum);
-    probes are made on prompts kept out of the training data.
+    Departures: the paper also cuts teacher rollouts to the top 20 ids, and keeps the teacher's logits (here made anew);
+    it writes a sum (the authors' related trainer divides); probes are made on prompts kept out of the training data.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> losses = token_losses("decoupled_kl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 0.2 of the reverse KL, 0.5108, and 0.8 of the forward KL, 0.3681
+        tensor(0.3966)
     """
     if not 0 <= reverse_weight <= 1:
         raise UserError(f"reverse_weight must lie in [0, 1], not {reverse_weight}")

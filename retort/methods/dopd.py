@@ -72,6 +72,14 @@ def dopd(
 
     Where all gaps are equal none is below their mean: with a teacher that is the student, all tokens get JS. Images are
     left out. A rollout without a hint is left out of the loss.
+
+    Example:
+        >>> student, teacher, itself = (tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.5, 0.9, 0.6))
+        >>> given = {"tokens": tensor([0, 0]), "extra_views": {"privileged_student": itself}}
+        >>> method = retort.load("dopd", trim=0.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.terms["teacher_firm"].weight  # A is ln 1.5, then 0: only the first is above the mean
+        tensor([1., 0.])
     """
     if weak_coef < 0 or light_coef < 0:
         raise UserError(f"dopd: light_coef and weak_coef must not be negative ({light_coef}, {weak_coef})")

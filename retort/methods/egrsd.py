@@ -61,6 +61,12 @@ def egrsd(
     Departures: the paper also samples from the 20 likeliest tokens only, which is not offered. With several updates on
     a batch the ratio to the student before it comes in, unclipped; the paper makes one. Not stated there, and decided
     here: entropies are at temperature 1, and the batch's largest is that of the whole batch, over all devices.
+
+    Example:
+        >>> logits, given = tensor([[0.5, 0.5], [1.0, 0.0]]).log(), {"tokens": tensor([0, 0]), "rewards": tensor([1.0])}
+        >>> losses = token_losses("egrsd", student_logits=logits, teacher_logits=logits, longest=2, **given)
+        >>> losses.terms["outcome"].weight  # 1 - 0.3 ln 2 where the teacher is unsure, 1 where it is sure
+        tensor([0.7921, 1.0000])
     """
     return gated(
         Confidence(gate, floor=floor),

@@ -54,6 +54,12 @@ def eopd(
     gate is the paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch);
     where the two models stop on different tokens, the teacher's candidates are translated too, not only the token
     written.
+
+    Example:
+        >>> student, teacher = tensor([[1.0, 1.0, 1.0]] * 2), tensor([[0.98, 0.01, 0.01], [1 / 3, 1 / 3, 1 / 3]]).log()
+        >>> losses = token_losses("eopd", student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0]))
+        >>> losses.terms["forward"].weight  # entropies of 0.11 and ln 3 = 1.10 nats: one is above 0.8
+        tensor([0., 1.])
     """
     uncertain = above(teacher_entropy(), entropy_threshold)
     reverse = score_function(log_ratio(), clip=clip)

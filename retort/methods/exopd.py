@@ -43,6 +43,13 @@ def exopd(
 
     Departures from the released code: lambda = 1 is the same formula and not a branch of its own; routing between two
     teachers is not offered here.
+
+    Example:
+        >>> student, teacher, base = (tensor([[p, 1 - p]]).log() for p in (0.5, 0.8, 0.5))
+        >>> given = {"tokens": tensor([0]), "extra_views": {"base": base}}
+        >>> losses = token_losses("exopd", student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.loss  # -1.25 ln(0.8 / 0.5); `opd`, which does not look at the base, has -ln(0.8 / 0.5) = -0.47
+        tensor(-0.5875)
     """
     if reward_weight < 1:
         raise UserError(f"method.reward_weight must be at least 1, not {reward_weight:g}; below 1 it is `gopd`")

@@ -43,6 +43,12 @@ def gkd(
         temperature: Of sampling only; the loss is at temperature 1, as in the paper.
 
     Departures from the paper: lambda is drawn per prompt, not per batch (the same expectation, less noise).
+
+    Example:
+        >>> student, teacher = tensor([[1.0, 0.0]]).log(), tensor([[0.0, 1.0]]).log()
+        >>> losses = token_losses("gkd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # ln 2, the largest Jensen-Shannon divergence: the two have no id in common
+        tensor(0.6931)
     """
     chosen = {"jsd": lambda: jsd(teacher_weight), "forward_kl": forward_kl, "reverse_kl": reverse_kl}[divergence]()
     return Method(

@@ -75,6 +75,13 @@ def listopd(
     are measured on rollouts and not in a greedy pass of the teacher, the correction for the number of steps takes over
     the paper's measured movement because no formula is printed, and `hold` is this library's rule. The base is asked
     for its whole distribution, and every batch is passed through the student once more to measure before learning.
+
+    Example:
+        >>> student, teacher, base = (tensor([[p, 1 - p]]).log() for p in (0.5, 0.95, 0.5))
+        >>> method, given = retort.load("listopd", reward_weight=2.0, hold=True), {"extra_views": {"base": base}}
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]), **given)
+        >>> losses.loss / tensor(0.5 / 0.95).log()  # lambda, held 0.05 below 1 + ln(1 + 4 / 0.95) / ln 19 = 1.5606
+        tensor(1.5106)
     """
     if reward_weight < 0 or margin < 0:
         raise UserError(f"method.reward_weight and margin must be at least 0, not {reward_weight:g} and {margin:g}")

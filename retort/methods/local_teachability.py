@@ -61,6 +61,13 @@ def local_teachability(
     Not in either, and decided here: the shortest side, the longest segment, and that S is made in the same way of other
     margins. `min_drop` and `robust` come from another reimplementation. Sentences are split by rule, where the paper
     takes NLTK. The teacher is asked about the student's candidates besides what the wrapped method asks for.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 4).log(), tensor([[0.9, 0.1]] * 2 + [[0.5, 0.5]] * 2).log()
+        >>> method = retort.load("local_teachability", top_k=2, max_segment=1, shortest=1)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0, 0, 0]))
+        >>> losses.terms["reverse"].weight  # the margin is ln 9, then 0: two tokens are kept, and weigh what four would
+        tensor([2., 2., 0., 0.])
     """
     made = inner(of, settings, outer="local_teachability")
     rule: dict[str, Any] = {

@@ -52,6 +52,13 @@ def opct(
     Departures: ratio and k are against the trainer's own log-probs before the first update on the batch, where the
     paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them). The paper
     trains an adapter (`lora.rank` 32), which the recipe leaves to you.
+
+    Example:
+        >>> student, teacher = tensor([[0.8, 0.2]] * 2).log(), tensor([[0.5, 0.5]] * 2).log()
+        >>> method = retort.load("opct", discount=0.5)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0]))
+        >>> losses.terms["consistency"].value  # k is 0.47 at both tokens; the first adds half of the second
+        tensor([0.7050, 0.4700])
     """
     score = score_function(return_to_go(discount, kl_coef), clip=clip)
     return Method(

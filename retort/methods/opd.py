@@ -58,6 +58,12 @@ def opd(
     Departures from the recipe: the ratio and the advantage are against the trainer's own log-probs before the first
     update on the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not
     offered.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.8, 0.2]]).log()
+        >>> losses = token_losses("opd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(ln 0.8 - ln 0.5): the teacher gives the token more than the student does
+        tensor(-0.4700)
     """
     if correction is None and (correction_low is not None or correction_high is not None):
         raise UserError("method.correction_low and correction_high bound a correction; name one in method.correction")

@@ -70,6 +70,13 @@ def opsd(
     Departures: sampling is not cut to 20 ids; the average starts at the student before training (code: after its first
     step); student and teacher get the same chat template (the paper's numbers are from a student without one). The
     paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
+
+    Example:
+        >>> student, teacher = tensor([[0.85, 0.15]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> method = retort.load("opsd", temperature=1.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 0.9 ln(0.9 / 0.85) = 0.0514 is cut to 0.05; 0.1 ln(0.1 / 0.15) = -0.0405 stays
+        tensor(0.0095)
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

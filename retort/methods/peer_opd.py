@@ -77,6 +77,14 @@ def peer_opd(
     Departures from the released code: its variants with one-sentence summaries of siblings, with the peers of other
     prompts, and with the loss averaged over paragraphs (which changes nothing where the ratios are 1) are not offered;
     the words around what is shown are Retort's (`templates`).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 4).log(), tensor([[0.9, 0.1]] * 4).log()
+        >>> method, given = retort.load("peer_opd", reduction="rollout_sums"), {"rewards": tensor([1.0, 0.0])}
+        >>> given |= {"tokens": tensor([0, 0, 0, 0]), "rollouts": tensor([0, 1, 1, 1])}
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.loss  # four tokens of 0.1017 over two rollouts; the mean over tokens is 0.1017
+        tensor(0.2035)
     """
     if successes < 0 or failures < 0:
         raise UserError("method.successes and method.failures must not be negative")

@@ -47,6 +47,12 @@ def power_opd(
 
     Departures from the released code: rollouts are not truncated by default, and never to a top-k; the final stop token
     is taught like any other (there it is masked).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.8, 0.2]]).log()
+        >>> losses = token_losses("power_opd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(0.8 ** 5 - 0.5 ** 5), which is never below -1
+        tensor(-0.2964)
     """
     advantage = {
         "power": lambda: power_difference(power),

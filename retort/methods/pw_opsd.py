@@ -69,6 +69,12 @@ def pw_opsd(
 
     Departures: sampling is not cut to 20 ids; student and teacher get the same chat template (the paper's teacher
     thinks, its student does not). The paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
+
+    Example:
+        >>> logits = tensor([[0.5, 0.5]] * 4).log()
+        >>> losses = token_losses("pw_opsd", student_logits=logits, teacher_logits=logits, tokens=tensor([0, 0, 0, 0]))
+        >>> losses.terms["divergence"].weight  # 0.25 + 0.75 sigmoid((u - 0.3) / 0.1) at u = 1/8, 3/8, 5/8, 7/8
+        tensor([0.3610, 0.7594, 0.9720, 0.9976])
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

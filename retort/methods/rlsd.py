@@ -60,6 +60,14 @@ def rlsd(
 
     Departures from the released code: a restriction to tokens of the model's thoughts, which it can make, is not
     offered; the words around what is shown are Retort's (`templates`).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.8, 0.2]] * 2).log()
+        >>> given = {"rollouts": tensor([0, 1]), "groups": tensor([0, 0]), "rewards": tensor([1.0, 0.0])}
+        >>> given |= {"tokens": tensor([0, 0])}
+        >>> losses = token_losses("rlsd", student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.terms["outcome"].weight  # (1 + 1.2) / 2 where teacher and reward agree, else (1 + 0.8) / 2
+        tensor([1.1000, 0.9000])
     """
     if (clip_low is None) != (clip_high is None):
         raise UserError("method.clip_low and method.clip_high: give both, or null for both")

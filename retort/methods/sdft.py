@@ -61,6 +61,12 @@ def sdft(
     Not here: the cap of 2 on the importance ratio of several updates (TRL); rollouts written by the teacher that
     sees the demonstration (`generate_from_teacher`). The ports' top-k differ: TRL takes the student's ids, tinker a
     cross-entropy against the renormalised teacher, which is `eopd`'s forward term.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 5).log(), tensor([[0.5, 0.5]] * 4 + [[0.9, 0.1]]).log()
+        >>> losses = token_losses("sdft", student_logits=student, teacher_logits=teacher, tokens=tensor([0] * 5))
+        >>> losses.loss  # (0 + 0.3681) / 2: the first three tokens are neither learnt from nor counted
+        tensor(0.1840)
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

@@ -72,6 +72,13 @@ def sdpo(
     Departures from the released code: the mean is over the optimizer step's counted tokens, not over micro-batches, in
     which left-out rollouts may count; the words around what is shown are Retort's (`templates`). The mix with GRPO is
     from a port (TRL); a public summary says that the paper blends advantages, which was not checked against its text.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.8, 0.1, 0.1]]).log()
+        >>> method, given = retort.load("sdpo", top_k=1), {"tokens": tensor([0]), "rewards": tensor([0.0])}
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.loss  # of (0.5, the rest 0.5) and (0.8, the rest 0.2), halfway between them (0.65, 0.35)
+        tensor(0.0507)
     """
     if not 0.0 < distillation_weight <= 1.0:
         raise UserError(f"method.distillation_weight must lie above 0 and at most at 1, not {distillation_weight:g}")
@@ -80,12 +87,11 @@ def sdpo(
     else:
         loss, weight = disagreement(divergence, teacher_weight, top_k, tail), ratios(ratio_cap, truncation)
     outcome = Term("outcome", score_function(group_advantage(), clip=clip), coef=1.0 - distillation_weight)
+    view = peers(threshold=threshold, feedback=feedback, thoughts=thoughts, **who(teacher, update_rate))
     whole = {"ratio_cap": None}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        views={
-            "teacher": peers(threshold=threshold, feedback=feedback, thoughts=thoughts, **who(teacher, update_rate))
-        },
+        views={"teacher": view},
         temperature=temperature,
         terms=(
             Term("distillation", loss, weight=weight, coef=distillation_weight),

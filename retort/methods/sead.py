@@ -62,6 +62,14 @@ def sead(
     Reconstructed: the rule of assignment is not spelled out in the paper; this one reproduces its table of shares.
     Departures: entropies are of the whole distributions, where the paper takes an unnamed top-k; PPO's clip,
     which never binds with one update per batch, is left out. Of the gated curriculum the paper gives no numbers.
+
+    Example:
+        >>> student = tensor([[0.9, 0.1], [0.5, 0.5], [0.9, 0.1], [0.5, 0.5]]).log()
+        >>> teacher = tensor([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.5, 0.5]]).log()
+        >>> method, tokens = retort.load("sead", unsure_share=0.25), tensor([0, 0, 0, 0])
+        >>> terms = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tokens).terms
+        >>> terms["sure"].weight, terms["unsure"].weight  # zones A, B, A, C
+        (tensor([0., 1., 0., 0.]), tensor([0., 0., 0., 1.]))
     """
     parts = Zones(silent=silent_share, unsure=unsure_share, scope=scope)
     sure, unsure, silent = parts.weight(SURE), parts.weight(UNSURE), parts.weight(SILENT)

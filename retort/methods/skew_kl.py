@@ -48,6 +48,12 @@ def skew_kl(
 
     Departures from the released code: validation is every so many steps and not every epoch; the teacher's (constant)
     entropy, which it leaves out of the value, is in it (the gradient is the same).
+
+    Example:
+        >>> student, teacher = tensor([[1.0, 0.0]]).log(), tensor([[0.0, 1.0]]).log()
+        >>> losses = token_losses("skew_kl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -ln 0.1, its largest value: the plain forward KL would be infinite
+        tensor(2.3026)
     """
     chosen = skew_forward_kl(skew) if direction == "forward" else skew_reverse_kl(skew)
     adaptive = adaptive_share(every=validate_every)

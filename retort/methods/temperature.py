@@ -47,6 +47,13 @@ def temperature(
         sampling_temperature: Of sampling.
 
     Departures from the paper: it distils on given answers; here the student writes, unless `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.0, 0.0]]), tensor([[2.0, 0.0]])
+        >>> method = retort.load("temperature", loss_temperature=100.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> round(losses.loss.item(), 3)  # half of the variance of z_S - z_T = (-2, 0), to which it tends
+        0.5
     """
     chosen = {
         "forward_kl": forward_kl,

@@ -35,6 +35,12 @@ def todi(
         temperature: Of sampling only.
 
     Departures from the paper: it distils on given answers; here the student writes, unless `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> losses = token_losses("todi", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # above both KLs, 0.3681 and 0.5108, because each id takes mostly its positive part
+        tensor(0.8789)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),

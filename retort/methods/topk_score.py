@@ -43,6 +43,13 @@ def topk_score(
 
     Departures from the released code: the importance ratio of an id is against the live student, so it is 1, and PPO's
     clip on it never binds (as there, with one update per batch).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
+        >>> method = retort.load("topk_score", top_k=2)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(5/8 ln(0.2 / 0.5) + 3/8 ln(0.2 / 0.3)), where `topk_kl` has 0.0316
+        tensor(0.7247)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),

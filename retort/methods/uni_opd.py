@@ -76,6 +76,13 @@ def uni_opd(
     Departure from the released code: it zeroes what is left out but divides by the whole batch. A token ruled out
     is 100 nats in g. Left out: teachers by domain, images. The odds of `difficulty` are reconstructed. Defaults are
     those of the main experiments on text, not of the code (scope of the batch, margin 0, right ones up).
+
+    Example:
+        >>> logits, given = tensor([[0.5, 0.5]] * 2).log(), {"rollouts": tensor([0, 1]), "groups": tensor([0, 0])}
+        >>> given |= {"tokens": tensor([0, 0]), "rewards": tensor([1.0, 0.0])}
+        >>> losses = token_losses("uni_opd", student_logits=logits, teacher_logits=logits, **given)
+        >>> losses.terms["reverse"].value  # log-ratios are 0, and half of the margin of 0.4 goes to either side
+        tensor([-0.2000,  0.2000])
     """
     kept = None if balance is None else parts.balance(balance, scope=balance_scope, threshold=success_threshold)
     order = None if difficulty is None else EasyToHard(difficulty)

@@ -74,6 +74,14 @@ def unisd(
     their log-probs are at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide
     as they are. The teacher moves under LoRA, too, which in the code it does not. The map from disagreement to a is
     the code's; the paper has none.
+
+    Example:
+        >>> logits, apart = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+        >>> method = retort.load("unisd", preset="token_agreement", contexts=2, gamma=1.0)
+        >>> given = {"tokens": tensor([0, 0]), "extra_views": {"context_0": logits, "context_1": apart}}
+        >>> losses = token_losses(method, student_logits=logits, teacher_logits=logits, **given)
+        >>> losses.terms["divergence"].weight  # 1 where the contexts agree, 1 / (1 + 1 / 0.95) where they are apart
+        tensor([1.0000, 0.4872])
     """
     on = components(
         preset,

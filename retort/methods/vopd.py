@@ -40,6 +40,12 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
     `gradient_variance` and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of
     one step in logit space; of the two measures of the released code, `adam_variance` is the proxy, and the variance of
     whole gradients is logged for any method with `record.gradient_variance_every`.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.8, 0.2]] * 2).log()
+        >>> losses = token_losses("vopd", student_logits=student, teacher_logits=teacher, tokens=tensor([0, 1]))
+        >>> losses.terms["reverse"].value  # `opd` has -0.4700 and 0.9163; V, the mean under the student, is taken off
+        tensor([-0.6931,  0.6931])
     """
     if top_k is not None and top_k < 2:
         raise UserError(
