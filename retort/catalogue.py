@@ -8,7 +8,7 @@ import textwrap
 
 import retort.methods
 from retort import registry
-from retort.method import Method
+from retort.method import Method, groups_of
 
 _HEAD = """# Methods
 
@@ -81,7 +81,18 @@ def _settings(method: Method) -> str:
     for name, text in registry.described(method.name).items():
         words = _markdown(text).replace("|", "\\|")
         rows.append(f"| `{name}` | {_default(method.settings[name])} | {words} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *_groups(method.name)])
+
+
+def _groups(name: str) -> list[str]:
+    """How the settings of a method can be given in groups."""
+    groups = groups_of(registry.builder(name))
+    shown = [
+        f"`{group}={type(default).__name__}({', '.join(groups.settings(group).values())})`"
+        for group, default in groups.defaults.items()
+    ]
+    words = f"In groups, from `retort.methods.{name}`, or as tables of a method in TOML, in the same order:"
+    return ["", f"{words} {', '.join(shown)}."] if shown else []
 
 
 def _default(value: object) -> str:

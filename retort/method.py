@@ -359,7 +359,7 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
             bound = signature.bind(*args, **groups.spread(settings))
             bound.apply_defaults()
             _check_numbers(made, bound.arguments)
-            bare = build(**groups.gathered(bound.arguments))
+            bare: Method = groups.build(**groups.gathered(bound.arguments))
             return replace(
                 bare,
                 made_of=(bare.rollout, bare.terms, bare.views, bare.temperature, bare.controllers),

@@ -44,7 +44,7 @@ def described(name: str) -> dict[str, str]:
     groups = groups_of(builder(name))
     for argument, text in _listed(builder(name), "Args").items():
         if argument in groups.defaults:
-            words = _listed(type(groups.defaults[argument]), "Attributes")
+            words = _listed(groups.defaults[argument], "Attributes")
             found |= {setting: words[field] for setting, field in groups.settings(argument).items()}
         else:
             found[argument] = text
