@@ -17,9 +17,9 @@ def inner(name: str, settings: Mapping[str, Any] | None, *, outer: str) -> Metho
     """The method that another one wraps.
 
     Args:
-        name: Its name.
-        settings: Of it.
-        outer: The one that wraps it, for messages.
+        name: Name of the wrapped method.
+        settings: Settings of the wrapped method.
+        outer: Name of the wrapping method, for messages.
 
     Raises:
         UserError: No such method, one that wraps itself, a setting that it does not have or of the wrong type.

@@ -12,15 +12,15 @@ from retort.methods._siblings import Divergence as Kind
 
 @dataclass(frozen=True)
 class Peers:
-    """What the teacher is shown of a rollout's siblings.
+    """Siblings of a rollout that the teacher is shown.
 
     Attributes:
-        successes: How many, the first ones of the group; fewer where there are fewer.
-        failures: How many, drawn at random. (0: the paper's positive-only variant.)
-        failure_when: `always`, or only where no success is shown.
+        successes: Number of successes shown, the first ones of the group; fewer where there are fewer.
+        failures: Number of failures shown, drawn at random (0: the paper's positive-only variant).
+        failure_when: Condition for failures: `always`, or only where no success is shown.
         threshold: Reward from which on a rollout is a success. The paper gives none; the code has 0.5 and 1.
-        feedback: When the verifier's words on the rollout are shown (code; the paper speaks of peers only).
-        thoughts: Whether a sibling's `<think>` block is shown, too.
+        feedback: Condition for the verifier's words on the rollout (code; the paper speaks of peers only).
+        thoughts: Show a sibling's `<think>` block, too.
         choice: `random` is the paper's control: as many siblings in the same words, whatever their rewards.
     """
 
@@ -35,11 +35,11 @@ class Peers:
 
 @dataclass(frozen=True)
 class Divergence:
-    """How far the student is from the teacher.
+    """The divergence between student and teacher.
 
     Attributes:
         kind: D: the paper takes `reverse_kl` for mathematics, `jsd` for all else.
-        teacher_weight: Of `jsd`, strictly between 0 and 1.
+        teacher_weight: Weight of the teacher in `jsd`, strictly between 0 and 1.
         top_k: k; null for the whole vocabulary.
         tail: `bucket` (code; not in the paper), or both sides `renormalised` on the k ids.
     """

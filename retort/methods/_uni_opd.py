@@ -11,12 +11,12 @@ from retort.outcomes import Scope
 
 @dataclass(frozen=True)
 class Balance:
-    """How many right rollouts are kept beside the wrong ones.
+    """Right and wrong rollouts that are kept.
 
     Attributes:
         ratio: Right over wrong rollouts that are kept; the surplus is drawn by the run's seed and step. 0 keeps only
             the wrong ones of a mixed group, infinity only the right ones. Null: all are kept.
-        scope: Within each prompt's rollouts (the paper's scripts), or within the batch.
+        scope: Set that is balanced: each prompt's rollouts (the paper's scripts), or the batch.
     """
 
     ratio: Unbounded | None = field(default=1.0, metadata={"setting": "balance"})
@@ -25,15 +25,15 @@ class Balance:
 
 @dataclass(frozen=True)
 class Margin:
-    """By how much the teacher is to prefer right rollouts to wrong ones.
+    """Margin by which the teacher is made to prefer right rollouts to wrong ones.
 
     Attributes:
-        size: m, nats. Large margins make of it REINFORCE with a reward of +1 and -1.
+        size: m, nats. Large margins make the method REINFORCE with a reward of +1 and -1.
         gap: `mean`, or `minmax`: of the lowest right and the highest wrong (the paper's equations).
-        scope: As `balance_scope`.
+        scope: Set that is compared: each prompt's rollouts, or the batch.
         direction: `both` (Spread), or the whole shift on the right ones, up (Lift), or on the wrong ones, down.
-        retained: Of `mask`: share of a group that stays at least.
-        over: Whose log-ratios are compared: those of all rollouts, as in the code, or of the balanced ones.
+        retained: Least share of a group that `mask` keeps.
+        over: Rollouts whose log-ratios are compared: all, as in the code, or the balanced ones.
     """
 
     size: Unbounded = field(default=0.4, metadata={"setting": "margin"})

@@ -46,9 +46,9 @@ class Divergence:
 
     Attributes:
         teacher_weight: w of D: 0 is the forward KL (the code's default), 1 the reverse KL, between them JSD.
-        coef: Of the first term; 0 leaves it out.
+        coef: Coefficient of the first term; 0 leaves it out.
         cap: c, nats, after the sum over the vocabulary; infinite for none.
-        cap_quantile: Instead of `cap`: which quantile of D over the batch is c.
+        cap_quantile: Quantile of D over the batch that c is, instead of `cap`.
     """
 
     teacher_weight: float = 0.0
@@ -59,14 +59,14 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much a token counts, by how much the teacher agrees with itself in other contexts.
+    """Weight of a token or a rollout by the teacher's agreement with itself in other contexts.
 
     Attributes:
-        level: What a is measured on and holds for.
-        spread: Of the K log-probs: their variance or their range.
+        level: Unit that a is measured on and holds for.
+        spread: Spread of the K log-probs: their variance or their range.
         contexts: K.
         demonstrations: Other problems, solved, in each auxiliary context.
-        gamma: How much disagreement counts; 0 is a = 1.
+        gamma: Strength of disagreement; 0 is a = 1.
         divided_by: `steps` or `weights` of the rollout. Null: weights for tokens, as published; steps for sequences,
             because there the published weight cancels and does nothing.
     """

@@ -42,7 +42,7 @@ def gopd(
             the framework that the released code runs in.
         truncation: Largest importance ratio of trainer to rollout engine; null for no correction.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of all distributions.
+        temperature: Temperature of sampling and of all distributions.
 
     Departures from the released code: lambda = 1 is the same formula and not a branch of its own; routing between two
     teachers is not offered here.

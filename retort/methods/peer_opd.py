@@ -40,13 +40,13 @@ def peer_opd(
     .. math:: L = \frac{1}{T} \sum_{i,t} D\big(p_S(\cdot | x, y^i_{<t}),\, p_T(\cdot | x, C_i, y^i_{<t})\big), \quad
               C_i = \text{successes} \oplus \text{failures among } y^{j \ne i}
 
-    on the student's k most likely ids and one bucket with all others, nats. A rollout is never shown to its own
-    teacher, though a sibling may have written the same. One with nothing to show is left out, also of T. With one
+    on the student's k most likely ids and one bucket with all others, in nats. A rollout is never shown to its own
+    teacher, though a sibling may have the same text. A rollout with nothing to show is left out, also of T. With one
     success and no failure it is `sdpo`. The paper calls it MOPD, as others call distillation from several teachers.
 
     Args:
-        peers: What the teacher is shown.
-        divergence: D, k and what becomes of the other ids.
+        peers: Siblings that the teacher is shown.
+        divergence: D, k and the treatment of the other ids.
         reduction: T: all tokens of the step (code), or with `rollout_sums` all rollouts (the paper's equation). The two
             differ by a factor, the mean length of the step's rollouts.
         teacher: The student's moving average (code; the paper gives no rule), its `trust_region` (frozen and live
@@ -54,7 +54,7 @@ def peer_opd(
         update_rate: u; the average moves by it after each optimizer step.
         ratios: Caps on the importance ratios that weigh a token.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the released code: its variants with one-sentence summaries of siblings, with the peers of other
     prompts, and with the loss averaged over paragraphs (which changes nothing where the ratios are 1) are not offered;

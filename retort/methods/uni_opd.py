@@ -47,18 +47,19 @@ def uni_opd(
     the others of the mean over their tokens.
 
     Args:
-        balance: Which rollouts are kept.
+        balance: Right and wrong rollouts that are kept.
         calibration: `shift`: the equation. `mask`: the right rollouts of lowest and the wrong ones of highest mean
             log-ratio get advantage 0, until the gap is the margin. Null: the plain log-ratio.
-        margin: m, and how g is measured and made up for.
+        margin: m, and the measure of g.
         gap_limit: Nats, against the student as it is.
         clip: PPO's epsilons.
         success_threshold: Reward from which a rollout is right.
         reduction: `rollouts`: see above. `tokens`: all tokens that are kept count alike.
-        difficulty: `balanced`: prompts of which the first student solves some answers of 8 are drawn more often where
-            such are rare; measured before the first step. The paper does so, but gives no numbers: off by default.
+        difficulty: `balanced`: prompts of which the first student solves some of 8 completions are drawn more often
+            where such are rare; measured before the first step. The paper does so, but gives no numbers: off by
+            default.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departure from the released code: it zeroes what is left out but divides by the whole batch. A token ruled out
     is 100 nats in g. Left out: teachers by domain, images. The odds of `difficulty` are reconstructed. Defaults are

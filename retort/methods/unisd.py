@@ -36,19 +36,19 @@ def unisd(
               + \lambda_h \sum_t \lVert h^S_t - h^T_t \rVert^2 / D
 
     D_t is over the whole vocabulary, nats; a the agreement of K auxiliary contexts; s, g and n the log-probs of the
-    token written under the student and under the teacher with a right and with a wrong demonstration, nats; h last
+    generated token under the student and under the teacher with a right and with a wrong demonstration, nats; h last
     hidden states. First term: mean over rollouts of the mean over their tokens; the other two: mean over all tokens.
 
     Args:
-        preset: What the settings below are where they are null: one component, or all (`star`, UniSD* as in the code;
-            `star_clip`, as in the paper, which counts the clip in).
-        divergence: D, its share of the loss and its cap.
-        agreement: a: what it is measured on and how, and what divides.
-        teacher: How the teacher follows the student.
+        preset: Values of the settings that are null: one component, or all (`star`, UniSD* as in the code; `star_clip`,
+            as in the paper, which counts the clip in).
+        divergence: D, its coefficient and its cap.
+        agreement: a: its unit, its measure and the denominator.
+        teacher: Moving average of the student.
         contrastive: lambda_c and m.
         matching_coef: lambda_h; 0 switches it off.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of all distributions.
+        temperature: Temperature of sampling and of all distributions.
 
     Departures: the auxiliary contexts are drawn at random, not retrieved, so that on few rows two may be alike;
     their log-probs are at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide
