@@ -87,12 +87,15 @@ def _settings(method: Method) -> str:
 def _groups(name: str) -> list[str]:
     """How the settings of a method can be given in groups."""
     groups = groups_of(registry.builder(name))
-    shown = [
+    if not groups.defaults:
+        return []
+    shown = ", ".join(
         f"`{group}={type(default).__name__}({', '.join(groups.settings(group).values())})`"
         for group, default in groups.defaults.items()
-    ]
-    words = f"In groups, from `retort.methods.{name}`, or as tables of a method in TOML, in the same order:"
-    return ["", f"{words} {', '.join(shown)}."] if shown else []
+    )
+    table = f"`[method.{next(iter(groups.defaults))}]`"
+    words = f"Groups of settings are dataclasses of `retort.methods.{name}`, or tables in TOML such as {table}"
+    return ["", f"{words}. Their fields, in the order of the settings: {shown}."]
 
 
 def _default(value: object) -> str:
