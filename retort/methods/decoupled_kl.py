@@ -80,7 +80,7 @@ def decoupled_kl(
         if reverse_weight != (1.0 if prefix == "student" else 0.0):
             raise UserError(
                 "estimator=sampled takes reverse_weight=1 with prefix=student, or reverse_weight=0 with another "
-                "prefix: the token written is a sample of nothing else"
+                "prefix: the generated token is a sample of nothing else"
             )
         reverse, forward = score_function(log_ratio()), pathwise(negative_log_likelihood())
     stages = None

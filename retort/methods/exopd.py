@@ -48,7 +48,7 @@ def exopd(
         >>> student, teacher, base = (tensor([[p, 1 - p]]).log() for p in (0.5, 0.8, 0.5))
         >>> given = {"tokens": tensor([0]), "extra_views": {"base": base}}
         >>> losses = token_losses("exopd", student_logits=student, teacher_logits=teacher, **given)
-        >>> losses.loss  # -1.25 ln(0.8 / 0.5); `opd`, which does not look at the base, has -ln(0.8 / 0.5) = -0.47
+        >>> losses.loss  # -1.25 ln(0.8 / 0.5); `opd`, which has no base, gives -ln(0.8 / 0.5) = -0.47
         tensor(-0.5875)
     """
     if reward_weight < 1:

@@ -1,4 +1,4 @@
-"""Generalised knowledge distillation: any exact divergence, on student rollouts mixed with given answers."""
+"""Generalised knowledge distillation: any exact divergence, on student rollouts mixed with responses of the data."""
 
 from typing import Literal
 

@@ -47,7 +47,7 @@ def sdpo(
 
     on the student's k most likely ids and one bucket with all others; :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`,
     detached. C is never the rollout itself. A rollout for which there is nothing to show is left out, also of the
-    number T of tokens; rewards choose what is shown and are not learnt from. Nats.
+    number T of tokens; rewards choose what is shown and are not learnt from. The loss is in nats.
 
     Args:
         divergence: D; `sampled` is the policy gradient on the generated token against the student before the batch,

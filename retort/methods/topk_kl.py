@@ -52,7 +52,7 @@ def topk_kl(
         >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
         >>> method = retort.load("topk_kl", top_k=2)
         >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
-        >>> losses.loss  # KL of (5/8, 3/8) to (1/2, 1/2); the teacher's 0.6 on the third id is not looked at
+        >>> losses.loss  # KL of (5/8, 3/8) to (1/2, 1/2); the teacher's 0.6 on the third id is ignored
         tensor(0.0316)
     """
     if top_k == 1 and tail == "renormalised" and support in ("student", "teacher", "intersection"):
