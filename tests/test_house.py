@@ -137,6 +137,18 @@ def test_few_arguments_are_given_by_their_place() -> None:
     assert many == {}, "put a * before those that are given by name, or group them"
 
 
+def test_few_arguments_are_given_by_their_place_in_a_call() -> None:
+    """Also to the constructor of a dataclass, which no `def` shows."""
+    many = [
+        f"{path}:{node.lineno} {ast.unparse(node.func)}"
+        for path, tree in modules().items()
+        if not any(isinstance(node, ast.FunctionDef) and compiled(node) for node in ast.walk(tree))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) > PLACES
+    ]
+    assert many == [], "give them by name"
+
+
 def test_no_file_reaches_into_anothers_objects() -> None:
     found = {path: list(reached_for(tree)) for path, tree in modules().items()}
     others = [f"{path}:{line} {name}" for path, uses in found.items() for line, name in uses if name not in THEIRS]
