@@ -346,7 +346,7 @@ def _by_own_weight(term: Term) -> bool:
 def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
     """Marks a function as a published method: its name is the method's, its signature the home of the defaults.
 
-    Settings in a group (`retort.options`) can be given by themselves, too; the signature of what is made lists these.
+    Settings in a group (`retort.options`) can be given by themselves, too; the result's signature lists these.
     """
 
     def mark(build: Callable[P, Method]) -> Callable[P, Method]:

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from inspect import Parameter, Signature
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from retort.errors import UserError, did_you_mean, quoted
 
@@ -58,7 +58,8 @@ class Groups:
             if name not in self.defaults:
                 found.append(parameter)
                 continue
-            group, hints = self.defaults[name], get_type_hints(type(self.defaults[name]), include_extras=True)
+            group: object = self.defaults[name]
+            hints = get_type_hints(type(group), include_extras=True)
             found += [
                 Parameter(key, Parameter.KEYWORD_ONLY, default=getattr(group, own), annotation=hints[own])
                 for key, own in self.settings(name).items()
@@ -77,7 +78,7 @@ class Groups:
             if isinstance(value, type(group)):
                 inside = {key: getattr(value, own[key]) for key in own}
             elif isinstance(value, Mapping):
-                inside = {_setting(name, key, own): one for key, one in value.items()}
+                inside = {_setting(name, key, own): one for key, one in cast(Mapping[str, Any], value).items()}
             elif name in given and name not in own:
                 some = ", ".join(own.values())
                 raise UserError(f"method.{name} is a group: give a table of its settings ({some}), not {quoted(value)}")
