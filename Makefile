@@ -18,8 +18,8 @@ CODE    = retort tests benchmarks examples
 JOBS   ?= auto
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses=4 --dist=worksteal
 # What `make quick` runs: no training (tests of whole runs are named so), no browser, no whole pipelines.
-QUICK   = tests/align tests/divergences tests/estimators tests/weights tests/test_data.py tests/test_house.py \
-          tests/test_outcomes.py tests/test_signals.py tests/test_template.py tests/test_types.py -k 'not _run'
+QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tests/advantages tests/data/test_data.py \
+          tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick slow lint types layers tests kernels gpu core dev clean

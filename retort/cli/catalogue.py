@@ -6,8 +6,9 @@ import inspect
 import re
 import textwrap
 
+import retort.methods
 from retort import registry
-from retort.method import Method
+from retort.method import Method, groups_of
 
 _HEAD = """# Methods
 
@@ -22,7 +23,8 @@ parts are reconstructed, because no source states them. *Reconstructed*: so is t
 def page() -> str:
     """Markdown: a table of contents, then every method with its formula, settings, needs and departures."""
     made = [registry.load(name) for name in registry.names()]
-    return "\n\n".join([_HEAD.rstrip(), table(links=True), *(_entry(method) for method in made)]) + "\n"
+    examples = _markdown((inspect.getdoc(retort.methods) or "").partition("\n\n")[2])
+    return "\n\n".join([_HEAD.rstrip(), examples, table(links=True), *(_entry(method) for method in made)]) + "\n"
 
 
 def table(*, links: bool = False) -> str:
@@ -57,8 +59,9 @@ def _entry(method: Method) -> str:
 
 
 def _markdown(text: str) -> str:
-    """Formulas as Markdown writes them."""
+    """Formulas and examples as Markdown writes them."""
     text = re.sub(r"^ *\.\. math::((?:.|\n(?!\n|\S))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"\n+( *>>> (?:.|\n(?!\n))*)", _example, text)
     return re.sub(r":math:`([^`]+)`", r"$\1$", text)
 
 
@@ -69,12 +72,30 @@ def _formula(found: re.Match[str]) -> str:
     return f"```math\n{aligned}\n```"
 
 
+def _example(found: re.Match[str]) -> str:
+    return f"\n\n```pycon\n{textwrap.dedent(found[1])}\n```"
+
+
 def _settings(method: Method) -> str:
     rows = ["| setting | default | |", "|---|---|---|"]
     for name, text in registry.described(method.name).items():
         words = _markdown(text).replace("|", "\\|")
         rows.append(f"| `{name}` | {_default(method.settings[name])} | {words} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *_groups(method.name)])
+
+
+def _groups(name: str) -> list[str]:
+    """How the settings of a method can be given in groups."""
+    groups = groups_of(registry.builder(name))
+    if not groups.defaults:
+        return []
+    shown = ", ".join(
+        f"`{group}={type(default).__name__}({', '.join(groups.settings(group).values())})`"
+        for group, default in groups.defaults.items()
+    )
+    table = f"`[method.{next(iter(groups.defaults))}]`"
+    words = f"Groups of settings are dataclasses of `retort.methods.{name}`, or tables in TOML such as {table}"
+    return ["", f"{words}. Their fields, in the order of the settings: {shown}."]
 
 
 def _default(value: object) -> str:
