@@ -20,8 +20,8 @@ INTRO = """# Consistency: who falls for a wrong suggestion
 
 <!-- Written by benchmarks/consistency.py; edit that. -->
 
-On-policy consistency training ([`opct`](methods.md), arXiv 2605.21834) teaches a model to answer a prompt with a bias
-in it as it answers the prompt without. On the built-in paired task every prompt of the student's carries a wrong
+On-policy consistency training ([`opct`](../methods.md#opct), arXiv 2605.21834) teaches a model to answer a prompt with
+a bias in it as it answers the prompt without. On the built-in paired task every prompt of the student's carries a wrong
 suggestion, `maybe 4 + 4 = 8 , 8 - 8 = 0 ; 16 from 4 8 4 :`, and `clean` is the same prompt without it, which only the
 frozen self-teacher sees. No labels and no judge take part in the training.
 

@@ -33,7 +33,7 @@ PAIRS: Sequence[tuple[str, str, str]] = (
 )
 INTRO = """# The lab of self-taught students
 
-<!-- Written by benchmarks/lab.py --bench itself; edit that. What is said about the papers is in docs/lab-notes.md. -->
+<!-- Written by benchmarks/lab.py --bench itself; edit that. What is said of the papers is in docs/lab/lab-notes.md. -->
 
 The methods that need rewards, or a teacher that is shown more than the student, on the built-in task `coached`;
 controls stand among them. The same student (0.8M parameters), prompts, order and random numbers of a seed, 30 batches

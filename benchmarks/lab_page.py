@@ -29,7 +29,7 @@ COLUMNS: Columns = (
 )
 INTRO = """# The lab
 
-<!-- Written by benchmarks/lab.py; edit that. What is said about the papers is in docs/lab-notes.md. -->
+<!-- Written by benchmarks/lab.py; edit that. What is said of the papers is in docs/lab/lab-notes.md. -->
 
 Every method on the built-in task, under one roof: the same student (0.8M parameters, cut out of its teacher), the same
 teacher (1.3M), the same prompts, order and random numbers, 40 batches of 64 prompts x 4 rollouts, one learning rate.

@@ -15,7 +15,7 @@ _HEAD = """# Methods
 
 *Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named
 parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
-[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
+[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab/lab.md).
 """
 
 

@@ -29,13 +29,14 @@ from retort import registry
 from retort.catalogue import page, table
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 #: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of the code.
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "settings", "lab", "lab-itself", "lab-notes", "cliff")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "settings")),
+    *(f"docs/lab/{name}.md" for name in ("lab", "lab-itself", "lab-notes", "cliff")),
 }
 
 
@@ -230,6 +231,13 @@ def test_snippets_print_what_they_show(path: Path, files: Path) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     page = Page.of(path)
     assert [*dead_links(page), *unknown_tests(page), *unknown_places(page)] == []
+
+
+def test_the_site_names_every_page_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = text.split("\nnav:\n")[1].split("\n\n")[0]
+    named = re.findall(r"^ +- [^:]+: (\S+\.md)$", nav, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in DOCS)
 
 
 def test_the_map_of_the_rooms_has_every_room() -> None:
