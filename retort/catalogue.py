@@ -13,9 +13,10 @@ _HEAD = """# Methods
 
 <!-- Written by `retort methods --markdown`; edit the docstrings. -->
 
-*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named
-parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
-[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab/lab.md).
+*Faithful* means that the method has the paper's equation and defaults, lists each departure, and its numbers are
+tested. *Partial* means that the named parts are reconstructed, because no source states them; *reconstructed*, that the
+core is, too. [Choose a method](choose-a-method.md) says which to try first, the [lab](lab/lab.md) what each did on the
+built-in task.
 """
 
 
