@@ -66,11 +66,11 @@ kernels: dev
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
-# Nothing is fetched while it builds, and no page loads anything from elsewhere. The search needs a server on your machine.
+# Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs
 	$(STAGE) 'mkdocs build --strict'
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
-	@echo 'site/index.html is the start page; with search: $(BIN)/python -m http.server --directory site'
+	@echo 'site/index.html is the start page'
 
 # TRL and Liger for the comparison: $(PIP) '.[benchmarks]'; without them their lines are left out.
 gpu: dev

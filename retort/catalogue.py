@@ -51,8 +51,8 @@ def _entry(method: Method) -> str:
     _, _, rest = after.partition("\n\n")
     paper = method.paper
     where = f"{paper.title} ({paper.year})" if paper else "no paper"
-    needs = [f"of `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
-    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Asks {'; '.join(needs)}."]
+    needs = [f"from `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
+    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Needs {'; '.join(needs)}."]
     parts += [_markdown(before.strip()), *([_settings(method)] if found else []), _markdown(rest.strip())]
     return "\n\n".join(part for part in parts if part)
 

@@ -240,7 +240,8 @@ def _table(found: Sequence[Setting]) -> str:
     for one in found:
         chosen_late = " (chosen at the start)" if one.origin == "start" else ""
         values = f"{one.kind}{', ' + one.bounds if one.bounds else ''}"
-        cells = [f"`{one.key}`", f"`{shown(one.default)}`{chosen_late}", values, one.what.replace("\n", "\\n")]
+        what = one.what.replace("\n", "\\n").replace("<", "&lt;")
+        cells = [f"`{one.key}`", f"`{shown(one.default)}`{chosen_late}", values, what]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
