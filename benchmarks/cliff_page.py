@@ -176,7 +176,7 @@ def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
     beyond = [cell for cell in cells if cell["weight"] > 1]
     above = [cell for cell in cells if cell["weight"] > predicted["typical"]]
     found: list[str] = []
-    for name, words in (("parse", "Held-out answers of the last weights"), ("late", "Rollouts of the last third")):
+    for name, words in (("parse", "Held-out completions of the last weights"), ("late", "Rollouts of the last third")):
         falls = [cell["weight"] for cell in beyond if _below_zero(cell[f"{name}_against_start"])]
         broken = [cell["weight"] for cell in above if _below_zero(cell[f"{name}_against_below"])]
         judged = [cell["weight"] for cell in above if "high" in (cell[f"{name}_against_below"] or {})]
@@ -321,7 +321,7 @@ def _said(found: Mapping[str, Any], name: str, cells: Rows) -> str:
         sentences.insert(
             0,
             "All lambdas above both predictions minus all between 1 and both, within a seed: "
-            f"{_points(pooled['parse'])} points of the held-out answers, {_points(pooled['late'])} of the rollouts of "
+            f"{_points(pooled['parse'])} points of the held-out completions, {_points(pooled['late'])} of the rollouts of "
             "the last third.",
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)

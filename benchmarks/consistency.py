@@ -76,7 +76,7 @@ class Condition:
 
 CONDITIONS = (
     Condition("opct", "`opct`, its defaults: lambda 1, gamma 0, 3 samples at temperature 1"),
-    Condition("sft", "the control: SFT on the answers without the suggestion", None),
+    Condition("sft", "the control: SFT on the completions without the suggestion", None),
     Condition(
         "opct-sycophancy",
         "`opct` as for sycophancy: lambda 2, gamma 0.9, 4 samples at temperature 0.7",

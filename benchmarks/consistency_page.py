@@ -63,7 +63,7 @@ def page(rows: Rows, words: Mapping[str, str], steps: int, answers: int) -> str:
         differences(rows, words),
         "The plot shows the training completions, each condition at its own temperature (at 0.7 more of them follow, "
         "at 1.5 fewer).",
-        "![share of training answers that are the suggestion, against the step](images/consistency-followed.svg)",
+        "![share of training completions that are the suggestion, against the step](images/consistency-followed.svg)",
         PAPER,
     ]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"

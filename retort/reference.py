@@ -240,7 +240,8 @@ def _table(found: Sequence[Setting]) -> str:
     for one in found:
         chosen_late = " (chosen at the start)" if one.origin == "start" else ""
         values = f"{one.kind}{', ' + one.bounds if one.bounds else ''}"
-        what = one.what.replace("\n", "\\n").replace("<", "&lt;")
+        parts = one.what.replace("\n", "\\n").split("`")  # every other one is code
+        what = "`".join(part if place % 2 else part.replace("<", "&lt;") for place, part in enumerate(parts))
         cells = [f"`{one.key}`", f"`{shown(one.default)}`{chosen_late}", values, what]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
