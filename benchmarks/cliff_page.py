@@ -321,8 +321,8 @@ def _said(found: Mapping[str, Any], name: str, cells: Rows) -> str:
         sentences.insert(
             0,
             "All lambdas above both predictions minus all between 1 and both, within a seed: "
-            f"{_points(pooled['parse'])} points of the held-out completions, {_points(pooled['late'])} of the rollouts of "
-            "the last third.",
+            f"{_points(pooled['parse'])} points of the held-out completions, {_points(pooled['late'])} of the rollouts "
+            "of the last third.",
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
