@@ -19,8 +19,8 @@ CODE    = retort tests benchmarks examples docs/hooks.py
 JOBS   ?= auto
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses=4 --dist=worksteal
 # What `make quick` runs: no training, no browser, no whole pipelines.
-QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/test_data.py tests/test_outcomes.py \
-          tests/test_house.py tests/test_template.py tests/test_tracking.py tests/test_types.py
+QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/data/test_data.py tests/advantages/test_outcomes.py \
+          tests/test_house.py tests/align/test_template.py tests/train/events/test_tracking.py tests/core/test_rollouts.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test quick slow lint types layers tests kernels docs gpu core dev clean

@@ -31,7 +31,7 @@ from rich.progress import Progress
 from runs import Job, run_all
 
 from retort.config import merge, recipe
-from retort.console import quiet_libraries
+from retort.console.terminal import quiet_libraries
 from retort.files import write_text
 
 ROOT = Path(__file__).parents[1]

@@ -27,8 +27,8 @@ def judged(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float | No
 
 def greedy(model: Path, problems: int) -> float:
     """The parse rate of a model's greedy answers; the run's own judge has those at temperature 1."""
-    from retort.train.evaluation import evaluate
-    from retort.train.observe import Silent
+    from retort.cli.evaluation import evaluate
+    from retort.train.events.observe import Silent
 
     words = [f"problems={problems}", "samples=1", "top_p=1e-9", "threads=1"]  # of the likeliest token alone
     (row,) = evaluate(str(model), "ranking", None, words, Silent())["rows"]

@@ -12,7 +12,7 @@ import measure
 from lab_page import panels
 
 from retort.evaluate import Estimate
-from retort.extrapolation import lambda_star, with_budget
+from retort.quantities.extrapolation import lambda_star, with_budget
 
 Rows = Sequence[Mapping[str, Any]]
 

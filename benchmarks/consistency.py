@@ -28,17 +28,17 @@ from consistency_page import page, plots
 from runs import Job, run_all
 
 from retort.config import merge, recipe
-from retort.console import quiet_libraries
+from retort.console.terminal import quiet_libraries
+from retort.core.rollouts import Prompt
+from retort.core.sequences import TokenSequence
 from retort.divergences import negative_log_likelihood
 from retort.estimators import pathwise
 from retort.files import write_text
 from retort.method import Method, Term, Watch
+from retort.quantities import student_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.sequences import TokenSequence
 from retort.teachers.moving import live
 from retort.teachers.view import View
-from retort.types import Prompt
-from retort.weights import student_entropy
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,12 +123,12 @@ def answers(path: Path) -> None:
 
     from retort.align.chat import Renderer
     from retort.config import resolve
+    from retort.core.rollouts import Message
+    from retort.core.streams import Chance
     from retort.rollout.engines.hf import HFEngine, Sampling
     from retort.rollout.episodes import Task, run_episodes
-    from retort.streams import Chance
     from retort.tasks.coached import bait_rows
-    from retort.train.models import load
-    from retort.types import Message
+    from retort.train.models.models import load
 
     torch.set_num_threads(1)
     config = resolve(recipe("bait"))
@@ -151,8 +151,8 @@ def answers(path: Path) -> None:
 
 def clean(model: str) -> dict[str, float]:
     """Accuracy of a model on the same held-out problems without the suggestion."""
-    from retort.train.evaluation import evaluate
-    from retort.train.observe import Silent
+    from retort.cli.evaluation import evaluate
+    from retort.train.events.observe import Silent
 
     quiet_libraries()
     words = [f"problems={PROBLEMS}", f"samples={SAMPLES}", "threads=1"]

@@ -137,7 +137,7 @@ def make_student(folder: Path, seed: int) -> None:
     It stops at a supervised loss, not after a number of steps: at that age a few more steps are the difference between
     a student that solves nothing and one that solves a fifth.
     """
-    from retort.console import quiet_libraries
+    from retort.console.terminal import quiet_libraries
     from retort.tasks.countdown import build
 
     if (folder / "README.md").exists():

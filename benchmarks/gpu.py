@@ -93,7 +93,7 @@ def demo(device: str, *, small: bool) -> None:
     """A run of the built-in pair, and again from its middle: the same numbers, or an error."""
     from retort import distill
     from retort.train import runner
-    from retort.train.observe import Silent
+    from retort.train.events.observe import Silent
 
     steps = 4 if small else 12
     settings: dict[str, Any] = {
@@ -146,7 +146,7 @@ def step(device: str, system: str, *, small: bool) -> None:
 def waits(device: str, *, small: bool) -> None:
     """Places at which Python waited for the device, as torch warns of them, per step."""
     from retort import distill
-    from retort.train.observe import Silent
+    from retort.train.events.observe import Silent
 
     steps = 2 if small else 4
     settings = {"device": device, "eval": {"problems": 0}, "checkpoint": {"every": 0}}

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 import retort
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.head import Head
+from retort.core.per_token import Core, per_token
+from retort.core.signals import Dense
+from retort.core.steps import Clock, Steps
 from retort.divergences import forward_kl, jsd, reverse_kl
 from retort.estimators import pathwise
 from retort.functional import linear_token_losses
-from retort.models.core import Core, per_token
-from retort.models.head import Head
 from retort.rollout.plan import RolloutPlan
-from retort.signals import Dense
-from retort.steps import Clock, Steps
 
 VOCAB, WIDTH, TEACHER_WIDTH = 151_936, 1024, 2048
 #: Of `--small`, a trial of the script itself.

@@ -48,7 +48,7 @@ def run(job: Job) -> None:
     import torch
 
     from retort import api
-    from retort.console import quiet_libraries
+    from retort.console.terminal import quiet_libraries
     from retort.train import runner
 
     torch.set_num_threads(1)

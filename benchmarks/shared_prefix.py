@@ -23,9 +23,9 @@ import measure
 import torch
 from torch import Tensor
 
+from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
-from retort.sequences import TokenSequence
 
 BUDGET = 8192
 
@@ -68,12 +68,12 @@ def coached_student(groups: int, samples: int) -> Case:
     """The built-in task's student, as its own teacher with the solution in sight."""
     from retort.align.chat import Renderer
     from retort.config import recipe, resolve
+    from retort.core.rollouts import Rollout
     from retort.teachers.scene import Scene, Stage
     from retort.teachers.templates import templates
     from retort.teachers.views import privileged
-    from retort.train.models import load
-    from retort.train.prompts import builtin_prompts
-    from retort.types import Rollout
+    from retort.train.models.models import load
+    from retort.train.setup.prompts import builtin_prompts
 
     config = resolve(recipe("coached"))
     lm = load(config, "coached:student", "student")

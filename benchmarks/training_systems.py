@@ -104,7 +104,7 @@ def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
     """
     from retort import distill
     from retort.models.lm import LanguageModel
-    from retort.train.observe import Silent
+    from retort.train.events.observe import Silent
 
     if not share:
         never: Any = property(lambda lm: False, lambda lm, value: None)

@@ -58,8 +58,8 @@ def measured(job: Job) -> list[dict[str, Any]]:
     """Three measurements of a run, from disk where they were made; the first is the run's own `trust.json`."""
     import torch
 
-    from retort.train.trust import FILE
-    from retort.train.trust import measure as measure_trust
+    from retort.cli.trust import FILE
+    from retort.cli.trust import measure as measure_trust
 
     torch.set_num_threads(1)
     found: list[dict[str, Any]] = []

@@ -22,12 +22,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from retort.align.stops import StopTokens
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel, Precision
 from retort.models.load import load_model
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
-from retort.sequences import TokenSequence
-from retort.streams import uniforms
 
 
 class Without(WorkingCopy):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retort.registry import load as load
     from retort.rewards.base import Grade as Grade
     from retort.train.callbacks import Callback as Callback
-    from retort.train.hooks import Stop as Stop
+    from retort.train.events.hooks import Stop as Stop
 
 #: Public name -> where it lives; imported when first asked for, so that `import retort` costs nothing.
 _HOMES = {
@@ -34,7 +34,7 @@ _HOMES = {
     "Limit": "retort.method",
     "Method": "retort.method",
     "Paper": "retort.method",
-    "Stop": "retort.train.hooks",
+    "Stop": "retort.train.events.hooks",
     "Term": "retort.method",
     "Watch": "retort.method",
     "RetortError": "retort.errors",

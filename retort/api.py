@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retort import config as configuration
+from retort.config.sections import shorthands
+from retort.console.progress import quiet_bars, watching
 from retort.errors import UserError
 from retort.method import Method
-from retort.progress import quiet_bars, watching
+from retort.preflight.doctor import examine, examine_setup, refuse
+from retort.preflight.findings import Examination
 from retort.rewards.own import Own
-from retort.sections import shorthands
 from retort.train import runner
-from retort.train.arguments import method_of, models_of, path_of, refuse_twice, settings_of
-from retort.train.doctor import examine, examine_setup, refuse
-from retort.train.findings import Examination
-from retort.train.given import Given, collect
-from retort.train.hooks import check_callbacks
-from retort.train.observe import Observer
+from retort.train.events.hooks import check_callbacks
+from retort.train.events.observe import Observer
+from retort.train.given.arguments import method_of, models_of, path_of, refuse_twice, settings_of
+from retort.train.given.given import Given, collect
 from retort.train.surroundings import ordinary
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The losses for people with their own trainer. Axis letters: see `retort.types`."""
+"""The losses for people with their own trainer. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from retort.core.head import Head
+from retort.core.losses import TokenLosses
+from retort.core.signals import TeacherSignal
+from retort.core.steps import Clock
 from retort.errors import UserError
+from retort.loss.one_batch import Given, OneBatch, as_head
 from retort.method import Method
-from retort.models.head import Head
-from retort.one_batch import Given, OneBatch, as_head
-from retort.signals import TeacherSignal
-from retort.steps import Clock
-from retort.types import TokenLosses
 
 __all__ = ["Head", "linear_token_losses", "token_losses"]
 
@@ -118,7 +118,7 @@ def linear_token_losses(
         teacher_hidden: [N, D'].
         teacher_head: Weight [V', D'], or a `Head`.
         tokens: Ids written, [N], int64.
-        chunk: Steps per chunk; None for as many as fit into `retort.models.core.CHUNK_ELEMENTS` logits.
+        chunk: Steps per chunk; None for as many as fit into `retort.core.per_token.CHUNK_ELEMENTS` logits.
         mask: Steps that count; rows outside it are never projected.
         turns: As in `token_losses`.
         rollouts: As in `token_losses`.

@@ -12,14 +12,14 @@ from typing import Annotated, Any, Literal, ParamSpec, cast, get_args, get_origi
 from torch import Tensor
 
 from retort.controllers import Controller
+from retort.core.needs import Need
+from retort.core.parts import Part, Stat, Weight
+from retort.core.reduce import Denominator, tokens
+from retort.core.schedules import Dial, Reading
 from retort.errors import UserError, did_you_mean, quoted
 from retort.estimators import Estimator
-from retort.parts import Part, Stat, Weight
-from retort.reduce import Denominator, tokens
 from retort.rollout.plan import RolloutPlan
-from retort.schedules import Dial, Reading
 from retort.teachers.view import View
-from retort.types import Need
 
 Status = Literal["faithful", "partial", "reconstructed"]
 P = ParamSpec("P")
@@ -130,7 +130,7 @@ class Method:
         limits: What it collapses to.
         watch: Curves worth looking at.
         controllers: Parts with a state that moves as the run goes; dials read their numbers.
-        before: Another method, and for how many steps it is run first (`retort.cold_start`).
+        before: Another method, and for how many steps it is run first (`retort.methods._cold_start`).
         recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
         adam_variance: Whether to log what Adam's moments say of the gradient's variance (`adam_variance`).
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.

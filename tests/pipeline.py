@@ -20,22 +20,23 @@ from torch import Tensor
 
 from retort import config as configuration
 from retort import registry
+from retort.core.losses import TokenLosses
+from retort.core.rollouts import Pack, Rollout, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
+from retort.core.steps import Clock
 from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.sequences import TokenSequence
-from retort.signals import Dense
-from retort.steps import Clock
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
-from retort.train import loading
-from retort.train.control import Control
-from retort.train.metrics import Stopwatch
-from retort.train.pair import asks_teacher
-from retort.train.passes import Batch
-from retort.train.prepare import Prepared, prepare
-from retort.train.update import Update, learn
-from retort.types import Pack, Rollout, TokenLosses, in_groups
+from retort.train.learning.control import Control
+from retort.train.learning.passes import Batch
+from retort.train.learning.update import Update, learn
+from retort.train.models import loading
+from retort.train.setup.pair import asks_teacher
+from retort.train.setup.prepare import Prepared, prepare
+from retort.train.storage.metrics import Stopwatch
 
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
 LENGTHS = (7, 3, 1, 12, 5)

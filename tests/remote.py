@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from retort.signals import Candidates, Sampled, TeacherSignal
+from retort.core.needs import DENSE, NeedKind
+from retort.core.rollouts import Group
+from retort.core.signals import Candidates, Sampled, TeacherSignal
 from retort.teachers.base import Ask, Teacher
-from retort.types import DENSE, Group, NeedKind
 
 
 class RemoteTeacher:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.core.rollouts import Status
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Request, Sampling
-from retort.types import Status
 
 
 class ScriptedEngine:

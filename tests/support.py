@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from retort.sequences import TokenSequence
-from retort.types import Group, Prompt, Rollout
+from retort.core.rollouts import Group, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 
 WORDS = [str(number) for number in range(40)] + list("+-*=,:()") + ["from", "so", "the", "answer", "is", "add", "and"]
 CHATML = (

@@ -22,18 +22,19 @@ import retort
 from retort import config as configuration
 from retort.advantages import log_ratio
 from retort.cli import main
+from retort.core.reduce import rollout_means, weighted
+from retort.core.rollouts import Prompt
 from retort.data import fingerprint, prompts_from_rows
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
 from retort.models.files import read_model
 from retort.models.held import Held
-from retort.reduce import rollout_means, weighted
+from retort.quantities import teacher_entropy
 from retort.rollout import RolloutPlan
-from retort.train.given import Given, Rows, collect
-from retort.train.hooks import call
-from retort.types import Prompt
-from retort.weights import above, teacher_entropy
+from retort.train.events.hooks import call
+from retort.train.given.given import Given, Rows, collect
+from retort.weights import above
 
 
 def own_method() -> retort.Method:

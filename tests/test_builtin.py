@@ -68,8 +68,8 @@ def test_a_folder_named_like_the_data_is_not_taken_for_it(tmp_path: Path, monkey
 def test_the_built_in_problems_as_evaluation_of_other_data(tmp_path: Path) -> None:
     """They must be the held-out ones: `countdown` as training data means the others."""
     from retort import config as configuration
-    from retort.train.prepare import prepare
-    from retort.train.prompts import countdown_prompts
+    from retort.train.setup.prepare import prepare
+    from retort.train.setup.prompts import countdown_prompts
 
     data = tmp_path / "own.jsonl"
     rows = [{"prompt": prompt.text, "answer": prompt.answer} for prompt in countdown_prompts("train", 20)]

@@ -11,9 +11,9 @@ import pytest
 from pydantic import BaseModel
 
 from retort import config, registry
+from retort.config.synonyms import ours_for
 from retort.data import COLUMNS
 from retort.errors import UserError
-from retort.synonyms import ours_for
 
 PAGE = Path(__file__).parents[1] / "docs" / "coming-from.md"
 

@@ -27,7 +27,7 @@ from typing import Any
 import pytest
 
 from retort import registry
-from retort.catalogue import page, table
+from retort.cli.catalogue import page, table
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -294,7 +294,7 @@ def test_numbers_in_the_prose_were_computed(path: Path) -> None:
 
 
 def test_the_table_of_the_readme_is_that_of_the_methods() -> None:
-    assert table() in (ROOT / "README.md").read_text(), "put the output of retort.catalogue.table() there"
+    assert table() in (ROOT / "README.md").read_text(), "put the output of retort.cli.catalogue.table() there"
 
 
 def test_the_page_of_methods_is_what_the_command_writes() -> None:
@@ -349,7 +349,7 @@ def test_methods_of_the_pages_pass_the_contract(files: Path, tiny_run: dict[str,
         ("See [there](log.md#lug).", "docs/x.md:1: log.md#lug names no heading"),
         ("Held by `test_of_nothing`.", "docs/x.md:1: there is no test_of_nothing"),
         ("In `retort/train/nothing.py`.", "docs/x.md:1: retort/train/nothing.py does not exist"),
-        ("By `Steps.nothing` (`retort/steps.py`).", "docs/x.md:1: retort/steps.py has no Steps.nothing"),
+        ("By `Steps.nothing` (`retort/core/steps.py`).", "docs/x.md:1: retort/core/steps.py has no Steps.nothing"),
     ],
 )
 def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
@@ -365,7 +365,7 @@ def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
         "```py\nprint(1 + 1)  # 3\n```",
         "<!-- not run: needs a hub -->\n```python\nprint(1 + 1)  # 3\n```",
         "It is 0.125 nats (arXiv 2603.07079).\n```python\nprint(1 / 8)  # 0.125\n```",
-        "By `Steps.select` (`retort/steps.py`), `ALONE` (`retort/steps.py`), in `retort/envs/`.",
+        "By `Steps.select` (`retort/core/steps.py`), `ALONE` (`retort/core/steps.py`), in `retort/envs/`.",
         "See [there](../README.md), [here](#part-2-k3-ends) and [out](https://example.org/x).\n## Part 2: `k3` ends",
     ],
 )

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from rich.console import Console
 
-from retort.console import RichObserver, examination_table
+from retort.console.terminal import RichObserver, examination_table
 from retort.errors import quoted, shortened, visible
-from retort.train.card import _code, _words  # pyright: ignore[reportPrivateUsage]
+from retort.train.output.card import _code, _words  # pyright: ignore[reportPrivateUsage]
 
 OBEYED = {
     "escape": ("\x1b[31m", r"\x1b[31m"),

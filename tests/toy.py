@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.core.losses import TokenLosses
+from retort.core.needs import HIDDEN
+from retort.core.signals import Dense, TeacherSignal
 from retort.functional import linear_token_losses, token_losses
 from retort.method import Method
-from retort.signals import Dense, TeacherSignal
-from retort.types import HIDDEN, TokenLosses
 
 #: Two groups of siblings, each with a success and a failure.
 GROUPS = torch.tensor([0, 0, 1, 1, 1])

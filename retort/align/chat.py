@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
 from retort.align.turns import changed, conversation, inner_texts, unshown, with_inner
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -2,7 +2,7 @@
 
 An alignment belongs to a pair of models. Where an id is the same token for both it is `SameIds`; where the teacher has
 the same tokens under other ids it is an `IdMap`. Whoever scores or writes with a teacher asks its alignment and knows
-nothing of ids itself. W is the width of the teacher's logits that are read; other axis letters: see `retort.types`.
+nothing of ids itself. W is the width of the teacher's logits that are read; other axis letters: see `retort.core`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from retort.align.stops import KEPT, StopMap, StopTokens, describe_stop_map, stop_map
 from retort.align.tokens import PROBES, check_same_tokenizer, encoded
+from retort.core.sequences import TokenSequence
 from retort.errors import SignalError, UserError
-from retort.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from retort.align.chat import Reading, render
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

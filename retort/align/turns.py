@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retort.types import Message, Prompt
+from retort.core.rollouts import Message, Prompt
 
 __all__ = ["changed", "conversation", "inner_texts", "unshown", "with_inner"]
 

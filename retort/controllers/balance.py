@@ -14,8 +14,8 @@ from torch.nn import functional
 from retort.controllers.base import Controller, Seen, State, scalar
 from retort.divergences.jsd import jsd
 from retort.divergences.kl import forward_kl, reverse_kl
-from retort.weights.entropy import student_entropy, teacher_entropy
-from retort.weights.variance import student_variance, teacher_variance
+from retort.quantities.entropy import student_entropy, teacher_entropy
+from retort.quantities.variance import student_variance, teacher_variance
 
 Mode = Literal["bandit", "bernoulli", "paper", "greedy_min"]
 

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from retort.core.parts import Part
+from retort.core.schedules import Reading
 from retort.errors import UserError
-from retort.parts import Part
-from retort.schedules import Reading
 
 #: Named tensors on the CPU; nobody changes them in place.
 State = Mapping[str, Tensor]

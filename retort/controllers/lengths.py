@@ -11,7 +11,7 @@ import torch
 
 from retort.controllers.base import Controller, Probe, State, scalar
 from retort.errors import UserError
-from retort.weights.entropy import student_entropy
+from retort.quantities.entropy import student_entropy
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from retort.controllers.base import Controller, Probe, State, scalar
+from retort.core.parts import Part
 from retort.divergences.likelihood import negative_log_likelihood
-from retort.parts import Part
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ class RunningRewards(Controller):
     Attributes:
         warmup: Batches during which the numbers are `baseline` and 1.
         baseline: See `warmup`.
-        shape: What rewards are made into first, see `retort.outcomes.Shape`.
+        shape: What rewards are made into first, see `retort.advantages.outcome.Shape`.
     """
 
     rewards: bool = True

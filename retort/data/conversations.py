@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from retort.core.rollouts import Message
 from retort.data.media import check_media
 from retort.data.values import decode, json_value, parsed, strict_json, text
 from retort.errors import UserError, a_kind, did_you_mean, quoted
-from retort.types import Message
 
 __all__ = ["LAST_ROLES", "ROLES", "as_conversation", "conversation", "read_tools"]
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any
 
+from retort.core.rollouts import Message, Prompt
 from retort.data.columns import COLUMNS, check_mapping
 from retort.data.rows import RowReader
 from retort.data.sources import Row, rows_of
 from retort.data.values import without_nulls
 from retort.errors import UserError, a_kind, did_you_mean
-from retort.types import Message, Prompt
 
 __all__ = ["fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
 

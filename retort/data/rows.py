@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from retort.core.rollouts import Message, Prompt
 from retort.data.columns import PRIVILEGED, Seen, lookup, no_prompt
 from retort.data.conversations import LAST_ROLES, as_conversation, conversation, read_tools
 from retort.data.media import check_media
 from retort.data.values import optional, plain, text
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 __all__ = ["RowReader"]
 

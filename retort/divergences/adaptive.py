@@ -1,4 +1,4 @@
-"""Divergences that choose between forward and reverse KL, by step or by id. Axis letters: see `retort.types`."""
+"""Divergences that choose between forward and reverse KL, by step or by id. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE
+from retort.core.parts import Divergence
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.types import DENSE
 
 
 def head_weights(teacher_p_NV: Tensor, student_p_NV: Tensor, head_mass: float) -> Tensor:

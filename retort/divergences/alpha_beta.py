@@ -1,13 +1,13 @@
-"""The alpha-beta divergence of ABKD, with the limits that its formula leaves open. Axis letters: `retort.types`."""
+"""The alpha-beta divergence of ABKD, with the limits that its formula leaves open. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retort.context import Context
-from retort.parts import Divergence
-from retort.types import DENSE
+from retort.core.context import Context
+from retort.core.needs import DENSE
+from retort.core.parts import Divergence
 
 #: Exponents (and their sum) below this are taken for 0: the formula divides by them, and the limit is this close to it.
 _ZERO = 1e-6

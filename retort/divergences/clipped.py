@@ -1,4 +1,4 @@
-r"""Divergences whose every entry, one per token and id, is cut off from above. Axis letters: see `retort.types`.
+r"""Divergences whose every entry, one per token and id, is cut off from above. Axis letters: see `retort.core`.
 
 OPSD (arXiv 2601.18734, its released code since March 2026) caps what an id may add to the divergence of a token, so
 that a few tokens of style do not make up the loss. What is left is no divergence any more. With U the ids that are not
@@ -19,14 +19,14 @@ import math
 import torch
 from torch import Tensor
 
-from retort.context import Context
-from retort.distribution import Distribution
+from retort.core.context import Context
+from retort.core.distribution import Distribution
+from retort.core.needs import DENSE, Need
+from retort.core.parts import Divergence, Quantity
 from retort.divergences.jsd import jsd
 from retort.divergences.kl import Support, forward_kl, reverse_kl
 from retort.divergences.mixture import mixture
 from retort.errors import UserError
-from retort.parts import Divergence, Quantity
-from retort.types import DENSE, Need
 
 
 def _entries(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:

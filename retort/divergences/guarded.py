@@ -1,16 +1,16 @@
-"""Divergences with a guard: a cap on another one, and a hinge against a wrong example. Axis letters: `retort.types`."""
+"""Divergences with a guard: a cap on another one, and a hinge against a wrong example. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Divergence, Stat
+from retort.core.steps import Clock, Steps
+from retort.core.steps import quantile as at
 from retort.errors import UserError
-from retort.parts import Divergence, Stat
-from retort.steps import Clock, Steps
-from retort.steps import quantile as at
-from retort.types import SAMPLED
 
 
 def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Divergence:

@@ -1,16 +1,16 @@
-"""The generalised Jensen-Shannon divergence. Axis letters: see `retort.types`."""
+"""The generalised Jensen-Shannon divergence. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE
+from retort.core.parts import Divergence
 from retort.divergences.kl import kl_values
 from retort.divergences.mixture import mixture
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.types import DENSE
 
 
 def jsd_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, teacher_weight: float) -> Tensor:

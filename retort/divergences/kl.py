@@ -1,4 +1,4 @@
-"""Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.types`."""
+"""Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE, Need
+from retort.core.parts import Divergence
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.types import DENSE, Need
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""Learning from what was written, whoever wrote it. Axis letters: see `retort.types`."""
+"""Learning from what was written, whoever wrote it. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
-from retort.parts import Divergence
+from retort.core.context import Context
+from retort.core.parts import Divergence
 
 
 def negative_log_likelihood() -> Divergence:

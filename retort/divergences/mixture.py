@@ -1,4 +1,4 @@
-"""Mixtures of two distributions in log space. Axis letters: see `retort.types`."""
+"""Mixtures of two distributions in log space. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 

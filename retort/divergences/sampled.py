@@ -1,4 +1,4 @@
-"""Estimators of the divergence from the written token alone. Axis letters: see `retort.types`.
+"""Estimators of the divergence from the written token alone. Axis letters: see `retort.core`.
 
 With d = log p_S(y) - log p_T(y) for y drawn from the student, k1 = d, k2 = d^2 / 2 and k3 = exp(-d) - 1 + d. As
 *values* all three estimate the reverse KL (k2 with a bias). What they descend when back-propagated is another matter,
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
-from retort.parts import Divergence
-from retort.types import SAMPLED
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Divergence
 
 
 def _gap(context: Context, view: str) -> Tensor:

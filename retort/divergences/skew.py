@@ -1,15 +1,15 @@
-"""Skewed KL divergences of DistiLLM. Axis letters: see `retort.types`."""
+"""Skewed KL divergences of DistiLLM. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE
+from retort.core.parts import Divergence
 from retort.divergences.kl import forward_kl, kl_values, reverse_kl
 from retort.divergences.mixture import mixture
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.types import DENSE
 
 
 def skew_forward_kl(skew: float = 0.1) -> Divergence:

@@ -1,4 +1,4 @@
-"""Divergences on a few ids per step: whose top-k, what becomes of the rest. Axis letters: see `retort.types`.
+"""Divergences on a few ids per step: whose top-k, what becomes of the rest. Axis letters: see `retort.core`.
 
 K here is the ids of a support, duplicates and ids outside of it marked in `inside_NK`.
 """
@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import Need, logp_at
+from retort.core.parts import Divergence
 from retort.divergences.jsd import jsd_values
 from retort.divergences.kl import kl_values
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.types import Need, logp_at
 
 Whose = Literal["student", "teacher", "union", "intersection", "symmetric_difference"]
 Tail = Literal["renormalised", "bucket"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from retort.types import Message, Prompt, Status
+from retort.core.rollouts import Message, Prompt, Status
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What an estimator is: a way from a disagreement to a gradient. Axis letters: see `retort.types`."""
+"""What an estimator is: a way from a disagreement to a gradient. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from retort.context import Context
-from retort.parts import Part
-from retort.types import Need
+from retort.core.context import Context
+from retort.core.needs import Need
+from retort.core.parts import Part
 
 
 class Estimator(Protocol):

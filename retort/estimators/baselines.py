@@ -1,15 +1,15 @@
-"""Baselines of the score function, in closed form. Axis letters: see `retort.types`."""
+"""Baselines of the score function, in closed form. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE, logp_at
+from retort.core.parts import Baseline
 from retort.divergences.kl import kl_values
 from retort.divergences.support import student_topk
 from retort.errors import UserError
-from retort.parts import Baseline
-from retort.types import DENSE, logp_at
 
 
 def reverse_kl_value(top_k: int | None = None) -> Baseline:

@@ -1,4 +1,4 @@
-"""Hidden states: differentiate their distance to the teacher's. Axis letters: see `retort.types`."""
+"""Hidden states: differentiate their distance to the teacher's. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import HIDDEN, Need
+from retort.core.parts import Part
+from retort.core.signals import as_compute
 from retort.errors import SignalError
-from retort.parts import Part
-from retort.signals import as_compute
-from retort.types import HIDDEN, Need
 
 #: (the student's states [N, D], live, the teacher's [N, D]) -> [N].
 Distance = Callable[[Tensor, Tensor], Tensor]

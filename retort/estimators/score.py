@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import Need
+from retort.core.parts import Advantage, Baseline, Part, Quantity
 from retort.errors import UserError
-from retort.parts import Advantage, Baseline, Part, Quantity
-from retort.types import Need
 
 
 @dataclass(frozen=True)

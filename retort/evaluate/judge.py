@@ -1,4 +1,4 @@
-"""Judging a model on fixed prompts. Axis letters: see `retort.types`.
+"""Judging a model on fixed prompts. Axis letters: see `retort.core`.
 
 It draws from its own random stream, keyed by prompt and member only: the same prompts, seed and weights give the same
 answers, whenever it is done, and nothing of a run's training is moved by it. Entropies, divergences and log-probs are
@@ -17,22 +17,23 @@ from torch import Tensor
 
 from retort.align.chat import Reading, render
 from retort.config import Config
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import DENSE, can_meet
+from retort.core.per_token import Core, per_token
+from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.steps import Clock
+from retort.core.streams import Chance
 from retort.evaluate.measures import range_of
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
-from retort.models.core import Core, per_token
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.record import token_row
-from retort.sequences import TokenSequence
-from retort.steps import Clock
-from retort.streams import Chance
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.view import View
-from retort.types import DENSE, Pack, Prompt, Rollout, Status, can_meet, in_groups
 
 #: Prompts that are written and scored at once: bounds what is held in memory.
 _BLOCK = 64

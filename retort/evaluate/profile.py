@@ -1,6 +1,6 @@
 """Where a model's entropy and its disagreement with the teacher lie: by size, by place in the answer.
 
-Axis letters: see `retort.types`.
+Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations

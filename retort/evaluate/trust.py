@@ -6,7 +6,7 @@ measures all of them on one model: in an answer of the student's, a token of the
 student goes on alone, and a verifier says where that ends. The protocol is reconstructed from PW-OPSD's account of its
 branch-viability diagnostic. Tokens are drawn from the teacher's distribution, which is what distillation moves a
 student towards: the second best of a teacher that is sure is a token that it would never write. Axis letters: see
-`retort.types`; M is the places.
+`retort.core`; M is the places.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from torch import Tensor
 from retort.align.chat import Renderer
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
+from retort.core.needs import DENSE, can_meet
+from retort.core.rollouts import Pack, Prompt, Rollout, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.signals import TeacherSignal
+from retort.core.streams import Chance, generator, permutation
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
@@ -28,12 +33,8 @@ from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
-from retort.sequences import TokenSequence
-from retort.signals import TeacherSignal
-from retort.streams import Chance, generator, permutation
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.view import View
-from retort.types import DENSE, Pack, Prompt, Rollout, can_meet, in_groups
 
 #: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
 PREDICTORS = {

@@ -2,7 +2,7 @@
 
 `reference` says what the numbers are, in plain torch; `triton_rows` computes the same in one pass over a chunk, without
 the log-probs, probabilities and differences [C, V] that plain torch writes on the way. Nothing here knows autograd: the
-caller wraps both functions. Importing this package does not import Triton. Axis letters: see `retort.types`.
+caller wraps both functions. Importing this package does not import Triton. Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations

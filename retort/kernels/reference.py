@@ -2,7 +2,7 @@
 
 `retort.divergences.kl_values` and `jsd_values` say the same of log-probs; nothing down here may import them.
 
-Axis letters: see `retort.types`.
+Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What reference and kernels share: the statistics of a row, and what both refuse. Axis letters: `retort.types`."""
+"""What reference and kernels share: the statistics of a row, and what both refuse. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 

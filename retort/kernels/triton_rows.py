@@ -1,4 +1,4 @@
-"""`retort.kernels.reference` in Triton: the same two functions, each in one pass over the logits. Axes: `retort.types`.
+"""`retort.kernels.reference` in Triton: the same two functions, each in one pass over the logits. Axes: `retort.core`.
 
 fp32, bf16 or fp16 in, fp32 arithmetic whatever comes in. Asking for a JSD costs a second pass, because its terms need
 the normalisers first. A row of logits may stand in a wider buffer (a stride above V); nothing is copied for that.

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from retort.advantages.outcome import group_advantage, length_bonus, running_advantage
 from retort.controllers.rewards import RunningRewards
 from retort.estimators import score_function
 from retort.method import Limit, Method, Term, Watch
-from retort.outcomes import group_advantage, length_bonus, running_advantage
+from retort.quantities import log_ratio_size, sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers import moving
 from retort.teachers.views import privileged
-from retort.weights import (
-    Confidence,
-    both,
-    directed_ratio,
-    log_ratio_size,
-    sampled_reverse_kl,
-    student_entropy,
-    teacher_entropy,
-)
+from retort.weights import Confidence, both, directed_ratio
 
 Baseline = Literal["running", "group"]
 Teacher = Literal["frozen", "ema", "hard_copy", "outside"]

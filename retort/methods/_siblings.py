@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from retort import divergences
+from retort.core.parts import Weight
 from retort.divergences import Tail
 from retort.errors import UserError
 from retort.estimators import Estimator, pathwise
-from retort.parts import Weight
 from retort.teachers import moving
 from retort.weights import both, truncated_rollout_ratio, truncated_student_ratio
 

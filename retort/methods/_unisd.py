@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from retort.core.parts import Divergence
+from retort.core.reduce import rollout_means, weighted_rollout_means
 from retort.divergences import forward_kl, jsd, reverse_kl
 from retort.divergences.guarded import capped, contrastive_hinge
 from retort.errors import UserError
 from retort.estimators import match_hidden, pathwise
 from retort.method import Term, Watch
-from retort.parts import Divergence
-from retort.reduce import rollout_means, weighted_rollout_means
+from retort.quantities import stored_quantity
 from retort.teachers.moving import ema, frozen
 from retort.teachers.view import View
 from retort.teachers.views import examples, privileged
-from retort.weights import stored_quantity
 from retort.weights.agreement import Spread, agreement
 
 Level = Literal["none", "token", "sequence"]

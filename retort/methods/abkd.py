@@ -3,8 +3,8 @@
 from retort.divergences import alpha_beta, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

@@ -3,13 +3,13 @@
 from typing import Literal
 
 from retort.controllers.balance import balance
+from retort.core.schedules import Dial, line
 from retort.divergences import forward_kl, reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.schedules import Dial, line
-from retort.weights import student_entropy, teacher_entropy
 
 Mode = Literal["bandit", "bernoulli", "paper", "greedy_min", "static", "linear_to_reverse", "linear_to_forward"]
 

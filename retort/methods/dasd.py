@@ -3,13 +3,14 @@
 import math
 from typing import Literal
 
+from retort.advantages.outcome import group_advantage
 from retort.estimators import score_function
 from retort.method import Method, Paper, Term, Unbounded, Watch, method
-from retort.outcomes import group_advantage
+from retort.quantities import sampled_reverse_kl, stored_quantity, student_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import frozen, live
 from retort.teachers.views import privileged
-from retort.weights import above, below, sampled_reverse_kl, stored_quantity, student_entropy
+from retort.weights import above, below
 from retort.weights.direction import directed
 
 

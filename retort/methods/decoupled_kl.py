@@ -8,8 +8,8 @@ from retort.divergences import forward_kl, negative_log_likelihood, reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

@@ -2,15 +2,15 @@
 
 from typing import Literal
 
+from retort.core.reduce import rollout_means, tokens
 from retort.divergences import jsd, topk_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.reduce import rollout_means, tokens
+from retort.quantities import student_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import live
 from retort.teachers.views import privileged
-from retort.weights import student_entropy
 from retort.weights.privilege import AGREED, STUDENT, TEACHER, VAGUE, Regimes
 
 _ITSELF = "privileged_student"

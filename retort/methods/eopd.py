@@ -4,8 +4,9 @@ from retort.advantages import log_ratio
 from retort.divergences import forward_kl, teacher_top
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.rollout.plan import RolloutPlan
-from retort.weights import above, sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.weights import above
 
 
 @method(

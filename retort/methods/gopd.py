@@ -4,9 +4,10 @@ from retort.advantages import extrapolated_log_ratio, log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy, truncated_rollout_ratio
+from retort.weights import truncated_rollout_ratio
 
 
 @method(

@@ -6,19 +6,10 @@ from retort.advantages import extrapolated_log_ratio, held_log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import cliff, masses, sampled_reverse_kl, student_entropy, student_tail, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
-from retort.weights import (
-    cliff,
-    masses,
-    on_contract,
-    sampled_reverse_kl,
-    student_entropy,
-    student_tail,
-    teacher_entropy,
-    truncated_rollout_ratio,
-    truncated_teacher_ratio,
-)
+from retort.weights import on_contract, truncated_rollout_ratio, truncated_teacher_ratio
 
 
 @method(

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from retort.core.reduce import weighted
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.methods._inner import inner
-from retort.reduce import weighted
-from retort.weights import both, release, teacher_margin
+from retort.quantities import teacher_margin
+from retort.weights import both, release
 
 
 @method(

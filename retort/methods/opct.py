@@ -4,9 +4,9 @@ from retort.advantages import return_to_go
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.methods._itself import Whose
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.views import clean
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

@@ -6,14 +6,9 @@ from retort.advantages import log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import (
-    effective_sample_size,
-    engine_correction,
-    sampled_reverse_kl,
-    student_entropy,
-    teacher_entropy,
-)
+from retort.weights import effective_sample_size, engine_correction
 
 
 @method(

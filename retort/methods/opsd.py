@@ -8,8 +8,8 @@ from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._itself import Follow, Shown, Whose, itself
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

@@ -2,14 +2,14 @@
 
 from typing import Literal
 
+from retort.core.reduce import rollout_sums, tokens
 from retort.divergences import Tail
 from retort.errors import UserError
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._siblings import Divergence, Teacher, disagreement, ratios, who
-from retort.reduce import rollout_sums, tokens
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.views import peers
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

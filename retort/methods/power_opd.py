@@ -5,8 +5,8 @@ from typing import Literal
 from retort.advantages import clipped_log_ratio, log_ratio, lower_clip, power_difference, tanh_log_ratio
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

@@ -2,14 +2,15 @@
 
 from typing import Literal
 
+from retort.core.reduce import rollout_means, tokens
 from retort.divergences import clipped, clipped_mass, forward_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._itself import Follow, Shown, Whose, itself
-from retort.reduce import rollout_means, tokens
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import late, sampled_reverse_kl, student_entropy, teacher_entropy
+from retort.weights import late
 
 
 @method(

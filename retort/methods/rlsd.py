@@ -2,15 +2,16 @@
 
 from typing import Literal
 
+from retort.advantages.outcome import group_advantage
+from retort.core.schedules import Schedule
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.outcomes import group_advantage
+from retort.quantities import outside_bound, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.schedules import Schedule
 from retort.teachers.moving import frozen, hard_copy
 from retort.teachers.views import privileged
-from retort.weights import directed_ratio, outside_bound, sampled_reverse_kl, student_entropy
+from retort.weights import directed_ratio
 
 
 @method(

@@ -2,14 +2,15 @@
 
 from typing import Literal
 
+from retort.core.reduce import weighted
 from retort.divergences import clipped, forward_kl, reverse_kl, teacher_top
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.methods._itself import Follow, Shown, Whose, itself
-from retort.reduce import weighted
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import after, student_entropy, teacher_entropy
+from retort.weights import after
 
 
 @method(

@@ -3,15 +3,15 @@
 from typing import Literal
 
 from retort.advantages import log_ratio
+from retort.advantages.outcome import group_advantage
 from retort.divergences import Tail
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
 from retort.methods._siblings import Teacher, disagreement, ratios, who
-from retort.outcomes import group_advantage
+from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.views import peers
-from retort.weights import sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

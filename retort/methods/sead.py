@@ -2,13 +2,14 @@
 
 from typing import Literal
 
+from retort.core.reduce import weighted
+from retort.core.schedules import anneal
 from retort.divergences import forward_kl, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
-from retort.reduce import weighted
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import EasyToHard, RolloutPlan
-from retort.schedules import anneal
-from retort.weights import Zones, student_entropy, teacher_entropy
+from retort.weights import Zones
 from retort.weights.zones import SILENT, SURE, UNSURE
 
 

@@ -6,8 +6,8 @@ from retort.controllers.off_policy import adaptive_share
 from retort.divergences import reverse_kl, skew_forward_kl, skew_reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import Replay, RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

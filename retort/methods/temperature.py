@@ -5,8 +5,8 @@ from typing import Literal
 from retort.divergences import forward_kl, jsd, reverse_kl, skew_forward_kl, skew_reverse_kl, topk_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

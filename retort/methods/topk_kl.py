@@ -7,8 +7,8 @@ from retort.divergences import Tail, reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

@@ -4,8 +4,8 @@ from retort import divergences
 from retort.divergences import Weighting, Whose, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 
 
 @method(

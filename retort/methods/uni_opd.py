@@ -3,12 +3,13 @@
 import math
 from typing import Literal
 
+from retort.advantages.outcome import Scope
+from retort.core.reduce import rollout_means, tokens, weighted
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
-from retort.outcomes import Scope
-from retort.reduce import rollout_means, tokens, weighted
+from retort.quantities import sampled_reverse_kl, stored_quantity, student_entropy
 from retort.rollout.plan import EasyToHard, RolloutPlan
-from retort.weights import both, sampled_reverse_kl, stored_quantity, student_entropy
+from retort.weights import both
 from retort.weights import calibration as parts
 
 

@@ -2,8 +2,8 @@
 
 from retort.method import Limit, Method, Paper, Unbounded, Watch, method
 from retort.methods._unisd import Divided, Level, Preset, components, curves, terms, views
+from retort.quantities import student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import student_entropy, teacher_entropy
 from retort.weights.agreement import Spread
 
 

@@ -4,8 +4,8 @@ from retort.advantages import log_ratio
 from retort.errors import UserError
 from retort.estimators import reverse_kl_value, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.quantities import gradient_variance, sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.weights import gradient_variance, sampled_reverse_kl, student_entropy, teacher_entropy
 
 
 @method(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
+from retort.core.head import LowRank
 from retort.errors import UserError
-from retort.models.head import LowRank
 
 #: What peft calls the adapter that it adds to a model.
 NAME = "default"

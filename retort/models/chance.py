@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
-from retort.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,4 +1,4 @@
-"""A causal language model of transformers: hidden states of decided steps, and the head. Axes: `retort.types`."""
+"""A causal language model of transformers: hidden states of decided steps, and the head. Axes: `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.stops import StopTokens
+from retort.core.head import Head
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
-from retort.models.head import Head
 from retort.models.working import WorkingCopy
-from retort.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -30,7 +30,7 @@ Precision = Literal["bf16", "fp32"]
 def best_precision(device: torch.device) -> Precision:
     """bf16 on a GPU that multiplies in it, fp32 elsewhere: on the CPUs measured bf16 makes no step shorter.
 
-    A fixed rule, so that runs repeat. On a GPU the pair may refuse it, see `retort.train.precision`.
+    A fixed rule, so that runs repeat. On a GPU the pair may refuse it, see `retort.train.models.precision`.
     """
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 

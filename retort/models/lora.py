@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from retort.core.streams import key
 from retort.errors import UserError, did_you_mean, shortened
 from retort.models.adapter import NAME, Adapter, need_peft
 from retort.models.lm import LanguageModel
-from retort.streams import key
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""Sequences end to end in one row of a transformer, so that it computes nothing for padding. Axes: `retort.types`.
+"""Sequences end to end in one row of a transformer, so that it computes nothing for padding. Axes: `retort.core`.
 
 T is all tokens of a pack. Everything in a transformer but attention looks at one token at a time. Attention is kept
 within the sequences by the two registries that transformers has for it: under the names here, the mask that a model
@@ -32,7 +32,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from retort.sequences import TokenSequence
+from retort.core.sequences import TokenSequence
 
 #: Implementations that are wrapped. The flash kernels know packs by themselves, from position ids that restart.
 WRAPPED = ("eager", "sdpa")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from retort.sequences import TokenSequence
+from retort.core.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from retort.models.lm import LanguageModel

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
-from retort.types import Group, Prompt, Rollout, in_groups
+from retort.core.rollouts import Group, Prompt, Rollout, in_groups
 
 __all__ = ["ByText", "GivesFeedback", "GivesParts", "Grade", "Grader", "Verifier", "graded"]
 

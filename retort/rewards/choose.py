@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from retort.core.rollouts import Prompt
 from retort.errors import UserError, did_you_mean
 from retort.rewards.base import ByText, Grader, Verifier
 from retort.rewards.own import imported, is_own, own_grader
 from retort.rewards.verify import NEED_ANSWER, VERIFIERS, MathVerifier, answer_of, check_gradable
-from retort.types import Prompt
 
 
 def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:

@@ -15,10 +15,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
+from retort.core.rollouts import Group, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError, did_you_mean, quoted
 from retort.rewards.base import ByText, Grade, Grader
-from retort.sequences import TokenSequence
-from retort.types import Group, Prompt, Rollout
 
 #: Before the name of what a run was given as an object, in its settings.
 IN_MEMORY = "in memory: "

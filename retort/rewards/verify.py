@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from retort.align.text import after_thinking
+from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.rewards import answers
 from retort.rewards.base import GivesFeedback, GivesParts, Verifier
 from retort.rewards.math_judge import Judge
-from retort.types import Prompt
 
 __all__ = [
     "BaitVerifier",

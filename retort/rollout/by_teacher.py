@@ -8,11 +8,11 @@ from dataclasses import replace
 from retort.align.chat import Renderer
 from retort.align.pair import Alignment
 from retort.align.stops import StopTokens
+from retort.core.rollouts import Rollout, Status
+from retort.core.sequences import TokenSequence
 from retort.errors import SignalError
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
-from retort.sequences import TokenSequence
-from retort.types import Rollout, Status
 
 
 class TeacherWriter:

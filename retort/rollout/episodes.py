@@ -17,12 +17,12 @@ from torch import Tensor
 from retort.align.chat import Reading, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
+from retort.core.rollouts import Prompt, Rollout, Status
+from retort.core.sequences import TokenSequence
+from retort.core.streams import Chance
 from retort.envs.base import Environment, Episode, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
-from retort.sequences import TokenSequence
-from retort.streams import Chance
-from retort.types import Prompt, Rollout, Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from retort.core.schedules import Dial, Reading, line
 from retort.errors import UserError
-from retort.schedules import Dial, Reading, line
 
 Source = Literal["student", "teacher", "dataset"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from retort.align.text import decode
-from retort.types import Pack, Rollout
+from retort.core.rollouts import Pack, Rollout
 
 
 def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a teacher is to everybody else. Axis letters: see `retort.types`.
+"""What a teacher is to everybody else. Axis letters: see `retort.core`.
 
 Whatever has a `score` like this one is a teacher: a model in this process, the student itself, a server. What any of
 them must hold is in `tests/contracts/test_teacher.py`.
@@ -12,10 +12,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from retort.core.needs import Need, NeedKind, can_meet
+from retort.core.rollouts import Group, Pack
+from retort.core.signals import Candidates, TeacherSignal
 from retort.errors import SignalError
-from retort.signals import Candidates, TeacherSignal
 from retort.teachers.view import View
-from retort.types import Group, Need, NeedKind, Pack, can_meet
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,7 @@
 
 Kept are copies of what learns and of nothing else: of every parameter of a student that learns as a whole, of the
 adapter where only that learns. While the teacher reads, the kept tensors stand in the place of the live ones (a
-parameter is pointed at them, nothing is copied), so there is never a second model. Axis letters: see `retort.types`.
+parameter is pointed at them, nothing is copied), so there is never a second model. Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from retort.core.head import Head
+from retort.core.needs import DENSE, NeedKind
+from retort.core.rollouts import Group
+from retort.core.signals import Dense, TeacherSignal, as_compute
 from retort.errors import SignalError, UserError
-from retort.models.head import Head
 from retort.models.lm import LanguageModel
-from retort.signals import Dense, TeacherSignal, as_compute
 from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher, reduced
 from retort.teachers.moving import Weights, frozen, live
-from retort.types import DENSE, Group, NeedKind
 
 _PREFIX = "moving/"
 

@@ -1,4 +1,4 @@
-"""A teacher in this process. Axis letters: see `retort.types`."""
+"""A teacher in this process. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from retort.align.chat import Reading, Renderer
 from retort.align.pair import Alignment
+from retort.core.head import Head
+from retort.core.needs import Need, NeedKind
+from retort.core.per_token import in_blocks
+from retort.core.rollouts import Group, Pack, Rollout
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
-from retort.models.core import in_blocks
-from retort.models.head import Head
 from retort.models.lm import LanguageModel
-from retort.sequences import TokenSequence
-from retort.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
 from retort.teachers.base import Ask
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.view import View
-from retort.types import Group, Need, NeedKind, Pack, Rollout
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from retort.streams import uniforms
+from retort.core.rollouts import Prompt, Rollout
+from retort.core.streams import uniforms
 from retort.teachers.templates import TEMPLATES, fill
-from retort.types import Prompt, Rollout
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.scene import Scene
-from retort.types import Prompt
 
 #: The prompt as a teacher sees it; None where there is nothing to show it, so that the rollout is left out.
 Render = Callable[[Scene], Prompt | None]

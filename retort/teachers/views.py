@@ -6,11 +6,11 @@ import re
 from dataclasses import replace
 from typing import Literal
 
+from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
 from retort.teachers.moving import Weights
 from retort.teachers.scene import Scene
 from retort.teachers.view import Render, View
-from retort.types import Prompt, Rollout
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 

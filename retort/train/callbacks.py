@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retort.train.hooks import Stop
+from retort.train.events.hooks import Stop
 from retort.train.run import Run
 
 __all__ = ["Callback", "Stop"]

@@ -11,30 +11,33 @@ from typing import Any
 
 from retort import config as configuration
 from retort.controllers import Probe
+from retort.core.needs import Need
+from retort.core.rollouts import Group, in_groups
+from retort.core.signals import TeacherSignal
+from retort.core.steps import Clock
 from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.signals import TeacherSignal
-from retort.steps import Clock
-from retort.tracking import Tracker, open_tracker
-from retort.train import checkpoint, difficulty, export, record, results
-from retort.train.advice import advice
-from retort.train.control import Control
-from retort.train.diagnose import against_rewards
-from retort.train.digests import adapter_state, digests, refuse_other_adapter, refuse_others
-from retort.train.folder import Claim, refuse_files
-from retort.train.given import Given, going_on
-from retort.train.hooks import call
-from retort.train.identity import compare, identity
-from retort.train.interruptions import Interruptions
-from retort.train.judging import Judging
-from retort.train.metrics import JsonLines, Stopwatch
-from retort.train.observe import Observer, Silent
-from retort.train.prepare import Prepared
-from retort.train.rates import Rates
-from retort.train.summary import summary
-from retort.types import Group, Need, in_groups
+from retort.train.events.advice import advice
+from retort.train.events.hooks import call
+from retort.train.events.interruptions import Interruptions
+from retort.train.events.observe import Observer, Silent
+from retort.train.events.tracking import Tracker, open_tracker
+from retort.train.given.given import Given, going_on
+from retort.train.learning.control import Control
+from retort.train.learning.diagnose import against_rewards
+from retort.train.learning.rates import Rates
+from retort.train.output import export, record, results
+from retort.train.output.identity import compare, identity
+from retort.train.output.judging import Judging
+from retort.train.output.summary import summary
+from retort.train.setup.prepare import Prepared
+from retort.train.source import difficulty
+from retort.train.storage import checkpoint
+from retort.train.storage.folder import Claim, refuse_files
+from retort.train.storage.metrics import JsonLines, Stopwatch
+from retort.train.teaching.digests import adapter_state, digests, refuse_other_adapter, refuse_others
 
 
 @dataclass(repr=False)

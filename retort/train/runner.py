@@ -10,12 +10,12 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.own import IN_MEMORY
-from retort.train import checkpoint
-from retort.train.folder import refuse_held, refuse_taken
-from retort.train.given import Given
-from retort.train.observe import Observer, Silent
-from retort.train.prepare import prepare
+from retort.train.events.observe import Observer, Silent
+from retort.train.given.given import Given
 from retort.train.run import Run
+from retort.train.setup.prepare import prepare
+from retort.train.storage import checkpoint
+from retort.train.storage.folder import refuse_held, refuse_taken
 
 __all__ = ["Run", "load", "resume", "start"]
 

@@ -1,4 +1,4 @@
-"""Trusting a self-teacher by how much it agrees with itself in other contexts. Axis letters: see `retort.types`.
+"""Trusting a self-teacher by how much it agrees with itself in other contexts. Axis letters: see `retort.core`.
 
 UniSD, arXiv 2605.06597; the maps from disagreement to weight are those of its code, the paper gives none.
 """
@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Quantity, Stat, Weight, as_it_is
+from retort.core.steps import Clock, Steps, quantile
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight, as_it_is
-from retort.steps import Clock, Steps, quantile
-from retort.types import SAMPLED
 
 Level = Literal["token", "sequence"]
 Spread = Literal["variance", "range"]

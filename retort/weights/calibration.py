@@ -1,4 +1,4 @@
-"""Making a teacher rank right answers above wrong ones, and both equally many. Axis letters: see `retort.types`.
+"""Making a teacher rank right answers above wrong ones, and both equally many. Axis letters: see `retort.core`.
 
 Uni-OPD, arXiv 2605.03677. A rollout is right if its reward is at least a threshold.
 """
@@ -12,13 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.advantages.outcome import Scope, graded, members, per_rollout
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Advantage, Quantity, Stat, Weight
+from retort.core.steps import Clock, Rollouts, Steps
+from retort.core.streams import uniforms
 from retort.errors import UserError
-from retort.outcomes import Scope, graded, members, per_rollout
-from retort.parts import Advantage, Quantity, Stat, Weight
-from retort.steps import Clock, Rollouts, Steps
-from retort.streams import uniforms
-from retort.types import SAMPLED
 
 Gap = Literal["mean", "minmax"]
 Direction = Literal["both", "correct_up", "incorrect_down"]

@@ -1,4 +1,4 @@
-"""How sure a teacher is, relative to the least sure step of a batch. Axis letters: see `retort.types`."""
+"""How sure a teacher is, relative to the least sure step of a batch. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import ENTROPY
+from retort.core.parts import Quantity, Stat, Weight
+from retort.core.steps import Steps
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight
-from retort.steps import Steps
-from retort.types import ENTROPY
-from retort.weights.entropy import teacher_entropy
+from retort.quantities.entropy import teacher_entropy
 
 Scale = Literal["raw", "smoothed"]
 

@@ -1,4 +1,4 @@
-"""Corrections for a rollout engine whose probabilities are not quite the trainer's. Axis letters: see `retort.types`.
+"""Corrections for a rollout engine whose probabilities are not quite the trainer's. Axis letters: see `retort.core`.
 
 With xi = p_old(y) / p_engine(y), detached: tokens came from the engine, so their gradients are weighed by xi, and since
 a few huge weights are worse than a small bias, every kind bounds it in some way. Where a token came from data, or the
@@ -13,25 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.parts import Stat, Weight
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight
-from retort.steps import Clock, Steps
+from retort.quantities.log_ratio import MAX_LOG_RATIO, engine_gap
 
 Correction = Literal["token", "token_mask", "sequence", "sequence_mask", "geometric"]
-_CLAMP = 20.0
-
-
-def engine_gap() -> Quantity:
-    """The logarithm of xi, nats: the trainer's log-prob of the token written minus the engine's."""
-
-    def value(context: Context, view: str) -> Tensor:
-        if context.steps.engine_logp_N is None:
-            return torch.zeros_like(context.old_logp_N)
-        gap_N = context.old_logp_N - context.steps.engine_logp_N
-        return gap_N.nan_to_num(0.0, posinf=_CLAMP, neginf=-_CLAMP).clamp(-_CLAMP, _CLAMP)
-
-    return Quantity("engine_gap", value)
 
 
 def corrected(gap_N: Tensor, rollout_N: Tensor, kind: Correction, low: float, high: float) -> Tensor:
@@ -56,7 +44,7 @@ def corrected(gap_N: Tensor, rollout_N: Tensor, kind: Correction, low: float, hi
         steps_R = torch.bincount(rollout_N, minlength=rollouts).clamp_min(1)
         mean_N = (total_R / steps_R).exp()[rollout_N]
         return ((mean_N >= low) & (mean_N <= high)).to(gap_N.dtype)
-    ratio_N = total_R.clamp(-_CLAMP, _CLAMP).exp()[rollout_N]
+    ratio_N = total_R.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()[rollout_N]
     return ratio_N.clamp_max(high) if kind == "sequence" else ratio_N * (ratio_N <= high)
 
 

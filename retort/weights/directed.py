@@ -1,15 +1,15 @@
-"""How far a teacher agrees with the direction that an outcome gives. Axis letters: see `retort.types`."""
+"""How far a teacher agrees with the direction that an outcome gives. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Advantage, Weight
+from retort.core.schedules import Schedule
 from retort.errors import UserError
-from retort.parts import Advantage, Quantity, Weight
-from retort.schedules import Schedule
-from retort.types import SAMPLED
 
 
 def directed(delta_N: Tensor, advantage_N: Tensor, bound: float) -> Tensor:
@@ -63,30 +63,3 @@ def directed_ratio(
         advantage.stats,
         uses_old_logp=True,
     )
-
-
-def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
-    """1 where the ratio of `directed_ratio` is cut off, 0 elsewhere.
-
-    Args:
-        advantage: As there.
-        bound: As there.
-        side: `low` or `high`.
-    """
-
-    def value(context: Context, view: str) -> Tensor:
-        delta_N = context.signal(view).sampled_logp_N - context.old_logp_N
-        ratio_N = (advantage.value(context, view).sign() * delta_N.clamp(-20.0, 20.0)).exp()
-        cut_N = ratio_N < 1.0 - bound if side == "low" else ratio_N > 1.0 + bound
-        return cut_N.to(delta_N.dtype)
-
-    return Quantity(f"directed_ratio_{side}", value, frozenset({SAMPLED}), stats=advantage.stats)
-
-
-def log_ratio_size() -> Quantity:
-    """How far apart teacher and student are about the token written: |log p_T - log p_old|, nats."""
-
-    def value(context: Context, view: str) -> Tensor:
-        return (context.signal(view).sampled_logp_N - context.old_logp_N).abs()
-
-    return Quantity("log_ratio_size", value, frozenset({SAMPLED}), uses_old_logp=True)

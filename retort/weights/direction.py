@@ -1,4 +1,4 @@
-"""Whether a token is pulled towards the teacher or pushed away from it, by the student's entropy. Axes: `retort.types`.
+"""Whether a token is pulled towards the teacher or pushed away from it, by the student's entropy. Axes: `retort.core`.
 
 DASD, arXiv 2605.22263. All of it is known only once whole rollouts are, so it is taken before the first update.
 """
@@ -11,12 +11,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Advantage, Quantity, Stat
+from retort.core.steps import Clock, Rollouts, Steps
 from retort.errors import UserError
-from retort.parts import Advantage, Quantity, Stat
-from retort.steps import Clock, Rollouts, Steps
-from retort.types import SAMPLED
-from retort.weights.entropy import student_entropy
+from retort.quantities.entropy import student_entropy
 
 Scale = Literal["absolute", "std", "none"]
 Router = Literal["entropy", "attract", "repel"]

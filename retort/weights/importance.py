@@ -1,14 +1,14 @@
-"""Corrections for a rollout that another policy than the trainer's wrote. Axis letters: see `retort.types`."""
+"""Corrections for a rollout that another policy than the trainer's wrote. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Weight
 from retort.errors import UserError
-from retort.parts import Weight
-from retort.types import SAMPLED
-from retort.weights.corrections import engine_gap
+from retort.quantities import engine_gap
 
 
 def truncated_rollout_ratio(cap: float) -> Weight:

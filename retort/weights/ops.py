@@ -1,11 +1,11 @@
-"""Weights made from quantities. Axis letters: see `retort.types`."""
+"""Weights made from quantities. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from retort.context import Context
-from retort.parts import Quantity, Weight
+from retort.core.context import Context
+from retort.core.parts import Quantity, Weight
 
 
 def above(quantity: Quantity, threshold: float) -> Weight:
@@ -57,12 +57,3 @@ def both(one: Weight, other: Weight) -> Weight:
         one.stats + other.stats,
         uses_old_logp=one.uses_old_logp or other.uses_old_logp,
     )
-
-
-def stored_quantity(name: str) -> Quantity:
-    """What a statistic of a term stored for each step under `name`, to watch."""
-
-    def value(context: Context, view: str) -> Tensor:
-        return context.steps.stored[name]
-
-    return Quantity(name, value)

@@ -1,14 +1,14 @@
-"""Weights by the place of a token in its answer. Axis letters: see `retort.types`."""
+"""Weights by the place of a token in its answer. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.parts import Stat, Weight
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.parts import Stat, Weight
-from retort.steps import Clock, Steps
 
 
 def after(skip: int) -> Weight:

@@ -1,4 +1,4 @@
-"""Who of two privileged policies teaches a token, and how firmly. Axis letters: see `retort.types`.
+"""Who of two privileged policies teaches a token, and how firmly. Axis letters: see `retort.core`.
 
 DOPD, arXiv 2606.30626. Both read the hint: a teacher, and the student itself; the student that learns does not.
 """
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import SAMPLED
+from retort.core.parts import Quantity, Stat, Weight, as_it_is
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.parts import Quantity, Stat, Weight, as_it_is
-from retort.steps import Clock, Steps
-from retort.types import SAMPLED
 
 #: Regimes: both agree and are sure, both agree and are not, the teacher or the student prefers the token by far.
 AGREED, VAGUE, TEACHER, STUDENT = 0, 1, 2, 3

@@ -1,4 +1,4 @@
-"""Zones by both models' entropies over a whole batch. Axis letters: see `retort.types`."""
+"""Zones by both models' entropies over a whole batch. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.needs import ENTROPY
+from retort.core.parts import Stat, Weight, as_it_is
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.parts import Stat, Weight, as_it_is
-from retort.steps import Clock, Steps
-from retort.types import ENTROPY
-from retort.weights.entropy import student_entropy, teacher_entropy
+from retort.quantities.entropy import student_entropy, teacher_entropy
 
 Scope = Literal["batch", "rollout"]
 #: A zone's number in `zones`.

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from retort.align import Reading, render
 from retort.align import chat as chat_module
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 # ChatML as the Qwen models write it: without thinking, an empty thought is put in front of the answer.
 CHATML = """\

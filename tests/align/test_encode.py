@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 from retort.align.chat import render
 from retort.align.encode import response_ids, spelt
 from retort.align.text import control_tokens
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 TEXTS = ["add 2 and 3", "Q: 2+2= A: 4", "the answer is <|im_end|> so", "user assistant system\n x"]

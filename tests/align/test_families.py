@@ -13,9 +13,9 @@ from families import FAMILIES, tokenizer_of
 
 from retort.align.chat import Reading, Renderer, conversation, dated, render, written
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.train.reading import check_written, thinking_words
-from retort.types import Message, Prompt
+from retort.train.setup.reading import check_written, thinking_words
 
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n4"
 TALKS = {

@@ -11,8 +11,8 @@ from retort.align.chat import Reading, written
 from retort.align.replies import reply_ids
 from retort.align.text import decode
 from retort.align.turns import conversation
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 READING = Reading(date="2026-11-29")
 PROMPT = Prompt("p", (Message("user", "What is 2 + 2?"),))

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from retort.align.chat import Reading, Renderer, render
 from retort.align.encode import control_tokens
 from retort.align.turns import changed, inner_texts
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.types import Message, Prompt
 
 #: In the manner of the Qwen and Hermes families, cut to what is tested here.
 WITH_TOOLS = """\

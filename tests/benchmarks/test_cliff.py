@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from retort import config
-from retort.extrapolation import lambda_star, with_budget
+from retort.quantities.extrapolation import lambda_star, with_budget
 from retort.tasks import ranking
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

@@ -7,8 +7,8 @@ import torch
 
 from retort.align.pair import Alignment, IdMap, SameIds
 from retort.align.stops import StopMap
+from retort.core.sequences import TokenSequence
 from retort.errors import SignalError, UserError
-from retort.sequences import TokenSequence
 
 STOPS = StopMap({2: 4, 4: 2}, (3,), 2)
 OTHER = torch.tensor([3, 5, 0, 1, 4, 2])

@@ -13,14 +13,14 @@ from scripted import ScriptedEngine
 from support import make_tokenizer
 from torch import Tensor
 
+from retort.core.rollouts import Status
+from retort.core.sequences import Media, TokenSequence
+from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.sample import nucleus
-from retort.sequences import Media, TokenSequence
-from retort.streams import uniforms
-from retort.types import Status
 
 VOCAB = 58
 ROOM = 12

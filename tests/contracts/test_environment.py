@@ -16,13 +16,13 @@ from support import make_tokenizer
 from retort.align.chat import Reading, render
 from retort.align.replies import reply_ids
 from retort.align.text import decode
+from retort.core.rollouts import Message, Pack, Prompt, Status
+from retort.core.sequences import TokenSequence
+from retort.core.streams import Chance, uniforms
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.episodes import Task, World, run_episodes
-from retort.sequences import TokenSequence
-from retort.streams import Chance, uniforms
-from retort.types import Message, Pack, Prompt, Status
 
 ASKED = Prompt("p", (Message("user", "add 3 and 4"),), answer="7")
 

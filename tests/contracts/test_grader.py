@@ -10,12 +10,12 @@ from functools import cache
 import pytest
 from support import group_of
 
+from retort.core.rollouts import Group, Message, Prompt
 from retort.rewards import ByText, Grade, Grader
 from retort.rewards.base import graded
 from retort.rewards.own import own_grader
 from retort.rewards.verify import VERIFIERS, MathVerifier
-from retort.train.prompts import builtin_prompts
-from retort.types import Group, Message, Prompt
+from retort.train.setup.prompts import builtin_prompts
 
 SUM = Prompt("sum", (Message("user", "5 + 7 ="),), answer="12")
 #: Whatever a model may write, besides a right completion.

@@ -17,6 +17,10 @@ from torch import Tensor
 from retort.align.chat import Reading
 from retort.align.pair import SameIds
 from retort.align.stops import StopMap, StopTokens
+from retort.core.needs import DENSE, SAMPLED
+from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
+from retort.core.sequences import Media, TokenSequence
+from retort.core.streams import Chance, uniforms
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.judge import Judge
@@ -30,15 +34,12 @@ from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.episodes import Task
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.record import token_row
-from retort.sequences import Media, TokenSequence
-from retort.streams import Chance, uniforms
 from retort.teachers.base import Ask
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import frozen, live, trust_region
 from retort.teachers.view import View
-from retort.train.shelf import Shelf
-from retort.types import DENSE, SAMPLED, Message, Pack, Prompt, Rollout, Status, in_groups
+from retort.train.source.cache import Shelf
 
 TEXT = "3 + 4 ="
 STOP, OTHER = 2, 4

@@ -16,30 +16,17 @@ from remote import RemoteTeacher
 from torch import Tensor
 
 from retort.align.pair import SameIds
+from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, Need, can_meet, logp_at
+from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense, SignalRows, TeacherSignal
 from retort.models.load import load_model
-from retort.sequences import TokenSequence
-from retort.signals import Dense, SignalRows, TeacherSignal
 from retort.teachers.base import Ask, Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
 from retort.teachers.view import View
 from retort.teachers.views import peers, privileged
-from retort.types import (
-    DENSE,
-    ENTROPY,
-    HIDDEN,
-    SAMPLED,
-    Group,
-    Message,
-    Need,
-    Pack,
-    Prompt,
-    Rollout,
-    can_meet,
-    in_groups,
-    logp_at,
-)
 
 #: Ids of the tiny vocabulary that student and teachers share; the model has more.
 VOCAB, K = 61, 7

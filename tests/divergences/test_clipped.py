@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.context import Context
-from retort.distribution import Distribution
+from retort.core.context import Context
+from retort.core.distribution import Distribution
+from retort.core.signals import Dense
 from retort.divergences import clipped, clipped_mass, clipped_values, jsd_values, kl_values, teacher_top
 from retort.errors import UserError
-from retort.signals import Dense
 
 TEACHER = torch.tensor([[0.9148, 0.06, 0.0252]], dtype=torch.float64)
 STUDENT = torch.tensor([[0.4963, 0.3, 0.2037]], dtype=torch.float64)

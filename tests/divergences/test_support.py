@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.parts import Divergence
+from retort.core.signals import Dense
 from retort.divergences import jsd_values, topk_jsd, topk_kl
 from retort.errors import UserError
-from retort.parts import Divergence
-from retort.signals import Dense
 
 VOCAB = 12
 

@@ -8,9 +8,10 @@ from retort.divergences import reverse_kl
 from retort.estimators import Estimator, pathwise, score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
+from retort.quantities import teacher_entropy
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.weights import above, teacher_entropy
+from retort.weights import above
 
 
 @pytest.mark.parametrize(

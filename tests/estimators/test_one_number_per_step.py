@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.parts import Advantage, Baseline, Divergence, Part, Stat, Weight
 from retort.divergences import reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.estimators.pathwise import Pathwise
 from retort.functional import token_losses
 from retort.method import Method, Term
-from retort.parts import Advantage, Baseline, Divergence, Part, Stat, Weight
 from retort.rollout.plan import RolloutPlan
 
 Shape = Callable[[Tensor], Tensor]

@@ -12,12 +12,12 @@ from report_page import Page
 from rich.console import Console
 
 from retort import config as configuration
-from retort.console import RichObserver
+from retort.console.terminal import RichObserver
+from retort.core.rollouts import Prompt
 from retort.report import build_report
 from retort.rewards import ByText, ExactVerifier, MathVerifier
 from retort.train import runner
-from retort.train.observe import Silent
-from retort.types import Prompt
+from retort.train.events.observe import Silent
 
 
 class Endless(MathVerifier):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from retort.console import RichObserver, trust_table
+from retort.console.terminal import RichObserver, trust_table
 from retort.evaluate.passk import Estimate, wilson
 from retort.evaluate.ranks import clustered_auroc
 from retort.evaluate.unknown import why_unknown

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import retort
-from retort.signals import entropy
-from retort.train.prepare import prepare
+from retort.core.signals import entropy
+from retort.train.setup.prepare import prepare
 
 
 @pipeline.models_once()

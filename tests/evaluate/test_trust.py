@@ -12,6 +12,7 @@ import torch
 
 from retort.align.pair import SameIds
 from retort.cli import main
+from retort.core.rollouts import Message, Prompt
 from retort.evaluate.ranks import auroc, clustered_auroc
 from retort.evaluate.trust import PREDICTORS, Branch, Protocol, Student, _blocks, branches, trust
 from retort.models.load import load_model
@@ -20,7 +21,6 @@ from retort.rewards import ByText, ExactVerifier
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
-from retort.types import Message, Prompt
 
 
 def branch(problem: int, position: float, viable: bool, alone: bool = False, entropy: float = 1.0) -> Branch:

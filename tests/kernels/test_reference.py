@@ -121,7 +121,7 @@ def test_refuses_what_does_not_go_together() -> None:
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    code = "import sys, retort.kernels, retort.distribution; assert 'triton' not in sys.modules"
+    code = "import sys, retort.kernels, retort.core.distribution; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

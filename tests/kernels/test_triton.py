@@ -18,8 +18,8 @@ pytest.importorskip("triton", reason="the kernels need the package triton: make 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("without a GPU the kernels need TRITON_INTERPRET=1: make kernels", allow_module_level=True)
 
-from retort import distribution
-from retort.distribution import Distribution, Shard
+from retort.core import distribution
+from retort.core.distribution import Distribution, Shard
 from retort.errors import UserError
 from retort.kernels import reference, triton_rows
 

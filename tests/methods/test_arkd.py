@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.schedules import at
+from retort.core.signals import Dense
 from retort.errors import UserError
 from retort.functional import token_losses
+from retort.quantities.variance import student_variance, teacher_variance
 from retort.registry import load
-from retort.schedules import at
-from retort.signals import Dense
-from retort.weights.variance import student_variance, teacher_variance
 
 STUDENT = torch.tensor([[0.7, 0.1, 0.1, 0.1]], dtype=torch.float64).log()
 TEACHER = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64).log()

@@ -14,14 +14,15 @@ from toy import Toy
 
 from retort import config as configuration
 from retort import registry
-from retort.apply import check_needs, wanted
+from retort.core.head import Head
+from retort.core.needs import can_meet
+from retort.core.signals import Dense, TeacherSignal
 from retort.errors import UserError
 from retort.functional import linear_token_losses, token_losses
-from retort.models.head import Head
-from retort.signals import Dense, TeacherSignal
+from retort.loss.terms import check_needs, wanted
 from retort.teachers.local import reduced
-from retort.train import checkpoint, runner
-from retort.types import can_meet
+from retort.train import runner
+from retort.train.storage import checkpoint
 
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.

@@ -9,15 +9,15 @@ import pytest
 import torch
 from toy import GROUPS, REWARDS, Toy
 
+from retort.advantages.outcome import group_advantage
+from retort.core.signals import Sampled
+from retort.core.steps import Clock, Rollouts, Steps
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
-from retort.outcomes import group_advantage
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.signals import Sampled
-from retort.steps import Clock, Rollouts, Steps
 from retort.weights.direction import directed, routed, scaled
 
 DRAW = torch.Generator().manual_seed(4)

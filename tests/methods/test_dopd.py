@@ -9,11 +9,11 @@ import pytest
 import torch
 from toy import Toy
 
+from retort.core.losses import TokenLosses
 from retort.divergences import jsd_values, kl_values
 from retort.errors import UserError
 from retort.functional import token_losses
 from retort.registry import load
-from retort.types import TokenLosses
 from retort.weights.privilege import AGREED, STUDENT, TEACHER, VAGUE, regimes, trimmed_mean
 
 N, VOCAB = 40, 9
@@ -148,7 +148,7 @@ def test_trimmed_mean() -> None:
 
 
 def test_a_rollout_without_a_hint_enters_no_mean() -> None:
-    from retort.signals import Dense
+    from retort.core.signals import Dense
 
     toy, method = Toy(), load("dopd")
     valid = toy.rollouts != 1

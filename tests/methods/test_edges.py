@@ -11,11 +11,11 @@ from torch import Tensor
 from toy import Toy
 
 from retort import registry
-from retort.context import RULED_OUT, Context
+from retort.core.context import RULED_OUT, Context
+from retort.core.needs import HIDDEN
+from retort.core.signals import Sampled
 from retort.errors import UserError
 from retort.functional import token_losses
-from retort.signals import Sampled
-from retort.types import HIDDEN
 
 NAMES = registry.names()
 F64 = torch.float64

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from toy import REWARDS, Toy
 
+from retort.advantages.outcome import stored_advantage
+from retort.core.parts import Stat
+from retort.core.signals import Dense
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.functional import token_losses
 from retort.method import Method, Term
-from retort.outcomes import stored_advantage
-from retort.parts import Stat
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.signals import Dense
 from retort.teachers.moving import ema, frozen, hard_copy
 
 

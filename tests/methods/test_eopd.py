@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from retort.core.signals import TopK, entropy, entropy_lower_bound
 from retort.divergences import forward_kl, kl_values
 from retort.estimators import pathwise
 from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.signals import TopK, entropy, entropy_lower_bound
 
 STUDENT = torch.tensor([[0.5, 0.4, 0.1]] * 2, dtype=torch.float64).log()
 TEACHER = torch.tensor([0.6, 0.3], dtype=torch.float64).log()
@@ -128,7 +128,7 @@ def test_entropy_of_the_top_k_is_a_lower_bound() -> None:
 def test_first_update_has_ratio_one() -> None:
     # invariant 8
     watch = next(watch for watch in load("eopd").watch if watch.name == "clip_fraction")
-    from retort.context import Context
+    from retort.core.context import Context
 
     context = Context.of(
         logits_NV=STUDENT,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from retort import registry
+from retort.core.losses import TokenLosses
 from retort.errors import UserError
 from retort.functional import token_losses
-from retort.types import TokenLosses
 
 N, V = 13, 7
 
@@ -70,7 +70,7 @@ def test_a_base_that_is_the_teacher_leaves_the_log_ratio_at_every_weight() -> No
 
 
 def test_a_constant_on_the_base_shifts_by_one_minus_the_weight() -> None:
-    from retort.signals import Sampled
+    from retort.core.signals import Sampled
 
     moved = Sampled(TOKENS, "base", at(BASE) + 0.3)
     shifted = token_losses(

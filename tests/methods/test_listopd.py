@@ -13,7 +13,8 @@ from torch import Tensor
 import retort
 from retort import registry
 from retort.errors import UserError
-from retort.extrapolation import (
+from retort.functional import token_losses
+from retort.quantities.extrapolation import (
     budget_midpoint,
     capped_from,
     drift_steps,
@@ -23,7 +24,6 @@ from retort.extrapolation import (
     target_mass,
     with_budget,
 )
-from retort.functional import token_losses
 
 GOLDEN = [
     (0.9993, 0.5, 5, 1.2216),
@@ -168,10 +168,10 @@ def test_lambda_is_held_below_the_predicted_cliff() -> None:
 
 def test_masses_are_means_of_rollout_means_at_contract_positions() -> None:
     """Two rollouts of unequal length and one position that is no structure."""
-    from retort.apply import finish_stats, stat_values
-    from retort.context import Context
-    from retort.signals import Dense
-    from retort.steps import Clock, Steps
+    from retort.core.context import Context
+    from retort.core.signals import Dense
+    from retort.core.steps import Clock, Steps
+    from retort.loss.terms import finish_stats, stat_values
 
     masses = torch.tensor([0.95, 0.99, 0.97, 0.5, 0.99], dtype=torch.float64)
     others = torch.tensor([0.8, 0.9, 0.7, 0.4, 0.6], dtype=torch.float64)

@@ -8,13 +8,13 @@ import torch
 from toy import Toy
 
 from retort import registry
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
-from retort.sequences import TokenSequence
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.moving import frozen
 from retort.teachers.scene import Scene
-from retort.types import Message, Prompt, Rollout
 
 
 def advantages(toy: Toy, discount: float, coef: float) -> torch.Tensor:

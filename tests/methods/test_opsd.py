@@ -5,12 +5,12 @@ import torch
 from toy import Toy
 
 from retort import registry
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
-from retort.sequences import TokenSequence
 from retort.teachers.moving import ema, frozen, live
 from retort.teachers.scene import Scene
-from retort.types import Message, Prompt, Rollout
 
 
 def test_the_loss_by_hand() -> None:

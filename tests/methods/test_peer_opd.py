@@ -8,14 +8,14 @@ import pytest
 import torch
 from toy import Toy
 
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
 from retort.errors import UserError
 from retort.method import Method
 from retort.registry import load
-from retort.sequences import TokenSequence
-from retort.signals import Dense
 from retort.teachers.moving import ema, frozen
 from retort.teachers.scene import Scene, Stage
-from retort.types import Message, Prompt, Rollout
 
 PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What?")))
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from toy import GROUPS, REWARDS, Toy
 
+from retort.advantages.outcome import group_advantage
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Method, Term
-from retort.outcomes import group_advantage
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import frozen, hard_copy

@@ -5,12 +5,12 @@ import torch
 from toy import Toy
 
 from retort import registry
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
-from retort.sequences import TokenSequence
 from retort.teachers.moving import ema
 from retort.teachers.scene import Scene
-from retort.types import Message, Prompt, Rollout
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 7])

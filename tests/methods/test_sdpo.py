@@ -10,17 +10,18 @@ import torch
 from torch import Tensor
 from toy import GROUPS, REWARDS, Toy
 
+from retort.advantages.outcome import group_advantage
+from retort.core.losses import TokenLosses
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Method, Term
-from retort.outcomes import group_advantage
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.sequences import TokenSequence
-from retort.signals import Dense
 from retort.teachers.moving import ema, frozen, live, trust_region
 from retort.teachers.scene import Scene
-from retort.types import Message, Prompt, Rollout, TokenLosses
 
 
 def shown_to(toy: Toy, valid_N: Tensor) -> Dense:

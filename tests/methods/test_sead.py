@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 import retort
+from retort.core.schedules import anneal
+from retort.core.signals import entropy
 from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.functional import token_losses
 from retort.registry import load
-from retort.schedules import anneal
-from retort.signals import entropy
 from retort.weights.zones import SILENT, SURE, UNSURE, zones
 
 N, VOCAB = 40, 11

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from retort import divergences
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.signals import Dense
 from retort.divergences import kl_values
 from retort.divergences.support import support_ids
 from retort.errors import UserError
@@ -19,7 +20,6 @@ from retort.functional import token_losses
 from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.signals import Dense
 
 K, VOCAB = 4, 20
 

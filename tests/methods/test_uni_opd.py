@@ -9,13 +9,14 @@ import pytest
 import torch
 from toy import Toy
 
+from retort.core.losses import TokenLosses
+from retort.core.rollouts import Message, Prompt
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.functional import token_losses
 from retort.registry import load
 from retort.rollout.plan import EasyToHard
-from retort.steps import Clock, Steps
-from retort.train.order import easy_to_hard
-from retort.types import Message, Prompt, TokenLosses
+from retort.train.source.order import easy_to_hard
 from retort.weights.calibration import balance, order_gap, ordered, shifts, surplus
 
 VALUES = torch.tensor([0.3, -0.2, 0.1, 0.5, -0.1, 0.2, 0.7, 0.6], dtype=torch.float64)

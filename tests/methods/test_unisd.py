@@ -9,6 +9,7 @@ import pytest
 import torch
 from toy import Toy
 
+from retort.core.signals import Dense, Sampled
 from retort.divergences import forward_kl, kl_values
 from retort.divergences.guarded import capped, contrastive_hinge
 from retort.errors import SignalError, UserError
@@ -16,11 +17,11 @@ from retort.estimators import match_hidden, pathwise
 from retort.functional import linear_token_losses, token_losses
 from retort.method import Method, Term
 from retort.methods._unisd import PRESETS
+from retort.quantities import student_entropy
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
-from retort.signals import Dense, Sampled
 from retort.teachers.moving import ema, frozen
-from retort.weights import above, student_entropy
+from retort.weights import above
 from retort.weights.agreement import disagreement, sequence_weights, token_weights
 
 F64 = torch.float64

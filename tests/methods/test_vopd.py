@@ -14,14 +14,14 @@ from report_page import Page
 from torch import Tensor
 
 import retort
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.parts import Baseline
+from retort.core.signals import Dense
 from retort.estimators import reverse_kl_value
-from retort.parts import Baseline
+from retort.quantities import gradient_variance
 from retort.report import build_report
-from retort.signals import Dense
-from retort.train.update import batch_variance
-from retort.train.variance import adam_variance
-from retort.weights import gradient_variance
+from retort.train.learning.update import batch_variance
+from retort.train.learning.variance import adam_variance
 
 N, VOCAB = 6, 9
 

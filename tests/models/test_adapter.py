@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.per_token import Core, loss_pass
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
+from retort.core.steps import Clock, Steps
+from retort.core.streams import uniforms
 from retort.errors import UserError
-from retort.models.core import Core, loss_pass
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.lora import add_adapter
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
-from retort.sequences import TokenSequence
-from retort.signals import Dense
-from retort.steps import Clock, Steps
-from retort.streams import uniforms
 
 UNTIED = {"tie_word_embeddings": False}
 FAMILIES: list[dict[str, Any]] = [

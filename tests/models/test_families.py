@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from retort import config as configuration
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.lm import token_batches
 from retort.models.load import load_model
 from retort.rollout.engines.hf import HFEngine, Request, Sampling, nucleus
-from retort.sequences import TokenSequence
-from retort.streams import uniforms
 from retort.train import runner
 
 FAMILIES: list[dict[str, Any]] = [

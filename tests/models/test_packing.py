@@ -14,11 +14,11 @@ from support import make_tokenizer
 from torch.nn import functional
 
 from retort import config as configuration
+from retort.core.sequences import TokenSequence
 from retort.models import load as load_module
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.packing import CannotShareError, Run, row_batches, runs
-from retort.sequences import TokenSequence
 from retort.train import runner
 
 FAMILIES: list[dict[str, Any]] = [

@@ -12,6 +12,8 @@ import transformers
 from support import make_tokenizer
 from torch import Tensor
 
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models import together
 from retort.models.chance import check_repeats
@@ -19,8 +21,6 @@ from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.together import lowered, switches
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
-from retort.sequences import TokenSequence
-from retort.streams import uniforms
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

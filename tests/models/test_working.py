@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retort.align.stops import StopTokens
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.lora import add_adapter
 from retort.models.working import WorkingCopy
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
-from retort.sequences import TokenSequence
-from retort.streams import uniforms
 from retort.teachers.itself import OwnWeights
 from retort.teachers.moving import ema, live
 

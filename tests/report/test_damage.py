@@ -16,7 +16,9 @@ from retort.errors import UserError
 from retort.files import parse_object
 from retort.report import build_report
 from retort.report.read import number
-from retort.train import checkpoint, results, runner
+from retort.train import runner
+from retort.train.output import results
+from retort.train.storage import checkpoint
 
 MakeRun = Callable[..., Path]
 DEEP = "[" * 500 + "]" * 500

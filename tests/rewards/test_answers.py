@@ -16,12 +16,12 @@ import pytest
 from rewards.answer_forms import BOXED, MISSED, REAL, TEXTS
 from support import group_of
 
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 from retort.rewards import ByText, CountdownVerifier, ExactVerifier, MathVerifier, verifier_for, verify
 from retort.rewards.answers import hopeless, number
 from retort.rewards.base import graded
 from retort.rewards.verify import CoachedVerifier
-from retort.types import Message, Prompt
 
 DATA = Path(__file__).parents[2] / "../shared/data/math"
 
@@ -146,7 +146,7 @@ def test_a_batch_of_hopeless_answers_has_one_allowance(judge: MathVerifier, monk
 CHILD = r"""
 import os, sys, threading
 from retort.rewards import MathVerifier
-from retort.types import Message, Prompt
+from retort.core.rollouts import Message, Prompt
 judge, asked = MathVerifier(limit_s=float(sys.argv[1])), Prompt("0", (Message("user", "?"),), answer="3")
 def work():
     judge(asked, r"\boxed{\sqrt{9}}")

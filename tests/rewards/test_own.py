@@ -18,11 +18,11 @@ from support import group_of
 import retort
 from retort import config as configuration
 from retort.cli import main
+from retort.core.rollouts import Group, Message, Prompt
 from retort.errors import UserError
 from retort.rewards import ByText, GivesFeedback, GivesParts, grader_for, verifier_for
 from retort.rewards.own import OwnGrader, OwnVerifier, imported, is_own, name_of, own_grader, own_verifier
-from retort.train.source import Source
-from retort.types import Group, Message, Prompt
+from retort.train.source.source import Source
 
 PROMPT = Prompt("row-1", (Message("user", "1 + 1 ="),), answer="2")
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from retort.core.rollouts import Message, Prompt
 from retort.data import load_prompts
 from retort.errors import RunError, UserError
 from retort.rewards import CountdownVerifier, ExactVerifier, MathVerifier, math_judge, verifier_for
 from retort.rewards.verify import last_boxed
-from retort.types import Message, Prompt
 
 PROBLEMS = Path(__file__).parents[2] / "../shared/data/math"
 LIMIT = 2.0

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.rollout.engines import hf
 from retort.rollout.engines.decode import RoomyLayer, can_decode, decode, roomy_cache
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.engines.sample import sample
-from retort.sequences import TokenSequence
-from retort.streams import uniforms
 
 FAMILIES: list[dict[str, Any]] = [
     {"family": "qwen3"},

@@ -13,6 +13,7 @@ from support import group_of
 
 from retort import config as configuration
 from retort.cli import main
+from retort.core.rollouts import Message, Prompt
 from retort.data import fingerprint
 from retort.rewards import ByText, GivesFeedback, GivesParts, verifier_for
 from retort.tasks.coached import (
@@ -31,9 +32,8 @@ from retort.tasks.coached.build import LAYOUTS, RESPONSE, Data, context, measure
 from retort.tasks.coached.problems import Mistake, mistake, outcome, plan
 from retort.tasks.coached.tokenizer import CONTEXT, build_tokenizer
 from retort.tasks.countdown.problems import Problem, problems
-from retort.train.models import located
-from retort.train.prompts import builtin_prompts
-from retort.types import Message, Prompt
+from retort.train.models.models import located
+from retort.train.setup.prompts import builtin_prompts
 
 ASKED = "45 from 3 5 12 :"
 RIGHT = "12 - 3 = 9 , 9 * 5 = 45"

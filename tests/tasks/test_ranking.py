@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 
+from retort.core.rollouts import Message, Prompt
 from retort.rewards.choose import verifier_for
 from retort.rewards.verify import RankingVerifier
 from retort.tasks.ranking import MODELS_DIR, judge, rows, student_path, teacher_path
 from retort.tasks.ranking.build import MAX_NEW_TOKENS, measure
 from retort.tasks.ranking.lists import ITEMS, Problem, problem
 from retort.tasks.ranking.tokenizer import STRUCTURE, build_tokenizer
-from retort.types import Message, Prompt
 
 ONE = Problem((("k", 3), ("c", 1), ("a", 4), ("t", 2)))
 

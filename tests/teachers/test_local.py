@@ -12,14 +12,15 @@ import torch
 
 from retort.align import StopMap, StopTokens, stop_map
 from retort.align.pair import SameIds
+from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need
+from retort.core.rollouts import Message, Pack, Prompt, Rollout, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense, Sampled, TopK
 from retort.errors import SignalError
 from retort.models.load import load_model
-from retort.sequences import TokenSequence
-from retort.signals import Dense, Sampled, TopK
 from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
-from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout, in_groups
 
 
 def prompt(text: str = "3 + 4 =") -> Prompt:

@@ -16,22 +16,23 @@ from toy import Toy
 
 from retort import config as configuration
 from retort import registry
-from retort.apply import check_needs
-from retort.context import Context
 from retort.controllers import Controller, Probe
+from retort.core.context import Context
+from retort.core.needs import DENSE, SAMPLED, Need, NeedKind, logp_at
+from retort.core.rollouts import Group, in_groups
+from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal
 from retort.divergences.support import student_topk
 from retort.errors import RunError, SignalError, UserError
 from retort.evaluate.trust import Protocol, branches
+from retort.loss.terms import check_needs
 from retort.method import Method
-from retort.signals import Candidates, Dense, Sampled, TeacherSignal
+from retort.quantities import teacher_margin
 from retort.teachers.base import Ask, answers
 from retort.teachers.local import reduced
 from retort.teachers.view import View
 from retort.train import runner
-from retort.train.passes import Passes
+from retort.train.learning.passes import Passes
 from retort.train.run import Run
-from retort.types import DENSE, SAMPLED, Group, Need, NeedKind, in_groups, logp_at
-from retort.weights import teacher_margin
 
 #: What a remote teacher serves, by method and settings.
 SERVED: list[tuple[str, dict[str, Any]]] = [

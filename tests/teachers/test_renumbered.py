@@ -17,22 +17,23 @@ from tokenizers import normalizers
 from retort import api
 from retort.align import check_same_tokenizer
 from retort.align.pair import IdMap, SameIds, align_pair
+from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need
+from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
+from retort.core.streams import Chance
 from retort.errors import UserError
 from retort.models.load import load_model
+from retort.preflight.doctor import examine_setup
 from retort.rollout.by_teacher import TeacherWriter
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.episodes import Task
-from retort.sequences import TokenSequence
-from retort.signals import Dense
-from retort.streams import Chance
 from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 from retort.train import runner
-from retort.train.doctor import examine_setup
-from retort.train.precision import measured
-from retort.types import DENSE, ENTROPY, SAMPLED, Message, Need, Pack, Prompt, Rollout, Status, in_groups
+from retort.train.models.precision import measured
 
 PROMPT = Prompt("p", (Message("user", "3 + 4 ="),))
 CLOCK = re.compile(r"time/|tokens_per_second").match

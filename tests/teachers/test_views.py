@@ -11,16 +11,17 @@ import pytest
 import torch
 
 from retort.align.pair import SameIds
+from retort.core.needs import DENSE, SAMPLED
+from retort.core.rollouts import Message, Pack, Prompt, Rollout, in_groups
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.load import load_model
-from retort.sequences import TokenSequence
 from retort.teachers.base import Ask
 from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import TEMPLATES, fill, templates
 from retort.teachers.view import View
 from retort.teachers.views import clean, examples, peers, privileged
-from retort.types import DENSE, SAMPLED, Message, Pack, Prompt, Rollout, in_groups
 
 PROMPT = Prompt(
     "p",

@@ -9,10 +9,10 @@ import pytest
 
 from retort import config as configuration
 from retort import registry
+from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.rewards.verify import ExactVerifier
-from retort.train.prepare import prepare
-from retort.types import Prompt
+from retort.train.setup.prepare import prepare
 
 
 def settings(tiny_run: dict[str, Any], name: str, **given: Any) -> configuration.Config:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.steps import Clock, Steps
 from retort.weights import Confidence
 from retort.weights.confidence import lowest_ahead
 

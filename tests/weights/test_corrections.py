@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 import retort
+from retort.core.rollouts import in_groups
 from retort.errors import UserError
 from retort.functional import token_losses
 from retort.models.lm import LanguageModel
 from retort.registry import load
-from retort.train.metrics import Stopwatch
-from retort.types import in_groups
+from retort.train.storage.metrics import Stopwatch
 from retort.weights.corrections import corrected, effective_sample_size
 
 KINDS = ("token", "token_mask", "sequence", "sequence_mask", "geometric")

@@ -9,13 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retort.context import Context
+from retort.advantages.outcome import group_advantage, stored_advantage
+from retort.core.context import Context
+from retort.core.parts import Stat
+from retort.core.signals import Sampled
+from retort.core.steps import Clock
 from retort.errors import UserError
-from retort.outcomes import group_advantage, stored_advantage
-from retort.parts import Stat
-from retort.signals import Sampled
-from retort.steps import Clock
-from retort.weights import directed_ratio, outside_bound
+from retort.quantities import outside_bound
+from retort.weights import directed_ratio
 from retort.weights.directed import directed
 
 

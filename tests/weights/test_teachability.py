@@ -15,12 +15,12 @@ from torch import Tensor
 import retort
 from retort import registry
 from retort.align.sentences import sentences
-from retort.context import Context
+from retort.core.context import Context
+from retort.core.signals import Dense
+from retort.core.steps import Steps
 from retort.errors import UserError
 from retort.functional import token_losses
-from retort.signals import Dense
-from retort.steps import Steps
-from retort.weights import teacher_margin
+from retort.quantities import teacher_margin
 from retort.weights.teachability import change_point, kept, segments
 
 N, V, K = 7, 11, 4

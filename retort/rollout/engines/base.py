@@ -1,4 +1,4 @@
-"""What an engine is: whoever writes completions. Axis letters: see `retort.types`.
+"""What an engine is: whoever writes completions. Axis letters: see `retort.core`.
 
 `tests/contracts/test_engine.py` is what each has to pass.
 """
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from retort.sequences import TokenSequence
-from retort.types import Status
+from retort.core.rollouts import Status
+from retort.core.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The decode loop: a batch of prompts in, ids and log-probs out. Axis letters: see `retort.types`; B is rows written.
+"""The decode loop: a batch of prompts in, ids and log-probs out. Axis letters: see `retort.core`; B is rows written.
 
 transformers' `generate` does the same and much else: for every token it copies the whole cache to append to it, keeps
 answers that are done in the batch until the last is, and fills and searches [B, V] arrays of scores to find the ids
@@ -17,8 +17,8 @@ from torch.nn import functional
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer
 
+from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
-from retort.sequences import TokenSequence
 
 #: Ids and the log-prob of each, [B] both, from logits [B, V], the rows' places in the batch [B] and the step.
 Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]

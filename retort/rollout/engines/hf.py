@@ -1,4 +1,4 @@
-"""Writing with a model in this process. Axis letters: see `retort.types`; B is the rollouts written at once."""
+"""Writing with a model in this process. Axis letters: see `retort.core`; B is the rollouts written at once."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from retort.core.rollouts import Status
+from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.sample import nucleus, sample
-from retort.sequences import TokenSequence
-from retort.types import Status
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

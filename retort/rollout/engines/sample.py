@@ -1,4 +1,4 @@
-"""Drawing tokens from given uniform numbers. Axis letters: see `retort.types`; B is the rows written at once.
+"""Drawing tokens from given uniform numbers. Axis letters: see `retort.core`; B is the rows written at once.
 
 The distribution of a row is cut into intervals of [0, 1), one per id and in the order of the ids; the number of the row
 lies in one of them. So a row's token depends on its own logits and its own number only.

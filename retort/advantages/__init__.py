@@ -1,0 +1,41 @@
+"""Advantages: a number for each step that a policy gradient is multiplied by, from the teacher or from the outcome."""
+
+from retort.advantages.log_ratio import (
+    clipped_log_ratio,
+    extrapolated_log_ratio,
+    held_log_ratio,
+    log_ratio,
+    lower_clip,
+    power_difference,
+    return_to_go,
+    tanh_log_ratio,
+)
+from retort.advantages.outcome import (
+    graded,
+    group_advantage,
+    group_means,
+    length_bonus,
+    members,
+    per_rollout,
+    running_advantage,
+    stored_advantage,
+)
+
+__all__ = [
+    "clipped_log_ratio",
+    "extrapolated_log_ratio",
+    "graded",
+    "group_advantage",
+    "group_means",
+    "held_log_ratio",
+    "length_bonus",
+    "log_ratio",
+    "lower_clip",
+    "members",
+    "per_rollout",
+    "power_difference",
+    "return_to_go",
+    "running_advantage",
+    "stored_advantage",
+    "tanh_log_ratio",
+]

@@ -1,0 +1,5 @@
+"""The `retort` command."""
+
+from retort.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,368 @@
+"""The command `retort`. Exit codes: 0 done, 2 the input is wrong (one line says what), 1 anything else."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import retort
+from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
+from retort.files import named, reason
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and goes on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        arguments = _arguments(words)
+        code = int(arguments.run(arguments) or 0)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except RetortError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 1
+    except OSError as error:  # of the system under us: a closed pipe, a full disk behind standard output
+        if not isinstance(error, BrokenPipeError):
+            _complain(f"{error.filename or 'standard output'}: {reason(error)}")
+        _let_go()
+        return 1
+
+
+def _complain(message: str) -> None:
+    """Says what went wrong on one line, to whoever still listens."""
+    message = visible(shortened(message, 2000))
+    with contextlib.suppress(OSError, ValueError):
+        print(f"retort: {message}", file=sys.stderr, flush=True)
+
+
+def _let_go() -> None:
+    """Sends what standard output still holds nowhere, or the interpreter would complain of it on its way out."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _arguments(words: list[str]) -> argparse.Namespace:
+    """Options and key=value words may come in any order, which argparse alone does not allow."""
+    arguments, rest = _parser().parse_known_args(words)
+    for word in rest:
+        if not word.startswith("-") and "words" not in arguments:
+            more = "; `retort settings method.NAME` shows one method" if arguments.run is _methods else ""
+            raise UserError(f"one argument too many: '{shortened(word, 100)}'{more}")
+        if word.startswith("-"):
+            raise UserError(f"unknown option {shortened(word, 100)}; {_instead(word.partition('=')[0], words)}")
+    if rest:
+        arguments.words = [*arguments.words, *rest]
+    return arguments
+
+
+def _instead(option: str, words: list[str]) -> str:
+    """What to write for an option that there is not: a setting, which is a word, or the nearest option."""
+    from retort.config import keys
+    from retort.config.synonyms import ours_for
+
+    known = _options(_parser(), words)
+    takes_words = bool({"train", "doctor"} & set(words))
+    ours = ours_for(option, list(keys())) if takes_words and f"--{option.lstrip('-')}" not in known else None
+    return did_you_mean(option, known) if ours is None else f"{ours}; settings are words: key=value"
+
+
+def _options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """Long options of the command among the words."""
+    commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
+    chosen = next(commands[word] for word in words if word in commands)
+    return [option for action in chosen._actions for option in action.option_strings if option.startswith("--")]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments end like all wrong input: one line, exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (retort --help shows what there is)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="retort", description="On-policy distillation: the student writes, the teacher answers.")
+    parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="distil; with no argument, the built-in task", description=_TRAIN)
+    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
+    train.add_argument("--method", help="name of a method: see `retort methods`")
+    train.add_argument("--student", help="model folder or hub name")
+    train.add_argument("--teacher", help="model folder or hub name; not where the student teaches itself")
+    train.add_argument(
+        "--base", help="second frozen model, for methods that ask one; default: the student at its start"
+    )
+    train.add_argument("--data", help="file, folder, glob or hub name: see docs/data.md")
+    train.add_argument("--out", help="folder of the run")
+    train.add_argument("--steps", type=int, help="batches of rollouts")
+    train.add_argument("--seed", type=int)
+    train.add_argument("--resume", metavar="DIR", help="folder of a run (its newest checkpoint), or one checkpoint")
+    train.set_defaults(run=_train)
+
+    doctor = commands.add_parser("doctor", help="check a pair before training it", description=_DOCTOR)
+    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
+    for name in ("method", "student", "teacher", "base", "data"):
+        doctor.add_argument(f"--{name}", help="as for `retort train`")
+    doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` makes, too")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    judge = commands.add_parser("eval", help="avg@k and pass@k of any model folder")
+    judge.add_argument("model", help="model folder, hub name, or a built-in one such as countdown:student")
+    judge.add_argument("--data", default="countdown", help="data file with answers; default: the built-in task")
+    judge.add_argument("--teacher", help="compare distributions with this model too")
+    judge.add_argument("--json", action="store_true", help="print JSON")
+    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, e.g. samples=16")
+    judge.set_defaults(run=_eval)
+
+    report = commands.add_parser("report", help="report.html of one run, or of several side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder with runs in it")
+    report.add_argument("--out", help="file; default: report.html in the folder (one) or here (several)")
+    report.set_defaults(run=_report)
+
+    trust = commands.add_parser("trust", help="what tells how far a teacher can be trusted", description=_TRUST)
+    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    trust.add_argument("--view", default="teacher", help="of the method; default: teacher")
+    trust.add_argument("--problems", type=int, default=64, help="most prompts; default: 64")
+    trust.add_argument("--places", type=int, default=4, help="places per answer; default: 4")
+    trust.add_argument("--candidates", type=int, default=2, help="teacher's tokens forced at each; default: 2")
+    trust.add_argument("--seed", type=int, help="default: the run's")
+    trust.set_defaults(run=_trust)
+
+    methods = commands.add_parser("methods", help="the published methods and their settings")
+    methods.add_argument("--json", action="store_true")
+    methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
+    methods.set_defaults(run=_methods)
+
+    settings = commands.add_parser("settings", help="every setting: its default, its bounds and what it is")
+    settings.add_argument("section", nargs="?", metavar="SECTION", help="rollout, eval, method.gkd, ... or one setting")
+    settings.add_argument("--method", help="as the paper of this method has them, and the method's own")
+    settings.add_argument("--json", action="store_true", help="print JSON")
+    settings.add_argument("--markdown", action="store_true", help="the page docs/settings.md")
+    settings.set_defaults(run=_settings)
+
+    cite = commands.add_parser("cite", help="BibTeX of a method")
+    cite.add_argument("names", nargs="+", metavar="NAME")
+    cite.set_defaults(run=_cite)
+    return parser
+
+
+_TRAIN = (
+    "With no argument: the built-in task, in minutes, on a laptop. With --student, --teacher and --data: any causal "
+    "language models of transformers. Settings come from a TOML file and from key=value words such as "
+    "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win. "
+    "`retort settings` lists them all."
+)
+_TRUST = (
+    "Forces tokens drawn from the teacher into answers of the student's, lets the student go on alone, and asks of "
+    "teacher entropy, student entropy and position how well each tells where that ends well. Writes trust.json into "
+    "the run's folder, and the report anew."
+)
+_DOCTOR = (
+    "Looks at student, teacher and data as `retort train` would take them (with no argument: the built-in task), lets "
+    "the student write a little, and says what it saw, why it matters and what to do. Exit code 2 if anything is fatal."
+)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from retort import api, config
+    from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
+    from retort.train import runner
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data", "out", "steps", "seed")}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.method is not None:
+        flags["method"] = {"name": arguments.method}
+    quiet_libraries()
+    observer = RichObserver(lasting_console())
+    try:
+        if arguments.resume is not None:
+            _only_steps(flags, files, pairs)
+            observer.working("reading the run and loading its models")
+            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps)
+        else:
+            settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
+            observer.working("reading the data and loading the models")
+            run = runner.start(settings, api.folder_of(settings), observer)
+            api.check(run)
+        run.go()
+    finally:
+        observer.close()
+    page = api.write_report(run.folder)
+    observer.console.print(
+        visible(f"model:  {run.folder / 'model'}") + "\n" + visible(f"report: {page}"),
+        soft_wrap=True,
+        markup=False,
+        highlight=False,
+    )
+    return 0
+
+
+def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
+    others = [*(set(flags) - {"steps"}), *files, *pairs]
+    if others:
+        raise UserError(
+            f"--resume goes on with the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
+        )
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api, config
+    from retort.console.terminal import RichObserver, examination_table, quiet_libraries
+    from retort.preflight.doctor import examine
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data")}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if arguments.method is not None:
+        flags["method"] = {"name": arguments.method}
+    quiet_libraries()
+    settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
+    RichObserver(Console(stderr=True)).working("loading the models and looking at them")
+    found = examine(settings, quick=arguments.quick)
+    if arguments.json:
+        print(json.dumps(found.plain(), indent=2))
+    else:
+        Console().print(examination_table(found.plain()))
+    return 2 if found.verdict == "fatal" else 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort.cli.evaluation import evaluate
+    from retort.console.terminal import RichObserver, quiet_libraries
+
+    quiet_libraries()
+    observer = RichObserver(Console(stderr=arguments.json))
+    observer.working("reading the data and loading the model")
+    try:
+        results = evaluate(arguments.model, arguments.data, arguments.teacher, arguments.words, observer)
+    finally:
+        observer.close()
+    if arguments.json:
+        print(json.dumps(results, indent=2))
+    else:
+        observer.table(results)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from retort.report.page import build_report
+
+    runs = [named(run) for run in arguments.runs]
+
+    def note(text: str) -> None:
+        print(visible(f"note: {text}"), file=sys.stderr)
+
+    print(visible(str(build_report(runs, None if arguments.out is None else named(arguments.out), note))))
+    return 0
+
+
+def _trust(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api
+    from retort.cli.trust import measure
+    from retort.console.terminal import RichObserver, quiet_libraries, trust_table
+
+    quiet_libraries()
+    observer = RichObserver(Console())
+    observer.working("reading the run and loading its models")
+    try:
+        found = measure(
+            named(arguments.run_folder),
+            observer,
+            view=arguments.view,
+            problems=arguments.problems,
+            places=arguments.places,
+            candidates=arguments.candidates,
+            seed=arguments.seed,
+        )
+    finally:
+        observer.close()
+    Console().print(trust_table(found))
+    folder = Path(arguments.run_folder).resolve()
+    print(visible(f"report: {api.write_report(folder.parents[1] if folder.parent.name == 'checkpoints' else folder)}"))
+    return 0
+
+
+def _methods(arguments: argparse.Namespace) -> int:
+    from retort import registry
+    from retort.cli.catalogue import page
+
+    if arguments.markdown:
+        if arguments.json:
+            raise UserError("--markdown writes the whole page; give it alone, or leave it out")
+        print(page(), end="")
+        return 0
+    rows: list[dict[str, Any]] = []
+    for name in registry.names():
+        made = registry.load(name)
+        rows.append(
+            {
+                "name": name,
+                "summary": made.summary,
+                "status": made.status,
+                "settings": made.settings,
+                "needs": {view: [str(need) for need in sorted(made.needs(view))] for view in made.views},
+                "paper": made.paper.title if made.paper else None,
+                "arxiv": made.paper.arxiv if made.paper else None,
+            }
+        )
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        where = f"arXiv {row['arxiv']}" if row["arxiv"] else "no arXiv id"
+        print(f"{row['name']}  ({row['status']}; {where})\n    {row['summary']}")
+        print(f"    paper:    {row['paper']}")
+        print(f"    settings: {', '.join(f'{key}={value}' for key, value in row['settings'].items())}")
+        asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
+        only = ", ".join(next(iter(row["needs"].values())))
+        print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> int:
+    from retort.cli import reference
+
+    if arguments.markdown:
+        if arguments.section or arguments.method or arguments.json:
+            raise UserError("--markdown writes the whole page; give it alone, or leave it out")
+        print(reference.page(), end="")
+        return 0
+    found = reference.chosen(arguments.section, arguments.method)
+    print(json.dumps(reference.plain(found), indent=2) if arguments.json else reference.text(found, arguments.method))
+    return 0
+
+
+def _cite(arguments: argparse.Namespace) -> int:
+    from retort import registry
+
+    papers = {name: registry.load(name).paper for name in arguments.names}
+    unknown = [name for name, paper in papers.items() if paper is None]
+    if unknown:
+        raise UserError(f"method '{unknown[0]}' names no paper")
+    print("\n\n".join(paper.bibtex(name) for name, paper in papers.items() if paper is not None))
+    return 0

@@ -1,0 +1,129 @@
+"""`retort eval`: any model folder on the built-in task or a data file with answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from retort import config as configuration
+from retort.align.chat import Renderer
+from retort.align.tokens import vocabulary_width
+from retort.config import Config
+from retort.config.synonyms import ours_for
+from retort.errors import UserError, did_you_mean
+from retort.evaluate.judge import Judge
+from retort.models.lm import LanguageModel
+from retort.rewards.own import is_own
+from retort.train.events.observe import Observer
+from retort.train.models.models import engine, load, local_teacher
+from retort.train.setup.prompts import grader, judge_prompts
+from retort.train.setup.reading import check_written, ends, settled
+from retort.train.setup.split import repeats
+
+#: Settings that have a meaning here.
+_READ = frozenset(
+    {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
+    | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
+    | {f"rollout.{name}" for name in ("date", "max_new_tokens", "parallel", "rendered", "stop", "thinking")}
+    | {"optimizer.batch_tokens"}
+)
+
+
+def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], observer: Observer) -> dict[str, Any]:
+    """avg@k, pass@k and, with a teacher, the divergences from it.
+
+    Args:
+        model: Folder, hub name, or a built-in one such as `countdown:student`.
+        data: `countdown`, `ranking`, `coached`, `bait`, or a data file with answers.
+        teacher: Folder or hub name, if distributions are to be compared.
+        words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
+        observer: Who watches.
+
+    Returns:
+        A table of one row, in the form of `eval.json`.
+    """
+    full = [_full(word) for word in words]
+    for key in (word.partition("=")[0] for word in full if "=" in word):
+        if key not in _READ and not key.startswith("columns."):
+            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, _READ) or did_you_mean(key, _READ)}")
+    given = configuration.overrides(full)
+    recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
+    config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
+    if config.eval.problems == 0:
+        raise UserError("problems=0 leaves nothing to judge")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    notes: list[str] = []
+    prompts = judge_prompts(config, data, notes)
+    own = data not in configuration.BUILTIN
+    notes += repeats(prompts, "rows of the data") if own else []
+    verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
+    if verifier is None and teacher is None:
+        raise UserError(
+            f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
+        )
+    lm = load(config, model, "student")
+    teacher_lm = None if teacher is None else load(config, teacher, "teacher")
+    models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
+    config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
+    render = Renderer(lm.tokenizer, config.rollout.reading)
+    notes += [*check_written(prompts, {"model": render}), *ends({"model": render})[1]]
+    for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
+        observer.note(note)
+    other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
+    vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
+    judge = Judge.of(config, prompts, verifier, vocab=vocab)
+    longest, first = 0, prompts[0].id
+    for prompt in prompts:
+        ids = render(prompt)
+        lm.check_ids(ids, f"row '{prompt.id}': its prompt")
+        longest, first = max((longest, first), (len(ids), prompt.id))
+    judge = _fit(config, judge, lm, (longest, first), observer)
+    row = judge.judge(
+        lm,
+        engine(config, lm, vocab),
+        teacher=other,
+        progress=lambda done, total: observer.phase("judging", done, total),
+    )
+    cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
+    return {
+        "k": judge.samples,
+        "problems": len(prompts),
+        **judge.graded(),
+        "seed": judge.seed,
+        "rows": [{"who": model, **cells}],
+        "pass_at": {model: row.get("pass_at", {})},
+        "profile": {model: row["profile"]},
+        **({"given_up": {model: row["given_up"]}} if "given_up" in row else {}),
+    }
+
+
+def _fit(config: Config, judge: Judge, lm: LanguageModel, prompt: tuple[int, str], observer: Observer) -> Judge:
+    """The judge, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
+
+    Raises:
+        UserError: A length of the user's does not fit, or none does.
+    """
+    longest, row = prompt
+    room = lm.context - longest
+    if judge.max_new_tokens <= room:
+        return judge
+    if room < 1 or config.given("eval.max_new_tokens") or config.given("rollout.max_new_tokens"):
+        raise UserError(
+            f"row '{row}': {longest} prompt tokens and {judge.max_new_tokens} new ones exceed the model's "
+            f"context of {lm.context}; lower max_new_tokens"
+        )
+    observer.note(
+        f"answers end after {room:,} tokens: beside the longest prompt (row '{row}', {longest} tokens) the model's "
+        f"context of {lm.context:,} holds no more"
+    )
+    return replace(judge, max_new_tokens=room)
+
+
+def _full(word: str) -> str:
+    """`samples=4` means eval.samples here; keys of the top level and of other sections keep their names."""
+    key = word.partition("=")[0]
+    return word if "." in key or "=" not in word or key in configuration.Config.model_fields else f"eval.{word}"

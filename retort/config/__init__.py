@@ -1,0 +1,31 @@
+"""The settings of a run: where they come from, whose word counts, and what is refused."""
+
+from retort.config.run_config import (
+    BUILTIN,
+    DEFAULT_METHOD,
+    Config,
+    keys,
+    merge,
+    overrides,
+    read_json,
+    read_toml,
+    recipe,
+    resolve,
+    save,
+    value,
+)
+
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_METHOD",
+    "Config",
+    "keys",
+    "merge",
+    "overrides",
+    "read_json",
+    "read_toml",
+    "recipe",
+    "resolve",
+    "save",
+    "value",
+]

@@ -1,0 +1,393 @@
+"""What a run is made of: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from retort import registry
+from retort.align.chat import Reading
+from retort.config.precedence import flat, leave_open, merge
+from retort.config.sections import (
+    SHORTHANDS,
+    CheckpointSection,
+    ColdStartSection,
+    EvalSection,
+    LoraSection,
+    ModelSection,
+    OptimizerSection,
+    Place,
+    RecordSection,
+    Section,
+    shorthands,
+)
+from retort.config.synonyms import ours_for
+from retort.config.toml import overrides, read_toml, value
+from retort.errors import UserError, did_you_mean, quoted, shortened
+from retort.files import read_object, write_text
+from retort.method import Method
+from retort.rewards.own import is_own
+from retort.rewards.verify import VERIFIERS
+
+__all__ = [
+    "BUILTIN",
+    "DEFAULT_METHOD",
+    "Config",
+    "keys",
+    "merge",
+    "overrides",
+    "read_json",
+    "read_toml",
+    "recipe",
+    "resolve",
+    "save",
+    "value",
+]
+
+DEFAULT_METHOD = "eopd"
+#: Data that ships with Retort, each with a recipe of that name.
+BUILTIN = ("countdown", "ranking", "coached", "bait")
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def _task(name: str) -> str:
+    if name not in VERIFIERS and not is_own(name):
+        file, _, function = name.partition(":")
+        hint = f"write it as {Path(file).stem}:{function}" if file.endswith(".py") else did_you_mean(name, VERIFIERS)
+        problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"
+        raise PydanticCustomError("task", "{problem}", {"problem": problem})
+    return name
+
+
+class RolloutSection(Section):
+    """How the student writes."""
+
+    prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
+    max_new_tokens: int = Field(default=4096, ge=1, description="longest answer, tokens")
+    max_prompt_tokens: int = Field(
+        default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
+    )
+    max_view_tokens: int = Field(
+        default=10240,
+        ge=1,
+        description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
+        "their end, which is counted (`view/<name>/cut`)",
+    )
+    parallel: int = Field(default=256, ge=1, description="answers written at the same time, at most")
+    stop: list[str] | None = Field(
+        default=None, description="stop tokens; default: those of the student's generation settings"
+    )
+    thinking: bool | None = Field(
+        default=None,
+        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it "
+        "does by itself",
+    )
+    date: str | None = Field(
+        default=None,
+        description="day for chat templates that write today's, e.g. 2026-11-29; default: the day on which the run "
+        "starts, written down so that it reads its prompts the same on any other",
+    )
+    rendered: bool = Field(
+        default=False,
+        description="the data's prompts are rendered already: no chat template is applied to them, and the control "
+        "tokens that they spell count",
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """A day as ISO 8601 writes it: text, or TOML's own date."""
+        if value is None:
+            return None
+        try:
+            return (value if type(value) is date else datetime.strptime(value, "%Y-%m-%d")).strftime("%Y-%m-%d")
+        except (TypeError, ValueError):
+            raise PydanticCustomError("day", "must be a day such as 2026-11-29") from None
+
+    @property
+    def reading(self) -> Reading:
+        """How prompts become ids."""
+        return Reading(self.thinking, self.date, self.rendered)
+
+
+class Config(Section):
+    """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
+
+    student: Place | None = Field(default=None, description="the model that learns: folder or hub name")
+    teacher: Place | None = Field(
+        default=None,
+        description="the model that is learnt from: folder or hub name; null where the student teaches itself",
+    )
+    base: Place | None = Field(
+        default=None,
+        description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
+        "as it was before training",
+    )
+    models: dict[str, ModelSection] = Field(
+        default_factory=dict,
+        description="further frozen models for methods of your own whose views name them, e.g. "
+        "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
+    )
+    data: Place | None = Field(
+        default=None,
+        description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
+        "prompt or messages; or countdown, ranking, coached, bait, which ship with Retort",
+    )
+    prompt_template: str | None = Field(
+        default=None,
+        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
+        "in the words of its own post-training (arXiv 2604.13016); null: as they are",
+    )
+    task: Annotated[str, AfterValidator(_task)] | None = Field(
+        default=None,
+        description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
+        "as module:function; default: math-verify where the data has answers",
+    )
+    method: dict[str, Any] = Field(
+        default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings: see `retort settings method`"
+    )
+    steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of all random streams")
+    out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto",
+        description="of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless what it "
+        "rounds away is a third of what there is to learn; what was chosen is written down",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the models are; auto: cuda where torch sees one"
+    )
+    attention: str | None = Field(
+        default=None,
+        description="attention implementation of transformers, e.g. sdpa or eager; auto measures at the start "
+        "and takes the quickest; default: the model's own, so that two starts round alike",
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of torch; default: as torch chooses"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run code that comes with a model; off unless you ask for it"
+    )
+    weights: Literal["refuse", "warn"] = Field(
+        default="refuse",
+        description="what weights do that a model's files lack, that the model has no place for, that have another "
+        "shape or are no numbers; warn goes on with a note, and with random numbers for what is missing",
+    )
+    checks: Literal["refuse", "warn", "skip"] = Field(
+        default="refuse",
+        description="what a fatal finding of the quick checks of `retort doctor` does to a run before it starts",
+    )
+    own_method: bool = Field(
+        default=False, description="the method is the caller's own, not the published one; a run writes it, you do not"
+    )
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = Field(
+        default=None,
+        description="where curves are sent besides; null: nowhere, metrics.jsonl and report.html hold them",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
+    )
+    templates: dict[str, str] = Field(
+        default_factory=dict,
+        description="words around what a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; the names and "
+        "defaults are in docs/views.md",
+    )
+    split: str = Field(default="train", description="split of a hub data set that prompts are read from")
+    limit: int | None = Field(default=None, ge=1, description="use only so many rows of the data, the first; null: all")
+    rollout: RolloutSection = RolloutSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    lora: LoraSection = LoraSection()
+    cold_start: ColdStartSection = ColdStartSection()
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    record: RecordSection = RecordSection()
+
+    @property
+    def builtin(self) -> bool:
+        """Whether this is a task that ships with Retort."""
+        return self.data in BUILTIN
+
+    @property
+    def places(self) -> dict[str, str]:
+        """Folder or hub name of every model that is named, by its name; student, teacher and base first."""
+        own = {name: place for name in SHORTHANDS if (place := getattr(self, name)) is not None}
+        return own | {name: model.path for name, model in self.models.items()}
+
+    def moved(self, where: Callable[[str], str]) -> Config:
+        """The same settings with every model's place changed."""
+        own = {name: where(place) for name, place in self.places.items() if name in SHORTHANDS}
+        others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
+        return self.model_copy(update={**own, "models": others})
+
+    def given(self, key: str) -> bool:
+        """Whether a setting is the user's: neither a default nor one of the method's paper.
+
+        Args:
+            key: Its full name, such as `rollout.prompts`.
+        """
+        section, _, name = key.rpartition(".")
+        holder = getattr(self, section) if section else self
+        return (not section or section in self.model_fields_set) and name in holder.model_fields_set
+
+    def value(self, key: str) -> Any:
+        """A setting by its full name."""
+        section, _, name = key.rpartition(".")
+        return getattr(getattr(self, section) if section else self, name)
+
+    def changed(self, key: str, value: Any) -> Config:
+        """The same settings but for one, which is still nobody's: what was left open, made to fit.
+
+        Args:
+            key: Its full name.
+            value: Valid; it is not checked again.
+        """
+        section, _, name = key.rpartition(".")
+        holder = getattr(self, section) if section else self
+        copy = holder.model_copy(update={name: value})
+        copy.model_fields_set.discard(name)
+        return self.model_copy(update={section: copy}) if section else copy
+
+
+def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:
+    """One configuration from nested settings; later layers win.
+
+    Beneath them lies the recipe of the method's paper, without what depends on something that they say
+    (`retort.config.precedence.FOLLOWS`), and beneath that the defaults.
+
+    Args:
+        layers: Nested settings.
+        own: A method that is used instead of one that the settings name.
+        with_recipe: Take what the user leaves open from the method's paper; else from the defaults here.
+
+    Raises:
+        UserError: Unknown key, section, method or setting (with the nearest known name), or a value of the wrong type.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = merge(merged, shorthands(layer))
+    chosen = merged.get("method", {})
+    if not isinstance(chosen, Mapping):
+        raise UserError(f"method: give a name, or a table with name and settings (it is {quoted(chosen)})")
+    chosen = dict(chosen)
+    name = str(chosen.pop("name", DEFAULT_METHOD))
+    if own is None:
+        _lead(name, chosen)
+    made = own or registry.load(name, **chosen)
+    paper = leave_open(made.recipe, merged) if with_recipe else {}
+    below, merged = paper, merge(paper, merged)
+    # Settings are stored with every default filled in, so that a run's config.json says all that it did.
+    merged["method"] = {"name": made.name, **made.settings}
+    merged["own_method"] = not made.as_published
+    try:
+        config = Config.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_first_problem(error, made)) from None
+    for key in flat(below):  # `given` is about the user
+        section, _, last = key.rpartition(".")
+        (getattr(config, section) if section else config).model_fields_set.discard(last)
+    return config
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """Settings of a recipe that ships with Retort."""
+    return read_toml(RECIPES / f"{name}.toml")
+
+
+def save(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as JSON. Infinity is written as the word, so that any reader can read it."""
+    write_text(path, json.dumps(_plain(config.model_dump()), indent=2) + "\n")
+
+
+def read_json(path: Path, own: Method | None = None) -> Config:
+    """A resolved configuration."""
+    try:
+        settings = read_object(path)
+    except UserError as error:
+        raise UserError(f"{error}; put the file back as it was, or start a new run with another --out") from None
+    if not isinstance(settings.get("method"), dict):
+        whose = "a model's, not a run's" if "model_type" in settings or "architectures" in settings else "not a run's"
+        raise UserError(f"{path}: these settings are {whose}; name the folder that a run wrote to (its --out)")
+    if settings.get("own_method") and own is None:
+        raise UserError(
+            f"{path.parent}: the method of this run ('{settings['method'].get('name')}') is not the published one; "
+            "go on with retort.distill(resume=..., method=...)"
+        )
+    return resolve(settings, own=own)
+
+
+def _plain(thing: Any) -> Any:
+    if isinstance(thing, Mapping):
+        return {key: _plain(item) for key, item in thing.items()}
+    if isinstance(thing, float) and thing in (float("inf"), float("-inf")):
+        return "inf" if thing > 0 else "-inf"
+    return thing
+
+
+def keys() -> Iterator[str]:
+    """Full names of all settings, those of methods excepted."""
+    for name, field in Config.model_fields.items():
+        section = _section(field.annotation)
+        yield from [name] if section is None else (f"{name}.{own}" for own in section.model_fields)
+
+
+def _section(annotation: Any) -> type[Section] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _known(settings: Mapping[str, Any]) -> list[str]:
+    return [*keys(), *(f"method.{name}" for name in settings)]
+
+
+def _lead(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuses settings of a method that are settings elsewhere."""
+    known = registry.defaults(name)
+    for key in settings:
+        ours = ours_for(key, _known(known)) if key not in known else None
+        if ours is not None:
+            raise UserError(f"method '{name}' has no setting '{key}'; {ours}")
+
+
+def _first_problem(error: ValidationError, method: Method) -> str:
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        return _unknown(place, first["input"], method)
+    section = _section(Config.model_fields[place[0]].annotation) if len(place) == 1 else None
+    if section is not None and not isinstance(first["input"], Mapping):
+        some = ", ".join(list(section.model_fields)[:3])
+        return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
+    if section is None and len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
+        return _no_section(place[0], first["input"], method)
+    shown = "" if section is not None else f" (it is {quoted(first['input'])})"
+    return f"{'.'.join(place)}: {first['msg']}{shown}"
+
+
+def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
+    """What is said of settings below a name that is one setting, as verl's `data.train_batch_size` is."""
+    whole = _whole([name], value)
+    ours = ours_for(whole, _known(method.settings))
+    return f"unknown key '{whole}'; {ours or f'{name} is one setting, with none below it'}"
+
+
+def _whole(place: list[str], value: Any) -> str:
+    """The full name of a key, or of the first one below it."""
+    leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
+    return ".".join([*place, *([leaf] if leaf else [])])
+
+
+def _unknown(place: list[str], value: Any, method: Method) -> str:
+    """What is said of a key that there is not: what it is here, the nearest name, or all names."""
+    whole = _whole(place, value)
+    ours = ours_for(whole, _known(method.settings))
+    if ours is not None:
+        return f"unknown key '{whole}'; {ours}"
+    section: Any = Config
+    for part in place[:-1]:
+        section = section.model_fields[part].annotation
+    return f"unknown key '{'.'.join(place)}'; {did_you_mean(place[-1], list(section.model_fields))}"

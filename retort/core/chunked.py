@@ -1,0 +1,232 @@
+"""How the loss core walks over chunks and blocks, and the two ways its gradient is formed. Axes: `retort.core`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.core.definition import Core
+from retort.core.head import Products
+from retort.core.signals import as_compute
+
+#: Elements of one chunk of logits, 160 MB in fp32: at a vocabulary of 150,000 some 260 steps, below which reading the
+#: head takes as long as multiplying by it.
+CHUNK_ELEMENTS = 40_000_000
+#: Elements of a block on a CPU, 2 MB in fp32: what autograd keeps of it stays in the cache.
+BLOCK_ELEMENTS = 2**19
+
+
+def cuts(size: int, part: int) -> list[slice]:
+    """Neighbouring slices of at most `part` that cover `size`."""
+    return [slice(start, min(start + part, size)) for start in range(0, size, part)]
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Steps of a chunk; on a GPU, whose products want larger ones, four times as many."""
+    return max(1, CHUNK_ELEMENTS * (4 if device.type == "cuda" else 1) // vocab)
+
+
+def block_rows(vocab: int, device: torch.device) -> int:
+    """Steps of a block; on a GPU, which gains nothing from small ones, those of a chunk."""
+    return chunk_rows(vocab, device) if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
+
+
+def blocks(core: Core, size: int, device: torch.device) -> list[slice]:
+    """Cuts a chunk of some size; ranks that share a vocabulary exchange a few numbers per block, so have one."""
+    spread = core.head is not None and core.head.shard.spread
+    return cuts(size, size if spread else block_rows(core.vocab, device))
+
+
+@dataclass(eq=False)
+class Pass:
+    """The work of `Chunked`, forward and backward.
+
+    Attributes:
+        core: What is evaluated.
+        loss: (values of some steps, which steps) -> their part of the loss; None if there is no loss yet.
+        chunk: Steps of a chunk.
+        dtype: Of the products.
+        names: Of the values, filled in by the forward pass.
+    """
+
+    core: Core
+    loss: Callable[[Mapping[str, Tensor], slice], Tensor] | None
+    chunk: int
+    dtype: torch.dtype
+    names: list[str] = field(default_factory=lambda: [])
+
+    def values(self, hidden_ND: Tensor, learns: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
+        """The loss, all values, and which of them depend on the student."""
+        products = self._products((False,) * 5)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+        found: dict[str, Tensor] = {}
+        live: set[str] = set()
+        for rows in cuts(self.core.count, self.chunk):
+            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+            for place, values in chunk.values():
+                if self.loss is not None:
+                    total += self.loss(values, place)
+                _keep(found, values, place, self.core.count)
+            if learns and not live:
+                live = chunk.live()
+            del chunk  # before the next one is made
+        return total, found, live
+
+    def gradients(
+        self, hidden_ND: Tensor, needed: tuple[bool, ...], scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
+    ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """All values; and the gradients of a scalar with respect to hidden states and head."""
+        products = self._products(needed)
+        found: dict[str, Tensor] = {}
+        hidden: dict[str, Tensor] = {}
+        for rows in cuts(self.core.count, self.chunk):
+            chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
+            for place, values in chunk.backward(scalar):
+                _keep(found, values, place, self.core.count)
+                del values  # and with them the block's graph, which holds the chunk's logits
+            of_hidden_CD = products.backward(chunk.product_CV, hidden_ND[rows])
+            if of_hidden_CD is not None:
+                _keep(hidden, {"hidden": of_hidden_CD.to(hidden_ND.dtype)}, rows, self.core.count)
+            del chunk  # before the next one is made
+        of_hidden_ND = hidden.get("hidden")
+        if of_hidden_ND is not None and self.core.head is not None:
+            of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
+        return found, [of_hidden_ND, *products.gradients()]
+
+    def _products(self, needed: tuple[bool, ...]) -> Products:
+        assert self.core.head is not None
+        return Products(self.core.head, self.core.vocab, self.dtype, needed)
+
+
+class Chunk:
+    """A chunk's logits, cut into blocks."""
+
+    def __init__(self, core: Core, rows: slice, product_CV: Tensor) -> None:
+        """The steps `rows` of a core, and the product of their hidden states with the head."""
+        self.core, self.rows, self.product_CV = core, rows, product_CV
+        self.steps = core.steps.select(rows)
+        self.signals = {name: signal.held(rows, core.vocab) for name, signal in core.signals.items()}
+        self.cuts = blocks(core, rows.stop - rows.start, product_CV.device)
+
+    def values(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """By block: its place in N, its values."""
+        for cut in self.cuts:
+            yield self._place(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
+
+    def live(self) -> set[str]:
+        """Which values have a gradient, seen on one step."""
+        values = self._evaluate(slice(0, 1))[1]
+        return {name for name, value in values.items() if value.requires_grad}
+
+    def backward(
+        self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
+    ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """The same, leaving the gradient of each block's scalar where its product was."""
+        for cut in self.cuts:
+            leaf_CV, values = self._evaluate(cut)
+            with torch.enable_grad():
+                total = scalar(values, self._place(cut))
+            if total is None or not total.requires_grad:
+                self.product_CV[cut] = 0.0
+            else:
+                self.product_CV[cut] = torch.autograd.grad(total, leaf_CV)[0]
+            yield self._place(cut), values
+            del values, leaf_CV, total
+
+    def _evaluate(self, cut: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        leaf_CV = as_compute(self.product_CV[cut]).detach().requires_grad_()
+        with torch.enable_grad():
+            return leaf_CV, self.core.evaluate(leaf_CV, self.steps, self.signals, cut)
+
+    def _place(self, cut: slice) -> slice:
+        return slice(self.rows.start + cut.start, self.rows.start + cut.stop)
+
+
+class Chunked(torch.autograd.Function):
+    """Loss and values from hidden states and head."""
+
+    @staticmethod
+    def forward(ctx: Any, pass_: Pass, hidden_ND: Tensor, *parts: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.pass_, ctx.gradients = pass_, None
+        needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            if pass_.loss is not None and any(needed):
+                total, values, ctx.gradients, live = _at_once(pass_, hidden_ND, needed)
+            else:
+                total, values, live = pass_.values(hidden_ND, any(needed))
+        pass_.names.extend(values)
+        still = [values_N for name, values_N in values.items() if name not in live]
+        ctx.mark_non_differentiable(*still, *([total] if pass_.loss is None else []))
+        if any(needed):
+            ctx.save_for_backward(hidden_ND, *parts)
+        return total, *values.values()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found: list[Tensor | None] = [None] * 5
+        of_loss, of_values = upstream[0], upstream[1:]
+        if of_loss is not None and ctx.gradients is not None:
+            found = [None if part is None else _times(part, of_loss) for part in ctx.gradients]
+            ctx.gradients = None
+        wanted = {name: u for name, u in zip(ctx.pass_.names, of_values, strict=True) if u is not None}
+        if wanted:
+            hidden_ND = ctx.saved_tensors[0]
+            needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
+            with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
+                again = _again(ctx.pass_, hidden_ND, wanted, needed)
+            found = [a if b is None else b if a is None else a + b for a, b in zip(found, again, strict=True)]
+        return (None, *found)
+
+
+def _at_once(
+    pass_: Pass, hidden_ND: Tensor, needed: tuple[bool, ...]
+) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], set[str]]:
+    """Loss, values, the loss's gradients, and which values depend on the student."""
+    total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
+    live: set[str] = set()
+
+    def scalar(values: dict[str, Tensor], place: slice) -> Tensor:
+        assert pass_.loss is not None
+        live.update(name for name, value in values.items() if value.requires_grad)
+        part = pass_.loss(values, place)
+        total.add_(part.detach())
+        return part
+
+    values, gradients = pass_.gradients(hidden_ND, needed, scalar)
+    return total, values, gradients, live
+
+
+def _again(
+    pass_: Pass, hidden_ND: Tensor, wanted: Mapping[str, Tensor], needed: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """Gradients with respect to hidden states and head, for given gradients of the values."""
+
+    def scalar(values: dict[str, Tensor], place: slice) -> Tensor | None:
+        parts = [(values[name] * u[place]).sum() for name, u in wanted.items() if values[name].requires_grad]
+        return torch.stack(parts).sum() if parts else None
+
+    return pass_.gradients(hidden_ND, needed, scalar)[1]
+
+
+def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """In place; a factor of 1, the usual one, is not worth a pass over the head's gradient."""
+    if upstream.device.type == "cpu" and float(upstream) == 1.0:
+        return gradient
+    return gradient.mul_(upstream.to(gradient.dtype))
+
+
+def _keep(found: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
+    """Files the values of some of `count` steps.
+
+    Written into one tensor each, made beforehand: thousands of little ones that outlive the blocks between which they
+    were allocated would leave the heap full of holes in which no block fits.
+    """
+    for name, values_C in values.items():
+        if name not in found:
+            found[name] = values_C.new_empty((count, *values_C.shape[1:]))
+        found[name][rows] = values_C.detach()

@@ -1,0 +1,71 @@
+"""What the loss core computes, in the plain way. Axis letters: see `retort.core`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from retort.core.context import Context
+from retort.core.distribution import WHOLE, Distribution
+from retort.core.head import Head
+from retort.core.signals import TeacherSignal, as_compute
+from retort.core.steps import Clock, Steps
+
+Values = Callable[[Context], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """A function of `Context` with all that it is evaluated on, but for the hidden states.
+
+    Attributes:
+        values: Function of a block's context to named numbers per step, [C] each.
+        steps: What else is known about the steps.
+        clock: Where the run is.
+        signals: The teachers' answers, by view; each must be about exactly these tokens.
+        head: The student's head; None if what it is given are the logits [N, V] themselves.
+        vocab: Ids that student and teachers share; all others get no probability. On a rank that holds only some of
+            the ids, how many of its own are shared.
+        temperature: Student logits are divided by it.
+    """
+
+    values: Values
+    steps: Steps
+    clock: Clock
+    signals: Mapping[str, TeacherSignal]
+    head: Head | None
+    vocab: int
+    temperature: float = 1.0
+
+    @property
+    def count(self) -> int:
+        """N."""
+        return len(self.steps)
+
+    def evaluate(
+        self, product_CV: Tensor, steps: Steps, signals: Mapping[str, TeacherSignal], rows: slice
+    ) -> dict[str, Tensor]:
+        """The values of some steps from the student's product [C, V], differentiable in it."""
+        logits_CV = product_CV if self.head is None else self.head.shape(product_CV)
+        if self.temperature != 1.0:
+            logits_CV = as_compute(logits_CV) / self.temperature  # not in bf16: the teacher's are divided in fp32, too
+        context = Context(
+            Distribution(as_compute(logits_CV), WHOLE if self.head is None else self.head.shard),
+            {name: signal.rows(rows, self.vocab) for name, signal in signals.items()},
+            steps.select(rows),
+            self.clock,
+        )
+        return self.values(context)
+
+    def dense(self, hidden_ND: Tensor) -> dict[str, Tensor]:
+        """All steps at once, by plain autograd. The definition."""
+        product_NV = hidden_ND[:, : self.vocab] if self.head is None else self._product(hidden_ND)
+        with torch.autocast(hidden_ND.device.type, enabled=False):  # products may be in bf16, a softmax may not
+            return self.evaluate(product_NV, self.steps, self.signals, slice(0, self.count))
+
+    def _product(self, hidden_ND: Tensor) -> Tensor:
+        assert self.head is not None
+        return replace(self.head, scale=1.0, soft_cap=None).logits(hidden_ND, self.vocab)

@@ -1,0 +1,317 @@
+"""One categorical distribution per step, and what two of them say of each other. Axis letters: see `retort.core`.
+
+Every number here has its gradient in closed form, formed from the probabilities when it is asked for: a divergence of
+150,000 ids then costs a handful of passes over them, and keeps two tensors of that size where autograd keeps seven.
+`retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient.
+
+With a `Shard` the ids are spread over ranks. Each holds the logits of its own, and only sums per step are exchanged.
+
+On a GPU `retort.kernels` makes the numbers of a whole distribution in fp32, in one pass over the logits, and their
+gradients in another, keeping nothing but the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). They
+equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse
+KL.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.core.policy import Policy
+
+
+class Shard:
+    """Which ids logits are about: all of them. `retort.core.shard.VocabShard` is one rank's part of them."""
+
+    #: Whether ranks have to exchange numbers.
+    spread: bool = False
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, of the same shape."""
+        return values
+
+    def logsumexp(self, logits_CV: Tensor) -> Tensor:
+        """Over all ids, [C]."""
+        return logits_CV.logsumexp(-1)
+
+    def local(self, ids_CK: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+        """Columns of given ids in logits of `width` columns, and which of the ids are here (None: all of them)."""
+        return ids_CK, None
+
+    def topk(self, logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` largest logits of each row (all, if there are fewer) and their ids, [C, K] each."""
+        found = logits_CV.topk(min(k, logits_CV.shape[-1]), dim=-1)
+        return found.values, found.indices
+
+
+WHOLE = Shard()
+
+#: Whether `retort.kernels` is used: None for where it works on a GPU. Tests set True, which takes Triton's interpreter.
+KERNELS: bool | None = {"0": False, "1": True}.get(os.environ.get("RETORT_KERNELS", ""))
+
+
+class _Value(torch.autograd.Function):
+    """A number per step whose gradient with respect to the logits is a formula."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_CV: Tensor, value: Tensor, gradient: Callable[..., Tensor], *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.gradient = gradient
+        # Not the very tensor: the formula may hold it, and would then hold the graph that holds the formula.
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        kept: tuple[Tensor, ...] = ctx.saved_tensors
+        return (ctx.gradient(upstream, *kept), None, None, *(None for _ in kept))
+
+
+class Distribution(Policy):
+    """What follows from logits, each thing computed once and only when asked for.
+
+    Attributes:
+        logits_CV: fp32, or float64 where that is what came in; live if they are the student's.
+        shard: Which ids these are.
+    """
+
+    def __init__(self, logits_CV: Tensor, shard: Shard = WHOLE) -> None:
+        """From logits [C, V] in fp32 or float64."""
+        self.logits_CV = logits_CV
+        self.shard = shard
+        self._plain_CV = logits_CV.detach()
+        self._gaps: dict[int, tuple[Distribution, Tensor, Tensor, Tensor]] = {}
+        self._kernels = _kernels(logits_CV, shard)
+        self._statistics: dict[tuple[int, float | None], tuple[Distribution, Any]] = {}
+
+    # --- detached ---
+
+    @cached_property
+    def normaliser_C(self) -> Tensor:
+        """Log-sum-exp of the logits, detached; not finite if a logit is NaN or +inf, or if all are -inf."""
+        if self._kernels is not None:
+            return self._own.student_lse_C
+        return self.shard.logsumexp(self._plain_CV)
+
+    @cached_property
+    def logp_CV(self) -> Tensor:
+        """Log-probs, nats, detached."""
+        return self._plain_CV - self.normaliser_C[:, None]
+
+    @cached_property
+    def p_CV(self) -> Tensor:
+        """Probabilities, detached."""
+        return self.logp_CV.exp()
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` most likely ids [C, K] and their log-probs, nats, detached."""
+        logits_CK, ids_CK = self.shard.topk(self._plain_CV, k)
+        return ids_CK, logits_CK - self.normaliser_C[:, None]
+
+    # --- differentiable in the logits ---
+
+    def logp_at(self, ids_CK: Tensor) -> Tensor:
+        """Log-probs [C, K] of given ids, nats."""
+        here_CK, mine_CK = self.shard.local(ids_CK, self._plain_CV.shape[-1])
+        logits_CK = self._plain_CV.gather(-1, here_CK)
+        if mine_CK is not None:
+            logits_CK = self.shard.sum(logits_CK.masked_fill(~mine_CK, 0.0))
+        value_CK = logits_CK - self.normaliser_C[:, None]
+        if self._kernels is not None:
+            return self._from_kernels(value_CK, self._own, "ids_grad_CK", ids_CK=ids_CK)
+
+        def gradient(upstream_CK: Tensor, p_CV: Tensor) -> Tensor:
+            gradient_CV = p_CV * -upstream_CK.sum(-1, keepdim=True)
+            mine = upstream_CK if mine_CK is None else upstream_CK.masked_fill(~mine_CK, 0.0)
+            return gradient_CV.scatter_add_(-1, here_CK, mine)
+
+        return self._live(value_CK, gradient, lambda: (self.p_CV,))
+
+    def logp_outside(self, ids_CK: Tensor, inside_CK: Tensor) -> Tensor:
+        """Log of the probability of all ids but the given ones, [C], nats; minus infinity where nothing is left.
+
+        Summed over those ids: one minus the rest has no digits left in fp32 where it is small, and no gradient.
+
+        Args:
+            ids_CK: Ids.
+            inside_CK: Which of them are meant; the others count as not given.
+        """
+        here_CK, mine_CK = self.shard.local(ids_CK, self._plain_CV.shape[-1])
+        meant_CK = inside_CK if mine_CK is None else inside_CK & mine_CK
+        # An id may stand twice, once meant and once not.
+        given_CV = torch.zeros_like(self._plain_CV).scatter_add_(-1, here_CK, meant_CK.to(self._plain_CV.dtype)) > 0
+        rest_C = self.shard.logsumexp(self._plain_CV.masked_fill(given_CV, -math.inf))
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, logits_CV: Tensor, given_CV: Tensor) -> Tensor:
+            some_C1 = (rest_C > -math.inf)[:, None]
+            among_CV = (logits_CV - rest_C.masked_fill(rest_C == -math.inf, 0.0)[:, None]).exp()
+            among_CV = among_CV.masked_fill_(given_CV, 0.0).sub_(p_CV).mul_(upstream_C[:, None])
+            return among_CV.masked_fill_(~some_C1, 0.0)
+
+        return self._live(rest_C - self.normaliser_C, gradient, lambda: (self.p_CV, self._plain_CV, given_CV))
+
+    def entropy(self) -> Tensor:
+        """Entropy [C], nats; an impossible id contributes nothing."""
+        if self._kernels is not None:
+            return self._from_kernels(self._own.student_entropy_C, self._own, "entropy_C")
+        value_C = -self.shard.sum(torch.linalg.vecdot(self.p_CV, self.logp_CV))
+        logp_CV = self.logp_CV
+        if not _finite(value_C):
+            logp_CV = logp_CV.clamp_min(torch.finfo(logp_CV.dtype).min)
+            value_C = -self.shard.sum(torch.linalg.vecdot(self.p_CV, logp_CV))
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, logp_CV: Tensor) -> Tensor:
+            return (logp_CV + value_C[:, None]).mul_(p_CV).mul_(-upstream_C[:, None])
+
+        return self._live(value_C, gradient, lambda: (self.p_CV, logp_CV))
+
+    def forward_kl(self, teacher: Distribution) -> Tensor:
+        """KL(teacher || this), [C], nats; infinite where this rules out an id that the teacher does not."""
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher)
+            return self._from_kernels(found.forward_kl_C, found, "forward_C", teacher)
+        value_C = self._gap(teacher)[2]
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, q_CV: Tensor) -> Tensor:
+            return (p_CV - q_CV).mul_(upstream_C[:, None])
+
+        return self._live(value_C, gradient, lambda: (self.p_CV, teacher.p_CV))
+
+    def reverse_kl(self, teacher: Distribution) -> Tensor:
+        """KL(this || teacher), [C], nats; infinite where the teacher rules out an id that this does not."""
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher)
+            return self._from_kernels(found.reverse_kl_C, found, "reverse_C", teacher)
+        gap_CV, value_C, _ = self._gap(teacher)
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, gap_CV: Tensor) -> Tensor:
+            # Not the value itself: behind a shut gate it may be infinite, and infinity times 0 is not 0.
+            mean_C = value_C if _finite(value_C) else self._mean(p_CV, gap_CV)
+            return (gap_CV - mean_C[:, None]).mul_(p_CV).mul_(upstream_C[:, None])
+
+        return self._live(value_C, gradient, lambda: (self.p_CV, gap_CV))
+
+    def jsd(self, teacher: Distribution, teacher_weight: float) -> Tensor:
+        """Jensen-Shannon divergence [C] with `teacher_weight` on the teacher, nats; always finite."""
+        w = teacher_weight
+        if self._both_on_kernels(teacher):
+            found = self._against(teacher, w)
+            return self._from_kernels(found.jsd_C, found, "jsd_C", teacher, jsd_weight=w)
+        mixture_CV = torch.logaddexp(teacher.logp_CV + math.log(w), self.logp_CV + math.log1p(-w))
+        ours_CV, theirs_CV = self.logp_CV - mixture_CV, teacher.logp_CV - mixture_CV
+        ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
+        if not _finite(ours_C + theirs_C):  # an id that one or both rule out contributes 0 to that one's mean
+            ours_CV = ours_CV.masked_fill(self.logp_CV == -math.inf, 0.0)
+            theirs_CV = theirs_CV.masked_fill(teacher.logp_CV == -math.inf, 0.0)
+            ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, ours_CV: Tensor) -> Tensor:
+            return (ours_CV - ours_C[:, None]).mul_(p_CV).mul_((1.0 - w) * upstream_C[:, None])
+
+        return self._live(w * theirs_C + (1.0 - w) * ours_C, gradient, lambda: (self.p_CV, ours_CV))
+
+    def of_entries(self, value_CV: Tensor, slope_CV: Tensor) -> Tensor:
+        """A sum over ids of numbers that each depend on the log-prob of its own id only, [C].
+
+        Args:
+            value_CV: The numbers f_v(log p_v), detached.
+            slope_CV: Their derivatives f_v'(log p_v), detached and finite.
+        """
+        value_C, slope_C = self.shard.sum(value_CV.sum(-1)), self.shard.sum(slope_CV.sum(-1))
+
+        def gradient(upstream_C: Tensor, p_CV: Tensor, slope_CV: Tensor) -> Tensor:
+            return (slope_CV - p_CV * slope_C[:, None]).mul_(upstream_C[:, None])
+
+        return self._live(value_C, gradient, lambda: (self.p_CV, slope_CV))
+
+    # --- from the kernels ---
+
+    @cached_property
+    def _own(self) -> Any:
+        """Statistics that hold this one's normaliser and entropy; a comparison made before holds them, too."""
+        assert self._kernels is not None
+        for _, found in self._statistics.values():
+            return found
+        return self._kernels.row_statistics(self._plain_CV)
+
+    def _both_on_kernels(self, teacher: Distribution) -> bool:
+        return self._kernels is not None and teacher._kernels is not None
+
+    def _against(self, teacher: Distribution, jsd_weight: float | None = None) -> Any:
+        assert self._kernels is not None
+        key = (id(teacher), jsd_weight)
+        if key not in self._statistics:
+            found = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
+            self._statistics[key] = (teacher, found)  # holding the teacher keeps its id from being given out again
+        return self._statistics[key][1]
+
+    def _from_kernels(
+        self, value: Tensor, statistics: Any, name: str, teacher: Distribution | None = None, **known: Any
+    ) -> Tensor:
+        """A number whose gradient is `row_gradient`, with what comes from above under `name`."""
+        kernels = self._kernels
+        assert kernels is not None
+
+        def gradient(upstream: Tensor, logits_CV: Tensor, teacher_CV: Tensor | None = None) -> Tensor:
+            return kernels.row_gradient(logits_CV, teacher_CV, statistics, **known, **{name: upstream})
+
+        kept = (self._plain_CV,) if teacher is None else (self._plain_CV, teacher._plain_CV)
+        return self._live(value, gradient, lambda: kept)
+
+    # --- inside ---
+
+    def _live(self, value: Tensor, gradient: Callable[..., Tensor], kept: Callable[[], tuple[Tensor, ...]]) -> Tensor:
+        if not (self.logits_CV.requires_grad and torch.is_grad_enabled()):
+            return value
+        return _Value.apply(self.logits_CV, value, gradient, *kept())  # pyright: ignore[reportReturnType]
+
+    def _mean(self, p_CV: Tensor, values_CV: Tensor) -> Tensor:
+        return self.shard.sum(torch.linalg.vecdot(p_CV, values_CV))
+
+    def _gap(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+        """Log p - log q [C, V], and with it the reverse and the forward KL, [C] each, detached."""
+        found = self._gaps.get(id(teacher))
+        if found is None:
+            found = (teacher, *self._compare(teacher))
+            self._gaps[id(teacher)] = found
+        return found[1:]
+
+    def _compare(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
+        gap_CV = self.logp_CV - teacher.logp_CV
+        reverse_C, forward_C = self._mean(self.p_CV, gap_CV), -self._mean(teacher.p_CV, gap_CV)
+        if _finite(reverse_C + forward_C):
+            return gap_CV, reverse_C, forward_C
+        # Somebody rules out an id (-inf): it adds nothing to the KL from whoever rules it out, and infinity to the
+        # other. What is not a distribution at all stays NaN.
+        ours_CV, theirs_CV = self.logp_CV > -math.inf, teacher.logp_CV > -math.inf
+        gap_CV = torch.where(ours_CV & theirs_CV, gap_CV, 0.0)
+        sound_C = (self.normaliser_C + teacher.normaliser_C).isfinite()
+        found = []
+        for sign, p_CV, banned_CV in ((1, self.p_CV, ours_CV & ~theirs_CV), (-1, teacher.p_CV, theirs_CV & ~ours_CV)):
+            banned_C = self.shard.sum(banned_CV.any(-1).to(gap_CV.dtype)) > 0
+            value_C = (sign * self._mean(p_CV, gap_CV)).masked_fill(banned_C, math.inf)
+            found.append(value_C.masked_fill(~sound_C, math.nan))
+        return gap_CV, found[0], found[1]
+
+
+def _kernels(logits_CV: Tensor, shard: Shard) -> Any | None:
+    """The module that makes the numbers of these logits, or None where torch does."""
+    if KERNELS is False or shard.spread or logits_CV.dtype != torch.float32:
+        return None
+    if KERNELS is None and not logits_CV.is_cuda:
+        return None
+    # Only now: most machines have no GPU, and this module needs nothing but torch there.
+    if KERNELS is None and not importlib.import_module("retort.kernels").available(logits_CV.device):
+        return None
+    return importlib.import_module("retort.kernels.triton_rows")
+
+
+def _finite(values_C: Tensor) -> bool:
+    return bool(values_C.isfinite().all())

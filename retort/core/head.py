@@ -1,0 +1,192 @@
+"""What turns hidden states into logits, and the products behind it. Axis letters: see `retort.core`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from retort.core.distribution import WHOLE, Shard
+
+#: Elements of a weight from which its products in fp32 on a CPU go through oneDNN.
+ONEDNN_ELEMENTS = 2**22
+
+
+def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`; a large one in fp32 on a CPU, of which no gradient is wanted, through oneDNN.
+
+    PyTorch gives fp32 to its BLAS and all else to oneDNN. On the processors measured oneDNN multiplies a head in 0.5 to
+    0.98 of the time (see docs/performance.md). The other two products of a head are no faster that way.
+    """
+    onednn = (
+        weight_VD.dtype == hidden_CD.dtype == torch.float32
+        and weight_VD.device.type == "cpu"
+        and weight_VD.numel() >= ONEDNN_ELEMENTS
+        and len(hidden_CD) > 1
+        and not (torch.is_grad_enabled() and (hidden_CD.requires_grad or weight_VD.requires_grad))
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+    if not onednn:
+        return functional.linear(hidden_CD, weight_VD, bias_V)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden_CD, weight_VD, bias_V, "none", [], "")
+    return product
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """An adapter on a head: logits gain `scaling * up (down hidden)`. In its letters, Q is the rank.
+
+    Attributes:
+        down_QD, up_VQ: Its two factors.
+        scaling: Of the product.
+    """
+
+    down_QD: Tensor
+    up_VQ: Tensor
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """What turns hidden states into logits.
+
+    Attributes:
+        weight_VD: Rows are ids; rows at or beyond the shared vocabulary are padding and get no probability.
+        bias_V: Optional.
+        scale: Logits are multiplied by it (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        soft_cap: Logits are cap * tanh(logits / cap) (Gemma).
+        adapter: Optional low-rank adapter on the weight.
+        shard: Which ids the rows are, where they are spread over ranks (`retort.core.shard.VocabShard`).
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+    adapter: LowRank | None = None
+    shard: Shard = WHOLE
+
+    @property
+    def width(self) -> int:
+        """V, padding included; on a rank that holds only some of the ids, how many it holds."""
+        return self.weight_VD.shape[0]
+
+    def logits(self, hidden_CD: Tensor, vocab: int | None = None) -> Tensor:
+        """Logits [C, V] of the first `vocab` ids, in the dtype of the product. The definition, differentiable."""
+        bias_V, rows = self.bias_V, slice(None) if vocab is None else slice(vocab)
+        logits_CV = linear(hidden_CD, self.weight_VD[rows], None if bias_V is None else bias_V[rows])
+        if self.adapter is not None:
+            low_CQ = functional.linear(hidden_CD, self.adapter.down_QD)
+            logits_CV = logits_CV + functional.linear(low_CQ, self.adapter.up_VQ[rows]) * self.adapter.scaling
+        return self.shape(logits_CV)
+
+    def shape(self, product_CV: Tensor) -> Tensor:
+        """What the family does to the product: its scale, its soft-cap."""
+        if self.scale != 1.0:
+            product_CV = product_CV * self.scale
+        if self.soft_cap is not None:
+            product_CV = torch.tanh(product_CV / self.soft_cap) * self.soft_cap
+        return product_CV
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """All that can learn: weight, bias, and the adapter's two factors."""
+        down, up = (None, None) if self.adapter is None else (self.adapter.down_QD, self.adapter.up_VQ)
+        return self.weight_VD, self.bias_V, down, up
+
+
+class Products:
+    """The products of one head with many chunks of hidden states, forward and backward, without autograd.
+
+    Autograd would allocate a gradient of the whole head for every chunk, and keep every chunk's logits until it comes
+    back; here a chunk's logits are overwritten by their own gradient, and the head's gradient is one buffer.
+    """
+
+    def __init__(self, head: Head, vocab: int, dtype: torch.dtype, needed: tuple[bool, ...]) -> None:
+        """Products of the first `vocab` rows, computed in `dtype`.
+
+        Args:
+            head: The head; its parts are read, not changed.
+            vocab: Rows that count.
+            dtype: Of the products; parts are brought to it once.
+            needed: Which gradients are wanted: of the hidden states, the weight, the bias, the adapter's down, its up.
+        """
+        weight, bias, down, up = (None if part is None else part.detach() for part in head.parts)
+        assert weight is not None
+        self.weight_VD = weight[:vocab].to(dtype)
+        self.bias_V = None if bias is None else bias[:vocab].to(dtype)
+        self.down_QD = None if down is None else down.to(dtype)
+        self.up_VQ = None if up is None else up[:vocab].to(dtype)
+        self.scaling = 1.0 if head.adapter is None else head.adapter.scaling
+        self.needed = needed
+        self.dtype = dtype
+        self._shapes = [None if part is None else (part.shape, part.dtype) for part in head.parts]
+        self._vocab = vocab
+        self._sums: dict[int, Tensor] = {}
+
+    def forward(self, hidden_CD: Tensor) -> Tensor:
+        """The product [C, V], before the family's scale and cap."""
+        hidden_CD = hidden_CD.to(self.dtype)
+        product_CV = linear(hidden_CD, self.weight_VD, self.bias_V)
+        if self.down_QD is not None and self.up_VQ is not None:
+            product_CV.addmm_(hidden_CD @ self.down_QD.t(), self.up_VQ.t(), alpha=self.scaling)
+        return product_CV
+
+    def backward(self, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor | None:
+        """Adds to the gradients of the parts; returns that of the hidden states, if it is wanted."""
+        hidden_CD = hidden_CD.to(self.dtype)
+        if self.needed[1]:
+            self._add(0, gradient_CV.t(), hidden_CD)
+        if self.needed[2]:
+            self._add(1, gradient_CV.t(), torch.ones_like(gradient_CV[:, :1]))
+        low_CQ = None
+        if self.down_QD is not None and self.up_VQ is not None:
+            low_CQ = (gradient_CV @ self.up_VQ) * self.scaling
+            if self.needed[3]:
+                self._add(2, low_CQ.t(), hidden_CD)
+            if self.needed[4]:
+                self._add(3, gradient_CV.t(), (hidden_CD @ self.down_QD.t()) * self.scaling)
+        if not self.needed[0]:
+            return None
+        found_CD = gradient_CV @ self.weight_VD
+        if low_CQ is not None and self.down_QD is not None:
+            found_CD.addmm_(low_CQ, self.down_QD)
+        return found_CD
+
+    def _add(self, part: int, left: Tensor, right: Tensor) -> None:
+        """Adds the product of two matrices to the sum of a part, in fp32 or better over several chunks."""
+        if part not in self._sums:
+            shape = self._shapes[part]
+            assert shape is not None
+            of_vocab = part != 2
+            rows = self._vocab if of_vocab else left.shape[0]
+            wide = (shape[0][0], right.shape[1])
+            exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+            total = torch.empty(wide, dtype=exact, device=left.device)
+            total[rows:].zero_()
+            if exact == self.dtype:
+                torch.mm(left, right, out=total[:rows])
+            else:
+                total[:rows] = left @ right
+            self._sums[part] = total
+        elif self.dtype == self._sums[part].dtype:
+            self._sums[part][: left.shape[0]].addmm_(left, right)
+        else:
+            self._sums[part][: left.shape[0]] += left @ right
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        """Of weight, bias, down and up, in the dtype of each; None where it was not wanted."""
+        found: list[Tensor | None] = []
+        for part, shape in enumerate(self._shapes):
+            total = self._sums.pop(part, None)
+            if shape is None or not self.needed[part + 1]:
+                found.append(None)
+            elif total is None:  # no steps at all
+                found.append(torch.zeros(shape[0], dtype=shape[1], device=self.weight_VD.device))
+            else:
+                found.append(total.to(shape[1]).reshape(shape[0]))
+        return tuple(found)

@@ -1,0 +1,121 @@
+"""The small pure functions that a method is composed of, each with what it asks of a teacher.
+
+A part is evaluated on one chunk of steps at a time: `part.value(context, view)` returns one number per step, [N].
+The subclasses are slots, not behaviour: they keep a weight from being passed where a divergence belongs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from retort.core.context import Context
+from retort.core.needs import Need
+from retort.core.steps import Clock, Steps
+from retort.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stat:
+    """A number per step that depends on more than the step: taken over the whole batch before the first update on it.
+
+    Whoever uses it reads `context.steps.stored[name]`, and names it in its `stats`.
+
+    Attributes:
+        name: Under which it is stored; two of one name must be the same.
+        part: What is evaluated at each step first; None where only places, rewards or groups matter.
+        finish: (its values at all steps, the steps, the clock) -> [N]. Steps of rollouts that a view had no context for
+            are not among them, if the part asks that view anything; what is stored for them is 0. Without a part, the
+            values are zeros. The statistics before it are in `steps.stored`.
+        sentences: Whether it wants to know the sentences.
+        rewards: Whether it cannot do without rewards.
+        groups: Whether it compares the rollouts of one prompt.
+    """
+
+    name: str
+    part: Part | None
+    finish: Callable[[Tensor, Steps, Clock], Tensor]
+    sentences: bool = False
+    rewards: bool = False
+    groups: bool = False
+
+
+def per_step(what: str, values_N: Tensor, steps: Steps) -> Tensor:
+    """The values themselves; raises `UserError`, which says what they are of, unless they are one number per step."""
+    if values_N.shape != steps.tokens_N.shape:
+        raise UserError(f"{what} gave {tuple(values_N.shape)} for {len(steps)} steps; give one number per step, [N]")
+    return values_N
+
+
+def as_it_is(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+    """The `finish` of a statistic that is the part's own value, taken before the first update."""
+    return values_N
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function of the context that gives one number per step.
+
+    Attributes:
+        name: Readable name, with its settings.
+        value: (context, view) -> [N].
+        needs: What it asks of the view's teacher.
+        also: What it asks of other views, by name.
+        stats: What it reads of the whole batch.
+        uses_old_logp: Whether it compares the student with itself before the first update on a batch; a term's
+            estimator and weight are asked.
+    """
+
+    name: str
+    value: Callable[[Context, str], Tensor]
+    needs: frozenset[Need] = frozenset()
+    also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
+    stats: tuple[Stat, ...] = ()
+    uses_old_logp: bool = field(default=False, kw_only=True)
+
+    def at(self, context: Context, view: str) -> Tensor:
+        """Its value at the steps of a context.
+
+        Raises:
+            UserError: It is not one number per step, which would be multiplied with other steps' numbers in silence.
+        """
+        return per_step(f"'{self.name}'", self.value(context, view), context.steps)
+
+    def asks(self, view: str, against: str) -> frozenset[Need]:
+        """What it asks of a view when it is used against another (or the same) one."""
+        own = self.needs if view == against else frozenset[Need]()
+        read = (stat.part.asks(view, against) for stat in self.stats if stat.part is not None)
+        return own.union(self.also.get(view, frozenset[Need]()), *read)
+
+
+@dataclass(frozen=True)
+class Divergence(Part):
+    """Disagreement of student and teacher at each step, nats; differentiable in the student.
+
+    Attributes:
+        not_pathwise: Why back-propagating it is wrong, for divergences where it is.
+    """
+
+    not_pathwise: str | None = None
+
+
+@dataclass(frozen=True)
+class Advantage(Part):
+    """How much better than expected the written token was, nats; always used detached."""
+
+
+@dataclass(frozen=True)
+class Baseline(Part):
+    """A value, nats, that does not depend on the token written: subtracting it from an advantage adds no bias."""
+
+
+@dataclass(frozen=True)
+class Quantity(Part):
+    """Something to gate on or to watch."""
+
+
+@dataclass(frozen=True)
+class Weight(Part):
+    """How much each step counts in a term; detached by the framework."""

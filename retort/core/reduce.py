@@ -1,0 +1,131 @@
+"""The only place where per-step losses become a scalar. Axis letters: see `retort.core`.
+
+Every term has its own denominator, counted over the *whole optimizer batch* (all micro-batches, all ranks). So the
+loss of a step does not depend on how the batch was cut, and adding a term never rescales another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from retort.core.losses import TokenLoss
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """What a term is divided by.
+
+    Attributes:
+        kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
+            `rollouts` (mean over rollouts of the mean over their steps), `sums` (mean over rollouts of the sum over
+            their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `constant`.
+        value: For `constant`.
+        by: For the weighted ones: the stored value that is summed; None for the term's own weight. For `rollouts` and
+            `sums`: the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
+    """
+
+    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "constant"]
+    value: float = 1.0
+    by: str | None = None
+
+
+def tokens() -> Denominator:
+    """All counted steps."""
+    return Denominator("tokens")
+
+
+def weighted(by: str | None = None) -> Denominator:
+    """The sum of the term's weights, or of a number that is stored for every step of the batch."""
+    return Denominator("weighted", by=by)
+
+
+def rollout_means(by: str | None = None) -> Denominator:
+    """Each rollout counts the same, however long it is; steps where the stored value `by` is 0 do not count."""
+    return Denominator("rollouts", by=by)
+
+
+def rollout_sums(by: str | None = None) -> Denominator:
+    """The sum over a rollout's steps, and the mean over rollouts: a long one counts for more."""
+    return Denominator("sums", by=by)
+
+
+def weighted_rollout_means(by: str | None = None) -> Denominator:
+    """Each rollout counts the same, and its steps by their weight within it; a weight common to them cancels."""
+    return Denominator("weighted_rollouts", by=by)
+
+
+def constant(value: float) -> Denominator:
+    """A fixed number."""
+    return Denominator("constant", value)
+
+
+def shares(
+    denominator: Denominator,
+    *,
+    counted_N: Tensor,
+    rollout_N: Tensor,
+    weight_N: Tensor | None = None,
+) -> Tensor:
+    """What each step of the whole optimizer batch is multiplied by, [N]: one over its denominator.
+
+    Args:
+        denominator: Of the term.
+        counted_N: bool.
+        rollout_N: Index of the rollout of each step; needed for `rollouts`.
+        weight_N: The term's weights over the whole batch; needed for `weighted`.
+    """
+    ones_N = counted_N.double()  # one third must be one third in a float64 check, too
+    if denominator.kind == "constant":
+        return ones_N / denominator.value
+    if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
+        return _rollout_shares(denominator, ones_N, rollout_N, weight_N)
+    if denominator.kind == "weighted":
+        if weight_N is None:
+            raise ValueError("a weighted denominator needs the weights of the whole batch")
+        total = (weight_N.double() * ones_N).sum()
+        return torch.where(total > 0, ones_N / total, torch.zeros_like(ones_N))
+    return ones_N / ones_N.sum().clamp_min(1)
+
+
+def _rollout_shares(
+    denominator: Denominator,
+    ones_N: Tensor,
+    rollout_N: Tensor,
+    weight_N: Tensor | None,
+) -> Tensor:
+    """See `shares`."""
+    if denominator.kind == "weighted_rollouts":
+        if weight_N is None:
+            raise ValueError("a weighted denominator needs the weights of the whole batch")
+        counted_N = weight_N.double() * ones_N
+    else:
+        counted_N = ones_N if weight_N is None else ones_N * (weight_N != 0)
+        ones_N = counted_N
+    steps_R = torch.zeros(int(rollout_N.max()) + 1 if len(rollout_N) else 0, dtype=ones_N.dtype)
+    steps_R = steps_R.to(ones_N.device).index_add_(0, rollout_N, counted_N)
+    rollouts = (steps_R > 0).sum().to(ones_N.dtype).clamp_min(1)
+    if denominator.kind == "sums":
+        return ones_N / rollouts
+    steps_N = steps_R[rollout_N]
+    return torch.where(steps_N > 0, ones_N / (torch.where(steps_N > 0, steps_N, 1.0) * rollouts), 0.0)
+
+
+def scalar(terms: Mapping[str, TokenLoss], shares_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:
+    """Sum over terms of coef * sum over steps of value * weight * share; differentiable.
+
+    `shares_N` are those of the steps at hand, cut from the shares of the whole batch: micro-batches add up to the
+    batch.
+    """
+    losses = [coefs[name] * total(term, shares_N[name]) for name, term in terms.items()]
+    return torch.stack(losses).sum() if losses else torch.zeros(())
+
+
+def total(term: TokenLoss, share_N: Tensor) -> Tensor:
+    """One term's part of the loss, before its coefficient; an uncounted step cannot poison it."""
+    value_N = torch.where(term.counted_N, term.value_N, torch.zeros_like(term.value_N))
+    return (value_N * term.weight_N.to(value_N.dtype) * share_N.to(value_N.dtype)).sum()

@@ -1,0 +1,240 @@
+"""Prompts and rollouts: what the student was asked, and what it did about it. Axis letters: see `retort.core`.
+
+Nothing here is mutated after it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from retort.core.sequences import TokenSequence
+from retort.core.steps import Steps
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: Who speaks.
+        content: What is said; empty for a turn that only calls tools.
+        extra: What else a chat template may read of the turn, JSON values by their names there: `tool_calls`,
+            `tool_call_id`, `name`, `reasoning_content`, ...
+    """
+
+    role: str
+    content: str
+    extra: Mapping[str, Any] = field(default_factory=lambda: {}, hash=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The turn as chat templates read it."""
+        return {"role": self.role, "content": self.content, **self.extra}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem to write about.
+
+    Attributes:
+        id: Stable name of the row; random streams are keyed by it.
+        messages: The conversation so far. A row's plain `prompt` is one user message.
+        plain: True if the row had a plain `prompt`: it is rendered as bare text where the tokenizer has no
+            chat template (a base model), whereas `messages` need a template.
+        answer: What a verifier compares with; never in the context of a rollout.
+        response: A given answer to learn from off-policy, if the data has one.
+        privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
+        clean: The conversation without what is not to change the answer (paired prompts); for a teacher only, too.
+        domain: Free label, for metrics by domain.
+        tools: The functions that the model may call, as JSON schemas; a chat template writes them.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    plain: bool = True
+    answer: str | None = None
+    response: str | None = None
+    privileged: Mapping[str, str] = field(default_factory=lambda: {})
+    clean: tuple[Message, ...] | None = None
+    domain: str = ""
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+    def shown(self, column: str) -> str | None:
+        """What a view may show of the row, by the name of its column; a `demonstration` may be the given response."""
+        if column == "clean":
+            return None if self.clean is None else "\n".join(message.content for message in self.clean)
+        given = {"answer": self.answer, "response": self.response, **self.privileged}
+        return given.get(column) or (self.response if column == "demonstration" else None)
+
+    @property
+    def text(self) -> str:
+        """The bare text: all contents, one after another."""
+        return "\n".join(message.content for message in self.messages)
+
+
+class Status(StrEnum):
+    """How a rollout ended."""
+
+    COMPLETED = "completed"
+    TRUNCATED = "truncated"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was written to a prompt, token by token, with who wrote what.
+
+    Attributes:
+        prompt: What it answers.
+        sequence: All that was read and written in order, and which of it was decided.
+        turn_A: Index of the turn of each decided token, int64; None for a single turn.
+        engine_logp_A: What the rollout engine reported for each decided token, nats; None for data.
+        policy_version: Optimizer steps the student had taken when it wrote this.
+        member: Which of the samples of its prompt this is; rollouts of one visit to a prompt are a group.
+        visit: How many times the run had been through the data when it came to this prompt.
+        status: How it ended.
+        source: Who wrote it.
+        text: The decided tokens, decoded.
+        reward: What the verifier said, if one was asked.
+        reward_parts: The reward by component.
+        feedback: What the verifier says is wrong with it, where it says anything; for views that show it to a teacher.
+    """
+
+    prompt: Prompt
+    sequence: TokenSequence
+    turn_A: Tensor | None = None
+    engine_logp_A: Tensor | None = None
+    policy_version: int = 0
+    member: int = 0
+    visit: int = 0
+    status: Status = Status.COMPLETED
+    source: Literal["student", "teacher", "dataset"] = "student"
+    text: str = ""
+    reward: float | None = None
+    reward_parts: Mapping[str, float] = field(default_factory=lambda: {})
+    feedback: str = ""
+
+    def __post_init__(self) -> None:
+        if self.turn_A is not None and len(self.turn_A) != self.steps:
+            raise ValueError(f"{len(self.turn_A)} turns for {self.steps} decided tokens")
+        if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
+            raise ValueError(f"{len(self.engine_logp_A)} engine log-probs for {self.steps} decided tokens")
+        if self.engine_logp_A is not None and bool(self.engine_logp_A.isnan().any()):
+            raise ValueError("an engine's log-prob is NaN; leave out those of a rollout that has none")
+
+    @property
+    def steps(self) -> int:
+        """Number of decision steps (decided tokens)."""
+        return self.sequence.steps
+
+    @property
+    def action_ids(self) -> list[int]:
+        """Ids of the decided tokens."""
+        return self.sequence.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+    def cut(self, steps: int, text: str) -> Rollout:
+        """The rollout up to so many decisions, as truncated; itself where it has no more.
+
+        Args:
+            steps: Decisions that stay.
+            text: Of them.
+        """
+        if self.steps <= steps:
+            return self
+        return replace(
+            self,
+            sequence=self.sequence.cut(steps),
+            turn_A=None if self.turn_A is None else self.turn_A[:steps],
+            engine_logp_A=None if self.engine_logp_A is None else self.engine_logp_A[:steps],
+            status=Status.TRUNCATED,
+            text=text,
+        )
+
+
+#: All rollouts of one visit to one prompt: what is graded and scored together.
+Group = tuple[Rollout, ...]
+
+
+def in_groups(rollouts: Sequence[Rollout]) -> list[Group]:
+    """Rollouts by visit to a prompt, those of a visit being neighbours; end to end they are in the order given."""
+    visits = groupby(rollouts, key=lambda rollout: (rollout.prompt.id, rollout.visit))
+    return [tuple(own) for _, own in visits]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """The decision steps of several rollouts, end to end, without padding.
+
+    Attributes:
+        rollouts: The R rollouts, in order.
+        steps: The table of their N steps.
+        group_R: Index of the group (one visit to one prompt) that a rollout belongs to, int64.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    steps: Steps
+    group_R: Tensor
+
+    def __len__(self) -> int:
+        """N, the number of decision steps."""
+        return len(self.steps)
+
+    @property
+    def reward_R(self) -> Tensor:
+        """Of each rollout, float64; NaN where nobody graded it."""
+        return _rewards(self.rollouts)
+
+    def groups(self) -> list[tuple[Rollout, ...]]:
+        """For each rollout, all of its group in order of member, itself included."""
+        found: dict[int, list[Rollout]] = {}
+        numbers = [int(group) for group in self.group_R]
+        for rollout, group in zip(self.rollouts, numbers, strict=True):
+            found.setdefault(group, []).append(rollout)
+        ordered = {group: tuple(sorted(own, key=lambda r: r.member)) for group, own in found.items()}
+        return [ordered[group] for group in numbers]
+
+    def steps_of(self, rollouts: Sequence[int]) -> Tensor:
+        """Places in N of the steps of some rollouts, in the order given."""
+        chosen = torch.tensor(rollouts, dtype=torch.long)
+        steps_R = torch.bincount(self.steps.rollout_N, minlength=len(self.rollouts))
+        starts_R = steps_R.cumsum(0) - steps_R
+        steps, starts = steps_R[chosen], starts_R[chosen]
+        # A step's place is its rollout's start in N, plus how far it lies behind its rollout's start in the answer.
+        behind = torch.arange(int(steps.sum())) - torch.repeat_interleave(steps.cumsum(0) - steps, steps)
+        return torch.repeat_interleave(starts, steps) + behind
+
+    @staticmethod
+    def of(rollouts: tuple[Rollout, ...] | list[Rollout]) -> Pack:
+        """Packs rollouts in the order given."""
+        if not rollouts:
+            raise ValueError("cannot pack zero rollouts")
+        steps_R = torch.tensor([rollout.steps for rollout in rollouts])
+        names = {name: index for index, name in enumerate(dict.fromkeys((r.prompt.id, r.visit) for r in rollouts))}
+        group_R = torch.tensor([names[r.prompt.id, r.visit] for r in rollouts])
+        rollout_N = torch.repeat_interleave(torch.arange(len(rollouts)), steps_R)
+        reward_R = _rewards(rollouts)
+        engine = [
+            torch.full((r.steps,), float("nan")) if r.engine_logp_A is None else r.engine_logp_A for r in rollouts
+        ]
+        turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_A is None else r.turn_A for r in rollouts]
+        steps = Steps(
+            tokens_N=torch.cat([r.sequence.actions_A for r in rollouts]),
+            rollout_N=rollout_N,
+            position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
+            turn_N=torch.cat(turns),
+            group_N=group_R[rollout_N],
+            reward_N=None if bool(reward_R.isnan().any()) else reward_R[rollout_N],
+            engine_logp_N=torch.cat(engine).float(),
+        )
+        return Pack(tuple(rollouts), steps, group_R)
+
+
+def _rewards(rollouts: Sequence[Rollout]) -> Tensor:
+    given = [float("nan") if rollout.reward is None else rollout.reward for rollout in rollouts]
+    return torch.tensor(given, dtype=torch.float64)

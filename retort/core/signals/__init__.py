@@ -1,0 +1,18 @@
+"""What a teacher said about each step: signals of every kind, and the answers they give for a chunk of steps."""
+
+from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
+from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
+from retort.core.signals.dense import Dense, DistributionRows, entropy
+
+__all__ = [
+    "Candidates",
+    "Dense",
+    "DistributionRows",
+    "Sampled",
+    "SignalRows",
+    "TeacherSignal",
+    "TopK",
+    "as_compute",
+    "entropy",
+    "entropy_lower_bound",
+]

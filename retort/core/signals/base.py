@@ -1,0 +1,211 @@
+"""What a teacher said about each step of a pack. Axis letters: see `retort.core`.
+
+A signal detaches what it is given, checks that it speaks of the same tokens as the rollouts, and refuses NaN:
+alignment is an invariant here, not a slice somewhere. `rows` cuts out a chunk, on which a term may ask for anything
+that the signal can answer; asking for more is an error that names what is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from retort.core.distribution import Distribution
+from retort.core.needs import NeedKind, require_finite
+from retort.errors import SignalError
+
+#: By how much a log-prob may be above 0, or a sum of probabilities above 1: what bf16 makes of 0 and 1.
+ROUNDING = 0.01
+
+
+class SignalRows:
+    """A teacher's answer for the C steps of one chunk. The base class answers nothing."""
+
+    #: Name of the teacher or view, for messages.
+    source: str = "teacher"
+    #: Width of the distribution, where there is one.
+    vocab: int | None = None
+
+    def _missing(self, what: str) -> SignalError:
+        return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
+
+    @property
+    def sampled_logp_N(self) -> Tensor:
+        """Log-prob of the token that was written, nats."""
+        raise self._missing("log-prob of the written token")
+
+    @property
+    def entropy_N(self) -> Tensor:
+        """Entropy of the whole distribution, nats."""
+        raise self._missing("entropy")
+
+    @property
+    def distribution(self) -> Distribution:
+        """The whole distribution."""
+        raise self._missing("full distribution")
+
+    @property
+    def logp_NV(self) -> Tensor:
+        """Log-probs of the whole vocabulary, nats."""
+        return self.distribution.logp_CV
+
+    def logp_at(self, ids_NK: Tensor) -> Tensor:
+        """Log-probs [C, K] of ids that somebody else chose, nats."""
+        return self.distribution.logp_at(ids_NK)
+
+    def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
+        """Log [C] of the probability of all ids but those of `ids_NK` that `inside_NK` marks, nats."""
+        return self.distribution.logp_outside(ids_NK, inside_NK)
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        """The `k` most likely ids [C, K] and their log-probs under the whole distribution, nats."""
+        raise self._missing("top-k")
+
+    @property
+    def hidden_ND(self) -> Tensor:
+        """The teacher's last hidden states."""
+        raise self._missing("hidden states")
+
+    def candidates(self, k: int) -> Tensor | None:
+        """The first `k` of the student's most likely ids that it was asked about, [C, K]; None: ask about any ids."""
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherSignal:
+    """Base of all signals: N steps, the tokens they are about, and who says it.
+
+    Attributes:
+        tokens_N: Ids that were scored.
+        source: Who says it, for messages.
+        valid_N: False at the steps of rollouts that the view had no context for: what is said there means nothing, and
+            terms against the view leave these steps out. None: all are valid.
+        counts: What happened to the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`; each
+            may be left out.
+    """
+
+    tokens_N: Tensor
+    source: str = "teacher"
+    valid_N: Tensor | None = field(default=None, kw_only=True)
+    counts: Mapping[str, float] = field(default_factory=lambda: {}, kw_only=True)
+
+    @property
+    def steps(self) -> int:
+        """N."""
+        return len(self.tokens_N)
+
+    @property
+    def offers(self) -> frozenset[NeedKind]:
+        """The kinds of `Need` this signal can answer."""
+        raise NotImplementedError
+
+    def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
+        """Ids [N, K] that it names instead of having all, by the need they answer; and whether they are all there are.
+
+        Args:
+            width: How many ids the student has.
+        """
+        return {}
+
+    def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
+        """The answer for some of the steps.
+
+        Args:
+            index_C: Which steps.
+            vocab: Width that student and teacher share; ids from there on are no tokens and get no probability.
+        """
+        raise NotImplementedError
+
+    def held(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
+        """The signal about a run of steps, with all that costs a matrix product computed at once.
+
+        Its `rows` of smaller runs then cost no product each.
+        """
+        return self.select(torch.arange(*index_C.indices(self.steps), device=self.tokens_N.device))
+
+    def select(self, index_N: Tensor) -> TeacherSignal:
+        """The signal about some of the steps only, in the order given, on the device of the index."""
+        raise NotImplementedError
+
+    def hidden_states(self) -> Tensor:
+        """The last hidden states at all its steps, [N, D].
+
+        Raises:
+            SignalError: It has none.
+        """
+        raise SignalError(f"{self.source}: its signal ({type(self).__name__}) has no hidden states")
+
+    def hidden_rows(self) -> SignalRows:
+        """The answer for all steps of estimators that compare hidden states and read nothing else."""
+        return _HiddenRows(self)
+
+    def _valid(self, index: Tensor | slice) -> Tensor | None:
+        return None if self.valid_N is None else taken(self.valid_N, index)
+
+    def check_valid(self) -> None:
+        """Raises `SignalError` unless `valid_N` says of each step, as a bool, whether the signal is about it."""
+        valid_N = self.valid_N
+        if valid_N is not None and (valid_N.dtype != torch.bool or valid_N.shape != self.tokens_N.shape):
+            raise SignalError(
+                f"{self.source}: valid_N must be bool [N] = {tuple(self.tokens_N.shape)}, "
+                f"not {valid_N.dtype} {tuple(valid_N.shape)}"
+            )
+
+    def check_tokens(self, tokens_N: Tensor) -> None:
+        """Raises `SignalError` unless the signal is about exactly these tokens."""
+        self.check_valid()
+        if self.tokens_N.shape != tokens_N.shape:
+            raise SignalError(f"{self.source}: scored {len(self.tokens_N)} tokens, the rollouts have {len(tokens_N)}")
+        wrong = (self.tokens_N.to(tokens_N.device) != tokens_N).nonzero()
+        if len(wrong):
+            step = int(wrong[0])
+            raise SignalError(
+                f"{self.source}: misaligned at step {step}: it scored id {int(self.tokens_N[step])}, "
+                f"the rollout has id {int(tokens_N[step])}"
+            )
+
+
+class _HiddenRows(SignalRows):
+    def __init__(self, signal: TeacherSignal) -> None:
+        self.source = signal.source
+        self._signal = signal
+
+    @property
+    def hidden_ND(self) -> Tensor:
+        return self._signal.hidden_states()
+
+
+def as_compute(values: Tensor) -> Tensor:
+    """Softmaxes and sums are done in fp32, or in float64 where that is what came in."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def taken(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Some rows of a tensor, on the device of the index: what a server said is kept on the CPU."""
+    return values[index] if isinstance(index, slice) else values[index.to(values.device)].to(index.device)
+
+
+def check_logps(signal: TeacherSignal, name: str, logp: Tensor) -> None:
+    """Refuses what is no log-prob; -inf is one."""
+    require_finite(name, logp, signal.source, allow_minus_inf=True)
+    refuse(signal, logp > ROUNDING, f"{name} is above 0, which no log-prob is")
+
+
+def refuse(signal: TeacherSignal, bad: Tensor, what: str) -> None:
+    """Raises at the first step that is bad, [N] or [N, K], and about which the signal says something."""
+    bad_N = bad if bad.ndim == 1 else bad.any(-1)
+    if signal.valid_N is not None:
+        signal.check_valid()
+        bad_N = bad_N & signal.valid_N.to(bad_N.device)
+    if bool(bad_N.any()):
+        step = int(bad_N.nonzero()[0])
+        raise SignalError(f"{signal.source}: {what} (step {step} of the batch); stopping before it is learnt")
+
+
+def same_length(signal: TeacherSignal, name: str, values: Tensor) -> None:
+    """Refuses what is not about as many steps as the rollouts have."""
+    if len(values) != signal.steps:
+        raise SignalError(f"{signal.source}: {name} has {len(values)} steps, the rollouts have {signal.steps}")

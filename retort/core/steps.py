@@ -1,0 +1,244 @@
+"""One table of decision steps and one clock: all that is known of a batch besides what models say of it.
+
+A new fact about a step is one column of `Steps`; a new fact about the moment is one field of `Clock`. Axis letters: see
+`retort.core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from retort.core.schedules import Dial, at
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is: what every dial is read at.
+
+    Attributes:
+        step: Batches done in the run; random streams are keyed by it.
+        end: Batches after which the method at hand is done; None where that is not known.
+        begun: Batches done before the method at hand took over (a cold start runs another one first).
+        readings: Numbers of the method's controllers, by `<controller>.<number>`.
+        seed: Of the run, for what is drawn.
+        longest: The longest completion that was allowed, tokens; None where that is not known.
+    """
+
+    step: int = 0
+    end: int | None = None
+    begun: int = 0
+    readings: Mapping[str, float] = field(default_factory=lambda: {})
+    seed: int = 0
+    longest: int | None = None
+
+    @property
+    def done(self) -> int:
+        """Batches that the method at hand has done: what its schedules count."""
+        return self.step - self.begun
+
+    @property
+    def total(self) -> int | None:
+        """Batches of the method at hand, where known."""
+        return None if self.end is None else self.end - self.begun
+
+    def at(self, dial: Dial) -> float:
+        """The value of a dial now."""
+        return at(dial, self.done, self.total, self.readings)
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The N decision steps of some rollouts, end to end, without padding: a table of [N] columns that nobody changes.
+
+    Attributes:
+        tokens_N: The token that was decided, int64.
+        rollout_N: Index of the rollout, int64; a rollout's steps come in order.
+        position_N: Index of the step within its rollout, int64.
+        turn_N: Index of the turn, int64; None where turns are not known.
+        group_N: Index of the group (one visit to one prompt), int64; None where groups are not known.
+        reward_N: Reward of the step's rollout, float64; None unless all rollouts were graded.
+        engine_logp_N: The rollout engine's log-prob of the token, nats; NaN where it gave none; None without an engine.
+        sentence_N: Index of the sentence within its rollout; None where no text is known.
+        stored: What was taken of the whole batch before its first update (`old_logp`, baselines, statistics), detached,
+            by name.
+    """
+
+    tokens_N: Tensor
+    rollout_N: Tensor
+    position_N: Tensor
+    turn_N: Tensor | None = None
+    group_N: Tensor | None = None
+    reward_N: Tensor | None = None
+    engine_logp_N: Tensor | None = None
+    sentence_N: Tensor | None = None
+    stored: Mapping[str, Tensor] = field(default_factory=lambda: {})
+
+    @staticmethod
+    def of(
+        tokens_N: Tensor,
+        rollout_N: Tensor | None = None,
+        *,
+        turn_N: Tensor | None = None,
+        group_N: Tensor | None = None,
+        reward_N: Tensor | None = None,
+        engine_logp_N: Tensor | None = None,
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> Steps:
+        """From tokens and whatever else is known of them; without `rollout_N` they are those of one rollout."""
+        rollout_N = torch.zeros_like(tokens_N) if rollout_N is None else rollout_N
+        position_N = _positions(rollout_N)
+        return Steps(tokens_N, rollout_N, position_N, turn_N, group_N, reward_N, engine_logp_N, stored=stored or {})
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.tokens_N)
+
+    def select(self, index_N: Tensor | slice) -> Steps:
+        """Some of the steps, in the order given."""
+        return self._each(lambda column_N: column_N[index_N])
+
+    def to(self, device: torch.device) -> Steps:
+        """The same on a device."""
+        return self._each(lambda column_N: column_N.to(device))
+
+    def storing(self, more: Mapping[str, Tensor]) -> Steps:
+        """The same with more stored values, [N] each."""
+        return replace(self, stored={**self.stored, **more})
+
+    def rollouts(self) -> Rollouts:
+        """The same by rollout; one without a step is not there."""
+        number_N = _numbered(self.rollout_N)
+        steps_R = torch.bincount(number_N)
+        place_N = torch.arange(len(number_N), device=number_N.device)
+        first_R = torch.full_like(steps_R, len(number_N)).scatter_reduce_(0, number_N, place_N, "amin")
+        return Rollouts(
+            number_N,
+            steps_R,
+            None if self.reward_N is None else self.reward_N[first_R],
+            None if self.group_N is None else _numbered(self.group_N[first_R]),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Steps]) -> Steps:
+        """The steps of several workers, in order, as one table; rollouts and groups of two workers are never the same.
+
+        Args:
+            parts: With the same stored values. A column that only some have is left out: where not all are graded, the
+                batch is not. A part without a step has whatever the others have.
+
+        Raises:
+            ValueError: A value is stored by some of them only.
+        """
+        parts = [part for part in parts if len(part)] or parts[:1]
+        moved: list[Steps] = []
+        rollouts = groups = 0
+        for part in parts:
+            group_N = None if part.group_N is None else part.group_N + groups
+            moved.append(replace(part, rollout_N=part.rollout_N + rollouts, group_N=group_N))
+            rollouts += _count(part.rollout_N)
+            groups += 0 if part.group_N is None else _count(part.group_N)
+
+        def column(get: Callable[[Steps], Tensor | None]) -> Tensor | None:
+            found = [own for own in map(get, moved) if own is not None]
+            return torch.cat(found) if len(found) == len(moved) else None
+
+        lacking = next((name for part in moved for other in moved for name in part.stored.keys() - other.stored), None)
+        if lacking is not None:
+            raise ValueError(
+                f"'{lacking}' is stored by some workers only, so it would be lost; store it on all of them"
+            )
+        stored = {name: torch.cat([part.stored[name] for part in moved]) for name in moved[0].stored}
+        columns = {name: column(lambda part, name=name: getattr(part, name)) for name in _COLUMNS}
+        return Steps(**columns, stored=stored)  # pyright: ignore[reportArgumentType]
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
+        columns: dict[str, Tensor | None] = {name: getattr(self, name) for name in _COLUMNS}
+        changed = {name: None if column_N is None else change(column_N) for name, column_N in columns.items()}
+        stored = {name: change(values_N) for name, values_N in self.stored.items()}
+        return Steps(**changed, stored=stored)  # pyright: ignore[reportArgumentType]
+
+
+_COLUMNS = tuple(one.name for one in fields(Steps) if one.name != "stored")
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """The rollouts of a batch that have a step.
+
+    Attributes:
+        number_N: Of each step's rollout, counted from 0 without gaps: an index into the other tensors.
+        steps_R: How many each has.
+        reward_R: Of each, float64; None where nothing was graded.
+        group_R: Index of each one's group, from 0 without gaps; None where no groups are known.
+    """
+
+    number_N: Tensor
+    steps_R: Tensor
+    reward_R: Tensor | None
+    group_R: Tensor | None
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Means over each rollout's steps, [R]."""
+        return self.sum(values_N) / self.steps_R
+
+    def sum(self, values_N: Tensor) -> Tensor:
+        """Sums over each rollout's steps, [R]."""
+        return values_N.new_zeros(len(self.steps_R)).index_add_(0, self.number_N, values_N)
+
+    def quantile(self, values_N: Tensor, share: float) -> Tensor:
+        """A quantile of each rollout's steps, between the two nearest in proportion, [R]."""
+        order = torch.argsort(values_N)
+        order = order[torch.argsort(self.number_N[order], stable=True)]
+        place_R = share * (self.steps_R - 1).double()
+        low_R = place_R.floor().long()
+        first_R = self.steps_R.cumsum(0) - self.steps_R
+        low, high = (values_N[order[first_R + at_R]] for at_R in (low_R, torch.minimum(low_R + 1, self.steps_R - 1)))
+        return torch.lerp(low, high, (place_R - low_R).to(low.dtype))
+
+
+def quantile(values_N: Tensor, share: float) -> Tensor:
+    """A quantile of any number of values, at least one, between the two nearest in proportion, a scalar.
+
+    `torch.quantile` refuses more than 16 million, which a large batch has.
+    """
+    everything = torch.zeros(len(values_N), dtype=torch.long, device=values_N.device)
+    return Rollouts(everything, torch.bincount(everything), None, None).quantile(values_N, share)[0]
+
+
+class Ranks:
+    """The workers that hold a batch together, each whole groups of it: here there is one.
+
+    What is taken over a batch (a percentile, a mean of a group, a denominator) is taken over the table of all workers,
+    and each keeps its own part: nothing that is computed on a table has to know that there are ranks.
+    """
+
+    def gather(self, steps: Steps) -> tuple[Steps, slice]:
+        """The steps of all workers as one table (`Steps.joined`), and where in it the own ones stand."""
+        return steps, slice(0, len(steps))
+
+
+ALONE = Ranks()
+
+
+def _numbered(values: Tensor) -> Tensor:
+    """The same partition, by numbers from 0 without gaps."""
+    return torch.unique(values, return_inverse=True)[1]  # pyright: ignore
+
+
+def _count(index_N: Tensor) -> int:
+    return int(index_N.max()) + 1 if len(index_N) else 0
+
+
+def _positions(rollout_N: Tensor) -> Tensor:
+    """Index of each step within its rollout, from 0."""
+    order = torch.argsort(rollout_N, stable=True)
+    steps_R = torch.bincount(_numbered(rollout_N)) if len(rollout_N) else rollout_N
+    starts_R = steps_R.cumsum(0) - steps_R
+    position_N = torch.empty_like(rollout_N)
+    count_N = torch.arange(len(order), device=order.device)
+    position_N[order] = count_N - torch.repeat_interleave(starts_R, steps_R)
+    return position_N

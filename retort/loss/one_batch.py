@@ -1,0 +1,269 @@
+"""A method applied to one whole optimizer batch that a caller holds: what both functions of `retort.functional` share.
+
+Axis letters: see `retort.core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from retort.controllers import Controller, State
+from retort.core.definition import Values
+from retort.core.head import Head
+from retort.core.losses import TokenLoss, TokenLosses
+from retort.core.per_token import Core, loss_pass, per_token
+from retort.core.signals import Dense, TeacherSignal
+from retort.core.steps import ALONE, Clock, Steps
+from retort.core.streams import generator
+from retort.errors import UserError
+from retort.loss.scoring import Evaluate, look, scored
+from retort.loss.terms import batch_shares, check_needs, counted, hidden_values, losses, term_values
+from retort.method import Method
+from retort.registry import load
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a caller knows of the steps of a batch, as the functions of `retort.functional` take it."""
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    turns: Tensor | None = None
+    rollouts: Tensor | None = None
+    groups: Tensor | None = None
+    rewards: Tensor | None = None
+    old_logp: Tensor | None = None
+    engine_logp: Tensor | None = None
+
+    def check(self) -> None:
+        """Raises `UserError` where something does not fit the tokens."""
+        tokens = self.tokens
+        if tokens.ndim != 1 or tokens.is_floating_point():
+            raise UserError(f"tokens must be [N] integers, not {tuple(tokens.shape)} {tokens.dtype}")
+        for name in ("mask", "turns", "rollouts", "old_logp", "engine_logp"):
+            values: Tensor | None = getattr(self, name)
+            if values is not None and values.shape != tokens.shape:
+                raise UserError(f"{name} must be [N] = {tuple(tokens.shape)}, not {tuple(values.shape)}")
+        for name in ("turns", "rollouts", "groups"):
+            values = getattr(self, name)
+            if values is not None and (values.is_floating_point() or values.dtype == torch.bool):
+                raise UserError(f"{name} must be whole numbers that say which one, not {values.dtype}")
+        if len(tokens) and int(self.rollout_N.min()) < 0:
+            raise UserError(f"rollouts count from 0; one is {int(self.rollout_N.min())}")
+        for name, values in {"old_logp": self.old_logp, "engine_logp": self.engine_logp}.items():
+            _check_own_logp(name, values, self.mask)
+        count = int(self.rollout_N.max()) + 1 if len(tokens) else 0
+        for name, values in {"groups": self.groups, "rewards": self.rewards}.items():
+            if values is not None and values.shape not in ((count,), tokens.shape):
+                raise UserError(
+                    f"{name} must be [R] = ({count},), one per rollout, or repeated per step, not {tuple(values.shape)}"
+                )
+
+    @property
+    def rollout_N(self) -> Tensor:
+        """One rollout by default."""
+        return torch.zeros_like(self.tokens) if self.rollouts is None else self.rollouts
+
+    @property
+    def kept_N(self) -> Tensor:
+        """Places of the steps that count."""
+        if self.mask is None:
+            return torch.arange(len(self.tokens), device=self.tokens.device)
+        return self.mask.bool().nonzero().squeeze(-1)
+
+    def steps(self, kept_N: Tensor) -> Steps:
+        """The table of the steps that count."""
+        rollout_N, rewards, groups = self.rollout_N, self.rewards, self.groups
+        cut: Callable[[Tensor | None], Tensor | None] = lambda values: None if values is None else values[kept_N]  # noqa: E731
+        reward_N = cut(None if rewards is None else _per_step(rewards, rollout_N))
+        return Steps.of(
+            self.tokens[kept_N],
+            rollout_N[kept_N],
+            turn_N=cut(self.turns),
+            group_N=cut(None if groups is None else _per_step(groups, rollout_N)),
+            reward_N=None if reward_N is None else reward_N.double(),
+            engine_logp_N=None if self.engine_logp is None else self.engine_logp.detach()[kept_N],
+            stored={} if self.old_logp is None else {"old_logp": self.old_logp.detach()[kept_N]},
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class OneBatch:
+    """A method and the steps that count of a batch."""
+
+    method: Method
+    tokens_N: Tensor
+    kept_N: Tensor
+    steps: Steps
+    clock: Clock
+    state: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(method: Method | str, given: Given, clock: Clock, state: Mapping[str, Tensor] | None) -> OneBatch:
+        """Checks all of it.
+
+        Raises:
+            UserError: Something does not fit, or the method needs what was not given.
+        """
+        given.check()
+        found, kept_N = load(method) if isinstance(method, str) else method, given.kept_N
+        steps = given.steps(kept_N)
+        needed = (("rewards", given.rewards, found.wants_rewards), ("groups", given.groups, found.wants_groups))
+        for name, values, wants in needed:
+            if wants is not None and values is None:
+                raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
+        if found.wants_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
+            raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
+        return OneBatch(found, given.tokens, kept_N, steps, clock, dict(state or {}))
+
+    def check_rows(self, name: str, values: Tensor, ndim: int) -> None:
+        if values.ndim != ndim or len(values) != len(self.tokens_N):
+            raise UserError(f"{name} must have one row per token ({len(self.tokens_N)}), not {tuple(values.shape)}")
+
+    def signal(self, name: str, given: Tensor | TeacherSignal) -> TeacherSignal:
+        """The steps that count of logits [N, V] or of a signal about all N steps."""
+        if isinstance(given, TeacherSignal):
+            given.check_tokens(self.tokens_N)
+            return given.select(self.kept_N)
+        self.check_rows(f"{name} logits", given, 2)
+        return Dense.of(given[self.kept_N], self.steps.tokens_N, source=name, temperature=self.method.temperature)
+
+    def linear_signal(self, name: str, hidden_ND: Tensor, head: Tensor | Head) -> TeacherSignal:
+        """The same from hidden states and a head."""
+        self.check_rows(f"{name} hidden states", hidden_ND, 2)
+        found, kept_ND = as_head(head), hidden_ND.detach()[self.kept_N]
+        temperature = self.method.temperature
+        return Dense(
+            self.steps.tokens_N,
+            name,
+            lambda rows: found.logits(kept_ND[rows]),
+            found.width,
+            temperature,
+            found.shard,
+            hidden=lambda rows: kept_ND[rows],
+        )
+
+    def evaluate(
+        self,
+        hidden_ND: Tensor,
+        head: Head | None,
+        width: int,
+        signals: Mapping[str, TeacherSignal],
+        chunk: int | None,
+        states_ND: Tensor | None,
+    ) -> TokenLosses:
+        """The method on hidden states and a head, or on logits and no head; `states_ND` are compared as they are."""
+        check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
+        for name, signal in signals.items():
+            self._check_lists(name, signal, width)
+        vocab = min([width, *(signal.width for signal in signals.values() if isinstance(signal, Dense))])
+        tokens_N = self.steps.tokens_N
+        whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
+        if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
+            raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
+        core = Core(term_values(self.method), self.steps, self._read(), signals, head, vocab, self.method.temperature)
+        valid = {name: signal.valid_N for name, signal in signals.items()}
+
+        @torch.no_grad()
+        def evaluated(values: Values, steps: Steps, clock: Clock) -> dict[str, Tensor]:
+            return per_token(replace(core, values=values, steps=steps, clock=clock), hidden_ND, chunk=chunk)
+
+        steps = scored(self.method, self.steps, core.clock, valid, evaluated, several=False)
+        counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
+        shares_N = batch_shares(self.method, steps, counted_N, ALONE)
+        state, clock = self._controlled(steps, core.clock, valid, evaluated)
+        core = replace(core, steps=steps, clock=clock)
+
+        def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
+            return losses(
+                self.method,
+                values,
+                clock,
+                counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
+                shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
+            )
+
+        loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
+        if outside := hidden_values(self.method, states_ND, signals, steps, clock):
+            loss, values = loss + terms_of(outside, slice(None))[0], {**values, **outside}
+        terms = terms_of(values, slice(None))[1]
+        return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
+
+    def _read(self) -> Clock:
+        """The clock with the numbers of the controllers as they are before this batch."""
+        states = ((controller, self._state_of(controller)) for controller in self.method.controllers)
+        readings = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
+        return replace(self.clock, readings=readings)
+
+    def _state_of(self, controller: Controller) -> State:
+        """What was given of a controller's state, or that at the start of a run."""
+        name = controller.name
+        given = {key.removeprefix(f"{name}/"): x for key, x in self.state.items() if key.startswith(f"{name}/")}
+        return given or controller.init(generator(0, "controllers", name))
+
+    def _controlled(
+        self, steps: Steps, clock: Clock, valid: Mapping[str, Tensor | None], evaluate: Evaluate
+    ) -> tuple[dict[str, Tensor], Clock]:
+        """The state of all controllers after this batch, flat, and the clock with the numbers that its terms read."""
+        flat, readings = dict(self.state), dict[str, float]()
+        for controller in self.method.controllers:
+            name, state = controller.name, self._state_of(controller)
+            seen = look(controller, steps, clock, valid, evaluate) if len(steps) else None
+            if seen is not None:
+                state = controller.act(state, seen, generator(0, "controllers", name, clock.step))
+            readings |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
+            if seen is not None and not controller.again:
+                state = controller.learn(state, seen, {})
+            flat |= {f"{name}/{key}": x for key, x in state.items()}
+        return flat, replace(clock, readings=readings)
+
+    def _check_lists(self, name: str, signal: TeacherSignal, width: int) -> None:
+        """Refuses lists of ids that are shorter than the method needs, or that hold ids the student does not have."""
+        for kind, (ids_NK, whole) in signal.lists(width).items():
+            wanted = max((need.k for need in self.method.needs(name) if need.kind == kind), default=0)
+            kept = ids_NK.shape[1]
+            if kept < wanted and not whole:
+                asked = f"the top-{wanted} of '{name}', which gives its top-{kept}"
+                about = f"log-probs of the student's top-{wanted} from '{name}', which gives those of {kept} ids"
+                raise UserError(f"method '{self.method.name}' needs {asked if kind == 'topk' else about}")
+            if ids_NK.numel() and int(ids_NK.max()) >= width:
+                raise UserError(f"'{name}' names id {int(ids_NK.max())}; the student's vocabulary has {width}")
+
+    def _spread(self, term: TokenLoss) -> TokenLoss:
+        """Back to all N steps; 0 where the mask is."""
+
+        def spread(values: Tensor) -> Tensor:
+            if len(self.kept_N) == len(self.tokens_N):
+                return values
+            empty_N = torch.zeros(len(self.tokens_N), dtype=values.dtype, device=values.device)
+            return empty_N.index_copy(0, self.kept_N, values)
+
+        return TokenLoss(spread(term.value_N), spread(term.weight_N), spread(term.counted_N))
+
+
+def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> None:
+    """Refuses numbers of the student's that are no log-probs, where they count; NaN of the engine is "not known"."""
+    if values is None:
+        return
+    kept = values if mask is None else values[mask.bool()]
+    bad = kept.isinf() | (kept.isnan() if name == "old_logp" else False)
+    if bool(bad.any()):
+        raise UserError(
+            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written; give finite nats"
+        )
+
+
+def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:
+    """A number per rollout or per step as one per step."""
+    # One rollout per step is both; then the index is the identity, or the caller's own order of rollouts.
+    per_step = values.shape == rollout_N.shape
+    return values if per_step and (not len(values) or len(values) != int(rollout_N.max()) + 1) else values[rollout_N]
+
+
+def as_head(head: Tensor | Head) -> Head:
+    """A head, from itself or from its weight [V, D]."""
+    return head if isinstance(head, Head) else Head(head)

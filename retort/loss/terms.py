@@ -1,0 +1,241 @@
+"""A method applied to steps: what `retort.functional` and the trainer share, so that they cannot differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from retort.core import reduce
+from retort.core.context import Context
+from retort.core.losses import TokenLoss
+from retort.core.needs import SAMPLED, Need, NeedKind, can_meet
+from retort.core.parts import Part, per_step
+from retort.core.policy import Policy
+from retort.core.signals import TeacherSignal
+from retort.core.steps import Clock, Ranks, Steps
+from retort.errors import UserError
+from retort.method import Method, Term, Watch
+
+
+def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
+    """Raises `UserError` unless every view's teacher can answer what the method asks of it."""
+    for view in method.views:
+        if view not in offers:
+            raise UserError(f"method '{method.name}' needs a signal for view '{view}', which was not given")
+        missing = sorted(need for need in method.needs(view) if not can_meet(offers[view], need))
+        if missing:
+            has = ", ".join(sorted(offers[view])) or "nothing"
+            wants = " and ".join(str(need) for need in missing)
+            raise UserError(f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}")
+
+
+def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
+    """What to ask of a teacher at a step: all that is needed, and what the curves would like if it can give it."""
+    return method.needs(view) | {need for need in method.welcomes(view, step) if can_meet(capabilities, need)}
+
+
+def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives `<term>.value` and `<term>.weight`, [C] each, of terms that read logits."""
+    return _values_of([term for term in method.terms if not term.estimator.reads_hidden])
+
+
+def hidden_values(
+    method: Method,
+    student_ND: Tensor | None,
+    signals: Mapping[str, TeacherSignal],
+    steps: Steps,
+    clock: Clock,
+) -> dict[str, Tensor]:
+    """The same, [N] each, of the terms that compare hidden states; by plain autograd, outside of the loss core.
+
+    Args:
+        method: What is learnt.
+        student_ND: The student's last hidden states at some steps, live.
+        signals: The views' answers about the same steps.
+        steps: What else is known about them.
+        clock: Where the run is.
+    """
+    terms = [term for term in method.terms if term.estimator.reads_hidden]
+    if terms and student_ND is None:
+        raise UserError(f"method '{method.name}' needs student_hidden (term '{terms[0].name}'), which was not given")
+    rows = {term.against: signals[term.against].hidden_rows() for term in terms}
+    return _values_of(terms)(Context(Policy(), rows, steps, clock, student_ND))
+
+
+def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
+    def values(context: Context) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for term in terms:
+            weight_C = None
+            if term.weight is not None:
+                weight_C = context.steps.stored.get(f"{term.name}.weight")
+                weight_C = (term.weight.at(context, term.against) if weight_C is None else weight_C).detach()
+            value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
+            found[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
+            found[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
+        return found
+
+    return values
+
+
+def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what the score pass stores, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found = {
+            name: part.at(context, view).detach()
+            for name, (part, view) in method.stored.items()
+            if not weights_only or name.endswith(".weight")
+        }
+        return found if weights_only else {"old_logp": context.student_logp_N.detach(), **found}
+
+    return values
+
+
+def watch_values(watches: Iterable[Watch]) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives watched numbers, NaN on steps that a curve leaves out, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for watch in watches:
+            value_C = watch.part.at(context, watch.against).detach()
+            if watch.where is not None:
+                in_C = watch.where.at(context, watch.against) != 0
+                value_C = value_C.masked_fill(~in_C, float("nan"))
+            found[f"watch.{watch.name}"] = value_C
+        return found
+
+    return values
+
+
+def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives some parts by name, [C] each, detached."""
+    return lambda context: {name: part.at(context, view).detach() for name, part in parts.items()}
+
+
+def recorded_values(
+    method: Method, offers: Mapping[str, frozenset[NeedKind]]
+) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what only the per-token record needs, [C] each, detached.
+
+    Both sides' log-probs of the written token, and what a term's estimator shows of itself (`<term>.advantage`).
+    """
+
+    def values(context: Context) -> dict[str, Tensor]:
+        found = {"student_logp": context.student_logp_N.detach()}
+        for view, kinds in offers.items():
+            if can_meet(kinds, SAMPLED):
+                found[f"{view}_logp"] = context.signal(view).sampled_logp_N
+        for term in method.terms:
+            for name, value_C in term.estimator.shown(context, term.against, term.name).items():
+                found[f"{term.name}.{name}"] = value_C
+        return found
+
+    return values
+
+
+def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> dict[str, Tensor]:
+    """The steps that take part in each term, bool [N]: those about which every view that it asks says something.
+
+    Args:
+        method: What is learnt.
+        valid: Each view's `TeacherSignal.valid_N`.
+        steps: N.
+    """
+    found: dict[str, Tensor] = {}
+    for term in method.terms:
+        asked = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.asks(view)]
+        found[term.name] = torch.stack(asked).all(0) if asked else torch.ones(steps, dtype=torch.bool)
+    return found
+
+
+def batch_shares(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """What each step is multiplied by, per term, [N] each.
+
+    Args:
+        method: What is learnt.
+        steps: Of one optimizer step, those of this worker.
+        counted_N: The steps that take part in each term, see `counted`.
+        ranks: Who holds the rest of that optimizer step.
+    """
+    whole, own = ranks.gather(steps.storing({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
+    return {
+        term.name: reduce.shares(
+            term.denominator,
+            counted_N=whole.stored[f"counted/{term.name}"],
+            rollout_N=whole.rollout_N,
+            weight_N=_summed(term, whole.stored),
+        )[own]
+        for term in method.terms
+    }
+
+
+def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
+    """What a weighted denominator adds up, or what says which steps count."""
+    name = term.denominator.by
+    if name is None and term.denominator.kind in ("rollouts", "sums"):
+        return None
+    name = name or f"{term.name}.weight"
+    return stored[name].abs() if name in stored else None
+
+
+def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
+    """The function of a chunk that gives what `finish_stats` makes whole-batch values from, [C] each, detached."""
+
+    def values(context: Context) -> dict[str, Tensor]:
+        return {
+            name: stat.part.at(context, view).detach()
+            for name, (stat, view) in method.stats.items()
+            if stat.part is not None
+        }
+
+    return values
+
+
+def finish_stats(
+    method: Method,
+    values: Mapping[str, Tensor],
+    steps: Steps,
+    clock: Clock,
+    valid: Mapping[str, Tensor | None] | None = None,
+) -> dict[str, Tensor]:
+    """What is stored for the whole batch, from the values of all its steps; `valid` is as in `counted`."""
+    found: dict[str, Tensor] = {}
+    for name, (stat, view) in method.stats.items():
+        values_N = values.get(name, torch.zeros(len(steps), device=steps.rollout_N.device))
+        asked = [
+            valid_N
+            for other, valid_N in (valid or {}).items()
+            if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
+        ]
+        here = steps.storing(found)
+        if asked:
+            index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
+            values_N, here = values_N[index_N], here.select(index_N)
+        # A batch without a step has no largest number and no mean; what is stored for it is as empty as it is.
+        finished = stat.finish(values_N, here, clock).detach() if len(values_N) else values_N
+        per_step(f"statistic '{name}'", finished, here)
+        if asked:
+            finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
+        found[name] = finished
+    return found
+
+
+def losses(
+    method: Method,
+    values: Mapping[str, Tensor],
+    clock: Clock,
+    *,
+    counted_N: Mapping[str, Tensor],
+    shares_N: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, TokenLoss]]:
+    """The scalar of these steps and the terms behind it: those that there are values of."""
+    terms = {
+        term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N[term.name])
+        for term in method.terms
+        if f"{term.name}.value" in values
+    }
+    coefs = {term.name: clock.at(term.coef) for term in method.terms}
+    return reduce.scalar(terms, shares_N, coefs), terms

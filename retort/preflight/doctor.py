@@ -1,0 +1,105 @@
+"""Before any GPU-hour is spent: is this a pair, will it fit, will it teach?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from retort.align.pair import IdMap, align_ids
+from retort.config import Config
+from retort.errors import UserError
+from retort.method import Method
+from retort.models.files import read_tokenizer
+from retort.preflight.checks import quick_checks
+from retort.preflight.findings import Check, Examination
+from retort.preflight.trial import trial_checks
+from retort.train.given.given import Given
+from retort.train.models.models import sources
+from retort.train.setup.prepare import Prepared, prepare
+
+_TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
+
+
+def examine(
+    config: Config, method: Method | None = None, *, quick: bool = False, given: Given | None = None
+) -> Examination:
+    """All checks of what a configuration would run; what keeps a run from starting is a fatal finding, not an error.
+
+    Args:
+        config: Resolved.
+        method: A method of the caller's own, instead of the one that the configuration names.
+        quick: Leave out the checks that generate.
+        given: Objects of the caller's for which texts stand in the configuration.
+    """
+    first = _tokenizers(config, given or Given())
+    if not any(check.verdict == "fatal" for check in first):
+        try:
+            return examine_setup(prepare(config, method, given), quick=quick, before=first)
+        except UserError as error:
+            first.append(_refused(str(error)))
+    return Examination(tuple(first), quick)
+
+
+def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
+    """The checks of a run whose parts are loaded.
+
+    Args:
+        prepared: Its parts; nothing of it changes.
+        quick: Leave out the checks that generate.
+        before: Checks made already.
+    """
+    checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
+    if not quick and not any(check.verdict == "fatal" for check in checks):
+        checks += trial_checks(replace(prepared, notes=[]))
+    return Examination(tuple(checks), quick)
+
+
+def refuse(examination: Examination) -> None:
+    """Raises `UserError` if a check is fatal: the first, and how to go on all the same."""
+    found = examination.of("fatal")
+    if found:
+        first, *others = found
+        more = f" (and {len(others)} more: see `retort doctor`)" if others else ""
+        raise UserError(f"{first.line}{more}. To go on all the same: checks=warn")
+
+
+def _alike(prepared: Prepared) -> list[Check]:
+    """Compares the tokenizers of the models that a run names."""
+    others = [name for name in prepared.config.places if name != "student" and name in prepared.lms]
+    if not others:
+        saw = "the student's own: there is no other model to compare it with"
+        return [Check("tokenizer", "ok", saw, _TOKENIZER_WHY)]
+    return [_tokenizer_check(name, prepared.student.tokenizer, prepared.lms[name].tokenizer) for name in others]
+
+
+def _tokenizers(config: Config, given: Given) -> list[Check]:
+    """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
+    if config.student is None:
+        return []
+    try:
+        found = {
+            name: read_tokenizer(place, source, name, trust_remote_code=config.trust_remote_code)
+            for name, (place, source) in sources(config.places, given).items()
+        }
+    except UserError:
+        return []  # whatever is wrong with them, `prepare` says it in its own words
+    ours = found.pop("student")
+    return [_tokenizer_check(name, ours, theirs) for name, theirs in found.items()]
+
+
+def _tokenizer_check(name: str, ours: object, theirs: object) -> Check:
+    check = "tokenizer" if name == "teacher" else f"tokenizer of {name}"
+    try:
+        shared = align_ids(ours, theirs)  # type: ignore[arg-type]
+    except UserError as error:
+        text, _, remedy = str(error).rpartition(". ")
+        return Check(check, "fatal", text or str(error), _TOKENIZER_WHY, remedy)
+    what = f"tokens have other ids for the {name}" if isinstance(shared, IdMap) else "ids are the same token to both"
+    return Check(check, "ok", f"{shared.vocab:,} {what}, and probes are cut alike", _TOKENIZER_WHY)
+
+
+def _refused(message: str) -> Check:
+    """What keeps the run from starting."""
+    saw, _, remedy = message.rpartition("; ")
+    name = "stop token" if " stop" in message and "id" in message else "setup"
+    return Check(name, "fatal", saw or message, "a run with these settings would not start", remedy if saw else "")

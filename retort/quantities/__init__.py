@@ -1,0 +1,35 @@
+"""Numbers per step that gates look at, that weights are made of, and that a run watches; none is a weight itself."""
+
+from retort.quantities.contract import cliff, held_below, masses, student_tail, threshold_weight
+from retort.quantities.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.quantities.gradient_variance import gradient_variance
+from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_bound
+from retort.quantities.margin import teacher_margin
+from retort.quantities.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+from retort.quantities.stored import stored_quantity
+from retort.quantities.variance import student_variance, teacher_variance
+
+__all__ = [
+    "cliff",
+    "engine_gap",
+    "entropy_gap",
+    "gradient_variance",
+    "held_below",
+    "log_ratio_size",
+    "masses",
+    "outside_bound",
+    "overlap_advantage",
+    "overlap_mass",
+    "overlap_ratio",
+    "overlap_teacher_mass",
+    "sampled_reverse_kl",
+    "stored_quantity",
+    "student_entropy",
+    "student_tail",
+    "student_variance",
+    "teacher_entropy",
+    "teacher_margin",
+    "teacher_top_mass",
+    "teacher_variance",
+    "threshold_weight",
+]

@@ -1,0 +1,45 @@
+"""Quantities to gate on. Axis letters: see `retort.core`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retort.core.context import Context
+from retort.core.needs import ENTROPY, SAMPLED, Need
+from retort.core.parts import Quantity
+
+
+def teacher_entropy() -> Quantity:
+    """Entropy of the teacher's whole distribution, nats."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.signal(view).entropy_N
+
+    return Quantity("teacher_entropy", value, frozenset({ENTROPY}))
+
+
+def student_entropy() -> Quantity:
+    """Entropy of the student's whole distribution, nats, detached."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.student_entropy_N.detach()
+
+    return Quantity("student_entropy", value)
+
+
+def sampled_reverse_kl() -> Quantity:
+    """Log p_old - log p_T of the written token, nats: its mean over student samples estimates the reverse KL."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.old_logp_N - context.signal(view).sampled_logp_N
+
+    return Quantity("reverse_kl", value, frozenset({SAMPLED}))
+
+
+def teacher_top_mass(k: int) -> Quantity:
+    """Probability that the teacher gives to its own top-k."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.signal(view).topk(k)[1].exp().sum(-1)
+
+    return Quantity("teacher_topk_mass", value, frozenset({Need("topk", k)}))

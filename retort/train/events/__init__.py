@@ -1,0 +1,1 @@
+"""Who watches a run and what ends it early: observers, callbacks' hooks, trackers, signals."""

@@ -1,0 +1,1 @@
+"""The party that learns: passes over a batch, optimizer steps, learning rates, controllers."""

@@ -1,0 +1,106 @@
+"""The stateful parts of a run's method: their state, and when they are asked and told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from retort.controllers import Controller, Probe, State
+from retort.core.steps import Clock
+from retort.core.streams import generator
+from retort.errors import UserError
+from retort.loss.scoring import look
+from retort.method import Method
+from retort.train.learning.learner import Learner
+from retort.train.learning.passes import Batch
+
+#: Makes a probe.
+Measure = Callable[[Probe, Clock], Mapping[str, float]]
+_PREFIX = "control/"
+
+
+class Control:
+    """States by the controllers' names. A method at hand without controllers leaves them all alone."""
+
+    def __init__(self, controllers: Sequence[Controller], seed: int) -> None:
+        """The states before the first batch."""
+        self.seed = seed
+        self.states: dict[str, State] = {}
+        for controller in controllers:
+            self.states[controller.name] = controller.init(generator(self.seed, "controllers", controller.name))
+
+    def readings(self, method: Method) -> dict[str, float]:
+        """What dials read, by `<controller>.<number>`."""
+        return {
+            f"{controller.name}.{number}": value
+            for controller in method.controllers
+            for number, value in controller.numbers(self.states[controller.name]).items()
+        }
+
+    def act(self, batch: Batch, learner: Learner) -> Batch:
+        """Shows the batch to those that look at it, before it is learnt from; the batch with their new numbers."""
+        controllers, evaluate = batch.method.controllers, learner.evaluator(batch)
+        self._seen = {}
+        for controller in controllers:
+            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluate)
+            draw = generator(self.seed, "controllers", controller.name, batch.clock.step)
+            self.states[controller.name] = controller.act(self.states[controller.name], seen, draw)
+            self._seen[controller.name] = seen
+        if not controllers:
+            return batch
+        return replace(batch, clock=replace(batch.clock, readings=self.readings(batch.method)))
+
+    def learn(self, batch: Batch, learner: Learner) -> None:
+        """Tells them what became of the batch."""
+        for controller in batch.method.controllers:
+            again = controller.again and controller.sees
+            after = learner.averages(batch, controller.sees, controller.against) if again else {}
+            state = self.states[controller.name]
+            self.states[controller.name] = controller.learn(state, self._seen[controller.name], after)
+
+    def probe(self, method: Method, clock: Clock, measure: Measure) -> dict[str, float]:
+        """Makes the probes that are due after `clock.done` batches; what they found, to be logged.
+
+        Args:
+            method: At hand.
+            clock: Where the run is.
+            measure: Makes a probe: its means over all tokens of the answers to the prompts kept out for it.
+        """
+        logged: dict[str, float] = {}
+        for controller in method.controllers:
+            probe, done = controller.probe, clock.done
+            if probe is None or (done % probe.every if done else not probe.at_start):
+                continue
+            found = measure(probe, replace(clock, readings=self.readings(method)))
+            self.states[controller.name] = controller.probed(self.states[controller.name], found)
+            logged |= {f"probe/{controller.name}.{name}": value for name, value in found.items()}
+        return logged
+
+    def ended(self, method: Method) -> str | None:
+        """Why the run is to end now, if it is."""
+        reasons = (controller.ended(self.states[controller.name]) for controller in method.controllers)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def mark(self) -> Callable[[], None]:
+        """What puts back the states as they are now."""
+        states = dict(self.states)
+        return lambda: self.states.update(states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All states, flat."""
+        return {f"{_PREFIX}{name}/{key}": x for name, state in self.states.items() for key, x in state.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts `tensors` back; those of others are not looked at.
+
+        Raises:
+            UserError: They are not those of this method's controllers.
+        """
+        given = {name for name in tensors if name.startswith(_PREFIX)}
+        if given != self.tensors().keys():
+            wrong = sorted(given ^ self.tensors().keys())[0]
+            raise UserError(f"the checkpoint is of a method with other controllers (state '{wrong}')")
+        for name, state in self.states.items():
+            self.states[name] = {key: tensors[f"{_PREFIX}{name}/{key}"] for key in state}

@@ -1,0 +1,149 @@
+"""The party that learns: the student, its optimizer, score pass and updates. It knows no teacher and no engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.align.sentences import sentences
+from retort.config.sections import OptimizerSection
+from retort.core.needs import can_meet
+from retort.core.parts import Part
+from retort.core.rollouts import Group, Pack
+from retort.core.signals import TeacherSignal
+from retort.core.steps import Clock, Steps
+from retort.loss import scoring
+from retort.method import Method
+from retort.models.lm import LanguageModel
+from retort.train.learning.passes import Batch, Passes
+from retort.train.learning.update import Update, learn
+from retort.train.storage import checkpoint
+from retort.train.storage.metrics import Means, Stopwatch
+
+
+@dataclass(eq=False)
+class Learner:
+    """What learns.
+
+    Attributes:
+        passes: The student, and how it reads rollouts.
+        settings: Of optimizer and updates.
+        moved: Told after every optimizer step how many there were in the run (weights that follow the student's).
+        variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
+        updates: Optimizer steps done.
+        begun: Optimizer steps done when the method at hand took over.
+    """
+
+    passes: Passes
+    settings: OptimizerSection
+    moved: Callable[[int], None] | None = None
+    variance_every: int = 0
+    updates: int = 0
+    begun: int = 0
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            list(self.lm.trainable().values()),
+            lr=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,  # one pass over the weights instead of a dozen: a fifth of the time on a CPU
+        )
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The student."""
+        return self.passes.lm
+
+    @property
+    def vocab(self) -> int:
+        """Ids that the student shares with all teachers."""
+        return self.passes.vocab
+
+    def batch(
+        self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
+    ) -> Batch:
+        """Rollouts with what was said about them, laid end to end; arguments as in `score`."""
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        return Batch(method, pack, pack.steps, signals, clock)
+
+    def score(
+        self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
+    ) -> Batch:
+        """The score pass: what must be known before the first update (old log-probs, baselines, statistics, weights).
+
+        Args:
+            method: What is learnt.
+            groups: Rollouts.
+            signals: The teachers' answers about them, by view.
+            clock: Where the run is.
+        """
+        bare = self.batch(method, groups, signals, clock)
+        watches = tuple(
+            watch
+            for watch in method.watch
+            if clock.step % watch.every == 0
+            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
+        )
+        bare = replace(bare, steps=self._with_sentences(method, bare.pack), watches=watches)
+        several = self.settings.updates * self.settings.epochs > 1 and method.uses_old_logp
+        evaluate = self.passes.evaluator(bare)
+        return replace(bare, steps=scoring.scored(method, bare.steps, clock, bare.valid, evaluate, several=several))
+
+    def learn(self, batch: Batch, factor: Callable[[int], float], watch: Stopwatch) -> tuple[Means, dict[str, Tensor]]:
+        """All optimizer steps on a scored batch.
+
+        Args:
+            batch: See `score`.
+            factor: Optimizer step -> factor on the learning rate.
+            watch: Takes the times.
+
+        Returns:
+            The means to log, and the per-step values of the first pass over the batch, [N] each.
+        """
+        update = Update(self.passes, self.settings, self.optimizer, factor, self.variance_every, self.moved)
+        self.updates, means, values = learn(update, batch, self.updates, watch)
+        return means, values
+
+    def top_ids(self, method: Method, groups: Sequence[Group], k: int) -> Tensor:
+        """See `Passes.top_ids`."""
+        return self.passes.top_ids(method, Pack.of([rollout for group in groups for rollout in group]), k)
+
+    def evaluator(self, batch: Batch) -> scoring.Evaluate:
+        """Evaluates functions of the context on a batch, with the student as it is now."""
+        return self.passes.evaluator(batch)
+
+    def averages(self, batch: Batch, parts: Mapping[str, Part], view: str) -> dict[str, float]:
+        """Means of parts over all steps of a batch, with the student as it is now. Costs a forward pass."""
+        evaluate = self.evaluator(batch)
+        return scoring.averages(parts, view, batch.steps, batch.clock, batch.valid, evaluate)
+
+    def begin(self) -> None:
+        """Another method takes over: every method of a run begins with an optimizer and a learning rate of its own."""
+        self.optimizer.state.clear()
+        self.begun = self.updates
+
+    def tensors(self) -> tuple[Mapping[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+        """For a checkpoint: weights, optimizer tensors, plain values."""
+        counts = {"updates": self.updates, "begun": self.begun}
+        return self.lm.trainable(), checkpoint.optimizer_tensors(self.optimizer), counts
+
+    @torch.no_grad()
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Puts back what a checkpoint holds of the student and its optimizer."""
+        for name, parameter in self.lm.trainable().items():
+            parameter.copy_(found.weights[name])
+        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+        self.updates, self.begun = int(found.state["updates"]), int(found.state["begun"])
+
+    def _with_sentences(self, method: Method, pack: Pack) -> Steps:
+        """The steps of a pack, with the sentences of their text if a statistic asks for them."""
+        if not any(stat.sentences for stat, _ in method.stats.values()):
+            return pack.steps
+        found = [sentences(rollout.action_ids, self.lm.tokenizer) for rollout in pack.rollouts]
+        return replace(pack.steps, sentence_N=torch.tensor([sentence for own in found for sentence in own]))

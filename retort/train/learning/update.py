@@ -1,0 +1,302 @@
+"""Learning from one batch of rollouts: optimizer steps. Axis letters: see `retort.core`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from retort.config.sections import OptimizerSection
+from retort.core import reduce
+from retort.core.context import Context
+from retort.core.losses import TokenLoss
+from retort.core.per_token import loss_pass
+from retort.core.signals import Candidates, Dense, TeacherSignal
+from retort.core.steps import ALONE
+from retort.core.streams import permutation
+from retort.errors import RunError, SignalError
+from retort.loss.terms import batch_shares, counted, hidden_values, losses, recorded_values, term_values, watch_values
+from retort.method import Method
+from retort.train.learning.diagnose import add_noise_floor, add_positions
+from retort.train.learning.passes import Batch, Passes, fill
+from retort.train.learning.variance import adam_variance
+from retort.train.storage.metrics import Means, Stopwatch
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """How a batch is learnt from.
+
+    Attributes:
+        passes: The student.
+        settings: Of optimizer and updates.
+        optimizer: Of the student.
+        factor: Optimizer step -> factor on the learning rate.
+        variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
+        moved: Told after every optimizer step how many there were in the run (weights that follow the student's).
+    """
+
+    passes: Passes
+    settings: OptimizerSection
+    optimizer: torch.optim.Optimizer
+    factor: Callable[[int], float]
+    variance_every: int = 0
+    moved: Callable[[int], None] | None = None
+
+
+def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> tuple[int, Means, dict[str, Tensor]]:
+    """All optimizer steps on one batch of rollouts.
+
+    Args:
+        update: How.
+        batch: Scored rollouts.
+        updates_done: Optimizer steps before this batch.
+        watch: Takes the times.
+
+    Returns:
+        Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
+    """
+    passes, settings, pack, optimizer = update.passes, update.settings, batch.pack, update.optimizer
+    every = update.variance_every
+    logged = Means()
+    recorded: dict[str, Tensor] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rollouts = len(pack.rollouts)
+    for epoch in range(settings.epochs):
+        order = permutation(batch.clock.seed, "data", "updates", batch.clock.step, epoch, count=rollouts)
+        parts = min(settings.updates, rollouts)
+        for part in range(parts):
+            chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
+            if epoch == part == 0 and every and batch.clock.step % every == 0:
+                with watch("variance"):
+                    variance = batch_variance(passes, batch, chosen)
+                if variance is not None:
+                    logged.add("batch_gradient_variance", variance)
+            values = _gradients(passes, batch, chosen, logged, watch)
+            if epoch == part == 0 and _as_written(batch.method):
+                add_noise_floor(logged, pack, chosen, values["student_logp"])
+            if epoch == 0:
+                index_N = pack.steps_of(chosen)
+                for name, values_N in values.items():
+                    recorded.setdefault(name, torch.full_like(values_N, math.nan))[index_N] = values_N[index_N]
+            with watch("optimizer"):
+                norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+                if not math.isfinite(norm):
+                    raise RunError(f"step {batch.clock.step + 1}: the gradient is {norm}; stopping before the update")
+                rate = settings.learning_rate * update.factor(updates_done)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            logged.add("grad_norm", norm)
+            if batch.method.adam_variance:
+                logged.add("adam_variance", adam_variance(optimizer))
+            logged.add("lr", rate)
+            updates_done += 1
+            if update.moved is not None:
+                with watch("optimizer"):
+                    update.moved(updates_done)
+    return updates_done, logged, recorded
+
+
+def _gradients(
+    passes: Passes, batch: Batch, chosen: Sequence[int], logged: Means, watch: Stopwatch
+) -> dict[str, Tensor]:
+    """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
+    method, pack = batch.method, batch.pack
+    parts = (
+        term_values(method),
+        watch_values(batch.watches),
+        recorded_values(method, {view: signal.offers for view, signal in batch.signals.items()}),
+    )
+
+    def every(context: Context) -> dict[str, Tensor]:
+        return {name: value_C for part in parts for name, value_C in part(context).items()}
+
+    shares_N = _shares(batch, chosen)
+    found: dict[str, Tensor] = {}
+    names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
+    micros = passes.micro_batches(pack, chosen)
+    parts_done = [_backward(passes, batch, micro, every, shares_N, watch) for micro in micros]
+    with watch("backward"):  # a GPU is waited for once, after all of them
+        added = torch.stack([added for added, _ in parts_done]).tolist()
+    total = dict.fromkeys(names, 0.0)
+    for micro, (_, values), row in zip(micros, parts_done, added, strict=True):
+        if not math.isfinite(row[0]):
+            raise _not_finite(passes, batch, micro, values)
+        for name, value in zip(names, row, strict=True):
+            total[name] += value
+        fill(found, pack, micro, values)
+    for name, value in total.items():
+        logged.add(name, value)
+    # Curves are about what the student writes; of a method under which it never does, about what it reads.
+    alone = "student" in method.rollout.sources
+    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
+    for watched in batch.watches:
+        values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
+        if valid_N is not None:
+            values_N.masked_fill_(~valid_N, math.nan)
+        kept_N = values_N[~values_N.isnan() & written_N]
+        if watched.summed_up is None:
+            logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
+        elif len(kept_N):
+            logged.add(watched.name, watched.summed_up(kept_N))
+        if watched.by_position:
+            longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
+            place_N = batch.steps.position_N[~values_N.isnan() & written_N]
+            add_positions(logged, watched.name, kept_N, place_N, longest)
+    return found
+
+
+def _backward(
+    passes: Passes,
+    batch: Batch,
+    micro: Sequence[int],
+    every: Callable[[Context], dict[str, Tensor]],
+    shares_N: Mapping[str, Tensor],
+    watch: Stopwatch,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Adds the gradient of some rollouts; what they add to the loss and to its terms, float64, and their values.
+
+    All of it stays on the device, and nothing here waits for it: who reads it finds out whether it is finite.
+    """
+    index_N = batch.pack.steps_of(micro)
+    device = passes.lm.device
+    here = {name: share_N[index_N].to(device) for name, share_N in shares_N.items()}
+    counted_N = counted(batch.method, batch.valid, len(batch.steps))
+    counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
+    with watch("student"):
+        hidden_ND = passes.hidden(batch.pack, micro)
+    part = partial(_terms, batch, counts, here)
+    with watch("loss"), passes.lm.compute():
+        core = passes.core(batch, index_N, every)
+        loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
+        if outside := hidden_values(batch.method, hidden_ND, core.signals, core.steps, core.clock):
+            loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
+    with watch("backward"):
+        loss.backward()
+    values = {name: value_N.detach() for name, value_N in values.items()}
+    terms = part(values, slice(None))[1]
+    totals = [reduce.total(terms[term.name], here[term.name]) for term in batch.method.terms]
+    return torch.stack([x.detach().double() for x in (loss, *totals)]), values
+
+
+def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float | None:
+    r"""What the gradient of one optimizer step would vary by with other prompts and answers, over all its weights.
+
+    .. math:: \frac{n}{n-1} \Big( \sum_p \lVert G_p \rVert^2 - \frac{1}{n} \big\lVert \sum_p G_p \big\rVert^2 \Big)
+
+    with :math:`G_p` what the rollouts of one visit to a prompt add to the gradient, n visits. It estimates
+    :math:`E\lVert G \rVert^2 - \lVert E\,G \rVert^2` of the step's gradient G, before clipping, in the units of
+    `grad_norm` squared, without bias if visits are independent draws. They are the unit because they are what is drawn:
+    answers to one prompt are not independent, and micro-batches are an accident of memory. Denominators count as given.
+
+    Costs a forward and a backward pass over the batch, a prompt at a time, and room for a second gradient. It leaves no
+    gradient behind and changes nothing else.
+
+    Args:
+        passes: The student; no gradient may be waiting.
+        batch: Scored rollouts.
+        chosen: Those of the optimizer step.
+
+    Returns:
+        None if they are all of one visit.
+    """
+    visits: dict[int, list[int]] = {}
+    for rollout in chosen:
+        visits.setdefault(int(batch.pack.group_R[rollout]), []).append(rollout)
+    if len(visits) < 2:
+        return None
+    parameters = list(passes.lm.trainable().values())
+    whole = [torch.zeros_like(p) for p in parameters]
+    shares_N, idle = _shares(batch, chosen), Stopwatch()
+    squares = 0.0
+    for own in visits.values():
+        for micro in passes.micro_batches(batch.pack, own):
+            _backward(passes, batch, micro, term_values(batch.method), shares_N, idle)
+        squares += _square([p.grad for p in parameters if p.grad is not None])
+        for total, parameter in zip(whole, parameters, strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad
+            parameter.grad = None
+    count = len(visits)
+    return count / (count - 1) * (squares - _square(whole) / count)
+
+
+def _square(tensors: Sequence[Tensor]) -> float:
+    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
+
+
+def _as_written(method: Method) -> bool:
+    """Whether what the rollout engine reported and what is learnt are log-probs of one distribution."""
+    return method.rollout.top_p == 1.0 and method.rollout.temperature == method.temperature
+
+
+def _shares(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
+    """What each step is multiplied by in this optimizer step, by place in N."""
+    index_N = batch.pack.steps_of(chosen)
+    counted_N = counted(batch.method, batch.valid, len(batch.steps))
+    here = {name: in_N[index_N] for name, in_N in counted_N.items()}
+    cut = batch_shares(batch.method, batch.steps.select(index_N), here, ALONE)
+    return {
+        name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, share_N)
+        for name, share_N in cut.items()
+    }
+
+
+def _terms(
+    batch: Batch,
+    counted_N: Mapping[str, Tensor],
+    shares_N: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    rows: slice,
+) -> tuple[Tensor, dict[str, TokenLoss]]:
+    """What some steps add to the loss, and the terms behind it."""
+    return losses(
+        batch.method,
+        values,
+        batch.clock,
+        counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
+        shares_N={name: share_N[rows] for name, share_N in shares_N.items()},
+    )
+
+
+def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
+    """Which token, of which rollout, and by which id a loss stopped being finite."""
+    steps = batch.pack.steps_of(rollouts)
+    for term in batch.method.terms:
+        bad = (~values[f"{term.name}.value"].detach().isfinite()).nonzero()
+        if not len(bad):
+            continue
+        step = int(steps[int(bad[0])])
+        rollout = batch.pack.rollouts[int(batch.steps.rollout_N[step])]
+        ids = _banned(batch.signals[term.against], step, int(batch.steps.tokens_N[step]))
+        names = ", ".join(f"{i} ({passes.lm.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
+        banned = f"the teacher gives probability 0 to id {names}, which the student may write"
+        place = int(batch.steps.position_N[step])
+        return RunError(
+            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {place} of an answer "
+            f"to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
+            "(a forward KL or jsd stays finite where the teacher rules out an id)"
+        )
+    return RunError(f"step {batch.clock.step + 1}: the loss is not finite; stopping before the update")
+
+
+def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
+    """Ids that the teacher rules out at a step: the one written, or all it can name."""
+    if isinstance(signal, Dense):
+        logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
+        banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
+        return [token] if token in banned else banned
+    asked = (
+        signal.ids_NK[step][signal.logp_NK[step] == float("-inf")].tolist() if isinstance(signal, Candidates) else []
+    )
+    try:
+        written = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
+    except SignalError:
+        return asked
+    return [token] if written else asked

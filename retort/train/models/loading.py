@@ -1,0 +1,151 @@
+"""The models of a run, loaded: the student that learns and all that are frozen, in one precision and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from retort.align.chat import Renderer
+from retort.config import Config
+from retort.core.rollouts import Prompt
+from retort.models.chance import check_repeats
+from retort.models.lm import LanguageModel, Precision
+from retort.models.lora import add_adapter
+from retort.models.rehearsal import rehearse_export
+from retort.models.together import settle
+from retort.train.given.given import Given
+from retort.train.models import precision
+from retort.train.models.attention import quickest
+from retort.train.models.models import load
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """Models, and what was settled by trying them.
+
+    Attributes:
+        config: With the precision that was chosen.
+        student: What learns.
+        frozen: All others, by name.
+        attention: Implementation, resolved; None for each model's own default.
+        render: A prompt's ids, as the student reads it.
+    """
+
+    config: Config
+    student: LanguageModel
+    frozen: Mapping[str, LanguageModel]
+    attention: str | None
+    render: Renderer
+
+
+def load_models(
+    config: Config,
+    places: Mapping[str, str],
+    render: Renderer,
+    train: Sequence[Prompt],
+    notes: list[str],
+    given: Given,
+) -> Loaded:
+    """Loads every model that a run names.
+
+    Args:
+        config: Resolved.
+        places: Of the models, by name; the base may be where the student is.
+        render: A prompt's ids, as the student reads it.
+        train: Prompts to learn from, some of which models are tried on.
+        notes: Takes what the user should know.
+        given: Objects for which texts stand among the places.
+
+    Raises:
+        UserError: One cannot be loaded, or used as it is to be.
+    """
+    student = load(config, places["student"], "student", given)
+    _adapt(config, student)
+    rehearse_export(student)
+    teacher = load(config, places["teacher"], "teacher", given) if "teacher" in places else None
+    chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
+    config = config.changed("precision", chosen)
+    if teacher is not None and teacher.precision != chosen:
+        teacher = load(config, places["teacher"], "teacher", given)
+    pair = [lm for lm in (student, teacher) if lm is not None]
+    attention = _attention(config, pair, render, train, notes)
+    if config.optimizer.gradient_checkpointing:
+        student.model.activation_checkpointing_enable({"use_reentrant": False})
+        student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+        check_repeats(student)
+    notes += _of_models(pair)
+    frozen = {} if teacher is None else {"teacher": teacher}
+    for name, place in places.items():
+        if name not in ("student", "teacher"):
+            frozen[name] = _base(config, student, place, given) if name == "base" else load(config, place, name, given)
+            notes += [note for note in frozen[name].notes if note not in notes]
+    return Loaded(config, student, frozen, attention, render)
+
+
+def _of_models(pair: Sequence[LanguageModel]) -> list[str]:
+    """What the user should know of student and teacher."""
+    notes = [note for lm in pair for note in lm.notes]
+    notes += [
+        f"sequences of {lm.name} longer than {lm.together_up_to} tokens are computed one at a time: together, that "
+        "family would change them"
+        for lm in pair
+        if lm.together_up_to is not None
+    ]
+    padded = [lm.name for lm in pair if not lm.packs and lm.together_up_to != 0]
+    if padded:
+        notes.append(f"sequences of {' and '.join(padded)} are padded: in one row, that family would mix them")
+    return notes
+
+
+def _adapt(config: Config, student: LanguageModel) -> None:
+    """Gives the student the adapter that the settings name."""
+    lora = config.lora
+    if lora.rank:
+        alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+        add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+
+
+def _precision(
+    config: Config,
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    prompts: Sequence[list[int]],
+    notes: list[str],
+) -> Precision:
+    """The precision that the settings name or that `auto` stands for with this pair; the student computes in it."""
+    if config.precision != "auto" or student.precision != "bf16":
+        return student.precision
+    chosen, note = precision.settle(student, teacher, prompts, config.seed)
+    notes.append(note)
+    if chosen != student.precision:
+        student.precision = chosen
+        student.working.drop()
+        settle(student)  # what may be computed together is a matter of rounding, too
+    return chosen
+
+
+def _base(config: Config, student: LanguageModel, name: str, given: Given) -> LanguageModel:
+    """The base model. Where that is the student as it was, a student with an adapter still holds it."""
+    kept = student.adapter is not None and name == config.student
+    return student.bare() if kept else load(config, name, "base", given)
+
+
+def _attention(
+    config: Config,
+    loaded: Sequence[LanguageModel],
+    render: Renderer,
+    train: Sequence[Prompt],
+    notes: list[str],
+) -> str | None:
+    """The implementation that the settings name, or the quickest of those that both models have."""
+    if config.attention != "auto":
+        return config.attention
+    lengths = sorted(len(render(prompt)) for prompt in train[:64])
+    length = lengths[len(lengths) // 2] + config.rollout.max_new_tokens
+    chosen, times = quickest(list(loaded), length, max(1, config.optimizer.batch_tokens // length))
+    if chosen is None:
+        notes.append("attention is each model's own: they have no implementation in common to measure")
+        return None
+    measured = ", ".join(f"{name} {seconds * 1e3:,.0f} ms" for name, seconds in times.items())
+    notes.append(f"attention is {chosen}, by measuring on batches like this run's ({measured})")
+    return chosen

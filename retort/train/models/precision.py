@@ -1,0 +1,105 @@
+"""What `precision = "auto"` chooses: fp32 on a CPU; on a GPU bf16, unless its rounding drowns what is to be learnt.
+
+On the CPUs measured bf16 saves nothing in a step, also where the processor multiplies in it, and what it rounds away
+can be as large as the divergence between student and teacher. On a GPU it halves the time of a step, so there both
+numbers are taken on the pair itself, on answers that the student writes. Axis letters: see `retort.core`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from retort.align.pair import Alignment, SameIds, align_pair
+from retort.core.sequences import TokenSequence
+from retort.core.streams import uniforms
+from retort.models.lm import LanguageModel, Precision
+from retort.rollout.engines.base import Sampling
+from retort.rollout.engines.hf import HFEngine, Request
+
+#: How many times what rounding makes of a token's log-prob a divergence must be to be one.
+ABOVE_NOISE = 3.0
+#: Answers that are written for it, and tokens of each.
+_ANSWERS, _WRITTEN = 8, 16
+
+
+def settle(
+    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[list[int]], seed: int
+) -> tuple[Precision, str]:
+    """Chooses between bf16, in which the models are, and fp32.
+
+    Args:
+        student: In bf16; it is left so.
+        teacher: In bf16, if there is one.
+        prompts: Ids of some, as the student reads them.
+        seed: Of the run.
+
+    Returns:
+        The choice, and what was measured.
+
+    Raises:
+        UserError: Their tokenizers disagree.
+    """
+    usual = [ids for ids in prompts if 0 < len(ids) < student.context]  # others are refused where all are looked at
+    if not usual:
+        return "bf16", "precision is bf16 (auto): no prompt is of a length at which it could be measured"
+    noise, apart = measured(student, teacher, usual, seed)
+    saw = f"in bf16 a token's log-prob is {noise:.1e} nats from fp32's on average"
+    if apart is None:
+        return "bf16", f"precision is bf16 (auto): {saw}; if the teacher differs by less than that, set precision=fp32"
+    saw = f"{saw}, and student and teacher are {apart:.1e} nats apart"
+    if math.isfinite(apart) and apart < ABOVE_NOISE * noise:
+        return "fp32", f"precision is fp32 (auto): {saw}, less than {ABOVE_NOISE:g} times that"
+    return "bf16", f"precision is bf16 (auto): {saw}"
+
+
+@torch.no_grad()
+def measured(
+    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[list[int]], seed: int
+) -> tuple[float, float | None]:
+    """What bf16 rounds away of the student, and what there is to learn.
+
+    Args:
+        student: As in `settle`, as are all arguments.
+        teacher: As in `settle`.
+        prompts: As in `settle`; each leaves room for an answer.
+        seed: As in `settle`.
+
+    Returns:
+        The mean distance of the log-probs of the tokens written, bf16 from fp32, nats; and the mean reverse KL from the
+        teacher on them, nats.
+    """
+    width = student.head().width
+    pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
+    same = SameIds(pair.vocab)
+    written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
+    asked = [
+        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
+        for n, ids in enumerate(prompts[:_ANSWERS])
+    ]
+    engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
+    answers = engine.generate(asked, Sampling(written))
+    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
+    token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
+    rounded_N1 = _logp(student, sequences, same).gather(1, token_N1)
+    before: Precision = student.precision
+    student.precision = "fp32"
+    try:
+        exact_NV = _logp(student, sequences, same)
+    finally:
+        student.precision = before
+    noise = float((rounded_N1 - exact_NV.gather(1, token_N1)).abs().mean())
+    if teacher is None:
+        return noise, None
+    gap_NV = exact_NV - _logp(teacher, sequences, pair)
+    return noise, float((exact_NV.exp() * gap_NV).sum(-1).mean())
+
+
+def _logp(lm: LanguageModel, sequences: list[TokenSequence], alignment: Alignment) -> Tensor:
+    """Of every id of the student's at every token written, [N, V], fp32."""
+    hidden_ND = lm.all_hidden([alignment.read(own) for own in sequences], sum(map(len, sequences)))
+    with lm.compute():
+        return alignment.logits(lm.head().logits(hidden_ND, alignment.width), 1.0).float().log_softmax(-1)

@@ -1,0 +1,80 @@
+"""The trained student as a Hugging Face folder, with a model card (`retort.train.output.card`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from retort.align.stops import WRITTEN
+from retort.errors import RunError
+from retort.files import disk_full, new_folder, reason, write_text
+from retort.models.lm import LanguageModel
+from retort.train.output.card import ADAPTER, adapter_card, card
+from retort.train.setup.prepare import Prepared
+
+
+def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int) -> None:
+    """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
+
+    An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written.
+    """
+    student = prepared.student
+    merged = None if student.adapter is None else student.adapter.merged()
+    bare = student.model.generation_config
+    try:
+        if student.adapter is not None:
+            with new_folder(folder.with_name(ADAPTER)) as temporary:
+                student.adapter.save(temporary)
+                write_text(temporary / "README.md", adapter_card(prepared))
+        with new_folder(folder) as temporary:
+            with _says_where_it_stops(student):
+                student.model.generation_config = student.written_generation
+                student.model.save_pretrained(temporary, state_dict=merged)
+                student.tokenizer.save_pretrained(temporary)
+            write_text(temporary / "README.md", card(prepared, results, step))
+    except Exception as error:  # a tokenizer that meets a full disk raises plain Exception
+        if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
+            raise
+        raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
+    finally:
+        student.model.generation_config = bare
+
+
+@contextlib.contextmanager
+def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
+    """Within, the student's configurations and tokenizer name the stops that the run had, whoever named them first.
+
+    An ordinary token (`rollout.stop`) does not become the tokenizer's `eos_token`: a special token is cut differently.
+    """
+    stops, tokenizer = student.stops, student.tokenizer
+    ids = [stops.primary, *sorted(stops.ids - {stops.primary})]
+    named: Any = ids[0] if len(ids) == 1 else ids
+    config: Any = student.model.config
+    # A model of several parts has the key in the part that writes, too.
+    holders: list[Any] = [student.written_generation, config]
+    if config.get_text_config() is not config:
+        holders.append(config.get_text_config())
+    before = [(holder, getattr(holder, "eos_token_id", None)) for holder in holders]
+    eos, had = tokenizer.eos_token, getattr(config, WRITTEN, None)
+    try:
+        for holder in holders:
+            holder.eos_token_id = named
+        setattr(config, WRITTEN, ids)
+        if stops.primary in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
+            tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops.primary))
+        yield
+    finally:
+        for holder, value in before:
+            holder.eos_token_id = value
+        if had is None:
+            delattr(config, WRITTEN)
+        else:
+            setattr(config, WRITTEN, had)
+        tokenizer.eos_token = eos

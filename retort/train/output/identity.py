@@ -1,0 +1,199 @@
+"""What a checkpoint remembers of its run besides tensors, so that a run that goes on from it notices what changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retort.config.sections import SHORTHANDS
+from retort.core.rollouts import Prompt
+from retort.data import fingerprint
+from retort.errors import UserError
+from retort.models.lm import LanguageModel
+from retort.teachers.local import LocalTeacher
+from retort.train.setup.prepare import Prepared
+
+#: Settings that do not change what is learnt or judged; places, because it is their content that counts.
+FREE = (
+    *(*SHORTHANDS, "models", "data", "eval.data", "out"),
+    *("steps", "tracker", "checks", "checkpoint", "record"),
+)
+#: Settings that change rounding at most.
+ROUNDING = (
+    "device",
+    "attention",
+    "threads",
+    "rollout.parallel",
+    "optimizer.batch_tokens",
+    "optimizer.gradient_checkpointing",
+)
+#: What is written otherwise by another version of transformers.
+_BY_VERSION = ("configuration", "tokenizer")
+#: Keys of a model's configuration that say where or with what it was loaded.
+_LOADED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
+
+
+def identity(prepared: Prepared) -> dict[str, Any]:
+    """Settings, digests and versions of a run, to be taken before its student has learnt: part of a checkpoint's state.
+
+    Weights are hashed whole (about a second per gigabyte), and prompts as each model reads them.
+    """
+    import transformers
+
+    import retort
+
+    digests: dict[str, str] = {}
+    for who, lm in prepared.lms.items():
+        digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
+    readers = {"student": prepared.source.render}
+    readers |= {who: model.render for who, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)}
+    for who, render in readers.items():
+        digests[f"the prompts as the {who} reads them"] = _rendered(
+            [*prepared.source.prompts, *prepared.held_out], render
+        )
+    digests["the held-out prompts"] = fingerprint([*prepared.held_out, *prepared.source.probe])
+    versions = {
+        "retort": retort.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return {"settings": _settings(prepared), "digests": digests, "versions": versions}
+
+
+def compare(
+    path: Path, state: Mapping[str, Any], now: Mapping[str, Any], folder: Path, note: Callable[[str], None]
+) -> None:
+    """Refuses a checkpoint of another run, and notes what differs without changing what is learnt.
+
+    Args:
+        path: Of the checkpoint, for messages.
+        state: Its plain values.
+        now: `identity` of the run.
+        folder: Of the run.
+        note: Takes each difference that may only change rounding, one sentence.
+
+    Raises:
+        UserError: Something differs that makes it another run.
+    """
+    then = state["run"]
+    settings = [
+        (name, then["settings"][name], value)
+        for name, value in now["settings"].items()
+        if name in then["settings"] and json.loads(then["settings"][name]) != json.loads(value)
+    ]
+    other = [(name, a, b) for name, a, b in settings if name not in ROUNDING]
+    if other:
+        shown = ", ".join(f"{name} = {b} (it was {a})" for name, a, b in other[:4])
+        raise UserError(
+            f"{path}: these settings changed since this checkpoint: {shown}; put them back in "
+            f"{folder / 'config.json'}, or start a new run with another --out"
+        )
+    versions = [
+        f"{name} {now['versions'][name]} (it was {was})"
+        for name, was in then["versions"].items()
+        if name in now["versions"] and now["versions"][name] != was
+    ]
+    upgraded = then["versions"].get("transformers") != now["versions"]["transformers"]
+    changed = [name for name, digest in now["digests"].items() if then["digests"].get(name) != digest]
+    may_be_written_otherwise = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
+    refused = [name for name in changed if name not in may_be_written_otherwise]
+    if refused:
+        raise UserError(
+            f"{path}: {' and '.join(refused[:4])} changed since this checkpoint{_why(refused)}; "
+            "put back what it was made with, or start a new run with another --out"
+        )
+    notes = [f"{name} = {b} now (it was {a})" for name, a, b in settings]
+    notes += [f"{name} is written otherwise by this version" for name in may_be_written_otherwise]
+    if versions:
+        notes.append(f"the run goes on with {', '.join(versions)}")
+    for found in notes:
+        note(f"{found}: results may round differently from here on")
+
+
+def _why(refused: list[str]) -> str:
+    if all(name.startswith("the prompts as") for name in refused):
+        return (
+            " (a chat template that writes today's date does this: write the day of the first start into "
+            "rollout.date in the run's config.json)"
+        )
+    if refused[0] == "the student's weights":
+        return " (is it a checkpoint of another run?)"
+    return ""
+
+
+def _settings(prepared: Prepared) -> dict[str, str]:
+    """Settings that count by their dotted names, as JSON; the numbers of a method of the caller's own, too."""
+    method = prepared.method
+    plain = {name: v for name, v in method.settings.items() if isinstance(v, (bool, int, float, str, type(None)))}
+    found = dict(_flat(prepared.config.model_dump())) | {
+        f"method {name}": json.dumps(value) for name, value in {"name": method.name, **plain}.items()
+    }
+    return {name: value for name, value in found.items() if not _is_of(name, FREE)}
+
+
+def _is_of(name: str, names: Iterable[str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in names)
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", json.dumps(value, default=str)
+
+
+def _model(lm: LanguageModel) -> dict[str, str]:
+    """Digests of all that a model's folder holds and a run depends on."""
+    return {
+        "weights": _weights(lm),
+        "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
+        "tokenizer": _hash(_tokenizer(lm.tokenizer)),
+        "chat template": _hash(json.dumps(lm.tokenizer.chat_template)),
+        "stop tokens": _hash(f"{lm.stops.primary} {sorted(lm.stops.ids)}"),
+    }
+
+
+def _weights(lm: LanguageModel) -> str:
+    """Hex SHA-256 over every byte of the parameters and of the buffers that are saved."""
+    saved = lm.model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in lm.model.named_buffers() if name in saved}
+    found = hashlib.sha256()
+    for name, tensor in (lm.weights() | lm.trainable() | buffers).items():
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _configuration(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {str(name): _configuration(value) for name, value in values.items() if name not in _LOADED}
+    return values
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    names = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return names + json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    written = json.loads(backend.to_str())
+    # Calls set these.
+    return names + json.dumps({**written, "padding": None, "truncation": None}, sort_keys=True)
+
+
+def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], list[int]]) -> str:
+    found = hashlib.sha256()
+    for prompt in prompts:
+        found.update(f"{render(prompt)}\n".encode())
+    return found.hexdigest()
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

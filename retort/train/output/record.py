@@ -1,0 +1,87 @@
+"""What is written down of a step's rollouts: means, and a few of them token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from retort.core.rollouts import Pack, Status
+from retort.core.signals import TeacherSignal
+from retort.core.streams import permutation
+from retort.evaluate.agreement import THRESHOLD
+from retort.rollout.record import token_row
+from retort.teachers.view import View
+from retort.train.learning.passes import Batch
+from retort.train.storage.metrics import Means
+
+
+def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Lines of `rollouts.jsonl` for one step; which rollouts is drawn by seed.
+
+    Args:
+        batch: The scored rollouts.
+        values: Per-step values by place in N.
+        step: Number of this step, from 1.
+        count: How many rollouts.
+        tokenizer: The student's.
+    """
+    pack = batch.pack
+    chosen = permutation(batch.clock.seed, "record", step, count=len(pack.rollouts))[:count]
+    columns = {name.removeprefix("watch."): values_N for name, values_N in values.items()}
+    return [{"step": step, **token_row(pack, index, columns, tokenizer)} for index in sorted(chosen)]
+
+
+def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
+    """What was written at this step: the student's under plain names, the teacher's under its own; and the shares."""
+    means, rollouts = Means(), batch.pack.rollouts
+    for rollout in rollouts:
+        if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
+            continue
+        prefix = "" if rollout.source == "student" else "teacher/"
+        means.add(f"{prefix}length", rollout.steps)
+        means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
+        if rollout.reward is not None:
+            means.add(f"{prefix}reward", rollout.reward)
+        for part, value in rollout.reward_parts.items():
+            means.add(f"{prefix}reward/{part}", value)
+    found = means.values() | _group_metrics(batch.pack)
+    replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
+    return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def _group_metrics(pack: Pack) -> dict[str, float]:
+    """Shares of the groups of several graded answers: with a right one; with both kinds, which GRPO learns from."""
+    rewards_R, group_R = pack.reward_R, pack.group_R
+    groups: list[Tensor] = [rewards_R[group_R == group] for group in group_R.unique()]
+    found = [own_M >= THRESHOLD for own_M in groups if len(own_M) > 1 and not bool(own_M.isnan().any())]
+    if not found:
+        return {}
+    solved = [bool(right_M.any()) for right_M in found]
+    mixed = [some and not bool(right_M.all()) for some, right_M in zip(solved, found, strict=True)]
+    return {
+        "success_group_fraction": sum(solved) / len(found),
+        "mixed_group_fraction": sum(mixed) / len(found),
+    }
+
+
+def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View], rollouts: int) -> dict[str, float]:
+    """What became of the prompts of views that are not the student's own prompt, by `view/<name>/<what>`.
+
+    `no_context`, `cut` and `shows/<template>` (such as `success`, `failure`, `feedback`) are shares of the rollouts,
+    `prompt_tokens` is a mean over those with a context.
+    """
+    found: dict[str, float] = {}
+    for name, signal in signals.items():
+        if views[name].render is None or not signal.counts:
+            continue
+        left_out = signal.counts.get("no_context", 0.0)
+        if "no_context" in signal.counts:
+            found[f"view/{name}/no_context"] = left_out / rollouts
+        for what, count in signal.counts.items():
+            if what == "cut" or what.startswith("shows/"):
+                found[f"view/{name}/{what}"] = count / rollouts
+        if rollouts > left_out and "prompt_tokens" in signal.counts:
+            found[f"view/{name}/prompt_tokens"] = signal.counts["prompt_tokens"] / (rollouts - left_out)
+    return found

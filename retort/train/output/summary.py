@@ -1,0 +1,56 @@
+"""What a run says before it starts: honestly, and with a forecast of the memory it will take."""
+
+from __future__ import annotations
+
+from retort.loss.terms import wanted
+from retort.models.adapter import described
+from retort.rollout.plan import plan_summary
+from retort.train.output.card import beside, self_teachers, standing
+from retort.train.setup.memory import forecast
+from retort.train.setup.prepare import Prepared
+
+
+def summary(prepared: Prepared) -> dict[str, str]:
+    """Lines of the start-up summary, by heading."""
+    method, config, source, student = prepared.method, prepared.config, prepared.source, prepared.student
+    asked = {
+        view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
+        for view, teacher in prepared.teachers.behind(prepared.method).items()
+    }
+    updates = min(config.optimizer.updates, prepared.source.count * method.rollout.samples) * config.optimizer.epochs
+    return {
+        "student": f"{prepared.student.name}, {_count(prepared.student.parameters)} parameters{_learning(prepared)}",
+        **({"teacher": _teachers(prepared)} if _teachers(prepared) else {}),
+        **{who: f"{lm.name}, frozen" for who, lm in beside(prepared).items()},
+        "method": f"{method.name} ({standing(method)})",
+        "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
+        **{f"asked of {view}": text for view, text in asked.items()},
+        **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
+        "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
+        "graded by": source.grader.name if source.grader else "nobody (the data has no answers)",
+        "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
+        "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
+        f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
+        "memory": str(forecast(prepared)),
+    }
+
+
+def _teachers(prepared: Prepared) -> str:
+    lm = prepared.teachers.lms.get("teacher")
+    other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters"]
+    return "; ".join([*other, *self_teachers(prepared.method)])
+
+
+def _learning(prepared: Prepared) -> str:
+    """How many of them learn, where that is not all."""
+    student = prepared.student
+    if student.adapter is None:
+        return ""
+    return f", and {_count(student.trainable_parameters)} more that learn, {described(student.adapter.settings)}"
+
+
+def _count(parameters: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.2f} {unit}"
+    return str(parameters)

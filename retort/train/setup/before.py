@@ -1,0 +1,211 @@
+"""What can be known of a run before any weights are read: minutes are not spent on one that cannot start.
+
+Settings that are nobody's (a default's, or the method's paper's) are made to fit here; the user's are never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retort.align.chat import Renderer
+from retort.align.pair import align_ids
+from retort.config import Config
+from retort.config.precedence import flat
+from retort.core.rollouts import Prompt
+from retort.errors import UserError
+from retort.method import Method
+from retort.models.adapter import need_peft
+from retort.models.described import Described, describe
+from retort.models.held import Held
+from retort.models.lm import LanguageModel
+from retort.train.events import tracking
+from retort.train.setup import reading
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """What was found.
+
+    Attributes:
+        config: Resolved, with what was left open made to fit.
+        render: A prompt's ids, as the student reads it.
+        highest: By role, the largest id in any prompt, and the row that holds it.
+    """
+
+    config: Config
+    render: Renderer
+    highest: Mapping[str, tuple[int, str]]
+
+    def check_ids(self, role: str, lm: LanguageModel) -> None:
+        """Raises `UserError` if a prompt holds an id for which the model has no row."""
+        token, row = self.highest[role]
+        lm.check_ids([token], f"row '{row}': its prompt")
+
+
+def look(
+    config: Config,
+    method: Method,
+    models: Mapping[str, tuple[str, str | Held]],
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    notes: list[str],
+) -> Looked:
+    """Every check of a run that needs no weights.
+
+    Args:
+        config: Resolved.
+        method: With what comes before it.
+        models: Name and source of every model that is to be loaded, the student first.
+        train: Prompts to learn from.
+        held_out: Prompts to be judged on.
+        notes: Takes what the user should know.
+
+    Raises:
+        UserError: Whatever is wrong, in one line.
+    """
+    tracking.need(config.tracker)
+    if config.lora.rank:
+        need_peft()
+    said = len(notes)
+    config = fit_steps(config, method, len(train), notes)
+    found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
+    for other in list(found.values())[1:]:
+        align_ids(found["student"].tokenizer, other.tokenizer)
+    config = reading.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
+    renders = {role: Renderer(one.tokenizer, config.rollout.reading) for role, one in found.items()}
+    read = reading.check_prompts(config, train, held_out, renders, notes)
+    config = fit_lengths(config, found, read, notes)
+    notes[said:said] = of_the_paper(config, method)
+    return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
+
+
+def _describe(config: Config, role: str, name: str, source: str | Held) -> Described:
+    shown = source.name if isinstance(source, Held) else name
+    stop = config.rollout.stop if role == "student" else None
+    return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)
+
+
+def steps_of(config: Config, prompts: int) -> int:
+    """Batches of rollouts in a run over so many prompts."""
+    return config.steps or -(-prompts // batch_of(config, prompts))
+
+
+def batch_of(config: Config, prompts: int) -> int:
+    """Prompts per batch: what was asked for, or all there are."""
+    return min(config.rollout.prompts, prompts)
+
+
+def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) -> Config:
+    """Makes a paper's steps and warm-up fit the run, or says that the user's do not.
+
+    Args:
+        config: Resolved.
+        method: With what comes before it.
+        prompts: To learn from.
+        notes: Takes what was changed.
+
+    Raises:
+        UserError: A cold start leaves nothing of the run.
+    """
+    cold = method.before[0] if method.before is not None else 0
+    if cold and config.steps is not None and cold >= config.steps and not config.given("steps"):
+        notes.append(f"steps is not {config.steps}, as the paper's: a cold start of {cold} steps would use them up")
+        config = config.changed("steps", None)
+    steps = steps_of(config, prompts)
+    if cold >= steps:
+        raise UserError(
+            f"a cold start of {cold} steps leaves none of the run's {steps} to '{method.name}'; "
+            "lower cold_start.steps, or raise steps"
+        )
+    batch, optimizer = batch_of(config, prompts), config.optimizer
+    phases = [(steps - cold, method), *([(cold, method.before[1])] if method.before is not None else [])]
+    for batches, phase in phases:
+        updates = batches * min(optimizer.updates, batch * phase.rollout.samples) * optimizer.epochs
+        if optimizer.warmup < updates or not optimizer.warmup:
+            continue
+        whose = "the run" if len(phases) == 1 else f"the part of the run that is '{phase.name}'"
+        short = f"{whose} has {updates} optimizer steps, and a warm-up of {optimizer.warmup}"
+        if config.given("optimizer.warmup"):
+            reached = updates / optimizer.warmup
+            notes.append(
+                f"{short}: the learning rate gets to {reached:.0%} of optimizer.learning_rate; lower optimizer.warmup, "
+                "or raise steps"
+            )
+            continue
+        notes.append(f"{short} as the paper's would not end in it: there is none (optimizer.warmup=0)")
+        return config.changed("optimizer.warmup", 0)
+    return config
+
+
+def fit_lengths(
+    config: Config, models: Mapping[str, Described], read: Mapping[str, reading.Extremes], notes: list[str]
+) -> Config:
+    """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
+
+    Args:
+        config: Resolved.
+        models: By role.
+        read: How long prompts get, as each reads them.
+        notes: Takes what was changed.
+
+    Raises:
+        UserError: A length of the user's does not fit, or no answer at all does.
+    """
+    judged = config.eval.max_new_tokens
+    learnt = {role: one.train for role, one in read.items()}
+    held_out = {role: one.held_out for role, one in read.items()}
+    config = _fit(config, "rollout.max_new_tokens", models, [learnt, *([held_out] if judged is None else [])], notes)
+    return config if judged is None else _fit(config, "eval.max_new_tokens", models, [held_out], notes)
+
+
+def _fit(
+    config: Config,
+    key: str,
+    models: Mapping[str, Described],
+    prompts: Sequence[Mapping[str, tuple[int, str]]],
+    notes: list[str],
+) -> Config:
+    """One length, beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""
+    asked = config.value(key)
+    each = [
+        (models[role].context - tokens, role, tokens, row)
+        for some in prompts
+        for role, (tokens, row) in some.items()
+        if tokens
+    ]
+    if not each:
+        return config
+    room, role, tokens, row = min(each, key=lambda one: one[0])
+    model = models[role]
+    if asked <= room:
+        return config
+    if config.given(key) or room < 1:
+        stretched = model.reach
+        longer = (
+            f"drop the row, or raise max_position_embeddings in the {role}'s config.json to {stretched}, as far as its "
+            "rope_parameters stretch its positions"
+        )
+        raise UserError(
+            f"row '{row}': {tokens} prompt tokens and {asked} new ones exceed the {role}'s context of {model.context}; "
+            f"lower {key}, {'or drop the row' if stretched is None else longer}"
+        )
+    notes.append(
+        f"{key} is {room:,} and not {asked:,}: beside the longest prompt (row '{row}', {tokens} tokens) the {role}'s "
+        f"context of {model.context:,} holds no more"
+    )
+    return config.changed(key, room)
+
+
+def of_the_paper(config: Config, method: Method) -> list[str]:
+    """Which settings are neither the user's nor a default."""
+    plain: Any = Config()
+    theirs = [
+        f"{key}={value}"
+        for key, value in flat(method.recipe).items()
+        if not config.given(key) and config.value(key) == value != plain.value(key)
+    ]
+    paper = method.paper.arxiv if method.paper is not None else None
+    whose = f"the paper of '{method.name}'{f' (arXiv {paper})' if paper else ''}"
+    return [f"as in {whose}, where you gave nothing: {', '.join(theirs)}"] if theirs else []

@@ -1,0 +1,144 @@
+"""What a method's rollout plan and probes need of the data, checked and set aside before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retort.config import Config
+from retort.core.rollouts import Prompt
+from retort.core.streams import permutation
+from retort.errors import UserError
+from retort.method import Method
+from retort.rewards.base import Grader
+from retort.train.given.given import Given
+from retort.train.setup import reading
+from retort.train.setup.prompts import graders, read_prompts
+from retort.train.setup.split import set_aside
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run learns from and is judged on.
+
+    Attributes:
+        train: Prompts to learn from.
+        probe: Prompts kept out of them for the method's probes.
+        held_out: Prompts to be judged on.
+        grader: Grades training rollouts, where any prompt has an answer.
+        judge_grader: Grades completions of held-out prompts, where any has an answer.
+    """
+
+    train: list[Prompt]
+    probe: list[Prompt]
+    held_out: list[Prompt]
+    grader: Grader | None
+    judge_grader: Grader | None
+
+    @property
+    def full(self) -> Grader | None:
+        """The grader where it can grade every prompt: who learns from rewards or shows them needs all of them."""
+        return self.grader if self.grader is not None and all(map(self.grader.can_grade, self.train)) else None
+
+
+def read_data(config: Config, method: Method, data: str, notes: list[str], given: Given) -> Data:
+    """Reads the data and sets aside what is not learnt from.
+
+    Raises:
+        UserError: It cannot be read, or lacks what the method needs.
+    """
+    train, held_out = read_prompts(config, data, notes, given)
+    train, probe = probe_prompts(config, method, train, notes)
+    need_responses(method, train, probe)
+    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, given))
+    need_verifier(method, found.full, train)
+    need_columns(method, train, notes)
+    reading.refuse_views(config, method)
+    return found
+
+
+def probe_prompts(
+    config: Config, method: Method, train: list[Prompt], notes: list[str]
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Training prompts, and those that the method's probes keep out of them: chosen by seed, a fifth at most."""
+    wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
+    if wanted == 0:
+        return train, []
+    order = permutation(config.seed, "probe", count=len(train))
+    rest, probe = set_aside(train, order, wanted, lambda prompt: prompt.response is not None)
+    if not probe:
+        raise UserError(
+            f"method '{method.name}' needs training prompts to probe on, and keeps a fifth at most: give it 5 or more "
+            "different ones"
+        )
+    notes.append(f"{len(probe)} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
+    return rest, probe
+
+
+def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:
+    """Refuses data without responses where a phase of the run, or a probe, would learn from them."""
+    missing = next((prompt for prompt in train if prompt.response is None), None)
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        if missing is None or "dataset" not in phase.rollout.sources:
+            continue
+        share = phase.rollout.on_policy_fraction
+        part = f"{1 - share:.0%}" if isinstance(share, int | float) else "part"
+        remedy = "set cold_start.answers=teacher" if phase is not method else "set method.on_policy_fraction=1"
+        raise UserError(
+            f"method '{phase.name}' takes {part} of its answers from data, but row '{missing.id}' has no `response`; "
+            f"add the column, or {remedy}"
+        )
+    probed = any(c.probe is not None and c.probe.source == "dataset" for c in method.controllers)
+    missing = next((prompt for prompt in probe if prompt.response is None), None)
+    if probed and missing is not None:
+        raise UserError(
+            f"method '{method.name}' probes on answers of the data, but row '{missing.id}' has no `response`; "
+            "add the column"
+        )
+
+
+def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Prompt]) -> None:
+    """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
+    alone = "student" in method.rollout.sources and method.rollout.samples < 2
+    if method.wants_groups is not None and alone:
+        raise UserError(
+            f"method '{method.name}' compares the answers to one prompt ({method.wants_groups}), and with samples = 1 "
+            "there is nothing to compare; set method.samples to 2 or more"
+        )
+    siblings = next((name for name, view in method.views.items() if view.rewards), None)
+    if siblings is not None and alone and not (verifier is not None and verifier.explains):
+        raise UserError(
+            f"method '{method.name}' shows what siblings wrote (view '{siblings}'), of which there are none with "
+            "samples = 1, and this verifier says nothing of what is wrong; set method.samples to 2 or more"
+        )
+    lacking = [prompt.id for prompt in train if prompt.answer is None]
+    some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
+    wants = method.wants_rewards
+    if wants is not None and verifier is None:
+        raise UserError(
+            f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"
+            f"{some}; add the column, or choose a method without rewards (`retort methods` says what each needs)"
+        )
+    if method.rollout.order is not None and verifier is None:
+        raise UserError(
+            f"method '{method.name}' orders prompts by the student's pass rate, which takes an `answer` in every row "
+            f"of the data{some}; add the column, or switch the order off"
+        )
+
+
+def need_columns(method: Method, train: Sequence[Prompt], notes: list[str]) -> None:
+    """Refuses data in which no row has what a view shows to its teacher; notes where only some have."""
+    for name, view in method.views.items():
+        for column in view.columns:
+            lacking = [prompt for prompt in train if not prompt.shown(column)]
+            if len(lacking) == len(train):
+                raise UserError(
+                    f"method '{method.name}' shows its teacher the column `{column}` (view '{name}'), which no row of "
+                    f"the data has; add the column, or map it: columns.{column}=NAME_IN_THE_FILE"
+                )
+            if lacking:
+                notes.append(
+                    f"{len(lacking)} of {len(train)} training prompts, '{lacking[0].id}' first, have no `{column}` "
+                    f"for view '{name}': their rollouts are not learnt from"
+                )

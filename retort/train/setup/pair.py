@@ -1,0 +1,167 @@
+"""Which models a run is about, and pairs of them that leave nothing to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from retort.config import Config, recipe
+from retort.config.sections import SHORTHANDS
+from retort.errors import UserError, did_you_mean
+from retort.method import Method
+from retort.models.lm import LanguageModel
+from retort.teachers.itself import OwnWeights
+from retort.train.setup.prompts import refuse_misspelt
+
+
+def asks_teacher(method: Method) -> str | None:
+    """What a run asks of a model other than the student and its base, in words; None if nothing."""
+    for phase in [method] if method.before is None else [method.before[1], method]:
+        view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
+        if view is not None:
+            return f"view '{view}' of method '{phase.name}' is of a teacher"
+        if "teacher" in phase.rollout.sources:
+            return f"the answers of method '{phase.name}' are a teacher's"
+    return None
+
+
+def without_idle_teacher(config: Config, method: Method) -> Config:
+    """The settings without a teacher that nothing asks; the one that comes with a built-in task is left out quietly.
+
+    Raises:
+        UserError: A teacher of the user's own would do nothing.
+    """
+    if config.teacher is None or asks_teacher(method) is not None:
+        return config
+    if config.builtin and config.teacher == recipe(str(config.data)).get("teacher"):
+        return config.model_copy(update={"teacher": None})
+    raise UserError(
+        f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
+        "method that asks a teacher (see `retort methods`)"
+    )
+
+
+def further(config: Config, method: Method) -> dict[str, str]:
+    """Models besides student, teacher and base that views name: their places, by name.
+
+    Raises:
+        UserError: A view names a model that the settings do not, or the settings one that no view names.
+    """
+    phases = [method] if method.before is None else [method.before[1], method]
+    asked = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    for model, (phase, view) in asked.items():
+        if model not in (*SHORTHANDS, *config.models):
+            raise UserError(
+                f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
+                f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
+            )
+    for name, model in config.models.items():
+        if name not in asked:
+            raise UserError(
+                f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
+                f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
+            )
+    return {name: model.path for name, model in config.models.items()}
+
+
+def named(config: Config, method: Method) -> tuple[str, str | None, str]:
+    """Student, teacher and data; a teacher only where the method asks one."""
+    asked = asks_teacher(method)
+    if config.data is not None:
+        refuse_misspelt(config.data)
+    for name in ("student", "teacher", "data") if asked else ("student", "data"):
+        if getattr(config, name) is None:
+            given = "--student, --teacher and --data" if asked else "--student and --data"
+            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({asked})" if name == "teacher" else alone
+            raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
+    return str(config.student), config.teacher, str(config.data)
+
+
+def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
+    """The second frozen model's name, where the method has a view of one."""
+    if not any(view.model == "base" for view in method.views.values()):
+        if config.base is not None:
+            raise UserError(
+                f"base = {config.base} is given, but method '{method.name}' with these settings asks no base model "
+                "anything; leave it out, or choose a method with a view `base` (see `retort methods`)"
+            )
+        return None
+    if config.base is not None and teacher is not None and _known(config.base) == _known(teacher):
+        raise same_base(method)
+    return config.base or student
+
+
+def places(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
+    """Where every model of a run is, by name, the student first; a base that is the student as it was is where that is.
+
+    Raises:
+        UserError: Two of them are one model, and nothing would be learnt; or a model is named that nobody asks.
+    """
+    base, others = base_name(config, method, student, teacher), further(config, method)
+    if base in (None, student) and not others and teacher is not None:
+        refuse_same_name(method, student, teacher)
+    found = {"student": student}
+    found |= {"teacher": teacher} if teacher is not None else {}
+    found |= {"base": base} if base is not None else {}
+    return found | others
+
+
+def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, LanguageModel]) -> None:
+    """Raises `UserError` if models of other names hold the same weights, and nothing would be learnt."""
+    teacher, base = frozen["teacher"], frozen.get("base")
+    if (base is None or config.base in (None, config.student)) and not config.models:
+        refuse_same_weights(method, student, teacher)
+    if base is not None and base.digest() == teacher.digest():
+        raise same_base(method)
+
+
+def same_base(method: Method) -> UserError:
+    """What is said where base and teacher are one model."""
+    return UserError(
+        f"base and teacher are the same model, so nothing that '{method.name}' asks of the base would change anything; "
+        "choose another base, or leave it out for the student as it was before training"
+    )
+
+
+def _known(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def refuse_same_name(method: Method, student: str, teacher: str) -> None:
+    """Raises `UserError` if student and teacher are named alike and see the same."""
+    if _known(student) == _known(teacher) and _only_same_prompt(method):
+        raise _nothing_to_learn(method, "are the same model")
+
+
+def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
+    """Raises `UserError` if student and teacher hold the same weights and see the same."""
+    ours, theirs = student.weights(), teacher.weights()
+    if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
+        return
+    if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):
+        raise _nothing_to_learn(method, "hold the same weights")
+
+
+def _only_same_prompt(method: Method) -> bool:
+    return all(view.render is None for view in method.views.values())
+
+
+def _nothing_to_learn(method: Method, how: str) -> UserError:
+    return UserError(
+        f"student and teacher {how} and see the same prompt: '{method.name}' would have nothing to learn; "
+        "choose another teacher"
+    )
+
+
+def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWeights | None:
+    """The weights of the student as its own teacher, if some phase of the run asks it."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
+    if not wanted:
+        return None
+    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
+    several = config.optimizer.updates * config.optimizer.epochs > 1
+    return OwnWeights(student, wanted, moves_within_batch=several or again)

@@ -1,0 +1,204 @@
+"""From a configuration to the three parties of a run, with every check that can be made before the first token."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from retort import registry
+from retort.config import Config
+from retort.core.rollouts import Prompt
+from retort.core.steps import Clock
+from retort.method import Method
+from retort.methods._cold_start import with_cold_start
+from retort.models.lm import LanguageModel
+from retort.rewards.base import Grader
+from retort.rollout.by_teacher import TeacherWriter
+from retort.teachers.base import Teacher
+from retort.teachers.itself import SelfTeacher
+from retort.teachers.local import LocalTeacher
+from retort.teachers.scene import Stage
+from retort.teachers.templates import templates
+from retort.train.given.given import Given
+from retort.train.learning.diagnose import watching
+from retort.train.learning.learner import Learner
+from retort.train.learning.passes import Passes
+from retort.train.models.loading import Loaded, load_models
+from retort.train.models.models import device_of, engine, local_teacher, sources
+from retort.train.setup import pair
+from retort.train.setup.before import batch_of, look, steps_of
+from retort.train.setup.contexts import need_context, need_room, note_unknown
+from retort.train.setup.needs import Data, read_data
+from retort.train.setup.texts import check_texts
+from retort.train.source.source import Source
+from retort.train.teaching.teachers import Teachers
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A run before its first step.
+
+    Attributes:
+        config: Resolved.
+        method: What is learnt, with what comes before it.
+        source: Where rollouts come from.
+        teachers: Who answers.
+        learner: What learns.
+        held_out: Prompts to be judged on.
+        judge_grader: Grades completions of these, where any has an answer.
+        attention: Implementation, resolved; None for each model's own default.
+        notes: What the user should know before the run starts.
+    """
+
+    config: Config
+    method: Method
+    source: Source
+    teachers: Teachers
+    learner: Learner
+    held_out: Sequence[Prompt]
+    judge_grader: Grader | None
+    attention: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def student(self) -> LanguageModel:
+        """The model that learns."""
+        return self.learner.lm
+
+    @property
+    def lms(self) -> dict[str, LanguageModel]:
+        """Every model of the run in this process, by name; the student first."""
+        return {"student": self.student, **self.teachers.lms}
+
+    @property
+    def steps(self) -> int:
+        """Batches of rollouts in the run."""
+        return steps_of(self.config, len(self.source.prompts))
+
+    @property
+    def phases(self) -> list[tuple[int, Method]]:
+        """Where each method of the run begins: the method's own, with what comes before it."""
+        before = self.method.before
+        return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
+
+    def at(self, step: int) -> tuple[Method, Clock]:
+        """The method at hand after so many batches, and the clock."""
+        phases = self.phases
+        number = max(index for index, (begins, _) in enumerate(phases) if begins <= step)
+        end = phases[number + 1][0] if number + 1 < len(phases) else self.steps
+        begins, method = phases[number]
+        return method, Clock(step, end, begins, seed=self.config.seed, longest=self.source.limit)
+
+
+def prepare(config: Config, method: Method | None = None, given: Given | None = None) -> Prepared:
+    """Loads and checks everything.
+
+    Args:
+        config: Resolved.
+        method: Of the caller's own, instead of the configuration's.
+        given: Objects of the caller's for which texts stand in the configuration.
+
+    Raises:
+        UserError: Whatever is wrong, in one line.
+    """
+    given, notes = given or Given(), list[str]()
+    method = _method(config, method)
+    config = pair.without_idle_teacher(config, method)
+    names = pair.named(config, method)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    data = read_data(config, method, names[2], notes, given)
+    stage = Stage(templates(config.templates), config.seed, data.train, config.rollout.max_view_tokens)
+    need_context(method, data.full, stage, notes)
+    places = pair.places(config, method, *names[:2])
+    device_of(config)
+    read = {name: place for name, place in places.items() if name != "base" or place != places["student"]}
+    looked = look(config, method, sources(read, given), data.train, data.held_out, notes)
+    loaded = load_models(looked.config, places, looked.render, data.train, notes, given)
+    local = _aligned(method, loaded, stage, notes)
+    note_unknown(method, local, stage, notes)
+    need_room(method, local, stage, notes)
+    prepared = _parties(method, loaded, local, data, notes)
+    for name in read:
+        looked.check_ids(name, local[name].lm)
+    check_texts(method, data.train, loaded.student, list(prepared.lms.values()), prepared.learner.vocab)
+    if prepared.source.count < config.rollout.prompts:
+        notes.append(
+            f"{len(data.train)} prompts are fewer than the {config.rollout.prompts} of a batch: every step uses all of "
+            "them"
+        )
+    return prepared
+
+
+def _method(config: Config, method: Method | None) -> Method:
+    """The caller's or the configuration's, with the curves and the cold start that the settings ask for."""
+    method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
+    cold = config.cold_start
+    if not cold.steps:
+        return method
+    return with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
+
+
+def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> dict[str, LocalTeacher]:
+    """Every model as a teacher of the student, by name, over the ids that all of them share."""
+    config, student, frozen = loaded.config, loaded.student, loaded.frozen
+    lms = {**frozen, "student": student}
+    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items()}
+    # Nobody may say of an id that one of the models lacks.
+    vocab = min(model.alignment.vocab for model in local.values())
+    local = {name: model.about(vocab) for name, model in local.items()}
+    if "teacher" in frozen:
+        said = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
+        notes += [said] if said else []
+        pair.refuse_equal(config, method, student, frozen)
+    return local
+
+
+def _parties(
+    method: Method, loaded: Loaded, local: Mapping[str, LocalTeacher], data: Data, notes: list[str]
+) -> Prepared:
+    """Source, teachers and learner."""
+    config, student = loaded.config, loaded.student
+    own = pair.own_weights(config, method, student)
+    models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
+    if own is not None:
+        models["student"] = SelfTeacher(local["student"], own)
+    vocab, optimizer = local["student"].alignment.vocab, config.optimizer
+    source = Source(
+        prompts=data.train,
+        probe=data.probe,
+        count=batch_of(config, len(data.train)),
+        limit=config.rollout.max_new_tokens,
+        seed=config.seed,
+        engine=engine(config, student, vocab),
+        render=loaded.render,
+        stops=student.stops,
+        vocab=vocab,
+        teacher_writer=_writer(config, local["teacher"], student) if "teacher" in local else None,
+        grader=data.grader,
+    )
+    learner = Learner(
+        Passes(student, vocab, optimizer.batch_tokens),
+        optimizer,
+        moved=None if own is None else own.moved,
+        variance_every=config.record.gradient_variance_every,
+    )
+    start = student.digest() if own is not None and own.from_start else None
+    return Prepared(
+        config=config,
+        method=method,
+        source=source,
+        teachers=Teachers(models, own, start),
+        learner=learner,
+        held_out=data.held_out,
+        judge_grader=data.judge_grader,
+        attention=loaded.attention,
+        notes=notes,
+    )
+
+
+def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherWriter:
+    writes = engine(config, teacher.lm, teacher.alignment.width)
+    return TeacherWriter(writes, teacher.render, alignment=teacher.alignment, student_stops=student.stops)

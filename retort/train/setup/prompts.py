@@ -1,0 +1,166 @@
+"""The prompts of a run, and who grades the answers to them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from retort.config import BUILTIN, Config
+from retort.core.rollouts import Message, Prompt
+from retort.core.streams import permutation
+from retort.data import in_template
+from retort.errors import UserError
+from retort.rewards.base import Grader
+from retort.rewards.choose import grader_for
+from retort.rewards.verify import NEED_ANSWER
+from retort.train.given.given import Given
+from retort.train.setup.split import different, overlap, repeats, set_aside
+
+
+def read_prompts(
+    config: Config, data: str, notes: list[str], given: Given | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to learn from, and those held out to be judged on."""
+    wanted = config.eval.problems
+    if config.builtin and config.prompt_template is not None:
+        raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
+    prompts = (
+        builtin_prompts(data, "train", config.limit)
+        if config.builtin
+        else _load(config, "data", data, config.limit, notes, given)
+    )
+    if wanted == 0:
+        return prompts, []
+    judged = config.eval.data or (data if config.builtin else None)
+    if judged is not None:
+        held_out = judge_prompts(config, judged, notes, given)
+        if not config.builtin:
+            notes += repeats(prompts, "training rows")
+        if judged not in BUILTIN:
+            notes += repeats(held_out, "rows of eval.data")
+        if not (config.builtin and judged in BUILTIN):  # tasks of Retort's own hold their problems apart
+            notes += overlap(prompts, held_out)
+        return prompts, held_out
+    # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
+    order = permutation(config.seed, "holdout", count=len(prompts))
+    train, held_out = set_aside(prompts, order, wanted, lambda prompt: prompt.answer is not None)
+    notes += repeats(prompts, "rows of the data")
+    copies = len(prompts) - len(train) - len(held_out)
+    if copies:
+        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor judged on")
+    if len(held_out) < wanted:
+        notes.append(
+            f"{len(held_out)} of {different(prompts)} prompts are held out for evaluation (a fifth at most; "
+            f"eval.problems = {wanted})"
+        )
+    return train, held_out
+
+
+def judge_prompts(config: Config, data: str, notes: list[str], given: Given | None = None) -> list[Prompt]:
+    """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
+    if data in BUILTIN:
+        return builtin_prompts(data, "held_out", config.eval.problems)
+    return _load(config, "eval.data", data, config.eval.problems, notes, given)
+
+
+def refuse_misspelt(data: str) -> None:
+    """Raises `UserError` where data is no file, and nearly the name of a task that ships with Retort."""
+    near = difflib.get_close_matches(data, BUILTIN, n=1, cutoff=0.7)
+    if near and data not in BUILTIN and not Path(data).exists():
+        raise UserError(f"no such file: {data}; did you mean '{near[0]}', which ships with Retort?")
+
+
+def _load(
+    config: Config, setting: str, data: str, limit: int | None, notes: list[str], given: Given | None
+) -> list[Prompt]:
+    refuse_misspelt(data)
+    prompts = (given or Given()).prompts(config, setting, data, limit, notes)
+    return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
+
+
+def countdown_prompts(split: str, count: int | None) -> list[Prompt]:
+    """Prompts of the built-in task Countdown."""
+    return builtin_prompts("countdown", split, count)
+
+
+def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
+    """Prompts of a built-in task."""
+    return list(_builtin(task, split, count))
+
+
+@lru_cache(maxsize=8)  # thousands of puzzles are solved for one split: a second run of a session need not
+def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
+    from retort.tasks import coached, countdown, ranking
+
+    source = {
+        "countdown": countdown.rows,
+        "ranking": ranking.rows,
+        "coached": coached.rows,
+        "bait": coached.bait_rows,
+    }[task]
+    rows = source("held_out" if split == "held_out" else "train", count)
+    return tuple(
+        Prompt(
+            id=str(row["id"]),
+            messages=(Message("user", str(row["prompt"])),),
+            answer=str(row["answer"]),
+            response=str(row["response"]),
+            privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
+            clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
+        )
+        for row in rows
+    )
+
+
+def graders(
+    config: Config,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    notes: list[str],
+    given: Given | None = None,
+) -> tuple[Grader | None, Grader | None]:
+    """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
+
+    A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
+    out of the grading, and a note counts them.
+    """
+    own = (given or Given()).verifier(config, train)
+    if own is not None:
+        return own, own
+    task = config.data if config.builtin else config.task
+    judged = config.eval.data or config.data
+    judge_task = judged if judged in BUILTIN else config.task
+    judge = grader(judge_task, held_out, "held-out prompts", notes) if held_out else None
+    if all(prompt.answer is not None for prompt in train) and judge is not None and judge_task == task:
+        return judge, judge
+    if any(prompt.answer is not None for prompt in train):
+        return grader(task, train, "training prompts", notes), judge
+    if judge is not None or task is not None:
+        notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
+    return None, judge
+
+
+def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Grader | None:
+    """The grader of those prompts that it can grade; a note counts the others.
+
+    Args:
+        task: As for `grader_for`.
+        prompts: At least one.
+        whose: What they are, for messages.
+        notes: Takes the note.
+
+    Raises:
+        UserError: As `grader_for`; where a task is named that needs answers and no prompt has one.
+    """
+    needed = task is None or task in NEED_ANSWER
+    known = [prompt for prompt in prompts if prompt.answer is not None] if needed else prompts
+    found = grader_for(task, known or prompts)
+    if found is not None and len(known) < len(prompts):
+        first = next(prompt.id for prompt in prompts if prompt.answer is None)
+        notes.append(
+            f"{len(prompts) - len(known)} of {len(prompts)} {whose} have no `answer` ('{first}' first): what is "
+            "written for them is not graded"
+        )
+    return found

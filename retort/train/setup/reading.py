@@ -1,0 +1,240 @@
+"""How a run reads its prompts: what templates are told for all of it, and whether the prompts can be read so."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from typing import TYPE_CHECKING
+
+from retort.align.chat import Reading, Renderer, dated
+from retort.align.encode import spelt
+from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
+from retort.config import Config
+from retort.core.rollouts import Prompt
+from retort.errors import UserError
+from retort.method import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Extremes", "check_prompts", "check_written", "ends", "refuse_views", "settled", "thinking_words", "today"]
+
+
+def today() -> str:
+    """The day at hand, as settings write it."""
+    return date.today().isoformat()
+
+
+def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], notes: list[str]) -> Config:
+    """The settings with what a run's start leaves open: the day that templates write.
+
+    Args:
+        config: Resolved.
+        tokenizers: By role.
+        notes: Takes what is chosen, and which way `enable_thinking` is used.
+    """
+    rollout = config.rollout
+    asks = [who for who, tokenizer in tokenizers.items() if dated(tokenizer)]
+    if asks and not rollout.rendered:
+        rollout = rollout.model_copy(update={"date": rollout.date or today()})
+        notes.append(
+            f"the chat template of the {' and the '.join(asks)} writes today's date: it stays {rollout.date}, whenever "
+            "the run goes on (rollout.date)"
+        )
+    said = thinking_words(tokenizers, rollout.reading)
+    if said:
+        notes.append(said)
+    return config if rollout is config.rollout else config.model_copy(update={"rollout": rollout})
+
+
+def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], reading: Reading) -> str:
+    """One sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
+    ways = {who: thinks(tokenizer, reading) for who, tokenizer in tokenizers.items()}
+    found = [(who, way) for who, way in ways.items() if way is not None]
+    if not found:
+        idle = reading.thinking is not None and any(tokenizer.chat_template for tokenizer in tokenizers.values())
+        return (
+            f"rollout.thinking = {str(reading.thinking).lower()} changes nothing: no template knows it" if idle else ""
+        )
+    by = "left to the template" if reading.thinking is None else "as set"
+    words = [f"{way} for the {who}" for who, way in found]
+    words += [f"unknown to the {who}'s template" for who, way in ways.items() if way is None]
+    return f"thinking (`enable_thinking`) is {', '.join(words)}, {by} (rollout.thinking)"
+
+
+def ends(readers: Mapping[str, Renderer]) -> tuple[dict[str, str], list[str], bool]:
+    """Where prompts end, as each template's own conversations tell.
+
+    Args:
+        readers: How each model reads.
+
+    Returns:
+        After what answers begin, by role, where there is a template; what is wrong with it; and whether that leaves no
+        prompt to be answered: see `retort.align.template.unlike_a_turn`.
+    """
+    after, wrong, fatal = dict[str, str](), list[str](), False
+    for who, render in readers.items():
+        found = turns(render.tokenizer, render.reading)
+        if found is None:
+            continue
+        after[who] = repr(found.beginning) if found.beginning else "the end of the user's turn"
+        fault = unlike_a_turn(found)
+        if fault is not None:
+            wrong.append(f"the {who}'s chat template is at fault: {fault[0]}")
+            fatal = fatal or fault[1]
+    return after, wrong, fatal
+
+
+def refuse_views(config: Config, method: Method) -> None:
+    """Refuses prompts that are rendered already where a view puts something into them.
+
+    Raises:
+        UserError: It names the view.
+    """
+    phases = [method] if method.before is None else [method.before[1], method]
+    shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
+    if config.rollout.rendered and shown:
+        raise UserError(
+            f"rollout.rendered: the view '{shown[0]}' of method '{method.name}' adds to the user's message, which "
+            "cannot be found in a rendered prompt; give prompts as they were before"
+        )
+
+
+def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
+    """Looks through all prompts for such as were rendered before.
+
+    Args:
+        prompts: All of them.
+        readers: How each model reads; who writes is the first.
+
+    Returns:
+        Notes on control tokens that are read as text, and on beginnings that are there twice.
+
+    Raises:
+        UserError: Prompts look rendered: see `retort.align.template.looks_rendered`.
+    """
+    tokenizer, reading = next((render.tokenizer, render.reading) for render in readers.values())
+    notes = [] if reading.rendered else _spelt(prompts, tokenizer, reading)
+    for who, render in readers.items():
+        bos = render.tokenizer.bos_token_id
+        doubled = 0 if bos is None else sum(render(prompt)[:2] == [bos, bos] for prompt in prompts)
+        if doubled:
+            notes.append(
+                f"{doubled} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {who}: its chat "
+                "template writes both; take one out of it"
+            )
+    return notes
+
+
+def _spelt(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, reading: Reading) -> list[str]:
+    found = turns(tokenizer, reading)
+    rendered, foreign, control = list[tuple[str, str]](), list[tuple[str, str]](), Counter[str]()
+    for prompt in prompts:
+        for text in (message.content for message in prompt.messages):
+            control.update(spelt(text, tokenizer))
+            if begins := looks_rendered(text, tokenizer, found):
+                rendered.append((prompt.id, begins))
+            elif begins := of_another_family(text, tokenizer):
+                foreign.append((prompt.id, begins))
+    if rendered:
+        first, begins = rendered[0]
+        raise UserError(
+            f"{_rows(rendered, prompts)} look rendered already (row '{first}' spells {begins!r}), and would be "
+            "rendered again; give turns as a column 'messages', or set rollout.rendered=true to take them as they are"
+        )
+    notes: list[str] = []
+    if foreign:
+        first, begins = foreign[0]
+        notes.append(
+            f"{_rows(foreign, prompts)} look rendered for another family (row '{first}' spells {begins!r}), which is "
+            "text to the student; give the turns as a column 'messages'"
+        )
+    if control:
+        notes.append(
+            f"prompts spell {control.total()} control tokens of the student ({', '.join(sorted(control)[:4])}): they "
+            "are read as ordinary text; where they were meant, give the turns as a column 'messages'"
+        )
+    return notes
+
+
+@dataclass
+class Extremes:
+    """The longest of some prompts as one model reads them, and the largest id in any, each with its row.
+
+    Attributes:
+        train: Tokens, of those to learn from.
+        held_out: Tokens, of those to be judged on.
+        highest: The id.
+    """
+
+    train: tuple[int, str] = (0, "")
+    held_out: tuple[int, str] = (0, "")
+    highest: tuple[int, str] = (-1, "")
+
+
+def check_prompts(
+    config: Config,
+    train: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    readers: Mapping[str, Renderer],
+    notes: list[str],
+) -> dict[str, Extremes]:
+    """Refuses prompts that nobody can continue, or that are longer than the settings allow; notes other readings.
+
+    Args:
+        config: Resolved.
+        train: Prompts to learn from.
+        held_out: Prompts to be judged on.
+        readers: How each model reads, by role; the student first.
+        notes: Takes what should be known.
+
+    Returns:
+        Of each model, how long its prompts get, and how large their ids.
+
+    Raises:
+        UserError: A prompt is too long, is empty, or looks rendered already.
+    """
+    prompts, allowed = [*train, *held_out], config.rollout.max_prompt_tokens
+    notes += check_written(prompts, readers)
+    found = {who: Extremes() for who in readers}
+    differing = 0
+    for place, prompt in enumerate(prompts):
+        ours = readers["student"](prompt)
+        if not ours:
+            raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
+        if len(ours) > allowed:
+            raise UserError(
+                f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
+                f"{allowed}; raise that, or drop the row"
+            )
+        for who, read in readers.items():
+            ids, most = read(prompt), found[who]
+            differing += who == "teacher" and not _alike(readers["student"], ours, read, ids)
+            if place < len(train):
+                most.train = max(most.train, (len(ids), prompt.id), key=_first)
+            else:
+                most.held_out = max(most.held_out, (len(ids), prompt.id), key=_first)
+            most.highest = max(most.highest, (max(ids, default=-1), prompt.id), key=_first)
+    if differing:
+        notes.append(
+            f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "
+            "template"
+        )
+    return found
+
+
+def _alike(student: Renderer, ours: list[int], teacher: Renderer, theirs: list[int]) -> bool:
+    """Whether two read the same tokens, which may have other ids for the teacher."""
+    read = ((student, ours), (teacher, theirs))
+    one, other = (render.tokenizer.convert_ids_to_tokens(ids) for render, ids in read) if ours != theirs else ((), ())
+    return one == other
+
+
+def _first(pair: tuple[int, str]) -> int:
+    return pair[0]
+
+
+def _rows(found: Sequence[tuple[str, str]], prompts: Sequence[Prompt]) -> str:
+    return f"{len({name for name, _ in found})} of {len(prompts)} prompts"

@@ -1,0 +1,269 @@
+"""Checkpoints: whole or absent, and never believed without checking.
+
+A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. It is written
+under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
+SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
+(`retort.core.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
+continues bit by bit. What a method itself remembers (its controllers, answers to be replayed) is in
+`parts.safetensors`, where there is any.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from retort.errors import RunError, UserError, quoted
+from retort.files import new_folder, read_object, reason
+
+#: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
+#: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
+#: other formats are refused, so no code need know how they looked. One that names no format is of the first.
+FORMAT = 2
+#: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
+_KEYS = ("updates", "begun", "best", "data", "models", "start", "precision", "advised", "run")
+_NAME = re.compile(r"step-(\d+)$")
+_PARTS = "parts.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on.
+
+    Attributes:
+        step: Batches of rollouts done.
+        weights: Master weights by name, fp32.
+        optimizer: Optimizer tensors, flat, as `<index>.<name>`.
+        state: Plain values: updates done, data fingerprint, choices made at the start, best score so far.
+        parts: Tensors of the method's stateful parts, if it has any.
+    """
+
+    step: int
+    weights: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    parts: Mapping[str, Tensor] = field(default_factory=lambda: {})
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `folder/step-N`, whole or not at all.
+
+    Raises:
+        RunError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    target = folder / f"step-{checkpoint.step}"
+    try:
+        folder.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone is not made again
+        with new_folder(target) as temporary:
+            save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
+            save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
+            if checkpoint.parts:
+                save_file(_distinct(checkpoint.parts), temporary / _PARTS)
+            state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+            manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    except (OSError, SafetensorError) as error:
+        last = newest(folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise RunError(f"cannot write {target}: {reason(error)}; {kept}") from None
+    return target
+
+
+def verify(path: Path) -> None:
+    """Checks the format of a checkpoint, and every file of it.
+
+    Raises:
+        UserError: It is of another format; or a file is missing, truncated or changed, and the message names it and the
+            previous checkpoint.
+    """
+    try:
+        manifest = read_object(path / "manifest.json")
+    except UserError:
+        raise _refused(path, "manifest.json", "is missing or unreadable") from None
+    _check_digest(path, "state.json", manifest)
+    _check_format(path, _state(path))  # before the other files: another format may have others
+    further = [_PARTS] if _PARTS in manifest else []
+    for name in ("weights.safetensors", "optimizer.safetensors", *further):
+        _check_digest(path, name, manifest)
+
+
+def _check_digest(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
+    file = path / name
+    if not file.is_file():
+        raise _refused(path, name, "is missing")
+    try:
+        digest = _digest(file)
+    except OSError as error:
+        raise _refused(path, name, f"cannot be read ({reason(error)})") from None
+    if digest != manifest.get(name):
+        raise _refused(path, name, "is truncated or was changed after it was written")
+
+
+def _state(path: Path) -> dict[str, Any]:
+    try:
+        return read_object(path / "state.json")
+    except UserError as error:
+        raise _refused(path, "state.json", str(error).partition(": ")[2]) from None
+
+
+def _check_format(path: Path, state: Mapping[str, Any]) -> None:
+    found = state.get("format", 1)
+    if type(found) is int and found == FORMAT:
+        return
+    run = state.get("run")
+    versions = run.get("versions") if isinstance(run, Mapping) else None
+    version = versions.get("retort") if isinstance(versions, Mapping) else None
+    writer = f" ({quoted(version, 30)})" if isinstance(version, str) else ""
+    raise UserError(
+        f"checkpoint refused: {path} is of format {quoted(found, 30)}, and this version of Retort goes on from format "
+        f"{FORMAT} only; start the run anew with another --out, or resume it with the version of Retort that wrote it"
+        f"{writer}"
+    )
+
+
+def load(path: Path) -> Checkpoint:
+    """Reads a checkpoint after verifying it.
+
+    Raises:
+        UserError: As `verify`.
+    """
+    verify(path)
+    # The manifest says that nothing changed since; it does not say that what was written makes sense.
+    state = _state(path)
+    odd = _odd(path, state)
+    if odd is not None:
+        raise _refused(path, "state.json", odd)
+    del state["format"]
+    return Checkpoint(
+        state.pop("step"),
+        _tensors(path, "weights.safetensors"),
+        _tensors(path, "optimizer.safetensors"),
+        state,
+        _tensors(path, _PARTS) if (path / _PARTS).exists() else {},
+    )
+
+
+def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint's plain values, if anything."""
+    absent = next((name for name in _KEYS if name not in state), None)
+    if absent is not None or ("lora" in state) != ("adapted" in state):
+        return f"lacks its '{absent or 'lora'}'"
+    updates, begun, best = state["updates"], state["begun"], state["best"]
+    if type(state.get("step")) is not int or state["step"] != _step(path):
+        return "names another step than its folder"
+    if type(updates) is not int or updates < 0 or type(begun) is not int:
+        return "does not say how many updates were made"
+    paired = isinstance(best, list) and len(best) == 2 and isinstance(best[0], int | float) and type(best[1]) is int
+    if best is not None and not paired:
+        return "holds a best score that is none"
+    advised, run = state["advised"], state["run"]
+    if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
+        return "does not say which advice was given"
+    if not isinstance(state["models"], Mapping):
+        return "does not say which models it was made with"
+    parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else [None]
+    whole = all(isinstance(part, Mapping) for part in parts) and isinstance(state["data"], str)
+    return None if whole else "lacks the digests of its run"
+
+
+def _tensors(path: Path, name: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path / name)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise _refused(path, name, f"cannot be read ({reason(error)})") from None
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint of the highest step."""
+    return max(_all(folder), key=_step, default=None)
+
+
+def find(path: Path) -> tuple[Path, Path | None]:
+    """The folder and the checkpoint meant by `--resume PATH` (a run: its newest, if it has any; or one checkpoint).
+
+    Raises:
+        UserError: There is no such checkpoint, or no run.
+    """
+    path = path.resolve()
+    if _NAME.search(path.name) and path.parent.name == "checkpoints":
+        if not path.is_dir():
+            there = ", ".join(p.name for p in sorted(_all(path.parent), key=_step)) or "none"
+            raise UserError(f"{path}: no such checkpoint (there: {there})")
+        return path.parents[1], path
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no run to resume; --resume takes the folder of a run, or one of its checkpoints")
+    return path, newest(path / "checkpoints")
+
+
+def prune(folder: Path, *, keep: int, best: int | None) -> None:
+    """Removes all but the `keep` newest checkpoints and the best one."""
+    found = sorted(_all(folder), key=_step)
+    for path in found[:-keep]:
+        if _step(path) != best:
+            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed is only in the way, not lost
+
+
+def supersede(folder: Path, step: int) -> None:
+    """Sets aside checkpoints later than the step that a run goes back to: they are of another course of it."""
+    for path in _all(folder):
+        if _step(path) > step:
+            aside = folder / "superseded" / path.name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            path.rename(aside)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors."""
+    states: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+        for index, state in states.items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Puts `optimizer_tensors` back."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, field = name.partition(".")
+        states.setdefault(int(index), {})[field] = tensor
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _all(folder: Path) -> Iterable[Path]:
+    return [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def _refused(path: Path, name: str, what: str) -> UserError:
+    older = [other for other in _all(path.parent) if _step(other) < _step(path)]
+    previous = max(older, key=_step, default=None)
+    remedy = f"resume from the one before it: --resume {previous}" if previous else "there is no earlier checkpoint"
+    return UserError(f"checkpoint refused: {path / name} {what}; {remedy}")
+
+
+def _distinct(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""The party that scores: the teachers of a run, by name."""

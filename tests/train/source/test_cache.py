@@ -1,0 +1,62 @@
+"""What is kept for later comes back whole, grades included, and nobody is asked for them again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import group_of, make_tokenizer
+
+from retort.align.chat import Reading, Renderer
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.rollout.plan import RolloutPlan
+from retort.train.source.cache import Shelf
+
+PROMPT = Prompt("row", (Message("user", "1 + 1 ="),), answer="2")
+
+
+@pytest.fixture
+def setup() -> Any:
+    """The prompts of a run, and how they are read."""
+    return [PROMPT], Renderer(make_tokenizer(), Reading())
+
+
+def kept(setup: Any) -> list[Rollout]:
+    """Rollouts with every kind of grade: a whole one, a plain one, none."""
+    rollouts = group_of(PROMPT, ["a", "b", "c"])
+    context = rollouts[0].sequence.of(setup[1](PROMPT))
+    tokenizer = setup[1].tokenizer
+    written = [
+        replace(
+            rollout,
+            sequence=context.then([5 + rollout.member, 7], decided=True),
+            engine_logp_A=torch.tensor([-0.25, -1.5]),
+            text=tokenizer.decode([5 + rollout.member, 7]),
+        )
+        for rollout in rollouts
+    ]
+    whole = replace(written[0], reward=1 / 3, reward_parts={"far": 0.1, "steps": 2.0}, feedback="too\n\u201clong\u201d")
+    return [whole, replace(written[1], reward=1.0), written[2]]
+
+
+def plain(rollout: Rollout) -> dict[str, Any]:
+    return {**vars(rollout), "sequence": rollout.sequence.tokens_L.tolist(), "engine_logp_A": None, "source": None}
+
+
+def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None:
+    shelf, again = Shelf(tmp_path), Shelf(tmp_path)
+    shelf.remember([tuple(kept(setup)), tuple(kept(setup)[:1])], 2)
+    again.restore(*setup, shelf.tensors(setup[0]))
+    assert [[plain(r) for r in visit] for visit in again.visits] == [[plain(r) for r in v] for v in shelf.visits]
+    assert [len(visit) for visit in again.visits] == [3, 1]
+
+
+def test_kept_answers_of_the_teacher_keep_their_grades(setup: Any, tmp_path: Path) -> None:
+    shelf, again = Shelf(tmp_path), Shelf(tmp_path)
+    shelf.keep(kept(setup), RolloutPlan(samples=3), 1)
+    again.go_back(*setup, 1)
+    assert {key: plain(r) for key, r in again.answers.items()} == {key: plain(r) for key, r in shelf.answers.items()}
+    assert len(again.answers) == 3
