@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,13 +31,14 @@ from retort import registry
 from retort.cli.catalogue import page, table
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 #: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of the code.
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "settings", "lab", "lab-itself", "lab-notes", "cliff")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "settings")),
+    *(f"docs/lab/{name}.md" for name in ("lab", "lab-itself", "lab-notes", "cliff")),
 }
 
 
@@ -231,6 +233,49 @@ def test_snippets_print_what_they_show(path: Path, files: Path) -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     page = Page.of(path)
     assert [*dead_links(page), *unknown_tests(page), *unknown_places(page)] == []
+
+
+def _hooks() -> Any:
+    spec = spec_from_file_location("hooks_of_the_site", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _site_page(name: str) -> Any:
+    file = SimpleNamespace(src_uri=name, abs_src_path=str(ROOT / "docs" / name))
+    return SimpleNamespace(file=file, meta={}, parent=None)
+
+
+def test_links_out_of_the_docs_are_paths_on_the_site() -> None:
+    found = _hooks().on_page_markdown(
+        "In [retort/method.py](../../retort/method.py), [a test](../../tests/test_docs.py#top), [log](../log.md).",
+        page=_site_page("lab/lab.md"),
+    )
+    assert found == "In `retort/method.py`, a test (`tests/test_docs.py`), [log](../log.md)."
+
+
+def test_a_dead_link_out_of_the_docs_stops_the_site() -> None:
+    with pytest.raises(ValueError, match="log.md: the link to ../REEDME.md leads to no file"):
+        _hooks().on_page_markdown("See [there](../REEDME.md).", page=_site_page("log.md"))
+
+
+@pytest.mark.parametrize("tag", ['<script src="https://a.org/x.js">', '<link rel="stylesheet" href=//a.org/x.css>'])
+def test_a_page_that_loads_from_elsewhere_stops_the_site(tag: str) -> None:
+    hooks, page = _hooks(), _site_page("log.md")
+    with pytest.raises(ValueError, match="log.md would load (https:)?//a.org"):
+        hooks.on_post_page(f"<html>{tag}", page=page)
+    harmless = '<a href="https://a.org">there</a><script src="assets/x.js">'
+    assert hooks.on_post_page(harmless, page=page) == harmless
+
+
+def test_the_site_names_every_page_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = text.split("\nnav:\n")[1].split("\n\n")[0]
+    named = re.findall(r"^ +- [^:]+: (\S+\.md)$", nav, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in DOCS)
 
 
 def test_the_map_of_the_rooms_has_every_room() -> None:

@@ -14,9 +14,10 @@ _HEAD = """# Methods
 
 <!-- Written by `retort methods --markdown`; edit the docstrings. -->
 
-*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named
-parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
-[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
+*Faithful* means that the method has the paper's equation and defaults, lists each departure, and its numbers are
+tested. *Partial* means that the named parts are reconstructed, because no source states them; *reconstructed*, that the
+core is, too. [Choose a method](choose-a-method.md) says which to try first, the [lab](lab/lab.md) what each did on the
+built-in task.
 """
 
 
@@ -52,8 +53,8 @@ def _entry(method: Method) -> str:
     _, _, rest = after.partition("\n\n")
     paper = method.paper
     where = f"{paper.title} ({paper.year})" if paper else "no paper"
-    needs = [f"of `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
-    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Asks {'; '.join(needs)}."]
+    needs = [f"from `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
+    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Needs {'; '.join(needs)}."]
     parts += [_markdown(before.strip()), *([_settings(method)] if found else []), _markdown(rest.strip())]
     return "\n\n".join(part for part in parts if part)
 

@@ -45,7 +45,8 @@ def listopd(
     run's number of steps (`lambda_star_budget`), and the student's tail 1 - q against the boundary (1 - p) / c.
     **lambda* is a prediction of where the structure begins to break and not a safe bound**: it is an asymptotic
     crossing, the paper's own cliff lies below it at long budgets (1.06 where it says 1.18), and it presumes one
-    dominant kind of almost certain position. On the built-in task `ranking` no cliff was found there (docs/cliff.md).
+    dominant kind of almost certain position. On the built-in task `ranking` no cliff was found there
+    (docs/lab/cliff.md).
     The loss is in nats and divided by all counted tokens.
 
     Args:
