@@ -1,4 +1,8 @@
-"""Advantages: a number for each step that a policy gradient is multiplied by, from the teacher or from the outcome."""
+"""Advantages: the factor of each step's policy gradient, from the teacher or from the outcome.
+
+Some exports are helpers and no advantages: `lower_clip` is a bound on the log-ratio, and `graded`, `group_means`,
+`length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made of.
+"""
 
 from retort.advantages.log_ratio import (
     clipped_log_ratio,

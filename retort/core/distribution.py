@@ -1,15 +1,16 @@
-"""One categorical distribution per step, and what two of them say of each other. Axis letters: see `retort.core`.
+"""One categorical distribution per step, and divergences between two. Axis letters: see `retort.core`.
 
-Every number here has its gradient in closed form, formed from the probabilities when it is asked for: a divergence of
-150,000 ids then costs a handful of passes over them, and keeps two tensors of that size where autograd keeps seven.
-`retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient.
+The gradient of every number here has a closed form, computed from the probabilities on demand. A divergence over
+150,000 ids then costs a few passes over them, and keeps two tensors of that size where autograd keeps seven.
+`retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient. So the
+closed form of reverse KL and its gradient are `Distribution.reverse_kl`, that of forward KL `Distribution.forward_kl`.
 
-With a `Shard` the ids are spread over ranks. Each holds the logits of its own, and only sums per step are exchanged.
+With a `Shard` the ids are spread over ranks. Each holds the logits of its own ids; only sums per step are exchanged.
 
-On a GPU `retort.kernels` makes the numbers of a whole distribution in fp32, in one pass over the logits, and their
-gradients in another, keeping nothing but the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). They
-equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse
-KL.
+On a GPU `retort.kernels` computes the numbers of a whole distribution in fp32, in one pass over the logits, and their
+gradients in another, and keeps only the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). The results
+equal those of torch with one exception: a step's gradient is NaN where a nonzero gradient flows back to an infinite
+reverse KL.
 """
 
 # pyright: basic

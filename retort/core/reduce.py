@@ -1,7 +1,8 @@
-"""The only place where per-step losses become a scalar. Axis letters: see `retort.core`.
+"""The denominators of terms, and the only place where per-step losses become a scalar. Axis letters: see `retort.core`.
 
 Every term has its own denominator, counted over the *whole optimizer batch* (all micro-batches, all ranks). So the
-loss of a step does not depend on how the batch was cut, and adding a term never rescales another.
+loss of a step does not depend on how the batch was cut, and adding a term never rescales another. `loss_scales`
+computes the factor of each step from it, `scalar` multiplies and sums.
 """
 
 from __future__ import annotations

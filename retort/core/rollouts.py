@@ -1,6 +1,7 @@
-"""Prompts and rollouts: what the student was asked, and what it did about it. Axis letters: see `retort.core`.
+"""Prompts, and the rollouts that were generated for them. Axis letters: see `retort.core`.
 
-Nothing here is mutated after it was made.
+A rollout is cut in `Rollout.cut`; `retort.train.source` calls it where a kept completion is longer than is allowed now.
+Nothing here is mutated after construction.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A method applied to one whole optimizer batch that a caller holds: what both functions of `retort.functional` share.
+"""A method applied to one whole optimizer batch of a caller: the code that both functions of `retort.functional` share.
 
 Axis letters: see `retort.core`.
 """

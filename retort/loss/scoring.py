@@ -1,7 +1,11 @@
-"""The score pass: what must be known of a whole batch before its first update, for the trainer and for `functional`.
+"""The score pass: values of a whole batch computed before its first update, for the trainer and for `functional`.
 
-A statistic, a denominator, a controller: all are taken over the table of the whole batch, and with several workers over
-that of all of them (`Ranks`); each worker keeps its own part. Axis letters: see `retort.core`.
+It is a pass of the student, without gradients; a teacher's scoring is `retort.teachers`. `scored` stores statistics and
+the weights that a denominator sums. It stores the old log-probs (`old_logp`) and baselines only where several updates
+are made on the batch and the method uses old log-probs; otherwise `Context.old_logp_N` is the live value, detached.
+
+Statistics, denominators and controllers work on the table of the whole batch, with several workers on that of all of
+them (`Ranks`); each worker keeps its own part. Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""A method applied to steps: what `retort.functional` and the trainer share, so that they cannot differ."""
+"""A method applied to steps: the code that `retort.functional` and the trainer share, so that they cannot differ.
+
+`term_values` evaluates the terms on a chunk, `batch_scales` turns their denominators into loss scales, and `losses`
+makes a scalar of both (`retort.core.reduce`). `stored_values` gives what the score pass stores: the old log-probs
+(`old_logp`), baselines and weights. Axis letters: see `retort.core`.
+"""
 
 from __future__ import annotations
 

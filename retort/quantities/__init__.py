@@ -1,4 +1,9 @@
-"""Numbers per step that gates look at, that weights are made of, and that a run watches; none is a weight itself."""
+"""Numbers per step that gates test, that weights are made of, and that a run watches; none is a weight itself.
+
+Three exports from `contract.py` serve `listopd` and are no quantities: `masses` makes statistics (`Stat`) of the whole
+batch, and two functions compute a float from them, `threshold_weight` and the one that keeps a reward weight below it.
+The formulas behind them are in `extrapolation.py`, which is not exported here.
+"""
 
 from retort.quantities.contract import cliff, held_below, masses, student_tail, threshold_weight
 from retort.quantities.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass

@@ -1,4 +1,9 @@
-"""How much each step counts: gates, and weights made of quantities."""
+"""Weights of steps: gates, and weights made of quantities.
+
+Some exports are no weights: `Confidence` and `Zones` make several parts from one statistic, `position_weights` and
+`effective_sample_size` are functions of tensors. Four modules serve a single method each and are not exported here:
+`agreement` (UniSD), `calibration` (Uni-OPD), `direction` (DASD) and `privilege` (DOPD).
+"""
 
 from retort.weights.confidence import Confidence
 from retort.weights.contract import on_contract

@@ -1,4 +1,7 @@
-"""Weights made from quantities. Axis letters: see `retort.core`."""
+"""Gates, made by comparing a quantity with a threshold, and products of weights. Axis letters: see `retort.core`.
+
+EOPD's gate is `above(teacher_entropy(), ...)`.
+"""
 
 from __future__ import annotations
 
