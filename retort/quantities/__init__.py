@@ -1,6 +1,6 @@
-"""Numbers per step that gates look at, that weights are made of, and that a run watches; none is a weight itself."""
+"""Numbers per step that gates test, that weights are made of, and that a run watches; none is a weight itself."""
 
-from retort.quantities.contract import cliff, held_below, masses, student_tail, threshold_weight
+from retort.quantities.contract import cliff, masses, student_tail, threshold_weight, weight_below_cliff
 from retort.quantities.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.quantities.gradient_variance import gradient_variance
 from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_bound
@@ -14,7 +14,6 @@ __all__ = [
     "engine_gap",
     "entropy_gap",
     "gradient_variance",
-    "held_below",
     "log_ratio_size",
     "masses",
     "outside_bound",
@@ -32,4 +31,5 @@ __all__ = [
     "teacher_top_mass",
     "teacher_variance",
     "threshold_weight",
+    "weight_below_cliff",
 ]

@@ -1,4 +1,4 @@
-"""How much each step counts: gates, and weights made of quantities."""
+"""Weights of steps: gates, and weights made of quantities."""
 
 from retort.weights.confidence import Confidence
 from retort.weights.contract import on_contract

@@ -1,4 +1,4 @@
-"""The signal that holds the whole distribution of each step. Axis letters: see `retort.core`."""
+"""The dense signal: the whole distribution of each step. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def entropy(logp_NV: Tensor) -> Tensor:
 
 
 class DistributionRows(SignalRows):
-    """Everything that follows from logits [C, V], each computed once and only when asked for."""
+    """All quantities that follow from logits [C, V], each computed once and on demand."""
 
     def __init__(self, logits_NV: Tensor, tokens_N: Tensor, source: str, shard: Shard = WHOLE) -> None:
         self.source = source
@@ -48,14 +48,14 @@ class DistributionRows(SignalRows):
 
 @dataclass(frozen=True, eq=False)
 class Dense(TeacherSignal):
-    """The whole distribution, as a function from steps to logits [C, V]; never held as [N, V] by us.
+    """The whole distribution, as a function from steps to logits [C, V]; it is never held as [N, V].
 
     Attributes:
         logits: Index of steps -> logits [C, V], any float dtype; computed without gradient.
         width: V, the teacher's own width.
-        temperature: What the logits are divided by.
-        shard: Which ids the logits are about, where a rank holds only some.
-        hidden: Index of steps -> last hidden states [C, D], without gradient; None where there are none to be had.
+        temperature: The divisor of the logits.
+        shard: The ids that the logits are about, where a rank holds only some.
+        hidden: Index of steps -> last hidden states [C, D], without gradient; None if there are none.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
@@ -73,7 +73,7 @@ class Dense(TeacherSignal):
         temperature: float = 1.0,
         hidden_ND: Tensor | None = None,
     ) -> Dense:
-        """From a plain tensor [N, V], and last hidden states where something is to be compared with them."""
+        """Builds the signal from a plain tensor [N, V], and last hidden states for terms that compare them."""
         kept_NV, kept_ND = logits_NV.detach(), None if hidden_ND is None else hidden_ND.detach()
         return Dense(
             tokens_N,

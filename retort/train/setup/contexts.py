@@ -13,7 +13,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Scene, Stage
+from retort.teachers.scene import Stage, ViewInput
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 
@@ -69,7 +69,7 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
         found, seen, used = 0, 0, set[str]()
         for scene in _scenes(method, view, True, stage):
             shown = set[str]()
-            prompt = view.prompt(Scene(scene.rollout, scene.group, stage, shown=shown))
+            prompt = view.prompt(ViewInput(scene.rollout, scene.group, stage, shown=shown))
             if prompt is None:
                 continue
             seen += 1
@@ -136,7 +136,7 @@ def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) ->
     return any(view.prompt(scene) is not None for scene in _scenes(method, view, feedback, stage))
 
 
-def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[Scene]:
+def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[ViewInput]:
     """Rollouts to a few prompts: right and wrong ones among siblings that are all right, all wrong, or both."""
     fit = [prompt for prompt in stage.pool if all(prompt.shown(column) for column in view.columns)]
     for prompt in _spread(fit):
@@ -144,7 +144,7 @@ def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterato
             for others in ((_BEST, _BEST), (_WORST, _WORST), (_BEST, _WORST)):
                 rewards = [own, *(others[member % 2] for member in range(1, method.rollout.samples))]
                 group = tuple(_rollout(prompt, place, reward, feedback) for place, reward in enumerate(rewards))
-                yield Scene(group[0], group, stage)
+                yield ViewInput(group[0], group, stage)
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -270,7 +270,7 @@ class Source:
                 uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
                 tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
             assert self.teacher_generator is not None  # a plan with the teacher's answers asks for a teacher
-            written = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
+            written = self.teacher_generator.generate(tasks, Sampling(room, plan.temperature, plan.top_p))
             found.update(zip(open_, written, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
