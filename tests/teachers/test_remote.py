@@ -276,11 +276,11 @@ def test_ids_are_taken_once_for_the_longest_wish_and_given_to_those_who_need_the
     [
         (
             lambda t, a: replace(candidates(t, a), ids_NK=a.student_ids_NK.flip(1)),  # type: ignore[attr-defined]
-            "asked about id 0, and answered about id 1",
+            "asked for id 0, and gave id 1",
         ),
         (
             lambda t, a: candidates(t, replace(a, student_ids_NK=a.student_ids_NK[:, :1])),
-            "was asked about ids",
+            "was asked for ids",
         ),
         (lambda t, a: candidates(t + 1, a), "misaligned at step 0"),
         (lambda t, a: Sampled(t, "scripted", torch.zeros(len(t))), "log-probs of the student's top-2, and gave only"),
