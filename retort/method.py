@@ -65,16 +65,16 @@ class Term:
     @property
     def needs(self) -> frozenset[Need]:
         """The term's needs of its view's teacher."""
-        return self.asks(self.against)
+        return self.needs_of(self.against)
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts that are evaluated for the term."""
         return (*self.estimator.parts, *([self.weight] if self.weight else []))
 
-    def asks(self, view: str) -> frozenset[Need]:
+    def needs_of(self, view: str) -> frozenset[Need]:
         """The term's needs of any view's teacher."""
-        return frozenset[Need]().union(*(part.asks(view, self.against) for part in self.parts))
+        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in self.parts))
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,10 @@ class Watch:
     by_position: bool = False
     summed_up: Callable[[Tensor], float] | None = None
 
-    def asks(self, view: str) -> frozenset[Need]:
+    def needs_of(self, view: str) -> frozenset[Need]:
         """The curve's optional needs of a view's teacher."""
         parts = [self.part, *([self.where] if self.where else [])]
-        return frozenset[Need]().union(*(part.asks(view, self.against) for part in parts))
+        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -204,41 +204,41 @@ class Method:
         return bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
 
     @property
-    def wants_rewards(self) -> str | None:
+    def needs_rewards(self) -> str | None:
         """The first of its parts that needs graded rollouts, if any."""
-        found = [f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.rewards]
-        found += [f"view '{name}'" for name, view in self.views.items() if view.rewards]
-        found += [f"controller '{controller.name}'" for controller in self.controllers if controller.rewards]
-        return next(iter(found), None)
+        users = [f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.rewards]
+        users += [f"view '{name}'" for name, view in self.views.items() if view.rewards]
+        users += [f"controller '{controller.name}'" for controller in self.controllers if controller.rewards]
+        return next(iter(users), None)
 
     @property
-    def wants_groups(self) -> str | None:
+    def needs_groups(self) -> str | None:
         """The first of its parts that compares the rollouts of one prompt, if any."""
         return next((f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.groups), None)
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """The method's needs of the teacher behind a view."""
-        termed = (term.asks(view) for term in self.terms)
+        termed = (term.needs_of(view) for term in self.terms)
         seen = (part.needs for c in self.controllers if c.against == view for part in c.observes.values())
         probes = (c.probe for c in self.controllers if c.probe is not None and c.probe.against == view)
         probed = (part.needs for probe in probes for part in probe.parts.values())
         return frozenset[Need]().union(*termed, *seen, *probed)
 
-    def welcomes(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
+    def optional_needs(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
         """The optional needs of its curves, at a batch of rollouts counted from 0."""
-        due = (watch.asks(view) for watch in self.watch if step % watch.every == 0)
+        due = (watch.needs_of(view) for watch in self.watch if step % watch.every == 0)
         return frozenset[Need]().union(*due) - self.needs(view)
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:
         """Parts, with their view, that the score pass must evaluate before the first of several updates on a batch."""
-        found: dict[str, tuple[Part, str]] = {}
+        parts: dict[str, tuple[Part, str]] = {}
         for term in self.terms:
             for name, part in term.estimator.stored.items():
-                found[f"{term.name}.{name}"] = (part, term.against)
+                parts[f"{term.name}.{name}"] = (part, term.against)
             if term.weight is not None and _by_own_weight(term):
-                found[f"{term.name}.weight"] = (term.weight, term.against)
-        return found
+                parts[f"{term.name}.weight"] = (term.weight, term.against)
+        return parts
 
     @property
     def uses_old_logp(self) -> bool:

@@ -183,8 +183,8 @@ def as_text(
 
 def dated(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template writes the current date."""
-    found: Any = tokenizer.chat_template or ""
-    return any(_NOW.search(str(text)) for text in (found.values() if isinstance(found, Mapping) else [found]))
+    template: Any = tokenizer.chat_template or ""
+    return any(_NOW.search(str(text)) for text in (template.values() if isinstance(template, Mapping) else [template]))
 
 
 @lru_cache(maxsize=16)

@@ -62,11 +62,11 @@ class Alignment(Protocol):
         """
         ...
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """Ids of the teacher's as the student's for the same tokens, -1 where it has none; stops are not swapped."""
         ...
 
-    def about(self, vocab: int) -> Alignment:
+    def for_vocab(self, vocab: int) -> Alignment:
         """The same alignment for fewer ids of the student's.
 
         Raises:
@@ -112,11 +112,11 @@ class SameIds:
         """See `Alignment`. Works in place, because the product is large and the caller gives it up."""
         return _stopped(logits_CW, self.stops, temperature)
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
         return list(ids)
 
-    def about(self, vocab: int) -> SameIds:
+    def for_vocab(self, vocab: int) -> SameIds:
         """See `Alignment`."""
         return replace(self, vocab=vocab)
 
@@ -170,11 +170,11 @@ class IdMap:
             logits_CV[:, theirs_V < 0] = -math.inf
         return _stopped(logits_CV, self.stops, temperature)
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
         return [self._ours.get(token, -1) for token in ids]
 
-    def about(self, vocab: int) -> IdMap:
+    def for_vocab(self, vocab: int) -> IdMap:
         """See `Alignment`. Refused, because the teacher's first ids are not the student's first ids."""
         if vocab != self.vocab:
             raise UserError(
@@ -246,12 +246,12 @@ def align_pair(student: _Model, teacher: _Model, *, with_stops: bool = True) -> 
     """
     found = align_ids(student.tokenizer, teacher.tokenizer)
     vocab = min(found.vocab, student.head().width, teacher.head().width)
-    found, stops = found.about(vocab), teacher.stops
+    found, stops = found.for_vocab(vocab), teacher.stops
     if not with_stops:
         return found
     if isinstance(found, IdMap):
-        primary, *_ = found.ours([stops.primary])
-        stops = StopTokens(frozenset(found.ours(sorted(stops.ids))), primary)
+        primary, *_ = found.to_student([stops.primary])
+        stops = StopTokens(frozenset(found.to_student(sorted(stops.ids))), primary)
     return found.with_stops(stop_map(student.stops, stops, width=vocab))
 
 

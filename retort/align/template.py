@@ -84,7 +84,7 @@ def turns(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions)
     )
 
 
-def unlike_a_turn(found: Turns) -> tuple[str, bool] | None:
+def unlike_a_turn(template: Turns) -> tuple[str, bool] | None:
     """The fault at the end of a prompt, judged by the template's own conversations; None if there is none.
 
     The prompt has to show the question, and to end with the header that the template writes before a response. That may
@@ -93,12 +93,12 @@ def unlike_a_turn(found: Turns) -> tuple[str, bool] | None:
     Returns:
         The fault, and whether the prompt is unusable, because the model would have to begin its turn itself.
     """
-    if found.opened is None:
+    if template.opened is None:
         return "it does not show the user's message", True
-    header, beginning = found.header, found.beginning
+    header, beginning = template.header, template.beginning
     if not header or _shared(header, beginning):
         return None
-    if found.opened.strip() == found.end.strip():
+    if template.opened.strip() == template.end.strip():
         return f"it ignores add_generation_prompt: the {header!r} that it writes before responses is missing", True
     return f"it ends a prompt with {beginning!r}, but writes {header!r} before responses", False
 
@@ -119,7 +119,7 @@ def thinks(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions
     return {on: "on", off: "off"}.get(now, "its own")
 
 
-def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns | None) -> str | None:
+def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, template: Turns | None) -> str | None:
     """The beginning of a user's turn in a text that is a rendered prompt, or None.
 
     The text is one if it begins with a control token of this tokenizer and holds, in such tokens, the text that its
@@ -128,12 +128,12 @@ def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns |
     Args:
         text: Text of a message.
         tokenizer: Tokenizer of the model that reads it.
-        found: The result of `turns` for it.
+        template: The result of `turns` for it.
     """
     names = spelt(text, tokenizer)
     if not names or not text.lstrip().startswith(names[0]) or len({*names} - {str(tokenizer.bos_token)}) < 2:
         return None
-    own = found.user.strip() if found is not None else ""
+    own = template.user.strip() if template is not None else ""
     known = [*([own] if own else []), *_KNOWN]
     return next((begins for begins in known if begins in text and spelt(begins, tokenizer)), None)
 
@@ -163,11 +163,11 @@ def _rendered(
 def _shared(one: str, other: str) -> str:
     """The common beginning of two texts, without a part of a token such as `<|user|>`."""
     differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    found = one[: next(differing, min(len(one), len(other)))]
+    common = one[: next(differing, min(len(one), len(other)))]
     for opens, closes in ("<>", "[]"):
-        if found.rfind(opens) > found.rfind(closes):
-            found = found[: found.rfind(opens)]
-    return found
+        if common.rfind(opens) > common.rfind(closes):
+            common = common[: common.rfind(opens)]
+    return common
 
 
 def _after(name: str, text: str) -> str | None:

@@ -63,30 +63,30 @@ class Pass:
         """Returns the loss, all values, and the names of the values that depend on the student."""
         products = self._products((False,) * 5)
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        found: dict[str, Tensor] = {}
+        all_values: dict[str, Tensor] = {}
         live: set[str] = set()
         for rows in cuts(self.core.count, self.chunk):
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
             for span, values in chunk.values():
                 if self.loss is not None:
                     total += self.loss(values, span)
-                _keep(found, values, span, self.core.count)
+                _keep(all_values, values, span, self.core.count)
             if learns and not live:
                 live = chunk.live()
             del chunk  # before the next one is made
-        return total, found, live
+        return total, all_values, live
 
     def gradients(
         self, hidden_ND: Tensor, needed: tuple[bool, ...], scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
         """Returns all values, and the gradients of a scalar with respect to hidden states and head."""
         products = self._products(needed)
-        found: dict[str, Tensor] = {}
+        all_values: dict[str, Tensor] = {}
         hidden: dict[str, Tensor] = {}
         for rows in cuts(self.core.count, self.chunk):
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
             for span, values in chunk.backward(scalar):
-                _keep(found, values, span, self.core.count)
+                _keep(all_values, values, span, self.core.count)
                 del values  # this also frees the block's graph, which holds the chunk's logits
             of_hidden_CD = products.backward(chunk.product_CV, hidden_ND[rows])
             if of_hidden_CD is not None:
@@ -95,7 +95,7 @@ class Pass:
         of_hidden_ND = hidden.get("hidden")
         if of_hidden_ND is not None and self.core.head is not None:
             of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
-        return found, [of_hidden_ND, *products.gradients()]
+        return all_values, [of_hidden_ND, *products.gradients()]
 
     def _products(self, needed: tuple[bool, ...]) -> Products:
         assert self.core.head is not None
@@ -109,7 +109,7 @@ class Chunk:
         """Takes the steps `rows` of a core, and the product of their hidden states with the head."""
         self.core, self.rows, self.product_CV = core, rows, product_CV
         self.steps = core.steps.select(rows)
-        self.signals = {name: signal.held(rows, core.vocab) for name, signal in core.signals.items()}
+        self.signals = {name: signal.precomputed(rows, core.vocab) for name, signal in core.signals.items()}
         self.cuts = blocks(core, rows.stop - rows.start, product_CV.device)
 
     def values(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
@@ -168,10 +168,10 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found: list[Tensor | None] = [None] * 5
+        gradients: list[Tensor | None] = [None] * 5
         of_loss, of_values = upstream[0], upstream[1:]
         if of_loss is not None and ctx.gradients is not None:
-            found = [None if part is None else _times(part, of_loss) for part in ctx.gradients]
+            gradients = [None if part is None else _times(part, of_loss) for part in ctx.gradients]
             ctx.gradients = None
         wanted = {name: u for name, u in zip(ctx.pass_.names, of_values, strict=True) if u is not None}
         if wanted:
@@ -179,8 +179,8 @@ class Chunked(torch.autograd.Function):
             needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
             with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
                 again = _again(ctx.pass_, hidden_ND, wanted, needed)
-            found = [a if b is None else b if a is None else a + b for a, b in zip(found, again, strict=True)]
-        return (None, *found)
+            gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, again, strict=True)]
+        return (None, *gradients)
 
 
 def _at_once(
@@ -220,13 +220,13 @@ def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     return gradient.mul_(upstream.to(gradient.dtype))
 
 
-def _keep(found: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
+def _keep(all_values: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
     """Stores the values of some of `count` steps.
 
     Each value goes into one tensor that is allocated beforehand. Thousands of small tensors that outlive the blocks
     between which they were allocated would fragment the heap until no block fits.
     """
     for name, values_C in values.items():
-        if name not in found:
-            found[name] = values_C.new_empty((count, *values_C.shape[1:]))
-        found[name][rows] = values_C.detach()
+        if name not in all_values:
+            all_values[name] = values_C.new_empty((count, *values_C.shape[1:]))
+        all_values[name][rows] = values_C.detach()

@@ -175,8 +175,8 @@ class Distribution(Policy):
     def forward_kl(self, teacher: Distribution) -> Tensor:
         """KL(teacher || self), [C], nats; infinite where this one rules out an id that the teacher does not."""
         if self._both_on_kernels(teacher):
-            found = self._against(teacher)
-            return self._from_kernels(found.forward_kl_C, found, "forward_C", teacher)
+            statistics = self._against(teacher)
+            return self._from_kernels(statistics.forward_kl_C, statistics, "forward_C", teacher)
         value_C = self._gap(teacher)[2]
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, q_CV: Tensor) -> Tensor:
@@ -187,8 +187,8 @@ class Distribution(Policy):
     def reverse_kl(self, teacher: Distribution) -> Tensor:
         """KL(self || teacher), [C], nats; infinite where the teacher rules out an id that this one does not."""
         if self._both_on_kernels(teacher):
-            found = self._against(teacher)
-            return self._from_kernels(found.reverse_kl_C, found, "reverse_C", teacher)
+            statistics = self._against(teacher)
+            return self._from_kernels(statistics.reverse_kl_C, statistics, "reverse_C", teacher)
         gap_CV, value_C, _ = self._gap(teacher)
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, gap_CV: Tensor) -> Tensor:
@@ -202,8 +202,8 @@ class Distribution(Policy):
         """Jensen-Shannon divergence [C] with `teacher_weight` on the teacher, nats; always finite."""
         w = teacher_weight
         if self._both_on_kernels(teacher):
-            found = self._against(teacher, w)
-            return self._from_kernels(found.jsd_C, found, "jsd_C", teacher, jsd_weight=w)
+            statistics = self._against(teacher, w)
+            return self._from_kernels(statistics.jsd_C, statistics, "jsd_C", teacher, jsd_weight=w)
         mixture_CV = torch.logaddexp(teacher.logp_CV + math.log(w), self.logp_CV + math.log1p(-w))
         ours_CV, theirs_CV = self.logp_CV - mixture_CV, teacher.logp_CV - mixture_CV
         ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
@@ -237,8 +237,8 @@ class Distribution(Policy):
     def _own(self) -> Any:
         """Statistics that hold this one's normaliser and entropy; an earlier comparison holds them as well."""
         assert self._kernels is not None
-        for _, found in self._statistics.values():
-            return found
+        for _, statistics in self._statistics.values():
+            return statistics
         return self._kernels.row_statistics(self._plain_CV)
 
     def _both_on_kernels(self, teacher: Distribution) -> bool:
@@ -248,8 +248,8 @@ class Distribution(Policy):
         assert self._kernels is not None
         key = (id(teacher), jsd_weight)
         if key not in self._statistics:
-            found = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
-            self._statistics[key] = (teacher, found)  # holding the teacher keeps its id from being given out again
+            statistics = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
+            self._statistics[key] = (teacher, statistics)  # holding the teacher keeps its id from being given out again
         return self._statistics[key][1]
 
     def _from_kernels(
@@ -277,11 +277,11 @@ class Distribution(Policy):
 
     def _gap(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
         """Returns log p - log q [C, V], and the reverse and the forward KL, [C] each, detached."""
-        found = self._gaps.get(id(teacher))
-        if found is None:
-            found = (teacher, *self._compare(teacher))
-            self._gaps[id(teacher)] = found
-        return found[1:]
+        gap = self._gaps.get(id(teacher))
+        if gap is None:
+            gap = (teacher, *self._compare(teacher))
+            self._gaps[id(teacher)] = gap
+        return gap[1:]
 
     def _compare(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
         gap_CV = self.logp_CV - teacher.logp_CV
@@ -293,12 +293,12 @@ class Distribution(Policy):
         ours_CV, theirs_CV = self.logp_CV > -math.inf, teacher.logp_CV > -math.inf
         gap_CV = torch.where(ours_CV & theirs_CV, gap_CV, 0.0)
         sound_C = (self.normaliser_C + teacher.normaliser_C).isfinite()
-        found = []
+        divergences = []
         for sign, p_CV, banned_CV in ((1, self.p_CV, ours_CV & ~theirs_CV), (-1, teacher.p_CV, theirs_CV & ~ours_CV)):
             banned_C = self.shard.sum(banned_CV.any(-1).to(gap_CV.dtype)) > 0
             value_C = (sign * self._mean(p_CV, gap_CV)).masked_fill(banned_C, math.inf)
-            found.append(value_C.masked_fill(~sound_C, math.nan))
-        return gap_CV, found[0], found[1]
+            divergences.append(value_C.masked_fill(~sound_C, math.nan))
+        return gap_CV, divergences[0], divergences[1]
 
 
 def _kernels(logits_CV: Tensor, shard: Shard) -> Any | None:

@@ -83,10 +83,10 @@ class Part:
         """
         return per_step(f"'{self.name}'", self.value(context, view), context.steps)
 
-    def asks(self, view: str, against: str) -> frozenset[Need]:
+    def needs_of(self, view: str, against: str) -> frozenset[Need]:
         """Returns its needs of a view when it is used against another view, or the same one."""
         own = self.needs if view == against else frozenset[Need]()
-        read = (stat.part.asks(view, against) for stat in self.stats if stat.part is not None)
+        read = (stat.part.needs_of(view, against) for stat in self.stats if stat.part is not None)
         return own.union(self.also.get(view, frozenset[Need]()), *read)
 
 

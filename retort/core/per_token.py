@@ -32,7 +32,7 @@ def in_blocks(signal: TeacherSignal, vocab: int) -> Iterator[SignalRows]:
     """Yields a signal's rows at all its steps: products are computed by the chunk, all else by the block."""
     device = signal.tokens_N.device
     for chunk in cuts(signal.steps, chunk_rows(vocab, device)):
-        held = signal.held(chunk, vocab)
+        held = signal.precomputed(chunk, vocab)
         for block in cuts(held.steps, block_rows(vocab, device)):
             yield held.rows(block, vocab)
 

@@ -105,7 +105,7 @@ class Steps:
         """The same on a device."""
         return self._each(lambda column_N: column_N.to(device))
 
-    def storing(self, more: Mapping[str, Tensor]) -> Steps:
+    def with_stored(self, more: Mapping[str, Tensor]) -> Steps:
         """The same with more stored values, [N] each."""
         return replace(self, stored={**self.stored, **more})
 

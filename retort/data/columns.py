@@ -64,12 +64,12 @@ def check_mapping(where: str, row: Mapping[str, Any], columns: Mapping[str, str]
 
 def no_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
     """The reason why a row has no prompt, and which of its columns may be meant."""
-    found = [str(name) for name in row]
+    names = [str(name) for name in row]
     wanted = [columns.get("prompt", "prompt"), columns.get("messages", "messages")]
-    if any(name in found for name in wanted):
-        return f"'{' and '.join(name for name in wanted if name in found)}' is null"
-    near = [match for name in wanted for match in difflib.get_close_matches(name, found, n=1, cutoff=0.6)]
-    near += [name for name in _PROMPTS if name in found]
+    if any(name in names for name in wanted):
+        return f"'{' and '.join(name for name in wanted if name in names)}' is null"
+    near = [match for name in wanted for match in difflib.get_close_matches(name, names, n=1, cutoff=0.6)]
+    near += [name for name in _PROMPTS if name in names]
     parts = [name for name in _names(row) if "." in name]
     near += [name for name in parts if name.rsplit(".", 1)[1] in ("prompt", "messages", "conversations", *_PROMPTS)]
     hint = (
@@ -78,7 +78,7 @@ def no_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         if near
         else _other_shape(row)
     )
-    return f"no column '{wanted[0]}' or '{wanted[1]}' (found: {', '.join(found) or 'nothing'}){hint}"
+    return f"no column '{wanted[0]}' or '{wanted[1]}' (found: {', '.join(names) or 'nothing'}){hint}"
 
 
 def _other_shape(row: Mapping[str, Any]) -> str:
@@ -125,5 +125,5 @@ class Seen:
 
 
 def _hint(ours: str, theirs: Iterable[str], columns_there: Iterable[str], meaning: str) -> list[str]:
-    found = [column for name in theirs for column in columns_there if column.rsplit(".", 1)[-1] == name]
-    return [f"if `{found[0]}` is {meaning}, map it: columns.{ours}={found[0]}"] if found else []
+    candidates = [column for name in theirs for column in columns_there if column.rsplit(".", 1)[-1] == name]
+    return [f"if `{candidates[0]}` is {meaning}, map it: columns.{ours}={candidates[0]}"] if candidates else []

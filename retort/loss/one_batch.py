@@ -114,11 +114,11 @@ class OneBatch:
         inputs.check()
         found, kept_N = load(method) if isinstance(method, str) else method, inputs.kept_N
         steps = inputs.steps(kept_N)
-        needed = (("rewards", inputs.rewards, found.wants_rewards), ("groups", inputs.groups, found.wants_groups))
+        needed = (("rewards", inputs.rewards, found.needs_rewards), ("groups", inputs.groups, found.needs_groups))
         for name, values, wants in needed:
             if wants is not None and values is None:
                 raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
-        if found.wants_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
+        if found.needs_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
             raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
         return OneBatch(found, inputs.tokens, kept_N, steps, clock, dict(state or {}))
 

@@ -53,9 +53,9 @@ def scored(
     if method.stats:
         measured = any(stat.part is not None for stat, _ in method.stats.values())
         values = evaluate(stat_values(method), steps, clock) if measured else {}
-        steps = steps.storing(_finished(method, values, steps, clock, valid, ranks))
+        steps = steps.with_stored(_finished(method, values, steps, clock, valid, ranks))
     if several or method.weighs_batch:
-        steps = steps.storing(evaluate(stored_values(method, weights_only=not several), steps, clock))
+        steps = steps.with_stored(evaluate(stored_values(method, weights_only=not several), steps, clock))
     return steps
 
 
@@ -85,7 +85,7 @@ def _gathered(
     for view, valid_N in valid.items():
         every_N = torch.ones(len(steps), dtype=torch.bool, device=device)
         given[f"valid/{view}"] = every_N if valid_N is None else valid_N
-    whole, own = ranks.gather(steps.storing(given))
+    whole, own = ranks.gather(steps.with_stored(given))
     all_values, all_valid = (
         {name.removeprefix(kind): whole.stored[name] for name in whole.stored if name.startswith(kind)}
         for kind in ("value/", "valid/")

@@ -33,7 +33,7 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
 
 def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
     """The needs to request from a teacher at a step: those of the method, and those of its curves that it can meet."""
-    return method.needs(view) | {need for need in method.welcomes(view, step) if can_meet(capabilities, need)}
+    return method.needs(view) | {need for need in method.optional_needs(view, step) if can_meet(capabilities, need)}
 
 
 def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
@@ -66,16 +66,16 @@ def hidden_values(
 
 def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
     def values(context: Context) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for term in terms:
             weight_C = None
             if term.weight is not None:
                 weight_C = context.steps.stored.get(f"{term.name}.weight")
                 weight_C = (term.weight.at(context, term.against) if weight_C is None else weight_C).detach()
             value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
-            found[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
-            found[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
-        return found
+            values[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
+            values[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
+        return values
 
     return values
 
@@ -124,14 +124,14 @@ def recorded_values(
     """
 
     def values(context: Context) -> dict[str, Tensor]:
-        found = {"student_logp": context.student_logp_N.detach()}
+        values = {"student_logp": context.student_logp_N.detach()}
         for view, kinds in offers.items():
             if can_meet(kinds, SAMPLED):
-                found[f"{view}_logp"] = context.signal(view).sampled_logp_N
+                values[f"{view}_logp"] = context.signal(view).sampled_logp_N
         for term in method.terms:
             for name, value_C in term.estimator.shown(context, term.against, term.name).items():
-                found[f"{term.name}.{name}"] = value_C
-        return found
+                values[f"{term.name}.{name}"] = value_C
+        return values
 
     return values
 
@@ -144,11 +144,11 @@ def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> d
         valid: Each view's `TeacherSignal.valid_N`.
         steps: N, the number of steps.
     """
-    found: dict[str, Tensor] = {}
+    counted_N: dict[str, Tensor] = {}
     for term in method.terms:
-        requested = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.asks(view)]
-        found[term.name] = torch.stack(requested).all(0) if requested else torch.ones(steps, dtype=torch.bool)
-    return found
+        requested = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.needs_of(view)]
+        counted_N[term.name] = torch.stack(requested).all(0) if requested else torch.ones(steps, dtype=torch.bool)
+    return counted_N
 
 
 def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
@@ -160,7 +160,7 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], 
         counted_N: The steps that count in each term, see `counted`.
         ranks: The workers that hold that optimizer step.
     """
-    whole, own = ranks.gather(steps.storing({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
+    whole, own = ranks.gather(steps.with_stored({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
     return {
         term.name: reduce.loss_scales(
             term.denominator,
@@ -202,15 +202,15 @@ def finish_stats(
     valid: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
     """The statistics of the whole batch, from the values of all its steps; `valid` is as in `counted`."""
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for name, (stat, view) in method.stats.items():
         values_N = values.get(name, torch.zeros(len(steps), device=steps.rollout_N.device))
         requested = [
             valid_N
             for other, valid_N in (valid or {}).items()
-            if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
+            if valid_N is not None and stat.part is not None and stat.part.needs_of(other, view)
         ]
-        here = steps.storing(found)
+        here = steps.with_stored(stored)
         if requested:
             index_N = torch.stack(requested).all(0).nonzero().squeeze(-1)
             values_N, here = values_N[index_N], here.select(index_N)
@@ -219,8 +219,8 @@ def finish_stats(
         per_step(f"statistic '{name}'", finished, here)
         if requested:
             finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
-        found[name] = finished
-    return found
+        stored[name] = finished
+    return stored
 
 
 def losses(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
 from retort.models.files import errors_about, locate, read_tokenizer
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,7 +49,7 @@ class Described:
 
 def describe(
     name: str,
-    source: str | Held | None,
+    source: str | InMemoryModel | None,
     role: str,
     *,
     stop: Sequence[int | str] | None = None,
@@ -72,7 +72,7 @@ def describe(
     label = f"{role} {name}"
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     generation: Any = None
-    if isinstance(source, Held):
+    if isinstance(source, InMemoryModel):
         config, generation = source.model.config, source.model.generation_config
     else:
         location = locate(label, name, source)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from retort.errors import RetortError, UserError
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -133,7 +133,7 @@ def _wrong_on_hub(name: str) -> str | None:
 
 
 def read_tokenizer(
-    name: str, source: str | Held | None, role: str, *, trust_remote_code: bool
+    name: str, source: str | InMemoryModel | None, role: str, *, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a model; copies it, where the caller holds it in memory.
 
@@ -143,14 +143,14 @@ def read_tokenizer(
     from transformers import AutoTokenizer
 
     label = f"{role} {name}"
-    location = "" if isinstance(source, Held) else locate(label, name, source)
+    location = "" if isinstance(source, InMemoryModel) else locate(label, name, source)
     local = Path(location)
     if location and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
         raise UserError(f"{label}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
     with errors_about(f"{label}: its tokenizer"):
         tokenizer: Any = (
             copy.deepcopy(source.tokenizer)
-            if isinstance(source, Held)
+            if isinstance(source, InMemoryModel)
             else AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         )
         ids = set(tokenizer.get_vocab().values())
@@ -164,7 +164,7 @@ def read_tokenizer(
 
 def read_model(
     name: str,
-    source: str | Held | None,
+    source: str | InMemoryModel | None,
     role: str,
     *,
     dtype: torch.dtype,
@@ -189,7 +189,7 @@ def read_model(
     from transformers import AutoModelForCausalLM
 
     label = f"{role} {name}"
-    if isinstance(source, Held):
+    if isinstance(source, InMemoryModel):
         with errors_about(label, "cannot be copied"):
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
         return held, _weight_notes(label, weights, *_account(held, {}, set()))

@@ -18,7 +18,7 @@ _PAIR = "give a model of transformers with its tokenizer, as a pair: (model, tok
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class InMemoryModel:
     """A model and its tokenizer. Neither is changed: a run trains, casts and moves only a copy.
 
     The weights of a model that does not learn are shared with the caller's where dtype and device allow, so they cost
@@ -29,7 +29,7 @@ class Held:
     tokenizer: PreTrainedTokenizerBase
 
     @staticmethod
-    def of(role: str, given: Any) -> Held:
+    def from_pair(role: str, given: Any) -> InMemoryModel:
         """Takes a pair from the caller.
 
         Raises:
@@ -47,7 +47,7 @@ class Held:
             raise UserError(f"{role}: its model is a {type(model).__name__}{merge}; {_PAIR}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"{role}: its tokenizer is a {type(tokenizer).__name__}; {_PAIR}")
-        held = Held(model, tokenizer)
+        held = InMemoryModel(model, tokenizer)
         problem = held._problem()
         if problem is not None:
             raise UserError(f"{role} {held.name}: {problem}")

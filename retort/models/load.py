@@ -9,10 +9,10 @@ import torch
 
 from retort.align.stops import stop_tokens
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
 from retort.models.randomness import without_randomness
-from retort.models.together import settle
+from retort.models.together import choose_batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_model(
     name: str,
     *,
-    source: str | Held | None = None,
+    source: str | InMemoryModel | None = None,
     role: str,
     precision: Precision,
     device: torch.device,
@@ -72,7 +72,7 @@ def load_model(
     loaded = LanguageModel(model, tokenizer, stops, name, precision, original, notes=notes)
     with errors_about(label):  # settings may make a model that cannot compute
         loaded.check_head(finite=weights == "refuse")
-    settle(loaded)
+    choose_batching(loaded)
     return loaded
 
 
@@ -88,7 +88,7 @@ def use_attention(lm: LanguageModel, name: str) -> bool:
         lm.model.config._attn_implementation = before
         return False
     _wrap_attention(lm.model)
-    settle(lm)
+    choose_batching(lm)
     return True
 
 

@@ -34,7 +34,7 @@ def switches(config: Any) -> list[tuple[str, int]]:
     return sorted(found, key=lambda one: (one[1], one[0]))
 
 
-def settle(lm: LanguageModel) -> None:
+def choose_batching(lm: LanguageModel) -> None:
     """Sets, by trying, how sequences of this model may be computed together.
 
     Args:

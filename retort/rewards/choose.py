@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, did_you_mean
 from retort.rewards.base import ByText, Grader, Verifier
-from retort.rewards.own import imported, is_own, own_grader
+from retort.rewards.own import imported, is_user_defined, user_grader
 from retort.rewards.verify import NEED_ANSWER, VERIFIERS, MathVerifier, check_gradable, reference_answer
 
 
@@ -24,8 +24,8 @@ def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:
     Raises:
         UserError: As `verifier_for`.
     """
-    if is_own(task):
-        return own_grader(imported(str(task)), str(task), prompts[0])
+    if is_user_defined(task):
+        return user_grader(imported(str(task)), str(task), prompts[0])
     verifier = verifier_for(task, prompts)
     return None if verifier is None else ByText(verifier)
 
@@ -49,8 +49,8 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
         if not prompts or any(prompt.answer is None for prompt in prompts):
             return None
         task = MathVerifier.name
-    if is_own(task):
-        own = own_grader(imported(task), task, prompts[0])
+    if is_user_defined(task):
+        own = user_grader(imported(task), task, prompts[0])
         if not isinstance(own, ByText):
             raise UserError(f"task = {task}: that grades groups, not single completions; `grader_for` takes it")
         return own.verifier

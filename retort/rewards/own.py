@@ -30,7 +30,7 @@ _REMEMBERED = 10_000
 
 #: The user's own verifier. The prompt is the row (`text`, `answer`, `id`, ...), the completion is all generated text,
 #: thinking included.
-OwnFunction = Callable[[Prompt, str], "float | Grade"]
+UserFunction = Callable[[Prompt, str], "float | Grade"]
 
 
 class GradesGroups(Protocol):
@@ -42,16 +42,16 @@ class GradesGroups(Protocol):
 
 
 #: The user's own verifier or grader.
-Own = OwnFunction | GradesGroups
+UserGrading = UserFunction | GradesGroups
 
 
-class OwnVerifier:
+class FunctionVerifier:
     """The user's own function as a verifier (see `retort.rewards.base.Verifier`).
 
     It is called once for each completion of a prompt; the last 10,000 grades are cached.
     """
 
-    def __init__(self, grade: OwnFunction, name: str) -> None:
+    def __init__(self, grade: UserFunction, name: str) -> None:
         """Wraps a function; `name` is for messages and for the run's settings."""
         self.name = name
         self._grade = grade
@@ -91,7 +91,7 @@ class OwnVerifier:
         return _checked(returned, at)
 
 
-class TalkingVerifier(OwnVerifier):
+class FeedbackVerifier(FunctionVerifier):
     """A verifier of the user's own with feedback (see `retort.rewards.base.GivesFeedback`)."""
 
     def feedback(self, prompt: Prompt, text: str) -> str:
@@ -99,7 +99,7 @@ class TalkingVerifier(OwnVerifier):
         return self.grade(prompt, text).feedback or ""
 
 
-class OwnGrader(Grader):
+class ObjectGrader(Grader):
     """The user's own object as a grader, by its method `grade(group)`.
 
     Nothing is cached: it is called once for each group.
@@ -132,19 +132,19 @@ class OwnGrader(Grader):
         at = f"verifier '{self._name}', row '{group[0].prompt.id}'"
         try:
             returned: Any = self._own.grade(group)
-            found = list(returned)
+            grades = list(returned)
         except (Exception, SystemExit) as error:
             raise _raised(error, at, f"{len(group)} completions, first {quoted(group[0].text)}") from error
-        if len(found) != len(group):
-            raise UserError(f"{at}: it gave {len(found)} grades for {len(group)} completions; give one for each")
-        return [None if one is None else _checked(one, at) for one in found]
+        if len(grades) != len(group):
+            raise UserError(f"{at}: it gave {len(grades)} grades for {len(group)} completions; give one for each")
+        return [None if one is None else _checked(one, at) for one in grades]
 
 
-def own_grader(own: Own, name: str, first: Prompt) -> Grader:
+def user_grader(own: UserGrading, name: str, first: Prompt) -> Grader:
     """Makes a grader from the user's own object or function, after a trial.
 
     Args:
-        own: A function of a prompt and a completion (see `own_verifier`), or else an object with a method
+        own: A function of a prompt and a completion (see `user_verifier`), or else an object with a method
             `grade(group)`, which is tried on a group of two empty completions. If it gives feedback on these, it counts
             as a grader with feedback.
         name: Name for messages.
@@ -154,13 +154,13 @@ def own_grader(own: Own, name: str, first: Prompt) -> Grader:
         UserError: It cannot be called like that, or returns no reward.
     """
     if callable(own):
-        return ByText(own_verifier(own, name, first))
+        return ByText(user_verifier(own, name, first))
     empty = TokenSequence.of([0])
-    tried = OwnGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
-    return OwnGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
+    tried = ObjectGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
+    return ObjectGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
 
 
-def own_verifier(grade: OwnFunction, name: str, first: Prompt) -> OwnVerifier:
+def user_verifier(grade: UserFunction, name: str, first: Prompt) -> FunctionVerifier:
     """Makes a verifier from a function, after a trial on an empty completion of one prompt.
 
     Args:
@@ -171,16 +171,16 @@ def own_verifier(grade: OwnFunction, name: str, first: Prompt) -> OwnVerifier:
     Raises:
         UserError: The function cannot be called like that, or returns no reward.
     """
-    tried = OwnVerifier(grade, name)
-    return TalkingVerifier(grade, name) if tried.grade(first, "").feedback else tried
+    tried = FunctionVerifier(grade, name)
+    return FeedbackVerifier(grade, name) if tried.grade(first, "").feedback else tried
 
 
-def is_own(task: str | None) -> bool:
+def is_user_defined(task: str | None) -> bool:
     """Whether a task is the user's own function: `module:function`, or one that was given as an object."""
     return task is not None and (task.startswith(IN_MEMORY) or _IMPORTED.fullmatch(task) is not None)
 
 
-def name_of(grade: Own) -> str:
+def name_of(grade: UserGrading) -> str:
     """The name of a function in a run's settings: `module:function` where that leads to it again.
 
     Raises:
@@ -192,15 +192,15 @@ def name_of(grade: Own) -> str:
             "grade(group), or 'module:function'"
         )
     module, name = getattr(grade, "__module__", None), getattr(grade, "__qualname__", None)
-    found: Any = sys.modules.get(module) if module and module != "__main__" else None
+    named: Any = sys.modules.get(module) if module and module != "__main__" else None
     for part in str(name).split("."):
-        found = getattr(found, part, None)
-    if found is grade and _IMPORTED.fullmatch(f"{module}:{name}"):
+        named = getattr(named, part, None)
+    if named is grade and _IMPORTED.fullmatch(f"{module}:{name}"):
         return f"{module}:{name}"
     return f"{IN_MEMORY}{name or type(grade).__qualname__}"
 
 
-def imported(task: str) -> Own:
+def imported(task: str) -> UserGrading:
     """Imports the function, or the object with a method `grade(group)`, that `module:name` names.
 
     The current folder is searched, too, after all others.
@@ -218,7 +218,7 @@ def imported(task: str) -> Own:
     if here not in sys.path:  # permanently: modules that it imports when called lie there, too
         sys.path.append(here)
     try:
-        found: Any = importlib.import_module(module)
+        named: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f" (it imports '{error.name}')"
         raise UserError(
@@ -228,18 +228,18 @@ def imported(task: str) -> Own:
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"task = {task}: importing '{module}' raised {type(error).__name__}: {words}") from error
-    where = getattr(found, "__file__", None) or "built into Python"
+    where = getattr(named, "__file__", None) or "built into Python"
     for part in name.split("."):
-        if not hasattr(found, part):
-            names = [known for known in vars(found) if not known.startswith("_") and callable(getattr(found, known))]
+        if not hasattr(named, part):
+            names = [known for known in vars(named) if not known.startswith("_") and callable(getattr(named, known))]
             raise UserError(f"task = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
-        found = getattr(found, part)
-    if not _grades(found):
+        named = getattr(named, part)
+    if not _grades(named):
         raise UserError(
-            f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion, or an "
+            f"task = {task}: that is a {type(named).__name__}; name a function of a prompt and a completion, or an "
             "object with a method grade(group)"
         )
-    return cast("Own", found)
+    return cast("UserGrading", named)
 
 
 def _grades(own: object) -> bool:

@@ -78,7 +78,7 @@ class TeacherGenerator:
         return read, status
 
     def _ours(self, ids: Sequence[int]) -> list[int]:
-        found = self.alignment.ours(ids)
+        found = self.alignment.to_student(ids)
         if -1 in found:
             raise SignalError(f"the student has no id for the token with the teacher's id {ids[found.index(-1)]}")
         return found

@@ -83,13 +83,13 @@ class LocalTeacher:
         self.name = lm.name
         self.render = Renderer(lm.tokenizer, self.template_options)
 
-    def in_its_own_words(self) -> LocalTeacher:
+    def in_own_ids(self) -> LocalTeacher:
         """The same teacher for completions in its own ids with its own stop token, such as its own."""
         return self._changed(alignment=self.alignment.itself())
 
-    def about(self, vocab: int) -> LocalTeacher:
+    def for_vocab(self, vocab: int) -> LocalTeacher:
         """The same teacher for fewer ids of the student's."""
-        return self._changed(alignment=self.alignment.about(vocab))
+        return self._changed(alignment=self.alignment.for_vocab(vocab))
 
     def on(self, stage: Stage) -> LocalTeacher:
         """The same teacher with other data for its views."""

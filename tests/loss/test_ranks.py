@@ -174,6 +174,6 @@ def test_what_only_some_workers_have() -> None:
     assert Steps.joined([graded, bare]).reward_N is None
     assert Steps.joined([nothing, graded, nothing]).reward_N is not None
     assert not len(Steps.joined([nothing, nothing]))
-    for parts in ([graded.storing({"seen": tokens_N}), bare], [graded, bare.storing({"seen": tokens_N})]):
+    for parts in ([graded.with_stored({"seen": tokens_N}), bare], [graded, bare.with_stored({"seen": tokens_N})]):
         with pytest.raises(ValueError, match="'seen' is stored by some workers only"):
             Steps.joined(parts)

@@ -106,8 +106,8 @@ def test_every_method_is_watched_and_keeps_its_own_curves() -> None:
     assert len(set(names)) == len(names)
     assert {"overlap_ratio", "overlap_advantage", "overlap_mass", "entropy_gap"} <= set(names)
     assert watched.as_published
-    assert "its top-16" in map(str, watched.welcomes(step=3))
-    assert "its top-16" not in map(str, watched.welcomes(step=4))
+    assert "its top-16" in map(str, watched.optional_needs(step=3))
+    assert "its top-16" not in map(str, watched.optional_needs(step=4))
     plain = load("opd")
     assert watching(plain, 0, 1) is plain
 

@@ -119,7 +119,7 @@ class TeacherSignal:
         """
         raise NotImplementedError
 
-    def held(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
+    def precomputed(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
         """The signal about a run of steps, with all matrix products computed at once.
 
         Its `rows` of smaller runs then cost no product each.
@@ -143,7 +143,7 @@ class TeacherSignal:
         return _HiddenRows(self)
 
     def _valid(self, index: Tensor | slice) -> Tensor | None:
-        return None if self.valid_N is None else taken(self.valid_N, index)
+        return None if self.valid_N is None else take_rows(self.valid_N, index)
 
     def check_valid(self) -> None:
         """Raises `SignalError` unless `valid_N` is a bool per step."""
@@ -183,7 +183,7 @@ def as_compute(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def taken(values: Tensor, index: Tensor | slice) -> Tensor:
+def take_rows(values: Tensor, index: Tensor | slice) -> Tensor:
     """Some rows of a tensor, on the device of the index: a server's numbers are kept on the CPU."""
     return values[index] if isinstance(index, slice) else values[index.to(values.device)].to(index.device)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retort.core.needs import NeedKind, require_finite
-from retort.core.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length, taken
+from retort.core.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length, take_rows
 from retort.errors import SignalError
 
 
@@ -43,7 +43,7 @@ class Sampled(TeacherSignal):
         return _SampledRows(self.source, self.logp_N[index_C])
 
     def select(self, index_N: Tensor) -> Sampled:
-        tokens_N, logp_N = taken(self.tokens_N, index_N), taken(self.logp_N, index_N)
+        tokens_N, logp_N = take_rows(self.tokens_N, index_N), take_rows(self.logp_N, index_N)
         return Sampled(tokens_N, self.source, logp_N, valid_N=self._valid(index_N))
 
 
@@ -172,12 +172,12 @@ class TopK(TeacherSignal):
 
     def select(self, index_N: Tensor) -> TopK:
         return TopK(
-            taken(self.tokens_N, index_N),
+            take_rows(self.tokens_N, index_N),
             self.source,
-            taken(self.ids_NK, index_N),
-            taken(self.logp_NK, index_N),
-            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
-            None if self.entropy_N is None else taken(self.entropy_N, index_N),
+            take_rows(self.ids_NK, index_N),
+            take_rows(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else take_rows(self.sampled_logp_N, index_N),
+            None if self.entropy_N is None else take_rows(self.entropy_N, index_N),
             self.entropy_exact,
             self.whole,
             valid_N=self._valid(index_N),
@@ -258,11 +258,11 @@ class Candidates(TeacherSignal):
 
     def select(self, index_N: Tensor) -> Candidates:
         return Candidates(
-            taken(self.tokens_N, index_N),
+            take_rows(self.tokens_N, index_N),
             self.source,
-            taken(self.ids_NK, index_N),
-            taken(self.logp_NK, index_N),
-            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
+            take_rows(self.ids_NK, index_N),
+            take_rows(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else take_rows(self.sampled_logp_N, index_N),
             None if self.top is None else self.top.select(index_N),
             valid_N=self._valid(index_N),
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retort.core.distribution import WHOLE, Distribution, Shard
 from retort.core.needs import NeedKind, require_finite
-from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, taken
+from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, take_rows
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Dense(TeacherSignal):
                 logits_CV = logits_CV / self.temperature
             return DistributionRows(logits_CV, self.tokens_N[index_C], self.source, self.shard)
 
-    def held(self, index_C: slice, vocab: int | None = None) -> Dense:
+    def precomputed(self, index_C: slice, vocab: int | None = None) -> Dense:
         with torch.no_grad():
             logits_CV = self.logits(index_C)[:, : vocab or self.width]
 
@@ -117,7 +117,7 @@ class Dense(TeacherSignal):
 
         return replace(
             self,
-            tokens_N=taken(self.tokens_N, index_N),
+            tokens_N=take_rows(self.tokens_N, index_N),
             logits=logits,
             hidden=None if self.hidden is None else hidden,
             valid_N=self._valid(index_N),

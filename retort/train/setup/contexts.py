@@ -38,7 +38,7 @@ def need_context(method: Method, verifier: Grader | None, stage: Stage, notes: l
                 f"all terms of method '{phase.name}' have the coefficient 0, so nothing would be learnt; raise one"
             )
         empty = [name for name, view in phase.views.items() if not _shows(phase, view, verifier, stage)]
-        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.asks(name)}
+        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.needs_of(name)}
         if len(silent) == len(phase.terms):
             name = next(iter(silent.values()))
             raise UserError(
@@ -117,7 +117,7 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
             f"{stage.longest}, the context of {models[view.model].name} {models[view.model].lm.context}"
         )
         full |= {name} if tight == len(lengths) else set()
-        if full and all(any(term.asks(other) for other in full) for term in method.terms):
+        if full and all(any(term.needs_of(other) for other in full) for term in method.terms):
             raise UserError(f"{what}; nothing would be learnt: raise rollout.max_view_tokens, or shorten the prompts")
         notes.append(what)
 

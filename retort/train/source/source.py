@@ -277,7 +277,7 @@ class Source:
     def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
         if self.grader is None:
             return rollouts
-        found, wants = graded(self.grader, rollouts), method.wants_rewards
+        found, wants = graded(self.grader, rollouts), method.needs_rewards
         lacking = next((rollout for rollout in found if rollout.reward is None), None)
         if wants is not None and lacking is not None:
             raise UserError(
