@@ -146,7 +146,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
-    except Exception:  # jinja2's errors, and what a template itself raises; rendering a prompt says so to the user
+    except Exception:  # jinja2's errors, and errors of the template itself; rendering a prompt reports them
         return ()
     _, found, tail = text.rpartition(_ANSWER)
     if not found:

@@ -89,8 +89,8 @@ class RowReader:
 
     def notes(self) -> list[str]:
         """Notes on what was recognised, with the number of rows, and on what was not used."""
-        said = [f"{what}: {count} of {self.rows} rows" for what, count in self._counts.items()]
-        return said + self.seen.notes(answers=self._answers, responses=self._responses)
+        counts = [f"{what}: {count} of {self.rows} rows" for what, count in self._counts.items()]
+        return counts + self.seen.notes(answers=self._answers, responses=self._responses)
 
     def _cell(self, row: Mapping[str, Any], ours: str) -> Any:
         theirs = self.columns.get(ours, ours)

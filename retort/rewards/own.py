@@ -249,7 +249,7 @@ def _grades(own: object) -> bool:
 def _raised(error: BaseException, at: str, what: str) -> UserError:
     kind, words = type(error).__name__, " ".join(str(error).split())
     returned = f"{kind}: {words[:300]}" if words else kind
-    return UserError(f"{at}: it raised {returned} on {what}; whatever a model writes must get a reward")
+    return UserError(f"{at}: it raised {returned} on {what}; every completion must get a reward")
 
 
 def _checked(returned: Any, at: str) -> Grade:

@@ -145,7 +145,7 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     share, other = plan.on_policy_fraction, "the teacher" if plan.off_policy == "teacher" else "the data"
     mixed = ""
     if share == 0:
-        mixed = f", answered by {other}"
+        mixed = f", completions by {other}"
     elif isinstance(share, ControllerOutput):
         mixed = f", a share given by {share} (else by {other})"
     elif not isinstance(share, int | float):

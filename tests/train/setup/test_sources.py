@@ -626,7 +626,7 @@ def test_the_summary_says_who_writes() -> None:
             RolloutPlan(on_policy_fraction=0.5),
             "4 prompts x 1 at temperature 1, 50% of prompts (else the data's answer)",
         ),
-        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, answered by the teacher"),
+        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, completions by the teacher"),
         (
             RolloutPlan(on_policy_fraction=adaptive.read("share"), replay=Replay()),
             "4 prompts x 1 at temperature 1, as many as off_policy.share says (else by the data), replayed from 1000 "
