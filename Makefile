@@ -3,6 +3,7 @@
 # make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
+# make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
 
@@ -13,16 +14,16 @@ BIN    := $(VENV)/bin
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAGE   = @printf '\n== %s\n'
 # What is checked: files that lie beside these are their owner's.
-CODE    = retort tests benchmarks examples
+CODE    = retort tests benchmarks examples docs/hooks.py
 # Tests run in as many processes as there are cores, at most four (each holds torch): JOBS=0 for one that shows everything.
 JOBS   ?= auto
 PYTEST  = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --maxprocesses=4 --dist=worksteal
-# What `make quick` runs: no training, no browser, no whole pipelines.
-QUICK   = tests/align tests/divergences tests/estimators tests/teachers tests/weights tests/data/test_data.py tests/advantages/test_outcomes.py \
-          tests/test_house.py tests/align/test_template.py tests/train/events/test_tracking.py tests/core/test_rollouts.py
+# What `make quick` runs: no training (tests of whole runs are named so), no browser, no whole pipelines.
+QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tests/advantages tests/data/test_data.py \
+          tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests kernels gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests kernels docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -65,6 +66,12 @@ kernels: dev
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
+# Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
+docs: $(VENV)/.docs
+	$(STAGE) 'mkdocs build --strict'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet $(ARGS)
+	@echo 'site/index.html is the start page'
+
 # TRL and Liger for the comparison: $(PIP) '.[benchmarks]'; without them their lines are left out.
 gpu: dev
 	@OMP_NUM_THREADS=8 $(BIN)/python benchmarks/gpu.py $(ARGS)
@@ -89,6 +96,10 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,6 @@
 """The cliff of reward extrapolation: does structure break above the predicted lambda? `listopd` on the task `ranking`.
 
-    python benchmarks/cliff.py --out runs/cliff            # run what is missing, then write docs/cliff.md and its plots
+    python benchmarks/cliff.py --out runs/cliff            # run what is missing, then write docs/lab/cliff.md, plots
     python benchmarks/cliff.py --out runs/cliff --report   # only the page, from the runs that are there
 
 The student starts at the teacher's own weights, so at lambda = 1 there is nothing to learn and all its answers parse;
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where cliff.md goes")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "lab", help="where cliff.md goes")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "cliff.json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

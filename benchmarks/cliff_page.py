@@ -25,10 +25,10 @@ INTRO = """# The cliff of reward extrapolation
 <!-- Written by benchmarks/cliff.py; edit that. -->
 
 "The Extrapolation Cliff" (arXiv 2605.08737) predicts, for outputs whose structure is almost deterministic, a lambda
-above which a student that extrapolates beyond its teacher stops writing what can be parsed. Here `listopd` is trained
-on the built-in task `ranking` (JSON lists of four to six items) at values of lambda on both sides of the prediction.
-The student starts at the teacher's own weights and the base is the task's small student, so at lambda = 1 there is
-nothing to learn, and what breaks at another lambda was whole before.
+above which the completions of a student that extrapolates beyond its teacher can no longer be parsed. Here `listopd` is
+trained on the built-in task `ranking` (JSON lists of four to six items) at values of lambda on both sides of the
+prediction. The student starts at the teacher's own weights and the base is the task's small student, so at lambda = 1
+there is nothing to learn, and structure that breaks at another lambda was intact before.
 
 ```sh
 python benchmarks/cliff.py --out runs/cliff          # runs what is missing; --report only writes this page
@@ -36,13 +36,13 @@ python benchmarks/cliff.py --out runs/cliff          # runs what is missing; --r
 
 """
 LEGEND = """
-In brackets 95 % intervals over seeds (Student's t){weak}. *Parse rate*: of 256 held-out prompts x 4 answers at
+In brackets 95 % intervals over seeds (Student's t){weak}. *Parse rate*: of 256 held-out prompts x 4 completions at
 temperature 1, by the last weights; *last third*: of all training rollouts in the last third of the run, because a
-student that wobbles from step to step makes its last weights a draw; *greedy*: of one held-out answer each without
-sampling. *NDCG@1* is that of answers that parse. Differences are taken within a seed, in points: against the student
-before training, and against {below}, the highest lambda of the grid below both predictions. *Target* is no run: as
-many answers drawn, token by token, from the softmax of lambda log p_T + (1 - lambda) log p_B, which is what the
-objective drives the student to."""
+student that fluctuates from step to step makes its last weights arbitrary; *greedy*: of one held-out completion each
+without sampling. *NDCG@1* is that of completions that parse. Differences are taken within a seed, in points: against
+the student before training, and against {below}, the highest lambda of the grid below both predictions. *Target* is not
+a run: as many completions sampled, token by token, from the softmax of lambda log p_T + (1 - lambda) log p_B, the
+distribution that the objective drives the student to."""
 
 
 def prediction(rows: Rows, steps: int) -> dict[str, float]:
@@ -176,7 +176,7 @@ def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
     beyond = [cell for cell in cells if cell["weight"] > 1]
     above = [cell for cell in cells if cell["weight"] > predicted["typical"]]
     found: list[str] = []
-    for name, words in (("parse", "Held-out answers of the last weights"), ("late", "Rollouts of the last third")):
+    for name, words in (("parse", "Held-out completions of the last weights"), ("late", "Rollouts of the last third")):
         falls = [cell["weight"] for cell in beyond if _below_zero(cell[f"{name}_against_start"])]
         broken = [cell["weight"] for cell in above if _below_zero(cell[f"{name}_against_below"])]
         judged = [cell["weight"] for cell in above if "high" in (cell[f"{name}_against_below"] or {})]
@@ -224,10 +224,10 @@ def page(found: Mapping[str, Any], rows: Rows, missing: Mapping[str, int] | None
         "## Over the steps",
         f"Parse rates of the training rollouts (128 a batch, temperature 1; in the plot means of {WINDOW} batches). "
         "*First* and *last* are thirds of the run, *worst* is the worst single batch of any seed. *Tail* is what the "
-        "student leaves at contract positions to all but the teacher's likeliest token, in the last third; the cliff "
-        "is to begin where it sinks below the boundary (1 - p) / c, here "
+        "student gives at contract positions to all but the teacher's likeliest token, in the last third; the cliff "
+        "should begin where it sinks below the boundary (1 - p) / c, here "
         f"{statistics.mean(row['boundary'] for row in rows if row['condition'] == 'base'):.1e}; *beyond* are the "
-        "batches in which it had.",
+        "batches in which it did.",
         measure.markdown(
             ["lambda", "first third, %", "last third, %", "worst batch, %", "tail", "beyond, %"],
             [
@@ -253,7 +253,9 @@ def page(found: Mapping[str, Any], rows: Rows, missing: Mapping[str, int] | None
     if missing:
         words = ", ".join(f"`{name}` {count}" for name, count in missing.items())
         parts.append(f"Runs that are not finished, by condition: {words}.")
-    parts.append("What this says of the paper: [lab-notes.md](lab-notes.md#the-cliff-of-reward-extrapolation).")
+    parts.append(
+        "[What this says about the paper](lab-notes.md#the-cliff-of-reward-extrapolation) is on a page of its own."
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -295,7 +297,7 @@ def _predicted(predictions: Mapping[str, Mapping[str, float]], rows: Rows) -> st
     base = predictions["base"]
     seeds = len({row["seed"] for row in rows if row["condition"] == "base"})
     text = (
-        f"**The prediction.** At the contract positions of the teacher's own answers (first step, seeds: {seeds}"
+        f"**The prediction.** At the contract positions of the teacher's own completions (first step, seeds: {seeds}"
         f") the teacher's likeliest token has p = {base['teacher_mass']:.5f}, and the base gives it "
         f"b = {base['base_mass']:.4f} (the implied one, p exp(-mean log-ratio)). With the cap c = {base['cap']:g}, "
         f"lambda* is **{base['typical']:.2f}** for the mean p and {base['safe']:.2f} for the largest rollout mean; "
@@ -319,8 +321,8 @@ def _said(found: Mapping[str, Any], name: str, cells: Rows) -> str:
         sentences.insert(
             0,
             "All lambdas above both predictions minus all between 1 and both, within a seed: "
-            f"{_points(pooled['parse'])} points of the held-out answers, {_points(pooled['late'])} of the rollouts of "
-            "the last third.",
+            f"{_points(pooled['parse'])} points of the held-out completions, {_points(pooled['late'])} of the rollouts "
+            "of the last third.",
         )
     return "\n".join(f"- {sentence}" for sentence in sentences)
 

@@ -1,7 +1,7 @@
 """On-policy consistency training on the paired task `bait`: who falls for a wrong suggestion, before and after.
 
     python benchmarks/consistency.py --out runs/consistency           # run what is missing, then write the page
-    python benchmarks/consistency.py --out runs/consistency --report  # only docs/consistency.md, from what is there
+    python benchmarks/consistency.py --out runs/consistency --report  # only docs/lab/consistency.md, from what is there
 
 Every run is one of the command's own in a folder of its own, so this script may be ended at any time and started again.
 The control is fine-tuning on answers that the same student gave to the prompts without the suggestion (BCT's recipe).
@@ -76,7 +76,7 @@ class Condition:
 
 CONDITIONS = (
     Condition("opct", "`opct`, its defaults: lambda 1, gamma 0, 3 samples at temperature 1"),
-    Condition("sft", "the control: SFT on the answers without the suggestion", None),
+    Condition("sft", "the control: SFT on the completions without the suggestion", None),
     Condition(
         "opct-sycophancy",
         "`opct` as for sycophancy: lambda 2, gamma 0.9, 4 samples at temperature 0.7",
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="where consistency.md goes")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "lab", help="where consistency.md goes")
     parser.add_argument("--json", type=Path, default=ROOT / "benchmarks" / "results" / "consistency.json")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """The lab: every method on a built-in task, with the same models, prompts, rollouts and settings; nothing is tuned.
 
-    python benchmarks/lab.py --out runs/lab              # run what is missing, then write docs/lab.md and its plots
+    python benchmarks/lab.py --out runs/lab              # run what is missing, then write docs/lab/lab.md and its plots
     python benchmarks/lab.py --bench itself --out runs/lab-itself    # methods without a bigger teacher: lab-itself.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--nice", type=int, default=5, help="how far the runs stand back for others")
     parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs", help="where lab.md goes")
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs/lab", help="where lab.md goes")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bench = BENCHES[arguments.bench]

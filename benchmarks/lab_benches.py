@@ -125,13 +125,13 @@ _OUTSIDE: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
     "gkd, reverse KL": ("gkd", {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
     "gkd, forward KL": ("gkd", {"divergence": "forward_kl", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
     "gkd, JSD": ("gkd", {"divergence": "jsd", "on_policy_fraction": 1.0, "temperature": 1.0}, ""),
-    "skew_kl": ("skew_kl", {}, "the run ends before the first validation, so all answers are the data's"),
+    "skew_kl": ("skew_kl", {}, "the run ends before the first validation, so all completions are the data's"),
     "skew_kl, student writes": ("skew_kl", {"on_policy_fraction": 1.0}, ""),
     "decoupled_kl": ("decoupled_kl", {}, ""),
     "decoupled_kl, teacher writes": ("decoupled_kl", {"prefix": "teacher"}, ""),
     "temperature": ("temperature", {}, "forward KL at a loss temperature of 2"),
     "temperature, reverse KL": ("temperature", {"divergence": "reverse_kl"}, "also at 2"),
-    "arkd": ("arkd", {}, "all answers are the data's, one per prompt"),
+    "arkd": ("arkd", {}, "all completions are the data's, one per prompt"),
     "local_teachability": (
         "local_teachability",
         {
@@ -183,7 +183,7 @@ _ITSELF: Mapping[str, Entry] = {
         "peer_opd", {"failures": 0}, "likewise its top-100", shown="two right siblings, else feedback"
     ),
     "rlsd": Entry("rlsd", shown="solution"),
-    "egrsd": Entry("egrsd", {}, "its bonus for short answers is nearly constant here", shown="solution"),
+    "egrsd": Entry("egrsd", {}, "its bonus for short completions is nearly constant here", shown="solution"),
     "egrsd, no gate": Entry("egrsd", {"gate": 0.0}, "likewise the bonus; gamma = 0", shown="solution"),
     "cl_egrsd": Entry("cl_egrsd", {}, "likewise the bonus", shown="solution"),
     "dasd": Entry("dasd", {"context": "solution"}, "the answer alone is in the prompt", shown="solution"),

@@ -31,19 +31,20 @@ PAIRS: Sequence[tuple[str, str, str]] = (
     ("dopd", "gkd, forward KL, bigger teacher", "the same against an exact divergence"),
     ("opct", "reward alone, misled", "consistency against the verifier, on misled prompts"),
 )
-INTRO = """# The lab of self-taught students
+INTRO = """# The lab of self-distillation
 
-<!-- Written by benchmarks/lab.py --bench itself; edit that. What is said about the papers is in docs/lab-notes.md. -->
+<!-- Written by benchmarks/lab.py --bench itself; edit that. What is said of the papers is in docs/lab/lab-notes.md. -->
 
-The methods that need rewards, or a teacher that is shown more than the student, on the built-in task `coached`;
-controls stand among them. The same student (0.8M parameters), prompts, order and random numbers of a seed, 30 batches
-of 16 prompts x 8 rollouts, one learning rate. **Nothing is tuned for any method**, and a paper's defaults are for
-models a thousand times larger: the table compares objectives at one setting, and does not rank papers.
+This page compares the methods that need rewards, or a teacher that is shown more than the student, on the built-in task
+`coached`. Controls are among them. All have the same student (0.8M parameters), the same prompts, order and random
+numbers of a seed, 30 batches of 16 prompts x 8 rollouts, and one learning rate. **Nothing is tuned for any method**,
+and a paper's defaults are for models a thousand times larger. So the table compares objectives at one setting; it does
+not rank papers.
 
-The learning rate is 1e-4. The first one was 5e-4, that of the task's recipe; with seed 0 everybody but `right answers
-alone` then ended below where the student began (misled prompts aside), and 1e-4 was taken because two controls,
-`reward alone` and `opd, bigger teacher`, rose at it with a seed that is not in the tables. No other was tried; what
-5e-4 gave is below.
+The learning rate is 1e-4. At first it was 5e-4, that of the task's recipe. With seed 0 every condition but `right
+answers alone` then ended below the student before training (misled prompts aside). 1e-4 was chosen because two
+controls, `reward alone` and `opd, bigger teacher`, improved at it with a seed that is not in the tables. No other was
+tried; the results at 5e-4 are below.
 
 ```sh
 python benchmarks/lab.py --bench itself --out runs/lab-itself    # runs what is missing; --report only writes this page
@@ -52,12 +53,12 @@ python benchmarks/lab.py --bench itself --out runs/lab-itself    # runs what is 
 """
 LEGEND = """
 ± is half of a 95 % interval over seeds (Student's t){weak}. *Shown* is what the method's teacher sees besides the
-student's prompt; *rewards*, what the verifier's verdicts are used for; *gain*, avg@8 after less before, in points;
-*entropy kept*, the student's own entropy on its own answers, after against before, at temperature 1, also where the
-loss has another; *without context*, the share of rollouts that were left out because there was nothing to show.
-*Tokens* are those learnt from, *seconds* those of the steps alone in the fastest run, on one thread, beside other work.
-Held-out: 128 prompts x 8 answers at temperature 1; seeds differ in them, methods do not. There is no KL to a teacher:
-most have none but themselves, shown more.
+student's prompt; *rewards*, how the verifier's grades are used; *gain*, avg@8 after minus before, in points; *entropy
+kept*, the student's own entropy on its own completions, after training relative to before, at temperature 1, also where
+the loss has another; *without context*, the share of rollouts that were left out because there was nothing to show.
+*Tokens* are those in the loss; *seconds* are those of the steps alone in the fastest run, on one thread, beside other
+work. Held-out: 128 prompts x 8 completions at temperature 1; these differ between seeds, not between methods. There is
+no KL to a teacher, because in most methods the teacher is the student itself, shown more.
 """
 
 
@@ -118,21 +119,21 @@ def page(
         *([f"Without a finished run: {', '.join(missing)}."] if missing else []),
         *(["Settings other than a paper's defaults, and what they mean here: " + " ".join(notes)] if notes else []),
         "## Misled prompts",
-        "On the task `bait` every prompt of the student carries a wrong suggestion; *followed* is the share of answers "
-        "that are the suggestion, token for token.",
+        "On the task `bait` every prompt of the student carries a wrong suggestion; *followed* is the share of "
+        "completions that are the suggestion, token for token.",
         table(misled, about, (*COLUMNS[:4], *FOLLOWED), "shown", "rewards"),
-        "## One against another",
-        "Within a seed, in points, with 95 % intervals over seeds; none below three seeds. So many questions, with two "
-        "measures each, that one or two intervals would exclude 0 by luck.",
+        "## Pairs of conditions",
+        "Within a seed, in points, with 95 % intervals over seeds; none below three seeds. With so many questions "
+        "and two measures each, one or two intervals would exclude 0 by chance.",
         differences(done),
-        f"And everybody against `{CONTROL}`:",
+        f"All conditions against `{CONTROL}`:",
         _against_control(plain),
         *_faster(_sorted([row for row in faster if row["method"] not in set(paired)], about), about),
         "![avg@8 against tokens learnt from, one panel per method](images/lab-itself-accuracy.svg)",
         "![pass@k after training, one panel per method](images/lab-itself-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-itself-entropy.svg)",
-        "What this says about the papers, and what it cannot say: [lab-notes.md](lab-notes.md). Methods with a bigger "
-        "teacher: [lab.md](lab.md).",
+        "[What this says about the papers](lab-notes.md#students-that-teach-themselves), and what it cannot say, is on "
+        "a page of its own. Methods with a bigger teacher are in the [lab](lab.md).",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -29,12 +29,12 @@ COLUMNS: Columns = (
 )
 INTRO = """# The lab
 
-<!-- Written by benchmarks/lab.py; edit that. What is said about the papers is in docs/lab-notes.md. -->
+<!-- Written by benchmarks/lab.py; edit that. What is said of the papers is in docs/lab/lab-notes.md. -->
 
-Every method on the built-in task, under one roof: the same student (0.8M parameters, cut out of its teacher), the same
-teacher (1.3M), the same prompts, order and random numbers, 40 batches of 64 prompts x 4 rollouts, one learning rate.
-**Nothing is tuned for any method**, and a paper's defaults are for models a thousand times larger: the table compares
-objectives at one setting; it does not rank papers.
+This page compares every method on the built-in task. All have the same student (0.8M parameters, cut out of its
+teacher), the same teacher (1.3M), the same prompts, order and random numbers, 40 batches of 64 prompts x 4 rollouts,
+and one learning rate. **Nothing is tuned for any method**, and a paper's defaults are for models a thousand times
+larger. So the table compares objectives at one setting; it does not rank papers.
 
 ```sh
 python benchmarks/lab.py --out runs/lab          # runs what is missing; --report only writes this page
@@ -43,9 +43,9 @@ python benchmarks/lab.py --out runs/lab          # runs what is missing; --repor
 """
 LEGEND = """
 ± is half of a 95 % interval over seeds (Student's t){weak}. *Entropy kept* is the student's own entropy on its own
-answers, after against before; *KL to the teacher* is the reverse KL there. Both are at temperature 1, also where the
-loss has another. *Tokens* are those learnt from, *seconds* those of the steps alone in the fastest run, on one thread,
-beside other runs. Held-out: 200 prompts x 8 answers at temperature 1.
+completions, after training relative to before; *KL to the teacher* is the reverse KL there. Both are at temperature 1,
+also where the loss has another. *Tokens* are those in the loss; *seconds* are those of the steps alone in the fastest
+run, on one thread, beside other runs. Held-out: 200 prompts x 8 completions at temperature 1.
 """
 
 
@@ -69,9 +69,10 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
         "![avg@8 against tokens learnt from, one panel per method](images/lab-accuracy.svg)",
         "![pass@k after training, one panel per method](images/lab-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-entropy.svg)",
-        "What the table says about the papers, and where it contradicts them: [lab-notes.md](lab-notes.md). Where "
-        "extrapolating beyond a teacher breaks structure: [cliff.md](cliff.md). Methods that need rewards, or a "
-        "teacher that is shown more than the student: [lab-itself.md](lab-itself.md).",
+        "[What the table says about the papers](lab-notes.md), and where it contradicts them, is on a page of its own. "
+        "Whether [extrapolation](cliff.md) beyond a teacher breaks structure is measured separately. Methods that "
+        "need rewards, or a teacher that is shown more than the student, are in the "
+        "[lab of self-distillation](lab-itself.md).",
     ]
     return "\n\n".join(parts) + "\n"
 

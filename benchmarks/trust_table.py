@@ -99,7 +99,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
                     cells(several, place, "helps"),
                 ]
             )
-    header = ["run", "what tells", "who says so", "right in the end, %", "makes the difference, %"]
+    header = ["run", "predictor", "claimed by", "right in the end, %", "makes the difference, %"]
     return measure.markdown(header, rows)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from retort.controllers import Controller
 from retort.core.needs import Need
+from retort.core.options import Groups
 from retort.core.parts import Part, Stat, Weight
 from retort.core.reduce import Denominator, tokens
 from retort.core.schedules import ControllerOutput, ScalarOrSchedule
@@ -300,7 +301,7 @@ def refuse_truth(build: Callable[..., Method], settings: Mapping[str, Any]) -> N
 
 def _hints(build: Callable[..., Method]) -> dict[str, Any]:
     try:
-        return get_type_hints(inspect.unwrap(build), include_extras=True)
+        return get_type_hints(build, include_extras=True)
     except NameError:  # its annotations can be resolved only in its author's module
         return {}
 
@@ -343,17 +344,22 @@ def _by_own_weight(term: Term) -> bool:
 
 
 def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], Callable[P, Method]]:
-    """Marks a function as a published method: its name is the method's, its signature the home of the defaults."""
+    """Marks a function as a published method: its name is the method's, its signature the home of the defaults.
+
+    Settings in a group (`retort.core.options`) can be given by themselves, too; the result's signature lists these.
+    """
 
     def mark(build: Callable[P, Method]) -> Callable[P, Method]:
         summary = (inspect.getdoc(build) or "").split("\n", 1)[0]
+        groups = Groups.of(build)
+        signature = groups.signature()
 
         @functools.wraps(build)
         def made(*args: P.args, **settings: P.kwargs) -> Method:
-            bound = inspect.signature(build).bind(*args, **settings)
+            bound = signature.bind(*args, **groups.spread(settings))
             bound.apply_defaults()
-            _check_numbers(build, bound.arguments)
-            bare = build(*args, **settings)
+            _check_numbers(made, bound.arguments)
+            bare: Method = groups.build(**groups.gathered(bound.arguments))
             return replace(
                 bare,
                 made_of=(bare.rollout, bare.terms, bare.views, bare.temperature, bare.controllers),
@@ -364,6 +370,14 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
                 summary=summary,
             )
 
+        hints = {name: one.annotation for name, one in signature.parameters.items()}
+        vars(made).update(__signature__=signature, groups=groups)
+        made.__annotations__ = {name: hint for name, hint in hints.items() if hint is not inspect.Parameter.empty}
         return made
 
     return mark
+
+
+def groups_of(build: Callable[..., Method]) -> Groups:
+    """The groups of settings of a method, from the function that makes it."""
+    return vars(build)["groups"]

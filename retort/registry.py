@@ -6,12 +6,12 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import retort.methods
 from retort.errors import UserError, did_you_mean, quoted
-from retort.method import Method, refuse_truth
+from retort.method import Method, groups_of, refuse_truth
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 
@@ -39,12 +39,27 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def described(name: str) -> dict[str, str]:
-    """What the settings of a method are, from its docstring's `Args:`, in one line each."""
-    text = inspect.getdoc(builder(name)) or ""
-    arguments = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
-    names = list(_ARGUMENT.finditer(arguments))
-    ends = [found.start() for found in names[1:]] + [len(arguments)]
-    return {found[1]: " ".join(arguments[found.end() : end].split()) for found, end in zip(names, ends, strict=True)}
+    """What the settings of a method are, in one line each: from `Args:`, and of its groups from `Attributes:`."""
+    found: dict[str, str] = {}
+    groups = groups_of(builder(name))
+    for argument, text in _listed(builder(name), "Args").items():
+        if argument in groups.defaults:
+            words = _listed(groups.defaults[argument], "Attributes")
+            found |= {setting: words[field] for setting, field in groups.settings(argument).items()}
+        else:
+            found[argument] = text
+    return found
+
+
+def spread(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method, each by its own name, also those that are given in groups (`retort.core.options`).
+
+    A name that no method has is not refused here: whoever loads it says so.
+
+    Raises:
+        UserError: A setting is given twice, or a group has no such setting.
+    """
+    return groups_of(builder(name)).spread(settings) if name in names() else dict(settings)
 
 
 def load(name: str, **settings: Any) -> Method:
@@ -55,7 +70,7 @@ def load(name: str, **settings: Any) -> Method:
     """
     from pydantic import ConfigDict, ValidationError, validate_call
 
-    build = builder(name)
+    build, settings = builder(name), spread(name, settings)
     for key in settings:
         if key not in defaults(name):
             raise UserError(f"method '{name}' has no setting '{key}'; {did_you_mean(key, defaults(name))}")
@@ -66,3 +81,11 @@ def load(name: str, **settings: Any) -> Method:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"method.{where}: {first['msg']} (it is {quoted(first['input'])})") from None
+
+
+def _listed(thing: object, section: str) -> dict[str, str]:
+    """The entries of a section of a docstring, in one line each."""
+    listed = (inspect.getdoc(thing) or "").partition(f"\n{section}:\n")[2].partition("\n\n")[0]
+    names = list(_ARGUMENT.finditer(listed))
+    ends = [found.start() for found in names[1:]] + [len(listed)]
+    return {found[1]: " ".join(listed[found.end() : end].split()) for found, end in zip(names, ends, strict=True)}

@@ -21,21 +21,24 @@ from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import retort
 from retort import registry
 from retort.cli.catalogue import page, table
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 #: Their numbers are those of whole runs, which no snippet can print, or (methods.md, settings.md) of the code.
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "settings", "lab", "lab-itself", "lab-notes", "cliff")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "settings")),
+    *(f"docs/lab/{name}.md" for name in ("lab", "lab-itself", "lab-notes", "cliff")),
 }
 
 
@@ -232,6 +235,49 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert [*dead_links(page), *unknown_tests(page), *unknown_places(page)] == []
 
 
+def _hooks() -> Any:
+    spec = spec_from_file_location("hooks_of_the_site", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _site_page(name: str) -> Any:
+    file = SimpleNamespace(src_uri=name, abs_src_path=str(ROOT / "docs" / name))
+    return SimpleNamespace(file=file, meta={}, parent=None)
+
+
+def test_links_out_of_the_docs_are_paths_on_the_site() -> None:
+    found = _hooks().on_page_markdown(
+        "In [retort/method.py](../../retort/method.py), [a test](../../tests/test_docs.py#top), [log](../log.md).",
+        page=_site_page("lab/lab.md"),
+    )
+    assert found == "In `retort/method.py`, a test (`tests/test_docs.py`), [log](../log.md)."
+
+
+def test_a_dead_link_out_of_the_docs_stops_the_site() -> None:
+    with pytest.raises(ValueError, match="log.md: the link to ../REEDME.md leads to no file"):
+        _hooks().on_page_markdown("See [there](../REEDME.md).", page=_site_page("log.md"))
+
+
+@pytest.mark.parametrize("tag", ['<script src="https://a.org/x.js">', '<link rel="stylesheet" href=//a.org/x.css>'])
+def test_a_page_that_loads_from_elsewhere_stops_the_site(tag: str) -> None:
+    hooks, page = _hooks(), _site_page("log.md")
+    with pytest.raises(ValueError, match="log.md would load (https:)?//a.org"):
+        hooks.on_post_page(f"<html>{tag}", page=page)
+    harmless = '<a href="https://a.org">there</a><script src="assets/x.js">'
+    assert hooks.on_post_page(harmless, page=page) == harmless
+
+
+def test_the_site_names_every_page_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    nav = text.split("\nnav:\n")[1].split("\n\n")[0]
+    named = re.findall(r"^ +- [^:]+: (\S+\.md)$", nav, flags=re.MULTILINE)
+    assert sorted(named) == sorted(path.relative_to(ROOT / "docs").as_posix() for path in DOCS)
+
+
 def test_the_map_of_the_rooms_has_every_room() -> None:
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (tree,) = (block.code for block in Page.parsed("CONTRIBUTING.md", text).blocks if block.code.startswith("cli "))
@@ -248,8 +294,29 @@ def test_numbers_in_the_prose_were_computed(path: Path) -> None:
     assert page.name in UNCOMPUTED or list(uncomputed_numbers(page)) == []
 
 
-def test_the_table_of_the_readme_is_that_of_the_methods() -> None:
-    assert table() in (ROOT / "README.md").read_text(), "put the output of retort.cli.catalogue.table() there"
+def test_the_readme_names_methods_as_they_are() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = {row[0]: row for row in cells(table())}
+    shown = [row for row in cells(text) if re.fullmatch(r"`\w+`", row[0])]
+    assert len(shown) == 12, "the README says a dozen"
+    assert [(name, paper, status) for name, paper, _, status in shown] == [
+        (name, made[name][1], made[name][3]) for name, *_ in shown if name in made
+    ]
+    assert {int(number) for number in re.findall(r"(?:all|of the) (\d+)\b", text)} == {len(registry.names())}
+
+
+def cells(text: str) -> list[list[str]]:
+    """Return the rows of all tables of a text, as their cells."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_the_first_example_of_the_readme_passes_arguments_that_there_are() -> None:
+    block = next(block for block in Page.of(ROOT / "README.md").blocks if block.language == "python")
+    calls = [node for node in ast.walk(ast.parse(block.code)) if isinstance(node, ast.Call)]
+    (call,) = (node for node in calls if ast.unparse(node.func) == "retort.distill")
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+    inspect.signature(retort.distill).bind(*call.args, **given)
+    assert given["method"] in registry.names()
 
 
 def test_the_page_of_methods_is_what_the_command_writes() -> None:

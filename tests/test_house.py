@@ -1,4 +1,4 @@
-"""How the code is kept: short modules, short functions, and no hand in another file's pockets.
+"""How the code is kept: short modules, short functions of few arguments, and no hand in another file's pockets.
 
 Which module may import which, and that none do so in a circle, is in pyproject.toml (`make layers`).
 """
@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: Lines of a module, and of a function without its docstring.
 MODULE, FUNCTION = 400, 70
+#: Arguments of a function that a caller may give by their place; whatever is beyond them is given by name.
+PLACES = 8
 #: Functions that are longer. One that was cut leaves this list; none joins it.
 LONG = set[str]()
 #: Underscored names of other libraries, for which these have no public one. One that is used no more leaves this list.
@@ -95,6 +97,17 @@ def lines_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     return (function.end_lineno or 0) - function.lineno + 1 - docstring
 
 
+def places_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Arguments of a function that can be given by their place, besides the object that a method belongs to."""
+    names = [one.arg for one in (*function.args.posonlyargs, *function.args.args)]
+    return len(names) - (names[:1] in (["self"], ["cls"]))
+
+
+def compiled(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function is one of Triton's, which takes no argument by name alone."""
+    return any(ast.unparse(one) == "triton.jit" for one in function.decorator_list)
+
+
 def test_a_module_is_short() -> None:
     lines = {
         path: len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in modules() if "retort/" in path
@@ -112,6 +125,28 @@ def test_a_function_is_a_screen_long() -> None:
     }
     assert long.keys() - LONG == set()
     assert long.keys() == LONG, "shorter now: take it from the list"
+
+
+def test_few_arguments_are_given_by_their_place() -> None:
+    many = {
+        f"{path} {node.name}": places_of(node)
+        for path, tree in modules().items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and places_of(node) > PLACES and not compiled(node)
+    }
+    assert many == {}, "put a * before those that are given by name, or group them"
+
+
+def test_few_arguments_are_given_by_their_place_in_a_call() -> None:
+    """Also to the constructor of a dataclass, which no `def` shows."""
+    many = [
+        f"{path}:{node.lineno} {ast.unparse(node.func)}"
+        for path, tree in modules().items()
+        if not any(isinstance(node, ast.FunctionDef) and compiled(node) for node in ast.walk(tree))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) > PLACES
+    ]
+    assert many == [], "give them by name"
 
 
 def test_no_file_reaches_into_anothers_objects() -> None:
@@ -146,3 +181,18 @@ def test_how_long_a_function_is() -> None:
     code = 'def f(\n    x,\n):\n    """One.\n\n    Two.\n    """\n\n    def g():\n        return x\n    return g'
     f, g = (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.FunctionDef))
     assert (lines_of(f), lines_of(g)) == (7, 2)
+
+
+@pytest.mark.parametrize(
+    ("code", "count"),
+    [
+        ("def f(a, b, /, c, *rest, d, **more): ...", 3),
+        ("def f(self, a, b=1): ...", 2),
+        ("async def f(cls, a, *, b): ...", 1),
+        ("def f(): ...", 0),
+    ],
+)
+def test_how_many_arguments_have_a_place(code: str, count: int) -> None:
+    (function,) = ast.parse(code).body
+    assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+    assert places_of(function) == count

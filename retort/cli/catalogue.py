@@ -6,23 +6,26 @@ import inspect
 import re
 import textwrap
 
+import retort.methods
 from retort import registry
-from retort.method import Method
+from retort.method import Method, groups_of
 
 _HEAD = """# Methods
 
 <!-- Written by `retort methods --markdown`; edit the docstrings. -->
 
-*Faithful* means: the paper's equation and defaults, each departure listed, its numbers tested. *Partial*: the named
-parts are reconstructed, because no source states them. *Reconstructed*: so is the core. Which to try first:
-[choose-a-method.md](choose-a-method.md); what each did on the built-in task: [lab.md](lab.md).
+*Faithful* means that the method has the paper's equation and defaults, lists each departure, and its numbers are
+tested. *Partial* means that the named parts are reconstructed, because no source states them; *reconstructed*, that the
+core is, too. [Choose a method](choose-a-method.md) says which to try first, the [lab](lab/lab.md) what each did on the
+built-in task.
 """
 
 
 def page() -> str:
     """Markdown: a table of contents, then every method with its formula, settings, needs and departures."""
     made = [registry.load(name) for name in registry.names()]
-    return "\n\n".join([_HEAD.rstrip(), table(links=True), *(_entry(method) for method in made)]) + "\n"
+    examples = _markdown((inspect.getdoc(retort.methods) or "").partition("\n\n")[2])
+    return "\n\n".join([_HEAD.rstrip(), examples, table(links=True), *(_entry(method) for method in made)]) + "\n"
 
 
 def table(*, links: bool = False) -> str:
@@ -50,15 +53,16 @@ def _entry(method: Method) -> str:
     _, _, rest = after.partition("\n\n")
     paper = method.paper
     where = f"{paper.title} ({paper.year})" if paper else "no paper"
-    needs = [f"of `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
-    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Asks {'; '.join(needs)}."]
+    needs = [f"from `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
+    parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Needs {'; '.join(needs)}."]
     parts += [_markdown(before.strip()), *([_settings(method)] if found else []), _markdown(rest.strip())]
     return "\n\n".join(part for part in parts if part)
 
 
 def _markdown(text: str) -> str:
-    """Formulas as Markdown writes them."""
+    """Formulas and examples as Markdown writes them."""
     text = re.sub(r"^ *\.\. math::((?:.|\n(?!\n|\S))*)", _formula, text, flags=re.MULTILINE)
+    text = re.sub(r"\n+( *>>> (?:.|\n(?!\n))*)", _example, text)
     return re.sub(r":math:`([^`]+)`", r"$\1$", text)
 
 
@@ -69,12 +73,30 @@ def _formula(found: re.Match[str]) -> str:
     return f"```math\n{aligned}\n```"
 
 
+def _example(found: re.Match[str]) -> str:
+    return f"\n\n```pycon\n{textwrap.dedent(found[1])}\n```"
+
+
 def _settings(method: Method) -> str:
     rows = ["| setting | default | |", "|---|---|---|"]
     for name, text in registry.described(method.name).items():
         words = _markdown(text).replace("|", "\\|")
         rows.append(f"| `{name}` | {_default(method.settings[name])} | {words} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, *_groups(method.name)])
+
+
+def _groups(name: str) -> list[str]:
+    """How the settings of a method can be given in groups."""
+    groups = groups_of(registry.builder(name))
+    if not groups.defaults:
+        return []
+    shown = ", ".join(
+        f"`{group}={type(default).__name__}({', '.join(groups.settings(group).values())})`"
+        for group, default in groups.defaults.items()
+    )
+    table = f"`[method.{next(iter(groups.defaults))}]`"
+    words = f"Groups of settings are dataclasses of `retort.methods.{name}`, or tables in TOML such as {table}"
+    return ["", f"{words}. Their fields, in the order of the settings: {shown}."]
 
 
 def _default(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The command `retort`. Exit codes: 0 done, 2 the input is wrong (one line says what), 1 anything else."""
+"""The command `retort`. Exit codes: 0 done, 2 the input is wrong (one line says why), 1 anything else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from retort.files import named, reason
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):  # a terminal that lacks a character shows another, and goes on
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows its escape
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return 1
-    except OSError as error:  # of the system under us: a closed pipe, a full disk behind standard output
+    except OSError as error:  # of the operating system: a closed pipe, a full disk
         if not isinstance(error, BrokenPipeError):
             _complain(f"{error.filename or 'standard output'}: {reason(error)}")
         _let_go()
@@ -43,20 +43,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> None:
-    """Says what went wrong on one line, to whoever still listens."""
+    """Prints an error on one line, unless standard error is closed."""
     message = visible(shortened(message, 2000))
     with contextlib.suppress(OSError, ValueError):
         print(f"retort: {message}", file=sys.stderr, flush=True)
 
 
 def _let_go() -> None:
-    """Sends what standard output still holds nowhere, or the interpreter would complain of it on its way out."""
+    """Discards what standard output still holds; else the interpreter would complain of it at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _arguments(words: list[str]) -> argparse.Namespace:
-    """Options and key=value words may come in any order, which argparse alone does not allow."""
+    """Parses options and key=value words in any order, which argparse alone does not allow."""
     arguments, rest = _parser().parse_known_args(words)
     for word in rest:
         if not word.startswith("-") and "words" not in arguments:
@@ -70,7 +70,7 @@ def _arguments(words: list[str]) -> argparse.Namespace:
 
 
 def _instead(option: str, words: list[str]) -> str:
-    """What to write for an option that there is not: a setting, which is a word, or the nearest option."""
+    """Suggests what to write instead of an unknown option: a setting, which is a word, or the nearest option."""
     from retort.config import keys
     from retort.config.synonyms import ours_for
 
@@ -81,101 +81,104 @@ def _instead(option: str, words: list[str]) -> str:
 
 
 def _options(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """Long options of the command among the words."""
+    """Returns the long options of the command that the words name."""
     commands = next(action.choices for action in parser._actions if isinstance(action.choices, dict))
     chosen = next(commands[word] for word in words if word in commands)
     return [option for action in chosen._actions for option in action.option_strings if option.startswith("--")]
 
 
 class _Parser(argparse.ArgumentParser):
-    """Wrong arguments end like all wrong input: one line, exit code 2."""
+    """A parser whose errors end like all wrong input: one line, exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (retort --help shows what there is)")
+        raise UserError(f"{message} (see retort --help)")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="retort", description="On-policy distillation: the student writes, the teacher answers.")
+    parser = _Parser(prog="retort", description=_RETORT)
     parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="distil; with no argument, the built-in task", description=_TRAIN)
-    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
-    train.add_argument("--method", help="name of a method: see `retort methods`")
+    train = commands.add_parser("train", help="train a student; by default on the built-in task", description=_TRAIN)
+    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=_WORDS)
+    train.add_argument("--method", help="name of a method; `retort methods` lists them")
     train.add_argument("--student", help="model folder or hub name")
-    train.add_argument("--teacher", help="model folder or hub name; not where the student teaches itself")
-    train.add_argument(
-        "--base", help="second frozen model, for methods that ask one; default: the student at its start"
-    )
-    train.add_argument("--data", help="file, folder, glob or hub name: see docs/data.md")
-    train.add_argument("--out", help="folder of the run")
-    train.add_argument("--steps", type=int, help="batches of rollouts")
-    train.add_argument("--seed", type=int)
-    train.add_argument("--resume", metavar="DIR", help="folder of a run (its newest checkpoint), or one checkpoint")
+    train.add_argument("--teacher", help="model folder or hub name; not needed where the student teaches itself")
+    train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
+    train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
+    train.add_argument("--out", help="folder of the run; default: a new one in runs/")
+    train.add_argument("--steps", type=int, help="number of steps; a step is one batch of rollouts")
+    train.add_argument("--seed", type=int, help="seed of all random numbers")
+    train.add_argument("--resume", metavar="DIR", help="continue a run: its folder (newest checkpoint) or a checkpoint")
     train.set_defaults(run=_train)
 
-    doctor = commands.add_parser("doctor", help="check a pair before training it", description=_DOCTOR)
-    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value")
+    doctor = commands.add_parser("doctor", help="check models and data before training", description=_DOCTOR)
+    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=_WORDS)
     for name in ("method", "student", "teacher", "base", "data"):
         doctor.add_argument(f"--{name}", help="as for `retort train`")
-    doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` makes, too")
+    doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` also makes")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    judge = commands.add_parser("eval", help="avg@k and pass@k of any model folder")
-    judge.add_argument("model", help="model folder, hub name, or a built-in one such as countdown:student")
-    judge.add_argument("--data", default="countdown", help="data file with answers; default: the built-in task")
-    judge.add_argument("--teacher", help="compare distributions with this model too")
+    judge = commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=_EVAL)
+    judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
+    judge.add_argument("--data", default="countdown", help="data with answers; default: the built-in task")
+    judge.add_argument("--teacher", help="model to measure entropies and divergences against")
     judge.add_argument("--json", action="store_true", help="print JSON")
-    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, e.g. samples=16")
+    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")
     judge.set_defaults(run=_eval)
 
-    report = commands.add_parser("report", help="report.html of one run, or of several side by side")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder with runs in it")
-    report.add_argument("--out", help="file; default: report.html in the folder (one) or here (several)")
+    report = commands.add_parser("report", help="write the report of a run, or of several runs side by side")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
+    report.add_argument("--out", help="file; default: report.html in the run's folder, or here for several runs")
     report.set_defaults(run=_report)
 
-    trust = commands.add_parser("trust", help="what tells how far a teacher can be trusted", description=_TRUST)
+    trust = commands.add_parser("trust", help="measure where a teacher can be trusted", description=_TRUST)
     trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
-    trust.add_argument("--view", default="teacher", help="of the method; default: teacher")
-    trust.add_argument("--problems", type=int, default=64, help="most prompts; default: 64")
-    trust.add_argument("--places", type=int, default=4, help="places per answer; default: 4")
-    trust.add_argument("--candidates", type=int, default=2, help="teacher's tokens forced at each; default: 2")
-    trust.add_argument("--seed", type=int, help="default: the run's")
+    trust.add_argument("--view", default="teacher", help="view of the method; default: %(default)s")
+    trust.add_argument("--problems", type=int, default=64, help="maximum number of prompts; default: %(default)s")
+    trust.add_argument("--places", type=int, default=4, help="positions per completion; default: %(default)s")
+    trust.add_argument("--candidates", type=int, default=2, help="tokens forced per position; default: %(default)s")
+    trust.add_argument("--seed", type=int, help="default: the seed of the run")
     trust.set_defaults(run=_trust)
 
-    methods = commands.add_parser("methods", help="the published methods and their settings")
-    methods.add_argument("--json", action="store_true")
-    methods.add_argument("--markdown", action="store_true", help="the page docs/methods.md")
+    methods = commands.add_parser("methods", help="list the methods and their settings")
+    methods.add_argument("--json", action="store_true", help="print JSON")
+    methods.add_argument("--markdown", action="store_true", help="print the page docs/methods.md")
     methods.set_defaults(run=_methods)
 
-    settings = commands.add_parser("settings", help="every setting: its default, its bounds and what it is")
+    settings = commands.add_parser("settings", help="list every setting: default, bounds and meaning")
     settings.add_argument("section", nargs="?", metavar="SECTION", help="rollout, eval, method.gkd, ... or one setting")
-    settings.add_argument("--method", help="as the paper of this method has them, and the method's own")
+    settings.add_argument("--method", help="show the defaults of this method's paper, and the method's own settings")
     settings.add_argument("--json", action="store_true", help="print JSON")
-    settings.add_argument("--markdown", action="store_true", help="the page docs/settings.md")
+    settings.add_argument("--markdown", action="store_true", help="print the page docs/settings.md")
     settings.set_defaults(run=_settings)
 
-    cite = commands.add_parser("cite", help="BibTeX of a method")
-    cite.add_argument("names", nargs="+", metavar="NAME")
+    cite = commands.add_parser("cite", help="print the BibTeX of a method's paper")
+    cite.add_argument("names", nargs="+", metavar="NAME", help="name of a method")
     cite.set_defaults(run=_cite)
     return parser
 
 
-_TRAIN = (
-    "With no argument: the built-in task, in minutes, on a laptop. With --student, --teacher and --data: any causal "
-    "language models of transformers. Settings come from a TOML file and from key=value words such as "
-    "optimizer.learning_rate=1e-5, checkpoint.every=10 or method.entropy_threshold=0.6; later ones win. "
-    "`retort settings` lists them all."
+_RETORT = (
+    "On-policy distillation of language models: the student generates completions, the teacher scores every token of "
+    "them, and the student learns from the difference."
 )
+_WORDS = "settings: a TOML file, or words such as optimizer.learning_rate=1e-5; later ones win"
+_TRAIN = (
+    "Trains a student. Without arguments it runs the built-in task, in minutes on a laptop. With --student, --teacher "
+    "and --data it takes any causal language models of transformers. `retort settings` lists all settings."
+)
+_EVAL = "Generates completions of the data's prompts, grades them, and prints avg@k and pass@k with their intervals."
 _TRUST = (
-    "Forces tokens drawn from the teacher into answers of the student's, lets the student go on alone, and asks of "
-    "teacher entropy, student entropy and position how well each tells where that ends well. Writes trust.json into "
-    "the run's folder, and the report anew."
+    "Forces tokens drawn from the teacher into completions of the student, lets the student continue, and measures how "
+    "well teacher entropy, student entropy and position predict that the completion ends right. Writes trust.json into "
+    "the run's folder, and the report again."
 )
 _DOCTOR = (
-    "Looks at student, teacher and data as `retort train` would take them (with no argument: the built-in task), lets "
-    "the student write a little, and says what it saw, why it matters and what to do. Exit code 2 if anything is fatal."
+    "Checks student, teacher and data as `retort train` would load them (without arguments: the built-in task), lets "
+    "the student generate a few completions, and says what it found, why it matters and what to do. The exit code is 2 "
+    "if a check is fatal."
 )
 
 
@@ -219,7 +222,7 @@ def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) 
     others = [*(set(flags) - {"steps"}), *files, *pairs]
     if others:
         raise UserError(
-            f"--resume goes on with the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
+            f"--resume keeps the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
         )
 
 
@@ -238,7 +241,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         flags["method"] = {"name": arguments.method}
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
-    RichObserver(Console(stderr=True)).working("loading the models and looking at them")
+    RichObserver(Console(stderr=True)).working("loading the models and checking them")
     found = examine(settings, quick=arguments.quick)
     if arguments.json:
         print(json.dumps(found.plain(), indent=2))

@@ -27,13 +27,14 @@ _HEAD = f"""# Settings
 
 <!-- Written by `retort settings --markdown`; edit the descriptions in retort/config/. -->
 
-Every setting has one name. In TOML its section is a table; on the command line it is a word, `rollout.prompts=64`; in
-Python it is nested, `settings={{"rollout": {{"prompts": 64}}}}`. `retort settings rollout` prints a section of this
-page, `retort settings method.eopd` the settings of a method ([methods.md](methods.md)); with `--json`, as JSON.
+Every setting has one name. In TOML its section is a table; on the command line it is `rollout.prompts=64`; in Python it
+is nested, `settings={{"rollout": {{"prompts": 64}}}}`. `retort settings rollout` prints a section of this page, `retort
+settings method.eopd` the settings of a method ([methods](methods.md)); with `--json`, as JSON.
 
-**Whose word counts.** What you say (a file, a word, an argument; later ones win) counts before how the method's paper
-trained, and that before the defaults here. `retort settings --method eopd` shows what a paper changes; a run says at
-its start which settings are its paper's. A paper's setting also gives way where it would contradict yours:
+**Which value counts.** What you set (in a file, on the command line, as an argument; later ones win) counts before what
+the method's paper used, and that before the defaults here. `retort settings --method eopd` shows what a paper changes;
+a run says at its start which settings are its paper's. A paper's setting also gives way where it would contradict
+yours:
 
 * `eval.max_new_tokens` of a paper counts only while `rollout.max_new_tokens` is the paper's, too. If you give the
   latter, held-out answers may be as long as those in training.
@@ -239,7 +240,9 @@ def _table(found: Sequence[Setting]) -> str:
     for one in found:
         chosen_late = " (chosen at the start)" if one.origin == "start" else ""
         values = f"{one.kind}{', ' + one.bounds if one.bounds else ''}"
-        cells = [f"`{one.key}`", f"`{shown(one.default)}`{chosen_late}", values, one.what.replace("\n", "\\n")]
+        parts = one.what.replace("\n", "\\n").split("`")  # every other one is code
+        what = "`".join(part if place % 2 else part.replace("<", "&lt;") for place, part in enumerate(parts))
+        cells = [f"`{one.key}`", f"`{shown(one.default)}`{chosen_late}", values, what]
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 

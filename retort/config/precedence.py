@@ -18,18 +18,25 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
     merged = dict(below)
     for key, given in above.items():
-        value = {"name": given} if key == "method" and isinstance(given, str) else given
         old = merged.get(key)
-        if key == "method" and isinstance(value, Mapping) and isinstance(old, Mapping):
-            if value.get("name", old.get("name")) != old.get("name"):
-                # Only what the other method also understands is carried over (say, the number of samples).
-                known = registry.defaults(str(value["name"]))
-                old = {name: setting for name, setting in old.items() if name in known}
-            merged[key] = {**old, **value}
+        if key == "method" and isinstance(given, str | Mapping):
+            value = {"name": given} if isinstance(given, str) else given
+            merged[key] = _method(old if isinstance(old, Mapping) else {}, value)
         else:
-            both = isinstance(value, Mapping) and isinstance(old, Mapping)
-            merged[key] = merge(old, value) if both else value  # type: ignore[arg-type]
+            both = isinstance(given, Mapping) and isinstance(old, Mapping)
+            merged[key] = merge(old, given) if both else given  # type: ignore[arg-type]
     return merged
+
+
+def _method(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The name and the settings of a method, each by its own name."""
+    before, name = below.get("name"), above.get("name", below.get("name"))
+    below, above = registry.spread(str(before or name), below), registry.spread(str(name), above)
+    if below and name != before:
+        # Only what the other method also understands is carried over (say, the number of samples).
+        known = registry.defaults(str(name))
+        below = {key: setting for key, setting in below.items() if key in known}
+    return {**below, **above}
 
 
 def leave_open(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

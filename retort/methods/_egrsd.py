@@ -1,4 +1,4 @@
-"""What EGRSD and CL-EGRSD share: everything but how far the gate looks ahead."""
+"""The parts that EGRSD and CL-EGRSD share: all but how far the gate looks ahead."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ def gated(
     limits: tuple[Limit, ...],
     watch: tuple[Watch, ...] = (),
 ) -> Method:
-    """REINFORCE on whitened rewards, each token's size by the teacher's agreement and by how sure the teacher is.
+    """REINFORCE on whitened rewards, with each token's size by the teacher's agreement and certainty.
 
     Args:
-        gate: By the teacher's entropy.
-        bound: Of the agreement's magnitude.
-        bonus: For short right answers.
-        baseline: What rewards are whitened with.
+        gate: Gate by the teacher's entropy.
+        bound: Bound of the agreement's magnitude.
+        bonus: Bonus for short right completions.
+        baseline: Mean and deviation that whiten the rewards.
         warmup: Batches of `running` before it has numbers of its own.
         shows: Column that the teacher sees.
-        teacher: Whose weights it has.
-        update_rate: Of `ema`.
-        copy_every: Of `hard_copy`.
-        plan: Who writes.
-        limits: What it collapses to.
+        teacher: Model whose weights the teacher has.
+        update_rate: Update rate of `ema`.
+        copy_every: Optimizer steps between two copies of `hard_copy`.
+        plan: Plan of the rollouts.
+        limits: Methods that it collapses to.
         watch: Further curves.
     """
     shape = length_bonus(bonus)

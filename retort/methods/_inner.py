@@ -10,16 +10,16 @@ from typing import Any
 
 import retort.methods
 from retort.errors import UserError, did_you_mean
-from retort.method import Method
+from retort.method import Method, groups_of
 
 
 def inner(name: str, settings: Mapping[str, Any] | None, *, outer: str) -> Method:
     """The method that another one wraps.
 
     Args:
-        name: Its name.
-        settings: Of it.
-        outer: The one that wraps it, for messages.
+        name: Name of the wrapped method.
+        settings: Settings of the wrapped method.
+        outer: Name of the wrapping method, for messages.
 
     Raises:
         UserError: No such method, one that wraps itself, a setting that it does not have or of the wrong type.
@@ -31,12 +31,13 @@ def inner(name: str, settings: Mapping[str, Any] | None, *, outer: str) -> Metho
     if name not in known:
         raise UserError(f"method.of: '{outer}' cannot wrap '{name}'; {did_you_mean(name, known)}")
     build = getattr(importlib.import_module(f"retort.methods.{name}"), name)
-    for key in settings or {}:
+    single = groups_of(build).spread(settings or {})
+    for key in single:
         if key not in inspect.signature(build).parameters:
             names = inspect.signature(build).parameters
             raise UserError(f"method.settings: '{name}' has no setting '{key}'; {did_you_mean(key, names)}")
     try:
-        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)(**(settings or {}))
+        return validate_call(config=ConfigDict(arbitrary_types_allowed=True))(build)(**single)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

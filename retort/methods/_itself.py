@@ -18,7 +18,7 @@ Shown = tuple[Literal["solution", "answer", "hint", "outcome", "demonstration", 
 def itself(teacher: Whose, shows: Shown, weights: Follow, update_rate: float) -> View:
     """The student, or a run's teacher, that sees more than the prompt.
 
-    Only an average looks at `update_rate`, and an outside teacher at neither that nor `weights`: it never moves.
+    Only an average uses `update_rate`. An outside teacher never moves, and uses neither that nor `weights`.
 
     Raises:
         UserError: It would see nothing more.

@@ -1,4 +1,4 @@
-"""What SDPO and multi-rollout OPD share: the loss towards a self-teacher that is shown a rollout's siblings."""
+"""The parts that SDPO and multi-rollout OPD share: the loss towards a self-teacher that is shown siblings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def disagreement(kind: Divergence, teacher_weight: float, top_k: int | None, tai
     """A divergence over the whole vocabulary, or over the student's top-k and what becomes of the rest.
 
     Args:
-        kind: Of divergence.
-        teacher_weight: Of `jsd`.
+        kind: Kind of divergence.
+        teacher_weight: Weight of the teacher in `jsd`.
         top_k: None for the whole vocabulary.
-        tail: See `retort.divergences.topk_kl`.
+        tail: Treatment of the other ids, see `retort.divergences.topk_kl`.
 
     Raises:
         UserError: One id that is renormalised, which is always 1.
@@ -53,11 +53,11 @@ def ratios(student_cap: float | None, engine_cap: float | None) -> Weight | None
 
 
 def who(teacher: Teacher, update_rate: float) -> dict[str, Any]:
-    """Whose weights answer a view: its `model` and `weights`.
+    """The `model` and `weights` of a view.
 
     Args:
         teacher: The student in one of its forms, or another model.
-        update_rate: Of `ema` and `trust_region`.
+        update_rate: Update rate of `ema` and `trust_region`.
     """
     if teacher == "outside":
         return {"model": "teacher"}

@@ -1,19 +1,19 @@
-"""What UniSD's presets stand for, one component each or all of them, and what the components are made of."""
+"""UniSD's settings in groups, what its presets stand for, and what its components are made of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from retort.core.parts import Divergence
+from retort.core import parts
 from retort.core.reduce import rollout_means, weighted_rollout_means
 from retort.divergences import forward_kl, jsd, reverse_kl
 from retort.divergences.guarded import capped, contrastive_hinge
 from retort.errors import UserError
 from retort.estimators import match_hidden, pathwise
-from retort.method import Term, Watch
+from retort.method import Term, Unbounded, Watch
 from retort.quantities import stored_quantity
 from retort.teachers.moving import ema, frozen
 from retort.teachers.view import View
@@ -41,8 +41,73 @@ _MOST_CONTEXTS = 1000
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """The first term of the loss.
+
+    Attributes:
+        teacher_weight: w of D: 0 is the forward KL (the code's default), 1 the reverse KL, between them JSD.
+        coef: Coefficient of the first term; 0 leaves it out.
+        cap: c, nats, after the sum over the vocabulary; infinite for none.
+        cap_quantile: Quantile of D over the batch that c is, instead of `cap`.
+    """
+
+    teacher_weight: float = 0.0
+    coef: float | None = field(default=None, metadata={"setting": "divergence_coef"})
+    cap: Unbounded | None = None
+    cap_quantile: float | None = None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Weight of a token or a rollout by the teacher's agreement with itself in other contexts.
+
+    Attributes:
+        level: Unit that a is measured on and holds for.
+        spread: Spread of the K log-probs: their variance or their range.
+        contexts: K.
+        demonstrations: Other problems, solved, in each auxiliary context.
+        gamma: Strength of disagreement; 0 is a = 1.
+        divided_by: `steps` or `weights` of the rollout. Null: weights for tokens, as published; steps for sequences,
+            because there the published weight cancels and does nothing.
+    """
+
+    level: Level | None = field(default=None, metadata={"setting": "agreement"})
+    spread: Spread = "variance"
+    contexts: int | None = None
+    demonstrations: int = 1
+    gamma: float | None = None
+    divided_by: Divided | None = None
+
+
+@dataclass(frozen=True)
+class Average:
+    """The teacher as a moving average of the student.
+
+    Attributes:
+        rate: Share of the student that goes into the teacher, 1 - beta; 0 keeps it as before training.
+        every: Optimizer steps between two moves of the teacher.
+    """
+
+    rate: float | None = field(default=None, metadata={"setting": "update_rate"})
+    every: int | None = field(default=None, metadata={"setting": "update_every"})
+
+
+@dataclass(frozen=True)
+class Contrastive:
+    """The second term of the loss.
+
+    Attributes:
+        coef: lambda_c; 0 switches it off.
+        margin: m, nats.
+    """
+
+    coef: float | None = field(default=None, metadata={"setting": "contrastive_coef"})
+    margin: float | None = field(default=None, metadata={"setting": "contrastive_margin"})
+
+
+@dataclass(frozen=True)
 class Components:
-    """What is switched on, and how strongly. See the arguments of `unisd`, whose names these are."""
+    """What is switched on, and how strongly: the settings of `unisd` that a preset says."""
 
     agreement: Level = "none"
     contexts: int = 3
@@ -80,13 +145,33 @@ PRESETS: Mapping[Preset, Components] = {
 }
 
 
-def components(preset: Preset, **changed: Level | float | None) -> Components:
+def components(
+    preset: Preset,
+    *,
+    divergence: Divergence,
+    agreement: Agreement,
+    teacher: Average,
+    contrastive: Contrastive,
+    matching_coef: float | None,
+) -> Components:
     """A preset with some settings changed: those that are not None.
 
     Raises:
         UserError: A coefficient out of range, or settings that leave nothing to learn.
     """
-    found = replace(PRESETS[preset], **{name: value for name, value in changed.items() if value is not None})  # type: ignore[arg-type]
+    changed: dict[str, Any] = {
+        "agreement": agreement.level,
+        "contexts": agreement.contexts,
+        "gamma": agreement.gamma,
+        "update_rate": teacher.rate,
+        "update_every": teacher.every,
+        "contrastive_coef": contrastive.coef,
+        "contrastive_margin": contrastive.margin,
+        "matching_coef": matching_coef,
+        "divergence_coef": divergence.coef,
+        "cap": divergence.cap,
+    }
+    found = replace(PRESETS[preset], **{name: value for name, value in changed.items() if value is not None})
     coefs = {name: float(getattr(found, name)) for name in ("contrastive_coef", "matching_coef", "divergence_coef")}
     for name, coef in coefs.items():
         if coef < 0:
@@ -109,18 +194,16 @@ def views(on: Components, demonstrations: int) -> dict[str, View]:
     return found
 
 
-def terms(
-    on: Components, teacher_weight: float, spread: Spread, divided_by: Divided | None, cap_quantile: float | None
-) -> tuple[Term, ...]:
+def terms(on: Components, divergence: Divergence, settings: Agreement) -> tuple[Term, ...]:
     """Those that are switched on."""
     found: list[Term] = []
     if on.divergence_coef:
         weight, over = None, rollout_means()
         if on.agreement != "none":
-            weight = agreement(_auxiliary(on), level=on.agreement, gamma=on.gamma, spread=spread)
-            if (divided_by or ("weights" if on.agreement == "token" else "steps")) == "weights":
+            weight = agreement(_auxiliary(on), level=on.agreement, gamma=on.gamma, spread=settings.spread)
+            if (settings.divided_by or ("weights" if on.agreement == "token" else "steps")) == "weights":
                 over = weighted_rollout_means("agreement")
-        estimator = pathwise(_divergence(on, teacher_weight, cap_quantile))
+        estimator = pathwise(_divergence(on, divergence.teacher_weight, divergence.cap_quantile))
         found.append(Term("divergence", estimator, weight=weight, coef=on.divergence_coef, denominator=over))
     if on.contrastive_coef:
         hinge = contrastive_hinge(on.contrastive_margin)
@@ -137,7 +220,7 @@ def curves(on: Components, cap_quantile: float | None) -> tuple[Watch, ...]:
     return tuple(Watch(name.replace(".", "_"), stored_quantity(name)) for name in stored)
 
 
-def _divergence(on: Components, teacher_weight: float, cap_quantile: float | None) -> Divergence:
+def _divergence(on: Components, teacher_weight: float, cap_quantile: float | None) -> parts.Divergence:
     ends = {0.0: forward_kl, 1.0: reverse_kl}
     whole = ends[teacher_weight]() if teacher_weight in ends else jsd(teacher_weight)
     if cap_quantile is not None:

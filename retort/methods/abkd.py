@@ -31,18 +31,24 @@ def abkd(
     .. math:: -\frac{1}{\alpha\beta} \sum_v \Big[ p_T^\alpha p_S^\beta
               - \tfrac{\alpha}{\alpha+\beta} p_T^{\alpha+\beta} - \tfrac{\beta}{\alpha+\beta} p_S^{\alpha+\beta} \Big]
 
-    Over the whole vocabulary; divided by all counted tokens.
+    The sum runs over the whole vocabulary. The loss is divided by all counted tokens.
 
     Args:
         alpha: Exponent of the teacher's probabilities.
-        beta: Exponent of the student's. The scripts of the released code also name (0.2, 0.7).
-        on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
+        beta: Exponent of the student's. The scripts of the released code also use (0.2, 0.7).
+        on_policy_fraction: Share of prompts with student rollouts; below 1 the data needs a `response` column.
         samples: Rollouts per prompt.
-        temperature: Of sampling only.
+        temperature: Sampling temperature; the loss is taken at 1.
 
     Departures: at alpha = 0, beta = 0 and alpha + beta = 0 the released code divides the limit by alpha or beta where
-    the limit has the square; here it is the limit. The paper distils on given answers; here the student writes, unless
-    `on_policy_fraction` is 0.
+    the limit has the square; here it is the limit. The paper distils on the data's responses; here the student
+    generates, unless `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> losses = token_losses("abkd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 4 (1 - sqrt(0.5 * 0.9) - sqrt(0.5 * 0.1)), four times Hellinger's distance squared
+        tensor(0.4223)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),

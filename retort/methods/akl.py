@@ -21,21 +21,28 @@ from retort.rollout.plan import RolloutPlan
 def akl(
     *, head_mass: float = 0.5, on_policy_fraction: float = 1.0, samples: int = 1, temperature: float = 1.0
 ) -> Method:
-    r"""A mix of forward and reverse KL, weighed at each token by where the two distributions differ.
+    r"""A mix of forward and reverse KL, weighted at each token by where the two distributions differ.
 
     .. math:: w_h\,D_{KL}(p_T \Vert p_S) + (1 - w_h)\,D_{KL}(p_S \Vert p_T), \quad
               w_h = \frac{\sum_{v \in head} |p_T - p_S|}{\sum_v |p_T - p_S|}
 
-    The head are the teacher's most likely ids with a cumulative probability of at most mu, and always the first; w_h is
-    detached. Nats; divided by all counted tokens.
+    The head is the teacher's most likely ids with a cumulative probability of at most mu, and always the first one. w_h
+    is detached. The loss is in nats and divided by all counted tokens.
 
     Args:
         head_mass: mu, in (0, 1]. At 1 every id is head, and this is the forward KL.
-        on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
+        on_policy_fraction: Share of prompts with student rollouts; below 1 the data needs a `response` column.
         samples: Rollouts per prompt.
-        temperature: Of sampling only.
+        temperature: Sampling temperature; the loss is taken at 1.
 
-    Departures from the paper: it distils on given answers; here the student writes, unless `on_policy_fraction` is 0.
+    Departures from the paper: it distils on the data's responses; here the student generates, unless
+    `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.7, 0.2, 0.1]]).log()
+        >>> losses = token_losses("akl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # w_h = 0.2 / (0.2 + 0.1 + 0.1) is 1/2, so this is the mean of both KLs
+        tensor(0.0886)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),

@@ -39,10 +39,10 @@ def arkd(
 
     .. math:: L = v\,D_{KL}(p_T \Vert p_S) + (1-v)\,D_{KL}(p_S \Vert p_T), \quad v = \pi_\phi(s) \in (0, 1)
 
-    Both over the whole vocabulary, at the loss temperature, nats, divided by all counted tokens; v is one number per
-    batch and takes no gradient from the loss. The state s holds six means over the batch before its first update: both
-    entropies, the variance over the vocabulary of both models' probabilities, and both KLs. The policy is LayerNorm(6),
-    Linear 6-64, ReLU, Linear 64-1 (525 parameters), with an Adam of its own.
+    Both KLs are over the whole vocabulary, at the loss temperature, in nats, and divided by all counted tokens. v is
+    one number per batch and takes no gradient from the loss. The state s holds six means over the batch before its
+    first update: both entropies, the variance over the vocabulary of both models' probabilities, and both KLs. The
+    policy is LayerNorm(6), Linear 6-64, ReLU, Linear 64-1 (525 parameters), with an Adam of its own.
 
     The published update is no policy gradient: v is the network's output and not a draw, so :math:`-A \log v` raises v
     whenever the reward is above its running mean, whichever KL is the larger; and its reward, minus the loss, contains
@@ -54,19 +54,27 @@ def arkd(
         mode: `bandit`; `bernoulli`, the same with v drawn as 0 or 1 (as the authors' code skeleton draws it);
             `paper`, the published update, for study; the paper's baselines `greedy_min` (1 where forward KL is the
             smaller), `static`, `linear_to_reverse` (v from 1 to 0) and `linear_to_forward`.
-        forward_weight: v of `static`; no other mode looks at it.
-        policy_learning_rate: Of the policy's Adam.
+        forward_weight: v of `static`; no other mode uses it.
+        policy_learning_rate: Learning rate of the policy's Adam.
         baseline_decay: gamma of the running mean of rewards, which starts at the first one (reconstructed).
         entropy_coef: beta_H, weight of the policy's entropy, nats.
-        on_policy_fraction: Share of prompts that the student answers. The paper learns from given answers only, so the
-            data needs a `response` column; 1 makes it on-policy.
-        loss_temperature: Of both distributions. No squared temperature multiplies the loss (the paper does not say).
-        samples: Rollouts per prompt, where the student answers.
+        on_policy_fraction: Share of prompts with student rollouts. The paper learns from the data's responses only, so
+            the data needs a `response` column; 1 makes it on-policy.
+        loss_temperature: Temperature of both distributions. No squared temperature multiplies the loss (the paper does
+            not say).
+        samples: Rollouts per prompt, where the student generates.
 
     Departures from the paper, besides the default mode: its language-model loss on a separate corpus (weight 0.1;
     which corpus is not named) is left out. Reconstructed: the variance, the division by tokens; in `bandit` and
     `bernoulli` running normalisation of s and a policy that begins undecided; in `bandit` the spread of its draw
     (learnt, 0.5 at first). Not taken from the skeleton: its ROUGE reward on a validation set.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> method = retort.load("arkd", mode="greedy_min", loss_temperature=1.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # the forward KL, 0.9 ln 1.8 + 0.1 ln 0.2, because the reverse KL is larger (0.5108)
+        tensor(0.3681)
     """
     if not 0 <= forward_weight <= 1:
         raise UserError(f"forward_weight must lie in [0, 1], not {forward_weight}")

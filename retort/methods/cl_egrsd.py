@@ -40,30 +40,36 @@ def cl_egrsd(
 
     .. math:: \hat H_t = \min_{t \le j \le \min(t+W, T)} H_j \,/\, \max(\max_{batch} H, 1)
 
-    in place of EGRSD's :math:`\hat H_t`, with all else as there: see `egrsd`. The minimum is over the tokens of the
-    same answer, so the weight is never below EGRSD's, and the same where entropies do not change.
+    in place of EGRSD's :math:`\hat H_t`, with all else as there: see `egrsd`. The minimum is over the tokens of one
+    completion, so the weight is never below EGRSD's, and equal to it where entropies do not change.
 
     Args:
         gate: gamma (the paper's for 4B; for 8B it has 1, with a window of 5).
         window: W, tokens; 0 is EGRSD.
-        scale: What the batch's largest is of: the `raw` entropies, as the paper's equation has it, or the `smoothed`
-            ones (the minima), as its Algorithm 1.
+        scale: Entropies whose largest in the batch divides: the `raw` ones, as in the paper's equation, or the
+            `smoothed` ones (the minima), as in its Algorithm 1.
         floor: c, the least weight of an unsure token.
         bound: epsilon.
-        length_bonus: beta; L_max is the longest answer that a run allows.
+        length_bonus: beta; L_max is the longest completion that a run allows.
         baseline: `running` (all batches so far), or `group` (the prompt's other rollouts: RLSD's, not the paper's).
         warmup: Batches in which A is the reward less 0.5, before `running` has numbers of its own.
         shows: Column of the data that the teacher sees.
         teacher: The student as it was before training; its average (`ema`) or a `hard_copy`, which the paper found
             worse; or an `outside` model.
-        update_rate: Of `ema`.
-        copy_every: Of `hard_copy`, optimizer steps.
+        update_rate: Update rate of `ema`.
+        copy_every: Optimizer steps between two copies of `hard_copy`.
         samples: Rollouts per prompt.
-        temperature: Of sampling only.
-        top_p: Nucleus of sampling.
+        temperature: Sampling temperature; the loss is taken at 1.
+        top_p: Top-p of sampling.
 
-    Departures: as of `egrsd`. The curve `restored` is what a token's weight owes to the window; the paper splits it by
-    regimes of entropy, whose thresholds it does not give.
+    Departures: those of `egrsd`. The curve `restored` is the part of a token's weight that is due to the window; the
+    paper splits it by regimes of entropy, whose thresholds it does not give.
+
+    Example:
+        >>> logits, given = tensor([[0.5, 0.5], [1.0, 0.0]]).log(), {"tokens": tensor([0, 0]), "rewards": tensor([1.0])}
+        >>> losses = token_losses("cl_egrsd", student_logits=logits, teacher_logits=logits, longest=2, **given)
+        >>> losses.terms["outcome"].weight  # 1 where `egrsd` has 0.7921: the next token resolves the doubt
+        tensor([1., 1.])
     """
     confidence = Confidence(gate, floor=floor, window=window, scale=scale)
     return gated(

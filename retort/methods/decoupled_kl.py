@@ -1,4 +1,4 @@
-"""Whose prefixes and which direction of the KL, chosen apart; with KL mixing and a length curriculum."""
+"""Prefixes and the direction of the KL, chosen separately; with KL mixing and a length curriculum."""
 
 from typing import Literal
 
@@ -36,37 +36,42 @@ def decoupled_kl(
     temperature: float = 1.0,
     top_p: float = 0.95,
 ) -> Method:
-    r"""Prefixes of the student or of the teacher, forward or reverse KL or a mix of both, and longer answers in stages.
+    r"""Prefixes of student or teacher, forward or reverse KL or a mix of both, and completions that grow in stages.
 
     .. math:: L = \lambda\,D_{KL}(p_S \Vert p_T) + (1-\lambda)\,D_{KL}(p_T \Vert p_S), \quad
               \text{at prefixes } c_t \sim d_S \text{ or } d_T
 
-    Whole vocabulary, nats, divided by all counted tokens; prefixes are constants. The corners are soft-label SFT
-    (teacher, forward), offline-RL style (teacher, reverse), DAgger style (student, forward) and OPD (student, reverse).
+    KLs are over the whole vocabulary, in nats, divided by all counted tokens; prefixes take no gradient. The corners
+    are soft-label SFT (teacher, forward), offline-RL style (teacher, reverse), DAgger style (student, forward) and OPD
+    (student, reverse).
 
     Args:
-        prefix: Who writes. `teacher` answers every prompt once, and the answer serves whenever the run comes back to
-            it; `dataset` takes the column `response`.
+        prefix: Source of the completions. `teacher` generates one for every prompt, which is used whenever the run
+            returns to it; `dataset` takes the column `response`.
         reverse_weight: lambda (Eq. 4), from 0 to 1. The paper recommends "forward-heavy" without a number; 0.2 is the
             only such mix it tried (reconstructed). It tried mixes on student prefixes only.
-        estimator: `exact`; or `sampled`, from the token written alone: the score function for reverse KL on student
+        estimator: `exact`; or `sampled`, from the generated token alone: the score function for reverse KL on student
             prefixes, the likelihood for forward KL on others (appendix D). Mixes and the other two cells have none. Its
             gradient is unbiased at `top_p` 1 only: set that.
-        lengths: Longest answers L_0 < L_1 < ... of the curriculum (section 5.2), tokens; null for none. The paper gives
-            no ladder; 128, 256, 512, 1024, 2048, 4096 has the two lengths at its ends that it studied.
+        lengths: Longest completions L_0 < L_1 < ... of the curriculum (section 5.2), tokens; null for none. The paper
+            gives no ladder; it studied 128 and 4096, and to double from the one to the other is our suggestion.
         min_entropy: H_min, nats: a stage is left only if the student's entropy on held-out prompts is at least that.
             The paper gives no number. Null: `entropy_share` of the entropy at the first probe.
-        entropy_share: See there (reconstructed).
-        on_failure: After the first failure the length never grows again: `hold` goes on at it, `terminate` ends the
-            run. The paper allows both and does not say which it ran.
+        entropy_share: Share for `min_entropy` = null (reconstructed).
+        on_failure: At the first failure, `hold` stays at its length, `terminate` ends the run; the paper allows both.
         probe_every: Batches between probes (reconstructed: at each of the paper's evaluations).
         samples: Rollouts per prompt.
-        temperature: Of sampling only; the loss is at temperature 1.
-        top_p: Nucleus of sampling. 0.95 is the paper's for teacher prefixes; for student prefixes it says nothing.
+        temperature: Sampling temperature; the loss is taken at 1.
+        top_p: Top-p of sampling. 0.95 is the paper's for teacher prefixes; for student prefixes it says nothing.
 
-    Departures from the paper: its teacher rollouts are cut to the top 20 ids as well; its teacher's logits are kept
-    with them, here they are made again; the divisor is that of the authors' related trainer (the paper writes a sum);
-    probes are made on prompts kept out of the training data.
+    Departures: the paper also cuts teacher rollouts to the top 20 ids, and keeps the teacher's logits (here made anew);
+    it writes a sum (the authors' related trainer divides); probes are made on prompts kept out of the training data.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> losses = token_losses("decoupled_kl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 0.2 of the reverse KL, 0.5108, and 0.8 of the forward KL, 0.3681
+        tensor(0.3966)
     """
     if not 0 <= reverse_weight <= 1:
         raise UserError(f"reverse_weight must lie in [0, 1], not {reverse_weight}")
@@ -75,7 +80,7 @@ def decoupled_kl(
         if reverse_weight != (1.0 if prefix == "student" else 0.0):
             raise UserError(
                 "estimator=sampled takes reverse_weight=1 with prefix=student, or reverse_weight=0 with another "
-                "prefix: the token written is a sample of nothing else"
+                "prefix: the generated token is a sample of nothing else"
             )
         reverse, forward = score_function(log_ratio()), pathwise(negative_log_likelihood())
     stages = None

@@ -1,4 +1,4 @@
-"""DOPD: a teacher and the student itself, both with a hint, share the tokens out between them."""
+"""DOPD: two teachers with a hint, one of them the student itself, divide the tokens between them."""
 
 from typing import Literal
 
@@ -40,7 +40,7 @@ def dopd(
     temperature: float = 1.0,
     top_p: float = 1.0,
 ) -> Method:
-    r"""Each token is taught by a teacher or by the student with a hint, firmly where these two differ most.
+    r"""Divergences to a teacher and to the student itself, both shown a hint; every token gets one of them.
 
     .. math:: \ell_t = \begin{cases}
               JS(s, T) & A \ge \bar A,\ q_T \ge q_S \\
@@ -49,29 +49,37 @@ def dopd(
               \beta_w\,D_K(s \Vert S) & \text{otherwise} \end{cases}
               \qquad A = |\log q_T - \log q_S|
 
-    s is the student, T the teacher and S the student itself as it is, both with the hint; q are their probabilities of
-    the token written, and barred ones are means over the whole batch without outliers. JS is over the whole vocabulary
-    with weight 1/2, D_K the reverse KL on a top-k; both in nats. Divided by rollouts, of each the mean over all its
-    tokens. No gradient passes through S, T or the choice.
+    s is the student; T the teacher and S the live student, both shown the hint. q are their probabilities of the
+    generated token, and barred values are means over the whole batch without outliers. JS is over the whole vocabulary
+    with weight 1/2, D_K the reverse KL on a top-k, both in nats. The loss is the mean over rollouts of the mean over
+    their tokens. No gradient passes through S, T or the choice.
 
     Args:
         light_coef: beta_l, dimensionless.
         weak_coef: beta_w, dimensionless.
         top_k: K.
-        support: Of D_K. `mixed`: T's top-k against T, the learning student's against S. `student`: the learning
+        support: Support of D_K. `mixed`: T's top-k against T, the learning student's against S. `student`: the learning
             student's against both. The paper does not say; reconstructed.
-        tail: What becomes of the other ids: one bucket, or left out. Reconstructed.
+        tail: Treatment of the other ids: one bucket, or left out. Reconstructed.
         trim: Share of the largest values that each mean leaves out. The paper drops the top 5% and then normalises in
             the batch in a way that it does not tell; no further normalisation is a reconstruction.
         routing: `none`: the Jensen-Shannon divergence to the teacher with the hint at every token.
-        hint: The column that both are shown; the paper found whole answers worse than no hint.
+        hint: The column that both are shown; the paper found whole solutions worse than no hint.
         reduction: `tokens`: all tokens count alike.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions; the paper does not say.
-        top_p: Nucleus of sampling.
+        temperature: Temperature of sampling and of both distributions; the paper does not say.
+        top_p: Top-p of sampling.
 
     Where all gaps are equal none is below their mean: with a teacher that is the student, all tokens get JS. Images are
     left out. A rollout without a hint is left out of the loss.
+
+    Example:
+        >>> student, teacher, itself = (tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.5, 0.9, 0.6))
+        >>> given = {"tokens": tensor([0, 0]), "extra_views": {"privileged_student": itself}}
+        >>> method = retort.load("dopd", trim=0.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.terms["teacher_firm"].weight  # A is ln 1.5, then 0: only the first is above the mean
+        tensor([1., 0.])
     """
     if weak_coef < 0 or light_coef < 0:
         raise UserError(f"dopd: light_coef and weak_coef must not be negative ({light_coef}, {weak_coef})")

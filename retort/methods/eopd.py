@@ -36,10 +36,9 @@ def eopd(
 
     with :math:`A_t = \log p_T(y_t) - \log p_{old}(y_t)` fixed for the batch, :math:`\tilde p_T` the teacher
     renormalised on its own top-k, and :math:`p_S` the student's softmax over the whole vocabulary. Both terms are
-    divided by *all* counted
-    tokens: the reverse term is never switched off, and the forward one is not divided by the number of gated tokens.
-    At :math:`p_S = p_T` the forward term is :math:`-\ln p_T(\text{top-k})`, not 0: its minimum is the truncated
-    teacher.
+    divided by *all* counted tokens: the reverse term is never switched off, and the forward one is not divided by the
+    number of gated tokens. At :math:`p_S = p_T` the forward term is :math:`-\ln p_T(\text{top-k})`, not 0: its minimum
+    is the truncated teacher.
 
     Args:
         entropy_threshold: tau, nats, against the entropy of the teacher's whole distribution; strictly greater opens.
@@ -48,13 +47,18 @@ def eopd(
         clip: epsilon of PPO, both sides; null for none. The paper names PPO without a value; this is its code's
             default.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
-        top_p: Nucleus of sampling (the paper: 1, for Llama 0.8).
+        temperature: Temperature of sampling and of both distributions.
+        top_p: Top-p of sampling (the paper: 1, for Llama 0.8).
 
-    Departures from the released code: the top-k of step t is that of step t (the code takes the one after it); the
-    gate is the paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch);
-    where the two models stop on different tokens, the teacher's candidates are translated too, not only the token
-    written.
+    Departures from the released code: the top-k of step t is that of step t (the code takes the one after it); the gate
+    is the paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch); where the
+    two models stop on different tokens, the teacher's candidates are translated too, not only the generated token.
+
+    Example:
+        >>> student, teacher = tensor([[1.0, 1.0, 1.0]] * 2), tensor([[0.98, 0.01, 0.01], [1 / 3, 1 / 3, 1 / 3]]).log()
+        >>> losses = token_losses("eopd", student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0]))
+        >>> losses.terms["forward"].weight  # entropies of 0.11 and ln 3 = 1.10 nats: one is above 0.8
+        tensor([0., 1.])
     """
     uncertain = above(teacher_entropy(), entropy_threshold)
     reverse = score_function(log_ratio(), clip=clip)

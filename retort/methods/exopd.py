@@ -24,14 +24,14 @@ def exopd(
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Sampled reverse KL that rewards what sets the teacher apart from a base model more than imitation would.
+    r"""Sampled reverse KL that rewards the difference between teacher and base model more than imitation would.
 
     .. math:: A_t = \lambda\,[\log p_T(y_t) - \log p_B(y_t)] - [\log p_{old}(y_t) - \log p_B(y_t)]
 
     with :math:`\lambda > 1`: the optimum :math:`p_T^\lambda\,p_B^{1-\lambda}`, normalised, lies beyond the teacher on
     the way from the base. It is `gopd` with the paper's setting for extrapolation, and refuses a lambda below 1; units,
-    denominator and base are as there. On outputs whose structure is almost deterministic, a lambda that is too large
-    breaks the structure: see `listopd`.
+    denominator and base are as there. If the structure of outputs is almost deterministic, too large a lambda breaks
+    it: see `listopd`.
 
     Args:
         reward_weight: lambda >= 1, dimensionless (released script: 1.25; the paper saw 1.5 become unstable).
@@ -39,10 +39,17 @@ def exopd(
             the framework that the released code runs in.
         truncation: Largest importance ratio of trainer to rollout engine; null for no correction.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of all distributions.
+        temperature: Temperature of sampling and of all distributions.
 
     Departures from the released code: lambda = 1 is the same formula and not a branch of its own; routing between two
     teachers is not offered here.
+
+    Example:
+        >>> student, teacher, base = (tensor([[p, 1 - p]]).log() for p in (0.5, 0.8, 0.5))
+        >>> given = {"tokens": tensor([0]), "extra_views": {"base": base}}
+        >>> losses = token_losses("exopd", student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.loss  # -1.25 ln(0.8 / 0.5); `opd`, which has no base, gives -ln(0.8 / 0.5) = -0.47
+        tensor(-0.5875)
     """
     if reward_weight < 1:
         raise UserError(f"method.reward_weight must be at least 1, not {reward_weight:g}; below 1 it is `gopd`")

@@ -43,10 +43,18 @@ def gopd(
             the framework that the released code runs in.
         truncation: Largest importance ratio of trainer to rollout engine; null for no correction.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of all distributions.
+        temperature: Temperature of sampling and of all distributions.
 
     Departures from the released code: lambda = 1 is the same formula and not a branch of its own; routing between two
     teachers is not offered here.
+
+    Example:
+        >>> student, teacher, base = (tensor([[p, 1 - p]] * 2).log() for p in (2 / 3, 0.8, 0.5))
+        >>> given = {"tokens": tensor([0, 1]), "extra_views": {"base": base}}
+        >>> method = retort.load("gopd", reward_weight=0.5)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.terms["reverse"].value  # at the optimum, sqrt(0.8 * 0.5) : sqrt(0.2 * 0.5), all are alike
+        tensor([0.0527, 0.0527])
     """
     if reward_weight < 0:
         raise UserError(f"method.reward_weight must be at least 0, not {reward_weight:g}")

@@ -34,38 +34,46 @@ def listopd(
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Extrapolated sampled reverse KL, watched by a prediction of the reward weight at which structure breaks.
+    r"""Extrapolated sampled reverse KL, with a prediction of the reward weight at which structure breaks.
 
     .. math:: A_t = \lambda\,[\log p_T(y_t) - \log p_B(y_t)] - [\log p_{old}(y_t) - \log p_B(y_t)], \quad
               \lambda^*(p, b, c) = 1 + \frac{\log(1 + (c - 1)/p)}{\mathrm{logit}\,p - \mathrm{logit}\,b}
 
     p and b are the probabilities that teacher and base give to the teacher's most likely token at contract positions
     (those where it has at least `contract`), measured on every batch of student rollouts. The report draws lambda* for
-    the largest rollout mean of p (`lambda_star_safe`) and for the mean (`lambda_star_typical`), the former moved to
-    the run's number of steps (`lambda_star_budget`), and the student's tail 1 - q against the boundary (1 - p) / c.
+    the largest rollout mean of p (`lambda_star_safe`) and for the mean (`lambda_star_typical`), the former moved to the
+    run's number of steps (`lambda_star_budget`), and the student's tail 1 - q against the boundary (1 - p) / c.
     **lambda* is a prediction of where the structure begins to break and not a safe bound**: it is an asymptotic
     crossing, the paper's own cliff lies below it at long budgets (1.06 where it says 1.18), and it presumes one
-    dominant kind of almost certain position. On the built-in task `ranking` no cliff was found there (docs/cliff.md).
-    Nats; divided by all counted tokens.
+    dominant kind of almost certain position. On the built-in task `ranking` no cliff was found there
+    (docs/lab/cliff.md).
+    The loss is in nats and divided by all counted tokens.
 
     Args:
         reward_weight: lambda, dimensionless (paper, at 42 steps: 1.15).
         cap: c, the largest importance ratio.
-        ratio: Which is capped: `train_rollout`, as the paper's configuration has it; `teacher_student`, as its Eq. 3
-            prints it, which also moves what the student is driven to; `none`.
+        ratio: The ratio that is capped: `train_rollout`, as the paper's configuration has it; `teacher_student`, as its
+            Eq. 3 prints it, which also moves what the student is driven to; `none`.
         hold: Keep lambda, batch by batch, `margin` below `lambda_star_budget`, but not below 1.
-        margin: Of `hold`; the paper's grid step.
+        margin: Distance that `hold` keeps; the paper's grid step.
         contract: tau, probability.
         base_mode: b from the mean log-ratio of teacher to base, p exp(-mean), or `direct`, its mean probability. The
             paper's two ways differ (0.81 and 0.998 on its data), and lambda* with them.
         clip: PPO's epsilon, both sides; null for none.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of all distributions.
+        temperature: Temperature of sampling and of all distributions.
 
     Partial: classes of positions are not told apart (b is over all of them, the paper's at the binding one), p and b
     are measured on rollouts and not in a greedy pass of the teacher, the correction for the number of steps takes over
     the paper's measured movement because no formula is printed, and `hold` is this library's rule. The base is asked
-    for its whole distribution, and every batch is passed through the student once more to measure before learning.
+    for its whole distribution, and every batch takes one more pass of the student, to measure before the update.
+
+    Example:
+        >>> student, teacher, base = (tensor([[p, 1 - p]]).log() for p in (0.5, 0.95, 0.5))
+        >>> method, given = retort.load("listopd", reward_weight=2.0, hold=True), {"extra_views": {"base": base}}
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]), **given)
+        >>> losses.loss / tensor(0.5 / 0.95).log()  # lambda, held 0.05 below 1 + ln(1 + 4 / 0.95) / ln 19 = 1.5606
+        tensor(1.5106)
     """
     if reward_weight < 0 or margin < 0:
         raise UserError(f"method.reward_weight and margin must be at least 0, not {reward_weight:g} and {margin:g}")

@@ -32,17 +32,17 @@ def local_teachability(
     robust: bool = False,
     divide_by: Literal["trajectory", "kept", "all"] = "trajectory",
 ) -> Method:
-    r"""Any method, on each rollout only up to where the teacher's contrast among the student's candidates collapses.
+    r"""Any method, cut on each rollout where the teacher's contrast among the student's candidates collapses.
 
     .. math:: \ell'_t = \ell_t\,q_t\,\frac{|y|}{\sum_u q_u}, \quad q_t = [\,t \text{ before segment } \tau^*\,],
               \quad S_i = \log\Big(1 + \frac{1}{|B_i|} \sum_{t \in B_i} M_t\Big)
 
-    with the loss :math:`\ell_t` of the wrapped method, which a rollout's kept tokens carry for all of its :math:`|y|`;
-    divided as there. M is the teacher's margin over the student's top-k, B a sentence; :math:`\tau^*` is the segment
-    at which one constant level of S is worse, by BIC, than a higher one followed by a lower one. Without such a drop
-    the whole rollout counts. Decided for a whole batch before
-    the first update on it, detached. Rollouts are still written to their end: it saves no generation, and the stop
-    token of a cut rollout gets no signal, so watch the length.
+    with the loss :math:`\ell_t` and the denominator of the wrapped method; the kept tokens of a rollout carry the
+    weight of all of its :math:`|y|` tokens. M is the teacher's margin over the student's top-k, B a sentence;
+    :math:`\tau^*` is the segment at which one constant level of S is worse, by BIC, than a higher one followed by a
+    lower one. Without such a drop the whole rollout counts. The cut is decided for a whole batch before the first
+    update on it, and detached. Rollouts are still generated to their end. This saves no generation, and the stop token
+    of a cut rollout gets no signal, so watch the length.
 
     Args:
         of: Name of the wrapped method.
@@ -55,13 +55,20 @@ def local_teachability(
         min_drop: Standard deviations that a drop must have.
         robust: Winsorise and median-filter the segments first.
         divide_by: `trajectory`: each rollout keeps the mass of its loss (the paper's; early tokens weigh more than in
-            the wrapped method). `kept`: by the tokens kept of the batch, where the term is divided by tokens. `all`: as
-            the wrapped method, so that a kept token weighs what it weighs there.
+            the wrapped method). `kept`: by the batch's kept tokens, where the term is divided by tokens. `all`: as in
+            the wrapped method, with the same weight for a kept token.
 
-    Written from the abstract and from a reading note of the paper that quotes its equations; its text was not read.
-    Not in either, and decided here: the shortest side, the longest segment, and that S is made in the same way of other
+    Written from the abstract and from a reading note that quotes the paper's equations; its text was not read. Decided
+    here, because neither says it: the shortest side, the longest segment, and that S is made in the same way of other
     margins. `min_drop` and `robust` come from another reimplementation. Sentences are split by rule, where the paper
     takes NLTK. The teacher is asked about the student's candidates besides what the wrapped method asks for.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 4).log(), tensor([[0.9, 0.1]] * 2 + [[0.5, 0.5]] * 2).log()
+        >>> method = retort.load("local_teachability", top_k=2, max_segment=1, shortest=1)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0, 0, 0]))
+        >>> losses.terms["reverse"].weight  # the margin is ln 9, then 0: two tokens are kept, and weigh what four would
+        tensor([2., 2., 0., 0.])
     """
     made = inner(of, settings, outer="local_teachability")
     rule: dict[str, Any] = {

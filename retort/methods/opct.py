@@ -27,31 +27,38 @@ def opct(
     samples: int = 3,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Sampled reverse KL to the student as it was, under the prompt without what is not to change the answer.
+    r"""Sampled reverse KL to the student before training under the clean prompt, without a bias or jailbreak.
 
     .. math:: \ell_t = -\rho_t A_t, \quad A_t = -\lambda \sum_{u \ge t} \gamma^{u-t} k_u, \quad
               k_t = \log p_{old}(y_t | \tilde x) - \log p_T(y_t | x)
 
-    The student answers :math:`\tilde x`, the `prompt` of a row: with the biased hint, the jailbreak, or without the
-    safety rule. The teacher, frozen as it was before training, sees x, the row's column `clean`. k is fixed for the
-    batch; its mean estimates the reverse KL (never negative) and is logged as `reverse_kl`: it should fall. Nats;
-    divided by all counted tokens. No labels and no judge take part.
+    The student completes :math:`\tilde x`, the `prompt` of a row, which holds a biased hint or a jailbreak, or lacks
+    the safety rule. The teacher, frozen as it was before training, sees x, the row's column `clean`. k is fixed for the
+    batch; its mean estimates the reverse KL (never negative) and is logged as `reverse_kl`: it should fall. The loss is
+    in nats and divided by all counted tokens. It needs neither labels nor a judge.
 
     Args:
         kl_coef: lambda, dimensionless.
-        discount: gamma, of what follows a token in its answer; 0 for the token alone.
+        discount: gamma, for the tokens that follow in the completion; 0 for the token alone.
         clip: PPO's epsilon on the ratio; null for none, as in the paper.
         teacher: `self`; or `outside`, the run's teacher under the clean prompt.
         samples: Rollouts per prompt.
-        temperature: Of sampling only; both log-probs are at temperature 1.
+        temperature: Sampling temperature; both log-probs are at temperature 1.
 
     Defaults are of the paper's first setting (SAGE, Llama 3.1 8B). Its others: sycophancy 2, 0.9, and 4 samples at
-    temperature 0.7; jailbreaks 2, 0, and 8 at 1.5. Above or below temperature 1 the answers are not quite the
-    student's own, as in the paper.
+    temperature 0.7; jailbreaks 2, 0, and 8 at 1.5. At a temperature other than 1 the completions are not quite
+    on-policy, as in the paper.
 
     Departures: ratio and k are against the trainer's own log-probs before the first update on the batch, where the
     paper takes the sampler's; the loss is divided by the tokens (the recipe it builds on sums them). The paper
     trains an adapter (`lora.rank` 32), which the recipe leaves to you.
+
+    Example:
+        >>> student, teacher = tensor([[0.8, 0.2]] * 2).log(), tensor([[0.5, 0.5]] * 2).log()
+        >>> method = retort.load("opct", discount=0.5)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0, 0]))
+        >>> losses.terms["consistency"].value  # k is 0.47 at both tokens; the first adds half of the second
+        tensor([0.7050, 0.4700])
     """
     score = score_function(return_to_go(discount, kl_coef), clip=clip)
     return Method(

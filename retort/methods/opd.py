@@ -30,29 +30,35 @@ def opd(
     samples: int = 1,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Sampled reverse KL: the log-ratio of the token written is its advantage.
+    r"""Sampled reverse KL: the log-ratio of the generated token is its advantage.
 
     .. math:: \ell_t = -\rho_t A_t, \quad A_t = \log p_T(y_t) - \log p_{old}(y_t),
               \quad \rho_t = p_S(y_t) / p_{old}(y_t)
 
     In expectation over the student's tokens, and with one update per batch, its gradient is that of the reverse KL
-    :math:`D_{KL}(p_S \Vert p_T)` at each prefix. Value and entropies in nats; divided by all counted tokens.
+    :math:`D_{KL}(p_S \Vert p_T)` at each prefix. The loss is in nats and divided by all counted tokens.
 
     Args:
         coef: Weight of the term (`kl_penalty_coef`), dimensionless.
         clip: PPO's epsilon on the ratio; the recipe has none.
-        correction: Weighs tokens by the trainer's probability over the rollout engine's, where the two are not the same
+        correction: Weight by the trainer's probability over the rollout engine's, where the two are not the same
             program: `token` (truncated), `token_mask` (IcePop), `sequence` (its product, truncated), `sequence_mask`
             (or left out), `geometric` (the rollout is left out unless its mean ratio is near 1). Null: none. The
             denominator counts what is left out.
         correction_low: Bound from below of `token_mask` (null: 0.5) and `geometric` (0.999).
         correction_high: Bound from above: null for 2, of `token_mask` 5, of `geometric` 1.001.
-        samples: Rollouts per prompt. The recipe writes 4; its published code centres nothing over them.
-        temperature: Of sampling and of both distributions.
+        samples: Rollouts per prompt. The recipe has 4; its published code subtracts no mean over them.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the recipe: the ratio and the advantage are against the trainer's own log-probs before the first
     update on the batch, where the recipe takes the sampler's; the discounted future sum (its default is none) is not
     offered.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.8, 0.2]]).log()
+        >>> losses = token_losses("opd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(ln 0.8 - ln 0.5): the teacher gives the token more than the student does
+        tensor(-0.4700)
     """
     if correction is None and (correction_low is not None or correction_high is not None):
         raise UserError("method.correction_low and correction_high bound a correction; name one in method.correction")

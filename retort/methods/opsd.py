@@ -36,40 +36,47 @@ def opsd(
     temperature: float = 1.1,
     top_p: float = 0.95,
 ) -> Method:
-    r"""Forward KL from the student that sees the solution, each id's part of it cut off from above.
+    r"""Forward KL from the student that sees the solution, with a cap on each id's part.
 
     .. math:: \ell_t = \sum_v \min(p_T(v) [\log p_T(v) - \log p_S(v)], \kappa)
 
-    with p_T the student under the prompt with the reference solution. Whole vocabulary, nats, divided by all counted
-    tokens. An id that is cut off is pushed *down*, not ignored (`retort.divergences.clipped`), and the loss may be
-    negative: watch `clipped_mass`, the share of the teacher's probability cut off. At 0.05 that is so even where p_T is
-    0.9 and p_S 0.85.
+    with p_T the student under the prompt with the reference solution. The sum runs over the whole vocabulary, in nats,
+    and is divided by all counted tokens. An id that is cut off is pushed *down*, not ignored
+    (`retort.divergences.clipped`), and the loss may be negative: watch `clipped_mass`, the share of the teacher's
+    probability cut off. At 0.05 that is so even where p_T is 0.9 and p_S 0.85.
 
     Args:
         teacher_weight: w of the generalised Jensen-Shannon divergence; 0 is the forward KL, 1 the reverse KL.
         kl_clip: kappa, nats; null for no clip. With a teacher_weight it cuts off that divergence's entries.
         top_k: Both sides renormalised on the teacher's so many most likely ids; null for the whole vocabulary.
-        estimator: `exact`; or `sampled`, the score function of the token written, which descends the reverse KL and
-            looks at none of the three settings before; with several updates on a batch it is taken against the student
+        estimator: `exact`; or `sampled`, the score function of the generated token, which descends the reverse KL and
+            uses none of the three settings above; with several updates on a batch its log-ratio is to the student
             before the first.
         teacher: The student `self`; or `outside`, the run's teacher, shown the same; it never moves.
-        weights: Of the teacher: `frozen` (recommended by the authors), `ema`, or `live`.
-        update_rate: Of `ema`: 1 minus the decay (0.999).
+        weights: Weights of the teacher: `frozen` (recommended by the authors), `ema`, or `live`.
+        update_rate: Update rate of `ema`: 1 minus the decay (0.999).
         shows: Columns of the data that the teacher sees; rows without are left out.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
-        top_p: Nucleus of sampling.
+        temperature: Temperature of sampling and of both distributions.
+        top_p: Top-p of sampling.
 
     Defaults are those of the paper's third version as the follow-ups restate it (PW-OPSD, PAINT): forward KL with a
     clip of 0.05 and a learning rate of 5e-6. The first release of the code had the Jensen-Shannon divergence
     (`teacher_weight` 0.5), no clip, and 2e-4.
 
-    Not here: `reason_first`, where the teacher first writes a rationale that is added to what it sees. For a frozen
+    Not here: `reason_first`, where the teacher first generates a rationale that is added to what it sees. For a frozen
     teacher that can be done before the run: put it into a column (`hint`) and name that in `shows`.
 
     Departures: sampling is not cut to 20 ids; the average starts at the student before training (code: after its first
     step); student and teacher get the same chat template (the paper's numbers are from a student without one). The
     paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
+
+    Example:
+        >>> student, teacher = tensor([[0.85, 0.15]]).log(), tensor([[0.9, 0.1]]).log()
+        >>> method = retort.load("opsd", temperature=1.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # 0.9 ln(0.9 / 0.85) = 0.0514 is cut to 0.05; 0.1 ln(0.1 / 0.15) = -0.0405 stays
+        tensor(0.0095)
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

@@ -39,14 +39,20 @@ def power_opd(
         power: alpha; the released README's default (its configuration has 0.1, the paper sweeps 0.1 to 500).
         reward: `power`, or the baselines it is compared with: the log-ratio, clipped on both sides at `bound`, its tanh
             over `bound`, or clipped from below only (REOPOLD).
-        bound: Of `clip` and `tanh`, nats; the scripts' default, the paper's best clip is 1.
+        bound: Bound of `clip` and `tanh`, nats; the scripts' default, the paper's best clip is 1.
         lower: lambda of `lower_clip`: the bound is ln(lambda) / (1 - lambda), -1.72 nats at 0.3.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
-        top_p: Nucleus of sampling. The released script has 0.95 with the 20 most likely ids.
+        temperature: Temperature of sampling and of both distributions.
+        top_p: Top-p of sampling. The released script has 0.95 with the 20 most likely ids.
 
     Departures from the released code: rollouts are not truncated by default, and never to a top-k; the final stop token
     is taught like any other (there it is masked).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]]).log(), tensor([[0.8, 0.2]]).log()
+        >>> losses = token_losses("power_opd", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(0.8 ** 5 - 0.5 ** 5), which is never below -1
+        tensor(-0.2964)
     """
     advantage = {
         "power": lambda: power_difference(power),

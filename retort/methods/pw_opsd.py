@@ -39,37 +39,44 @@ def pw_opsd(
     temperature: float = 1.1,
     top_p: float = 0.95,
 ) -> Method:
-    r"""The clipped forward KL of `opsd`, weighed up along each answer by a sigmoid of the relative position.
+    r"""The clipped forward KL of `opsd`, with a weight that rises along each completion as a sigmoid of the position.
 
     .. math:: L = \frac1B \sum_b \frac1{T_b} \sum_t a_t \sum_v \min(p_T(v) [\log p_T(v) - \log p_S(v)], \kappa), \quad
               a_t = a_{min} + (1 - a_{min})\,\sigma\Big(\frac{u_t - \tau}{s}\Big), \quad u_t = \frac{t - 0.5}{T_b}
 
-    T_b are the tokens of the answer itself. Nats; each answer counts the same (OPSD: each token), empty ones do not,
-    and the weights are not normalised: with the defaults their mean is 0.771. See `opsd` for what the clip does.
+    T_b is the length of the completion. The loss is in nats; each completion counts the same (OPSD: each token), empty
+    ones do not count, and the weights are not normalised: with the defaults their mean is 0.771. See `opsd` for what
+    the clip does.
 
     Args:
         min_weight: a_min. With `midpoint` and `width` this is the "moderate" schedule of all the paper's models; the
             numbers of its "aggressive" one are not in the released code.
         midpoint: tau, relative position.
         width: s, relative positions; the smaller, the more it is a step.
-        reduction: `rollouts`: the mean over answers of the mean over tokens. `tokens`: the paper's ablation, all tokens
-            alike.
+        reduction: `rollouts`: the mean over completions of the mean over tokens. `tokens`: the paper's ablation, all
+            tokens alike.
         teacher_weight: See `opsd`, as all that follow.
         kl_clip: kappa, nats.
-        top_k: Of the teacher, renormalised.
+        top_k: The teacher's most likely ids that both sides are renormalised on.
         teacher: The student `self`, or an `outside` one.
-        weights: Of the teacher.
-        update_rate: Of `ema`.
+        weights: Weights of the teacher.
+        update_rate: Update rate of `ema`.
         shows: Columns of the data that the teacher sees.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
-        top_p: Nucleus of sampling.
+        temperature: Temperature of sampling and of both distributions.
+        top_p: Top-p of sampling.
 
-    The paper's finding is about answers cut at 1024 tokens and a teacher with the solution; for stronger outside
+    The paper's finding is about completions cut at 1024 tokens and a teacher with the solution; for stronger outside
     teachers others find later tokens *less* reliable. `retort trust` makes its measurement on a run of one's own.
 
     Departures: sampling is not cut to 20 ids; student and teacher get the same chat template (the paper's teacher
     thinks, its student does not). The paper trains an adapter (`lora.rank` 64), which the recipe leaves to you.
+
+    Example:
+        >>> logits = tensor([[0.5, 0.5]] * 4).log()
+        >>> losses = token_losses("pw_opsd", student_logits=logits, teacher_logits=logits, tokens=tensor([0, 0, 0, 0]))
+        >>> losses.terms["divergence"].weight  # 0.25 + 0.75 sigmoid((u - 0.3) / 0.1) at u = 1/8, 3/8, 5/8, 7/8
+        tensor([0.3610, 0.7594, 0.9720, 0.9976])
     """
     if top_k == 1:
         raise UserError("method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt")

@@ -42,25 +42,34 @@ def rlsd(
     .. math:: \hat A_t = A\,\big[(1-\lambda) + \lambda\,\mathrm{clip}(e^{\mathrm{sign}(A)\,\delta_t}, 1-\epsilon,
               1+\epsilon)\big], \quad \delta_t = \log p_T(y_t) - \log p_{old}(y_t)
 
-    in PPO's clipped loss, with A the group's whitened reward. The bracket is positive and held fixed: the teacher never
-    turns a verdict round. Divided by all counted tokens; rollouts whose row has nothing to show are left out.
+    in PPO's clipped loss, with A the group's whitened reward. The bracket is positive and takes no gradient: the
+    teacher never reverses a verdict. The loss is divided by all counted tokens; rollouts whose row has nothing to show
+    are left out.
 
     Args:
         share: lambda, in [0, 1]; at 0 it is GRPO.
         share_steps: Batches over which lambda falls in a straight line to 0; null keeps it.
         bound: epsilon of the magnitude.
-        negative_only: Whether only tokens of rollouts below their group's mean are weighed.
+        negative_only: Weight only the tokens of rollouts below their group's mean.
         shows: Column of the data that the teacher sees.
         teacher: The student as it was before training, a `hard_copy` of it every `copy_every` optimizer steps, or an
             `outside` model.
-        copy_every: Of `hard_copy`.
+        copy_every: Optimizer steps between two copies of `hard_copy`.
         clip_low: PPO's epsilon below 1; null for no clip, then on neither side.
-        clip_high: The same above 1.
+        clip_high: PPO's epsilon above 1.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the released code: a restriction to tokens of the model's thoughts, which it can make, is not
     offered; the words around what is shown are Retort's (`templates`).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.8, 0.2]] * 2).log()
+        >>> given = {"rollouts": tensor([0, 1]), "groups": tensor([0, 0]), "rewards": tensor([1.0, 0.0])}
+        >>> given |= {"tokens": tensor([0, 0])}
+        >>> losses = token_losses("rlsd", student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.terms["outcome"].weight  # (1 + 1.2) / 2 where teacher and reward agree, else (1 + 0.8) / 2
+        tensor([1.1000, 0.9000])
     """
     if (clip_low is None) != (clip_high is None):
         raise UserError("method.clip_low and method.clip_high: give both, or null for both")
@@ -99,5 +108,5 @@ def rlsd(
 
 
 def _falling(start: float, steps: int) -> Schedule:
-    """From `start` in a straight line to 0 at a step, and 0 from there on."""
+    """A schedule from `start` in a straight line to 0 at a step, and 0 from there on."""
     return lambda step, _: start * max(0.0, 1.0 - step / steps)

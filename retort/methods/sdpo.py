@@ -1,4 +1,4 @@
-"""SDPO: the student, shown a sibling that succeeded or what went wrong, teaches itself."""
+"""SDPO: the student teaches itself, shown a sibling that succeeded or feedback."""
 
 from typing import Literal
 
@@ -41,23 +41,23 @@ def sdpo(
     samples: int = 8,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Distillation towards oneself as shown the first sibling that succeeded, or else the feedback on one's attempt.
+    r"""Distillation towards the student itself, shown the first sibling that succeeded or feedback on its attempt.
 
     .. math:: L = \frac{1}{T} \sum_t \min(c, \rho_t)\; D_w\big(p_S(\cdot | x, y_{<t}),\, p_T(\cdot | x, C, y_{<t})\big)
 
     on the student's k most likely ids and one bucket with all others; :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`,
     detached. C is never the rollout itself. A rollout for which there is nothing to show is left out, also of the
-    number T of tokens; rewards choose what is shown and are not learnt from. Nats.
+    number T of tokens; rewards choose what is shown and are not learnt from. The loss is in nats.
 
     Args:
-        divergence: D; `sampled` is the policy gradient on the token written against the student before the batch, whose
-            ratio `ratio_cap` does not bound.
+        divergence: D; `sampled` is the policy gradient on the generated token against the student before the batch,
+            whose ratio `ratio_cap` does not bound.
         teacher_weight: w of `jsd`, strictly between 0 and 1. The code's ends are the forward (0) and reverse (1) KL.
         top_k: k; null for the whole vocabulary.
         tail: `bucket`, or both sides `renormalised` on the k ids.
         threshold: Reward from which on a sibling is a success (released experiments; its data class has 1).
-        feedback: When the verifier's words on the rollout are shown.
-        thoughts: Whether a sibling's `<think>` block is shown, too.
+        feedback: Condition for showing the verifier's words on the rollout.
+        thoughts: Show a sibling's `<think>` block, too.
         teacher: The student's moving average, its `trust_region` (frozen and live logits mixed by `update_rate`), its
             first weights, its `live` ones, or an `outside` model.
         update_rate: u; the average moves by it after each optimizer step (with rich feedback the paper's runs had 0.01,
@@ -67,11 +67,18 @@ def sdpo(
         distillation_weight: Below 1, the loss is mixed with GRPO's on the rewards, which has the rest of the weight.
         clip: PPO's epsilon in that GRPO.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the released code: the mean is over the optimizer step's counted tokens, not over micro-batches, in
     which left-out rollouts may count; the words around what is shown are Retort's (`templates`). The mix with GRPO is
     from a port (TRL); a public summary says that the paper blends advantages, which was not checked against its text.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.8, 0.1, 0.1]]).log()
+        >>> method, given = retort.load("sdpo", top_k=1), {"tokens": tensor([0]), "rewards": tensor([0.0])}
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, **given)
+        >>> losses.loss  # of (0.5, the rest 0.5) and (0.8, the rest 0.2), halfway between them (0.65, 0.35)
+        tensor(0.0507)
     """
     if not 0.0 < distillation_weight <= 1.0:
         raise UserError(f"method.distillation_weight must lie above 0 and at most at 1, not {distillation_weight:g}")
@@ -80,12 +87,11 @@ def sdpo(
     else:
         loss, weight = disagreement(divergence, teacher_weight, top_k, tail), ratios(ratio_cap, truncation)
     outcome = Term("outcome", score_function(group_advantage(), clip=clip), coef=1.0 - distillation_weight)
+    view = peers(threshold=threshold, feedback=feedback, thoughts=thoughts, **who(teacher, update_rate))
     whole = {"ratio_cap": None}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        views={
-            "teacher": peers(threshold=threshold, feedback=feedback, thoughts=thoughts, **who(teacher, update_rate))
-        },
+        views={"teacher": view},
         temperature=temperature,
         terms=(
             Term("distillation", loss, weight=weight, coef=distillation_weight),

@@ -1,4 +1,4 @@
-"""SEAD: which tokens teach, and with which divergence, by the entropies of both models."""
+"""SEAD: a divergence for each token, or none, by the entropies of both models."""
 
 from typing import Literal
 
@@ -42,7 +42,7 @@ def sead(
 
     Zone C are the tokens of highest teacher entropy; of the others those of lowest student entropy are zone A, which
     gets no gradient at all, and the rest is zone B. alpha falls along half a cosine over the run. Both KLs are over the
-    whole vocabulary, nats; zones are decided for a whole batch before the first update on it.
+    whole vocabulary, in nats. Zones are decided for a whole batch before the first update on it.
 
     Args:
         silent_share: Share of zone A.
@@ -54,15 +54,23 @@ def sead(
         unsure_loss: `faded`: zone C has the forward KL times alpha (the paper's Eq. 4), so it fades, and still counts
             in the denominator. `blended`: alpha forward + (1 - alpha) reverse (its Figure 1).
         scope: Shares hold over the batch, or in every rollout; the paper does not say.
-        curriculum: Prompts from easy to hard, by the first student's pass rate over 8 answers to each, measured before
-            the first step, for which the data needs answers: `sorted` goes through them once (what the paper ran),
-            `gated` draws among those that are easy enough by now (what its text says). Null: shuffled.
+        curriculum: Prompts from easy to hard, by the first student's pass rate over 8 completions of each, measured
+            before the first step, for which the data needs answers: `sorted` goes through them once (what the paper
+            ran), `gated` draws among those that are easy enough by now (what its text says). Null: shuffled.
         samples: Rollouts per prompt.
-        temperature: Of sampling only.
+        temperature: Sampling temperature; the loss is taken at 1.
 
     Reconstructed: the rule of assignment is not spelled out in the paper; this one reproduces its table of shares.
     Departures: entropies are of the whole distributions, where the paper takes an unnamed top-k; PPO's clip,
     which never binds with one update per batch, is left out. Of the gated curriculum the paper gives no numbers.
+
+    Example:
+        >>> student = tensor([[0.9, 0.1], [0.5, 0.5], [0.9, 0.1], [0.5, 0.5]]).log()
+        >>> teacher = tensor([[0.9, 0.1], [0.9, 0.1], [0.8, 0.2], [0.5, 0.5]]).log()
+        >>> method, tokens = retort.load("sead", unsure_share=0.25), tensor([0, 0, 0, 0])
+        >>> terms = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tokens).terms
+        >>> terms["sure"].weight, terms["unsure"].weight  # zones A, B, A, C
+        (tensor([0., 1., 0., 0.]), tensor([0., 0., 0., 1.]))
     """
     parts = Zones(silent=silent_share, unsure=unsure_share, scope=scope)
     sure, unsure, silent = parts.weight(SURE), parts.weight(UNSURE), parts.weight(SILENT)

@@ -33,21 +33,26 @@ def skew_kl(
 
     .. math:: D_{KL}(p_T \Vert a\,p_T + (1-a)\,p_S) \quad \text{or} \quad D_{KL}(p_S \Vert (1-a)\,p_T + a\,p_S)
 
-    Over the whole vocabulary, nats, at most -ln a; divided by all counted tokens.
+    The divergence is over the whole vocabulary, in nats, and at most -ln a. It is divided by all counted tokens.
 
     Args:
         direction: Skewed forward or skewed reverse KL.
         skew: a, 0 <= a < 1. At 0 it is the plain KL.
-        on_policy_fraction: Share of prompts that the student answers, the data's `response` serving for the others:
-            `adaptive` begins at 0 and rises by a tenth whenever the likelihood of held-out responses has become worse
-            by 0.1 nats, and old rollouts are used again more and more, 1,000 of them; or a fixed share, with all
-            rollouts new.
+        on_policy_fraction: Share of prompts with student rollouts; the data's `response` serves the others: `adaptive`
+            begins at 0 and rises by a tenth whenever the likelihood of held-out responses has become worse by 0.1 nats,
+            and old rollouts are used again more and more, 1,000 of them; or a fixed share, with all rollouts new.
         validate_every: Steps between the validations of `adaptive`; the released code's is an epoch.
         samples: Rollouts per prompt.
-        temperature: Of sampling only.
+        temperature: Sampling temperature; the loss is taken at 1.
 
     Departures from the released code: validation is every so many steps and not every epoch; the teacher's (constant)
     entropy, which it leaves out of the value, is in it (the gradient is the same).
+
+    Example:
+        >>> student, teacher = tensor([[1.0, 0.0]]).log(), tensor([[0.0, 1.0]]).log()
+        >>> losses = token_losses("skew_kl", student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -ln 0.1, its largest value: the plain forward KL would be infinite
+        tensor(2.3026)
     """
     chosen = skew_forward_kl(skew) if direction == "forward" else skew_reverse_kl(skew)
     adaptive = adaptive_share(every=validate_every)

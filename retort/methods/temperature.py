@@ -33,20 +33,29 @@ def temperature(
 
     .. math:: \tau^2 D(p_T^\tau, p_S^\tau), \qquad p^\tau = softmax(z / \tau)
 
-    In forward KL the temperature changes the target, so that ids other than the first teach, too; in reverse KL the
-    teacher enters through raw differences of logits, and it only flattens the student's weights. As tau grows, tau^2
-    times either tends to half of the variance of z_S - z_T over the vocabulary. Divided by all counted tokens. A run's
-    curves `tempered_...` are at this temperature, too, and do not compare with other methods'; its table does.
+    In forward KL the temperature changes the target, so that more ids than the first carry signal. In reverse KL the
+    teacher enters through raw differences of logits, and the temperature only flattens the student's weights. As tau
+    grows, tau^2 times either tends to half of the variance of z_S - z_T over the vocabulary. The loss is divided by all
+    counted tokens. A run's curves `tempered_...` are at this temperature, too, and do not compare with other methods';
+    its table does.
 
     Args:
-        divergence: Over the whole vocabulary (`topk_kl`: on the student's 16 most likely ids, renormalised).
+        divergence: D over the whole vocabulary (`topk_kl`: on the student's 16 most likely ids, renormalised).
         loss_temperature: tau. The paper's grid was not found; 2 for forward KL is a reconstruction.
         squared: The factor tau^2, which keeps the gradient's size; whether the paper has it was not found.
-        on_policy_fraction: Share of prompts that the student answers; below 1 the data needs a `response` column.
+        on_policy_fraction: Share of prompts with student rollouts; below 1 the data needs a `response` column.
         samples: Rollouts per prompt.
-        sampling_temperature: Of sampling.
+        sampling_temperature: Temperature of sampling.
 
-    Departures from the paper: it distils on given answers; here the student writes, unless `on_policy_fraction` is 0.
+    Departures from the paper: it distils on the data's responses; here the student generates, unless
+    `on_policy_fraction` is 0.
+
+    Example:
+        >>> student, teacher = tensor([[0.0, 0.0]]), tensor([[2.0, 0.0]])
+        >>> method = retort.load("temperature", loss_temperature=100.0)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> round(losses.loss.item(), 3)  # half of the variance of z_S - z_T = (-2, 0), to which it tends
+        0.5
     """
     chosen = {
         "forward_kl": forward_kl,

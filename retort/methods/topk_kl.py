@@ -33,20 +33,27 @@ def topk_kl(
 
     .. math:: D_{KL}(\bar p_S \Vert \bar p_T), \quad \bar p \text{ renormalised on } S_t = TopK(p_S, k)
 
-    The gradient goes through the student's renormalisation; probability outside of the support is not looked at, so
-    this is another objective than the exact KL, which is its limit. Nats; divided by all counted tokens. At k = 1 it
-    would be 0, and is refused.
+    The gradient goes through the student's renormalisation; probability outside of the support is ignored, so this is
+    another objective than the exact KL, which is its limit. The loss is in nats and divided by all counted tokens. At k
+    = 1 it would be 0, and is refused.
 
     Args:
         top_k: k.
-        support: Whose top-k: the student's (the paper), the teacher's, both together, or what they share.
+        support: Top-k of one side or both: the student's (the paper), the teacher's, both together, or what they share.
         tail: `renormalised`, or a `bucket` with all other ids as one, so that the mass outside of the support counts.
         direction: `reverse` is KL(student || teacher).
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures: the released code computes something else under this name, which is `topk_score` here. `bucket` and
     `forward` are not the paper's.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
+        >>> method = retort.load("topk_kl", top_k=2)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # KL of (5/8, 3/8) to (1/2, 1/2); the teacher's 0.6 on the third id is ignored
+        tensor(0.0316)
     """
     if top_k == 1 and tail == "renormalised" and support in ("student", "teacher", "intersection"):
         raise UserError(

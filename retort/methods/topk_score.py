@@ -25,24 +25,31 @@ def topk_score(
     samples: int = 4,
     temperature: float = 1.0,
 ) -> Method:
-    r"""Every id of the student's top-k is rewarded by its log-ratio, weighed by its renormalised probability.
+    r"""A policy gradient on every id of the student's top-k: its log-ratio, weighted by its renormalised probability.
 
     .. math:: -\sum_{v \in S_t} sg[w_v\,(\log p_T(v) - \log p_S(v))]\,\frac{p_S(v)}{sg[p_S(v)]}
 
     Log-probs are of the whole softmax. Its gradient is that of the reverse KL only where the support is the vocabulary:
-    what a KL on a support has through the mass of the support is missing. Nats; summed over ids, divided by all counted
-    tokens.
+    what a KL on a support has through the mass of the support is missing. The loss is in nats, summed over ids and
+    divided by all counted tokens.
 
     Args:
         top_k: k of each side.
-        support: Whose top-k: the student's, the teacher's, both together, what they share, or what only one of them
-            names (`symmetric_difference`; its weights are probabilities, not renormalised).
+        support: Top-k of one side or both: the student's, the teacher's, both together, what they share, or what only
+            one of them names (`symmetric_difference`; its weights are probabilities, not renormalised).
         weighting: w: the student's probabilities renormalised on the support, the teacher's, or all alike.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the released code: the importance ratio of an id is against the live student, so it is 1, and PPO's
     clip on it never binds (as there, with one update per batch).
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.3, 0.2]]).log(), tensor([[0.2, 0.2, 0.6]]).log()
+        >>> method = retort.load("topk_score", top_k=2)
+        >>> losses = token_losses(method, student_logits=student, teacher_logits=teacher, tokens=tensor([0]))
+        >>> losses.loss  # -(5/8 ln(0.2 / 0.5) + 3/8 ln(0.2 / 0.3)), where `topk_kl` has 0.0316
+        tensor(0.7247)
     """
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),

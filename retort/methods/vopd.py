@@ -22,8 +22,8 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
 
     .. math:: A_t = \log p_T(y_t) - \log p_{old}(y_t) - V_t, \quad V_t = -D_{KL}(p_S \Vert p_T)
 
-    With `top_k`, both distributions in V are renormalised on the student's k most likely ids; the log-ratio always
-    uses the whole vocabulary. The baseline is detached and does not depend on the token written, so any k leaves the
+    With `top_k`, both distributions in V are renormalised on the student's k most likely ids; the log-ratio always uses
+    the whole vocabulary. The baseline is detached and does not depend on the generated token, so any k leaves the
     gradient unbiased (it must: the sampling here is never truncated). Lower variance is the rule, not a law: see the
     paper's Eq. 23.
 
@@ -32,14 +32,20 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
             vocabulary (Eqs. 9-10), for which the released code has 0.
         baseline_coef: 1 in the paper; 0 is plain OPD.
         samples: Rollouts per prompt.
-        temperature: Of sampling and of both distributions.
+        temperature: Temperature of sampling and of both distributions.
 
     Departures from the paper: where one batch feeds several updates, advantage and baseline are those of the student
     before the first, with the importance ratio in front (the paper makes one update per batch). In `token_losses` only
-    the log-ratio looks at `old_logp`; the baseline is that of the student as it is given. The curves
-    `gradient_variance` and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of
-    one step in logit space; of the two measures of the released code, `adam_variance` is the proxy, and the variance of
-    whole gradients is logged for any method with `record.gradient_variance_every`.
+    the log-ratio uses `old_logp`; the baseline is that of the student as it is given. The curves `gradient_variance`
+    and `gradient_variance_plain` (with and without baseline, every tenth batch) are exact but of one step in logit
+    space; of the two measures of the released code, `adam_variance` is the proxy, and the variance of whole gradients
+    is logged for any method with `record.gradient_variance_every`.
+
+    Example:
+        >>> student, teacher = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.8, 0.2]] * 2).log()
+        >>> losses = token_losses("vopd", student_logits=student, teacher_logits=teacher, tokens=tensor([0, 1]))
+        >>> losses.terms["reverse"].value  # `opd` has -0.4700 and 0.9163; V, the mean under the student, is taken off
+        tensor([-0.6931,  0.6931])
     """
     if top_k is not None and top_k < 2:
         raise UserError(

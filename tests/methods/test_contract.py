@@ -1,8 +1,10 @@
 """What every registered method promises: on a toy model in float64, and through the pipeline of a run."""
 
+import doctest
 import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from toy import Toy
 
+import retort.methods
 from retort import config as configuration
 from retort import registry
 from retort.core.head import Head
@@ -220,13 +223,49 @@ def test_one_file_one_function_all_defaults(name: str) -> None:
     for parameter in inspect.signature(build).parameters.values():
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.default is not inspect.Parameter.empty
-        assert f"{parameter.name}:" in (build.__doc__ or ""), f"{name}: {parameter.name} is not documented"
+        assert registry.described(name).get(parameter.name), f"{name}: {parameter.name} is not documented"
     made = registry.load(name)
     assert made.paper is not None
     assert made.summary.endswith(".")
     assert made.settings == registry.defaults(name)
     source = inspect.getsource(inspect.getmodule(build))  # type: ignore[arg-type]
     assert len(source.splitlines()) <= 120
+
+
+#: What the example of each method follows, as a reader is told.
+BEFORE = doctest.script_from_examples(retort.methods.__doc__ or "")
+
+
+def examples(name: str) -> list[doctest.Example]:
+    return doctest.DocTestParser().get_examples(registry.builder(name).__doc__ or "", name)
+
+
+def complaints(name: str, found: list[doctest.Example]) -> str:
+    """What differs between what examples show and what they print."""
+    names: dict[str, object] = {}
+    exec(BEFORE, names)
+    said: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(doctest.DocTest(found, names, name, None, 0, None), out=said.append)
+    return "".join(said)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_in_the_docstring_is_right(name: str) -> None:
+    found = examples(name)
+    assert any(name in example.source for example in found), "the docstring has no example that makes the method"
+    assert any(re.search(r"\d", example.want) for example in found), "the example shows no number"
+    assert complaints(name, found) == ""
+
+
+def test_no_two_methods_have_the_same_example() -> None:
+    plain = {name: "".join(one.source.replace(name, "") for one in examples(name)) for name in NAMES}
+    assert len(set(plain.values())) == len(plain)
+
+
+def test_a_wrong_number_in_an_example_is_noticed() -> None:
+    found = examples("opd")
+    found[-1].want = "tensor(-0.4800)\n"
+    assert "-0.4700" in complaints("opd", found)
 
 
 def test_paper_defaults() -> None:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from retort import registry
 from retort.config.sections import SHORTHANDS, refuse_name
 from retort.errors import UserError, quoted
 from retort.method import Method
@@ -118,6 +119,7 @@ def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping
     method = flags.get("method") if own is None else {"name": own.name, **own.settings}
     if not isinstance(said, Mapping) or method is None:
         return  # what is no mapping is refused with the settings
+    said, method = (registry.spread(str(method.get("name")), one) for one in (said, method))
     if own is not None:
         for name in said:
             if name not in method:
