@@ -69,7 +69,7 @@ def coached_student(groups: int, samples: int) -> Case:
     from retort.align.chat import Renderer
     from retort.config import recipe, resolve
     from retort.core.rollouts import Rollout
-    from retort.teachers.scene import Scene, Stage
+    from retort.teachers.scene import Stage, ViewInput
     from retort.teachers.templates import templates
     from retort.teachers.views import privileged
     from retort.train.models.models import load
@@ -82,7 +82,7 @@ def coached_student(groups: int, samples: int) -> Case:
     prompts, answers = list[list[int]](), list[list[list[int]]]()
     for prompt in builtin_prompts("coached", "train", groups):
         rollout = Rollout(prompt, TokenSequence.of(render(prompt)))
-        shown = view.render(Scene(rollout, (), Stage(templates(config.templates))))
+        shown = view.render(ViewInput(rollout, (), Stage(templates(config.templates))))
         assert shown is not None
         prompts.append(render(shown))
         own = lm.tokenizer(str(prompt.response), add_special_tokens=False)["input_ids"]

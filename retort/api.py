@@ -15,7 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Examination
-from retort.rewards.own import Own
+from retort.rewards.own import UserGrading
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
 from retort.train.events.observe import Observer
@@ -41,7 +41,7 @@ def distill(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Own | str | None = None,
+    verifier: UserGrading | str | None = None,
     out: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -117,7 +117,7 @@ def doctor(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Own | str | None = None,
+    verifier: UserGrading | str | None = None,
     settings: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Examination:

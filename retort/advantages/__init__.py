@@ -5,9 +5,9 @@ Some exports are helpers and no advantages: `lower_clip` is a bound on the log-r
 """
 
 from retort.advantages.log_ratio import (
+    capped_log_ratio,
     clipped_log_ratio,
     extrapolated_log_ratio,
-    held_log_ratio,
     log_ratio,
     lower_clip,
     power_difference,
@@ -26,12 +26,12 @@ from retort.advantages.outcome import (
 )
 
 __all__ = [
+    "capped_log_ratio",
     "clipped_log_ratio",
     "extrapolated_log_ratio",
     "graded",
     "group_advantage",
     "group_means",
-    "held_log_ratio",
     "length_bonus",
     "log_ratio",
     "lower_clip",

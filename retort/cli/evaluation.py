@@ -16,7 +16,7 @@ from retort.config.synonyms import ours_for
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
-from retort.rewards.own import is_own
+from retort.rewards.own import is_user_defined
 from retort.train.events.observe import Observer
 from retort.train.models.models import engine, load, local_teacher
 from retort.train.setup.prompts import eval_prompts, grader
@@ -60,7 +60,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     prompts = eval_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
     notes += repeats(prompts, "rows of the data") if own else []
-    verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
+    verifier = grader(config.task if own or is_user_defined(config.task) else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"

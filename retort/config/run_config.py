@@ -32,7 +32,7 @@ from retort.config.toml import overrides, read_toml, value
 from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.method import Method
-from retort.rewards.own import is_own
+from retort.rewards.own import is_user_defined
 from retort.rewards.verify import VERIFIERS
 
 __all__ = [
@@ -57,7 +57,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def _task(name: str) -> str:
-    if name not in VERIFIERS and not is_own(name):
+    if name not in VERIFIERS and not is_user_defined(name):
         file, _, function = name.partition(":")
         hint = f"write it as {Path(file).stem}:{function}" if file.endswith(".py") else did_you_mean(name, VERIFIERS)
         problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"

@@ -21,7 +21,7 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class Support:
-    """Which ids a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
+    """The ids that a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
 
     top: int | None = None
 
@@ -41,9 +41,9 @@ def teacher_top(k: int) -> Support:
 def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
     """KL(P || Q) per row, nats, of log-probs [N, V] -> [N]; differentiable in both. The definition.
 
-    An id that P rules out (-inf) contributes exactly 0, whatever Q says. An id that only Q rules out makes the
-    divergence infinite, and infinity is what comes back, never NaN, even where P's probability underflows.
-    Q need not sum to one over the ids given (a support).
+    An id that P rules out (-inf) contributes exactly 0, whatever Q is. An id that only Q rules out makes the divergence
+    infinite, and the result is infinity, never NaN, even where P's probability underflows. Q need not sum to one over
+    the ids given (a support).
     """
     possible_NV = p_logp_NV > -math.inf
     # Replaced before the product on both sides: -inf * 0 would be NaN in the value and, worse, in the gradient, where

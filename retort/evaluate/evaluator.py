@@ -32,7 +32,7 @@ from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.record import token_row
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.view import View
 
 #: Prompts that are written and scored at once: bounds what is held in memory.
@@ -170,7 +170,7 @@ class Evaluator:
         pack = Pack.of(list(rollouts))
         signals = {}
         if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.score(in_groups(rollouts), Ask(View(), frozenset({DENSE})))}
+            signals = {"teacher": teacher.score(in_groups(rollouts), ScoreRequest(View(), frozenset({DENSE})))}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.sequence for r in rollouts], self.batch_tokens)

@@ -33,7 +33,7 @@ from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.view import View
 
 #: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
@@ -160,7 +160,7 @@ def branches(
     spine = _spine(student, prompts, verifier, protocol)
     pack = Pack.of(spine)
     groups = in_groups(spine)
-    said = teacher.score(groups, Ask(view, frozenset({DENSE})))
+    said = teacher.score(groups, ScoreRequest(view, frozenset({DENSE})))
     forks = _forks(pack, said, protocol)
     if not forks:
         return []
@@ -168,7 +168,7 @@ def branches(
     draw = generator(protocol.seed, "evaluation", "candidates")
     ids_MK = _drawn(said, index_M, protocol.candidates, draw)
     theirs = _at(said, index_M, ids_MK)
-    ours = _at(student.own.score(groups, Ask(View(), frozenset({DENSE}))), index_M, ids_MK)
+    ours = _at(student.own.score(groups, ScoreRequest(View(), frozenset({DENSE}))), index_M, ids_MK)
     tasks: list[Task] = []
     begun: list[TokenSequence] = []
     for number, fork in enumerate(forks):

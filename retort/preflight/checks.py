@@ -145,7 +145,7 @@ def check_chat_templates(prepared: Prepared) -> Check:
     local = _local(prepared)
     assert local is not None
     try:
-        mine, other = prepared.source.render(_CONVERSATION), local.alignment.ours(local.render(_CONVERSATION))
+        mine, other = prepared.source.render(_CONVERSATION), local.alignment.to_student(local.render(_CONVERSATION))
     except UserError as error:
         return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
     if mine == other:
@@ -329,7 +329,7 @@ def _local(prepared: Prepared) -> LocalTeacher | None:
 def _read(prepared: Prepared) -> Callable[[Any], Any]:
     """An id of the teacher's (or none) as the student's for the same token."""
     local = _local(prepared)
-    return lambda i: i if local is None or i is None else local.alignment.ours([i])[0]
+    return lambda i: i if local is None or i is None else local.alignment.to_student([i])[0]
 
 
 def _probe(prepared: Prepared) -> tuple[Pack, str] | None:

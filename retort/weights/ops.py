@@ -51,7 +51,7 @@ def both(one: Weight, other: Weight) -> Weight:
     def value(context: Context, view: str) -> Tensor:
         return one.value(context, view) * other.value(context, view)
 
-    also = {view: one.asks(view, "") | other.asks(view, "") for view in {*one.also, *other.also}}
+    also = {view: one.needs_of(view, "") | other.needs_of(view, "") for view in {*one.also, *other.also}}
     return Weight(
         f"{one.name} * {other.name}",
         value,

@@ -34,7 +34,7 @@ from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.episodes import Task
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.record import token_row
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import frozen, live, trust_region
@@ -141,7 +141,7 @@ def test_every_teacher_reads_what_the_student_read(lm: LanguageModel, rollout: R
     here, there = list(stops), list(stops.values())
     logp_NV[:, here] = logp_NV[:, there]
     for needs in (frozenset({SAMPLED}), frozenset({DENSE})):
-        signal = make(lm).score(in_groups(pack.rollouts), Ask(view, needs))
+        signal = make(lm).score(in_groups(pack.rollouts), ScoreRequest(view, needs))
         signal.check_tokens(pack.steps.tokens_N)
         found_N = signal.rows(slice(None)).sampled_logp_N
         torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageM
     view = View(render=lambda scene: shown)
     teacher = local(lm)
     sequence = rollout.sequence.with_prefix(TokenSequence.of(teacher.render(shown)))
-    said = teacher.score([(rollout,)], Ask(view, frozenset({SAMPLED})))
+    said = teacher.score([(rollout,)], ScoreRequest(view, frozenset({SAMPLED})))
     found_N = said.rows(slice(None)).sampled_logp_N
     expected_N = own_logp(lm, [sequence]).gather(1, said.tokens_N[:, None]).squeeze(1)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)
@@ -164,7 +164,10 @@ def test_a_teacher_need_not_know_the_ids_of_the_students_prompt(lm: LanguageMode
     rollout = three_turns([lm.rows + 7, 5])
     pack = Pack.of([rollout])
     found_N = (
-        local(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))).rows(slice(None)).sampled_logp_N
+        local(lm)
+        .score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({SAMPLED})))
+        .rows(slice(None))
+        .sampled_logp_N
     )
     sequence = rollout.sequence.with_prefix(TokenSequence.of(lm.tokenizer(TEXT)["input_ids"]))
     expected_N = own_logp(lm, [sequence]).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
@@ -374,7 +377,7 @@ def test_a_model_of_text_refuses_media(lm: LanguageModel) -> None:
         lambda: lm.all_hidden([sequence], 8),
         lambda: engine.generate([Request(sequence.prefix, uniforms(0, "x", count=2))], Sampling(2)),
         # The teacher renders the prompt itself: an image that it would not see must not vanish.
-        lambda: local(lm).score([(rollout,)], Ask(View(), frozenset({SAMPLED}))),
+        lambda: local(lm).score([(rollout,)], ScoreRequest(View(), frozenset({SAMPLED}))),
     ]
     for ask in asks:
         with pytest.raises(UserError, match=r"holds an image, a sound or a video.*model of text alone"):

@@ -179,7 +179,7 @@ def test_a_family_is_packed_only_if_that_changes_nothing(tmp_path: Path, family:
 def test_a_run_says_that_it_pads(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = runner.start(configuration.resolve(tiny_run), tmp_path / "packed")
     assert not any("padded" in note for note in packed.setup.notes)
-    monkeypatch.setattr(load_module, "settle", lambda lm: None)
+    monkeypatch.setattr(load_module, "choose_batching", lambda lm: None)
     padded = runner.start(configuration.resolve(tiny_run), tmp_path / "padded")
     assert sum("padded" in note for note in padded.setup.notes) == 1
     losses = [run.go() and (run.folder / "metrics.jsonl").read_text().splitlines() for run in (packed, padded)]

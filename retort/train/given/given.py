@@ -25,9 +25,9 @@ from retort.data.load import numbered
 from retort.data.values import plain
 from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 from retort.rewards.base import Grader
-from retort.rewards.own import IN_MEMORY, Own, imported, is_own, name_of, own_grader
+from retort.rewards.own import IN_MEMORY, UserGrading, imported, is_user_defined, name_of, user_grader
 from retort.train.given.arguments import path_of
 
 #: Rows that can be given, by the setting, with the argument of `retort.distill` and the file that keeps them.
@@ -106,11 +106,11 @@ class Given:
         grade: A verifier.
     """
 
-    models: Mapping[str, Held] = field(default_factory=lambda: {})
+    models: Mapping[str, InMemoryModel] = field(default_factory=lambda: {})
     rows: Mapping[str, Rows] = field(default_factory=lambda: {})
-    grade: Own | None = None
+    grade: UserGrading | None = None
 
-    def source(self, name: str) -> Held | None:
+    def source(self, name: str) -> InMemoryModel | None:
         """The model that a text stands for, if it stands for one."""
         return self.models.get(name)
 
@@ -129,10 +129,10 @@ class Given:
             UserError: It cannot be imported, or does not work.
         """
         task = config.task
-        if task is None or not is_own(task):
+        if task is None or not is_user_defined(task):
             return None
         own = imported(task) if self.grade is None else self.grade
-        return own_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
+        return user_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
 
     def again(self, config: Config, folder: Path) -> Given:
         """All that a run needs which is resumed: what is given now, and the rows that its folder keeps.
@@ -211,7 +211,7 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
         UserError: An object of a kind that is not taken.
     """
     found: dict[str, Any] = {}
-    models: dict[str, Held] = {}
+    models: dict[str, InMemoryModel] = {}
     rows: dict[str, Rows] = {}
     for name, thing in named.items():
         if thing is None:
@@ -220,7 +220,7 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
             found[name] = path_of(ROWS[name][0] if name in ROWS else name, thing)
         elif name not in ROWS:
             model = name.removeprefix("models.").removesuffix(".path")
-            found[name], models[in_memory(model)] = in_memory(model), Held.of(model, thing)
+            found[name], models[in_memory(model)] = in_memory(model), InMemoryModel.from_pair(model, thing)
         else:
             judged = settings.get("eval")
             judged = cast("Mapping[str, Any]", judged) if isinstance(judged, Mapping) else {}

@@ -11,7 +11,7 @@ from retort.controllers import Controller, Probe, State
 from retort.core.steps import Clock
 from retort.core.streams import generator
 from retort.errors import UserError
-from retort.loss.scoring import look
+from retort.loss.scoring import observe
 from retort.method import Method
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import Batch
@@ -44,10 +44,10 @@ class Control:
         controllers, evaluate = batch.method.controllers, learner.evaluator(batch)
         self._seen = {}
         for controller in controllers:
-            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluate)
+            observation = observe(controller, batch.steps, batch.clock, batch.valid, evaluate)
             draw = generator(self.seed, "controllers", controller.name, batch.clock.step)
-            self.states[controller.name] = controller.act(self.states[controller.name], seen, draw)
-            self._seen[controller.name] = seen
+            self.states[controller.name] = controller.act(self.states[controller.name], observation, draw)
+            self._seen[controller.name] = observation
         if not controllers:
             return batch
         return replace(batch, clock=replace(batch.clock, controller_outputs=self.controller_outputs(batch.method)))
@@ -55,8 +55,8 @@ class Control:
     def learn(self, batch: Batch, learner: Learner) -> None:
         """Tells them what became of the batch."""
         for controller in batch.method.controllers:
-            again = controller.again and controller.sees
-            after = learner.averages(batch, controller.sees, controller.against) if again else {}
+            again = controller.again and controller.observes
+            after = learner.averages(batch, controller.observes, controller.against) if again else {}
             state = self.states[controller.name]
             self.states[controller.name] = controller.learn(state, self._seen[controller.name], after)
 

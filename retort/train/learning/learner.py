@@ -88,7 +88,7 @@ class Learner:
             watch
             for watch in method.watch
             if clock.step % watch.every == 0
-            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
+            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.needs_of(view))
         )
         bare = replace(bare, steps=self._with_sentences(method, bare.pack), watches=watches)
         several = self.settings.updates * self.settings.epochs > 1 and method.uses_old_logp

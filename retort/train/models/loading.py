@@ -12,7 +12,7 @@ from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
 from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
-from retort.models.together import settle
+from retort.models.together import choose_batching
 from retort.train.given.given import Given
 from retort.train.models import precision
 from retort.train.models.attention import quickest
@@ -120,7 +120,7 @@ def _precision(
     if chosen != student.precision:
         student.precision = chosen
         student.working.drop()
-        settle(student)  # what may be computed together is a matter of rounding, too
+        choose_batching(student)  # what may be computed together is a matter of rounding, too
     return chosen
 
 

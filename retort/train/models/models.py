@@ -12,7 +12,7 @@ import torch
 from retort.align.pair import align_pair
 from retort.config import Config
 from retort.errors import UserError
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine
@@ -21,7 +21,7 @@ from retort.teachers.local import LocalTeacher
 from retort.train.given.given import Given
 
 
-def sources(places: Mapping[str, str], given: Given) -> dict[str, tuple[str, str | Held]]:
+def sources(places: Mapping[str, str], given: Given) -> dict[str, tuple[str, str | InMemoryModel]]:
     """What the user calls each model, and where it is read from: a folder, a hub name, or an object.
 
     Args:

@@ -49,7 +49,7 @@ class Evaluations:
         """Judges the teacher, where there is one and the settings ask for it."""
         lm, asked = self._prepared.teachers.lms.get("teacher"), self._asked()
         if self._prepared.config.eval.teacher and lm is not None:
-            own = asked.in_its_own_words() if isinstance(asked, LocalTeacher) else asked
+            own = asked.in_own_ids() if isinstance(asked, LocalTeacher) else asked
             self._add(results.TEACHER, self._judged(lm, own, progress))
 
     def student(self, progress: Progress, who: str | None = None) -> dict[str, float]:

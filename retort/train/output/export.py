@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from retort.align.stops import WRITTEN
+from retort.align.stops import STOP_IDS_KEY
 from retort.errors import RunError
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.models.lm import LanguageModel
@@ -35,7 +35,7 @@ def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], st
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
             with _says_where_it_stops(student):
-                student.model.generation_config = student.written_generation
+                student.model.generation_config = student.saved_generation
                 student.model.save_pretrained(temporary, state_dict=merged)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
@@ -58,15 +58,15 @@ def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
     named: Any = ids[0] if len(ids) == 1 else ids
     config: Any = student.model.config
     # A model of several parts has the key in the part that writes, too.
-    holders: list[Any] = [student.written_generation, config]
+    holders: list[Any] = [student.saved_generation, config]
     if config.get_text_config() is not config:
         holders.append(config.get_text_config())
     before = [(holder, getattr(holder, "eos_token_id", None)) for holder in holders]
-    eos, had = tokenizer.eos_token, getattr(config, WRITTEN, None)
+    eos, had = tokenizer.eos_token, getattr(config, STOP_IDS_KEY, None)
     try:
         for holder in holders:
             holder.eos_token_id = named
-        setattr(config, WRITTEN, ids)
+        setattr(config, STOP_IDS_KEY, ids)
         if stops.primary in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
             tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops.primary))
         yield
@@ -74,7 +74,7 @@ def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
         for holder, value in before:
             holder.eos_token_id = value
         if had is None:
-            delattr(config, WRITTEN)
+            delattr(config, STOP_IDS_KEY)
         else:
-            setattr(config, WRITTEN, had)
+            setattr(config, STOP_IDS_KEY, had)
         tokenizer.eos_token = eos

@@ -12,7 +12,7 @@ from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
-from retort.rewards.own import is_own
+from retort.rewards.own import is_user_defined
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of a judge's row that stand beside the table, by writer.
@@ -42,7 +42,9 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
         **(evaluator.graded() if evaluator else {}),
         **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
+        "task": config.data
+        if config.builtin and not is_user_defined(config.task)
+        else (config.task or _judged_on(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},

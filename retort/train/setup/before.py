@@ -18,7 +18,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.train.events import tracking
 from retort.train.setup import templates
@@ -47,7 +47,7 @@ class Looked:
 def look(
     config: Config,
     method: Method,
-    models: Mapping[str, tuple[str, str | Held]],
+    models: Mapping[str, tuple[str, str | InMemoryModel]],
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
@@ -81,8 +81,8 @@ def look(
     return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
-def _describe(config: Config, role: str, name: str, source: str | Held) -> Described:
-    shown = source.name if isinstance(source, Held) else name
+def _describe(config: Config, role: str, name: str, source: str | InMemoryModel) -> Described:
+    shown = source.name if isinstance(source, InMemoryModel) else name
     stop = config.rollout.stop if role == "student" else None
     return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)
 

@@ -13,7 +13,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Scene, Stage
+from retort.teachers.scene import Stage, ViewInput
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 
@@ -38,7 +38,7 @@ def need_context(method: Method, verifier: Grader | None, stage: Stage, notes: l
                 f"all terms of method '{phase.name}' have the coefficient 0, so nothing would be learnt; raise one"
             )
         empty = [name for name, view in phase.views.items() if not _shows(phase, view, verifier, stage)]
-        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.asks(name)}
+        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.needs_of(name)}
         if len(silent) == len(phase.terms):
             name = next(iter(silent.values()))
             raise UserError(
@@ -69,7 +69,7 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
         found, seen, used = 0, 0, set[str]()
         for scene in _scenes(method, view, True, stage):
             shown = set[str]()
-            prompt = view.prompt(Scene(scene.rollout, scene.group, stage, shown=shown))
+            prompt = view.prompt(ViewInput(scene.rollout, scene.group, stage, shown=shown))
             if prompt is None:
                 continue
             seen += 1
@@ -117,7 +117,7 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
             f"{stage.longest}, the context of {models[view.model].name} {models[view.model].lm.context}"
         )
         full |= {name} if tight == len(lengths) else set()
-        if full and all(any(term.asks(other) for other in full) for term in method.terms):
+        if full and all(any(term.needs_of(other) for other in full) for term in method.terms):
             raise UserError(f"{what}; nothing would be learnt: raise rollout.max_view_tokens, or shorten the prompts")
         notes.append(what)
 
@@ -136,7 +136,7 @@ def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) ->
     return any(view.prompt(scene) is not None for scene in _scenes(method, view, feedback, stage))
 
 
-def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[Scene]:
+def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[ViewInput]:
     """Rollouts to a few prompts: right and wrong ones among siblings that are all right, all wrong, or both."""
     fit = [prompt for prompt in stage.pool if all(prompt.shown(column) for column in view.columns)]
     for prompt in _spread(fit):
@@ -144,7 +144,7 @@ def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterato
             for others in ((_BEST, _BEST), (_WORST, _WORST), (_BEST, _WORST)):
                 rewards = [own, *(others[member % 2] for member in range(1, method.rollout.samples))]
                 group = tuple(_rollout(prompt, place, reward, feedback) for place, reward in enumerate(rewards))
-                yield Scene(group[0], group, stage)
+                yield ViewInput(group[0], group, stage)
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -14,7 +14,7 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
 from retort.train.setup.prepare import Prepared
 
@@ -157,7 +157,7 @@ def _signals(prepared: Prepared, steps: int, product: int) -> int:
         if lm is None:  # a teacher elsewhere sends numbers
             total += steps * 4 * 64
             continue
-        dense = Ask(view, prepared.method.needs(name)).whole
+        dense = ScoreRequest(view, prepared.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)

@@ -101,9 +101,9 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
 def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Prompt]) -> None:
     """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
     alone = "student" in method.rollout.sources and method.rollout.samples < 2
-    if method.wants_groups is not None and alone:
+    if method.needs_groups is not None and alone:
         raise UserError(
-            f"method '{method.name}' compares the answers to one prompt ({method.wants_groups}), and with samples = 1 "
+            f"method '{method.name}' compares the answers to one prompt ({method.needs_groups}), and with samples = 1 "
             "there is nothing to compare; set method.samples to 2 or more"
         )
     siblings = next((name for name, view in method.views.items() if view.rewards), None)
@@ -114,7 +114,7 @@ def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Promp
         )
     lacking = [prompt.id for prompt in train if prompt.answer is None]
     some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
-    wants = method.wants_rewards
+    wants = method.needs_rewards
     if wants is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"

@@ -162,6 +162,6 @@ def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWe
     wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
     if not wanted:
         return None
-    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
+    again = any(controller.again and controller.observes for phase in phases for controller in phase.controllers)
     several = config.optimizer.updates * config.optimizer.epochs > 1
     return OwnWeights(student, wanted, moves_within_batch=several or again)

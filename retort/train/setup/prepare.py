@@ -148,7 +148,7 @@ def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> 
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items()}
     # Nobody may say of an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
-    local = {name: model.about(vocab) for name, model in local.items()}
+    local = {name: model.for_vocab(vocab) for name, model in local.items()}
     if "teacher" in frozen:
         said = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
         notes += [said] if said else []

@@ -270,14 +270,14 @@ class Source:
                 uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
                 tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
             assert self.teacher_generator is not None  # a plan with the teacher's answers asks for a teacher
-            written = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
+            written = self.teacher_generator.generate(tasks, Sampling(room, plan.temperature, plan.top_p))
             found.update(zip(open_, written, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
     def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
         if self.grader is None:
             return rollouts
-        found, wants = graded(self.grader, rollouts), method.wants_rewards
+        found, wants = graded(self.grader, rollouts), method.needs_rewards
         lacking = next((rollout for rollout in found if rollout.reward is None), None)
         if wants is not None and lacking is not None:
             raise UserError(

@@ -13,7 +13,7 @@ from retort.core.signals import TeacherSignal
 from retort.loss.terms import check_needs, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.teachers.base import Teacher, answers
+from retort.teachers.base import Teacher, view_signals
 from retort.teachers.itself import OwnWeights
 from retort.teachers.local import LocalTeacher
 
@@ -65,7 +65,7 @@ class Teachers:
             student_ids: Gives the student's k most likely ids, for teachers that cannot hand over a whole distribution.
         """
         views = {name: view for name, view in method.views.items() if name in needs}
-        return answers(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
+        return view_signals(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
 
     def lags(self) -> dict[str, float]:
         """How far each moving self-teacher is from the student, see `OwnWeights.lags`."""

@@ -31,7 +31,7 @@ from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan, plan_summary
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.view import View
 from retort.train import runner
 from retort.train.events.observe import Silent
@@ -145,7 +145,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
     signal = setup.teachers.behind(setup.method)["teacher"].score(
-        in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))
+        in_groups(pack.rollouts), ScoreRequest(View(), frozenset({SAMPLED}))
     )
     assert signal.rows(slice(None)).sampled_logp_N.tolist() == pytest.approx(heard, abs=1e-4)
     assert pack.steps.engine_logp_N.isnan().all()
@@ -291,7 +291,7 @@ def test_nonsense_in_a_plan_is_refused() -> None:
         replace(learner(RolloutPlan()), controllers=twice)
     with pytest.raises(UserError, match="controller 'off_policy' looks at view 'elsewhere'"):
         replace(learner(RolloutPlan()), controllers=(replace(twice[0], against="elsewhere"),))
-    with pytest.raises(UserError, match="a dial reads 'nobody.number'"):
+    with pytest.raises(UserError, match="a setting reads 'nobody.number'"):
         learner(RolloutPlan(horizon=adaptive_share(name="nobody").read("number")))
 
 
@@ -626,7 +626,7 @@ def test_the_summary_says_who_writes() -> None:
             RolloutPlan(on_policy_fraction=0.5),
             "4 prompts x 1 at temperature 1, 50% of prompts (else the data's answer)",
         ),
-        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, answered by the teacher"),
+        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, completions by the teacher"),
         (
             RolloutPlan(on_policy_fraction=adaptive.read("share"), replay=Replay()),
             "4 prompts x 1 at temperature 1, as many as off_policy.share says (else by the data), replayed from 1000 "

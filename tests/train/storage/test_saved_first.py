@@ -16,7 +16,7 @@ from retort.core.rollouts import Prompt
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
-from retort.models.held import Held
+from retort.models.held import InMemoryModel
 from retort.rollout.plan import Replay, RolloutPlan
 from retort.train.events.observe import Silent
 from retort.train.given.given import Given, going_on
@@ -153,7 +153,7 @@ def test_a_user_is_told_what_leads_on(settings: dict[str, Any], words: str) -> N
 
 
 def test_what_is_not_checked_of_a_verifier_is_said() -> None:
-    held: dict[str, Held] = {}
+    held: dict[str, InMemoryModel] = {}
     assert Given(held).notes == []
     assert Given(grade=numbers).notes == []  # type: ignore[arg-type]  # importable: its name leads to it
     for grade, name in [(lambda prompt, text: 1.0, "<lambda>"), (Fails(), "Fails")]:
