@@ -134,7 +134,7 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
 
 def _estimate(values: Sequence[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
-    interval = Estimate.of_runs(known)
+    interval = Estimate.over_runs(known)
     if interval is None:
         return {"value": known[0], "n": 1} if known else None
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(known)}

@@ -19,8 +19,14 @@ from retort.rewards.own import Own
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
 from retort.train.events.observe import Observer
-from retort.train.given.arguments import method_of, models_of, path_of, refuse_twice, settings_of
-from retort.train.given.given import Given, collect
+from retort.train.given.arguments import (
+    method_argument,
+    models_argument,
+    path_argument,
+    refuse_twice,
+    settings_argument,
+)
+from retort.train.given.given import CallerObjects, collect
 from retort.train.surroundings import ordinary
 
 if TYPE_CHECKING:
@@ -89,18 +95,18 @@ def distill(
         RunError: The run had to stop; it names the checkpoint to go on from.
     """
     check_callbacks(callbacks)
-    more, (named, own), place = settings_of(settings), method_of(method), path_of("resume", resume)
+    more, (named, own), path = settings_argument(settings), method_argument(method), path_argument("resume", resume)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    objects |= models_of(models, objects)
-    flags, given = collect(objects, more, verifier)
-    flags |= _present(method=named, out=path_of("out", out), steps=steps, seed=seed)
+    objects |= models_argument(models, objects)
+    flags, caller_objects = collect(objects, more, verifier)
+    flags |= _present(method=named, out=path_argument("out", out), steps=steps, seed=seed)
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
-        if place is not None:
-            _only_objects(flags, given, more)
-            run = runner.resume(Path(place), watcher, steps=steps, method=own, given=given)
+        if path is not None:
+            _only_objects(flags, caller_objects, more)
+            run = runner.resume(Path(path), watcher, steps=steps, method=own, caller_objects=caller_objects)
         else:
             config = _assembled(flags, more, own)
-            run = runner.start(config, folder_of(config), watcher, method=own, given=given)
+            run = runner.start(config, folder_of(config), watcher, method=own, caller_objects=caller_objects)
             check(run)
         run.callbacks = tuple(callbacks)
         run.go()
@@ -141,13 +147,13 @@ def doctor(
     Raises:
         UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
     """
-    more, (named, own) = settings_of(settings), method_of(method)
+    more, (named, own) = settings_argument(settings), method_argument(method)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    objects |= models_of(models, objects)
-    flags, given = collect(objects, more, verifier)
+    objects |= models_argument(models, objects)
+    flags, caller_objects = collect(objects, more, verifier)
     config = _assembled(flags | _present(method=named), more, own)
     with ordinary(), quiet_bars():
-        return examine(config, own, quick=quick, given=given)
+        return examine(config, own, quick=quick, caller_objects=caller_objects)
 
 
 def _present(**values: Any) -> dict[str, Any]:
@@ -172,11 +178,11 @@ def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Metho
     return assemble(nested, settings, own=own)
 
 
-def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any]) -> None:
+def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` where a run that is resumed is given settings."""
-    objects = {*(text for text in given.models), *(rows.label for rows in given.rows.values())}
+    objects = {*(text for text in caller_objects.models), *(rows.label for rows in caller_objects.rows.values())}
     others = [key for key, value in flags.items() if key != "steps" and str(value) not in objects]
-    if given.grade is not None:
+    if caller_objects.grade is not None:
         others = [key for key in others if key != "task"]
     if others or settings:
         raise UserError(
@@ -198,8 +204,8 @@ def check(run: runner.Run) -> None:
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.
-    said = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
-    run.prepared.notes.extend(one.line for one in said)
+    findings = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
+    run.prepared.notes.extend(one.line for one in findings)
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:

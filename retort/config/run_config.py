@@ -22,7 +22,7 @@ from retort.config.sections import (
     LoraSection,
     ModelSection,
     OptimizerSection,
-    Place,
+    PathOrName,
     RecordSection,
     Section,
     shorthands,
@@ -119,12 +119,12 @@ class RolloutSection(Section):
 class Config(Section):
     """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
 
-    student: Place | None = Field(default=None, description="the model that learns: folder or hub name")
-    teacher: Place | None = Field(
+    student: PathOrName | None = Field(default=None, description="the model that learns: folder or hub name")
+    teacher: PathOrName | None = Field(
         default=None,
         description="the model that is learnt from: folder or hub name; null where the student teaches itself",
     )
-    base: Place | None = Field(
+    base: PathOrName | None = Field(
         default=None,
         description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
         "as it was before training",
@@ -134,7 +134,7 @@ class Config(Section):
         description="further frozen models for methods of your own whose views name them, e.g. "
         "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
     )
-    data: Place | None = Field(
+    data: PathOrName | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
         "prompt or messages; or countdown, ranking, coached, bait, which ship with Retort",
@@ -154,7 +154,7 @@ class Config(Section):
     )
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
     seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of all random streams")
-    out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
+    out: PathOrName | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
         description="of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless what it "
@@ -214,18 +214,18 @@ class Config(Section):
         return self.data in BUILTIN
 
     @property
-    def places(self) -> dict[str, str]:
+    def model_paths(self) -> dict[str, str]:
         """Folder or hub name of every model that is named, by its name; student, teacher and base first."""
-        own = {name: place for name in SHORTHANDS if (place := getattr(self, name)) is not None}
+        own = {name: location for name in SHORTHANDS if (location := getattr(self, name)) is not None}
         return own | {name: model.path for name, model in self.models.items()}
 
     def moved(self, where: Callable[[str], str]) -> Config:
         """The same settings with every model's place changed."""
-        own = {name: where(place) for name, place in self.places.items() if name in SHORTHANDS}
+        own = {name: where(location) for name, location in self.model_paths.items() if name in SHORTHANDS}
         others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
         return self.model_copy(update={**own, "models": others})
 
-    def given(self, key: str) -> bool:
+    def set_by_user(self, key: str) -> bool:
         """Whether a setting is the user's: neither a default nor one of the method's paper.
 
         Args:
@@ -288,7 +288,7 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(_first_problem(error, made)) from None
-    for key in flat(below):  # `given` is about the user
+    for key in flat(below):  # `set_by_user` asks about the user's settings only
         section, _, last = key.rpartition(".")
         (getattr(config, section) if section else config).model_fields_set.discard(last)
     return config
@@ -355,17 +355,17 @@ def _lead(name: str, settings: Mapping[str, Any]) -> None:
 
 def _first_problem(error: ValidationError, method: Method) -> str:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        return _unknown(place, first["input"], method)
-    section = _section(Config.model_fields[place[0]].annotation) if len(place) == 1 else None
+        return _unknown(location, first["input"], method)
+    section = _section(Config.model_fields[location[0]].annotation) if len(location) == 1 else None
     if section is not None and not isinstance(first["input"], Mapping):
         some = ", ".join(list(section.model_fields)[:3])
-        return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
-    if section is None and len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
-        return _no_section(place[0], first["input"], method)
+        return f"{location[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
+    if section is None and len(location) == 1 and isinstance(first["input"], Mapping) and first["input"]:
+        return _no_section(location[0], first["input"], method)
     shown = "" if section is not None else f" (it is {quoted(first['input'])})"
-    return f"{'.'.join(place)}: {first['msg']}{shown}"
+    return f"{'.'.join(location)}: {first['msg']}{shown}"
 
 
 def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
@@ -375,19 +375,19 @@ def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
     return f"unknown key '{whole}'; {ours or f'{name} is one setting, with none below it'}"
 
 
-def _whole(place: list[str], value: Any) -> str:
+def _whole(location: list[str], value: Any) -> str:
     """The full name of a key, or of the first one below it."""
     leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
-    return ".".join([*place, *([leaf] if leaf else [])])
+    return ".".join([*location, *([leaf] if leaf else [])])
 
 
-def _unknown(place: list[str], value: Any, method: Method) -> str:
+def _unknown(location: list[str], value: Any, method: Method) -> str:
     """What is said of a key that there is not: what it is here, the nearest name, or all names."""
-    whole = _whole(place, value)
+    whole = _whole(location, value)
     ours = ours_for(whole, _known(method.settings))
     if ours is not None:
         return f"unknown key '{whole}'; {ours}"
     section: Any = Config
-    for part in place[:-1]:
+    for part in location[:-1]:
         section = section.model_fields[part].annotation
-    return f"unknown key '{'.'.join(place)}'; {did_you_mean(place[-1], list(section.model_fields))}"
+    return f"unknown key '{'.'.join(location)}'; {did_you_mean(location[-1], list(section.model_fields))}"

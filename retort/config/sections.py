@@ -58,7 +58,7 @@ def _path(name: Any) -> Any:
     return os.fspath(name) if isinstance(name, os.PathLike) else name
 
 
-def _place(name: str) -> str:
+def _path_or_name(name: str) -> str:
     problem = unnameable(name)
     if problem is not None:
         raise PydanticCustomError("place", "{problem}", {"problem": problem})
@@ -66,13 +66,13 @@ def _place(name: str) -> str:
 
 
 #: A path (from Python also a `pathlib.Path`), or a name of the hub.
-Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
+PathOrName = Annotated[str, BeforeValidator(_path), AfterValidator(_path_or_name)]
 
 
 class ModelSection(Section):
     """A model by its name."""
 
-    path: Place = Field(description="model folder or hub name")
+    path: PathOrName = Field(description="model folder or hub name")
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -208,7 +208,7 @@ class ColdStartSection(Section):
 class EvalSection(Section):
     """How the student is judged, on prompts it never learns from."""
 
-    data: Place | None = Field(
+    data: PathOrName | None = Field(
         default=None, description="data file with answers; default: prompts held out of the training data"
     )
     problems: int = Field(

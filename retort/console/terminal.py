@@ -138,7 +138,7 @@ class RichObserver:
             self._line(f"step {step}/{steps}  {text}")
         if step >= steps:
             self.close()
-            self._where_the_time_went()
+            self._time_by_part()
 
     def _now(self, metrics: Mapping[str, Any]) -> str:
         """The curves that matter, each with what it is a mean of, and the speed: all tokens over all seconds."""
@@ -161,7 +161,7 @@ class RichObserver:
     def _quiet(self) -> bool:
         return time.monotonic() - self._said > _PATIENCE
 
-    def _where_the_time_went(self) -> None:
+    def _time_by_part(self) -> None:
         whole, tokens = self._times.pop("step", 0.0), self._times.pop("tokens", 0)
         shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
         shares["everything else"] = shares.pop("other", 0.0)

@@ -66,7 +66,7 @@ def _pairs(values_M: Tensor) -> Tensor:
     return (values_M[first] - values_M[second]).sign()
 
 
-def of_prompt(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | None]:
+def prompt_agreement(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | None]:
     """All measures of one prompt's answers.
 
     Args:
@@ -88,7 +88,7 @@ def by_prompt(scores_R: Tensor, rewards_R: Tensor, group_R: Tensor) -> Mapping[s
     """The mean over prompts of each measure, of prompts with a right and a wrong answer only; empty without any.
 
     Args:
-        scores_R: See `of_prompt`; a rollout without a finite one is left out.
+        scores_R: See `prompt_agreement`; a rollout without a finite one is left out.
         rewards_R: NaN where nobody graded.
         group_R: Which prompt's.
     """
@@ -99,7 +99,7 @@ def by_prompt(scores_R: Tensor, rewards_R: Tensor, group_R: Tensor) -> Mapping[s
         right_M = rewards_R[own_R] >= THRESHOLD
         if bool(right_M.all()) or not bool(right_M.any()):
             continue
-        for name, value in of_prompt(scores_R[own_R], rewards_R[own_R]).items():
+        for name, value in prompt_agreement(scores_R[own_R], rewards_R[own_R]).items():
             if value is not None:
                 found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}

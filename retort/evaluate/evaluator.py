@@ -24,7 +24,7 @@ from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.core.streams import UniformStream
-from retort.evaluate.measures import range_of
+from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
@@ -72,7 +72,7 @@ class Evaluator:
     recorded: int = 0
 
     @staticmethod
-    def of(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
+    def from_config(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
         """As a run's settings say."""
         return Evaluator(
             prompts=prompts,
@@ -210,13 +210,13 @@ class Evaluator:
             right = [sum(reward > 0.5 for reward in own) for own in rewards]
             sums, each = [sum(own) for own in rewards], [float(k)] * len(rewards)
             inside = all(0 <= reward <= 1 for own in rewards for reward in own)
-            row[f"avg@{k}"] = Estimate.of_share(sums, each) if inside else Estimate.ratio(sums, each)
-            row[f"pass@{k}"] = Estimate.of_share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
+            row[f"avg@{k}"] = Estimate.share(sums, each) if inside else Estimate.ratio(sums, each)
+            row[f"pass@{k}"] = Estimate.share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
             ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
             row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
         for name, (sums, counts) in tallies.items():
-            found = (Estimate.of_share if name in _SHARES else Estimate.ratio)(sums, counts)
-            row[name] = None if found is None else found.within(*range_of(name))
+            found = (Estimate.share if name in _SHARES else Estimate.ratio)(sums, counts)
+            row[name] = None if found is None else found.within(*bounds(name))
         return {name: value.plain() if isinstance(value, Estimate) else value for name, value in row.items()}
 
 
@@ -260,7 +260,7 @@ def _parts(parts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, values in parts.items():
         inside = all(0 <= value <= 1 for value in values)
-        estimate = Estimate.of_share(values, [1.0] * len(values)) if inside else Estimate.of(values)
+        estimate = Estimate.share(values, [1.0] * len(values)) if inside else Estimate.mean(values)
         assert estimate is not None  # a part is there because a sample had it
         row[f"reward/{name}"] = estimate.plain()
     return row

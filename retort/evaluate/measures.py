@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["MEASURES", "Measure", "measure", "ordered", "range_of"]
+__all__ = ["MEASURES", "Measure", "bounds", "measure", "ordered"]
 
 
 class Measure(NamedTuple):
@@ -45,7 +45,7 @@ def measure(name: str) -> Measure:
     return MEASURES.get(name, Measure(name.removeprefix(_PART)))
 
 
-def range_of(name: str) -> tuple[float, float]:
+def bounds(name: str) -> tuple[float, float]:
     """The least and the most that a measure can be; what only its verifier knows has no ends."""
     if name.startswith("pass@") or (name in MEASURES and MEASURES[name].kind == "share"):
         return 0.0, 1.0
@@ -54,9 +54,9 @@ def range_of(name: str) -> tuple[float, float]:
 
 def ordered(names: Sequence[str]) -> list[str]:
     """Right answers first, then what the verifier measures besides, then in the order of `MEASURES`, then the rest."""
-    place = {name: index for index, name in enumerate(MEASURES)}
+    order = {name: index for index, name in enumerate(MEASURES)}
 
     def rank(name: str) -> int:
-        return -2 if "@" in name else -1 if name.startswith(_PART) else place.get(name, len(place))
+        return -2 if "@" in name else -1 if name.startswith(_PART) else order.get(name, len(order))
 
     return sorted(dict.fromkeys(names), key=rank)

@@ -28,12 +28,12 @@ class Estimate:
         return Estimate(self.value, low, high)
 
     @staticmethod
-    def of(values: Sequence[float]) -> Estimate | None:
+    def mean(values: Sequence[float]) -> Estimate | None:
         """The mean of one number per problem, with Student's t; None without any."""
         return Estimate.ratio(values, [1.0] * len(values))
 
     @staticmethod
-    def of_runs(values: Sequence[float]) -> Estimate | None:
+    def over_runs(values: Sequence[float]) -> Estimate | None:
         """The mean over runs that differ in their seed, with Student's t; None with fewer than two."""
         if len(values) < 2:
             return None
@@ -59,7 +59,7 @@ class Estimate:
         return Estimate(mean, mean - reach, mean + reach)
 
     @staticmethod
-    def of_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
+    def share(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
         """A share, sum of sums over sum of counts, with Wilson's interval over problems; None without any count.
 
         Wilson's interval is for independent observations. Those of one problem are not, so it is taken for as many as

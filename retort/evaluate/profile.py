@@ -50,15 +50,15 @@ class Profile:
             values: Measures by name, [N] each, nats.
             position_N: Place of each token in its answer.
         """
-        place_N = _bins(position_N.double(), position_bins(self.longest))
-        places = len(position_bins(self.longest))
+        bin_N = _bins(position_N.double(), position_bins(self.longest))
+        positions = len(position_bins(self.longest))
         kept = {name: values[name].double().cpu() for name in AVERAGED if name in values}
         for name in ("student_entropy", "teacher_entropy"):
             if name in kept:
                 count = torch.bincount(_bins(kept[name], ENTROPY_BINS), minlength=len(ENTROPY_BINS))
                 self._histograms[name] = self._histograms.get(name, torch.zeros_like(count)) + count
         for name, values_N in kept.items():
-            self._average("position", name, values_N, place_N, places)
+            self._average("position", name, values_N, bin_N, positions)
             if "teacher_entropy" in kept:
                 inside_N = _bins(kept["teacher_entropy"], ENTROPY_BINS)
                 self._average("teacher_entropy", name, values_N, inside_N, len(ENTROPY_BINS))

@@ -378,7 +378,7 @@ def _bins(found: Sequence[Branch], values: Sequence[float], count: int = 6) -> l
             for branch in (found[number] for number in inside):
                 sums[branch.problem] = sums.get(branch.problem, 0.0) + float(getattr(branch, label))
                 counts[branch.problem] = counts.get(branch.problem, 0.0) + 1.0
-            cell = Estimate.of_share(list(sums.values()), list(counts.values()))
+            cell = Estimate.share(list(sums.values()), list(counts.values()))
             assert cell is not None  # no bin is empty
             row |= {label: cell.value, f"{label}_low": cell.low, f"{label}_high": cell.high}
         bins.append(row)

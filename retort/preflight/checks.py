@@ -21,9 +21,9 @@ from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
 from retort.preflight.findings import Check
 from retort.teachers.local import LocalTeacher, reduced
-from retort.train.setup.memory import available, forecast, size_words
+from retort.train.setup.memory import available, forecast, size_text
 from retort.train.setup.prepare import Prepared
-from retort.train.setup.templates import check_written, ends, thinking_words
+from retort.train.setup.templates import check_rendered, ends, thinking_note
 
 #: Rows of the data that models are probed on.
 PROBES = 16
@@ -183,9 +183,9 @@ def check_prompts(prepared: Prepared) -> Check:
     readers = _readers(prepared)
     shown = [f"row '{prepared.source.prompts[0].id}' is {_shown(prepared.source.prompts[0], readers)}"]
     tokenizers = {who: render.tokenizer for who, render in readers.items()}
-    thinking = thinking_words(tokenizers, prepared.source.render.template_options)
+    thinking = thinking_note(tokenizers, prepared.source.render.template_options)
     shown += [thinking] if thinking else []
-    doubts = check_written([*prepared.source.prompts, *prepared.held_out], readers)
+    doubts = check_rendered([*prepared.source.prompts, *prepared.held_out], readers)
     remedy = "see docs/prompts.md for what is read as what" if doubts else ""
     return Check("prompts", "warn" if doubts else "ok", "; ".join([*doubts, *shown]), why, remedy)
 
@@ -294,7 +294,7 @@ def check_memory(prepared: Prepared) -> Check:
         return Check("memory", "ok", f"{found}; this system does not say how much there is", why)
     there += found.models  # loaded already
     share = found.peak / there
-    saw = f"{found} of {size_words(there)} on {prepared.student.device.type}"
+    saw = f"{found} of {size_text(there)} on {prepared.student.device.type}"
     values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)))
     if share < TIGHT:
         return Check("memory", "ok", saw, why, values=values)

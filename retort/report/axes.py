@@ -35,10 +35,10 @@ def axes_for(
     y, y_ticks = _log_y(min(ys), max(ys)) if log else _linear_y(min(ys), max(ys), kind)
     inner = WIDTH - LEFT - RIGHT
     if x_ticks is not None:
-        places = sorted(x_ticks)
-        gap = inner / max(1, len(places) - 1)
-        every = math.ceil(len(places) / 9)  # more would run into each other
-        return Axes(lambda x: LEFT + places.index(x) * gap, y, places[::every], y_ticks)
+        slots = sorted(x_ticks)
+        gap = inner / max(1, len(slots) - 1)
+        every = math.ceil(len(slots) / 9)  # more would run into each other
+        return Axes(lambda x: LEFT + slots.index(x) * gap, y, slots[::every], y_ticks)
     first, last = x_range or (xs[0], xs[-1])
     last = last if last > first else first + 1
     whole = all(x == int(x) for x in (first, last))
@@ -47,9 +47,9 @@ def axes_for(
     return Axes(lambda x: LEFT + (min(x, last) - first) / (last - first) * inner, y, ticks, y_ticks)
 
 
-def _height(place: float) -> float:
+def _height(fraction: float) -> float:
     """From 0 (bottom) to 1 (top), to SVG units."""
-    return HEIGHT - BOTTOM - place * (HEIGHT - TOP - BOTTOM)
+    return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
 
 def _linear_y(low: float, high: float, kind: Kind) -> tuple[Callable[[float], float], list[float]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retort.report.alike import tables
-from retort.report.groups import Group, Points, any_of, over_seeds
+from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
 COLORS = 6
@@ -117,7 +117,7 @@ POSITIONS = (
 )
 
 
-def series_of(
+def run_series(
     group: Group,
     place: int,
     label: str,
@@ -136,7 +136,7 @@ def series_of(
 
 def curves_section(groups: Sequence[Group]) -> str:
     """The section with all curves; empty if there is none."""
-    runs = any_of(groups)
+    runs = all_runs(groups)
     split = next(place for place, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
         *(_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
@@ -145,10 +145,10 @@ def curves_section(groups: Sequence[Group]) -> str:
     ]
     shown = {key for curves in known for key in curves.keys} | {"tokens"}
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
-    judged = _keys(groups, "eval/")
-    others = [*sorted(every - shown), *(key for key in judged if key not in shown)]
-    main = "".join((_judged if curves is accuracy else _figure)(groups, curves) for curves in known)
-    rest = "".join((_judged if key in judged else _figure)(groups, _other(key)) for key in others)
+    held_out = _keys(groups, "eval/")
+    others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
+    main = "".join((_eval_figures if curves is accuracy else _figure)(groups, curves) for curves in known)
+    rest = "".join((_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others)
     if not main and not rest:
         return ""
     several = len(others) > 1
@@ -171,7 +171,7 @@ def curves_section(groups: Sequence[Group]) -> str:
 
 
 def _keys(groups: Sequence[Group], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key for run in any_of(groups) for key in run.curves if key.startswith(prefix)))
+    return list(dict.fromkeys(key for run in all_runs(groups) for key in run.curves if key.startswith(prefix)))
 
 
 def _other(key: str) -> Curves:
@@ -202,7 +202,7 @@ def _times(groups: Sequence[Group]) -> Curves:
     return Curves("Time", "seconds per step", keys)
 
 
-def _judged(groups: Sequence[Group], curves: Curves) -> str:
+def _eval_figures(groups: Sequence[Group], curves: Curves) -> str:
     """Figures of held-out measures, one for each set of prompts that runs were judged on."""
     split = tables(groups)
     titles = [f"{curves.title}, on {table.name}" if len(split) > 1 else curves.title for table in split]
@@ -214,12 +214,12 @@ def _judged(groups: Sequence[Group], curves: Curves) -> str:
 
 
 def _figure(groups: Sequence[Group], curves: Curves, *, several: bool | None = None) -> str:
-    runs = any_of(groups)
+    runs = all_runs(groups)
     present = [key for key in curves.keys if any(run.curves.get(key) for run in runs)]
     if curves.title == "Loss" and len(present) == 2:
         present = ["loss"] if "loss" in present else present  # a single term is the whole
     series = [
-        series_of(
+        run_series(
             group,
             place,
             curves.keys[key],

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluate import Estimate
-from retort.evaluate.measures import range_of
+from retort.evaluate.measures import bounds
 from retort.report.read import RunFiles, as_object, number
 
 #: Settings that do not change what is learnt or how it is judged.
@@ -87,7 +87,7 @@ def cell(run: RunFiles, who: str, metric: str) -> Mapping[str, Any]:
     return next((as_object(row.get(metric)) for row in rows(run) if row.get("who") == who), {})
 
 
-def seed_of(run: RunFiles) -> str:
+def seed_text(run: RunFiles) -> str:
     """A run's seed as text, whatever the file holds."""
     return str(run.config.get("seed"))
 
@@ -103,7 +103,7 @@ def over_seeds(
     band: Points = []
     for x in sorted({x for curve in curves for x in curve}):
         values = [curve[x] for curve in curves if x in curve]
-        interval = Estimate.of_runs(values)
+        interval = Estimate.over_runs(values)
         if interval is not None and 2 * len(values) >= len(curves):
             points.append((x, interval.value))
             interval = interval.within(*limits)
@@ -117,7 +117,7 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
     There is no interval where the difference is the same in all of them.
     """
     ours, theirs = (
-        {seed_of(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
+        {seed_text(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
     )
     pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
     return _plain([mine - yours for mine, yours in pairs if mine is not None and yours is not None])
@@ -125,13 +125,13 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
 
 def _range(metric: str, ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """What a measure can be; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
-    known = range_of(metric)
+    known = bounds(metric)
     share = bool(ends) and all(low >= 0 and high <= 1 for low, high in ends)
     return (0.0, 1.0) if known == _ANYTHING and share else known
 
 
 def _plain(values: Sequence[float], limits: tuple[float, float] = _ANYTHING) -> Mapping[str, Any]:
-    interval = Estimate.of_runs(values)
+    interval = Estimate.over_runs(values)
     if interval is None:
         return {"value": values[0]} if values else {}
     if max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # no spread was seen, which is no certainty
@@ -148,7 +148,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     for index, run in enumerate(runs):
         same = found.get(_identity(run), []) if run.config else []
         # The same seed again is no further seed: somebody compares two versions of the code, say.
-        again = any(seed_of(run) == seed_of(other) for other in same)
+        again = any(seed_text(run) == seed_text(other) for other in same)
         alone = run.alone or again or not run.config
         found.setdefault(index if alone else _identity(run), []).append(run)
     members = list(found.values())
@@ -201,6 +201,6 @@ def _tails(members: Sequence[Sequence[RunFiles]]) -> list[str]:
     return [""] * len(members)
 
 
-def any_of(groups: Iterable[Group]) -> list[RunFiles]:
+def all_runs(groups: Iterable[Group]) -> list[RunFiles]:
     """All runs of all groups."""
     return [run for group in groups for run in group.runs]

@@ -13,7 +13,7 @@ from retort.errors import RunError, UserError
 from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
-from retort.report.groups import Group, any_of, grouped, leaves, method_name
+from retort.report.groups import Group, all_runs, grouped, leaves, method_name
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
@@ -30,13 +30,13 @@ PAGE = "report.html"
 ROLLOUTS = 240
 
 
-def build_report(places: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
+def build_report(paths: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
 
     Args:
-        places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
+        paths: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
         out: The file to write; its folder is made if needed. None: `report.html` in the folder of a single place, or
             in the current folder for several, but not in the place of a page about other runs.
         note: Takes a sentence for each run of which something is damaged and left out; the page says it, too.
@@ -48,14 +48,14 @@ def build_report(places: Sequence[Path], out: Path | None = None, note: Callable
         UserError: A folder does not exist or holds no run, a run of which nothing can be read, or a file in the way.
         RunError: The page cannot be written.
     """
-    if not places:
+    if not paths:
         raise UserError("report: name at least one run's folder")
-    chosen, out = out, out or (Path(places[0]) / PAGE if len(places) == 1 else Path(PAGE))
+    chosen, out = out, out or (Path(paths[0]) / PAGE if len(paths) == 1 else Path(PAGE))
     there = _refuse_foreign(out)
-    groups = grouped(read_runs(find_runs([Path(place) for place in places]), ROLLOUTS))
-    if chosen is None and len(places) > 1 and there and _head(_title(groups)) not in there:
+    groups = grouped(read_runs(find_runs([Path(place) for place in paths]), ROLLOUTS))
+    if chosen is None and len(paths) > 1 and there and _head(_title(groups)) not in there:
         raise UserError(f"report: {out} exists and is about other runs; name another file, or that one, with --out")
-    page, runs = _page(groups), any_of(groups)
+    page, runs = _page(groups), all_runs(groups)
     for run in runs if note is not None else ():
         if run.damage and note is not None:
             note(f"report: {run.folder}: left out what is damaged: {' '.join(run.damage)}")

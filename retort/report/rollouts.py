@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retort.report.groups import Group, any_of
+from retort.report.groups import Group, all_runs
 from retort.report.read import RunFiles, as_list, number, spread
 
 #: Most tokens shown of one rollout.
@@ -70,7 +70,7 @@ def quantity(name: str) -> Quantity:
 
 def rollouts_section(groups: Sequence[Group]) -> str:
     """The section with rollouts and answers; empty if none was recorded."""
-    runs = any_of(groups)
+    runs = all_runs(groups)
     training = [_training(run, row) for run in runs for row in run.rollouts]
     problems = _held_out(groups)
     held_out = _within_budget(problems, MOST_BYTES // 2)
@@ -84,7 +84,7 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
     words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
     also = (
-        f"{'; ' if words else ''}{_of(held_out, problems)} held-out problems, answered before and after"
+        f"{'; ' if words else ''}{_count_text(held_out, problems)} held-out problems, answered before and after"
         if held_out
         else ""
     )
@@ -97,7 +97,7 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     )
 
 
-def _of(some: Sequence[Any], every: Sequence[Any]) -> str:
+def _count_text(some: Sequence[Any], every: Sequence[Any]) -> str:
     return f"{len(some)} of {len(every)}" if len(some) < len(every) else str(len(every))
 
 
@@ -130,7 +130,7 @@ def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
     once: set[tuple[str, str, str]] = set()
     for group in groups:
         run = group.runs[0]
-        for row in run.answers:
+        for row in run.completions:
             # Another file may have another prompt of the same id.
             who, key = str(row.get("who", "")), (str(row.get("prompt_id", "")), str(row.get("prompt", "")))
             # What the student was before, and the teacher, are the same in every run that shares them.

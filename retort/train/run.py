@@ -24,7 +24,7 @@ from retort.train.events.hooks import call
 from retort.train.events.interruptions import Interruptions
 from retort.train.events.observe import Observer, Silent
 from retort.train.events.tracking import Tracker, open_tracker
-from retort.train.given.given import Given, going_on
+from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
@@ -52,7 +52,7 @@ class Run:
         best: Best held-out score so far, and the step that had it.
         origin: The checkpoint that it goes on from, if any.
         callbacks: Whom it calls, see `retort.train.callbacks.Callback`.
-        given: Objects of the caller's that its settings do not hold.
+        caller_objects: Objects of the caller's that its settings do not hold.
         new: Its folder is to be made.
         results: The before/after table, `eval.json`: `rows`, one for each who was judged, and `gap_recovered`.
 
@@ -66,7 +66,7 @@ class Run:
     best: tuple[float, int] | None = None
     origin: Path | None = field(default=None, init=False)
     callbacks: Sequence[Any] = ()
-    given: Given = field(default_factory=Given)
+    caller_objects: CallerObjects = field(default_factory=CallerObjects)
     new: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Run:
         self.results: dict[str, Any] = {}
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = Interruptions(self._answer)
+        self._interrupted = Interruptions(self._acknowledge)
         self._doing = "what is at hand"
         self._saved: Path | None = None
         self._stop: str | None = None
@@ -131,7 +131,7 @@ class Run:
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
-            self._tell("on_end")
+            self._call("on_end")
         except KeyboardInterrupt:  # the second signal
             raise RunError(self._stopped()) from None
         finally:
@@ -154,19 +154,19 @@ class Run:
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
-            self._stop_if_asked()
+            self._stop_if_requested()
             if (every and self.step % every == 0) or (self.best is not None and self.best[1] == self.step):
                 self.save()
-            self._tell("on_step", dict(metrics))
+            self._call("on_step", dict(metrics))
             if scores is not None:
-                self._tell("on_eval", scores)
+                self._call("on_eval", scores)
 
         self.save()
         if evaluations:
             with self._safe():
                 scores = evaluations.student(self._progress("judging the student"), results.AFTER)
             self.results = evaluations.results
-            self._tell("on_eval", scores)
+            self._call("on_eval", scores)
         self._claim.check()
         export.write_model(self.prepared, self.folder / "model", self.results, self.step)
         if evaluations:  # last: what cannot be shown is written all the same
@@ -188,7 +188,7 @@ class Run:
                 raise UserError(f"{self.folder}: another process went on with this run meanwhile; resume it anew")
             self._claim.sign()
             if self.new:
-                self.given.keep(self.folder)
+                self.caller_objects.keep(self.folder)
             configuration.save(self.prepared.config, self.folder / "config.json")
             self._lines.cut(self.step)
             self.rollouts.cut(self.step)
@@ -216,7 +216,7 @@ class Run:
                 groups = self.source.rollouts(method, clock, version, hard)
         lost = self.source.given_up - before
         with watch("teacher"):
-            signals = self._asked(method, groups, self.teachers.wanted(method, self.step))
+            signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
@@ -239,7 +239,7 @@ class Run:
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **written, **shown, **scalars, **probed, **speed, **times}
 
-    def _asked(
+    def _signals(
         self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
     ) -> dict[str, TeacherSignal]:
         return self.teachers.score(method, groups, needs, partial(self.learner.top_ids, method, groups))
@@ -248,7 +248,7 @@ class Run:
         """A probe's means over all tokens of the answers to the prompts kept out for it."""
         groups = in_groups(self.source.probed(method.rollout, probe, clock))
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
-        signals = self._asked(method, groups, {probe.against: needs} if needs else {})
+        signals = self._signals(method, groups, {probe.against: needs} if needs else {})
         return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
 
     def _rates(self, method: Method) -> Rates:
@@ -332,7 +332,7 @@ class Run:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.prepared.steps} lies before it")
         self.origin = self._saved = path
 
-    def _answer(self, by: str) -> None:
+    def _acknowledge(self, by: str) -> None:
         self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
 
     def _stopped(self) -> str:
@@ -345,7 +345,7 @@ class Run:
 
         def report(done: int, total: int) -> None:
             self.observer.phase(text, done, total)
-            self._stop_if_asked()
+            self._stop_if_requested()
 
         return report
 
@@ -359,7 +359,7 @@ class Run:
                 evaluations.teacher(self._progress("judging the teacher"))
                 scores = evaluations.student(self._progress("judging the student"), results.BEFORE)
             self.results = evaluations.results
-            self._tell("on_eval", scores)
+            self._call("on_eval", scores)
 
     def _evaluate_now(self, evaluations: Evaluations) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
@@ -369,9 +369,9 @@ class Run:
             self.best = (good, self.step)
         return scores
 
-    def _tell(self, hook: str, *said: Any) -> None:
+    def _call(self, hook: str, *arguments: Any) -> None:
         with self._safe(RunError):
-            self._stop = call(self.callbacks, hook, self, *said) or self._stop
+            self._stop = call(self.callbacks, hook, self, *arguments) or self._stop
 
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -388,7 +388,7 @@ class Run:
                 f"{error}; everything is saved at step {self.step} of {self.prepared.steps}, go on with: {self._go_on}"
             ) from error.__cause__
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_requested(self) -> None:
         if self._interrupted.by is None:
             return
         self.save()

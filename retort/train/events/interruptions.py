@@ -17,12 +17,12 @@ class Interruptions:
     """SIGINT, SIGTERM and SIGHUP end the run after the step at hand, with a checkpoint; another ends it at once.
 
     Args:
-        asked: Called at once with the word for what was asked ("interrupted"), so that somebody may answer.
+        on_request: Called at once with the word for what was asked ("interrupted"), so that somebody may answer.
     """
 
-    def __init__(self, asked: Callable[[str], None] = lambda by: None) -> None:
+    def __init__(self, on_request: Callable[[str], None] = lambda by: None) -> None:
         self.by: str | None = None
-        self._asked = asked
+        self._on_request = on_request
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruptions:
@@ -43,4 +43,4 @@ class Interruptions:
         self.by = "interrupted" if number == signal.SIGINT else "terminated"
         # Python forbids writing to a stream that is being written to, and the signal may have come in the middle of it.
         with contextlib.suppress(RuntimeError):
-            self._asked(self.by)
+            self._on_request(self.by)

@@ -10,13 +10,13 @@ from retort.config.sections import SHORTHANDS, refuse_name
 from retort.errors import UserError, quoted
 from retort.method import Method
 
-__all__ = ["method_of", "models_of", "path_of", "refuse_twice", "settings_of"]
+__all__ = ["method_argument", "models_argument", "path_argument", "refuse_twice", "settings_argument"]
 
 #: Settings that the arguments call otherwise.
 _ARGUMENTS = {"task": "verifier", "eval.data": "eval_data"}
 
 
-def method_of(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
+def method_argument(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
     """A method as settings, or as the object that was given.
 
     Args:
@@ -37,7 +37,7 @@ def method_of(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
     )
 
 
-def settings_of(settings: Any) -> Mapping[str, Any]:
+def settings_argument(settings: Any) -> Mapping[str, Any]:
     """Further settings; none where they are absent.
 
     Raises:
@@ -56,21 +56,21 @@ def settings_of(settings: Any) -> Mapping[str, Any]:
     return settings
 
 
-def path_of(argument: str, place: Any) -> str | None:
+def path_argument(argument: str, path: Any) -> str | None:
     """A path or a name as text; None for absent.
 
     Raises:
         UserError: It is no path, or empty.
     """
-    if place is None:
+    if path is None:
         return None
-    path = os.fspath(place) if isinstance(place, (str, os.PathLike)) else None
+    path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path.strip():
-        raise UserError(f"{argument} = {quoted(place)}: give a path or a name, as text or a Path")
+        raise UserError(f"{argument} = {quoted(path)}: give a path or a name, as text or a Path")
     return path
 
 
-def models_of(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
+def models_argument(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
     """Models by name as settings: a path, a name or an object for each.
 
     Args:
@@ -113,16 +113,16 @@ def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping
             holder = holder.get(section) if isinstance(holder, Mapping) else None
         if isinstance(holder, Mapping) and name in holder and not _alike(value, holder[name]):
             raise _twice(_ARGUMENTS.get(key, key), value, holder[name])
-    said = settings.get("method")
-    said = {"name": said} if isinstance(said, str) else said
+    stated = settings.get("method")
+    stated = {"name": stated} if isinstance(stated, str) else stated
     method = flags.get("method") if own is None else {"name": own.name, **own.settings}
-    if not isinstance(said, Mapping) or method is None:
+    if not isinstance(stated, Mapping) or method is None:
         return  # what is no mapping is refused with the settings
     if own is not None:
-        for name in said:
+        for name in stated:
             if name not in method:
                 raise UserError(f"method is given as an object, which has no '{name}'; leave method out of settings")
-    for name, value in said.items():
+    for name, value in stated.items():
         if name in method and not _alike(method[name], value):
             raise _twice("method" if name == "name" else f"method.{name}", method[name], value)
 

@@ -77,7 +77,7 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
                 if variance is not None:
                     logged.add("batch_gradient_variance", variance)
             values = _gradients(passes, batch, chosen, logged, watch)
-            if epoch == part == 0 and _as_written(batch.method):
+            if epoch == part == 0 and _one_distribution(batch.method):
                 add_noise_floor(logged, pack, chosen, values["student_logp"])
             if epoch == 0:
                 index_N = pack.steps_of(chosen)
@@ -135,20 +135,20 @@ def _gradients(
         logged.add(name, value)
     # Curves are about what the student writes; of a method under which it never does, about what it reads.
     alone = "student" in method.rollout.sources
-    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
+    generated_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
     for watched in batch.watches:
         values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
         if valid_N is not None:
             values_N.masked_fill_(~valid_N, math.nan)
-        kept_N = values_N[~values_N.isnan() & written_N]
+        kept_N = values_N[~values_N.isnan() & generated_N]
         if watched.summed_up is None:
             logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
         elif len(kept_N):
             logged.add(watched.name, watched.summed_up(kept_N))
         if watched.by_position:
             longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
-            place_N = batch.steps.position_N[~values_N.isnan() & written_N]
-            add_positions(logged, watched.name, kept_N, place_N, longest)
+            position_N = batch.steps.position_N[~values_N.isnan() & generated_N]
+            add_positions(logged, watched.name, kept_N, position_N, longest)
     return found
 
 
@@ -231,7 +231,7 @@ def _square(tensors: Sequence[Tensor]) -> float:
     return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
 
 
-def _as_written(method: Method) -> bool:
+def _one_distribution(method: Method) -> bool:
     """Whether what the rollout engine reported and what is learnt are log-probs of one distribution."""
     return method.rollout.top_p == 1.0 and method.rollout.temperature == method.temperature
 
@@ -277,9 +277,9 @@ def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: M
         ids = _banned(batch.signals[term.against], step, int(batch.steps.tokens_N[step]))
         names = ", ".join(f"{i} ({passes.lm.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
         banned = f"the teacher gives probability 0 to id {names}, which the student may write"
-        place = int(batch.steps.position_N[step])
+        position = int(batch.steps.position_N[step])
         return RunError(
-            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {place} of an answer "
+            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {position} of an answer "
             f"to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
             "(a forward KL or jsd stays finite where the teacher rules out an id)"
         )
@@ -292,11 +292,11 @@ def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
         logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
         banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
         return [token] if token in banned else banned
-    asked = (
+    candidates = (
         signal.ids_NK[step][signal.logp_NK[step] == float("-inf")].tolist() if isinstance(signal, Candidates) else []
     )
     try:
-        written = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
+        excluded = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
     except SignalError:
-        return asked
-    return [token] if written else asked
+        return candidates
+    return [token] if excluded else candidates

@@ -21,7 +21,7 @@ from retort.rollout.engines.hf import HFEngine, Request, Sampling
 #: Share of the time of the one preferred so far that another one must stay under.
 _QUICKER = 0.9
 #: Tokens of the trial, and tokens written in it: enough to tell implementations apart, in a second or so.
-_TOKENS, _WRITTEN, _REPEATS = 4096, 8, 3
+_TOKENS, _GENERATED, _REPEATS = 4096, 8, 3
 
 
 def quickest(
@@ -71,10 +71,12 @@ def _trial(lm: LanguageModel, length: int, count: int) -> None:
     ids_L = (torch.arange(length) * 7 + 1) % lm.head().width
     lm.hidden([TokenSequence(ids_L, torch.arange(length) > 0)] * count).float().square().mean().backward()
     lm.model.zero_grad(set_to_none=True)
-    written = min(_WRITTEN, length - 1)
-    half_A = torch.full((written,), 0.5, dtype=torch.float64)
-    requests = [Request(TokenSequence.of(ids_L.roll(row)[: length - written].tolist()), half_A) for row in range(count)]
+    generated = min(_GENERATED, length - 1)
+    half_A = torch.full((generated,), 0.5, dtype=torch.float64)
+    requests = [
+        Request(TokenSequence.of(ids_L.roll(row)[: length - generated].tolist()), half_A) for row in range(count)
+    ]
     engine = HFEngine(lm, vocab=lm.head().width, max_parallel=count)
-    engine.generate(requests, Sampling(written))
+    engine.generate(requests, Sampling(generated))
     if lm.device.type == "cuda":
         torch.cuda.synchronize(lm.device)

@@ -13,7 +13,7 @@ from retort.models.lora import add_adapter
 from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
 from retort.models.together import settle
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
 from retort.train.models.models import load
@@ -40,49 +40,53 @@ class Loaded:
 
 def load_models(
     config: Config,
-    places: Mapping[str, str],
+    paths: Mapping[str, str],
     render: Renderer,
     train: Sequence[Prompt],
     notes: list[str],
-    given: Given,
+    caller_objects: CallerObjects,
 ) -> Loaded:
     """Loads every model that a run names.
 
     Args:
         config: Resolved.
-        places: Of the models, by name; the base may be where the student is.
+        paths: Of the models, by name; the base may be where the student is.
         render: A prompt's ids, as the student reads it.
         train: Prompts to learn from, some of which models are tried on.
         notes: Takes what the user should know.
-        given: Objects for which texts stand among the places.
+        caller_objects: Objects for which texts stand among the places.
 
     Raises:
         UserError: One cannot be loaded, or used as it is to be.
     """
-    student = load(config, places["student"], "student", given)
+    student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    teacher = load(config, places["teacher"], "teacher", given) if "teacher" in places else None
+    teacher = load(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.precision != chosen:
-        teacher = load(config, places["teacher"], "teacher", given)
+        teacher = load(config, paths["teacher"], "teacher", caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, pair, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
         check_repeats(student)
-    notes += _of_models(pair)
+    notes += _pair_notes(pair)
     frozen = {} if teacher is None else {"teacher": teacher}
-    for name, place in places.items():
+    for name, path in paths.items():
         if name not in ("student", "teacher"):
-            frozen[name] = _base(config, student, place, given) if name == "base" else load(config, place, name, given)
+            frozen[name] = (
+                _base(config, student, path, caller_objects)
+                if name == "base"
+                else load(config, path, name, caller_objects)
+            )
             notes += [note for note in frozen[name].notes if note not in notes]
     return Loaded(config, student, frozen, attention, render)
 
 
-def _of_models(pair: Sequence[LanguageModel]) -> list[str]:
+def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:
     """What the user should know of student and teacher."""
     notes = [note for lm in pair for note in lm.notes]
     notes += [
@@ -124,10 +128,10 @@ def _precision(
     return chosen
 
 
-def _base(config: Config, student: LanguageModel, name: str, given: Given) -> LanguageModel:
+def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> LanguageModel:
     """The base model. Where that is the student as it was, a student with an adapter still holds it."""
     kept = student.adapter is not None and name == config.student
-    return student.bare() if kept else load(config, name, "base", given)
+    return student.bare() if kept else load(config, name, "base", caller_objects)
 
 
 def _attention(

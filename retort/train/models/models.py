@@ -18,37 +18,37 @@ from retort.models.load import load_model
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 
 
-def sources(places: Mapping[str, str], given: Given) -> dict[str, tuple[str, str | Held]]:
+def sources(paths: Mapping[str, str], caller_objects: CallerObjects) -> dict[str, tuple[str, str | Held]]:
     """What the user calls each model, and where it is read from: a folder, a hub name, or an object.
 
     Args:
-        places: By the model's name.
-        given: Objects for which texts stand among the places.
+        paths: By the model's name.
+        caller_objects: Objects for which texts stand among the places.
     """
-    return {name: (place, given.source(place) or located(place)) for name, place in places.items()}
+    return {name: (path, caller_objects.source(path) or located(path)) for name, path in paths.items()}
 
 
-def load(config: Config, place: str, name: str, given: Given | None = None) -> LanguageModel:
+def load(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> LanguageModel:
     """A model as the settings say, and where they name one that was given as an object, a copy of that.
 
     Args:
         config: Resolved.
-        place: Folder, hub name, or the text that stands for an object.
+        path: Folder, hub name, or the text that stands for an object.
         name: Of the model; the one called `student` learns, all others are frozen.
-        given: Objects of the caller's.
+        caller_objects: Objects of the caller's.
 
     Raises:
         UserError: It cannot be loaded.
     """
-    held = (given or Given()).source(place)
-    device = torch.device(device_of(config))
+    held = (caller_objects or CallerObjects()).source(path)
+    device = torch.device(device_for(config))
     as_student = name == "student" or (name == "base" and config.base is None)
     return load_model(
-        place if held is None else held.name,
-        source=held or located(place),
+        path if held is None else held.name,
+        source=held or located(path),
         role=name,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
@@ -90,7 +90,7 @@ def located(name: str) -> str:
     return str(bundled[name]()) if name in bundled else name
 
 
-def device_of(config: Config) -> str:
+def device_for(config: Config) -> str:
     """The device that the settings name, or the best there is."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(

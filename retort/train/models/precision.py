@@ -23,7 +23,7 @@ from retort.rollout.engines.hf import HFEngine, Request
 #: How many times what rounding makes of a token's log-prob a divergence must be to be one.
 ABOVE_NOISE = 3.0
 #: Answers that are written for it, and tokens of each.
-_ANSWERS, _WRITTEN = 8, 16
+_COMPLETIONS, _GENERATED = 8, 16
 
 
 def settle(
@@ -75,14 +75,14 @@ def measured(
     width = student.head().width
     pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
     same = SameIds(pair.vocab)
-    written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
-    asked = [
-        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
-        for n, ids in enumerate(prompts[:_ANSWERS])
+    generated = min(_GENERATED, student.context - max(len(ids) for ids in prompts[:_COMPLETIONS]))
+    requests = [
+        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=generated))
+        for n, ids in enumerate(prompts[:_COMPLETIONS])
     ]
-    engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
-    answers = engine.generate(asked, Sampling(written))
-    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
+    engine = HFEngine(student, vocab=same.vocab, max_parallel=_COMPLETIONS)
+    completions = engine.generate(requests, Sampling(generated))
+    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(requests, completions, strict=True)]
     token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
     rounded_N1 = _logp(student, sequences, same).gather(1, token_N1)
     before: Precision = student.precision

@@ -41,11 +41,11 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
     method, config, optimizer = prepared.method, prepared.config, prepared.config.optimizer
     student, teacher = prepared.student, prepared.teachers.lms.get("teacher")
     settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
-    base, (licence, words) = _hub_name(student.name), licence_of(student.name)
+    base, (licence, words) = _hub_name(student.name), model_licence(student.name)
     front = _base_model(base) + ([f"license: {licence}"] if licence else [])
     lines = [
         *_front("transformers", ["on-policy-distillation", "retort"], front),
-        f"# {_words(_short(student.name))}, distilled with {_words(method.name)}",
+        f"# {_plain_text(_short(student.name))}, distilled with {_plain_text(method.name)}",
         "",
         _trained(method.rollout.sources),
         "",
@@ -54,8 +54,8 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
         *([f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters)"] if teacher else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
         *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(prepared).items()],
-        f"- method: {_code(method.name)} ({_words(standing(method))})",
-        f"- settings of the method: {_words(settings) or 'none'}",
+        f"- method: {_code(method.name)} ({_plain_text(standing(method))})",
+        f"- settings of the method: {_plain_text(settings) or 'none'}",
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
         f"- stops with: {_code(named_stops(student.stops, student.tokenizer))}",
         f"- data: {_code(_short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
@@ -82,7 +82,7 @@ def adapter_card(prepared: Prepared) -> str:
     base = _hub_name(student.name)
     lines = [
         *_front("peft", ["lora", "on-policy-distillation", "retort"], _base_model(base)),
-        f"# A LoRA adapter of {_words(_short(student.name))}, distilled with {_words(prepared.method.name)}",
+        f"# A LoRA adapter of {_plain_text(_short(student.name))}, distilled with {_plain_text(prepared.method.name)}",
         "",
         f"Load {_code(_short(student.name))}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 "
         "weights; the same student, merged, is the folder `model` of the run.",
@@ -107,7 +107,7 @@ def self_teachers(method: Method) -> list[str]:
     return [f"the student itself, {weights.words}" for weights in moving]
 
 
-def licence_of(name: str) -> tuple[str | None, str]:
+def model_licence(name: str) -> tuple[str | None, str]:
     """The licence of a model as its folder states it: the hub's identifier, if it gives one, and words for people."""
     place = Path(located(name))
     if located(name) != name:
@@ -183,7 +183,7 @@ def _front(library: str, tags: list[str], more: list[str]) -> list[str]:
     return ["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", *more, "---", ""]
 
 
-def _words(text: str) -> str:
+def _plain_text(text: str) -> str:
     """A text from anywhere as words of a page: no markup, no HTML, no cell of a table, no character that is obeyed."""
     return re.sub(r"([\\\\`*\[\]<>|&])", r"\\\1", visible(text))
 
@@ -228,13 +228,13 @@ def _table(results: Mapping[str, Any]) -> list[str]:
         f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'answer')} each; in brackets 95 % "
         "intervals over prompts.",
         "",
-        f"| | {' | '.join(_words(row['who']) for row in rows)} |",
+        f"| | {' | '.join(_plain_text(row['who']) for row in rows)} |",
         "|---" * (len(rows) + 1) + "|",
     ]
     for name in ordered([name for row in rows for name in row if name != "who"]):
         words, unit, kind = measure(name)
         label = f"{words}, {unit}" if unit else words
-        lines.append(f"| {_words(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
+        lines.append(f"| {_plain_text(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
     return lines
 
 

@@ -28,7 +28,9 @@ class Evaluations:
         self._prepared, self._folder, self._check = prepared, folder, check
         held_out = prepared.held_out
         config, vocab = prepared.config, prepared.learner.vocab
-        self._evaluator = Evaluator.of(config, held_out, prepared.eval_grader, vocab=vocab) if held_out else None
+        self._evaluator = (
+            Evaluator.from_config(config, held_out, prepared.eval_grader, vocab=vocab) if held_out else None
+        )
         self.results = results.read(folder, self._evaluator, prepared.config)
 
     def __bool__(self) -> bool:
@@ -47,10 +49,10 @@ class Evaluations:
 
     def teacher(self, progress: Progress) -> None:
         """Judges the teacher, where there is one and the settings ask for it."""
-        lm, asked = self._prepared.teachers.lms.get("teacher"), self._asked()
+        lm, teacher = self._prepared.teachers.lms.get("teacher"), self._teacher()
         if self._prepared.config.eval.teacher and lm is not None:
-            own = asked.in_its_own_words() if isinstance(asked, LocalTeacher) else asked
-            self._add(results.TEACHER, self._judged(lm, own, progress))
+            own = teacher.in_its_own_words() if isinstance(teacher, LocalTeacher) else teacher
+            self._add(results.TEACHER, self._evaluate(lm, own, progress))
 
     def student(self, progress: Progress, who: str | None = None) -> dict[str, float]:
         """Judges the student as it is now.
@@ -62,7 +64,7 @@ class Evaluations:
         Returns:
             The means by name.
         """
-        row = self._judged(self._prepared.student, self._asked(), progress)
+        row = self._evaluate(self._prepared.student, self._teacher(), progress)
         if who is not None:
             self._add(who, row)
         return results.scores(row)
@@ -77,16 +79,16 @@ class Evaluations:
             return scores[f"avg@{self._evaluator.samples}"]
         return -scores["reverse_kl"] if "reverse_kl" in scores else None
 
-    def _judged(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
+    def _evaluate(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
         assert self._evaluator is not None
-        writer = engine(self._prepared.config, lm, self._evaluator.vocab)
-        return self._evaluator.evaluate(lm, writer, teacher=teacher, progress=progress)
+        generator = engine(self._prepared.config, lm, self._evaluator.vocab)
+        return self._evaluator.evaluate(lm, generator, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
         self._check()
         self.results = results.add(self._folder, self.results, who, row)
 
-    def _asked(self) -> Any:
+    def _teacher(self) -> Any:
         """The teacher, where some view of the method is of it: whom answers are compared with."""
-        asks = any(view.model == "teacher" for view in self._prepared.method.views.values())
-        return self._prepared.teachers.models["teacher"] if asks else None
+        needed = any(view.model == "teacher" for view in self._prepared.method.views.values())
+        return self._prepared.teachers.models["teacher"] if needed else None

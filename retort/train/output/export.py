@@ -34,7 +34,7 @@ def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], st
                 student.adapter.save(temporary)
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
-            with _says_where_it_stops(student):
+            with _with_stops(student):
                 student.model.generation_config = student.written_generation
                 student.model.save_pretrained(temporary, state_dict=merged)
                 student.tokenizer.save_pretrained(temporary)
@@ -48,7 +48,7 @@ def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], st
 
 
 @contextlib.contextmanager
-def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
+def _with_stops(student: LanguageModel) -> Iterator[None]:
     """Within, the student's configurations and tokenizer name the stops that the run had, whoever named them first.
 
     An ordinary token (`rollout.stop`) does not become the tokenizer's `eos_token`: a special token is cut differently.

@@ -49,12 +49,14 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     import retort
 
     digests: dict[str, str] = {}
-    for who, lm in prepared.lms.items():
-        digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
+    for role, lm in prepared.lms.items():
+        digests |= {f"the {role}'s {what}": digest for what, digest in _model(lm).items()}
     readers = {"student": prepared.source.render}
-    readers |= {who: model.render for who, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)}
-    for who, render in readers.items():
-        digests[f"the prompts as the {who} reads them"] = _rendered(
+    readers |= {
+        role: model.render for role, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)
+    }
+    for role, render in readers.items():
+        digests[f"the prompts as the {role} reads them"] = _rendered(
             [*prepared.source.prompts, *prepared.held_out], render
         )
     digests["the held-out prompts"] = fingerprint([*prepared.held_out, *prepared.source.probe])
@@ -102,15 +104,15 @@ def compare(
     ]
     upgraded = then["versions"].get("transformers") != now["versions"]["transformers"]
     changed = [name for name, digest in now["digests"].items() if then["digests"].get(name) != digest]
-    may_be_written_otherwise = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
-    refused = [name for name in changed if name not in may_be_written_otherwise]
+    may_render_differently = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
+    refused = [name for name in changed if name not in may_render_differently]
     if refused:
         raise UserError(
             f"{path}: {' and '.join(refused[:4])} changed since this checkpoint{_why(refused)}; "
             "put back what it was made with, or start a new run with another --out"
         )
     notes = [f"{name} = {b} now (it was {a})" for name, a, b in settings]
-    notes += [f"{name} is written otherwise by this version" for name in may_be_written_otherwise]
+    notes += [f"{name} is written otherwise by this version" for name in may_render_differently]
     if versions:
         notes.append(f"the run goes on with {', '.join(versions)}")
     for found in notes:
@@ -135,10 +137,10 @@ def _settings(prepared: Prepared) -> dict[str, str]:
     found = dict(_flat(prepared.config.model_dump())) | {
         f"method {name}": json.dumps(value) for name, value in {"name": method.name, **plain}.items()
     }
-    return {name: value for name, value in found.items() if not _is_of(name, FREE)}
+    return {name: value for name, value in found.items() if not _belongs_to(name, FREE)}
 
 
-def _is_of(name: str, names: Iterable[str]) -> bool:
+def _belongs_to(name: str, names: Iterable[str]) -> bool:
     return any(name == one or name.startswith(f"{one}.") for one in names)
 
 
@@ -183,9 +185,9 @@ def _tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return names + json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    written = json.loads(backend.to_str())
+    rendered = json.loads(backend.to_str())
     # Calls set these.
-    return names + json.dumps({**written, "padding": None, "truncation": None}, sort_keys=True)
+    return names + json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
 
 
 def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], list[int]]) -> str:

@@ -42,7 +42,7 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
         **(evaluator.graded() if evaluator else {}),
         **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
+        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _eval_data(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
@@ -51,10 +51,10 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
     }
 
 
-def _judged_on(config: Config) -> str:
+def _eval_data(config: Config) -> str:
     """What the prompts to judge on are called: a file's name without its folder."""
-    place = config.eval.data or config.data or "data"
-    return Path(place).name if Path(place).exists() else place
+    name = config.eval.data or config.data or "data"
+    return Path(name).name if Path(name).exists() else name
 
 
 def has(results: Mapping[str, Any], who: str) -> bool:
@@ -76,7 +76,7 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
     for name in (name for name in _BESIDE if name in results or name in row):
         updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
-    _write_answers(folder / "answers.jsonl", who, row.get("answers", []))
+    _write_completions(folder / "answers.jsonl", who, row.get("answers", []))
     write_text(folder / "eval.json", json.dumps(updated, indent=2) + "\n")
     return updated
 
@@ -86,10 +86,10 @@ def _odd(found: Mapping[str, Any]) -> str | None:
     rows = found.get("rows")
     if type(found.get("k")) is not int or not isinstance(rows, list):
         return "holds no table ('k' and 'rows')"
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         who = row.get("who") if isinstance(row, Mapping) else None
         if who not in (BEFORE, AFTER, TEACHER):
-            return f"row {place} of its table is of nobody who is judged"
+            return f"row {number} of its table is of nobody who is judged"
         for name, cell in row.items():
             ends = [cell.get(end) for end in ("value", "low", "high")] if isinstance(cell, Mapping) else []
             numbers = all(isinstance(end, int | float) or (end is None and at) for at, end in enumerate(ends))
@@ -99,7 +99,7 @@ def _odd(found: Mapping[str, Any]) -> str | None:
     return f"'{beside[0]}' is no object" if beside else None
 
 
-def _writer(line: bytes) -> str | None:
+def _generated_by(line: bytes) -> str | None:
     """Who wrote a recorded answer; None for a line that is damaged."""
     try:
         who = parse_object(line).get("who")
@@ -108,12 +108,17 @@ def _writer(line: bytes) -> str | None:
     return who if isinstance(who, str) else None
 
 
-def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -> None:
+def _write_completions(path: Path, who: str, completions: Sequence[Mapping[str, Any]]) -> None:
     """Replaces the answers of one writer."""
     # Bytes, and not `splitlines`, which also cuts at separators that JSON text may hold, such as U+2028.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    kept = [line for line in lines if line and _writer(line) != who]  # what is damaged stays, for the report to name
-    added = [json.dumps({"who": who, **answer}, ensure_ascii=False).encode("utf-8", "replace") for answer in answers]
+    kept = [
+        line for line in lines if line and _generated_by(line) != who
+    ]  # what is damaged stays, for the report to name
+    added = [
+        json.dumps({"who": who, **completion}, ensure_ascii=False).encode("utf-8", "replace")
+        for completion in completions
+    ]
     if kept or added:
         write_bytes(path, b"".join(line + b"\n" for line in [*kept, *added]))
 

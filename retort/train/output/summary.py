@@ -13,7 +13,7 @@ from retort.train.setup.prepare import Prepared
 def summary(prepared: Prepared) -> dict[str, str]:
     """Lines of the start-up summary, by heading."""
     method, config, source, student = prepared.method, prepared.config, prepared.source, prepared.student
-    asked = {
+    needs = {
         view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
         for view, teacher in prepared.teachers.behind(prepared.method).items()
     }
@@ -24,7 +24,7 @@ def summary(prepared: Prepared) -> dict[str, str]:
         **{who: f"{lm.name}, frozen" for who, lm in beside(prepared).items()},
         "method": f"{method.name} ({standing(method)})",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
-        **{f"asked of {view}": text for view, text in asked.items()},
+        **{f"asked of {view}": text for view, text in needs.items()},
         **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
         "graded by": source.grader.name if source.grader else "nobody (the data has no answers)",

@@ -12,13 +12,13 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.teachers.local import LocalTeacher
 from retort.teachers.scene import Scene, Stage
+from retort.teachers.local import LocalTeacher
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 
 #: Training prompts that are looked at.
-LOOKED_AT = 16
+EXAMINED = 16
 #: Rewards below and above every threshold.
 _WORST, _BEST = -1e9, 1e9
 _PLACES = re.compile(r"\{\w+\}")
@@ -67,13 +67,13 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
         if view.render is None or unknown is None:
             continue
         found, seen, used = 0, 0, set[str]()
-        for scene in _scenes(method, view, True, stage):
+        for group in _example_groups(method, view, True, stage):
             shown = set[str]()
-            prompt = view.prompt(Scene(scene.rollout, scene.group, stage, shown=shown))
+            prompt = view.prompt(Scene(group.rollout, group.group, stage, shown=shown))
             if prompt is None:
                 continue
             seen += 1
-            if model.render(prompt).count(unknown) > model.render(scene.prompt).count(unknown):
+            if model.render(prompt).count(unknown) > model.render(group.prompt).count(unknown):
                 found += 1
                 used |= shown
         if found:
@@ -105,8 +105,8 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
     full = set[str]()
     for name, view in method.views.items():
         room = min(stage.longest or 2**31, models[view.model].lm.context - 1)
-        scenes = list(_scenes(method, view, True, stage)) if view.render is not None else []
-        least = [view.prompt(replace(scene, limit=1)) for scene in scenes]
+        groups = list(_example_groups(method, view, True, stage)) if view.render is not None else []
+        least = [view.prompt(replace(group, limit=1)) for group in groups]
         lengths = [len(models[view.model].render(prompt, split=True)) for prompt in least if prompt is not None]
         tight = sum(length > room for length in lengths)
         if not tight:
@@ -133,10 +133,10 @@ def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) ->
     if view.render is None:
         return True
     feedback = verifier is not None and verifier.explains
-    return any(view.prompt(scene) is not None for scene in _scenes(method, view, feedback, stage))
+    return any(view.prompt(group) is not None for group in _example_groups(method, view, feedback, stage))
 
 
-def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[Scene]:
+def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[Scene]:
     """Rollouts to a few prompts: right and wrong ones among siblings that are all right, all wrong, or both."""
     fit = [prompt for prompt in stage.pool if all(prompt.shown(column) for column in view.columns)]
     for prompt in _spread(fit):
@@ -149,13 +149,13 @@ def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterato
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
     """A few of them, from all over."""
-    step = max(1, len(prompts) // LOOKED_AT)
-    return list(prompts[::step][:LOOKED_AT])
+    step = max(1, len(prompts) // EXAMINED)
+    return list(prompts[::step][:EXAMINED])
 
 
 def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Rollout:
     sequence = TokenSequence.of([0]).then([0], decided=True)
     # In words that every task knows: its own answer.
     text = prompt.response or prompt.answer or prompt.text
-    said = text if feedback and reward == _WORST else ""
-    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=said)
+    note = text if feedback and reward == _WORST else ""
+    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=note)

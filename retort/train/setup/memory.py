@@ -62,8 +62,8 @@ class Forecast:
             "cache": "the cache of generation",
         }
         sizes = {text: getattr(self, name) for name, text in names.items() if name != "copies" or self.copies}
-        parts = ", ".join(f"{text} {size_words(size)}" for text, size in sizes.items())
-        return f"about {size_words(self.peak)} at peak: {parts}"
+        parts = ", ".join(f"{text} {size_text(size)}" for text, size in sizes.items())
+        return f"about {size_text(self.peak)} at peak: {parts}"
 
 
 def forecast(prepared: Prepared) -> Forecast:
@@ -77,16 +77,16 @@ def forecast(prepared: Prepared) -> Forecast:
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
     forming = 4 * head.numel() * 2
-    tokens = min(config.optimizer.batch_tokens, _written(prepared, longest=True))
+    tokens = min(config.optimizer.batch_tokens, _rollout_tokens(prepared, longest=True))
     rows = min(chunk_rows(prepared.learner.vocab, student.device), tokens)
     product = 4 if prepared.student.precision == "fp32" else 2
     # Student: product and fp32 logits in one where the product is fp32; a teacher's chunk is held beside it.
     chunks = rows * prepared.learner.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
     rollouts = prepared.source.count * prepared.method.rollout.samples
-    judged = config.eval.samples * min(64, len(prepared.held_out))
-    writers = [(student, max(rollouts, judged))]
+    evaluated = config.eval.samples * min(64, len(prepared.held_out))
+    generators = [(student, max(rollouts, evaluated))]
     if config.eval.teacher and "teacher" in prepared.lms:
-        writers.append((prepared.lms["teacher"], judged))
+        generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()
     return Forecast(
@@ -99,7 +99,7 @@ def forecast(prepared: Prepared) -> Forecast:
         loss=chunks,
         signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product),
         copies=copies,
-        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
+        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in generators),
     )
 
 
@@ -111,7 +111,7 @@ def available(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def size_words(bytes_: float) -> str:
+def size_text(bytes_: float) -> str:
     """In MiB or GiB."""
     return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
 
@@ -137,7 +137,7 @@ def _prompt_tokens(prepared: Prepared) -> int:
     return max((len(prepared.source.render(prompt)) for prompt in prepared.source.prompts[:256]), default=0)
 
 
-def _written(prepared: Prepared, *, longest: bool) -> int:
+def _rollout_tokens(prepared: Prepared, *, longest: bool) -> int:
     """Tokens of a batch of rollouts, prompts included, if every answer is as long as it may be."""
     rollouts = prepared.source.count * prepared.method.rollout.samples
     return rollouts * (prepared.config.rollout.max_new_tokens + _prompt_tokens(prepared)) if longest else rollouts

@@ -11,7 +11,7 @@ from retort.core.streams import permutation
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 from retort.train.setup import templates
 from retort.train.setup.prompts import graders, read_prompts
 from retort.train.setup.split import set_aside
@@ -41,16 +41,16 @@ class Data:
         return self.grader if self.grader is not None and all(map(self.grader.can_grade, self.train)) else None
 
 
-def read_data(config: Config, method: Method, data: str, notes: list[str], given: Given) -> Data:
+def read_data(config: Config, method: Method, data: str, notes: list[str], caller_objects: CallerObjects) -> Data:
     """Reads the data and sets aside what is not learnt from.
 
     Raises:
         UserError: It cannot be read, or lacks what the method needs.
     """
-    train, held_out = read_prompts(config, data, notes, given)
+    train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
-    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, given))
+    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, caller_objects))
     need_verifier(method, found.full, train)
     need_columns(method, train, notes)
     templates.refuse_views(config, method)

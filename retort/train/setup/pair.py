@@ -16,7 +16,7 @@ from retort.teachers.itself import OwnWeights
 from retort.train.setup.prompts import refuse_misspelt
 
 
-def asks_teacher(method: Method) -> str | None:
+def teacher_use(method: Method) -> str | None:
     """What a run asks of a model other than the student and its base, in words; None if nothing."""
     for phase in [method] if method.before is None else [method.before[1], method]:
         view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
@@ -33,7 +33,7 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
     Raises:
         UserError: A teacher of the user's own would do nothing.
     """
-    if config.teacher is None or asks_teacher(method) is not None:
+    if config.teacher is None or teacher_use(method) is not None:
         return config
     if config.builtin and config.teacher == recipe(str(config.data)).get("teacher"):
         return config.model_copy(update={"teacher": None})
@@ -50,15 +50,15 @@ def further(config: Config, method: Method) -> dict[str, str]:
         UserError: A view names a model that the settings do not, or the settings one that no view names.
     """
     phases = [method] if method.before is None else [method.before[1], method]
-    asked = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
-    for model, (phase, view) in asked.items():
+    use = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    for model, (phase, view) in use.items():
         if model not in (*SHORTHANDS, *config.models):
             raise UserError(
                 f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
                 f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
             )
     for name, model in config.models.items():
-        if name not in asked:
+        if name not in use:
             raise UserError(
                 f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
                 f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
@@ -68,14 +68,14 @@ def further(config: Config, method: Method) -> dict[str, str]:
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:
     """Student, teacher and data; a teacher only where the method asks one."""
-    asked = asks_teacher(method)
+    use = teacher_use(method)
     if config.data is not None:
         refuse_misspelt(config.data)
-    for name in ("student", "teacher", "data") if asked else ("student", "data"):
+    for name in ("student", "teacher", "data") if use else ("student", "data"):
         if getattr(config, name) is None:
-            given = "--student, --teacher and --data" if asked else "--student and --data"
-            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
-            why = f" ({asked})" if name == "teacher" else alone
+            given = "--student, --teacher and --data" if use else "--student and --data"
+            alone = "" if use else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({use})" if name == "teacher" else alone
             raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
     return str(config.student), config.teacher, str(config.data)
 
@@ -94,7 +94,7 @@ def base_name(config: Config, method: Method, student: str, teacher: str | None)
     return config.base or student
 
 
-def places(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
+def model_paths(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
     """Where every model of a run is, by name, the student first; a base that is the student as it was is where that is.
 
     Raises:

@@ -91,8 +91,8 @@ def repeats(prompts: Sequence[Prompt], whose: str) -> list[str]:
 
 def overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
     """A sentence about training rows whose prompt is also judged on; none without such rows."""
-    judged = {content(prompt) for prompt in held_out}
-    both = [prompt for prompt in train if content(prompt) in judged]
+    evaluated = {content(prompt) for prompt in held_out}
+    both = [prompt for prompt in train if content(prompt) in evaluated]
     if not both:
         return []
     known = {content(prompt) for prompt in both}

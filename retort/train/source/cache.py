@@ -40,15 +40,15 @@ class RolloutCache:
     def __init__(self, folder: Path = Path()) -> None:
         """Nothing kept yet; `folder` is the run's, which is written to when the first answer is to be kept."""
         self.file = JsonLines(folder / FILE)
-        self.answers: dict[Key, Rollout] = {}
+        self.completions: dict[Key, Rollout] = {}
         self.visits: deque[tuple[Rollout, ...]] = deque()
 
     def keep(self, rollouts: Sequence[Rollout], plan: RolloutPlan, step: int) -> None:
         """Puts answers of the teacher's on the shelf; `step` is the number, from 1, of the batch that needed them."""
         for rollout in rollouts:
             _check_media(rollout)
-            self.answers[key(plan, rollout.prompt, rollout.member)] = rollout
-            written = rollout.sequence.continuation
+            self.completions[key(plan, rollout.prompt, rollout.member)] = rollout
+            generated = rollout.sequence.continuation
             self.file.append(
                 {
                     "step": step,
@@ -61,8 +61,8 @@ class RolloutCache:
                     **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
                     **({"feedback": rollout.feedback} if rollout.feedback else {}),
                     "text": rollout.text,
-                    "ids": written.tokens_L.tolist(),
-                    **({} if written.steps == len(written) else {"mask": written.action_mask_L.int().tolist()}),
+                    "ids": generated.tokens_L.tolist(),
+                    **({} if generated.steps == len(generated) else {"mask": generated.action_mask_L.int().tolist()}),
                     **({} if rollout.turn_A is None else {"turns": rollout.turn_A.tolist()}),
                 }
             )
@@ -88,12 +88,12 @@ class RolloutCache:
             step: Batches done.
         """
         self.file.cut(step)
-        self.answers = {}
+        self.completions = {}
         named = {prompt.id: prompt for prompt in prompts}
         for row in self.file.rows():
             prompt = named[row["prompt_id"]]
             mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
-            self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
+            self.completions[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
                 sequence=_behind(render(prompt), torch.tensor(row["ids"]), mask_L),
                 turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
@@ -111,29 +111,29 @@ class RolloutCache:
         rollouts = [rollout for visit in self.visits for rollout in visit]
         if not rollouts:
             return {}
-        places = {prompt.id: place for place, prompt in enumerate(prompts)}
+        rows = {prompt.id: row for row, prompt in enumerate(prompts)}
         for rollout in rollouts:
-            if rollout.prompt.messages != prompts[places[rollout.prompt.id]].messages:
+            if rollout.prompt.messages != prompts[rows[rollout.prompt.id]].messages:
                 raise UserError(
                     f"prompt '{rollout.prompt.id}': its environment began with other messages than the data's row; "
                     "such rollouts cannot be kept in a checkpoint (leave out replay)"
                 )
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
-        written = [r.sequence.continuation for r in rollouts]
+        generated = [r.sequence.continuation for r in rollouts]
         found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
-            "lengths": torch.tensor([len(own) for own in written]),
-            "ids": torch.cat([own.tokens_L for own in written]),
-            "mask": torch.cat([own.action_mask_L for own in written]),
+            "lengths": torch.tensor([len(own) for own in generated]),
+            "ids": torch.cat([own.tokens_L for own in generated]),
+            "mask": torch.cat([own.action_mask_L for own in generated]),
             "turns": torch.cat([_turns(r) for r in rollouts]),
             "logp": torch.cat(logps),
-            "prompts": torch.tensor([places[r.prompt.id] for r in rollouts]),
+            "prompts": torch.tensor([rows[r.prompt.id] for r in rollouts]),
             "members": torch.tensor([r.member for r in rollouts]),
             "visits": torch.tensor([r.visit for r in rollouts]),
             "versions": torch.tensor([r.policy_version for r in rollouts]),
             "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
-            "grades": _as_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
+            "grades": _json_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
         }
         return {_PREFIX + name: value for name, value in found.items()}
 
@@ -178,7 +178,7 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
 
 
-def _as_bytes(values: list[Any]) -> Tensor:
+def _json_bytes(values: list[Any]) -> Tensor:
     """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 

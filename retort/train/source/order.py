@@ -45,22 +45,22 @@ def easy_to_hard(
             noisy = noisy + order.noise * torch.randn(len(hard), generator=draw, dtype=torch.float64)
             # From a shuffled order, so that what is equally hard does not come in the order of the file.
             shuffled = permutation(seed, "data", epoch, count=len(hard))
-            return sorted(shuffled, key=lambda place: float(noisy[place]))
+            return sorted(shuffled, key=lambda index: float(noisy[index]))
 
         return _through(prompts, ranked, clock.done, count)
     if order.kind == "balanced":
         uniform_stream = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
         # Drawing without replacement by odds w is taking the largest u^(1/w).
         keys = uniform_stream ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
-        places: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
-        return [Visit(prompts[place], clock.step) for place in places]
+        indices: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
+        return [Visit(prompts[index], clock.step) for index in indices]
     limit = max(order.gate(clock.done, clock.total or 1), sorted(hard)[min(count, len(hard)) - 1])
-    open_ = [place for place, value in enumerate(hard) if value <= limit]
+    open_ = [index for index, value in enumerate(hard) if value <= limit]
     chosen = permutation(seed, "data", "gated", clock.step, count=len(open_))[:count]
-    return [Visit(prompts[open_[place]], clock.step) for place in chosen]
+    return [Visit(prompts[open_[index]], clock.step) for index in chosen]
 
 
 def _through(prompts: Sequence[Prompt], order: Callable[[int], Sequence[int]], step: int, count: int) -> list[Visit]:
-    places = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
-    orders = {epoch: order(epoch) for epoch in {epoch for epoch, _ in places}}
-    return [Visit(prompts[orders[epoch][place]], epoch) for epoch, place in places]
+    indices = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
+    orders = {epoch: order(epoch) for epoch in {epoch for epoch, _ in indices}}
+    return [Visit(prompts[orders[epoch][index]], epoch) for epoch, index in indices]

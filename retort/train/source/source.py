@@ -102,7 +102,7 @@ class Source:
             *self._by_student(method, shared.student, longest, version),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
-            *(self.given(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
+            *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
         ]
         if not rollouts:
             raise RunError(
@@ -115,7 +115,7 @@ class Source:
         """Answers to the prompts kept out for a probe: the data's, or the student's with always the same luck."""
         prompts = self.probe[: probe.prompts]
         if probe.source == "dataset":
-            return [self.given(prompt, 0, self.limit) for prompt in prompts]
+            return [self.response_rollout(prompt, 0, self.limit) for prompt in prompts]
         tasks = [
             Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
         ]
@@ -129,8 +129,8 @@ class Source:
             for prompt in prompts
             for member in range(samples)
         ]
-        written = run_episodes(self.engine, tasks, Sampling(self.limit, plan.temperature, plan.top_p))
-        rewards = [rollout.reward or 0.0 for rollout in graded(self.grader, written)]
+        generated = run_episodes(self.engine, tasks, Sampling(self.limit, plan.temperature, plan.top_p))
+        rewards = [rollout.reward or 0.0 for rollout in graded(self.grader, generated)]
         return {
             prompt.id: sum(reward > 0.5 for reward in rewards[place * samples : (place + 1) * samples]) / samples
             for place, prompt in enumerate(prompts)
@@ -140,7 +140,7 @@ class Source:
         """The longest completion now, tokens: the plan's, within the run's limit."""
         return self.limit if plan.horizon is None else max(1, min(self.limit, int(clock.at(plan.horizon))))
 
-    def given(self, prompt: Prompt, epoch: int, longest: int) -> Rollout:
+    def response_rollout(self, prompt: Prompt, epoch: int, longest: int) -> Rollout:
         """The data's own answer to a prompt, closed with the student's stop token.
 
         Raises:
@@ -223,12 +223,12 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        written = self._graded(method, run_episodes(self.engine, tasks, sampling))
+        generated = self._graded(method, run_episodes(self.engine, tasks, sampling))
         if plan.replay is not None:
             size = plan.samples
-            groups = [tuple(written[start : start + size]) for start in range(0, len(written), size)]
+            groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
             self.cache.remember(groups, plan.replay.capacity)
-        return written
+        return generated
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An old visit of the student's, in the place of a new one to this prompt."""
@@ -238,18 +238,18 @@ class Source:
     def _by_teacher(self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock) -> list[Rollout]:
         """The teacher's answers: kept ones, and new ones for what it has not answered yet."""
         plan, found = method.rollout, dict[tuple[int, int], Rollout]()
-        wanted = [(place, member) for place in range(len(chosen)) for member in range(plan.samples)]
+        wanted = [(index, member) for index in range(len(chosen)) for member in range(plan.samples)]
         if plan.keep:
-            for place, member in wanted:
-                kept = self.cache.answers.get(key(plan, chosen[place].prompt, member))
+            for index, member in wanted:
+                kept = self.cache.completions.get(key(plan, chosen[index].prompt, member))
                 if kept is not None:
-                    found[place, member] = kept
-        missing = [place for place in wanted if place not in found]
-        new = self._generated_by_teacher(method, [(chosen[place], member) for place, member in missing], longest)
+                    found[index, member] = kept
+        missing = [index for index in wanted if index not in found]
+        new = self._generated_by_teacher(method, [(chosen[index], member) for index, member in missing], longest)
         found.update(zip(missing, new, strict=True))
         if plan.keep:
             self.cache.keep(new, plan, clock.step + 1)
-        rollouts = [replace(found[place, member], visit=chosen[place].epoch) for place, member in wanted]
+        rollouts = [replace(found[index, member], visit=chosen[index].epoch) for index, member in wanted]
         if plan.attempts is not None:
             rollouts = [rollout for rollout in rollouts if rollout.status == Status.COMPLETED]
         return [self._cut(rollout, longest) for rollout in rollouts]
@@ -270,8 +270,8 @@ class Source:
                 uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
                 tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
             assert self.teacher_generator is not None  # a plan with the teacher's answers asks for a teacher
-            written = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
-            found.update(zip(open_, written, strict=True))
+            generated = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
+            found.update(zip(open_, generated, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
     def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:

@@ -129,8 +129,8 @@ class Claim:
             self._lock.acquire()
             self._place = self._where()
         except Timeout:
-            who = self._holder()
-            raise UserError(f"{self.folder}: another run is at work there ({who}); wait for its end") from None
+            holder = self._holder()
+            raise UserError(f"{self.folder}: another run is at work there ({holder}); wait for its end") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
         return self

@@ -27,8 +27,8 @@ def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, stud
     now, then = digests(teachers), state["models"]
     for name in dict.fromkeys((*now["models"], *then)):
         if then.get(name) != now["models"].get(name):
-            who = "base model" if name == "base" else name
-            raise UserError(f"{path}: the {who}'s weights changed since this checkpoint; put the same {name} back")
+            role = "base model" if name == "base" else name
+            raise UserError(f"{path}: the {role}'s weights changed since this checkpoint; put the same {name} back")
     if state["start"] != now["start"]:
         raise UserError(
             f"{path}: the weights in {student.name} changed since this checkpoint, and the teacher is the "

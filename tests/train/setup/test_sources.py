@@ -206,16 +206,16 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             assert len(rows) == len({(row["prompt_id"], row["member"]) for row in rows}) == 60
             again = RolloutCache(folder)
             again.go_back(setup.source.prompts, setup.source.render, 30)
-            assert again.answers.keys() == cache.answers.keys()
-            for key, rollout in again.answers.items():
-                assert torch.equal(rollout.sequence.tokens_L, cache.answers[key].sequence.tokens_L)
+            assert again.completions.keys() == cache.completions.keys()
+            for key, rollout in again.completions.items():
+                assert torch.equal(rollout.sequence.tokens_L, cache.completions[key].sequence.tokens_L)
                 assert (rollout.text, rollout.status, rollout.reward) == (
-                    cache.answers[key].text,
-                    cache.answers[key].status,
-                    cache.answers[key].reward,
+                    cache.completions[key].text,
+                    cache.completions[key].status,
+                    cache.completions[key].reward,
                 )
             again.go_back(setup.source.prompts, setup.source.render, 3)
-            assert len(again.answers) == 24
+            assert len(again.completions) == 24
 
 
 def test_answers_kept_at_one_temperature_do_not_serve_at_another(tiny_run: dict[str, Any], tmp_path: Path) -> None:
