@@ -68,7 +68,7 @@ def distill(
         models: The same, of further frozen models by name, for methods of your own whose views name them.
         data: A file, a folder, a glob or a hub name (docs/data.md); or rows: a list of dicts, a `datasets.Dataset`, any
             iterable of mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
-        eval_data: The same, to judge on; by default prompts held out of the data.
+        eval_data: The same, to evaluate on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
         verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
             number from 0 to 1 or a `retort.Grade`; or an object with a method `grade(group)` that grades all rollouts

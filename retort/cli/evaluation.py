@@ -53,7 +53,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
     if config.eval.problems == 0:
-        raise UserError("problems=0 leaves nothing to judge")
+        raise UserError("problems=0 leaves nothing to evaluate")
     if config.threads:
         torch.set_num_threads(config.threads)
     notes: list[str] = []
@@ -86,7 +86,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         lm,
         engine(config, lm, vocab),
         teacher=other,
-        progress=lambda done, total: observer.phase("judging", done, total),
+        progress=lambda done, total: observer.phase("evaluating", done, total),
     )
     cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
@@ -104,7 +104,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 def _fit(
     config: Config, evaluator: Evaluator, lm: LanguageModel, prompt: tuple[int, str], observer: Observer
 ) -> Evaluator:
-    """The judge, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
+    """The evaluator, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
 
     Raises:
         UserError: A length of the user's does not fit, or none does.

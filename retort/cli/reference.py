@@ -36,7 +36,7 @@ trained, and that before the defaults here. `retort settings --method eopd` show
 its start which settings are its paper's. A paper's setting also gives way where it would contradict yours:
 
 * `eval.max_new_tokens` of a paper counts only while `rollout.max_new_tokens` is the paper's, too. If you give the
-  latter, held-out answers may be as long as those in training.
+  latter, held-out completions may be as long as those in training.
 * Lengths that nobody gave are cut to what the models hold beside the longest prompt. Lengths that you gave are never
   changed: where they do not fit, the run is refused.
 * A warm-up of a paper that the run would not outlast is left out. The recipes of the built-in tasks count as given:

@@ -66,10 +66,10 @@ def _task(name: str) -> str:
 
 
 class RolloutSection(Section):
-    """How the student writes."""
+    """How the student generates."""
 
     prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
-    max_new_tokens: int = Field(default=4096, ge=1, description="longest answer, tokens")
+    max_new_tokens: int = Field(default=4096, ge=1, description="longest completion, tokens")
     max_prompt_tokens: int = Field(
         default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
     )
@@ -79,7 +79,7 @@ class RolloutSection(Section):
         description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
         "their end, which is counted (`view/<name>/cut`)",
     )
-    parallel: int = Field(default=256, ge=1, description="answers written at the same time, at most")
+    parallel: int = Field(default=256, ge=1, description="completions generated at the same time, at most")
     stop: list[str] | None = Field(
         default=None, description="stop tokens; default: those of the student's generation settings"
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % interval; both ends are NaN where one problem is all there is."""
+    """A mean over problems with its 95 % interval; both ends are NaN with a single problem."""
 
     value: float
     low: float
@@ -111,11 +111,11 @@ def student_t(freedom: int) -> float:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k answers is right: 1 - C(n - c, k) / C(n, k).
+    """Unbiased estimate of the probability that at least one of k completions is right: 1 - C(n - c, k) / C(n, k).
 
     Args:
-        samples: n, answers written.
-        right: c, of which right.
+        samples: n, completions generated.
+        right: c, the number that is right.
         k: At most n.
     """
     if not 0 < k <= samples:

@@ -1,4 +1,4 @@
-"""Before any GPU-hour is spent: is this a pair, will it fit, will it teach?"""
+"""Checks before any GPU-hour is spent: do the models fit together, does the run fit, will it teach?"""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.prepare import Prepared, prepare
 
-_TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
+_TOKENIZER_WHY = "the teacher scores ids: the same id must be the same token to both, and text be cut alike"
 
 
 def examine(
     config: Config, method: Method | None = None, *, quick: bool = False, caller_objects: CallerObjects | None = None
 ) -> Examination:
-    """All checks of what a configuration would run; what keeps a run from starting is a fatal finding, not an error.
+    """Makes all checks of a configuration; what keeps a run from starting is a fatal finding, not an error.
 
     Args:
-        config: Resolved.
+        config: The resolved configuration.
         method: A method of the caller's own, instead of the one that the configuration names.
         quick: Leave out the checks that generate.
-        caller_objects: Objects of the caller's for which texts stand in the configuration.
+        caller_objects: The objects behind placeholders in the configuration.
     """
     first = _tokenizers(config, caller_objects or CallerObjects())
     if not any(check.verdict == "fatal" for check in first):
@@ -41,12 +41,12 @@ def examine(
 
 
 def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
-    """The checks of a run whose parts are loaded.
+    """Makes the checks of a run whose parts are loaded.
 
     Args:
-        prepared: Its parts; nothing of it changes.
+        prepared: The parts of the run; nothing of them changes.
         quick: Leave out the checks that generate.
-        before: Checks made already.
+        before: Checks that were made already.
     """
     checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
@@ -82,7 +82,7 @@ def _tokenizers(config: Config, caller_objects: CallerObjects) -> list[Check]:
             for name, (path, source) in sources(config.model_paths, caller_objects).items()
         }
     except UserError:
-        return []  # whatever is wrong with them, `prepare` says it in its own words
+        return []  # Whatever is wrong with them, `prepare` reports it.
     ours = found.pop("student")
     return [_tokenizer_check(name, ours, theirs) for name, theirs in found.items()]
 
@@ -99,7 +99,7 @@ def _tokenizer_check(name: str, ours: object, theirs: object) -> Check:
 
 
 def _refused(message: str) -> Check:
-    """What keeps the run from starting."""
+    """The finding for an error that keeps the run from starting."""
     saw, _, remedy = message.rpartition("; ")
     name = "stop token" if " stop" in message and "id" in message else "setup"
     return Check(name, "fatal", saw or message, "a run with these settings would not start", remedy if saw else "")

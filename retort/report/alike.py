@@ -1,6 +1,6 @@
-"""Which runs were judged on the same prompts in the same way, and which learnt from the same: by digests, not by names.
+"""Finds the runs that were evaluated on the same prompts in the same way, or learnt from the same, by digests.
 
-Numbers of runs that were judged on different prompts stand in tables of their own.
+Numbers of runs that were evaluated on different prompts stand in tables of their own.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Table:
     """Runs that may stand beside one another.
 
     Attributes:
-        name: Of what they were judged on, different from that of every other table on the page.
+        name: Of what they were evaluated on, different from that of every other table on the page.
         groups: At least one.
     """
 
@@ -40,7 +40,7 @@ class Table:
 
 
 def tables(groups: Sequence[Group]) -> list[Table]:
-    """Runs by what they were judged on and how, in order; those that cannot be told apart stay together."""
+    """Runs by what they were evaluated on and how, in order; those that cannot be told apart stay together."""
     found: list[list[Group]] = []
     for group in groups:
         fitting = (members for members in found if not _differing(members[0], group) and _together(members[0], group))
@@ -61,7 +61,7 @@ def remarks(groups: Sequence[Group]) -> list[str]:
     differences: list[str] = []
     if len(split) > 1:
         parts = [f"{listed([g.name for g in table.groups])} on {table.name}{_how(split[0], table)}" for table in split]
-        differences.append(f"Not judged alike, so each in a table of its own: {'; '.join(parts)}.")
+        differences.append(f"Not evaluated alike, so each in a table of its own: {'; '.join(parts)}.")
     for table in split:
         differences += _within(table.groups, _EVALUATED)
     differences += _within(groups, _LEARNT)
@@ -69,13 +69,13 @@ def remarks(groups: Sequence[Group]) -> list[str]:
 
 
 def source_name(run: RunFiles) -> str:
-    """What a run was judged on, as a file name, a hub name or that of a built-in task; empty if that is not known."""
+    """The name of a run's held-out data: a file name, a hub name or a built-in task; empty if it is not known."""
     name = _eval_source(run)
     return name if name in BUILTIN else Path(name).name if Path(name).is_absolute() else name
 
 
 def same_evaluation(ours: Group, theirs: Group) -> Relation:
-    """Whether two experiments were judged on the same prompts."""
+    """Whether two experiments were evaluated on the same prompts."""
     digests = [{seed_text(run): run.eval.get("held_out") for run in group.runs} for group in (ours, theirs)]
     same_source = _eval_digests(ours) == _eval_digests(theirs)
     counts = {run.eval.get("problems") for group in (ours, theirs) for run in group.runs if run.eval}
@@ -147,7 +147,7 @@ def _within(groups: Sequence[Group], use: _Use) -> list[str]:
 
 
 def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
-    """Settings of judging that differ: name and both values. One that a run's file lacks is no difference."""
+    """Settings of evaluating that differ: name and both values. One that a run's file lacks is no difference."""
     if not (ours.whos() and theirs.whos()):
         return []
     flat = [leaves(group.runs[0].config) for group in (ours, theirs)]
@@ -181,7 +181,7 @@ def _data(group: Group) -> str:
     return str(group.runs[0].config.get("data") or "")
 
 
-_EVALUATED = _Use(same_evaluation, _eval_digests, "were judged on", "files")
+_EVALUATED = _Use(same_evaluation, _eval_digests, "were evaluated on", "files")
 _LEARNT = _Use(_learnt, _data, "learnt from", "checkpoints")
 
 

@@ -61,13 +61,13 @@ PLOTS = (
     Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
     Curves(
         "Does the teacher’s reward tell right from wrong?",
-        "AUROC over rollouts, 0.5 is chance",
+        "AUROC over rollouts, 0.5 is random",
         {"trajectory_auroc": "AUROC"},
     ),
     Curves(
-        "Does the teacher put a prompt’s answers in order?",
+        "Does the teacher rank a prompt’s completions?",
         "mean over prompts with both kinds",
-        {"teacher_signal/auc": "AUC, 0.5 is chance", "teacher_signal/pairwise_accuracy": "pairs in order"},
+        {"teacher_signal/auc": "AUC, 0.5 is random", "teacher_signal/pairwise_accuracy": "pairs in order"},
     ),
     Curves(
         "Shown to the teacher",
@@ -107,13 +107,13 @@ PLOTS = (
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
 )
 
-#: Curves that are also averaged by the place in the answer: name, title, unit.
+#: Curves that are also averaged by the position in the completion: name, title, unit.
 POSITIONS = (
-    ("overlap_ratio", "Top-k in common, by place in the answer", "share of the student’s k"),
-    ("overlap_mass", "Student’s mass in common, by place in the answer", "probability"),
-    ("overlap_advantage", "Teacher’s pull, by place in the answer", "nats, 0 is agreement"),
-    ("entropy_gap", "Entropy gap, by place in the answer", "nats per token"),
-    ("overlap_teacher_mass", "Teacher’s mass in common, by place in the answer", "probability"),
+    ("overlap_ratio", "Top-k in common, by position in the completion", "share of the student’s k"),
+    ("overlap_mass", "Student’s mass in common, by position in the completion", "probability"),
+    ("overlap_advantage", "Teacher’s pull, by position in the completion", "nats, 0 is agreement"),
+    ("entropy_gap", "Entropy gap, by position in the completion", "nats per token"),
+    ("overlap_teacher_mass", "Teacher’s mass in common, by position in the completion", "probability"),
 )
 
 
@@ -203,7 +203,7 @@ def _times(groups: Sequence[Group]) -> Curves:
 
 
 def _eval_figures(groups: Sequence[Group], curves: Curves) -> str:
-    """Figures of held-out measures, one for each set of prompts that runs were judged on."""
+    """Figures of held-out measures, one for each set of prompts that runs were evaluated on."""
     split = tables(groups)
     titles = [f"{curves.title}, on {table.name}" if len(split) > 1 else curves.title for table in split]
     figures = [

@@ -13,7 +13,7 @@ from retort.evaluate import Estimate
 from retort.evaluate.measures import bounds
 from retort.report.read import RunFiles, as_object, number
 
-#: Settings that do not change what is learnt or how it is judged.
+#: Settings that do not change what is learnt or how it is evaluated.
 _BESIDE = ("out", "seed", "threads", "tracker", "eval.teacher", "eval.every", "record.", "checkpoint.")
 
 Points = list[tuple[float, float]]
@@ -56,7 +56,7 @@ class Group:
         return over
 
     def whos(self) -> list[str]:
-        """Who was judged, in order."""
+        """Who was evaluated, in order."""
         return list(dict.fromkeys(str(row.get("who", "?")) for run in self.runs for row in rows(run)))
 
     def metrics(self) -> list[str]:

@@ -30,7 +30,7 @@ class RunFiles:
         curves: Metric -> its finite values as (step, value), in order of steps.
         rollouts: Some of the recorded rollouts, spread evenly over the run.
         recorded: How many were recorded.
-        completions: Recorded answers to held-out prompts.
+        completions: Recorded completions of held-out prompts.
         eval: Contents of `eval.json`.
         notes: What is missing or odd, for the reader.
         damage: Those of them that say what was left out because it is damaged.
@@ -112,7 +112,7 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
     chosen, recorded = _some_lines(run_dir / "rollouts.jsonl", rollouts, notes, damage)
     config = _object(run_dir / "config.json", notes, damage)
     results = _object(run_dir / "eval.json", notes, damage)
-    # Older runs, and those that judge nothing, have none of these: that is no gap in the page.
+    # Older runs, and those that evaluate nothing, have none of these: that is no gap in the page.
     completions = _lines(run_dir / "answers.jsonl", [], damage)
     trust = _object(run_dir / "trust.json", [], damage)
     curves = _curves(metrics, notes)
@@ -140,7 +140,7 @@ def _explain_missing(config: Mapping[str, Any], notes: list[str]) -> list[str]:
     """Takes out of the notes what is missing because the settings say so, and says that instead."""
     said: list[str] = []
     for name, section, key, words in (
-        ("eval.json", "eval", "problems", "Nothing was judged on held-out prompts"),
+        ("eval.json", "eval", "problems", "Nothing was evaluated on held-out prompts"),
         ("rollouts.jsonl", "record", "rollouts", "No rollouts were recorded"),
     ):
         note = f"{name} is missing."

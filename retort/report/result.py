@@ -170,7 +170,7 @@ def _about(groups: Sequence[Group], several: bool) -> str:
     words += [f"{about['graded']} of them graded"] if "graded" in about else []
     words += [f"{counted(about['k'], 'sample')} each"] if "k" in about else []
     lost = sum(int(number(n) or 0) for one in all_runs(groups) for n in as_object(one.eval.get("given_up")).values())
-    words += [f"{lost} answers count as wrong because their comparison found no end"] if lost else []
+    words += [f"{lost} completions count as wrong because their comparison did not finish"] if lost else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
     words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []
@@ -181,7 +181,7 @@ def _about(groups: Sequence[Group], several: bool) -> str:
 
 
 def _one_table(group: Group) -> str:
-    """Metrics down, writers across."""
+    """Metrics down, models across."""
     whos = group.whos()
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
@@ -223,7 +223,7 @@ def _side_by_side(groups: Sequence[Group]) -> str:
 
 
 def _teachers(groups: Sequence[Group], metrics: Sequence[str]) -> list[list[Group]]:
-    """Runs that have a judged teacher, by teacher."""
+    """Runs that have a evaluated teacher, by teacher."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if any(group.cell(TEACHER, metric) for metric in metrics):

@@ -1,4 +1,4 @@
-"""Recorded rollouts and answers, token by token: the data that the page's script draws.
+"""Recorded rollouts and completions, token by token: the data that the page's script draws.
 
 The text of a model is hostile. Nothing of it becomes markup here: it goes into one block of JSON in which no character
 can end the block, and the script writes it as text.
@@ -34,9 +34,9 @@ class Quantity:
 MODELS, BETWEEN, LOSS = "The models", "Between them", "The loss"
 _KNOWN: Mapping[str, Quantity] = {
     "teacher_entropy": Quantity("teacher’s entropy", "nats", MODELS, "how uncertain the teacher was about this token"),
-    "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the writer was about this token"),
-    "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was written"),
-    "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was written"),
+    "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the student was about this token"),
+    "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was generated"),
+    "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was generated"),
     _GAP: Quantity(_GAP, "nats", BETWEEN, "positive where the teacher likes the token better than the student does"),
     "reverse_kl": Quantity("reverse KL", "nats", BETWEEN, "estimated from the token alone where it can be negative"),
     "forward_kl": Quantity("forward KL", "nats", BETWEEN, "what the teacher has in mind and the student has not"),
@@ -69,7 +69,7 @@ def quantity(name: str) -> Quantity:
 
 
 def rollouts_section(groups: Sequence[Group]) -> str:
-    """The section with rollouts and answers; empty if none was recorded."""
+    """The section with rollouts and completions; empty if none was recorded."""
     runs = all_runs(groups)
     training = [_training(run, row) for run in runs for row in run.rollouts]
     problems = _held_out(groups)

@@ -84,7 +84,7 @@ def _cell(value: object) -> str:
 def _plots(found: Mapping[str, Any]) -> str:
     figures: list[str] = []
     for key, title, x_label in (
-        ("position", "Right in the end, along the answer", "place, as a share of the answer"),
+        ("position", "Right in the end, along the completion", "place, as a share of the completion"),
         ("teacher_entropy", "Right in the end, by the teacher’s entropy", "teacher’s entropy, nats"),
         ("student_entropy", "Right in the end, by the student’s entropy", "student’s entropy, nats"),
     ):

@@ -1,4 +1,4 @@
-"""How a run begins: anew, from a checkpoint, or only to be looked at. What it then does is in `retort.train.run`."""
+"""Starts, resumes or loads a run. The loop itself is in `retort.train.run`."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ def start(
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
 ) -> Run:
-    """A new run in a folder of its own, which `Run.go` makes.
+    """Starts a new run in a folder of its own, which `Run.go` makes.
 
     Args:
-        config: Resolved.
-        folder: Of the run.
-        observer: Who watches.
+        config: The resolved configuration.
+        folder: The folder of the run.
+        observer: Receives progress, notes and tables.
         method: A method of the caller's own, instead of the one that the configuration names.
-        caller_objects: Objects of the caller's for which texts stand in the configuration.
+        caller_objects: The objects that the configuration names by a placeholder.
 
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
     refuse_taken(folder)
     prepared = prepare(config, method, caller_objects)
-    config = prepared.config  # without a teacher that nothing asks
-    # What was left to choose at the start is written down as chosen, so that a resumed run cannot choose otherwise.
+    config = prepared.config  # The resolved settings name no idle teacher.
+    # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
         "precision": prepared.student.precision,
         "attention": prepared.attention,
         "device": prepared.student.device.type,
         "steps": prepared.steps,
     }
-    # So are places: a run may be resumed from another folder than it was started from.
+    # Paths are saved in full: a run may be resumed from another folder than it was started from.
     evaluated = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     kept = {**chosen, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
     resolved = config.moved(lambda path: str(_absolute(path))).model_copy(update=kept)
@@ -71,13 +71,13 @@ def resume(
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
 ) -> Run:
-    """A run continued from its newest checkpoint (from its start, if it has none), or from the one that `path` names.
+    """Continues a run from its newest checkpoint (from its start, if it has none), or from the one that `path` names.
 
     Nothing is written before `Run.go`, which drops what was written after that checkpoint.
 
     Args:
-        path: Folder of a run, or of one of its checkpoints.
-        observer: Who watches.
+        path: The folder of a run, or of one of its checkpoints.
+        observer: Receives progress, notes and tables.
         steps: A new number of steps; schedules that end with the run then end with the new one.
         method: The caller's own method, if the run was started with one.
         caller_objects: The objects that it was started with; its folder keeps the rows of data among them.
@@ -100,7 +100,7 @@ def load(
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
 ) -> Run:
-    """The run of `resume` for whoever only looks at it; another process may be at work in it.
+    """Loads a run as `resume` does, only to read it; another process may be at work in it.
 
     Args:
         path: As in `resume`, as are all arguments.
@@ -119,7 +119,7 @@ def load(
         config = config.model_copy(update={"steps": steps})
     caller_objects = (caller_objects or CallerObjects()).again(config, folder)
     if chosen is not None:
-        checkpoint.verify(chosen)  # refuse a damaged one before minutes are spent on loading models
+        checkpoint.verify(chosen)  # A damaged checkpoint is refused before minutes are spent on loading models.
     run = Run(prepare(config, method, caller_objects), folder, observer or Silent(), caller_objects=caller_objects)
     if chosen is not None:
         run.restore(chosen)
@@ -133,7 +133,7 @@ def load(
 
 
 def _absolute(path: str | None) -> str | None:
-    """A local path, or a pattern of such, in full; a hub name and the built-in data as they are."""
+    """Makes a local path or glob absolute; hub names and built-in data stay as they are."""
     if path is None or path in configuration.BUILTIN:
         return path
     local = Path(path).expanduser()

@@ -426,7 +426,7 @@ def test_a_learning_rate_that_rises_on_resume_is_said() -> None:
 
 EARLY: dict[str, tuple[list[str], str]] = {
     "length": (["rollout.max_new_tokens=128"], "context of 128; lower rollout.max_new_tokens"),
-    "judged": (["rollout.max_new_tokens=6", "eval.max_new_tokens=128"], "lower eval.max_new_tokens"),
+    "evaluated": (["rollout.max_new_tokens=6", "eval.max_new_tokens=128"], "lower eval.max_new_tokens"),
     "prompt": (["rollout.max_prompt_tokens=1"], "more than rollout.max_prompt_tokens = 1"),
     "tracker": (["tracker=wandb"], "pip install 'wandb'"),
     "adapter": (["lora.rank=4"], "lora.rank needs peft"),

@@ -1,4 +1,4 @@
-"""What a run calls while it is at work, whoever gave it: see `retort.train.callbacks` for what that may be."""
+"""Calls callbacks and checks them; see `retort.train.callbacks` for their protocol."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _HOOKS = ("on_step", "on_eval", "on_end")
 
 @dataclass(frozen=True)
 class Stop:
-    """What `on_step` and `on_eval` return to end a run after the step at hand.
+    """A value that `on_step` and `on_eval` return to end a run after the current step.
 
-    It ends as at its last step: saved, judged, its model exported; and can be resumed.
+    The run ends as at its last step: saved, evaluated, its model exported; and can be resumed.
 
     Attributes:
-        reason: Why, for the console and the log. Without words it is said that a callback asked for it.
+        reason: Why, for the console and the log; by default that a callback asked for it.
     """
 
     reason: str = "a callback asked for it"
@@ -37,7 +37,7 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
 
 
 def call(callbacks: Sequence[Any], hook: str, run: object, *arguments: Any) -> str | None:
-    """Calls all of them; the reason to stop that one of them gives, if any.
+    """Calls a hook of all callbacks, and returns the first reason to stop, if any.
 
     Raises:
         RunError: One raised, or returned something else than None or a `Stop`.

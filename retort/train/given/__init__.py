@@ -1,1 +1,1 @@
-"""What the caller handed over: arguments of the Python API, and objects in place of names."""
+"""Inputs of the Python API: arguments, and objects in place of names."""

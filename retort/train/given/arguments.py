@@ -1,4 +1,4 @@
-"""Arguments of `retort.distill` and `retort.doctor` that are no objects: what they may be, and that none is lost."""
+"""Checks the arguments of `retort.distill` and `retort.doctor` that are not objects, and turns them into settings."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from retort.method import Method
 
 __all__ = ["method_argument", "models_argument", "path_argument", "refuse_twice", "settings_argument"]
 
-#: Settings that the arguments call otherwise.
+#: Settings whose argument has another name.
 _ARGUMENTS = {"task": "verifier", "eval.data": "eval_data"}
 
 
 def method_argument(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
-    """A method as settings, or as the object that was given.
+    """Returns a method as settings, or as the object that was given.
 
     Args:
         method: A name, a mapping, a `Method`, or None for absent.
 
     Raises:
-        UserError: It is anything else.
+        UserError: The method is of another kind.
     """
     if method is None or isinstance(method, Method):
         return None, method
@@ -38,10 +38,10 @@ def method_argument(method: Any) -> tuple[Mapping[str, Any] | None, Method | Non
 
 
 def settings_argument(settings: Any) -> Mapping[str, Any]:
-    """Further settings; none where they are absent.
+    """Returns the further settings; an empty mapping where they are absent.
 
     Raises:
-        UserError: They are no mapping.
+        UserError: The settings are not a mapping.
     """
     if settings is None:
         return {}
@@ -57,10 +57,10 @@ def settings_argument(settings: Any) -> Mapping[str, Any]:
 
 
 def path_argument(argument: str, path: Any) -> str | None:
-    """A path or a name as text; None for absent.
+    """Returns a path or a name as text; None for absent.
 
     Raises:
-        UserError: It is no path, or empty.
+        UserError: The value is not a path, or is empty.
     """
     if path is None:
         return None
@@ -71,14 +71,14 @@ def path_argument(argument: str, path: Any) -> str | None:
 
 
 def models_argument(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
-    """Models by name as settings: a path, a name or an object for each.
+    """Returns models by name as settings: a path, a name or an object for each.
 
     Args:
         models: A mapping by name, or None for absent.
         besides: The arguments that name a model of their own.
 
     Raises:
-        UserError: It is no mapping, a name is none, or a model is given by its own argument, too.
+        UserError: Models are not a mapping, a name is not valid, or a model is given by its own argument, too.
     """
     if models is None:
         return {}

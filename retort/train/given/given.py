@@ -1,4 +1,4 @@
-"""What a caller of the Python API hands over as objects instead of naming it: models, rows, a verifier.
+"""Objects that a caller of the Python API passes instead of names: models, rows, a verifier.
 
 In the settings of a run a text that begins with `in memory: ` stands for each. Models and verifiers must be given again
 when the run is resumed; rows are kept in the folder of the run.
@@ -40,7 +40,7 @@ class Rows:
 
     Attributes:
         rows: The mappings, as given.
-        where: What messages call them.
+        where: Their name in messages.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -48,22 +48,22 @@ class Rows:
 
     @staticmethod
     def from_iterable(setting: str, rows: Any, limit: int | None) -> Rows:
-        """Rows as the caller gives them.
+        """Reads rows from what the caller passed.
 
         Args:
-            setting: Which, for messages.
+            setting: The setting, for messages.
             rows: A list, a `datasets.Dataset` or any other iterable of mappings.
-            limit: Take only the first so many.
+            limit: Number of rows to take; None for all.
 
         Raises:
-            UserError: It is no such thing.
+            UserError: The object is not an iterable of mappings.
         """
         where = ROWS[setting][0]
         return Rows([row for _, row in islice(numbered(rows, where), limit)], where)
 
     @staticmethod
     def kept(path: Path) -> Rows:
-        """Rows that the folder of a run keeps.
+        """Reads rows that the folder of a run keeps.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -92,17 +92,17 @@ class Rows:
 
     @property
     def label(self) -> str:
-        """What stands for them in the settings."""
+        """The placeholder of these rows in the settings."""
         return f"{IN_MEMORY}{len(self.rows)} rows, {hashlib.sha256(self.content).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, eq=False)
 class CallerObjects:
-    """What was handed over.
+    """Objects that the caller passed.
 
     Attributes:
-        models: By the text that stands for each.
-        rows: By the setting.
+        models: Models by their placeholder.
+        rows: Rows by their setting.
         grade: A verifier.
     """
 
@@ -111,11 +111,11 @@ class CallerObjects:
     grade: Own | None = None
 
     def source(self, name: str) -> Held | None:
-        """The model that a text stands for, if it stands for one."""
+        """The model behind a placeholder; None for any other text."""
         return self.models.get(name)
 
     def prompts(self, config: Config, setting: str, path: str, limit: int | None, notes: list[str]) -> list[Prompt]:
-        """The prompts of a setting: of the rows that were given for it, or of the place that it names."""
+        """The prompts of a setting: from the rows that were given for it, or from the path that it names."""
         rows = self.rows.get(setting)
         if rows is not None:
             where = ROWS[setting][0]
@@ -135,7 +135,7 @@ class CallerObjects:
         return own_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
 
     def again(self, config: Config, folder: Path) -> CallerObjects:
-        """All that a run needs which is resumed: what is given now, and the rows that its folder keeps.
+        """Collects the objects of a resumed run: those given now, and the rows that its folder keeps.
 
         Raises:
             UserError: Something that was given is not given again, or something is given that the run has by name.
@@ -168,7 +168,7 @@ class CallerObjects:
 
     @property
     def notes(self) -> list[str]:
-        """What nobody can check of objects that are given again."""
+        """Notes about what cannot be checked of objects that are given again."""
         if self.grade is None or not name_of(self.grade).startswith(IN_MEMORY):
             return []
         name = name_of(self.grade).removeprefix(IN_MEMORY)
@@ -188,7 +188,7 @@ class CallerObjects:
 
 
 def going_on(config: Config, folder: Path) -> str:
-    """What its user types to go on with a run: the command, or where it was given objects, the call that names them."""
+    """The command that resumes a run, or the Python call where the run was given objects."""
     again = [_again(name) for name, path in config.model_paths.items() if path == in_memory(name)]
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
@@ -198,7 +198,7 @@ def going_on(config: Config, folder: Path) -> str:
 
 
 def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], CallerObjects]:
-    """Arguments of `retort.distill` as settings, and what of them are objects.
+    """Splits the arguments of `retort.distill` into settings and objects.
 
     Args:
         named: By the setting (`student`, `models.NAME.path`, `data`, `eval.data`, ...): a path or name, or an object;
@@ -235,12 +235,12 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
 
 
 def in_memory(name: str) -> str:
-    """The text that stands for a model that was given as an object."""
+    """The placeholder of a model that was given as an object."""
     return f"{IN_MEMORY}{name}"
 
 
 def _again(name: str) -> str:
-    """How a model is given again."""
+    """The argument that gives a model again."""
     example = "(model, tokenizer)"
     return f"{name}={example}" if name in SHORTHANDS else f"models={{{name!r}: {example}}}"
 

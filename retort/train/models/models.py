@@ -1,4 +1,4 @@
-"""The models of a run: where each lies, how it is loaded, and what it is to the student.
+"""The sources of a run's models, and how each is loaded.
 
 Every model has a name, by which views and settings call it: `student`, `teacher`, `base`, or another in `[models]`.
 """
@@ -22,26 +22,26 @@ from retort.train.given.given import CallerObjects
 
 
 def sources(paths: Mapping[str, str], caller_objects: CallerObjects) -> dict[str, tuple[str, str | Held]]:
-    """What the user calls each model, and where it is read from: a folder, a hub name, or an object.
+    """Maps each model to its name for messages and its source: a folder, a hub name, or an object.
 
     Args:
-        paths: By the model's name.
-        caller_objects: Objects for which texts stand among the places.
+        paths: Paths, hub names or placeholders by model name.
+        caller_objects: The objects behind placeholders.
     """
     return {name: (path, caller_objects.source(path) or located(path)) for name, path in paths.items()}
 
 
 def load(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> LanguageModel:
-    """A model as the settings say, and where they name one that was given as an object, a copy of that.
+    """Loads a model as the settings say; of one that was given as an object, a copy.
 
     Args:
-        config: Resolved.
-        path: Folder, hub name, or the text that stands for an object.
-        name: Of the model; the one called `student` learns, all others are frozen.
-        caller_objects: Objects of the caller's.
+        config: The resolved configuration.
+        path: A folder, a hub name, or the placeholder of an object.
+        name: Name of the model; `student` learns, all others are frozen.
+        caller_objects: The objects behind placeholders.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The model cannot be loaded.
     """
     held = (caller_objects or CallerObjects()).source(path)
     device = torch.device(device_for(config))
@@ -60,7 +60,7 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
 
 
 def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
-    """A teacher for this student, aligned with it.
+    """Makes a frozen model a teacher of the student, aligned with it.
 
     Raises:
         UserError: Their tokenizers disagree.
@@ -74,12 +74,12 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
 
 
 def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
-    """What writes with a model of the run; only ids below `vocab` are tokens."""
+    """A rollout engine for a model of the run; only ids below `vocab` are tokens."""
     return HFEngine(lm, vocab=vocab, max_parallel=config.rollout.parallel)
 
 
 def located(name: str) -> str:
-    """Where a model lies: `countdown:student` and others ship with Retort, wherever that is installed."""
+    """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are."""
     from retort.tasks import coached, countdown, ranking
 
     bundled = {
@@ -91,7 +91,7 @@ def located(name: str) -> str:
 
 
 def device_for(config: Config) -> str:
-    """The device that the settings name, or the best there is."""
+    """The device that the settings name, or the best available one."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its run besides tensors, so that a run that goes on from it notices what changed."""
+"""The identity of a run in a checkpoint: settings, digests and versions, so that a resumed run notices changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retort.models.lm import LanguageModel
 from retort.teachers.local import LocalTeacher
 from retort.train.setup.prepare import Prepared
 
-#: Settings that do not change what is learnt or judged; places, because it is their content that counts.
+#: Settings that do not change what is learnt or evaluated; paths, because their content counts.
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
     *("steps", "tracker", "checks", "checkpoint", "record"),
@@ -33,14 +33,14 @@ ROUNDING = (
     "optimizer.batch_tokens",
     "optimizer.gradient_checkpointing",
 )
-#: What is written otherwise by another version of transformers.
+#: Digests that may differ between versions of transformers.
 _BY_VERSION = ("configuration", "tokenizer")
 #: Keys of a model's configuration that say where or with what it was loaded.
 _LOADED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
-    """Settings, digests and versions of a run, to be taken before its student has learnt: part of a checkpoint's state.
+    """Computes the identity of a run before its student has learnt: part of a checkpoint's state.
 
     Weights are hashed whole (about a second per gigabyte), and prompts as each model reads them.
     """
@@ -75,11 +75,11 @@ def compare(
     """Refuses a checkpoint of another run, and notes what differs without changing what is learnt.
 
     Args:
-        path: Of the checkpoint, for messages.
-        state: Its plain values.
-        now: `identity` of the run.
-        folder: Of the run.
-        note: Takes each difference that may only change rounding, one sentence.
+        path: Path of the checkpoint, for messages.
+        state: Plain values of the checkpoint.
+        now: The `identity` of the run.
+        folder: The folder of the run.
+        note: Called with a sentence for each difference that may only change rounding.
 
     Raises:
         UserError: Something differs that makes it another run.
@@ -112,7 +112,7 @@ def compare(
             "put back what it was made with, or start a new run with another --out"
         )
     notes = [f"{name} = {b} now (it was {a})" for name, a, b in settings]
-    notes += [f"{name} is written otherwise by this version" for name in may_render_differently]
+    notes += [f"{name} is rendered differently by this version" for name in may_render_differently]
     if versions:
         notes.append(f"the run goes on with {', '.join(versions)}")
     for found in notes:
@@ -131,7 +131,7 @@ def _why(refused: list[str]) -> str:
 
 
 def _settings(prepared: Prepared) -> dict[str, str]:
-    """Settings that count by their dotted names, as JSON; the numbers of a method of the caller's own, too."""
+    """Settings that count, as JSON by dotted name, including the numbers of the caller's own method."""
     method = prepared.method
     plain = {name: v for name, v in method.settings.items() if isinstance(v, (bool, int, float, str, type(None)))}
     found = dict(_flat(prepared.config.model_dump())) | {
@@ -153,7 +153,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
 
 
 def _model(lm: LanguageModel) -> dict[str, str]:
-    """Digests of all that a model's folder holds and a run depends on."""
+    """Digests of everything in a model's folder that a run depends on."""
     return {
         "weights": _weights(lm),
         "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
@@ -186,7 +186,7 @@ def _tokenizer(tokenizer: Any) -> str:
     if backend is None:
         return names + json.dumps(tokenizer.get_vocab(), sort_keys=True)
     rendered = json.loads(backend.to_str())
-    # Calls set these.
+    # Calls of the tokenizer set these.
     return names + json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
 
 

@@ -1,6 +1,7 @@
-"""What can be known of a run before any weights are read: minutes are not spent on one that cannot start.
+"""Checks of a run before any weights are read, so that no minutes are spent on one that cannot start.
 
-Settings that are nobody's (a default's, or the method's paper's) are made to fit here; the user's are never changed.
+Settings that the user left open (defaults, and those of the method's paper) are made to fit here; the user's own are
+never changed.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from retort.train.setup import templates
 
 @dataclass(frozen=True, eq=False)
 class CheckedSettings:
-    """What was found.
+    """The result of the checks.
 
     Attributes:
-        config: Resolved, with what was left open made to fit.
-        render: A prompt's ids, as the student reads it.
+        config: The resolved configuration, with what was left open made to fit.
+        render: Maps a prompt to ids, as the student reads it.
         highest: By role, the largest id in any prompt, and the row that holds it.
     """
 
@@ -52,15 +53,15 @@ def check_before_loading(
     held_out: Sequence[Prompt],
     notes: list[str],
 ) -> CheckedSettings:
-    """Every check of a run that needs no weights.
+    """Makes every check of a run that needs no weights.
 
     Args:
-        config: Resolved.
-        method: With what comes before it.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
         models: Name and source of every model that is to be loaded, the student first.
         train: Prompts to learn from.
-        held_out: Prompts to be judged on.
-        notes: Takes what the user should know.
+        held_out: Prompts for evaluation.
+        notes: Collects notes for the user.
 
     Raises:
         UserError: Whatever is wrong, in one line.
@@ -88,12 +89,12 @@ def _describe(config: Config, role: str, name: str, source: str | Held) -> Descr
 
 
 def step_count(config: Config, prompts: int) -> int:
-    """Batches of rollouts in a run over so many prompts."""
+    """Number of batches of rollouts in a run over so many prompts."""
     return config.steps or -(-prompts // batch_prompts(config, prompts))
 
 
 def batch_prompts(config: Config, prompts: int) -> int:
-    """Prompts per batch: what was asked for, or all there are."""
+    """Number of prompts per batch: as set, or all there are."""
     return min(config.rollout.prompts, prompts)
 
 
@@ -101,13 +102,13 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
     """Makes a paper's steps and warm-up fit the run, or says that the user's do not.
 
     Args:
-        config: Resolved.
-        method: With what comes before it.
-        prompts: To learn from.
-        notes: Takes what was changed.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
+        prompts: Number of training prompts.
+        notes: Collects what was changed.
 
     Raises:
-        UserError: A cold start leaves nothing of the run.
+        UserError: A cold start leaves no step of the run.
     """
     cold = method.before[0] if method.before is not None else 0
     if cold and config.steps is not None and cold >= config.steps and not config.set_by_user("steps"):
@@ -142,16 +143,16 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
 def fit_lengths(
     config: Config, models: Mapping[str, Described], read: Mapping[str, templates.Extremes], notes: list[str]
 ) -> Config:
-    """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
+    """Cuts lengths that the user left open to what the models' contexts hold beside the longest prompt.
 
     Args:
-        config: Resolved.
+        config: The resolved configuration.
         models: By role.
-        read: How long prompts get, as each reads them.
-        notes: Takes what was changed.
+        read: The longest prompts, as each model reads them.
+        notes: Collects what was changed.
 
     Raises:
-        UserError: A length of the user's does not fit, or no answer at all does.
+        UserError: A length of the user's does not fit, or no completion at all does.
     """
     evaluated = config.eval.max_new_tokens
     learnt = {role: one.train for role, one in read.items()}
@@ -167,7 +168,7 @@ def _fit(
     prompts: Sequence[Mapping[str, tuple[int, str]]],
     notes: list[str],
 ) -> Config:
-    """One length, beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""
+    """Fits one length beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""
     wanted = config.value(key)
     each = [
         (models[role].context - tokens, role, tokens, row)
@@ -199,7 +200,7 @@ def _fit(
 
 
 def paper_settings(config: Config, method: Method) -> list[str]:
-    """Which settings are neither the user's nor a default."""
+    """A note on the settings that come from the method's paper; none without such settings."""
     plain: Any = Config()
     theirs = [
         f"{key}={value}"

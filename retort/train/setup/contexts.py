@@ -1,4 +1,4 @@
-"""What a method's views could show in the best of cases: whether there is anything, and in words that are known."""
+"""Checks of what a method's views can show: whether there is anything, and whether the teacher knows its words."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.teachers.scene import Scene, Stage
 from retort.teachers.local import LocalTeacher
+from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 
@@ -56,10 +56,10 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
     """Notes views in whose prompts there are words that the teacher's tokenizer does not know.
 
     Args:
-        method: Whose views.
-        models: Who reads them, by `View.model`.
+        method: The method whose views are checked.
+        models: The models that read them, by `View.model`.
         stage: With the run's templates and prompts.
-        notes: Of the run.
+        notes: Collects notes for the user.
     """
     for name, view in method.views.items():
         model = models[view.model]
@@ -93,10 +93,10 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
     """Refuses a run whose views can show nothing in the room that they have, and notes prompts of which that is so.
 
     Args:
-        method: Whose views.
-        models: Who reads them, by `View.model`.
+        method: The method whose views are checked.
+        models: The models that read them, by `View.model`.
         stage: With the run's templates, prompts and the longest prompt of a view.
-        notes: Of the run.
+        notes: Collects notes for the user.
 
     Raises:
         UserError: For none of the prompts looked at is there room for a single character, in any view that is learnt
@@ -123,7 +123,7 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
 
 
 def _ids(model: LocalTeacher, stage: Stage, template: str) -> list[int]:
-    """Of a template's own words."""
+    """Ids of a template's own words."""
     text = _PLACES.sub(" ", {**templates({}), **stage.templates}[template])
     return list(model.lm.tokenizer.encode(text, add_special_tokens=False))
 
@@ -148,14 +148,14 @@ def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) ->
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A few of them, from all over."""
+    """A few prompts, spread evenly."""
     step = max(1, len(prompts) // EXAMINED)
     return list(prompts[::step][:EXAMINED])
 
 
 def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Rollout:
     sequence = TokenSequence.of([0]).then([0], decided=True)
-    # In words that every task knows: its own answer.
+    # The text is the reference answer, whose words every task knows.
     text = prompt.response or prompt.answer or prompt.text
     note = text if feedback and reward == _WORST else ""
     return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=note)

@@ -38,18 +38,18 @@ from retort.train.teaching.teachers import Teachers
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run before its first step.
+    """The parts of a run before its first step.
 
     Attributes:
-        config: Resolved.
-        method: What is learnt, with what comes before it.
-        source: Where rollouts come from.
-        teachers: Who answers.
-        learner: What learns.
-        held_out: Prompts to be judged on.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
+        source: Generates the rollouts.
+        teachers: Score the rollouts.
+        learner: Trains the student.
+        held_out: Prompts for evaluation.
         eval_grader: Grades completions of these, where any has an answer.
-        attention: Implementation, resolved; None for each model's own default.
-        notes: What the user should know before the run starts.
+        attention: The attention implementation; None for each model's own default.
+        notes: Notes for the user before the run starts.
     """
 
     config: Config
@@ -74,17 +74,17 @@ class Prepared:
 
     @property
     def steps(self) -> int:
-        """Batches of rollouts in the run."""
+        """Number of batches of rollouts in the run."""
         return step_count(self.config, len(self.source.prompts))
 
     @property
     def phases(self) -> list[tuple[int, Method]]:
-        """Where each method of the run begins: the method's own, with what comes before it."""
+        """The step at which each method of the run begins: the method's own, with what comes before it."""
         before = self.method.before
         return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
 
     def at(self, step: int) -> tuple[Method, Clock]:
-        """The method at hand after so many batches, and the clock."""
+        """The current method after so many batches, and the clock."""
         phases = self.phases
         number = max(index for index, (begins, _) in enumerate(phases) if begins <= step)
         end = phases[number + 1][0] if number + 1 < len(phases) else self.steps
@@ -96,9 +96,9 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     """Loads and checks everything.
 
     Args:
-        config: Resolved.
-        method: Of the caller's own, instead of the configuration's.
-        caller_objects: Objects of the caller's for which texts stand in the configuration.
+        config: The resolved configuration.
+        method: A method of the caller's own, instead of the configuration's.
+        caller_objects: The objects behind placeholders in the configuration.
 
     Raises:
         UserError: Whatever is wrong, in one line.
@@ -133,7 +133,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
 
 
 def _method(config: Config, method: Method | None) -> Method:
-    """The caller's or the configuration's, with the curves and the cold start that the settings ask for."""
+    """The caller's or the configuration's method, with the curves and the cold start that the settings ask for."""
     method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
     cold = config.cold_start
     if not cold.steps:
@@ -142,11 +142,11 @@ def _method(config: Config, method: Method | None) -> Method:
 
 
 def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> dict[str, LocalTeacher]:
-    """Every model as a teacher of the student, by name, over the ids that all of them share."""
+    """Makes every model a teacher of the student, over the ids that all of them share."""
     config, student, frozen = loaded.config, loaded.student, loaded.frozen
     lms = {**frozen, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items()}
-    # Nobody may say of an id that one of the models lacks.
+    # No signal may cover an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.about(vocab) for name, model in local.items()}
     if "teacher" in frozen:

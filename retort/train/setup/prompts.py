@@ -1,4 +1,4 @@
-"""The prompts of a run, and who grades the answers to them."""
+"""The prompts of a run, and the graders of their completions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from retort.train.setup.split import different, overlap, repeats, set_aside
 def read_prompts(
     config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and those held out to be judged on."""
+    """Prompts to learn from, and those held out to be evaluated on."""
     wanted = config.eval.problems
     if config.builtin and config.prompt_template is not None:
         raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
@@ -40,7 +40,7 @@ def read_prompts(
             notes += repeats(prompts, "training rows")
         if evaluated not in BUILTIN:
             notes += repeats(held_out, "rows of eval.data")
-        if not (config.builtin and evaluated in BUILTIN):  # tasks of Retort's own hold their problems apart
+        if not (config.builtin and evaluated in BUILTIN):  # Retort's own tasks keep their problems apart.
             notes += overlap(prompts, held_out)
         return prompts, held_out
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
@@ -49,7 +49,7 @@ def read_prompts(
     notes += repeats(prompts, "rows of the data")
     copies = len(prompts) - len(train) - len(held_out)
     if copies:
-        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor judged on")
+        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor evaluated on")
     if len(held_out) < wanted:
         notes.append(
             f"{len(held_out)} of {different(prompts)} prompts are held out for evaluation (a fifth at most; "
@@ -61,7 +61,7 @@ def read_prompts(
 def eval_prompts(
     config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
 ) -> list[Prompt]:
-    """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
+    """The prompts to evaluate on: held-out problems of the built-in task, or a file, or rows that were given."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
     return _load(config, "eval.data", data, config.eval.problems, notes, caller_objects)
@@ -92,7 +92,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
     return list(_builtin(task, split, count))
 
 
-@lru_cache(maxsize=8)  # thousands of puzzles are solved for one split: a second run of a session need not
+@lru_cache(maxsize=8)  # One split takes solving thousands of puzzles: the result is kept for the session.
 def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
     from retort.tasks import coached, countdown, ranking
 
@@ -123,7 +123,7 @@ def graders(
     notes: list[str],
     caller_objects: CallerObjects | None = None,
 ) -> tuple[Grader | None, Grader | None]:
-    """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
+    """The graders of training rollouts and of held-out completions: None where no prompt can be graded.
 
     A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
     out of the grading, and a note counts them.
@@ -145,13 +145,13 @@ def graders(
 
 
 def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Grader | None:
-    """The grader of those prompts that it can grade; a note counts the others.
+    """Makes a grader for the prompts that can be graded; a note counts the others.
 
     Args:
         task: As for `grader_for`.
         prompts: At least one.
-        whose: What they are, for messages.
-        notes: Takes the note.
+        whose: Their name in messages.
+        notes: Collects the note.
 
     Raises:
         UserError: As `grader_for`; where a task is named that needs answers and no prompt has one.

@@ -1,4 +1,4 @@
-"""How a run reads its prompts: what templates are told for all of it, and whether the prompts can be read so."""
+"""Chat templates of a run: the options that they get, and checks of the rendered prompts."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ __all__ = ["Extremes", "check_prompts", "check_rendered", "ends", "refuse_views"
 
 
 def today() -> str:
-    """The day at hand, as settings write it."""
+    """The present day as ISO 8601."""
     return date.today().isoformat()
 
 
 def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], notes: list[str]) -> Config:
-    """The settings with what a run's start leaves open: the day that templates write.
+    """Fills in what a run's settings leave open for templates: the day that they write.
 
     Args:
         config: Resolved.
         tokenizers: By role.
-        notes: Takes what is chosen, and which way `enable_thinking` is used.
+        notes: Collects what is chosen, and how `enable_thinking` is used.
     """
     rollout = config.rollout
     roles = [role for role, tokenizer in tokenizers.items() if dated(tokenizer)]
@@ -50,7 +50,7 @@ def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], n
 
 
 def thinking_note(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_options: TemplateOptions) -> str:
-    """One sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
+    """A sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
     ways = {role: thinks(tokenizer, template_options) for role, tokenizer in tokenizers.items()}
     found = [(role, way) for role, way in ways.items() if way is not None]
     if not found:
@@ -69,14 +69,14 @@ def thinking_note(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_op
 
 
 def ends(readers: Mapping[str, Renderer]) -> tuple[dict[str, str], list[str], bool]:
-    """Where prompts end, as each template's own conversations tell.
+    """Finds where prompts end, from each template's own conversations.
 
     Args:
-        readers: How each model reads.
+        readers: The renderer of each model.
 
     Returns:
-        After what answers begin, by role, where there is a template; what is wrong with it; and whether that leaves no
-        prompt to be answered: see `retort.align.template.unlike_a_turn`.
+        What completions begin after, by role, where there is a template; what is wrong with it; and whether that leaves
+        no prompt to complete: see `retort.align.template.unlike_a_turn`.
     """
     after, wrong, fatal = dict[str, str](), list[str](), False
     for role, render in readers.items():
@@ -95,7 +95,7 @@ def refuse_views(config: Config, method: Method) -> None:
     """Refuses prompts that are rendered already where a view puts something into them.
 
     Raises:
-        UserError: It names the view.
+        UserError: A view would change a rendered prompt; the message names it.
     """
     phases = [method] if method.before is None else [method.before[1], method]
     shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
@@ -107,11 +107,11 @@ def refuse_views(config: Config, method: Method) -> None:
 
 
 def check_rendered(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
-    """Looks through all prompts for such as were rendered before.
+    """Checks all prompts for ones that were rendered before.
 
     Args:
         prompts: All of them.
-        readers: How each model reads; who writes is the first.
+        readers: The renderer of each model; the one that generates first.
 
     Returns:
         Notes on control tokens that are read as text, and on beginnings that are there twice.
@@ -167,12 +167,12 @@ def _spelt(
 
 @dataclass
 class Extremes:
-    """The longest of some prompts as one model reads them, and the largest id in any, each with its row.
+    """The longest prompts as one model reads them, and the largest id, each with its row.
 
     Attributes:
-        train: Tokens, of those to learn from.
-        held_out: Tokens, of those to be judged on.
-        highest: The id.
+        train: Number of tokens and row of the longest training prompt.
+        held_out: The same of the held-out prompts.
+        highest: The largest id and its row.
     """
 
     train: tuple[int, str] = (0, "")
@@ -187,17 +187,17 @@ def check_prompts(
     readers: Mapping[str, Renderer],
     notes: list[str],
 ) -> dict[str, Extremes]:
-    """Refuses prompts that nobody can continue, or that are longer than the settings allow; notes other readings.
+    """Refuses prompts that no model can continue or that are too long; notes prompts that models read differently.
 
     Args:
         config: Resolved.
         train: Prompts to learn from.
-        held_out: Prompts to be judged on.
-        readers: How each model reads, by role; the student first.
-        notes: Takes what should be known.
+        held_out: Prompts for evaluation.
+        readers: The renderer of each model by role; the student first.
+        notes: Collects notes for the user.
 
     Returns:
-        Of each model, how long its prompts get, and how large their ids.
+        By role, the length of its prompts and the size of their ids.
 
     Raises:
         UserError: A prompt is too long, is empty, or looks rendered already.
@@ -232,7 +232,7 @@ def check_prompts(
 
 
 def _alike(student: Renderer, ours: list[int], teacher: Renderer, theirs: list[int]) -> bool:
-    """Whether two read the same tokens, which may have other ids for the teacher."""
+    """Whether student and teacher read the same tokens, which may have other ids for the teacher."""
     read = ((student, ours), (teacher, theirs))
     one, other = (render.tokenizer.convert_ids_to_tokens(ids) for render, ids in read) if ours != theirs else ((), ())
     return one == other

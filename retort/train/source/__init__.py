@@ -1,1 +1,1 @@
-"""The party that rollouts come from: which prompts, in what order, from the engine or from what is kept."""
+"""The source of rollouts: which prompts in which order, from the engine or from the cache."""

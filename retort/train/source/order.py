@@ -1,4 +1,4 @@
-"""Which prompts a batch is about: the data shuffled anew every time through, or by difficulty."""
+"""The order of prompts: the data shuffled anew in every epoch, or by difficulty."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from retort.rollout.plan import EasyToHard
 
 @dataclass(frozen=True)
 class Visit:
-    """A prompt, and how many times the run had been through the data when it came to it."""
+    """A prompt, and the number of earlier epochs."""
 
     prompt: Prompt
     epoch: int
 
 
 def visits(prompts: Sequence[Prompt], *, seed: int, step: int, count: int) -> list[Visit]:
-    """The prompts of a step: the data in an order shuffled anew every time through, cut into batches of `count`."""
+    """The prompts of a step: the data, shuffled anew in every epoch, cut into batches of `count`."""
     return _through(prompts, lambda epoch: permutation(seed, "data", epoch, count=len(prompts)), step, count)
 
 
@@ -43,7 +43,7 @@ def easy_to_hard(
             draw = generator(seed, "difficulty", "noise", epoch)
             noisy = torch.tensor(hard, dtype=torch.float64)
             noisy = noisy + order.noise * torch.randn(len(hard), generator=draw, dtype=torch.float64)
-            # From a shuffled order, so that what is equally hard does not come in the order of the file.
+            # The order is shuffled first, so that equally hard prompts do not come in the order of the file.
             shuffled = permutation(seed, "data", epoch, count=len(hard))
             return sorted(shuffled, key=lambda index: float(noisy[index]))
 

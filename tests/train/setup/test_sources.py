@@ -245,7 +245,7 @@ def test_answers_without_an_end_are_begun_again_and_then_left_out(tiny_run: dict
 def test_a_teacher_that_never_ends_is_said(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     setup = setup_of(tiny_run, learner(by_teacher(attempts=1)), rollout={"max_new_tokens": 1})
     setup.teachers.lms["teacher"].stops = replace(setup.teachers.lms["teacher"].stops, ids=frozenset({63}), primary=63)
-    with pytest.raises(RunError, match="came to an end in none of its answers within 1 tokens.*max_new_tokens"):
+    with pytest.raises(RunError, match="ended none of its completions within 1 tokens.*max_new_tokens"):
         written(setup, tmp_path)
 
 
