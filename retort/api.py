@@ -70,19 +70,19 @@ def distill(
             iterable of mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
         eval_data: The same, to evaluate on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
-        verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
+        verifier: The grader: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
             number from 0 to 1 or a `retort.Grade`; or an object with a method `grade(group)` that grades all rollouts
             to a prompt at once; or `"module:name"` of one; or the name of one of Retort's (`"math"`, `"exact"`). By
             default mathematics, where the data has answers. The setting `task` is the same.
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
-        seed: Of all random streams.
-        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. What they
-            say otherwise than an argument is refused.
+        seed: Seed of all random streams.
+        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. A
+            setting that contradicts an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
         resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides,
             callbacks, and again what was an object before: `method`, models, `verifier`.
-        observer: Who watches, instead of what is printed by default.
+        observer: Receives progress, notes and tables, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 
     What torch was set to (`no_grad`, `autocast`, a default dtype or device) does not reach into the run.
@@ -161,10 +161,10 @@ def _present(**values: Any) -> dict[str, Any]:
 
 
 def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Method | None) -> configuration.Config:
-    """The configuration of arguments and settings.
+    """Builds the configuration from arguments and settings.
 
     Raises:
-        UserError: They say different things.
+        UserError: An argument and a setting contradict each other.
     """
     settings = shorthands(settings)
     refuse_twice(flags, own, settings)
@@ -192,7 +192,7 @@ def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, setti
 
 
 def check(run: runner.Run) -> None:
-    """The quick checks of a run that is about to start.
+    """Makes the quick checks of a run that is about to start.
 
     Raises:
         UserError: One is fatal, and the settings do not say `checks = "warn"`.
@@ -209,7 +209,7 @@ def check(run: runner.Run) -> None:
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
-    """The configuration of a run: the built-in recipe beneath, if no model is named."""
+    """Resolves the configuration of a run; without a named model, on top of the built-in recipe."""
     layers = tuple(shorthands(layer) for layer in layers)
     named = {key for layer in layers for key in layer}
     below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
@@ -220,13 +220,13 @@ def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configura
         if not named & {"student", "teacher"}:
             below = [recipe]
         elif student.partition(":")[0] in configuration.BUILTIN and "templates" in recipe:
-            # Whatever else is chosen, the models that ship with Retort know no other words than these.
+            # The models that ship with Retort know no other words than these, whatever else is chosen.
             below = [{"templates": recipe["templates"]}]
     return configuration.resolve(*below, *layers, own=own)
 
 
 def folder_of(config: configuration.Config) -> Path:
-    """Where a run goes: `out`, or runs/<method>-<time>, numbered if that is taken."""
+    """The folder of a new run: `out`, or runs/<method>-<time>, numbered if that is taken."""
     if config.out:
         return Path(config.out)
     base = Path("runs") / f"{config.method['name']}-{time.strftime('%Y%m%d-%H%M%S')}"

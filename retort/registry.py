@@ -39,7 +39,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def described(name: str) -> dict[str, str]:
-    """What the settings of a method are, from its docstring's `Args:`, in one line each."""
+    """Descriptions of a method's settings from its docstring's `Args:`, one line each."""
     text = inspect.getdoc(builder(name)) or ""
     arguments = text.partition("\nArgs:\n")[2].partition("\n\n")[0]
     names = list(_ARGUMENT.finditer(arguments))

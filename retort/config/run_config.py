@@ -1,4 +1,4 @@
-"""What a run is made of: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
+"""The configuration of a run: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RolloutSection(Section):
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
-        """A day as ISO 8601 writes it: text, or TOML's own date."""
+        """Accepts a day in ISO 8601 as text, or TOML's own date."""
         if value is None:
             return None
         try:
@@ -112,12 +112,12 @@ class RolloutSection(Section):
 
     @property
     def template_options(self) -> TemplateOptions:
-        """How prompts become ids."""
+        """The options with which prompts become ids."""
         return TemplateOptions(self.thinking, self.date, self.rendered)
 
 
 class Config(Section):
-    """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
+    """The settings of a run. `retort train` without arguments takes the recipe `countdown`; others, these defaults."""
 
     student: PathOrName | None = Field(default=None, description="the model that learns: folder or hub name")
     teacher: PathOrName | None = Field(
@@ -141,27 +141,28 @@ class Config(Section):
     )
     prompt_template: str | None = Field(
         default=None,
-        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
+        description="template around the data's prompts, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
         "in the words of its own post-training (arXiv 2604.13016); null: as they are",
     )
     task: Annotated[str, AfterValidator(_task)] | None = Field(
         default=None,
-        description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
-        "as module:function; default: math-verify where the data has answers",
+        description="how completions are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your "
+        "own as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(
-        default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings: see `retort settings method`"
+        default_factory=lambda: {"name": DEFAULT_METHOD},
+        description="name and settings of the method: see `retort settings method`",
     )
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of all random streams")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="seed of all random streams")
     out: PathOrName | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
-        description="of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless what it "
-        "rounds away is a third of what there is to learn; what was chosen is written down",
+        description="precision of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless "
+        "its rounding is a third of what there is to learn; a run records the choice",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where the models are; auto: cuda where torch sees one"
+        default="auto", description="device of the models; auto: cuda where torch sees one"
     )
     attention: str | None = Field(
         default=None,
@@ -176,8 +177,8 @@ class Config(Section):
     )
     weights: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="what weights do that a model's files lack, that the model has no place for, that have another "
-        "shape or are no numbers; warn goes on with a note, and with random numbers for what is missing",
+        description="what to do about weights that a model's files lack, that the model does not have, that have "
+        "another shape or are not finite; warn goes on with a note, and with random numbers for what is missing",
     )
     checks: Literal["refuse", "warn", "skip"] = Field(
         default="refuse",
@@ -188,15 +189,15 @@ class Config(Section):
     )
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = Field(
         default=None,
-        description="where curves are sent besides; null: nowhere, metrics.jsonl and report.html hold them",
+        description="tracker that curves are also sent to; null: none, metrics.jsonl and report.html hold them",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
     )
     templates: dict[str, str] = Field(
         default_factory=dict,
-        description="words around what a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; the names and "
-        "defaults are in docs/views.md",
+        description="templates around the texts that a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; "
+        "the names and defaults are in docs/views.md",
     )
     split: str = Field(default="train", description="split of a hub data set that prompts are read from")
     limit: int | None = Field(default=None, ge=1, description="use only so many rows of the data, the first; null: all")
@@ -210,17 +211,17 @@ class Config(Section):
 
     @property
     def builtin(self) -> bool:
-        """Whether this is a task that ships with Retort."""
+        """Whether the data is a task that ships with Retort."""
         return self.data in BUILTIN
 
     @property
     def model_paths(self) -> dict[str, str]:
-        """Folder or hub name of every model that is named, by its name; student, teacher and base first."""
+        """Folder or hub name of every named model; student, teacher and base first."""
         own = {name: location for name in SHORTHANDS if (location := getattr(self, name)) is not None}
         return own | {name: model.path for name, model in self.models.items()}
 
     def moved(self, where: Callable[[str], str]) -> Config:
-        """The same settings with every model's place changed."""
+        """Returns the settings with every model's path changed by `where`."""
         own = {name: where(location) for name, location in self.model_paths.items() if name in SHORTHANDS}
         others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
         return self.model_copy(update={**own, "models": others})
@@ -241,7 +242,7 @@ class Config(Section):
         return getattr(getattr(self, section) if section else self, name)
 
     def changed(self, key: str, value: Any) -> Config:
-        """The same settings but for one, which is still nobody's: what was left open, made to fit.
+        """Returns the settings with one changed that the user left open; it still counts as left open.
 
         Args:
             key: Its full name.
@@ -255,7 +256,7 @@ class Config(Section):
 
 
 def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:
-    """One configuration from nested settings; later layers win.
+    """Resolves nested settings to one configuration; later layers win.
 
     Beneath them lies the recipe of the method's paper, without what depends on something that they say
     (`retort.config.precedence.FOLLOWS`), and beneath that the defaults.
@@ -300,7 +301,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as JSON. Infinity is written as the word, so that any reader can read it."""
+    """Writes the resolved configuration as JSON. Infinity is written as a word, which every JSON reader accepts."""
     write_text(path, json.dumps(_plain(config.model_dump()), indent=2) + "\n")
 
 
@@ -369,7 +370,7 @@ def _first_problem(error: ValidationError, method: Method) -> str:
 
 
 def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
-    """What is said of settings below a name that is one setting, as verl's `data.train_batch_size` is."""
+    """The message about settings below a name that is one setting, as verl's `data.train_batch_size` is."""
     whole = _whole([name], value)
     ours = ours_for(whole, _known(method.settings))
     return f"unknown key '{whole}'; {ours or f'{name} is one setting, with none below it'}"
@@ -382,7 +383,7 @@ def _whole(location: list[str], value: Any) -> str:
 
 
 def _unknown(location: list[str], value: Any, method: Method) -> str:
-    """What is said of a key that there is not: what it is here, the nearest name, or all names."""
+    """The message about an unknown key: its name here, the nearest name, or all names."""
     whole = _whole(location, value)
     ours = ours_for(whole, _known(method.settings))
     if ours is not None:

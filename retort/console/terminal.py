@@ -283,7 +283,7 @@ def trust_table(found: Mapping[str, Any]) -> Table:
             f"{found['branches']} forced tokens, {found['problems']} {found['prompts']}: AUROC, 95 % over problems"
         )
     )
-    for column in ("predictor", "who says so", "right in the end", "makes the difference"):
+    for column in ("predictor", "source", "right in the end", "makes the difference"):
         table.add_column(column)
     for row in found["predictors"]:
         table.add_row(

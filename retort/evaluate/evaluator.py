@@ -113,8 +113,8 @@ class Evaluator:
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
-            completion of each of the first `recorded` prompts, token by token. And `given_up`, the number of completions
-            that count as wrong because their comparison with the right answer did not finish, where there are any.
+            completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
+            completions that count as wrong because their comparison with the right answer did not finish, if any.
         """
         before = 0 if self.verifier is None else self.verifier.given_up
         rewards: list[list[float]] = []

@@ -28,10 +28,10 @@ _OPEN = {"task": "as the data has it", "rollout.thinking": "as the template has 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs that may stand beside one another.
+    """A table of runs that may be compared.
 
     Attributes:
-        name: Of what they were evaluated on, different from that of every other table on the page.
+        name: Name of their held-out data, different from that of every other table on the page.
         groups: At least one.
     """
 
@@ -40,7 +40,7 @@ class Table:
 
 
 def tables(groups: Sequence[Group]) -> list[Table]:
-    """Runs by what they were evaluated on and how, in order; those that cannot be told apart stay together."""
+    """Groups experiments by their evaluation, in order; those that cannot be told apart stay together."""
     found: list[list[Group]] = []
     for group in groups:
         fitting = (members for members in found if not _differing(members[0], group) and _together(members[0], group))
@@ -113,7 +113,7 @@ def _together(ours: Group, theirs: Group) -> bool:
 
 @dataclass(frozen=True)
 class _Use:
-    """What a run's prompts were for: how two runs relate in it, the source of one, and words for the reader."""
+    """A use of prompts: how two runs relate in it, the source of one, and its wording."""
 
     relation: Callable[[Group, Group], Relation]
     source: Callable[[Group], str]
@@ -122,7 +122,7 @@ class _Use:
 
 
 def _within(groups: Sequence[Group], use: _Use) -> list[str]:
-    """How the others of some experiments relate to the first of them."""
+    """Sentences on how experiments relate to the first of them."""
     first, *others = groups
     by: dict[Relation, list[Group]] = {}
     for group in others:
@@ -147,7 +147,7 @@ def _within(groups: Sequence[Group], use: _Use) -> list[str]:
 
 
 def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
-    """Settings of evaluating that differ: name and both values. One that a run's file lacks is no difference."""
+    """Evaluation settings that differ: name and both values. A missing one is no difference."""
     if not (ours.whos() and theirs.whos()):
         return []
     flat = [leaves(group.runs[0].config) for group in (ours, theirs)]
@@ -165,7 +165,7 @@ def _how(first: Table, table: Table) -> str:
 
 
 def _value(name: str, value: Any) -> str:
-    """A setting's value for the reader; where it was left open, what stands for it."""
+    """A setting's value as text; where it was left open, its default."""
     return _OPEN.get(name, "the default") if value is None else str(value)
 
 

@@ -15,7 +15,7 @@ Kind = Literal["number", "share"]
 
 @dataclass(frozen=True)
 class Axes:
-    """Where data lie on the paper: x and y from data to SVG units, and the ticks."""
+    """The mapping of data to the plot: x and y from data to SVG units, and the ticks."""
 
     x: Callable[[float], float]
     y: Callable[[float], float]
@@ -37,7 +37,7 @@ def axes_for(
     if x_ticks is not None:
         slots = sorted(x_ticks)
         gap = inner / max(1, len(slots) - 1)
-        every = math.ceil(len(slots) / 9)  # more would run into each other
+        every = math.ceil(len(slots) / 9)  # More labels would overlap.
         return Axes(lambda x: LEFT + slots.index(x) * gap, y, slots[::every], y_ticks)
     first, last = x_range or (xs[0], xs[-1])
     last = last if last > first else first + 1
@@ -48,7 +48,7 @@ def axes_for(
 
 
 def _height(fraction: float) -> float:
-    """From 0 (bottom) to 1 (top), to SVG units."""
+    """Maps 0 (bottom) to 1 (top) to SVG units."""
     return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
 
@@ -94,10 +94,10 @@ def _range(low: float, high: float, kind: Kind) -> tuple[float, float, list[floa
 
 
 def tick_label(tick: float, ticks: Sequence[float], kind: Kind) -> str:
-    """What stands at one of several ticks."""
+    """The label of one of several ticks."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else None
     if step is not None and kind == "share" and ticks[0] > 0 and ticks[-1] / ticks[0] >= 10 * (len(ticks) - 1):
-        return percent(tick, max(0, -math.floor(math.log10(100 * tick) + 1e-9)))  # decades
+        return percent(tick, max(0, -math.floor(math.log10(100 * tick) + 1e-9)))  # These are decades.
     return label(tick, kind, step)
 
 

@@ -127,7 +127,7 @@ def run_series(
     several: bool,
     alone: bool,
 ) -> Series:
-    """One run on the page: a colour for each curve. Several: a colour for each run and a dash for each curve."""
+    """The series of one run: a colour for each curve. Several: a colour for each run and a dash for each curve."""
     if several:
         name, run = (group.name, "") if alone else (label, group.name)
         return Series(name, points, group.color % COLORS, place % DASHES, run, band)
@@ -190,7 +190,7 @@ def _accuracy(groups: Sequence[Group]) -> Curves:
 
 
 def _by_position(groups: Sequence[Group], name: str, title: str, unit: str) -> Curves:
-    """A curve in each chunk of the answer."""
+    """A plot with a curve for each chunk of the completion."""
     keys = _keys(groups, f"{name}/from-")
     return Curves(title, unit, {key: f"from token {key.rpartition('-')[2]}" for key in keys})
 

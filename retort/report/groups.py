@@ -18,7 +18,7 @@ _BESIDE = ("out", "seed", "threads", "tracker", "eval.teacher", "eval.every", "r
 
 Points = list[tuple[float, float]]
 
-#: Of a number of which it is not known what it can be.
+#: The range of a number whose range is not known.
 _ANYTHING = (-math.inf, math.inf)
 
 
@@ -27,7 +27,7 @@ class Group:
     """One experiment: a run, or several that differ in their seed.
 
     Attributes:
-        name: On the page.
+        name: Name on the page.
         runs: At least one.
         color: Index into the page's palette.
     """
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def several(self) -> bool:
-        """Whether it has several seeds."""
+        """Whether the experiment has several seeds."""
         return len(self.runs) > 1
 
     def cell(self, who: str, metric: str) -> Mapping[str, Any]:
@@ -56,18 +56,18 @@ class Group:
         return over
 
     def whos(self) -> list[str]:
-        """Who was evaluated, in order."""
+        """Rows of the before/after table (models that were evaluated), in order."""
         return list(dict.fromkeys(str(row.get("who", "?")) for run in self.runs for row in rows(run)))
 
     def metrics(self) -> list[str]:
-        """Measures that were taken, those of right answers first."""
+        """Measures that were taken, accuracies first."""
         found = dict.fromkeys(
             key for run in self.runs for row in rows(run) for key in row if isinstance(row[key], Mapping)
         )
         return sorted(found, key=lambda name: (not name.startswith("avg@"), not name.startswith("pass@")))
 
     def seeds(self) -> str:
-        """In words; runs that are not at their end yet do not count."""
+        """The seeds as text; unfinished runs do not count."""
         ended = [run for run in self.runs if cell(run, "student after", "length")] or self.runs
         found = [str(run.config.get("seed", "?")) for run in ended]
         if len(found) == 1:
@@ -95,7 +95,7 @@ def seed_text(run: RunFiles) -> str:
 def over_seeds(
     curves: Sequence[Mapping[float, float]], limits: tuple[float, float] = _ANYTHING
 ) -> tuple[Points, Points]:
-    """The mean of curves wherever at least half of them have a value, and its interval within what it can be."""
+    """The mean of curves wherever at least half of them have a value, and its interval within its range."""
     curves = [curve for curve in curves if curve]
     if len(curves) <= 1:
         return sorted(curves[0].items()) if curves else [], []
@@ -124,7 +124,7 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
 
 
 def _range(metric: str, ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """What a measure can be; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
+    """The range of a measure; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
     known = bounds(metric)
     share = bool(ends) and all(low >= 0 and high <= 1 for low, high in ends)
     return (0.0, 1.0) if known == _ANYTHING and share else known
@@ -165,7 +165,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _identity(run: RunFiles) -> tuple[tuple[str, str], ...]:
-    """What decides a run, but for its seed; a model or file that is named after the seed counts as the same."""
+    """The settings that identify a run, but for its seed; models or files named after the seed count as the same."""
     ending = f"-{run.config.get('seed')}"
     flat = {key: str(value) for key, value in leaves(run.config).items() if not key.startswith(_BESIDE)}
     if as_object(run.config.get("eval")).get("data") and run.eval:  # else each seed holds out its own

@@ -1,4 +1,4 @@
-"""The page about runs: one HTML file that loads nothing; whatever came from a model or from data is escaped in it."""
+"""The report: one HTML file that loads nothing, in which all text of models and data is escaped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def build_report(paths: Sequence[Path], out: Path | None = None, note: Callable[
         `out`.
 
     Raises:
-        UserError: A folder does not exist or holds no run, a run of which nothing can be read, or a file in the way.
+        UserError: A folder does not exist or holds no run, a run cannot be read, or another file is at `out`.
         RunError: The page cannot be written.
     """
     if not paths:
@@ -68,7 +68,7 @@ def build_report(paths: Sequence[Path], out: Path | None = None, note: Callable[
 
 
 def _refuse_foreign(out: Path) -> bytes:
-    """How the page begins that is in the way, if any; raises `UserError` where that file is none of ours."""
+    """The beginning of a page at `out`, if there is one; raises `UserError` for a file that is not a report."""
     try:
         if out.is_dir():
             raise UserError(f"report: {out} is a folder; name a file with --out")
@@ -124,7 +124,7 @@ def _hash(text: str) -> str:
 
 # --- header ---
 
-#: What the links at the top are called, by the id of the section.
+#: Labels of the links at the top, by the id of the section.
 _LINKS = {
     "result": "Before and after",
     "where": "Where they disagree",
@@ -158,7 +158,7 @@ def _paper(name: str) -> str:
 
 
 def _itself(run: RunFiles) -> str:
-    """What teaches a student that has no other teacher, if this version of Retort knows the method."""
+    """Describes the teacher of a student that teaches itself, if this version of Retort knows the method."""
     from retort.registry import load
 
     settings = dict(as_object(run.config.get("method")))

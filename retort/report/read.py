@@ -21,22 +21,22 @@ FILES = ("config.json", "metrics.jsonl", "rollouts.jsonl", "eval.json", "answers
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What was found of one run.
+    """The files of one run, as far as they could be read.
 
     Attributes:
         name: Short name, different from that of every other run on the page.
-        folder: Where it lies.
+        folder: Path of the run.
         config: Resolved configuration.
         curves: Metric -> its finite values as (step, value), in order of steps.
         rollouts: Some of the recorded rollouts, spread evenly over the run.
-        recorded: How many were recorded.
-        completions: Recorded completions of held-out prompts.
+        recorded: Number of rollouts that were recorded.
+        completions: Rows of `answers.jsonl`: recorded completions of held-out prompts.
         eval: Contents of `eval.json`.
-        notes: What is missing or odd, for the reader.
-        damage: Those of them that say what was left out because it is damaged.
+        notes: Sentences on what is missing or odd.
+        damage: Sentences on what was left out because it is damaged.
         learnt_from: Digest of its training prompts, where a checkpoint of it holds one.
-        remarks: What is as it was asked for, but may be looked for on the page.
-        alone: Whether it stands for itself, also beside runs that differ in their seed only.
+        remarks: Sentences on what the settings switched off.
+        alone: Whether the run is shown by itself, also beside runs that differ in their seed only.
     """
 
     name: str
@@ -56,13 +56,13 @@ class RunFiles:
 
 
 def find_runs(paths: Sequence[Path]) -> dict[Path, bool]:
-    """The folders of runs among some places: each a run itself, or a folder with runs in it, at any depth.
+    """Finds runs: each path is a run itself, or a folder with runs in it at any depth.
 
     Returns:
         Folder -> whether it was named itself.
 
     Raises:
-        UserError: No folder, or no run in it.
+        UserError: A path is no folder, or holds no run.
     """
     found: dict[Path, bool] = {}
     for path in paths:
@@ -137,7 +137,7 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
 
 
 def _explain_missing(config: Mapping[str, Any], notes: list[str]) -> list[str]:
-    """Takes out of the notes what is missing because the settings say so, and says that instead."""
+    """Removes notes on what the settings switched off, and returns sentences that say so instead."""
     said: list[str] = []
     for name, section, key, words in (
         ("eval.json", "eval", "problems", "Nothing was evaluated on held-out prompts"),
@@ -151,7 +151,7 @@ def _explain_missing(config: Mapping[str, Any], notes: list[str]) -> list[str]:
 
 
 def _learnt_from(run_dir: Path) -> str | None:
-    """What the newest checkpoint says of the training prompts; None where it says nothing."""
+    """The digest of the training prompts in the newest checkpoint; None where there is none."""
     states = [path for path in (run_dir / "checkpoints").glob("step-*/state.json") if path.parent.name[5:].isdecimal()]
     try:
         newest = max(states, key=lambda path: int(path.parent.name[5:]))
@@ -182,10 +182,10 @@ def _some_lines(path: Path, count: int | None, notes: list[str], damage: list[st
     """Some rows of a JSON-lines file, from its whole length, and how many it has; however large, little is held.
 
     Args:
-        path: Of the file.
-        count: Most rows; None for all.
-        notes: Takes what is missing.
-        damage: Takes what was left out.
+        path: Path of the file.
+        count: Largest number of rows; None for all.
+        notes: Collects what is missing.
+        damage: Collects what was left out.
     """
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
@@ -267,7 +267,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, li
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Places in a list of `total`: the first, the last, and evenly between."""
+    """Indices into a list of `total`: the first, the last, and evenly spaced ones between."""
     if total <= count:
         return list(range(total))
     if count == 1:

@@ -32,7 +32,7 @@ def _label(metric: str) -> Measure:
 
 
 def headlines(groups: Sequence[Group]) -> list[str]:
-    """What the runs did to the student, and how they differ, in sentences."""
+    """Sentences on how the runs changed the student, and how they differ."""
     if len(groups) == 1:
         return _headline(groups[0])
     split = tables([group for group in groups if group.whos()])
@@ -62,7 +62,7 @@ def _ranking(groups: Sequence[Group], metric: str) -> str:
 
 
 def _headline(group: Group) -> list[str]:
-    """What became of right answers and of the distance to the teacher; what there was to gain comes first."""
+    """Sentences on accuracy and on the distance to the teacher; the one with more to gain comes first."""
     solved = next((name for name in group.metrics() if name.startswith("avg@")), None)
     gap = _change(group, "reverse_kl", "Reverse KL to the teacher", lambda value: f"{value:.3f}", " nats a token")
     if solved is None:
@@ -104,7 +104,7 @@ def _recovered(group: Group, metric: str) -> float | None:
 
 
 def _against(group: Group, other: Group) -> list[str]:
-    """The difference in right answers within each seed, where there are seeds to say something about it."""
+    """A sentence on the difference in accuracy within each seed, where there are enough seeds."""
     parts, count = list[str](), 0
     for metric in (name for name in group.metrics() if name.startswith(("avg@", "pass@"))):
         cell = paired(group, other, AFTER, metric)
@@ -181,7 +181,7 @@ def _about(groups: Sequence[Group], several: bool) -> str:
 
 
 def _one_table(group: Group) -> str:
-    """Metrics down, models across."""
+    """The table of one experiment: metrics down, models across."""
     whos = group.whos()
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
@@ -196,7 +196,7 @@ def _one_table(group: Group) -> str:
 
 
 def _side_by_side(groups: Sequence[Group]) -> str:
-    """Metrics down; across, what each run made of its student, how that differs from the first one, and the teacher."""
+    """The table of several experiments: metrics down; students, differences from the first, and teachers across."""
     metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics()))
     compared = [group for group in groups[1:] if any("n" in paired(group, groups[0], AFTER, m) for m in metrics)]
     teachers = _teachers(groups, metrics)
@@ -223,7 +223,7 @@ def _side_by_side(groups: Sequence[Group]) -> str:
 
 
 def _teachers(groups: Sequence[Group], metrics: Sequence[str]) -> list[list[Group]]:
-    """Runs that have a evaluated teacher, by teacher."""
+    """Runs whose teacher was evaluated, by teacher."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if any(group.cell(TEACHER, metric) for metric in metrics):

@@ -23,7 +23,7 @@ _GAP = "teacher − student log-prob"
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a column is called, in which unit, of what kind, and what it means."""
+    """The label, unit, kind and meaning of a column."""
 
     label: str
     unit: str
@@ -39,7 +39,7 @@ _KNOWN: Mapping[str, Quantity] = {
     "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was generated"),
     _GAP: Quantity(_GAP, "nats", BETWEEN, "positive where the teacher likes the token better than the student does"),
     "reverse_kl": Quantity("reverse KL", "nats", BETWEEN, "estimated from the token alone where it can be negative"),
-    "forward_kl": Quantity("forward KL", "nats", BETWEEN, "what the teacher has in mind and the student has not"),
+    "forward_kl": Quantity("forward KL", "nats", BETWEEN, "high where the student rules out what the teacher expects"),
     "forward_kl_gated": Quantity("forward KL, gate open", "nats", BETWEEN, "as the method measures it"),
     "gate_open_fraction": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
     "gate": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
@@ -47,7 +47,7 @@ _KNOWN: Mapping[str, Quantity] = {
     "teacher_topk_mass": Quantity("teacher’s top-k mass", "", MODELS, "probability that its top-k holds"),
 }
 _ENDINGS: Mapping[str, tuple[str, str]] = {
-    "advantage": ("nats", "how much better than expected this token was, to this term"),
+    "advantage": ("nats", "how much better than expected this token was, for this term"),
     "weight": ("", "what multiplies this term at this token"),
     "value": ("nats", "this term at this token, before its weight"),
 }
@@ -58,7 +58,7 @@ _FIRST = (_GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy"
 
 
 def quantity(name: str) -> Quantity:
-    """How a column is shown."""
+    """The label and unit of a column."""
     if name in _KNOWN:
         return _KNOWN[name]
     term, dot, ending = name.rpartition(".")
@@ -84,7 +84,7 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
     words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
     also = (
-        f"{'; ' if words else ''}{_count_text(held_out, problems)} held-out problems, answered before and after"
+        f"{'; ' if words else ''}{_count_text(held_out, problems)} held-out problems, completed before and after"
         if held_out
         else ""
     )
@@ -125,7 +125,7 @@ def _training(run: RunFiles, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Problems with all answers to them: before, after each run (the first seed of each experiment), the teacher's."""
+    """Problems with all their completions: before, after each run (first seed of each experiment), the teacher's."""
     problems: dict[tuple[str, str], dict[str, Any]] = {}
     once: set[tuple[str, str, str]] = set()
     for group in groups:
@@ -197,7 +197,7 @@ def _short(value: object) -> float | None:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every column of the page with the scale of its shading, the same in all rollouts."""
+    """All columns of the page with the scale of their shading, the same in all rollouts."""
     found: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for row in rows for name in row["values"]):
         known = [value for row in rows for value in row["values"].get(name, ()) if value is not None]
