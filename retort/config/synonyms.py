@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ELSEWHERE", "Ours", "ours_for", "place"]
+__all__ = ["ELSEWHERE", "Ours", "ours_for", "settings_named"]
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,10 @@ def ours_for(name: str, known: Collection[str]) -> Ours | None:
     if found is not None:
         # A method's own setting is one only where that method has it.
         there = [own for own in found.settings if not own.startswith("method.") or own in known]
-        return found if there == list(found.settings) or not place(last, known) else Ours(place(last, known))
-    places = place(last, known)
-    return Ours(places) if places else ELSEWHERE.get(f"{parts[-2]}.*") if len(parts) > 1 else None
+        near = settings_named(last, known)
+        return found if there == list(found.settings) or not near else Ours(near)
+    near = settings_named(last, known)
+    return Ours(near) if near else ELSEWHERE.get(f"{parts[-2]}.*") if len(parts) > 1 else None
 
 
 def _forms(parts: Sequence[str]) -> Iterator[str]:
@@ -206,7 +207,7 @@ def _forms(parts: Sequence[str]) -> Iterator[str]:
     yield parts[-1]
 
 
-def place(last: str, known: Collection[str]) -> tuple[str, ...]:
+def settings_named(last: str, known: Collection[str]) -> tuple[str, ...]:
     """Full names of the settings whose last part is `last`, at most three."""
 
     def ends() -> Iterator[str]:

@@ -119,7 +119,7 @@ POSITIONS = (
 
 def run_series(
     group: Group,
-    place: int,
+    index: int,
     label: str,
     points: Sequence[tuple[float, float]],
     band: Sequence[tuple[float, float]] = (),
@@ -130,14 +130,14 @@ def run_series(
     """The series of one run: a colour for each curve. Several: a colour for each run and a dash for each curve."""
     if several:
         name, run = (group.name, "") if alone else (label, group.name)
-        return Series(name, points, group.color % COLORS, place % DASHES, run, band)
-    return Series("" if alone else label, points, place % COLORS, band=band)
+        return Series(name, points, group.color % COLORS, index % DASHES, run, band)
+    return Series("" if alone else label, points, index % COLORS, band=band)
 
 
 def curves_section(groups: Sequence[Group]) -> str:
     """The section with all curves; empty if there is none."""
     runs = all_runs(groups)
-    split = next(place for place, curves in enumerate(PLOTS) if curves.title == "Length")
+    split = next(index for index, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
         *(_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
@@ -221,13 +221,13 @@ def _figure(groups: Sequence[Group], curves: Curves, *, several: bool | None = N
     series = [
         run_series(
             group,
-            place,
+            index,
             curves.keys[key],
             *_curve(group, key, curves.smooth),
             several=len(groups) > 1 if several is None else several,
             alone=len(present) == 1,
         )
-        for place, key in enumerate(present)
+        for index, key in enumerate(present)
         for group in groups
         if any(run.curves.get(key) for run in group.runs)
     ]

@@ -125,7 +125,7 @@ def _hash(text: str) -> str:
 # --- header ---
 
 #: Labels of the links at the top, by the id of the section.
-_LINKS = {
+LINKS = {
     "result": "Before and after",
     "where": "Where they disagree",
     "trust": "What to trust",
@@ -188,7 +188,7 @@ def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str
     parts += [_list("remarks", [*remarks(groups), *aside]), _list("notes", notes)]
     links = "".join(
         f'<a href="#{key}">{words}</a>'
-        for key, words in _LINKS.items()
+        for key, words in LINKS.items()
         if any(f'<h2 id="{key}"' in section for section in sections)
     )
     return f'{"".join(parts)}</header><nav aria-label="Sections">{links}</nav>'

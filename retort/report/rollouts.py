@@ -32,7 +32,7 @@ class Quantity:
 
 
 MODELS, BETWEEN, LOSS = "The models", "Between them", "The loss"
-_KNOWN: Mapping[str, Quantity] = {
+KNOWN: Mapping[str, Quantity] = {
     "teacher_entropy": Quantity("teacher’s entropy", "nats", MODELS, "how uncertain the teacher was about this token"),
     "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the student was about this token"),
     "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was generated"),
@@ -59,8 +59,8 @@ _FIRST = (_GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy"
 
 def quantity(name: str) -> Quantity:
     """The label and unit of a column."""
-    if name in _KNOWN:
-        return _KNOWN[name]
+    if name in KNOWN:
+        return KNOWN[name]
     term, dot, ending = name.rpartition(".")
     if dot and ending in _ENDINGS:
         unit, about = _ENDINGS[ending]
@@ -206,7 +206,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         shown = quantity(name)
         found.append({"name": name, "label": shown.label, "unit": shown.unit, "kind": shown.kind, "about": shown.about})
         found[-1] |= {"scale": scale(known), "signed": min(known) < 0 < max(known), "falling": max(known) <= 0}
-    kinds, known_names = (BETWEEN, MODELS, LOSS), list(_KNOWN)
+    kinds, known_names = (BETWEEN, MODELS, LOSS), list(KNOWN)
     place = {name: index for index, name in enumerate(known_names)}
     return sorted(found, key=lambda one: (kinds.index(one["kind"]), place.get(one["name"], len(place))))
 

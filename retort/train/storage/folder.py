@@ -22,7 +22,7 @@ from retort.files import read_object, reason, unnameable
 
 LOCK = ".lock"
 #: Files that a run writes: a folder with one of these is a run, or holds files that a run would replace.
-WRITTEN = (
+FILES = (
     "config.json",
     "metrics.jsonl",
     "rollouts.jsonl",
@@ -85,7 +85,7 @@ def refuse_files(folder: Path, there: Collection[str]) -> None:
     Raises:
         UserError: The folder holds a run, or other files of these names.
     """
-    found = [name for name in WRITTEN if name in there]
+    found = [name for name in FILES if name in there]
     if is_run(folder):
         if found != ["config.json"]:
             raise UserError(
