@@ -175,7 +175,7 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "answer")
+        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "completion")
         about = f"{asked}{some}, {each} each [95 % interval over prompts]"
         self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
         table = Table()

@@ -56,17 +56,17 @@ def settings_argument(settings: Any) -> Mapping[str, Any]:
     return settings
 
 
-def path_argument(argument: str, path: Any) -> str | None:
+def path_argument(argument: str, value: Any) -> str | None:
     """Returns a path or a name as text; None for absent.
 
     Raises:
         UserError: The value is not a path, or is empty.
     """
-    if path is None:
+    if value is None:
         return None
-    path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path.strip():
-        raise UserError(f"{argument} = {quoted(path)}: give a path or a name, as text or a Path")
+        raise UserError(f"{argument} = {quoted(value)}: give a path or a name, as text or a Path")
     return path
 
 
