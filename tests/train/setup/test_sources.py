@@ -429,7 +429,7 @@ def test_a_probe_needs_prompts_and_responses(tiny_run: dict[str, Any], tmp_path:
         setup_of(tiny_run, load("decoupled_kl", lengths=(2, 4)), data=str(data), eval={"problems": 0})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     method = replace(skew_like(), rollout=RolloutPlan())
-    with pytest.raises(UserError, match="probes on answers of the data.*no `response`"):
+    with pytest.raises(UserError, match="probes on responses of the data.*no `response`"):
         setup_of(tiny_run, method, data=str(data), eval={"problems": 0})
 
 
