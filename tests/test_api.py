@@ -33,7 +33,7 @@ from retort.models.held import InMemoryModel
 from retort.quantities import teacher_entropy
 from retort.rollout import RolloutPlan
 from retort.train.events.hooks import call
-from retort.train.given.given import Given, Rows, collect
+from retort.train.given.given import CallerObjects, Rows, collect
 from retort.weights import above
 
 
@@ -340,7 +340,7 @@ def test_rows_are_kept_as_they_were_read(tmp_path: Path) -> None:
         kept = Rows.kept(tmp_path / "given-data.jsonl")
         prompts = given.prompts(config, "data", "", None, [])
         assert len(prompts) == count, number
-        again = Given(rows={"data": kept}).prompts(config, "data", "", None, [])
+        again = CallerObjects(rows={"data": kept}).prompts(config, "data", "", None, [])
         assert fingerprint(again) == fingerprint(prompts)
         assert kept.label == flags["data"]
     (tmp_path / "given-data.jsonl").write_text('{"prompt": "1"}\n[]\n')
@@ -378,7 +378,7 @@ def test_a_table_with_times_is_kept_as_it_is_read() -> None:
     import datasets
 
     table = datasets.Dataset.from_dict({"prompt": ["1 ="], "answer": [datetime(2026, 1, 1)], "a": [Decimal("1.50")]})
-    rows = Rows.of("data", table, None)
+    rows = Rows.from_iterable("data", table, None)
     kept = [json.loads(line) for line in rows.content.splitlines()]
     for columns in ({}, {"answer": "a"}):
         first, second = (prompts_from_rows(found, columns=columns) for found in (rows.rows, kept))

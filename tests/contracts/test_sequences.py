@@ -264,7 +264,7 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
     RolloutCache(tmp_path).keep(kept, plan, 1)
     again = RolloutCache(tmp_path)
     again.go_back(*setup, 1)
-    for one, two in zip(kept, again.answers.values(), strict=True):
+    for one, two in zip(kept, again.completions.values(), strict=True):
         same(one, two)
 
 

@@ -21,15 +21,15 @@ from retort.models.lm import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch of rollouts with all that was said about it.
+    """One batch of rollouts with its signals and statistics.
 
     Attributes:
-        method: What is learnt from it.
-        pack: The rollouts.
-        steps: The table of their steps, with what is stored of the batch.
-        signals: The teachers' answers by view.
-        clock: When.
-        watches: Curves that can be drawn of it.
+        method: The method that is applied to it.
+        pack: The packed rollouts.
+        steps: The table of their steps, with the stored statistics.
+        signals: The teachers' signals by view.
+        clock: The position in the run.
+        watches: Curves that are computed from it.
     """
 
     method: Method
@@ -41,17 +41,17 @@ class Batch:
 
     @cached_property
     def valid(self) -> dict[str, Tensor | None]:
-        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept, and fetched there once."""
+        """`TeacherSignal.valid_N` of each view, bool [N], fetched once to the CPU, where a batch is kept."""
         return {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """How the student reads rollouts.
+    """Forward passes of the student over rollouts.
 
     Attributes:
         lm: The student.
-        vocab: Ids that it shares with all teachers.
+        vocab: Number of ids that it shares with all teachers.
         batch_tokens: Tokens per forward pass.
     """
 
@@ -60,7 +60,7 @@ class Passes:
     batch_tokens: int
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
-        """Rollouts, by their index in the pack, cut into what fits one forward pass."""
+        """Splits rollouts, by their index in the pack, into what fits one forward pass."""
         batches = self.lm.batches([pack.rollouts[i].sequence for i in rollouts], self.batch_tokens)
         return [[rollouts[i] for i in batch] for batch in batches]
 
@@ -77,7 +77,7 @@ class Passes:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, values: Values) -> dict[str, Tensor]:
-        """A function of the context at every step of a batch, without gradient: named values by place in N."""
+        """A function of the context at every step of a batch, without gradient: named values, [N] each."""
         found: dict[str, Tensor] = {}
         for chosen in self.micro_batches(batch.pack, range(len(batch.pack.rollouts))):
             hidden_ND = self.hidden(batch.pack, chosen)
@@ -104,7 +104,7 @@ class Passes:
         return ids_NK
 
     def evaluator(self, batch: Batch) -> Evaluator:
-        """See `retort.loss.scoring.Evaluate`: of this batch, with other stored values or another clock."""
+        """A `retort.loss.scoring.Evaluate` of this batch, with other stored values or another clock."""
         return Evaluator(self, batch)
 
 
@@ -116,15 +116,16 @@ class Evaluator:
     batch: Batch
 
     def __call__(self, values: Values, steps: Steps, clock: Clock) -> Mapping[str, Tensor]:
-        """Named values, [N] each, by place in `steps`."""
+        """Named values, [N] each, in the order of `steps`."""
         return self.passes.evaluate(replace(self.batch, steps=steps, clock=clock), values)
 
 
 def fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
-    """Files the values of some rollouts under their place in N."""
+    """Copies the values of some rollouts to their steps."""
     index_N = pack.steps_of(rollouts)
     if not values:
         return
-    together_KN = torch.stack([values_N.detach().float() for values_N in values.values()]).cpu()  # one wait for a GPU
+    # One transfer waits for a GPU once.
+    together_KN = torch.stack([values_N.detach().float() for values_N in values.values()]).cpu()
     for name, values_N in zip(values, together_KN, strict=True):
         found.setdefault(name, torch.full((len(pack),), math.nan))[index_N] = values_N

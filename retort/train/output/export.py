@@ -34,12 +34,12 @@ def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], st
                 student.adapter.save(temporary)
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
-            with _says_where_it_stops(student):
+            with _with_stops(student):
                 student.model.generation_config = student.saved_generation
                 student.model.save_pretrained(temporary, state_dict=merged)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
-    except Exception as error:  # a tokenizer that meets a full disk raises plain Exception
+    except Exception as error:  # A tokenizer that meets a full disk raises a plain Exception.
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
             raise
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
@@ -48,8 +48,8 @@ def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], st
 
 
 @contextlib.contextmanager
-def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
-    """Within, the student's configurations and tokenizer name the stops that the run had, whoever named them first.
+def _with_stops(student: LanguageModel) -> Iterator[None]:
+    """Within its block, the student's configurations and tokenizer name the stops of the run.
 
     An ordinary token (`rollout.stop`) does not become the tokenizer's `eos_token`: a special token is cut differently.
     """
@@ -57,7 +57,7 @@ def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
     ids = [stops.primary, *sorted(stops.ids - {stops.primary})]
     named: Any = ids[0] if len(ids) == 1 else ids
     config: Any = student.model.config
-    # A model of several parts has the key in the part that writes, too.
+    # A model of several parts has the key in its text part, too.
     holders: list[Any] = [student.saved_generation, config]
     if config.get_text_config() is not config:
         holders.append(config.get_text_config())

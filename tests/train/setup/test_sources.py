@@ -206,16 +206,16 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             assert len(rows) == len({(row["prompt_id"], row["member"]) for row in rows}) == 60
             again = RolloutCache(folder)
             again.go_back(setup.source.prompts, setup.source.render, 30)
-            assert again.answers.keys() == cache.answers.keys()
-            for key, rollout in again.answers.items():
-                assert torch.equal(rollout.sequence.tokens_L, cache.answers[key].sequence.tokens_L)
+            assert again.completions.keys() == cache.completions.keys()
+            for key, rollout in again.completions.items():
+                assert torch.equal(rollout.sequence.tokens_L, cache.completions[key].sequence.tokens_L)
                 assert (rollout.text, rollout.status, rollout.reward) == (
-                    cache.answers[key].text,
-                    cache.answers[key].status,
-                    cache.answers[key].reward,
+                    cache.completions[key].text,
+                    cache.completions[key].status,
+                    cache.completions[key].reward,
                 )
             again.go_back(setup.source.prompts, setup.source.render, 3)
-            assert len(again.answers) == 24
+            assert len(again.completions) == 24
 
 
 def test_answers_kept_at_one_temperature_do_not_serve_at_another(tiny_run: dict[str, Any], tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_answers_without_an_end_are_begun_again_and_then_left_out(tiny_run: dict
 def test_a_teacher_that_never_ends_is_said(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     setup = setup_of(tiny_run, learner(by_teacher(attempts=1)), rollout={"max_new_tokens": 1})
     setup.teachers.lms["teacher"].stops = replace(setup.teachers.lms["teacher"].stops, ids=frozenset({63}), primary=63)
-    with pytest.raises(RunError, match="came to an end in none of its answers within 1 tokens.*max_new_tokens"):
+    with pytest.raises(RunError, match="ended none of its completions within 1 tokens.*max_new_tokens"):
         written(setup, tmp_path)
 
 
@@ -429,7 +429,7 @@ def test_a_probe_needs_prompts_and_responses(tiny_run: dict[str, Any], tmp_path:
         setup_of(tiny_run, load("decoupled_kl", lengths=(2, 4)), data=str(data), eval={"problems": 0})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     method = replace(skew_like(), rollout=RolloutPlan())
-    with pytest.raises(UserError, match="probes on answers of the data.*no `response`"):
+    with pytest.raises(UserError, match="probes on responses of the data.*no `response`"):
         setup_of(tiny_run, method, data=str(data), eval={"problems": 0})
 
 
