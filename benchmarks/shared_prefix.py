@@ -69,8 +69,8 @@ def coached_student(groups: int, samples: int) -> Case:
     from retort.align.chat import Renderer
     from retort.config import recipe, resolve
     from retort.core.rollouts import Rollout
-    from retort.teachers.scene import Stage, ViewInput
     from retort.teachers.templates import templates
+    from retort.teachers.view_input import Stage, ViewInput
     from retort.teachers.views import privileged
     from retort.train.models.models import load
     from retort.train.setup.prompts import builtin_prompts
@@ -123,11 +123,11 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def row(case: Case, rounds: int) -> list[Any]:
     """One line of the table: both ways in turn, after one of each that is not counted."""
     lm, seconds, found = case.lm, {True: list[float](), False: list[float]()}, dict[bool, Tensor]()
-    if not lm.shares:
+    if not lm.shared_prefixes:
         raise SystemExit(f"{case.name}: this model cannot share prompts")
     for turn in range(rounds + 1):
         for share in (True, False):
-            lm.shares = share
+            lm.shared_prefixes = share
             spent, found[share] = timed(lambda: lm.all_hidden(case.sequences, BUDGET))
             if turn:
                 seconds[share].append(spent)

@@ -15,7 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Examination
-from retort.rewards.own import UserGrading
+from retort.rewards.user import UserGrading
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
 from retort.train.events.observe import Observer

@@ -29,7 +29,7 @@ from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
 from retort.models.files import read_model
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.quantities import teacher_entropy
 from retort.rollout import RolloutPlan
 from retort.train.events.hooks import call

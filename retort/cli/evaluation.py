@@ -16,7 +16,7 @@ from retort.config.synonyms import ours_for
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
-from retort.rewards.own import is_user_defined
+from retort.rewards.user import is_user_defined
 from retort.train.events.observe import Observer
 from retort.train.models.models import engine, load, local_teacher
 from retort.train.setup.prompts import eval_prompts, grader

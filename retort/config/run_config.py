@@ -32,7 +32,7 @@ from retort.config.toml import overrides, read_toml, value
 from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.method import Method
-from retort.rewards.own import is_user_defined
+from retort.rewards.user import is_user_defined
 from retort.rewards.verify import VERIFIERS
 
 __all__ = [

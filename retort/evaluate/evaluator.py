@@ -20,10 +20,10 @@ from retort.config import Config
 from retort.core.context import Context
 from retort.core.needs import DENSE, can_meet
 from retort.core.per_token import Core, per_token
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import UniformStream
 from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile

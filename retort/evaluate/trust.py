@@ -22,10 +22,10 @@ from retort.align.chat import Renderer
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.core.needs import DENSE, can_meet
+from retort.core.random_streams import UniformStream, generator, permutation
 from retort.core.rollouts import Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
-from retort.core.streams import UniformStream, generator, permutation
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate

@@ -16,9 +16,9 @@ from retort.core.definition import Values
 from retort.core.head import Head
 from retort.core.losses import TokenLoss, TokenLosses
 from retort.core.per_token import Core, loss_pass, per_token
+from retort.core.random_streams import generator
 from retort.core.signals import Dense, TeacherSignal
 from retort.core.steps import ALONE, Clock, Steps
-from retort.core.streams import generator
 from retort.errors import UserError
 from retort.loss.scoring import Evaluate, observe, scored
 from retort.loss.terms import batch_scales, check_needs, counted, hidden_values, losses, term_values

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
 from retort.models.files import errors_about, locate, read_tokenizer
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from retort.errors import RetortError, UserError
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -47,7 +47,7 @@ class LanguageModel:
         precision: The precision of products.
         saved_generation: The generation settings to save beside the model (decoding here ignores them).
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
-        shares: Whether sequences with the same prompt share it in a packed row.
+        shared_prefixes: Whether sequences with the same prompt share it in a packed row.
         together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are computed alone.
             None: any may.
         rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: it never
@@ -65,7 +65,7 @@ class LanguageModel:
     precision: Precision
     saved_generation: GenerationConfig
     packs: bool = False
-    shares: bool = False
+    shared_prefixes: bool = False
     together_up_to: int | None = None
     rereads_from: int | None = None
     tried: list[int] = field(default_factory=lambda: [])
@@ -257,7 +257,7 @@ class LanguageModel:
         """The same, end to end in one row."""
         from retort.models.packing import Row, packed  # loads transformers
 
-        row = Row.of(sequences, share=self.shares, device=self.device)
+        row = Row.of(sequences, share=self.shared_prefixes, device=self.device)
         with self.compute(), packed(row):
             hidden_1TD = self.model.base_model(
                 input_ids=row.tokens_T[None], position_ids=row.position_T[None], use_cache=False
@@ -276,7 +276,7 @@ class LanguageModel:
             return token_batches([len(sequence) for sequence in sequences], budget)
         from retort.models.packing import row_batches  # loads transformers
 
-        return row_batches(sequences, budget, share=self.shares)
+        return row_batches(sequences, budget, share=self.shared_prefixes)
 
     def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""

@@ -9,7 +9,7 @@ import torch
 
 from retort.align.stops import stop_tokens
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
 from retort.models.randomness import without_randomness
 from retort.models.together import choose_batching

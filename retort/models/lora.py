@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retort.core.streams import key
+from retort.core.random_streams import key
 from retort.errors import UserError, did_you_mean, shortened
 from retort.models.adapter import NAME, Adapter, need_peft
 from retort.models.lm import LanguageModel

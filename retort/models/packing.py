@@ -12,7 +12,7 @@ in full (F is all of their tokens). That holds where attention is plainly causal
 in the row.
 
 A family that makes no masks through transformers, or whose layers carry a state along the row, would mix sequences.
-`LanguageModel` finds that out by trying (`packs`, `shares`), not by a list of names.
+`LanguageModel` finds that out by trying (`packs`, `shared_prefixes`), not by a list of names.
 """
 
 from __future__ import annotations

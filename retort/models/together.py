@@ -38,9 +38,9 @@ def choose_batching(lm: LanguageModel) -> None:
     """Sets, by trying, how sequences of this model may be computed together.
 
     Args:
-        lm: The model; its `packs`, `shares`, `together_up_to`, `rereads_from` and `tried` are set.
+        lm: The model; its `packs`, `shared_prefixes`, `together_up_to`, `rereads_from` and `tried` are set.
     """
-    lm.packs = lm.shares = False
+    lm.packs = lm.shared_prefixes = False
     lm.together_up_to = lm.rereads_from = None
     lm.tried = []
     ids_T = (torch.arange(26) * 7 + 1) % lm.head().width
@@ -52,7 +52,7 @@ def choose_batching(lm: LanguageModel) -> None:
             lm.together_up_to = 0
         lm.packs = _alike(lm, lambda: lm.packed(sequences), alone_ND)
         if lm.packs:
-            lm.shares = _shares(lm, ids_T, [5, 4, 6, 2, 9])
+            lm.shared_prefixes = _shares(lm, ids_T, [5, 4, 6, 2, 9])
         for length in dict.fromkeys(length for _, length in switches(lm.model.config.get_text_config())):
             if _LOWERED // 2 < length < lm.context - 8:
                 _try_beyond(lm, length)
@@ -74,11 +74,11 @@ def _try_beyond(lm: LanguageModel, length: int) -> None:
         if not padded:
             lm.together_up_to = length if lm.together_up_to is None else min(lm.together_up_to, length)
         elif lm.packs and not packed:
-            lm.packs = lm.shares = False
+            lm.packs = lm.shared_prefixes = False
         if not same_start:
             lm.rereads_from = length if lm.rereads_from is None else min(lm.rereads_from, length)
-        if padded and lm.shares:
-            lm.shares = _shares(lm, ids_T, [switch - 4, 4, 12, 8])
+        if padded and lm.shared_prefixes:
+            lm.shared_prefixes = _shares(lm, ids_T, [switch - 4, 4, 12, 8])
     if affordable:
         lm.tried.append(length)
 
@@ -88,11 +88,11 @@ def _shares(lm: LanguageModel, ids_T: Tensor, sizes: Sequence[int]) -> bool:
     prompt, *completions = ids_T[: sum(sizes)].split(list(sizes))
     sequences = [_decided(torch.cat([prompt, completion]), behind=len(prompt)) for completion in completions]
     alone_ND = lm.alone(sequences).float()
-    before, lm.shares = lm.shares, True
+    before, lm.shared_prefixes = lm.shared_prefixes, True
     try:
         return _alike(lm, lambda: lm.packed(sequences), alone_ND)
     finally:
-        lm.shares = before
+        lm.shared_prefixes = before
 
 
 def _decided(tokens_L: Tensor, behind: int = 1) -> TokenSequence:

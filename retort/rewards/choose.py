@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, did_you_mean
 from retort.rewards.base import ByText, Grader, Verifier
-from retort.rewards.own import imported, is_user_defined, user_grader
+from retort.rewards.user import imported, is_user_defined, user_grader
 from retort.rewards.verify import NEED_ANSWER, VERIFIERS, MathVerifier, check_gradable, reference_answer
 
 

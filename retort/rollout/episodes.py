@@ -17,9 +17,9 @@ from torch import Tensor
 from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.core.streams import UniformStream
 from retort.envs.base import Environment, Episode, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling

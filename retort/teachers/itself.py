@@ -222,19 +222,19 @@ def sides_of(weights: Weights) -> list[tuple[Weights, float]]:
     return [(side, share) for side, share in shares if share > 0]
 
 
-def mix(signals: Sequence[TeacherSignal], shares: Sequence[float]) -> Dense:
+def mix(signals: Sequence[TeacherSignal], coefs: Sequence[float]) -> Dense:
     r"""Mixes whole distributions by their logits, :math:`\sum_i c_i z_i`: a geometric mean, renormalised.
 
     Args:
         signals: Dense signals about the same steps.
-        shares: c, one for each signal.
+        coefs: c, one for each signal.
     """
     parts = [signal for signal in signals if isinstance(signal, Dense)]
-    assert len(parts) == len(signals) == len(shares)
+    assert len(parts) == len(signals) == len(coefs)
 
     def logits(rows: Tensor | slice) -> Tensor:
-        mixed_CV = as_compute(parts[0].logits(rows)) * shares[0]
-        for part, share in zip(parts[1:], shares[1:], strict=True):
+        mixed_CV = as_compute(parts[0].logits(rows)) * coefs[0]
+        for part, share in zip(parts[1:], coefs[1:], strict=True):
             mixed_CV = mixed_CV.add_(as_compute(part.logits(rows)), alpha=share)
         return mixed_CV
 

@@ -21,8 +21,8 @@ from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
-from retort.teachers.scene import Stage, ViewInput
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 
 
 @dataclass(frozen=True)

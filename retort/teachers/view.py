@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
-from retort.teachers.scene import ViewInput
+from retort.teachers.view_input import ViewInput
 
 #: Renders the prompt of a teacher; None where there is nothing to show, so that the rollout is left out.
 Render = Callable[[ViewInput], Prompt | None]

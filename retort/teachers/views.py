@@ -9,8 +9,8 @@ from typing import Literal
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
 from retort.teachers.moving import Weights
-from retort.teachers.scene import ViewInput
 from retort.teachers.view import Render, View
+from retort.teachers.view_input import ViewInput
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 

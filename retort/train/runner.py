@@ -9,7 +9,7 @@ from retort import config as configuration
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.rewards.own import IN_MEMORY
+from retort.rewards.user import IN_MEMORY
 from retort.train.events.observe import Observer, Silent
 from retort.train.given.given import CallerObjects
 from retort.train.run import Run

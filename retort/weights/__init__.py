@@ -9,8 +9,8 @@ from retort.weights.confidence import Confidence
 from retort.weights.contract import on_contract
 from retort.weights.corrections import effective_sample_size, engine_correction
 from retort.weights.directed import directed_ratio
+from retort.weights.gates import above, below, both
 from retort.weights.importance import truncated_rollout_ratio, truncated_student_ratio, truncated_teacher_ratio
-from retort.weights.ops import above, below, both
 from retort.weights.positions import after, late, position_weights
 from retort.weights.teachability import release
 from retort.weights.zones import Zones

@@ -16,8 +16,8 @@ from retort.advantages.outcome import Scope, graded, members, per_rollout
 from retort.core.context import Context
 from retort.core.needs import SAMPLED
 from retort.core.parts import Advantage, Quantity, Stat, Weight
+from retort.core.random_streams import uniforms
 from retort.core.steps import Clock, Rollouts, Steps
-from retort.core.streams import uniforms
 from retort.errors import UserError
 
 Gap = Literal["mean", "minmax"]

@@ -13,7 +13,7 @@ from support import group_of
 from retort.core.rollouts import Group, Message, Prompt
 from retort.rewards import ByText, Grade, Grader
 from retort.rewards.base import graded
-from retort.rewards.own import user_grader
+from retort.rewards.user import user_grader
 from retort.rewards.verify import VERIFIERS, MathVerifier
 from retort.train.setup.prompts import builtin_prompts
 

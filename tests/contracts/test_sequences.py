@@ -18,9 +18,9 @@ from retort.align.chat import TemplateOptions
 from retort.align.pair import SameIds
 from retort.align.stops import StopMap, StopTokens
 from retort.core.needs import DENSE, SAMPLED
+from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import Media, TokenSequence
-from retort.core.streams import UniformStream, uniforms
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.evaluator import Evaluator
@@ -96,13 +96,13 @@ def own_logp(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
 def test_every_pass_of_a_model_reads_all_of_it(lm: LanguageModel, rollout: Rollout, way: str) -> None:
     sequences = [rollout.sequence, single(rollout.sequence.prefix.tokens_L.tolist()).sequence, rollout.sequence.cut(4)]
     assert lm.packs
-    assert lm.shares
-    lm.shares = way == "shared"
+    assert lm.shared_prefixes
+    lm.shared_prefixes = way == "shared"
     try:
         with torch.no_grad():
             hidden_ND = getattr(lm, "packed" if way == "shared" else way)(sequences)
     finally:
-        lm.shares = True
+        lm.shared_prefixes = True
     logp_NV = lm.head().logits(hidden_ND)[:, :VOCAB].log_softmax(-1)
     torch.testing.assert_close(logp_NV, own_logp(lm, sequences), rtol=1e-4, atol=1e-4)
 

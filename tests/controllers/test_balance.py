@@ -9,7 +9,7 @@ import torch
 
 from retort.controllers import Observation, State
 from retort.controllers.balance import FEATURES, Balance, balance
-from retort.core.streams import generator
+from retort.core.random_streams import generator
 
 
 def seen(forward: float = 1.0, reverse: float = 1.0, jsd: float = 0.5) -> Observation:

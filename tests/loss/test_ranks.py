@@ -12,9 +12,9 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.distribution import Distribution
+from retort.core.random_streams import generator
 from retort.core.signals import Dense
 from retort.core.steps import ALONE, Clock, Ranks, Steps
-from retort.core.streams import generator
 from retort.loss.scoring import observe, scored
 from retort.loss.terms import batch_scales, counted
 from retort.method import Method

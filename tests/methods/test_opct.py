@@ -14,7 +14,7 @@ from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.moving import frozen
-from retort.teachers.scene import ViewInput
+from retort.teachers.view_input import ViewInput
 
 
 def advantages(toy: Toy, discount: float, coef: float) -> torch.Tensor:

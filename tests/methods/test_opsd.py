@@ -10,7 +10,7 @@ from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.moving import ema, frozen, live
-from retort.teachers.scene import ViewInput
+from retort.teachers.view_input import ViewInput
 
 
 def test_the_loss_by_hand() -> None:

@@ -15,7 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.registry import load
 from retort.teachers.moving import ema, frozen
-from retort.teachers.scene import Stage, ViewInput
+from retort.teachers.view_input import Stage, ViewInput
 
 PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What?")))
 

@@ -10,7 +10,7 @@ from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.moving import ema
-from retort.teachers.scene import ViewInput
+from retort.teachers.view_input import ViewInput
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 7])

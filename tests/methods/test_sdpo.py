@@ -21,7 +21,7 @@ from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import ema, frozen, live, trust_region
-from retort.teachers.scene import ViewInput
+from retort.teachers.view_input import ViewInput
 
 
 def shown_to(toy: Toy, valid_N: Tensor) -> Dense:

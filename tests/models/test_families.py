@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from retort import config as configuration
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.lm import token_batches
 from retort.models.load import load_model

@@ -18,10 +18,10 @@ from retort import api
 from retort.align import check_same_tokenizer
 from retort.align.pair import IdMap, SameIds, align_pair
 from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
-from retort.core.streams import UniformStream
 from retort.errors import UserError
 from retort.models.load import load_model
 from retort.preflight.doctor import examine_setup

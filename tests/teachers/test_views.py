@@ -18,9 +18,9 @@ from retort.errors import UserError
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Stage, ViewInput
 from retort.teachers.templates import TEMPLATES, fill, templates
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 from retort.teachers.views import clean, examples, peers, privileged
 
 PROMPT = Prompt(

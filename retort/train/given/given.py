@@ -25,9 +25,9 @@ from retort.data.load import numbered
 from retort.data.values import plain
 from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.rewards.base import Grader
-from retort.rewards.own import IN_MEMORY, UserGrading, imported, is_user_defined, name_of, user_grader
+from retort.rewards.user import IN_MEMORY, UserGrading, imported, is_user_defined, name_of, user_grader
 from retort.train.given.arguments import path_argument
 
 #: Rows that can be given, by the setting, with the argument of `retort.distill` and the file that keeps them.

@@ -8,8 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from retort.controllers import Controller, Probe, State
+from retort.core.random_streams import generator
 from retort.core.steps import Clock
-from retort.core.streams import generator
 from retort.errors import UserError
 from retort.loss.scoring import observe
 from retort.method import Method

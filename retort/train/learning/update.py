@@ -15,9 +15,9 @@ from retort.core import reduce
 from retort.core.context import Context
 from retort.core.losses import TokenLoss
 from retort.core.per_token import loss_pass
+from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
 from retort.core.steps import ALONE
-from retort.core.streams import permutation
 from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
 from retort.method import Method

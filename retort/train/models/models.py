@@ -12,7 +12,7 @@ import torch
 from retort.align.pair import align_pair
 from retort.config import Config
 from retort.errors import UserError
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine

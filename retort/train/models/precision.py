@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from retort.align.pair import Alignment, SameIds, align_pair
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel, Precision
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine, Request

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Pack, Status
 from retort.core.signals import TeacherSignal
-from retort.core.streams import permutation
 from retort.evaluate.agreement import THRESHOLD
 from retort.rollout.record import token_row
 from retort.teachers.view import View

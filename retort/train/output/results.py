@@ -12,7 +12,7 @@ from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
-from retort.rewards.own import is_user_defined
+from retort.rewards.user import is_user_defined
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of an evaluator's row that are stored beside the table, by model.

@@ -19,7 +19,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.train.events import tracking
 from retort.train.setup import templates

@@ -13,9 +13,9 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Stage, ViewInput
 from retort.teachers.templates import templates
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 
 #: Training prompts that are looked at.
 EXAMINED = 16

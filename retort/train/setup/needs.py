@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retort.config import Config
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Prompt
-from retort.core.streams import permutation
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader

@@ -19,8 +19,8 @@ from retort.rollout.by_teacher import TeacherGenerator
 from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
+from retort.teachers.view_input import Stage
 from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner

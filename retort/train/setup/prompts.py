@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from retort.config import BUILTIN, Config
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
-from retort.core.streams import permutation
 from retort.data import in_template
 from retort.errors import UserError
 from retort.rewards.base import Grader

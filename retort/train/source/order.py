@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from retort.core.random_streams import generator, permutation, uniforms
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
-from retort.core.streams import generator, permutation, uniforms
 from retort.rollout.plan import EasyToHard
 
 

@@ -13,10 +13,10 @@ from retort.align.encode import Spelt, response_ids
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.controllers import Probe
+from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import UniformStream, uniforms
 from retort.errors import RunError, UserError
 from retort.method import Method
 from retort.rewards.base import Grader, graded

@@ -3,8 +3,8 @@
 A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. It is written
 under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
 SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
-(`retort.core.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
-continues bit by bit. What a method itself remembers (its controllers, completions to be replayed) is in
+(`retort.core.random_streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed
+run continues bit by bit. What a method itself remembers (its controllers, completions to be replayed) is in
 `parts.safetensors`, where there is any.
 """
 

@@ -25,8 +25,8 @@ from retort.estimators import pathwise
 from retort.method import Method, Term
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import ema, frozen
-from retort.teachers.scene import ViewInput
 from retort.teachers.view import View
+from retort.teachers.view_input import ViewInput
 from retort.train import runner
 from retort.train.output.summary import summary
 from retort.train.setup.memory import forecast

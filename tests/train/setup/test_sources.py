@@ -22,10 +22,10 @@ from retort import Method, Term, load
 from retort import config as configuration
 from retort.controllers.off_policy import adaptive_share
 from retort.core.needs import SAMPLED
+from retort.core.random_streams import uniforms
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import uniforms
 from retort.divergences import forward_kl, reverse_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from retort import config as configuration
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
-from retort.core.streams import permutation
 from retort.errors import UserError
 from retort.train import runner
 from retort.train.setup.prompts import graders, read_prompts

@@ -16,7 +16,7 @@ from retort.core.rollouts import Prompt
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
-from retort.models.held import InMemoryModel
+from retort.models.in_memory import InMemoryModel
 from retort.rollout.plan import Replay, RolloutPlan
 from retort.train.events.observe import Silent
 from retort.train.given.given import CallerObjects, going_on

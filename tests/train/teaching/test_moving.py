@@ -31,8 +31,8 @@ from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import OwnWeights, SelfTeacher, sides_of
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, hard_copy, live, trust_region
-from retort.teachers.scene import ViewInput
 from retort.teachers.view import View
+from retort.teachers.view_input import ViewInput
 from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.models.models import load

@@ -21,7 +21,7 @@ from retort.cli import main
 from retort.core.rollouts import Group, Message, Prompt
 from retort.errors import UserError
 from retort.rewards import ByText, GivesFeedback, GivesParts, grader_for, verifier_for
-from retort.rewards.own import (
+from retort.rewards.user import (
     FunctionVerifier,
     ObjectGrader,
     imported,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Rollout
-from retort.core.streams import uniforms
 from retort.teachers.templates import TEMPLATES, fill
 
 
