@@ -1,4 +1,4 @@
-"""The source of rollouts: which prompts, which model completes each, how they are graded. It knows no teacher."""
+"""The source of rollouts: which prompts, which model completes each, how they are graded. It scores with no teacher."""
 
 from __future__ import annotations
 
