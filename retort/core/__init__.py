@@ -3,7 +3,7 @@
 The words (step, signal, signal rows, part, statistic, pack, clock) are in the glossary of docs/concepts.md.
 
 Axis letters, used at the end of every tensor's name:
-    N  decision steps (generated tokens: the student's, or the teacher's and the data's), packed end to end without padding
+    N  decision steps (generated tokens, or those of a given response), packed end to end without padding
     R  rollouts in a pack
     V  vocabulary
     K  kept candidates of a distribution

@@ -1,7 +1,7 @@
 """Prompts, and the rollouts that were generated for them. Axis letters: see `retort.core`.
 
-`Rollout.cut` shortens a rollout. `Source._cut` (`retort.train.source.source`) calls it for rollouts of the teacher and of the
-replay buffer; new ones end at the limit while they are generated.
+`Rollout.cut` shortens a rollout. `Source._cut` (`retort.train.source.source`) calls it for rollouts of the teacher and
+of the replay buffer; new ones end at the limit while they are generated.
 Nothing here is mutated after construction.
 """
 
