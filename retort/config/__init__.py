@@ -3,6 +3,7 @@
 from retort.config.run_config import (
     BUILTIN,
     DEFAULT_METHOD,
+    RECIPES,
     Config,
     keys,
     merge,
@@ -18,6 +19,7 @@ from retort.config.run_config import (
 __all__ = [
     "BUILTIN",
     "DEFAULT_METHOD",
+    "RECIPES",
     "Config",
     "keys",
     "merge",

@@ -289,7 +289,7 @@ def test_nonsense_in_a_plan_is_refused() -> None:
     twice = (adaptive_share(), adaptive_share())
     with pytest.raises(UserError, match="two controllers of one name"):
         replace(learner(RolloutPlan()), controllers=twice)
-    with pytest.raises(UserError, match="controller 'off_policy' looks at view 'elsewhere'"):
+    with pytest.raises(UserError, match="controller 'off_policy' reads view 'elsewhere'"):
         replace(learner(RolloutPlan()), controllers=(replace(twice[0], against="elsewhere"),))
     with pytest.raises(UserError, match="a setting reads 'nobody.number'"):
         learner(RolloutPlan(horizon=adaptive_share(name="nobody").read("number")))
@@ -624,7 +624,7 @@ def test_the_summary_says_who_writes() -> None:
         (RolloutPlan(), alone),
         (
             RolloutPlan(on_policy_fraction=0.5),
-            "4 prompts x 1 at temperature 1, 50% of prompts (else the data's answer)",
+            "4 prompts x 1 at temperature 1, 50% of prompts (else the data's response)",
         ),
         (by_teacher(samples=2), "4 prompts x 2 at temperature 1, completions by the teacher"),
         (
