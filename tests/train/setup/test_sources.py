@@ -629,7 +629,7 @@ def test_the_summary_says_who_writes() -> None:
         (by_teacher(samples=2), "4 prompts x 2 at temperature 1, completions by the teacher"),
         (
             RolloutPlan(on_policy_fraction=adaptive.read("share"), replay=Replay()),
-            "4 prompts x 1 at temperature 1, as many as off_policy.share says (else by the data), replayed from 1000 "
+            "4 prompts x 1 at temperature 1, a share given by off_policy.share (else by the data), replayed from 1000 "
             "visits",
         ),
         (RolloutPlan(order=EasyToHard()), "4 prompts x 1 at temperature 1, easy to hard"),
