@@ -1,5 +1,6 @@
 """The public surface that stays stable."""
 
+import importlib
 import inspect
 import json
 import subprocess
@@ -34,6 +35,28 @@ def test_names() -> None:
     ]
     for name in retort.__all__:
         assert getattr(retort, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("retort.signals", ["TeacherSignal", "Sampled", "TopK", "Dense", "Candidates"]),
+        ("retort.types", ["Prompt", "Message", "Rollout", "Need"]),
+        ("retort.rewards.verify", ["MathVerifier"]),
+        ("retort.data", ["load_prompts"]),
+        ("retort.registry", ["defaults", "load", "names"]),
+        ("retort.config", ["resolve", "Config", "RECIPES"]),
+        ("retort.cli", ["main"]),
+    ],
+)
+def test_paths_that_stay(module: str, names: list[str]) -> None:
+    found = importlib.import_module(module)
+    assert set(names) <= set(found.__all__ if hasattr(found, "__all__") else vars(found))
+
+
+def test_the_doctor_is_a_function_whatever_was_imported() -> None:
+    importlib.import_module("retort.preflight.doctor")
+    assert inspect.isfunction(retort.doctor)
 
 
 def test_signatures() -> None:
