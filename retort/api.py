@@ -15,6 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Examination
+from retort.ranks import here, join
 from retort.rewards.own import Own
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
@@ -94,6 +95,7 @@ def distill(
     objects |= models_of(models, objects)
     flags, given = collect(objects, more, verifier)
     flags |= _present(method=named, out=path_of("out", out), steps=steps, seed=seed)
+    join()
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
         if place is not None:
             _only_objects(flags, given, more)
@@ -104,7 +106,8 @@ def distill(
             check(run)
         run.callbacks = tuple(callbacks)
         run.go()
-        write_report(run.folder)
+        if run.world.leads:
+            write_report(run.folder)
     return run
 
 
@@ -223,6 +226,10 @@ def folder_of(config: configuration.Config) -> Path:
     """Where a run goes: `out`, or runs/<method>-<time>, numbered if that is taken."""
     if config.out:
         return Path(config.out)
+    return here().first(lambda: _free_folder(config))
+
+
+def _free_folder(config: configuration.Config) -> Path:
     base = Path("runs") / f"{config.method['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
     taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(path for path in taken if not path.exists())

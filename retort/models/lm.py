@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +17,9 @@ from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
+from retort.models.sharding import Sharding, full
 from retort.models.working import WorkingCopy
+from retort.ranks import World
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -55,6 +57,7 @@ class LanguageModel:
         tried: Lengths of its settings beyond which all of that was tried as they are.
         adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for wherever no gradient is wanted; shared by all who share the weights.
+        sharding: How the weights are spread over ranks, where there are several; shared likewise.
         notes: What the user should know about it.
     """
 
@@ -71,6 +74,7 @@ class LanguageModel:
     tried: list[int] = field(default_factory=lambda: [])
     adapter: Adapter | None = None
     working: WorkingCopy = field(default_factory=WorkingCopy)
+    sharding: Sharding = field(default_factory=Sharding)
     notes: list[str] = field(default_factory=lambda: [])
 
     @property
@@ -121,7 +125,7 @@ class LanguageModel:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
         found = hashlib.sha256()
         for name, parameter in (self.weights() | self.trainable()).items():
-            flat = parameter.detach().flatten()
+            flat = full(parameter.detach()).flatten()
             sample = flat[:: max(1, len(flat) // 64)].float().cpu()
             found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
         return found.hexdigest()
@@ -133,13 +137,43 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; what none of these covers is caught by `check_head`.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(
-            layer.weight,
-            getattr(layer, "bias", None),
-            float(scale),
-            getattr(config, "final_logit_softcapping", None),
-            low_rank,
-        )
+        weight_VD, bias_V = self.sharding.part(layer.weight), self.sharding.part(getattr(layer, "bias", None))
+        if low_rank is not None and self.sharding.on:
+            down_QD, up_VQ = self.sharding.part(low_rank.down_QD), self.sharding.part(low_rank.up_VQ)
+            low_rank = replace(low_rank, down_QD=down_QD, up_VQ=up_VQ)
+        return Head(weight_VD, bias_V, float(scale), getattr(config, "final_logit_softcapping", None), low_rank)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every rank holds all weights, for passes without gradient; all ranks enter it together."""
+        with self.sharding.whole():
+            try:
+                yield
+            finally:
+                if self.sharding.on:
+                    self.working.drop()  # copies of tensors that are about to be freed
+
+    def spread(self, world: World) -> None:
+        """Spreads the weights over ranks, of which each then keeps a slice; what held parameters is to ask for them anew.
+
+        Raises:
+            UserError: A family that cannot be spread.
+        """
+        self.sharding.spread(self.model, world, self.name)
+        if self.adapter is not None:
+            self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
+            self._probe()
+
+    def idle(self) -> None:
+        """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""
+        with self.compute():
+            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            hidden_11D = self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
+            parts = [part for part in self.head().parts if part is not None]
+        nothing = torch.stack([x.sum() for x in (hidden_11D, *parts)]).sum() * 0.0
+        if nothing.requires_grad:
+            nothing.backward()
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:

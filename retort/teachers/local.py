@@ -109,8 +109,9 @@ class LocalTeacher:
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), ask.temperature
         prompts = self.prompts(pack, ask.view)
-        hidden_ND, logits = self._hidden(pack, prompts), self._logits
-        unchanged = head or self._unchanged_head()
+        with self.lm.whole():
+            hidden_ND, logits = self._hidden(pack, prompts), self._logits
+            unchanged = head or self._unchanged_head()
         valid_N = prompts.valid_N(pack)
 
         def rows(index_C: Tensor | slice) -> Tensor:
@@ -129,6 +130,9 @@ class LocalTeacher:
         return dense if ask.whole else reduced(dense, ask.needs, ask.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
+        if self.lm.sharding.on:
+            kept = self.lm.head().copied()
+            return lambda: kept
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
 
         def head() -> Head:

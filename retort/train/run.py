@@ -19,6 +19,7 @@ from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.ranks import Share, World, here
 from retort.train.events.advice import advice
 from retort.train.events.hooks import call
 from retort.train.events.interruptions import Interruptions
@@ -35,7 +36,7 @@ from retort.train.output.summary import summary
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
-from retort.train.storage.folder import Claim, refuse_files
+from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
 from retort.train.storage.metrics import JsonLines, Stopwatch
 from retort.train.teaching.digests import adapter_state, digests, refuse_other_adapter, refuse_others
 
@@ -54,6 +55,7 @@ class Run:
         callbacks: Whom it calls, see `retort.train.callbacks.Callback`.
         given: Objects of the caller's that its settings do not hold.
         new: Its folder is to be made.
+        world: The ranks that make it together; the first one alone writes and is watched.
         results: The before/after table, `eval.json`: `rows`, one for each who was judged, and `gap_recovered`.
 
     Nothing is written before `go`.
@@ -68,6 +70,7 @@ class Run:
     callbacks: Sequence[Any] = ()
     given: Given = field(default_factory=Given)
     new: bool = False
+    world: World = field(default_factory=here)
 
     def __post_init__(self) -> None:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
@@ -83,7 +86,8 @@ class Run:
         self._saved: Path | None = None
         self._stop: str | None = None
         self._newest = checkpoint.newest(self.folder / "checkpoints")
-        self._claim = Claim(self.folder)
+        self._claim = Claim(self.folder) if self.world.leads else NoClaim(self.folder)
+        self.observer = self.observer if self.world.leads else Silent()
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
 
@@ -124,11 +128,19 @@ class Run:
         """
         for _, method in self.prepared.phases:
             self.teachers.check(method)
+        with self.world.watched(f"go on with: {self._go_on}"):
+            self._go()
+        return self
+
+    def _go(self) -> None:
+        self.learner.spread()
+        self.teachers.spread()
         self.open()
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)
             config = self.prepared.config
-            tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
+            named = config.tracker if self.world.leads else None
+            tracker = open_tracker(named, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
             self._tell("on_end")
@@ -136,7 +148,6 @@ class Run:
             raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
-        return self
 
     def _train(self, tracker: Tracker) -> None:
         every = self.prepared.config.checkpoint.every
@@ -167,8 +178,7 @@ class Run:
                 scores = evaluations.student(self._progress("judging the student"), results.AFTER)
             self.results = evaluations.results
             self._tell("on_eval", scores)
-        self._claim.check()
-        export.write_model(self.prepared, self.folder / "model", self.results, self.step)
+        export.write_model(self.prepared, self.folder / "model", self.results, self.step, self._claim.check)
         if evaluations:  # last: what cannot be shown is written all the same
             self.observer.table(self.results)
 
@@ -180,6 +190,14 @@ class Run:
         """
         if self._claim.held:
             return
+        self.world.first(self._open)
+        refuse_unshared(self.folder, self.world)
+        if not self.world.leads:
+            self._claim.take()
+            self.source.go_back(self.step)
+        self.new = False
+
+    def _open(self) -> None:
         self._claim.take(make=self.new)
         try:
             if self.new:
@@ -198,7 +216,6 @@ class Run:
         except BaseException:
             self._claim.release()
             raise
-        self.new = False
 
     def _one_step(self) -> dict[str, Any]:
         """Write, ask the teachers, learn: one batch of rollouts."""
@@ -242,7 +259,14 @@ class Run:
     def _asked(
         self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
     ) -> dict[str, TeacherSignal]:
-        return self.teachers.score(method, groups, needs, partial(self.learner.top_ids, method, groups))
+        share = Share.of(groups, self.world)
+        asked = groups[share.groups]
+        found = self.teachers.score(method, asked, needs, partial(self.learner.top_ids, method, asked))
+        counts = share.counts([signal.counts for signal in found.values()])
+        return {
+            view: replace(signal, counts=counted)
+            for (view, signal), counted in zip(found.items(), counts, strict=True)
+        }
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """A probe's means over all tokens of the answers to the prompts kept out for it."""
@@ -288,10 +312,9 @@ class Run:
 
     def save(self) -> Path:
         """Writes a checkpoint of this moment, and drops those that are not to be kept."""
-        folder = self.folder / "checkpoints"
+        folder, best = self.folder / "checkpoints", self.best
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
-        self._claim.check()
         weights, tensors, counts = self.learner.tensors()
         state = {
             **counts,
@@ -304,8 +327,15 @@ class Run:
             **adapter_state(self.student),
         }
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
-        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
-        checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=self.best[1] if self.best else None)
+        found = checkpoint.Checkpoint(self.step, weights, tensors, state, parts)
+
+        def written() -> Path:
+            self._claim.check()
+            path = checkpoint.save(folder, found)
+            checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=best[1] if best else None)
+            return path
+
+        self._saved = path = self.world.first(written)
         return path
 
     def restore(self, path: Path) -> None:
@@ -371,7 +401,7 @@ class Run:
 
     def _tell(self, hook: str, *said: Any) -> None:
         with self._safe(RunError):
-            self._stop = call(self.callbacks, hook, self, *said) or self._stop
+            self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *said))[0] or self._stop
 
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -389,10 +419,11 @@ class Run:
             ) from error.__cause__
 
     def _stop_if_asked(self) -> None:
-        if self._interrupted.by is None:
+        by = next((by for by in self.world.each(lambda: self._interrupted.by) if by is not None), None)
+        if by is None:
             return
         self.save()
         raise RunError(
-            f"{self._interrupted.by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: "
+            f"{by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: "
             f"{self._go_on}"
         )

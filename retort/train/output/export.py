@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from retort.align.stops import WRITTEN
 from retort.errors import RunError
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.models.lm import LanguageModel
+from retort.ranks import here
 from retort.train.output.card import ADAPTER, adapter_card, card
 from retort.train.setup.prepare import Prepared
 
 
-def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int) -> None:
+def write_model(
+    prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None] = lambda: None
+) -> None:
     """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
 
     An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
+    Of several ranks, all bring their slices of the weights, one tensor after another, and the first one writes.
+
+    Args:
+        prepared: The run.
+        folder: Of the model.
+        results: The before/after table.
+        step: Batches done.
+        check: Called before anything is written.
 
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
+    world, student = here(), prepared.student
+    weights = student.sharding.state(student.model, world) if student.sharding.on else None
+
+    def written() -> None:
+        check()
+        _write(prepared, folder, results, step, weights)
+
+    world.first(written)
+
+
+def _write(
+    prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int, weights: Mapping[str, Tensor] | None
+) -> None:
     student = prepared.student
-    merged = None if student.adapter is None else student.adapter.merged()
+    merged = weights if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         if student.adapter is not None:

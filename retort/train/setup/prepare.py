@@ -178,6 +178,7 @@ def _parties(
         vocab=vocab,
         teacher_generator=_writer(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
+        whole=student.whole,
     )
     learner = Learner(
         Passes(student, vocab, optimizer.batch_tokens),
