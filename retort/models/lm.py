@@ -154,7 +154,7 @@ class LanguageModel:
                     self.working.drop()  # copies of tensors that are about to be freed
 
     def spread(self, world: World) -> None:
-        """Spreads the weights over ranks, of which each then keeps a slice; what held parameters is to ask for them anew.
+        """Spreads the weights over ranks, each of which keeps a slice; whoever holds parameters asks for them anew.
 
         Raises:
             UserError: A family that cannot be spread.

@@ -58,8 +58,8 @@ class Sharding:
         outside = [own for own, p in model.named_parameters() if id(p) not in inside]
         if outside:
             raise UserError(
-                f"{name}: {type(model).__name__} keeps '{outside[0]}' beside its layers and its head, where several ranks "
-                "cannot share it; train it in one process"
+                f"{name}: {type(model).__name__} keeps '{outside[0]}' beside its layers and its head, where several "
+                "ranks cannot share it; train it in one process"
             )
         for layer in _layers(model, base):
             fully_shard(layer, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Several ranks: the processes that `torchrun` starts for one run, and which part of a batch each of them answers for."""
+"""Several ranks: the processes that `torchrun` starts for one run, and which part of a batch each answers for."""
 
 from retort.ranks.share import WHOLE_BATCH, Share
 from retort.ranks.world import ONE, World, here, join, local_rank, may_speak

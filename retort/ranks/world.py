@@ -1,8 +1,8 @@
-"""The processes of a run. In a single process every method here is the identity, and nothing of `torch.distributed` runs.
+"""The processes of a run. In a single process every method here is the identity, and nothing is exchanged.
 
-Control is replicated and compute is divided: every rank runs the same program with the same settings, seeds, prompts and
-controllers. What a rank computes of its own part is gathered, so all ranks decide alike. All methods of `World` that
-exchange something are called by every rank, in the same order.
+Control is replicated and compute is divided: every rank runs the same program with the same settings, seeds, prompts
+and controllers. What a rank computes of its own part is gathered, so all ranks decide alike. All methods of `World`
+that exchange something are called by every rank, in the same order.
 """
 
 # pyright: basic
@@ -61,7 +61,7 @@ class World:
         """Rank 0's value, for what may differ between processes: the time, what was found on disk."""
         return self.first(lambda: value)
 
-    def part(self, items: Sequence[T], key: Callable[[T], Hashable] = id) -> Sequence[T]:
+    def part(self, items: Sequence[T], key: Callable[[T], Hashable]) -> Sequence[T]:
         """This rank's part of some items: neighbours, so that the parts of all ranks in order are the items.
 
         Args:
@@ -73,7 +73,9 @@ class World:
         runs = len(starts) - 1
         return items[starts[self.rank * runs // self.size] : starts[(self.rank + 1) * runs // self.size]]
 
-    def divide(self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[T]], key: Callable[..., Any]) -> list[T]:
+    def divide(
+        self, items: Sequence[Any], work: Callable[[Sequence[Any]], list[T]], key: Callable[[Any], Hashable]
+    ) -> list[T]:
         """Each rank works on its part of some items; the results of all, in the order of the items.
 
         Args:
@@ -125,8 +127,8 @@ class _Ranks(World):
             if isinstance(error, RetortError) or not _GONE.search(str(error)):
                 raise
             raise RunError(
-                f"rank {self.rank} of {self.size} lost another rank, which was killed, ended by itself or was silent for "
-                f"{TIMEOUT.seconds // 60} minutes; {advice}"
+                f"rank {self.rank} of {self.size} lost another rank, which was killed, ended by itself or was silent "
+                f"for {TIMEOUT.seconds // 60} minutes; {advice}"
             ) from error
 
 

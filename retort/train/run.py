@@ -264,8 +264,7 @@ class Run:
         found = self.teachers.score(method, asked, needs, partial(self.learner.top_ids, method, asked))
         counts = share.counts([signal.counts for signal in found.values()])
         return {
-            view: replace(signal, counts=counted)
-            for (view, signal), counted in zip(found.items(), counts, strict=True)
+            view: replace(signal, counts=counted) for (view, signal), counted in zip(found.items(), counts, strict=True)
         }
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
@@ -424,6 +423,5 @@ class Run:
             return
         self.save()
         raise RunError(
-            f"{by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: "
-            f"{self._go_on}"
+            f"{by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: {self._go_on}"
         )

@@ -1,6 +1,6 @@
 """What `torchrun` starts in the tests: some runs, of which each writes down what its steps came to.
 
-    torchrun --nproc-per-node 2 tests/ranks/worker.py FOLDER CASE...
+torchrun --nproc-per-node 2 tests/ranks/worker.py FOLDER CASE...
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ class Watching:
     def on_step(self, run: runner.Run, metrics: dict[str, Any]) -> None:
         weights = [full(x.detach()).double() for x in run.student.trainable().values()]
         norm = math.sqrt(sum(float(x.square().sum()) for x in weights))
-        row = {"loss": metrics["loss"], "grad_norm": metrics["grad_norm"], "tokens": metrics["tokens"]}
-        self.rows.append({**row, "weights": float(sum(x.sum() for x in weights)), "norm": norm, "keys": sorted(metrics)})
+        row: dict[str, Any] = {name: metrics[name] for name in ("loss", "grad_norm", "tokens")}
+        row |= {"weights": float(sum(x.sum() for x in weights)), "norm": norm, "keys": sorted(metrics)}
+        self.rows.append(row)
 
 
 def case(name: str, folder: Path) -> list[dict[str, Any]]:

@@ -100,8 +100,8 @@ def device_of(config: Config) -> str:
     local, devices = local_rank(), torch.cuda.device_count()
     if config.device != "cpu" and 0 < devices <= local:
         raise UserError(
-            f"more ranks than devices: rank {here().rank} is number {local} on its machine, and torch sees {devices} CUDA "
-            f"devices there; start with --nproc-per-node {devices}, or set device=cpu"
+            f"more ranks than devices: rank {here().rank} is number {local} on its machine, and torch sees {devices} "
+            f"CUDA devices there; start with --nproc-per-node {devices}, or set device=cpu"
         )
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

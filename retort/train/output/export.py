@@ -38,30 +38,36 @@ def write_model(
         RunError: The disk is full or the folder cannot be written.
     """
     world, student = here(), prepared.student
-    weights = student.sharding.state(student.model, world) if student.sharding.on else None
+    state = student.sharding.state(student.model, world) if student.sharding.on else None
+    with student.whole():
+        weights = state if student.adapter is None else student.adapter.merged(state)
 
     def written() -> None:
         check()
-        _write(prepared, folder, results, step, weights)
+        _write(prepared, folder, results, step, state, weights)
 
     world.first(written)
 
 
 def _write(
-    prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int, weights: Mapping[str, Tensor] | None
+    prepared: Prepared,
+    folder: Path,
+    results: Mapping[str, Any],
+    step: int,
+    state: Mapping[str, Tensor] | None,
+    weights: Mapping[str, Tensor] | None,
 ) -> None:
     student = prepared.student
-    merged = weights if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         if student.adapter is not None:
             with new_folder(folder.with_name(ADAPTER)) as temporary:
-                student.adapter.save(temporary)
+                student.adapter.save(temporary, state)
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
             with _says_where_it_stops(student):
                 student.model.generation_config = student.written_generation
-                student.model.save_pretrained(temporary, state_dict=merged)
+                student.model.save_pretrained(temporary, state_dict=weights)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
     except Exception as error:  # a tokenizer that meets a full disk raises plain Exception

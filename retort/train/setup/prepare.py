@@ -28,7 +28,7 @@ from retort.train.learning.passes import Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_of, engine, local_teacher, sources
 from retort.train.setup import pair
-from retort.train.setup.before import batch_of, look, steps_of
+from retort.train.setup.before import batch_of, look, need_groups, steps_of
 from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
@@ -112,6 +112,7 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
     data = read_data(config, method, names[2], notes, given)
     stage = Stage(templates(config.templates), config.seed, data.train, config.rollout.max_view_tokens)
     need_context(method, data.full, stage, notes)
+    need_groups(config, len(data.train))
     places = pair.places(config, method, *names[:2])
     device_of(config)
     read = {name: place for name, place in places.items() if name != "base" or place != places["student"]}

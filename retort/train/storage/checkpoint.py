@@ -231,7 +231,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, world: World = ONE) -> d
     """The optimizer's state as flat tensors; of several ranks, rank 0 has them whole and the others none."""
     states: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
     flat = {
-        f"{index}.{name}": torch.as_tensor(value).detach() for index, state in states.items() for name, value in state.items()
+        f"{index}.{name}": torch.as_tensor(value).detach()
+        for index, state in states.items()
+        for name, value in state.items()
     }
     return {name: value.cpu().contiguous() for name, value in gathered(flat, world).items()}
 
