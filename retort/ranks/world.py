@@ -210,11 +210,13 @@ def _same_versions(world: World) -> None:
 
     import torch
 
+    import retort
+
     own = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "retort-distill": version("retort-distill"),
+        "retort": retort.__version__,
     }
     for rank, other in enumerate(world.each(lambda: own)):
         for name in own:
