@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -92,9 +93,9 @@ class Head:
             product_CV = torch.tanh(product_CV / self.soft_cap) * self.soft_cap
         return product_CV
 
-    def copied(self) -> Head:
-        """The same with copies of all parts, detached: for weights that will not stay where they are."""
-        weight_VD, bias_V, down_QD, up_VQ = (None if part is None else part.detach().clone() for part in self.parts)
+    def each(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same with other parts."""
+        weight_VD, bias_V, down_QD, up_VQ = (None if part is None else change(part) for part in self.parts)
         assert weight_VD is not None
         adapter = self.adapter
         if adapter is not None and down_QD is not None and up_VQ is not None:

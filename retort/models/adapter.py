@@ -88,8 +88,8 @@ class Adapter:
         Args:
             state: The model's state, where it was gathered from several ranks; its layers hold whole weights then.
         """
-        state = self.model.state_dict() if state is None else state
-        found = {own: x for name, x in state.items() if (own := self.own_name(name)) is not None}
+        whole: Mapping[str, Tensor] = self.model.state_dict() if state is None else state
+        found = {own: x for name, x in whole.items() if (own := self.own_name(name)) is not None}
         for name, layer in self.layers.items():
             own, weight = _adapted(name, layer)
             found[own] = weight + layer.get_delta_weight(NAME).to(weight.dtype)

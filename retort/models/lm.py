@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -137,11 +137,14 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; what none of these covers is caught by `check_head`.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        weight_VD, bias_V = self.sharding.part(layer.weight), self.sharding.part(getattr(layer, "bias", None))
-        if low_rank is not None and self.sharding.on:
-            down_QD, up_VQ = self.sharding.part(low_rank.down_QD), self.sharding.part(low_rank.up_VQ)
-            low_rank = replace(low_rank, down_QD=down_QD, up_VQ=up_VQ)
-        return Head(weight_VD, bias_V, float(scale), getattr(config, "final_logit_softcapping", None), low_rank)
+        found = Head(
+            layer.weight,
+            getattr(layer, "bias", None),
+            float(scale),
+            getattr(config, "final_logit_softcapping", None),
+            low_rank,
+        )
+        return found.each(self.sharding.part) if self.sharding.on else found
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

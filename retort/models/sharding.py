@@ -98,10 +98,8 @@ class Sharding:
             self._tie()
             self._entered -= 1
 
-    def part(self, tensor: Tensor | None) -> Tensor | None:
+    def part(self, tensor: Tensor) -> Tensor:
         """A part of the head for the loss: gathered, and its gradient summed over ranks into the slices."""
-        if tensor is None or not self.on:
-            return tensor
         from torch.distributed.tensor import DTensor, Partial
 
         if not isinstance(tensor, DTensor):

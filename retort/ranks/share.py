@@ -85,6 +85,21 @@ class Share:
             for name in names
         }
 
+    def filled(self, local: dict[str, Tensor], count: int) -> dict[str, Tensor]:
+        """The whole columns [N] of values that each rank has at the steps of the groups that it asks about.
+
+        Args:
+            local: By name, one value for each of these steps.
+            count: N.
+        """
+        if self.world.size == 1:
+            return local
+        found: dict[str, Tensor] = {}
+        for name, values in local.items():
+            found[name] = values.new_full((count,), math.nan)
+            found[name][self.first : self.first + len(values)] = values
+        return self.columns(found, count)
+
     def valid(self, own: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Each view's `valid_N` over the whole batch, of what the rank's signals say; None where all are valid."""
         if self.world.size == 1:

@@ -61,6 +61,10 @@ class World:
         """Rank 0's value, for what may differ between processes: the time, what was found on disk."""
         return self.first(lambda: value)
 
+    def any(self, value: T | None) -> T | None:
+        """What the first rank has that has something; None where nobody has."""
+        return next((found for found in self.each(lambda: value) if found is not None), None)
+
     def part(self, items: Sequence[T], key: Callable[[T], Hashable]) -> Sequence[T]:
         """This rank's part of some items: neighbours, so that the parts of all ranks in order are the items.
 

@@ -109,20 +109,13 @@ class OwnWeights:
         copied = gathered or (moving and lasting and self.moves_within_batch)
         narrow = torch.bfloat16 if self.lm.precision == "bf16" else None
 
-        def part(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
+        def part(tensor: Tensor) -> Tensor:
             if not gathered and (not copied or tensor.data_ptr() not in learning):
                 return tensor.detach()
             # In the dtype of its products, to which they would bring it anyway.
             return tensor.detach().to(narrow or tensor.dtype, copy=True)
 
-        weight_VD, bias_V, down_QD, up_VQ = (part(tensor) for tensor in head.parts)
-        assert weight_VD is not None
-        adapter = head.adapter
-        if adapter is not None and down_QD is not None and up_VQ is not None:
-            adapter = replace(adapter, down_QD=down_QD, up_VQ=up_VQ)
-        now = replace(head, weight_VD=weight_VD, bias_V=bias_V, adapter=adapter)
+        now = head.each(part)
 
         def same() -> Head:
             if moving and not copied and self._moved(weights) != moves:

@@ -131,7 +131,7 @@ class LocalTeacher:
 
     def _unchanged_head(self) -> Callable[[], Head]:
         if self.lm.sharding.on:
-            kept = self.lm.head().copied()
+            kept = self.lm.head().each(lambda part: part.detach().clone())  # gathered, and gone after this pass
             return lambda: kept
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
 

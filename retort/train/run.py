@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,10 @@ from retort.core.needs import Need
 from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
-from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.ranks import Share, World, here
+from retort.ranks import World, here
 from retort.train.events.advice import advice
 from retort.train.events.hooks import call
 from retort.train.events.interruptions import Interruptions
@@ -31,14 +30,15 @@ from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
 from retort.train.output import export, record, results
 from retort.train.output.evaluations import Evaluations
-from retort.train.output.identity import compare, identity
+from retort.train.output.identity import identity
+from retort.train.output.saved import refuse_other_run, state_of
 from retort.train.output.summary import summary
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
 from retort.train.storage.metrics import JsonLines, Stopwatch
-from retort.train.teaching.digests import adapter_state, digests, refuse_other_adapter, refuse_others
+from retort.train.teaching.asking import ask
 
 
 @dataclass(repr=False)
@@ -139,8 +139,7 @@ class Run:
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)
             config = self.prepared.config
-            named = config.tracker if self.world.leads else None
-            tracker = open_tracker(named, run_dir=self.folder, config=config.model_dump())
+            tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
             self._tell("on_end")
@@ -233,7 +232,7 @@ class Run:
                 groups = self.source.rollouts(method, clock, version, hard)
         lost = self.source.given_up - before
         with watch("teacher"):
-            signals = self._asked(method, groups, self.teachers.wanted(method, self.step))
+            signals = self._ask(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
@@ -256,22 +255,14 @@ class Run:
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **written, **shown, **scalars, **probed, **speed, **times}
 
-    def _asked(
-        self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
-    ) -> dict[str, TeacherSignal]:
-        share = Share.of(groups, self.world)
-        asked = groups[share.groups]
-        found = self.teachers.score(method, asked, needs, partial(self.learner.top_ids, method, asked))
-        counts = share.counts([signal.counts for signal in found.values()])
-        return {
-            view: replace(signal, counts=counted) for (view, signal), counted in zip(found.items(), counts, strict=True)
-        }
+    def _ask(self, method: Method, groups: list[Group], needs: dict[str, frozenset[Need]]) -> dict[str, TeacherSignal]:
+        return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """A probe's means over all tokens of the answers to the prompts kept out for it."""
         groups = in_groups(self.source.probed(method.rollout, probe, clock))
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
-        signals = self._asked(method, groups, {probe.against: needs} if needs else {})
+        signals = self._ask(method, groups, {probe.against: needs} if needs else {})
         return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
 
     def _rates(self, method: Method) -> Rates:
@@ -315,16 +306,7 @@ class Run:
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
         weights, tensors, counts = self.learner.tensors()
-        state = {
-            **counts,
-            "best": self.best,
-            "data": fingerprint(self.source.prompts),
-            **digests(self.teachers),
-            "precision": self.student.precision,
-            "advised": sorted(self._advised),
-            "run": self._identity,
-            **adapter_state(self.student),
-        }
+        state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
         found = checkpoint.Checkpoint(self.step, weights, tensors, state, parts)
 
@@ -334,22 +316,13 @@ class Run:
             checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=best[1] if best else None)
             return path
 
-        self._saved = path = self.world.first(written)
-        return path
+        self._saved = self.world.first(written)
+        return self._saved
 
     def restore(self, path: Path) -> None:
         """Puts the run where a checkpoint was taken. Its files stay as they are until `go`."""
         found = checkpoint.load(path)
-        if found.state["data"] != fingerprint(self.source.prompts):
-            raise UserError(
-                f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
-            )
-        refuse_other_adapter(path, found.state, self.student)
-        refuse_others(path, found.state, self.teachers, self.student)
-        parameters = self.student.trainable()
-        if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
-            raise UserError(f"{path}: the student {self.student.name} is another model than the one it was made with")
-        compare(path, found.state, self._identity, self.folder, self.observer.note)
+        refuse_other_run(path, found, self.prepared, self._identity, self.observer.note)
         self.step = found.step
         self.learner.restore(found)
         self.control.restore(found.parts)
@@ -418,7 +391,7 @@ class Run:
             ) from error.__cause__
 
     def _stop_if_asked(self) -> None:
-        by = next((by for by in self.world.each(lambda: self._interrupted.by) if by is not None), None)
+        by = self.world.any(self._interrupted.by)
         if by is None:
             return
         self.save()

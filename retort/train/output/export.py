@@ -54,8 +54,8 @@ def _write(
     folder: Path,
     results: Mapping[str, Any],
     step: int,
-    state: Mapping[str, Tensor] | None,
-    weights: Mapping[str, Tensor] | None,
+    state: dict[str, Tensor] | None,
+    weights: dict[str, Tensor] | None,
 ) -> None:
     student = prepared.student
     bare = student.model.generation_config
