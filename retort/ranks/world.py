@@ -15,6 +15,7 @@ import platform
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
 from retort.errors import RetortError, RunError, UserError
@@ -40,6 +41,10 @@ class World:
     def leads(self) -> bool:
         """Whether this rank owns the folder of a run: it alone writes and prints."""
         return self.rank == 0
+
+    def may_speak(self) -> bool:
+        """Whether nobody has printed yet why the run ends; to be asked once."""
+        return True
 
     def each(self, work: Callable[[], T]) -> list[T]:
         """Does the work of every rank on every rank at once; the results of all, by rank.
@@ -106,8 +111,14 @@ class World:
 class _Ranks(World):
     """One of several processes, which `join` has brought together."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, store: Any) -> None:
+        self.rank, self.size, self.store = rank, size, store
+
+    def may_speak(self) -> bool:
+        try:
+            return self.store.add(_SPOKEN, 1) == 1
+        except Exception:  # the process that holds the store is gone: nobody can be asked
+            return True
 
     def each(self, work: Callable[[], T]) -> list[T]:
         from torch import distributed
@@ -164,9 +175,16 @@ def join() -> World:
     devices = torch.cuda.device_count()
     if local < devices:
         torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if devices else "gloo", timeout=TIMEOUT)
+    store, _, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if devices else "gloo",
+        store=distributed.PrefixStore("retort", store),
+        rank=rank,
+        world_size=size,
+        timeout=TIMEOUT,
+    )
     atexit.register(_leave)
-    _here[0] = world = _Ranks(rank, size)
+    _here[0] = world = _Ranks(rank, size, store)
     _same_versions(world)
     return world
 
@@ -175,14 +193,7 @@ def may_speak() -> bool:
     """Whether this process prints the error that ends it: of several ranks that fail, the first one does."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return True
-    if here() is ONE:
-        return os.environ["RANK"] == "0"
-    from torch.distributed import distributed_c10d
-
-    try:
-        return distributed_c10d._get_default_store().add(_SPOKEN, 1) == 1
-    except Exception:  # the process that holds the store is gone: nobody can be asked
-        return True
+    return os.environ["RANK"] == "0" if here() is ONE else here().may_speak()
 
 
 def local_rank() -> int:
@@ -210,23 +221,15 @@ def _size() -> int:
 
 
 def _same_versions(world: World) -> None:
-    from importlib.metadata import version
-
-    import torch
-
-    import retort
-
-    own = {
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "retort": retort.__version__,
-    }
+    own = {"Python": platform.python_version()}
+    for name in ("torch", "transformers", "retort-distill"):
+        with contextlib.suppress(PackageNotFoundError):  # run from its source
+            own[name] = version(name)
     for rank, other in enumerate(world.each(lambda: own)):
         for name in own:
-            if other[name] != own[name]:
+            if other.get(name) != own[name]:
                 raise UserError(
-                    f"rank {world.rank} runs {name} {own[name]} and rank {rank} runs {other[name]}; "
+                    f"rank {world.rank} runs {name} {own[name]} and rank {rank} runs {other.get(name)}; "
                     "install the same versions for all ranks"
                 )
 

@@ -157,7 +157,7 @@ def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_lost_rank_is_one_line() -> None:
-    ranks = world._Ranks(0, 2)
+    ranks = world._Ranks(0, 2, None)
     with pytest.raises(RetortError, match="lost another rank.*; go on there"), ranks.watched("go on there"):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     with pytest.raises(RuntimeError, match="a bug"), ranks.watched("go on there"):
