@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _arguments(words)
+        if "WORLD_SIZE" in os.environ and arguments.run is not _train:
+            from retort.ranks import refuse_several
+
+            refuse_several(words[0])
         code = int(arguments.run(arguments) or 0)
         if sys.stdout is not None:
             sys.stdout.flush()

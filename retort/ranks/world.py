@@ -113,6 +113,7 @@ class _Ranks(World):
 
     def __init__(self, rank: int, size: int, store: Any) -> None:
         self.rank, self.size, self.store = rank, size, store
+        self._advice = "it may have said why"
 
     def may_speak(self) -> bool:
         try:
@@ -128,7 +129,8 @@ class _Ranks(World):
         except RetortError as error:
             mine = (None, error)
         found: list[Any] = [None] * self.size
-        distributed.all_gather_object(found, mine)
+        with self.watched(self._advice):
+            distributed.all_gather_object(found, mine)
         wrong = next((rank for rank, (_, error) in enumerate(found) if error is not None), None)
         if wrong is not None:
             raise mine[1] if wrong == self.rank and mine[1] is not None else found[wrong][1]
@@ -136,6 +138,7 @@ class _Ranks(World):
 
     @contextlib.contextmanager
     def watched(self, advice: str) -> Iterator[None]:
+        before, self._advice = self._advice, advice
         try:
             yield
         except RuntimeError as error:
@@ -145,6 +148,8 @@ class _Ranks(World):
                 f"rank {self.rank} of {self.size} lost another rank, which was killed, ended by itself or was silent "
                 f"for {TIMEOUT.seconds // 60} minutes; {advice}"
             ) from error
+        finally:
+            self._advice = before
 
 
 #: A single process.
@@ -194,6 +199,16 @@ def may_speak() -> bool:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return True
     return os.environ["RANK"] == "0" if here() is ONE else here().may_speak()
+
+
+def refuse_several(command: str) -> None:
+    """Refuses to run a command once for each rank that torchrun started.
+
+    Raises:
+        UserError: There are several.
+    """
+    if _size() > 1:
+        raise UserError(f"torchrun is for `retort train`; start `retort {command}` by itself, in one process")
 
 
 def local_rank() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from retort.cli import main
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
 from retort.errors import RetortError, UserError
@@ -154,6 +155,23 @@ def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(UserError, match="rank 1 runs 1.0; install the same versions"):
         world._same_versions(Two())
+
+
+@pytest.mark.parametrize("words", [["methods"], ["eval", "countdown:student"]])
+def test_other_commands_are_not_run_once_for_each_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(words) == 2
+    assert capsys.readouterr() == (
+        "",
+        f"retort: torchrun is for `retort train`; start `retort {words[0]}` by itself, in one process\n",
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert main(words) == 2
+    assert capsys.readouterr() == ("", "")  # rank 0 has said it
 
 
 def test_a_lost_rank_is_one_line() -> None:
