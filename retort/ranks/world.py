@@ -175,15 +175,16 @@ def join() -> World:
         return here()
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     rank, local = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     devices = torch.cuda.device_count()
     if local < devices:
         torch.cuda.set_device(local)
-    store, _, _ = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+    store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if devices else "gloo",
-        store=distributed.PrefixStore("retort", store),
+        store=store,
         rank=rank,
         world_size=size,
         timeout=TIMEOUT,
