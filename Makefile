@@ -1,6 +1,6 @@
 # make demo   a real run on the built-in task, with the core install only
 # make test   lint, formatting, types, layers, tests
-# make quick  the same without the tests that train, open a browser or run whole pipelines: under a minute, for the loop
+# make quick  the same without pyright, with a selection of fast tests only: under a minute, after each edit
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)

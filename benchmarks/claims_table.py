@@ -66,7 +66,7 @@ def _chosen(rows: Rows, condition: str, method: str, step: int) -> dict[int, Map
 
 def _estimate(values: Iterable[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
-    interval = Estimate.of_runs(known)
+    interval = Estimate.over_runs(known)
     if interval is None:
         return {"value": known[0], "n": 1} if known else None
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(known)}

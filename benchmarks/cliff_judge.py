@@ -16,7 +16,7 @@ SAMPLES = 4
 
 def judged(prompts: Sequence[str], texts: Sequence[str]) -> dict[str, float | None]:
     """Parse rate, NDCG@1 of what parses (None if nothing does), and the share in which one item is missing."""
-    found = [ranking.judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    found = [ranking.score_list(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     good = [one.ndcg for one in found if one.ndcg is not None]
     return {
         "parse": len(good) / len(found),

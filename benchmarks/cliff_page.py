@@ -134,7 +134,7 @@ MEASURES: Mapping[str, Callable[[Mapping[str, Any]], float]] = {
 
 def _estimate(values: Sequence[float | None]) -> dict[str, float] | None:
     known = [value for value in values if value is not None]
-    interval = Estimate.of_runs(known)
+    interval = Estimate.over_runs(known)
     if interval is None:
         return {"value": known[0], "n": 1} if known else None
     return {"value": interval.value, "low": interval.low, "high": interval.high, "n": len(known)}
@@ -176,7 +176,10 @@ def verdict(cells: Rows, predicted: Mapping[str, float]) -> list[str]:
     beyond = [cell for cell in cells if cell["weight"] > 1]
     above = [cell for cell in cells if cell["weight"] > predicted["typical"]]
     found: list[str] = []
-    for name, words in (("parse", "Held-out completions of the last weights"), ("late", "Rollouts of the last third")):
+    for name, words in (
+        ("parse", "Held-out completions of the last weights"),
+        ("late", "Rollouts of the last third"),
+    ):
         falls = [cell["weight"] for cell in beyond if _below_zero(cell[f"{name}_against_start"])]
         broken = [cell["weight"] for cell in above if _below_zero(cell[f"{name}_against_below"])]
         judged = [cell["weight"] for cell in above if "high" in (cell[f"{name}_against_below"] or {})]

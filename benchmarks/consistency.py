@@ -123,8 +123,8 @@ def answers(path: Path) -> None:
 
     from retort.align.chat import Renderer
     from retort.config import resolve
+    from retort.core.random_streams import UniformStream
     from retort.core.rollouts import Message
-    from retort.core.streams import UniformStream
     from retort.rollout.engines.hf import HFEngine, Sampling
     from retort.rollout.episodes import Task, run_episodes
     from retort.tasks.coached import bait_rows

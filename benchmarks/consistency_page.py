@@ -71,7 +71,7 @@ def page(rows: Rows, words: Mapping[str, str], steps: int, answers: int) -> str:
 
 def cell(values: Sequence[float], digits: int = 1) -> str:
     """Mean and interval over seeds; shares of nothing below 0."""
-    found = Estimate.of_runs(list(values))
+    found = Estimate.over_runs(list(values))
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} [{max(0.0, found.low):.{digits}f}, {found.high:.{digits}f}]" if found else mean
 
@@ -87,7 +87,7 @@ def differences(rows: Rows, words: Mapping[str, str]) -> str:
         told: list[str] = []
         for key, what in (("followed", "followed"), ("right", "right with the suggestion"), ("clean", "right without")):
             values = [100 * (row["after"][key] - control[row["seed"]][key]) for row in own]
-            found = Estimate.of_runs(values)
+            found = Estimate.over_runs(values)
             ends = f" [{found.low:+.1f}, {found.high:+.1f}]" if found else ""
             told.append(f"{what} {statistics.mean(values):+.1f}{ends}")
         lines.append(f"- {words[name].partition(':')[0]}: {', '.join(told)}.")

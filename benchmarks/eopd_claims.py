@@ -146,7 +146,7 @@ def make_student(folder: Path, seed: int) -> None:
     tokenizer = build.build_tokenizer()
     model = build.build_model(tokenizer, SHAPES[folder.name.partition("-")[0]], seed)
     build.train(model, tokenizer, build.Recipe(steps=2400, batch=128, lr=3e-3, seed=1000 + seed, until=0.5, bf16=False))
-    build.write(folder.name, model, "From nothing, by supervised learning down to a loss of 0.5 nats.", folder.parent)
+    build.export(folder.name, model, "From nothing, by supervised learning down to a loss of 0.5 nats.", folder.parent)
 
 
 def make_students(names: Sequence[str], workers: int) -> None:

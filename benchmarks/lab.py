@@ -94,7 +94,7 @@ def about(bench: Bench) -> dict[str, dict[str, str]]:
             "method": entry.method,
             "note": entry.note,
             "shown": entry.shown,
-            "rewards": rewards_of(registry.load(entry.method).wants_rewards, entry.rewards),
+            "rewards": rewards_of(registry.load(entry.method).needs_rewards, entry.rewards),
         }
         for name, entry in bench.entries().items()
     }

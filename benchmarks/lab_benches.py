@@ -53,7 +53,7 @@ class Bench:
 def needs_more(method: str) -> bool:
     """Whether a method needs rewards or a teacher that is shown more than the student, so more than bare prompts."""
     made = registry.load(method)
-    return made.wants_rewards is not None or any(view.render is not None for view in made.views.values())
+    return made.needs_rewards is not None or any(view.render is not None for view in made.views.values())
 
 
 def outside() -> dict[str, Entry]:

@@ -179,7 +179,7 @@ def between(values: Sequence[float]) -> str:
     """A mean with its interval, in words."""
     if not values:
         return "–"
-    interval = Estimate.of_runs(values) if len(values) >= WEAK else None
+    interval = Estimate.over_runs(values) if len(values) >= WEAK else None
     shown = f" [{interval.low:+.1f}, {interval.high:+.1f}]" if interval else ""
     return f"{statistics.mean(values):+.1f}{shown}".replace("-", "−")
 

@@ -118,7 +118,7 @@ def _cells(found: Rows, columns: Columns) -> list[str]:
     cells = []
     for _, value, digits in columns:
         values = [number for row in found if (number := _known(value, row)) is not None]
-        interval = Estimate.of_runs(values) if len(values) >= WEAK else None  # of two it would be noise
+        interval = Estimate.over_runs(values) if len(values) >= WEAK else None  # of two it would be noise
         # Seeds that agree to the last digit (all at 0 %) show no spread, which is no certainty.
         half = f" ± {interval.high - interval.value:.{digits}f}" if interval and interval.high > interval.low else ""
         cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")

@@ -69,8 +69,8 @@ def coached_student(groups: int, samples: int) -> Case:
     from retort.align.chat import Renderer
     from retort.config import recipe, resolve
     from retort.core.rollouts import Rollout
-    from retort.teachers.scene import Scene, Stage
     from retort.teachers.templates import templates
+    from retort.teachers.view_input import Stage, ViewInput
     from retort.teachers.views import privileged
     from retort.train.models.models import load
     from retort.train.setup.prompts import builtin_prompts
@@ -82,7 +82,7 @@ def coached_student(groups: int, samples: int) -> Case:
     prompts, answers = list[list[int]](), list[list[list[int]]]()
     for prompt in builtin_prompts("coached", "train", groups):
         rollout = Rollout(prompt, TokenSequence.of(render(prompt)))
-        shown = view.render(Scene(rollout, (), Stage(templates(config.templates))))
+        shown = view.render(ViewInput(rollout, (), Stage(templates(config.templates))))
         assert shown is not None
         prompts.append(render(shown))
         own = lm.tokenizer(str(prompt.response), add_special_tokens=False)["input_ids"]
@@ -123,11 +123,11 @@ def timed(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def row(case: Case, rounds: int) -> list[Any]:
     """One line of the table: both ways in turn, after one of each that is not counted."""
     lm, seconds, found = case.lm, {True: list[float](), False: list[float]()}, dict[bool, Tensor]()
-    if not lm.shares:
+    if not lm.shared_prefixes:
         raise SystemExit(f"{case.name}: this model cannot share prompts")
     for turn in range(rounds + 1):
         for share in (True, False):
-            lm.shares = share
+            lm.shared_prefixes = share
             spent, found[share] = timed(lambda: lm.all_hidden(case.sequences, BUDGET))
             if turn:
                 seconds[share].append(spent)

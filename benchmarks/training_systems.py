@@ -108,7 +108,7 @@ def retort(work: Work, threads: int, *, share: bool = True) -> dict[str, Any]:
 
     if not share:
         never: Any = property(lambda lm: False, lambda lm, value: None)
-        LanguageModel.shares = never  # this process does nothing else
+        LanguageModel.shared_prefixes = never  # this process does nothing else
 
     clock = Clock(work.device)
 

@@ -22,8 +22,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from retort.align.stops import StopTokens
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel, Precision
 from retort.models.load import load_model
 from retort.models.working import WorkingCopy

@@ -16,12 +16,18 @@ from retort.method import Method
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Examination
 from retort.ranks import here, join
-from retort.rewards.own import Own
+from retort.rewards.user import UserGrading
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
 from retort.train.events.observe import Observer
-from retort.train.given.arguments import method_of, models_of, path_of, refuse_twice, settings_of
-from retort.train.given.given import Given, collect
+from retort.train.given.arguments import (
+    method_argument,
+    models_argument,
+    path_argument,
+    refuse_twice,
+    settings_argument,
+)
+from retort.train.given.given import CallerObjects, collect
 from retort.train.surroundings import ordinary
 
 if TYPE_CHECKING:
@@ -42,7 +48,7 @@ def distill(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Own | str | None = None,
+    verifier: UserGrading | str | None = None,
     out: str | os.PathLike[str] | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -63,21 +69,21 @@ def distill(
         models: The same, of further frozen models by name, for methods of your own whose views name them.
         data: A file, a folder, a glob or a hub name (docs/data.md); or rows: a list of dicts, a `datasets.Dataset`, any
             iterable of mappings. Columns `prompt` or `messages`, `answer`, ... Rows are kept in the run's folder.
-        eval_data: The same, to judge on; by default prompts held out of the data.
+        eval_data: The same, to evaluate on; by default prompts held out of the data.
         method: A name, a mapping with `name` and settings, or a `Method`, also one of your own.
-        verifier: Who grades: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
+        verifier: The grader: a function of a prompt (`retort.types.Prompt`) and a completion (text) that returns a
             number from 0 to 1 or a `retort.Grade`; or an object with a method `grade(group)` that grades all rollouts
             to a prompt at once; or `"module:name"` of one; or the name of one of Retort's (`"math"`, `"exact"`). By
             default mathematics, where the data has answers. The setting `task` is the same.
         out: Folder of the run; by default `runs/<method>-<time>`.
         steps: Batches of rollouts; by default once through the data.
-        seed: Of all random streams.
-        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. What they
-            say otherwise than an argument is refused.
+        seed: Seed of all random streams.
+        settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. A
+            setting that contradicts an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
         resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides,
             callbacks, and again what was an object before: `method`, models, `verifier`.
-        observer: Who watches, instead of what is printed by default.
+        observer: Receives progress, notes and tables, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 
     What torch was set to (`no_grad`, `autocast`, a default dtype or device) does not reach into the run.
@@ -90,19 +96,19 @@ def distill(
         RunError: The run had to stop; it names the checkpoint to go on from.
     """
     check_callbacks(callbacks)
-    more, (named, own), place = settings_of(settings), method_of(method), path_of("resume", resume)
+    more, (named, own), path = settings_argument(settings), method_argument(method), path_argument("resume", resume)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    objects |= models_of(models, objects)
-    flags, given = collect(objects, more, verifier)
-    flags |= _present(method=named, out=path_of("out", out), steps=steps, seed=seed)
+    objects |= models_argument(models, objects)
+    flags, caller_objects = collect(objects, more, verifier)
+    flags |= _present(method=named, out=path_argument("out", out), steps=steps, seed=seed)
     join()
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
-        if place is not None:
-            _only_objects(flags, given, more)
-            run = runner.resume(Path(place), watcher, steps=steps, method=own, given=given)
+        if path is not None:
+            _only_objects(flags, caller_objects, more)
+            run = runner.resume(Path(path), watcher, steps=steps, method=own, caller_objects=caller_objects)
         else:
             config = _assembled(flags, more, own)
-            run = runner.start(config, folder_of(config), watcher, method=own, given=given)
+            run = runner.start(config, folder_of(config), watcher, method=own, caller_objects=caller_objects)
             check(run)
         run.callbacks = tuple(callbacks)
         run.go()
@@ -120,7 +126,7 @@ def doctor(
     data: Data | None = None,
     eval_data: Data | None = None,
     method: str | Method | Mapping[str, Any] | None = None,
-    verifier: Own | str | None = None,
+    verifier: UserGrading | str | None = None,
     settings: Mapping[str, Any] | None = None,
     quick: bool = False,
 ) -> Examination:
@@ -144,13 +150,13 @@ def doctor(
     Raises:
         UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
     """
-    more, (named, own) = settings_of(settings), method_of(method)
+    more, (named, own) = settings_argument(settings), method_argument(method)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
-    objects |= models_of(models, objects)
-    flags, given = collect(objects, more, verifier)
+    objects |= models_argument(models, objects)
+    flags, caller_objects = collect(objects, more, verifier)
     config = _assembled(flags | _present(method=named), more, own)
     with ordinary(), quiet_bars():
-        return examine(config, own, quick=quick, given=given)
+        return examine(config, own, quick=quick, caller_objects=caller_objects)
 
 
 def _present(**values: Any) -> dict[str, Any]:
@@ -158,10 +164,10 @@ def _present(**values: Any) -> dict[str, Any]:
 
 
 def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Method | None) -> configuration.Config:
-    """The configuration of arguments and settings.
+    """Builds the configuration from arguments and settings.
 
     Raises:
-        UserError: They say different things.
+        UserError: An argument and a setting contradict each other.
     """
     settings = shorthands(settings)
     refuse_twice(flags, own, settings)
@@ -175,11 +181,11 @@ def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Metho
     return assemble(nested, settings, own=own)
 
 
-def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str, Any]) -> None:
+def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` where a run that is resumed is given settings."""
-    objects = {*(text for text in given.models), *(rows.label for rows in given.rows.values())}
+    objects = {*(text for text in caller_objects.models), *(rows.label for rows in caller_objects.rows.values())}
     others = [key for key, value in flags.items() if key != "steps" and str(value) not in objects]
-    if given.grade is not None:
+    if caller_objects.grade is not None:
         others = [key for key in others if key != "task"]
     if others or settings:
         raise UserError(
@@ -189,7 +195,7 @@ def _only_objects(flags: Mapping[str, Any], given: Given, settings: Mapping[str,
 
 
 def check(run: runner.Run) -> None:
-    """The quick checks of a run that is about to start.
+    """Makes the quick checks of a run that is about to start.
 
     Raises:
         UserError: One is fatal, and the settings do not say `checks = "warn"`.
@@ -201,12 +207,12 @@ def check(run: runner.Run) -> None:
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.
-    said = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
-    run.prepared.notes.extend(one.line for one in said)
+    findings = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
+    run.prepared.notes.extend(one.line for one in findings)
 
 
 def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
-    """The configuration of a run: the built-in recipe beneath, if no model is named."""
+    """Resolves the configuration of a run; without a named model, on top of the built-in recipe."""
     layers = tuple(shorthands(layer) for layer in layers)
     named = {key for layer in layers for key in layer}
     below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
@@ -217,13 +223,13 @@ def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configura
         if not named & {"student", "teacher"}:
             below = [recipe]
         elif student.partition(":")[0] in configuration.BUILTIN and "templates" in recipe:
-            # Whatever else is chosen, the models that ship with Retort know no other words than these.
+            # The models that ship with Retort know no other words than these, whatever else is chosen.
             below = [{"templates": recipe["templates"]}]
     return configuration.resolve(*below, *layers, own=own)
 
 
 def folder_of(config: configuration.Config) -> Path:
-    """Where a run goes: `out`, or runs/<method>-<time>, numbered if that is taken."""
+    """The folder of a new run: `out`, or runs/<method>-<time>, numbered if that is taken."""
     if config.out:
         return Path(config.out)
     return here().first(lambda: _free_folder(config))

@@ -1,4 +1,4 @@
-"""Errors for people: one line that says what is wrong, where, and what to do."""
+"""Errors for users: one line that says what is wrong, where, and what to do."""
 
 import difflib
 import unicodedata
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class RetortError(Exception):
-    """Base of everything Retort raises on purpose; the command line prints it as one line."""
+    """Base of all errors that Retort raises on purpose; the command line prints them as one line."""
 
     exit_code = 1
 
@@ -31,19 +31,19 @@ class UserError(RetortError, ValueError):
 
 
 class RunError(RetortError, RuntimeError):
-    """A run had to stop (teacher gone wrong, disk full, interrupted); the command exits with code 1."""
+    """A run had to stop (unusable teacher, disk full, interrupted); the command exits with code 1."""
 
 
 class SignalError(RunError):
-    """A teacher's answer is unusable: not finite, misaligned, or poorer than what was asked for."""
+    """A teacher's signal is unusable: not finite, misaligned, or without a quantity that was requested."""
 
 
-#: How alike two names are, from 0 to 1, before one is taken for a slip of the other: `gdk` of `gkd`, and no less.
+#: Least similarity of two names, from 0 to 1, at which one counts as a misspelling of the other: `gdk` of `gkd`.
 _NEAR = 0.66
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Ending for an error message: the nearest known name, or the whole list where nothing is near."""
+    """Ending of an error message: the nearest known name, or the whole list where nothing is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=_NEAR)
     if near:
@@ -51,18 +51,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(known)}" if known else "nothing is known here"
 
 
-#: Unicode categories that a terminal obeys instead of showing: control, format (bidi among them), halves of characters,
-#: and what ends a line.
+#: Unicode categories that a terminal obeys instead of showing: control, format (bidi among them), surrogates, and line
+#: ends.
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
-#: Format characters that words and emoji are spelt with: joiners, and the mark of a soft hyphen.
+#: Format characters that words and emoji are spelt with: joiners, and the soft hyphen.
 _SPELLING = "\u00ad\u200c\u200d"
 
 
 def visible(text: str) -> str:
-    r"""Text from anywhere on one line, with every character that a terminal or a page would obey written as its escape.
+    r"""Text on one line, with every character that a terminal or a page would obey written as its escape.
 
     Control characters (C0, DEL, C1), ends of lines, bidi and other format characters, and lone surrogates become
-    `\x1b`, `\n`, `\u202e`. Whatever is left is shown as itself.
+    `\x1b`, `\n`, `\u202e`. All other characters stay as they are.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -72,7 +72,7 @@ def visible(text: str) -> str:
 
 
 def a_kind(value: object) -> str:
-    """What kind of thing a value is, with its article: a list, an int, bytes."""
+    """The kind of a value with its article: a list, an int, bytes."""
     name = type(value).__name__
     if name in ("bytes", "NoneType"):
         return name
@@ -83,9 +83,9 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     """A number of things, in words: 1 row, 2 rows.
 
     Args:
-        count: How many.
-        one: What one is called.
-        many: What several are called; by default with an s.
+        count: The number.
+        one: The singular.
+        many: The plural; by default the singular with an s.
     """
     return f"{count} {one if count == 1 else many or one + 's'}"
 
@@ -94,13 +94,13 @@ def quoted(value: object, limit: int = 100) -> str:
     """A value for a message, as Python writes it, cut in the middle where it is long."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # a number of thousands of digits; tables nested too deep to be written
+    except (ValueError, RecursionError):  # a number with thousands of digits, or tables nested too deeply for repr
         return f"a very large {type(value).__name__}"
     return shortened(text, limit)
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text of at most about `limit` characters: its beginning and its end."""
+    """A text cut to about `limit` characters: its beginning and its end."""
     if len(text) <= limit:
         return text
     return f"{text[: limit * 2 // 3]}... ({len(text)} characters) ...{text[-limit // 4 :]}"

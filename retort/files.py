@@ -1,4 +1,4 @@
-"""Files of a run: nothing half-written is ever taken for whole, and what is wrong with one is said in words."""
+"""Files of a run: a half-written file is never taken for a whole one, and errors say in words what is wrong."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from retort.errors import RunError, UserError, quoted
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM)
-#: Deepest nesting of lists and objects that is read: files of a run need six, and code that walks them has its limits.
+#: Deepest nesting of lists and objects that is read: files of a run need six levels, and recursion has its limits.
 _DEEPEST = 64
-#: Bytes that the usual file systems allow.
+#: Longest file name in bytes that the usual file systems allow.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
 
 
 def reason(error: Exception) -> str:
-    """An operating system error in words for people (safetensors wraps them in text)."""
+    """An operating system error in words (safetensors wraps them in text)."""
     number, text = getattr(error, "errno", None), str(error)
     if number in _FULL or any(words in text for words in ("No space left", "File too large", "Disk quota")):
         return "the disk is full; make room and resume"
@@ -35,27 +35,27 @@ def reason(error: Exception) -> str:
 
 
 def disk_full(error: Exception) -> bool:
-    """Whether an error says that the disk is full, also one of a library that wraps it in text."""
+    """Whether an error means that the disk is full, also one of a library that wraps it in text."""
     return reason(error).startswith("the disk is full")
 
 
-def named(place: str) -> Path:
-    """The path that a text names, where the text can be a path at all.
+def named(text: str) -> Path:
+    """The path that a text names.
 
     Raises:
-        UserError: It is empty, holds a NUL or bytes that are not UTF-8 (JSON, model files and cards cannot name those),
-            or is longer than any file's name.
+        UserError: The text is empty, holds a NUL or bytes that are not UTF-8 (JSON, model files and cards cannot name
+            those), or is longer than any file's name.
     """
-    problem = unnameable(place)
+    problem = unnameable(text)
     if problem is not None:
-        raise UserError(f"{quoted(place)}: {problem}")
-    return Path(place)
+        raise UserError(f"{quoted(text)}: {problem}")
+    return Path(text)
 
 
-def unnameable(place: str) -> str | None:
-    """Why a text can be no path: in words, or None where it can."""
+def unnameable(text: str) -> str | None:
+    """The reason why a text cannot be a path, in words; None where it can."""
     try:
-        content = place.encode()
+        content = text.encode()
     except UnicodeEncodeError as error:
         return f"no path: character {error.start + 1} is not UTF-8; use another name"
     if not content.strip():
@@ -73,7 +73,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         RunError: The file cannot be written; what was there before is untouched.
     """
-    # A lone surrogate, which JSON can smuggle in, has no UTF-8.
+    # A lone surrogate, which JSON can hold, has no UTF-8.
     write_bytes(path, text.encode("utf-8", "replace"))
 
 
@@ -98,7 +98,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (not what it points to), or a folder with all that is in it. What is not there is fine.
+    """Removes a file, a link (not its target), or a folder with all that is in it. A missing path is fine.
 
     Raises:
         OSError: It cannot be removed.
@@ -111,13 +111,13 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` when the block ends, and vanishes if the block raises.
+    """A folder to fill, which replaces `folder` when the block ends, and is removed if the block raises.
 
     Args:
-        folder: Its name in the end. What has that name before is replaced as a whole.
+        folder: Its final name. An existing folder of that name is replaced as a whole.
 
     Raises:
-        OSError: The folder cannot be made or put in its place.
+        OSError: The folder cannot be made or moved to its name.
     """
     temporary, before = folder.with_name(f".writing-{folder.name}"), folder.with_name(f".before-{folder.name}")
     try:
@@ -142,7 +142,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def flush(path: Path) -> None:
-    """Makes the system write a file or a folder to the disk."""
+    """Makes the system flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -151,10 +151,10 @@ def flush(path: Path) -> None:
 
 
 def parse_object(content: bytes) -> dict[str, Any]:
-    """The JSON object that a file or one line of it holds.
+    """Parses the JSON object of a file or of one of its lines.
 
     Raises:
-        ValueError: It holds none; the text says why, with line and column.
+        ValueError: It is no JSON object; the text says why, with line and column.
     """
     if not content.strip(b"\0 \t\r\n"):
         raise ValueError("holds only NUL bytes" if b"\0" in content else "is empty")
@@ -184,10 +184,11 @@ def parse_object(content: bytes) -> dict[str, Any]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        UserError: The file cannot be read, or holds none: one sentence without a remedy, which depends on the file.
+        UserError: The file cannot be read, or holds no object: one sentence without a remedy, which depends on the
+            file.
     """
     try:
         return parse_object(path.read_bytes())

@@ -1,4 +1,4 @@
-"""A method as a value: who writes, what teachers see, which terms disagree about what, what it collapses to."""
+"""A method as a value: its rollout plan, the views of its teachers, its terms, and the methods it collapses to."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from retort.teachers.view import View
 Status = Literal["faithful", "partial", "reconstructed"]
 P = ParamSpec("P")
 
-#: Temperatures outside leave nothing of logits in fp32 but infinity, or their order in no digit.
+#: At temperatures outside of this range, logits in fp32 are infinite or indistinguishable.
 COLDEST, HOTTEST = 1e-6, 1e6
 #: A setting that may be infinite, such as a limit or a threshold; every other number must be finite.
 Unbounded = Annotated[float, "may be infinite"]
@@ -33,7 +33,7 @@ Unbounded = Annotated[float, "may be infinite"]
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from."""
+    """The source of a method."""
 
     title: str
     authors: str
@@ -54,7 +54,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Term:
-    """One disagreement: how it is estimated, against which view, where it counts and what it is divided by."""
+    """One disagreement: its estimator, its view, where it counts and its denominator."""
 
     name: str
     estimator: Estimator
@@ -65,33 +65,33 @@ class Term:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the term asks of its view's teacher."""
-        return self.asks(self.against)
+        """The term's needs of its view's teacher."""
+        return self.needs_of(self.against)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that is evaluated for it."""
+        """All parts that are evaluated for the term."""
         return (*self.estimator.parts, *([self.weight] if self.weight else []))
 
-    def asks(self, view: str) -> frozenset[Need]:
-        """What the term asks of any view's teacher."""
-        return frozenset[Need]().union(*(part.asks(view, self.against) for part in self.parts))
+    def needs_of(self, view: str) -> frozenset[Need]:
+        """The term's needs of any view's teacher."""
+        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in self.parts))
 
 
 @dataclass(frozen=True)
 class Watch:
-    """A curve the paper looks at. It is logged if the teacher's answer allows it; it never makes a teacher necessary.
+    """A curve that the paper shows. It is logged if the teacher's signal allows it; it never makes a teacher necessary.
 
     Attributes:
-        name: Of the curve.
+        name: Name of the curve.
         part: The number per step that is averaged over counted steps.
         where: Average only over steps on which this is not 0.
-        against: The view.
-        alarm_below: Say `advice` once if the average falls below this.
+        against: The view that it reads.
+        alarm_below: Show `advice` once if the average falls below this.
         advice: One sentence for the user.
-        every: Only at every so many batches, for what costs.
-        by_position: Also averaged by the place in the answer.
-        summed_up: How the numbers of an optimizer step, [N], become one; None for their mean.
+        every: Only at every so many batches, for expensive parts.
+        by_position: Also averaged by the position in the completion.
+        summed_up: The function that makes one number of those of an optimizer step, [N]; None for their mean.
     """
 
     name: str
@@ -104,10 +104,10 @@ class Watch:
     by_position: bool = False
     summed_up: Callable[[Tensor], float] | None = None
 
-    def asks(self, view: str) -> frozenset[Need]:
-        """What the curve would like to know of a view's teacher."""
+    def needs_of(self, view: str) -> frozenset[Need]:
+        """The curve's optional needs of a view's teacher."""
         parts = [self.part, *([self.where] if self.where else [])]
-        return frozenset[Need]().union(*(part.asks(view, self.against) for part in parts))
+        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -123,17 +123,17 @@ class Method:
     """A distillation method. Compose it from parts; `retort.load` makes the published ones.
 
     Attributes:
-        rollout: Who writes.
+        rollout: The rollout plan: which model generates, and how.
         views: What each teacher sees, by name.
         terms: The loss, a sum.
         temperature: Both distributions are evaluated at this temperature, in training (curves included) and in
-            `token_losses`. Held-out answers are judged at 1.
-        limits: What it collapses to.
-        watch: Curves worth looking at.
-        controllers: Parts with a state that moves as the run goes; dials read their numbers.
+            `token_losses`. Held-out completions are evaluated at 1.
+        limits: Settings at which it equals other methods.
+        watch: Curves worth watching.
+        controllers: Parts with a state that changes during the run; settings read their outputs.
         before: Another method, and for how many steps it is run first (`retort.methods._cold_start`).
-        recipe: How the paper trained, as sections of a run's configuration; used where the user says nothing.
-        adam_variance: Whether to log what Adam's moments say of the gradient's variance (`adam_variance`).
+        recipe: The paper's training settings, as sections of a run's configuration; used where the user gives none.
+        adam_variance: Whether to log the gradient's variance that Adam's moments imply (`adam_variance`).
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
     """
 
@@ -176,8 +176,8 @@ class Method:
         if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
             others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
             raise UserError(
-                f"term '{own[0]}' is a policy gradient, which holds for answers of the student as it is, but the "
-                f"rollout plan mixes in {others}; use pathwise(...), or let the student write everything"
+                f"term '{own[0]}' is a policy gradient, which holds only for the student's own completions, but the "
+                f"rollout plan mixes in {others}; use pathwise(...), or let the student generate everything"
             )
         controllers = [controller.name for controller in self.controllers]
         if len(set(controllers)) != len(controllers):
@@ -186,60 +186,60 @@ class Method:
             for view in (controller.against, *((controller.probe.against,) if controller.probe else ())):
                 if view not in self.views:
                     raise UserError(
-                        f"controller '{controller.name}' looks at view '{view}'; {did_you_mean(view, self.views)}"
+                        f"controller '{controller.name}' reads view '{view}'; {did_you_mean(view, self.views)}"
                     )
         coefs = [term.coef for term in self.terms if isinstance(term.coef, ControllerOutput)]
         for output in (*coefs, *self.rollout.controller_outputs):
             if output.controller not in controllers:
-                raise UserError(f"a dial reads '{output}'; {did_you_mean(output.controller, controllers)}")
+                raise UserError(f"a setting reads '{output}'; {did_you_mean(output.controller, controllers)}")
 
     @property
     def as_published(self) -> bool:
-        """Whether this is what its name and settings make, with no part replaced."""
+        """Whether this is the method of its name and settings, with no part replaced."""
         return self.parts_as_published and self.before is None
 
     @property
     def parts_as_published(self) -> bool:
-        """The same, whatever is run before it."""
+        """The same, whatever method is run before it."""
         parts = (self.rollout, self.terms, self.views, self.temperature, self.controllers)
         return bool(self.made_of) and all(mine is made for mine, made in zip(parts, self.made_of, strict=True))
 
     @property
-    def wants_rewards(self) -> str | None:
-        """What of it cannot do without graded rollouts, if anything."""
-        found = [f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.rewards]
-        found += [f"view '{name}'" for name, view in self.views.items() if view.rewards]
-        found += [f"controller '{controller.name}'" for controller in self.controllers if controller.rewards]
-        return next(iter(found), None)
+    def needs_rewards(self) -> str | None:
+        """The first of its parts that needs graded rollouts, if any."""
+        users = [f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.rewards]
+        users += [f"view '{name}'" for name, view in self.views.items() if view.rewards]
+        users += [f"controller '{controller.name}'" for controller in self.controllers if controller.rewards]
+        return next(iter(users), None)
 
     @property
-    def wants_groups(self) -> str | None:
-        """What of it compares the rollouts of one prompt, if anything."""
+    def needs_groups(self) -> str | None:
+        """The first of its parts that compares the rollouts of one prompt, if any."""
         return next((f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.groups), None)
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
-        """What the method cannot do without from the teacher behind a view."""
-        termed = (term.asks(view) for term in self.terms)
-        seen = (part.needs for c in self.controllers if c.against == view for part in c.sees.values())
+        """The method's needs of the teacher behind a view."""
+        termed = (term.needs_of(view) for term in self.terms)
+        seen = (part.needs for c in self.controllers if c.against == view for part in c.observes.values())
         probes = (c.probe for c in self.controllers if c.probe is not None and c.probe.against == view)
         probed = (part.needs for probe in probes for part in probe.parts.values())
         return frozenset[Need]().union(*termed, *seen, *probed)
 
-    def welcomes(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
-        """What its curves would like to know besides, at a batch of rollouts counted from 0."""
-        due = (watch.asks(view) for watch in self.watch if step % watch.every == 0)
+    def optional_needs(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
+        """The optional needs of its curves, at a batch of rollouts counted from 0."""
+        due = (watch.needs_of(view) for watch in self.watch if step % watch.every == 0)
         return frozenset[Need]().union(*due) - self.needs(view)
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:
         """Parts, with their view, that the score pass must evaluate before the first of several updates on a batch."""
-        found: dict[str, tuple[Part, str]] = {}
+        parts: dict[str, tuple[Part, str]] = {}
         for term in self.terms:
             for name, part in term.estimator.stored.items():
-                found[f"{term.name}.{name}"] = (part, term.against)
+                parts[f"{term.name}.{name}"] = (part, term.against)
             if term.weight is not None and _by_own_weight(term):
-                found[f"{term.name}.weight"] = (term.weight, term.against)
-        return found
+                parts[f"{term.name}.weight"] = (term.weight, term.against)
+        return parts
 
     @property
     def uses_old_logp(self) -> bool:
@@ -259,18 +259,18 @@ class Method:
         return {stat.name: (stat, view) for part, view in used for stat in part.stats}
 
 
-#: Beyond these a count can only hang or fill the memory, and a number is infinity or 0 in fp32.
+#: Beyond these, a count can only hang or exhaust the memory, and a number is infinity or 0 in fp32.
 MOST, LARGEST, SMALLEST = 10**9, 1e30, 1e-30
 
 
 def number_problem(number: float, *, tiny: bool = False) -> str | None:
-    """Why nothing can be computed with a setting's number: in words, or None where it can.
+    """The reason why a setting's number cannot be used, in words; None where it can.
 
-    Infinity is no problem here; whether a setting may be infinite is its own matter.
+    Infinity is no problem here; each setting decides whether it may be infinite.
 
     Args:
-        number: Of any size.
-        tiny: Allow what is 0 in fp32: a method's clip or discount next to 0 is a limit that it is defined by.
+        number: The number, of any size.
+        tiny: Allow numbers that are 0 in fp32: a method's clip or discount next to 0 is one of its limits.
     """
     if isinstance(number, bool):
         return None
@@ -292,7 +292,7 @@ def numeric(hint: Any) -> bool:
 
 
 def refuse_truth(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` where a setting that is a number is given as true or false, which Python takes for 1 and 0."""
+    """Raises `UserError` where a numeric setting is given as true or false, which Python takes for 1 and 0."""
     hints = _hints(build)
     for name, value in settings.items():
         if isinstance(value, bool) and numeric(hints.get(name)):
@@ -302,7 +302,7 @@ def refuse_truth(build: Callable[..., Method], settings: Mapping[str, Any]) -> N
 def _hints(build: Callable[..., Method]) -> dict[str, Any]:
     try:
         return get_type_hints(build, include_extras=True)
-    except NameError:  # annotations that only its author's module can read
+    except NameError:  # its annotations can be resolved only in its author's module
         return {}
 
 
@@ -331,7 +331,7 @@ def _numbers(value: object) -> Iterator[float]:
 
 
 def _unbounded(hint: Any) -> bool:
-    """Whether an annotation, or a member of its union, is `Unbounded`; what is no number by itself (a table) may be."""
+    """Whether an annotation, or a member of its union, is `Unbounded`; a setting that is no number (a table) may be."""
     if get_origin(hint) is Annotated:
         return get_args(hint)[1:] == get_args(Unbounded)[1:]
     if hint is Any or get_origin(hint) in (Mapping, dict):

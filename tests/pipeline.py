@@ -35,7 +35,7 @@ from retort.train.learning.control import Control
 from retort.train.learning.passes import Batch
 from retort.train.learning.update import Update, learn
 from retort.train.models import loading
-from retort.train.setup.pair import asks_teacher
+from retort.train.setup.pair import teacher_use
 from retort.train.setup.prepare import Prepared, prepare
 from retort.train.storage.metrics import Stopwatch
 
@@ -81,7 +81,7 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Prepared
 
 def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
     """Settings without the teacher that a method does not ask."""
-    return {name: value for name, value in settings.items() if name != "teacher" or asks_teacher(method) is not None}
+    return {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
 
 
 def ragged(setup: Prepared) -> Pack:

@@ -9,7 +9,7 @@ from typing import Any
 from retort.core.needs import DENSE, NeedKind
 from retort.core.rollouts import Group
 from retort.core.signals import Candidates, Sampled, TeacherSignal
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 
 
 class RemoteTeacher:
@@ -20,9 +20,9 @@ class RemoteTeacher:
     def __init__(self, behind: Teacher) -> None:
         self.behind = behind
         self.name = f"{behind.name}, far away"
-        self.asked: list[Ask] = []
+        self.asked: list[ScoreRequest] = []
 
-    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
+    def score(self, groups: Sequence[Group], ask: ScoreRequest) -> TeacherSignal:
         """Plain numbers on the CPU, whatever `behind` computes on; of no step without context."""
         assert {need.kind for need in ask.needs} <= self.capabilities, "it is asked for what it can give"
         self.asked.append(ask)

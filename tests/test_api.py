@@ -29,11 +29,11 @@ from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise, score_function
 from retort.models.files import read_model
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 from retort.quantities import teacher_entropy
 from retort.rollout import RolloutPlan
 from retort.train.events.hooks import call
-from retort.train.given.given import Given, Rows, collect
+from retort.train.given.given import CallerObjects, Rows, collect
 from retort.weights import above
 
 
@@ -283,20 +283,20 @@ def test_models_that_a_run_cannot_work_with_are_refused(model_folder: Callable[.
     with pytest.raises(
         UserError, match="student is a Qwen3ForCausalLM; give a model of transformers with its tokenizer"
     ):
-        Held.of("student", model)
+        InMemoryModel.from_pair("student", model)
     with pytest.raises(UserError, match="its tokenizer is a Qwen3ForCausalLM"):
-        Held.of("student", (model, model))
+        InMemoryModel.from_pair("student", (model, model))
     with pytest.raises(UserError, match="a Qwen3Model has no head"):
-        Held.of("teacher", (model.model, tokenizer))
+        InMemoryModel.from_pair("teacher", (model.model, tokenizer))
     model.hf_quantizer = object()
     with pytest.raises(UserError, match="its weights are quantised"):
-        Held.of("teacher", (model, tokenizer))
+        InMemoryModel.from_pair("teacher", (model, tokenizer))
     del model.hf_quantizer
     with pytest.raises(UserError, match="some of its weights are not in memory"):
-        Held.of("teacher", (copy.deepcopy(model).to("meta"), tokenizer))
+        InMemoryModel.from_pair("teacher", (copy.deepcopy(model).to("meta"), tokenizer))
     model.model.norm.weight.data[0] = float("nan")
     with pytest.raises(UserError, match="1 tensor.* with NaN or infinity"):
-        read_model("mine", Held.of("teacher", (model, tokenizer)), "teacher", **LOADING)
+        read_model("mine", InMemoryModel.from_pair("teacher", (model, tokenizer)), "teacher", **LOADING)
 
 
 LOADING: dict[str, Any] = {"dtype": torch.float32, "attention": None, "trust_remote_code": False}
@@ -310,7 +310,7 @@ def test_a_held_model_is_copied_as_it_would_be_loaded(model_folder: Callable[...
     for role, dtype in (("student", torch.float32), ("teacher", torch.float32), ("teacher", torch.bfloat16)):
         loading = {**LOADING, "dtype": dtype}
         named, _ = read_model(folder, None, role, **loading)  # type: ignore[arg-type]
-        held, _ = read_model("held", Held.of(role, pair), role, **loading)  # type: ignore[arg-type]
+        held, _ = read_model("held", InMemoryModel.from_pair(role, pair), role, **loading)  # type: ignore[arg-type]
         theirs, ours = dict(named.named_parameters()), dict(held.named_parameters())
         assert theirs.keys() == ours.keys()
         assert all(
@@ -340,7 +340,7 @@ def test_rows_are_kept_as_they_were_read(tmp_path: Path) -> None:
         kept = Rows.kept(tmp_path / "given-data.jsonl")
         prompts = given.prompts(config, "data", "", None, [])
         assert len(prompts) == count, number
-        again = Given(rows={"data": kept}).prompts(config, "data", "", None, [])
+        again = CallerObjects(rows={"data": kept}).prompts(config, "data", "", None, [])
         assert fingerprint(again) == fingerprint(prompts)
         assert kept.label == flags["data"]
     (tmp_path / "given-data.jsonl").write_text('{"prompt": "1"}\n[]\n')
@@ -378,7 +378,7 @@ def test_a_table_with_times_is_kept_as_it_is_read() -> None:
     import datasets
 
     table = datasets.Dataset.from_dict({"prompt": ["1 ="], "answer": [datetime(2026, 1, 1)], "a": [Decimal("1.50")]})
-    rows = Rows.of("data", table, None)
+    rows = Rows.from_iterable("data", table, None)
     kept = [json.loads(line) for line in rows.content.splitlines()]
     for columns in ({}, {"answer": "a"}):
         first, second = (prompts_from_rows(found, columns=columns) for found in (rows.rows, kept))

@@ -16,6 +16,7 @@ import itertools
 import re
 import sys
 import tokenize
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -279,13 +280,27 @@ def test_the_site_names_every_page_once() -> None:
 
 
 def test_the_map_of_the_rooms_has_every_room() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    (tree,) = (block.code for block in Page.parsed("CONTRIBUTING.md", text).blocks if block.code.startswith("cli "))
-    shown = {name for line in tree.splitlines() for name in re.split(r"\s{2,}", line)[0].split(", ")}
+    layers = _layers_of_the_map()
+    shown = {name for layer in layers for name in layer.split(" | ")}
     rooms = {
         path.stem for path in (ROOT / "retort").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
     }
     assert shown == {room for room in rooms if not room.startswith("__")}
+
+
+def test_the_map_of_the_rooms_has_the_layers_of_the_contract() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contract, *_ = settings["tool"]["importlinter"]["contracts"]
+    assert contract["containers"] == ["retort"]
+    layers = [re.sub(r"[()]", "", layer) for layer in contract["layers"]]
+    assert _layers_of_the_map() == [layer for layer in layers if layer != "__main__"]
+
+
+def _layers_of_the_map() -> list[str]:
+    """Return the layers that CONTRIBUTING shows, from the top: `a > b` is two of them, `a | b` is one."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (tree,) = (block.code for block in Page.parsed("CONTRIBUTING.md", text).blocks if block.code.startswith("cli "))
+    return [layer for line in tree.splitlines() for layer in re.split(r"\s{2,}", line)[0].split(" > ")]
 
 
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)

@@ -65,7 +65,7 @@ def test_methods_and_cite(capsys: pytest.CaptureFixture[str]) -> None:
     found = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert {"opd", "gkd", "eopd", "vopd"} <= set(found)
     assert found["eopd"]["settings"]["top_k"] == 16
-    assert found["opd"]["needs"] == {"teacher": ["log-prob of the token written"]}
+    assert found["opd"]["needs"] == {"teacher": ["log-prob of the sampled token"]}
     assert main(["methods"]) == 0
     assert "2603.07079" in capsys.readouterr().out
     assert main(["cite", "eopd"]) == 0

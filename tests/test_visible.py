@@ -10,7 +10,7 @@ from rich.console import Console
 
 from retort.console.terminal import RichObserver, examination_table
 from retort.errors import quoted, shortened, visible
-from retort.train.output.card import _code, _words  # pyright: ignore[reportPrivateUsage]
+from retort.train.output.card import _code, _plain_text  # pyright: ignore[reportPrivateUsage]
 
 OBEYED = {
     "escape": ("\x1b[31m", r"\x1b[31m"),
@@ -88,7 +88,7 @@ def test_markup_is_text(way: Callable[[RichObserver, str], None], text: str) -> 
 
 
 def test_words_and_code_of_a_card() -> None:
-    assert _words("a|<b>`*[x](y)\n") == r"a\|\<b\>\`\*\[x\](y)\\n"
+    assert _plain_text("a|<b>`*[x](y)\n") == r"a\|\<b\>\`\*\[x\](y)\\n"
     assert _code("a") == "`a`"
     assert _code("a`b``c") == "```a`b``c```"
     assert _code("`\x1b") == r"`` `\x1b ``"

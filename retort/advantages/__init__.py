@@ -1,9 +1,13 @@
-"""Advantages: a number for each step that a policy gradient is multiplied by, from the teacher or from the outcome."""
+"""Advantages: the factor of each step's policy gradient, from the teacher or from the outcome.
+
+Some exports are helpers and no advantages: `lower_clip` is a bound on the log-ratio, and `graded`, `group_means`,
+`length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made of.
+"""
 
 from retort.advantages.log_ratio import (
+    capped_log_ratio,
     clipped_log_ratio,
     extrapolated_log_ratio,
-    held_log_ratio,
     log_ratio,
     lower_clip,
     power_difference,
@@ -22,12 +26,12 @@ from retort.advantages.outcome import (
 )
 
 __all__ = [
+    "capped_log_ratio",
     "clipped_log_ratio",
     "extrapolated_log_ratio",
     "graded",
     "group_advantage",
     "group_means",
-    "held_log_ratio",
     "length_bonus",
     "log_ratio",
     "lower_clip",

@@ -1,4 +1,4 @@
-"""Advantages: how much the teacher prefers the token that was written. Axis letters: see `retort.core`."""
+"""Advantages: how much the teacher prefers the sampled token. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from retort.core.parts import Advantage, Quantity, Stat
 from retort.core.schedules import Schedule
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
-from retort.quantities.contract import BaseMode, held_below
+from retort.quantities.contract import BaseMode, weight_below_cliff
 
 
 def log_ratio() -> Advantage:
     r"""The sampled log-ratio :math:`\log p_T(y_t) - \log p_{old}(y_t)`, nats; its mean is minus the reverse KL.
 
-    Taken against the student before the first update on the batch, so it is fixed while a batch is used several times.
-    Minus infinity where the teacher rules the token out: so is the loss then, and a run stops and names the token.
+    It is taken against the student before the first update on the batch, so it stays fixed over several updates. It is
+    minus infinity where the teacher rules the token out; so is the loss then, and the run stops and names the token.
     """
 
     def value(context: Context, view: str) -> Tensor:
@@ -30,9 +30,9 @@ def log_ratio() -> Advantage:
 
 
 def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
-    r"""The log-ratio with what follows it in its answer: :math:`\lambda \sum_{u \ge t} \gamma^{u-t} A_u`, nats.
+    r"""The log-ratio plus those that follow in its completion: :math:`\lambda \sum_{u \ge t} \gamma^{u-t} A_u`, nats.
 
-    A is `log_ratio`; a sum over the tokens of the rollout that may be learnt, so it is taken over the whole batch.
+    A is `log_ratio`. The sum runs over the tokens of the rollout that count, so it is taken over the whole batch.
 
     Args:
         discount: gamma, from 0 (the log-ratio itself) to 1 (all that follows).
@@ -49,13 +49,13 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
         return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
 
     def finish(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
-        rollouts, place_N = steps.rollouts(), steps.position_N
-        # Beyond an answer's end there is nothing; all answers are walked through at once, from the back.
+        rollouts, position_N = steps.rollouts(), steps.position_N
+        # The sum ends with a completion; all completions are summed at once, from the back.
         values_RA = values_N.new_zeros(len(rollouts.steps_R), int(rollouts.steps_R.max()), dtype=torch.float64)
-        values_RA[rollouts.number_N, place_N] = values_N.double()
-        for place in reversed(range(values_RA.shape[1] - 1)):
-            values_RA[:, place] += discount * values_RA[:, place + 1]
-        return values_RA[rollouts.number_N, place_N]
+        values_RA[rollouts.number_N, position_N] = values_N.double()
+        for position in reversed(range(values_RA.shape[1] - 1)):
+            values_RA[:, position] += discount * values_RA[:, position + 1]
+        return values_RA[rollouts.number_N, position_N]
 
     stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
 
@@ -68,7 +68,7 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
 def extrapolated_log_ratio(
     reward_weight: float | Schedule, *, base: str = "base", stats: tuple[Stat, ...] = ()
 ) -> Advantage:
-    r"""A log-ratio to the student with the teacher's implicit reward weighed freely, nats.
+    r"""A log-ratio to the student with a free weight on the teacher's implicit reward, nats.
 
     .. math:: A_t = \lambda\,[\log p_T(y_t) - \log p_B(y_t)] - [\log p_{old}(y_t) - \log p_B(y_t)]
 
@@ -78,7 +78,7 @@ def extrapolated_log_ratio(
     Args:
         reward_weight: lambda, dimensionless; a schedule may move it with the run.
         base: The view of the base model, :math:`p_B`.
-        stats: What is to be measured beside it.
+        stats: Further statistics to compute.
     """
 
     def value(context: Context, view: str) -> Tensor:
@@ -93,31 +93,31 @@ def extrapolated_log_ratio(
 def _extrapolated(context: Context, view: str, base: str, reward_weight: float) -> Tensor:
     teacher_logp_N = context.signal(view).sampled_logp_N
     plain_N = teacher_logp_N - context.old_logp_N
-    if reward_weight == 1.0:  # whatever the base says, also where it rules a token out
+    if reward_weight == 1.0:  # the base does not matter, also where it rules a token out
         return plain_N
     base_logp_N = context.signal(base).sampled_logp_N
-    if reward_weight == 0.0:  # whatever the teacher says
+    if reward_weight == 0.0:  # the teacher does not matter
         return base_logp_N - context.old_logp_N
-    # A token that the teacher rules out stays ruled out: infinity less infinity would be no number.
+    # A token that the teacher rules out stays ruled out: infinity minus infinity would be NaN.
     preferred_N = torch.where(teacher_logp_N == -math.inf, 0.0, teacher_logp_N - base_logp_N)
     return plain_N + (reward_weight - 1.0) * preferred_N
 
 
-def held_log_ratio(
+def capped_log_ratio(
     reward_weight: float, cap: float, margin: float, base_mode: BaseMode, measured: tuple[Stat, ...]
 ) -> Advantage:
-    """`extrapolated_log_ratio`, batch by batch at a weight that stays `margin` below the predicted cliff.
+    """`extrapolated_log_ratio` with the weight kept `margin` below the cliff predicted for each batch.
 
     Args:
-        reward_weight: As asked for.
+        reward_weight: The weight wanted, dimensionless.
         cap: Largest importance ratio, which the prediction depends on.
-        margin: Below `retort.weights.threshold_weight`.
-        base_mode: Of `measured`.
-        measured: From `retort.weights.masses`.
+        margin: Distance below `retort.quantities.threshold_weight`.
+        base_mode: The same as for `measured`.
+        measured: The statistics of `retort.quantities.masses`.
     """
 
     def value(context: Context, view: str) -> Tensor:
-        return _extrapolated(context, view, "base", held_below(context, reward_weight, cap, margin, base_mode))
+        return _extrapolated(context, view, "base", weight_below_cliff(context, reward_weight, cap, margin, base_mode))
 
     needs = frozenset({SAMPLED})
     return Advantage(f"held_log_ratio({reward_weight:g})", value, needs, {"base": needs}, measured)
@@ -126,10 +126,10 @@ def held_log_ratio(
 def power_difference(power: float) -> Advantage:
     r"""PowerOPD's :math:`p_T(y_t)^\alpha - p_{old}(y_t)^\alpha`, dimensionless, in [-1, 1] (arXiv 2606.17199).
 
-    It has the sign of the log-ratio and, divided by alpha, tends to it as alpha -> 0; it is no gradient of a KL.
+    It has the sign of the log-ratio and, divided by alpha, tends to it as alpha -> 0. It is not the gradient of a KL.
 
     Args:
-        power: alpha > 0. A large one ignores all tokens but those of which one side is nearly certain.
+        power: alpha > 0. A large one leaves only tokens of which one side is nearly certain.
     """
     if power <= 0:
         raise UserError(f"power_difference: power must be positive, not {power}")
@@ -142,7 +142,7 @@ def power_difference(power: float) -> Advantage:
 
 
 def clipped_log_ratio(low: float, high: float = math.inf) -> Advantage:
-    """The log-ratio, nats, cut off below `low` and above `high`."""
+    """The log-ratio, nats, clipped to [`low`, `high`]."""
     if not low < high:
         raise UserError(f"clipped_log_ratio: low ({low}) must lie below high ({high})")
     inner = log_ratio()
@@ -166,7 +166,7 @@ def tanh_log_ratio(scale: float = 5.0) -> Advantage:
 
 
 def lower_clip(share: float) -> float:
-    r"""REOPOLD's bound from below on the log-ratio, nats: :math:`\ln\lambda / (1 - \lambda)`, 0 < lambda < 1."""
+    r"""REOPOLD's lower bound on the log-ratio, nats: :math:`\ln\lambda / (1 - \lambda)`, 0 < lambda < 1."""
     if not 0.0 < share < 1.0:
         raise UserError(f"lower_clip: lambda must lie strictly between 0 and 1, not {share}")
     return math.log(share) / (1.0 - share)

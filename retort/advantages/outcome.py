@@ -1,4 +1,4 @@
-"""What a verifier's rewards come to: numbers per rollout, taken over the whole batch. Axis letters: see `retort.core`.
+"""Advantages from a verifier's rewards: numbers per rollout, taken over the whole batch. Axis letters: `retort.core`.
 
 Every number here is a `Stat` without a part: it costs no forward pass, and does not depend on how a batch is cut.
 """
@@ -17,7 +17,7 @@ from retort.core.steps import Clock, Rollouts, Steps
 from retort.errors import UserError
 
 Scope = Literal["group", "batch"]
-#: (rewards [R], lengths in steps [R], longest answer allowed) -> rewards [R].
+#: (rewards [R], lengths in steps [R], longest completion allowed) -> rewards [R].
 Shape = Callable[[Tensor, Tensor, int | None], Tensor]
 
 
@@ -28,12 +28,12 @@ def per_rollout(
     rewards: bool = True,
     groups: bool = False,
 ) -> Stat:
-    """A number per rollout, at each of its steps.
+    """Spreads a number per rollout over its steps.
 
     Args:
-        name: Under which it is stored.
+        name: Name under which it is stored.
         number: (the rollouts of the batch, all its steps, the clock) -> [R], float64.
-        rewards: Whether it cannot do without rewards.
+        rewards: Whether it needs rewards.
         groups: Whether it compares the rollouts of one prompt.
     """
 
@@ -59,16 +59,16 @@ def members(rollouts: Rollouts, scope: Scope) -> Tensor:
 
 
 def group_means(values_R: Tensor, group_R: Tensor) -> Tensor:
-    """The mean of each one's group, [R]."""
+    """The mean of each rollout's group, [R]."""
     count_G = torch.bincount(group_R)
     return (values_R.new_zeros(len(count_G)).index_add_(0, group_R, values_R) / count_G)[group_R]
 
 
 def length_bonus(coef: float) -> Shape:
-    r"""A right answer is worth more if short: :math:`r\,(1 + \beta(1 - |y| / L_{max}))`; a reward of 0 or less stays.
+    r"""Adds to a positive reward for a short completion: :math:`r\,(1 + \beta(1 - |y| / L_{max}))`; others stay.
 
     Args:
-        coef: beta. Where no longest answer is known, the longest of the batch is taken.
+        coef: beta. Where the longest completion allowed is not known, the longest of the batch is used.
     """
     if coef < 0:
         raise UserError(f"length_bonus: coef must not be negative, but is {coef}")
@@ -87,8 +87,8 @@ def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | 
 
     Args:
         std: Whether to divide by the deviation; Dr. GRPO does not.
-        scope: Whose mean and deviation: those of the prompt's rollouts, or of the batch's.
-        shape: What the rewards are made into first, see `length_bonus`.
+        scope: The rollouts of the mean and deviation: those of the prompt, or of the batch.
+        shape: A function applied to the rewards first, see `length_bonus`.
     """
     name = f"group_advantage({'std' if std else 'mean'}, {scope})"
 
@@ -108,13 +108,14 @@ def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | 
 
 
 def running_advantage(controller: str, shape: Shape | None = None) -> Advantage:
-    r""":math:`(r_i - \bar r) / \sigma_r` against all batches so far, of which a `RunningRewards` keeps count.
+    r""":math:`(r_i - \bar r) / \sigma_r` against all batches so far, whose statistics a `RunningRewards` keeps.
 
-    While it warms up, the reward less a fixed baseline. Where all rewards so far were equal, nothing is divided.
+    During its warm-up, it is the reward minus a fixed baseline. Where all rewards so far were equal, nothing is
+    divided.
 
     Args:
-        controller: Its name.
-        shape: What the rewards are made into first; its own must be the same.
+        controller: Name of the controller.
+        shape: A function applied to the rewards first; the controller's must be the same.
     """
 
     def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
@@ -129,7 +130,7 @@ def running_advantage(controller: str, shape: Shape | None = None) -> Advantage:
 
 
 def stored_advantage(stat: Stat) -> Advantage:
-    """An advantage that was taken over the whole batch."""
+    """An advantage that is a statistic of the whole batch."""
 
     def value(context: Context, view: str) -> Tensor:
         return context.steps.stored[stat.name].to(context.student_logp_N.dtype)

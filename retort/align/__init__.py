@@ -1,4 +1,4 @@
-"""Whether student and teacher speak of the same tokens: vocabularies, chat templates, stop tokens."""
+"""Alignment of student and teacher: vocabularies, chat templates, stop tokens."""
 
 from retort.align.chat import TemplateOptions, render
 from retort.align.stops import StopMap, StopTokens, describe_stop_map, stop_map, stop_tokens

@@ -1,4 +1,4 @@
-"""From a prompt to the ids that a model continues."""
+"""Rendering: from a prompt to the ids that a model continues."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Renderer", "TemplateOptions", "as_text", "dated", "render"]
 
-#: Ids that a renderer keeps: some 40 MB of numbers in Python.
+#: Ids that a renderer caches: some 40 MB of Python integers.
 _KEPT = 2**20
-#: How a template asks for the time: a function that transformers gives to it, and a format.
+#: The call by which a template reads the time: a function that transformers provides, and a format.
 _NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
 
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How prompts become ids.
+    """Options for rendering prompts to ids.
 
-    As it stands, ids are those of the tokenizer's own `apply_chat_template(..., add_generation_prompt=True)`.
+    With the defaults, ids are those of the tokenizer's own `apply_chat_template(..., add_generation_prompt=True)`.
 
     Attributes:
-        thinking: Passed to chat templates as `enable_thinking`; None: not passed, each does what it does by itself.
-        date: Day for templates that write today's, as 2026-11-29; None: today.
-        rendered: Prompts are rendered already: no template is applied, and control tokens that they spell count.
+        thinking: Passed to chat templates as `enable_thinking`; None: not passed, so each template uses its default.
+        date: Date for templates that write today's, as 2026-11-29; None: today.
+        rendered: Prompts are already rendered: no template is applied, and control tokens that they spell count.
     """
 
     thinking: bool | None = None
@@ -54,22 +54,22 @@ def render(
     split: bool = False,
     opened: bool = True,
 ) -> list[int]:
-    """The ids of a prompt, up to where the model's own writing begins.
+    """The ids of a prompt, up to where the model's completion begins.
 
     With a chat template: the conversation, and the beginning of the assistant's turn. Without one, a plain prompt is
-    the bare text with the special tokens that this tokenizer puts before a text, but without an end-of-text token
-    after it: after that, a model would begin a new document.
+        the bare text with the special tokens that this tokenizer puts before a text, but without an end-of-text token
+        after it, which would make a model begin a new document.
 
-    A control token that a message spells is text: only the template, or the tokenizer itself, writes control tokens.
-    Prompts that are `rendered` already are the exception, and begin with one beginning-of-text token where the
-    tokenizer writes one, whether or not they spell it.
+    A control token that a message spells is text: only the template, or the tokenizer itself, adds control tokens.
+    Prompts that are `rendered` are the exception, and begin with one beginning-of-text token where the tokenizer adds
+    one, whether or not they spell it.
 
     Args:
-        prompt: What to render; nothing but its messages is shown.
-        tokenizer: Of the model that continues.
-        template_options: What templates are told.
+        prompt: The prompt; only its messages are shown.
+        tokenizer: Tokenizer of the model that continues.
+        template_options: Options of chat templates.
         split: Put a blank into a spelt control token that the tokenizer cannot encode as text, instead of refusing it.
-        opened: See `as_text`; bare texts have no such beginning.
+        opened: See `as_text`; it does not apply to bare texts.
 
     Returns:
         At least one id.
@@ -109,16 +109,17 @@ def _ids(
 
 
 class Renderer:
-    """`render` with one tokenizer, which does not render again what it rendered before.
+    """`render` with one tokenizer and a cache of what it rendered.
 
-    A run comes back to every prompt in each epoch. What is kept is bounded: what does not fit is rendered every time.
+    A run comes back to every prompt in each epoch. The cache is bounded: prompts beyond its size are rendered every
+    time.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions = _AS_IT_STANDS) -> None:
-        """Nothing rendered yet.
+        """Begins with an empty cache.
 
         Args:
-            tokenizer: Of the model that continues.
+            tokenizer: Tokenizer of the model that continues.
             template_options: See `render`.
         """
         self.tokenizer = tokenizer
@@ -130,8 +131,8 @@ class Renderer:
         """The ids of a prompt; not to be changed.
 
         Args:
-            prompt: What to render.
-            split: See `render`; for texts that models wrote, which must not end a run.
+            prompt: The prompt.
+            split: See `render`; for texts that models generated, which must not end a run.
 
         Raises:
             UserError: See `render`.
@@ -154,43 +155,47 @@ def as_text(
     opened: bool = True,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """The text that a chat template makes of a conversation. Whatever the template raises is passed on.
+    """The text that a chat template makes of a conversation. Errors of the template are passed on.
 
     Args:
         turns: See `conversation`.
-        tokenizer: With a chat template.
-        template_options: What the template is told.
-        opened: Ask for the beginning of the assistant's turn after it.
+        tokenizer: A tokenizer with a chat template.
+        template_options: Options of the template.
+        opened: Whether the beginning of the assistant's turn follows.
         tools: The functions that the model may call.
     """
-    told: dict[str, Any] = {} if template_options.thinking is None else {"enable_thinking": template_options.thinking}
+    arguments: dict[str, Any] = (
+        {} if template_options.thinking is None else {"enable_thinking": template_options.thinking}
+    )
     if tools:
-        told["tools"] = [dict(tool) for tool in tools]
+        arguments["tools"] = [dict(tool) for tool in tools]
     if template_options.date is not None and dated(tokenizer):
-        # Some have a template of its own for conversations with tools.
-        told["chat_template"] = _on_day(tokenizer.get_chat_template(tools=told.get("tools")), template_options.date)
+        # Some tokenizers have a template of their own for conversations with tools.
+        arguments["chat_template"] = _on_day(
+            tokenizer.get_chat_template(tools=arguments.get("tools")), template_options.date
+        )
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
-        [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **told
+        [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **arguments
     )
     return str(text)
 
 
 def dated(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template writes the day on which it is rendered."""
-    found: Any = tokenizer.chat_template or ""
-    return any(_NOW.search(str(text)) for text in (found.values() if isinstance(found, Mapping) else [found]))
+    """Whether the chat template writes the current date."""
+    template: Any = tokenizer.chat_template or ""
+    return any(_NOW.search(str(text)) for text in (template.values() if isinstance(template, Mapping) else [template]))
 
 
 @lru_cache(maxsize=16)
 def _on_day(template: str, date: str) -> str:
-    """A template in which every question for the time is answered: midnight of that day."""
+    """A template in which every call for the time gives midnight of that day."""
     day = datetime.fromisoformat(date)
 
-    def said(asked: re.Match[str]) -> str:
-        return repr(day.strftime(asked[1][1:-1]))
+    def formatted(match: re.Match[str]) -> str:
+        return repr(day.strftime(match[1][1:-1]))
 
-    return _NOW.sub(said, template)
+    return _NOW.sub(formatted, template)
 
 
 def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -206,8 +211,8 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
 def _templated(
     prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, opened: bool
 ) -> list[int]:
-    # Other texts than contents steer templates (a call's type is compared), so that they are left as they are unless
-    # they spell a control token.
+    # Texts other than contents can steer templates (a call's type is compared), so they stay as they are unless they
+    # spell a control token.
     contents = [message.content for message in prompt.messages]
     spelling = [text for text in inner_texts(prompt) if spelt(text, tokenizer)]
 
@@ -248,7 +253,7 @@ def _bare(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, *, control: bool =
     except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"prompt '{prompt.id}': {_why('tokenizer', tokenizer, error)}") from error
     eos = tokenizer.eos_token_id
-    # One that the text itself ends with is the text's own business.
+    # A token that the text itself ends with is part of the text.
     added = _trailing(ids, eos) - _trailing(bare, eos)
     return ids[: len(ids) - added] if added > 0 else ids
 

@@ -1,4 +1,4 @@
-"""Text of data and of models, as ids: never as control tokens, and a response as what continues its prompt."""
+"""Ids of texts from data and models: never control tokens, and a response as the continuation of its prompt."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Spelt", "ordinary", "response_ids", "spelt", "split_open"]
 
-#: What may stand before a response while it is encoded, where it cannot be encoded alone.
+#: Texts to put before a response while it is encoded, where it cannot be encoded alone.
 _ANCHORS = ("\n", "a", ":", "\u00e9")
-#: Ids of a prompt's end that are decoded with a response, to see that nothing comes between them.
+#: Ids of a prompt's end that are decoded with a response, to check that nothing comes between them.
 _TAIL = 16
-#: Characters of the private use area that stand for a control token's spelling while a template is filled in.
+#: Characters of the private use area that replace a control token's spelling while a template is filled in.
 _MARK, _FIRST = "\uf8f0", 0xE100
 _PATTERNS: WeakKeyDictionary[Any, tuple[int, re.Pattern[str] | None]] = WeakKeyDictionary()
 
 
 class Spelt(Exception):
-    """A text spells a control token which this tokenizer cannot encode as ordinary text."""
+    """A text spells a control token that this tokenizer cannot encode as ordinary text."""
 
     def __init__(self, token: str) -> None:
-        """Names the token."""
+        """Takes the token's name."""
         super().__init__(token)
         self.token = token
 
 
 def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    """What finds control tokens in a text; kept, because every prompt is looked through."""
+    """A pattern that finds control tokens in a text; cached, because every prompt is searched."""
     size, found = _PATTERNS.get(tokenizer, (-1, None))
     if size != len(tokenizer):
         found = _made_pattern(tokenizer)
@@ -42,7 +42,7 @@ def _pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
 
 
 def _made_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str] | None:
-    # The longest first: one token's name may begin with another's.
+    # The longest first, because one token's name may begin with another's.
     names = sorted((name for name in control_tokens(tokenizer) if name.strip()), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, names))) if names else None
 
@@ -54,7 +54,7 @@ def spelt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def split_open(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text in which every control token that it spells has a blank after its first character (or becomes one)."""
+    """A text with a blank after the first character of every control token that it spells (or instead of it)."""
     pattern = _pattern(tokenizer)
     while pattern is not None and pattern.search(text):
         text = pattern.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if len(found[0]) > 1 else " ", text)
@@ -65,7 +65,7 @@ def ordinary(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text alone, without control tokens whatever it spells.
 
     Raises:
-        Spelt: The tokenizer has no other ids for what it spells.
+        Spelt: The tokenizer has no other ids for a token that the text spells.
     """
     names = spelt(text, tokenizer)
     if not names:
@@ -82,17 +82,17 @@ def filled(
 ) -> list[int]:
     """The ids of a template filled in with contents: the template's control tokens count, the contents' do not.
 
-    Where no content spells one, these are the ids of the filled-in text. Else the text is cut at the template's own
-    control tokens, as the tokenizer itself does, and each piece is encoded as ordinary text; a copy of the text
-    without what is spelt must come out the same both ways.
+    Where no content spells one, these are the ids of the filled-in text. Otherwise the text is cut at the template's
+    own control tokens, as the tokenizer itself does, and each piece is encoded as ordinary text. As a check, a copy of
+    the text without spelt tokens must give the same ids both ways.
 
     Args:
         contents: Texts from data or models.
-        template: Fills them in.
-        tokenizer: Of the reader.
+        template: Function that fills them in.
+        tokenizer: Tokenizer of the model that reads them.
 
     Raises:
-        Spelt: Pieces are not encoded the same as the whole by this tokenizer, or spelt tokens not as text.
+        Spelt: This tokenizer encodes pieces differently from the whole, or cannot encode spelt tokens as text.
     """
     pattern = _pattern(tokenizer)
     names = list(dict.fromkeys(name for content in contents for name in spelt(content, tokenizer)))
@@ -100,38 +100,38 @@ def filled(
         return list(tokenizer.encode(template(contents), add_special_tokens=False))
     if any(_MARK in content for content in contents):
         raise Spelt(names[0])
-    marks = {name: f"{_MARK}{chr(_FIRST + place)}" for place, name in enumerate(names)}
+    marks = {name: f"{_MARK}{chr(_FIRST + offset)}" for offset, name in enumerate(names)}
     marked = template([pattern.sub(lambda found: marks[found[0]], content) for content in contents])
-    # What a template and a content spell together would be a control token as well.
+    # A control token that template and content spell together would count as well.
     if pattern.findall(marked) != pattern.findall(template(["x" for _ in contents])):
         raise Spelt(names[0])
 
     def pieces(spelling: Callable[[str], str]) -> list[tuple[bool, str]]:
-        found, place = list[tuple[bool, str]](), 0
+        found, offset = list[tuple[bool, str]](), 0
         for token in pattern.finditer(marked):
-            found += [(False, marked[place : token.start()]), (True, token[0])]
-            place = token.end()
-        found.append((False, marked[place:]))
+            found += [(False, marked[offset : token.start()]), (True, token[0])]
+            offset = token.end()
+        found.append((False, marked[offset:]))
         return [(control, text if control else _unmarked(text, marks, spelling)) for control, text in found if text]
 
     tokens = control_tokens(tokenizer)
 
     def encoded(found: list[tuple[bool, str]], anchor: str) -> list[int]:
         ids: list[int] = []
-        for place, (control, text) in enumerate(found):
-            ids += [tokens[text]] if control else _after(anchor if place else "", text, tokenizer)
+        for offset, (control, text) in enumerate(found):
+            ids += [tokens[text]] if control else _after(anchor if offset else "", text, tokenizer)
         return ids
 
     harmless = pieces(lambda name: split_open(name, tokenizer))
     whole = list(tokenizer.encode("".join(text for _, text in harmless), add_special_tokens=False))
-    for anchor in ("", *_ANCHORS):  # with one before it, a piece gets no blank of its own
+    for anchor in ("", *_ANCHORS):  # with an anchor before it, a piece gets no blank of its own
         if encoded(harmless, anchor) == whole:
             return encoded(pieces(lambda name: name), anchor)
     raise Spelt(names[0])
 
 
 def _after(anchor: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text behind another one, whose ids are taken away (as far as they are the same there)."""
+    """The ids of a text behind an anchor, without the anchor's ids (as far as they are the same there)."""
     head, both = ordinary(anchor, tokenizer) if anchor else [], ordinary(anchor + text, tokenizer)
     return both[len(head) :] if both[: len(head)] == head else ordinary(text, tokenizer)
 
@@ -145,14 +145,14 @@ def _unmarked(text: str, marks: dict[str, str], spelling: Callable[[str], str]) 
 def response_ids(prompt_ids: Sequence[int], response: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a response as the continuation of a prompt, without a stop token.
 
-    A SentencePiece tokenizer puts a blank before a text that stands alone, which a response does not. So it is encoded
-    after a text that is then taken away, until prompt and response decode to the one followed by the other. Where that
-    is so for no such text (a tokenizer whose decoding does not give back what was encoded), it is encoded alone.
+    A SentencePiece tokenizer puts a blank before a text that stands alone, but not before a response. So it is encoded
+    after an anchor whose ids are removed, with the first anchor for which prompt and response decode to the one
+    followed by the other. If there is none (decoding does not restore what was encoded), the response is encoded alone.
 
     Args:
-        prompt_ids: What it continues.
-        response: From data; control tokens that it spells are text.
-        tokenizer: Of the prompt.
+        prompt_ids: Ids of the prompt.
+        response: Text from the data; control tokens that it spells are text.
+        tokenizer: Tokenizer of the prompt.
 
     Raises:
         Spelt: See `ordinary`.

@@ -1,8 +1,8 @@
-"""How a teacher reads the student's tokens, and how what it says becomes values at the student's ids.
+"""Alignment of a student's ids with a teacher's: how the teacher reads them, and scores at the student's ids.
 
 An alignment belongs to a pair of models. Where an id is the same token for both it is `SameIds`; where the teacher has
-the same tokens under other ids it is an `IdMap`. Whoever scores or writes with a teacher asks its alignment and knows
-nothing of ids itself. W is the width of the teacher's logits that are read; other axis letters: see `retort.core`.
+the same tokens under other ids it is an `IdMap`. Code that scores or generates with a teacher asks its alignment and
+knows nothing of ids itself. W is the width of the teacher's logits that are read; other axis letters: `retort.core`.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ __all__ = ["Alignment", "IdMap", "SameIds", "align_ids", "align_pair"]
 
 
 class Alignment(Protocol):
-    """What is known of the ids of a student and a teacher. `tests/contracts/test_alignment.py` is its contract."""
+    """Alignment of a student's and a teacher's ids. `tests/contracts/test_alignment.py` is its contract."""
 
     @property
     def vocab(self) -> int:
-        """V: ids of the student's that the teacher speaks of are those below."""
+        """V: the teacher scores the student's ids below this."""
         ...
 
     @property
     def width(self) -> int:
-        """W: ids of the teacher's that it speaks with are those below."""
+        """W: the teacher uses its own ids below this."""
         ...
 
     @property
     def stops(self) -> StopMap:
-        """How the teacher reads the student's stop, in the student's ids."""
+        """The teacher's reading of the student's stop, in the student's ids."""
         ...
 
     def read(self, sequence: TokenSequence) -> TokenSequence:
-        """A sequence of the student's in the teacher's ids, with the teacher's stop for the student's where decided.
+        """Translates a sequence to the teacher's ids; decided stops of the student become the teacher's stop.
 
         Raises:
             SignalError: The teacher has no id for a token.
@@ -57,17 +57,17 @@ class Alignment(Protocol):
         """The teacher's logits [C, W] at the student's ids, [C, V]; minus infinity where it has none.
 
         Args:
-            logits_CW: May be changed.
-            temperature: At which the distribution is read: stops are merged there.
+            logits_CW: The teacher's logits; may be changed.
+            temperature: The temperature of the distribution, at which stops are merged.
         """
         ...
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """Ids of the teacher's as the student's for the same tokens, -1 where it has none; stops are not swapped."""
         ...
 
-    def about(self, vocab: int) -> Alignment:
-        """The same about fewer ids of the student's.
+    def for_vocab(self, vocab: int) -> Alignment:
+        """The same alignment for fewer ids of the student's.
 
         Raises:
             UserError: This alignment cannot be cut.
@@ -79,20 +79,20 @@ class Alignment(Protocol):
         ...
 
     def itself(self) -> SameIds:
-        """That of the teacher with itself: for what it wrote in its own ids."""
+        """The alignment of the teacher with itself, for text that it generated in its own ids."""
         ...
 
     def describe(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> str:
-        """One sentence on what differs, with the tokens' names; empty if nothing does."""
+        """One sentence on the differences, with the tokens' names; empty if there is none."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SameIds:
-    """An id is the same token for both; only their stops may differ.
+    """The alignment in which an id is the same token for both; only their stops may differ.
 
     Attributes:
-        vocab: Ids that both share: those below.
+        vocab: Number of ids that both share.
         stops: See `retort.align.stops.StopMap`.
     """
 
@@ -109,14 +109,14 @@ class SameIds:
         return sequence.mapped(self.stops.swap)
 
     def logits(self, logits_CW: Tensor, temperature: float) -> Tensor:
-        """See `Alignment`. In place: the product is the caller's to give, and large."""
+        """See `Alignment`. Works in place, because the product is large and the caller gives it up."""
         return _stopped(logits_CW, self.stops, temperature)
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
         return list(ids)
 
-    def about(self, vocab: int) -> SameIds:
+    def for_vocab(self, vocab: int) -> SameIds:
         """See `Alignment`."""
         return replace(self, vocab=vocab)
 
@@ -135,11 +135,11 @@ class SameIds:
 
 @dataclass(frozen=True, eq=False)
 class IdMap:
-    """The same tokens under other ids.
+    """The alignment of the same tokens under other ids.
 
     Attributes:
         theirs_V: The teacher's id for each id of the student's, int64; -1 where it has none.
-        width: See `Alignment`: above every id in it.
+        width: See `Alignment`; above every id in `theirs_V`.
         stops: See `retort.align.stops.StopMap`; in the student's ids.
     """
 
@@ -170,12 +170,12 @@ class IdMap:
             logits_CV[:, theirs_V < 0] = -math.inf
         return _stopped(logits_CV, self.stops, temperature)
 
-    def ours(self, ids: Sequence[int]) -> list[int]:
+    def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
         return [self._ours.get(token, -1) for token in ids]
 
-    def about(self, vocab: int) -> IdMap:
-        """See `Alignment`. A part of its ids would not be the first ones of the teacher's."""
+    def for_vocab(self, vocab: int) -> IdMap:
+        """See `Alignment`. Refused, because the teacher's first ids are not the student's first ids."""
         if vocab != self.vocab:
             raise UserError(
                 f"the models of this run share only {vocab} ids, and a teacher that has other ids for the student's "
@@ -207,7 +207,7 @@ class IdMap:
 
 
 class _Model(Protocol):
-    """What is asked of a model."""
+    """The attributes of a model that an alignment reads."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
@@ -219,7 +219,7 @@ class _Model(Protocol):
 
 
 def align_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> SameIds | IdMap:
-    """What two tokenizers tell of their ids; nothing of stops, or of rows that a model lacks.
+    """The alignment that two tokenizers imply, without stops or rows that a model lacks.
 
     Raises:
         UserError: A token or a text means something else to the teacher (see `check_same_tokenizer`).
@@ -237,28 +237,28 @@ def align_pair(student: _Model, teacher: _Model, *, with_stops: bool = True) -> 
     """The alignment of two models: their ids, as far as both have rows for them, and their stops.
 
     Args:
-        student: Whose ids signals are in.
-        teacher: Who reads and answers.
-        with_stops: Read the student's stop as the teacher's.
+        student: The model whose ids signals use.
+        teacher: The model that scores.
+        with_stops: Whether the teacher reads the student's stop as its own.
 
     Raises:
         UserError: Their tokenizers disagree, an id has no row, or a primary stop is not among the ids of both.
     """
     found = align_ids(student.tokenizer, teacher.tokenizer)
     vocab = min(found.vocab, student.head().width, teacher.head().width)
-    found, stops = found.about(vocab), teacher.stops
+    found, stops = found.for_vocab(vocab), teacher.stops
     if not with_stops:
         return found
     if isinstance(found, IdMap):
-        primary, *_ = found.ours([stops.primary])
-        stops = StopTokens(frozenset(found.ours(sorted(stops.ids))), primary)
+        primary, *_ = found.to_student([stops.primary])
+        stops = StopTokens(frozenset(found.to_student(sorted(stops.ids))), primary)
     return found.with_stops(stop_map(student.stops, stops, width=vocab))
 
 
 def _renumbered(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> list[int] | None:
     """The teacher's ids in the order of the student's, if both have the very same tokens and cut text alike."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    # Ids that are nobody's have no partner: such a pair is refused, as one with other tokens is.
+    # Unused ids have no partner: such a pair is refused, as one with other tokens is.
     whole = all(sorted(vocab.values()) == list(range(len(vocab))) for vocab in (ours, theirs))
     if not whole or ours.keys() != theirs.keys():
         return None
@@ -281,9 +281,9 @@ def _stopped(logits_CV: Tensor, stops: StopMap, temperature: float) -> Tensor:
 
 
 def _merge(logits_CV: Tensor, stops: StopMap, temperature: float) -> None:
-    """Gives the probability of the teacher's further stops to one id, but for a share that keeps each finite.
+    """Moves the probability of the teacher's further stops to one id, except a share that keeps each finite.
 
-    At the temperature at which the distribution is read, so that their probabilities add up there.
+    This happens at the temperature of the distribution, so that the probabilities add up there.
     """
     merged, kept = list(stops.merged), math.log(KEPT)
     exact = torch.float64 if logits_CV.dtype == torch.float64 else torch.float32

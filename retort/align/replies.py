@@ -1,4 +1,4 @@
-"""What follows a turn of the model's in its conversation, as ids."""
+"""Ids of the messages that follow a model's turn in its conversation."""
 
 from __future__ import annotations
 
@@ -15,65 +15,65 @@ if TYPE_CHECKING:
 
 __all__ = ["reply_ids"]
 
-#: In the place of the model's turn: its own ids are kept as they were written, and never rendered again.
+#: A placeholder for the model's turn: its own ids are kept as generated, and never rendered again.
 _TURN = Message("assistant", "Retortanswer")
 
 
 def reply_ids(
     prompt: Prompt,
-    said: Sequence[Message],
+    replies: Sequence[Message],
     stop: int,
     tokenizer: PreTrainedTokenizerBase,
     template_options: TemplateOptions,
 ) -> list[int]:
-    """The ids from the end of a turn of the model's to the beginning of its next one.
+    """The ids from the end of a model's turn to the beginning of its next one.
 
     They are what the chat template writes behind the turn's stop token when the conversation goes on: the rest of the
-    turn's end, the messages, and what opens an answer. The turn itself stays as it was written, also where the template
-    would leave its thinking out. A control token that a message spells is text, in the worst case with a blank in it.
+    turn's end, the messages, and the header of the next turn. The turn itself stays as generated, also where the
+    template would drop its thinking. A control token that a message spells is text, if need be with a blank in it.
 
     Args:
-        prompt: How the conversation began.
-        said: What is said to the model's turn.
-        stop: The token that the turn ended with.
-        tokenizer: Of the model.
-        template_options: What chat templates are told.
+        prompt: The prompt that began the conversation.
+        replies: The messages that reply to the model's turn.
+        stop: Id of the token that ended the turn.
+        tokenizer: The model's tokenizer.
+        template_options: Options of chat templates.
 
     Raises:
-        UserError: There is no chat template, or it does not end turns with this token, writes what stood before the
-            turn anew, or refuses or leaves out what is said.
+        UserError: There is no chat template, or it does not end turns with this token, rewrites what stood before the
+            turn, or refuses or leaves out a reply.
     """
-    who = f"prompt '{prompt.id}': the model cannot be answered"
+    problem = f"prompt '{prompt.id}': the environment cannot reply to the model"
     if template_options.rendered or not tokenizer.chat_template:
         raise UserError(
-            f"{who}, because its prompts are no conversations; an environment that replies needs a model with a chat "
-            "template, and rollout.rendered=false"
+            f"{problem}, because its prompts are no conversations; an environment that replies needs a model with a "
+            "chat template, and rollout.rendered=false"
         )
     whole_ids, other_ids = (
         render(
-            replace(prompt, messages=(*prompt.messages, _TURN, first, *said[1:])),
+            replace(prompt, messages=(*prompt.messages, _TURN, first, *replies[1:])),
             tokenizer,
             template_options,
             split=True,
         )
-        for first in (said[0], replace(said[0], content=f"Retortagain {said[0].content}"))
+        for first in (replies[0], replace(replies[0], content=f"Retortagain {replies[0].content}"))
     )
     if whole_ids == other_ids:
-        raise UserError(f"{who}, because its chat template leaves out turns of the role '{said[0].role}'")
+        raise UserError(f"{problem}, because its chat template leaves out turns of the role '{replies[0].role}'")
     before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
     if whole_ids[: len(before_ids)] != before_ids:
         raise UserError(
-            f"{who}, because its chat template writes earlier turns anew when another follows; use a model whose "
+            f"{problem}, because its chat template writes earlier turns anew when another follows; use a model whose "
             "template only adds to a conversation"
         )
-    # Both are the same up to what is said first; the turn's end is the last stop before that.
-    places = enumerate(zip(whole_ids, other_ids, strict=False))
-    behind = next((place for place, (one, two) in places if one != two), min(len(whole_ids), len(other_ids)))
+    # Both are the same up to the first reply; the turn's end is the last stop before that.
+    pairs = enumerate(zip(whole_ids, other_ids, strict=False))
+    behind = next((index for index, (one, two) in pairs if one != two), min(len(whole_ids), len(other_ids)))
     while behind > len(before_ids) and whole_ids[behind - 1] != stop:
         behind -= 1
     if behind == len(before_ids):
         raise UserError(
-            f"{who}, because it ends its turns with {tokenizer.convert_ids_to_tokens(stop)!r}, which its chat template "
-            "does not write there; set rollout.stop to the token that it writes after an assistant's turn"
+            f"{problem}, because it ends its turns with {tokenizer.convert_ids_to_tokens(stop)!r}, which its chat "
+            "template does not write there; set rollout.stop to the token that it writes after an assistant's turn"
         )
     return whole_ids[behind:]

@@ -1,4 +1,4 @@
-"""Where a model stops, and how the student's stop is read by a teacher that stops with another token."""
+"""Stop tokens of a model, and how a teacher with another stop reads the student's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KEPT",
-    "WRITTEN",
+    "STOP_IDS_KEY",
     "StopMap",
     "StopTokens",
     "describe_stop_map",
@@ -26,24 +26,24 @@ __all__ = [
     "turn_end",
 ]
 
-#: Share of the teacher's stop probability that each merged stop keeps: none at all would be an infinite reverse KL.
+#: Share of the teacher's stop probability that each merged stop keeps: with none, the reverse KL would be infinite.
 KEPT = 2.0**-20
 
-#: Key of config.json under which an exported student says where it stops, the primary stop first.
-WRITTEN = "retort_stop_ids"
+#: Key of config.json in which an exported student stores its stop ids, the primary stop first.
+STOP_IDS_KEY = "retort_stop_ids"
 
 _ANSWER = "Retortanswer"
 
 
 @dataclass(frozen=True, eq=False)
 class StopMap(Mapping[int, int]):
-    """How a teacher reads the student's stop: a swap of two ids, and the teacher's stops that count as that stop.
+    """A teacher's reading of the student's stop: a swap of two ids, and the teacher's stops that count as that stop.
 
-    As a mapping it is the swap (student's id to teacher's id and back), to be applied to the teacher's copy of a
-    response *and* to the ids of its distributions. After that, the probability of each of `merged` is added to `into`.
+    As a mapping it is the swap (student's id to teacher's id and back). It is applied to the teacher's copy of a
+    response *and* to the ids of its distributions. Then the probability of each of `merged` is added to `into`.
 
     Attributes:
-        swap: Empty if both have the same primary stop.
+        swap: The two ids; empty if both have the same primary stop.
         merged: The teacher's further stops, as ids of the student's, at which the student does not stop.
         into: The student's primary stop.
     """
@@ -68,12 +68,12 @@ class StopMap(Mapping[int, int]):
 
 @dataclass(frozen=True)
 class StopTokens:
-    """The tokens that end a response.
+    """The tokens that end a completion.
 
     Attributes:
-        ids: Each of these ends the writing.
-        primary: The one that is taught: where the teacher stops with another token, the probability it gives to its
-            own is what this one learns.
+        ids: All ids that end generation.
+        primary: The id that is taught: where the teacher stops with another token, the probability of that token is
+            what this one learns.
     """
 
     ids: frozenset[int]
@@ -89,50 +89,50 @@ def stop_tokens(
     generation_config: Any,
     model_config: Any,
     *,
-    who: str,
+    label: str,
     override: Sequence[int | str] | None = None,
 ) -> StopTokens:
-    """The stop tokens of a model, from what its tokenizer and configurations say.
+    """The stop tokens of a model, from its tokenizer and configurations.
 
-    All that generation_config.json lists end the writing, and the tokenizer's own `eos_token`; config.json's only where
-    generation_config.json lists none. The primary one of several is what the chat template writes after an assistant's
-    turn; where it writes none of them, or there is no template, the tokenizer's `eos_token`, else the first listed. A
-    student that Retort exported says in its config.json which one it is.
+    All that generation_config.json lists end generation, and the tokenizer's own `eos_token`; those of config.json only
+    where generation_config.json lists none. The primary one of several is the one that the chat template writes after
+    an assistant's turn. Where it writes none of them, or there is no template, it is the tokenizer's `eos_token`, else
+    the first listed. A student that Retort exported stores it in its config.json.
 
     A configuration class fills in an `eos_token_id` of its own (LlamaConfig: 2) if the model's maker set none. Where
-    that is an ordinary word of this vocabulary, a student would stop at every such word and nobody would notice: an
-    error, in whichever configuration it is found. So an id counts only if it is a special or added token.
+    that is an ordinary word of this vocabulary, a student would silently stop at every such word. That is an error, in
+    either configuration: an id counts only if it is a special or added token.
 
     Args:
         tokenizer: The model's tokenizer.
         generation_config: transformers' `GenerationConfig`, or None.
         model_config: transformers' model configuration, or None.
-        who: Whose they are, for messages: `student` or `teacher`, perhaps with a name.
-        override: Ids or tokens to use instead of all that; ordinary tokens too. The first is the primary one.
+        label: Role of the model for messages: `student` or `teacher`, perhaps with a name.
+        override: Ids or tokens to use instead; ordinary tokens too. The first is the primary one.
 
     Raises:
         UserError: A stop that is an ordinary token or no token of this vocabulary, or no stop at all.
     """
     tokens = {i: token for token, i in tokenizer.get_vocab().items()}
     if override is not None:
-        found = [_overridden(tokenizer, tokens, stop, who) for stop in override]
+        found = [_overridden(tokenizer, tokens, stop, label) for stop in override]
         if not found:
             raise UserError("rollout.stop is empty; name at least one token, or leave it out")
         primary, ids = found[0], found
     else:
         generation, model = _ids(generation_config), _ids(model_config)
-        as_text = [int(i) for i in getattr(model_config, WRITTEN, None) or ()]
-        # Believed only while generation_config.json agrees: whoever edits that one is heard.
+        as_text = [int(i) for i in getattr(model_config, STOP_IDS_KEY, None) or ()]
+        # Used only while generation_config.json agrees: an edit of that file wins.
         if as_text and set(as_text) == set(generation) and all(i in tokens for i in as_text):
             return StopTokens(frozenset(as_text), as_text[0])
         for origin, stated in (("generation_config.json", generation), ("config.json", model)):
             for i in stated:
-                _check(tokenizer, tokens, i, origin, who)
+                _check(tokenizer, tokens, i, origin, label)
         own: Any = tokenizer.eos_token_id
         ids = ([] if own is None else [int(own)]) + (generation or model)
         if not ids:
             raise UserError(
-                f"the {who} has no stop token: its tokenizer, generation_config.json and config.json name none; "
+                f"the {label} has no stop token: its tokenizer, generation_config.json and config.json name none; "
                 "set eos_token in its tokenizer, or rollout.stop=['<...>']"
             )
         primary = ids[0] if len(set(ids)) == 1 else _used(tokenizer, tokens, ids)
@@ -146,7 +146,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=False))
-    except Exception:  # jinja2's errors, and what a template itself raises; rendering a prompt says so to the user
+    except Exception:  # jinja2's errors, and errors of the template itself; rendering a prompt reports them
         return ()
     _, found, tail = text.rpartition(_ANSWER)
     if not found:
@@ -157,18 +157,19 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 
 
 def _used(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], ids: Sequence[int]) -> int:
-    """Which of several stops the model ends its turns with."""
+    """The stop, of several, that the model ends its turns with."""
     named = {tokens[i]: i for i in ids if i in tokens}
     return next((named[name] for name in turn_end(tokenizer) if name in named), ids[0])
 
 
 def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = None) -> StopMap:
-    """How the teacher reads the student's stop: the two primary stops swapped, the teacher's other stops merged.
+    """The teacher's reading of the student's stop: the primary stops swapped, the teacher's other stops merged.
 
-    A swap and not a replacement, so that reading stays one to one on the vocabulary: the probability of the teacher's
-    primary stop goes to the student's, and what the teacher gives to the student's goes to the teacher's. Then every
-    id that holds the probability of a teacher's stop, and at which the student does not stop, gives it to the
-    student's primary stop. A token that ends the writing of both is left as it is. Empty if nothing differs.
+    It is a swap and not a replacement, so that reading stays one to one on the vocabulary: the probability of the
+        teacher's primary stop goes to the student's, and the teacher's probability of the student's goes to the
+        teacher's. Then every id that holds the probability of a teacher's stop, and at which the student does not stop,
+        gives it to the student's primary stop. A token that ends generation for both is left as it is. The map is empty
+        if nothing differs.
 
     Args:
         student: The student's stop tokens.
@@ -176,13 +177,13 @@ def stop_map(student: StopTokens, teacher: StopTokens, *, width: int | None = No
         width: Number of ids that both share, where it is known; both primary stops must be among them.
 
     Raises:
-        UserError: A primary stop that only one side has.
+        UserError: Only one side has a primary stop.
     """
-    for who, stops in (("student", student), ("teacher", teacher)):
+    for label, stops in (("student", student), ("teacher", teacher)):
         if width is not None and stops.primary >= width:
             raise UserError(
-                f"the {who} stops with id {stops.primary}, which is not among the {width} ids that student and teacher "
-                "share; choose a stop that both have (rollout.stop for the student, eos_token for the teacher)"
+                f"the {label} stops with id {stops.primary}, which is not among the {width} ids that student and "
+                "teacher share; choose a stop that both have (rollout.stop for the student, eos_token for the teacher)"
             )
     ours, theirs = student.primary, teacher.primary
     swap = {} if ours == theirs else {ours: theirs, theirs: ours}
@@ -219,17 +220,17 @@ def named_stops(stops: StopTokens, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _ids(config: Any) -> list[int]:
-    """What a configuration gives as `eos_token_id`: none, one or several, in order and each once."""
+    """The `eos_token_id` of a configuration: none, one or several, in order and each once."""
     value = getattr(config, "eos_token_id", None)
     if value is None:
         return []
     return list(dict.fromkeys(int(i) for i in (value if isinstance(value, (list, tuple)) else [value])))
 
 
-def _check(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], i: int, origin: str, who: str) -> None:
+def _check(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], i: int, origin: str, label: str) -> None:
     example = tokenizer.eos_token or "<...>"
     remedy = f"set the right eos_token_id in generation_config.json and config.json, or rollout.stop=[{example!r}]"
-    where = f"the {who}'s {origin}, or the default of its class,"
+    where = f"the {label}'s {origin}, or the default of its class,"
     if i not in tokens:
         raise UserError(
             f"{where} says to stop at id {i}, which is beyond the tokenizer's vocabulary of "
@@ -245,11 +246,11 @@ def _shown(tokenizer: PreTrainedTokenizerBase, i: int) -> str:
     return f"{tokenizer.convert_ids_to_tokens(i)} ({i})"
 
 
-def _overridden(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], stop: int | str, who: str) -> int:
+def _overridden(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], stop: int | str, label: str) -> int:
     if isinstance(stop, int):
         if stop not in tokens:
             raise UserError(
-                f"rollout.stop: the {who}'s tokenizer has no id {stop} (largest: {max(tokens, default=-1)})"
+                f"rollout.stop: the {label}'s tokenizer has no id {stop} (largest: {max(tokens, default=-1)})"
             )
         return stop
     named = tokenizer.get_vocab().get(stop)
@@ -263,4 +264,6 @@ def _overridden(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[int, str], s
     if len(ids) == 1 and decode(tokenizer, ids) == stop:
         return int(ids[0])
     special = [tokens[i] for i in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} if i in tokens]
-    raise UserError(f"rollout.stop: {stop!r} is not one token of the {who}'s tokenizer; {did_you_mean(stop, special)}")
+    raise UserError(
+        f"rollout.stop: {stop!r} is not one token of the {label}'s tokenizer; {did_you_mean(stop, special)}"
+    )

@@ -1,4 +1,4 @@
-"""What a chat template writes around messages, found by rendering conversations of our own with it."""
+"""The text that a chat template writes around messages, found by rendering test conversations with it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Turns", "looks_rendered", "of_another_family", "thinks", "turns", "unlike_a_turn"]
 
-_ASKED, _SAID, _AGAIN = "Retortquestion", "Retortanswer", "Retortagain"
-#: Beginnings of a user's turn in families that many models follow.
+_QUESTION, _REPLY, _FOLLOW_UP = "Retortquestion", "Retortanswer", "Retortagain"
+#: Beginnings of a user's turn in model families that many models follow.
 _KNOWN = (
     "<|im_start|>user",
     "<|start_header_id|>user<|end_header_id|>",
@@ -30,14 +30,14 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Turns:
-    """What a template writes around messages.
+    """The text that a template writes around messages.
 
     Attributes:
-        asked: The whole prompt for one question, with the beginning of the answer.
-        user: Before a question that is not the first; empty where that is not known.
-        answer: After a question and before the answer to it: what ends the one turn and begins the other.
-        end: After a question that nothing follows.
-        opened: After a question that is to be answered; None where the prompt does not hold the question.
+        asked: The whole prompt for one question, with the header of the response.
+        user: Text before a question that is not the first; empty where that is not known.
+        answer: Text between a question and the response to it: the end of the one turn and the header of the other.
+        end: Text after a question that nothing follows.
+        opened: Text after a question that a response is to follow; None where the prompt does not hold the question.
     """
 
     asked: str
@@ -48,12 +48,12 @@ class Turns:
 
     @property
     def header(self) -> str:
-        """What begins an answer."""
+        """The header of a response."""
         return self._without_end(self.answer)
 
     @property
     def beginning(self) -> str:
-        """What stands at the end of a prompt in its place."""
+        """The text at the end of a prompt in the header's position."""
         return self._without_end(self.opened or "")
 
     def _without_end(self, text: str) -> str:
@@ -61,55 +61,55 @@ class Turns:
 
 
 def turns(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions) -> Turns | None:
-    """What the chat template writes around messages; None without one, or where it refuses a question and an answer.
+    """The text around messages; None without a chat template, or where it refuses a question and a response.
 
     Args:
-        tokenizer: Of the model.
-        template_options: What the template is told.
+        tokenizer: Tokenizer of the model.
+        template_options: Options of the template.
     """
     if not tokenizer.chat_template or template_options.rendered:
         return None
     try:
-        asked = _written(tokenizer, template_options, _ASKED, opened=True)
-        end = _after(_ASKED, _written(tokenizer, template_options, _ASKED)) or ""
-        said = _written(tokenizer, template_options, _ASKED, _SAID)
-    except Exception:  # jinja2's errors, and what a template itself raises; rendering a prompt says so to the user
+        asked = _rendered(tokenizer, template_options, _QUESTION, opened=True)
+        end = _after(_QUESTION, _rendered(tokenizer, template_options, _QUESTION)) or ""
+        conversation = _rendered(tokenizer, template_options, _QUESTION, _REPLY)
+    except Exception:  # jinja2's errors, and errors of the template itself; rendering a prompt reports them
         return None
     return Turns(
         asked=asked,
-        user=_user(tokenizer, template_options, _after(_SAID, said) or ""),
-        answer=_between(_ASKED, _SAID, said),
+        user=_user(tokenizer, template_options, _after(_REPLY, conversation) or ""),
+        answer=_between(_QUESTION, _REPLY, conversation),
         end=end,
-        opened=_after(_ASKED, asked),
+        opened=_after(_QUESTION, asked),
     )
 
 
-def unlike_a_turn(found: Turns) -> tuple[str, bool] | None:
-    """What is wrong with the end of a prompt, as the template's own conversations tell; None if nothing is.
+def unlike_a_turn(template: Turns) -> tuple[str, bool] | None:
+    """The fault at the end of a prompt, judged by the template's own conversations; None if there is none.
 
-    The prompt has to show the question, and to end with what the template writes before an answer. That may be nothing
-    (Mistral's families end the user's turn and are there), and the prompt may go on after it (`<think>`).
+    The prompt has to show the question, and to end with the header that the template writes before a response. That may
+    be empty (Mistral's families end the user's turn and are there), and the prompt may go on after it (`<think>`).
 
     Returns:
-        The fault, and whether the prompt is no prompt: the model would have to begin its turn itself.
+        The fault, and whether the prompt is unusable, because the model would have to begin its turn itself.
     """
-    if found.opened is None:
+    if template.opened is None:
         return "it does not show the user's message", True
-    header, beginning = found.header, found.beginning
+    header, beginning = template.header, template.beginning
     if not header or _shared(header, beginning):
         return None
-    if found.opened.strip() == found.end.strip():
-        return f"it ignores add_generation_prompt: the {header!r} that it writes before answers is missing", True
-    return f"it ends a prompt with {beginning!r}, but writes {header!r} before answers", False
+    if template.opened.strip() == template.end.strip():
+        return f"it ignores add_generation_prompt: the {header!r} that it writes before responses is missing", True
+    return f"it ends a prompt with {beginning!r}, but writes {header!r} before responses", False
 
 
 def thinks(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions) -> str | None:
-    """Which way a template that knows `enable_thinking` is used: on, off, or its own; None if it does not know it."""
+    """The use of a template that knows `enable_thinking`: on, off, or its own; None if it does not know it."""
     if not tokenizer.chat_template or template_options.rendered:
         return None
     try:
         on, off, now = (
-            _written(tokenizer, TemplateOptions(thinking, template_options.date), _ASKED, opened=True)
+            _rendered(tokenizer, TemplateOptions(thinking, template_options.date), _QUESTION, opened=True)
             for thinking in (True, False, template_options.thinking)
         )
     except Exception:  # as above
@@ -119,21 +119,21 @@ def thinks(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions
     return {on: "on", off: "off"}.get(now, "its own")
 
 
-def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, found: Turns | None) -> str | None:
+def looks_rendered(text: str, tokenizer: PreTrainedTokenizerBase, template: Turns | None) -> str | None:
     """The beginning of a user's turn in a text that is a rendered prompt, or None.
 
-    It is one if it begins with a control token of this tokenizer and holds, in such tokens, what its chat template (or
-    that of a family that many models follow) writes before a question, and another control token for that turn's end.
+    The text is one if it begins with a control token of this tokenizer and holds, in such tokens, the text that its
+    chat template (or that of a common family) writes before a question, and another control token for that turn's end.
 
     Args:
-        text: Of a message.
-        tokenizer: Of the model that reads it.
-        found: `turns` of it.
+        text: Text of a message.
+        tokenizer: Tokenizer of the model that reads it.
+        template: The result of `turns` for it.
     """
     names = spelt(text, tokenizer)
     if not names or not text.lstrip().startswith(names[0]) or len({*names} - {str(tokenizer.bos_token)}) < 2:
         return None
-    own = found.user.strip() if found is not None else ""
+    own = template.user.strip() if template is not None else ""
     known = [*([own] if own else []), *_KNOWN]
     return next((begins for begins in known if begins in text and spelt(begins, tokenizer)), None)
 
@@ -146,13 +146,13 @@ def of_another_family(text: str, tokenizer: PreTrainedTokenizerBase) -> str | No
 
 def _user(tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, end: str) -> str:
     try:
-        again = _between(_SAID, _AGAIN, _written(tokenizer, template_options, _ASKED, _SAID, _AGAIN))
+        again = _between(_REPLY, _FOLLOW_UP, _rendered(tokenizer, template_options, _QUESTION, _REPLY, _FOLLOW_UP))
     except Exception:  # as above
         return ""
     return again[len(_shared(end, again)) :]
 
 
-def _written(
+def _rendered(
     tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions, *contents: str, opened: bool = False
 ) -> str:
     roles: Sequence[str] = ("user", "assistant", "user")
@@ -161,13 +161,13 @@ def _written(
 
 
 def _shared(one: str, other: str) -> str:
-    """The beginning that both have; no part of a token such as `<|user|>`."""
-    places = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    found = one[: next(places, min(len(one), len(other)))]
+    """The common beginning of two texts, without a part of a token such as `<|user|>`."""
+    differing = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    common = one[: next(differing, min(len(one), len(other)))]
     for opens, closes in ("<>", "[]"):
-        if found.rfind(opens) > found.rfind(closes):
-            found = found[: found.rfind(opens)]
-    return found
+        if common.rfind(opens) > common.rfind(closes):
+            common = common[: common.rfind(opens)]
+    return common
 
 
 def _after(name: str, text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Token ids mean the same to student and teacher, or the run does not begin."""
+"""The check that token ids mean the same to student and teacher."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PROBES = (
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
     """Checks that an id is the same token for both, and that both cut text into the same ids.
 
-    Padded vocabularies are fine (a model's rows beyond its tokenizer's ids are nobody's tokens), and so are tokens
-    that one side has beyond the other's last id, and ids that one side leaves unused.
+    Padded vocabularies are fine (rows of a model beyond its tokenizer's ids are unused), and so are tokens that one
+    side has beyond the other's last id, and ids that one side leaves unused.
 
     Args:
         student: The student's tokenizer.
@@ -73,7 +73,7 @@ def _differing(ours: dict[str, int], theirs: dict[str, int], width: int) -> list
     """Disagreeing ids below `width` in order: (id, student's token, teacher's token), None for a token elsewhere."""
     if ours == theirs:
         return []
-    # The two views differ in few items as a rule, so everything after this line is short.
+    # The two vocabularies usually differ in few items, so everything after this line is short.
     our_only = {i: token for token, i in ours.items() - theirs.items() if i < width}
     their_only = {i: token for token, i in theirs.items() - ours.items() if i < width}
     differing: list[tuple[int, str | None, str | None]] = []
@@ -90,7 +90,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int] | None:
     """Ids of a text; None where the tokenizer cannot encode it."""
     try:
         return list(tokenizer.encode(text, add_special_tokens=False))
-    except Exception:  # a small vocabulary without an unknown token; then the other side must fail as well
+    except Exception:  # a small vocabulary without an unknown token; the other side must then fail, too
         return None
 
 

@@ -1,4 +1,4 @@
-"""A prompt as chat templates read it: turns with all that belongs to them, tools, and every text that data wrote."""
+"""A prompt as chat templates read it: turns with all their fields, tools, and every text from the data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def conversation(messages: Sequence[Message], contents: Sequence[str] | None = N
 
     Args:
         messages: The turns.
-        contents: Instead of their own contents, one for each.
+        contents: Texts to use instead of their own contents, one for each.
     """
     if contents is None:
         return [message.as_dict() for message in messages]
@@ -44,7 +44,7 @@ def _leaves(thing: Any) -> Iterator[str]:
 
 
 def with_inner(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
-    """The prompt with a change made to each of its inner texts."""
+    """The prompt with each of its inner texts changed by a function."""
 
     def put(thing: Any) -> Any:
         if isinstance(thing, str):
@@ -58,21 +58,21 @@ def with_inner(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
 
 
 def changed(prompt: Prompt, change: Callable[[str], str]) -> Prompt:
-    """The prompt with a change made to each of its texts."""
+    """The prompt with each of its texts changed by a function."""
     messages = tuple(replace(message, content=change(message.content)) for message in prompt.messages)
     return with_inner(replace(prompt, messages=messages), change)
 
 
 def unshown(prompt: Prompt, text: str, template: Callable[[Prompt], str]) -> str | None:
-    """What a chat template leaves out of a prompt without a word: a name for messages, or None if it shows all.
+    """The name of a part of a prompt that a chat template silently leaves out, for messages; None if it shows all.
 
-    Found by leaving each part out, or putting another in its place: what then reads the same was not read. Tools, tool
-    calls, and turns of tools and of the system are looked at.
+    Each part is left out or replaced in turn: where the rendered text stays the same, the part was not read. Tools,
+        tool calls, and turns of tools and of the system are checked.
 
     Args:
-        prompt: What is rendered.
-        text: What the template makes of it.
-        template: Renders another one. What it raises counts as having read the prompt.
+        prompt: The prompt.
+        text: The text that the template makes of it.
+        template: Renders another prompt. An error counts as having read the prompt.
     """
     messages = prompt.messages
 
@@ -90,10 +90,10 @@ def unshown(prompt: Prompt, text: str, template: Callable[[Prompt], str]) -> str
         )
         if same(replace(prompt, messages=without)):
             return "tool calls"
-    for place, message in enumerate(messages):
+    for index, message in enumerate(messages):
         words = message.content.strip()
         if message.role in _AT_RISK and words and words not in text:
-            other = (*messages[:place], replace(message, content=f"{words} {words}"), *messages[place + 1 :])
+            other = (*messages[:index], replace(message, content=f"{words} {words}"), *messages[index + 1 :])
             if same(replace(prompt, messages=other)):
                 return f"turns of the role '{message.role}'"
     return None

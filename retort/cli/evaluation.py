@@ -16,12 +16,12 @@ from retort.config.synonyms import ours_for
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
-from retort.rewards.own import is_own
+from retort.rewards.user import is_user_defined
 from retort.train.events.observe import Observer
 from retort.train.models.models import engine, load, local_teacher
 from retort.train.setup.prompts import eval_prompts, grader
 from retort.train.setup.split import repeats
-from retort.train.setup.templates import check_written, ends, settled
+from retort.train.setup.templates import check_rendered, ends, settled
 
 #: Settings that have a meaning here.
 _READ = frozenset(
@@ -53,14 +53,14 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
     if config.eval.problems == 0:
-        raise UserError("problems=0 leaves nothing to judge")
+        raise UserError("problems=0 leaves nothing to evaluate")
     if config.threads:
         torch.set_num_threads(config.threads)
     notes: list[str] = []
     prompts = eval_prompts(config, data, notes)
     own = data not in configuration.BUILTIN
     notes += repeats(prompts, "rows of the data") if own else []
-    verifier = grader(config.task if own or is_own(config.task) else data, prompts, "prompts", notes)
+    verifier = grader(config.task if own or is_user_defined(config.task) else data, prompts, "prompts", notes)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"
@@ -70,12 +70,12 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
     config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
     render = Renderer(lm.tokenizer, config.rollout.template_options)
-    notes += [*check_written(prompts, {"model": render}), *ends({"model": render})[1]]
+    notes += [*check_rendered(prompts, {"model": render}), *ends({"model": render})[1]]
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
-    evaluator = Evaluator.of(config, prompts, verifier, vocab=vocab)
+    evaluator = Evaluator.from_config(config, prompts, verifier, vocab=vocab)
     longest, first = 0, prompts[0].id
     for prompt in prompts:
         ids = render(prompt)
@@ -86,7 +86,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         lm,
         engine(config, lm, vocab),
         teacher=other,
-        progress=lambda done, total: observer.phase("judging", done, total),
+        progress=lambda done, total: observer.phase("evaluating", done, total),
     )
     cells = {name: cell for name, cell in row.items() if name not in ("pass_at", "profile", "given_up", "answers")}
     return {
@@ -104,7 +104,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 def _fit(
     config: Config, evaluator: Evaluator, lm: LanguageModel, prompt: tuple[int, str], observer: Observer
 ) -> Evaluator:
-    """The judge, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
+    """The evaluator, with answers as long as the model's context holds beside the longest prompt (its tokens, its row).
 
     Raises:
         UserError: A length of the user's does not fit, or none does.
@@ -113,7 +113,7 @@ def _fit(
     room = lm.context - longest
     if evaluator.max_new_tokens <= room:
         return evaluator
-    if room < 1 or config.given("eval.max_new_tokens") or config.given("rollout.max_new_tokens"):
+    if room < 1 or config.set_by_user("eval.max_new_tokens") or config.set_by_user("rollout.max_new_tokens"):
         raise UserError(
             f"row '{row}': {longest} prompt tokens and {evaluator.max_new_tokens} new ones exceed the model's "
             f"context of {lm.context}; lower max_new_tokens"

@@ -37,7 +37,7 @@ a run says at its start which settings are its paper's. A paper's setting also g
 yours:
 
 * `eval.max_new_tokens` of a paper counts only while `rollout.max_new_tokens` is the paper's, too. If you give the
-  latter, held-out answers may be as long as those in training.
+  latter, held-out completions may be as long as those in training.
 * Lengths that nobody gave are cut to what the models hold beside the longest prompt. Lengths that you gave are never
   changed: where they do not fit, the run is refused.
 * A warm-up of a paper that the run would not outlast is left out. The recipes of the built-in tasks count as given:
@@ -78,10 +78,10 @@ def settings(method: str | None = None) -> list[Setting]:
         UserError: Unknown method.
     """
     paper = {} if method is None else flat(registry.load(method).recipe)
-    return [_setting(key, field_of(key), paper) for key in keys()]
+    return [_setting(key, field_for(key), paper) for key in keys()]
 
 
-def settings_of(method: str) -> list[Setting]:
+def method_settings(method: str) -> list[Setting]:
     """The settings of a method itself.
 
     Raises:
@@ -107,9 +107,9 @@ def chosen(section: str | None, method: str | None = None) -> list[Setting]:
     """
     first, _, rest = (section or "").partition(".")
     if first == "method":
-        name = rest or method or str(field_of("method").get_default(call_default_factory=True)["name"])
-        return settings_of(name)
-    found = settings(method) + ([] if method is None else settings_of(method))
+        name = rest or method or str(field_for("method").get_default(call_default_factory=True)["name"])
+        return method_settings(name)
+    found = settings(method) + ([] if method is None else method_settings(method))
     if section is None:
         return found
     own = [one for one in found if one.key == section or one.key.startswith(f"{section}.")]
@@ -121,7 +121,7 @@ def chosen(section: str | None, method: str | None = None) -> list[Setting]:
     return own
 
 
-def field_of(key: str) -> FieldInfo:
+def field_for(key: str) -> FieldInfo:
     """The field behind a full name that `retort.config.keys` gave."""
     section, _, name = key.rpartition(".")
     return (_sections()[section] if section else Config).model_fields[name]
@@ -164,7 +164,7 @@ def page() -> str:
     """Markdown: every setting by section, then what other trainers call them."""
     found = settings()
     parts = [_HEAD.rstrip()]
-    for name, words in {"": "The run as a whole, outside every section.", **_sections_words()}.items():
+    for name, words in {"": "The run as a whole, outside every section.", **_section_descriptions()}.items():
         own = [one for one in found if one.key.rpartition(".")[0] == name]
         parts.append(f"## {name or 'run'}\n\n{words}\n\n{_table(own)}")
     return "\n\n".join([*parts, _elsewhere()]) + "\n"
@@ -231,7 +231,7 @@ def _sections() -> dict[str, Any]:
     return {name: Config.model_fields[name].annotation for name in names if name}
 
 
-def _sections_words() -> dict[str, str]:
+def _section_descriptions() -> dict[str, str]:
     return {name: " ".join((section.__doc__ or "").split()) for name, section in _sections().items()}
 
 

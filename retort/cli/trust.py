@@ -48,7 +48,7 @@ def measure(
         observer: Who watches.
         view: Of the method: whose tokens are forced.
         problems: Most prompts; the intervals are over them.
-        places: Places per answer.
+        places: Positions per completion.
         candidates: Tokens drawn from the view's distribution and forced at each place.
         draws: Of the bootstrap.
         seed: Of places, answers and bootstrap; the run's by default.

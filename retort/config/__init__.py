@@ -1,4 +1,4 @@
-"""The settings of a run: where they come from, whose word counts, and what is refused."""
+"""The settings of a run: their sources, their precedence, and what is refused."""
 
 from retort.config.run_config import (
     BUILTIN,

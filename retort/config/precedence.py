@@ -1,4 +1,4 @@
-"""Whose word counts: the user's, then that of the method's paper, then the defaults; all as nested settings."""
+"""Precedence of settings: the user's, then those of the method's paper, then the defaults; all nested."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FOLLOWS = {"eval.max_new_tokens": "rollout.max_new_tokens"}
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
+    """Merges nested settings, those of `above` winning. Another method's name drops the settings of the one below."""
     merged = dict(below)
     for key, given in above.items():
         old = merged.get(key)
@@ -40,7 +40,7 @@ def _method(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 def leave_open(recipe: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What is taken from a paper's recipe beside what the user gave.
+    """Selects what is taken from a paper's recipe beside what the user gave.
 
     Args:
         recipe: How the paper trained, nested.
@@ -64,7 +64,7 @@ def _without(recipe: Mapping[str, Any], given: Collection[str], before: str = ""
 
 
 def flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-    """Nested settings by their full names, such as `rollout.prompts`."""
+    """Flattens nested settings to their full names, such as `rollout.prompts`."""
 
     def leaves() -> Iterator[tuple[str, Any]]:
         for name, value in settings.items():

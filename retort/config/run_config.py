@@ -1,4 +1,4 @@
-"""What a run is made of: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
+"""The configuration of a run: TOML or keywords in, checked; resolved JSON out. Unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from retort.config.sections import (
     LoraSection,
     ModelSection,
     OptimizerSection,
-    Place,
+    PathOrName,
     RecordSection,
     Section,
     shorthands,
@@ -32,7 +32,7 @@ from retort.config.toml import overrides, read_toml, value
 from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.method import Method
-from retort.rewards.own import is_own
+from retort.rewards.user import is_user_defined
 from retort.rewards.verify import VERIFIERS
 
 __all__ = [
@@ -57,7 +57,7 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def _task(name: str) -> str:
-    if name not in VERIFIERS and not is_own(name):
+    if name not in VERIFIERS and not is_user_defined(name):
         file, _, function = name.partition(":")
         hint = f"write it as {Path(file).stem}:{function}" if file.endswith(".py") else did_you_mean(name, VERIFIERS)
         problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"
@@ -66,10 +66,10 @@ def _task(name: str) -> str:
 
 
 class RolloutSection(Section):
-    """How the student writes."""
+    """How the student generates."""
 
     prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
-    max_new_tokens: int = Field(default=4096, ge=1, description="longest answer, tokens")
+    max_new_tokens: int = Field(default=4096, ge=1, description="longest completion, tokens")
     max_prompt_tokens: int = Field(
         default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
     )
@@ -79,7 +79,7 @@ class RolloutSection(Section):
         description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
         "their end, which is counted (`view/<name>/cut`)",
     )
-    parallel: int = Field(default=256, ge=1, description="answers written at the same time, at most")
+    parallel: int = Field(default=256, ge=1, description="completions generated at the same time, at most")
     stop: list[str] | None = Field(
         default=None, description="stop tokens; default: those of the student's generation settings"
     )
@@ -102,7 +102,7 @@ class RolloutSection(Section):
     @field_validator("date", mode="before")
     @classmethod
     def _day(cls, value: Any) -> Any:
-        """A day as ISO 8601 writes it: text, or TOML's own date."""
+        """Accepts a day in ISO 8601 as text, or TOML's own date."""
         if value is None:
             return None
         try:
@@ -112,19 +112,19 @@ class RolloutSection(Section):
 
     @property
     def template_options(self) -> TemplateOptions:
-        """How prompts become ids."""
+        """The options with which prompts become ids."""
         return TemplateOptions(self.thinking, self.date, self.rendered)
 
 
 class Config(Section):
-    """A run. `retort train` without arguments takes the recipe `countdown`; all else starts from these defaults."""
+    """The settings of a run. `retort train` without arguments takes the recipe `countdown`; others, these defaults."""
 
-    student: Place | None = Field(default=None, description="the model that learns: folder or hub name")
-    teacher: Place | None = Field(
+    student: PathOrName | None = Field(default=None, description="the model that learns: folder or hub name")
+    teacher: PathOrName | None = Field(
         default=None,
         description="the model that is learnt from: folder or hub name; null where the student teaches itself",
     )
-    base: Place | None = Field(
+    base: PathOrName | None = Field(
         default=None,
         description="model folder or hub name of a second frozen model, for methods that ask one; default: the student "
         "as it was before training",
@@ -134,34 +134,35 @@ class Config(Section):
         description="further frozen models for methods of your own whose views name them, e.g. "
         "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
     )
-    data: Place | None = Field(
+    data: PathOrName | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
         "prompt or messages; or countdown, ranking, coached, bait, which ship with Retort",
     )
     prompt_template: str | None = Field(
         default=None,
-        description="what the data's prompts are put into, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
+        description="template around the data's prompts, e.g. '{prompt}\\nReason step by step.': a teacher is surest "
         "in the words of its own post-training (arXiv 2604.13016); null: as they are",
     )
     task: Annotated[str, AfterValidator(_task)] | None = Field(
         default=None,
-        description="how answers are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your own "
-        "as module:function; default: math-verify where the data has answers",
+        description="how completions are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your "
+        "own as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(
-        default_factory=lambda: {"name": DEFAULT_METHOD}, description="name and settings: see `retort settings method`"
+        default_factory=lambda: {"name": DEFAULT_METHOD},
+        description="name and settings of the method: see `retort settings method`",
     )
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
-    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="of all random streams")
-    out: Place | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="seed of all random streams")
+    out: PathOrName | None = Field(default=None, description="folder of the run; default: runs/<method>-<time>")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
-        description="of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless what it "
-        "rounds away is a third of what there is to learn; what was chosen is written down",
+        description="precision of products; master weights are always fp32; auto: fp32 on a CPU, on a GPU bf16 unless "
+        "its rounding is a third of what there is to learn; a run records the choice",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where the models are; auto: cuda where torch sees one"
+        default="auto", description="device of the models; auto: cuda where torch sees one"
     )
     attention: str | None = Field(
         default=None,
@@ -176,8 +177,8 @@ class Config(Section):
     )
     weights: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="what weights do that a model's files lack, that the model has no place for, that have another "
-        "shape or are no numbers; warn goes on with a note, and with random numbers for what is missing",
+        description="what to do about weights that a model's files lack, that the model does not have, that have "
+        "another shape or are not finite; warn goes on with a note, and with random numbers for what is missing",
     )
     checks: Literal["refuse", "warn", "skip"] = Field(
         default="refuse",
@@ -188,15 +189,15 @@ class Config(Section):
     )
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = Field(
         default=None,
-        description="where curves are sent besides; null: nowhere, metrics.jsonl and report.html hold them",
+        description="tracker that curves are also sent to; null: none, metrics.jsonl and report.html hold them",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="our name = the file's, where they differ, e.g. columns.prompt=problem"
     )
     templates: dict[str, str] = Field(
         default_factory=dict,
-        description="words around what a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; the names and "
-        "defaults are in docs/views.md",
+        description="templates around the texts that a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; "
+        "the names and defaults are in docs/views.md",
     )
     split: str = Field(default="train", description="split of a hub data set that prompts are read from")
     limit: int | None = Field(default=None, ge=1, description="use only so many rows of the data, the first; null: all")
@@ -210,22 +211,22 @@ class Config(Section):
 
     @property
     def builtin(self) -> bool:
-        """Whether this is a task that ships with Retort."""
+        """Whether the data is a task that ships with Retort."""
         return self.data in BUILTIN
 
     @property
-    def places(self) -> dict[str, str]:
-        """Folder or hub name of every model that is named, by its name; student, teacher and base first."""
-        own = {name: place for name in SHORTHANDS if (place := getattr(self, name)) is not None}
+    def model_paths(self) -> dict[str, str]:
+        """Folder or hub name of every named model; student, teacher and base first."""
+        own = {name: location for name in SHORTHANDS if (location := getattr(self, name)) is not None}
         return own | {name: model.path for name, model in self.models.items()}
 
     def moved(self, where: Callable[[str], str]) -> Config:
-        """The same settings with every model's place changed."""
-        own = {name: where(place) for name, place in self.places.items() if name in SHORTHANDS}
+        """Returns the settings with every model's path changed by `where`."""
+        own = {name: where(location) for name, location in self.model_paths.items() if name in SHORTHANDS}
         others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
         return self.model_copy(update={**own, "models": others})
 
-    def given(self, key: str) -> bool:
+    def set_by_user(self, key: str) -> bool:
         """Whether a setting is the user's: neither a default nor one of the method's paper.
 
         Args:
@@ -241,7 +242,7 @@ class Config(Section):
         return getattr(getattr(self, section) if section else self, name)
 
     def changed(self, key: str, value: Any) -> Config:
-        """The same settings but for one, which is still nobody's: what was left open, made to fit.
+        """Returns the settings with one changed that the user left open; it still counts as left open.
 
         Args:
             key: Its full name.
@@ -255,7 +256,7 @@ class Config(Section):
 
 
 def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: bool = True) -> Config:
-    """One configuration from nested settings; later layers win.
+    """Resolves nested settings to one configuration; later layers win.
 
     Beneath them lies the recipe of the method's paper, without what depends on something that they say
     (`retort.config.precedence.FOLLOWS`), and beneath that the defaults.
@@ -288,7 +289,7 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
         config = Config.model_validate(merged)
     except ValidationError as error:
         raise UserError(_first_problem(error, made)) from None
-    for key in flat(below):  # `given` is about the user
+    for key in flat(below):  # `set_by_user` asks about the user's settings only
         section, _, last = key.rpartition(".")
         (getattr(config, section) if section else config).model_fields_set.discard(last)
     return config
@@ -300,7 +301,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def save(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as JSON. Infinity is written as the word, so that any reader can read it."""
+    """Writes the resolved configuration as JSON. Infinity is written as a word, which every JSON reader accepts."""
     write_text(path, json.dumps(_plain(config.model_dump()), indent=2) + "\n")
 
 
@@ -355,39 +356,39 @@ def _lead(name: str, settings: Mapping[str, Any]) -> None:
 
 def _first_problem(error: ValidationError, method: Method) -> str:
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
+    location = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        return _unknown(place, first["input"], method)
-    section = _section(Config.model_fields[place[0]].annotation) if len(place) == 1 else None
+        return _unknown(location, first["input"], method)
+    section = _section(Config.model_fields[location[0]].annotation) if len(location) == 1 else None
     if section is not None and not isinstance(first["input"], Mapping):
         some = ", ".join(list(section.model_fields)[:3])
-        return f"{place[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
-    if section is None and len(place) == 1 and isinstance(first["input"], Mapping) and first["input"]:
-        return _no_section(place[0], first["input"], method)
+        return f"{location[0]} is a section: give its settings ({some}, ...), not {quoted(first['input'])}"
+    if section is None and len(location) == 1 and isinstance(first["input"], Mapping) and first["input"]:
+        return _no_section(location[0], first["input"], method)
     shown = "" if section is not None else f" (it is {quoted(first['input'])})"
-    return f"{'.'.join(place)}: {first['msg']}{shown}"
+    return f"{'.'.join(location)}: {first['msg']}{shown}"
 
 
 def _no_section(name: str, value: Mapping[str, Any], method: Method) -> str:
-    """What is said of settings below a name that is one setting, as verl's `data.train_batch_size` is."""
+    """The message about settings below a name that is one setting, as verl's `data.train_batch_size` is."""
     whole = _whole([name], value)
     ours = ours_for(whole, _known(method.settings))
     return f"unknown key '{whole}'; {ours or f'{name} is one setting, with none below it'}"
 
 
-def _whole(place: list[str], value: Any) -> str:
+def _whole(location: list[str], value: Any) -> str:
     """The full name of a key, or of the first one below it."""
     leaf = next(iter(flat(value)), "") if isinstance(value, Mapping) else ""
-    return ".".join([*place, *([leaf] if leaf else [])])
+    return ".".join([*location, *([leaf] if leaf else [])])
 
 
-def _unknown(place: list[str], value: Any, method: Method) -> str:
-    """What is said of a key that there is not: what it is here, the nearest name, or all names."""
-    whole = _whole(place, value)
+def _unknown(location: list[str], value: Any, method: Method) -> str:
+    """The message about an unknown key: its name here, the nearest name, or all names."""
+    whole = _whole(location, value)
     ours = ours_for(whole, _known(method.settings))
     if ours is not None:
         return f"unknown key '{whole}'; {ours}"
     section: Any = Config
-    for part in place[:-1]:
+    for part in location[:-1]:
         section = section.model_fields[part].annotation
-    return f"unknown key '{'.'.join(place)}'; {did_you_mean(place[-1], list(section.model_fields))}"
+    return f"unknown key '{'.'.join(location)}'; {did_you_mean(location[-1], list(section.model_fields))}"

@@ -31,14 +31,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Section(BaseModel):
-    """Settings that are checked together; nothing of them changes afterwards."""
+    """Settings that are checked together and never change afterwards."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """True is no 1: whoever writes it means another setting."""
+        """Refuses true and false where a number is expected: whoever writes them means another setting."""
         if isinstance(value, bool) and numeric(cls.model_fields[str(info.field_name)].annotation):
             raise PydanticCustomError("number", "must be a number, not true or false")
         return value
@@ -46,7 +46,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _computable(cls, value: Any, info: ValidationInfo) -> Any:
-        """Every number is one that can be computed with, but a seed, which only names a stream."""
+        """Refuses numbers that cannot be computed with; a seed only names a stream and may be any."""
         counts = isinstance(value, int | float) and info.field_name != "seed"
         problem = number_problem(value) if counts else None
         if problem is not None:
@@ -58,7 +58,7 @@ def _path(name: Any) -> Any:
     return os.fspath(name) if isinstance(name, os.PathLike) else name
 
 
-def _place(name: str) -> str:
+def _path_or_name(name: str) -> str:
     problem = unnameable(name)
     if problem is not None:
         raise PydanticCustomError("place", "{problem}", {"problem": problem})
@@ -66,13 +66,13 @@ def _place(name: str) -> str:
 
 
 #: A path (from Python also a `pathlib.Path`), or a name of the hub.
-Place = Annotated[str, BeforeValidator(_path), AfterValidator(_place)]
+PathOrName = Annotated[str, BeforeValidator(_path), AfterValidator(_path_or_name)]
 
 
 class ModelSection(Section):
     """A model by its name."""
 
-    path: Place = Field(description="model folder or hub name")
+    path: PathOrName = Field(description="model folder or hub name")
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -123,16 +123,18 @@ class OptimizerSection(Section):
     """How the student learns. AdamW on fp32 master weights."""
 
     learning_rate: float = Field(
-        default=3e-6, gt=0, le=1000, description="the largest of the run, after the warm-up; an adapter wants more"
+        default=3e-6, gt=0, le=1000, description="learning rate after the warm-up; an adapter needs a larger one"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="of the learning rate, from the end of the warm-up to the end of the run"
+        default="cosine", description="schedule of the learning rate from the end of the warm-up to the end of the run"
     )
     warmup: int = Field(
         default=0, ge=0, description="optimizer steps over which the learning rate rises in a line to its full size"
     )
     final: float = Field(default=0.0, ge=0, le=1, description="share of the learning rate left at the end of the run")
-    weight_decay: float = Field(default=0.01, ge=0, le=1000, description="of AdamW, times the learning rate")
+    weight_decay: float = Field(
+        default=0.01, ge=0, le=1000, description="weight decay of AdamW, times the learning rate"
+    )
     beta1: float = Field(default=0.9, ge=0, lt=1, description="of AdamW: share kept of the gradient's running mean")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="of AdamW: share kept of the mean of its square")
     grad_clip: float = Field(
@@ -146,7 +148,7 @@ class OptimizerSection(Section):
         description="most tokens of a forward pass: bounds the memory, and changes nothing but rounding",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="compute activations again on the way back: a tenth of their memory, more time"
+        default=False, description="recompute activations in the backward pass: a tenth of their memory, more time"
     )
 
 
@@ -157,7 +159,7 @@ class LoraSection(Section):
     alpha: float | None = Field(
         default=None, gt=0, description="the adapter's product counts times this / rank; default: twice the rank"
     )
-    dropout: float = Field(default=0.0, description="must be 0: a student is taught about what it wrote")
+    dropout: float = Field(default=0.0, description="must be 0: a student learns from what it generated")
     targets: list[str] = Field(
         default_factory=lambda: ["all-linear"],
         min_length=1,
@@ -184,7 +186,7 @@ class LoraSection(Section):
 
 
 class ColdStartSection(Section):
-    """A first phase of learning from answers that the student did not write."""
+    """A first phase of learning from completions that the student did not generate."""
 
     steps: int = Field(default=0, ge=0, description="so many of the run's steps, the first; 0: no cold start")
     loss: Literal["sft", "forward_kl"] = Field(
@@ -192,42 +194,41 @@ class ColdStartSection(Section):
         description="what is learnt: the likelihood of what was written, or the exact forward KL at each of its tokens",
     )
     answers: Literal["teacher", "dataset"] = Field(
-        default="teacher", description="whose answers are learnt from; those of the data are its column `response`"
+        default="teacher",
+        description="source of the completions that are learnt from: the teacher, or the data's column `response`",
     )
     attempts: int | None = Field(
         default=3,
         ge=1,
         le=1000,
-        description="how often a teacher may try to end an answer by itself; null: cut answers are used",
+        description="how often a teacher may try to end a completion by itself; null: cut completions are used",
     )
     learning_rate: float | None = Field(
-        default=None, gt=0, le=1000, description="of the cold start; default: optimizer.learning_rate"
+        default=None, gt=0, le=1000, description="learning rate of the cold start; default: optimizer.learning_rate"
     )
 
 
 class EvalSection(Section):
-    """How the student is judged, on prompts it never learns from."""
+    """How the student is evaluated, on prompts it never learns from."""
 
-    data: Place | None = Field(
+    data: PathOrName | None = Field(
         default=None, description="data file with answers; default: prompts held out of the training data"
     )
-    problems: int = Field(
-        default=64, ge=0, description="held-out prompts that are judged on, at most; 0: no evaluation"
-    )
-    samples: int = Field(default=8, ge=1, le=100_000, description="answers to each of them: k of avg@k and pass@k")
-    temperature: float = Field(default=1.0, ge=COLDEST, le=HOTTEST, description="at which held-out answers are drawn")
+    problems: int = Field(default=64, ge=0, description="number of held-out prompts, at most; 0: no evaluation")
+    samples: int = Field(default=8, ge=1, le=100_000, description="completions per prompt: k of avg@k and pass@k")
+    temperature: float = Field(default=1.0, ge=COLDEST, le=HOTTEST, description="temperature of held-out completions")
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="held-out answers are drawn from the likeliest tokens of this total mass"
+        default=1.0, gt=0, le=1, description="nucleus sampling of held-out completions: total mass of the tokens kept"
     )
     max_new_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="longest held-out answer, tokens; default: rollout.max_new_tokens, as in training",
+        description="longest held-out completion, tokens; default: rollout.max_new_tokens, as in training",
     )
     every: int = Field(
         default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
     )
-    teacher: bool = Field(default=True, description="judge the teacher, too, once")
+    teacher: bool = Field(default=True, description="evaluate the teacher, too, once")
     threshold: float = Field(
         default=0.8, ge=0, description="nats of entropy above which a model counts as uncertain in the tables"
     )
@@ -245,7 +246,7 @@ class CheckpointSection(Section):
 
 
 class RecordSection(Section):
-    """What is written down of the rollouts."""
+    """What a run records of its rollouts."""
 
     rollouts: int = Field(default=2, ge=0, description="rollouts per step recorded token by token")
     overlap: int = Field(

@@ -1,6 +1,6 @@
-"""What other trainers call their settings, and which of ours does it: a name that is none of ours leads to one.
+"""Settings of other trainers and which of Retort's they correspond to, so that an unknown name leads to the known one.
 
-Names are pointed to and never taken for ours: the same word counts other things elsewhere (sequences, devices,
+Such a name is pointed to and never accepted: the same word counts other things elsewhere (sequences, devices,
 optimizer steps), and a number that was copied would quietly mean something else.
 """
 
@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["ELSEWHERE", "Ours", "ours_for", "place"]
+__all__ = ["ELSEWHERE", "Ours", "ours_for", "settings_named"]
 
 
 @dataclass(frozen=True)
 class Ours:
-    """What a setting of another trainer is here.
+    """The settings here that correspond to a setting of another trainer.
 
     Attributes:
         settings: Full names of ours, the nearest first; of a method's if they begin with `method.`. None: nothing is
             to be set.
-        how: How a number is converted, or what differs; empty where it is the same.
+        how: The conversion of a number, or what differs; empty where nothing does.
     """
 
     settings: tuple[str, ...]
@@ -36,7 +36,7 @@ _IN_TOKENS = "a step is rollout.prompts prompts, computed in pieces of so many t
 _BETA = "of the method gkd with the JSD; for 0 and 1: method.divergence=forward_kl and reverse_kl"
 _NOTHING, _NONE = "nothing is to be set", "there is nothing of the kind"
 _TEMPLATE = "prompts go through the tokenizer's own chat template, which no setting replaces"
-_WHOLE = "rollouts are drawn from the whole distribution, which is scored; of held-out answers: eval.top_p"
+_WHOLE = "rollouts are drawn from the whole distribution, which is scored; of held-out completions: eval.top_p"
 _ROWS = "steps = epochs * rows / rollout.prompts; left out, a run goes through the data once"
 _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("lr learning_rate peak_lr max_lr", Ours(("optimizer.learning_rate",))),
@@ -67,15 +67,15 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("epochs", Ours(("steps",), f"{_ROWS}; passes over one batch of rollouts: optimizer.epochs")),
     (
         "max_length max_seq_length max_seq_len sequence_len seq_len max_model_len",
-        Ours(("rollout.max_prompt_tokens", "rollout.max_new_tokens"), "prompt and answer are bounded apart"),
+        Ours(("rollout.max_prompt_tokens", "rollout.max_new_tokens"), "prompt and completion are bounded apart"),
     ),
     ("max_prompt_length prompt_length", Ours(("rollout.max_prompt_tokens",))),
     (
         "max_completion_length max_response_length response_length max_tokens max_completion_tokens",
-        Ours(("rollout.max_new_tokens",), "of held-out answers: eval.max_new_tokens"),
+        Ours(("rollout.max_new_tokens",), "of held-out completions: eval.max_new_tokens"),
     ),
-    ("num_generations rollouts_per_example group_size n", Ours(("method.samples",), "answers per prompt")),
-    ("temperature", Ours(("method.temperature",), "of held-out answers: eval.temperature")),
+    ("num_generations rollouts_per_example group_size n", Ours(("method.samples",), "completions per prompt")),
+    ("temperature", Ours(("method.temperature",), "of held-out completions: eval.temperature")),
     ("lmbda", Ours(("method.on_policy_fraction",), "of the method gkd")),
     ("beta", Ours(("method.teacher_weight",), _BETA)),
     ("epsilon clip_ratio cliprange", Ours(("method.clip",), "of the methods that have it")),
@@ -135,7 +135,10 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
         "reward_funcs reward_function reward_fn reward custom_reward_function custom_reward_function.*",
         Ours(("task",), "math, exact, ... or module:function"),
     ),
-    ("seq_kd", Ours(("cold_start.steps", "cold_start.answers"), "a first phase on the teacher's answers, no mixture")),
+    (
+        "seq_kd",
+        Ours(("cold_start.steps", "cold_start.answers"), "a first phase on the teacher's completions, no mixture"),
+    ),
     ("sampling.source", Ours(("cold_start.steps", "cold_start.loss"), "a first phase of a run, not a run")),
     ("kd_alpha kd_ce_alpha", Ours((), f"{_NONE}: two losses are not added; cold_start.loss=sft comes first instead")),
     ("kd_beta", Ours(("method.divergence",), "of the method gkd")),
@@ -155,10 +158,10 @@ _ONE_TABLE: tuple[tuple[str, Ours], ...] = (
     ("distillation.enabled", Ours((), f"{_NOTHING}: whatever is run distils; see `retort methods`")),
     ("max_off_policy_steps", Ours((), f"{_NONE}: rollouts are those of the current weights; see optimizer.updates")),
     ("rollout.top_p rollout.top_k rollout.min_p min_p repetition_penalty", Ours((), f"{_NONE}: {_WHOLE}")),
-    ("max_num_seqs", Ours(("rollout.parallel",), "rollouts written at once")),
+    ("max_num_seqs", Ours(("rollout.parallel",), "rollouts generated at once")),
     (
         "use_vllm vllm_mode vllm_gpu_memory_utilization gpu_memory_utilization vllm vllm.*",
-        Ours((), f"{_NONE}: transformers writes the rollouts, rollout.parallel of them at once"),
+        Ours((), f"{_NONE}: transformers generates the rollouts, rollout.parallel of them at once"),
     ),
     ("use_liger_kernel use_liger liger_kernel", Ours((), f"{_NOTHING}: the loss is computed in pieces by itself")),
     (
@@ -176,7 +179,7 @@ ELSEWHERE = {name: ours for names, ours in _ONE_TABLE for name in names.split()}
 
 
 def ours_for(name: str, known: Collection[str]) -> Ours | None:
-    """Which setting does what a name that is none of ours means elsewhere, or in another section.
+    """Finds the setting that does what a name means in another trainer, or in another section.
 
     Args:
         name: As the user wrote it, with or without sections, with `-` or `_`.
@@ -191,9 +194,10 @@ def ours_for(name: str, known: Collection[str]) -> Ours | None:
     if found is not None:
         # A method's own setting is one only where that method has it.
         there = [own for own in found.settings if not own.startswith("method.") or own in known]
-        return found if there == list(found.settings) or not place(last, known) else Ours(place(last, known))
-    places = place(last, known)
-    return Ours(places) if places else ELSEWHERE.get(f"{parts[-2]}.*") if len(parts) > 1 else None
+        near = settings_named(last, known)
+        return found if there == list(found.settings) or not near else Ours(near)
+    near = settings_named(last, known)
+    return Ours(near) if near else ELSEWHERE.get(f"{parts[-2]}.*") if len(parts) > 1 else None
 
 
 def _forms(parts: Sequence[str]) -> Iterator[str]:
@@ -203,7 +207,7 @@ def _forms(parts: Sequence[str]) -> Iterator[str]:
     yield parts[-1]
 
 
-def place(last: str, known: Collection[str]) -> tuple[str, ...]:
+def settings_named(last: str, known: Collection[str]) -> tuple[str, ...]:
     """Full names of the settings whose last part is `last`, at most three."""
 
     def ends() -> Iterator[str]:

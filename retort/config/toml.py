@@ -1,4 +1,4 @@
-"""Settings as people write them: TOML files, and words of the command line."""
+"""Parsers of settings: TOML files, and arguments of the command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DEEPEST = 8
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file.
+    """Reads the settings of a TOML file.
 
     Raises:
         UserError: It is missing, no file, unreadable or no TOML.
@@ -35,7 +35,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """Nested settings from `section.key=value` words; values are read as TOML where they can be, else as text.
+    """Parses nested settings from `section.key=value` words; values are read as TOML where they can be, else as text.
 
     Raises:
         UserError: A word has no key or no value, lies too deep, or contradicts one before it.
@@ -60,7 +60,7 @@ def overrides(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def value(text: str) -> Any:
-    """A setting's value: TOML, or null/none, or the text itself."""
+    """Parses a setting's value: TOML, or null/none, or the text itself."""
     if text.lower() in ("null", "none"):
         return None
     try:

@@ -1,1 +1,1 @@
-"""What a run shows on a terminal or in a notebook."""
+"""The output of a run on a terminal or in a notebook."""

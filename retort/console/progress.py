@@ -1,4 +1,4 @@
-"""What `retort.distill` shows by default: lines or a bar on standard error, in a notebook a bar below the cell."""
+"""The default display of `retort.distill`: lines or a bar on standard error, in a notebook a bar below the cell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BAR = 24
 
 
 class Brief(RichObserver):
-    """Draws a run without its summary: one line says what is done, notes say what to know."""
+    """Draws a run without its summary: one line of progress, and the notes."""
 
     def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
         """The start-up summary, in one line."""
@@ -34,7 +34,7 @@ class Notebook(Brief):
     """Draws a run below the cell of a notebook: one line that is written anew, without widgets."""
 
     def __init__(self) -> None:
-        """Draws nothing yet."""
+        """Prepares the display without drawing."""
         # A terminal to the base class, which prints a line now and then to whatever cannot be redrawn.
         super().__init__(Console(force_jupyter=True, force_terminal=True, width=100))
         self._handle: Any = None
@@ -58,14 +58,14 @@ def _line(text: str, done: int, total: int, curves: str) -> dict[str, str]:
 
 def in_notebook() -> bool:
     """Whether this runs in the kernel of a notebook."""
-    if "IPython" not in sys.modules:  # else nobody can be in one
+    if "IPython" not in sys.modules:  # Without IPython there is no notebook.
         return False
     return getattr(importlib.import_module("IPython").get_ipython(), "kernel", None) is not None
 
 
 @contextlib.contextmanager
 def watching(observer: Observer | None, *, quiet: bool) -> Iterator[Observer]:
-    """Who watches a run: whom the caller names, nobody, or what suits the place that this runs in."""
+    """Chooses the observer of a run: the caller's, a silent one, or the one that suits a notebook or a terminal."""
     if observer is not None or quiet:
         yield observer or Silent()
         return

@@ -1,4 +1,4 @@
-"""What the command line shows: a summary, a progress bar with the curves that matter, and the before/after table."""
+"""The display of the command line: a summary, a progress bar with the main curves, and the before/after table."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Lasting:
     """
 
     def __init__(self, stream: TextIO | None) -> None:
-        """Writes nothing yet; None for a stream that was closed before the program began."""
+        """Wraps a stream; None for one that was closed before the program began."""
         self._stream: Any = stream
         self._lost = stream is None
 
@@ -81,7 +81,7 @@ class RichObserver:
     """Draws a run in a terminal; in a file or pipe it prints a line now and then instead."""
 
     def __init__(self, console: Console) -> None:
-        """Draws nothing yet."""
+        """Prepares the display without drawing."""
         self.console = console
         self._live: Live | None = None
         self._progress: Progress | None = None
@@ -106,11 +106,11 @@ class RichObserver:
         self.console.print(Text.assemble(("note:", "yellow"), " ", shown(text)))
 
     def working(self, text: str) -> None:
-        """Something has begun that may take a while, and of which no progress is known."""
+        """Announces work that may take a while and reports no progress."""
         self.console.print(Text.assemble(shown(text, "dim"), (" ...", "dim")))
 
     def phase(self, text: str, done: int, total: int) -> None:
-        """Judging a model."""
+        """Shows the progress of an evaluation."""
         if self._phase != text:
             self.close()
             self._open(text, total)
@@ -125,7 +125,7 @@ class RichObserver:
             self._line(f"{text}: {done} of {total}")
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
-        """One batch of rollouts done."""
+        """Updates the display after one batch of rollouts."""
         if self._phase is not None or self._live is None:
             self.close()
             self._open("distilling", steps)
@@ -138,22 +138,22 @@ class RichObserver:
             self._line(f"step {step}/{steps}  {text}")
         if step >= steps:
             self.close()
-            self._where_the_time_went()
+            self._time_by_part()
 
     def _now(self, metrics: Mapping[str, Any]) -> str:
-        """The curves that matter, each with what it is a mean of, and the speed: all tokens over all seconds."""
+        """The main curves, each averaged over recent steps, and the speed: all tokens over all seconds."""
         count = len(self._seen)
         parts = [f"{label} {form.format(self._mean(name))}" for name, label, form in _CURVES if name in metrics]
         tokens, seconds = (sum(row.get(key, 0) for row in self._seen) for key in ("tokens", "time/step"))
         parts += [_speed(tokens, seconds)] if seconds else []
         over = "this step" if count == 1 else f"mean of the last {count} steps"
         means = f"{over}: {', '.join(parts)}" if parts else ""
-        judged = [name for name in metrics if name.startswith("eval/avg@")]
-        now = [f"held-out {name.removeprefix('eval/')} after this step: {metrics[name]:.1%}" for name in judged]
+        accuracies = [name for name in metrics if name.startswith("eval/avg@")]
+        now = [f"held-out {name.removeprefix('eval/')} after this step: {metrics[name]:.1%}" for name in accuracies]
         return "; ".join([*([means] if means else []), *now])
 
     def _line(self, text: str) -> None:
-        """Where nothing is drawn, a line."""
+        """Prints a line where no bar is drawn."""
         if not self.console.is_terminal:
             self._said = time.monotonic()
             self.console.print(shown(text), soft_wrap=True)
@@ -161,7 +161,7 @@ class RichObserver:
     def _quiet(self) -> bool:
         return time.monotonic() - self._said > _PATIENCE
 
-    def _where_the_time_went(self) -> None:
+    def _time_by_part(self) -> None:
         whole, tokens = self._times.pop("step", 0.0), self._times.pop("tokens", 0)
         shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
         shares["everything else"] = shares.pop("other", 0.0)
@@ -175,7 +175,7 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "answer")
+        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "completion")
         about = f"{asked}{some}, {each} each [95 % interval over prompts]"
         self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
         table = Table()
@@ -190,7 +190,8 @@ class RichObserver:
                 table.add_row(shown(f"{words}, {unit}" if unit else words), *(_cell(cell, form) for cell in cells))
         self.console.print(table)
         for who, count in results.get("given_up", {}).items():
-            self.note(f"{who}: {count} answers count as wrong because their comparison found no end (docs/grading.md)")
+            why = "because their comparison did not finish (docs/grading.md)"
+            self.note(f"{who}: {count} completions count as wrong {why}")
         for name, share in results.get("gap_recovered", {}).items():
             what = "recovered" if share >= 0 else "lost: the student moved away from the teacher"
             gap = Text.assemble(shown(f"{name}: "), (f"{abs(share):.0%}", "bold"), f" of the gap to the teacher {what}")
@@ -282,7 +283,7 @@ def trust_table(found: Mapping[str, Any]) -> Table:
             f"{found['branches']} forced tokens, {found['problems']} {found['prompts']}: AUROC, 95 % over problems"
         )
     )
-    for column in ("what tells", "who says so", "right in the end", "makes the difference"):
+    for column in ("predictor", "source", "right in the end", "makes the difference"):
         table.add_column(column)
     for row in found["predictors"]:
         table.add_row(

@@ -1,5 +1,5 @@
-"""Parts of a method that learn or switch as a run goes, and are saved with it."""
+"""Controllers: parts of a method with a state that changes during a run and is saved with it."""
 
-from retort.controllers.base import Controller, Probe, Seen, State
+from retort.controllers.base import Controller, Observation, Probe, State
 
-__all__ = ["Controller", "Probe", "Seen", "State"]
+__all__ = ["Controller", "Observation", "Probe", "State"]

@@ -1,4 +1,4 @@
-"""A small policy that sets the balance of two terms and is taught by reward as the run goes (ARKD)."""
+"""A small policy that sets the balance of two terms and is trained by reward during the run (ARKD)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retort.controllers.base import Controller, Seen, State, scalar
+from retort.controllers.base import Controller, Observation, State, scalar
 from retort.divergences.jsd import jsd
 from retort.divergences.kl import forward_kl, reverse_kl
 from retort.quantities.entropy import student_entropy, teacher_entropy
@@ -19,7 +19,7 @@ from retort.quantities.variance import student_variance, teacher_variance
 
 Mode = Literal["bandit", "bernoulli", "paper", "greedy_min"]
 
-#: What the policy sees of a batch, in this order.
+#: Features of a batch that the policy reads, in this order.
 FEATURES = ("teacher_entropy", "student_entropy", "teacher_variance", "student_variance", "forward_kl", "reverse_kl")
 HIDDEN = 64
 _BETA1, _BETA2, _EPSILON = 0.9, 0.999, 1e-8
@@ -28,7 +28,7 @@ _SPREAD = 0.5  # standard deviation of the bandit's first choices, in logits
 
 @dataclass(frozen=True)
 class Balance(Controller):
-    """Made by `balance`. Its numbers are `forward`, v in [0, 1], and `reverse`, 1 - v."""
+    """The controller of `balance`. Its numbers are `forward`, v in [0, 1], and `reverse`, 1 - v."""
 
     mode: Mode = "bandit"
     learning_rate: float = 1e-4
@@ -51,8 +51,8 @@ class Balance(Controller):
         value = float(state["value"])
         return {"forward": value, "reverse": 1.0 - value}
 
-    def act(self, state: State, seen: Seen, draw: torch.Generator) -> State:
-        before = seen.before
+    def act(self, state: State, observation: Observation, draw: torch.Generator) -> State:
+        before = observation.before
         if self.mode == "greedy_min":
             return {**state, "value": scalar(float(before["forward_kl"] < before["reverse_kl"]))}
         features = torch.tensor([before[name] for name in FEATURES], dtype=torch.float64)
@@ -69,10 +69,10 @@ class Balance(Controller):
                 value = (torch.rand((), generator=draw).double() < value).double()
         return {**state, "value": value}
 
-    def learn(self, state: State, seen: Seen, after: Mapping[str, float]) -> State:
+    def learn(self, state: State, observation: Observation, after: Mapping[str, float]) -> State:
         if self.mode == "greedy_min":
             return state
-        before, value = seen.before, float(state["value"])
+        before, value = observation.before, float(state["value"])
         if self.mode == "paper":
             reward = -(value * before["forward_kl"] + (1.0 - value) * before["reverse_kl"])
         else:
@@ -80,13 +80,13 @@ class Balance(Controller):
         return self.rewarded(state, reward)
 
     def rewarded(self, state: State, reward: float) -> State:
-        """The state after its last choice was given a reward: baseline, advantage, and one Adam step of the policy."""
+        """The state after its last choice got a reward: baseline, advantage, and one Adam step of the policy."""
         count, decay = float(state["count"]) + 1, self.baseline_decay
         baseline = reward if count == 1 else decay * float(state["baseline"]) + (1 - decay) * reward
         advantage = reward - baseline
         scale = decay * float(state["scale"]) + (1 - decay) * advantage**2
         if self.mode != "paper":
-            # A divergence drops by thousandths a step: without its own scale, the entropy bonus alone would speak.
+            # A divergence drops by thousandths a step: without a scale of its own, the entropy bonus would dominate.
             advantage /= math.sqrt(scale / (1 - decay**count)) + _EPSILON
         moved = {**state, "count": scalar(count), "baseline": scalar(baseline), "scale": scalar(scale)}
         weights = {name: w.clone().requires_grad_() for name, w in state.items() if name.startswith("policy.")}
@@ -106,10 +106,10 @@ class Balance(Controller):
         if self.mode == "bandit":
             log_spread = weights["policy.log_spread"].squeeze()
             distance = (torch.logit(value, eps=1e-12) - logit) / log_spread.exp()
-            # Up to a constant: log-density of the logit drawn, and the entropy of where it was drawn from.
+            # Up to a constant: log-density of the logit drawn, and the entropy of its distribution.
             return -advantage * (-0.5 * distance.square() - log_spread) - self.entropy_coef * log_spread
         entropy = _entropy(logit)
-        if self.mode == "paper":  # as published: the output is the weight, nothing was drawn
+        if self.mode == "paper":  # as published, the output is the weight; nothing was drawn
             return -functional.logsigmoid(logit) * advantage - self.entropy_coef * entropy
         logp = torch.where(value > 0.5, functional.logsigmoid(logit), functional.logsigmoid(-logit))
         return -logp * advantage - self.entropy_coef * entropy
@@ -127,12 +127,12 @@ def balance(
 
     Args:
         mode: `bandit`, `bernoulli`, `paper` or `greedy_min`; see `retort.methods.arkd`.
-        learning_rate: Of the policy's Adam.
-        baseline_decay: Of the running mean of rewards, which starts at the first one.
+        learning_rate: Learning rate of the policy's Adam.
+        baseline_decay: Decay of the running mean of rewards, which starts at the first one.
         entropy_coef: Weight of the policy's entropy, nats.
-        name: Of the controller.
+        name: Name of the controller.
     """
-    sees = {
+    observes = {
         "teacher_entropy": teacher_entropy(),
         "student_entropy": student_entropy(),
         "teacher_variance": teacher_variance(),
@@ -143,7 +143,7 @@ def balance(
     rewarded = mode in ("bandit", "bernoulli")
     return Balance(
         name,
-        sees={**sees, "jsd": jsd(0.5)} if rewarded else sees,
+        observes={**observes, "jsd": jsd(0.5)} if rewarded else observes,
         again=rewarded,
         mode=mode,
         learning_rate=learning_rate,
@@ -153,7 +153,7 @@ def balance(
 
 
 def _weights(draw: torch.Generator, *, zero_last: bool) -> dict[str, Tensor]:
-    """LayerNorm(6), Linear 6-64, ReLU, Linear 64-1: 525 numbers, the linear layers drawn as torch draws them."""
+    """LayerNorm(6), Linear 6-64, ReLU, Linear 64-1: 525 numbers, initialised as torch does."""
 
     def uniform(*shape: int, fan_in: int) -> Tensor:
         return (2 * torch.rand(*shape, generator=draw, dtype=torch.float64) - 1) / math.sqrt(fan_in)
@@ -167,7 +167,7 @@ def _weights(draw: torch.Generator, *, zero_last: bool) -> dict[str, Tensor]:
         "policy.out_weight": uniform(HIDDEN, fan_in=HIDDEN),
         "policy.out_bias": uniform(1, fan_in=HIDDEN),
     }
-    if zero_last:  # it begins undecided, whatever it sees
+    if zero_last:  # it begins undecided, whatever its features
         weights["policy.out_weight"].zero_()
         weights["policy.out_bias"].zero_()
     return weights
@@ -180,7 +180,7 @@ def _logit(weights: State, features: Tensor) -> Tensor:
 
 
 def _normalised(state: dict[str, Tensor], features: Tensor) -> Tensor:
-    """Features by their running mean and spread over the batches so far, this one included, within +-5."""
+    """Normalises features by their running mean and spread over all batches so far, and clips to +-5."""
     count = float(state["count"]) + 1
     gap = features - state["mean"]
     mean = state["mean"] + gap / count
@@ -191,6 +191,6 @@ def _normalised(state: dict[str, Tensor], features: Tensor) -> Tensor:
 
 
 def _entropy(logit: Tensor) -> Tensor:
-    """Of a coin that falls on one side with probability sigmoid(logit), nats."""
+    """Entropy, nats, of a coin that shows one side with probability sigmoid(logit)."""
     uniform_stream = logit.sigmoid()
     return -(uniform_stream * functional.logsigmoid(logit) + (1 - uniform_stream) * functional.logsigmoid(-logit))

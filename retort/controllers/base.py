@@ -1,10 +1,10 @@
-"""What a controller is: a state, numbers that the method reads from it, and rules by which the state moves.
+"""Controllers: a state, numbers that the method reads from it, and rules by which the state changes.
 
-A batch goes like this. The rollout plan reads `numbers` of the state as it is. The batch is written and answered, and
-the controller is shown the means of what it `sees` on it (`act`). Terms read `numbers` again, the student learns, and
-the controller is told what has become of those means on the same tokens, if it asked for them (`learn`). Where a
-`probe` is due after that, the controller hears of it (`probed`). All three give a new state and change nothing. Chance
-comes from a generator that is keyed by seed and step, so the state is all that a checkpoint has to hold.
+A batch goes like this. The rollout plan reads `numbers` of the current state. The completions are generated and scored,
+and the controller observes the batch means of the parts in `observes` (`act`). Terms read `numbers` again, and the
+student learns. Then the controller observes those means again on the same tokens, if it asked for them (`learn`). Where
+a `probe` is due, it gets the results (`probed`). All three return a new state and change nothing. Randomness comes from
+a generator that is keyed by seed and step, so the state is all that a checkpoint has to hold.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from retort.core.parts import Part
 from retort.core.schedules import ControllerOutput
 from retort.errors import UserError
 
-#: Named tensors on the CPU; nobody changes them in place.
+#: Named tensors on the CPU; they are never changed in place.
 State = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a controller may look at besides its state.
+class Observation:
+    """What a controller observes of a batch.
 
     Attributes:
-        before: Means over the batch's counted steps before the first update, by the names in `sees`.
+        before: Means over the batch's counted steps before the first update, by the names in `observes`.
         reward_R: Reward of each rollout of the batch, float64; None where nothing was graded.
-        length_R: Steps of each.
-        longest: The longest answer that was allowed, tokens, where known.
-        step: Batches done, of the method's own.
-        total_steps: Of the method, where known.
+        length_R: Number of steps of each rollout.
+        longest: The longest completion allowed, tokens, where known.
+        step: Batches that the method has done.
+        total_steps: Batches of the method in all, where known.
     """
 
     before: Mapping[str, float]
@@ -47,15 +47,15 @@ class Seen:
 
 @dataclass(frozen=True)
 class Probe:
-    """A measurement on prompts that are kept out of the training data for it.
+    """A measurement on prompts that are kept out of the training data.
 
     Attributes:
-        parts: What is averaged, over all tokens of all answers, by name.
-        source: Whose answers: the student's, written at the plan's horizon, or the data's.
+        parts: Parts to average, over all tokens of all completions, by name.
+        source: The completions: the student's, generated at the plan's horizon, or the data's.
         every: Steps between two probes.
-        prompts: How many, at most a fifth of the training data.
+        prompts: Number of prompts, at most a fifth of the training data.
         at_start: Probe also before the first step.
-        against: The view whose answers the parts read.
+        against: The view whose signals the parts read.
     """
 
     parts: Mapping[str, Part]
@@ -72,26 +72,26 @@ class Probe:
 
 @dataclass(frozen=True)
 class Controller:
-    """The base: no state, no numbers. What a subclass does not override does nothing.
+    """Base class: no state, no numbers. A method that a subclass does not override does nothing.
 
     Attributes:
-        name: By which its numbers are read.
-        sees: Parts whose means over a batch it wants before the first update.
-        again: Whether it wants the same means after the last update, too. Costs a pass over the batch, as `sees` does.
-        probe: A measurement that it wants from time to time.
-        against: The view whose answers the parts read.
-        rewards: Whether it cannot do without rewards.
+        name: Name by which its numbers are read.
+        observes: Parts whose means over a batch it needs before the first update.
+        again: Whether it needs the same means after the last update, too. Either costs a pass over the batch.
+        probe: A measurement that is taken from time to time.
+        against: The view whose signals the parts read.
+        rewards: Whether it needs rewards.
     """
 
     name: str
-    sees: Mapping[str, Part] = field(default_factory=lambda: {})
+    observes: Mapping[str, Part] = field(default_factory=lambda: {})
     again: bool = False
     probe: Probe | None = None
     against: str = "teacher"
     rewards: bool = False
 
     def read(self, number: str) -> ControllerOutput:
-        """A dial that is one of its numbers."""
+        """A reference to one of its numbers, for a setting that may be a schedule."""
         return ControllerOutput(self.name, number)
 
     def init(self, draw: torch.Generator) -> State:
@@ -99,15 +99,15 @@ class Controller:
         return {}
 
     def numbers(self, state: State) -> Mapping[str, float]:
-        """What dials read."""
+        """Its outputs, by name."""
         return {}
 
-    def act(self, state: State, seen: Seen, draw: torch.Generator) -> State:
+    def act(self, state: State, observation: Observation, draw: torch.Generator) -> State:
         """The state with its choice for this batch."""
         return state
 
-    def learn(self, state: State, seen: Seen, after: Mapping[str, float]) -> State:
-        """The state after the batch was learnt from; `after` is empty unless it asks to see it `again`."""
+    def learn(self, state: State, observation: Observation, after: Mapping[str, float]) -> State:
+        """The state after the update; `after` is empty unless it observes the batch `again`."""
         return state
 
     def probed(self, state: State, found: Mapping[str, float]) -> State:
@@ -115,10 +115,10 @@ class Controller:
         return state
 
     def ended(self, state: State) -> str | None:
-        """Why the run is to end now, if it is."""
+        """The reason to end the run now, if there is one."""
         return None
 
 
 def scalar(value: float) -> Tensor:
-    """A number as a state holds it: float64."""
+    """A number as a state holds it: a float64 tensor."""
     return torch.tensor(value, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The longest answer in stages, each reached only if the student is still undecided enough."""
+"""The longest completion in stages; a stage begins only if the student's entropy is high enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retort.quantities.entropy import student_entropy
 
 @dataclass(frozen=True)
 class LengthStages(Controller):
-    r"""Entropy-gated length curriculum. Made by `length_stages`. Its number is `horizon`, tokens.
+    r"""Entropy-gated length curriculum, the controller of `length_stages`. Its number is `horizon`, tokens.
 
     From arXiv 2605.16826, section 5.2: the horizon goes from :math:`L_m` to :math:`L_{m+1}` only if the student's mean
     entropy per token on held-out prompts is at least :math:`H_{min}`; after the first failure it never grows again.
@@ -67,14 +67,14 @@ def length_stages(
     Args:
         lengths: L_0 < L_1 < ..., tokens.
         min_entropy: H_min, nats. None: `share` of the entropy at the first probe, which itself always passes.
-        share: See `min_entropy`; not looked at where that is given.
-        on_failure: Go on at the last stable length, or end the run.
-        every: Steps between probes, each of which can lead one stage up.
-        prompts: Held out for the probe.
-        name: Of the controller.
+        share: See `min_entropy`; ignored where that is given.
+        on_failure: Continue at the last stable length, or end the run.
+        every: Steps between probes, each of which can raise the stage by one.
+        prompts: Number of prompts held out for the probe.
+        name: Name of the controller.
 
     Raises:
-        UserError: Lengths that do not grow.
+        UserError: The lengths do not grow.
     """
     if not lengths or lengths[0] < 1 or any(b <= a for a, b in pairwise(lengths)):
         raise UserError(f"lengths must be positive and grow, not {list(lengths)}")

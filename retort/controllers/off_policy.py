@@ -1,4 +1,4 @@
-"""How much of a batch the student writes, by the validation loss."""
+"""The share of a batch that the student generates, set by the validation loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from retort.divergences.likelihood import negative_log_likelihood
 
 @dataclass(frozen=True)
 class AdaptiveShare(Controller):
-    """DistiLLM's adaptive share of student answers. Made by `adaptive_share`. Its number is `share`."""
+    """DistiLLM's adaptive share of student completions, the controller of `adaptive_share`. Its number is `share`."""
 
     start: float = 0.0
     rise: float = 0.1
@@ -45,22 +45,22 @@ def adaptive_share(
     prompts: int = 64,
     name: str = "off_policy",
 ) -> AdaptiveShare:
-    r"""The share of prompts that the student answers, raised whenever the validation loss gets worse.
+    r"""The share of prompts that the student completes, raised whenever the validation loss gets worse.
 
     From DistiLLM, arXiv 2402.03898, and its released code: the share grows by `rise` where the loss is at least
     `margin` above the reference, which is the loss before training and, after each rise, the loss that caused it. A
     method takes it as `RolloutPlan(on_policy_fraction=it.read("share"), replay=Replay())` and names it among its
-    `controllers`. It learns on whatever prefixes it is given, so its terms must be pathwise.
+    `controllers`. It learns on the prefixes of any source, so its terms must be pathwise.
 
     Args:
-        loss: Averaged over the tokens of held-out responses of the data, nats. None: the negative log-likelihood, as in
-            the released code.
+        loss: The part that is averaged over the tokens of held-out responses of the data, nats. None: the negative
+            log-likelihood, as in the released code.
         start: Share at the beginning.
-        rise: By how much it grows, up to 1.
-        margin: By how much the loss must be worse, nats.
+        rise: Increase of the share, which ends at 1.
+        margin: Least increase of the loss that counts as worse, nats.
         every: Steps between validations (released code: an epoch).
-        prompts: Held out of the training data for validation.
-        name: Of the controller.
+        prompts: Number of prompts held out of the training data for validation.
+        name: Name of the controller.
     """
     parts = {"loss": loss or negative_log_likelihood()}
     probe = Probe(parts, source="dataset", every=every, prompts=prompts, at_start=True)

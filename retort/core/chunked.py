@@ -1,4 +1,4 @@
-"""How the loss core walks over chunks and blocks, and the two ways its gradient is formed. Axes: `retort.core`."""
+"""The walk of the loss core over chunks and blocks, and the two ways to form its gradient. Axes: `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from retort.core.definition import Core
 from retort.core.head import Products
 from retort.core.signals import as_compute
 
-#: Elements of one chunk of logits, 160 MB in fp32: at a vocabulary of 150,000 some 260 steps, below which reading the
-#: head takes as long as multiplying by it.
+#: Elements of one chunk of logits, 160 MB in fp32. At a vocabulary of 150,000 that is some 260 steps; in smaller chunks
+#: reading the head takes as long as multiplying by it.
 CHUNK_ELEMENTS = 40_000_000
-#: Elements of a block on a CPU, 2 MB in fp32: what autograd keeps of it stays in the cache.
+#: Elements of a block on a CPU, 2 MB in fp32. What autograd keeps of a block then stays in the CPU's cache.
 BLOCK_ELEMENTS = 2**19
 
 
 def cuts(size: int, part: int) -> list[slice]:
-    """Neighbouring slices of at most `part` that cover `size`."""
+    """Cuts `size` elements into neighbouring slices of at most `part`."""
     return [slice(start, min(start + part, size)) for start in range(0, size, part)]
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
-    """Steps of a chunk; on a GPU, whose products want larger ones, four times as many."""
+    """Steps of a chunk. A GPU takes four times as many, because its products are faster on larger matrices."""
     return max(1, CHUNK_ELEMENTS * (4 if device.type == "cuda" else 1) // vocab)
 
 
 def block_rows(vocab: int, device: torch.device) -> int:
-    """Steps of a block; on a GPU, which gains nothing from small ones, those of a chunk."""
+    """Steps of a block. A GPU gains nothing from small blocks, so there a block is a chunk."""
     return chunk_rows(vocab, device) if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
 
 
 def blocks(core: Core, size: int, device: torch.device) -> list[slice]:
-    """Cuts a chunk of some size; ranks that share a vocabulary exchange a few numbers per block, so have one."""
+    """Cuts a chunk of `size` steps into blocks; a sharded vocabulary has one, as ranks exchange numbers per block."""
     spread = core.head is not None and core.head.shard.spread
     return cuts(size, size if spread else block_rows(core.vocab, device))
 
@@ -46,11 +46,11 @@ class Pass:
     """The work of `Chunked`, forward and backward.
 
     Attributes:
-        core: What is evaluated.
-        loss: (values of some steps, which steps) -> their part of the loss; None if there is no loss yet.
+        core: The function that is evaluated.
+        loss: (values of some steps, their slice) -> their part of the loss, a scalar; None if there is no loss yet.
         chunk: Steps of a chunk.
-        dtype: Of the products.
-        names: Of the values, filled in by the forward pass.
+        dtype: Dtype of the products.
+        names: Names of the values, filled in by the forward pass.
     """
 
     core: Core
@@ -60,34 +60,34 @@ class Pass:
     names: list[str] = field(default_factory=lambda: [])
 
     def values(self, hidden_ND: Tensor, learns: bool) -> tuple[Tensor, dict[str, Tensor], set[str]]:
-        """The loss, all values, and which of them depend on the student."""
+        """Returns the loss, all values, and the names of the values that depend on the student."""
         products = self._products((False,) * 5)
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-        found: dict[str, Tensor] = {}
+        all_values: dict[str, Tensor] = {}
         live: set[str] = set()
         for rows in cuts(self.core.count, self.chunk):
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
-            for place, values in chunk.values():
+            for span, values in chunk.values():
                 if self.loss is not None:
-                    total += self.loss(values, place)
-                _keep(found, values, place, self.core.count)
+                    total += self.loss(values, span)
+                _keep(all_values, values, span, self.core.count)
             if learns and not live:
                 live = chunk.live()
             del chunk  # before the next one is made
-        return total, found, live
+        return total, all_values, live
 
     def gradients(
         self, hidden_ND: Tensor, needed: tuple[bool, ...], scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
     ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-        """All values; and the gradients of a scalar with respect to hidden states and head."""
+        """Returns all values, and the gradients of a scalar with respect to hidden states and head."""
         products = self._products(needed)
-        found: dict[str, Tensor] = {}
+        all_values: dict[str, Tensor] = {}
         hidden: dict[str, Tensor] = {}
         for rows in cuts(self.core.count, self.chunk):
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
-            for place, values in chunk.backward(scalar):
-                _keep(found, values, place, self.core.count)
-                del values  # and with them the block's graph, which holds the chunk's logits
+            for span, values in chunk.backward(scalar):
+                _keep(all_values, values, span, self.core.count)
+                del values  # this also frees the block's graph, which holds the chunk's logits
             of_hidden_CD = products.backward(chunk.product_CV, hidden_ND[rows])
             if of_hidden_CD is not None:
                 _keep(hidden, {"hidden": of_hidden_CD.to(hidden_ND.dtype)}, rows, self.core.count)
@@ -95,7 +95,7 @@ class Pass:
         of_hidden_ND = hidden.get("hidden")
         if of_hidden_ND is not None and self.core.head is not None:
             of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
-        return found, [of_hidden_ND, *products.gradients()]
+        return all_values, [of_hidden_ND, *products.gradients()]
 
     def _products(self, needed: tuple[bool, ...]) -> Products:
         assert self.core.head is not None
@@ -106,35 +106,35 @@ class Chunk:
     """A chunk's logits, cut into blocks."""
 
     def __init__(self, core: Core, rows: slice, product_CV: Tensor) -> None:
-        """The steps `rows` of a core, and the product of their hidden states with the head."""
+        """Takes the steps `rows` of a core, and the product of their hidden states with the head."""
         self.core, self.rows, self.product_CV = core, rows, product_CV
         self.steps = core.steps.select(rows)
-        self.signals = {name: signal.held(rows, core.vocab) for name, signal in core.signals.items()}
+        self.signals = {name: signal.precomputed(rows, core.vocab) for name, signal in core.signals.items()}
         self.cuts = blocks(core, rows.stop - rows.start, product_CV.device)
 
     def values(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """By block: its place in N, its values."""
+        """Yields each block's slice of N and its values."""
         for cut in self.cuts:
-            yield self._place(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
+            yield self._span(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
 
     def live(self) -> set[str]:
-        """Which values have a gradient, seen on one step."""
+        """Names of the values that have a gradient, found on one step."""
         values = self._evaluate(slice(0, 1))[1]
         return {name for name, value in values.items() if value.requires_grad}
 
     def backward(
         self, scalar: Callable[[dict[str, Tensor], slice], Tensor | None]
     ) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """The same, leaving the gradient of each block's scalar where its product was."""
+        """Yields the same, and leaves the gradient of each block's scalar where its product was."""
         for cut in self.cuts:
             leaf_CV, values = self._evaluate(cut)
             with torch.enable_grad():
-                total = scalar(values, self._place(cut))
+                total = scalar(values, self._span(cut))
             if total is None or not total.requires_grad:
                 self.product_CV[cut] = 0.0
             else:
                 self.product_CV[cut] = torch.autograd.grad(total, leaf_CV)[0]
-            yield self._place(cut), values
+            yield self._span(cut), values
             del values, leaf_CV, total
 
     def _evaluate(self, cut: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -142,7 +142,7 @@ class Chunk:
         with torch.enable_grad():
             return leaf_CV, self.core.evaluate(leaf_CV, self.steps, self.signals, cut)
 
-    def _place(self, cut: slice) -> slice:
+    def _span(self, cut: slice) -> slice:
         return slice(self.rows.start + cut.start, self.rows.start + cut.stop)
 
 
@@ -168,10 +168,10 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found: list[Tensor | None] = [None] * 5
+        gradients: list[Tensor | None] = [None] * 5
         of_loss, of_values = upstream[0], upstream[1:]
         if of_loss is not None and ctx.gradients is not None:
-            found = [None if part is None else _times(part, of_loss) for part in ctx.gradients]
+            gradients = [None if part is None else _times(part, of_loss) for part in ctx.gradients]
             ctx.gradients = None
         wanted = {name: u for name, u in zip(ctx.pass_.names, of_values, strict=True) if u is not None}
         if wanted:
@@ -179,21 +179,21 @@ class Chunked(torch.autograd.Function):
             needed = tuple(bool(flag) for flag in ctx.needs_input_grad[1:])
             with torch.autocast(hidden_ND.device.type, enabled=False), torch.no_grad():
                 again = _again(ctx.pass_, hidden_ND, wanted, needed)
-            found = [a if b is None else b if a is None else a + b for a, b in zip(found, again, strict=True)]
-        return (None, *found)
+            gradients = [a if b is None else b if a is None else a + b for a, b in zip(gradients, again, strict=True)]
+        return (None, *gradients)
 
 
 def _at_once(
     pass_: Pass, hidden_ND: Tensor, needed: tuple[bool, ...]
 ) -> tuple[Tensor, dict[str, Tensor], list[Tensor | None], set[str]]:
-    """Loss, values, the loss's gradients, and which values depend on the student."""
+    """Returns loss, values, the loss's gradients, and the names of the values that depend on the student."""
     total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     live: set[str] = set()
 
-    def scalar(values: dict[str, Tensor], place: slice) -> Tensor:
+    def scalar(values: dict[str, Tensor], span: slice) -> Tensor:
         assert pass_.loss is not None
         live.update(name for name, value in values.items() if value.requires_grad)
-        part = pass_.loss(values, place)
+        part = pass_.loss(values, span)
         total.add_(part.detach())
         return part
 
@@ -204,29 +204,29 @@ def _at_once(
 def _again(
     pass_: Pass, hidden_ND: Tensor, wanted: Mapping[str, Tensor], needed: tuple[bool, ...]
 ) -> list[Tensor | None]:
-    """Gradients with respect to hidden states and head, for given gradients of the values."""
+    """Returns the gradients of hidden states and head, given the gradients of the values."""
 
-    def scalar(values: dict[str, Tensor], place: slice) -> Tensor | None:
-        parts = [(values[name] * u[place]).sum() for name, u in wanted.items() if values[name].requires_grad]
+    def scalar(values: dict[str, Tensor], span: slice) -> Tensor | None:
+        parts = [(values[name] * u[span]).sum() for name, u in wanted.items() if values[name].requires_grad]
         return torch.stack(parts).sum() if parts else None
 
     return pass_.gradients(hidden_ND, needed, scalar)[1]
 
 
 def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """In place; a factor of 1, the usual one, is not worth a pass over the head's gradient."""
+    """Multiplies in place; a factor of 1, the usual one, is not worth a pass over the head's gradient."""
     if upstream.device.type == "cpu" and float(upstream) == 1.0:
         return gradient
     return gradient.mul_(upstream.to(gradient.dtype))
 
 
-def _keep(found: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
-    """Files the values of some of `count` steps.
+def _keep(all_values: dict[str, Tensor], values: Mapping[str, Tensor], rows: slice, count: int) -> None:
+    """Stores the values of some of `count` steps.
 
-    Written into one tensor each, made beforehand: thousands of little ones that outlive the blocks between which they
-    were allocated would leave the heap full of holes in which no block fits.
+    Each value goes into one tensor that is allocated beforehand. Thousands of small tensors that outlive the blocks
+    between which they were allocated would fragment the heap until no block fits.
     """
     for name, values_C in values.items():
-        if name not in found:
-            found[name] = values_C.new_empty((count, *values_C.shape[1:]))
-        found[name][rows] = values_C.detach()
+        if name not in all_values:
+            all_values[name] = values_C.new_empty((count, *values_C.shape[1:]))
+        all_values[name][rows] = values_C.detach()

@@ -1,4 +1,4 @@
-"""What the loss core computes, in the plain way. Axis letters: see `retort.core`."""
+"""The plain definition of what the loss core computes. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ Values = Callable[[Context], dict[str, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """A function of `Context` with all that it is evaluated on, but for the hidden states.
+    """A function of `Context` with all of its inputs except the hidden states.
 
     Attributes:
-        values: Function of a block's context to named numbers per step, [C] each.
-        steps: What else is known about the steps.
-        clock: Where the run is.
-        signals: The teachers' answers, by view; each must be about exactly these tokens.
-        head: The student's head; None if what it is given are the logits [N, V] themselves.
-        vocab: Ids that student and teachers share; all others get no probability. On a rank that holds only some of
-            the ids, how many of its own are shared.
-        temperature: Student logits are divided by it.
+        values: Function from a block's context to named numbers per step, [C] each.
+        steps: The table of the steps.
+        clock: The progress of the run.
+        signals: The teachers' signals, by view; each must be about exactly these tokens.
+        head: The student's head; None if the inputs are the logits [N, V] themselves.
+        vocab: Number of ids that student and teachers share; all others get no probability. On a rank that holds only
+            some of the ids, how many of its own are shared.
+        temperature: The divisor of the student's logits.
     """
 
     values: Values
@@ -42,13 +42,13 @@ class Core:
 
     @property
     def count(self) -> int:
-        """N."""
+        """N, the number of steps."""
         return len(self.steps)
 
     def evaluate(
         self, product_CV: Tensor, steps: Steps, signals: Mapping[str, TeacherSignal], rows: slice
     ) -> dict[str, Tensor]:
-        """The values of some steps from the student's product [C, V], differentiable in it."""
+        """Returns the values of some steps from the student's product [C, V], differentiable in it."""
         logits_CV = product_CV if self.head is None else self.head.shape(product_CV)
         if self.temperature != 1.0:
             logits_CV = as_compute(logits_CV) / self.temperature  # not in bf16: the teacher's are divided in fp32, too
@@ -61,7 +61,7 @@ class Core:
         return self.values(context)
 
     def dense(self, hidden_ND: Tensor) -> dict[str, Tensor]:
-        """All steps at once, by plain autograd. The definition."""
+        """Evaluates all steps at once, by plain autograd. This is the definition."""
         product_NV = hidden_ND[:, : self.vocab] if self.head is None else self._product(hidden_ND)
         with torch.autocast(hidden_ND.device.type, enabled=False):  # products may be in bf16, a softmax may not
             return self.evaluate(product_NV, self.steps, self.signals, slice(0, self.count))

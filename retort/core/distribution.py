@@ -1,15 +1,16 @@
-"""One categorical distribution per step, and what two of them say of each other. Axis letters: see `retort.core`.
+"""One categorical distribution per step, and divergences between two. Axis letters: see `retort.core`.
 
-Every number here has its gradient in closed form, formed from the probabilities when it is asked for: a divergence of
-150,000 ids then costs a handful of passes over them, and keeps two tensors of that size where autograd keeps seven.
-`retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient.
+The gradient of every number here has a closed form, computed from the probabilities on demand. A divergence over
+150,000 ids then costs a few passes over them, and keeps two tensors of that size where autograd keeps seven.
+`retort.divergences.kl_values` and `jsd_values` are the definitions; these must equal them in value and gradient. So the
+closed form of reverse KL and its gradient are `Distribution.reverse_kl`, that of forward KL `Distribution.forward_kl`.
 
-With a `Shard` the ids are spread over ranks. Each holds the logits of its own, and only sums per step are exchanged.
+With a `Shard` the ids are spread over ranks. Each holds the logits of its own ids; only sums per step are exchanged.
 
-On a GPU `retort.kernels` makes the numbers of a whole distribution in fp32, in one pass over the logits, and their
-gradients in another, keeping nothing but the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). They
-equal those of torch, but that a step's gradient is NaN where something other than 0 comes back to an infinite reverse
-KL.
+On a GPU `retort.kernels` computes the numbers of a whole distribution in fp32, in one pass over the logits, and their
+gradients in another, and keeps only the logits (`RETORT_KERNELS=0` in the environment leaves it to torch). The results
+equal those of torch with one exception: a step's gradient is NaN where a nonzero gradient flows back to an infinite
+reverse KL.
 """
 
 # pyright: basic
@@ -29,7 +30,7 @@ from retort.core.policy import Policy
 
 
 class Shard:
-    """Which ids logits are about: all of them. `retort.core.shard.VocabShard` is one rank's part of them."""
+    """The ids that logits are about: here, all of them. `retort.core.shard.VocabShard` is one rank's slice of them."""
 
     #: Whether ranks have to exchange numbers.
     spread: bool = False
@@ -39,11 +40,11 @@ class Shard:
         return values
 
     def logsumexp(self, logits_CV: Tensor) -> Tensor:
-        """Over all ids, [C]."""
+        """Log-sum-exp over all ids, [C]."""
         return logits_CV.logsumexp(-1)
 
     def local(self, ids_CK: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
-        """Columns of given ids in logits of `width` columns, and which of the ids are here (None: all of them)."""
+        """Columns of the given ids in logits of `width` columns, and which of the ids are here (None: all of them)."""
         return ids_CK, None
 
     def topk(self, logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ class Shard:
 
 WHOLE = Shard()
 
-#: Whether `retort.kernels` is used: None for where it works on a GPU. Tests set True, which takes Triton's interpreter.
+#: Whether to use `retort.kernels`; None uses them where they work on a GPU. Tests set True to run Triton's interpreter.
 KERNELS: bool | None = {"0": False, "1": True}.get(os.environ.get("RETORT_KERNELS", ""))
 
 
@@ -65,7 +66,7 @@ class _Value(torch.autograd.Function):
     def forward(ctx: Any, logits_CV: Tensor, value: Tensor, gradient: Callable[..., Tensor], *kept: Tensor) -> Tensor:
         ctx.save_for_backward(*kept)
         ctx.gradient = gradient
-        # Not the very tensor: the formula may hold it, and would then hold the graph that holds the formula.
+        # A copy of the value: the formula may hold the value, and would then hold the graph that holds the formula.
         return value.clone()
 
     @staticmethod
@@ -75,15 +76,15 @@ class _Value(torch.autograd.Function):
 
 
 class Distribution(Policy):
-    """What follows from logits, each thing computed once and only when asked for.
+    """Quantities of a distribution given by its logits, each computed once and on demand.
 
     Attributes:
-        logits_CV: fp32, or float64 where that is what came in; live if they are the student's.
-        shard: Which ids these are.
+        logits_CV: fp32, or float64 if the input was; live if they are the student's.
+        shard: The ids that the logits are about.
     """
 
     def __init__(self, logits_CV: Tensor, shard: Shard = WHOLE) -> None:
-        """From logits [C, V] in fp32 or float64."""
+        """Takes logits [C, V] in fp32 or float64."""
         self.logits_CV = logits_CV
         self.shard = shard
         self._plain_CV = logits_CV.detach()
@@ -137,15 +138,15 @@ class Distribution(Policy):
     def logp_outside(self, ids_CK: Tensor, inside_CK: Tensor) -> Tensor:
         """Log of the probability of all ids but the given ones, [C], nats; minus infinity where nothing is left.
 
-        Summed over those ids: one minus the rest has no digits left in fp32 where it is small, and no gradient.
+        The sum runs over those ids: in fp32, one minus a sum near 1 has no digits left, and no gradient.
 
         Args:
-            ids_CK: Ids.
-            inside_CK: Which of them are meant; the others count as not given.
+            ids_CK: Ids [C, K].
+            inside_CK: Mask [C, K] of the ids to leave out; the others in `ids_CK` count as not given.
         """
         here_CK, mine_CK = self.shard.local(ids_CK, self._plain_CV.shape[-1])
         meant_CK = inside_CK if mine_CK is None else inside_CK & mine_CK
-        # An id may stand twice, once meant and once not.
+        # An id may occur twice, once inside the mask and once outside.
         given_CV = torch.zeros_like(self._plain_CV).scatter_add_(-1, here_CK, meant_CK.to(self._plain_CV.dtype)) > 0
         rest_C = self.shard.logsumexp(self._plain_CV.masked_fill(given_CV, -math.inf))
 
@@ -173,10 +174,10 @@ class Distribution(Policy):
         return self._live(value_C, gradient, lambda: (self.p_CV, logp_CV))
 
     def forward_kl(self, teacher: Distribution) -> Tensor:
-        """KL(teacher || this), [C], nats; infinite where this rules out an id that the teacher does not."""
+        """KL(teacher || self), [C], nats; infinite where this one rules out an id that the teacher does not."""
         if self._both_on_kernels(teacher):
-            found = self._against(teacher)
-            return self._from_kernels(found.forward_kl_C, found, "forward_C", teacher)
+            statistics = self._against(teacher)
+            return self._from_kernels(statistics.forward_kl_C, statistics, "forward_C", teacher)
         value_C = self._gap(teacher)[2]
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, q_CV: Tensor) -> Tensor:
@@ -185,14 +186,14 @@ class Distribution(Policy):
         return self._live(value_C, gradient, lambda: (self.p_CV, teacher.p_CV))
 
     def reverse_kl(self, teacher: Distribution) -> Tensor:
-        """KL(this || teacher), [C], nats; infinite where the teacher rules out an id that this does not."""
+        """KL(self || teacher), [C], nats; infinite where the teacher rules out an id that this one does not."""
         if self._both_on_kernels(teacher):
-            found = self._against(teacher)
-            return self._from_kernels(found.reverse_kl_C, found, "reverse_C", teacher)
+            statistics = self._against(teacher)
+            return self._from_kernels(statistics.reverse_kl_C, statistics, "reverse_C", teacher)
         gap_CV, value_C, _ = self._gap(teacher)
 
         def gradient(upstream_C: Tensor, p_CV: Tensor, gap_CV: Tensor) -> Tensor:
-            # Not the value itself: behind a shut gate it may be infinite, and infinity times 0 is not 0.
+            # Not the value itself: behind a closed gate it may be infinite, and infinity times 0 is NaN.
             mean_C = value_C if _finite(value_C) else self._mean(p_CV, gap_CV)
             return (gap_CV - mean_C[:, None]).mul_(p_CV).mul_(upstream_C[:, None])
 
@@ -202,12 +203,12 @@ class Distribution(Policy):
         """Jensen-Shannon divergence [C] with `teacher_weight` on the teacher, nats; always finite."""
         w = teacher_weight
         if self._both_on_kernels(teacher):
-            found = self._against(teacher, w)
-            return self._from_kernels(found.jsd_C, found, "jsd_C", teacher, jsd_weight=w)
+            statistics = self._against(teacher, w)
+            return self._from_kernels(statistics.jsd_C, statistics, "jsd_C", teacher, jsd_weight=w)
         mixture_CV = torch.logaddexp(teacher.logp_CV + math.log(w), self.logp_CV + math.log1p(-w))
         ours_CV, theirs_CV = self.logp_CV - mixture_CV, teacher.logp_CV - mixture_CV
         ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
-        if not _finite(ours_C + theirs_C):  # an id that one or both rule out contributes 0 to that one's mean
+        if not _finite(ours_C + theirs_C):  # an id that a side rules out contributes 0 to that side's mean
             ours_CV = ours_CV.masked_fill(self.logp_CV == -math.inf, 0.0)
             theirs_CV = theirs_CV.masked_fill(teacher.logp_CV == -math.inf, 0.0)
             ours_C, theirs_C = self._mean(self.p_CV, ours_CV), self._mean(teacher.p_CV, theirs_CV)
@@ -218,7 +219,7 @@ class Distribution(Policy):
         return self._live(w * theirs_C + (1.0 - w) * ours_C, gradient, lambda: (self.p_CV, ours_CV))
 
     def of_entries(self, value_CV: Tensor, slope_CV: Tensor) -> Tensor:
-        """A sum over ids of numbers that each depend on the log-prob of its own id only, [C].
+        """Sums numbers over ids, each of which depends only on the log-prob of its own id, [C].
 
         Args:
             value_CV: The numbers f_v(log p_v), detached.
@@ -235,10 +236,10 @@ class Distribution(Policy):
 
     @cached_property
     def _own(self) -> Any:
-        """Statistics that hold this one's normaliser and entropy; a comparison made before holds them, too."""
+        """Statistics that hold this one's normaliser and entropy; an earlier comparison holds them as well."""
         assert self._kernels is not None
-        for _, found in self._statistics.values():
-            return found
+        for _, statistics in self._statistics.values():
+            return statistics
         return self._kernels.row_statistics(self._plain_CV)
 
     def _both_on_kernels(self, teacher: Distribution) -> bool:
@@ -248,14 +249,14 @@ class Distribution(Policy):
         assert self._kernels is not None
         key = (id(teacher), jsd_weight)
         if key not in self._statistics:
-            found = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
-            self._statistics[key] = (teacher, found)  # holding the teacher keeps its id from being given out again
+            statistics = self._kernels.row_statistics(self._plain_CV, teacher._plain_CV, jsd_weight=jsd_weight)
+            self._statistics[key] = (teacher, statistics)  # holding the teacher keeps its id from being given out again
         return self._statistics[key][1]
 
     def _from_kernels(
         self, value: Tensor, statistics: Any, name: str, teacher: Distribution | None = None, **known: Any
     ) -> Tensor:
-        """A number whose gradient is `row_gradient`, with what comes from above under `name`."""
+        """A number whose gradient is `row_gradient`, with the upstream gradient passed under `name`."""
         kernels = self._kernels
         assert kernels is not None
 
@@ -276,38 +277,38 @@ class Distribution(Policy):
         return self.shard.sum(torch.linalg.vecdot(p_CV, values_CV))
 
     def _gap(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
-        """Log p - log q [C, V], and with it the reverse and the forward KL, [C] each, detached."""
-        found = self._gaps.get(id(teacher))
-        if found is None:
-            found = (teacher, *self._compare(teacher))
-            self._gaps[id(teacher)] = found
-        return found[1:]
+        """Returns log p - log q [C, V], and the reverse and the forward KL, [C] each, detached."""
+        gap = self._gaps.get(id(teacher))
+        if gap is None:
+            gap = (teacher, *self._compare(teacher))
+            self._gaps[id(teacher)] = gap
+        return gap[1:]
 
     def _compare(self, teacher: Distribution) -> tuple[Tensor, Tensor, Tensor]:
         gap_CV = self.logp_CV - teacher.logp_CV
         reverse_C, forward_C = self._mean(self.p_CV, gap_CV), -self._mean(teacher.p_CV, gap_CV)
         if _finite(reverse_C + forward_C):
             return gap_CV, reverse_C, forward_C
-        # Somebody rules out an id (-inf): it adds nothing to the KL from whoever rules it out, and infinity to the
-        # other. What is not a distribution at all stays NaN.
+        # One side rules out an id (-inf): it adds 0 to the KL from that side and infinity to the KL from the other.
+        # A row that is no distribution stays NaN.
         ours_CV, theirs_CV = self.logp_CV > -math.inf, teacher.logp_CV > -math.inf
         gap_CV = torch.where(ours_CV & theirs_CV, gap_CV, 0.0)
         sound_C = (self.normaliser_C + teacher.normaliser_C).isfinite()
-        found = []
+        divergences = []
         for sign, p_CV, banned_CV in ((1, self.p_CV, ours_CV & ~theirs_CV), (-1, teacher.p_CV, theirs_CV & ~ours_CV)):
             banned_C = self.shard.sum(banned_CV.any(-1).to(gap_CV.dtype)) > 0
             value_C = (sign * self._mean(p_CV, gap_CV)).masked_fill(banned_C, math.inf)
-            found.append(value_C.masked_fill(~sound_C, math.nan))
-        return gap_CV, found[0], found[1]
+            divergences.append(value_C.masked_fill(~sound_C, math.nan))
+        return gap_CV, divergences[0], divergences[1]
 
 
 def _kernels(logits_CV: Tensor, shard: Shard) -> Any | None:
-    """The module that makes the numbers of these logits, or None where torch does."""
+    """The module whose kernels compute the numbers of these logits, or None where torch does."""
     if KERNELS is False or shard.spread or logits_CV.dtype != torch.float32:
         return None
     if KERNELS is None and not logits_CV.is_cuda:
         return None
-    # Only now: most machines have no GPU, and this module needs nothing but torch there.
+    # Imported only now: most machines have no GPU, and this module needs nothing but torch there.
     if KERNELS is None and not importlib.import_module("retort.kernels").available(logits_CV.device):
         return None
     return importlib.import_module("retort.kernels.triton_rows")

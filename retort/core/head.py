@@ -1,4 +1,4 @@
-"""What turns hidden states into logits, and the products behind it. Axis letters: see `retort.core`."""
+"""The output head: from hidden states to logits, and the products behind it. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn import functional
 
 from retort.core.distribution import WHOLE, Shard
 
-#: Elements of a weight from which its products in fp32 on a CPU go through oneDNN.
+#: Least number of elements of a weight whose fp32 products on a CPU go through oneDNN.
 ONEDNN_ELEMENTS = 2**22
 
 
 def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`; a large one in fp32 on a CPU, of which no gradient is wanted, through oneDNN.
+    """`torch.nn.functional.linear`, through oneDNN for a large fp32 weight on a CPU where no gradient is needed.
 
-    PyTorch gives fp32 to its BLAS and all else to oneDNN. On the processors measured oneDNN multiplies a head in 0.5 to
-    0.98 of the time (see docs/performance.md). The other two products of a head are no faster that way.
+    PyTorch sends fp32 to its BLAS and other dtypes to oneDNN. On the processors measured, oneDNN multiplies a head in
+    0.5 to 0.98 of the time (see docs/performance.md). It does not speed up the other two products of a head.
     """
     onednn = (
         weight_VD.dtype == hidden_CD.dtype == torch.float32
@@ -39,11 +39,11 @@ def linear(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """An adapter on a head: logits gain `scaling * up (down hidden)`. In its letters, Q is the rank.
+    """An adapter on a head: logits gain `scaling * up (down hidden)`. Q is the rank.
 
     Attributes:
         down_QD, up_VQ: Its two factors.
-        scaling: Of the product.
+        scaling: Factor of the product.
     """
 
     down_QD: Tensor
@@ -53,15 +53,15 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """What turns hidden states into logits.
+    """The output head, which turns hidden states into logits.
 
     Attributes:
-        weight_VD: Rows are ids; rows at or beyond the shared vocabulary are padding and get no probability.
-        bias_V: Optional.
-        scale: Logits are multiplied by it (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
-        soft_cap: Logits are cap * tanh(logits / cap) (Gemma).
+        weight_VD: One row per id; rows at or beyond the shared vocabulary are padding and get no probability.
+        bias_V: Optional bias.
+        scale: Factor of the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        soft_cap: Logits become cap * tanh(logits / cap) (Gemma).
         adapter: Optional low-rank adapter on the weight.
-        shard: Which ids the rows are, where they are spread over ranks (`retort.core.shard.VocabShard`).
+        shard: The ids of the rows, where they are spread over ranks (`retort.core.shard.VocabShard`).
     """
 
     weight_VD: Tensor
@@ -73,11 +73,11 @@ class Head:
 
     @property
     def width(self) -> int:
-        """V, padding included; on a rank that holds only some of the ids, how many it holds."""
+        """V, padding included; on a rank that holds only some of the ids, the number that it holds."""
         return self.weight_VD.shape[0]
 
     def logits(self, hidden_CD: Tensor, vocab: int | None = None) -> Tensor:
-        """Logits [C, V] of the first `vocab` ids, in the dtype of the product. The definition, differentiable."""
+        """Logits [C, V] of the first `vocab` ids, in the dtype of the product, differentiable. The definition."""
         bias_V, rows = self.bias_V, slice(None) if vocab is None else slice(vocab)
         logits_CV = linear(hidden_CD, self.weight_VD[rows], None if bias_V is None else bias_V[rows])
         if self.adapter is not None:
@@ -86,7 +86,7 @@ class Head:
         return self.shape(logits_CV)
 
     def shape(self, product_CV: Tensor) -> Tensor:
-        """What the family does to the product: its scale, its soft-cap."""
+        """Applies the model family's scale and soft-cap to the product."""
         if self.scale != 1.0:
             product_CV = product_CV * self.scale
         if self.soft_cap is not None:
@@ -104,7 +104,7 @@ class Head:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """All that can learn: weight, bias, and the adapter's two factors."""
+        """All parts that can learn: weight, bias, and the adapter's two factors."""
         down, up = (None, None) if self.adapter is None else (self.adapter.down_QD, self.adapter.up_VQ)
         return self.weight_VD, self.bias_V, down, up
 
@@ -112,18 +112,18 @@ class Head:
 class Products:
     """The products of one head with many chunks of hidden states, forward and backward, without autograd.
 
-    Autograd would allocate a gradient of the whole head for every chunk, and keep every chunk's logits until it comes
-    back; here a chunk's logits are overwritten by their own gradient, and the head's gradient is one buffer.
+    Autograd would allocate a gradient of the whole head for every chunk, and keep every chunk's logits for the backward
+    pass. Here a chunk's logits are overwritten by their own gradient, and the head's gradient is one buffer.
     """
 
     def __init__(self, head: Head, vocab: int, dtype: torch.dtype, needed: tuple[bool, ...]) -> None:
-        """Products of the first `vocab` rows, computed in `dtype`.
+        """Prepares products of the first `vocab` rows, computed in `dtype`.
 
         Args:
             head: The head; its parts are read, not changed.
-            vocab: Rows that count.
-            dtype: Of the products; parts are brought to it once.
-            needed: Which gradients are wanted: of the hidden states, the weight, the bias, the adapter's down, its up.
+            vocab: Number of rows that count.
+            dtype: Dtype of the products; parts are cast to it once.
+            needed: Which gradients to compute: hidden states, weight, bias, the adapter's down, its up.
         """
         weight, bias, down, up = (None if part is None else part.detach() for part in head.parts)
         assert weight is not None
@@ -139,7 +139,7 @@ class Products:
         self._sums: dict[int, Tensor] = {}
 
     def forward(self, hidden_CD: Tensor) -> Tensor:
-        """The product [C, V], before the family's scale and cap."""
+        """The product [C, V], before the family's scale and soft-cap."""
         hidden_CD = hidden_CD.to(self.dtype)
         product_CV = linear(hidden_CD, self.weight_VD, self.bias_V)
         if self.down_QD is not None and self.up_VQ is not None:
@@ -147,7 +147,7 @@ class Products:
         return product_CV
 
     def backward(self, gradient_CV: Tensor, hidden_CD: Tensor) -> Tensor | None:
-        """Adds to the gradients of the parts; returns that of the hidden states, if it is wanted."""
+        """Adds to the gradients of the parts; returns the gradient of the hidden states, if it is needed."""
         hidden_CD = hidden_CD.to(self.dtype)
         if self.needed[1]:
             self._add(0, gradient_CV.t(), hidden_CD)
@@ -189,13 +189,13 @@ class Products:
             self._sums[part][: left.shape[0]] += left @ right
 
     def gradients(self) -> tuple[Tensor | None, ...]:
-        """Of weight, bias, down and up, in the dtype of each; None where it was not wanted."""
+        """Gradients of weight, bias, down and up, each in the dtype of its part; None where it is not needed."""
         found: list[Tensor | None] = []
         for part, shape in enumerate(self._shapes):
             total = self._sums.pop(part, None)
             if shape is None or not self.needed[part + 1]:
                 found.append(None)
-            elif total is None:  # no steps at all
+            elif total is None:  # there were no steps
                 found.append(torch.zeros(shape[0], dtype=shape[1], device=self.weight_VD.device))
             else:
                 found.append(total.to(shape[1]).reshape(shape[0]))

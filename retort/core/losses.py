@@ -1,4 +1,4 @@
-"""What a method says about each step, before and after it became one number. Axis letters: see `retort.core`."""
+"""Per-step losses of a method, and the scalar made of them. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What one term says about each step. `value_N * weight_N * counted_N` is its loss before any division.
+    """One term's loss at each step: `value_N * weight_N * counted_N`, before any division.
 
     Attributes:
         value_N: Divergence or surrogate, nats; differentiable.

@@ -1,4 +1,4 @@
-"""What a method may ask of a teacher, and whether one can answer it. Axis letters: see `retort.core`."""
+"""What a method may ask of a teacher, and whether a teacher can provide it. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hi
 
 @dataclass(frozen=True, order=True)
 class Need:
-    """One thing a method asks of a teacher, per view.
+    """One quantity that a method needs from the teacher behind a view.
 
     Attributes:
-        kind: `sampled` (log-prob of the token written), `topk` (the teacher's own most likely ids), `logp_at`
-            (log-probs of ids that somebody else chose), `entropy` (of the whole distribution, nats), `dense` (every
-            log-prob), `hidden` (its last hidden states), `text`.
-        k: for `topk` and `logp_at`, how many candidates.
-        whose: for `logp_at`, whose most likely ids they are.
+        kind: `sampled` (log-prob of the sampled token), `topk` (the teacher's own most likely ids), `logp_at`
+            (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `dense` (every
+            log-prob), `hidden` (the teacher's last hidden states), `text`.
+        k: Number of candidates, for `topk` and `logp_at`.
+        ids_of: For `logp_at`, the model whose most likely ids they are.
     """
 
     kind: NeedKind
     k: int = 0
-    whose: Literal["teacher", "student"] = "teacher"
+    ids_of: Literal["teacher", "student"] = "teacher"
 
     def __str__(self) -> str:
         names = {
             "topk": f"its top-{self.k}",
-            "logp_at": f"log-probs of the {self.whose}'s top-{self.k}",
-            "sampled": "log-prob of the token written",
+            "logp_at": f"log-probs of the {self.ids_of}'s top-{self.k}",
+            "sampled": "log-prob of the sampled token",
             "entropy": "entropy",
             "dense": "the whole distribution",
             "hidden": "its last hidden states",
@@ -49,15 +49,15 @@ HIDDEN = Need("hidden")
 
 def logp_at(k: int) -> Need:
     """The need for the teacher's log-probs of the student's `k` most likely ids."""
-    return Need("logp_at", k, whose="student")
+    return Need("logp_at", k, ids_of="student")
 
 
-#: What a capability answers besides itself: whoever has the whole distribution has all that follows from it.
+#: The needs that a capability meets besides its own: everything follows from a whole distribution.
 IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "logp_at", "entropy"})}
 
 
 def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
-    """Whether a teacher with these capabilities can answer the need."""
+    """Whether a teacher with these capabilities can meet the need."""
     return any(need.kind == has or need.kind in IMPLIED.get(has, ()) for has in capabilities)
 
 

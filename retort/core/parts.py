@@ -1,7 +1,7 @@
-"""The small pure functions that a method is composed of, each with what it asks of a teacher.
+"""The small pure functions that a method is composed of, each with its needs of a teacher.
 
 A part is evaluated on one chunk of steps at a time: `part.value(context, view)` returns one number per step, [N].
-The subclasses are slots, not behaviour: they keep a weight from being passed where a divergence belongs.
+The subclasses are slots without behaviour: they keep a weight from being passed where a divergence belongs.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class Stat:
-    """A number per step that depends on more than the step: taken over the whole batch before the first update on it.
+    """A number per step that depends on other steps: it is taken over the whole batch before the first update.
 
-    Whoever uses it reads `context.steps.stored[name]`, and names it in its `stats`.
+    A part that uses it reads `context.steps.stored[name]`, and lists it in its `stats`.
 
     Attributes:
-        name: Under which it is stored; two of one name must be the same.
-        part: What is evaluated at each step first; None where only places, rewards or groups matter.
-        finish: (its values at all steps, the steps, the clock) -> [N]. Steps of rollouts that a view had no context for
-            are not among them, if the part asks that view anything; what is stored for them is 0. Without a part, the
-            values are zeros. The statistics before it are in `steps.stored`.
-        sentences: Whether it wants to know the sentences.
-        rewards: Whether it cannot do without rewards.
+        name: Name under which it is stored; two of one name must be the same.
+        part: Evaluated at each step first; None where only positions, rewards or groups matter.
+        finish: (the part's values at all steps, the steps, the clock) -> [N]. If the part needs anything of a view,
+            steps of rollouts without a context under that view are left out, and 0 is stored for them. Without a part,
+            the values are zeros. The statistics before it are in `steps.stored`.
+        sentences: Whether it needs the sentences.
+        rewards: Whether it needs rewards.
         groups: Whether it compares the rollouts of one prompt.
     """
 
@@ -43,13 +43,13 @@ class Stat:
 
 
 def per_step(what: str, values_N: Tensor, steps: Steps) -> Tensor:
-    """The values themselves; raises `UserError`, which says what they are of, unless they are one number per step."""
+    """Returns the values; raises `UserError`, which names `what`, unless they are one number per step."""
     if values_N.shape != steps.tokens_N.shape:
         raise UserError(f"{what} gave {tuple(values_N.shape)} for {len(steps)} steps; give one number per step, [N]")
     return values_N
 
 
-def as_it_is(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
+def unchanged(values_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
     """The `finish` of a statistic that is the part's own value, taken before the first update."""
     return values_N
 
@@ -61,11 +61,11 @@ class Part:
     Attributes:
         name: Readable name, with its settings.
         value: (context, view) -> [N].
-        needs: What it asks of the view's teacher.
-        also: What it asks of other views, by name.
-        stats: What it reads of the whole batch.
-        uses_old_logp: Whether it compares the student with itself before the first update on a batch; a term's
-            estimator and weight are asked.
+        needs: Needs of the view's teacher.
+        also: Needs of other views, by name.
+        stats: Statistics of the whole batch that it reads.
+        uses_old_logp: Whether it compares the student with itself before the first update on a batch; read for a term's
+            estimator and weight.
     """
 
     name: str
@@ -76,17 +76,17 @@ class Part:
     uses_old_logp: bool = field(default=False, kw_only=True)
 
     def at(self, context: Context, view: str) -> Tensor:
-        """Its value at the steps of a context.
+        """Returns its value at the steps of a context.
 
         Raises:
-            UserError: It is not one number per step, which would be multiplied with other steps' numbers in silence.
+            UserError: It is not one number per step, which would silently be multiplied with other steps' numbers.
         """
         return per_step(f"'{self.name}'", self.value(context, view), context.steps)
 
-    def asks(self, view: str, against: str) -> frozenset[Need]:
-        """What it asks of a view when it is used against another (or the same) one."""
+    def needs_of(self, view: str, against: str) -> frozenset[Need]:
+        """Returns its needs of a view when it is used against another view, or the same one."""
         own = self.needs if view == against else frozenset[Need]()
-        read = (stat.part.asks(view, against) for stat in self.stats if stat.part is not None)
+        read = (stat.part.needs_of(view, against) for stat in self.stats if stat.part is not None)
         return own.union(self.also.get(view, frozenset[Need]()), *read)
 
 
@@ -95,7 +95,7 @@ class Divergence(Part):
     """Disagreement of student and teacher at each step, nats; differentiable in the student.
 
     Attributes:
-        not_pathwise: Why back-propagating it is wrong, for divergences where it is.
+        not_pathwise: The reason why back-propagating it is wrong, for divergences where it is.
     """
 
     not_pathwise: str | None = None
@@ -103,19 +103,19 @@ class Divergence(Part):
 
 @dataclass(frozen=True)
 class Advantage(Part):
-    """How much better than expected the written token was, nats; always used detached."""
+    """How much better than expected the sampled token was, nats; always used detached."""
 
 
 @dataclass(frozen=True)
 class Baseline(Part):
-    """A value, nats, that does not depend on the token written: subtracting it from an advantage adds no bias."""
+    """A value, nats, that does not depend on the sampled token: subtracting it from an advantage adds no bias."""
 
 
 @dataclass(frozen=True)
 class Quantity(Part):
-    """Something to gate on or to watch."""
+    """A number per step to gate on or to watch."""
 
 
 @dataclass(frozen=True)
 class Weight(Part):
-    """How much each step counts in a term; detached by the framework."""
+    """The weight of each step in a term; detached by the framework."""

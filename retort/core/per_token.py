@@ -1,13 +1,13 @@
-"""The loss core: hidden states in, one number per step out, and never a whole [N, V]. Axis letters: see `retort.core`.
+"""The loss core: from hidden states to one number per step without a whole [N, V]. Axis letters: see `retort.core`.
 
-Steps are cut into chunks, large enough for the matrix products; a chunk's logits are cut into blocks of rows, small
-enough for the cache, on which a method is evaluated by autograd exactly as it is written. What flows back to the
-block's logits overwrites them, and two more products carry it to hidden states and head. So memory does not grow with
-N, nor with the number of terms, and no term needs code of its own to be cheap.
+Steps are cut into chunks, large enough for the matrix products. A chunk's logits are cut into blocks of rows, small
+enough for the CPU's cache, on which a method is evaluated by plain autograd. The gradient of a block's logits
+overwrites them, and two more products carry it to hidden states and head. So memory grows neither with N nor with the
+number of terms, and no term needs code of its own to be cheap.
 
-`loss_pass` does all of that at once, for a loss whose scalar is known as it goes: four products. `per_token` gives the
-values first and computes the logits again when their gradient arrives: six. `Core.dense`, the plain version, is the
-definition of both.
+`loss_pass` does all of that at once, for a loss that is a sum over steps: four products. `per_token` gives the values
+first and computes the logits again when their gradient arrives: six products. `Core.dense`, the plain version, defines
+both.
 """
 
 # pyright: basic
@@ -24,32 +24,32 @@ from retort.core.signals import SignalRows, TeacherSignal
 
 __all__ = ["BLOCK_ELEMENTS", "CHUNK_ELEMENTS", "Core", "chunk_rows", "in_blocks", "loss_pass", "per_token"]
 
-#: Below this, everything at once by plain autograd is fastest.
+#: Below this number of elements, plain autograd over everything at once is fastest.
 DENSE_ELEMENTS = 2**22
 
 
 def in_blocks(signal: TeacherSignal, vocab: int) -> Iterator[SignalRows]:
-    """A signal's answers to all its steps, products by the chunk and all else by the block."""
+    """Yields a signal's rows at all its steps: products are computed by the chunk, all else by the block."""
     device = signal.tokens_N.device
     for chunk in cuts(signal.steps, chunk_rows(vocab, device)):
-        held = signal.held(chunk, vocab)
+        held = signal.precomputed(chunk, vocab)
         for block in cuts(held.steps, block_rows(vocab, device)):
             yield held.rows(block, vocab)
 
 
 def per_token(core: Core, hidden_ND: Tensor, *, chunk: int | None = None) -> dict[str, Tensor]:
-    """The values of every step, without ever holding all logits.
+    """Returns the values of every step, without ever holding all logits.
 
     Args:
-        core: What is evaluated.
+        core: The function to evaluate.
         hidden_ND: The student's hidden states, or its logits.
-        chunk: Steps per chunk; None picks. If it is N or more, this is `Core.dense`.
+        chunk: Steps per chunk; None chooses. If it is N or more, this is `Core.dense`.
 
     Returns:
         Named values [N], differentiable in the hidden states and in the head's parts.
 
     Raises:
-        SignalError: A signal is misaligned, not finite or poorer than what is asked of it.
+        SignalError: A signal is misaligned, not finite, or lacks what is needed.
     """
     return _run(core, hidden_ND, None, chunk)[1]
 
@@ -57,17 +57,17 @@ def per_token(core: Core, hidden_ND: Tensor, *, chunk: int | None = None) -> dic
 def loss_pass(
     core: Core, hidden_ND: Tensor, loss: Callable[[Mapping[str, Tensor], slice], Tensor], *, chunk: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """A loss that is a sum over steps, its gradient formed on the way.
+    """Computes a loss that is a sum over steps, and forms its gradient on the way.
 
     Args:
-        core: What is evaluated.
+        core: The function to evaluate.
         hidden_ND: The student's hidden states, or its logits.
-        loss: (values of some steps, which steps) -> their part of the loss, a scalar.
+        loss: (values of some steps, their slice) -> their part of the loss, a scalar.
         chunk: As in `per_token`.
 
     Returns:
         The loss, differentiable in the hidden states and in the head's parts; and all values, [N] each, as `per_token`
-        gives them: whoever differentiates those pays for computing the logits again, nobody else does.
+        gives them. Only differentiating those values costs computing the logits again.
 
     Raises:
         SignalError: As in `per_token`.

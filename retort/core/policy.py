@@ -1,11 +1,11 @@
-"""What a student decides by at each step, whatever it decides."""
+"""The policy by which a student decides at each step."""
 
 from __future__ import annotations
 
 
 class Policy:
-    """The base of what a student decides by; it promises nothing yet.
+    """Base class of policies; it promises nothing yet.
 
-    `retort.core.distribution.Distribution` is the kind that decides tokens. A kind that decides denoising steps stands
-    beside it, and terms about that kind ask it, as terms about tokens ask `Context.student`.
+    `retort.core.distribution.Distribution` is the policy over tokens. A policy over denoising steps would be a second
+    subclass, and terms would read it as terms about tokens read `Context.student`.
     """

@@ -1,7 +1,8 @@
-"""The only place where per-step losses become a scalar. Axis letters: see `retort.core`.
+"""The denominators of terms, and the only place where per-step losses become a scalar. Axis letters: see `retort.core`.
 
 Every term has its own denominator, counted over the *whole optimizer batch* (all micro-batches, all ranks). So the
-loss of a step does not depend on how the batch was cut, and adding a term never rescales another.
+loss of a step does not depend on how the batch was cut, and adding a term never rescales another. `loss_scales`
+computes the factor of each step from it, `scalar` multiplies and sums.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from retort.core.losses import TokenLoss
 
 @dataclass(frozen=True)
 class Denominator:
-    """What a term is divided by.
+    """The number that a term is divided by.
 
     Attributes:
         kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
             `rollouts` (mean over rollouts of the mean over their steps), `sums` (mean over rollouts of the sum over
             their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `constant`.
-        value: For `constant`.
-        by: For the weighted ones: the stored value that is summed; None for the term's own weight. For `rollouts` and
-            `sums`: the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
+        value: The number, for `constant`.
+        by: For the weighted kinds, the stored value that is summed; None for the term's own weight. For `rollouts` and
+            `sums`, the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
     """
 
     kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "constant"]
@@ -45,7 +46,7 @@ def weighted(by: str | None = None) -> Denominator:
 
 
 def rollout_means(by: str | None = None) -> Denominator:
-    """Each rollout counts the same, however long it is; steps where the stored value `by` is 0 do not count."""
+    """The mean over rollouts of the mean over their steps; steps where the stored value `by` is 0 do not count."""
     return Denominator("rollouts", by=by)
 
 
@@ -55,7 +56,7 @@ def rollout_sums(by: str | None = None) -> Denominator:
 
 
 def weighted_rollout_means(by: str | None = None) -> Denominator:
-    """Each rollout counts the same, and its steps by their weight within it; a weight common to them cancels."""
+    """The mean over rollouts of the mean weighted within each; a weight common to a rollout's steps cancels."""
     return Denominator("weighted_rollouts", by=by)
 
 
@@ -71,15 +72,15 @@ def loss_scales(
     rollout_N: Tensor,
     weight_N: Tensor | None = None,
 ) -> Tensor:
-    """What each step of the whole optimizer batch is multiplied by, [N]: one over its denominator.
+    """The loss scale of each step of the whole optimizer batch, [N]: one over its denominator.
 
     Args:
-        denominator: Of the term.
-        counted_N: bool.
+        denominator: The term's denominator.
+        counted_N: Steps that count, bool.
         rollout_N: Index of the rollout of each step; needed for `rollouts`.
         weight_N: The term's weights over the whole batch; needed for `weighted`.
     """
-    ones_N = counted_N.double()  # one third must be one third in a float64 check, too
+    ones_N = counted_N.double()  # so that one third is exact in a float64 check
     if denominator.kind == "constant":
         return ones_N / denominator.value
     if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
@@ -116,9 +117,9 @@ def _rollout_scales(
 
 
 def scalar(terms: Mapping[str, TokenLoss], scale_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:
-    """Sum over terms of coef * sum over steps of value * weight * share; differentiable.
+    """Sum over terms of coef * sum over steps of value * weight * scale; differentiable.
 
-    `scale_N` are those of the steps at hand, cut from the shares of the whole batch: micro-batches add up to the
+    `scale_N` are the loss scales of the steps at hand, cut from those of the whole batch: micro-batches add up to the
     batch.
     """
     losses = [coefs[name] * total(term, scale_N[name]) for name, term in terms.items()]
@@ -126,6 +127,6 @@ def scalar(terms: Mapping[str, TokenLoss], scale_N: Mapping[str, Tensor], coefs:
 
 
 def total(term: TokenLoss, scale_N: Tensor) -> Tensor:
-    """One term's part of the loss, before its coefficient; an uncounted step cannot poison it."""
+    """One term's part of the loss, before its coefficient; a step that does not count cannot make it NaN."""
     value_N = torch.where(term.counted_N, term.value_N, torch.zeros_like(term.value_N))
     return (value_N * term.weight_N.to(value_N.dtype) * scale_N.to(value_N.dtype)).sum()

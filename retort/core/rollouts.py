@@ -1,6 +1,7 @@
-"""Prompts and rollouts: what the student was asked, and what it did about it. Axis letters: see `retort.core`.
+"""Prompts, and the rollouts that were generated for them. Axis letters: see `retort.core`.
 
-Nothing here is mutated after it was made.
+A rollout is cut in `Rollout.cut`; `retort.train.source` calls it where a kept completion is longer than is allowed now.
+Nothing here is mutated after construction.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: Who speaks.
-        content: What is said; empty for a turn that only calls tools.
-        extra: What else a chat template may read of the turn, JSON values by their names there: `tool_calls`,
+        role: Role of the speaker.
+        content: Text of the turn; empty for a turn that only calls tools.
+        extra: Other fields of the turn that a chat template may read, JSON values by their names there: `tool_calls`,
             `tool_call_id`, `name`, `reasoning_content`, ...
     """
 
@@ -40,19 +41,20 @@ class Message:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem to write about.
+    """A problem for the student.
 
     Attributes:
         id: Stable name of the row; random streams are keyed by it.
         messages: The conversation so far. A row's plain `prompt` is one user message.
         plain: True if the row had a plain `prompt`: it is rendered as bare text where the tokenizer has no
             chat template (a base model), whereas `messages` need a template.
-        answer: What a verifier compares with; never in the context of a rollout.
-        response: A given answer to learn from off-policy, if the data has one.
-        privileged: What only a teacher may see (solution, hint, ...); never in the context of a rollout.
-        clean: The conversation without what is not to change the answer (paired prompts); for a teacher only, too.
+        answer: The reference answer that a verifier compares with; never in the context of a rollout.
+        response: A given response to learn from off-policy, if the data has one.
+        privileged: Texts that only a teacher may see (solution, hint, ...); never in the context of a rollout.
+        clean: The conversation without the text that must not change the answer (paired prompts); for a teacher only,
+            too.
         domain: Free label, for metrics by domain.
-        tools: The functions that the model may call, as JSON schemas; a chat template writes them.
+        tools: The functions that the model may call, as JSON schemas; a chat template renders them.
     """
 
     id: str
@@ -66,7 +68,7 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()
 
     def shown(self, column: str) -> str | None:
-        """What a view may show of the row, by the name of its column; a `demonstration` may be the given response."""
+        """The text of a column that a view may show; `demonstration` falls back to the given response."""
         if column == "clean":
             return None if self.clean is None else "\n".join(message.content for message in self.clean)
         given = {"answer": self.answer, "response": self.response, **self.privileged}
@@ -88,22 +90,22 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Rollout:
-    """What was written to a prompt, token by token, with who wrote what.
+    """A completion of a prompt, token by token, with the author of every token.
 
     Attributes:
-        prompt: What it answers.
-        sequence: All that was read and written in order, and which of it was decided.
+        prompt: The prompt that it completes.
+        sequence: All tokens in order, and the action mask: which of them the policy decided.
         turn_A: Index of the turn of each decided token, int64; None for a single turn.
-        engine_logp_A: What the rollout engine reported for each decided token, nats; None for data.
-        policy_version: Optimizer steps the student had taken when it wrote this.
-        member: Which of the samples of its prompt this is; rollouts of one visit to a prompt are a group.
+        engine_logp_A: Log-prob that the rollout engine reported for each decided token, nats; None for data.
+        policy_version: Optimizer steps that the student had taken when it generated this.
+        member: Index among the samples of its prompt; rollouts of one visit to a prompt are a group.
         visit: How many times the run had been through the data when it came to this prompt.
         status: How it ended.
-        source: Who wrote it.
-        text: The decided tokens, decoded.
-        reward: What the verifier said, if one was asked.
+        source: Who generated it: the student, a teacher, or the data.
+        text: Text of the decided tokens.
+        reward: The verifier's grade, if it was graded.
         reward_parts: The reward by component.
-        feedback: What the verifier says is wrong with it, where it says anything; for views that show it to a teacher.
+        feedback: The verifier's words on what is wrong with it, if any; for views that show it to a teacher.
     """
 
     prompt: Prompt
@@ -135,15 +137,15 @@ class Rollout:
 
     @property
     def action_ids(self) -> list[int]:
-        """Ids of the decided tokens."""
+        """Ids of the decided tokens, [A]."""
         return self.sequence.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
     def cut(self, steps: int, text: str) -> Rollout:
-        """The rollout up to so many decisions, as truncated; itself where it has no more.
+        """The rollout up to the first `steps` decisions, as truncated; itself where it has no more.
 
         Args:
-            steps: Decisions that stay.
-            text: Of them.
+            steps: Number of decisions that stay.
+            text: Text of the decisions that stay.
         """
         if self.steps <= steps:
             return self
@@ -157,12 +159,12 @@ class Rollout:
         )
 
 
-#: All rollouts of one visit to one prompt: what is graded and scored together.
+#: All rollouts of one visit to one prompt: the unit that is graded and scored.
 Group = tuple[Rollout, ...]
 
 
 def in_groups(rollouts: Sequence[Rollout]) -> list[Group]:
-    """Rollouts by visit to a prompt, those of a visit being neighbours; end to end they are in the order given."""
+    """Splits rollouts into visits to a prompt, whose rollouts are neighbours; joined, they keep the order given."""
     visits = groupby(rollouts, key=lambda rollout: (rollout.prompt.id, rollout.visit))
     return [tuple(own) for _, own in visits]
 
@@ -174,7 +176,7 @@ class Pack:
     Attributes:
         rollouts: The R rollouts, in order.
         steps: The table of their N steps.
-        group_R: Index of the group (one visit to one prompt) that a rollout belongs to, int64.
+        group_R: Index of each rollout's group (one visit to one prompt), int64.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -187,7 +189,7 @@ class Pack:
 
     @property
     def reward_R(self) -> Tensor:
-        """Of each rollout, float64; NaN where nobody graded it."""
+        """Reward of each rollout, [R], float64; NaN where it is not graded."""
         return _rewards(self.rollouts)
 
     def groups(self) -> list[tuple[Rollout, ...]]:
@@ -200,12 +202,12 @@ class Pack:
         return [ordered[group] for group in numbers]
 
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:
-        """Places in N of the steps of some rollouts, in the order given."""
+        """Indices in N of the steps of some rollouts, in the order given."""
         chosen = torch.tensor(rollouts, dtype=torch.long)
         steps_R = torch.bincount(self.steps.rollout_N, minlength=len(self.rollouts))
         starts_R = steps_R.cumsum(0) - steps_R
         steps, starts = steps_R[chosen], starts_R[chosen]
-        # A step's place is its rollout's start in N, plus how far it lies behind its rollout's start in the answer.
+        # A step's index is its rollout's start in N, plus its offset from its rollout's start among the chosen steps.
         behind = torch.arange(int(steps.sum())) - torch.repeat_interleave(steps.cumsum(0) - steps, steps)
         return torch.repeat_interleave(starts, steps) + behind
 

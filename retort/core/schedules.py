@@ -1,6 +1,6 @@
-"""Dials that move with the run: functions from a step to a number.
+"""Numbers that change during the run: schedules, functions from a step to a number, and controller outputs.
 
-A method's dials move with batches of rollouts, the learning rate with optimizer steps.
+A method's schedules count batches of rollouts; the learning rate counts optimizer steps.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ ScheduleName = Literal["constant", "linear", "cosine"]
 
 @dataclass(frozen=True)
 class ControllerOutput:
-    """A number that one of the method's controllers gives, read anew for every batch (`retort.controllers`).
+    """A number that one of the method's controllers gives, read again for every batch (`retort.controllers`).
 
     Attributes:
-        controller: Its name.
-        number: Which of its numbers.
+        controller: Name of the controller.
+        number: Name of its number.
     """
 
     controller: str
@@ -33,17 +33,17 @@ class ControllerOutput:
         return f"{self.controller}.{self.number}"
 
 
-#: A number that may move: fixed, a function of the step, or read from a controller.
+#: A number that may change: fixed, a function of the step, or the output of a controller.
 ScalarOrSchedule = float | Schedule | ControllerOutput
 
 
 def at(
     scalar: ScalarOrSchedule, step: int, total_steps: int | None, controller_outputs: Mapping[str, float] | None = None
 ) -> float:
-    """The value of a dial at a step.
+    """The value of a number or schedule at a step.
 
     Raises:
-        UserError: It is read from a controller that gave no such number.
+        UserError: It is the output of a controller that gave no such number.
     """
     if isinstance(scalar, ControllerOutput):
         if str(scalar) not in (controller_outputs or {}):
@@ -55,7 +55,7 @@ def at(
 
 
 def line(start: float, end: float) -> Schedule:
-    """From `start` at step 0 in a straight line towards `end`, which it would reach after the last step."""
+    """A straight line from `start` at step 0 towards `end`, which it would reach after the last step."""
 
     def value(step: int, total_steps: int | None) -> float:
         if total_steps is None:
@@ -70,7 +70,7 @@ def decay(name: ScheduleName, *, warmup: int = 0, floor: float = 0.0) -> Schedul
 
     Args:
         name: `constant`, `linear`, or half a `cosine`; the latter two reach `floor` at the last step.
-        warmup: Steps.
+        warmup: Number of warm-up steps.
         floor: Final factor, between 0 and 1.
     """
 
@@ -89,7 +89,7 @@ def decay(name: ScheduleName, *, warmup: int = 0, floor: float = 0.0) -> Schedul
 
 
 def anneal(start: float, end: float) -> Schedule:
-    """Half a cosine from `start` to `end` over the run; `start` where it is not known how long that is."""
+    """Half a cosine from `start` to `end` over the run; `start` where the run's length is not known."""
 
     def value(step: int, total_steps: int | None) -> float:
         done = 0.0 if total_steps is None else min(1.0, step / max(1, total_steps))

@@ -1,4 +1,4 @@
-"""What was read and decided, as one value. Axis letters: see `retort.core`."""
+"""All tokens of a rollout and their action mask, as one value. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -14,35 +14,34 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Media:
-    """An image, a sound or a video that stands in a sequence.
+    """An image, a sound or a video in a sequence.
 
     Attributes:
-        digest: Of its content: two with the same digest are the same.
-        place: Index in L of the first of its placeholder tokens.
-        payload: What a model's processor made of it; never gathered, never written down.
+        digest: Digest of its content: two with the same digest are the same.
+        position: Index in L of the first of its placeholder tokens.
+        payload: The output of a model's processor; never gathered, never saved.
     """
 
     digest: str
-    place: int
+    position: int
     payload: Any = field(default=None, compare=False, repr=False)
 
     def moved(self, by: int) -> Media:
-        """The same, so many tokens further on."""
-        return replace(self, place=self.place + by)
+        """The same, `by` tokens further on."""
+        return replace(self, position=self.position + by)
 
 
 @dataclass(frozen=True, eq=False)
 class TokenSequence:
-    """Tokens, which of them were decided, and the media among them.
+    """Tokens, their action mask, and the media among them.
 
-    A conversation of several turns is one sequence: prompt, completion, what the environment said to it, completion.
-    Nobody splits it into prompt and answer: who needs another prompt before what was written calls `with_prefix`, who
-    shortens it calls `cut`.
+    A conversation of several turns is one sequence: prompt, completion, reply of the environment, completion. Nobody
+    splits it into prompt and completion: to put another prompt in front call `with_prefix`, to shorten it call `cut`.
 
     Attributes:
-        tokens_L: Ids of everything in order, int64.
+        tokens_L: Ids of all tokens in order, int64.
         action_mask_L: True where the token was decided (by the student, a teacher or the data), bool.
-        media: What the placeholder tokens stand for, in order of place.
+        media: The media that placeholder tokens stand for, in order of position.
 
     Raises:
         ValueError: Tensors of different lengths, or a first token that is decided.
@@ -74,7 +73,7 @@ class TokenSequence:
         return TokenSequence(tokens_L, torch.zeros(len(tokens_L), dtype=torch.bool), media)
 
     def __len__(self) -> int:
-        """L."""
+        """L, the number of tokens."""
         return len(self.tokens_L)
 
     @cached_property
@@ -96,12 +95,12 @@ class TokenSequence:
 
     @property
     def prefix(self) -> TokenSequence:
-        """What stands before the first decision."""
+        """The tokens before the first decision."""
         return self.part(0, self.start)
 
     @property
     def continuation(self) -> TokenSequence:
-        """From the first decision on, what the environment said in between included; no sequence by itself."""
+        """The tokens from the first decision on, the environment's replies included; no valid sequence by itself."""
         return self.part(self.start, len(self))
 
     @property
@@ -111,21 +110,21 @@ class TokenSequence:
 
     @property
     def key(self) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-        """What two sequences share that are read alike: the same tokens and the same media in the same places."""
-        return self.tokens_L.numpy().tobytes(), tuple((own.digest, own.place) for own in self.media)
+        """The identity of a sequence to a model: its tokens, and its media with their positions."""
+        return self.tokens_L.numpy().tobytes(), tuple((own.digest, own.position) for own in self.media)
 
     @property
     def prefix_key(self) -> tuple[bytes, tuple[tuple[str, int], ...]]:
-        """What two sequences share whose prefixes may be computed once, see `key`."""
+        """The identity of the prefix, which sequences with the same one may compute once; see `key`."""
         return self.prefix.key
 
     def then(self, ids: Sequence[int], *, decided: bool = False, media: tuple[Media, ...] = ()) -> TokenSequence:
-        """The sequence followed by tokens: an action, or what is only read.
+        """The sequence followed by tokens: an action, or tokens that are only read.
 
         Args:
-            ids: To follow.
+            ids: Ids that follow.
             decided: Whether they are decisions.
-            media: Among them; places count from the first of `ids`.
+            media: Media among them; positions count from the first of `ids`.
         """
         more_L = torch.tensor(ids, dtype=torch.long)
         mask_L = torch.full((len(more_L),), decided)
@@ -138,7 +137,7 @@ class TokenSequence:
     def with_prefix(self, prefix: TokenSequence) -> TokenSequence:
         """The same decisions, and all that was read between them, after another context."""
         by = len(prefix) - self.start
-        later = tuple(own.moved(by) for own in self.media if own.place >= self.start)
+        later = tuple(own.moved(by) for own in self.media if own.position >= self.start)
         return TokenSequence(
             torch.cat([prefix.tokens_L, self.tokens_L[self.start :]]),
             torch.cat([prefix.action_mask_L, self.action_mask_L[self.start :]]),
@@ -146,7 +145,7 @@ class TokenSequence:
         )
 
     def cut(self, steps: int) -> TokenSequence:
-        """The sequence up to so many decisions; what stands behind the last of them goes, too.
+        """The sequence up to its first `steps` decisions, without the tokens after the last of them.
 
         A sequence with no more decisions than that stays as it is.
         """
@@ -156,25 +155,25 @@ class TokenSequence:
         return self.part(0, int(last) + 1)
 
     def before(self, step: int) -> TokenSequence:
-        """What a decision was made from: everything before it, what the environment said last included.
+        """The context of a decision: everything before it, the environment's last reply included.
 
         Args:
-            step: Number of the decision, from 0, below `steps`.
+            step: Index of the decision, from 0, below `steps`.
         """
         return self.part(0, int(self.action_mask_L.nonzero()[step]))
 
     def read(self) -> TokenSequence:
-        """The same tokens, none of them decided: a context to go on from."""
+        """The same tokens, none of them decided: a context to continue."""
         return replace(self, action_mask_L=torch.zeros_like(self.action_mask_L))
 
     def pieces(self) -> list[TokenSequence]:
-        """Neighbours that are all decided, or all read, in order; those that are decided are no sequence by itself."""
+        """Runs of neighbours that are all decided, or all read, in order; a decided run is not a valid sequence."""
         changes = (self.action_mask_L[1:] != self.action_mask_L[:-1]).nonzero().flatten() + 1
-        bounds = [0, *(int(place) for place in changes), len(self)]
+        bounds = [0, *(int(position) for position in changes), len(self)]
         return [self.part(start, end) for start, end in pairwise(bounds) if end > start]
 
     def mapped(self, swap: Mapping[int, int]) -> TokenSequence:
-        """The sequence with other ids in the place of some decided ones."""
+        """The sequence with some decided ids replaced by others."""
         if not swap:
             return self
         tokens_L = self.tokens_L.clone()
@@ -184,7 +183,7 @@ class TokenSequence:
 
     def part(self, start: int, end: int) -> TokenSequence:
         """Neighbouring tokens, with the media among them."""
-        media = tuple(own.moved(-start) for own in self.media if start <= own.place < end)
+        media = tuple(own.moved(-start) for own in self.media if start <= own.position < end)
         found = object.__new__(TokenSequence)  # a continuation begins with a decision, which no whole sequence does
         for name, value in (
             ("tokens_L", self.tokens_L[start:end]),

@@ -16,8 +16,8 @@ from retort.core.distribution import Shard
 class VocabShard(Shard):
     """The ids from `start` on, one slice per rank; no rank ever holds the others' rows or logits.
 
-    What is exchanged per step is a handful of numbers: the largest logit, sums of probabilities times something, and
-    the candidates of a top-k. All ranks must ask for the same things of the same steps, in the same order.
+    Ranks exchange a few numbers per step: the largest logit, weighted sums of probabilities, and the candidates of a
+    top-k. All ranks must ask for the same quantities of the same steps, in the same order.
 
     Attributes:
         start: First id of this rank.
@@ -34,13 +34,13 @@ class VocabShard(Shard):
         return values
 
     def sum(self, values: Tensor) -> Tensor:
-        """An all-reduce."""
+        """Sums over ranks by an all-reduce."""
         return self._reduced(values, distributed.ReduceOp.SUM)
 
     def logsumexp(self, logits_CV: Tensor) -> Tensor:
-        """Two all-reduces of [C]: the largest logit, then the sum of the exponentials of what lies above it."""
+        """Log-sum-exp by two all-reduces of [C]: the largest logit, then the sum of the shifted exponentials."""
         largest_C = self._reduced(logits_CV.amax(-1), distributed.ReduceOp.MAX)
-        shift_C = largest_C.masked_fill(largest_C == -torch.inf, 0.0)  # all ids ruled out: log 0, not NaN
+        shift_C = largest_C.masked_fill(largest_C == -torch.inf, 0.0)  # all ids are ruled out: log 0, not NaN
         return self.sum((logits_CV - shift_C[:, None]).exp().sum(-1)).log() + shift_C
 
     def local(self, ids_CK: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
@@ -49,7 +49,7 @@ class VocabShard(Shard):
         return here_CK.clamp(0, width - 1), (here_CK >= 0) & (here_CK < width)
 
     def topk(self, logits_CV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Each rank's own candidates, gathered, and the best of them."""
+        """Gathers each rank's own candidates, and takes the best of them."""
         rows, width = logits_CV.shape
         best = logits_CV.topk(min(k, width), dim=-1)
         candidates_CK = torch.full((rows, k), -torch.inf, dtype=logits_CV.dtype, device=logits_CV.device)

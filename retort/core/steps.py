@@ -1,4 +1,4 @@
-"""One table of decision steps and one clock: all that is known of a batch besides what models say of it.
+"""One table of decision steps and one clock: all data of a batch other than the models' outputs.
 
 A new fact about a step is one column of `Steps`; a new fact about the moment is one field of `Clock`. Axis letters: see
 `retort.core`.
@@ -17,15 +17,15 @@ from retort.core.schedules import ScalarOrSchedule, at
 
 @dataclass(frozen=True)
 class Clock:
-    """Where a run is: what every dial is read at.
+    """The progress of a run, at which every schedule is evaluated.
 
     Attributes:
         step: Batches done in the run; random streams are keyed by it.
-        end: Batches after which the method at hand is done; None where that is not known.
-        begun: Batches done before the method at hand took over (a cold start runs another one first).
+        end: Batches after which the current method is done; None where that is not known.
+        begun: Batches done before the current method took over (a cold start runs another one first).
         controller_outputs: Numbers of the method's controllers, by `<controller>.<number>`.
-        seed: Of the run, for what is drawn.
-        longest: The longest completion that was allowed, tokens; None where that is not known.
+        seed: The run's seed, for random draws.
+        longest: The longest completion allowed, tokens; None where that is not known.
     """
 
     step: int = 0
@@ -37,25 +37,25 @@ class Clock:
 
     @property
     def done(self) -> int:
-        """Batches that the method at hand has done: what its schedules count."""
+        """Batches that the current method has done, which its schedules count."""
         return self.step - self.begun
 
     @property
     def total(self) -> int | None:
-        """Batches of the method at hand, where known."""
+        """Batches of the current method in all, where known."""
         return None if self.end is None else self.end - self.begun
 
     def at(self, scalar: ScalarOrSchedule) -> float:
-        """The value of a dial now."""
+        """The value of a number or schedule now."""
         return at(scalar, self.done, self.total, self.controller_outputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """The N decision steps of some rollouts, end to end, without padding: a table of [N] columns that nobody changes.
+    """The N decision steps of some rollouts, end to end, without padding: an immutable table of [N] columns.
 
     Attributes:
-        tokens_N: The token that was decided, int64.
+        tokens_N: Id of the token that was decided, int64.
         rollout_N: Index of the rollout, int64; a rollout's steps come in order.
         position_N: Index of the step within its rollout, int64.
         turn_N: Index of the turn, int64; None where turns are not known.
@@ -63,8 +63,8 @@ class Steps:
         reward_N: Reward of the step's rollout, float64; None unless all rollouts were graded.
         engine_logp_N: The rollout engine's log-prob of the token, nats; NaN where it gave none; None without an engine.
         sentence_N: Index of the sentence within its rollout; None where no text is known.
-        stored: What was taken of the whole batch before its first update (`old_logp`, baselines, statistics), detached,
-            by name.
+        stored: Values of the whole batch taken before its first update (`old_logp`, baselines, statistics), [N] each,
+            detached, by name.
     """
 
     tokens_N: Tensor
@@ -88,13 +88,13 @@ class Steps:
         engine_logp_N: Tensor | None = None,
         stored: Mapping[str, Tensor] | None = None,
     ) -> Steps:
-        """From tokens and whatever else is known of them; without `rollout_N` they are those of one rollout."""
+        """Builds the table from tokens and the other known columns; without `rollout_N` all are of one rollout."""
         rollout_N = torch.zeros_like(tokens_N) if rollout_N is None else rollout_N
         position_N = _positions(rollout_N)
         return Steps(tokens_N, rollout_N, position_N, turn_N, group_N, reward_N, engine_logp_N, stored=stored or {})
 
     def __len__(self) -> int:
-        """N."""
+        """N, the number of steps."""
         return len(self.tokens_N)
 
     def select(self, index_N: Tensor | slice) -> Steps:
@@ -105,16 +105,16 @@ class Steps:
         """The same on a device."""
         return self._each(lambda column_N: column_N.to(device))
 
-    def storing(self, more: Mapping[str, Tensor]) -> Steps:
+    def with_stored(self, more: Mapping[str, Tensor]) -> Steps:
         """The same with more stored values, [N] each."""
         return replace(self, stored={**self.stored, **more})
 
     def rollouts(self) -> Rollouts:
-        """The same by rollout; one without a step is not there."""
+        """The table by rollout; a rollout without a step is left out."""
         number_N = _numbered(self.rollout_N)
         steps_R = torch.bincount(number_N)
-        place_N = torch.arange(len(number_N), device=number_N.device)
-        first_R = torch.full_like(steps_R, len(number_N)).scatter_reduce_(0, number_N, place_N, "amin")
+        order_N = torch.arange(len(number_N), device=number_N.device)
+        first_R = torch.full_like(steps_R, len(number_N)).scatter_reduce_(0, number_N, order_N, "amin")
         return Rollouts(
             number_N,
             steps_R,
@@ -124,14 +124,14 @@ class Steps:
 
     @staticmethod
     def joined(parts: Sequence[Steps]) -> Steps:
-        """The steps of several workers, in order, as one table; rollouts and groups of two workers are never the same.
+        """Joins the steps of several workers, in order; rollouts and groups of two workers are never the same.
 
         Args:
-            parts: With the same stored values. A column that only some have is left out: where not all are graded, the
-                batch is not. A part without a step has whatever the others have.
+            parts: Tables with the same stored values. A column that only some have is left out: where not all are
+                graded, the batch is not. A part without a step has the columns of the others.
 
         Raises:
-            ValueError: A value is stored by some of them only.
+            ValueError: Only some of them store a value.
         """
         parts = [part for part in parts if len(part)] or parts[:1]
         moved: list[Steps] = []
@@ -170,10 +170,10 @@ class Rollouts:
     """The rollouts of a batch that have a step.
 
     Attributes:
-        number_N: Of each step's rollout, counted from 0 without gaps: an index into the other tensors.
-        steps_R: How many each has.
-        reward_R: Of each, float64; None where nothing was graded.
-        group_R: Index of each one's group, from 0 without gaps; None where no groups are known.
+        number_N: Number of each step's rollout, counted from 0 without gaps: an index into the other tensors.
+        steps_R: Number of steps of each rollout.
+        reward_R: Reward of each rollout, float64; None where nothing was graded.
+        group_R: Index of each rollout's group, from 0 without gaps; None where groups are not known.
     """
 
     number_N: Tensor
@@ -190,20 +190,20 @@ class Rollouts:
         return values_N.new_zeros(len(self.steps_R)).index_add_(0, self.number_N, values_N)
 
     def quantile(self, values_N: Tensor, share: float) -> Tensor:
-        """A quantile of each rollout's steps, between the two nearest in proportion, [R]."""
+        """A quantile of each rollout's steps, [R], interpolated linearly between the two nearest."""
         order = torch.argsort(values_N)
         order = order[torch.argsort(self.number_N[order], stable=True)]
-        place_R = share * (self.steps_R - 1).double()
-        low_R = place_R.floor().long()
+        rank_R = share * (self.steps_R - 1).double()
+        low_R = rank_R.floor().long()
         first_R = self.steps_R.cumsum(0) - self.steps_R
         low, high = (values_N[order[first_R + at_R]] for at_R in (low_R, torch.minimum(low_R + 1, self.steps_R - 1)))
-        return torch.lerp(low, high, (place_R - low_R).to(low.dtype))
+        return torch.lerp(low, high, (rank_R - low_R).to(low.dtype))
 
 
 def quantile(values_N: Tensor, share: float) -> Tensor:
-    """A quantile of any number of values, at least one, between the two nearest in proportion, a scalar.
+    """A quantile of at least one value, interpolated linearly between the two nearest, a scalar.
 
-    `torch.quantile` refuses more than 16 million, which a large batch has.
+    `torch.quantile` refuses more than 16 million values, which a large batch has.
     """
     everything = torch.zeros(len(values_N), dtype=torch.long, device=values_N.device)
     return Rollouts(everything, torch.bincount(everything), None, None).quantile(values_N, share)[0]
@@ -212,12 +212,12 @@ def quantile(values_N: Tensor, share: float) -> Tensor:
 class Ranks:
     """The workers that hold a batch together, each whole groups of it: here there is one.
 
-    What is taken over a batch (a percentile, a mean of a group, a denominator) is taken over the table of all workers,
-    and each keeps its own part: nothing that is computed on a table has to know that there are ranks.
+    A number taken over a batch (a percentile, a mean of a group, a denominator) is taken over the table of all workers,
+    and each keeps its own part: code that computes on a table need not know about ranks.
     """
 
     def gather(self, steps: Steps) -> tuple[Steps, slice]:
-        """The steps of all workers as one table (`Steps.joined`), and where in it the own ones stand."""
+        """The steps of all workers as one table (`Steps.joined`), and the slice of this worker's own."""
         return steps, slice(0, len(steps))
 
 
@@ -225,7 +225,7 @@ ALONE = Ranks()
 
 
 def _numbered(values: Tensor) -> Tensor:
-    """The same partition, by numbers from 0 without gaps."""
+    """Renumbers the values from 0 without gaps; the partition stays the same."""
     return torch.unique(values, return_inverse=True)[1]  # pyright: ignore
 
 

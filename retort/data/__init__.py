@@ -1,7 +1,7 @@
-"""Prompts from files, the hub, or Python: with every mistake in them named by its place.
+"""Prompts from files, the hub, or Python; every error names its location.
 
-`load.py` has the way in; `sources.py` and `text_files.py` know where rows come from, `columns.py` and `rows.py` what
-they say, `conversations.py` how turns are written, and `values.py` what a cell may hold.
+`load.py` is the entry; `sources.py` and `text_files.py` read rows, `columns.py` and `rows.py` interpret them,
+`conversations.py` reads formats of turns, and `values.py` checks the values of cells.
 """
 
 from retort.data.columns import COLUMNS, PRIVILEGED

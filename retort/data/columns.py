@@ -1,4 +1,4 @@
-"""Which column of a file is which of ours, and what is said about columns that are not used."""
+"""Maps columns of a file to Retort's, and makes notes on columns that are not used."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ PRIVILEGED = ("solution", "hint", "outcome", "demonstration", "wrong")
 #: The columns that Retort knows; a note names any other column of a file.
 COLUMNS = ("prompt", "messages", "system", "tools", "id", "answer", "response", "clean", "domain", *PRIVILEGED)
 
-#: What other data sets call the prompt; named in the error, never guessed.
+#: Names of the prompt in other data sets; an error suggests them, and they are never guessed.
 _PROMPTS = ("problem", "question", "instruction", "query", "input", "text")
-#: What other data sets call an answer to compare with, and an answer to learn from; named in a note, never guessed.
+#: Names of the reference answer, and of a response to learn from, in other data sets; a note suggests them.
 _ANSWERS = ("ground_truth", "final_answer", "expected_answer", "gold", "target", "answer", "label")
 _RESPONSES = ("completion", "completions", "output", "chosen", "generation", "generated_solution")
 
-#: What to say of a preference pair, whose turns stand in `chosen`.
+#: The advice for a preference pair, whose turns are in `chosen`.
 _PREFERRED = (
-    "; of a preferred answer map columns.messages=chosen, which reads its turns and the answer that ends them "
-    "(nothing is learnt from what is rejected)"
+    "; for the preferred response map columns.messages=chosen, which reads its turns and the response that ends them "
+    "(nothing is learnt from the rejected one)"
 )
 
 
 def lookup(row: Mapping[str, Any], name: str) -> Any:
-    """The cell of a column, or of a part of one: `reward_model.ground_truth`. None where it is not there."""
+    """The cell of a column, or of a part of one: `reward_model.ground_truth`. None where it is missing."""
     if name in row:
         return row[name]
     value: Any = row
@@ -41,16 +41,16 @@ def lookup(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
-    """The columns of a row, and the parts of its structures as they are mapped."""
+    """The columns of a row, and the parts of its structures as a mapping names them."""
     inner = [f"{name}.{part}" for name, value in row.items() if isinstance(value, Mapping) for part in value]
     return [*map(str, row), *inner]
 
 
 def check_mapping(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> None:
-    """Refuses a mapping to what the first row does not have.
+    """Refuses a mapping to a column that the first row does not have.
 
     Raises:
-        UserError: Such a mapping, with the nearest name.
+        UserError: There is such a mapping; the message has the nearest name.
     """
     for ours, theirs in columns.items():
         *above, last = [theirs] if theirs in row else theirs.split(".")
@@ -63,13 +63,13 @@ def check_mapping(where: str, row: Mapping[str, Any], columns: Mapping[str, str]
 
 
 def no_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """Why a row has no prompt, and which of its columns may be meant."""
-    found = [str(name) for name in row]
+    """The reason why a row has no prompt, and which of its columns may be meant."""
+    names = [str(name) for name in row]
     wanted = [columns.get("prompt", "prompt"), columns.get("messages", "messages")]
-    if any(name in found for name in wanted):
-        return f"'{' and '.join(name for name in wanted if name in found)}' is null"
-    near = [match for name in wanted for match in difflib.get_close_matches(name, found, n=1, cutoff=0.6)]
-    near += [name for name in _PROMPTS if name in found]
+    if any(name in names for name in wanted):
+        return f"'{' and '.join(name for name in wanted if name in names)}' is null"
+    near = [match for name in wanted for match in difflib.get_close_matches(name, names, n=1, cutoff=0.6)]
+    near += [name for name in _PROMPTS if name in names]
     parts = [name for name in _names(row) if "." in name]
     near += [name for name in parts if name.rsplit(".", 1)[1] in ("prompt", "messages", "conversations", *_PROMPTS)]
     hint = (
@@ -78,11 +78,11 @@ def no_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
         if near
         else _other_shape(row)
     )
-    return f"no column '{wanted[0]}' or '{wanted[1]}' (found: {', '.join(found) or 'nothing'}){hint}"
+    return f"no column '{wanted[0]}' or '{wanted[1]}' (found: {', '.join(names) or 'nothing'}){hint}"
 
 
 def _other_shape(row: Mapping[str, Any]) -> str:
-    """What to do about a row whose prompt is inside something else, as an ending of a message."""
+    """The advice for a row whose prompt is inside another structure, as an ending of a message."""
     if isinstance(row.get("chosen"), list | tuple):
         return _PREFERRED
     rows = [name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)]
@@ -90,15 +90,15 @@ def _other_shape(row: Mapping[str, Any]) -> str:
 
 
 class Seen:
-    """What columns the rows have, and which of them were read."""
+    """The columns of the rows so far, and which of them were read."""
 
     def __init__(self) -> None:
-        """Nothing seen yet."""
+        """Begins without columns."""
         self.read: set[str] = set()
         self._parts: dict[str, dict[str, None]] = {}
 
     def row(self, row: Mapping[str, Any]) -> None:
-        """Remembers the columns of a row, and the parts of its structures."""
+        """Adds the columns of a row, and the parts of its structures."""
         for name, value in ((str(name), value) for name, value in row.items()):
             if name not in self._parts:
                 self._parts[name] = {}
@@ -110,20 +110,20 @@ class Seen:
 
         Args:
             answers: Whether rows have an answer; else a column that may hold it is named.
-            responses: Likewise, of a given response.
+            responses: The same for a given response.
         """
         unused = {name: parts for name, parts in self._parts.items() if name not in self.read}
         if not unused:
             return []
         shown = [f"{name} (of {', '.join(parts)})" if parts else name for name, parts in unused.items()]
-        places = [*unused, *(f"{name}.{part}" for name, parts in unused.items() for part in parts)]
-        hints = [] if answers else _hint("answer", _ANSWERS, places, "the right answer")
-        hints += [] if responses else _hint("response", _RESPONSES, places, "the answer to learn from")
+        columns_there = [*unused, *(f"{name}.{part}" for name, parts in unused.items() for part in parts)]
+        hints = [] if answers else _hint("answer", _ANSWERS, columns_there, "the right answer")
+        hints += [] if responses else _hint("response", _RESPONSES, columns_there, "the response to learn from")
         if "input" in unused and "instruction" in self.read:
             hints.append("`input` belongs to an Alpaca row: it is read with `instruction` where neither is mapped")
         return ["; ".join([f"columns not used: {shortened(', '.join(shown), 400)}", *hints])]
 
 
-def _hint(ours: str, theirs: Iterable[str], places: Iterable[str], meaning: str) -> list[str]:
-    found = [place for name in theirs for place in places if place.rsplit(".", 1)[-1] == name]
-    return [f"if `{found[0]}` is {meaning}, map it: columns.{ours}={found[0]}"] if found else []
+def _hint(ours: str, theirs: Iterable[str], columns_there: Iterable[str], meaning: str) -> list[str]:
+    candidates = [column for name in theirs for column in columns_there if column.rsplit(".", 1)[-1] == name]
+    return [f"if `{candidates[0]}` is {meaning}, map it: columns.{ours}={candidates[0]}"] if candidates else []

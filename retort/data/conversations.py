@@ -1,4 +1,4 @@
-"""Conversations as data sets write them: OpenAI's messages, ShareGPT's turns, text parts, tool calls, JSON text."""
+"""Conversations in the formats of data sets: OpenAI's messages, ShareGPT's turns, text parts, tool calls, JSON text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LAST_ROLES", "ROLES", "as_conversation", "conversation", "read_tools
 ROLES = ("system", "developer", "user", "assistant", "tool")
 LAST_ROLES = ("user", "tool")
 
-#: Roles by the names that other formats give them.
+#: Names of roles in other formats.
 _ALIASES = {
     "human": "user",
     "gpt": "assistant",
@@ -37,10 +37,10 @@ _PYTHON_TURNS = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:")
 
 
 def as_conversation(where: str, prompt: str) -> list[Any] | None:
-    """The turns that a text spells as JSON, or None where it is the prompt itself, whatever it looks like.
+    """The turns that a text spells as JSON, or None where the text itself is the prompt.
 
     Raises:
-        UserError: It spells turns in Python's notation, which nobody means as a prompt.
+        UserError: It spells turns in Python's notation, which is never meant as a prompt.
     """
     start = prompt.lstrip()[:1]
     if start != "[":
@@ -63,7 +63,7 @@ def _is_turn(item: Any) -> bool:
 
 
 def conversation(where: str, value: Any, name: str = "messages") -> tuple[Message, ...]:
-    """The turns of a conversation, at least one; who speaks last is for the caller to judge.
+    """The turns of a conversation, at least one; the caller checks who speaks last.
 
     Args:
         where: The row, for messages.
@@ -71,7 +71,7 @@ def conversation(where: str, value: Any, name: str = "messages") -> tuple[Messag
         name: The column, for messages.
 
     Raises:
-        UserError: It is something else; a turn has no role that we know, or holds something besides text.
+        UserError: It is something else; a turn has an unknown role, or holds something besides text.
     """
     value = parsed(where, name, value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
@@ -79,7 +79,7 @@ def conversation(where: str, value: Any, name: str = "messages") -> tuple[Messag
         raise UserError(f"{where}: '{name}' is {a_kind(value)}; expected {kinds}{decode(value)}")
     if not value:
         raise UserError(f"{where}: '{name}' is empty; expected a list with at least one {{role, content}}")
-    return tuple(_turn(f"{where}, message {place}", item) for place, item in enumerate(value))
+    return tuple(_turn(f"{where}, message {index}", item) for index, item in enumerate(value))
 
 
 def _turn(at: str, item: Any) -> Message:
@@ -97,7 +97,7 @@ def _turn(at: str, item: Any) -> Message:
     if spoken == "function_call":
         calls += _named_calls(at, content)
         content = None
-    if "function_call" in given:  # as OpenAI once wrote a single call
+    if "function_call" in given:  # OpenAI's older form of a single call
         calls += _named_calls(at, given.pop("function_call"))
     extra = {**({"tool_calls": calls} if calls else {}), **given}
     words = _words(at, content, silent=bool(calls))
@@ -111,7 +111,7 @@ def _take(given: dict[str, Any], names: Sequence[str]) -> Any:
 
 
 def _words(at: str, content: Any, *, silent: bool) -> str:
-    """A turn's text. Parts of it stand on lines of their own; a turn of tool calls may have none."""
+    """A turn's text. Its parts become lines of their own; a turn of tool calls may have none."""
     if content is None and silent:
         return ""
     if isinstance(content, list):
@@ -139,7 +139,7 @@ def _calls(at: str, value: Any) -> list[Any]:
 
 
 def _call(at: str, call: Any) -> dict[str, Any]:
-    """A call whose arguments are an object, as chat templates expect them, also where they came as JSON text."""
+    """A call whose arguments are an object, as chat templates expect them; JSON text is parsed."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise UserError(f"{at}: a tool call is {quoted(call, 60)}; expected {{function: {{name, arguments}}}}")

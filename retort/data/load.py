@@ -1,4 +1,4 @@
-"""The way in: a source or rows of Python's own, read as prompts; and the prompts' fingerprint."""
+"""Reads a source, or rows from Python, as prompts; and computes the prompts' fingerprint."""
 
 from __future__ import annotations
 
@@ -18,26 +18,28 @@ from retort.errors import UserError, a_kind, did_you_mean
 
 __all__ = ["fingerprint", "in_template", "load_prompts", "prompts_from_rows"]
 
-#: What a template puts the prompt's own text for.
-_PLACE = "{prompt}"
+#: The placeholder of a template for the prompt's own text.
+_PLACEHOLDER = "{prompt}"
 
 
 def in_template(prompts: Sequence[Prompt], template: str) -> list[Prompt]:
-    """The same prompts, the user's last turn put into a template.
+    """Returns the same prompts with the user's last turn put into a template.
 
     Args:
-        prompts: As read.
+        prompts: The prompts.
         template: A text that holds `{prompt}` once; other braces are text.
 
     Raises:
-        UserError: It does not.
+        UserError: The template does not hold it once.
     """
-    if template.count(_PLACE) != 1:
-        raise UserError(f"prompt_template = {template!r}: it must hold {_PLACE} once, where the prompt's text goes")
+    if template.count(_PLACEHOLDER) != 1:
+        raise UserError(
+            f"prompt_template = {template!r}: it must hold {_PLACEHOLDER} once, where the prompt's text goes"
+        )
 
     def put(prompt: Prompt) -> Prompt:
         *before, last = prompt.messages
-        turn = replace(last, content=template.replace(_PLACE, last.content))
+        turn = replace(last, content=template.replace(_PLACEHOLDER, last.content))
         return replace(prompt, messages=(*before, turn))
 
     return [put(prompt) for prompt in prompts]
@@ -57,18 +59,18 @@ def load_prompts(
     `prompt` is absent or null; a last turn of the assistant is the row's `response`), and may have `system`, `tools`,
     `id` (default: the number of the row, from 0), `answer`, `response` and `domain`. Only a teacher may see
     `solution`, `hint`, `outcome` (how a solution ends), `demonstration`, `wrong` (a response that is wrong) and
-    `clean` (a text or a list of messages: the prompt without what is not to change the answer). ShareGPT's
+    `clean` (a text or a list of messages: the prompt without the text that must not change the answer). ShareGPT's
     `conversations` and Alpaca's `instruction`, `input`, `output` are recognised by their columns.
 
     Args:
         source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv (also compressed: .gz, .bz2, .xz, .zst) or
             .parquet; a glob of such paths; a folder of them, or one that `save_to_disk` wrote; or a hub name,
             `owner/name` or `owner/name:configuration`.
-        split: Which split of a data set with several; a file is always read whole.
-        limit: Read only the first so many rows; what follows is not even checked.
+        split: The split of a data set with several; a file is always read whole.
+        limit: Number of first rows to read; the rest is not even checked.
         columns: Our name -> the name in the file, for example `{"prompt": "problem"}`; a part of a structure is named
             with a dot, `{"answer": "reward_model.ground_truth"}`.
-        notes: Takes sentences on what was recognised, and on columns and files that are not used.
+        notes: List that receives sentences on what was recognised, and on columns and files that are not used.
 
     Returns:
         At least one prompt, in the order of the rows.
@@ -76,10 +78,10 @@ def load_prompts(
     Raises:
         UserError: One line that names the file and the line (text files) or the row, and the remedy.
     """
-    said: list[str] = []
-    prompts = _read(rows_of(source, split, said), source, limit, columns, said)
+    remarks: list[str] = []
+    prompts = _read(rows_of(source, split, remarks), source, limit, columns, remarks)
     if notes is not None:
-        notes += [f"{source.rstrip('/').rsplit('/', 1)[-1]}: {note}" for note in said]
+        notes += [f"{source.rstrip('/').rsplit('/', 1)[-1]}: {note}" for note in remarks]
     return prompts
 
 
@@ -91,11 +93,11 @@ def prompts_from_rows(
     columns: Mapping[str, str] | None = None,
     notes: list[str] | None = None,
 ) -> list[Prompt]:
-    """Reads prompts from rows of Python's own: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
+    """Reads prompts from Python rows: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
 
     Args:
-        rows: Each as a row of a file, see `load_prompts`. They are not changed.
-        where: What messages call them: "data, row 3".
+        rows: Mappings like the rows of a file, see `load_prompts`. They are not changed.
+        where: Name of the rows in messages: "data, row 3".
         limit: As for `load_prompts`.
         columns: As for `load_prompts`.
         notes: As for `load_prompts`.
@@ -106,18 +108,18 @@ def prompts_from_rows(
     Raises:
         UserError: One line that names the row and the remedy.
     """
-    said: list[str] = []
-    prompts = _read(numbered(rows, where), where, limit, columns, said)
+    remarks: list[str] = []
+    prompts = _read(numbered(rows, where), where, limit, columns, remarks)
     if notes is not None:
-        notes += [f"{where}: {note}" for note in said]
+        notes += [f"{where}: {note}" for note in remarks]
     return prompts
 
 
 def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
-    """Rows of Python's own, each with the name that messages call it by.
+    """Yields Python rows, each with its name for messages.
 
     Raises:
-        UserError: They are no mappings.
+        UserError: The rows are no mappings.
     """
     if isinstance(rows, Mapping):
         names = ", ".join(str(name) for name in list(rows)[:6])
@@ -165,21 +167,21 @@ def _read(
 
 
 def _named(found: Sequence[tuple[str | None, Prompt]], used: set[str]) -> list[Prompt]:
-    """The prompts; one that is called by its number gets a longer name where another row is called that."""
+    """The prompts; one that is named by its number gets a longer name where another row has that id."""
 
     def free(name: str) -> str:
         while name in used:
             name = f"row-{name}"
         return name
 
-    # A made name can meet no other: numbers differ, and each is only made longer.
+    # A made-up name cannot meet another: numbers differ, and each is only made longer.
     return [
         replace(prompt, id=free(prompt.id)) if own is None and prompt.id in used else prompt for own, prompt in found
     ]
 
 
 def fingerprint(prompts: Iterable[Prompt]) -> str:
-    """Hex SHA-256 over everything in the prompts and their order; a checkpoint notices by it that the data changed."""
+    """Hex SHA-256 over everything in the prompts and their order; a checkpoint detects changed data by it."""
     digest = hashlib.sha256()
     for prompt in prompts:
         content = [
@@ -191,7 +193,7 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
             sorted(prompt.privileged.items()),
             prompt.domain,
         ]
-        # At the end, and only where it is there: the fingerprint of other data is what it was before.
+        # At the end, and only if present, so that the fingerprint of other data stays the same.
         if prompt.clean is not None:
             content.append([_content(message) for message in prompt.clean])
         if prompt.tools:

@@ -1,4 +1,4 @@
-"""Images, sounds and films in columns of their own: this version reads text, and never learns as if they were shown."""
+"""Refuses images, sounds and videos in columns of their own: this version reads text only."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from retort.errors import UserError, quoted
 
 __all__ = ["check_media"]
 
-#: Columns, and keys of a turn, in which data sets keep what is no text; capitals do not matter.
+#: Columns, and keys of a turn, in which data sets keep media; case does not matter.
 _ENDS = ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls")
 _COLUMNS = {f"{kind}{end}" for kind in ("image", "video", "audio") for end in _ENDS}
 _COLUMNS |= {"pixel_values", "multi_modal_data", "multimodal_data"}
-#: What `datasets` decodes, or leaves as it is stored.
+#: Types of media that `datasets` decodes, or leaves as stored.
 _LIBRARIES = ("PIL", "torchcodec", "torchvision", "soundfile")
 _STORED = ({"bytes", "path"}, {"array", "path", "sampling_rate"})
 
 
 def check_media(where: str, row: Mapping[Any, Any], read: set[str] | frozenset[str] = frozenset()) -> None:
-    """Refuses a row or a turn that holds an image, a sound or a film beside its text.
+    """Refuses a row or a turn that holds an image, a sound or a video beside its text.
 
     Args:
-        where: The row or the turn, for messages.
+        where: Name of the row or the turn, for messages.
         row: Its cells by their names.
         read: Names of cells that are read as text, whatever they are called.
 
     Raises:
-        UserError: It does. A cell that is null, empty or a number holds none.
+        UserError: It holds one. A cell that is null, empty or a number holds none.
     """
     for name, value in row.items():
         if name in read:
@@ -53,7 +53,7 @@ def _is_something(value: Any) -> bool:
 
 
 def _is_media(value: Any) -> bool:
-    """Whether a cell is an image or a sound whatever its column is called."""
+    """Whether a cell is an image or a sound, whatever its column is called."""
     if isinstance(value, Mapping):
         return set(value) in _STORED and any(own is not None for own in value.values())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What a row says: its columns, read as a prompt."""
+"""Reads the columns of a row as a prompt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from retort.errors import UserError
 
 __all__ = ["RowReader"]
 
-#: Where other formats keep the conversation; read where no column of ours holds the prompt.
+#: Columns of the conversation in other formats; read where no column of ours holds the prompt.
 _CONVERSATIONS = ("conversations", "conversation")
-#: Keys of a turn whose rendering is checked with the chat template; of others it is not known what they do.
+#: Keys of a turn that are checked against the chat template; the effect of other keys is not known.
 _KNOWN_KEYS = ("tool_calls", "tool_call_id")
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a row asks, before columns beside it are looked at."""
+class _RowPrompt:
+    """The prompt of a row, before other columns are read."""
 
     messages: tuple[Message, ...]
     plain: bool = False
@@ -32,10 +32,10 @@ class _Asked:
 
 
 class RowReader:
-    """Reads rows of one source, and keeps count of what a note has to say."""
+    """Reads rows of one source, and counts the facts for its notes."""
 
     def __init__(self, columns: Mapping[str, str]) -> None:
-        """Nothing read yet.
+        """Begins without rows.
 
         Args:
             columns: Our name -> the name in the source.
@@ -43,19 +43,19 @@ class RowReader:
         self.columns = columns
         self.seen = Seen()
         self.rows = 0
-        self._said: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
         self._answers = self._responses = False
 
     def __call__(self, where: str, row: Mapping[str, Any]) -> tuple[str | None, Prompt]:
-        """The row's own id, if it has one, and the prompt, which is called by the row's number where it has none.
+        """Returns the row's own id, if it has one, and the prompt, named by the row's number where it has none.
 
         Raises:
-            UserError: One line that names the place and the remedy.
+            UserError: One line that names the row and the remedy.
         """
         number = self.rows
         self.rows += 1
         self.seen.row(row)
-        asked = self._asked(where, row)
+        asked = self._row_prompt(where, row)
         name, system = self._words(where, row, "id"), self._words(where, row, "system")
         tools = read_tools(where, self._cell(row, "tools"))
         messages = self._with_system(where, system, asked.messages)
@@ -77,7 +77,7 @@ class RowReader:
         return name, prompt
 
     def _only_text(self, where: str, row: Mapping[str, Any], messages: tuple[Message, ...]) -> None:
-        """Refuses images and their like beside what is read, also in the structures that it is read from."""
+        """Refuses images and other media beside the text, also in structures that it is read from."""
         check_media(where, row, self.seen.read)
         for theirs in self.columns.values():
             above, _, part = theirs.rpartition(".")
@@ -85,12 +85,12 @@ class RowReader:
             if isinstance(inside, Mapping):
                 check_media(f"{where}, '{above}'", inside, {part})
         if any("\0" in message.content for message in messages):
-            self._said["the prompt holds a NUL character (\\x00), which is kept"] += 1
+            self._counts["the prompt holds a NUL character (\\x00), which is kept"] += 1
 
     def notes(self) -> list[str]:
-        """What was recognised, with the number of rows, and what was not used."""
-        said = [f"{what}: {count} of {self.rows} rows" for what, count in self._said.items()]
-        return said + self.seen.notes(answers=self._answers, responses=self._responses)
+        """Notes on what was recognised, with the number of rows, and on what was not used."""
+        counts = [f"{what}: {count} of {self.rows} rows" for what, count in self._counts.items()]
+        return counts + self.seen.notes(answers=self._answers, responses=self._responses)
 
     def _cell(self, row: Mapping[str, Any], ours: str) -> Any:
         theirs = self.columns.get(ours, ours)
@@ -106,50 +106,50 @@ class RowReader:
         value = self._cell(row, ours)
         return None if value is None else optional(where, ours, value)
 
-    def _asked(self, where: str, row: Mapping[str, Any]) -> _Asked:
-        # A mapping of `messages` alone says which of the two is meant, even if the file also has a `prompt`.
+    def _row_prompt(self, where: str, row: Mapping[str, Any]) -> _RowPrompt:
+        # A mapping of `messages` alone decides between the two, even if the file also has a `prompt`.
         chosen = (
             ("messages",) if "messages" in self.columns and "prompt" not in self.columns else ("prompt", "messages")
         )
         for ours in chosen:
             value = self._cell(row, ours)
             if value is not None:
-                return self._told(where, ours, value)
-        # Shapes of others are recognised by their columns alone, and never against a mapping.
+                return self._cell_prompt(where, ours, value)
+        # Formats of others are recognised by their columns alone, and never against a mapping.
         if not {"prompt", "messages"} & set(self.columns):
             for name in _CONVERSATIONS:
                 if row.get(name) is not None:
                     self.seen.read.add(name)
-                    self._said[f"`{name}` is read as the conversation"] += 1
+                    self._counts[f"`{name}` is read as the conversation"] += 1
                     return self._conversation(where, plain(row[name]), name)
             if row.get("instruction") is not None and ("input" in row or "output" in row):
                 return self._alpaca(where, row)
         raise UserError(f"{where}: {no_prompt(row, self.columns)}")
 
-    def _told(self, where: str, ours: str, value: Any) -> _Asked:
+    def _cell_prompt(self, where: str, ours: str, value: Any) -> _RowPrompt:
         if not isinstance(value, str):
             return self._conversation(where, value, ours)
         turns = as_conversation(where, value) if ours == "prompt" else value
         if turns is None:
             return self._text(where, value)
-        self._said[f"`{self.columns.get(ours, ours)}` is JSON text of a conversation, and read as its turns"] += 1
+        self._counts[f"`{self.columns.get(ours, ours)}` is JSON text of a conversation, and read as its turns"] += 1
         return self._conversation(where, turns, ours)
 
-    def _text(self, where: str, words: str, response: str | None = None) -> _Asked:
+    def _text(self, where: str, words: str, response: str | None = None) -> _RowPrompt:
         if not words.strip():
             raise UserError(f"{where}: the prompt is empty")
-        return _Asked((Message("user", text(where, "prompt", words)),), plain=True, response=response)
+        return _RowPrompt((Message("user", text(where, "prompt", words)),), plain=True, response=response)
 
-    def _alpaca(self, where: str, row: Mapping[str, Any]) -> _Asked:
+    def _alpaca(self, where: str, row: Mapping[str, Any]) -> _RowPrompt:
         """Instruction, a blank line, and the input where there is one; the output is the response."""
         self.seen.read |= {"instruction", "input", "output"}
         parts = {name: optional(where, name, plain(row.get(name))) for name in ("instruction", "input", "output")}
-        self._said["read as Alpaca: `instruction` and `input` are the prompt, `output` is the response"] += 1
+        self._counts["read as Alpaca: `instruction` and `input` are the prompt, `output` is the response"] += 1
         asked = "\n\n".join(part for part in (parts["instruction"], parts["input"]) if part)
         return self._text(where, asked, parts["output"])
 
-    def _conversation(self, where: str, value: Any, name: str) -> _Asked:
-        """The turns up to the last one of the user or a tool; what the assistant says after it is the response."""
+    def _conversation(self, where: str, value: Any, name: str) -> _RowPrompt:
+        """The turns up to the last one of the user or a tool; the assistant's text after it is the response."""
         messages = conversation(where, value, name)
         response = None
         if messages[-1].role == "assistant" and len(messages) > 1:
@@ -157,22 +157,22 @@ class RowReader:
             messages, response = tuple(before), self._last_words(last)
         _check_last(where, messages)
         for key in {key: None for message in messages for key in message.extra if key not in _KNOWN_KEYS}:
-            self._said[f"turns have a key `{key}`, which the chat template may show or not"] += 1
-        return _Asked(messages, response=response)
+            self._counts[f"turns have a key `{key}`, which the chat template may show or not"] += 1
+        return _RowPrompt(messages, response=response)
 
     def _last_words(self, last: Message) -> str | None:
         if "tool_calls" in last.extra:
             words = " with the words beside the call" if last.content.strip() else ""
-            self._said[
+            self._counts[
                 f"the last turn, the assistant's, calls a tool and is left out{words}: it is no response in words"
             ] += 1
             return None
         if not last.content.strip():
-            self._said["the last turn, the assistant's, is empty and left out"] += 1
+            self._counts["the last turn, the assistant's, is empty and left out"] += 1
             return None
         for key in last.extra:
-            self._said[f"the last turn's `{key}` is not in the response"] += 1
-        self._said["the last turn, the assistant's, is read as the response"] += 1
+            self._counts[f"the last turn's `{key}` is not in the response"] += 1
+        self._counts["the last turn, the assistant's, is read as the response"] += 1
         return last.content
 
     def _response(self, where: str, row: Mapping[str, Any], last: str | None) -> str | None:
@@ -186,14 +186,14 @@ class RowReader:
             given = optional(where, "response", value)
         if given is not None and last is not None and given.strip() != last.strip():
             raise UserError(
-                f"{where}: the column 'response' and the answer that the row ends with differ; leave one of them out"
+                f"{where}: the column 'response' and the response that the row ends with differ; leave one of them out"
             )
         return last if given is None else given
 
     def _with_system(self, where: str, system: str | None, messages: tuple[Message, ...]) -> tuple[Message, ...]:
         if system is None:
             return messages
-        self._said[f"`{self.columns.get('system', 'system')}` is read as the system's turn"] += 1
+        self._counts[f"`{self.columns.get('system', 'system')}` is read as the system's turn"] += 1
         if messages[0].role not in ("system", "developer"):
             return (Message("system", system), *messages)
         if messages[0].content.strip() != system.strip():

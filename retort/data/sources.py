@@ -1,4 +1,4 @@
-"""Where rows come from: files, globs and folders of them, data sets that `datasets` saved, and the hub."""
+"""Sources of rows: files, globs and folders of them, data sets that `datasets` saved, and the hub."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ __all__ = ["Row", "rows_of"]
 # owner/name or owner/name:configuration, as in openai/gsm8k:main
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
 
-#: How files name the split that they are part of: train-00000-of-00002, gsm8k_test.
+#: Split names in file names: train-00000-of-00002, gsm8k_test.
 _SPLIT = re.compile(r"(?<![A-Za-z])(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
 
 
 def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
-    """The rows of a source, one after another.
+    """Yields the rows of a source.
 
     Args:
         source: A file, a glob, a folder, or a name of the hub.
-        split: Of a data set with several.
-        notes: Takes sentences on files that are not read.
+        split: The split of a data set with several.
+        notes: List that receives sentences on files that are not read.
 
     Raises:
-        UserError: There is no such source, it is of no kind that is read, or it cannot be read.
+        UserError: There is no such source, its kind is unknown, or it cannot be read.
     """
     path = _path(source)
     if path.is_dir():
@@ -67,7 +67,7 @@ def _nearest_file(path: Path) -> str:
 
 
 def _kind(path: Path) -> str | None:
-    """The ending that says how a file is read, or None for a file of another kind."""
+    """The ending that decides how a file is read, or None for a file of another kind."""
     endings = [ending.lower() for ending in path.suffixes]
     packed = bool(endings) and endings[-1] in PACKED
     kind = endings[-2] if packed and len(endings) > 1 else endings[-1] if endings and not packed else None
@@ -79,7 +79,7 @@ def _file(source: str, path: Path) -> Iterator[Row]:
     if kind is None:
         ending = "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED else path.suffix
         raise UserError(f"{source}: unknown kind of file '{ending}'; known: {_known()}")
-    if not path.is_file():  # a pipe would be waited for, for ever
+    if not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{source} is a pipe or a device; write its rows to a file and name that")
     return READERS[kind](path)
 
@@ -102,7 +102,7 @@ def _datasets() -> Any:
 def _parquet_rows(path: Path) -> Iterator[Row]:
     datasets = _datasets()
     try:
-        # Streaming reads the file where it lies; otherwise `datasets` would first copy it into its cache.
+        # Streaming reads the file in place; otherwise `datasets` would first copy it into its cache.
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         yield from _of_arrow(str(path), rows)
     except UserError:
@@ -116,7 +116,7 @@ def _of_arrow(where: str, rows: Iterable[Any]) -> Iterator[Row]:
         yield f"{where}, row {number}", {name: without_nulls(value) for name, value in row.items()}
 
 
-#: How the rows of a file are read, by the ending of its name in small letters.
+#: Readers of files, by the ending of the name in small letters.
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".jsonl": json_lines,
     ".ndjson": json_lines,

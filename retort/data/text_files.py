@@ -1,6 +1,6 @@
 """Rows of text files: JSON lines, a JSON list, tables of comma- or tab-separated cells; compressed or not.
 
-Parsed here and not by `datasets`: only so can a mistake be named by its line, an answer `007` stays what it is, and the
+Files are parsed here and not by `datasets`: so an error can name its line, an answer `007` stays what it is, and the
 most common kinds of file need no extra dependency and leave no copy in a cache.
 """
 
@@ -23,7 +23,7 @@ from retort.errors import UserError, quoted
 
 __all__ = ["PACKED", "Row", "json_file", "json_lines", "table"]
 
-# (where it was found, the row): "train.jsonl, line 3"
+# (name of the row for messages, the row): "train.jsonl, line 3"
 Row = tuple[str, Mapping[str, Any]]
 
 #: Endings of compressed files.
@@ -41,9 +41,9 @@ _FIRST_BYTES = {
     b"\xff\xfe": "it is UTF-16; save the file as UTF-8",
     b"\xfe\xff": "it is UTF-16; save the file as UTF-8",
 }
-#: Where a line ends that no line feed ends; every other character may be part of a cell.
+#: Ends of lines besides the line feed; every other character may be part of a cell.
 _BARE_RETURN = re.compile("(?<=\r)(?!\n|$)")
-#: Longest cell of a table: the csv module's own limit, 131,072 characters, is less than long answers have.
+#: Longest cell of a table; the csv module's own limit, 131,072 characters, is less than long responses have.
 _LONGEST_CELL = 2**30
 
 
@@ -59,7 +59,7 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _unpacked_zst(path: Path) -> bytes:
-    """All of a .zst file: a reader of its library takes a file that was cut off for a whole one."""
+    """Unpacks all of a .zst file: a reader of its library takes a truncated file for a whole one."""
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -94,10 +94,10 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 
 def json_lines(path: Path) -> Iterator[Row]:
-    """Rows of JSON lines; blank lines are none.
+    """Rows of JSON lines; blank lines are skipped.
 
     Raises:
-        UserError: A line holds no object; the line is named.
+        UserError: A line holds no object; the message names the line.
     """
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
@@ -135,7 +135,7 @@ def _refuse_one_object(path: Path, whole: bytes) -> None:
     try:
         found = json.loads(whole)
     except (ValueError, RecursionError):
-        return  # whatever is wrong with it is said of its line
+        return  # the error of its line is reported instead
     if isinstance(found, dict):
         lists = [name for name, value in cast("dict[str, Any]", found).items() if isinstance(value, list)]
         inside = f"; if its rows are in {quoted(lists[0])}, write that list alone" if lists else ""
@@ -174,11 +174,11 @@ def table(path: Path, separator: str) -> Iterator[Row]:
     """Rows of a table whose first line names the columns; every cell is text, and an empty one is null.
 
     Args:
-        path: Of the file.
-        separator: Between cells.
+        path: Path of the file.
+        separator: Character between cells.
 
     Raises:
-        UserError: A row has more or fewer cells than the header, or its quotes do not close; its line is named.
+        UserError: A row has more or fewer cells than the header, or its quotes do not close; the line is named.
     """
     csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_CELL))
     reader = csv.reader(_decoded(path), delimiter=separator, strict=True)
@@ -206,7 +206,7 @@ def table(path: Path, separator: str) -> Iterator[Row]:
 
 def _header(where: str, cells: list[str]) -> list[str]:
     header = [cell.strip() for cell in cells]
-    twice = [name for place, name in enumerate(header) if name in header[:place]]
+    twice = [name for index, name in enumerate(header) if name in header[:index]]
     if twice:
         raise UserError(f"{where}: two columns are called '{twice[0]}'; rename one")
     if len(header) == 1:

@@ -1,4 +1,4 @@
-"""One cell of a row: text as it is, numbers as text, JSON values that a chat template reads, and what is refused."""
+"""Checks of one cell of a row: text as it is, numbers as text, JSON values for chat templates, and refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["decode", "json_value", "optional", "parsed", "plain", "short", "stri
 
 
 def text(where: str, name: str, given: str) -> str:
-    """A text, which every tokenizer can take.
+    """Checks a text, which every tokenizer must be able to take.
 
     Raises:
         UserError: It holds half of a surrogate pair, which JSON can spell.
@@ -31,7 +31,7 @@ def optional(where: str, name: str, value: Any) -> str | None:
     """Text as it is; a number as text; null or blank text as None.
 
     Raises:
-        UserError: It is anything else (true, NaN, a list, an object), with what to write instead.
+        UserError: It is anything else (true, NaN, a list, an object); the message says what to write instead.
     """
     if isinstance(value, str):
         return text(where, name, value) if value.strip() else None
@@ -64,12 +64,12 @@ def _instead(name: str, value: Any) -> str:
 
 
 def decode(value: Any) -> str:
-    """What to do about bytes, as the ending of a message; nothing for whatever else."""
+    """Advice about bytes, as the ending of a message; empty for other values."""
     return ": make text of it with .decode()" if isinstance(value, bytes | bytearray) else ""
 
 
 def plain(value: Any) -> Any:
-    """A cell as JSON's types, at any depth: arrays become lists, numbers of numpy numbers, and dates their ISO text."""
+    """A cell as JSON's types, at any depth: arrays become lists, numpy's numbers Python's, and dates their ISO text."""
     if isinstance(value, str) or value is None:
         return value
     if isinstance(value, date) and value == value:  # also a date with a time, but not pandas' NaT
@@ -83,7 +83,7 @@ def plain(value: Any) -> Any:
 
 
 def _as_written(numbers: Any, given: Any) -> Any:
-    """Numbers of numpy as it writes them: of a float32 that is 0.1, Python's float would be 0.10000000149011612."""
+    """Numpy's numbers as numpy prints them: for a float32 that is 0.1, Python's would be 0.10000000149011612."""
     narrow = getattr(getattr(given, "dtype", None), "kind", "") == "f" and given.dtype.itemsize < 8
     if narrow and given.ndim:
         return [_as_written(own, cell) for own, cell in zip(numbers, given, strict=True)]
@@ -91,7 +91,7 @@ def _as_written(numbers: Any, given: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """A cell of an Arrow table without the nulls in its structures: Arrow gives every one the keys of all of them."""
+    """A cell of an Arrow table without the nulls in its structures: Arrow gives each the keys of all of them."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -101,7 +101,7 @@ def json_value(where: str, name: str, value: Any) -> Any:
     """A value that JSON can spell, as it is.
 
     Raises:
-        UserError: It cannot, or it holds half a character.
+        UserError: JSON cannot spell it, or it holds half a character.
     """
     try:
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
@@ -117,10 +117,10 @@ class TwiceError(ValueError):
 
 
 def strict_json(spelt: str) -> Any:
-    """What JSON text spells.
+    """Parses JSON text.
 
     Raises:
-        TwiceError: A key stands twice in one object: which of its values is meant cannot be known.
+        TwiceError: A key occurs twice in one object, so which of its values is meant is not known.
         ValueError: It is no JSON.
         RecursionError: It is nested too deeply.
     """
@@ -137,7 +137,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parsed(where: str, name: str, value: Any) -> Any:
-    """A list or object that may be written as JSON text.
+    """A list or object that may be given as JSON text.
 
     Raises:
         UserError: It is text, but not JSON.

@@ -8,13 +8,13 @@ from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_
 from retort.divergences.likelihood import negative_log_likelihood
 from retort.divergences.sampled import k1, k2, k3
 from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
-from retort.divergences.support import Tail, Weighting, Whose, topk_jsd, topk_kl, topk_score
+from retort.divergences.support import SupportChoice, Tail, Weighting, topk_jsd, topk_kl, topk_score
 
 __all__ = [
     "Support",
+    "SupportChoice",
     "Tail",
     "Weighting",
-    "Whose",
     "ab_values",
     "akl",
     "alpha_beta",

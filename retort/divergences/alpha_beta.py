@@ -1,4 +1,4 @@
-"""The alpha-beta divergence of ABKD, with the limits that its formula leaves open. Axis letters: `retort.core`."""
+"""The alpha-beta divergence of ABKD, with the limits of its formula. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from retort.core.context import Context
 from retort.core.needs import DENSE
 from retort.core.parts import Divergence
 
-#: Exponents (and their sum) below this are taken for 0: the formula divides by them, and the limit is this close to it.
+#: Exponents (and their sum) below this count as 0: the formula divides by them, and the limit is this close to it.
 _ZERO = 1e-6
-#: Exponents (and their sum) below this are computed in float64: the formula cancels.
+#: Exponents (and their sum) below this are computed in float64, because the formula suffers from cancellation.
 _SMALL = 0.1
 
 
 def ab_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, alpha: float, beta: float) -> Tensor:
-    r"""The divergence per row of log-probs [N, V] -> [N].
+    r"""The divergence of each row of log-probs [N, V] -> [N].
 
     .. math:: -\frac{1}{\alpha\beta} \sum_v p_T^\alpha p_S^\beta - \frac{\alpha}{\alpha+\beta} p_T^{\alpha+\beta}
               - \frac{\beta}{\alpha+\beta} p_S^{\alpha+\beta}
@@ -34,10 +34,10 @@ def ab_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, alpha: float, be
     kind = student_logp_NV.dtype
     if min(abs(alpha), abs(beta), abs(alpha + beta)) < _SMALL:
         teacher_logp_NV, student_logp_NV = teacher_logp_NV.double(), student_logp_NV.double()
-    # An id that both rule out is no disagreement; its logarithms would only make NaN of 0 * inf.
+    # An id that both rule out is no disagreement; its logarithms would give NaN from 0 * inf.
     no_t_NV, no_s_NV = (logp_NV == -torch.inf for logp_NV in (teacher_logp_NV, student_logp_NV))
-    # What one of them rules out is finite only where its exponent and the sum are positive; else the formula would
-    # subtract infinities.
+    # The term of an id that one side rules out is finite only where its exponent and the sum are positive; else the
+    # formula would subtract infinities.
     infinite_NV = torch.zeros_like(no_t_NV)
     if min(alpha, alpha + beta) < _ZERO:
         infinite_NV = infinite_NV | (no_t_NV & ~no_s_NV)
@@ -77,9 +77,9 @@ def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Divergence:
     """The alpha-beta divergence (ABKD, arXiv 2505.04560): (1, 0) is forward KL, (0, 1) reverse KL.
 
     Args:
-        alpha: Exponent of the teacher's probabilities; larger listens to where the teacher is sure.
-        beta: Exponent of the student's. Where an exponent or their sum is not positive, an id that one side rules out
-            makes the divergence infinite.
+        alpha: Exponent of the teacher's probabilities; a larger one weighs ids of which the teacher is sure.
+        beta: Exponent of the student's probabilities. Where an exponent or their sum is not positive, an id that one
+            side rules out makes the divergence infinite.
     """
 
     def value(context: Context, view: str) -> Tensor:

@@ -1,15 +1,15 @@
-r"""Divergences whose every entry, one per token and id, is cut off from above. Axis letters: see `retort.core`.
+r"""Divergences whose entries, one per token and id, are clipped from above. Axis letters: see `retort.core`.
 
-OPSD (arXiv 2601.18734, its released code since March 2026) caps what an id may add to the divergence of a token, so
-that a few tokens of style do not make up the loss. What is left is no divergence any more. With U the ids that are not
-cut off, the forward one has the gradient
+OPSD (arXiv 2601.18734, its released code since March 2026) caps the contribution of an id to the divergence of a
+token, so that a few tokens of style do not make up the loss. The result is no longer a divergence. With U the ids that
+are not clipped, the forward one has the gradient
 
 .. math:: \frac{\partial \ell}{\partial z_v} = p_S(v) \sum_{u \in U} p_T(u) - p_T(v)\,[v \in U]
 
-so it may be negative, and an id that is cut off is not ignored but pushed *down*: just those that the teacher wants
-much more than the student. Of two ids with p_T = 0.9 and kappa = 0.05, a student at p_S = 0.86 comes to the teacher and
-one at 0.84 leaves it for good: the clip takes a teacher for granted that is near, such as the student itself. The share
-of the teacher's probability that is cut off is worth watching: `clipped_mass`.
+so it may be negative, and a clipped id is not ignored but pushed *down*: just those ids that the teacher wants much
+more than the student. Of two ids with p_T = 0.9 and kappa = 0.05, a student at p_S = 0.86 moves to the teacher and one
+at 0.84 leaves it for good. The clip presumes a teacher that is near, such as the student itself. Watch `clipped_mass`,
+the share of the teacher's probability that is clipped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from retort.errors import UserError
 
 
 def _entries(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
-    """What each id adds to KL(P || Q), nats, [N, V]: 0 where P rules it out, infinity where only Q does."""
+    """The contribution of each id to KL(P || Q), nats, [N, V]: 0 where P rules it out, infinity where only Q does."""
     possible_NV, banned_NV = p_logp_NV > -math.inf, q_logp_NV == -math.inf
     p_NV = p_logp_NV.masked_fill(~possible_NV, 0.0)
     q_NV = q_logp_NV.masked_fill(~possible_NV | banned_NV, 0.0)
@@ -39,7 +39,7 @@ def _entries(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
 
 
 def _of_both(teacher_NV: Tensor, student_NV: Tensor, w: float) -> Tensor:
-    """What each id adds to the generalised Jensen-Shannon divergence, and at its ends to the two KLs, nats, [N, V]."""
+    """Each id's part of the generalised Jensen-Shannon divergence, and at its ends of the two KLs, nats, [N, V]."""
     if w == 0.0:
         return _entries(teacher_NV, student_NV)
     if w == 1.0:
@@ -54,9 +54,9 @@ def clipped_values(
     """The clipped divergence per row, nats, of log-probs [N, V] -> [N]; differentiable. The definition.
 
     Args:
-        teacher_logp_NV: The teacher's.
-        student_logp_NV: The student's.
-        clip: kappa, nats: no entry counts for more.
+        teacher_logp_NV: The teacher's log-probs, nats.
+        student_logp_NV: The student's log-probs, nats.
+        clip: kappa, nats, the largest entry.
         teacher_weight: w of the generalised Jensen-Shannon divergence; 0 is the forward KL, 1 the reverse one.
     """
     entry_NV = _of_both(teacher_logp_NV, student_logp_NV, teacher_weight)
@@ -64,13 +64,13 @@ def clipped_values(
 
 
 def clipped(clip: float | None = 0.05, teacher_weight: float = 0.0, support: Support | None = None) -> Divergence:
-    r"""A divergence with its entries cut off from above: :math:`\sum_v \min(d_v, \kappa)`, nats. See this module.
+    r"""A divergence with its entries clipped from above: :math:`\sum_v \min(d_v, \kappa)`, nats. See this module.
 
     Args:
-        clip: kappa. None for no clip: then it is the plain forward KL, Jensen-Shannon divergence or reverse KL.
+        clip: kappa, nats. None for no clip: then it is the plain forward KL, Jensen-Shannon divergence or reverse KL.
         teacher_weight: w of the generalised Jensen-Shannon divergence, on the teacher. 0 is the forward KL, where
-            :math:`d_v = p_T(v) \log(p_T(v)/p_S(v))`, and 1 the reverse one: they are taken at the ends, and are not
-            the limits there, which are 0.
+                :math:`d_v = p_T(v) \log(p_T(v)/p_S(v))`, and 1 the reverse one. These ends are the two KLs; the limits
+                there would be 0.
         support: None for the whole vocabulary, or `teacher_top(k)`, both sides renormalised on it.
 
     Raises:
@@ -100,7 +100,7 @@ def clipped(clip: float | None = 0.05, teacher_weight: float = 0.0, support: Sup
 
 
 def clipped_mass(clip: float | None = 0.05, teacher_weight: float = 0.0, support: Support | None = None) -> Quantity:
-    """Share of the teacher's probability on ids whose entry is cut off, between 0 and 1.
+    """Share of the teacher's probability on ids whose entry is clipped, between 0 and 1.
 
     Args:
         clip: As in `clipped`; None clips nothing.
@@ -129,7 +129,7 @@ def clipped_mass(clip: float | None = 0.05, teacher_weight: float = 0.0, support
 
 
 def _cut(student: Distribution, teacher: Distribution, clip: float, w: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Entries cut off at `clip`, their derivatives by the student's log-prob, and where they are cut off, [C, V]."""
+    """Entries clipped at `clip`, their derivatives by the student's log-prob, and where they are clipped, [C, V]."""
     t_CV, s_CV = teacher.logp_CV, student.logp_CV
     if w == 0.0:
         value_CV, slope_CV = teacher.p_CV * (t_CV - s_CV), -teacher.p_CV
@@ -147,13 +147,13 @@ def _cut(student: Distribution, teacher: Distribution, clip: float, w: float) ->
 
 
 def _with_banned(value_CV: Tensor, slope_CV: Tensor, t_CV: Tensor, s_CV: Tensor, w: float) -> tuple[Tensor, Tensor]:
-    """The same where somebody rules an id out (-inf); what is not a distribution at all stays NaN."""
+    """The same where a side rules an id out (-inf); a row that is no distribution stays NaN."""
     no_t_CV, no_s_CV = t_CV == -math.inf, s_CV == -math.inf
     if w == 0.0 or w == 1.0:
         nothing_CV, infinite_CV = (no_t_CV, no_s_CV) if w == 0.0 else (no_s_CV, no_t_CV)
         value_CV = value_CV.masked_fill(infinite_CV, math.inf).masked_fill(nothing_CV, 0.0)
         return value_CV, slope_CV.masked_fill(infinite_CV | nothing_CV, 0.0)
-    # One rules it out: the other's logarithm to the mixture is minus that of its own share.
+    # One side rules it out: the other's logarithm to the mixture is minus that of its own weight.
     value_CV = torch.where(no_t_CV, slope_CV, value_CV)
     value_CV = torch.where(no_s_CV, w * t_CV.exp() * -math.log(w), value_CV)
     return value_CV.masked_fill(no_t_CV & no_s_CV, 0.0), slope_CV.masked_fill(no_s_CV, 0.0)

@@ -1,4 +1,4 @@
-"""Divergences with a guard: a cap on another one, and a hinge against a wrong example. Axis letters: `retort.core`."""
+"""Divergences with a guard: a cap, and a hinge against a wrong example. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from retort.errors import UserError
 
 
 def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Divergence:
-    r""":math:`\min(D_t, c)`; at c and above there is no gradient.
+    r""":math:`\min(D_t, c)`; where D is at c or above, the gradient is 0.
 
     Args:
-        divergence: D, summed over the vocabulary; the cap is on that sum.
-        cap: c, nats; infinity leaves all as it is. With `quantile`, which quantile of D over the batch is c; it is
-            stored as `cap`.
+        divergence: D, summed over the vocabulary; the cap applies to that sum.
+        cap: c, nats; infinity changes nothing. With `quantile`, c is this quantile of D over the batch, and is stored
+            as `cap`.
         quantile: See `cap`.
 
     Raises:
-        UserError: A cap that is not positive, or no quantile.
+        UserError: The cap is not positive, or is no quantile.
     """
     if not cap > 0 or (quantile and cap > 1):
         raise UserError(f"capped: the cap must be positive, and at most 1 as a quantile; it is {cap}")
@@ -43,12 +43,12 @@ def capped(divergence: Divergence, cap: float, *, quantile: bool = False) -> Div
 
 
 def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergence:
-    r"""Nearer to the teacher with the right example than to the one with the wrong one, by a margin, nats.
+    r"""A hinge, nats: the student shall be nearer to the teacher with the right example than to the wrong one.
 
     .. math:: \max(0,\ m + |\log p_S - \log p_T| - |\log p_S - \log p_W|)
 
-    on the token written; one that a teacher rules out counts as 100 nats below the student's. UniSD, arXiv 2605.06597.
-    Not 0 at :math:`p_S = p_T` unless the wrong one is m away.
+    at the sampled token; one that a teacher rules out counts as 100 nats below the student's. UniSD, arXiv 2605.06597.
+    It is not 0 at :math:`p_S = p_T` unless the wrong one is m away.
 
     Args:
         margin: m, nats.

@@ -18,7 +18,7 @@ def jsd_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, teacher_weight:
 
     .. math:: w\,KL(p_T \Vert M) + (1-w)\,KL(p_S \Vert M), \quad M = w\,p_T + (1-w)\,p_S
 
-    The definition. Always finite: an id that both rule out contributes 0.
+    This is the definition. It is always finite: an id that both rule out contributes 0.
     """
     if not 0.0 < teacher_weight < 1.0:
         raise UserError(
@@ -34,11 +34,11 @@ def jsd_values(teacher_logp_NV: Tensor, student_logp_NV: Tensor, teacher_weight:
 def jsd(teacher_weight: float = 0.5) -> Divergence:
     """Jensen-Shannon divergence with weight `teacher_weight` (0 < w < 1) on the teacher in the mixture.
 
-    The weight is on the *teacher* (GKD, TRL); some systems put it on the student, which is this with 1 - w.
-    As w -> 0 it vanishes like w * forward_kl, as w -> 1 like (1 - w) * reverse_kl: the ends are other divergences.
+    The weight is on the *teacher* (GKD, TRL); some systems put it on the student, which is this with 1 - w. As w -> 0
+    it vanishes like w * forward_kl, as w -> 1 like (1 - w) * reverse_kl: the ends are other divergences.
     """
     if not 0.0 < teacher_weight < 1.0:
-        jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises, with the reason
+        jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises the error, with the reason
 
     def value(context: Context, view: str) -> Tensor:
         return context.student.jsd(context.signal(view).distribution, teacher_weight)

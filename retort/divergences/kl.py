@@ -1,4 +1,9 @@
-"""Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.core`."""
+"""Kullback-Leibler divergences, exact or on the teacher's top-k. Axis letters: see `retort.core`.
+
+The exact ones only forward to `Distribution.reverse_kl` and `Distribution.forward_kl` in `retort/core/distribution.py`:
+the closed forms and their gradients are there. `retort.kernels` computes the same numbers on a GPU. `kl_values` below
+is the definition, on log-probs, that the tests hold them to.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class Support:
-    """Which ids a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
+    """The ids that a divergence sums over: the whole vocabulary (`top` is None), or the teacher's `top` most likely."""
 
     top: int | None = None
 
@@ -36,9 +41,9 @@ def teacher_top(k: int) -> Support:
 def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
     """KL(P || Q) per row, nats, of log-probs [N, V] -> [N]; differentiable in both. The definition.
 
-    An id that P rules out (-inf) contributes exactly 0, whatever Q says. An id that only Q rules out makes the
-    divergence infinite, and infinity is what comes back, never NaN, even where P's probability underflows.
-    Q need not sum to one over the ids given (a support).
+    An id that P rules out (-inf) contributes exactly 0, whatever Q is. An id that only Q rules out makes the divergence
+    infinite, and the result is infinity, never NaN, even where P's probability underflows. Q need not sum to one over
+    the ids given (a support).
     """
     possible_NV = p_logp_NV > -math.inf
     # Replaced before the product on both sides: -inf * 0 would be NaN in the value and, worse, in the gradient, where

@@ -1,4 +1,4 @@
-"""Learning from what was written, whoever wrote it. Axis letters: see `retort.core`."""
+"""The likelihood of the decided tokens, from any source. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from retort.core.parts import Divergence
 
 
 def negative_log_likelihood() -> Divergence:
-    r"""The loss of supervised fine-tuning, :math:`-\log p_S(y_t)`, nats; it asks nothing of a teacher.
+    r"""The loss of supervised fine-tuning, :math:`-\log p_S(y_t)`, nats; it needs nothing of a teacher.
 
     On tokens drawn from the teacher its gradient is, in expectation, that of the forward KL. On the student's own
     tokens its expected gradient is zero.

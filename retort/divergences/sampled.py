@@ -1,8 +1,8 @@
-"""Estimators of the divergence from the written token alone. Axis letters: see `retort.core`.
+"""Estimators of the divergence from the sampled token alone. Axis letters: see `retort.core`.
 
 With d = log p_S(y) - log p_T(y) for y drawn from the student, k1 = d, k2 = d^2 / 2 and k3 = exp(-d) - 1 + d. As
-*values* all three estimate the reverse KL (k2 with a bias). What they descend when back-propagated is another matter,
-and each docstring says it.
+*values* all three estimate the reverse KL (k2 with a bias). Their gradients differ, and each docstring names the
+divergence that its gradient descends.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _gap(context: Context, view: str) -> Tensor:
 
 
 def k1() -> Divergence:
-    """The log-ratio d itself. Only as a (detached) reward: see `not_pathwise`."""
+    """The log-ratio d itself. Use it only as a (detached) reward: see `not_pathwise`."""
     return Divergence(
         "k1",
         _gap,

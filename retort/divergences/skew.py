@@ -34,7 +34,7 @@ def skew_reverse_kl(skew: float = 0.1) -> Divergence:
 
     Args:
         skew: a, 0 <= a < 1. At 0 it is the reverse KL; towards 1 it vanishes. Never above -ln a, and finite where the
-            teacher rules out what the student may write.
+            teacher rules out a token that the student may generate.
     """
     _check("skew_reverse_kl", skew)
     if skew == 0.0:

@@ -1,1 +1,1 @@
-"""Environments: who answers to what a model wrote, turn by turn."""
+"""Environments, which reply to the turns of a model."""

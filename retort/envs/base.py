@@ -1,7 +1,7 @@
-"""What an environment is, and the one of a prompt that nobody answers.
+"""The protocol of environments, and the environment of a single-turn prompt.
 
-An environment plays an episode for every rollout of a visit to a prompt: the student writes a turn, the environment
-replies, until it says that this is the end. `tests/contracts/test_environment.py` is what each has to pass.
+An environment plays an episode for every rollout of a visit to a prompt: the student generates a turn, the environment
+replies, until it ends the episode. Every environment has to pass `tests/contracts/test_environment.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from retort.core.rollouts import Message, Prompt, Status
 
 @dataclass(frozen=True)
 class Reply:
-    """What an environment answers to one turn.
+    """The environment's reply to one turn.
 
     Attributes:
-        messages: What it says before the student's next turn; at least one, unless the episode is over. What it says
-            last, when nobody answers any more, is read by nobody.
+        messages: Messages before the student's next turn; at least one, unless the episode is over. The messages of a
+            last reply are not read.
         over: Whether the episode ends here.
-        reward: What the turn earned; an episode's reward is their sum. None where the environment grades nothing.
-        status: Of an episode that is over.
+        reward: Reward of the turn; an episode's reward is their sum. None where the environment grades nothing.
+        status: Status of an episode that is over.
 
     Raises:
-        ValueError: Nothing is said, and it goes on; or the reward is no finite number.
+        ValueError: There are no messages and the episode goes on; or the reward is no finite number.
     """
 
     messages: tuple[Message, ...] = ()
@@ -42,43 +42,43 @@ class Reply:
 
 
 class Episode(Protocol):
-    """One play, for one rollout."""
+    """One episode, for one rollout."""
 
     @property
     def prompt(self) -> Prompt:
-        """What the student reads first, and teachers with it: the prompt it was begun with, or one made from that.
+        """The prompt that student and teachers read first: the one that the episode began with, or one made from it.
 
-        Its `id` is that of the prompt it was begun with.
+        Its `id` is that of the prompt that the episode began with.
         """
         ...
 
     def reply(self, text: str) -> Reply:
-        """Takes the student's next turn, without control tokens. Not asked again after it said that it is over."""
+        """Takes the student's next turn, without control tokens. Not called again once the episode is over."""
         ...
 
     def close(self) -> None:
-        """Gives back what the episode holds. Called once for each that was begun, however it went."""
+        """Releases the episode's resources. Called once for each episode, however it ended."""
         ...
 
 
 class Environment(Protocol):
-    """Who plays."""
+    """An environment, which plays episodes."""
 
     def begin_group(self, prompt: Prompt, members: Sequence[int]) -> Sequence[Episode]:
         """Begins an episode for every rollout of one visit to a prompt.
 
-        What it begins with, and what it does, follows from the prompt, the member and what is written; a run that is
-        repeated goes the same way.
+        The first prompt and all replies follow from the prompt, the member and the generated text, so that a repeated
+        run goes the same way.
 
         Args:
-            prompt: A row of the data: what the task is.
-            members: Which of the samples of the prompt are played; an episode for each, in this order.
+            prompt: A row of the data: the task.
+            members: The samples of the prompt that are played; one episode each, in this order.
         """
         ...
 
 
 class SingleTurn:
-    """The environment of a prompt that is answered once: every episode is over after its first turn."""
+    """The environment of single-turn prompts: every episode is over after its first turn."""
 
     def begin_group(self, prompt: Prompt, members: Sequence[int]) -> Sequence[Episode]:
         """See `Environment`."""

@@ -1,4 +1,4 @@
-"""How a disagreement becomes a gradient."""
+"""Estimators: how a divergence or an advantage becomes a gradient."""
 
 from retort.estimators.base import Estimator
 from retort.estimators.baselines import reverse_kl_value

@@ -1,4 +1,4 @@
-"""What an estimator is: a way from a disagreement to a gradient. Axis letters: see `retort.core`."""
+"""The protocol of estimators, which turn a disagreement into a gradient. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from retort.core.parts import Part
 
 
 class Estimator(Protocol):
-    """How a term's disagreement is differentiated. Implementations are frozen values."""
+    """Differentiates a term's disagreement. Implementations are frozen values."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that it evaluates."""
+        """All parts that it evaluates."""
         ...
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks of the teacher."""
+        """Its needs of the teacher."""
         ...
 
     @property
     def stored(self) -> Mapping[str, Part]:
-        """Values, by name, that must be taken before the first update on a batch."""
+        """Parts, by name, whose values must be taken before the first update on a batch."""
         ...
 
     @property
@@ -41,9 +41,9 @@ class Estimator(Protocol):
         ...
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Value, differentiable in the student, and weight of each step, [N] each; without a weight all count 1."""
+        """Returns value, differentiable in the student, and weight of each step, [N] each; no weight counts as 1."""
         ...
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
-        """What else is worth seeing of each token, [N] each, by name."""
+        """Further numbers of each token for the record, [N] each, by name."""
         ...

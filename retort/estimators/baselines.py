@@ -19,8 +19,8 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
 
     Args:
         top_k: None for the whole vocabulary (Eqs. 9-10). Otherwise both sides are renormalised on the student's `top_k`
-            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the token written. The teacher
-            is then asked about those ids only.
+            most likely ids (Eqs. 14-15): still unbiased, because it does not depend on the sampled token. The teacher
+            then scores those ids only.
 
     Raises:
         UserError: Fewer than 1 id. (On 1 id, renormalised, the value is 0 everywhere.)

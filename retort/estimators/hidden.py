@@ -1,4 +1,4 @@
-"""Hidden states: differentiate their distance to the teacher's. Axis letters: see `retort.core`."""
+"""Estimator that differentiates the distance of hidden states to the teacher's. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class MatchHidden:
-    """Compares last hidden states at the same steps. Made by `match_hidden`.
+    """Compares last hidden states at the same steps; `match_hidden` makes it.
 
-    It looks at no logits, so it is no work for the loss core: it is evaluated by plain autograd on the [N, D] tensors
-    of a micro-batch.
+    It reads no logits, so the loss core has no part in it: it is evaluated by plain autograd on the [N, D] tensors of a
+    micro-batch.
     """
 
     distance: Distance
@@ -31,12 +31,12 @@ class MatchHidden:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that it evaluates."""
+        """All parts that it evaluates."""
         return (self.part,)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks of the teacher."""
+        """Its needs of the teacher."""
         return self.part.needs
 
     @property
@@ -46,19 +46,19 @@ class MatchHidden:
 
     @property
     def uses_old_logp(self) -> bool:
-        """It differentiates the live student only."""
+        """False: it differentiates the live student only."""
         return False
 
     @property
     def reads_hidden(self) -> bool:
-        """It reads nothing else."""
+        """True: it reads nothing else."""
         return True
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The distance at each step, [N], differentiable in the student's states, and a weight of 1.
+        """Returns the distance at each step, [N], differentiable in the student's states, and a weight of 1.
 
         Raises:
-            SignalError: States of another width: only models of one family have any business with each other's.
+            SignalError: The states have different widths; only models of one family can be compared.
         """
         rows = context.signal(view)
         assert context.student_hidden_ND is not None
@@ -72,7 +72,7 @@ class MatchHidden:
         return value_N, torch.ones_like(value_N.detach())
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
-        """What else is worth seeing of each token: nothing, its value says it all."""
+        """Further numbers of each token for the record: none, since its value says it all."""
         return {}
 
 
@@ -88,10 +88,10 @@ def mean_square(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
 def match_hidden(distance: Distance = mean_square) -> MatchHidden:
     """The estimator that differentiates a distance of last hidden states (after the final norm, before the head).
 
-    It costs one tensor [n, D] in fp32 of the steps of a micro-batch, and its gradient; the teacher's states [N, D] of
-    the whole batch are kept, as they are for a whole distribution. A term with it has no weight.
+    It costs one tensor [n, D] in fp32 for the steps of a micro-batch, and its gradient. The teacher's states [N, D] of
+    the whole batch are kept, as for a whole distribution. A term with it has no weight.
 
     Args:
-        distance: Per step, from states in fp32 or float64.
+        distance: Distance per step, from states in fp32 or float64.
     """
     return MatchHidden(distance)

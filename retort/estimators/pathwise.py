@@ -1,4 +1,4 @@
-"""Pathwise: differentiate the divergence itself."""
+"""Pathwise estimator: differentiates the divergence itself."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class Pathwise:
-    """Back-propagates a divergence. Made by `pathwise`."""
+    """Back-propagates a divergence; `pathwise` makes it."""
 
     divergence: Divergence
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that it evaluates."""
+        """All parts that it evaluates."""
         return (self.divergence,)
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks of the teacher."""
+        """Its needs of the teacher."""
         return self.divergence.needs
 
     @property
@@ -37,23 +37,23 @@ class Pathwise:
 
     @property
     def uses_old_logp(self) -> bool:
-        """It differentiates the live student only."""
+        """False: it differentiates the live student only."""
         return False
 
     @property
     def reads_hidden(self) -> bool:
-        """It reads logits."""
+        """False: it reads logits."""
         return False
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Value and weight at each step; 0 where the weight is 0, so that infinity behind a shut gate is harmless."""
+        """Returns value and weight at each step; 0 where the weight is 0, so infinity behind a gate is harmless."""
         value_N = self.divergence.at(context, view)
         if weight_N is None:
             return value_N, torch.ones_like(context.student_logp_N.detach())
         return torch.where(weight_N == 0, torch.zeros_like(value_N), value_N), weight_N
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
-        """What else is worth seeing of each token: nothing, its value says it all."""
+        """Further numbers of each token for the record: none, since its value says it all."""
         return {}
 
 
@@ -61,7 +61,7 @@ def pathwise(divergence: Divergence) -> Pathwise:
     """The estimator that differentiates `divergence`.
 
     Raises:
-        UserError: For a divergence whose own gradient is not that of any divergence (k1), with the reason.
+        UserError: The divergence's own gradient is not that of any divergence (k1); the message gives the reason.
     """
     if divergence.not_pathwise is not None:
         raise UserError(f"pathwise({divergence.name}) is refused: {divergence.not_pathwise}")

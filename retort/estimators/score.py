@@ -1,4 +1,4 @@
-"""Score function: a policy gradient on the token that was written."""
+"""Score-function estimator: a policy gradient on the sampled token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from retort.errors import UserError
 
 @dataclass(frozen=True)
 class ScoreFunction:
-    """Policy gradient with an optional baseline, importance ratio and PPO clip. Made by `score_function`."""
+    """Policy gradient with an optional baseline, importance ratio and PPO clip; `score_function` makes it."""
 
     advantage: Advantage
     baseline: Baseline | None
@@ -25,28 +25,28 @@ class ScoreFunction:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All that it evaluates."""
+        """All parts that it evaluates."""
         return (self.advantage, *([self.baseline] if self.baseline else []))
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What it asks of the teacher."""
+        """Its needs of the teacher."""
         return frozenset[Need]().union(*(part.needs for part in self.parts))
 
     @property
     def stored(self) -> Mapping[str, Part]:
-        """Values that must be taken before the first update on a batch."""
+        """Parts, by name, whose values must be taken before the first update on a batch."""
         return {"baseline": self.baseline} if self.baseline else {}
 
     @property
     def uses_old_logp(self) -> bool:
-        """Advantage and ratio are taken against the student before the first update."""
+        """Whether it compares with the student before the first update: advantage and ratio do."""
         return True
 
     def advantage_N(self, context: Context, view: str, term: str) -> Tensor:
         """Advantage minus baseline, nats, detached."""
         advantage_N = self.advantage.at(context, view)
-        if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is no number
+        if self.baseline is not None and self.baseline_coef != 0:  # an infinite baseline times 0 is NaN
             baseline_N = context.steps.stored.get(f"{term}.baseline")
             if baseline_N is None:
                 baseline_N = self.baseline.at(context, view)
@@ -60,19 +60,19 @@ class ScoreFunction:
 
     @property
     def reads_hidden(self) -> bool:
-        """It reads logits."""
+        """False: it reads logits."""
         return False
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The clipped surrogate at each step, and the size of its weight.
+        """Returns the clipped surrogate at each step, and the size of its weight.
 
         The weight multiplies the advantage *before* the clip: a negative weight flips the sign of the advantage, and so
-        which side of the clip binds. Only then does the weight's size scale the result.
+        the side of the clip that binds. Only then does the weight's size scale the result.
         """
         weight_N = torch.ones_like(context.student_logp_N.detach()) if weight_N is None else weight_N
         advantage_N = self.advantage_N(context, view, term)
         advantage_N = torch.where(weight_N < 0, -advantage_N, advantage_N)
-        # Zeroed before the product, not after: an infinite advantage behind a shut gate would leave a NaN gradient.
+        # Zeroed before the product: an infinite advantage behind a closed gate would leave a NaN gradient.
         advantage_N = torch.where(weight_N == 0, torch.zeros_like(advantage_N), advantage_N)
         ratio_N = self._ratio_N(context)
         value_N = -advantage_N * ratio_N
@@ -82,16 +82,16 @@ class ScoreFunction:
 
     @property
     def _bounds(self) -> tuple[float, float]:
-        """Of the ratio, where there is a clip."""
+        """Bounds of the ratio, where there is a clip."""
         low, high = self.clip if isinstance(self.clip, tuple) else (self.clip or 0.0, self.clip or 0.0)
         return 1.0 - low, 1.0 + high
 
     def shown(self, context: Context, view: str, term: str) -> dict[str, Tensor]:
-        """What else is worth seeing of each token, [N] each."""
+        """Further numbers of each token for the record, [N] each, by name."""
         return {"advantage": self.advantage_N(context, view, term)}
 
     def clipped(self, term: str) -> Quantity:
-        """Where the clip binds (1) or not (0), to watch."""
+        """A quantity to watch: 1 where the clip binds, else 0."""
 
         def value(context: Context, view: str) -> Tensor:
             ratio_N = self._ratio_N(context).detach()
@@ -120,8 +120,8 @@ def score_function(
         advantage: A_t, nats; detached.
         baseline: Subtracted from the advantage, times `baseline_coef`; detached.
         baseline_coef: 1 in the papers; 0 switches the baseline off.
-        clip: PPO's epsilon, both sides, or one for below and one for above 1: the larger of the plain and the clipped
-            loss is taken. None: no clip.
+        clip: PPO's epsilon on both sides, or one for below and one for above 1: the loss is the larger of the plain and
+            the clipped one. None: no clip.
     """
     if clip is not None and min(clip if isinstance(clip, tuple) else (clip,)) <= 0:
         raise UserError(f"clip must be positive, or none for no clip; it is {clip}")

@@ -1,4 +1,4 @@
-"""Judging models: avg@k, pass@k, entropies and divergences on held-out prompts."""
+"""Evaluating models: avg@k, pass@k, entropies and divergences on held-out prompts."""
 
 from retort.evaluate.passk import Estimate, pass_at_k
 

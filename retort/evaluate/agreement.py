@@ -1,8 +1,8 @@
-"""How well a teacher's scores of the answers to one prompt agree with their rewards.
+"""How well a teacher's scores of the completions of one prompt agree with their rewards.
 
 The measures by which multi-rollout OPD (arXiv 2605.12652) compares what a teacher may be shown. Each is None where it
 is undefined: where all rewards are equal, there is no order to get right, and 0 would be a verdict. Axis letters: M
-answers to one prompt, R rollouts of several.
+completions of one prompt, R rollouts of several.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retort.evaluate.ranks import auroc
 
-#: Reward from which on an answer is right.
+#: Smallest reward of a right completion.
 THRESHOLD = 0.5
 
 
@@ -61,17 +61,17 @@ def brier(scores_M: Tensor, right_M: Tensor) -> float:
 
 
 def _pairs(values_M: Tensor) -> Tensor:
-    """The sign of the difference of each pair of answers, once."""
+    """The sign of the difference of each pair of completions, once."""
     first, second = torch.triu_indices(len(values_M), len(values_M), 1)
     return (values_M[first] - values_M[second]).sign()
 
 
-def of_prompt(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | None]:
-    """All measures of one prompt's answers.
+def prompt_agreement(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | None]:
+    """All measures of one prompt's completions.
 
     Args:
-        scores_M: Of the teacher: the mean of its log-probs of an answer's tokens, nats.
-        rewards_M: An answer is right from `THRESHOLD` on.
+        scores_M: Of the teacher: the mean of its log-probs of a completion's tokens, nats.
+        rewards_M: [M]; a completion is right from `THRESHOLD` on.
     """
     right_M = rewards_M >= THRESHOLD
     return {
@@ -85,12 +85,12 @@ def of_prompt(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | None]:
 
 
 def by_prompt(scores_R: Tensor, rewards_R: Tensor, group_R: Tensor) -> Mapping[str, float]:
-    """The mean over prompts of each measure, of prompts with a right and a wrong answer only; empty without any.
+    """The mean over prompts of each measure, of prompts with a right and a wrong completion only; empty without any.
 
     Args:
-        scores_R: See `of_prompt`; a rollout without a finite one is left out.
+        scores_R: See `prompt_agreement`; a rollout without a finite one is left out.
         rewards_R: NaN where nobody graded.
-        group_R: Which prompt's.
+        group_R: [R], the index of the prompt.
     """
     known_R = scores_R.isfinite() & rewards_R.isfinite()
     found: dict[str, list[float]] = {}
@@ -99,7 +99,7 @@ def by_prompt(scores_R: Tensor, rewards_R: Tensor, group_R: Tensor) -> Mapping[s
         right_M = rewards_R[own_R] >= THRESHOLD
         if bool(right_M.all()) or not bool(right_M.any()):
             continue
-        for name, value in of_prompt(scores_R[own_R], rewards_R[own_R]).items():
+        for name, value in prompt_agreement(scores_R[own_R], rewards_R[own_R]).items():
             if value is not None:
                 found.setdefault(name, []).append(value)
     return {name: sum(values) / len(values) for name, values in found.items()}

@@ -1,9 +1,9 @@
-"""Judging a model on fixed prompts. Axis letters: see `retort.core`.
+"""Evaluating a model on fixed prompts. Axis letters: see `retort.core`.
 
 It draws from its own random stream, keyed by prompt and member only: the same prompts, seed and weights give the same
 answers, whenever it is done, and nothing of a run's training is moved by it. Entropies, divergences and log-probs are
-those of the models as they are, at temperature 1, whatever that of a method's loss or of the judge's sampling: so the
-tables of all methods are about the same thing.
+those of the models as they are, at temperature 1, whatever the temperature of a method's loss or of the sampling: so
+the tables of all methods are about the same thing.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from retort.config import Config
 from retort.core.context import Context
 from retort.core.needs import DENSE, can_meet
 from retort.core.per_token import Core, per_token
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import UniformStream
-from retort.evaluate.measures import range_of
+from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
@@ -33,30 +33,31 @@ from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
 from retort.rollout.record import token_row
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.view import View
 
-#: Prompts that are written and scored at once: bounds what is held in memory.
+#: Prompts that are generated for and scored at once: this bounds the memory.
 _BLOCK = 64
-#: Means over tokens or answers of what is 0 or 1.
+#: Measures that are means of zeros and ones, over tokens or completions.
 _SHARES = ("truncated", "uncertain", "student_uncertain")
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluator:
-    """How models are judged.
+    """Evaluates models on fixed prompts.
 
     Attributes:
-        prompts: Fixed.
-        verifier: Grades answers to the prompts that it can grade; of others only lengths and divergences are measured.
-        samples: k, answers per prompt.
-        seed: Of the run.
+        prompts: The held-out prompts.
+        verifier: Grades completions of the prompts that it can grade; of others only lengths and
+            divergences are measured.
+        samples: k, completions per prompt.
+        seed: The seed of the run.
         max_new_tokens, temperature, top_p: Of sampling.
-        vocab: Ids that are tokens.
+        vocab: Number of ids that are tokens.
         batch_tokens: Tokens per forward pass.
-        template_options: What chat templates are told.
+        template_options: Options passed to chat templates.
         threshold: Nats of entropy above which a model counts as uncertain.
-        recorded: Prompts whose first answer is kept token by token.
+        recorded: Number of prompts whose first completion is kept token by token.
     """
 
     prompts: Sequence[Prompt]
@@ -73,8 +74,8 @@ class Evaluator:
     recorded: int = 0
 
     @staticmethod
-    def of(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
-        """As a run's settings say."""
+    def from_config(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
+        """Builds the evaluator that a run's settings describe."""
         return Evaluator(
             prompts=prompts,
             verifier=verifier,
@@ -98,12 +99,12 @@ class Evaluator:
         teacher: Teacher | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> dict[str, Any]:
-        """One row of the before/after table.
+        """Computes one row of the before/after table.
 
         Args:
-            lm: Who is judged.
-            engine: Writes its answers.
-            teacher: Whom its answers are compared with, where it can give distributions.
+            lm: The model that is evaluated.
+            engine: Generates its completions.
+            teacher: The teacher that it is compared with, where that one can give distributions.
             progress: Called with prompts done (at first 0) and prompts in all.
 
         Returns:
@@ -112,9 +113,9 @@ class Evaluator:
             and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
-            Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first answer
-            to each of the first `recorded` prompts, token by token. And `given_up`, how many answers count as wrong
-            because their comparison with the right one found no end, where there are any.
+            Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
+            completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
+            completions that count as wrong because their comparison with the right answer did not finish, if any.
         """
         before = self._given_up()
         rewards: list[list[float]] = []
@@ -153,7 +154,7 @@ class Evaluator:
         return 0 if verifier is None else sum(here().each(lambda: verifier.given_up))
 
     def graded(self) -> dict[str, int]:
-        """How many prompts can be graded, as `graded`, where that is only a part of them."""
+        """The number of prompts that can be graded, as `graded`, where that is only a part of them."""
         count = 0 if self.verifier is None else sum(map(self.verifier.can_grade, self.prompts))
         return {"graded": count} if 0 < count < len(self.prompts) else {}
 
@@ -172,13 +173,13 @@ class Evaluator:
     def _compare(
         self, lm: LanguageModel, teacher: Teacher | None, rollouts: Sequence[Rollout]
     ) -> tuple[dict[str, Tensor], Pack]:
-        """Entropies, divergences and log-probs at every token of the answers, [N] each, on the CPU."""
+        """Entropies, divergences and log-probs at every token of the completions, [N] each, on the CPU."""
         pack, share = Pack.of(list(rollouts)), Share.of(in_groups(rollouts), here())
         asked = in_groups(rollouts)[share.groups]
         own = Pack.of([rollout for group in asked for rollout in group])
         signals = {}
         if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.score(asked, Ask(View(), frozenset({DENSE})))}
+            signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({DENSE})))}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.sequence for r in own.rollouts], self.batch_tokens)
@@ -192,7 +193,7 @@ class Evaluator:
     def _tally_values(
         self, tallies: dict[str, tuple[list[float], list[float]]], values: Mapping[str, Tensor], pack: Pack
     ) -> None:
-        """Sums per prompt of what the table shows."""
+        """Sums the measures of the table per prompt."""
         measures = _measures(values, self.threshold)
         for group in range(int(pack.group_R.max()) + 1):
             inside_N = pack.steps.group_N == group
@@ -203,7 +204,7 @@ class Evaluator:
     def _recorded(
         self, lm: LanguageModel, pack: Pack, index: int, values: Mapping[str, Tensor], reward: float | None
     ) -> dict[str, Any]:
-        """One answer, token by token, in the form of the lines of `rollouts.jsonl`."""
+        """One completion, token by token, in the form of the lines of `rollouts.jsonl`."""
         named = {**values}
         if "teacher_entropy" in named:
             named["gate"] = (named["teacher_entropy"] > self.threshold).float()
@@ -218,13 +219,13 @@ class Evaluator:
             right = [sum(reward > 0.5 for reward in own) for own in rewards]
             sums, each = [sum(own) for own in rewards], [float(k)] * len(rewards)
             inside = all(0 <= reward <= 1 for own in rewards for reward in own)
-            row[f"avg@{k}"] = Estimate.of_share(sums, each) if inside else Estimate.ratio(sums, each)
-            row[f"pass@{k}"] = Estimate.of_share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
+            row[f"avg@{k}"] = Estimate.share(sums, each) if inside else Estimate.ratio(sums, each)
+            row[f"pass@{k}"] = Estimate.share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
             ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
             row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
         for name, (sums, counts) in tallies.items():
-            found = (Estimate.of_share if name in _SHARES else Estimate.ratio)(sums, counts)
-            row[name] = None if found is None else found.within(*range_of(name))
+            found = (Estimate.share if name in _SHARES else Estimate.ratio)(sums, counts)
+            row[name] = None if found is None else found.within(*bounds(name))
         return {name: value.plain() if isinstance(value, Estimate) else value for name, value in row.items()}
 
 
@@ -244,7 +245,7 @@ def _against_teacher(context: Context) -> dict[str, Tensor]:
 
 
 def _measures(values: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
-    """What the table shows, [N] each; NaN on tokens that a measure leaves out."""
+    """The measures of the table, [N] each; NaN on tokens that a measure leaves out."""
     entropy_N = values["student_entropy"]
     found = {"student_entropy": entropy_N, "student_uncertain": (entropy_N > threshold).float()}
     if "teacher_entropy" not in values:
@@ -268,7 +269,7 @@ def _parts(parts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     for name, values in parts.items():
         inside = all(0 <= value <= 1 for value in values)
-        estimate = Estimate.of_share(values, [1.0] * len(values)) if inside else Estimate.of(values)
+        estimate = Estimate.share(values, [1.0] * len(values)) if inside else Estimate.mean(values)
         assert estimate is not None  # a part is there because a sample had it
         row[f"reward/{name}"] = estimate.plain()
     return row

@@ -1,4 +1,4 @@
-"""What the measures of a before/after table are called, in words, wherever that table is shown."""
+"""Labels and units of the measures in a before/after table."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-__all__ = ["MEASURES", "Measure", "measure", "ordered", "range_of"]
+__all__ = ["MEASURES", "Measure", "bounds", "measure", "ordered"]
 
 
 class Measure(NamedTuple):
-    """A measure for people.
+    """The label, unit and kind of a measure.
 
     Attributes:
         words: Its name.
@@ -26,7 +26,7 @@ class Measure(NamedTuple):
 #: By their names in `eval.json`, in the order in which they are shown.
 MEASURES: Mapping[str, Measure] = {
     "length": Measure("length", "tokens"),
-    "truncated": Measure("answers cut at the limit", "", "share"),
+    "truncated": Measure("completions cut at the limit", "", "share"),
     "student_entropy": Measure("own entropy", "nats"),
     "student_uncertain": Measure("tokens where it is itself uncertain", "", "share"),
     "uncertain": Measure("tokens where the teacher is uncertain", "", "share"),
@@ -39,24 +39,24 @@ _PART = "reward/"
 
 
 def measure(name: str) -> Measure:
-    """Of any measure: `avg@k` and `pass@k` keep their names, and a verifier's own have the verifier's."""
+    """The label of any measure; `avg@k`, `pass@k` and a verifier's own measures keep their names."""
     if name.startswith(("avg@", "pass@")):
         return Measure(name, "", "share")
     return MEASURES.get(name, Measure(name.removeprefix(_PART)))
 
 
-def range_of(name: str) -> tuple[float, float]:
-    """The least and the most that a measure can be; what only its verifier knows has no ends."""
+def bounds(name: str) -> tuple[float, float]:
+    """The smallest and largest possible value of a measure; infinite where only its verifier knows them."""
     if name.startswith("pass@") or (name in MEASURES and MEASURES[name].kind == "share"):
         return 0.0, 1.0
     return (0.0 if name in MEASURES else -math.inf), math.inf
 
 
 def ordered(names: Sequence[str]) -> list[str]:
-    """Right answers first, then what the verifier measures besides, then in the order of `MEASURES`, then the rest."""
-    place = {name: index for index, name in enumerate(MEASURES)}
+    """Sorts measures: accuracies, the verifier's own, the order of `MEASURES`, then the rest."""
+    order = {name: index for index, name in enumerate(MEASURES)}
 
     def rank(name: str) -> int:
-        return -2 if "@" in name else -1 if name.startswith(_PART) else place.get(name, len(place))
+        return -2 if "@" in name else -1 if name.startswith(_PART) else order.get(name, len(order))
 
     return sorted(dict.fromkeys(names), key=rank)

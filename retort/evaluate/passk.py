@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95 % interval; both ends are NaN where one problem is all there is."""
+    """A mean over problems with its 95 % interval; both ends are NaN with a single problem."""
 
     value: float
     low: float
@@ -28,12 +28,12 @@ class Estimate:
         return Estimate(self.value, low, high)
 
     @staticmethod
-    def of(values: Sequence[float]) -> Estimate | None:
+    def mean(values: Sequence[float]) -> Estimate | None:
         """The mean of one number per problem, with Student's t; None without any."""
         return Estimate.ratio(values, [1.0] * len(values))
 
     @staticmethod
-    def of_runs(values: Sequence[float]) -> Estimate | None:
+    def over_runs(values: Sequence[float]) -> Estimate | None:
         """The mean over runs that differ in their seed, with Student's t; None with fewer than two."""
         if len(values) < 2:
             return None
@@ -59,7 +59,7 @@ class Estimate:
         return Estimate(mean, mean - reach, mean + reach)
 
     @staticmethod
-    def of_share(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
+    def share(sums: Sequence[float], counts: Sequence[float]) -> Estimate | None:
         """A share, sum of sums over sum of counts, with Wilson's interval over problems; None without any count.
 
         Wilson's interval is for independent observations. Those of one problem are not, so it is taken for as many as
@@ -111,11 +111,11 @@ def student_t(freedom: int) -> float:
 
 
 def pass_at_k(samples: int, right: int, k: int) -> float:
-    """Unbiased estimate of the probability that at least one of k answers is right: 1 - C(n - c, k) / C(n, k).
+    """Unbiased estimate of the probability that at least one of k completions is right: 1 - C(n - c, k) / C(n, k).
 
     Args:
-        samples: n, answers written.
-        right: c, of which right.
+        samples: n, completions generated.
+        right: c, the number that is right.
         k: At most n.
     """
     if not 0 < k <= samples:

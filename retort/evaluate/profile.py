@@ -1,4 +1,4 @@
-"""Where a model's entropy and its disagreement with the teacher lie: by size, by place in the answer.
+"""Where a model's entropy and its disagreement with the teacher lie: by size, by position in the completion.
 
 Axis letters: see `retort.core`.
 """
@@ -20,10 +20,10 @@ AVERAGED = ("student_entropy", "teacher_entropy", "reverse_kl", "forward_kl")
 
 
 def position_bins(longest: int) -> list[int]:
-    """Lower ends of the bins of a token's place in its answer, from 0.
+    """Lower ends of the bins of a token's position in its completion, from 0.
 
-    Every place by itself in answers of up to 24 tokens; in longer ones two bins an octave, because what happens at the
-    beginning of an answer and what happens at its end are both worth seeing.
+    Completions of up to 24 tokens have a bin for each position; longer ones have two bins per octave, because the
+    beginning of a completion and its end are both worth seeing.
     """
     if longest <= 24:
         return list(range(longest))
@@ -33,10 +33,10 @@ def position_bins(longest: int) -> list[int]:
 
 @dataclass
 class Profile:
-    """Sums over all tokens of a model's answers.
+    """Sums over all tokens of a model's completions.
 
     Attributes:
-        longest: Tokens of the longest possible answer.
+        longest: Tokens of the longest possible completion.
     """
 
     longest: int
@@ -48,17 +48,17 @@ class Profile:
 
         Args:
             values: Measures by name, [N] each, nats.
-            position_N: Place of each token in its answer.
+            position_N: Position of each token in its completion.
         """
-        place_N = _bins(position_N.double(), position_bins(self.longest))
-        places = len(position_bins(self.longest))
+        bin_N = _bins(position_N.double(), position_bins(self.longest))
+        positions = len(position_bins(self.longest))
         kept = {name: values[name].double().cpu() for name in AVERAGED if name in values}
         for name in ("student_entropy", "teacher_entropy"):
             if name in kept:
                 count = torch.bincount(_bins(kept[name], ENTROPY_BINS), minlength=len(ENTROPY_BINS))
                 self._histograms[name] = self._histograms.get(name, torch.zeros_like(count)) + count
         for name, values_N in kept.items():
-            self._average("position", name, values_N, place_N, places)
+            self._average("position", name, values_N, bin_N, positions)
             if "teacher_entropy" in kept:
                 inside_N = _bins(kept["teacher_entropy"], ENTROPY_BINS)
                 self._average("teacher_entropy", name, values_N, inside_N, len(ENTROPY_BINS))

@@ -47,8 +47,8 @@ def clustered_auroc(
     value = auroc(scores, right)
     if value is None:
         return None
-    place = torch.tensor(cluster)
-    members = [(place == number).nonzero().squeeze(-1) for number in sorted(set(cluster))]
+    clusters = torch.tensor(cluster)
+    members = [(clusters == number).nonzero().squeeze(-1) for number in sorted(set(cluster))]
     draw = torch.Generator().manual_seed(seed)
     found: list[float] = []
     for _ in range(draws):

@@ -1,4 +1,4 @@
-"""How far a token of the teacher's can be trusted, and what tells: entropies or the place in the answer.
+"""Measures how far a teacher's token can be trusted, and what predicts it: entropies or the position.
 
 Three papers gate a self-teacher in three ways. EGRSD (arXiv 2605.13255) trusts it where *its own* entropy is low, DASD
 (2605.22263) where the *student's* is, and PW-OPSD (2605.21606) finds that both say little and the *position* much. This
@@ -6,7 +6,7 @@ measures all of them on one model: in an answer of the student's, a token of the
 student goes on alone, and a verifier says where that ends. The protocol is reconstructed from PW-OPSD's account of its
 branch-viability diagnostic. Tokens are drawn from the teacher's distribution, which is what distillation moves a
 student towards: the second best of a teacher that is sure is a token that it would never write. Axis letters: see
-`retort.core`; M is the places.
+`retort.core`; M is the positions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from retort.align.chat import Renderer
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.core.needs import DENSE, can_meet
+from retort.core.random_streams import UniformStream, generator, permutation
 from retort.core.rollouts import Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
-from retort.core.streams import UniformStream, generator, permutation
 from retort.errors import UserError
 from retort.evaluate.agreement import spearman
 from retort.evaluate.passk import Estimate
@@ -33,7 +33,7 @@ from retort.evaluate.ranks import clustered_auroc
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.view import View
 
 #: What is asked to tell, as a number that is high where the teacher is to be trusted: its name, and who says so.
@@ -52,12 +52,12 @@ class Branch:
 
     Attributes:
         problem: Number of the prompt.
-        position: Place in the answer, as a share of its length.
-        teacher_entropy, student_entropy: At that place, nats.
+        position: Position in the completion, as a share of its length.
+        teacher_entropy, student_entropy: At that position, nats.
         teacher_logp, student_logp: Of the forced token, nats.
-        viable: Whether the answer that the student then wrote is right.
-        alone: Whether the answer that it wrote from the same place without the teacher is.
-        shift: Log-prob of the teacher minus the student's, of the token that the student wrote there, nats.
+        viable: Whether the completion that the student then generated is right.
+        alone: Whether the completion from the same position without the teacher is right.
+        shift: Log-prob of the teacher minus the student's, of the token that the student generated there, nats.
     """
 
     problem: int
@@ -79,15 +79,16 @@ class Branch:
 
 @dataclass(frozen=True, eq=False)
 class Protocol:
-    """How branches are made.
+    """Settings of the measurement.
 
     Attributes:
-        places: Places per answer, drawn evenly.
+        places: Positions per completion, drawn evenly.
         candidates: Tokens drawn from the teacher's distribution and forced at each.
-        max_new_tokens: Longest answer, tokens.
-        temperature: Of the student's writing.
-        samples: Answers per prompt, for views that show siblings; tokens are forced into the first that has a context.
-        seed: Of places and of all that is written.
+        max_new_tokens: Longest completion, tokens.
+        temperature: Sampling temperature of the student.
+        samples: Completions per prompt, for views that show siblings; tokens are forced into the first one with a
+            context.
+        seed: Seed of the positions and of all sampling.
     """
 
     places: int = 4
@@ -105,14 +106,14 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class Student:
-    """Upon whom tokens are forced.
+    """The student into whose completions tokens are forced.
 
     Attributes:
-        engine: Writes as the student.
-        own: Says what the student's own distributions are.
+        engine: Generates as the student.
+        own: Gives the student's own distributions.
         render: Gives the ids of a prompt, as the student reads it.
-        stops: Tokens on which it ends an answer.
-        parallel: Answers written at once.
+        stops: Tokens that end its completions.
+        parallel: Completions generated at once.
     """
 
     engine: Engine
@@ -124,7 +125,7 @@ class Student:
 
 @dataclass(frozen=True)
 class _Fork:
-    """A place of an answer where the teacher's candidates are tried."""
+    """A position of a completion where the teacher's candidates are tried."""
 
     rollout: int
     place: int
@@ -140,15 +141,15 @@ def branches(
     protocol: Protocol,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Branch]:
-    """Writes answers, forces the teacher's tokens, and has the student go on.
+    """Generates completions, forces the teacher's tokens into them, and lets the student go on.
 
     Args:
-        student: Who answers.
-        teacher: Whose tokens are forced.
-        view: What it sees; prompts for which it has no context are left out.
-        prompts: To answer; the verifier must be able to grade all.
-        verifier: Says what is right.
-        protocol: See there.
+        student: The model that generates.
+        teacher: The model whose tokens are forced.
+        view: The teacher's view; prompts for which it has no context are left out.
+        prompts: Prompts to complete; the verifier must be able to grade all.
+        verifier: Grades completions.
+        protocol: The settings of the measurement.
         progress: Called with what has been written and what is to be, answers.
 
     Raises:
@@ -160,7 +161,7 @@ def branches(
     spine = _spine(student, prompts, verifier, protocol)
     pack = Pack.of(spine)
     groups = in_groups(spine)
-    said = teacher.score(groups, Ask(view, frozenset({DENSE})))
+    said = teacher.score(groups, ScoreRequest(view, frozenset({DENSE})))
     forks = _forks(pack, said, protocol)
     if not forks:
         return []
@@ -168,7 +169,7 @@ def branches(
     draw = generator(protocol.seed, "evaluation", "candidates")
     ids_MK = _drawn(said, index_M, protocol.candidates, draw)
     theirs = _at(said, index_M, ids_MK)
-    ours = _at(student.own.score(groups, Ask(View(), frozenset({DENSE}))), index_M, ids_MK)
+    ours = _at(student.own.score(groups, ScoreRequest(View(), frozenset({DENSE}))), index_M, ids_MK)
     tasks: list[Task] = []
     begun: list[TokenSequence] = []
     for number, fork in enumerate(forks):
@@ -200,7 +201,7 @@ def branches(
 
 
 def _spine(student: Student, prompts: Sequence[Prompt], verifier: Grader, protocol: Protocol) -> list[Rollout]:
-    """The student's own answers, graded, those to one prompt one after another."""
+    """The student's own completions, graded, those to one prompt one after another."""
     longest, tasks = protocol.max_new_tokens, list[Task]()
     for prompt in prompts:
         for member in range(protocol.samples):
@@ -211,7 +212,7 @@ def _spine(student: Student, prompts: Sequence[Prompt], verifier: Grader, protoc
 
 
 def _forks(pack: Pack, said: TeacherSignal, protocol: Protocol) -> list[_Fork]:
-    """Places in each answer that the teacher says something about, one drawn from each equal part of it."""
+    """Positions that the teacher scores, one drawn from each equal part of every completion."""
     found: list[_Fork] = []
     done = set[int]()
     for number, rollout in enumerate(pack.rollouts):
@@ -258,24 +259,24 @@ def _graded(
     protocol: Protocol,
     progress: Callable[[int, int], None] | None,
 ) -> list[bool]:
-    """Whether each answer, its beginning included, is right; one that begins with its end is not written further.
+    """Whether each completion, its beginning included, is right; one that has ended already is not continued.
 
     Args:
-        student: Writes.
-        tasks: The rest of each answer.
+        student: The model that generates.
+        tasks: The rest of each completion.
         begun: Prompt and beginning of each.
-        verifier: Says what is right.
-        protocol: See there.
+        verifier: Grades completions.
+        protocol: The settings of the measurement.
         progress: See `branches`.
     """
     engine, stops = student.engine, set(student.stops.ids)
     whole: dict[int, Rollout] = {}
-    # What has been given counts towards the longest answer; where that is full or has ended, nothing is written.
+    # What has been given counts towards the longest completion; where that is full or has ended, nothing is generated.
     rooms = [0 if _ended(own, stops) else protocol.max_new_tokens - own.steps for own in begun]
     if progress is not None:
         progress(0, len(tasks))
     for numbers in _blocks(rooms, [len(task.context) for task in tasks], student.parallel, engine.context):
-        # With chance of its own for every token, what is written with more room begins as with just that.
+        # Every token has a uniform random number of its own, so a completion with more room begins like a shorter one.
         room, more = rooms[numbers[0]], list[list[int]]([] for _ in numbers)
         if room > 0:
             chosen = [tasks[number] for number in numbers]
@@ -300,9 +301,9 @@ def _blocks(rooms: Sequence[int], prompts: Sequence[int], most: int, context: in
     """Numbers of the answers to be written at once: most room first, and all fit with the room of the first.
 
     Args:
-        rooms: Of each answer, tokens; those without room come last, by themselves.
+        rooms: Tokens left for each completion; those without room come last, by themselves.
         prompts: Tokens before each.
-        most: Answers in a block.
+        most: Completions in a block.
         context: The longest sequence, tokens.
     """
     blocks: list[list[int]] = []
@@ -316,7 +317,7 @@ def _blocks(rooms: Sequence[int], prompts: Sequence[int], most: int, context: in
 
 
 def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[str, Any]:
-    """What predicts a token's worth: AUROC of each predictor with intervals over problems, and rates by bin.
+    """Computes what predicts a token's worth: AUROC of each predictor with intervals over problems, and rates by bin.
 
     Two questions are asked. `viable` is PW-OPSD's: is the answer right that goes on from the teacher's token? That is
     easy late in a right answer, whoever wrote the token. `helps` is ours: where the student with the teacher's token
@@ -326,9 +327,9 @@ def trust(found: Sequence[Branch], *, seed: int = 0, draws: int = 1000) -> dict[
     student's own token with the student's entropy; DASD reports +.52.
 
     Args:
-        found: Branches.
-        seed: Of the bootstrap.
-        draws: Of the bootstrap.
+        found: The branches.
+        seed: Seed of the bootstrap.
+        draws: Resamples of the bootstrap.
     """
     differing = [branch for branch in found if branch.viable != branch.alone]
     rows: list[dict[str, Any]] = []
@@ -378,7 +379,7 @@ def _bins(found: Sequence[Branch], values: Sequence[float], count: int = 6) -> l
             for branch in (found[number] for number in inside):
                 sums[branch.problem] = sums.get(branch.problem, 0.0) + float(getattr(branch, label))
                 counts[branch.problem] = counts.get(branch.problem, 0.0) + 1.0
-            cell = Estimate.of_share(list(sums.values()), list(counts.values()))
+            cell = Estimate.share(list(sums.values()), list(counts.values()))
             assert cell is not None  # no bin is empty
             row |= {label: cell.value, f"{label}_low": cell.low, f"{label}_high": cell.high}
         bins.append(row)

@@ -20,7 +20,7 @@ def why_unknown(found: Mapping[str, Any]) -> list[str]:
     of = "" if not count else f" from {count:,.0f} forced tokens"
     sentences: list[str] = []
     if "viable" in empty and viable == 0:
-        also = ", nor one that the student wrote alone" if alone == 0 else ""
+        also = ", nor one that the student generated alone" if alone == 0 else ""
         sentences.append(
             f"No AUROC of “right in the end”{of}: no completion after a forced token is right{also}. Take a student "
             "that solves some of these problems, easier ones, or more problems and places"
@@ -31,7 +31,7 @@ def why_unknown(found: Mapping[str, Any]) -> list[str]:
         )
     if "helps" in empty and differing == 0:
         sentences.append(
-            f"No AUROC of “makes the difference”{of}: with the forced token and without it, each answer ends alike"
+            f"No AUROC of “makes the difference”{of}: with the forced token and without it, each completion ends alike"
         )
     elif "helps" in empty and differing:
         sentences.append(

@@ -1,6 +1,6 @@
-"""The definition of the row statistics and their gradient: slow, obvious, in float64 if that is what comes in.
+"""The definition of the row statistics and their gradient: slow and simple, in float64 if the input is.
 
-`retort.divergences.kl_values` and `jsd_values` say the same of log-probs; nothing down here may import them.
+`retort.divergences.kl_values` and `jsd_values` define the same on log-probs; this package must not import them.
 
 Axis letters: see `retort.core`.
 """
@@ -29,17 +29,17 @@ def row_statistics(
 
     Args:
         student_CV: Logits [C, V], any float dtype; -inf is an impossible id.
-        teacher_CV: The teacher's, same shape; without them only the student's statistics are made.
-        student_scale: The student's logits are multiplied by it (a model's scale over the temperature), > 0.
-        teacher_scale: The same of the teacher's.
+        teacher_CV: The teacher's logits, same shape; without them only the student's statistics are computed.
+        student_scale: Factor of the student's logits (a model's scale over the temperature), > 0.
+        teacher_scale: Factor of the teacher's logits.
         jsd_weight: Weight of the teacher in the mixture, 0 < w < 1; None for no JSD.
 
     Returns:
         Statistics in fp32, or float64 for float64 logits.
 
     Raises:
-        ValueError: Shapes, scales or arguments that do not go together.
-        UserError: A weight at or beyond the ends.
+        ValueError: Shapes, scales or arguments that do not fit together.
+        UserError: A JSD weight at or beyond the ends.
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
     student_lse_C, student_logp_CV = _normalised(student_CV, student_scale)
@@ -94,27 +94,27 @@ def row_gradient(
     with another coefficient an infinite reverse KL makes the row's gradient NaN.
 
     Args:
-        student_CV: The student's logits [C, V] that the statistics were made of.
-        teacher_CV: The teacher's, same shape; None if no divergence takes part.
-        statistics: What `row_statistics` returned for them.
+        student_CV: The student's logits [C, V] that the statistics were computed from.
+        teacher_CV: The teacher's logits, same shape; None if no divergence takes part.
+        statistics: The result of `row_statistics` for them.
         lse_C: Derivative of the loss by the student's log-sum-exp, [C]; None for 0, like all that follow.
-        entropy_C: By the student's entropy.
-        reverse_C: By KL(student || teacher).
-        forward_C: By KL(teacher || student).
-        jsd_C: By the Jensen-Shannon divergence.
+        entropy_C: Derivative by the student's entropy.
+        reverse_C: Derivative by KL(student || teacher).
+        forward_C: Derivative by KL(teacher || student).
+        jsd_C: Derivative by the Jensen-Shannon divergence.
         jsd_weight: As in `row_statistics`; goes with `jsd_C`.
-        ids_CK: int64 ids [C, K] whose log-probs the loss looked at; an id that stands twice counts twice.
+        ids_CK: int64 ids [C, K] whose log-probs the loss reads; an id that occurs twice counts twice.
         ids_grad_CK: Derivatives [C, K] of the loss by those log-probs.
         student_scale: As in `row_statistics`.
         teacher_scale: As in `row_statistics`.
-        out_CV: Where to write; its dtype is that of the result. It may be `student_CV` itself. None for a new tensor
-            in the dtype of the logits.
+        out_CV: Tensor for the result; its dtype is that of the result. It may be `student_CV` itself. None for a new
+            tensor in the dtype of the logits.
 
     Returns:
         `out_CV`, or the new tensor.
 
     Raises:
-        ValueError: Shapes or arguments that do not go together.
+        ValueError: Shapes or arguments that do not fit together.
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
     upstream = Upstream(lse_C, entropy_C, reverse_C, forward_C, jsd_C, jsd_weight, ids_CK, ids_grad_CK)
@@ -140,7 +140,7 @@ def _normalised(logits_CV: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _where_finite(values_C: Tensor, *lse_C: Tensor) -> Tensor:
-    """NaN where a normaliser is not finite: without it there is no distribution to speak of."""
+    """Sets values to NaN where a normaliser is not finite: there is no distribution then."""
     for normaliser_C in lse_C:
         values_C = values_C.masked_fill(~normaliser_C.isfinite(), math.nan)
     return values_C

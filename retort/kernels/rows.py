@@ -1,4 +1,4 @@
-"""What reference and kernels share: the statistics of a row, and what both refuse. Axis letters: `retort.core`."""
+"""Code that reference and kernels share: the statistics of a row, and checks. Axis letters: `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from retort.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class RowStatistics:
-    """What is known about each of C rows of logits after one look at them. All tensors are [C], nats.
+    """Statistics of C rows of logits from one pass over them. All tensors are [C], nats.
 
     A row whose logits hold NaN or +inf has a NaN log-sum-exp, one whose logits are all -inf has -inf; entropy and
-    divergences of such a row are NaN. Whoever gets a teacher from outside looks at `teacher_lse_C` first.
+    divergences of such a row are NaN. A caller with an untrusted teacher checks `teacher_lse_C` first.
 
     Attributes:
         student_lse_C: Log-sum-exp of the student's scaled logits.
@@ -24,8 +24,8 @@ class RowStatistics:
         teacher_lse_C, teacher_entropy_C: The teacher's; None without a teacher.
         reverse_kl_C: KL(student || teacher); +inf where the teacher rules out an id that the student does not.
         forward_kl_C: KL(teacher || student); +inf where the student rules out an id that the teacher does not.
-        jsd_C: Generalised Jensen-Shannon divergence, if asked for; always finite.
-        mixture_kl_C: KL(student || mixture), which the gradient of the JSD needs; there whenever `jsd_C` is.
+        jsd_C: Generalised Jensen-Shannon divergence, if requested; always finite.
+        mixture_kl_C: KL(student || mixture), which the gradient of the JSD needs; present whenever `jsd_C` is.
     """
 
     student_lse_C: Tensor
@@ -40,12 +40,12 @@ class RowStatistics:
 
 @dataclass(frozen=True, eq=False)
 class Upstream:
-    """How much the loss moves with each statistic of a row, and what of the statistics the gradient then needs.
+    """Derivatives of the loss by the statistics of a row, and the statistics that its gradient then needs.
 
     Attributes:
         lse_C, entropy_C, reverse_C, forward_C, jsd_C: Derivatives of the loss by the statistics, [C] or None for 0.
         jsd_weight: Weight of the teacher in the JSD's mixture; None without `jsd_C`.
-        ids_CK: Ids whose log-probs the loss looked at; an id may stand there twice.
+        ids_CK: Ids whose log-probs the loss reads; an id may occur twice.
         ids_grad_CK: Derivatives of the loss by those log-probs.
     """
 
@@ -65,14 +65,14 @@ class Upstream:
 
     @property
     def pull_C(self) -> Tensor | None:
-        """What multiplies p as it is: d lse = p, and d log-prob of an id = onehot - p."""
+        """The factor of plain p in the gradient: d lse = p, and d log-prob of an id = onehot - p."""
         if self.ids_grad_CK is None:
             return self.lse_C
         given_C = as_compute(self.ids_grad_CK).sum(-1)
         return -given_C if self.lse_C is None else self.lse_C - given_C
 
     def check(self, student_CV: Tensor, teacher_CV: Tensor | None, statistics: RowStatistics) -> None:
-        """Raises `ValueError` where something that the gradient needs is missing or has the wrong shape."""
+        """Raises `ValueError` where an input of the gradient is missing or has the wrong shape."""
         rows = len(student_CV)
         for name in ("lse_C", "entropy_C", "reverse_C", "forward_C", "jsd_C"):
             values: Tensor | None = getattr(self, name)
@@ -103,10 +103,10 @@ def check_logits(
     teacher_scale: float,
     jsd_weight: float | None,
 ) -> None:
-    """Refuses what has no statistics.
+    """Refuses inputs without statistics.
 
     Raises:
-        ValueError: Shapes differ, there is no id, a scale is not positive, or a JSD is asked for without a teacher.
+        ValueError: Shapes differ, there is no id, a scale is not positive, or a JSD is requested without a teacher.
         UserError: The weight of the JSD is not strictly between 0 and 1.
     """
     if student_CV.ndim != 2 or student_CV.shape[1] < 1:
@@ -124,12 +124,12 @@ def check_logits(
 
 
 def as_compute(values: Tensor) -> Tensor:
-    """In fp32, or in float64 where that is what came in."""
+    """Casts to fp32, or to float64 if the input is."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def summed_by_id(ids_CK: Tensor, values_CK: Tensor, vocab: int) -> Tensor:
-    """For each place, the sum [C, K] over all places of its row that hold its id: whoever writes it last is right."""
+    """For each entry, the sum [C, K] over all entries of its row with its id: any of them may be written last."""
     rows, kept = ids_CK.shape
     if kept < 2:
         return values_CK

@@ -1,21 +1,20 @@
-"""The kernels. Importing this module imports Triton: only `retort.kernels.triton_rows` does, when it is called.
+"""The Triton kernels. Importing this module imports Triton; only `retort.kernels.triton_rows` does, on demand.
 
-A program owns one row, or one stretch of it, and walks it in blocks. Softmax is online: logits are taken relative to
-the largest one so far (the peak), and what was summed is rescaled when the peak moves. In the names below
+A program owns one row, or one part of it, and walks it in blocks. Softmax is online: logits are taken relative to the
+largest one so far (the peak), and the sums are rescaled when the peak moves. In the names below
 
     a, b     scaled logits of student and teacher relative to their own peaks, so never above 0
     u, v     exp(a), exp(b): the probabilities but for the normaliser
     gap      a - b
 
 Both peaks drop out of every divergence, so a teacher whose logits are shifted by a constant costs no digits. Two nearly
-equal distributions are the case to get right: KL is then a small difference of numbers near 1. So the difference of the
-normalisers, sum u - sum v, is summed as such, each term by a series where u and v are close.
+equal distributions are the hard case: KL is then a small difference of numbers near 1. So the difference of the
+normalisers, sum u - sum v, is summed directly, each term by a series where u and v are close.
 
 An impossible id has a = FLOOR instead of -inf: its weight is still exactly 0, and 0 times a finite number is no NaN.
-Where that decides about infinity, flags do: bit 0 if the teacher rules out an id of the student's, bit 1 the other way
-round.
+Where that decides about infinity, flags do: bit 0 if the teacher rules out an id of the student's, bit 1 the reverse.
 """
-# Triton's language has its own types, which pyright does not know with it, and misses without it.
+# Triton's language has its own types: pyright does not know them with Triton, and misses them without.
 # pyright: basic, reportMissingImports=false, reportArgumentType=false, reportOperatorIssue=false
 # pyright: reportIndexIssue=false, reportAttributeAccessIssue=false, reportCallIssue=false, reportReturnType=false
 # pyright: reportGeneralTypeIssues=false, reportOptionalMemberAccess=false, reportInvalidTypeForm=false
@@ -34,7 +33,7 @@ def load_row(base, columns, inside):
 
 @triton.jit
 def floored(values):
-    # A comparison, not a maximum: that would swallow NaN, which must come out at the other end.
+    # A comparison, not a maximum, which would swallow NaN; NaN must reach the result.
     return tl.where(values < FLOOR, FLOOR, values)
 
 
@@ -54,7 +53,7 @@ def exp_difference(a, b, exp_a, exp_b):
 
 @triton.jit
 def climb(x, peak, scale):
-    # The new peak (of unscaled logits), by how much it moved (scaled), and the logits relative to it. Where x holds NaN
+    # Returns the new peak (of unscaled logits), its change (scaled), and the logits relative to it. Where x holds NaN
     # or +inf, some element of the last is NaN.
     top = tl.maximum(peak, tl.max(x, axis=0))
     moved = tl.where(peak == float("-inf"), 0.0, (top - peak) * scale)
@@ -81,12 +80,12 @@ def pair_moments(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row, split = tl.program_id(0), tl.program_id(1)
-    student += row.to(tl.int64) * student_stride  # rows times vocabulary pass 2^31
+    student += row.to(tl.int64) * student_stride  # rows times vocabulary exceed 2^31
     teacher += row.to(tl.int64) * teacher_stride
     lanes = tl.arange(0, BLOCK)
     peak_s = tl.full((), float("-inf"), tl.float32)
     peak_t = tl.full((), float("-inf"), tl.float32)
-    # One sum per lane: no exchange between threads inside the loop but the two maxima, and shorter sums.
+    # One sum per lane: threads exchange only the two maxima inside the loop, and sums are shorter.
     sum_u = tl.zeros((BLOCK,), tl.float32)
     sum_ua = tl.zeros((BLOCK,), tl.float32)
     sum_v = tl.zeros((BLOCK,), tl.float32)
@@ -161,8 +160,8 @@ def student_moments(student, partial, vocab, student_stride, blocks, student_sca
 
 @triton.jit
 def merge_side(partial, step, lanes, inside, scale):
-    # Normaliser, log-sum-exp and entropy of one model, and how each stretch of the row is brought to the common peak.
-    # In float64: a handful of numbers per row, whose differences matter.
+    # Returns normaliser, log-sum-exp and entropy of one model, and the factors that bring each part of the row to the
+    # common peak. Computed in float64: a few numbers per row, whose differences matter.
     peaks = tl.load(partial + lanes, mask=inside, other=float("-inf")).to(tl.float64)
     sums = tl.load(partial + step + lanes, mask=inside, other=0.0).to(tl.float64)
     moments = tl.load(partial + 2 * step + lanes, mask=inside, other=0.0).to(tl.float64)
@@ -231,11 +230,11 @@ def logs_to_mixture(logp, logq, weight):
     r = z / (2.0 + z)
     r2 = r * r
     near = -2.0 * r * (1.0 + r2 * (1.0 / 3.0 + r2 * (1.0 / 5.0 + r2 * (1.0 / 7.0 + r2 * (1.0 / 9.0)))))
-    weight = tl.full((), weight, tl.float32)  # the interpreter leaves a number from outside a Python float
+    weight = tl.full((), weight, tl.float32)  # the interpreter leaves an argument a Python float
     left = logp + tl.log(1.0 - weight)
     right = logq + tl.log(weight)
     mixture = tl.maximum(left, right) + tl.log(1.0 + tl.exp(-tl.abs(left - right)))
-    # Apart, one of them may be FLOOR: the other side's must not be a sum with it.
+    # Where they are not close, one may be FLOOR: the other side's logarithm must not be a sum with it.
     return tl.where(close, near, logp - mixture), tl.where(close, near + away, logq - mixture)
 
 
@@ -289,7 +288,7 @@ def slope(
     if entropy_grad is not None:
         inner -= row_number(entropy_grad, row) * (logp + tl.load(entropy + row))
     after = tl.zeros_like(p)
-    # One return at the end: Triton goes on compiling what stands behind a return in a branch on constants.
+    # One return at the end: Triton compiles the code behind a return in a branch on constants.
     if t is not None:
         logq = floored(t * teacher_scale - tl.load(teacher_lse + row))
         if reverse_grad is not None:
@@ -313,7 +312,7 @@ def gradient(
     pull_grad, entropy_grad, reverse_grad, forward_grad, jsd_grad,
     student_scale, teacher_scale, weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # `out` may be `student`: a program reads what it overwrites before it does, and nobody else reads it.
+    # `out` may be `student`: a program reads an element before it overwrites it, and no other program reads it.
     row = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab
@@ -326,8 +325,8 @@ def gradient(
         s, t, row, student_lse, entropy, teacher_lse, reverse, mixture,
         pull_grad, entropy_grad, reverse_grad, forward_grad, jsd_grad, student_scale, teacher_scale, weight,
     )  # fmt: skip
-    place = out + row.to(tl.int64) * out_stride + columns
-    tl.store(place, (values * student_scale).to(out.dtype.element_ty), mask=inside)
+    target = out + row.to(tl.int64) * out_stride + columns
+    tl.store(target, (values * student_scale).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -337,21 +336,21 @@ def gradient_at_ids(
     pull_grad, entropy_grad, reverse_grad, forward_grad, jsd_grad,
     student_scale, teacher_scale, weight, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # Writes the whole gradient at given ids anew: adding to what `gradient` left would round it twice, and in bf16
-    # g - g p has no digits left where p is near 1. All [C, K] tensors are contiguous.
+    # Computes the whole gradient at given ids anew: adding to the result of `gradient` would round it twice, and in
+    # bf16 g - g p has no digits left where p is near 1. All [C, K] tensors are contiguous.
     row = tl.program_id(0)
     lanes = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = lanes < kept
-    places = row.to(tl.int64) * kept + lanes
-    s = load_row(student_at, places, inside)
+    offsets = row.to(tl.int64) * kept + lanes
+    s = load_row(student_at, offsets, inside)
     if teacher_at is None:
         t = None
     else:
-        t = load_row(teacher_at, places, inside)
+        t = load_row(teacher_at, offsets, inside)
     values = slope(
         s, t, row, student_lse, entropy, teacher_lse, reverse, mixture,
         pull_grad, entropy_grad, reverse_grad, forward_grad, jsd_grad, student_scale, teacher_scale, weight,
     )  # fmt: skip
-    values += tl.load(ids_grad + places, mask=inside, other=0.0)
-    place = out + row.to(tl.int64) * out_stride + tl.load(ids + places, mask=inside, other=0)
-    tl.store(place, (values * student_scale).to(out.dtype.element_ty), mask=inside)
+    values += tl.load(ids_grad + offsets, mask=inside, other=0.0)
+    target = out + row.to(tl.int64) * out_stride + tl.load(ids + offsets, mask=inside, other=0)
+    tl.store(target, (values * student_scale).to(out.dtype.element_ty), mask=inside)

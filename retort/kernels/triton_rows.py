@@ -1,7 +1,7 @@
 """`retort.kernels.reference` in Triton: the same two functions, each in one pass over the logits. Axes: `retort.core`.
 
-fp32, bf16 or fp16 in, fp32 arithmetic whatever comes in. Asking for a JSD costs a second pass, because its terms need
-the normalisers first. A row of logits may stand in a wider buffer (a stride above V); nothing is copied for that.
+Inputs are fp32, bf16 or fp16; arithmetic is always fp32. A JSD costs a second pass, because its terms need the
+normalisers first. A row of logits may lie in a wider buffer (a stride above V); nothing is copied for that.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from retort.kernels.rows import RowStatistics, Upstream, check_logits, summed_by
 
 __all__ = ["row_gradient", "row_statistics"]
 
-#: Ids that a program looks at together. The sums over a row take 8 numbers per lane, so 8 warps hold 64 registers a
+#: Ids that a program processes together. The sums over a row take 8 numbers per lane, so 8 warps hold 64 registers a
 #: thread of them; the gradient sums nothing.
 STATISTICS_BLOCK, STATISTICS_WARPS = 2048, 8
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4
 IDS_BLOCK = 256
-#: Programs per multiprocessor that keep the memory busy; fewer rows than that are cut into several stretches each.
+#: Programs per multiprocessor that keep the memory busy; with fewer rows than that, each row is split.
 PROGRAMS = 4
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,14 +45,14 @@ def row_statistics(
 
     Args:
         student_CV: Logits [C, V] in fp32, bf16 or fp16; -inf is an impossible id.
-        teacher_CV: The teacher's, same shape, on the same device; None for the student's statistics only.
-        student_scale: The student's logits are multiplied by it, > 0.
-        teacher_scale: The same of the teacher's.
+        teacher_CV: The teacher's logits, same shape, on the same device; None for the student's statistics only.
+        student_scale: Factor of the student's logits, > 0.
+        teacher_scale: Factor of the teacher's logits, > 0.
         jsd_weight: Weight of the teacher in the mixture, 0 < w < 1; None for no JSD (and no second pass).
 
     Raises:
-        ValueError: Shapes, dtypes, devices, scales or arguments that do not go together.
-        UserError: Triton is missing or cannot run on this device; a weight at or beyond the ends.
+        ValueError: Shapes, dtypes, devices, scales or arguments that do not fit together.
+        UserError: Triton is missing or cannot run on this device; a JSD weight at or beyond the ends.
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
     kernels = _kernels(student_CV.device)
@@ -107,27 +107,27 @@ def row_gradient(
     """Gradient with respect to the student's unscaled logits: `retort.kernels.reference.row_gradient` defines it.
 
     Args:
-        student_CV: The student's logits [C, V] that the statistics were made of.
-        teacher_CV: The teacher's; read only for a divergence.
-        statistics: What `row_statistics` returned for them.
+        student_CV: The student's logits [C, V] that the statistics were computed from.
+        teacher_CV: The teacher's logits; read only for a divergence.
+        statistics: The result of `row_statistics` for them.
         lse_C: Derivative of the loss by the student's log-sum-exp, [C]; None for 0, like all that follow.
-        entropy_C: By the student's entropy.
-        reverse_C: By KL(student || teacher).
-        forward_C: By KL(teacher || student).
-        jsd_C: By the Jensen-Shannon divergence.
+        entropy_C: Derivative by the student's entropy.
+        reverse_C: Derivative by KL(student || teacher).
+        forward_C: Derivative by KL(teacher || student).
+        jsd_C: Derivative by the Jensen-Shannon divergence.
         jsd_weight: As in `row_statistics`; goes with `jsd_C`.
-        ids_CK: int64 ids [C, K] below V whose log-probs the loss looked at; an id that stands twice counts twice.
+        ids_CK: int64 ids [C, K] below V whose log-probs the loss reads; an id that occurs twice counts twice.
         ids_grad_CK: Derivatives [C, K] of the loss by those log-probs.
         student_scale: As in `row_statistics`.
         teacher_scale: As in `row_statistics`.
-        out_CV: Where to write, fp32, bf16 or fp16; `student_CV` itself works, memory that overlaps it otherwise does
+        out_CV: Tensor for the result, fp32, bf16 or fp16; `student_CV` itself works, other memory that overlaps it does
             not. None for a new tensor in the dtype of the logits.
 
     Returns:
         `out_CV`, or the new tensor. Each number is rounded to its dtype once.
 
     Raises:
-        ValueError: Shapes, dtypes, devices or arguments that do not go together.
+        ValueError: Shapes, dtypes, devices or arguments that do not fit together.
         UserError: Triton is missing or cannot run on this device.
     """
     check_logits(student_CV, teacher_CV, student_scale, teacher_scale, jsd_weight)
@@ -145,7 +145,7 @@ def row_gradient(
     numbers = _numbers(statistics, upstream, 0.0 if jsd_weight is None else jsd_weight, (student_scale, teacher_scale))
     block = _block(vocab, GRADIENT_BLOCK)
     with _on(student_CV.device):
-        # The logits at the ids are taken before the first kernel may overwrite them.
+        # The logits at the ids are read before the first kernel may overwrite them.
         at_ids = None if ids_CK is None else _at_ids(student_CV, teacher_CV, ids_CK)
         kernels.gradient[(rows, -(-vocab // block))](
             student_CV, teacher_CV, out_CV, vocab, student_CV.stride(0),
@@ -163,7 +163,7 @@ def row_gradient(
 
 
 def _numbers(statistics: RowStatistics, upstream: Upstream, weight: float, scales: tuple[float, float]) -> list[Any]:
-    """What both gradient kernels are told about the rows, in the order of their arguments."""
+    """The arguments of both gradient kernels about the rows, in order."""
     tensors = (
         statistics.student_lse_C,
         statistics.student_entropy_C,
@@ -192,7 +192,7 @@ def _named(merged: Tensor, jsd: Tensor | None) -> RowStatistics:
 
 
 def _kernels(device: torch.device) -> Any:
-    """The module with the kernels, or the reason why there is none."""
+    """The module with the kernels; raises `UserError` with the reason where there is none."""
     if importlib.util.find_spec("triton") is None:
         raise UserError("kernels: the package triton is missing: pip install 'retort-distill[kernels]'")
     if not available(device):
@@ -204,12 +204,12 @@ def _kernels(device: torch.device) -> Any:
 
 
 def _single(number: float) -> float:
-    """A number as the device gets it, in fp32; the interpreter would otherwise keep all of its digits in places."""
+    """A number rounded to fp32, as the device gets it; the interpreter would otherwise keep all of its digits."""
     return ctypes.c_float(number).value
 
 
 def _dense_rows(logits_CV: Tensor, name: str, student_CV: Tensor) -> Tensor:
-    """The logits with ids side by side; anything but a slice or a contiguous tensor is copied for that."""
+    """The logits with ids contiguous; only tensors that are neither a slice nor contiguous are copied."""
     if logits_CV.dtype not in _DTYPES:
         raise ValueError(f"{name}: the kernels take fp32, bf16 or fp16, not {logits_CV.dtype}; use the reference")
     if logits_CV.device != student_CV.device:
@@ -228,7 +228,7 @@ def _check_out(out_CV: Tensor, student_CV: Tensor) -> None:
 
 
 def _power_of_2(count: int) -> int:
-    """The least power of two that is not below `count`."""
+    """The least power of two that is at least `count`."""
     return 1 << max(count - 1, 0).bit_length()
 
 
@@ -238,11 +238,11 @@ def _block(width: int, largest: int) -> int:
 
 
 def _splits(rows: int, blocks: int, device: torch.device) -> int:
-    """Into how many stretches a row is cut, so that a few rows still keep the whole device busy."""
+    """The number of parts to split a row into, so that a few rows still keep the whole device busy."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     return max(1, min(blocks, PROGRAMS * processors // max(rows, 1)))
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Makes the tensors' device current, because Triton launches on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

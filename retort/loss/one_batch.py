@@ -1,4 +1,4 @@
-"""A method applied to one whole optimizer batch that a caller holds: what both functions of `retort.functional` share.
+"""A method applied to one whole optimizer batch of a caller: the code that both functions of `retort.functional` share.
 
 Axis letters: see `retort.core`.
 """
@@ -16,19 +16,19 @@ from retort.core.definition import Values
 from retort.core.head import Head
 from retort.core.losses import TokenLoss, TokenLosses
 from retort.core.per_token import Core, loss_pass, per_token
+from retort.core.random_streams import generator
 from retort.core.signals import Dense, TeacherSignal
 from retort.core.steps import ALONE, Clock, Steps
-from retort.core.streams import generator
 from retort.errors import UserError
-from retort.loss.scoring import Evaluate, look, scored
+from retort.loss.scoring import Evaluate, observe, scored
 from retort.loss.terms import batch_scales, check_needs, counted, hidden_values, losses, term_values
 from retort.method import Method
 from retort.registry import load
 
 
 @dataclass(frozen=True)
-class Given:
-    """What a caller knows of the steps of a batch, as the functions of `retort.functional` take it."""
+class BatchInputs:
+    """The caller's inputs of a batch, as the functions of `retort.functional` take them; see there for shapes."""
 
     tokens: Tensor
     mask: Tensor | None = None
@@ -40,7 +40,7 @@ class Given:
     engine_logp: Tensor | None = None
 
     def check(self) -> None:
-        """Raises `UserError` where something does not fit the tokens."""
+        """Raises `UserError` where an input does not fit the tokens."""
         tokens = self.tokens
         if tokens.ndim != 1 or tokens.is_floating_point():
             raise UserError(f"tokens must be [N] integers, not {tuple(tokens.shape)} {tokens.dtype}")
@@ -65,12 +65,12 @@ class Given:
 
     @property
     def rollout_N(self) -> Tensor:
-        """One rollout by default."""
+        """Index of each step's rollout, [N]; one rollout by default."""
         return torch.zeros_like(self.tokens) if self.rollouts is None else self.rollouts
 
     @property
     def kept_N(self) -> Tensor:
-        """Places of the steps that count."""
+        """Indices of the steps that count."""
         if self.mask is None:
             return torch.arange(len(self.tokens), device=self.tokens.device)
         return self.mask.bool().nonzero().squeeze(-1)
@@ -93,7 +93,7 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class OneBatch:
-    """A method and the steps that count of a batch."""
+    """A method and the steps of a batch that count."""
 
     method: Method
     tokens_N: Tensor
@@ -103,34 +103,36 @@ class OneBatch:
     state: Mapping[str, Tensor]
 
     @staticmethod
-    def of(method: Method | str, given: Given, clock: Clock, state: Mapping[str, Tensor] | None) -> OneBatch:
-        """Checks all of it.
+    def from_inputs(
+        method: Method | str, inputs: BatchInputs, clock: Clock, state: Mapping[str, Tensor] | None
+    ) -> OneBatch:
+        """Builds it, and checks the inputs.
 
         Raises:
-            UserError: Something does not fit, or the method needs what was not given.
+            UserError: An input does not fit, or the method needs one that was not given.
         """
-        given.check()
-        found, kept_N = load(method) if isinstance(method, str) else method, given.kept_N
-        steps = given.steps(kept_N)
-        needed = (("rewards", given.rewards, found.wants_rewards), ("groups", given.groups, found.wants_groups))
+        inputs.check()
+        found, kept_N = load(method) if isinstance(method, str) else method, inputs.kept_N
+        steps = inputs.steps(kept_N)
+        needed = (("rewards", inputs.rewards, found.needs_rewards), ("groups", inputs.groups, found.needs_groups))
         for name, values, wants in needed:
             if wants is not None and values is None:
                 raise UserError(f"method '{found.name}' needs {name} ({wants}), which were not given")
-        if found.wants_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
+        if found.needs_rewards is not None and bool(steps.reward_N is not None and steps.reward_N.isnan().any()):
             raise UserError(f"method '{found.name}' needs the reward of every rollout; one is NaN")
-        return OneBatch(found, given.tokens, kept_N, steps, clock, dict(state or {}))
+        return OneBatch(found, inputs.tokens, kept_N, steps, clock, dict(state or {}))
 
     def check_rows(self, name: str, values: Tensor, ndim: int) -> None:
         if values.ndim != ndim or len(values) != len(self.tokens_N):
             raise UserError(f"{name} must have one row per token ({len(self.tokens_N)}), not {tuple(values.shape)}")
 
-    def signal(self, name: str, given: Tensor | TeacherSignal) -> TeacherSignal:
-        """The steps that count of logits [N, V] or of a signal about all N steps."""
-        if isinstance(given, TeacherSignal):
-            given.check_tokens(self.tokens_N)
-            return given.select(self.kept_N)
-        self.check_rows(f"{name} logits", given, 2)
-        return Dense.of(given[self.kept_N], self.steps.tokens_N, source=name, temperature=self.method.temperature)
+    def signal(self, name: str, logits: Tensor | TeacherSignal) -> TeacherSignal:
+        """The signal at the steps that count, from logits [N, V] or from a signal about all N steps."""
+        if isinstance(logits, TeacherSignal):
+            logits.check_tokens(self.tokens_N)
+            return logits.select(self.kept_N)
+        self.check_rows(f"{name} logits", logits, 2)
+        return Dense.of(logits[self.kept_N], self.steps.tokens_N, source=name, temperature=self.method.temperature)
 
     def linear_signal(self, name: str, hidden_ND: Tensor, head: Tensor | Head) -> TeacherSignal:
         """The same from hidden states and a head."""
@@ -156,7 +158,7 @@ class OneBatch:
         chunk: int | None,
         states_ND: Tensor | None,
     ) -> TokenLosses:
-        """The method on hidden states and a head, or on logits and no head; `states_ND` are compared as they are."""
+        """Evaluates the method on hidden states and a head, or on logits and no head; terms compare `states_ND`."""
         check_needs(self.method, {name: signal.offers for name, signal in signals.items()})
         for name, signal in signals.items():
             self._check_lists(name, signal, width)
@@ -194,13 +196,13 @@ class OneBatch:
         return TokenLosses(loss, {name: self._spread(term) for name, term in terms.items()}, state)
 
     def _read(self) -> Clock:
-        """The clock with the numbers of the controllers as they are before this batch."""
+        """The clock with the controllers' numbers before this batch."""
         states = ((controller, self._state_of(controller)) for controller in self.method.controllers)
         controller_outputs = {f"{c.name}.{number}": x for c, state in states for number, x in c.numbers(state).items()}
         return replace(self.clock, controller_outputs=controller_outputs)
 
     def _state_of(self, controller: Controller) -> State:
-        """What was given of a controller's state, or that at the start of a run."""
+        """The given state of a controller, or its state at the start of a run."""
         name = controller.name
         given = {key.removeprefix(f"{name}/"): x for key, x in self.state.items() if key.startswith(f"{name}/")}
         return given or controller.init(generator(0, "controllers", name))
@@ -212,29 +214,29 @@ class OneBatch:
         flat, controller_outputs = dict(self.state), dict[str, float]()
         for controller in self.method.controllers:
             name, state = controller.name, self._state_of(controller)
-            seen = look(controller, steps, clock, valid, evaluate) if len(steps) else None
-            if seen is not None:
-                state = controller.act(state, seen, generator(0, "controllers", name, clock.step))
+            observation = observe(controller, steps, clock, valid, evaluate) if len(steps) else None
+            if observation is not None:
+                state = controller.act(state, observation, generator(0, "controllers", name, clock.step))
             controller_outputs |= {f"{name}.{number}": x for number, x in controller.numbers(state).items()}
-            if seen is not None and not controller.again:
-                state = controller.learn(state, seen, {})
+            if observation is not None and not controller.again:
+                state = controller.learn(state, observation, {})
             flat |= {f"{name}/{key}": x for key, x in state.items()}
         return flat, replace(clock, controller_outputs=controller_outputs)
 
     def _check_lists(self, name: str, signal: TeacherSignal, width: int) -> None:
-        """Refuses lists of ids that are shorter than the method needs, or that hold ids the student does not have."""
+        """Refuses lists of ids that are shorter than needed, or that hold ids outside the student's vocabulary."""
         for kind, (ids_NK, whole) in signal.lists(width).items():
             wanted = max((need.k for need in self.method.needs(name) if need.kind == kind), default=0)
             kept = ids_NK.shape[1]
             if kept < wanted and not whole:
-                asked = f"the top-{wanted} of '{name}', which gives its top-{kept}"
+                requested = f"the top-{wanted} of '{name}', which gives its top-{kept}"
                 about = f"log-probs of the student's top-{wanted} from '{name}', which gives those of {kept} ids"
-                raise UserError(f"method '{self.method.name}' needs {asked if kind == 'topk' else about}")
+                raise UserError(f"method '{self.method.name}' needs {requested if kind == 'topk' else about}")
             if ids_NK.numel() and int(ids_NK.max()) >= width:
                 raise UserError(f"'{name}' names id {int(ids_NK.max())}; the student's vocabulary has {width}")
 
     def _spread(self, term: TokenLoss) -> TokenLoss:
-        """Back to all N steps; 0 where the mask is."""
+        """Spreads a term over all N steps; it is 0 at steps that do not count."""
 
         def spread(values: Tensor) -> Tensor:
             if len(self.kept_N) == len(self.tokens_N):
@@ -246,24 +248,24 @@ class OneBatch:
 
 
 def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> None:
-    """Refuses numbers of the student's that are no log-probs, where they count; NaN of the engine is "not known"."""
+    """Refuses numbers at counted steps that are no log-probs; NaN of the engine means "not known"."""
     if values is None:
         return
     kept = values if mask is None else values[mask.bool()]
     bad = kept.isinf() | (kept.isnan() if name == "old_logp" else False)
     if bool(bad.any()):
         raise UserError(
-            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a token that was written; give finite nats"
+            f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a generated token; give finite nats"
         )
 
 
 def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:
-    """A number per rollout or per step as one per step."""
-    # One rollout per step is both; then the index is the identity, or the caller's own order of rollouts.
+    """Repeats a number per rollout at each of its steps; a number per step stays."""
+    # One rollout per step fits both; the index is then the identity, or the caller's own order of rollouts.
     per_step = values.shape == rollout_N.shape
     return values if per_step and (not len(values) or len(values) != int(rollout_N.max()) + 1) else values[rollout_N]
 
 
 def as_head(head: Tensor | Head) -> Head:
-    """A head, from itself or from its weight [V, D]."""
+    """A head from a `Head` or from its weight [V, D]."""
     return head if isinstance(head, Head) else Head(head)

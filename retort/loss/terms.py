@@ -1,4 +1,9 @@
-"""A method applied to steps: what `retort.functional` and the trainer share, so that they cannot differ."""
+"""A method applied to steps: the code that `retort.functional` and the trainer share, so that they cannot differ.
+
+`term_values` evaluates the terms on a chunk, `batch_scales` turns their denominators into loss scales, and `losses`
+makes a scalar of both (`retort.core.reduce`). `stored_values` gives what the score pass stores: the old log-probs
+(`old_logp`), baselines and weights. Axis letters: see `retort.core`.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +25,7 @@ from retort.method import Method, Term, Watch
 
 
 def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
-    """Raises `UserError` unless every view's teacher can answer what the method asks of it."""
+    """Raises `UserError` unless every view's teacher can meet the method's needs."""
     for view in method.views:
         if view not in offers:
             raise UserError(f"method '{method.name}' needs a signal for view '{view}', which was not given")
@@ -32,8 +37,8 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
 
 
 def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
-    """What to ask of a teacher at a step: all that is needed, and what the curves would like if it can give it."""
-    return method.needs(view) | {need for need in method.welcomes(view, step) if can_meet(capabilities, need)}
+    """The needs to request from a teacher at a step: those of the method, and those of its curves that it can meet."""
+    return method.needs(view) | {need for need in method.optional_needs(view, step) if can_meet(capabilities, need)}
 
 
 def term_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
@@ -51,11 +56,11 @@ def hidden_values(
     """The same, [N] each, of the terms that compare hidden states; by plain autograd, outside of the loss core.
 
     Args:
-        method: What is learnt.
+        method: The method.
         student_ND: The student's last hidden states at some steps, live.
-        signals: The views' answers about the same steps.
-        steps: What else is known about them.
-        clock: Where the run is.
+        signals: The views' signals at the same steps.
+        steps: The table of these steps.
+        clock: The progress of the run.
     """
     terms = [term for term in method.terms if term.estimator.reads_hidden]
     if terms and student_ND is None:
@@ -66,22 +71,22 @@ def hidden_values(
 
 def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
     def values(context: Context) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         for term in terms:
             weight_C = None
             if term.weight is not None:
                 weight_C = context.steps.stored.get(f"{term.name}.weight")
                 weight_C = (term.weight.at(context, term.against) if weight_C is None else weight_C).detach()
             value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
-            found[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
-            found[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
-        return found
+            values[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
+            values[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
+        return values
 
     return values
 
 
 def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:
-    """The function of a chunk that gives what the score pass stores, [C] each, detached."""
+    """The function of a chunk that gives the values that the score pass stores, [C] each, detached."""
 
     def values(context: Context) -> dict[str, Tensor]:
         found = {
@@ -118,49 +123,49 @@ def part_values(parts: Mapping[str, Part], view: str) -> Callable[[Context], dic
 def recorded_values(
     method: Method, offers: Mapping[str, frozenset[NeedKind]]
 ) -> Callable[[Context], dict[str, Tensor]]:
-    """The function of a chunk that gives what only the per-token record needs, [C] each, detached.
+    """The function of a chunk that gives the columns of the per-token record only, [C] each, detached.
 
-    Both sides' log-probs of the written token, and what a term's estimator shows of itself (`<term>.advantage`).
+    These are both sides' log-probs of the sampled token, and what a term's estimator shows (`<term>.advantage`).
     """
 
     def values(context: Context) -> dict[str, Tensor]:
-        found = {"student_logp": context.student_logp_N.detach()}
+        values = {"student_logp": context.student_logp_N.detach()}
         for view, kinds in offers.items():
             if can_meet(kinds, SAMPLED):
-                found[f"{view}_logp"] = context.signal(view).sampled_logp_N
+                values[f"{view}_logp"] = context.signal(view).sampled_logp_N
         for term in method.terms:
             for name, value_C in term.estimator.shown(context, term.against, term.name).items():
-                found[f"{term.name}.{name}"] = value_C
-        return found
+                values[f"{term.name}.{name}"] = value_C
+        return values
 
     return values
 
 
 def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> dict[str, Tensor]:
-    """The steps that take part in each term, bool [N]: those about which every view that it asks says something.
+    """The steps that count in each term, bool [N]: those that are valid for every view that it reads.
 
     Args:
-        method: What is learnt.
+        method: The method.
         valid: Each view's `TeacherSignal.valid_N`.
-        steps: N.
+        steps: N, the number of steps.
     """
-    found: dict[str, Tensor] = {}
+    counted_N: dict[str, Tensor] = {}
     for term in method.terms:
-        asked = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.asks(view)]
-        found[term.name] = torch.stack(asked).all(0) if asked else torch.ones(steps, dtype=torch.bool)
-    return found
+        requested = [valid_N for view, valid_N in valid.items() if valid_N is not None and term.needs_of(view)]
+        counted_N[term.name] = torch.stack(requested).all(0) if requested else torch.ones(steps, dtype=torch.bool)
+    return counted_N
 
 
 def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
-    """What each step is multiplied by, per term, [N] each.
+    """The loss scales of each term, [N] each.
 
     Args:
-        method: What is learnt.
-        steps: Of one optimizer step, those of this worker.
-        counted_N: The steps that take part in each term, see `counted`.
-        ranks: Who holds the rest of that optimizer step.
+        method: The method.
+        steps: The steps of one optimizer step that this worker holds.
+        counted_N: The steps that count in each term, see `counted`.
+        ranks: The workers that hold that optimizer step.
     """
-    whole, own = ranks.gather(steps.storing({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
+    whole, own = ranks.gather(steps.with_stored({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
     return {
         term.name: reduce.loss_scales(
             term.denominator,
@@ -173,7 +178,7 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], 
 
 
 def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
-    """What a weighted denominator adds up, or what says which steps count."""
+    """The weights that a weighted denominator sums, or the stored value that says which steps count."""
     name = term.denominator.by
     if name is None and term.denominator.kind in ("rollouts", "sums"):
         return None
@@ -182,7 +187,7 @@ def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def stat_values(method: Method) -> Callable[[Context], dict[str, Tensor]]:
-    """The function of a chunk that gives what `finish_stats` makes whole-batch values from, [C] each, detached."""
+    """The function of a chunk that gives the inputs of `finish_stats`, [C] each, detached."""
 
     def values(context: Context) -> dict[str, Tensor]:
         return {
@@ -201,26 +206,26 @@ def finish_stats(
     clock: Clock,
     valid: Mapping[str, Tensor | None] | None = None,
 ) -> dict[str, Tensor]:
-    """What is stored for the whole batch, from the values of all its steps; `valid` is as in `counted`."""
-    found: dict[str, Tensor] = {}
+    """The statistics of the whole batch, from the values of all its steps; `valid` is as in `counted`."""
+    stored: dict[str, Tensor] = {}
     for name, (stat, view) in method.stats.items():
         values_N = values.get(name, torch.zeros(len(steps), device=steps.rollout_N.device))
-        asked = [
+        requested = [
             valid_N
             for other, valid_N in (valid or {}).items()
-            if valid_N is not None and stat.part is not None and stat.part.asks(other, view)
+            if valid_N is not None and stat.part is not None and stat.part.needs_of(other, view)
         ]
-        here = steps.storing(found)
-        if asked:
-            index_N = torch.stack(asked).all(0).nonzero().squeeze(-1)
+        here = steps.with_stored(stored)
+        if requested:
+            index_N = torch.stack(requested).all(0).nonzero().squeeze(-1)
             values_N, here = values_N[index_N], here.select(index_N)
-        # A batch without a step has no largest number and no mean; what is stored for it is as empty as it is.
+        # A batch without a step has no largest number and no mean; its stored values are empty, too.
         finished = stat.finish(values_N, here, clock).detach() if len(values_N) else values_N
         per_step(f"statistic '{name}'", finished, here)
-        if asked:
+        if requested:
             finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
-        found[name] = finished
-    return found
+        stored[name] = finished
+    return stored
 
 
 def losses(
@@ -231,7 +236,7 @@ def losses(
     counted_N: Mapping[str, Tensor],
     scale_N: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
-    """The scalar of these steps and the terms behind it: those that there are values of."""
+    """The scalar loss of these steps, and the terms behind it for which there are values."""
     terms = {
         term.name: TokenLoss(values[f"{term.name}.value"], values[f"{term.name}.weight"], counted_N[term.name])
         for term in method.terms

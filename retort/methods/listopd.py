@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from retort.advantages import extrapolated_log_ratio, held_log_ratio
+from retort.advantages import capped_log_ratio, extrapolated_log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
@@ -78,7 +78,7 @@ def listopd(
     if reward_weight < 0 or margin < 0:
         raise UserError(f"method.reward_weight and margin must be at least 0, not {reward_weight:g} and {margin:g}")
     measured = masses(contract, "base", base_mode)
-    held = held_log_ratio(reward_weight, cap, margin, base_mode, measured)
+    held = capped_log_ratio(reward_weight, cap, margin, base_mode, measured)
     free = extrapolated_log_ratio(reward_weight, stats=measured)
     score = score_function(held if hold else free, clip=clip)
     weights = {"train_rollout": truncated_rollout_ratio, "teacher_student": truncated_teacher_ratio}

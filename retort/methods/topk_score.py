@@ -1,7 +1,7 @@
 """The per-id policy gradient on a top-k that was released as top-k OPD."""
 
 from retort import divergences
-from retort.divergences import Weighting, Whose, reverse_kl
+from retort.divergences import SupportChoice, Weighting, reverse_kl
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.quantities import student_entropy, teacher_entropy
@@ -20,7 +20,7 @@ from retort.rollout.plan import RolloutPlan
 def topk_score(
     *,
     top_k: int = 16,
-    support: Whose = "student",
+    support: SupportChoice = "student",
     weighting: Weighting = "student",
     samples: int = 4,
     temperature: float = 1.0,

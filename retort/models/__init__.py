@@ -1,1 +1,1 @@
-"""Models: forward passes and the loss core."""
+"""Language models: loading, forward passes, adapters and packing. The loss core is `retort.core.per_token`."""

@@ -1,7 +1,7 @@
-"""A LoRA adapter in a model, by `peft`: what learns, what is written, and the model as it is without.
+"""A LoRA adapter in a model, by `peft`: what learns, what is saved, and the model without the adapter.
 
-`peft` puts its layers into the model that transformers made, which stays what it was to everybody else: packing,
-generation and the loss core ask the same model for the same things. Only the head is read apart (`Adapter.on`).
+`peft` puts its layers into the model that transformers made; the model's interface stays the same to packing,
+generation and the loss core. Only the head is read separately (`Adapter.on`).
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch.nn import Module, Parameter
 from retort.core.head import LowRank
 from retort.errors import UserError
 
-#: What peft calls the adapter that it adds to a model.
+#: The name that peft gives to the adapter that it adds to a model.
 NAME = "default"
 _BASE = ".base_layer"
 
 
 class Adapter:
-    """An adapter that is in a model. Its tensors are the model's only parameters that learn."""
+    """An adapter in a model. Its tensors are the model's only parameters that learn."""
 
     def __init__(self, model: Any, wrapper: Any, settings: Mapping[str, Any]) -> None:
-        """What `peft` has put into a model.
+        """Wraps the layers that `peft` has put into a model.
 
         Args:
-            model: Of transformers, with the adapter's layers inside.
-            wrapper: `peft`'s own object around it, which writes the adapter's folder.
-            settings: Rank, alpha, targets, rslora: two adapters of other settings are not the same.
+            model: A model of transformers, with the adapter's layers inside.
+            wrapper: `peft`'s own object around it, which saves the adapter's folder.
+            settings: Rank, alpha, targets, rslora: two adapters with different settings are not the same.
         """
         from peft.tuners.lora import LoraLayer
 
@@ -48,12 +48,12 @@ class Adapter:
         self._on = True
 
     def own_name(self, name: str) -> str | None:
-        """What the model's folder calls a tensor; None for one of the adapter's."""
+        """The name of a tensor in the model's folder; None for one of the adapter's."""
         return None if name in self.tensors else _without_wrappers(name)
 
     @contextlib.contextmanager
     def off(self) -> Iterator[None]:
-        """Within, the model is what it was before it had an adapter, bit by bit."""
+        """Restores, for the block, the model before it had an adapter, bit by bit."""
         before = self._on
         self._switch(False)
         try:
@@ -66,11 +66,11 @@ class Adapter:
             for layer in self.layers.values():
                 layer.enable_adapters(on)
             for parameter in self.tensors.values():
-                parameter.requires_grad_()  # what learns is the same on both sides; peft says otherwise on one
+                parameter.requires_grad_()  # the same parameters learn on both sides; peft changes that on one
             self._on = on
 
     def on(self, layer: Module) -> tuple[Any, LowRank | None]:
-        """A layer as it was, and what the adapter adds to it."""
+        """A layer without the adapter, and the adapter's low-rank update of it."""
         if not any(layer is own for own in self.layers.values()):
             return layer, None
         adapted: Any = layer
@@ -81,9 +81,9 @@ class Adapter:
 
     @torch.no_grad()
     def merged(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The weights of an ordinary model that says the same, by the names of the model's folder.
+        """The weights of an ordinary model with the same outputs, by the names of the model's folder.
 
-        The model itself is left alone: to add an adapter and to subtract it again would leave rounding in its weights.
+        The model itself is not changed: adding an adapter and subtracting it again would leave rounding in its weights.
 
         Args:
             state: The model's state, where it was gathered from several ranks; its layers hold whole weights then.
@@ -97,10 +97,10 @@ class Adapter:
 
     @torch.no_grad()
     def check_merging(self) -> None:
-        """Raises `UserError` if `merged` could not give the weights of the model; keeps no copy of them.
+        """Checks that `merged` could give the weights of the model; keeps no copy of them.
 
         Raises:
-            UserError: A layer whose weight is not where, or not of the shape, that its adapter is for.
+            UserError: A layer's weight is missing, or not of the shape that its adapter needs.
         """
         shapes = {
             own: x.shape for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None
@@ -115,9 +115,9 @@ class Adapter:
                 )
 
     def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes it as `PeftModel.from_pretrained` opens it; `state` as in `merged`."""
+        """Saves it in the format that `PeftModel.from_pretrained` opens; `state` as in `merged`."""
         given = {} if state is None else {"state_dict": {f"base_model.model.{name}": x for name, x in state.items()}}
-        # Whole embeddings are saved besides if the head is a target, though nothing in them has changed.
+        # peft would also save whole embeddings if the head is a target, though nothing in them has changed.
         self.wrapper.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, **given)
 
 
@@ -128,7 +128,7 @@ def need_peft() -> None:
 
 
 def _without_wrappers(name: str) -> str:
-    """A tensor's or layer's name in the model as it was; what is adapted twice has two wrappers."""
+    """The name of a tensor or layer in the original model; a layer that is adapted twice has two wrappers."""
     return re.sub(rf"{re.escape(_BASE)}(?=\.|$)", "", name)
 
 

@@ -1,4 +1,4 @@
-"""A model as its small files describe it: its tokenizer and configuration, without its weights."""
+"""A model's tokenizer and configuration, read from its small files without its weights."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
-from retort.models.files import blamed_on, look_at, read_tokenizer
-from retort.models.held import Held
+from retort.models.files import errors_about, locate, read_tokenizer
+from retort.models.in_memory import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Described:
-    """What is known of a model before its weights are read.
+    """The data of a model that are known before its weights are read.
 
     Attributes:
-        name: What the user calls it, for messages.
-        tokenizer: Its own.
-        config: Of transformers.
+        name: The user's name for it, for messages.
+        tokenizer: Its tokenizer.
+        config: Its configuration of transformers.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Described:
 
     @property
     def reach(self) -> int | None:
-        """Tokens that its rotary positions are stretched to, where that is more than its context says; else None."""
+        """Tokens that its rotary positions are stretched to, where that is more than its context; else None."""
         text = self.config.get_text_config()
         given = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
         each = given.values() if any(isinstance(one, Mapping) for one in given.values()) else [given]
@@ -49,39 +49,39 @@ class Described:
 
 def describe(
     name: str,
-    source: str | Held | None,
+    source: str | InMemoryModel | None,
     role: str,
     *,
     stop: Sequence[int | str] | None = None,
     trust_remote_code: bool = False,
 ) -> Described:
-    """Reads all of a model's folder but its weights.
+    """Reads all of a model's folder except its weights.
 
     Args:
-        name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`; or a model that the caller holds.
-        role: For messages.
+        name: The user's name for it, for messages.
+        source: Its location, if not `name`; or a model that the caller holds.
+        role: Role of the model, for messages.
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
 
     Raises:
-        UserError: It is not there, cannot be read, or has no usable stop token.
+        UserError: It does not exist, cannot be read, or has no usable stop token.
     """
     from transformers import AutoConfig, GenerationConfig
 
-    who = f"{role} {name}"
+    label = f"{role} {name}"
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     generation: Any = None
-    if isinstance(source, Held):
+    if isinstance(source, InMemoryModel):
         config, generation = source.model.config, source.model.generation_config
     else:
-        place = look_at(who, name, source)
-        with blamed_on(who):
-            config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+        location = locate(label, name, source)
+        with errors_about(label):
+            config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
             with contextlib.suppress(OSError):  # many models have none
-                generation = GenerationConfig.from_pretrained(place)
-    if config.get_text_config() is config:  # of one made of parts, which part's stops count is known when it is loaded
-        stop_tokens(tokenizer, generation, config, who=who, override=stop)
+                generation = GenerationConfig.from_pretrained(location)
+    if config.get_text_config() is config:  # for a model made of parts, only loading shows which part's stops count
+        stop_tokens(tokenizer, generation, config, label=label, override=stop)
     return Described(name, tokenizer, config)
 
 

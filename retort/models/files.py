@@ -1,7 +1,7 @@
-"""From a folder or hub name to a model of transformers, all of whose weights are those of its files.
+"""Reads a model of transformers from a folder or hub name, and checks that all weights come from its files.
 
-transformers fills in what a checkpoint lacks with random numbers, drops what it does not know, and says so in a log.
-Here its own account of that (`output_loading_info`) decides: what does not fit is an error that names the keys.
+transformers fills in weights that a checkpoint lacks with random numbers, drops unknown ones, and mentions it in a log.
+Here its own account (`output_loading_info`) decides: a mismatch is an error that names the keys.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from retort.errors import RetortError, UserError
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-#: What to do about weights that do not fit: an error, or a note.
+#: The treatment of weights that do not fit: an error, or a note.
 Weights = Literal["refuse", "warn"]
 
-#: Weights of parts that a text model does without, and buffers that older files hold: the same text model either way.
+#: Weights of parts that a text model does without, and buffers in older files: the text model is the same either way.
 _OTHER_PARTS = re.compile(
     r"(^|\.)(mtp|vision_tower|vision_model|visual|vision_encoder|multi_modal_projector|image_newline|audio_tower"
     r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
 )
-#: What a tokenizer may be read from.
+#: Files that a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3
 _GGUF = (
     "holds GGUF files; convert them to safetensors (docs/gguf.md shows the six lines), or better take the folder that "
     "they were made from"
 )
-#: Seconds in which the hub has to say whether it has a model.
+#: Seconds in which the hub has to answer whether it has a model.
 _HUB_SECONDS = 10.0
 _LIBRARY = str(Path(__file__).parents[1])
 
 
 @contextlib.contextmanager
-def blamed_on(who: str, what: str = "cannot be loaded") -> Iterator[None]:
-    """Within, whatever other libraries raise about a model is one line about its folder.
+def errors_about(label: str, what: str = "cannot be loaded") -> Iterator[None]:
+    """Turns errors of other libraries within the block into one line about the model.
 
-    An error that begins in Retort's own code is left as it is: that is no fault of the folder.
+    Errors that begin in Retort's own code are passed on: they are not the model's fault.
 
     Args:
-        who: Role and name of the model.
-        what: What is wrong with it.
+        label: Role and name of the model.
+        what: What failed.
 
     Raises:
-        UserError: Any error that was raised outside of Retort.
+        UserError: An error was raised outside of Retort.
     """
     try:
         yield
@@ -67,19 +67,19 @@ def blamed_on(who: str, what: str = "cannot be loaded") -> Iterator[None]:
             raise
         if _raised_in_retort(error):
             raise
-        raise UserError(f"{who}: {what}: {_one_line(error)}") from error
+        raise UserError(f"{label}: {what}: {_one_line(error)}") from error
 
 
-def look_at(who: str, name: str, source: str | None) -> str:
-    """Where transformers is to read a model from, after a look at what is there.
+def locate(label: str, name: str, source: str | None) -> str:
+    """The location for transformers to read a model from, once the files there are checked.
 
     Args:
-        who: Role and name of the model.
-        name: What the user calls it.
-        source: Where it lies, if not at `name`.
+        label: Role and name of the model.
+        name: The user's name for it.
+        source: Its location, if not `name`.
 
     Raises:
-        UserError: A folder that is not there, not readable, or holds no model that can be read.
+        UserError: The folder does not exist, is not readable, or holds no model that can be read.
     """
     path = Path(source or name).expanduser()
     found: str | None = None
@@ -89,25 +89,25 @@ def look_at(who: str, name: str, source: str | None) -> str:
             found = _wrong_with(path)
     except PermissionError as error:
         where = error.filename or path
-        raise UserError(f"{who}: no permission to read {where}; change it, or choose another folder") from None
+        raise UserError(f"{label}: no permission to read {where}; change it, or choose another folder") from None
     except OSError as error:
-        raise UserError(f"{who}: {path} cannot be read: {_one_line(error)}") from None
+        raise UserError(f"{label}: {path} cannot be read: {_one_line(error)}") from None
     except ValueError:
-        raise UserError(f"{who}: no such folder; the name holds a character that no name can have") from None
+        raise UserError(f"{label}: no such folder; the name holds a character that no name can have") from None
     if found is not None:
-        raise UserError(f"{who}: {found}")
+        raise UserError(f"{label}: {found}")
     if there:
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{who}: no such folder")
+        raise UserError(f"{label}: no such folder")
     problem = _wrong_on_hub(name)
     if problem is not None:
-        raise UserError(f"{who}: there is no such folder, and {problem}")
+        raise UserError(f"{label}: there is no such folder, and {problem}")
     return name
 
 
 def _wrong_on_hub(name: str) -> str | None:
-    """Why a model cannot be had from the hub, where that is certain: libraries ask a missing one again for minutes."""
+    """The reason why the hub lacks a model, where that is certain; libraries retry a missing one for minutes."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
@@ -120,11 +120,11 @@ def _wrong_on_hub(name: str) -> str | None:
     except HFValidationError:
         return "that is no name which the hub could have; name a folder, or owner/name"
     except GatedRepoError:
-        return None  # it is there; who may have it is for the libraries to say
+        return None  # it exists; the libraries report whether the user has access
     except RepositoryNotFoundError:
         return "no such model on the hub (or a private one); mind the spelling, or log in with `hf auth login`"
     except HfHubHTTPError:
-        return None  # it answered, but not to this question: a mirror may have the files all the same
+        return None  # the hub answered otherwise: a mirror may have the files all the same
     except Exception as error:
         if not isinstance(error, OSError) and "TransportError" not in [kind.__name__ for kind in type(error).__mro__]:
             return None
@@ -133,38 +133,38 @@ def _wrong_on_hub(name: str) -> str | None:
 
 
 def read_tokenizer(
-    name: str, source: str | Held | None, role: str, *, trust_remote_code: bool
+    name: str, source: str | InMemoryModel | None, role: str, *, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; a copy, where the caller holds it in memory.
+    """Reads the tokenizer of a model; copies it, where the caller holds it in memory.
 
     Raises:
         UserError: There is none, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
-    who = f"{role} {name}"
-    place = "" if isinstance(source, Held) else look_at(who, name, source)
-    local = Path(place)
-    if place and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
-        raise UserError(f"{who}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
-    with blamed_on(f"{who}: its tokenizer"):
+    label = f"{role} {name}"
+    location = "" if isinstance(source, InMemoryModel) else locate(label, name, source)
+    local = Path(location)
+    if location and local.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in local.glob(pattern)):
+        raise UserError(f"{label}: no tokenizer in that folder; copy the tokenizer's files (tokenizer.json, ...) there")
+    with errors_about(f"{label}: its tokenizer"):
         tokenizer: Any = (
             copy.deepcopy(source.tokenizer)
-            if isinstance(source, Held)
-            else AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            if isinstance(source, InMemoryModel)
+            else AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         )
         ids = set(tokenizer.get_vocab().values())
         added = {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
-    if ids <= added:  # what transformers makes where it finds no vocabulary
+    if ids <= added:  # transformers makes such a tokenizer where it finds no vocabulary
         raise UserError(
-            f"{who}: its tokenizer has no tokens but {len(ids)} special one(s); is tokenizer.json in the folder?"
+            f"{label}: its tokenizer has no tokens but {len(ids)} special one(s); is tokenizer.json in the folder?"
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
 def read_model(
     name: str,
-    source: str | Held | None,
+    source: str | InMemoryModel | None,
     role: str,
     *,
     dtype: torch.dtype,
@@ -172,65 +172,67 @@ def read_model(
     trust_remote_code: bool,
     weights: Weights = "refuse",
 ) -> tuple[PreTrainedModel, list[str]]:
-    """A model whose weights are those of its files, and what there is to say about them.
+    """Reads a model whose weights are those of its files, and returns it with notes for the user.
 
     Args:
-        name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`; or a model that the caller holds, of which this is a copy.
-        role: For messages.
-        dtype: Of its weights.
+        name: The user's name for it, for messages.
+        source: Its location, if not `name`; or a model that the caller holds, which is copied.
+        role: Role of the model, for messages.
+        dtype: Dtype of its weights.
         attention: Attention implementation of transformers; None for its default.
         trust_remote_code: Run code that comes with the model.
-        weights: What to do about weights that are missing, left over, misshapen or no numbers.
+        weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
 
     Raises:
         UserError: It cannot be read, or its weights do not fit it.
     """
     from transformers import AutoModelForCausalLM
 
-    who = f"{role} {name}"
-    if isinstance(source, Held):
-        with blamed_on(who, "cannot be copied"):
+    label = f"{role} {name}"
+    if isinstance(source, InMemoryModel):
+        with errors_about(label, "cannot be copied"):
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
-        return held, _judged(who, weights, *_account(held, {}, set()))
-    place = look_at(who, name, source)
-    # Whatever is random (weights that are missing, where the settings allow it) is the same when a run is resumed.
-    with blamed_on(who), torch.random.fork_rng([]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the shapes say it
+        return held, _weight_notes(label, weights, *_account(held, {}, set()))
+    location = locate(label, name, source)
+    # Random weights (missing ones, where the settings allow it) are the same when a run is resumed.
+    with errors_about(label), torch.random.fork_rng([]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
         torch.manual_seed(0)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
+            location,
             dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that all of what does not fit is in one account
+            ignore_mismatched_sizes=True,  # so that one account lists all mismatches
             output_loading_info=True,
         )
     model, info = loaded
-    return cast("PreTrainedModel", model), _judged(who, weights, *_account(model, info, _dropped(place, model)))
+    return cast("PreTrainedModel", model), _weight_notes(
+        label, weights, *_account(model, info, _dropped(location, model))
+    )
 
 
-def _judged(who: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
-    """What there is to say about a model's weights, or a `UserError` where they are wrong and that is refused."""
+def _weight_notes(label: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
+    """Notes about a model's weights; raises `UserError` where they are wrong and that is refused."""
     if wrong:
-        said = f"{who}: its weights are not those of its config.json: {'; '.join(wrong)}"
+        message = f"{label}: its weights are not those of its config.json: {'; '.join(wrong)}"
         if weights == "refuse":
-            raise UserError(f"{said}. To go on all the same (with random numbers for what is missing): weights=warn")
-        notes.append(f"{said}; what is missing is random")
-    return [note if note.startswith(who) else f"{who}: {note}" for note in notes]
+            raise UserError(f"{message}. To go on all the same (with random numbers for what is missing): weights=warn")
+        notes.append(f"{message}; what is missing is random")
+    return [note if note.startswith(label) else f"{label}: {note}" for note in notes]
 
 
-def _dropped(place: str, model: Any) -> set[str]:
-    """Names of tensors in a model's files that transformers leaves out without a word."""
+def _dropped(location: str, model: Any) -> set[str]:
+    """Names of tensors in a model's files that transformers silently leaves out."""
     from safetensors import safe_open
     from transformers.utils.hub import cached_file
 
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    patterns.append(_OTHER_PARTS)  # among them `inv_freq`, which transformers drops of every model that computes it
+    patterns.append(_OTHER_PARTS)  # with `inv_freq`, which transformers drops where a model computes it
     # In the cache of the hub, too, the weights lie beside the settings.
     config = cached_file(
-        place,
+        location,
         "config.json",
         local_files_only=True,
         _raise_exceptions_for_missing_entries=False,
@@ -244,7 +246,7 @@ def _dropped(place: str, model: Any) -> set[str]:
 
 
 def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset()) -> tuple[list[str], list[str]]:
-    """What is wrong with the weights of a model, and what is not but should be known."""
+    """Faults of a model's weights, and notes on facts that are no faults."""
     wrong, notes = list[str](), list[str]()
     surplus = set(map(str, info.get("unexpected_keys", ())))
     others = {key for key in surplus if _OTHER_PARTS.search(key)} | dropped
@@ -267,13 +269,13 @@ def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset(
 
 
 def _not_finite(model: Any, besides: set[str]) -> list[str]:
-    """Names of tensors that hold a number that is none."""
+    """Names of tensors that hold NaN or infinity."""
     found, seen = list[str](), set[int]()
     for name, tensor in model.state_dict().items():
         if name in besides or not tensor.is_floating_point() or not tensor.numel() or tensor.data_ptr() in seen:
             continue
-        seen.add(tensor.data_ptr())  # what is tied is looked at once
-        # The extremes are NaN where anything is, and no array of answers has to be made.
+        seen.add(tensor.data_ptr())  # tied tensors are checked once
+        # The extremes are NaN where any element is, and no mask has to be allocated.
         extremes = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
         if not all(bool(extreme.isfinite()) for extreme in extremes):
             found.append(name)
@@ -286,7 +288,7 @@ def _counted(keys: list[str]) -> str:
 
 
 def _wrong_with(path: Path) -> str | None:
-    """Why a folder cannot be read as a model, as far as a look at its files tells."""
+    """The reason why a folder cannot be read as a model, as far as its files show."""
     if not path.is_dir():
         return _GGUF if path.suffix.lower() == ".gguf" else "that is a file; name the folder of the model"
     names = {file.name for file in path.iterdir()}
@@ -324,7 +326,7 @@ def _wrong_with(path: Path) -> str | None:
 
 
 def _wrong_with_settings(file: Path) -> str | None:
-    """Why config.json or generation_config.json cannot be meant as it is."""
+    """The fault of a config.json or generation_config.json."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -353,7 +355,7 @@ def _wrong_with_index(index: Path, names: set[str]) -> str | None:
 
 
 def _raised_in_retort(error: BaseException) -> bool:
-    """Whether the code that raised it is ours."""
+    """Whether Retort's own code raised an error."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -361,7 +363,7 @@ def _raised_in_retort(error: BaseException) -> bool:
 
 
 def _one_line(error: BaseException) -> str:
-    """What an error says, in one line without control characters."""
+    """An error's text, in one line without control characters."""
     if isinstance(error, KeyError):
         return f"it lacks or does not know {str(error)[:200]}"
     text = " ".join("".join(c if c.isprintable() else " " for c in str(error)).split())

@@ -1,4 +1,4 @@
-"""A causal language model of transformers: hidden states of decided steps, and the head. Axes: `retort.core`."""
+"""A causal language model of transformers: hidden states of decisions, and the head. Axes: `retort.core`."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ Precision = Literal["bf16", "fp32"]
 def best_precision(device: torch.device) -> Precision:
     """bf16 on a GPU that multiplies in it, fp32 elsewhere: on the CPUs measured bf16 makes no step shorter.
 
-    A fixed rule, so that runs repeat. On a GPU the pair may refuse it, see `retort.train.models.precision`.
+    The rule is fixed, so that runs repeat. On a GPU a pair may need another, see `retort.train.models.precision`.
     """
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 @dataclass(eq=False)
 class LanguageModel:
-    """A model, its tokenizer, and where it stops.
+    """A causal language model with its tokenizer and stop tokens.
 
     Attributes:
-        model: Of transformers. A student's weights are fp32; a teacher's are in its compute precision.
-        tokenizer: Its own.
-        stops: Tokens on which it ends an answer.
+        model: The model of transformers. A student's weights are fp32; a teacher's are in its compute precision.
+        tokenizer: Its tokenizer.
+        stops: Tokens that end its completions.
         name: Path or hub name, for messages.
-        precision: What products are computed in.
-        written_generation: The generation settings to save beside the model (decoding here ignores them).
+        precision: The precision of products.
+        saved_generation: The generation settings to save beside the model (decoding here ignores them).
         packs: Whether sequences are scored end to end in one row, see `retort.models.packing`; else they are padded.
-        shares: Whether those with the same prompt share it there.
-        together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are by themselves. None:
-            any may.
-        rereads_from: Length, tokens, beyond which the model reads all earlier tokens in another way than before; None:
-            it never does, which is what a causal model should do.
-        tried: Lengths of its settings beyond which all of that was tried as they are.
-        adapter: Of a student that learns by one; it is inside the model, see `retort.models.adapter`.
-        working: The weights in bf16 for wherever no gradient is wanted; shared by all who share the weights.
+        shared_prefixes: Whether sequences with the same prompt share it in a packed row.
+        together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are computed alone.
+            None: any may.
+        rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: it never
+            does, as a causal model should.
+        tried: Lengths in its settings beyond which all of that was tried.
+        adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
+        working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
         sharding: How the weights are spread over ranks, where there are several; shared likewise.
-        notes: What the user should know about it.
+        notes: Notes for the user.
     """
 
     model: PreTrainedModel
@@ -66,9 +66,9 @@ class LanguageModel:
     stops: StopTokens
     name: str
     precision: Precision
-    written_generation: GenerationConfig
+    saved_generation: GenerationConfig
     packs: bool = False
-    shares: bool = False
+    shared_prefixes: bool = False
     together_up_to: int | None = None
     rereads_from: int | None = None
     tried: list[int] = field(default_factory=lambda: [])
@@ -79,23 +79,23 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     @property
     def parameters(self) -> int:
-        """How many parameters it has, tied ones counted once, an adapter's not."""
+        """Number of its parameters, tied ones counted once, without an adapter's."""
         return sum(parameter.numel() for parameter in self.weights().values())
 
     @property
     def trainable_parameters(self) -> int:
-        """How many parameters learn: all of its own, or those of an adapter."""
+        """Number of parameters that learn: all of its own, or those of an adapter."""
         return sum(parameter.numel() for parameter in self.trainable().values())
 
     def trainable(self) -> dict[str, Parameter]:
-        """What learns, by name: all of a full student, an adapter's tensors, nothing of a frozen model.
+        """Parameters that learn, by name: all of a full student, an adapter's tensors, none of a frozen model.
 
-        This is what optimizer, checkpoints and averages of weights go over, in this order.
+        Optimizer, checkpoints and averages of weights use them in this order.
         """
         if self.adapter is not None:
             return dict(self.adapter.tensors)
@@ -116,7 +116,7 @@ class LanguageModel:
 
     @property
     def rows(self) -> int:
-        """Ids that it can read: rows of its embedding."""
+        """Number of ids that it can read: rows of its embedding."""
         embedding: Any = self.model.get_input_embeddings()
         weight = getattr(embedding, "weight", None)
         return self.head().width if weight is None else int(weight.shape[0])
@@ -135,7 +135,7 @@ class LanguageModel:
         layer: Any = self.model.get_output_embeddings()
         layer, low_rank = (layer, None) if self.adapter is None else self.adapter.on(layer)
         config = self.model.config.get_text_config()
-        # Families name the same transformation differently; what none of these covers is caught by `check_head`.
+        # Families name the same transformation differently; `check_head` catches families with any other.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         found = Head(
             layer.weight,
@@ -180,22 +180,20 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Within, it is the model that it was before it learnt: a frozen teacher that takes no memory.
+        """Restores, for the block, the model before it learnt: a frozen teacher that takes no memory.
 
         A loss must be computed and differentiated on the same side of it.
 
         Raises:
-            UserError: There is no adapter, so there is nothing to go back to.
+            UserError: There is no adapter.
         """
         if self.adapter is None:
-            raise UserError(
-                f"{self.name} learns without an adapter, so it cannot be asked as it was before (lora.rank)"
-            )
+            raise UserError(f"{self.name} learns without an adapter, so it cannot be used as it was before (lora.rank)")
         with self.adapter.off():
             yield
 
     def bare(self) -> LanguageModel:
-        """The same model without its adapter, to be asked as any other frozen model; it shares all weights.
+        """The same model without its adapter, to be used as any other frozen model; it shares all weights.
 
         Raises:
             UserError: As `without_adapter`.
@@ -205,38 +203,38 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def compute(self) -> Iterator[None]:
-        """Products in the model's precision; master weights stay as they are.
+        """Computes products in the model's precision for the block; master weights stay as they are.
 
-        Where no gradient is wanted, layers (and a `head` that is asked for inside) hold copies that are cast already.
+        Where no gradient is wanted, layers (and a `head` that is read inside) hold copies that are already cast.
         """
         narrow = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
             if not narrow or self.model.dtype != torch.float32:
                 yield
             elif torch.is_grad_enabled():
-                self.working.drop(frozen=False)  # learning needs the room, and casts for itself
+                self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
                 yield
             else:
                 with self.working.in_place(self.model, self._probe):
                     yield
 
     def _probe(self) -> Tensor:
-        """Hidden states and logits of a few tokens: all weights take part."""
+        """Hidden states and logits of a few tokens, in which all weights take part."""
         ids_RL = (torch.arange(16, device=self.device)[None] * 7 + 1) % self.rows
         hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
         return torch.cat([hidden_RLD.float(), self.head().logits(hidden_RLD).float()], dim=-1)
 
     @torch.no_grad()
     def working_bytes(self) -> tuple[int, int]:
-        """What copies of the weights take where products are in bf16: of what learns, and of what is frozen."""
+        """Bytes of the copies of the weights where products are in bf16: of learning and of frozen weights."""
         if self.precision != "bf16" or self.model.dtype != torch.float32:
             return 0, 0
         with self.compute():
-            pass  # looks
+            pass  # only finds the copies
         return self.working.bytes()
 
     def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Hidden states [N, D] from which the decided tokens of these sequences were (or would be) decided, in order.
+        """Hidden states [N, D] from which the decided tokens of these sequences were (or would be) sampled, in order.
 
         Raises:
             UserError: An id for which the model has no row, or media, which it cannot read.
@@ -248,13 +246,13 @@ class LanguageModel:
         return self.packed(sequences) if self.packs else self.padded(sequences)
 
     def check_readable(self, sequences: Iterable[TokenSequence], where: str = "a text") -> None:
-        """Raises `UserError` if one of these holds what the model cannot read; `where` says what they are."""
+        """Raises `UserError` if the model cannot read one of these; `where` names them."""
         sequences = list(sequences)
         self.check_media(sequences, where)
         self.check_ids((int(sequence.tokens_L.max()) for sequence in sequences if len(sequence)), where)
 
     def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
-        """Raises `UserError` if one of these holds media; `where` says what they are."""
+        """Raises `UserError` if one of these holds media; `where` names them."""
         if any(sequence.media for sequence in sequences):
             raise UserError(
                 f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "
@@ -262,7 +260,7 @@ class LanguageModel:
             )
 
     def check_ids(self, ids: Iterable[int], where: str = "a text") -> None:
-        """Raises `UserError` if the model has no row for one of these ids; `where` says whose they are."""
+        """Raises `UserError` if the model has no row for one of these ids; `where` names their source."""
         rows = self.rows
         for token in ids:
             if token >= rows:
@@ -273,7 +271,7 @@ class LanguageModel:
                 )
 
     def alone(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """The same, every sequence by itself and not longer than its last decision needs: the definition."""
+        """The same, every sequence alone and no longer than its last decision needs: the definition."""
         found: list[Tensor] = []
         for sequence in sequences:
             end = max(sequence.end - 1, 1)
@@ -296,7 +294,7 @@ class LanguageModel:
         """The same, end to end in one row."""
         from retort.models.packing import Row, packed  # loads transformers
 
-        row = Row.of(sequences, share=self.shares, device=self.device)
+        row = Row.of(sequences, share=self.shared_prefixes, device=self.device)
         with self.compute(), packed(row):
             hidden_1TD = self.model.base_model(
                 input_ids=row.tokens_T[None], position_ids=row.position_T[None], use_cache=False
@@ -315,7 +313,7 @@ class LanguageModel:
             return token_batches([len(sequence) for sequence in sequences], budget)
         from retort.models.packing import row_batches  # loads transformers
 
-        return row_batches(sequences, budget, share=self.shares)
+        return row_batches(sequences, budget, share=self.shared_prefixes)
 
     def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
@@ -325,12 +323,12 @@ class LanguageModel:
                 own = [sequences[i] for i in batch]
                 hidden_ND = self.hidden(own)
                 parts.update(zip(batch, hidden_ND.split([sequence.steps for sequence in own]), strict=True))
-        # Outside, so that what is handed out is an ordinary tensor, which autograd may save.
+        # Outside of inference mode, so that the result is an ordinary tensor, which autograd may save.
         with torch.no_grad():
             return torch.cat([parts[index] for index in range(len(sequences))])
 
     def check_head(self, *, finite: bool = True) -> None:
-        """Raises `UserError` if head and hidden states do not give the model's own logits, or those are no numbers."""
+        """Raises `UserError` if head and hidden states do not give the model's own logits, or those are not finite."""
         ids_RL = torch.arange(1, 5, device=self.device)[None] % self.head().width
         ask = (
             f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "

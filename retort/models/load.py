@@ -1,4 +1,4 @@
-"""A model of transformers made ready for whoever scores, writes or learns with it."""
+"""Loads a model of transformers, ready to score, generate or learn."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from retort.align.stops import stop_tokens
-from retort.models.files import Weights, blamed_on, read_model, read_tokenizer
-from retort.models.held import Held
+from retort.models.files import Weights, errors_about, read_model, read_tokenizer
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
 from retort.models.randomness import without_randomness
-from retort.models.together import settle
+from retort.models.together import choose_batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def load_model(
     name: str,
     *,
-    source: str | Held | None = None,
+    source: str | InMemoryModel | None = None,
     role: str,
     precision: Precision,
     device: torch.device,
@@ -33,22 +33,22 @@ def load_model(
     """Loads a model folder or hub name; only safetensors weights are read.
 
     Args:
-        name: What the user calls it, for messages.
-        source: Where it lies, if not at `name`; or a model that the caller holds, of which a copy is made.
+        name: The user's name for it, for messages.
+        source: Its location, if not `name`; or a model that the caller holds, which is copied.
         role: A student's weights are fp32 and learn; a teacher's are in its precision and do not.
-        precision: Of products.
-        device: Where to.
+        precision: Precision of products.
+        device: Device of the weights.
         attention: Attention implementation of transformers; None for its default.
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
-        weights: What to do about weights that are missing, left over, misshapen or no numbers.
+        weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
 
     Raises:
-        UserError: Not found, not a causal language model, weights that are not its own, no usable stop token.
+        UserError: It is not found, is no causal language model, has foreign weights, or has no usable stop token.
     """
     from transformers import GenerationConfig
 
-    who = f"{role} {name}"
+    label = f"{role} {name}"
     dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     model, notes = read_model(
@@ -64,15 +64,15 @@ def load_model(
     _wrap_attention(model)
     model.requires_grad_(role == "student")
     without_randomness(model)
-    stops = stop_tokens(tokenizer, model.generation_config, model.config, who=who, override=stop)
-    written = model.generation_config
-    # `generate` fills what it is not told from the model's own settings (top-k, repetition penalty, ...), which would
-    # make rollouts come from another distribution than the one that is scored.
+    stops = stop_tokens(tokenizer, model.generation_config, model.config, label=label, override=stop)
+    original = model.generation_config
+    # `generate` takes options that it is not given from the model's own settings (top-k, repetition penalty, ...),
+    # which would sample rollouts from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
-    loaded = LanguageModel(model, tokenizer, stops, name, precision, written, notes=notes)
-    with blamed_on(who):  # settings that make a model, but none that computes
+    loaded = LanguageModel(model, tokenizer, stops, name, precision, original, notes=notes)
+    with errors_about(label):  # settings may make a model that cannot compute
         loaded.check_head(finite=weights == "refuse")
-    settle(loaded)
+    choose_batching(loaded)
     return loaded
 
 
@@ -83,17 +83,17 @@ def use_attention(lm: LanguageModel, name: str) -> bool:
         lm.model.set_attn_implementation(name)
     except (ValueError, ImportError):
         return False
-    # A model that sets it at loading only says so in a log line, and keeps what it had.
+    # A model that sets it at loading only logs a failure, and keeps the implementation that it had.
     if lm.model.config._attn_implementation != name:
         lm.model.config._attn_implementation = before
         return False
     _wrap_attention(lm.model)
-    settle(lm)
+    choose_batching(lm)
     return True
 
 
 def _wrap_attention(model: PreTrainedModel) -> None:
-    """Lets a family that leaves attention to transformers take packs."""
+    """Makes a family that leaves attention to transformers accept packed rows."""
     from retort.models.packing import wrapped
 
     chosen = model.config._attn_implementation

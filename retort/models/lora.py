@@ -1,4 +1,4 @@
-"""Puts a LoRA adapter into a model, by `peft`; what it then is, see `retort.models.adapter`."""
+"""Puts a LoRA adapter into a model, by `peft`; see `retort.models.adapter` for the adapter itself."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from retort.core.streams import key
+from retort.core.random_streams import key
 from retort.errors import UserError, did_you_mean, shortened
 from retort.models.adapter import NAME, Adapter, need_peft
 from retort.models.lm import LanguageModel
@@ -16,7 +16,7 @@ from retort.models.lm import LanguageModel
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-#: What peft calls every linear layer but the head.
+#: peft's name for every linear layer but the head.
 ALL_LINEAR = "all-linear"
 
 
@@ -31,16 +31,16 @@ def add_adapter(
 ) -> None:
     r"""Puts a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into a model, and freezes all else.
 
-    A layer's product gains :math:`s\,B A x`; B begins at 0, so the model begins as it is.
+    A layer's product gains :math:`s\,B A x`; B begins at 0, so the model's outputs begin unchanged.
 
     Args:
         lm: The model; changed in place, `lm.adapter` is the adapter.
-        rank: Rows of A.
-        alpha: s = alpha / rank.
+        rank: Number of rows of A.
+        alpha: The scale is s = alpha / rank.
         targets: Names of layers, or their ends (`q_proj`); `all-linear` is every linear layer but the head, which is
             `lm_head` in most families.
-        rslora: s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
-        seed: Of the run; A is drawn from a stream of its own.
+        rslora: Whether s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        seed: The run's seed; A is drawn from a stream of its own.
 
     Raises:
         UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
@@ -51,7 +51,7 @@ def add_adapter(
     settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
     config: LoraConfig = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- it divides it, so a fraction is as good
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- peft divides it, so a fraction works, too
         lora_dropout=0.0,
         target_modules=_targets(lm, targets),
         use_rslora=rslora,
@@ -60,8 +60,8 @@ def add_adapter(
     )
     devices = [lm.device] if lm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that the latter will drop
-        # For fused experts peft makes a pattern of its own, and warns when that finds nothing.
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers will drop
+        # For fused experts peft makes a pattern of its own, and warns when that matches nothing.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         torch.manual_seed(key(seed, "adapter"))
         try:
@@ -73,7 +73,7 @@ def add_adapter(
 
 
 def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> str:
-    """Why `peft` takes no such targets; its own words begin with the printed layer, which has many lines."""
+    """The reason why `peft` refuses targets; its own message begins with the printed layer, which has many lines."""
     model: Any = lm.model
     for target in targets:
         for name, module in model.named_modules():
@@ -86,7 +86,7 @@ def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> st
 
 
 def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
-    """What to tell `peft`, which knows `all-linear` only by itself."""
+    """The targets for `peft`, which accepts `all-linear` only alone."""
     model: Any = lm.model
     ends = {"the head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
     known = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

@@ -1,4 +1,4 @@
-"""Nothing in a student is random: it is taught about the very distribution that it wrote from."""
+"""Removes randomness from a student: it learns about the same distribution that it sampled from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
     from retort.models.lm import LanguageModel
 
-#: Share of a hidden state by which two passes over one text may differ.
+#: Relative difference of hidden states that two passes over one text may have.
 _ROUNDING = 1e-2
 
 
 def without_randomness(model: PreTrainedModel) -> None:
-    """Switches off what is random in training mode: dropout, and the noise of routers."""
+    """Switches off everything that is random in training mode: dropout, and the noise of routers."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -30,7 +30,7 @@ def without_randomness(model: PreTrainedModel) -> None:
 
 
 def check_repeats(lm: LanguageModel) -> None:
-    """Tries whether passes over one text agree, in the mode that the model is in.
+    """Checks that passes over one text agree, in the current mode of the model.
 
     Raises:
         UserError: They differ by more than rounding.
@@ -44,6 +44,6 @@ def check_repeats(lm: LanguageModel) -> None:
     if not apart <= _ROUNDING * float(first_ND.norm(dim=1).max()):
         family = type(lm.model).__name__
         raise UserError(
-            f"{lm.name}: two passes over one text differ in training mode, by chance that {family} keeps to itself; "
-            "set what is random to 0 in its config.json, or optimizer.gradient_checkpointing=false"
+            f"{lm.name}: two passes over one text differ in training mode, by randomness inside {family}; "
+            "set its random settings to 0 in its config.json, or optimizer.gradient_checkpointing=false"
         )

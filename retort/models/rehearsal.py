@@ -1,4 +1,4 @@
-"""The export, tried before the first step: what cannot be written at the end of a run is not worth beginning."""
+"""A trial of the export before the first step, so that a run cannot fail at its end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from retort.models.files import blamed_on
+from retort.models.files import errors_about
 
 if TYPE_CHECKING:
     from retort.models.lm import LanguageModel
 
 
 def rehearse_export(lm: LanguageModel) -> None:
-    """Tries all of an export but the weights' bytes: merging, names and shapes of the files, settings, tokenizer.
+    """Tries all of an export except writing the weights: merging, names and shapes, settings, tokenizer.
 
     Args:
-        lm: The student, as it is before the first step.
+        lm: The student before the first step.
 
     Raises:
         UserError: One of them fails.
@@ -31,10 +31,10 @@ def rehearse_export(lm: LanguageModel) -> None:
     if lm.adapter is not None:
         weights = {own: x for name, x in weights.items() if (own := lm.adapter.own_name(name)) is not None}
     bare = lm.model.generation_config
-    with tempfile.TemporaryDirectory() as folder, blamed_on(lm.name, "could not be written at the end"):
+    with tempfile.TemporaryDirectory() as folder, errors_about(lm.name, "could not be written at the end"):
         revert_weight_conversion(lm.model, weights)
         try:
-            lm.model.generation_config = lm.written_generation
+            lm.model.generation_config = lm.saved_generation
             lm.model.save_pretrained(folder, state_dict={})
         finally:
             lm.model.generation_config = bare

@@ -1,8 +1,8 @@
-"""What may be computed together, found out by trying: a row, a padded batch, a prompt shared, or each by itself.
+"""Ways to compute sequences together, found by trying: a packed row, a padded batch, a shared prompt, or alone.
 
-A sequence by itself is the definition. Some families change their arithmetic with the longest sequence of a batch
-(rotary factors), others at a length that their settings name (windows, chunks): so what is tried reaches beyond every
-such length. Where a model is too large to be tried at such a length, the length is lowered for the trial.
+A sequence alone is the definition. Some families change their arithmetic with the longest sequence of a batch (rotary
+factors), others at a length that their settings name (windows, chunks). So the trials go beyond every such length.
+Where a model is too large to be tried at such a length, the length is lowered for the trial.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from retort.core.sequences import TokenSequence
 if TYPE_CHECKING:
     from retort.models.lm import LanguageModel
 
-#: Settings after which a family may do something else.
+#: Settings with a length after which a family may compute differently.
 _SWITCH = re.compile(r"window|chunk|block_size|local_attention|original_max_position|max_local")
 #: Multiplications that a trial at a switch may cost before the switch is lowered for it.
 _AFFORDABLE = {"cpu": 2e11, "cuda": 1e14}
-#: What a switch is lowered to; longer than no trial needs, shorter than the sequences of one.
+#: The length that a switch is lowered to; long enough for a trial, shorter than its sequences.
 _LOWERED = 16
 
 
 def switches(config: Any) -> list[tuple[str, int]]:
-    """Settings of a configuration, at any depth, that name a length after which arithmetic may change: name, length."""
+    """Settings of a configuration, at any depth, with a length after which arithmetic may change: name, length."""
     found = {(name, value) for holder in _holders(config) for name, value in holder.items() if _is_switch(name, value)}
     return sorted(found, key=lambda one: (one[1], one[0]))
 
 
-def settle(lm: LanguageModel) -> None:
-    """Sets by trying how sequences of this model may be computed together.
+def choose_batching(lm: LanguageModel) -> None:
+    """Sets, by trying, how sequences of this model may be computed together.
 
     Args:
-        lm: Its `packs`, `shares`, `together_up_to`, `rereads_from` and `tried` are set.
+        lm: The model; its `packs`, `shared_prefixes`, `together_up_to`, `rereads_from` and `tried` are set.
     """
-    lm.packs = lm.shares = False
+    lm.packs = lm.shared_prefixes = False
     lm.together_up_to = lm.rereads_from = None
     lm.tried = []
     ids_T = (torch.arange(26) * 7 + 1) % lm.head().width
-    # Two that run as a batch, and neighbours that would leak into each other.
+    # Two sequences that form a batch, and neighbours that would leak into each other.
     sequences = [_decided(tokens_L) for tokens_L in ids_T.split([3, 9, 9, 5])]
     with torch.no_grad():
         alone_ND = lm.alone(sequences).float()
@@ -52,14 +52,14 @@ def settle(lm: LanguageModel) -> None:
             lm.together_up_to = 0
         lm.packs = _alike(lm, lambda: lm.packed(sequences), alone_ND)
         if lm.packs:
-            lm.shares = _shares(lm, ids_T, [5, 4, 6, 2, 9])
+            lm.shared_prefixes = _shares(lm, ids_T, [5, 4, 6, 2, 9])
         for length in dict.fromkeys(length for _, length in switches(lm.model.config.get_text_config())):
             if _LOWERED // 2 < length < lm.context - 8:
                 _try_beyond(lm, length)
 
 
 def _try_beyond(lm: LanguageModel, length: int) -> None:
-    """What holds for sequences that a length parts."""
+    """Tries sequences on both sides of a length."""
     cost = 16.0 * lm.parameters * length
     affordable = cost <= _AFFORDABLE.get(lm.device.type, _AFFORDABLE["cpu"])
     with contextlib.nullcontext(length) if affordable else lowered(lm, length, _LOWERED) as switch:
@@ -74,59 +74,59 @@ def _try_beyond(lm: LanguageModel, length: int) -> None:
         if not padded:
             lm.together_up_to = length if lm.together_up_to is None else min(lm.together_up_to, length)
         elif lm.packs and not packed:
-            lm.packs = lm.shares = False
+            lm.packs = lm.shared_prefixes = False
         if not same_start:
             lm.rereads_from = length if lm.rereads_from is None else min(lm.rereads_from, length)
-        if padded and lm.shares:
-            lm.shares = _shares(lm, ids_T, [switch - 4, 4, 12, 8])
+        if padded and lm.shared_prefixes:
+            lm.shared_prefixes = _shares(lm, ids_T, [switch - 4, 4, 12, 8])
     if affordable:
         lm.tried.append(length)
 
 
 def _shares(lm: LanguageModel, ids_T: Tensor, sizes: Sequence[int]) -> bool:
-    """Whether answers of these sizes to one prompt, the first size, may share it in a row."""
-    prompt, *answers = ids_T[: sum(sizes)].split(list(sizes))
-    sequences = [_decided(torch.cat([prompt, answer]), behind=len(prompt)) for answer in answers]
+    """Whether completions of these sizes of one prompt, the first size, may share it in a row."""
+    prompt, *completions = ids_T[: sum(sizes)].split(list(sizes))
+    sequences = [_decided(torch.cat([prompt, completion]), behind=len(prompt)) for completion in completions]
     alone_ND = lm.alone(sequences).float()
-    before, lm.shares = lm.shares, True
+    before, lm.shared_prefixes = lm.shared_prefixes, True
     try:
         return _alike(lm, lambda: lm.packed(sequences), alone_ND)
     finally:
-        lm.shares = before
+        lm.shared_prefixes = before
 
 
 def _decided(tokens_L: Tensor, behind: int = 1) -> TokenSequence:
-    """A sequence that is all decided but for its first tokens."""
+    """A sequence whose tokens are all decided except the first `behind`."""
     return TokenSequence(tokens_L, torch.arange(len(tokens_L)) >= behind)
 
 
 def _alike(lm: LanguageModel, compute: Callable[[], Tensor], alone_ND: Tensor) -> bool:
     try:
         found_ND = compute().float()
-    except Exception:  # whatever a family does with a row of restarting positions and a mask it cannot read
+    except Exception:  # a family may fail in any way on restarting positions and a mask it cannot read
         return False
     if found_ND.shape != alone_ND.shape:
         return False
     apart_N = (found_ND - alone_ND).norm(dim=1) / alone_ND.norm(dim=1).clamp_min(1e-6)
-    # Less than any token of a neighbour would change; more than that is never rounding (and NaN is no number).
+    # A token of a neighbour would change more than this, and rounding less (NaN fails the comparison).
     return bool((apart_N < (1e-3 if lm.precision == "fp32" else 5e-2)).all())
 
 
 @contextlib.contextmanager
 def lowered(lm: LanguageModel, length: int, to: int) -> Iterator[int]:
-    """Within, every switch of a model at one length is at another, in its settings and in its layers; gives the other.
+    """Lowers every switch of a model at one length, in its settings and in its layers, for the block; yields the other.
 
     Args:
         lm: The model.
-        length: Where the switches are.
-        to: Where they shall be.
+        length: The length of the switches.
+        to: The length to lower them to.
     """
     named = {name for name, value in switches(lm.model.config.get_text_config()) if value == length}
     holders: list[dict[str, Any]] = [*_holders(lm.model.config.get_text_config())]
     configs = {id(holder) for holder in holders}
     for module in lm.model.modules():
         holders += [vars(module), *(held for held in _holders(getattr(module, "config", None)))]
-    # Layers also keep such a length under a name of their own.
+    # Layers may also keep such a length under a name of their own.
     changed = [
         (holder, name)
         for holder in {id(holder): holder for holder in holders}.values()

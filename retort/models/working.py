@@ -1,9 +1,9 @@
-"""The weights of a model that computes in bf16, cast once and not anew for every token.
+"""Cached bf16 weights of a model that computes in bf16: cast once, not for every token.
 
-Under autocast a product casts its weights each time it is computed. torch remembers a cast only of what learns, and
-never in inference mode: so a token cost a cast of the whole model. Here every weight that autocast casts is cast when
-it has changed, and stands in its layer's place wherever no gradient is wanted. What autocast does not cast (embeddings,
-norms) stays as it is, so the numbers are the same to the last bit.
+Under autocast a product casts its weights each time it is computed. torch caches a cast only of parameters that learn,
+and never in inference mode: so a token cost a cast of the whole model. Here every weight that autocast casts is cast
+when it has changed, and replaces the layer's own wherever no gradient is wanted. Weights that autocast does not cast
+(embeddings, norms) stay as they are, so the numbers are the same to the last bit.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
-    """Where a layer keeps a parameter."""
+class _Slot:
+    """A layer's dictionary and name of a parameter."""
 
     holder: dict[str, Any]
     name: str
@@ -31,7 +31,7 @@ class _Place:
 
 @dataclass(frozen=True, eq=False)
 class _Cast:
-    """A parameter and its copy. Other memory, or a later version, is another value."""
+    """A parameter and its copy. The copy is outdated if the parameter's memory or version differs."""
 
     of: Parameter
     seen: tuple[int, int]
@@ -39,89 +39,89 @@ class _Cast:
 
 
 class WorkingCopy:
-    """The copies of one model's weights. None is ever written to: who still holds one sees the weights as they were."""
+    """The copies of one model's weights. None is written to: code that still holds one has the weights of its time."""
 
     def __init__(self) -> None:
-        """No copies yet; they are made when they are first wanted."""
+        """Begins without copies; they are made on demand."""
         self._casts: dict[int, _Cast] = {}
-        self._places: tuple[Any, list[_Place]] = (None, [])
+        self._slots: tuple[Any, list[_Slot]] = (None, [])
         self._here = False
 
     @contextlib.contextmanager
     def in_place(self, model: Any, probe: Callable[[], Tensor]) -> Iterator[None]:
-        """Within, the model's layers hold the copies. To be entered under autocast, and where no gradient is wanted.
+        """Puts the copies into the model's layers for the block. Enter it under autocast, where no gradient is wanted.
 
         Args:
-            model: Of transformers, its weights fp32.
-            probe: Computes something in which all weights take part, in fp32. It is computed once to see which weights
-                are cast, and once with the copies: a family that changes with them keeps its weights.
+            model: A model of transformers with fp32 weights.
+            probe: Computes a number in which all weights take part, in fp32. It is computed once to see which weights
+                are cast, and once with the copies: a family whose result differs keeps its weights.
         """
         if self._here:
             yield
             return
-        self._look(model, probe)
-        with self._held(self._places[1]):
+        self._find_slots(model, probe)
+        with self._held(self._slots[1]):
             yield
 
     def drop(self, *, frozen: bool = True) -> None:
-        """Frees the copies; without `frozen` only those of what learns.
+        """Frees the copies; without `frozen` only those of weights that learn.
 
         Raises:
-            RuntimeError: They are in place: what is computed now would have no gradient.
+            RuntimeError: They are in place, so results computed now would have no gradient.
         """
         if self._here:
-            raise RuntimeError("gradients are wanted where copies stand in the place of the weights")
+            raise RuntimeError("gradients are wanted while copies replace the weights")
         self._casts = {} if frozen else {key: cast for key, cast in self._casts.items() if not cast.of.requires_grad}
 
     def bytes(self) -> tuple[int, int]:
-        """What they take once they are made: of what learns, which are freed while it does, and of what is frozen."""
-        sizes = {id(p): (p.requires_grad, 2 * p.numel()) for p in (place.parameter for place in self._places[1])}
+        """Bytes of the copies once they are made: of weights that learn, freed while they do, and of frozen weights."""
+        sizes = {id(p): (p.requires_grad, 2 * p.numel()) for p in (slot.parameter for slot in self._slots[1])}
         return sum(n for learns, n in sizes.values() if learns), sum(n for learns, n in sizes.values() if not learns)
 
-    def _look(self, model: Any, probe: Callable[[], Tensor]) -> None:
-        """Finds by trying which weights have copies: once, and again where the model has an adapter since."""
+    def _find_slots(self, model: Any, probe: Callable[[], Tensor]) -> None:
+        """Finds by trying which weights have copies: once, and again when the model has got an adapter."""
         every = _every(model)
         known = (len(every), getattr(model.config, "_attn_implementation", None))
-        if self._places[0] == known:
+        if self._slots[0] == known:
             return
-        torch.clear_autocast_cache()  # a cast that is remembered would not be seen
+        torch.clear_autocast_cache()  # the probe would not see a cached cast
         with self._held([]), _Uses(every) as uses:
             expected = probe()
-        places = [place for place in every if uses.only_cast(place.parameter)]
+        slots = [slot for slot in every if uses.only_cast(slot.parameter)]
         try:
-            with self._held(places):
+            with self._held(slots):
                 same = torch.equal(probe(), expected)
-        except Exception:  # whatever a family does with a weight that is not in fp32
+        except Exception:  # a family may fail in any way on a weight that is not in fp32
             same = False
         if not same:
             self.drop()
-        self._places = (known, places if same else [])
+        self._slots = (known, slots if same else [])
 
     @contextlib.contextmanager
-    def _held(self, places: Sequence[_Place]) -> Iterator[None]:
+    def _held(self, slots: Sequence[_Slot]) -> Iterator[None]:
         try:
-            for place in places:
-                place.holder[place.name] = self._of(place.parameter)
+            for slot in slots:
+                slot.holder[slot.name] = self._of(slot.parameter)
             self._here = True
             yield
         finally:
             self._here = False
-            for place in places:
-                place.holder[place.name] = place.parameter
+            for slot in slots:
+                slot.holder[slot.name] = slot.parameter
 
     def _of(self, parameter: Parameter) -> Parameter:
         seen = (parameter.data_ptr(), parameter._version)  # pyright: ignore[reportPrivateUsage]
         cast = self._casts.get(id(parameter))
         if cast is None or cast.of is not parameter or cast.seen != seen:
-            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, whoever asks first
+            with torch.inference_mode(False), torch.no_grad():  # an ordinary tensor, in any mode
                 copy = Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
             cast = self._casts[id(parameter)] = _Cast(parameter, seen, copy)
         return cast.copy
 
 
-def _every(model: Any) -> list[_Place]:
+def _every(model: Any) -> list[_Slot]:
     return [
-        _Place(module._parameters, name, parameter)
+        _Slot(module._parameters, name, parameter)
         for module in model.modules()
         if not isinstance(module, Embedding)
         for name, parameter in module._parameters.items()
@@ -130,14 +130,15 @@ def _every(model: Any) -> list[_Place]:
 
 
 class _Uses(TorchDispatchMode):
-    """What is done with some parameters within: cast to bf16, or anything else.
+    """Records the uses of some parameters within the block: cast to bf16, or anything else.
 
-    Views are neither, nor is looking up a row: an embedding is never copied, but its weight may be the head's as well.
+    Views do not count, nor does an embedding lookup: an embedding is never copied, but its weight may be the head's,
+        too.
     """
 
-    def __init__(self, places: Sequence[_Place]) -> None:
+    def __init__(self, slots: Sequence[_Slot]) -> None:
         super().__init__()
-        self._known = {_memory(place.parameter) for place in places}
+        self._known = {_memory(slot.parameter) for slot in slots}
         self._cast: set[int] = set()
         self._other: set[int] = set()
 

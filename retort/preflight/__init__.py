@@ -1,1 +1,1 @@
-"""`retort doctor`: what can be found out before any GPU-hour is spent."""
+"""`retort doctor`: checks of models, data and memory before any GPU time is spent."""

@@ -1,4 +1,4 @@
-"""Before any GPU-hour is spent: is this a pair, will it fit, will it teach?"""
+"""Checks before any GPU-hour is spent: do the models fit together, does the run fit, will it teach?"""
 
 from __future__ import annotations
 
@@ -13,40 +13,40 @@ from retort.models.files import read_tokenizer
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
 from retort.preflight.trial import trial_checks
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.prepare import Prepared, prepare
 
-_TOKENIZER_WHY = "the teacher is asked about ids: the same id must be the same token to both, and text be cut alike"
+_TOKENIZER_WHY = "the teacher scores ids: the same id must be the same token to both, and text be cut alike"
 
 
 def examine(
-    config: Config, method: Method | None = None, *, quick: bool = False, given: Given | None = None
+    config: Config, method: Method | None = None, *, quick: bool = False, caller_objects: CallerObjects | None = None
 ) -> Examination:
-    """All checks of what a configuration would run; what keeps a run from starting is a fatal finding, not an error.
+    """Makes all checks of a configuration; what keeps a run from starting is a fatal finding, not an error.
 
     Args:
-        config: Resolved.
+        config: The resolved configuration.
         method: A method of the caller's own, instead of the one that the configuration names.
         quick: Leave out the checks that generate.
-        given: Objects of the caller's for which texts stand in the configuration.
+        caller_objects: The objects behind placeholders in the configuration.
     """
-    first = _tokenizers(config, given or Given())
+    first = _tokenizers(config, caller_objects or CallerObjects())
     if not any(check.verdict == "fatal" for check in first):
         try:
-            return examine_setup(prepare(config, method, given), quick=quick, before=first)
+            return examine_setup(prepare(config, method, caller_objects), quick=quick, before=first)
         except UserError as error:
             first.append(_refused(str(error)))
     return Examination(tuple(first), quick)
 
 
 def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[Check] = ()) -> Examination:
-    """The checks of a run whose parts are loaded.
+    """Makes the checks of a run whose parts are loaded.
 
     Args:
-        prepared: Its parts; nothing of it changes.
+        prepared: The parts of the run; nothing of them changes.
         quick: Leave out the checks that generate.
-        before: Checks made already.
+        before: Checks that were made already.
     """
     checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
@@ -65,24 +65,24 @@ def refuse(examination: Examination) -> None:
 
 def _alike(prepared: Prepared) -> list[Check]:
     """Compares the tokenizers of the models that a run names."""
-    others = [name for name in prepared.config.places if name != "student" and name in prepared.lms]
+    others = [name for name in prepared.config.model_paths if name != "student" and name in prepared.lms]
     if not others:
         saw = "the student's own: there is no other model to compare it with"
         return [Check("tokenizer", "ok", saw, _TOKENIZER_WHY)]
     return [_tokenizer_check(name, prepared.student.tokenizer, prepared.lms[name].tokenizer) for name in others]
 
 
-def _tokenizers(config: Config, given: Given) -> list[Check]:
+def _tokenizers(config: Config, caller_objects: CallerObjects) -> list[Check]:
     """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
     if config.student is None:
         return []
     try:
         found = {
-            name: read_tokenizer(place, source, name, trust_remote_code=config.trust_remote_code)
-            for name, (place, source) in sources(config.places, given).items()
+            name: read_tokenizer(path, source, name, trust_remote_code=config.trust_remote_code)
+            for name, (path, source) in sources(config.model_paths, caller_objects).items()
         }
     except UserError:
-        return []  # whatever is wrong with them, `prepare` says it in its own words
+        return []  # Whatever is wrong with them, `prepare` reports it.
     ours = found.pop("student")
     return [_tokenizer_check(name, ours, theirs) for name, theirs in found.items()]
 
@@ -99,7 +99,7 @@ def _tokenizer_check(name: str, ours: object, theirs: object) -> Check:
 
 
 def _refused(message: str) -> Check:
-    """What keeps the run from starting."""
+    """The finding for an error that keeps the run from starting."""
     saw, _, remedy = message.rpartition("; ")
     name = "stop token" if " stop" in message and "id" in message else "setup"
     return Check(name, "fatal", saw or message, "a run with these settings would not start", remedy if saw else "")

@@ -1,4 +1,4 @@
-"""What a check says: what it saw, why that matters, and what to do."""
+"""Findings: what a check saw, why it matters, and what to do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Check:
 
     @property
     def line(self) -> str:
-        """What it saw and what to do, in one line."""
+        """The finding and its remedy in one line."""
         return f"{self.name}: {self.saw}" + (f"; {self.remedy}" if self.remedy else "")
 
 
@@ -50,7 +50,7 @@ class Examination:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of all."""
+        """The worst verdict of all checks."""
         return worst([check.verdict for check in self.checks])
 
     def of(self, verdict: Verdict) -> tuple[Check, ...]:
@@ -69,7 +69,7 @@ class Examination:
         return iter(self.checks)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """The examination as plain values for JSON."""
         rows = [{**asdict(check), "values": dict(check.values)} for check in self.checks]
         return {"verdict": self.verdict, "quick": self.quick, "checks": rows}
 

@@ -1,4 +1,4 @@
-"""The checks that need the student to write: noise floor, stopping, and whether this teacher will teach this student.
+"""Checks on completions of the student: noise floor, stopping, and whether this teacher will teach this student.
 
 Axis letters: see `retort.core`.
 """
@@ -29,7 +29,7 @@ from retort.train.models.precision import ABOVE_NOISE
 from retort.train.setup.prepare import Prepared
 from retort.train.source.cache import RolloutCache
 
-#: Prompts that the student writes about.
+#: Number of prompts that the student completes.
 TRIAL_PROMPTS = 16
 #: Mean nats between engine and trainer: what bf16 may do, and what makes importance ratios meaningless.
 NOISY, BROKEN = 0.02, 0.5
@@ -42,7 +42,7 @@ ENTROPY_APART = 1.0
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What the student wrote, with what was said of every token, [N] each on the CPU."""
+    """Completions of the student with values at every token, [N] each on the CPU."""
 
     pack: Pack
     values: Mapping[str, Tensor]
@@ -57,14 +57,14 @@ class Trial:
 
     @property
     def noise(self) -> float:
-        """Mean size of engine's minus trainer's log-prob of the token written, nats."""
+        """Mean size of engine's minus trainer's log-prob of the generated token, nats."""
         gap_N = engine_gap_N(self.pack, self.values["student_logp"])
         return float(gap_N[gap_N.isfinite()].mean())
 
 
 @torch.no_grad()
 def run_trial(prepared: Prepared) -> Trial:
-    """The student writes about a few prompts, at the temperature at which distributions are compared."""
+    """Completes a few prompts as the student, at the temperature at which distributions are compared."""
     temperature = prepared.method.temperature
     # Whatever the method's sampling: at top-p below 1 the engine's log-probs are of another distribution.
     plan = RolloutPlan(samples=prepared.method.rollout.samples, temperature=temperature)
@@ -99,21 +99,21 @@ def run_trial(prepared: Prepared) -> Trial:
 
 
 def trial_checks(prepared: Prepared) -> list[Check]:
-    """All of them."""
+    """Makes all checks on a trial."""
     trial = run_trial(prepared)
     checks = [check_noise_floor(trial), check_stopping(trial)]
     return checks if _teacher_view(prepared) is None else [*checks, check_teachability(prepared, trial)]
 
 
 def check_noise_floor(trial: Trial) -> Check:
-    """How far rollout engine and trainer are apart."""
+    """Measures the distance between rollout engine and trainer."""
     why = (
         "what the engine reports and what the trainer computes are of the same weights and should be one number; a "
         "divergence smaller than their difference is arithmetic"
     )
     noise = trial.noise
     worst_gap = float(engine_gap_N(trial.pack, trial.values["student_logp"]).nan_to_num().max())
-    saw = f"{noise:.1e} nats a token on average, {worst_gap:.1e} at most, over {len(trial.pack):,} tokens written"
+    saw = f"{noise:.1e} nats a token on average, {worst_gap:.1e} at most, over {len(trial.pack):,} tokens generated"
     values = (("noise_floor", noise), ("largest", worst_gap))
     if noise < NOISY:
         return Check("noise floor", "ok", saw, why, values=values)
@@ -124,25 +124,25 @@ def check_noise_floor(trial: Trial) -> Check:
 
 
 def check_stopping(trial: Trial) -> Check:
-    """Whether the student ends its answers."""
-    why = "truncated answers hold no stop token, so nothing teaches the student where to stop"
+    """Whether the student ends its completions."""
+    why = "truncated completions hold no stop token, so nothing teaches the student where to stop"
     cut = [rollout.status == Status.TRUNCATED for rollout in trial.pack.rollouts]
     share = sum(cut) / len(cut)
-    saw = f"{len(cut) - sum(cut)} of {len(cut)} answers ended by themselves"
+    saw = f"{len(cut) - sum(cut)} of {len(cut)} completions ended by themselves"
     values = (("truncated", share),)
     if share <= 0.5:
         return Check("stopping", "ok", saw, why, values=values)
     remedy = (
-        "raise rollout.max_new_tokens; if the answers look finished, the stop token is the wrong one (rollout.stop)"
+        "raise rollout.max_new_tokens; if the completions look finished, the stop token is the wrong one (rollout.stop)"
     )
     return Check("stopping", "warn", saw, why, remedy, values)
 
 
 def check_teachability(prepared: Prepared, trial: Trial) -> Check:
-    """Will this teacher teach this student, and why not: the conditions of arXiv 2604.13016, as a prediction."""
+    """Predicts whether this teacher will teach this student, by the conditions of arXiv 2604.13016."""
     why = (
         "on-policy distillation works where student and teacher consider the same tokens and the teacher prefers "
-        "others among them; it is a prediction from few answers, and no threshold holds for every pair"
+        "others among them; it is a prediction from few completions, and no threshold holds for every pair"
     )
     if "overlap_ratio" not in trial.values:
         return Check("teachability", "ok", "not looked at: the teacher gives no top-k", why)
@@ -154,11 +154,11 @@ def check_teachability(prepared: Prepared, trial: Trial) -> Check:
         found["trajectory_auroc"] = score
     uniform_stream = _overlap_at_random(prepared, trial)
     saw = (
-        f"top-{trial.k} in common {found['overlap_ratio']:.0%} (by chance {uniform_stream:.0%}), holding "
+        f"top-{trial.k} in common {found['overlap_ratio']:.0%} (at random {uniform_stream:.0%}), holding "
         f"{found['overlap_mass']:.0%} of the student's probability and {found['overlap_teacher_mass']:.0%} of the "
         f"teacher's; reverse KL {found['reverse_kl']:.3f} nats"
         + (f", entropies {found['entropy_gap']:.2f} nats apart" if "entropy_gap" in found else "")
-        + (f"; the teacher's reward tells right answers from wrong ones with AUROC {score:.2f}" if score else "")
+        + (f"; the teacher's reward tells right completions from wrong ones with AUROC {score:.2f}" if score else "")
     )
     verdict = worst([verdict for verdict, _, _ in findings])
     if verdict == "ok":
@@ -169,14 +169,14 @@ def check_teachability(prepared: Prepared, trial: Trial) -> Check:
 
 
 def _doubts(found: Mapping[str, float], trial: Trial) -> list[tuple[Verdict, str, str]]:
-    """What speaks against it: how much, what, and the remedy."""
+    """The doubts about a pair: verdict, reason and remedy of each."""
     cold_start = (
-        "let the student learn some answers of the teacher's first (the paper's off-policy cold start), or write "
+        "let the student learn some completions of the teacher's first (the paper's off-policy cold start), or write "
         "prompts in the template of the teacher's own training"
     )
     doubts: list[tuple[Verdict, str, str]] = []
     if found["overlap_mass"] < NO_MASS:
-        doubts.append(("fatal", "what the student writes is nothing that the teacher would consider", cold_start))
+        doubts.append(("fatal", "what the student generates is nothing that the teacher would consider", cold_start))
     elif found["overlap_mass"] < LITTLE_MASS:
         doubts.append(
             ("warn", "much of the student's probability is on tokens that the teacher does not consider", cold_start)
@@ -202,7 +202,7 @@ def _teacher_view(prepared: Prepared) -> str | None:
 
 
 def _overlap_at_random(prepared: Prepared, trial: Trial) -> float:
-    """Of two random lists."""
+    """The expected overlap of two random lists."""
     return min(1.0, trial.k / prepared.learner.vocab)
 
 

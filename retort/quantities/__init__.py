@@ -1,6 +1,11 @@
-"""Numbers per step that gates look at, that weights are made of, and that a run watches; none is a weight itself."""
+"""Numbers per step that gates test, that weights are made of, and that a run watches; none is a weight itself.
 
-from retort.quantities.contract import cliff, held_below, masses, student_tail, threshold_weight
+Three exports from `contract.py` serve `listopd` and are no quantities: `masses` makes statistics (`Stat`) of the whole
+batch, and two functions compute a float from them, `threshold_weight` and `weight_below_cliff`.
+The formulas behind them are in `extrapolation.py`, which is not exported here.
+"""
+
+from retort.quantities.contract import cliff, masses, student_tail, threshold_weight, weight_below_cliff
 from retort.quantities.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
 from retort.quantities.gradient_variance import gradient_variance
 from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_bound
@@ -14,7 +19,6 @@ __all__ = [
     "engine_gap",
     "entropy_gap",
     "gradient_variance",
-    "held_below",
     "log_ratio_size",
     "masses",
     "outside_bound",
@@ -32,4 +36,5 @@ __all__ = [
     "teacher_top_mass",
     "teacher_variance",
     "threshold_weight",
+    "weight_below_cliff",
 ]

@@ -1,4 +1,4 @@
-"""What a structure's positions say of teacher, base and student. Axis letters: see `retort.core`.
+"""Masses of teacher, base and student at the positions of a structure. Axis letters: see `retort.core`.
 
 A position belongs to the structure (the contract) if the teacher gives its most likely token at least a threshold; the
 masses are those that each model gives to that token (arXiv 2605.08737).
@@ -20,13 +20,13 @@ from retort.core.steps import Clock, Steps
 from retort.quantities.extrapolation import lambda_star, with_budget
 
 BaseMode = Literal["implied", "direct"]
-#: Masses are kept away from 0 and 1 by as much as fp32 tells them apart from.
+#: Masses are kept away from 0 and 1 by the precision of fp32.
 _EDGE = 1e-7
 _TOP = Need("topk", 1)
 
 
 def student_tail() -> Quantity:
-    """What the student leaves to all but the teacher's most likely token: 1 - q."""
+    """The probability that the student gives to all but the teacher's most likely token: 1 - q."""
 
     def value(context: Context, view: str) -> Tensor:
         ids_C1, _ = context.signal(view).topk(1)
@@ -36,7 +36,7 @@ def student_tail() -> Quantity:
 
 
 def masses(threshold: float, base: str, base_mode: BaseMode) -> tuple[Stat, Stat, Stat]:
-    """Over a whole batch, the same number at every step: `contract_typical`, `contract_safe`, `contract_base`.
+    """Statistics of the whole batch: `contract_typical`, `contract_safe`, `contract_base`.
 
     The first two are the mean and the largest over rollouts of the teacher's mean mass; the largest is a proxy for the
     paper's largest over positions, which tends to 1 and would predict nothing. The third is the base's: the mean of its
@@ -56,7 +56,7 @@ def masses(threshold: float, base: str, base_mode: BaseMode) -> tuple[Stat, Stat
     def geometric(context: Context, view: str) -> Tensor:
         ids_C1, logp_C1 = context.signal(view).topk(1)
         log_ratio_C = (logp_C1 - context.signal(base).logp_at(ids_C1)).squeeze(-1)
-        # The teacher's own mass is put back in `finish`; positions where the base rules the token out say nothing more.
+        # `finish` puts the teacher's own mass back; positions where the base rules the token out are left out.
         log_ratio_C = log_ratio_C.clamp_max(-math.log(_EDGE))
         return log_ratio_C.masked_fill(logp_C1.squeeze(-1).exp() < threshold, math.nan)
 
@@ -75,14 +75,14 @@ def masses(threshold: float, base: str, base_mode: BaseMode) -> tuple[Stat, Stat
 def threshold_weight(
     context: Context, *, which: Literal["safe", "typical"], cap: float, base_mode: BaseMode, budget: bool = False
 ) -> float:
-    """lambda* as the batch's masses predict it; NaN where it has no structure, infinite where there is no cliff.
+    """lambda* as the batch's masses predict it; NaN where the batch has no structure, infinite where there is no cliff.
 
     Args:
-        context: With what `masses` stored.
+        context: The context, with the statistics of `masses`.
         which: The teacher's mass: the largest, or the typical one.
-        cap: c.
-        base_mode: As `masses` was told.
-        budget: Move it to the run's number of steps.
+        cap: c, the largest importance ratio.
+        base_mode: The same as for `masses`.
+        budget: Whether to move it to the run's number of steps.
     """
     if not len(context.steps.tokens_N):
         return math.nan
@@ -97,8 +97,8 @@ def threshold_weight(
     return with_budget(found, steps) if budget and math.isfinite(found) else found
 
 
-def held_below(context: Context, reward_weight: float, cap: float, margin: float, base_mode: BaseMode) -> float:
-    """The reward weight, or `margin` below the predicted cliff if that is less; at least 1 where it has to give way."""
+def weight_below_cliff(context: Context, reward_weight: float, cap: float, margin: float, base_mode: BaseMode) -> float:
+    """The reward weight, or `margin` below the predicted cliff if that is less; where lowered, it is at least 1."""
     found = threshold_weight(context, which="safe", cap=cap, base_mode=base_mode, budget=True)
     return reward_weight if math.isnan(found) else min(reward_weight, max(1.0, found - margin))
 
@@ -111,10 +111,10 @@ def cliff(
     Args:
         kind: `safe`, `typical` and `budget` (lambda*), `tail_boundary` ((1 - p) / c), `teacher_mass` and `base_mass` (p
             and b), `in_effect` (lambda itself).
-        cap: c.
-        base_mode: As `masses` was told.
-        reward_weight: For `in_effect`.
-        margin: For `in_effect`: None if lambda is not held.
+        cap: c, the largest importance ratio.
+        base_mode: The same as for `masses`.
+        reward_weight: For `in_effect`, the setting.
+        margin: For `in_effect`: None if lambda is not lowered below the cliff.
     """
 
     def number(context: Context) -> float:
@@ -124,7 +124,7 @@ def cliff(
             return threshold_weight(context, which="safe", cap=cap, base_mode=base_mode, budget=True)
         if kind == "in_effect":
             held = margin is not None
-            return held_below(context, reward_weight, cap, margin, base_mode) if held else reward_weight  # type: ignore[arg-type]
+            return weight_below_cliff(context, reward_weight, cap, margin, base_mode) if held else reward_weight  # type: ignore[arg-type]
         typical = float(context.steps.stored["contract_typical"][0]) if len(context.steps.tokens_N) else math.nan
         if kind == "tail_boundary":
             return (1.0 - typical) / cap
@@ -158,7 +158,7 @@ def _largest(values_R: Tensor) -> Tensor:
 
 
 def _rollout_means(values_N: Tensor, steps: Steps) -> Tensor:
-    """Means within rollouts, [R]; NaN for a rollout without any."""
+    """Means within rollouts, [R]; NaN for a rollout without any position of the structure."""
     rollout_N = steps.rollout_N.to(values_N.device)
     kept_N = ~values_N.isnan()
     count = int(rollout_N.max()) + 1 if len(rollout_N) else 0

@@ -1,4 +1,4 @@
-"""Quantities to gate on. Axis letters: see `retort.core`."""
+"""Entropies and other quantities to gate on. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def student_entropy() -> Quantity:
 
 
 def sampled_reverse_kl() -> Quantity:
-    """Log p_old - log p_T of the written token, nats: its mean over student samples estimates the reverse KL."""
+    """Log p_old - log p_T of the sampled token, nats: its mean over student samples estimates the reverse KL."""
 
     def value(context: Context, view: str) -> Tensor:
         return context.old_logp_N - context.signal(view).sampled_logp_N

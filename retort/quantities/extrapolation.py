@@ -1,4 +1,4 @@
-"""Where extrapolating beyond a teacher breaks an almost deterministic structure: a prediction, and not a safe bound.
+"""The weight at which extrapolating beyond a teacher breaks an almost deterministic structure: a prediction, no bound.
 
 From "The Extrapolation Cliff in On-Policy Distillation of Near-Deterministic Structured Outputs" (arXiv 2605.08737).
 Everything is about one position of the structure, reduced to two outcomes: the teacher's most likely token, and the
@@ -44,7 +44,7 @@ def lambda_star(teacher_mass: float, base_mass: float, cap: float) -> float:
 
 
 def target_mass(teacher_mass: float, base_mass: float, reward_weight: float) -> float:
-    r"""What the student's mass is driven to.
+    r"""The mass that extrapolation drives the student to.
 
     .. math:: \mathrm{logit}\,q = \lambda\,\mathrm{logit}\,p + (1 - \lambda)\,\mathrm{logit}\,b
 
@@ -67,7 +67,7 @@ def implied_base_mass(teacher_mass: float, log_ratio: float) -> float:
 
 
 def budget_midpoint(steps: int, points: tuple[tuple[int, float], ...] = PAPER_MIDPOINTS) -> float:
-    """Where a cliff measured at two budgets lies at a third: the line through both in one over the steps.
+    """The midpoint of a cliff at one budget from those at two others: a line through both in one over the steps.
 
     Args:
         steps: Optimizer steps.
@@ -79,11 +79,11 @@ def budget_midpoint(steps: int, points: tuple[tuple[int, float], ...] = PAPER_MI
 
 
 def with_budget(threshold: float, steps: int) -> float:
-    """A threshold moved by as much as the paper's measured cliff moves from its shortest budget to this one.
+    """Moves a threshold by as much as the paper's measured cliff moves from its shortest budget to this one.
 
-    The paper gives no formula: its Corollary 4.2 has no dependence on p, b or c, and the cliff that it measures moves
-    left with the steps, below the closed form. Taking over its own movement is a reconstruction. Never below 1, and
-    never above the threshold.
+    The paper gives no formula: its Corollary 4.2 does not depend on p, b or c, and the cliff that it measures moves
+    left with the steps, below the closed form. Using its measured movement is a reconstruction. The result is never
+    below 1, and never above the threshold.
     """
     shift = budget_midpoint(PAPER_MIDPOINTS[0][0]) - budget_midpoint(max(steps, PAPER_MIDPOINTS[0][0]))
     return max(1.0, threshold - shift)
@@ -103,5 +103,5 @@ def drift_steps(learning_rate: float, reward_weight: float, teacher_mass: float)
 
 
 def logit(mass: float) -> float:
-    """Log-odds."""
+    """Log-odds of a probability."""
     return math.log(mass) - math.log1p(-mass)

@@ -1,4 +1,4 @@
-"""How noisy a policy gradient on the written token is, without drawing any. Axis letters: see `retort.core`."""
+"""Noise of a policy gradient on the sampled token, computed without sampling. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from retort.core.parts import Baseline, Quantity
 
 
 def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) -> Quantity:
-    r"""Total variance over the token written of one step's gradient in the student's logits, nats squared.
+    r"""Total variance over the sampled token of one step's gradient in the student's logits, nats squared.
 
     .. math:: \sum_v p_v A_v^2 \lVert g_v \rVert^2 - \Big\lVert \sum_v p_v A_v g_v \Big\rVert^2, \quad
               g_v = \nabla_z \log p_S(v), \quad A_v = \log p_T(v) - \log p_S(v) - c\,b
 
-    Exact, since a step has only so many tokens; the second part, what is expected, is the gradient of the reverse KL
-    and the same for every baseline. Infinite where the teacher rules out what the student may write. It is of one step
-    at its prefix, of the live student without importance ratio or clip, and before the step's weight: how steps of a
-    batch add up it does not say.
+    It is exact, because a step has only V tokens. The second part, the expectation, is the gradient of the reverse KL
+    and the same for every baseline. It is infinite where the teacher rules out a token that the student may generate.
+    It is that of one step at its prefix, of the live student, without importance ratio or clip, and before the step's
+    weight; how the steps of a batch add up it does not say.
 
     Args:
-        baseline: b, of the same view; none for the plain log-ratio.
-        coef: c.
+        baseline: b, of the same view; None for the plain log-ratio.
+        coef: c, the factor of the baseline.
     """
 
     def value(context: Context, view: str) -> Tensor:
@@ -41,7 +41,7 @@ def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) ->
 
         p_NV = student.p_CV
         square_NV = 1.0 - 2.0 * p_NV + total(p_NV.square())[:, None]
-        # An id ruled out makes the baseline infinite too; what that leaves (NaN) is replaced below.
+        # A ruled-out id makes the baseline infinite, too; the resulting NaN is replaced below.
         mean_N = total(p_NV * advantage_NV)
         expected_N = total((p_NV * (advantage_NV - mean_N[:, None])).square())
         found_N = (total(p_NV * advantage_NV.square() * square_NV) - expected_N).clamp_min(0.0)

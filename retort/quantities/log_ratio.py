@@ -14,7 +14,7 @@ MAX_LOG_RATIO = 20.0
 
 
 def log_ratio_size() -> Quantity:
-    """How far apart teacher and student are about the token written: |log p_T - log p_old|, nats."""
+    """How far apart teacher and student are at the sampled token: |log p_T - log p_old|, nats."""
 
     def value(context: Context, view: str) -> Tensor:
         return (context.signal(view).sampled_logp_N - context.old_logp_N).abs()
@@ -26,8 +26,8 @@ def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
     """1 where the ratio of `directed_ratio` is cut off, 0 elsewhere.
 
     Args:
-        advantage: As there.
-        bound: As there.
+        advantage: As in `directed_ratio`.
+        bound: As in `directed_ratio`.
         side: `low` or `high`.
     """
 
@@ -41,7 +41,7 @@ def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
 
 
 def engine_gap() -> Quantity:
-    """The logarithm of xi, nats: the trainer's log-prob of the token written minus the engine's."""
+    """The logarithm of xi, nats: the trainer's log-prob of the sampled token minus the engine's."""
 
     def value(context: Context, view: str) -> Tensor:
         if context.steps.engine_logp_N is None:

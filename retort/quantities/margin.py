@@ -1,4 +1,4 @@
-"""How far a teacher tells the student's candidates apart. Axis letters: see `retort.core`."""
+"""How far a teacher separates the student's candidates. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Margin = Literal["gap", "log_gap", "advantage"]
 
 
 def teacher_margin(k: int, kind: Margin = "log_gap") -> Quantity:
-    r"""How far the teacher tells the student's `k` most likely ids apart.
+    r"""How far the teacher separates the student's `k` most likely ids.
 
     Args:
-        k: Candidates, chosen by the student, detached.
+        k: Number of candidates, chosen by the student, detached.
         kind: `gap`, between 0 and 1: first minus second probability of the teacher renormalised on them. `log_gap`,
             nats: the same of log-probs, at most 100. `advantage`, nats: the largest :math:`\log p_T - \log p_S` minus
             their mean. 0 where the teacher rules out all of them.
@@ -35,7 +35,7 @@ def teacher_margin(k: int, kind: Margin = "log_gap") -> Quantity:
     def value(context: Context, view: str) -> Tensor:
         ids_CK, student_logp_CK = student_topk(context, view, k)
         teacher_logp_CK = context.signal(view).logp_at(ids_CK).detach()
-        # A candidate that is ruled out is far behind, by a number; all of them ruled out are not told apart.
+        # A ruled-out candidate is behind by a finite number; candidates that are all ruled out are not separated.
         best_C1 = teacher_logp_CK.amax(-1, keepdim=True)
         teacher_logp_CK = torch.where(best_C1 > -math.inf, teacher_logp_CK, student_logp_CK.detach())
         teacher_logp_CK = teacher_logp_CK.maximum(teacher_logp_CK.amax(-1, keepdim=True) - RULED_OUT)

@@ -1,10 +1,10 @@
 """Whether a teacher can teach a student: what their top-k have in common. Axis letters: see `retort.core`.
 
-The measures of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), in the paper's form, which is not always
-that of the released code: that one averages rewards over all pairs, and weighs with probabilities renormalised on the
-student's k ids instead of on what both sides share.
+These are the measures of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), in the paper's form. It
+differs from the released code, which averages rewards over all pairs, and weighs with probabilities renormalised on
+the student's k ids instead of on the shared ids.
 
-All of them look at the same two top-k lists, which are found once per block of steps.
+All of them read the same two top-k lists, which are computed once per block of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Overlap:
     Attributes:
         student_logp_CK: Log-probs of the student's k ids under the student, nats, detached.
         teacher_logp_CK: The same ids under the teacher where they are in its top-k; minus infinity elsewhere.
-        shared_CK: Where they are.
+        shared_CK: True where the id is in both.
     """
 
     student_logp_CK: Tensor
@@ -37,12 +37,12 @@ class Overlap:
 
     @property
     def count_C(self) -> Tensor:
-        """How many ids are shared."""
+        """Number of shared ids, [C]."""
         return self.shared_CK.sum(-1)
 
 
 def overlap(context: Context, view: str, k: int) -> Overlap:
-    """Both sides' top-k compared, once per block whatever asks for it."""
+    """Compares both sides' top-k, once per block for all quantities that read it."""
 
     def make() -> Overlap:
         ids_CK, student_logp_CK = context.student.topk(k)

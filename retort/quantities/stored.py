@@ -1,4 +1,4 @@
-"""A statistic that was stored with the batch, as a quantity. Axis letters: see `retort.core`."""
+"""A statistic that is stored with the batch, as a quantity. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from retort.core.parts import Quantity
 
 
 def stored_quantity(name: str) -> Quantity:
-    """What a statistic of a term stored for each step under `name`, to watch."""
+    """The statistic that a term stored for each step under `name`, to watch."""
 
     def value(context: Context, view: str) -> Tensor:
         return context.steps.stored[name]

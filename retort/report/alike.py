@@ -1,6 +1,6 @@
-"""Which runs were judged on the same prompts in the same way, and which learnt from the same: by digests, not by names.
+"""Finds the runs that were evaluated on the same prompts in the same way, or learnt from the same, by digests.
 
-Numbers of runs that were judged on different prompts stand in tables of their own.
+Numbers of runs that were evaluated on different prompts stand in tables of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retort.config import BUILTIN
-from retort.report.groups import Group, leaves, seed_of
+from retort.report.groups import Group, leaves, seed_text
 from retort.report.read import RunFiles, as_object
 from retort.report.words import listed
 
@@ -28,10 +28,10 @@ _OPEN = {"task": "as the data has it", "rollout.thinking": "as the template has 
 
 @dataclass(frozen=True)
 class Table:
-    """Runs that may stand beside one another.
+    """A table of runs that may be compared.
 
     Attributes:
-        name: Of what they were judged on, different from that of every other table on the page.
+        name: Name of their held-out data, different from that of every other table on the page.
         groups: At least one.
     """
 
@@ -40,7 +40,7 @@ class Table:
 
 
 def tables(groups: Sequence[Group]) -> list[Table]:
-    """Runs by what they were judged on and how, in order; those that cannot be told apart stay together."""
+    """Groups experiments by their evaluation, in order; those that cannot be told apart stay together."""
     found: list[list[Group]] = []
     for group in groups:
         fitting = (members for members in found if not _differing(members[0], group) and _together(members[0], group))
@@ -49,7 +49,7 @@ def tables(groups: Sequence[Group]) -> list[Table]:
             found.append([group])
         else:
             members.append(group)
-    names = _numbered(_names([_judged(members[0]) for members in found]))
+    names = _numbered(_names([_eval_digests(members[0]) for members in found]))
     return [Table(name, members) for name, members in zip(names, found, strict=True)]
 
 
@@ -58,35 +58,35 @@ def remarks(groups: Sequence[Group]) -> list[str]:
     if len(groups) < 2:
         return []
     split = tables([group for group in groups if group.whos()])
-    said: list[str] = []
+    differences: list[str] = []
     if len(split) > 1:
         parts = [f"{listed([g.name for g in table.groups])} on {table.name}{_how(split[0], table)}" for table in split]
-        said.append(f"Not judged alike, so each in a table of its own: {'; '.join(parts)}.")
+        differences.append(f"Not evaluated alike, so each in a table of its own: {'; '.join(parts)}.")
     for table in split:
-        said += _within(table.groups, _JUDGED)
-    said += _within(groups, _LEARNT)
-    return said
+        differences += _within(table.groups, _EVALUATED)
+    differences += _within(groups, _LEARNT)
+    return differences
 
 
 def source_name(run: RunFiles) -> str:
-    """What a run was judged on, as a file name, a hub name or that of a built-in task; empty if that is not known."""
-    place = _judged_source(run)
-    return place if place in BUILTIN else Path(place).name if Path(place).is_absolute() else place
+    """The name of a run's held-out data: a file name, a hub name or a built-in task; empty if it is not known."""
+    name = _eval_source(run)
+    return name if name in BUILTIN else Path(name).name if Path(name).is_absolute() else name
 
 
-def judged(ours: Group, theirs: Group) -> Relation:
-    """Whether two experiments were judged on the same prompts."""
-    digests = [{seed_of(run): run.eval.get("held_out") for run in group.runs} for group in (ours, theirs)]
-    same_source = _judged(ours) == _judged(theirs)
+def same_evaluation(ours: Group, theirs: Group) -> Relation:
+    """Whether two experiments were evaluated on the same prompts."""
+    digests = [{seed_text(run): run.eval.get("held_out") for run in group.runs} for group in (ours, theirs)]
+    same_source = _eval_digests(ours) == _eval_digests(theirs)
     counts = {run.eval.get("problems") for group in (ours, theirs) for run in group.runs if run.eval}
     held = [run.config for group in (ours, theirs) for run in group.runs]
     by_seed = all(not as_object(config.get("eval")).get("data") for config in held)
-    return _relation(digests, _judged(ours), same_source, by_seed, alike=len(counts) <= 1)
+    return _relation(digests, _eval_digests(ours), same_source, by_seed, alike=len(counts) <= 1)
 
 
 def _learnt(ours: Group, theirs: Group) -> Relation:
     """Whether two experiments learnt from the same prompts."""
-    digests = [{seed_of(run): run.learnt_from for run in group.runs} for group in (ours, theirs)]
+    digests = [{seed_text(run): run.learnt_from for run in group.runs} for group in (ours, theirs)]
     limits = {str(run.config.get("limit")) for group in (ours, theirs) for run in group.runs}
     return _relation(digests, _data(ours), _data(ours) == _data(theirs), True, alike=len(limits) <= 1)
 
@@ -108,12 +108,12 @@ def _relation(
 
 
 def _together(ours: Group, theirs: Group) -> bool:
-    return not (ours.whos() and theirs.whos()) or judged(ours, theirs) != "other"
+    return not (ours.whos() and theirs.whos()) or same_evaluation(ours, theirs) != "other"
 
 
 @dataclass(frozen=True)
 class _Use:
-    """What a run's prompts were for: how two runs relate in it, the source of one, and words for the reader."""
+    """A use of prompts: how two runs relate in it, the source of one, and its wording."""
 
     relation: Callable[[Group, Group], Relation]
     source: Callable[[Group], str]
@@ -122,32 +122,32 @@ class _Use:
 
 
 def _within(groups: Sequence[Group], use: _Use) -> list[str]:
-    """How the others of some experiments relate to the first of them."""
+    """Sentences on how experiments relate to the first of them."""
     first, *others = groups
     by: dict[Relation, list[Group]] = {}
     for group in others:
         by.setdefault(use.relation(first, group), []).append(group)
-    said: list[str] = []
+    differences: list[str] = []
     for kind, members in by.items():
         whose = listed([first.name, *(group.name for group in members)])
         files = listed(list(dict.fromkeys(_names([use.source(group) for group in (first, *members)]))))
         if kind == "other":
             one = len({use.source(group) for group in (first, *members)}) == 1
             which = f"not the same prompts of {files}" if one else f"different data ({files})"
-            said.append(f"{whose} {use.did} {which}.")
-        elif kind == "split" and use is _JUDGED:
-            said.append(
+            differences.append(f"{whose} {use.did} {which}.")
+        elif kind == "split" and use is _EVALUATED:
+            differences.append(
                 f"{whose} {use.did} other prompts of {files}: each seed holds out its own (eval.data fixes them)."
             )
         elif kind == "unknown":
-            said.append(
+            differences.append(
                 f"Whether {whose} {use.did} the same prompts of {files} is not known: their {use.lacks} do not say."
             )
-    return said
+    return differences
 
 
 def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
-    """Settings of judging that differ: name and both values. One that a run's file lacks is no difference."""
+    """Evaluation settings that differ: name and both values. A missing one is no difference."""
     if not (ours.whos() and theirs.whos()):
         return []
     flat = [leaves(group.runs[0].config) for group in (ours, theirs)]
@@ -160,33 +160,33 @@ def _differing(ours: Group, theirs: Group) -> list[tuple[str, Any, Any]]:
 
 def _how(first: Table, table: Table) -> str:
     found = _differing(first.groups[0], table.groups[0])
-    said = ", ".join(f"{name} = {_value(name, theirs)} (there {_value(name, ours)})" for name, ours, theirs in found)
-    return f", with {said}" if said else ""
+    shown = ", ".join(f"{name} = {_value(name, theirs)} (there {_value(name, ours)})" for name, ours, theirs in found)
+    return f", with {shown}" if shown else ""
 
 
 def _value(name: str, value: Any) -> str:
-    """A setting's value for the reader; where it was left open, what stands for it."""
+    """A setting's value as text; where it was left open, its default."""
     return _OPEN.get(name, "the default") if value is None else str(value)
 
 
-def _judged_source(run: RunFiles) -> str:
+def _eval_source(run: RunFiles) -> str:
     return str(as_object(run.config.get("eval")).get("data") or run.config.get("data") or "")
 
 
-def _judged(group: Group) -> str:
-    return _judged_source(group.runs[0])
+def _eval_digests(group: Group) -> str:
+    return _eval_source(group.runs[0])
 
 
 def _data(group: Group) -> str:
     return str(group.runs[0].config.get("data") or "")
 
 
-_JUDGED = _Use(judged, _judged, "were judged on", "files")
+_EVALUATED = _Use(same_evaluation, _eval_digests, "were evaluated on", "files")
 _LEARNT = _Use(_learnt, _data, "learnt from", "checkpoints")
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    seen = [names[: place + 1].count(name) for place, name in enumerate(names)]
+    seen = [names[: index + 1].count(name) for index, name in enumerate(names)]
     return [f"{name} ({n})" if names.count(name) > 1 else name for name, n in zip(names, seen, strict=True)]
 
 

@@ -15,7 +15,7 @@ Kind = Literal["number", "share"]
 
 @dataclass(frozen=True)
 class Axes:
-    """Where data lie on the paper: x and y from data to SVG units, and the ticks."""
+    """The mapping of data to the plot: x and y from data to SVG units, and the ticks."""
 
     x: Callable[[float], float]
     y: Callable[[float], float]
@@ -35,10 +35,10 @@ def axes_for(
     y, y_ticks = _log_y(min(ys), max(ys)) if log else _linear_y(min(ys), max(ys), kind)
     inner = WIDTH - LEFT - RIGHT
     if x_ticks is not None:
-        places = sorted(x_ticks)
-        gap = inner / max(1, len(places) - 1)
-        every = math.ceil(len(places) / 9)  # more would run into each other
-        return Axes(lambda x: LEFT + places.index(x) * gap, y, places[::every], y_ticks)
+        slots = sorted(x_ticks)
+        gap = inner / max(1, len(slots) - 1)
+        every = math.ceil(len(slots) / 9)  # More labels would overlap.
+        return Axes(lambda x: LEFT + slots.index(x) * gap, y, slots[::every], y_ticks)
     first, last = x_range or (xs[0], xs[-1])
     last = last if last > first else first + 1
     whole = all(x == int(x) for x in (first, last))
@@ -47,9 +47,9 @@ def axes_for(
     return Axes(lambda x: LEFT + (min(x, last) - first) / (last - first) * inner, y, ticks, y_ticks)
 
 
-def _height(place: float) -> float:
-    """From 0 (bottom) to 1 (top), to SVG units."""
-    return HEIGHT - BOTTOM - place * (HEIGHT - TOP - BOTTOM)
+def _height(fraction: float) -> float:
+    """Maps 0 (bottom) to 1 (top) to SVG units."""
+    return HEIGHT - BOTTOM - fraction * (HEIGHT - TOP - BOTTOM)
 
 
 def _linear_y(low: float, high: float, kind: Kind) -> tuple[Callable[[float], float], list[float]]:
@@ -94,10 +94,10 @@ def _range(low: float, high: float, kind: Kind) -> tuple[float, float, list[floa
 
 
 def tick_label(tick: float, ticks: Sequence[float], kind: Kind) -> str:
-    """What stands at one of several ticks."""
+    """The label of one of several ticks."""
     step = ticks[1] - ticks[0] if len(ticks) > 1 else None
     if step is not None and kind == "share" and ticks[0] > 0 and ticks[-1] / ticks[0] >= 10 * (len(ticks) - 1):
-        return percent(tick, max(0, -math.floor(math.log10(100 * tick) + 1e-9)))  # decades
+        return percent(tick, max(0, -math.floor(math.log10(100 * tick) + 1e-9)))  # These are decades.
     return label(tick, kind, step)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retort.report.alike import tables
-from retort.report.groups import Group, Points, any_of, over_seeds
+from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
 COLORS = 6
@@ -61,13 +61,13 @@ PLOTS = (
     Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
     Curves(
         "Does the teacher’s reward tell right from wrong?",
-        "AUROC over rollouts, 0.5 is chance",
+        "AUROC over rollouts, 0.5 is random",
         {"trajectory_auroc": "AUROC"},
     ),
     Curves(
-        "Does the teacher put a prompt’s answers in order?",
+        "Does the teacher rank a prompt’s completions?",
         "mean over prompts with both kinds",
-        {"teacher_signal/auc": "AUC, 0.5 is chance", "teacher_signal/pairwise_accuracy": "pairs in order"},
+        {"teacher_signal/auc": "AUC, 0.5 is random", "teacher_signal/pairwise_accuracy": "pairs in order"},
     ),
     Curves(
         "Shown to the teacher",
@@ -107,19 +107,19 @@ PLOTS = (
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
 )
 
-#: Curves that are also averaged by the place in the answer: name, title, unit.
+#: Curves that are also averaged by the position in the completion: name, title, unit.
 POSITIONS = (
-    ("overlap_ratio", "Top-k in common, by place in the answer", "share of the student’s k"),
-    ("overlap_mass", "Student’s mass in common, by place in the answer", "probability"),
-    ("overlap_advantage", "Teacher’s pull, by place in the answer", "nats, 0 is agreement"),
-    ("entropy_gap", "Entropy gap, by place in the answer", "nats per token"),
-    ("overlap_teacher_mass", "Teacher’s mass in common, by place in the answer", "probability"),
+    ("overlap_ratio", "Top-k in common, by position in the completion", "share of the student’s k"),
+    ("overlap_mass", "Student’s mass in common, by position in the completion", "probability"),
+    ("overlap_advantage", "Teacher’s pull, by position in the completion", "nats, 0 is agreement"),
+    ("entropy_gap", "Entropy gap, by position in the completion", "nats per token"),
+    ("overlap_teacher_mass", "Teacher’s mass in common, by position in the completion", "probability"),
 )
 
 
-def series_of(
+def run_series(
     group: Group,
-    place: int,
+    index: int,
     label: str,
     points: Sequence[tuple[float, float]],
     band: Sequence[tuple[float, float]] = (),
@@ -127,17 +127,17 @@ def series_of(
     several: bool,
     alone: bool,
 ) -> Series:
-    """One run on the page: a colour for each curve. Several: a colour for each run and a dash for each curve."""
+    """The series of one run: a colour for each curve. Several: a colour for each run and a dash for each curve."""
     if several:
         name, run = (group.name, "") if alone else (label, group.name)
-        return Series(name, points, group.color % COLORS, place % DASHES, run, band)
-    return Series("" if alone else label, points, place % COLORS, band=band)
+        return Series(name, points, group.color % COLORS, index % DASHES, run, band)
+    return Series("" if alone else label, points, index % COLORS, band=band)
 
 
 def curves_section(groups: Sequence[Group]) -> str:
     """The section with all curves; empty if there is none."""
-    runs = any_of(groups)
-    split = next(place for place, curves in enumerate(PLOTS) if curves.title == "Length")
+    runs = all_runs(groups)
+    split = next(index for index, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
         *(_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
@@ -145,10 +145,10 @@ def curves_section(groups: Sequence[Group]) -> str:
     ]
     shown = {key for curves in known for key in curves.keys} | {"tokens"}
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
-    judged = _keys(groups, "eval/")
-    others = [*sorted(every - shown), *(key for key in judged if key not in shown)]
-    main = "".join((_judged if curves is accuracy else _figure)(groups, curves) for curves in known)
-    rest = "".join((_judged if key in judged else _figure)(groups, _other(key)) for key in others)
+    held_out = _keys(groups, "eval/")
+    others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
+    main = "".join((_eval_figures if curves is accuracy else _figure)(groups, curves) for curves in known)
+    rest = "".join((_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others)
     if not main and not rest:
         return ""
     several = len(others) > 1
@@ -171,7 +171,7 @@ def curves_section(groups: Sequence[Group]) -> str:
 
 
 def _keys(groups: Sequence[Group], prefix: str) -> list[str]:
-    return list(dict.fromkeys(key for run in any_of(groups) for key in run.curves if key.startswith(prefix)))
+    return list(dict.fromkeys(key for run in all_runs(groups) for key in run.curves if key.startswith(prefix)))
 
 
 def _other(key: str) -> Curves:
@@ -190,7 +190,7 @@ def _accuracy(groups: Sequence[Group]) -> Curves:
 
 
 def _by_position(groups: Sequence[Group], name: str, title: str, unit: str) -> Curves:
-    """A curve in each chunk of the answer."""
+    """A plot with a curve for each chunk of the completion."""
     keys = _keys(groups, f"{name}/from-")
     return Curves(title, unit, {key: f"from token {key.rpartition('-')[2]}" for key in keys})
 
@@ -202,8 +202,8 @@ def _times(groups: Sequence[Group]) -> Curves:
     return Curves("Time", "seconds per step", keys)
 
 
-def _judged(groups: Sequence[Group], curves: Curves) -> str:
-    """Figures of held-out measures, one for each set of prompts that runs were judged on."""
+def _eval_figures(groups: Sequence[Group], curves: Curves) -> str:
+    """Figures of held-out measures, one for each set of prompts that runs were evaluated on."""
     split = tables(groups)
     titles = [f"{curves.title}, on {table.name}" if len(split) > 1 else curves.title for table in split]
     figures = [
@@ -214,20 +214,20 @@ def _judged(groups: Sequence[Group], curves: Curves) -> str:
 
 
 def _figure(groups: Sequence[Group], curves: Curves, *, several: bool | None = None) -> str:
-    runs = any_of(groups)
+    runs = all_runs(groups)
     present = [key for key in curves.keys if any(run.curves.get(key) for run in runs)]
     if curves.title == "Loss" and len(present) == 2:
         present = ["loss"] if "loss" in present else present  # a single term is the whole
     series = [
-        series_of(
+        run_series(
             group,
-            place,
+            index,
             curves.keys[key],
             *_curve(group, key, curves.smooth),
             several=len(groups) > 1 if several is None else several,
             alone=len(present) == 1,
         )
-        for place, key in enumerate(present)
+        for index, key in enumerate(present)
         for group in groups
         if any(run.curves.get(key) for run in group.runs)
     ]

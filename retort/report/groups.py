@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluate import Estimate
-from retort.evaluate.measures import range_of
+from retort.evaluate.measures import bounds
 from retort.report.read import RunFiles, as_object, number
 
-#: Settings that do not change what is learnt or how it is judged.
+#: Settings that do not change what is learnt or how it is evaluated.
 _BESIDE = ("out", "seed", "threads", "tracker", "eval.teacher", "eval.every", "record.", "checkpoint.")
 
 Points = list[tuple[float, float]]
 
-#: Of a number of which it is not known what it can be.
+#: The range of a number whose range is not known.
 _ANYTHING = (-math.inf, math.inf)
 
 
@@ -27,7 +27,7 @@ class Group:
     """One experiment: a run, or several that differ in their seed.
 
     Attributes:
-        name: On the page.
+        name: Name on the page.
         runs: At least one.
         color: Index into the page's palette.
     """
@@ -38,7 +38,7 @@ class Group:
 
     @property
     def several(self) -> bool:
-        """Whether it has several seeds."""
+        """Whether the experiment has several seeds."""
         return len(self.runs) > 1
 
     def cell(self, who: str, metric: str) -> Mapping[str, Any]:
@@ -56,18 +56,18 @@ class Group:
         return over
 
     def whos(self) -> list[str]:
-        """Who was judged, in order."""
+        """Rows of the before/after table (models that were evaluated), in order."""
         return list(dict.fromkeys(str(row.get("who", "?")) for run in self.runs for row in rows(run)))
 
     def metrics(self) -> list[str]:
-        """Measures that were taken, those of right answers first."""
+        """Measures that were taken, accuracies first."""
         found = dict.fromkeys(
             key for run in self.runs for row in rows(run) for key in row if isinstance(row[key], Mapping)
         )
         return sorted(found, key=lambda name: (not name.startswith("avg@"), not name.startswith("pass@")))
 
     def seeds(self) -> str:
-        """In words; runs that are not at their end yet do not count."""
+        """The seeds as text; unfinished runs do not count."""
         ended = [run for run in self.runs if cell(run, "student after", "length")] or self.runs
         found = [str(run.config.get("seed", "?")) for run in ended]
         if len(found) == 1:
@@ -87,7 +87,7 @@ def cell(run: RunFiles, who: str, metric: str) -> Mapping[str, Any]:
     return next((as_object(row.get(metric)) for row in rows(run) if row.get("who") == who), {})
 
 
-def seed_of(run: RunFiles) -> str:
+def seed_text(run: RunFiles) -> str:
     """A run's seed as text, whatever the file holds."""
     return str(run.config.get("seed"))
 
@@ -95,7 +95,7 @@ def seed_of(run: RunFiles) -> str:
 def over_seeds(
     curves: Sequence[Mapping[float, float]], limits: tuple[float, float] = _ANYTHING
 ) -> tuple[Points, Points]:
-    """The mean of curves wherever at least half of them have a value, and its interval within what it can be."""
+    """The mean of curves wherever at least half of them have a value, and its interval within its range."""
     curves = [curve for curve in curves if curve]
     if len(curves) <= 1:
         return sorted(curves[0].items()) if curves else [], []
@@ -103,7 +103,7 @@ def over_seeds(
     band: Points = []
     for x in sorted({x for curve in curves for x in curve}):
         values = [curve[x] for curve in curves if x in curve]
-        interval = Estimate.of_runs(values)
+        interval = Estimate.over_runs(values)
         if interval is not None and 2 * len(values) >= len(curves):
             points.append((x, interval.value))
             interval = interval.within(*limits)
@@ -117,21 +117,21 @@ def paired(group: Group, other: Group, who: str, metric: str) -> Mapping[str, An
     There is no interval where the difference is the same in all of them.
     """
     ours, theirs = (
-        {seed_of(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
+        {seed_text(run): number(cell(run, who, metric).get("value")) for run in side.runs} for side in (group, other)
     )
     pairs = [(value, theirs.get(seed)) for seed, value in ours.items()]
     return _plain([mine - yours for mine, yours in pairs if mine is not None and yours is not None])
 
 
 def _range(metric: str, ends: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """What a measure can be; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
-    known = range_of(metric)
+    """The range of a measure; one of a verifier's is a share if the intervals of all runs lie within 0 and 1."""
+    known = bounds(metric)
     share = bool(ends) and all(low >= 0 and high <= 1 for low, high in ends)
     return (0.0, 1.0) if known == _ANYTHING and share else known
 
 
 def _plain(values: Sequence[float], limits: tuple[float, float] = _ANYTHING) -> Mapping[str, Any]:
-    interval = Estimate.of_runs(values)
+    interval = Estimate.over_runs(values)
     if interval is None:
         return {"value": values[0]} if values else {}
     if max(values) - min(values) <= 1e-9 * max(map(abs, values)):  # no spread was seen, which is no certainty
@@ -148,7 +148,7 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     for index, run in enumerate(runs):
         same = found.get(_identity(run), []) if run.config else []
         # The same seed again is no further seed: somebody compares two versions of the code, say.
-        again = any(seed_of(run) == seed_of(other) for other in same)
+        again = any(seed_text(run) == seed_text(other) for other in same)
         alone = run.alone or again or not run.config
         found.setdefault(index if alone else _identity(run), []).append(run)
     members = list(found.values())
@@ -165,7 +165,7 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _identity(run: RunFiles) -> tuple[tuple[str, str], ...]:
-    """What decides a run, but for its seed; a model or file that is named after the seed counts as the same."""
+    """The settings that identify a run, but for its seed; models or files named after the seed count as the same."""
     ending = f"-{run.config.get('seed')}"
     flat = {key: str(value) for key, value in leaves(run.config).items() if not key.startswith(_BESIDE)}
     if as_object(run.config.get("eval")).get("data") and run.eval:  # else each seed holds out its own
@@ -201,6 +201,6 @@ def _tails(members: Sequence[Sequence[RunFiles]]) -> list[str]:
     return [""] * len(members)
 
 
-def any_of(groups: Iterable[Group]) -> list[RunFiles]:
+def all_runs(groups: Iterable[Group]) -> list[RunFiles]:
     """All runs of all groups."""
     return [run for group in groups for run in group.runs]

@@ -1,4 +1,4 @@
-"""The page about runs: one HTML file that loads nothing; whatever came from a model or from data is escaped in it."""
+"""The report: one HTML file that loads nothing, in which all text of models and data is escaped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retort.errors import RunError, UserError
 from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
-from retort.report.groups import Group, any_of, grouped, leaves, method_name
+from retort.report.groups import Group, all_runs, grouped, leaves, method_name
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
@@ -30,13 +30,13 @@ PAGE = "report.html"
 ROLLOUTS = 240
 
 
-def build_report(places: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
+def build_report(paths: Sequence[Path], out: Path | None = None, note: Callable[[str], None] | None = None) -> Path:
     """Writes one self-contained HTML page about a run, or about several side by side.
 
     Runs that differ in nothing but their seed are shown as one: means with 95 % intervals over seeds.
 
     Args:
-        places: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
+        paths: Folders of runs, or folders with runs in them; files that are missing in a run are named on the page.
         out: The file to write; its folder is made if needed. None: `report.html` in the folder of a single place, or
             in the current folder for several, but not in the place of a page about other runs.
         note: Takes a sentence for each run of which something is damaged and left out; the page says it, too.
@@ -45,17 +45,17 @@ def build_report(places: Sequence[Path], out: Path | None = None, note: Callable
         `out`.
 
     Raises:
-        UserError: A folder does not exist or holds no run, a run of which nothing can be read, or a file in the way.
+        UserError: A folder does not exist or holds no run, a run cannot be read, or another file is at `out`.
         RunError: The page cannot be written.
     """
-    if not places:
+    if not paths:
         raise UserError("report: name at least one run's folder")
-    chosen, out = out, out or (Path(places[0]) / PAGE if len(places) == 1 else Path(PAGE))
+    chosen, out = out, out or (Path(paths[0]) / PAGE if len(paths) == 1 else Path(PAGE))
     there = _refuse_foreign(out)
-    groups = grouped(read_runs(find_runs([Path(place) for place in places]), ROLLOUTS))
-    if chosen is None and len(places) > 1 and there and _head(_title(groups)) not in there:
+    groups = grouped(read_runs(find_runs([Path(place) for place in paths]), ROLLOUTS))
+    if chosen is None and len(paths) > 1 and there and _head(_title(groups)) not in there:
         raise UserError(f"report: {out} exists and is about other runs; name another file, or that one, with --out")
-    page, runs = _page(groups), any_of(groups)
+    page, runs = _page(groups), all_runs(groups)
     for run in runs if note is not None else ():
         if run.damage and note is not None:
             note(f"report: {run.folder}: left out what is damaged: {' '.join(run.damage)}")
@@ -68,7 +68,7 @@ def build_report(places: Sequence[Path], out: Path | None = None, note: Callable
 
 
 def _refuse_foreign(out: Path) -> bytes:
-    """How the page begins that is in the way, if any; raises `UserError` where that file is none of ours."""
+    """The beginning of a page at `out`, if there is one; raises `UserError` for a file that is not a report."""
     try:
         if out.is_dir():
             raise UserError(f"report: {out} is a folder; name a file with --out")
@@ -124,8 +124,8 @@ def _hash(text: str) -> str:
 
 # --- header ---
 
-#: What the links at the top are called, by the id of the section.
-_LINKS = {
+#: Labels of the links at the top, by the id of the section.
+LINKS = {
     "result": "Before and after",
     "where": "Where they disagree",
     "trust": "What to trust",
@@ -158,7 +158,7 @@ def _paper(name: str) -> str:
 
 
 def _itself(run: RunFiles) -> str:
-    """What teaches a student that has no other teacher, if this version of Retort knows the method."""
+    """Describes the teacher of a student that teaches itself, if this version of Retort knows the method."""
     from retort.registry import load
 
     settings = dict(as_object(run.config.get("method")))
@@ -188,7 +188,7 @@ def _header(groups: Sequence[Group], title: str, sections: Sequence[str]) -> str
     parts += [_list("remarks", [*remarks(groups), *aside]), _list("notes", notes)]
     links = "".join(
         f'<a href="#{key}">{words}</a>'
-        for key, words in _LINKS.items()
+        for key, words in LINKS.items()
         if any(f'<h2 id="{key}"' in section for section in sections)
     )
     return f'{"".join(parts)}</header><nav aria-label="Sections">{links}</nav>'

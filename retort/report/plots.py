@@ -66,13 +66,13 @@ def plot(
     """A figure with caption, legend and curves; the legend gives the last values, or those under the pointer.
 
     Args:
-        title: What is plotted.
-        unit: Of y, in words.
+        title: Title of the plot.
+        unit: Unit of y, in words.
         series: At least one, with at least one point each.
         kind: `share` for fractions shown in per cent.
-        x_label: What x is.
+        x_label: Label of the x axis.
         x_ticks: Values of x that exist, if few: they are spaced evenly. Default: a linear axis.
-        x_names: What stands at them instead of their numbers.
+        x_names: Labels of these ticks, instead of their numbers.
         x_range: Ends of the x axis; default: those of the curves.
         smooth: Draw long curves thin, with a running mean on top.
         log: A logarithmic y axis; values that are not positive are left out.
@@ -110,7 +110,7 @@ def plot(
 
 
 def _data(series: Sequence[Series], xs: Sequence[float], names: Sequence[str], axes: Axes, kind: Kind) -> str:
-    """What the page's script reads off a plot, and saves as CSV."""
+    """The data of a plot for the page's script, which also saves it as CSV."""
     return json.dumps(
         {
             "x": [round(axes.x(x), 1) for x in xs],
@@ -160,7 +160,7 @@ def thinned(one: Series) -> Series:
 
 
 def smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Running mean, centred; at both ends over what there is."""
+    """A centred running mean; at both ends over fewer points."""
     reach = max(2, len(points) // 30)
     found: list[tuple[float, float]] = []
     for index, (x, _) in enumerate(points):
@@ -220,7 +220,7 @@ def _path(points: Sequence[tuple[float, float]], axes: Axes) -> str:
 
 
 def _stairs(points: Sequence[tuple[float, float]], axes: Axes, width: float) -> str:
-    """Level over the width of each bin; a gap where bins in between are missing."""
+    """The path of a histogram; bins that are missing leave a gap."""
     parts: list[str] = []
     for index, (x, y) in enumerate(points):
         joined = index > 0 and points[index - 1][0] + 1.5 * width > x
@@ -244,7 +244,7 @@ def _legend(series: Sequence[Series], kind: Kind, values: bool) -> str:
 
 
 def _spoken(title: str, unit: str, series: Sequence[Series], kind: Kind, x_label: str) -> str:
-    """The plot in a sentence, for those who do not see it."""
+    """The plot in a sentence, for screen readers."""
     ends = "; ".join(
         f"{one.name or title} from {label(one.points[0][1], kind)} to {label(one.points[-1][1], kind)}"
         for one in series

@@ -29,22 +29,22 @@ def profiles_section(groups: Sequence[Group]) -> str:
     shown = "".join(f'{on.format(escape(name))}<div class="plots">{figures}</div>' for name, figures in split)
     return (
         '<section aria-labelledby="where"><h2 id="where">Where they disagree</h2>'
-        '<p class="muted">On every token of each writer’s own answers to the held-out prompts, with exact divergences. '
+        '<p class="muted">On every token of each model’s own held-out completions, with exact divergences. '
         f"Bins with fewer than {FEWEST} tokens are drawn together with their neighbours.</p>"
         f"{shown}</section>"
     )
 
 
 def _figures(groups: Sequence[Group], several: bool) -> str:
-    """Of runs that were judged alike; `several`: of how many the page is."""
+    """Of runs that were evaluated alike; `several`: of how many the page is."""
     return "".join(
         (
             _histogram(groups, several),
             _averages(groups, several, "teacher_entropy", "student_entropy", "Student’s entropy by the teacher’s"),
             _averages(groups, several, "teacher_entropy", "forward_kl", "Forward KL by the teacher’s entropy"),
             _averages(groups, several, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
-            _averages(groups, several, "position", "forward_kl", "Forward KL along the answer"),
-            _averages(groups, several, "position", "reverse_kl", "Reverse KL along the answer"),
+            _averages(groups, several, "position", "forward_kl", "Forward KL along the completion"),
+            _averages(groups, several, "position", "reverse_kl", "Reverse KL along the completion"),
         )
     )
 
@@ -149,7 +149,7 @@ def _axis(axis: str, name: str, series: list[Series]) -> dict[str, Any]:
         return {"x_label": "teacher’s entropy, nats"}
     places = sorted({x for one in series for x, _ in one.points})
     # Places by themselves, or bins that double every two: either way one step of the axis each.
-    return {"x_label": "token of the answer, from 1", "x_ticks": places, "x_names": [f"{x + 1:g}" for x in places]}
+    return {"x_label": "token of the completion, from 1", "x_ticks": places, "x_names": [f"{x + 1:g}" for x in places]}
 
 
 def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[dict[float, float]]:

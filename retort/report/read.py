@@ -21,22 +21,22 @@ FILES = ("config.json", "metrics.jsonl", "rollouts.jsonl", "eval.json", "answers
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What was found of one run.
+    """The files of one run, as far as they could be read.
 
     Attributes:
         name: Short name, different from that of every other run on the page.
-        folder: Where it lies.
+        folder: Path of the run.
         config: Resolved configuration.
         curves: Metric -> its finite values as (step, value), in order of steps.
         rollouts: Some of the recorded rollouts, spread evenly over the run.
-        recorded: How many were recorded.
-        answers: Recorded answers to held-out prompts.
+        recorded: Number of rollouts that were recorded.
+        completions: Rows of `answers.jsonl`: recorded completions of held-out prompts.
         eval: Contents of `eval.json`.
-        notes: What is missing or odd, for the reader.
-        damage: Those of them that say what was left out because it is damaged.
+        notes: Sentences on what is missing or odd.
+        damage: Sentences on what was left out because it is damaged.
         learnt_from: Digest of its training prompts, where a checkpoint of it holds one.
-        remarks: What is as it was asked for, but may be looked for on the page.
-        alone: Whether it stands for itself, also beside runs that differ in their seed only.
+        remarks: Sentences on what the settings switched off.
+        alone: Whether the run is shown by itself, also beside runs that differ in their seed only.
     """
 
     name: str
@@ -45,7 +45,7 @@ class RunFiles:
     curves: Mapping[str, list[tuple[float, float]]] = field(default_factory=dict)
     rollouts: Sequence[Mapping[str, Any]] = ()
     recorded: int = 0
-    answers: Sequence[Mapping[str, Any]] = ()
+    completions: Sequence[Mapping[str, Any]] = ()
     eval: Mapping[str, Any] = field(default_factory=dict)
     trust: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
@@ -55,24 +55,24 @@ class RunFiles:
     alone: bool = False
 
 
-def find_runs(places: Sequence[Path]) -> dict[Path, bool]:
-    """The folders of runs among some places: each a run itself, or a folder with runs in it, at any depth.
+def find_runs(paths: Sequence[Path]) -> dict[Path, bool]:
+    """Finds runs: each path is a run itself, or a folder with runs in it at any depth.
 
     Returns:
         Folder -> whether it was named itself.
 
     Raises:
-        UserError: No folder, or no run in it.
+        UserError: A path is no folder, or holds no run.
     """
     found: dict[Path, bool] = {}
-    for place in places:
-        if not place.is_dir():
-            raise UserError(f"report: there is no folder {place}; name the folder that a run wrote to")
-        inside = [place] if _is_run(place) else sorted({path.parent for path in place.rglob("config.json")})
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"report: there is no folder {path}; name the folder that a run wrote to")
+        inside = [path] if _is_run(path) else sorted({file.parent for file in path.rglob("config.json")})
         runs = [folder for folder in inside if _is_run(folder)]
         if not runs:
-            raise UserError(f"report: {place} holds no run (no folder with config.json and metrics.jsonl or eval.json)")
-        found |= {run: run == place for run in runs if not found.get(run)}
+            raise UserError(f"report: {path} holds no run (no folder with config.json and metrics.jsonl or eval.json)")
+        found |= {run: run == path for run in runs if not found.get(run)}
     return found
 
 
@@ -112,12 +112,12 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
     chosen, recorded = _some_lines(run_dir / "rollouts.jsonl", rollouts, notes, damage)
     config = _object(run_dir / "config.json", notes, damage)
     results = _object(run_dir / "eval.json", notes, damage)
-    # Older runs, and those that judge nothing, have none of these: that is no gap in the page.
-    answers = _lines(run_dir / "answers.jsonl", [], damage)
+    # Older runs, and those that evaluate nothing, have none of these: that is no gap in the page.
+    completions = _lines(run_dir / "answers.jsonl", [], damage)
     trust = _object(run_dir / "trust.json", [], damage)
     curves = _curves(metrics, notes)
-    remarks = _asked_for(config, notes)
-    if damage and not any((curves, chosen, results, answers, trust)):
+    remarks = _explain_missing(config, notes)
+    if damage and not any((curves, chosen, results, completions, trust)):
         raise UserError(f"report: {run_dir}: nothing of this run can be read: {' '.join(damage)}")
     return RunFiles(
         name=name,
@@ -126,7 +126,7 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
         curves=curves,
         rollouts=chosen,
         recorded=recorded,
-        answers=answers,
+        completions=completions,
         eval=results,
         trust=trust,
         notes=[*notes, *damage],
@@ -136,11 +136,11 @@ def _read(run_dir: Path, name: str, rollouts: int) -> RunFiles:
     )
 
 
-def _asked_for(config: Mapping[str, Any], notes: list[str]) -> list[str]:
-    """Takes out of the notes what is missing because the settings say so, and says that instead."""
+def _explain_missing(config: Mapping[str, Any], notes: list[str]) -> list[str]:
+    """Removes notes on what the settings switched off, and returns sentences that say so instead."""
     said: list[str] = []
     for name, section, key, words in (
-        ("eval.json", "eval", "problems", "Nothing was judged on held-out prompts"),
+        ("eval.json", "eval", "problems", "Nothing was evaluated on held-out prompts"),
         ("rollouts.jsonl", "record", "rollouts", "No rollouts were recorded"),
     ):
         note = f"{name} is missing."
@@ -151,7 +151,7 @@ def _asked_for(config: Mapping[str, Any], notes: list[str]) -> list[str]:
 
 
 def _learnt_from(run_dir: Path) -> str | None:
-    """What the newest checkpoint says of the training prompts; None where it says nothing."""
+    """The digest of the training prompts in the newest checkpoint; None where there is none."""
     states = [path for path in (run_dir / "checkpoints").glob("step-*/state.json") if path.parent.name[5:].isdecimal()]
     try:
         newest = max(states, key=lambda path: int(path.parent.name[5:]))
@@ -182,25 +182,25 @@ def _some_lines(path: Path, count: int | None, notes: list[str], damage: list[st
     """Some rows of a JSON-lines file, from its whole length, and how many it has; however large, little is held.
 
     Args:
-        path: Of the file.
-        count: Most rows; None for all.
-        notes: Takes what is missing.
-        damage: Takes what was left out.
+        path: Path of the file.
+        count: Largest number of rows; None for all.
+        notes: Collects what is missing.
+        damage: Collects what was left out.
     """
     rows: list[dict[str, Any]] = []
     bad: list[str] = []
     torn = False
     try:
         with path.open("rb") as file:
-            places = _places(file)
-            for index in range(len(places)) if count is None else spread(len(places), count):
-                line, start, size = places[index]
+            spans = _line_spans(file)
+            for index in range(len(spans)) if count is None else spread(len(spans), count):
+                line, start, size = spans[index]
                 file.seek(start)
                 content = file.read(size)
                 try:
                     rows.append(parse_object(content))
                 except ValueError as error:
-                    torn = index == len(places) - 1 and not content.endswith(b"\n")
+                    torn = index == len(spans) - 1 and not content.endswith(b"\n")
                     bad.append(f"line {line} {'is cut off' if torn else error}")
     except FileNotFoundError:
         notes.append(f"{path.name} is missing.")
@@ -216,10 +216,10 @@ def _some_lines(path: Path, count: int | None, notes: list[str], damage: list[st
         (notes if torn and rows and len(bad) == 1 else damage).append(said)
     if not rows:
         notes.append(f"{path.name} is empty.")
-    return rows, len(places)
+    return rows, len(spans)
 
 
-def _places(file: BinaryIO) -> list[tuple[int, int, int]]:
+def _line_spans(file: BinaryIO) -> list[tuple[int, int, int]]:
     """Number, start and size of each line that is not blank."""
     found: list[tuple[int, int, int]] = []
     start = 0
@@ -267,7 +267,7 @@ def _curves(rows: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, li
 
 
 def spread(total: int, count: int) -> list[int]:
-    """Places in a list of `total`: the first, the last, and evenly between."""
+    """Indices into a list of `total`: the first, the last, and evenly spaced ones between."""
     if total <= count:
         return list(range(total))
     if count == 1:

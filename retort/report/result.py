@@ -10,8 +10,8 @@ from retort.errors import counted
 from retort.evaluate.measures import Measure, measure, ordered
 from retort.report.alike import source_name, tables
 from retort.report.axes import Kind, minus, percent
-from retort.report.curves import series_of
-from retort.report.groups import Group, Points, any_of, over_seeds, paired
+from retort.report.curves import run_series
+from retort.report.groups import Group, Points, all_runs, over_seeds, paired
 from retort.report.plots import Series, plot
 from retort.report.read import as_object, number
 from retort.report.words import escape, listed
@@ -22,7 +22,7 @@ WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
 WHO_DASHES: Mapping[str, int] = {AFTER: 0, BEFORE: 1, TEACHER: 2}
 
 
-def _words(metric: str) -> Measure:
+def _label(metric: str) -> Measure:
     found = measure(metric)
     words = found.words.replace("'", "’")
     return found._replace(words=words if "@" in words else words[:1].upper() + words[1:])
@@ -32,7 +32,7 @@ def _words(metric: str) -> Measure:
 
 
 def headlines(groups: Sequence[Group]) -> list[str]:
-    """What the runs did to the student, and how they differ, in sentences."""
+    """Sentences on how the runs changed the student, and how they differ."""
     if len(groups) == 1:
         return _headline(groups[0])
     split = tables([group for group in groups if group.whos()])
@@ -62,7 +62,7 @@ def _ranking(groups: Sequence[Group], metric: str) -> str:
 
 
 def _headline(group: Group) -> list[str]:
-    """What became of right answers and of the distance to the teacher; what there was to gain comes first."""
+    """Sentences on accuracy and on the distance to the teacher; the one with more to gain comes first."""
     solved = next((name for name in group.metrics() if name.startswith("avg@")), None)
     gap = _change(group, "reverse_kl", "Reverse KL to the teacher", lambda value: f"{value:.3f}", " nats a token")
     if solved is None:
@@ -104,7 +104,7 @@ def _recovered(group: Group, metric: str) -> float | None:
 
 
 def _against(group: Group, other: Group) -> list[str]:
-    """The difference in right answers within each seed, where there are seeds to say something about it."""
+    """A sentence on the difference in accuracy within each seed, where there are enough seeds."""
     parts, count = list[str](), 0
     for metric in (name for name in group.metrics() if name.startswith(("avg@", "pass@"))):
         cell = paired(group, other, AFTER, metric)
@@ -141,7 +141,7 @@ def result_section(groups: Sequence[Group]) -> str:
     """The section with the table, and pass@k beside it; empty if nothing was evaluated."""
     split = tables([group for group in groups if group.whos() or any(run.eval.get("pass_at") for run in group.runs)])
     several = len(groups) > 1
-    parts = [(table, _judged_on(table.groups, several), _pass_at(table.groups, several)) for table in split]
+    parts = [(table, _result_tables(table.groups, several), _pass_at(table.groups, several)) for table in split]
     on = "<h3 class=on>On {}</h3>" if len(split) > 1 else ""
     shown = "".join(
         f"{on.format(escape(found.name))}"
@@ -153,11 +153,11 @@ def result_section(groups: Sequence[Group]) -> str:
     return f'<section aria-labelledby="result"><h2 id="result">Before and after</h2>{shown}</section>' if shown else ""
 
 
-def _judged_on(groups: Sequence[Group], several: bool) -> str:
-    judged = [group for group in groups if group.whos()]
-    if several and judged:
-        return _side_by_side(judged)
-    return "".join(_one_table(group) for group in judged)
+def _result_tables(groups: Sequence[Group], several: bool) -> str:
+    evaluated = [group for group in groups if group.whos()]
+    if several and evaluated:
+        return _side_by_side(evaluated)
+    return "".join(_one_table(group) for group in evaluated)
 
 
 def _about(groups: Sequence[Group], several: bool) -> str:
@@ -169,8 +169,8 @@ def _about(groups: Sequence[Group], several: bool) -> str:
     words += [f"graded as {about['task']}"] if about.get("task") not in (None, "data", source) else []
     words += [f"{about['graded']} of them graded"] if "graded" in about else []
     words += [f"{counted(about['k'], 'sample')} each"] if "k" in about else []
-    lost = sum(int(number(n) or 0) for one in any_of(groups) for n in as_object(one.eval.get("given_up")).values())
-    words += [f"{lost} answers count as wrong because their comparison found no end"] if lost else []
+    lost = sum(int(number(n) or 0) for one in all_runs(groups) for n in as_object(one.eval.get("given_up")).values())
+    words += [f"{lost} completions count as wrong because their comparison did not finish"] if lost else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
     words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []
@@ -181,13 +181,13 @@ def _about(groups: Sequence[Group], several: bool) -> str:
 
 
 def _one_table(group: Group) -> str:
-    """Metrics down, writers across."""
+    """The table of one experiment: metrics down, models across."""
     whos = group.whos()
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
     body: list[str] = []
     for metric in ordered(group.metrics()):
-        kind = _words(metric).kind
+        kind = _label(metric).kind
         cells = "".join(f"<td>{_value(group.cell(who, metric), kind)}</td>" for who in whos)
         recovered = gap.get(metric)
         last = f"<td>{'' if recovered is None else f'<b>{percent(recovered, 0)}</b>'}</td>" if gap else ""
@@ -196,7 +196,7 @@ def _one_table(group: Group) -> str:
 
 
 def _side_by_side(groups: Sequence[Group]) -> str:
-    """Metrics down; across, what each run made of its student, how that differs from the first one, and the teacher."""
+    """The table of several experiments: metrics down; students, differences from the first, and teachers across."""
     metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics()))
     compared = [group for group in groups[1:] if any("n" in paired(group, groups[0], AFTER, m) for m in metrics)]
     teachers = _teachers(groups, metrics)
@@ -206,7 +206,7 @@ def _side_by_side(groups: Sequence[Group]) -> str:
     head[-1:] = ["teacher"] if len(teachers) == 1 else head[-1:]
     body: list[str] = []
     for metric in ordered(metrics):
-        kind = _words(metric).kind
+        kind = _label(metric).kind
         cells = [
             _value(group.cell(AFTER, metric), kind, before=group.cell(BEFORE, metric), colored=group.color)
             for group in groups
@@ -223,7 +223,7 @@ def _side_by_side(groups: Sequence[Group]) -> str:
 
 
 def _teachers(groups: Sequence[Group], metrics: Sequence[str]) -> list[list[Group]]:
-    """Runs that have a judged teacher, by teacher."""
+    """Runs whose teacher was evaluated, by teacher."""
     found: dict[str, list[Group]] = {}
     for group in groups:
         if any(group.cell(TEACHER, metric) for metric in metrics):
@@ -241,7 +241,7 @@ def _table(head: Sequence[str], body: Sequence[str], caption: str = "") -> str:
 
 
 def _named(metric: str) -> str:
-    words, unit, _ = _words(metric)
+    words, unit, _ = _label(metric)
     return f"{escape(words)}{f' <span class=muted>{escape(unit)}</span>' if unit else ''}"
 
 
@@ -279,8 +279,10 @@ def _difference(cell: Mapping[str, Any], kind: Kind) -> str:
 
 
 def _pass_at(groups: Sequence[Group], several: bool) -> str:
-    judged = dict.fromkeys(who for group in groups for who in group.whos())
-    whos = dict.fromkeys([*judged, *(str(who) for run in any_of(groups) for who in as_object(run.eval.get("pass_at")))])
+    evaluated = dict.fromkeys(who for group in groups for who in group.whos())
+    whos = dict.fromkeys(
+        [*evaluated, *(str(who) for run in all_runs(groups) for who in as_object(run.eval.get("pass_at")))]
+    )
     series: list[Series] = []
     for place, who in enumerate(whos):
         curves = {group.name: _ladders(group, who) for group in groups}
@@ -294,7 +296,7 @@ def _pass_at(groups: Sequence[Group], several: bool) -> str:
                 series.append(Series(who, points, WHO_COLORS[BEFORE], WHO_DASHES.get(who, place)))
             elif several:
                 dash = WHO_DASHES.get(who, place)
-                series.append(series_of(group, dash, who, points, band, several=True, alone=False))
+                series.append(run_series(group, dash, who, points, band, several=True, alone=False))
             else:
                 series.append(Series(who, points, WHO_COLORS.get(who, place), band=band))
     if not series:

@@ -1,4 +1,4 @@
-"""Recorded rollouts and answers, token by token: the data that the page's script draws.
+"""Recorded rollouts and completions, token by token: the data that the page's script draws.
 
 The text of a model is hostile. Nothing of it becomes markup here: it goes into one block of JSON in which no character
 can end the block, and the script writes it as text.
@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retort.report.groups import Group, any_of
+from retort.report.groups import Group, all_runs
 from retort.report.read import RunFiles, as_list, number, spread
 
 #: Most tokens shown of one rollout.
@@ -23,7 +23,7 @@ _GAP = "teacher − student log-prob"
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a column is called, in which unit, of what kind, and what it means."""
+    """The label, unit, kind and meaning of a column."""
 
     label: str
     unit: str
@@ -32,14 +32,14 @@ class Quantity:
 
 
 MODELS, BETWEEN, LOSS = "The models", "Between them", "The loss"
-_KNOWN: Mapping[str, Quantity] = {
+KNOWN: Mapping[str, Quantity] = {
     "teacher_entropy": Quantity("teacher’s entropy", "nats", MODELS, "how uncertain the teacher was about this token"),
-    "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the writer was about this token"),
-    "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was written"),
-    "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was written"),
+    "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the student was about this token"),
+    "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was generated"),
+    "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was generated"),
     _GAP: Quantity(_GAP, "nats", BETWEEN, "positive where the teacher likes the token better than the student does"),
     "reverse_kl": Quantity("reverse KL", "nats", BETWEEN, "estimated from the token alone where it can be negative"),
-    "forward_kl": Quantity("forward KL", "nats", BETWEEN, "what the teacher has in mind and the student has not"),
+    "forward_kl": Quantity("forward KL", "nats", BETWEEN, "high where the student rules out what the teacher expects"),
     "forward_kl_gated": Quantity("forward KL, gate open", "nats", BETWEEN, "as the method measures it"),
     "gate_open_fraction": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
     "gate": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
@@ -47,7 +47,7 @@ _KNOWN: Mapping[str, Quantity] = {
     "teacher_topk_mass": Quantity("teacher’s top-k mass", "", MODELS, "probability that its top-k holds"),
 }
 _ENDINGS: Mapping[str, tuple[str, str]] = {
-    "advantage": ("nats", "how much better than expected this token was, to this term"),
+    "advantage": ("nats", "how much better than expected this token was, for this term"),
     "weight": ("", "what multiplies this term at this token"),
     "value": ("nats", "this term at this token, before its weight"),
 }
@@ -58,9 +58,9 @@ _FIRST = (_GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy"
 
 
 def quantity(name: str) -> Quantity:
-    """How a column is shown."""
-    if name in _KNOWN:
-        return _KNOWN[name]
+    """The label and unit of a column."""
+    if name in KNOWN:
+        return KNOWN[name]
     term, dot, ending = name.rpartition(".")
     if dot and ending in _ENDINGS:
         unit, about = _ENDINGS[ending]
@@ -69,8 +69,8 @@ def quantity(name: str) -> Quantity:
 
 
 def rollouts_section(groups: Sequence[Group]) -> str:
-    """The section with rollouts and answers; empty if none was recorded."""
-    runs = any_of(groups)
+    """The section with rollouts and completions; empty if none was recorded."""
+    runs = all_runs(groups)
     training = [_training(run, row) for run in runs for row in run.rollouts]
     problems = _held_out(groups)
     held_out = _within_budget(problems, MOST_BYTES // 2)
@@ -84,7 +84,7 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
     words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
     also = (
-        f"{'; ' if words else ''}{_of(held_out, problems)} held-out problems, answered before and after"
+        f"{'; ' if words else ''}{_count_text(held_out, problems)} held-out problems, completed before and after"
         if held_out
         else ""
     )
@@ -97,7 +97,7 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     )
 
 
-def _of(some: Sequence[Any], every: Sequence[Any]) -> str:
+def _count_text(some: Sequence[Any], every: Sequence[Any]) -> str:
     return f"{len(some)} of {len(every)}" if len(some) < len(every) else str(len(every))
 
 
@@ -125,12 +125,12 @@ def _training(run: RunFiles, row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Problems with all answers to them: before, after each run (the first seed of each experiment), the teacher's."""
+    """Problems with all their completions: before, after each run (first seed of each experiment), the teacher's."""
     problems: dict[tuple[str, str], dict[str, Any]] = {}
     once: set[tuple[str, str, str]] = set()
     for group in groups:
         run = group.runs[0]
-        for row in run.answers:
+        for row in run.completions:
             # Another file may have another prompt of the same id.
             who, key = str(row.get("who", "")), (str(row.get("prompt_id", "")), str(row.get("prompt", "")))
             # What the student was before, and the teacher, are the same in every run that shares them.
@@ -197,7 +197,7 @@ def _short(value: object) -> float | None:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Every column of the page with the scale of its shading, the same in all rollouts."""
+    """All columns of the page with the scale of their shading, the same in all rollouts."""
     found: list[dict[str, Any]] = []
     for name in dict.fromkeys(name for row in rows for name in row["values"]):
         known = [value for row in rows for value in row["values"].get(name, ()) if value is not None]
@@ -206,7 +206,7 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         shown = quantity(name)
         found.append({"name": name, "label": shown.label, "unit": shown.unit, "kind": shown.kind, "about": shown.about})
         found[-1] |= {"scale": scale(known), "signed": min(known) < 0 < max(known), "falling": max(known) <= 0}
-    kinds, known_names = (BETWEEN, MODELS, LOSS), list(_KNOWN)
+    kinds, known_names = (BETWEEN, MODELS, LOSS), list(KNOWN)
     place = {name: index for index, name in enumerate(known_names)}
     return sorted(found, key=lambda one: (kinds.index(one["kind"]), place.get(one["name"], len(place))))
 

@@ -1,4 +1,4 @@
-"""Which tokens of the teacher's can be trusted: the predictors of three papers side by side, from `trust.json`."""
+"""The section on which tokens of the teacher's can be trusted: the predictors of three papers, from `trust.json`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def trust_section(groups: Sequence[Group]) -> str:
         return ""
     return (
         '<section aria-labelledby="trust"><h2 id="trust">Which tokens of the teacher’s can be trusted</h2>'
-        '<p class="muted">At some places of the student’s answers a token drawn from the teacher was forced, and the '
+        '<p class="muted">At some positions of the student’s completions a token of the teacher was forced, and the '
         "student went on alone. AUROC: how often a number is higher where that ended well than where it did not "
-        "(50 %: it tells nothing), with 95 % bootstrap intervals over problems. “Right in the end” is PW-OPSD’s; "
-        "it is easy late in a right answer, whoever wrote the token. “Makes the difference” looks only at places where "
-        "the student with the teacher’s token and the student alone ended differently.</p>"
+        "(50 %: it predicts nothing), with 95 % bootstrap intervals over problems. “Right in the end” is PW-OPSD’s; "
+        "it is easy late in a right completion, whoever chose the token. “Makes the difference” counts only positions "
+        "where the student with the teacher’s token and the student alone ended differently.</p>"
         f"{''.join(parts)}</section>"
     )
 
@@ -38,7 +38,7 @@ def _one(name: str, found: Mapping[str, Any]) -> str:
     )
     table = (
         '<div class="scroll" tabindex="0" role="region" aria-label="Predictors of trust"><table><thead><tr>'
-        '<th scope="col">What tells, and who says so</th><th scope="col">right in the end</th>'
+        '<th scope="col">Predictor and its source</th><th scope="col">right in the end</th>'
         '<th scope="col">makes the difference</th>'
         f"</tr></thead><tbody>{body}</tbody></table></div>"
     )
@@ -47,8 +47,8 @@ def _one(name: str, found: Mapping[str, Any]) -> str:
 
 
 def _name(row: Mapping[str, Any]) -> str:
-    told, who = (str(row.get(key, "")).replace("'", "’") for key in ("predictor", "claimed_by"))
-    return f"{escape(told)} <span class=muted>{escape(who)}</span>" if who else escape(told)
+    predictor, who = (str(row.get(key, "")).replace("'", "’") for key in ("predictor", "claimed_by"))
+    return f"{escape(predictor)} <span class=muted>{escape(who)}</span>" if who else escape(predictor)
 
 
 def _about(found: Mapping[str, Any]) -> str:
@@ -56,8 +56,8 @@ def _about(found: Mapping[str, Any]) -> str:
     viable, alone = (f"{(number(found.get(key)) or 0.0) * 100:.1f} %" for key in ("viable", "alone"))
     return (
         f"View “{found.get('view', '?')}” at step {int(number(found.get('step')) or 0)}: {counts[0]:,} forced tokens "
-        f"in answers to {counts[1]:,} {found.get('prompts', 'prompts')}; {viable} ended right, {alone} of "
-        f"those from the same places without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
+        f"in completions of {counts[1]:,} {found.get('prompts', 'prompts')}; {viable} ended right, {alone} of "
+        f"those from the same positions without a forced token, and {counts[2]:,} pairs differ.{_shift(found)}"
         f"{''.join(f' {sentence}.' for sentence in why_unknown(found))}"
     )
 
@@ -84,7 +84,7 @@ def _cell(value: object) -> str:
 def _plots(found: Mapping[str, Any]) -> str:
     figures: list[str] = []
     for key, title, x_label in (
-        ("position", "Right in the end, along the answer", "place, as a share of the answer"),
+        ("position", "Right in the end, along the completion", "position, as a share of the completion"),
         ("teacher_entropy", "Right in the end, by the teacher’s entropy", "teacher’s entropy, nats"),
         ("student_entropy", "Right in the end, by the student’s entropy", "student’s entropy, nats"),
     ):

@@ -1,4 +1,4 @@
-"""Texts from anywhere as HTML."""
+"""Escapes untrusted text for HTML."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["escape", "listed", "path"]
 
 
 def escape(text: str) -> str:
-    """A text from anywhere on one line of a page: neither markup nor a character that is obeyed instead of shown."""
+    """Escapes a text for one line of a page: no markup and no control characters."""
     return html.escape(visible(text))
 
 
 def path(text: str) -> str:
-    """The same of a path or a long name, which may be broken after its separators."""
+    """Escapes a path or a long name, which may be broken after its separators."""
     shown = escape(text)
     for separator in "/\\_":
         shown = shown.replace(separator, f"{separator}<wbr>")

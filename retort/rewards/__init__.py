@@ -1,4 +1,4 @@
-"""What a piece of writing is worth: verifiers that compare it with the answer."""
+"""Rewards of completions: verifiers that compare them with reference answers, and graders."""
 
 from retort.rewards.base import ByText, GivesFeedback, GivesParts, Grade, Grader, Verifier
 from retort.rewards.choose import grader_for, verifier_for

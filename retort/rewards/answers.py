@@ -1,7 +1,7 @@
-r"""What an answer is, before math-verify is asked: a number, a letter of a multiple choice, a word, or neither.
+r"""Simple kinds of answers, read without math-verify: a number, a letter of a multiple choice, or a word.
 
-A number is compared as the exact number that it is, a letter as a letter, a word as a word. That is decided here, in
-both ways; only what is none of these (expressions, intervals, sets, matrices) is for math-verify.
+A number is compared as an exact number, a letter as a letter, a word as a word. This module decides these cases, right
+or wrong; math-verify gets only the others (expressions, intervals, sets, matrices).
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = [
     "word",
 ]
 
-#: Digits of a number, and of an exponent of ten, beyond which a text is not read as a number.
+#: Most digits of a number, and of an exponent of ten; a longer text is not read as a number.
 MOST_DIGITS = 400
-#: A numeric exponent or factorial beyond these is not computed.
+#: Largest numeric exponent and factorial that are computed.
 MOST_EXPONENT, MOST_FACTORIAL = 20_000, 5_000
 MOST_DEPTH = 60
-#: A decimal of so many digits may stand for a fraction that it rounds; one of so many is what a float prints.
+#: Least digits of a decimal that may round a fraction; and digits that a printed float has.
 ROUNDED, FLOAT = 6, 15
 
 _UNITS = {
@@ -61,11 +61,11 @@ _NUMBER = re.compile(
 
 @dataclass(frozen=True)
 class Number:
-    """An exact number as it was written.
+    """An exact number as the text gives it.
 
     Attributes:
-        value: Without regard to a percent sign.
-        digits: Significant digits if it was written as a decimal, else 0.
+        value: The value, without regard to a percent sign.
+        digits: Significant digits if it is given as a decimal, else 0.
         unit: Short name of the unit; "" if there is none.
     """
 
@@ -80,17 +80,17 @@ class Number:
 
 
 def tidy(text: str) -> str:
-    """An answer without what says nothing: dollars, spacing commands, sizes of brackets, emphasis, a full stop."""
+    """An answer without decoration: dollars, spacing commands, sizes of brackets, emphasis, a full stop."""
     text = text.replace("\u2212", "-").replace("−", "-").replace("\u00a0", " ").replace("{,}", ",")
     text = re.sub(r"\\(?:dfrac|tfrac|cfrac)(?![a-z])", r"\\frac", text)
-    # A thin blank joins digits only where it groups thousands; elsewhere what says nothing still keeps them apart.
+    # A thin blank joins digits only where it groups thousands; elsewhere it still separates them.
     text = re.sub(r"(?<=[0-9])(?:\\[,!]|~)(?=[0-9]{3}(?![0-9]))", "", text)
     text = re.sub(r"(?<=[0-9])(?:\\[,!;:]|\\q?quad(?![a-z])|(?<!\\)\$)(?=[0-9])", " ", text)
     text = re.sub(
         r"\\(?:left|right|big|Big|bigg|Bigg)(?![a-zA-Z])|\\(?:displaystyle|,|!|;|:|quad|qquad)(?![a-z])", "", text
     )
     text = re.sub(r"\\ |~", " ", text).replace(r"\(", "").replace(r"\)", "")
-    # Emphasis stands at the edge of words; between a base and its exponent ** is a power.
+    # Emphasis is at the edge of words; between a base and its exponent ** is a power.
     text = re.sub(r"(?<![0-9A-Za-z)}])\*\*|\*\*(?![0-9A-Za-z({\\-])", "", text)
     text = re.sub(r"\*\*\s*(-?[0-9.]+)", r"^{\1}", text).replace("**", "^")
     text = re.sub(r"(?<!\\)\$", "", text).strip()
@@ -137,26 +137,26 @@ def number(text: str) -> Number | None:
     return Number(-value if part["sign"] == "-" else value, digits, unit)
 
 
-def same_number(gold: Number, said: Number) -> bool:
-    """Whether two numbers are one: units agree where both have one, and the values, percent read either way."""
-    if gold.unit and said.unit and gold.unit != said.unit:
+def same_number(gold: Number, answer: Number) -> bool:
+    """Whether two numbers are equal: units agree where both have one, and values agree, with percent either way."""
+    if gold.unit and answer.unit and gold.unit != answer.unit:
         return False
-    if _close(gold, said):
+    if _close(gold, answer):
         return True
-    if (gold.unit == "%") == (said.unit == "%"):
+    if (gold.unit == "%") == (answer.unit == "%"):
         return False
-    percent, other = (gold, said) if gold.unit == "%" else (said, gold)
+    percent, other = (gold, answer) if gold.unit == "%" else (answer, gold)
     return not other.unit and _close(Number(percent.value / 100, percent.digits), other)
 
 
 def choice(gold: str) -> str | None:
-    r"""The letter, if the right answer is one letter of a multiple choice: `B`, `(b)`, `B.`, `\text{(B)}`."""
+    r"""The letter, if the reference answer is one letter of a multiple choice: `B`, `(b)`, `B.`, `\text{(B)}`."""
     found = re.fullmatch(r"\(([A-Ja-j])\)|([A-J])\)?", _unwrapped(gold))
     return None if found is None else (found[1] or found[2]).upper()
 
 
 def letter_of(text: str) -> str | None:
-    """The letter that an answer names, with or without what stands beside it: `B: text`, `(B) 12`, `option b`."""
+    """The letter that an answer names, with or without other text: `B: text`, `(B) 12`, `option b`."""
     text = re.sub(r"^(?:option|choice|answer)\s*:?\s*", "", _unwrapped(text), flags=re.IGNORECASE)
     found = re.match(r"\(([A-Ja-j])\)\s*|([A-Ja-j])(?:\s*$|[).:]\s*(?![A-Za-z]?\())|([A-J])\s*[-\u2013]\s+", text)
     if found is None:
@@ -170,13 +170,13 @@ def letter_of(text: str) -> str | None:
 
 
 def stated(text: str) -> str | None:
-    """What a text without a box states last as its answer, as in "The answer is (B)."; None if it states none."""
-    said = list(re.finditer(r"\banswer\b\**\s*(?:is|:|=)\**\s*:?\s*([^\n]+)", text, re.IGNORECASE))
-    found = said[-1] if said else None
+    """The last answer that a text without a box states, as in "The answer is (B)."; None if it states none."""
+    answer = list(re.finditer(r"\banswer\b\**\s*(?:is|:|=)\**\s*:?\s*([^\n]+)", text, re.IGNORECASE))
+    found = answer[-1] if answer else None
     if found is None:
         lines = text.strip().splitlines()
         return lines[-1] if lines and len(lines[-1]) <= 60 else None
-    # More text may change what was said; then nothing is read out of it.
+    # More text may change the statement; then no answer is read from it.
     return (
         re.sub(r"^(?:option|choice)\s+", "", found[1].strip(), flags=re.IGNORECASE)
         if not text[found.end() :].strip()
@@ -185,7 +185,7 @@ def stated(text: str) -> str | None:
 
 
 def word(text: str) -> str | None:
-    """A word or words, folded, if a text is that and no expression; None if not."""
+    """A word or words, case-folded, if a text is words and no expression; None if not."""
     plain = _unwrapped(text)
     wrapped = plain != text.strip()
     if not re.fullmatch(r"[^\W\d_]+(?:[ '-][^\W\d_]+)*\.?", plain) or len(plain) < 3:
@@ -196,9 +196,9 @@ def word(text: str) -> str | None:
 
 
 def hopeless(text: str) -> bool:
-    """Whether a text holds what no computer should compute: towers of powers, giant factorials, very deep nesting.
+    """Whether a text holds what cannot be computed: towers of powers, giant factorials, very deep nesting.
 
-    It depends on the text alone, so the same text has the same verdict on every machine.
+    It depends on the text alone, so the same text gets the same grade on every machine.
     """
     depth = deepest = 0
     for character in text:
@@ -213,10 +213,10 @@ def hopeless(text: str) -> bool:
     return any(_large_exponent(text[found.end() :]) for found in re.finditer(r"\^|\*\*", text))
 
 
-def without_letter(said: str) -> str:
-    r"""An answer without the letter that a multiple choice gives it: `\textbf{(B)}\ 12` is 12."""
+def without_letter(answer: str) -> str:
+    r"""An answer without the letter of a multiple choice before it: `\textbf{(B)}\ 12` is 12."""
     return re.sub(
-        r"^\s*\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-J]\)\s*\}(?=.*\S)(?:\\[ ,;:]|\\q?quad|[~\s])*", "", said
+        r"^\s*\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-J]\)\s*\}(?=.*\S)(?:\\[ ,;:]|\\q?quad|[~\s])*", "", answer
     )
 
 
@@ -231,12 +231,12 @@ def _brackets(text: str) -> str:
     return text[0] + text[-1]
 
 
-def comparable(gold: str, said: str) -> bool:
+def comparable(gold: str, answer: str) -> bool:
     """Whether both are of one kind: to math-verify the interval (1, 2), the set {1, 2} and the list 1, 2 are equal."""
-    ours, theirs = _brackets(gold), _brackets(said)
+    ours, theirs = _brackets(gold), _brackets(answer)
     if "{}" in (ours, theirs):
         return ours == theirs or not ours + theirs.replace("{}", "") or not theirs + ours.replace("{}", "")
-    return _is_list(gold) == _is_list(said) or not ours + theirs
+    return _is_list(gold) == _is_list(answer) or not ours + theirs
 
 
 def _is_list(text: str) -> bool:
@@ -293,10 +293,10 @@ def _plain(text: str) -> Fraction:
     return Fraction(text.replace(",", "").removesuffix("."))
 
 
-def _close(gold: Number, said: Number) -> bool:
-    if gold.value == said.value:
+def _close(gold: Number, answer: Number) -> bool:
+    if gold.value == answer.value:
         return True
-    for decimal, other in ((gold, said), (said, gold)):
+    for decimal, other in ((gold, answer), (answer, gold)):
         if decimal.digits >= FLOAT and other.digits < FLOAT and other.value:
             return abs(decimal.value / other.value - 1) <= Fraction(4, 10**16) * 2
         endless = not other.digits and not _ends(other.value)
@@ -315,7 +315,7 @@ def _ends(value: Fraction) -> bool:
 
 
 def _unwrapped(text: str) -> str:
-    r"""The text within \text{...} and the like, wherever they stand."""
+    r"""The text within all \text{...} and the like."""
     text = tidy(text)
     for _ in range(4):
         text = re.sub(rf"{_TEXT}\s*\{{([^{{}}]*)\}}", r"\1", text)
@@ -323,7 +323,7 @@ def _unwrapped(text: str) -> str:
 
 
 def _unit(text: str) -> tuple[str, str | None]:
-    """A text without its unit, and the unit's short name; None if what follows the number is none."""
+    """A text without its unit, and the unit's short name; None if the text after the number is no unit."""
     money = re.match(r"([+-]?)\s*(\\?\$|€|£|\\euro|\\pounds)\s*(?=[0-9.])", text)
     if money:
         name = {"€": "€", "\\euro": "€", "£": "£", "\\pounds": "£"}.get(money[2], "$")

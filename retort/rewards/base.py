@@ -1,8 +1,7 @@
-"""Graders: what says how good completions are, all of one visit to a prompt at once, so that it may compare them.
+"""Graders, which grade all completions of one visit to a prompt at once, so that they may compare them.
 
-A grader that looks at one completion at a time is a `Verifier`, and `ByText` makes a grader of it. What any grader must
-do is in `tests/contracts/test_grader.py`. Model output is hostile: whatever it holds, a grader neither raises because
-of it nor hangs on it.
+A grader that looks at one completion at a time is a `Verifier`, and `ByText` makes a grader of it. The contract of all
+graders is `tests/contracts/test_grader.py`. Model output is hostile: a grader neither raises nor hangs because of it.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ __all__ = ["ByText", "GivesFeedback", "GivesParts", "Grade", "Grader", "Verifier
 
 @dataclass(frozen=True)
 class Grade:
-    """What a completion is worth.
+    """The grade of a completion.
 
     Attributes:
         reward: From 0 to 1; a completion counts as right from 0.5 on.
-        parts: Further measures by name, recorded as curves and columns `reward/<name>`; no part of the reward.
+        parts: Further measures by name, recorded as curves and columns `reward/<name>`; not part of the reward.
         feedback: What is wrong with the completion, in words, for methods that show it to a teacher.
     """
 
@@ -41,37 +40,37 @@ class Grader(Protocol):
 
     @property
     def explains(self) -> bool:
-        """Whether some grades say in words what is wrong (`Grade.feedback`)."""
+        """Whether some grades have feedback (`Grade.feedback`)."""
         return False
 
     @property
     def given_up(self) -> int:
-        """How many completions counted as wrong so far because their comparison found no end."""
+        """Number of completions so far that counted as wrong because their comparison did not end."""
         return 0
 
     def can_grade(self, prompt: Prompt) -> bool:
-        """Whether completions to a prompt can be graded, as far as the prompt alone says."""
+        """Whether completions of a prompt can be graded, judging by the prompt alone."""
         ...
 
     def start_batch(self) -> None:
-        """Called before the groups of a batch: they share what a grader allows for one."""
+        """Begins a batch: its groups share the grader's time limits."""
         return
 
     def grade(self, group: Group) -> list[Grade | None]:
-        """A grade for each rollout, in order; None for one that cannot be graded. The rollouts stay as they are.
+        """Returns a grade for each rollout, in order; None for one that cannot be graded. Rollouts are not changed.
 
         Raises:
-            UserError: What grades is the user's own and failed, or said what is no grade.
+            UserError: The user's own grader failed, or returned no grade.
         """
         ...
 
 
 def graded(grader: Grader, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts of one batch with their grades, in order.
+    """Returns the rollouts of one batch with their grades, in order.
 
     Args:
-        grader: Asked once about each group.
-        rollouts: Those of one visit to a prompt are neighbours.
+        grader: Called once for each group.
+        rollouts: The rollouts of one visit to a prompt are neighbours.
 
     Raises:
         UserError: As `Grader.grade`.
@@ -87,10 +86,10 @@ def graded(grader: Grader, rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 class Verifier(Protocol):
-    """Says whether a completion is right. Never raises because of the text, and returns within seconds.
+    """Grades whether a completion is right. Never raises because of the text, and returns within seconds.
 
-    One that compares with the prompt's answer has `needs_answer = True`, and is not asked about prompts without one.
-    One that gives comparisons up counts them in `given_up`, and what it allows for a batch begins with `start_batch`.
+    A verifier that compares with the prompt's answer has `needs_answer = True`, and gets no prompts without one. One
+    that gives comparisons up counts them in `given_up`, and begins a batch's limits with `start_batch`.
     """
 
     @property
@@ -99,13 +98,13 @@ class Verifier(Protocol):
         ...
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
+        """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
         ...
 
 
 @runtime_checkable
 class GivesFeedback(Protocol):
-    """What a verifier may do besides: say in words what is wrong. Never raises because of the text."""
+    """Optional interface of a verifier: words on what is wrong. Never raises because of the text."""
 
     def feedback(self, prompt: Prompt, text: str) -> str:
         """What is wrong with the text, in words that the task's models know; empty if nothing is."""
@@ -114,9 +113,9 @@ class GivesFeedback(Protocol):
 
 @runtime_checkable
 class GivesParts(Protocol):
-    """What a verifier may do besides: measure more of a response than whether it is right.
+    """Optional interface of a verifier: measures of a response besides the reward.
 
-    Parts are recorded (curves `reward/<part>`, columns of the before/after table) and are no part of the reward.
+    Parts are recorded (curves `reward/<part>`, columns of the before/after table) and are not part of the reward.
     """
 
     def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
@@ -125,15 +124,15 @@ class GivesParts(Protocol):
 
 
 class ByText(Grader):
-    """A grader that asks a verifier about each completion by itself, in order."""
+    """A grader that gives a verifier each completion alone, in order."""
 
     def __init__(self, verifier: Verifier) -> None:
-        """Asks nothing yet."""
+        """Wraps a verifier."""
         self.verifier = verifier
 
     @property
     def name(self) -> str:
-        """The verifier's."""
+        """The verifier's name."""
         return self.verifier.name
 
     @property
@@ -143,7 +142,7 @@ class ByText(Grader):
 
     @property
     def given_up(self) -> int:
-        """How many comparisons the verifier gave up so far."""
+        """Number of comparisons that the verifier gave up so far."""
         return int(getattr(self.verifier, "given_up", 0))
 
     def can_grade(self, prompt: Prompt) -> bool:
@@ -151,7 +150,7 @@ class ByText(Grader):
         return prompt.answer is not None or not getattr(self.verifier, "needs_answer", False)
 
     def start_batch(self) -> None:
-        """Begins what the verifier allows for a batch."""
+        """Begins the verifier's limits for a batch."""
         start = getattr(self.verifier, "start_batch", None)
         if start is not None:
             start()

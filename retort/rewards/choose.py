@@ -1,4 +1,4 @@
-"""Which grader a task has: one that ships with Retort, by name, or the user's own."""
+"""Chooses the grader of a task: one that ships with Retort, by name, or the user's own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, did_you_mean
 from retort.rewards.base import ByText, Grader, Verifier
-from retort.rewards.own import imported, is_own, own_grader
-from retort.rewards.verify import NEED_ANSWER, VERIFIERS, MathVerifier, answer_of, check_gradable
+from retort.rewards.user import imported, is_user_defined, user_grader
+from retort.rewards.verify import NEED_ANSWER, VERIFIERS, MathVerifier, check_gradable, reference_answer
 
 
 def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:
@@ -24,8 +24,8 @@ def grader_for(task: str | None, prompts: Sequence[Prompt]) -> Grader | None:
     Raises:
         UserError: As `verifier_for`.
     """
-    if is_own(task):
-        return own_grader(imported(str(task)), str(task), prompts[0])
+    if is_user_defined(task):
+        return user_grader(imported(str(task)), str(task), prompts[0])
     verifier = verifier_for(task, prompts)
     return None if verifier is None else ByText(verifier)
 
@@ -36,21 +36,21 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
     Args:
         task: `countdown`, `ranking`, `coached`, `bait`, `math`, `exact`, or `module:function`; None means `math` if
             every prompt has an answer, else no verifier.
-        prompts: What will be judged; `math` and `exact` need an answer in each.
+        prompts: The prompts whose completions are graded; `math` and `exact` need an answer in each.
 
     Returns:
         The verifier, or None if responses get no reward.
 
     Raises:
-        UserError: No such task, a function that does not work, a prompt without an answer or with one that cannot be
-            graded, or math-verify is not installed.
+        UserError: The task is unknown, its function does not work, a prompt has no answer or one that cannot be graded,
+            or math-verify is not installed.
     """
     if task is None:
         if not prompts or any(prompt.answer is None for prompt in prompts):
             return None
         task = MathVerifier.name
-    if is_own(task):
-        own = own_grader(imported(task), task, prompts[0])
+    if is_user_defined(task):
+        own = user_grader(imported(task), task, prompts[0])
         if not isinstance(own, ByText):
             raise UserError(f"task = {task}: that grades groups, not single completions; `grader_for` takes it")
         return own.verifier
@@ -58,7 +58,7 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
         raise UserError(f"task: there is no verifier '{task}'; {did_you_mean(task, VERIFIERS)}")
     if task in NEED_ANSWER:
         for prompt in prompts:
-            answer_of(prompt, task)
+            reference_answer(prompt, task)
     if task == MathVerifier.name:
         check_gradable(prompts)
     return VERIFIERS[task]()

@@ -1,4 +1,4 @@
-"""The side of a run of the process that judges mathematics (`retort.rewards.math_worker`)."""
+"""The run's side of the process that verifies mathematics (`retort.rewards.math_worker`)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from retort.errors import RunError
 __all__ = ["MathProcess"]
 
 WORKER = Path(__file__).with_name("math_worker.py")
-# Importing sympy from a cold disk can take long; only after this is the worker considered broken.
+# Importing sympy from a cold disk can take long; only after this many seconds the worker counts as broken.
 START_SECONDS = 120.0
-#: On the clock, for each second of processor time that is allowed: only a machine that stands still gets here.
+#: Wall-clock seconds per second of processor time that is allowed: only a stalled machine exceeds this.
 PATIENCE = 30.0
 
 
 class MathProcess:
-    """Owns the worker process: starts it when first needed, replaces it where it died."""
+    """Owns the worker process: starts it on demand, and replaces it where it died."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -31,12 +31,12 @@ class MathProcess:
         self.finalizer: weakref.finalize[[subprocess.Popen[bytes]], MathProcess] | None = None
 
     def equal(self, gold: str, text: str, boxed: bool, digits: int, limit_s: float) -> bool | None:
-        """Whether math-verify holds the two for equal; None where it found no end.
+        """Whether math-verify finds the two equal; None where it came to no end.
 
         Args:
-            gold: The right answer.
-            text: What is compared with it.
-            boxed: The text is an answer; else an answer is looked for in it.
+            gold: The reference answer.
+            text: The text to compare with it.
+            boxed: Whether the text is an answer; else an answer is extracted from it.
             digits: Decimals to which numbers that are not exact must agree.
             limit_s: Seconds of processor time.
         """
@@ -46,7 +46,7 @@ class MathProcess:
                 reply = self._ask(request)
                 if reply is not None:
                     return None if "given_up" in reply else bool(reply["equal"])
-            return None  # the worker died of it, twice
+            return None  # the worker died on it, twice
 
     def close(self) -> None:
         """Ends the worker."""
@@ -56,7 +56,7 @@ class MathProcess:
 
     def _ask(self, request: dict[str, object]) -> dict[str, object] | None:
         if self.process is not None and self.process.poll() is not None:
-            self.close()  # it died after its last reply; that is not this text's doing
+            self.close()  # it died after its last reply, which is not this text's fault
         process = self.process or self._start()
         assert process.stdin is not None
         try:
@@ -68,7 +68,7 @@ class MathProcess:
         return self._read(process, PATIENCE * float(str(request["limit_s"])))
 
     def _read(self, process: subprocess.Popen[bytes], limit_s: float) -> dict[str, object] | None:
-        """One reply; None, and no worker any more, if it ended or none came in time."""
+        """Reads one reply; returns None, and ends the worker, if it died or sent none in time."""
         fired = threading.Event()
 
         def stop() -> None:
@@ -88,27 +88,27 @@ class MathProcess:
         return json.loads(line) if line.endswith(b"\n") else None
 
     def _start(self) -> subprocess.Popen[bytes]:
-        # The kernel's "with its parent" means the thread that started it, so only the main thread asks for that.
+        # The kernel's "with its parent" means the thread that started it, so only the main thread requests that.
         tied = threading.current_thread() is threading.main_thread()
         self.process = process = subprocess.Popen(
-            # By its path and with -P: the worker must import neither torch nor anything that lies beside it.
+            # By its path and with -P: the worker must import neither torch nor any module that lies beside it.
             [sys.executable, "-P", str(WORKER), *(["--die-with-parent", str(os.getpid())] if tied else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # an interrupt from the keyboard is for the run, which then stops in good order
+            start_new_session=True,  # a keyboard interrupt is for the run, which then stops in order
         )
         self.finalizer = weakref.finalize(self, _end, process)
         ready = self._read(process, START_SECONDS)
         if ready is None or "error" in ready:
             self.close()
             why = "it ended, or took too long" if ready is None else ready["error"]
-            raise RunError(f"the process that judges mathematics did not start: {why}")
+            raise RunError(f"the process that verifies mathematics did not start: {why}")
         return process
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends the worker and the child that judges for it: both are of one session."""
+    """Ends the worker and the child that compares for it: both are in one session."""
     if hasattr(os, "killpg") and process.poll() is None:
         with contextlib.suppress(OSError):
             os.killpg(process.pid, 9)

@@ -1,14 +1,14 @@
-"""The process that judges mathematics: one JSON request per line in, one reply per line out.
+"""The process that verifies mathematics: one JSON request per line in, one reply per line out.
 
 `retort.rewards.math_process` runs it by its path. It imports math-verify and the standard library only. This process
-loads the libraries once and forks a child that compares. A child whose comparison exceeds the processor time that its
-request allows is ended by the kernel, and another is forked at once. It is processor time and not time on the clock,
-because a verdict must not depend on what else the machine does.
+loads the libraries once and forks a child that compares. The kernel ends a child whose comparison exceeds the processor
+time that its request allows, and another is forked at once. The limit is on processor time and not on the wall clock,
+because a grade must not depend on the machine's other work.
 
 In: {"gold", "text", "boxed", "digits", "limit_s"}. Out: {"equal"} or {"given_up"}; first of all {"ready"} or {"error"}.
 
 It does not outlive the process that started it. On Linux the kernel ends it with its parent. Elsewhere, and where a
-thread started it, it ends within the processor time of the comparison at hand, because its input has ended then.
+thread started it, it ends within the processor time of the current comparison, because its input has ended then.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ import signal
 import sys
 from typing import Any
 
-# Bytes of address space; a power tower must not take the run's memory before the time limit ends it.
+# Bytes of address space, so that a power tower cannot take the run's memory before the time limit.
 MOST_MEMORY = 4 << 30
 _PR_SET_PDEATHSIG = 1
-# What is compared before the first fork: the parsers' tables are filled then, so that no verdict pays for them.
+# Compared before the first fork, which fills the parsers' tables, so that no comparison pays for them.
 _WARM = (
     r"\frac{1}{2}",
     r"(1, 2] \cup [3, \infty)",
@@ -35,11 +35,11 @@ _WARM = (
 
 
 def main() -> None:
-    """Answers until the other side closes."""
+    """Replies to requests until the input ends."""
     if "--die-with-parent" in sys.argv:
         _die_with(int(sys.argv[-1]))
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be taken for a reply
+    os.dup2(2, 1)  # a library's output must not be taken for a reply
     with contextlib.suppress(ImportError, OSError, ValueError):  # not on Windows, nor above a lower hard limit
         import resource
 
@@ -73,14 +73,14 @@ def _serve(verify: Any, replies: Any) -> None:
         _allow(request["limit_s"])
         try:
             equal = verify(request["gold"], request["text"], request["boxed"], request["digits"])
-        except (Exception, MemoryError):  # the text's doing, whatever it is: it is not right
+        except (Exception, MemoryError):  # any error is the text's fault: it is not right
             equal = False
         _allow(0.0)
         _reply(replies, {"equal": equal})
 
 
 def _allow(seconds: float) -> None:
-    """Lets the kernel end this process after so much processor time, also within C code; 0 takes that back."""
+    """Lets the kernel end this process after so much processor time, also within C code; 0 removes the limit."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -92,7 +92,7 @@ def _die_with(parent: int) -> None:
         import ctypes
 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before this was asked for
+    if os.getppid() != parent:  # it ended before this request
         os._exit(0)
 
 

@@ -1,11 +1,11 @@
-r"""Verifiers: 1.0 for a right response, 0.0 for a wrong one, whatever the response holds.
+r"""Verifiers: 1.0 for a right response, 0.0 for a wrong one, for any response.
 
-Only what follows a closed thinking block is graded (`retort.align.text.after_thinking`); a block that is never closed
+Only the text after a closed thinking block is graded (`retort.align.text.after_thinking`); a block that is never closed
 holds no answer. Model output is hostile: it may be a mebibyte of brackets, or `\boxed{9^{9^{9}}}`. A verifier neither
-raises nor hangs on it. What is a number, a letter or a word is compared here (`retort.rewards.answers`), and what no
-computer should compute is cut by its form. All else is judged in a worker process (`retort.rewards.math_worker`) within
-bounds of processor time, and not with the timeouts of math-verify itself, which interrupt by `signal.alarm`: these work
-on the main thread only, take the alarm away from whoever else uses it, wait for C code to return, and bound no memory.
+raises nor hangs on it. Numbers, letters and words are compared here (`retort.rewards.answers`), and texts that cannot
+be computed are refused by their form. All else is compared in a worker process (`retort.rewards.math_worker`) within
+bounds of processor time. The timeouts of math-verify itself are not used: they interrupt by `signal.alarm`, which works
+on the main thread only, takes the alarm from other users, waits for C code to return, and bounds no memory.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ __all__ = [
     "last_boxed",
 ]
 
-#: Characters of a boxed answer (longer is wrong) and of the end of a text in which an unboxed one is looked for.
+#: Characters of a boxed answer (a longer one is wrong), and of the end of a text that is searched for an unboxed one.
 MOST_BOXED = 1000
 MOST_TAIL = 1000
-#: Characters from the end of a text in which the box is looked for.
+#: Characters from the end of a text that are searched for the box.
 MOST_TEXT = 100_000
 
-#: After so many comparisons of a batch without an end, the others of the batch get the shorter limit.
+#: Comparisons of a batch without an end after which the others of the batch get the shorter limit.
 MOST_GIVEN_UP = 8
 SHORT_LIMIT_S = 0.25
 
 
 class ExactVerifier:
-    """Right if the text equals the answer, white space aside."""
+    """Right if the text equals the answer, except for white space."""
 
     name, needs_answer = "exact", True
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
-        return float(after_thinking(text).split() == answer_of(prompt, self.name).split())
+        """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
+        return float(after_thinking(text).split() == reference_answer(prompt, self.name).split())
 
 
 class CountdownVerifier:
@@ -63,31 +63,31 @@ class CountdownVerifier:
     name = "countdown"
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
+        """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.countdown import check
 
         return float(check(prompt.text, after_thinking(text)))
 
 
 class RankingVerifier:
-    """Right if the text parses as the list that the prompt asks for, however good the ranking; needs no answer."""
+    """Right if the text parses as the list that the prompt requests, however good the ranking; needs no answer."""
 
     name = "ranking"
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a well-formed response to the prompt, else 0.0."""
+        """Returns 1.0 if the text is a well-formed response to the prompt, else 0.0."""
         from retort.tasks.ranking import check
 
         return float(check(prompt.text, after_thinking(text)))
 
 
 class CoachedVerifier:
-    """Right if the text solves the Countdown problem after the prompt's last `;`, and says what is wrong with it."""
+    """Right if the text solves the Countdown problem after the prompt's last `;`; has feedback."""
 
     name = "coached"
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
+        """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.coached import check
 
         return float(check(prompt.text, after_thinking(text)))
@@ -100,7 +100,7 @@ class CoachedVerifier:
 
 
 class BaitVerifier(CoachedVerifier):
-    """The same for prompts that carry a wrong suggestion; besides, whether that was followed."""
+    """The same for prompts with a wrong suggestion; it also measures whether that was followed."""
 
     name = "bait"
 
@@ -115,14 +115,14 @@ class MathVerifier:
     r"""Right if the last `\boxed{...}` (else the final expression of the text) equals the answer, by math-verify.
 
     Only that one box counts: a text that boxes several answers gets no second guess. A box without end (the text was
-    truncated in it) does not count. Numbers are compared exactly, letters of a multiple choice as letters, words as
-    words; all else goes to the worker process, one request at a time, from any thread. Use it as a context manager, or
-    let go of it, to end the worker.
+        truncated in it) does not count. Numbers are compared exactly, letters of a multiple choice as letters, words as
+        words. All else goes to the worker process, one request at a time, from any thread. Use it as a context manager,
+        or drop it, to end the worker.
 
-    A comparison is given up, and the response is wrong, where its form shows that it has no end (a tower of powers),
-    or after `limit_s` seconds of processor time. After 8 of those in one batch (see `start_batch`) the others of the
-    batch get a quarter of a second each. Both are counted, by the texts of the batch alone, so that a resumed run
-    gives the same verdicts; `given_up` says how many there were.
+    A comparison is given up, and the response is wrong, where its form shows that it has no end (a tower of powers), or
+    after `limit_s` seconds of processor time. After 8 of those in one batch (see `start_batch`) the others of the batch
+    get a quarter of a second each. Both are counted by the texts of the batch alone, so that a resumed run gives the
+    same grades; `given_up` is their number.
 
     Args:
         limit_s: Seconds of processor time after which a comparison is given up and the response is wrong.
@@ -136,20 +136,20 @@ class MathVerifier:
     def __init__(self, limit_s: float = 2.0) -> None:
         if importlib.util.find_spec("math_verify") is None:
             raise UserError(
-                "judging mathematics needs the library `math-verify`; install it with "
+                "verifying mathematics needs the library `math-verify`; install it with "
                 "pip install 'retort-distill[math]'"
             )
         self.limit_s = limit_s
         self.given_up = 0
-        self._judge = MathProcess()
+        self._process = MathProcess()
         # Rollouts of one prompt often agree, and a hopeless comparison should cost its time limit only once. The limit
-        # is part of what is remembered: a verdict does not depend on what other batches asked.
-        self._remembered = lru_cache(maxsize=4096)(self._judge.equal)
+        # is part of the cache's key: a grade does not depend on other batches.
+        self._remembered = lru_cache(maxsize=4096)(self._process.equal)
         self._endless: set[tuple[str, str]] = set()
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """1.0 if the text is a right response to the prompt, else 0.0."""
-        gold, text = _gold(answer_of(prompt, self.name)), after_thinking(text)
+        """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
+        gold, text = _gold(reference_answer(prompt, self.name)), after_thinking(text)
         boxed = last_boxed(text[-MOST_TEXT:])
         if boxed is not None:
             right = len(boxed) <= MOST_BOXED and bool(boxed.strip()) and self._is_right(gold, boxed)
@@ -157,20 +157,20 @@ class MathVerifier:
         tail = text[-MOST_TAIL:].strip()
         if not tail:
             return 0.0
-        said = answers.stated(tail)
-        decided = None if said is None else self._decided(gold, said)
+        stated = answers.stated(tail)
+        decided = None if stated is None else self._decided(gold, stated)
         if decided is None and answers.choice(gold) is None and answers.word(gold) is None:
             tail = tail.removesuffix(".")  # math-verify reads "14/3." as a float
             decided = _compact(tail) == _compact(gold) or self._equal(gold, tail, boxed=False)
         return float(bool(decided))
 
     def start_batch(self) -> None:
-        """Forgets how many comparisons of the last batch were given up."""
+        """Begins a batch: resets the count of comparisons that were given up."""
         self._endless.clear()
 
     def close(self) -> None:
         """Ends the worker process; a later call starts another."""
-        self._judge.close()
+        self._process.close()
 
     def __enter__(self) -> MathVerifier:
         return self
@@ -178,18 +178,18 @@ class MathVerifier:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _is_right(self, gold: str, said: str) -> bool:
-        decided = self._decided(gold, said)
-        return self._equal(gold, said, boxed=True) if decided is None else decided
+    def _is_right(self, gold: str, stated: str) -> bool:
+        decided = self._decided(gold, stated)
+        return self._equal(gold, stated, boxed=True) if decided is None else decided
 
-    def _decided(self, gold: str, said: str) -> bool | None:
-        """Whether an answer is right, where that can be seen without math-verify; None where not."""
-        if _compact(gold) == _compact(said):
+    def _decided(self, gold: str, stated: str) -> bool | None:
+        """Whether an answer is right, where that is decided without math-verify; None where not."""
+        if _compact(gold) == _compact(stated):
             return True
         letter = answers.choice(gold)
         if letter is not None:
-            return answers.letter_of(said) == letter
-        ours, theirs = answers.tidy(gold), answers.tidy(answers.without_letter(said))
+            return answers.letter_of(stated) == letter
+        ours, theirs = answers.tidy(gold), answers.tidy(answers.without_letter(stated))
         if ours == theirs:
             return bool(ours)
         numbers = answers.number(ours), answers.number(theirs)
@@ -202,28 +202,28 @@ class MathVerifier:
             return answers.word(theirs) == plain
         based = re.fullmatch(r"([0-9A-F]+)_\{?([0-9]+)\}?", ours.replace(" ", ""))
         if based is not None:
-            said_base = re.fullmatch(r"([0-9A-F]+)(?:_\{?([0-9]+)\}?)?", theirs.replace(" ", ""))
-            return said_base is not None and said_base[1] == based[1] and said_base[2] in (None, based[2])
+            stated_base = re.fullmatch(r"([0-9A-F]+)(?:_\{?([0-9]+)\}?)?", theirs.replace(" ", ""))
+            return stated_base is not None and stated_base[1] == based[1] and stated_base[2] in (None, based[2])
         return None
 
-    def _equal(self, gold: str, said: str, *, boxed: bool) -> bool:
-        """Whether math-verify holds an answer, or what it finds in a text, for equal to the right one."""
+    def _equal(self, gold: str, stated: str, *, boxed: bool) -> bool:
+        """Whether math-verify finds an answer, or the one extracted from a text, equal to the reference answer."""
         exact = answers.number(answers.tidy(gold))
         if boxed:
-            said = answers.tidy(answers.without_letter(said))
-            if not said or not answers.comparable(gold, said):
+            stated = answers.tidy(answers.without_letter(stated))
+            if not stated or not answers.comparable(gold, stated):
                 return False
-            if exact is not None and re.search(r"[0-9.] +[0-9.]", said):
+            if exact is not None and re.search(r"[0-9.] +[0-9.]", stated):
                 return False  # two numbers, which math-verify would read as one
-        if answers.hopeless(said):
+        if answers.hopeless(stated):
             self.given_up += 1
             return False
         limit_s = SHORT_LIMIT_S if len(self._endless) >= MOST_GIVEN_UP else self.limit_s
         wanted = gold if exact is None else exact.exact()
-        equal = self._remembered(wanted, said, boxed, _digits(exact), min(limit_s, self.limit_s))
+        equal = self._remembered(wanted, stated, boxed, _digits(exact), min(limit_s, self.limit_s))
         if equal is None:
             self.given_up += 1
-            self._endless.add((gold, said))
+            self._endless.add((gold, stated))
         return bool(equal)
 
 
@@ -231,12 +231,12 @@ VERIFIERS = {
     verifier.name: verifier
     for verifier in (CountdownVerifier, RankingVerifier, CoachedVerifier, BaitVerifier, ExactVerifier, MathVerifier)
 }
-#: These compare with the answer of the prompt; the others read the problem itself.
+#: These compare with the prompt's answer; the others read the problem itself.
 NEED_ANSWER = tuple(name for name, verifier in VERIFIERS.items() if getattr(verifier, "needs_answer", False))
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last complete `\boxed{...}` or `\fbox{...}` of a text; None if there is none."""
+    r"""The content of the last complete `\boxed{...}` or `\fbox{...}` of a text; None if there is none."""
     end = len(text)
     for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)\{", text))):
         depth = 0
@@ -244,17 +244,17 @@ def last_boxed(text: str) -> str | None:
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0 and brace[0] == "}":
                 return text[box.end() : brace.start()]
-        # This one is never closed, so neither is one around it: an earlier box must end before it. Hence the scan
-        # is linear, however many boxes are opened.
+        # This one is never closed, so neither is one around it: an earlier box must end before it. So the scan is
+        # linear, however many boxes are opened.
         end = box.start()
     return None
 
 
-def answer_of(prompt: Prompt, task: str) -> str:
-    """The right answer to a prompt.
+def reference_answer(prompt: Prompt, task: str) -> str:
+    """The reference answer of a prompt.
 
     Raises:
-        UserError: The prompt has none, and the task cannot do without.
+        UserError: The prompt has none, and the task needs it.
     """
     if prompt.answer is None:
         raise UserError(f"prompt '{prompt.id}' has no answer, which task '{task}' needs; add a column 'answer'")
@@ -262,10 +262,10 @@ def answer_of(prompt: Prompt, task: str) -> str:
 
 
 def check_gradable(prompts: Sequence[Prompt]) -> None:
-    """Raises a UserError for the first prompt to whose answer no response could be equal."""
+    """Raises a UserError for the first prompt whose answer no response could equal."""
     checked: set[str] = set()
     for prompt in prompts:
-        gold = _gold(answer_of(prompt, MathVerifier.name))
+        gold = _gold(reference_answer(prompt, MathVerifier.name))
         if gold in checked:
             continue
         checked.add(gold)
@@ -294,7 +294,7 @@ def _ungradable(gold: str) -> str:
 
 
 def _compact(text: str) -> str:
-    # A blank between digits says that these are two numbers.
+    # A blank between digits separates two numbers.
     return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text.strip()).strip("$")
 
 
@@ -304,7 +304,7 @@ def _gold(answer: str) -> str:
 
 
 def _digits(gold: answers.Number | None) -> int:
-    """Decimals to which math-verify compares: six, and more for a right answer that is close to 0."""
+    """Decimals to which math-verify compares: six, and more for a reference answer that is close to 0."""
     if gold is None or not gold.value or abs(gold.value) >= 1:
         return 6
     return 6 + math.ceil(math.log10(gold.value.denominator) - math.log10(abs(gold.value.numerator)))

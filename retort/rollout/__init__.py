@@ -1,4 +1,4 @@
-"""Writing by the student: plans and engines (imported lazily)."""
+"""Rollouts: plans, and engines that generate completions (imported lazily)."""
 
 from retort.rollout.plan import RolloutPlan
 

@@ -1,4 +1,4 @@
-"""Answers that the teacher writes for the student to learn from."""
+"""Completions that the teacher generates for the student to learn from."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from retort.rollout.episodes import Task, run_episodes
 
 
 class TeacherGenerator:
-    """The teacher as a writer: it answers its own rendering of a prompt; the student reads that answer after its own.
+    """Generates completions with the teacher, under the teacher's rendering of a prompt, for the student's context.
 
-    What the teacher wrote ends, for the student, in the student's stop token, and nothing follows one.
+    For the student, the teacher's completion ends in the student's stop token, and nothing follows one.
     """
 
     def __init__(self, engine: Engine, render: Renderer, *, alignment: Alignment, student_stops: StopTokens) -> None:
-        """A writer.
+        """Builds the generator.
 
         Args:
-            engine: Of the teacher, over the ids that the alignment reads.
-            render: A prompt's ids, as the teacher sees it.
-            alignment: Of the student and the teacher.
-            student_stops: Where the student's answers end.
+            engine: The teacher's engine, over the ids that the alignment reads.
+            render: Gives a prompt's ids in the teacher's rendering.
+            alignment: The alignment of the student and the teacher.
+            student_stops: Tokens that end the student's completions.
         """
         self.engine = engine
         self.render = render
         self.alignment = alignment
         self.student_stops = student_stops
 
-    def write(self, tasks: Sequence[Task], sampling: Sampling) -> list[Rollout]:
-        """Answers in order, as rollouts of the student's; the context of a task is the student's, as always.
+    def generate(self, tasks: Sequence[Task], sampling: Sampling) -> list[Rollout]:
+        """Generates completions in order, as rollouts in the student's ids; the context of a task is the student's.
 
-        They carry no log-probs of an engine: those would be the teacher's.
+        They have no log-probs of an engine, because those would be the teacher's.
         """
         own = [replace(task, context=TokenSequence.of(self.render(task.prompt))) for task in tasks]
-        written = run_episodes(self.engine, own, sampling, source="teacher")
-        return [self.as_read(task, rollout) for task, rollout in zip(tasks, written, strict=True)]
+        generated = run_episodes(self.engine, own, sampling, source="teacher")
+        return [self.as_read(task, rollout) for task, rollout in zip(tasks, generated, strict=True)]
 
     def as_read(self, task: Task, rollout: Rollout) -> Rollout:
-        """What the teacher wrote, turn by turn, as the student reads it behind its own prompt.
+        """The teacher's completion, turn by turn, as the student reads it after its own prompt.
 
-        Where a turn ends earlier for the student, so does the rollout: no reply was made to that.
+        Where a turn ends earlier for the student, so does the rollout, because no reply was made to that.
         """
         pieces = rollout.sequence.continuation.pieces()
         sequence, status = task.context, rollout.status
@@ -66,19 +66,19 @@ class TeacherGenerator:
         return replace(rollout, sequence=sequence, turn_A=turn_A, engine_logp_A=None, status=status)
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
-        """A turn of the teacher's as the student would have written it."""
+        """A turn of the teacher's in the student's ids, with the student's stop."""
         swap = self.alignment.stops.swap
         read = [swap.get(token, token) for token in self._ours(ids)]
         stops = self.student_stops
         if status == Status.COMPLETED and read[-1] not in stops.ids:
-            read[-1] = stops.primary  # one of the teacher's further stops
-        for place, token in enumerate(read):
+            read[-1] = stops.primary  # the last id is one of the teacher's further stops
+        for index, token in enumerate(read):
             if token in stops.ids:
-                return read[: place + 1], Status.COMPLETED
+                return read[: index + 1], Status.COMPLETED
         return read, status
 
     def _ours(self, ids: Sequence[int]) -> list[int]:
-        found = self.alignment.ours(ids)
+        found = self.alignment.to_student(ids)
         if -1 in found:
             raise SignalError(f"the student has no id for the token with the teacher's id {ids[found.index(-1)]}")
         return found

@@ -1,6 +1,6 @@
-"""From prompts to rollouts: all episodes are continued in lock step, turn by turn. Ungraded, but for what is earned.
+"""From prompts to rollouts: all episodes advance in lock step, turn by turn. Only environments give rewards here.
 
-A prompt that is answered once is an episode of one turn in an environment that says nothing to it.
+A single-turn prompt is an episode of one turn in an environment that does not reply.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor
 from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.core.streams import UniformStream
 from retort.envs.base import Environment, Episode, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
@@ -32,13 +32,13 @@ _ONCE = SingleTurn()
 
 @dataclass(frozen=True)
 class Task:
-    """A rollout to be written.
+    """A rollout to generate.
 
     Attributes:
-        prompt: To what.
-        context: What the writer reads before its first turn, where the environment begins with this very prompt.
-        member: Which of the samples of its prompt.
-        uniform_stream: Of every token of every turn.
+        prompt: The prompt to complete.
+        context: Tokens before the first turn, where the environment begins with this very prompt.
+        member: Index among the samples of its prompt.
+        uniform_stream: Random numbers of every token of every turn.
         visit: See `Rollout`.
     """
 
@@ -51,12 +51,12 @@ class Task:
 
 @dataclass(frozen=True)
 class World:
-    """Who replies to the writer, and how that is read.
+    """The environment of the rollouts, and how its replies are rendered.
 
     Attributes:
-        environment: Plays the episodes.
-        template_options: What the writer's chat template is told of what the environment says.
-        turns: Most turns of the writer in an episode; None: as many as its tokens allow.
+        environment: The environment that plays the episodes.
+        template_options: Options of the chat template for the environment's messages.
+        turns: Most turns of the model in an episode; None: as many as its tokens allow.
     """
 
     environment: Environment = _ONCE
@@ -66,7 +66,7 @@ class World:
 
 @dataclass(eq=False)
 class _Open:
-    """An episode that is being played."""
+    """An episode in progress."""
 
     task: Task
     episode: Episode
@@ -77,17 +77,17 @@ class _Open:
     status: Status | None = None
 
     def request(self, sampling: Sampling, context: int) -> Request:
-        """For the next turn."""
+        """The request for the next turn."""
         turn, room = len(self.completions), self.room(sampling, context)
         return Request(self.sequence, self.task.uniform_stream.uniforms(turn, count=room))
 
     def room(self, sampling: Sampling, context: int) -> int:
-        """Tokens that the next turn may have. That a prompt leaves room for the first is seen when it is read."""
+        """Most tokens of the next turn. Whether a prompt leaves room for the first one is checked when it is read."""
         left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
         return min(left, context - len(self.sequence)) if self.completions else left
 
     def take(self, completion: Completion, engine: Engine, world: World, sampling: Sampling) -> None:
-        """A turn was written: the environment replies, unless there is nothing more to reply to."""
+        """Takes a generated turn: the environment replies, unless the episode has ended."""
         before: list[int] = self.sequence.tokens_L.tolist()
         self.completions.append(completion)
         self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
@@ -104,12 +104,12 @@ class _Open:
         ids = reply_ids(
             self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, world.template_options
         )
-        written, self.sequence = self.sequence, self.sequence.then(ids)
+        before_reply, self.sequence = self.sequence, self.sequence.then(ids)
         if len(self.completions) == world.turns or self.room(sampling, engine.context) < 1:
-            self.sequence, self.status = written, Status.TRUNCATED  # nothing will be decided from the reply
+            self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
 
     def rollout(self, tokenizer: PreTrainedTokenizerBase, source: Literal["student", "teacher"]) -> Rollout:
-        """What has been written."""
+        """The rollout so far."""
         assert self.status is not None
         several = len(self.completions) > 1
         turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
@@ -138,21 +138,21 @@ def run_episodes(
     world: World | None = None,
     source: Literal["student", "teacher"] = "student",
 ) -> list[Rollout]:
-    """Has the engine write all tasks, in order; every turn of all open episodes is one call of it.
+    """Generates all tasks with the engine, in order; every turn of all open episodes is one call of it.
 
-    An episode ends when its environment says so, or truncated when what it may write, its turns or the engine's context
-    are used up. Rollouts of one visit to a prompt must be neighbours.
+    An episode ends when its environment ends it, or truncated when its tokens, its turns or the engine's context are
+    used up. Rollouts of one visit to a prompt must be neighbours.
 
     Args:
-        engine: Writes.
-        tasks: What is to be written.
-        sampling: How tokens are drawn; `max_new_tokens` is for all turns of an episode together.
-        world: Who replies; None: nobody.
-        source: Who writes.
+        engine: The engine that generates.
+        tasks: The rollouts to generate.
+        sampling: Settings of sampling; `max_new_tokens` is for all turns of an episode together.
+        world: The environment; None for single-turn prompts.
+        source: The source to record in the rollouts.
 
     Raises:
-        UserError: The environment began other episodes than it was asked for; what it says cannot be put behind a turn,
-            see `reply_ids`; or see `Engine.generate`.
+        UserError: The environment began other episodes than requested; its messages cannot follow a turn, see
+            `reply_ids`; or see `Engine.generate`.
     """
     world = world or World()
     with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ def run_episodes(
 
 
 def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextlib.ExitStack) -> list[_Open]:
-    """Every episode before its first turn; the stack closes them."""
+    """Begins every episode, before its first turn; the stack closes them."""
     found: list[_Open] = []
     for _, group in groupby(tasks, key=lambda task: (task.prompt.id, task.visit)):
         own = list(group)
@@ -182,7 +182,7 @@ def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextli
 
 
 def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:
-    """Refuses episodes that would be filed under other rollouts."""
+    """Refuses episodes that would be stored under other rollouts."""
     if len(episodes) != members:
         raise UserError(
             f"prompt '{prompt.id}': the environment began {len(episodes)} episodes for {members} members; begin_group "
@@ -192,7 +192,7 @@ def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:
     if other is not None:
         raise UserError(
             f"prompt '{prompt.id}': an episode of it has a prompt with the id '{other}', under which it would be taken "
-            "for an answer to another prompt; keep the id"
+            "for a completion of another prompt; keep the id"
         )
 
 

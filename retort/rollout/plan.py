@@ -1,4 +1,4 @@
-"""Who writes, how often and how hot: the part of a method that comes before any loss."""
+"""The rollout plan of a method: which model generates, how often, and at which temperature."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Source = Literal["student", "teacher", "dataset"]
 
 @dataclass(frozen=True)
 class Replay:
-    """Part of the student's answers are not written anew but are some that it wrote before.
+    """A replay buffer: part of the student's completions are not generated anew but taken from earlier ones.
 
     From DistiLLM, arXiv 2402.03898.
 
     Attributes:
-        capacity: Visits to a prompt that are kept, with all their samples; the oldest makes room. Until there are that
-            many, every answer is new.
-        fresh: Share of the student's visits that are written anew; the published one falls from 1 to 0.
+        capacity: Visits to a prompt that are kept, with all their samples; the oldest is dropped first. Until there are
+            that many, every completion is new.
+        fresh: Share of the student's visits that are generated anew; the published one falls from 1 to 0.
     """
 
     capacity: int = 1000
@@ -35,22 +35,22 @@ class Replay:
 
 @dataclass(frozen=True)
 class EasyToHard:
-    """Prompts by difficulty, 1 minus the first student's pass rate: in its order, or balanced. It needs a verifier.
+    """Prompts by difficulty, 1 minus the first student's pass rate: in order, or balanced. It needs a verifier.
 
     From SEAD, arXiv 2606.28562, and Uni-OPD, arXiv 2605.03677 (`balanced`). The pass rates are measured before the
     first step and kept in the run's folder; they do not follow the student.
 
     Attributes:
-        kind: `sorted` goes through all prompts once, easiest first, by difficulty plus noise (what the paper ran);
-            `gated` draws each prompt at random among those of a difficulty up to min(1, start (1 + s/S)^power), at
-            step s of S (what its text says), with the easiest where nothing is easy enough; `balanced` draws from all
-            at every step, and more often, up to `most` times, those of a pass count that is rare, but not those that
-            all answers or none solved. Uni-OPD gives no numbers: these odds are a reconstruction.
-        samples: Answers per prompt that a pass rate is measured on.
-        noise: Standard deviation of what is added to a difficulty before `sorted` sorts.
-        start: Of `gated`. The paper gives neither it nor `power`; these reach every prompt at the end.
-        power: Of `gated`.
-        most: Of `balanced`: the highest odds of a prompt.
+        kind: `sorted` goes through all prompts once, easiest first, by difficulty plus noise (as the paper's code);
+            `gated` draws each prompt at random among those of a difficulty up to min(1, start (1 + s/S)^power), at step
+            s of S (as its text), with the easiest where nothing is easy enough; `balanced` draws from all at every
+            step, and more often, up to `most` times, those of a pass count that is rare, but not those that all
+            completions or none solved. Uni-OPD gives no numbers: these odds are a reconstruction.
+        samples: Completions per prompt for a pass rate.
+        noise: Standard deviation of the noise that `sorted` adds to a difficulty.
+        start: Start of `gated`. The paper gives neither it nor `power`; these reach every prompt at the end.
+        power: Exponent of `gated`.
+        most: The highest odds of a prompt under `balanced`.
     """
 
     kind: Literal["sorted", "gated", "balanced"] = "sorted"
@@ -82,22 +82,23 @@ class EasyToHard:
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """Single-turn writing by the student, mixed if asked with answers of the teacher or of the data.
+    """A plan: the student generates, if asked mixed with completions of the teacher or of the data.
 
     Attributes:
-        samples: Rollouts per prompt (one, where the data answers).
-        temperature: Of sampling, whoever writes.
-        top_p: Nucleus of sampling; 1 is the writer's own distribution.
-        on_policy_fraction: Probability that a prompt is answered by the student; otherwise by `off_policy`. 0 for
-            methods that learn on somebody else's prefixes.
-        off_policy: Who answers the others: the `response` of the data, or the teacher, in its own chat rendering. What
-            the teacher wrote is then read as an answer to the student's rendering, with the student's stop token.
-        keep: The teacher answers a prompt once, and that answer serves whenever the run comes back to the prompt.
-        attempts: How often the teacher may begin again where it did not come to an end within the token limit; an
-            answer cut short in its last attempt is left out. None: cut answers are used as they are.
-        horizon: Longest answer, tokens, in writing and in the loss; never more than the run's limit. None: that limit.
-        replay: The student's answers are partly old ones.
-        order: Of prompts: shuffled anew every time through the data, or by difficulty.
+        samples: Rollouts per prompt (one, where the data give the completion).
+        temperature: Temperature of sampling, whichever model generates.
+        top_p: Probability mass of the nucleus; 1 is the model's own distribution.
+        on_policy_fraction: Probability that the student generates the completion of a prompt; otherwise `off_policy`
+            does. 0 for methods that learn on another source's prefixes.
+        off_policy: Source of the other completions: the `response` of the data, or the teacher, in its own chat
+            rendering. The teacher's completion then follows the student's rendering, with the student's stop token.
+        keep: Whether the teacher completes a prompt once, and that completion is used again at every later visit.
+        attempts: How often the teacher may try a completion that does not end within the token limit; one that is
+            truncated in its last attempt is left out. None: truncated completions are used as they are.
+        horizon: Longest completion, tokens, in generation and in the loss; never more than the run's limit. None: that
+            limit.
+        replay: The replay buffer of the student's completions, if any.
+        order: Order of prompts: shuffled anew every time through the data, or by difficulty.
     """
 
     samples: int = 1
@@ -127,30 +128,30 @@ class RolloutPlan:
 
     @property
     def sources(self) -> frozenset[Source]:
-        """Everybody who may answer in a run."""
+        """All sources of completions in a run."""
         share = self.on_policy_fraction
         found: set[Source] = set() if share == 0 else {"student"}
         return frozenset(found if share == 1 else {*found, self.off_policy})
 
     @property
     def controller_outputs(self) -> tuple[ControllerOutput, ...]:
-        """The numbers of controllers that it reads."""
+        """The controller outputs that the plan reads."""
         scalars = (self.on_policy_fraction, self.horizon, self.replay.fresh if self.replay else None)
         return tuple(scalar for scalar in scalars if isinstance(scalar, ControllerOutput))
 
 
 def plan_summary(plan: RolloutPlan, prompts: int) -> str:
-    """One line on who writes, for the start-up summary."""
+    """One line about the plan, for the start-up summary."""
     share, other = plan.on_policy_fraction, "the teacher" if plan.off_policy == "teacher" else "the data"
     mixed = ""
     if share == 0:
-        mixed = f", answered by {other}"
+        mixed = f", completions by {other}"
     elif isinstance(share, ControllerOutput):
-        mixed = f", as many as {share} says (else by {other})"
+        mixed = f", a share given by {share} (else by {other})"
     elif not isinstance(share, int | float):
         mixed = f", a share that moves (else by {other})"
     elif share != 1:
-        mixed = f", {share:.0%} of prompts (else {other}'s answer)"
+        mixed = f", {share:.0%} of prompts (else {other}'s response)"
     replayed = f", replayed from {plan.replay.capacity} visits" if plan.replay else ""
     kind = None if plan.order is None else plan.order.kind
     ordered = "" if kind is None else ", balanced by difficulty" if kind == "balanced" else ", easy to hard"

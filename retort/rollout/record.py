@@ -1,4 +1,4 @@
-"""One rollout, token by token, as a line of a file."""
+"""The record of one rollout, token by token, as a line of a file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from retort.core.rollouts import Pack, Rollout
 
 
 def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
-    """A rollout with what was said about each of its tokens.
+    """The row of a rollout with the values of each of its tokens.
 
     Args:
-        pack: Holds the rollout.
-        index: Its place in R.
-        columns: Values by name, by place in N.
-        tokenizer: Of whoever wrote it.
+        pack: The pack that holds the rollout.
+        index: Its index in R.
+        columns: Values by name, [N] each.
+        tokenizer: Tokenizer of the model that generated it.
 
     Returns:
-        JSON values. `between` is there only where something stands between the decisions: what an environment said.
+        JSON values. `between` is present only where tokens are read between decisions: replies of an environment.
     """
-    rollout, places_N = pack.rollouts[index], pack.steps_of([index])
+    rollout, index_A = pack.rollouts[index], pack.steps_of([index])
     return {
         "prompt_id": rollout.prompt.id,
         "prompt": rollout.prompt.text,
@@ -37,12 +37,12 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "ids": rollout.action_ids,
         "tokens": [decode(tokenizer, [token]) for token in rollout.action_ids],
         **({"between": between} if (between := _between(rollout, tokenizer)) else {}),
-        "columns": {name: [_short(x) for x in values_N[places_N].tolist()] for name, values_N in columns.items()},
+        "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
     }
 
 
 def _between(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
-    """What was read, and not decided, behind the first decision: before which step it stands, its ids and text."""
+    """Tokens read after the first decision: the step that each run precedes, its ids and text."""
     found, step = list[dict[str, Any]](), 0
     for piece in rollout.sequence.continuation.pieces():
         if not piece.steps:

@@ -1,4 +1,4 @@
-"""Built-in tasks: small, complete, checkable, and ready without a download; and where their models lie."""
+"""Built-in tasks: small, complete, checkable, and ready without a download; and the paths of their models."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ def bundled(folder: Path, name: str, task: str) -> Path:
     """The Hugging Face folder of a model that ships with a task.
 
     Args:
-        folder: Of the task's models.
-        name: Of the model.
+        folder: Folder of the task's models.
+        name: Name of the model.
         task: The task's package, whose module `build` makes them.
 
     Raises:
-        FileNotFoundError: It is not there; the message says how to make it.
+        FileNotFoundError: The model is missing; the message says how to make it.
     """
     path = folder / name
     if not (path / "config.json").is_file():

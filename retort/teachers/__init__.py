@@ -1,4 +1,4 @@
-"""Who answers: views and teachers (models are imported lazily)."""
+"""Teachers, and the views of a rollout that they score (models are imported lazily)."""
 
 from retort.teachers.view import View
 

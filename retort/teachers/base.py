@@ -1,7 +1,7 @@
-"""What a teacher is to everybody else. Axis letters: see `retort.core`.
+"""The protocol of teachers. Axis letters: see `retort.core`.
 
-Whatever has a `score` like this one is a teacher: a model in this process, the student itself, a server. What any of
-them must hold is in `tests/contracts/test_teacher.py`.
+Any object with a `score` like this one is a teacher: a model in this process, the student itself, a server. The
+contract of all teachers is `tests/contracts/test_teacher.py`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from retort.teachers.view import View
 
 
 @dataclass(frozen=True, eq=False)
-class Ask:
-    """What is asked about some rollouts.
+class ScoreRequest:
+    """A request to score some rollouts.
 
     Attributes:
-        view: What the teacher sees of them.
-        needs: What it is to say about every step: this and no more.
-        temperature: Of the distributions that it speaks of.
+        view: The view of the rollouts.
+        needs: The quantities to return for every step, and no more.
+        temperature: Temperature of the distributions.
         student_ids_NK: For the need `logp_at`: the student's most likely ids at every step, int64, on the CPU. None
-            where the teacher can hand over its whole distribution, which then answers that need.
+            where the teacher can give its whole distribution, which then meets that need.
     """
 
     view: View
@@ -38,43 +38,43 @@ class Ask:
 
     @property
     def whole(self) -> bool:
-        """Whether only a whole distribution (or what makes one, hidden states) is an answer."""
+        """Whether only a whole distribution, or the hidden states that make one, meets the needs."""
         kinds = {need.kind for need in self.needs}
         return not kinds.isdisjoint({"dense", "hidden"} | ({"logp_at"} if self.student_ids_NK is None else set()))
 
 
 class Teacher(Protocol):
-    """Whoever scores the tokens of rollouts."""
+    """A teacher, which scores the tokens of rollouts."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
         ...
 
     @property
     def capabilities(self) -> frozenset[NeedKind]:
-        """What it can be asked for."""
+        """The needs that it can meet."""
         ...
 
-    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
-        """What it says about every step of some rollouts.
+    def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:
+        """Scores every step of some rollouts.
 
         Args:
-            groups: The rollouts; views may look at the others of a group. The steps are theirs in this order, as
-                `Pack.of` lays them end to end.
-            ask: What is wanted. `student_ids_NK` is about the same steps.
+            groups: The rollouts; views may read the others of a group. The steps are theirs in this order, as `Pack.of`
+                lays them end to end.
+            request: The request. `student_ids_NK` is about the same steps.
 
         Returns:
-            A signal about exactly the tokens that were written, detached, with `valid_N` False where the view has no
-            context. On whatever device: it is moved where it is read.
+            A signal about exactly the decided tokens, detached, with `valid_N` False where the view has no context. It
+            may be on any device: it is moved where it is read.
 
         Raises:
-            SignalError: Its numbers are none.
+            SignalError: Its numbers are not finite.
         """
         ...
 
 
-def answers(
+def view_signals(
     teachers: Mapping[str, Teacher],
     views: Mapping[str, View],
     groups: Sequence[Group],
@@ -82,19 +82,19 @@ def answers(
     temperature: float,
     student_ids: Callable[[int], Tensor],
 ) -> dict[str, TeacherSignal]:
-    """Every view's signal about some rollouts, checked to be about their very tokens.
+    """Returns every view's signal about some rollouts, checked to be about their very tokens.
 
     Args:
-        teachers: Who is asked, by view.
-        views: What each sees.
+        teachers: The teachers, by view.
+        views: The views, by name.
         groups: The rollouts.
-        needs: What to ask of a view's teacher.
-        temperature: Of the distributions.
-        student_ids: The student's k most likely ids at every step, [N, K]. Called once where a teacher that cannot hand
-            over a whole distribution is asked about them, and else not at all.
+        needs: Gives the needs of a view's teacher.
+        temperature: Temperature of the distributions.
+        student_ids: Gives the student's k most likely ids at every step, [N, K]. Called once where a teacher without a
+            whole distribution has to score them, and else not at all.
 
     Raises:
-        SignalError: A signal is about other tokens or ids, or lacks what was asked for.
+        SignalError: A signal is about other tokens or ids, or lacks a need.
     """
     asked = {name: needs(name) for name in views}
     counts = {name: _given_ids(teachers[name], own) for name, own in asked.items()}
@@ -104,7 +104,7 @@ def answers(
     found: dict[str, TeacherSignal] = {}
     for name, view in views.items():
         own_NK = ids_NK[:, : counts[name]] if ids_NK is not None and counts[name] else None
-        signal = teachers[name].score(groups, Ask(view, asked[name], temperature, own_NK))
+        signal = teachers[name].score(groups, ScoreRequest(view, asked[name], temperature, own_NK))
         signal.check_tokens(tokens_N)
         if isinstance(signal, Candidates) and own_NK is not None:
             signal.check_ids(own_NK)
@@ -116,7 +116,7 @@ def answers(
 
 
 def _given_ids(teacher: Teacher, needs: frozenset[Need]) -> int:
-    """How many of the student's ids a teacher has to be given at every step."""
+    """The number of the student's ids that a teacher has to get at every step."""
     if "dense" in teacher.capabilities:
         return 0
     return max((need.k for need in needs if need.kind == "logp_at"), default=0)

@@ -1,8 +1,8 @@
-"""The student as its own teacher: one model, whose weights are changed for as long as the teacher speaks.
+"""The student as its own teacher: one model, whose weights are changed while the teacher scores.
 
-Kept are copies of what learns and of nothing else: of every parameter of a student that learns as a whole, of the
-adapter where only that learns. While the teacher reads, the kept tensors stand in the place of the live ones (a
-parameter is pointed at them, nothing is copied), so there is never a second model. Axis letters: see `retort.core`.
+Only weights that learn are copied: every parameter of a student that learns as a whole, or the adapter where only that
+learns. While the teacher scores, the copies replace the live tensors (a parameter is pointed at them, nothing is
+copied), so there is never a second model. Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from retort.core.signals import Dense, TeacherSignal, as_compute
 from retort.errors import SignalError, UserError
 from retort.models.lm import LanguageModel
 from retort.models.sharding import full, like, slice_of
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher, reduced
 from retort.teachers.moving import Weights, frozen, live
 
@@ -39,9 +39,9 @@ class OwnWeights:
 
         Args:
             lm: The student.
-            wanted: Of the method's views.
-            moves_within_batch: Whether answers are still read after the weights have moved (several optimizer steps
-                on a batch): they then keep a copy of those parts of the head that move.
+            wanted: The weights of the method's views.
+            moves_within_batch: Whether signals are still read after the weights have moved (several optimizer steps on
+                a batch): they then keep a copy of those parts of the head that move.
         """
         self.lm = lm
         self.moves_within_batch = moves_within_batch
@@ -60,17 +60,17 @@ class OwnWeights:
 
     @property
     def bytes(self) -> int:
-        """What the copies take."""
+        """Bytes of the copies."""
         return sum(tensor.numel() * tensor.element_size() for kept in self._kept.values() for tensor in kept)
 
     @property
     def from_start(self) -> bool:
-        """Whether a teacher is the student as it was before training: a resumed run then has to load that one."""
+        """Whether a teacher has the student's weights before training, which a resumed run then has to load."""
         return self._off or frozen() in self._kept
 
     @contextlib.contextmanager
     def in_place(self, weights: Weights) -> Iterator[None]:
-        """The student's model with the weights of one side of a self-teacher, until the end of the block."""
+        """Puts the weights of one side of a self-teacher into the student's model, for the block."""
         if weights == frozen() and self._off:
             with self.lm.without_adapter():
                 yield
@@ -92,11 +92,11 @@ class OwnWeights:
             _point(learning, before)
 
     def head(self, weights: Weights, *, lasting: bool) -> Callable[[], Head]:
-        """The head as it is now, with these weights in place; to be called inside `in_place`.
+        """A function that gives the current head, with these weights in place; to be called inside `in_place`.
 
         Args:
-            weights: Those in place.
-            lasting: Whether it is used after this moment.
+            weights: The weights in place.
+            lasting: Whether the head is used after this moment.
 
         Returns:
             A function that gives the head; it raises `SignalError` if the weights moved meanwhile and no copy was kept.
@@ -112,7 +112,7 @@ class OwnWeights:
         def part(tensor: Tensor) -> Tensor:
             if not gathered and (not copied or tensor.data_ptr() not in learning):
                 return tensor.detach()
-            # In the dtype of its products, to which they would bring it anyway.
+            # In the dtype of its products, to which they would be cast anyway.
             return tensor.detach().to(narrow or tensor.dtype, copy=True)
 
         now = head.each(part)
@@ -125,18 +125,18 @@ class OwnWeights:
         return same
 
     def _moved(self, weights: Weights) -> int:
-        """How often these weights have moved."""
+        """Number of times these weights have moved."""
         return self._updates if weights.kind == "live" else self._moves.get(weights, 0)
 
     @torch.no_grad()
     def moved(self, updates: int) -> None:
-        """Lets the moving weights follow.
+        """Updates the moving weights.
 
         Args:
-            updates: Optimizer steps of the run, the one just done included.
+            updates: Optimizer steps of the run, the last one included.
         """
         self._updates += 1
-        self.lm.working.drop()  # also copies of what is kept here, whose change the model's own tensors do not show
+        self.lm.working.drop()  # also drops casts of the copies here, whose change the model's own tensors do not show
         for weights, kept in self._kept.items():
             if not weights.stateful or updates % weights.every:
                 continue
@@ -146,7 +146,7 @@ class OwnWeights:
 
     @torch.no_grad()
     def lags(self) -> dict[str, float]:
-        """How far each moving teacher is from the student: the norm of the difference over that of the student."""
+        """Distance of each moving teacher to the student: the norm of the difference over that of the student."""
         moving = {weights: kept for weights, kept in self._kept.items() if weights.stateful}
         found: dict[str, float] = {}
         for weights, kept in moving.items():
@@ -158,7 +158,7 @@ class OwnWeights:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: the weights that have moved. When they move next follows from the run's updates."""
+        """The tensors for a checkpoint: weights that have moved. The run's updates tell when they move next."""
         return {
             f"{_PREFIX}{_label(weights)}/{name}": tensor
             for weights, kept in self._kept.items()
@@ -168,7 +168,7 @@ class OwnWeights:
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at.
+        """Restores tensors of a checkpoint; tensors of other objects are ignored.
 
         Raises:
             UserError: They are of other teachers.
@@ -194,56 +194,56 @@ class SelfTeacher:
     capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
 
     def __init__(self, local: LocalTeacher, weights: OwnWeights) -> None:
-        """A teacher.
+        """Builds the teacher.
 
         Args:
-            local: Reads what the view shows, with the student's model.
-            weights: Of all self-teachers of the run.
+            local: Scores with the student's model.
+            weights: The weights of all self-teachers of the run.
         """
         self.local = local
         self.weights = weights
         self.name = f"{local.name} itself"
 
-    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
-        """See `Teacher`. A trust region reads twice, and mixes logits chunk by chunk."""
-        sides = sides_of(ask.view.weights)
+    def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:
+        """See `Teacher`. A trust region scores twice, and mixes logits chunk by chunk."""
+        sides = sides_of(request.view.weights)
         if len(sides) == 1:
-            return self._side(groups, ask, sides[0][0], lasting=ask.whole)
-        whole = replace(ask, needs=frozenset({DENSE}), student_ids_NK=None)
-        signals = [self._side(groups, whole, side, lasting=ask.whole) for side, _ in sides]
+            return self._side(groups, request, sides[0][0], lasting=request.whole)
+        whole = replace(request, needs=frozenset({DENSE}), student_ids_NK=None)
+        signals = [self._side(groups, whole, side, lasting=request.whole) for side, _ in sides]
         mixed = mix(signals, [share for _, share in sides])
-        return mixed if ask.whole else reduced(mixed, ask.needs, ask.student_ids_NK)
+        return mixed if request.whole else reduced(mixed, request.needs, request.student_ids_NK)
 
-    def _side(self, groups: Sequence[Group], ask: Ask, side: Weights, *, lasting: bool) -> TeacherSignal:
+    def _side(self, groups: Sequence[Group], request: ScoreRequest, side: Weights, *, lasting: bool) -> TeacherSignal:
         with self.weights.in_place(side), self.local.lm.whole():
-            return self.local.score(groups, ask, head=self.weights.head(side, lasting=lasting))
+            return self.local.score(groups, request, head=self.weights.head(side, lasting=lasting))
 
 
 def sides_of(weights: Weights) -> list[tuple[Weights, float]]:
-    """Whose logits a self-teacher mixes, and in which shares; the share 0 is left out."""
+    """The weights whose logits a self-teacher mixes, and their shares; a share of 0 is left out."""
     if weights.kind != "trust_region":
         return [(weights, 1.0)]
     shares = [(frozen(), 1.0 - weights.update_rate), (live(), weights.update_rate)]
     return [(side, share) for side, share in shares if share > 0]
 
 
-def mix(signals: Sequence[TeacherSignal], shares: Sequence[float]) -> Dense:
-    r"""Whole distributions mixed as logits, :math:`\sum_i c_i z_i`: a geometric mean, renormalised.
+def mix(signals: Sequence[TeacherSignal], coefs: Sequence[float]) -> Dense:
+    r"""Mixes whole distributions by their logits, :math:`\sum_i c_i z_i`: a geometric mean, renormalised.
 
     Args:
-        signals: Dense, about the same steps.
-        shares: c, one for each.
+        signals: Dense signals about the same steps.
+        coefs: c, one for each signal.
     """
     parts = [signal for signal in signals if isinstance(signal, Dense)]
-    assert len(parts) == len(signals) == len(shares)
+    assert len(parts) == len(signals) == len(coefs)
 
     def logits(rows: Tensor | slice) -> Tensor:
-        mixed_CV = as_compute(parts[0].logits(rows)) * shares[0]
-        for part, share in zip(parts[1:], shares[1:], strict=True):
+        mixed_CV = as_compute(parts[0].logits(rows)) * coefs[0]
+        for part, share in zip(parts[1:], coefs[1:], strict=True):
             mixed_CV = mixed_CV.add_(as_compute(part.logits(rows)), alpha=share)
         return mixed_CV
 
-    return replace(parts[0], logits=logits, hidden=None)  # whose would they be?
+    return replace(parts[0], logits=logits, hidden=None)  # a mix has no hidden states
 
 
 def _point(parameters: Iterable[torch.nn.Parameter], tensors: Iterable[Tensor]) -> None:
@@ -273,7 +273,7 @@ def _label(weights: Weights) -> str:
 
 @torch.no_grad()
 def _adapter_does_nothing(lm: LanguageModel) -> bool:
-    """Whether the student has an adapter that changes nothing yet: switched off, it is the student as it was."""
+    """Whether the student has an adapter that changes nothing yet: switched off, it is the original student."""
     if lm.adapter is None:
         return False
     ids_RL = torch.arange(1, 5, device=lm.device)[None] % lm.head().width

@@ -20,19 +20,19 @@ from retort.core.sequences import TokenSequence
 from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
-from retort.teachers.base import Ask
-from retort.teachers.scene import Scene, Stage
+from retort.teachers.base import ScoreRequest
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a teacher reads before each rollout of a pack.
+    """The prompts that a teacher reads before the rollouts of a pack.
 
     Attributes:
-        ids: By rollout; None where there is no context.
-        cut: How many had a privileged text cut to fit, or to nothing.
-        shows: How many were shown something in the words of a template, by its name.
+        ids: Prompt ids of each rollout; None where there is no context.
+        cut: Number of rollouts with a privileged text cut to fit, or to nothing.
+        shows: Number of rollouts that a template was shown for, by its name.
     """
 
     ids: Sequence[list[int] | None]
@@ -53,7 +53,7 @@ class Prompts:
 
 
 class LocalTeacher:
-    """A frozen model in this process; it can be asked for anything but text."""
+    """A frozen model in this process; it meets any need but text."""
 
     capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
 
@@ -66,14 +66,14 @@ class LocalTeacher:
         template_options: TemplateOptions | None = None,
         stage: Stage | None = None,
     ) -> None:
-        """A teacher.
+        """Builds the teacher.
 
         Args:
             lm: The model.
-            alignment: How it reads the student's ids, and at which of them it answers.
+            alignment: The alignment with the student's ids.
             batch_tokens: Tokens per forward pass.
-            template_options: What chat templates are told; by default nothing.
-            stage: What views may look at besides a rollout and its siblings.
+            template_options: Options of chat templates.
+            stage: Data that views may read besides a rollout and its siblings.
         """
         self.lm = lm
         self.alignment = alignment
@@ -83,32 +83,34 @@ class LocalTeacher:
         self.name = lm.name
         self.render = Renderer(lm.tokenizer, self.template_options)
 
-    def in_its_own_words(self) -> LocalTeacher:
-        """The same teacher about answers in its own ids that end in its own stop token, such as its own."""
+    def in_own_ids(self) -> LocalTeacher:
+        """The same teacher for completions in its own ids with its own stop token, such as its own."""
         return self._changed(alignment=self.alignment.itself())
 
-    def about(self, vocab: int) -> LocalTeacher:
-        """The same teacher about fewer ids of the student's."""
-        return self._changed(alignment=self.alignment.about(vocab))
+    def for_vocab(self, vocab: int) -> LocalTeacher:
+        """The same teacher for fewer ids of the student's."""
+        return self._changed(alignment=self.alignment.for_vocab(vocab))
 
     def on(self, stage: Stage) -> LocalTeacher:
-        """The same teacher, whose views may look at more."""
+        """The same teacher with other data for its views."""
         return self._changed(stage=stage)
 
     def _changed(self, **changed: Any) -> LocalTeacher:
         names = ("alignment", "batch_tokens", "template_options", "stage")
         return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
-    def score(self, groups: Sequence[Group], ask: Ask, *, head: Callable[[], Head] | None = None) -> TeacherSignal:
-        """See `Teacher`. Whoever asks for all (`Ask.whole`) gets what keeps hidden states, [N, D]; all else is reduced.
+    def score(
+        self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
+    ) -> TeacherSignal:
+        """See `Teacher`. A whole signal (`ScoreRequest.whole`) keeps hidden states, [N, D]; all others are reduced.
 
         Args:
-            groups: Rollouts.
-            ask: What is asked.
-            head: Gives the head as it is at this moment, where its weights move; None: the model's, which must not.
+            groups: The rollouts.
+            request: The request.
+            head: Gives the current head, where its weights move; None: the model's, which must not change.
         """
-        pack, temperature = Pack.of([rollout for group in groups for rollout in group]), ask.temperature
-        prompts = self.prompts(pack, ask.view)
+        pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
+        prompts = self.prompts(pack, request.view)
         with self.lm.whole():
             hidden_ND, logits = self._hidden(pack, prompts), self._logits
             unchanged = head or self._unchanged_head()
@@ -127,7 +129,7 @@ class LocalTeacher:
             counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
         )
-        return dense if ask.whole else reduced(dense, ask.needs, ask.student_ids_NK)
+        return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
         if self.lm.sharding.on:
@@ -144,22 +146,22 @@ class LocalTeacher:
         return head
 
     def prompts(self, pack: Pack, view: View) -> Prompts:
-        """What the teacher reads before each rollout of a pack: as long as the stage and its context allow."""
+        """The prompts before the rollouts of a pack, as long as the stage and the model's context allow."""
         found, cut, shows = list[list[int] | None](), 0, dict[str, int]()
         for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
             longest = min(self.stage.longest or 2**31, self.lm.context - len(rollout.sequence.continuation))
-            scene = Scene(rollout, group, self.stage, shown=set())
-            prompt = view.prompt(scene)
-            # A view shows what models wrote: what it spells must not end a run.
+            view_input = ViewInput(rollout, group, self.stage, shown=set())
+            prompt = view.prompt(view_input)
+            # A view shows texts that models generated: tokens that they spell must not end a run.
             render = self.render if view.render is None else partial(self.render, split=True)
             ids = None if prompt is None else render(prompt)
             if ids is not None and view.render is not None and len(ids) > longest:
-                prompt = scene.shortened(
+                prompt = view_input.shortened(
                     view.prompt, lambda made, most=longest: len(self.render(made, split=True)) <= most
                 )
                 ids = None if prompt is None else render(prompt)
                 cut += 1
-            for name in (scene.shown or ()) if ids is not None else ():
+            for name in (view_input.shown or ()) if ids is not None else ():
                 shows[name] = shows.get(name, 0) + 1
             found.append(ids)
         return Prompts(found, cut, shows)
@@ -182,12 +184,12 @@ class LocalTeacher:
         return hidden_ND.new_zeros(len(pack), hidden_ND.shape[1]).index_copy_(0, index_N, hidden_ND)
 
     def _sequence(self, rollout: Rollout, prompt_ids: list[int]) -> TokenSequence:
-        """What the teacher reads: its own rendering of the prompt, then the very tokens that followed the student's.
+        """The sequence that the teacher scores: its own rendering of the prompt, then the student's very tokens.
 
-        What an environment said in between is as the student read it; in what the student decided, stops are mapped.
-        All of it is in the teacher's ids.
+        Replies of an environment are as the student read them; stops that the student decided are mapped. All ids are
+        the teacher's.
         """
-        # The student's prompt may hold what this model has no row for; it renders its own, but from text alone.
+        # The student's prompt may hold ids without a row in this model; the teacher renders its own, from text alone.
         self.lm.check_media([rollout.sequence], f"the rollout of prompt '{rollout.prompt.id}'")
         return self.alignment.read(rollout.sequence).with_prefix(TokenSequence.of(prompt_ids))
 
@@ -199,12 +201,12 @@ class LocalTeacher:
 
 @torch.no_grad()
 def reduced(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None = None) -> TeacherSignal:
-    """The smallest signal that answers the needs, computed chunk by chunk.
+    """The smallest signal that meets the needs, computed chunk by chunk.
 
     Args:
         dense: The whole distribution.
-        needs: What is asked.
-        student_ids_NK: The ids that a need `logp_at` is about.
+        needs: The needs.
+        student_ids_NK: The ids of a need `logp_at`.
     """
     kinds, top_k = {need.kind for need in needs}, max((need.k for need in needs if need.kind == "topk"), default=0)
     blocks: list[dict[str, Tensor]] = []

@@ -1,7 +1,7 @@
-"""Whose weights a self-teacher has, when they move. Values only: a run keeps the weights themselves.
+"""Specifications of a self-teacher's weights, when they move. A run keeps the weights themselves.
 
-One number, `update_rate`, means the same everywhere: the share of the student as it is now that goes into the teacher.
-0 is the student as it was before training, 1 the student as it is.
+One number, `update_rate`, means the same everywhere: the share of the current student that goes into the teacher. 0 is
+the student before training, 1 the current student.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Weights:
     """How a teacher's weights follow the student's. Made by the functions of this module; equal values share weights.
 
     Attributes:
-        kind: Of movement.
+        kind: Kind of movement.
         update_rate: Share of the live student, in [0, 1].
         every: Optimizer steps between two moves.
     """
@@ -36,12 +36,12 @@ class Weights:
 
     @property
     def stateful(self) -> bool:
-        """Whether a run has to keep weights of its own for it, and to put them into its checkpoints."""
+        """Whether a run has to keep weights of its own for it, and put them into its checkpoints."""
         return self.kind in ("ema", "hard_copy")
 
     @property
     def words(self) -> str:
-        """For people."""
+        """A description for users."""
         now_and_then = "every optimizer step" if self.every == 1 else f"every {self.every} optimizer steps"
         return {
             "frozen": "as it was before training",
@@ -53,17 +53,17 @@ class Weights:
 
 
 def frozen() -> Weights:
-    """The student as it was before training."""
+    """The student before training."""
     return Weights()
 
 
 def live() -> Weights:
-    """The student as it is, without gradient."""
+    """The current student, without gradient."""
     return Weights("live", 1.0)
 
 
 def ema(update_rate: float, every: int = 1) -> Weights:
-    r"""An average that follows: :math:`\bar\theta \leftarrow (1 - u)\,\bar\theta + u\,\theta`.
+    r"""An average that follows the student: :math:`\bar\theta \leftarrow (1 - u)\,\bar\theta + u\,\theta`.
 
     Args:
         update_rate: u; papers that give a decay give 1 - u.
@@ -73,7 +73,7 @@ def ema(update_rate: float, every: int = 1) -> Weights:
 
 
 def hard_copy(every: int) -> Weights:
-    """The student as it was when last copied.
+    """The student when it was last copied.
 
     Args:
         every: Optimizer steps between two copies.
@@ -82,9 +82,9 @@ def hard_copy(every: int) -> Weights:
 
 
 def trust_region(update_rate: float) -> Weights:
-    r"""No average of weights but of logits: :math:`(1 - u)\,z_{frozen} + u\,z_{live}`.
+    r"""An average of logits, not of weights: :math:`(1 - u)\,z_{frozen} + u\,z_{live}`.
 
     Args:
-        update_rate: u.
+        update_rate: u, the share of the live student.
     """
     return Weights("trust_region", update_rate)

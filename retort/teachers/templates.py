@@ -1,4 +1,4 @@
-"""The words around what a teacher is shown. Data: a run replaces any of them by name (`[templates]`).
+"""Templates of the texts that a teacher is shown. A run replaces any of them by name (`[templates]`).
 
 `frame` takes the prompt's own last turn as `{prompt}`, the sections one after another as `{sections}`, and `{closing}`.
 A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from retort.errors import UserError, did_you_mean
 
-#: Defaults, for models that read English. No paper's words: those that are published differ from one another.
+#: Defaults, for models that read English. They are no paper's words, because published ones differ.
 TEMPLATES: Mapping[str, str] = {
     "frame": "{prompt}\n\n{sections}\n\n{closing}",
     "solution": "A worked solution, for your eyes only:\n<solution>\n{text}\n</solution>",
@@ -27,26 +27,26 @@ TEMPLATES: Mapping[str, str] = {
     "closing": "Now answer the original question in your own words, working it out step by step.",
 }
 
-#: What a template cannot do without.
+#: Placeholders that a template must hold.
 _NEEDED: Mapping[str, tuple[str, ...]] = {"frame": ("prompt", "sections"), "closing": ()}
-_PLACE = re.compile(r"\{(prompt|sections|closing|text)\}")
+_PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 
 
 def templates(changed: Mapping[str, str]) -> dict[str, str]:
-    """All templates, some of them replaced.
+    """All templates, with some of them replaced.
 
     Raises:
-        UserError: An unknown name, or a text without the place that it is to fill.
+        UserError: A name is unknown, or a text lacks a placeholder.
     """
     for name, text in changed.items():
         if name not in TEMPLATES:
             raise UserError(f"templates.{name}: there is no such template; {did_you_mean(name, TEMPLATES)}")
-        for place in _NEEDED.get(name, ("text",)):
-            if text.count(f"{{{place}}}") != 1:
-                raise UserError(f"templates.{name} = {text!r}: it must hold {{{place}}} once")
+        for placeholder in _NEEDED.get(name, ("text",)):
+            if text.count(f"{{{placeholder}}}") != 1:
+                raise UserError(f"templates.{name} = {text!r}: it must hold {{{placeholder}}} once")
     return {**TEMPLATES, **changed}
 
 
 def fill(template: str, **texts: str) -> str:
-    """A template with its places filled, all at once: a text that looks like a place stays text."""
-    return _PLACE.sub(lambda match: texts.get(match[1], match[0]), template).strip()
+    """Fills in the placeholders of a template, all at once: a text that looks like a placeholder stays text."""
+    return _PLACEHOLDER.sub(lambda match: texts.get(match[1], match[0]), template).strip()

@@ -1,4 +1,4 @@
-"""What a teacher sees, and whose weights it has."""
+"""Views: the prompt that a teacher reads, and its weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from dataclasses import dataclass, field
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
-from retort.teachers.scene import Scene
+from retort.teachers.view_input import ViewInput
 
-#: The prompt as a teacher sees it; None where there is nothing to show it, so that the rollout is left out.
-Render = Callable[[Scene], Prompt | None]
+#: Renders the prompt of a teacher; None where there is nothing to show, so that the rollout is left out.
+Render = Callable[[ViewInput], Prompt | None]
 
 
 @dataclass(frozen=True)
 class View:
-    """What a teacher sees of a rollout. `retort.teachers.views` makes the usual ones.
+    """A teacher's view of a rollout. `retort.teachers.views` makes the usual ones.
 
     Attributes:
-        render: The prompt as the teacher sees it; None for the student's own. Whatever it returns, the teacher scores
-            the very tokens that the student wrote after it. Where it returns None there is no context, and the steps of
-            that rollout are left out of all terms that ask this view anything.
-        model: The name of the model that answers: `teacher`, `base` (by default the student as it was before
-            training), `student` (itself, with weights of its own), or another of the run's `[models]`.
-        weights: Of a student that teaches itself, see `retort.teachers.moving`; other models never move.
-        columns: What it shows of a row of the data; a row without is one without context.
-        rewards: Whether it looks at how the rollouts were graded.
+        render: Renders the teacher's prompt; None for the student's own. The teacher scores the student's very tokens
+            after the prompt that it returns. Where it returns None there is no context, and the steps of that rollout
+            are left out of all terms that read this view.
+        model: The name of the model that scores: `teacher`, `base` (by default the student before training), `student`
+            (itself, with weights of its own), or another of the run's `[models]`.
+        weights: Weights of a student that teaches itself, see `retort.teachers.moving`; other models never move.
+        columns: Columns of the data that it shows; a row without one of them has no context.
+        rewards: Whether it reads the grades of the rollouts.
     """
 
     render: Render | None = None
@@ -41,16 +41,16 @@ class View:
 
     @staticmethod
     def same_prompt() -> View:
-        """The teacher sees what the student saw."""
+        """The view of the student's own prompt, scored by the teacher."""
         return View()
 
     @staticmethod
     def base() -> View:
-        """The base model sees what the student saw."""
+        """The view of the student's own prompt, scored by the base model."""
         return View(model="base")
 
-    def prompt(self, scene: Scene) -> Prompt | None:
-        """The prompt that the teacher gets."""
-        if any(not scene.prompt.shown(column) for column in self.columns):
+    def prompt(self, view_input: ViewInput) -> Prompt | None:
+        """The prompt that the teacher reads; None where there is no context."""
+        if any(not view_input.prompt.shown(column) for column in self.columns):
             return None
-        return scene.prompt if self.render is None else self.render(scene)
+        return view_input.prompt if self.render is None else self.render(view_input)

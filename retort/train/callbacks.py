@@ -12,14 +12,14 @@ __all__ = ["Callback", "Stop"]
 
 
 class Callback:
-    """Called by a run. Any object with one of these methods will do; what it has not is not called.
+    """An object that a run calls. One of these methods is enough; a missing one is not called.
 
-    Nothing that a callback returns or raises changes what is computed. What it raises ends the run, which is saved
-    first. What it remembers is not: a resumed run calls whatever it is given then.
+    Nothing that a callback returns or raises changes what is computed. An exception ends the run, which is
+    saved first. The state of a callback is not saved: a resumed run calls the callbacks that it is given then.
     """
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> Stop | None:
-        """A batch of rollouts was learnt from.
+        """Runs after the student learnt from a batch of rollouts.
 
         Args:
             run: The run; `run.step` batches are done.
@@ -27,7 +27,7 @@ class Callback:
         """
 
     def on_eval(self, run: Run, scores: Mapping[str, float]) -> Stop | None:
-        """The student was judged on the held-out prompts: before the first step, every `eval.every` steps, at the end.
+        """Runs after an evaluation: before the first step, every `eval.every` steps, and at the end.
 
         Args:
             run: The run; `run.step` batches are done.
@@ -35,4 +35,4 @@ class Callback:
         """
 
     def on_end(self, run: Run) -> None:
-        """The run came to its end, also by a `Stop`, and all its files are written (not so if it was interrupted)."""
+        """Runs when the run has ended, also by a `Stop`, and all its files are written (not if it was interrupted)."""

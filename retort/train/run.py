@@ -1,4 +1,4 @@
-"""A run: it knows no paper. Read `Run.go` from top to bottom."""
+"""The training loop, which knows no paper. Read `Run.go` from top to bottom."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 from retort import config as configuration
 from retort.controllers import Probe
-from retort.core.needs import Need
 from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
@@ -24,7 +23,7 @@ from retort.train.events.hooks import call
 from retort.train.events.interruptions import Interruptions
 from retort.train.events.observe import Observer, Silent
 from retort.train.events.tracking import Tracker, open_tracker
-from retort.train.given.given import Given, going_on
+from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
@@ -38,7 +37,7 @@ from retort.train.source import difficulty
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
 from retort.train.storage.metrics import JsonLines, Stopwatch
-from retort.train.teaching.asking import ask
+from retort.train.teaching.asking import Needs, ask
 
 
 @dataclass(repr=False)
@@ -46,17 +45,17 @@ class Run:
     """A distillation run.
 
     Attributes:
-        prepared: Its parts; `source`, `teachers` and `learner` are its three parties.
-        folder: Where its files go.
-        observer: Who watches.
-        step: Batches of rollouts done.
+        prepared: The parts of the run; `source`, `teachers` and `learner` are its three parties.
+        folder: The folder of its files.
+        observer: Receives progress, notes and tables.
+        step: Number of batches done.
         best: Best held-out score so far, and the step that had it.
         origin: The checkpoint that it goes on from, if any.
-        callbacks: Whom it calls, see `retort.train.callbacks.Callback`.
-        given: Objects of the caller's that its settings do not hold.
-        new: Its folder is to be made.
+        callbacks: Objects that the run calls, see `retort.train.callbacks.Callback`.
+        caller_objects: Models, rows and a verifier that the caller passed as objects.
+        new: Whether its folder has yet to be made.
         world: The ranks that make it together; the first one alone writes and is watched.
-        results: The before/after table, `eval.json`: `rows`, one for each who was judged, and `gap_recovered`.
+        results: The before/after table, `eval.json`: `rows`, one per evaluated model, and `gap_recovered`.
 
     Nothing is written before `go`.
     """
@@ -68,7 +67,7 @@ class Run:
     best: tuple[float, int] | None = None
     origin: Path | None = field(default=None, init=False)
     callbacks: Sequence[Any] = ()
-    given: Given = field(default_factory=Given)
+    caller_objects: CallerObjects = field(default_factory=CallerObjects)
     new: bool = False
     world: World = field(default_factory=here)
 
@@ -81,7 +80,7 @@ class Run:
         self.results: dict[str, Any] = {}
         self._difficulty: dict[str, float] | None = None
         self._advised: set[str] = set()
-        self._interrupted = Interruptions(self._answer)
+        self._interrupted = Interruptions(self._acknowledge)
         self._doing = "what is at hand"
         self._saved: Path | None = None
         self._stop: str | None = None
@@ -93,12 +92,12 @@ class Run:
 
     @property
     def setup(self) -> Prepared:
-        """`prepared`, under the name that it had: `run.setup.student` is `run.student`."""
+        """The same as `prepared`, under its older name."""
         return self.prepared
 
     @property
     def updates(self) -> int:
-        """Optimizer steps done."""
+        """Number of optimizer steps done."""
         return self.learner.updates
 
     @property
@@ -111,9 +110,10 @@ class Run:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """A flat row for each step done, as in `metrics.jsonl`: `pandas.DataFrame(run.metrics)` is a table.
+        """One flat row per step, as in `metrics.jsonl`: `pandas.DataFrame(run.metrics)` is a table.
 
-        `step` and `tokens` are counts, `time/...` seconds, entropies and divergences nats a token; None is no number.
+        `step` and `tokens` are counts, `time/...` seconds, entropies and divergences nats a token; None stands
+        for a value that is not finite.
         """
         return [
             {name: float(value) if value in ("inf", "-inf") else value for name, value in row.items()}
@@ -142,8 +142,8 @@ class Run:
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
                 self._train(tracker)
-            self._tell("on_end")
-        except KeyboardInterrupt:  # the second signal
+            self._call("on_end")
+        except KeyboardInterrupt:  # This is the second signal.
             raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
@@ -164,28 +164,28 @@ class Run:
                 metrics |= {f"eval/{name}": value for name, value in scores.items()}
             # Logged before anything is saved: a checkpoint never claims a step whose line is missing.
             self._log(metrics, tracker)
-            self._stop_if_asked()
+            self._stop_if_requested()
             if (every and self.step % every == 0) or (self.best is not None and self.best[1] == self.step):
                 self.save()
-            self._tell("on_step", dict(metrics))
+            self._call("on_step", dict(metrics))
             if scores is not None:
-                self._tell("on_eval", scores)
+                self._call("on_eval", scores)
 
         self.save()
         if evaluations:
             with self._safe():
-                scores = evaluations.student(self._progress("judging the student"), results.AFTER)
+                scores = evaluations.student(self._progress("evaluating the student"), results.AFTER)
             self.results = evaluations.results
-            self._tell("on_eval", scores)
+            self._call("on_eval", scores)
         export.write_model(self.prepared, self.folder / "model", self.results, self.step, self._claim.check)
-        if evaluations:  # last: what cannot be shown is written all the same
+        if evaluations:  # The table comes last: what cannot be shown has been written all the same.
             self.observer.table(self.results)
 
     def open(self) -> None:
         """Claims the folder and brings its files to where the run is: the first moment at which anything is written.
 
         Raises:
-            UserError: Another process is at work in it, or was since this run was loaded.
+            UserError: Another process is at work in the folder, or was since this run was loaded.
         """
         if self._claim.held:
             return
@@ -205,7 +205,7 @@ class Run:
                 raise UserError(f"{self.folder}: another process went on with this run meanwhile; resume it anew")
             self._claim.sign()
             if self.new:
-                self.given.keep(self.folder)
+                self.caller_objects.keep(self.folder)
             configuration.save(self.prepared.config, self.folder / "config.json")
             self._lines.cut(self.step)
             self.rollouts.cut(self.step)
@@ -217,7 +217,7 @@ class Run:
             raise
 
     def _one_step(self) -> dict[str, Any]:
-        """Write, ask the teachers, learn: one batch of rollouts."""
+        """Generates one batch of rollouts, has the teachers score it, and learns from it."""
         self._doing = f"step {self.step + 1}"
         (method, clock), watch = self.prepared.at(self.step), Stopwatch()
         before, version = self.source.given_up, self.learner.updates
@@ -232,7 +232,7 @@ class Run:
                 groups = self.source.rollouts(method, clock, version, hard)
         lost = self.source.given_up - before
         with watch("teacher"):
-            signals = self._ask(method, groups, self.teachers.wanted(method, self.step))
+            signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
@@ -247,26 +247,26 @@ class Run:
             probed |= self.control.probe(method, replace(clock, step=self.step), partial(self._probed, method))
         times = watch.values()
         speed = {"tokens": len(batch.pack), "tokens_per_second": len(batch.pack) / times["time/step"]}
-        written = {
+        generated = {
             **record.rollout_metrics(batch, version),
             **against_rewards(batch.pack, values, batch.valid.get("teacher")),
             **({"given_up": lost} if lost else {}),
         }
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
-        return {"step": self.step, **means.values(), **written, **shown, **scalars, **probed, **speed, **times}
+        return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
 
-    def _ask(self, method: Method, groups: list[Group], needs: dict[str, frozenset[Need]]) -> dict[str, TeacherSignal]:
+    def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
         return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
-        """A probe's means over all tokens of the answers to the prompts kept out for it."""
+        """Means of a probe's values over all tokens of the completions of its held-out prompts."""
         groups = in_groups(self.source.probed(method.rollout, probe, clock))
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
-        signals = self._ask(method, groups, {probe.against: needs} if needs else {})
+        signals = self._signals(method, groups, {probe.against: needs} if needs else {})
         return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
 
     def _rates(self, method: Method) -> Rates:
-        """Of a method of the run; a cold start may have a learning rate of its own."""
+        """The learning rates of a method of the run; a cold start may have one of its own."""
         config = self.prepared.config
         cold = config.cold_start.learning_rate if method is not self.prepared.method else None
         scale = cold / config.optimizer.learning_rate if cold else 1.0
@@ -301,7 +301,7 @@ class Run:
             self.observer.note(text)
 
     def save(self) -> Path:
-        """Writes a checkpoint of this moment, and drops those that are not to be kept."""
+        """Writes a checkpoint, and removes those that need not be kept."""
         folder, best = self.folder / "checkpoints", self.best
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
@@ -320,7 +320,7 @@ class Run:
         return self._saved
 
     def restore(self, path: Path) -> None:
-        """Puts the run where a checkpoint was taken. Its files stay as they are until `go`."""
+        """Restores the state of a checkpoint. The run's files stay as they are until `go`."""
         found = checkpoint.load(path)
         refuse_other_run(path, found, self.prepared, self._identity, self.observer.note)
         self.step = found.step
@@ -334,7 +334,7 @@ class Run:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.prepared.steps} lies before it")
         self.origin = self._saved = path
 
-    def _answer(self, by: str) -> None:
+    def _acknowledge(self, by: str) -> None:
         self.observer.note(f"{by}: finishing {self._doing}, then saving; press again (or signal again) to stop at once")
 
     def _stopped(self) -> str:
@@ -347,37 +347,37 @@ class Run:
 
         def report(done: int, total: int) -> None:
             self.observer.phase(text, done, total)
-            self._stop_if_asked()
+            self._stop_if_requested()
 
         return report
 
     def _evaluate_first(self, evaluations: Evaluations) -> None:
-        """Judges the teacher, and the student before it learns.
+        """Evaluates the teacher, and the student before it learns.
 
-        Not where a run was resumed without that (evaluation was switched on later): there is no "before" any more.
+        A run that was resumed without an earlier evaluation (it was switched on later) has no "before" any more.
         """
         if evaluations and not evaluations.has_begun and not self.step:
             with self._safe():
-                evaluations.teacher(self._progress("judging the teacher"))
-                scores = evaluations.student(self._progress("judging the student"), results.BEFORE)
+                evaluations.teacher(self._progress("evaluating the teacher"))
+                scores = evaluations.student(self._progress("evaluating the student"), results.BEFORE)
             self.results = evaluations.results
-            self._tell("on_eval", scores)
+            self._call("on_eval", scores)
 
     def _evaluate_now(self, evaluations: Evaluations) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
-        scores = evaluations.student(lambda done, total: self.observer.phase("judging the student", done, total))
+        scores = evaluations.student(lambda done, total: self.observer.phase("evaluating the student", done, total))
         good = evaluations.goodness(scores)
         if good is not None and (self.best is None or good > self.best[0]):
             self.best = (good, self.step)
         return scores
 
-    def _tell(self, hook: str, *said: Any) -> None:
+    def _call(self, hook: str, *arguments: Any) -> None:
         with self._safe(RunError):
-            self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *said))[0] or self._stop
+            self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *arguments))[0] or self._stop
 
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Where nothing is half learnt: what a verifier or callback raises ends the run, saved after `first`."""
+        """Guards code outside an update: an error of a verifier or callback ends the run, saved after `first`."""
         marks = self.control.mark(), self.source.mark()
         try:
             yield
@@ -390,7 +390,7 @@ class Run:
                 f"{error}; everything is saved at step {self.step} of {self.prepared.steps}, go on with: {self._go_on}"
             ) from error.__cause__
 
-    def _stop_if_asked(self) -> None:
+    def _stop_if_requested(self) -> None:
         by = self.world.any(self._interrupted.by)
         if by is None:
             return

@@ -1,4 +1,4 @@
-"""What torch is set to around a run."""
+"""Default torch settings during a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextlib.contextmanager
 def ordinary() -> Iterator[None]:
-    """Torch as it is when nobody has set anything, and afterwards again as the caller had set it.
+    """Runs its block under torch's default settings, and restores the caller's afterwards.
 
     A run takes gradients, chooses its own precision and names every device that is not the CPU. A caller's `no_grad`,
     `inference_mode`, `autocast`, default dtype or default device would change its numbers or end it.

@@ -1,6 +1,6 @@
-"""Trusting a self-teacher by how much it agrees with itself in other contexts. Axis letters: see `retort.core`.
+"""Weights by the agreement of a self-teacher with itself in other contexts. Axis letters: see `retort.core`.
 
-UniSD, arXiv 2605.06597; the maps from disagreement to weight are those of its code, the paper gives none.
+UniSD, arXiv 2605.06597; the maps from disagreement to weight are those of its code, since the paper gives none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.needs import SAMPLED
-from retort.core.parts import Quantity, Stat, Weight, as_it_is
+from retort.core.parts import Quantity, Stat, Weight, unchanged
 from retort.core.steps import Clock, Steps, quantile
 from retort.errors import UserError
 
@@ -22,12 +22,12 @@ Spread = Literal["variance", "range"]
 
 
 def disagreement(logp_KN: Tensor, spread: Spread, level: Level) -> Tensor:
-    """How far K log-probs of one thing lie apart, [N].
+    """Spread of K log-probs of the same token or rollout, [N].
 
     Args:
-        logp_KN: nats.
+        logp_KN: Log-probs [K, N], nats.
         spread: `variance` (of a sample for tokens, of K numbers for sequences, as in the code) or `range`.
-        level: Of what.
+        level: Whether the numbers are of tokens or of sequences.
     """
     if spread == "range":
         return logp_KN.amax(0) - logp_KN.amin(0)
@@ -48,17 +48,17 @@ def sequence_weights(apart_R: Tensor, gamma: float) -> Tensor:
 def agreement(
     views: Sequence[str], *, level: Level, gamma: float, spread: Spread = "variance", name: str = "agreement"
 ) -> Weight:
-    """More where the auxiliary views give the written token (or the rollout) nearly the same log-prob.
+    """A larger weight where the auxiliary views give the sampled token (or the rollout) nearly the same log-prob.
 
     Args:
-        views: The auxiliary ones, at least two.
+        views: The auxiliary views, at least two.
         level: Each token has its own weight, or each rollout, by the mean over its tokens.
-        gamma: 0 for a weight of 1.
+        gamma: Strength; 0 for a weight of 1.
         spread: See `disagreement`.
-        name: Of what is stored: `<name>`, and `<name>.apart`, the disagreement.
+        name: Name of the stored values: `<name>`, and `<name>.apart`, the disagreement.
 
     Raises:
-        UserError: Fewer than two views, or a negative gamma.
+        UserError: There are fewer than two views, or gamma is negative.
     """
     if len(views) < 2:
         raise UserError(f"agreement needs at least 2 contexts to compare, not {len(views)}")
@@ -70,7 +70,7 @@ def agreement(
         def value(context: Context, view: str) -> Tensor:
             return context.finite_logp_N(of)
 
-        # All are asked for each, so that a rollout for which one of them has no context is left out.
+        # Each statistic needs all views, so that a rollout for which one of them has no context is left out.
         return Quantity(f"{of}_logp", value, also=also)
 
     def apart(last_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
@@ -86,7 +86,7 @@ def agreement(
         return token_weights(apart_N, gamma) if level == "token" else sequence_weights(apart_N, gamma)
 
     stats = (
-        *(Stat(f"{name}.{view}", logp(view), as_it_is) for view in views[:-1]),
+        *(Stat(f"{name}.{view}", logp(view), unchanged) for view in views[:-1]),
         Stat(f"{name}.apart", logp(views[-1]), apart),
         Stat(name, logp(views[-1]), weights),
     )

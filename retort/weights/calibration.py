@@ -1,4 +1,4 @@
-"""Making a teacher rank right answers above wrong ones, and both equally many. Axis letters: see `retort.core`.
+"""Calibration of a teacher: right rollouts rank above wrong ones, and both are balanced. Axes: see `retort.core`.
 
 Uni-OPD, arXiv 2605.03677. A rollout is right if its reward is at least a threshold.
 """
@@ -16,8 +16,8 @@ from retort.advantages.outcome import Scope, graded, members, per_rollout
 from retort.core.context import Context
 from retort.core.needs import SAMPLED
 from retort.core.parts import Advantage, Quantity, Stat, Weight
+from retort.core.random_streams import uniforms
 from retort.core.steps import Clock, Rollouts, Steps
-from retort.core.streams import uniforms
 from retort.errors import UserError
 
 Gap = Literal["mean", "minmax"]
@@ -25,15 +25,15 @@ Direction = Literal["both", "correct_up", "incorrect_down"]
 
 
 def surplus(right_R: Tensor, group_R: Tensor, uniform_R: Tensor, ratio: float) -> Tensor:
-    """Which rollouts are one too many for right : wrong = ratio in their group, bool [R].
+    """The rollouts to leave out for right : wrong = ratio in their group, bool [R].
 
-    Only the surplus side of a mixed group loses rollouts, those of lowest chance first; a group for which the other
-    side, times or over the ratio, comes to less than one rollout stays as it is.
+    Only the larger side of a mixed group loses rollouts, those with the lowest random number first. A group where the
+    target for that side is less than one rollout stays as it is.
 
     Args:
-        right_R: bool.
+        right_R: Whether each rollout is right, bool.
         group_R: Index of each one's group.
-        uniform_R: Whatever says who goes first.
+        uniform_R: Random numbers that decide which go first.
         ratio: 0 keeps only the wrong ones of a mixed group, infinity only the right ones.
     """
     out_R = torch.zeros_like(right_R)
@@ -57,12 +57,12 @@ def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, nam
 
     Args:
         ratio: Right : wrong, see `surplus`.
-        scope: Within each prompt's rollouts, or within the batch.
-        threshold: Reward from which a rollout is right.
-        name: Of what is stored.
+        scope: Balance within each prompt's rollouts, or within the batch.
+        threshold: Least reward of a right rollout.
+        name: Name of the stored value.
 
     Raises:
-        UserError: A ratio that is negative or no number.
+        UserError: The ratio is negative or not a number.
     """
     if not ratio >= 0:
         raise UserError(f"balance: the ratio of right to wrong rollouts must not be negative, but is {ratio}")
@@ -70,7 +70,7 @@ def balance(ratio: float, *, scope: Scope = "group", threshold: float = 0.5, nam
     def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
         right_R = graded(rollouts) >= threshold
         ids_R = steps.rollout_N.new_zeros(len(right_R)).index_copy_(0, rollouts.number_N, steps.rollout_N)
-        # By the rollout's own index, so that a rollout that is masked does not move the draws of the others.
+        # Drawn by the rollout's own index, so that a masked rollout does not change the draws of the others.
         uniform = uniforms(clock.seed, "balance", clock.step, count=int(ids_R.max()) + 1).to(ids_R.device)
         return 1.0 - surplus(right_R, members(rollouts, scope), uniform[ids_R], ratio).double()
 
@@ -86,12 +86,12 @@ def _read(name: str) -> Callable[[Context, str], Tensor]:
 
 
 def _numbers(group_R: Tensor) -> range:
-    """Of groups, some of which may have no rollout."""
+    """Numbers of groups, some of which may have no rollout."""
     return range(int(group_R.max()) + 1 if len(group_R) else 0)
 
 
 def order_gap(right: Tensor, wrong: Tensor, gap: Gap) -> float:
-    """How far right returns lie above wrong ones: between their means, or the lowest right and the highest wrong."""
+    """Gap of right returns above wrong ones: between their means, or between the lowest right and highest wrong."""
     ends = (right.mean(), wrong.mean()) if gap == "mean" else (right.min(), wrong.max())
     return float(ends[0] - ends[1])
 
@@ -99,15 +99,15 @@ def order_gap(right: Tensor, wrong: Tensor, gap: Gap) -> float:
 def shifts(
     return_R: Tensor, right_R: Tensor, group_R: Tensor, *, margin: float, gap: Gap, direction: Direction
 ) -> Tensor:
-    """What is added to every token of each rollout, nats, so that its group's gap is at least the margin, [R].
+    """The shift of every token of each rollout, nats, [R], so that its group's gap is at least the margin.
 
     Args:
         return_R: Mean log-ratio of each rollout, nats.
-        right_R: bool.
-        group_R: Index of each one's group; one of only right or only wrong rollouts stays as it is.
-        margin: Nats.
+        right_R: Whether each rollout is right, bool.
+        group_R: Index of each one's group; a group of only right or only wrong rollouts stays as it is.
+        margin: Least gap, nats.
         gap: See `order_gap`.
-        direction: Right ones up, wrong ones down, or half of both.
+        direction: Shift right ones up, wrong ones down, or half of both.
     """
     found_R = torch.zeros_like(return_R)
     for group in _numbers(group_R):
@@ -124,16 +124,16 @@ def shifts(
 
 
 def ordered(return_R: Tensor, right_R: Tensor, group_R: Tensor, *, margin: float, gap: Gap, retained: float) -> Tensor:
-    """Which rollouts are left once the worst of their groups are gone and the gap is at least the margin, bool [R].
+    """The rollouts that stay once the worst of their groups are dropped and the gap is the margin or more, bool [R].
 
-    One at a time, the right one of lowest or the wrong one of highest return, whichever widens the gap more, until it
-    is wide enough, neither widens it, or fewer would be left than max(1, int(retained n)).
+    It drops one at a time, the right one of lowest or the wrong one of highest return, whichever widens the gap more.
+    It stops when the gap is wide enough, when neither widens it, or when fewer than max(1, int(retained n)) would stay.
 
     Args:
         return_R: Mean log-ratio of each rollout, nats.
-        right_R: bool.
+        right_R: Whether each rollout is right, bool.
         group_R: Index of each one's group.
-        margin: Nats.
+        margin: Least gap, nats.
         gap: See `order_gap`.
         retained: Share of a group that stays.
     """
@@ -170,18 +170,18 @@ def calibrated_log_ratio(
     threshold: float = 0.5,
     name: str = "margin",
 ) -> Advantage:
-    """The log-ratio, nats, moved or left out rollout by rollout until right ones are preferred to wrong ones.
+    """The log-ratio, nats, shifted or masked by rollout until right ones are preferred to wrong ones.
 
     Args:
         kind: `shift`: see `shifts`. `mask`: 0 in rollouts that `ordered` leaves out. None: the plain log-ratio.
-        margin: Of the group's gap, nats; minus infinity changes nothing.
+        margin: Least gap of a group, nats; minus infinity changes nothing.
         gap: See `order_gap`.
         scope: Groups are each prompt's rollouts, or the batch.
-        direction: Of a shift.
-        retained: Of a mask.
+        direction: Direction of a shift, see `shifts`.
+        retained: Share of a group that a mask keeps.
         over: A `balance`: rollouts that it leaves out do not enter the returns that are compared. None: all do.
-        threshold: Reward from which a rollout is right.
-        name: Of what is stored: `<name>.return` (mean log-ratio, an infinite one counting as 100 nats),
+        threshold: Least reward of a right rollout.
+        name: Name of the stored values: `<name>.return` (mean log-ratio, an infinite one counts as 100 nats),
             `<name>.shift`, `<name>.kept`.
     """
 
@@ -190,7 +190,7 @@ def calibrated_log_ratio(
 
     if kind is None:
         return Advantage("log_ratio", ratio, frozenset({SAMPLED}))
-    # Finite, so that one token that the teacher rules out does not decide what all the others get.
+    # Finite, so that one token that the teacher rules out does not decide the shift of all the others.
     part = Quantity("log_ratio", lambda context, view: context.gap_N(view), frozenset({SAMPLED}))
 
     def mean(ratio_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
@@ -198,7 +198,7 @@ def calibrated_log_ratio(
         return rollouts.mean(ratio_N.double())[rollouts.number_N]
 
     def moved(ratio_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
-        """Of `shift`: what is added. Of `mask`: 1 where the rollout is kept."""
+        """For `shift`, the shift. For `mask`, 1 where the rollout is kept."""
         rollouts = steps.rollouts()
         right_R, group_R = graded(rollouts) >= threshold, members(rollouts, scope)
         return_R = rollouts.mean(ratio_N.double())
@@ -230,7 +230,7 @@ def calibrated_log_ratio(
 
 
 def within_reach(limit: float) -> Weight:
-    """1 where student and teacher differ by less than `limit` nats on the token written, else 0; 1 at infinity."""
+    """1 where student and teacher differ by less than `limit` nats at the sampled token, else 0; 1 at infinity."""
 
     def value(context: Context, view: str) -> Tensor:
         gap_N = context.student_logp_N.detach() - context.signal(view).sampled_logp_N

@@ -1,4 +1,4 @@
-"""How sure a teacher is, relative to the least sure step of a batch. Axis letters: see `retort.core`."""
+"""Confidence of a teacher relative to the least confident step of a batch. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def lowest_ahead(values_N: Tensor, rollout_N: Tensor, window: int) -> Tensor:
     """The least of each step's value and those of the `window` steps after it in the same rollout, [N].
 
     Args:
-        values_N: Any.
+        values_N: Numbers, [N].
         rollout_N: Index of the rollout of each step; a rollout's steps come in order.
-        window: Steps to look ahead; the end of the rollout cuts it short.
+        window: Number of steps to look ahead; the end of the rollout cuts it short.
     """
     order = torch.argsort(rollout_N, stable=True)
     values, number = values_N[order], rollout_N[order]
@@ -37,25 +37,25 @@ def lowest_ahead(values_N: Tensor, rollout_N: Tensor, window: int) -> Tensor:
 class Confidence:
     r"""The gate :math:`\omega_t = \mathrm{clip}(1 - \gamma \hat H_t, c, 1)`, with :math:`\hat H` of a whole batch.
 
-    :math:`\hat H_t` is the teacher's entropy over the batch's largest, or over one nat if that is more; with a window,
-    the least entropy of the step and those that follow soon takes the place of the step's own, so that doubt that is
-    soon resolved is forgiven. EGRSD and CL-EGRSD, arXiv 2605.13255.
+    :math:`\hat H_t` is the teacher's entropy over the batch's largest, or over one nat if that is more. With a window,
+    the least entropy of the step and of those that follow replaces the step's own, so that uncertainty that is soon
+    resolved does not count. EGRSD and CL-EGRSD, arXiv 2605.13255.
     """
 
     def __init__(
         self, coef: float, *, floor: float = 0.1, window: int = 0, scale: Scale = "raw", name: str = "confidence"
     ) -> None:
-        """A gate.
+        """Builds the gate.
 
         Args:
             coef: gamma, at least 0.
             floor: c, in [0, 1].
-            window: Steps to look ahead.
-            scale: Whose largest value divides: that of the entropies, or that of the least ones ahead.
-            name: Of what is stored: `<name>`, the normalised entropy, and `<name>.ahead`, the least one ahead.
+            window: Number of steps to look ahead.
+            scale: The values whose maximum divides: the entropies, or the least ones ahead.
+            name: Name of the stored values: `<name>`, the normalised entropy, and `<name>.ahead`, the least one ahead.
 
         Raises:
-            UserError: Numbers outside of these ranges.
+            UserError: A number is outside of its range.
         """
         if coef < 0:
             raise UserError(f"confidence: coef must not be negative, but is {coef:g}")
@@ -90,7 +90,7 @@ class Confidence:
         return Weight(f"confidence({self.coef:g})", value, frozenset({ENTROPY}), stats=self.stats)
 
     def restored(self) -> Quantity:
-        """How much of its weight a step owes to the window: 0 where there is none."""
+        """The part of a step's weight that is due to the window: 0 where there is none."""
 
         def value(context: Context, view: str) -> Tensor:
             return self._gate(context, f"{self.name}.ahead") - self._gate(context, self.name)

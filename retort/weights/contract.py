@@ -11,7 +11,7 @@ from retort.core.parts import Weight
 
 
 def on_contract(threshold: float = 0.9) -> Weight:
-    """1 where the teacher's most likely token has at least this probability."""
+    """1 where the teacher's most likely token has at least this probability, else 0."""
 
     def value(context: Context, view: str) -> Tensor:
         return (context.signal(view).topk(1)[1].squeeze(-1).exp() >= threshold).to(torch.get_default_dtype())

@@ -1,8 +1,8 @@
-"""Corrections for a rollout engine whose probabilities are not quite the trainer's. Axis letters: see `retort.core`.
+"""Corrections for a rollout engine whose probabilities differ from the trainer's. Axis letters: see `retort.core`.
 
-With xi = p_old(y) / p_engine(y), detached: tokens came from the engine, so their gradients are weighed by xi, and since
-a few huge weights are worse than a small bias, every kind bounds it in some way. Where a token came from data, or the
-engine said nothing, xi is 1. Log-ratios are clamped to +-20.
+With xi = p_old(y) / p_engine(y), detached: tokens came from the engine, so their gradients are weighed by xi. A few
+huge weights are worse than a small bias, so every kind bounds it in some way. Where a token came from data, or the
+engine reported nothing, xi is 1. Log-ratios are clamped to +-20.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def corrected(gap_N: Tensor, rollout_N: Tensor, kind: Correction, low: float, hi
     """The weight of each step, [N].
 
     Args:
-        gap_N: log xi.
+        gap_N: log xi, nats.
         rollout_N: Index of the rollout of each step.
         kind: `token`: min(xi, high) (truncated importance sampling). `token_mask`: xi where it lies in [low, high],
             else 0 (IcePop). `sequence`: the product over the rollout, at most `high`, on all its steps.
@@ -49,7 +49,7 @@ def corrected(gap_N: Tensor, rollout_N: Tensor, kind: Correction, low: float, hi
 
 
 def effective_sample_size(weight_N: Tensor) -> float:
-    """(sum w)^2 / (n sum w^2), between 1/n and 1; 0 where all weights are."""
+    """(sum w)^2 / (n sum w^2), between 1/n and 1; 0 where all weights are 0."""
     square = float(weight_N.double().square().sum())
     return float(weight_N.double().sum()) ** 2 / (len(weight_N) * square) if square else 0.0
 
@@ -64,18 +64,18 @@ def engine_correction(
 ) -> Weight:
     """A weight that corrects for the engine; multiply it with a term's own (`both`).
 
-    All kinds but `token` and `token_mask`, and `mean_one`, look at more than the step: that costs a pass over the batch
-    before the first update on it. Watch it with `summed_up=effective_sample_size` to see how much of a batch it leaves.
+    All kinds but `token` and `token_mask`, and `mean_one`, depend on other steps: that costs a pass over the batch
+    before the first update. Watch it with `summed_up=effective_sample_size` to see how much of a batch it leaves.
 
     Args:
         kind: See `corrected`.
         low: Null for 0.5 (`token_mask`) or 0.999 (`geometric`).
         high: Null for 2 (`token`, `sequence`, `sequence_mask`), 5 (`token_mask`) or 1.001 (`geometric`).
         mean_one: Divide by the mean over the batch afterwards.
-        name: Of what is stored for the batch, where the weight is not decided by the step alone.
+        name: Name of the stored value, where the weight depends on other steps.
 
     Raises:
-        UserError: Bounds that leave nothing.
+        UserError: The bounds leave nothing.
     """
     floor = low if low is not None else {"token_mask": 0.5, "geometric": 0.999}.get(kind, 0.0)
     ceiling = high if high is not None else {"token_mask": 5.0, "geometric": 1.001}.get(kind, 2.0)
@@ -96,6 +96,6 @@ def engine_correction(
         gap_N = gap.value(context, view).detach()
         return corrected(gap_N, torch.zeros_like(context.steps.tokens_N), kind, floor, ceiling)
 
-    if kind in ("token", "token_mask") and not mean_one:  # a step's own affair: no pass over the batch before
+    if kind in ("token", "token_mask") and not mean_one:  # these depend on the step alone: no pass over the batch
         return Weight(f"{name}({kind})", own, uses_old_logp=True)
     return Weight(f"{name}({kind})", stored, stats=(Stat(name, gap, finish),))

@@ -1,4 +1,4 @@
-"""How far a teacher agrees with the direction that an outcome gives. Axis letters: see `retort.core`."""
+"""Weights by how far a teacher agrees with the direction that an outcome gives. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def directed(delta_N: Tensor, advantage_N: Tensor, bound: float) -> Tensor:
     r""":math:`\mathrm{clip}(\exp(\mathrm{sign}(A)\,\delta), 1-\epsilon, 1+\epsilon)`, [N]; 1 where A is 0.
 
     Args:
-        delta_N: log p_T - log p_old of the token written, nats; may be infinite.
-        advantage_N: A.
-        bound: epsilon.
+        delta_N: log p_T - log p_old of the sampled token, nats; may be infinite.
+        advantage_N: A, the advantage.
+        bound: epsilon, the bound.
     """
     return (advantage_N.sign() * delta_N.clamp(-20.0, 20.0)).exp().clamp(1.0 - bound, 1.0 + bound)
 
@@ -28,18 +28,18 @@ def directed_ratio(
 ) -> Weight:
     r"""The weight :math:`(1-\lambda) + \lambda\,\mathrm{clip}(e^{\mathrm{sign}(A)\delta_t}, 1-\epsilon, 1+\epsilon)`.
 
-    With :math:`\delta_t = \log p_T(y_t) - \log p_{old}(y_t)`. For the term whose advantage A it scales: a token counts
-    for more where a teacher that knows the solution would have gone the way that A pushes. Positive, so that it never
-    turns A round, and between :math:`1 - \lambda\epsilon` and :math:`1 + \lambda\epsilon`. RLSD, arXiv 2604.03128.
+    With :math:`\delta_t = \log p_T(y_t) - \log p_{old}(y_t)`. It scales the term whose advantage is A: a token counts
+    for more where a teacher that knows the solution agrees with the direction of A. It is positive, so it never changes
+    the sign of A, and lies between :math:`1 - \lambda\epsilon` and :math:`1 + \lambda\epsilon`. RLSD, arXiv 2604.03128.
 
     Args:
-        advantage: A, of the term; 0 leaves the weight at 1.
-        share: lambda, in [0, 1]; a schedule may move it with the run.
+        advantage: A, the advantage of the term; where it is 0, the weight is 1.
+        share: lambda, in [0, 1]; a schedule may change it during the run.
         bound: epsilon, in [0, 1).
         negative_only: Whether tokens with A > 0 keep the weight 1.
 
     Raises:
-        UserError: Numbers outside of these ranges.
+        UserError: A number is outside of its range.
     """
     if not 0.0 <= bound < 1.0:
         raise UserError(f"directed_ratio: bound must lie in [0, 1), not {bound:g}")

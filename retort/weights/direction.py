@@ -1,6 +1,6 @@
 """Whether a token is pulled towards the teacher or pushed away from it, by the student's entropy. Axes: `retort.core`.
 
-DASD, arXiv 2605.22263. All of it is known only once whole rollouts are, so it is taken before the first update.
+DASD, arXiv 2605.22263. Everything here needs whole rollouts, so it is taken before the first update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retort.quantities.entropy import student_entropy
 
 Scale = Literal["absolute", "std", "none"]
 Router = Literal["entropy", "attract", "repel"]
-#: Added to what is divided by; a rollout of one entropy or without a gap is corrected by nothing.
+#: Added to divisors; a rollout of constant entropy or without a gap gets no correction.
 _EPS = 1e-6
 
 
@@ -30,8 +30,8 @@ def routed(entropy_N: Tensor, rollouts: Rollouts, quantile: float) -> Tensor:
     Positive (towards the teacher) where the student is surer than :math:`\tau`.
 
     Args:
-        entropy_N: The student's, nats.
-        rollouts: Whose steps these are.
+        entropy_N: The student's entropy, nats.
+        rollouts: The rollouts of these steps.
         quantile: :math:`\tau` is this quantile of the rollout's entropies, interpolated; :math:`\hat\sigma_H` is their
             mean absolute deviation from their mean.
     """
@@ -42,12 +42,12 @@ def routed(entropy_N: Tensor, rollouts: Rollouts, quantile: float) -> Tensor:
 
 
 def scaled(gap_N: Tensor, rollouts: Rollouts, by: Scale) -> Tensor:
-    """Gaps over their usual size in the rollout, [N]; the sign stays what it was.
+    """Gaps over their typical size in the rollout, [N]; the sign stays.
 
     Args:
-        gap_N: Teacher's log-prob of the token written less the student's, nats.
-        rollouts: Whose steps these are.
-        by: The mean of their sizes, their standard deviation (of n), or nothing.
+        gap_N: Teacher's log-prob of the sampled token minus the student's, nats.
+        rollouts: The rollouts of these steps.
+        by: Divisor: the mean of their sizes, their standard deviation (of n), or nothing.
     """
     if by == "none":
         return gap_N
@@ -77,18 +77,18 @@ def directed(
     A gap that is infinite counts as 100 nats (`Context.gap_N`).
 
     Args:
-        outcome: The other part.
-        coef: beta.
-        quantile: Of tau, see `routed`.
-        scale: What makes :math:`\bar\delta` of the gap, see `scaled`.
-        router: `entropy`, or 1 (`attract`) or -1 (`repel`) in the place of the tanh.
+        outcome: The advantage of the outcome.
+        coef: beta, the factor.
+        quantile: Quantile of tau, see `routed`.
+        scale: How the gap becomes :math:`\bar\delta`, see `scaled`.
+        router: `entropy`, or 1 (`attract`) or -1 (`repel`) instead of the tanh.
         limit: Largest size of a correction, none by default.
-        raw: The gap itself, nats, in the place of the scaled one in the product; the gate has the scaled one.
-        name: Of what is stored: `<name>.raw`, `<name>.gap` (scaled), `<name>`, `<name>.correction`, and
+        raw: Whether the product has the gap itself, nats, instead of the scaled one; the gate has the scaled one.
+        name: Name of the stored values: `<name>.raw`, `<name>.gap` (scaled), `<name>`, `<name>.correction`, and
             `<name>.largest`, the largest size of a correction in the batch before the limit.
 
     Raises:
-        UserError: A quantile outside of [0, 1], or a limit that is not positive.
+        UserError: The quantile is outside of [0, 1], or the limit is not positive.
     """
     if not 0.0 <= quantile <= 1.0:
         raise UserError(f"directed: a quantile must lie in [0, 1], not {quantile}")

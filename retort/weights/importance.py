@@ -1,4 +1,4 @@
-"""Corrections for a rollout that another policy than the trainer's wrote. Axis letters: see `retort.core`."""
+"""Importance weights for rollouts that another policy generated. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from retort.quantities import engine_gap
 def truncated_rollout_ratio(cap: float) -> Weight:
     r"""Truncated importance sampling: :math:`\min(c, p_{old}(y_t) / p_{engine}(y_t))`, dimensionless.
 
-    1 where the engine reported nothing (given answers, `token_losses` without `engine_logp`).
+    It is 1 where the engine reported nothing (given responses, `token_losses` without `engine_logp`).
 
     Args:
         cap: c, positive.
 
     Raises:
-        UserError: A cap that is not positive.
+        UserError: The cap is not positive.
     """
     _check_cap(cap)
     gap = engine_gap()
@@ -38,7 +38,7 @@ def truncated_teacher_ratio(cap: float) -> Weight:
         cap: c, positive.
 
     Raises:
-        UserError: A cap that is not positive.
+        UserError: The cap is not positive.
     """
     _check_cap(cap)
 
@@ -51,13 +51,13 @@ def truncated_teacher_ratio(cap: float) -> Weight:
 def truncated_student_ratio(cap: float) -> Weight:
     r""":math:`\min(c, p_S(y_t) / p_{old}(y_t))`, dimensionless: for divergences on later updates on the same batch.
 
-    SDPO (arXiv 2601.20802). It is detached, so it only weighs; at the first update it is 1 (or c, if that is less).
+    SDPO (arXiv 2601.20802). It is detached, so it only weighs. At the first update it is 1 (or c, if that is less).
 
     Args:
         cap: c, positive.
 
     Raises:
-        UserError: A cap that is not positive.
+        UserError: The cap is not positive.
     """
     _check_cap(cap)
 

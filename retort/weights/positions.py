@@ -1,4 +1,4 @@
-"""Weights by the place of a token in its answer. Axis letters: see `retort.core`."""
+"""Weights by the position of a token in its completion. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from retort.errors import UserError
 
 
 def after(skip: int) -> Weight:
-    """0 at the first `skip` tokens of an answer, 1 from there on.
+    """0 at the first `skip` tokens of a completion, 1 from there on.
 
-    Only tokens that may be learnt are counted, over all turns of the student.
+    It counts only tokens that are in the loss, over all turns of the student.
     """
     if skip < 0:
         raise UserError(f"skip must be at least 0 tokens, not {skip}")
@@ -29,24 +29,24 @@ def position_weights(u: Tensor, *, min_weight: float, midpoint: float, width: fl
     r""":math:`a_{min} + (1 - a_{min})\,\sigma((u - \tau) / s)` of relative positions, of the same shape.
 
     Args:
-        u: Relative positions, 0 at the start of an answer and 1 at its end.
-        min_weight: a_min.
-        midpoint: tau.
-        width: s.
+        u: Relative positions, 0 at the start of a completion and 1 at its end.
+        min_weight: a_min, the least weight.
+        midpoint: tau, the relative position of half the rise.
+        width: s, the width of the rise.
     """
     return min_weight + (1.0 - min_weight) * torch.sigmoid((u - midpoint) / width)
 
 
 def late(min_weight: float = 0.25, midpoint: float = 0.3, width: float = 0.1) -> Weight:
-    r"""More for later tokens: `position_weights` of :math:`u_t = (t - 0.5) / T`, t = 1..T counted within the answer.
+    r"""A larger weight for later tokens: `position_weights` of :math:`u_t = (t - 0.5) / T`, t = 1..T in the completion.
 
-    It depends on the relative position alone: neither on padding nor on the batch. Not normalised to a mean of 1. From
-    PW-OPSD, arXiv 2605.21606.
+    It depends on the relative position alone: neither on padding nor on the batch. It is not normalised to a mean of 1.
+    From PW-OPSD, arXiv 2605.21606.
 
     Args:
         min_weight: a_min, in [0, 1]; 1 weighs all tokens alike.
         midpoint: tau, the relative position of half the rise.
-        width: s > 0, how gradual it is, in relative positions.
+        width: s > 0, the width of the rise, in relative positions.
     """
     if not 0.0 <= min_weight <= 1.0:
         raise UserError(f"min_weight must lie in [0, 1], not {min_weight}")

@@ -1,6 +1,6 @@
-"""Who of two privileged policies teaches a token, and how firmly. Axis letters: see `retort.core`.
+"""Which of two privileged policies teaches a token, and how strongly. Axis letters: see `retort.core`.
 
-DOPD, arXiv 2606.30626. Both read the hint: a teacher, and the student itself; the student that learns does not.
+DOPD, arXiv 2606.30626. A teacher and the student itself read the hint; the student that learns does not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.needs import SAMPLED
-from retort.core.parts import Quantity, Stat, Weight, as_it_is
+from retort.core.parts import Quantity, Stat, Weight, unchanged
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 
@@ -34,12 +34,12 @@ def regimes(teacher_logp_N: Tensor, student_logp_N: Tensor, trim: float) -> Tens
     equal none is below their mean, and all steps are `TEACHER` or `STUDENT`.
 
     Args:
-        teacher_logp_N: Of the token written, under the privileged teacher, nats.
-        student_logp_N: Under the privileged student, nats.
+        teacher_logp_N: Log-prob of the sampled token under the privileged teacher, nats.
+        student_logp_N: Log-prob under the privileged student, nats.
         trim: Share of the largest values that each mean leaves out.
     """
     gap_N = (teacher_logp_N - student_logp_N).abs()
-    # Both rule the token out: they do not differ on it.
+    # Both rule the token out: they do not differ at it.
     gap_N = torch.where(teacher_logp_N == student_logp_N, torch.zeros_like(gap_N), gap_N)
     q_T, q_S = teacher_logp_N.exp(), student_logp_N.exp()
     far_N = gap_N >= trimmed_mean(gap_N, trim)
@@ -54,16 +54,16 @@ class Regimes:
     def __init__(
         self, *, trim: float, teacher: str = "teacher", student: str = "student", name: str = "regime"
     ) -> None:
-        """Regimes by two views.
+        """Builds the regimes of two views.
 
         Args:
             trim: See `regimes`.
             teacher: View of the privileged teacher.
             student: View of the privileged student.
-            name: Of what is stored: `<name>`, `<name>.teacher_logp` and `<name>.student_logp`, nats.
+            name: Name of the stored values: `<name>`, `<name>.teacher_logp` and `<name>.student_logp`, nats.
 
         Raises:
-            UserError: A share of outliers that leaves nothing.
+            UserError: The share of outliers leaves nothing.
         """
         if not 0.0 <= trim < 1.0:
             raise UserError(f"regimes: the share of outliers left out must lie in [0, 1), not {trim}")
@@ -73,7 +73,7 @@ class Regimes:
             def value(context: Context, view: str) -> Tensor:
                 return context.signal(of).sampled_logp_N
 
-            # Both are asked for either, so that steps about which one has nothing to say enter no mean.
+            # Each statistic needs both views, so that steps without a context under one of them enter no mean.
             return Quantity(f"{of}_logp", value, also=views)
 
         def finish(teacher_logp_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
@@ -83,8 +83,8 @@ class Regimes:
 
         self.name = name
         self.stats = (
-            Stat(f"{name}.teacher_logp", logp(teacher), as_it_is),
-            Stat(f"{name}.student_logp", logp(student), as_it_is),
+            Stat(f"{name}.teacher_logp", logp(teacher), unchanged),
+            Stat(f"{name}.student_logp", logp(student), unchanged),
             Stat(name, logp(teacher), finish),
         )
 
@@ -98,7 +98,7 @@ class Regimes:
         return Weight(f"{self.name} {regime}", value, stats=self.stats)
 
     def gap(self) -> Quantity:
-        """The privileged teacher's log-prob of the token written less the privileged student's, nats, to watch."""
+        """The privileged teacher's log-prob of the sampled token minus the privileged student's, nats, to watch."""
 
         def value(context: Context, view: str) -> Tensor:
             return context.steps.stored[f"{self.name}.teacher_logp"] - context.steps.stored[f"{self.name}.student_logp"]

@@ -1,9 +1,9 @@
-"""Where in an answer a teacher stops being able to teach: the release rule. Axis letters: see `retort.core`.
+"""The position in a completion after which a teacher cannot teach: the release rule. Axes: see `retort.core`.
 
 In strong-to-weak distillation the later part of a rollout can still show a gap between the models while the teacher no
-longer tells the student's own candidates apart (arXiv 2605.13643). The steps: the teacher's margin over the student's
-top-k, log(1 + its mean) over sentences, a downward change point by BIC, supervision cut there, and a rollout's loss
-put onto the tokens that are kept. The formulas are those of a reading note of the paper, which quotes them.
+longer separates the student's own candidates (arXiv 2605.13643). The rule: take the teacher's margin over the student's
+top-k, log(1 + its mean) over sentences, find a downward change point by BIC, drop the supervision after it, and spread
+a rollout's loss over the tokens that are kept. The formulas come from a reading note that quotes the paper.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.quantities.margin import Margin, teacher_margin
 
-#: Residuals below this share of all there is to explain are arithmetic.
+#: Residuals below this share of the total are rounding errors.
 _FLOOR = 1e-12
-#: The paper's, added to residuals.
+#: The paper's epsilon, added to residuals.
 _EPS = 1e-12
 
 
 def change_point(
     means: Tensor, *, shortest: int = 3, penalty: int = 3, min_drop: float = 0.0, robust: bool = False
 ) -> int | None:
-    r"""Where a sequence drops to a lower level, if BIC prefers two levels to one.
+    r"""The index at which a sequence drops to a lower level, if BIC prefers two levels to one.
 
     .. math:: \mathrm{BIC}_0 = n \log((RSS_0 + \epsilon) / n) + \log n, \quad
               \mathrm{BIC}_1(\tau) = n \log((RSS_1(\tau) + \epsilon) / n) + 3 \log n
 
-    over the places with a higher mean before than after; the best one is returned if its BIC is the smaller.
+    over the splits with a higher mean before than after; the best one is returned if its BIC is the smaller.
 
     Args:
         means: One number per segment, [n].
-        shortest: Segments that either side must have; below twice as many in all there is no change.
-        penalty: Parameters of the second model: two means and the place.
-        min_drop: A drop must be as many standard deviations of the sequence; 0 for any. Not the paper's.
-        robust: Winsorise at the 5th and 95th percentile and take medians of three first. Not the paper's.
+        shortest: Segments that either side must have; with fewer than twice as many in all there is no change.
+        penalty: Parameters of the second model: two means and the split.
+        min_drop: Least drop in standard deviations of the sequence; 0 for any. It is not in the paper.
+        robust: Whether to winsorise at the 5th and 95th percentile and take medians of three first. Not in the paper.
 
     Returns:
         Index of the first segment of the lower level, or None.
@@ -57,18 +57,18 @@ def change_point(
     whole = float(x.square().sum())
     if whole <= n * (1e-9 * float(means.abs().max())) ** 2:
         return None  # constant, but for rounding
-    eps = min(_EPS, _FLOOR * whole)  # of a series of tiny numbers no more than its own share
-    place = torch.arange(shortest, n - shortest + 1)
-    before = x.cumsum(0)[place - 1] / place
-    after = -x.cumsum(0)[place - 1] / (n - place)  # all of it sums to 0
-    rest = whole - place * before.square() - (n - place) * after.square()
+    eps = min(_EPS, _FLOOR * whole)  # for a series of tiny numbers, no more than its own share
+    split = torch.arange(shortest, n - shortest + 1)
+    before = x.cumsum(0)[split - 1] / split
+    after = -x.cumsum(0)[split - 1] / (n - split)  # the whole series sums to 0
+    rest = whole - split * before.square() - (n - split) * after.square()
     one = n * torch.log((rest.clamp_min(_FLOOR * whole) + eps) / n) + penalty * math.log(n)
     drop = before - after
     allowed = (drop > 0) & (drop >= min_drop * math.sqrt(whole / n))
     if not bool(allowed.any()):
         return None
     best = int(one.masked_fill(~allowed, math.inf).argmin())
-    return int(place[best]) if float(one[best]) < n * math.log((whole + eps) / n) + math.log(n) else None
+    return int(split[best]) if float(one[best]) < n * math.log((whole + eps) / n) + math.log(n) else None
 
 
 def release(
@@ -84,18 +84,18 @@ def release(
 ) -> Weight:
     """1 before the sentence at which the teacher's margin drops for good, 0 from there on; all 1 if it never does.
 
-    It looks at whole rollouts, so it is decided before the first update on a batch.
+    It depends on whole rollouts, so it is decided before the first update on a batch.
 
     Args:
-        k: Of `teacher_margin`.
-        margin: Of `teacher_margin`.
-        shortest: Of `change_point`.
-        max_segment: Tokens of the longest segment; a longer sentence (code and mathematics have such) is cut. Where no
-            text is known, all segments are of this length.
-        min_drop: Of `change_point`.
-        robust: Of `change_point`.
+        k: As in `teacher_margin`.
+        margin: As in `teacher_margin`, its kind.
+        shortest: As in `change_point`.
+        max_segment: Tokens of the longest segment; a longer sentence (in code and mathematics) is cut. Where no text is
+            known, all segments have this length.
+        min_drop: As in `change_point`.
+        robust: As in `change_point`.
         rescale: Divide by the share of its rollout's tokens that is kept, so that each rollout keeps its weight.
-        name: Of the stored values: `<name>`, 0 or 1, and with `rescale` `<name>.mass`, the weight.
+        name: Name of the stored values: `<name>`, 0 or 1, and with `rescale` `<name>.mass`, the weight.
     """
     if max_segment < 1 or shortest < 1:
         raise UserError(f"max_segment and shortest must be at least 1, not {max_segment} and {shortest}")
@@ -123,21 +123,21 @@ def release(
 
 
 def kept(margin_N: Tensor, steps: Steps, max_segment: int, find: Callable[[Tensor], int | None]) -> Tensor:
-    """The mask of `release`, [N]: 1...1 0...0 in every rollout, on borders of segments."""
+    """The mask of `release`, [N]: 1...1 0...0 in every rollout, cut at a segment's border."""
     mask_N = torch.ones_like(margin_N)
     order_N = torch.argsort(steps.rollout_N, stable=True)
     ends = torch.bincount(steps.rollout_N).cumsum(0)
-    for places in torch.tensor_split(order_N, ends[:-1].cpu()):
-        if not len(places):
+    for rows_A in torch.tensor_split(order_N, ends[:-1].cpu()):
+        if not len(rows_A):
             continue
-        sentence_A = None if steps.sentence_N is None else steps.sentence_N[places]
-        segment_A = segments(len(places), sentence_A, max_segment).to(margin_N.device)
+        sentence_A = None if steps.sentence_N is None else steps.sentence_N[rows_A]
+        segment_A = segments(len(rows_A), sentence_A, max_segment).to(margin_N.device)
         count = int(segment_A[-1]) + 1
         total = torch.zeros(count, dtype=torch.float64, device=margin_N.device)
-        total.index_add_(0, segment_A, margin_N[places].double())
+        total.index_add_(0, segment_A, margin_N[rows_A].double())
         found = find(torch.log1p(total / torch.bincount(segment_A, minlength=count)))
         if found is not None:
-            mask_N[places] = (segment_A < found).to(mask_N.dtype)
+            mask_N[rows_A] = (segment_A < found).to(mask_N.dtype)
     return mask_N
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.needs import ENTROPY
-from retort.core.parts import Stat, Weight, as_it_is
+from retort.core.parts import Stat, Weight, unchanged
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.quantities.entropy import student_entropy, teacher_entropy
@@ -20,11 +20,11 @@ SILENT, SURE, UNSURE = 0, 1, 2
 
 
 def zones(teacher_N: Tensor, student_N: Tensor, *, silent: float, unsure: float) -> Tensor:
-    """Which zone each of N steps is in, from both entropies, nats; shares are exact to one step, ties go by place.
+    """The zone of each of N steps, from both entropies, nats; shares are exact to one step, ties go by position.
 
     Args:
-        teacher_N: The teacher's.
-        student_N: The student's.
+        teacher_N: The teacher's entropy.
+        student_N: The student's entropy.
         silent: Share of steps in `SILENT`: of those that are not unsure, the ones on which the student is surest.
         unsure: Share of steps in `UNSURE`: those on which the teacher is least sure.
     """
@@ -33,7 +33,7 @@ def zones(teacher_N: Tensor, student_N: Tensor, *, silent: float, unsure: float)
     by_teacher = torch.argsort(teacher_N, stable=True)
     cut = count - round(unsure * count)
     zone_N[by_teacher[cut:]] = UNSURE
-    rest = by_teacher[:cut].sort().values  # by place, so that a tie goes to the earlier one
+    rest = by_teacher[:cut].sort().values  # by position, so that a tie goes to the earlier one
     quiet = rest[torch.argsort(student_N[rest], stable=True)][: min(cut, round(silent * count))]
     zone_N[quiet] = SILENT
     return zone_N
@@ -43,16 +43,17 @@ class Zones:
     """The weights of a batch's zones; they share the statistics behind them."""
 
     def __init__(self, *, silent: float, unsure: float, scope: Scope = "batch", name: str = "zone") -> None:
-        """Zones of these shares.
+        """Builds zones of these shares.
 
         Args:
             silent: See `zones`.
             unsure: See `zones`.
-            scope: Shares hold over the batch, or in every rollout.
-            name: Of what is stored: `<name>`, `<name>.teacher_entropy`, and `<name>.taught`, 1 where it is not silent.
+            scope: Whether shares hold over the batch, or in every rollout.
+            name: Name of the stored values: `<name>`, `<name>.teacher_entropy`, and `<name>.taught`, 1 where not
+                silent.
 
         Raises:
-            UserError: Shares that are negative or more than everything.
+            UserError: The shares are negative or more than 1 together.
         """
         if silent < 0 or unsure < 0 or silent + unsure > 1:
             raise UserError(f"shares of zones must be at least 0 and at most 1 together, not {silent} and {unsure}")
@@ -73,7 +74,7 @@ class Zones:
 
         self.name = name
         self.stats = (
-            Stat(f"{name}.teacher_entropy", teacher_entropy(), as_it_is),
+            Stat(f"{name}.teacher_entropy", teacher_entropy(), unchanged),
             Stat(name, student_entropy(), finish),
             Stat(f"{name}.taught", student_entropy(), taught),
         )

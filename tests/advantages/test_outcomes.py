@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from retort.advantages.outcome import group_advantage, length_bonus, running_advantage
-from retort.controllers import Seen
+from retort.controllers import Observation
 from retort.controllers.rewards import RunningRewards
 from retort.core.reduce import Denominator, loss_scales, rollout_means, rollout_sums, weighted_rollout_means
 from retort.core.signals import Dense
@@ -105,7 +105,7 @@ def test_running_rewards_are_those_of_all_batches_before() -> None:
             assert numbers["std"] == pytest.approx(float(whole.std()))
         else:
             assert numbers == {"mean": 0.5, "std": 1.0}
-        state = control.learn(state, Seen({}, reward_R=batch, length_R=torch.ones(7)), {})
+        state = control.learn(state, Observation({}, reward_R=batch, length_R=torch.ones(7)), {})
         seen += batch.tolist()
 
 

@@ -15,7 +15,7 @@ from retort.align.chat import Renderer, TemplateOptions, as_text, conversation, 
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
-from retort.train.setup.templates import check_written, thinking_words
+from retort.train.setup.templates import check_rendered, thinking_note
 
 THOUGHT = "<think>\nTwo and two.\n</think>\n\n4"
 TALKS = {
@@ -86,13 +86,13 @@ def test_thinking_is_left_to_the_template_unless_it_is_set() -> None:
     assert [thinks(qwen, TemplateOptions(thinking)) for thinking in (None, True, False)] == ["on", "on", "off"]
     assert thinks(llama, TemplateOptions(True)) is None
     pair = {"student": qwen, "teacher": llama}
-    assert thinking_words(pair, TemplateOptions()) == (
+    assert thinking_note(pair, TemplateOptions()) == (
         "thinking (`enable_thinking`) is on for the student, unknown to the teacher's template, left to the template "
         "(rollout.thinking)"
     )
-    assert "off for the student" in thinking_words(pair, TemplateOptions(False))
-    assert "rollout.thinking = true changes nothing" in thinking_words({"student": llama}, TemplateOptions(True))
-    assert thinking_words({"student": llama}, TemplateOptions()) == ""
+    assert "off for the student" in thinking_note(pair, TemplateOptions(False))
+    assert "rollout.thinking = true changes nothing" in thinking_note({"student": llama}, TemplateOptions(True))
+    assert thinking_note({"student": llama}, TemplateOptions()) == ""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -172,12 +172,12 @@ def test_prompts_that_were_rendered_before_are_found_and_can_be_asked_for(name: 
     before = prompt(("user", text), plain=True)
     fine = [prompt(*TALKS["single"])] * 2
     with pytest.raises(UserError, match=r"1 of 3 prompts look rendered already \(row 'row'.*rollout.rendered=true"):
-        check_written([*fine, before], {"student": Renderer(tokenizer)})
+        check_rendered([*fine, before], {"student": Renderer(tokenizer)})
     # Asked for, the ids are those of the conversation; and not two beginnings, or none.
     taken = Renderer(tokenizer, TemplateOptions(rendered=True))
     assert taken(before) == own_ids(tokenizer, TALKS[talk])
     assert taken(prompt(("user", text.removeprefix(bos)), plain=True)) == own_ids(tokenizer, TALKS[talk])
-    assert check_written([before], {"student": taken}) == []
+    assert check_rendered([before], {"student": taken}) == []
     with pytest.raises(UserError, match=r"prompt 'row' is a conversation.*rollout.rendered"):
         taken(prompt(*TALKS[talk]))
 
@@ -191,7 +191,7 @@ def test_a_question_about_control_tokens_was_not_rendered(name: str) -> None:
     for text in (f"What does {found.user} mean?", f"{token} is what?", "user\nassistant", ""):
         assert looks_rendered(text, tokenizer, found) is None
         assert of_another_family(text, tokenizer) is None
-    notes = check_written([prompt(("user", f"What is {token}?"))] * 2, {"student": Renderer(tokenizer)})
+    notes = check_rendered([prompt(("user", f"What is {token}?"))] * 2, {"student": Renderer(tokenizer)})
     assert len(notes) == 1
     assert "2 control tokens" in notes[0]
     assert "ordinary text" in notes[0]
@@ -200,7 +200,7 @@ def test_a_question_about_control_tokens_was_not_rendered(name: str) -> None:
 def test_a_prompt_rendered_for_another_family_is_noted() -> None:
     theirs = as_text(conversation(prompt(*TALKS["single"]).messages), made("qwen3"))
     tokenizer = made("llama3.1")
-    notes = check_written([prompt(("user", theirs)), prompt(*TALKS["single"])], {"student": Renderer(tokenizer)})
+    notes = check_rendered([prompt(("user", theirs)), prompt(*TALKS["single"])], {"student": Renderer(tokenizer)})
     assert len(notes) == 1
     assert "1 of 2 prompts look rendered for another family (row 'row' spells '<|im_start|>user')" in notes[0]
 
@@ -210,7 +210,7 @@ def test_a_base_model_does_not_render_and_its_prompts_may_look_rendered() -> Non
     text = as_text(conversation(prompt(*TALKS["single"]).messages), tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="look rendered already"):
-        check_written([prompt(("user", text), plain=True)], {"student": Renderer(tokenizer)})
+        check_rendered([prompt(("user", text), plain=True)], {"student": Renderer(tokenizer)})
 
 
 def test_a_beginning_that_a_template_writes_twice_is_counted_for_whoever_reads_it() -> None:
@@ -218,7 +218,7 @@ def test_a_beginning_that_a_template_writes_twice_is_counted_for_whoever_reads_i
     tokenizer.chat_template = "{{ bos_token }}" + FAMILIES["gemma2"].template
     asked = [prompt(*TALKS["single"])] * 3
     readers = {"student": Renderer(made("gemma3")), "teacher": Renderer(tokenizer)}
-    notes = check_written(asked, readers)
+    notes = check_rendered(asked, readers)
     assert len(notes) == 1
     assert "3 of 3 prompts begin with two beginning-of-text tokens for the teacher" in notes[0]
-    assert check_written(asked, {"student": readers["student"]}) == []
+    assert check_rendered(asked, {"student": readers["student"]}) == []

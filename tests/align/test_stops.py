@@ -32,25 +32,25 @@ INHERITED = LlamaConfig()  # whose class says eos_token_id=2, here the letter b
 
 def refused(*arguments: object, **settings: object) -> str:
     with pytest.raises(UserError) as caught:
-        stop_tokens(*arguments, who="student", **settings)  # type: ignore[arg-type]
+        stop_tokens(*arguments, label="student", **settings)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_the_tokenizers_own_stop_is_primary() -> None:
-    chat = stop_tokens(tokenizer("<|im_end|>"), generation([5, 4]), SILENT, who="student")
+    chat = stop_tokens(tokenizer("<|im_end|>"), generation([5, 4]), SILENT, label="student")
     assert chat == StopTokens(frozenset({4, 5}), 5)
-    base = stop_tokens(tokenizer("<|endoftext|>"), generation(4), SILENT, who="student")
+    base = stop_tokens(tokenizer("<|endoftext|>"), generation(4), SILENT, label="student")
     assert base == StopTokens(frozenset({4}), 4)
     # What generation_config.json leaves out still ends the writing if the tokenizer calls it the end.
-    assert stop_tokens(tokenizer("<|im_end|>"), generation(4), None, who="student").ids == {4, 5}
-    assert stop_tokens(tokenizer("<|im_end|>"), None, None, who="student") == StopTokens(frozenset({5}), 5)
+    assert stop_tokens(tokenizer("<|im_end|>"), generation(4), None, label="student").ids == {4, 5}
+    assert stop_tokens(tokenizer("<|im_end|>"), None, None, label="student") == StopTokens(frozenset({5}), 5)
 
 
 def test_without_one_the_configurations_are_asked_in_order() -> None:
-    assert stop_tokens(tokenizer(), generation([5, 4]), None, who="student") == StopTokens(frozenset({4, 5}), 5)
-    assert stop_tokens(tokenizer(), generation(None), Qwen3Config(eos_token_id=4), who="student").primary == 4
-    assert stop_tokens(tokenizer(), generation(5), Qwen3Config(eos_token_id=4), who="student").ids == {5}
+    assert stop_tokens(tokenizer(), generation([5, 4]), None, label="student") == StopTokens(frozenset({4, 5}), 5)
+    assert stop_tokens(tokenizer(), generation(None), Qwen3Config(eos_token_id=4), label="student").primary == 4
+    assert stop_tokens(tokenizer(), generation(5), Qwen3Config(eos_token_id=4), label="student").ids == {5}
 
 
 @pytest.mark.parametrize("own", [None, "<|endoftext|>"])
@@ -68,7 +68,7 @@ def test_an_inherited_stop_that_is_an_ordinary_word_is_refused(own: str | None) 
 
 def test_a_stop_that_is_called_special_by_the_tokenizer_only_as_its_end() -> None:
     made = tokenizer("<|endoftext|>", special=False)
-    assert stop_tokens(made, generation(4), None, who="student").primary == 4
+    assert stop_tokens(made, generation(4), None, label="student").primary == 4
     assert "'<|im_end|>', an ordinary token" in refused(tokenizer(None, special=False), generation(5), None)
 
 
@@ -82,7 +82,7 @@ def test_beyond_the_vocabulary_and_none_at_all() -> None:
 def test_override() -> None:
     made = tokenizer("<|endoftext|>")
     # Said on purpose, so an ordinary token may be one, and what the configurations say does not matter.
-    chosen = stop_tokens(made, None, INHERITED, who="student", override=["<|im_end|>", "b", 4])
+    chosen = stop_tokens(made, None, INHERITED, label="student", override=["<|im_end|>", "b", 4])
     assert chosen == StopTokens(frozenset({2, 4, 5}), 5)
     assert "did you mean '<|im_end|>'?" in refused(made, None, None, override=["<im_end>"])
     assert "not one token" in refused(made, None, None, override=["a b"])
@@ -112,13 +112,13 @@ def test_the_primary_stop_is_one_of_the_stops() -> None:
 def test_the_stop_of_several_is_what_the_template_writes() -> None:
     """Gemma's kind: `eos_token` is not what ends a turn; generation_config.json lists both."""
     both = generation([2, 4])
-    assert stop_tokens(make_tokenizer(chat=True), both, None, who="teacher") == StopTokens(frozenset({2, 4}), 4)
-    assert stop_tokens(make_tokenizer(), both, None, who="teacher") == StopTokens(frozenset({2, 4}), 2)
+    assert stop_tokens(make_tokenizer(chat=True), both, None, label="teacher") == StopTokens(frozenset({2, 4}), 4)
+    assert stop_tokens(make_tokenizer(), both, None, label="teacher") == StopTokens(frozenset({2, 4}), 2)
     # A template that raises, or that drops what the assistant said, decides nothing.
     for template in ("{{ raise_exception('no') }}", "{{ messages[0].content }}<|im_end|>"):
         odd = make_tokenizer()
         odd.chat_template = template
-        assert stop_tokens(odd, both, None, who="teacher").primary == 2
+        assert stop_tokens(odd, both, None, label="teacher").primary == 2
         assert turn_end(odd) == ()
 
 

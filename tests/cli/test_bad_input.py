@@ -20,7 +20,7 @@ from retort.core.needs import Need, NeedKind
 from retort.core.rollouts import Group, Pack
 from retort.core.signals import Dense, Sampled, TeacherSignal
 from retort.errors import RunError, UserError
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.train import runner
 
 Command = Callable[..., tuple[int, str]]
@@ -192,7 +192,7 @@ class FakeTeacher:
         self._answer = answer
         self.asked: list[frozenset[Need]] = []
 
-    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
+    def score(self, groups: Sequence[Group], ask: ScoreRequest) -> TeacherSignal:
         self.asked.append(ask.needs)
         return self._answer(Pack.of([rollout for group in groups for rollout in group]))
 

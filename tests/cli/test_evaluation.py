@@ -57,7 +57,7 @@ def test_data_without_answers(
     for words, message in (
         (["teacher=x"], "does not read 'teacher'"),
         (["optimizer.learning_rate=1"], "does not read 'optimizer.learning_rate'"),
-        (["problems=0"], "nothing to judge"),
+        (["problems=0"], "nothing to evaluate"),
         (["task=exact"], "has no answer"),
     ):
         assert main(["eval", str(model_folder(seed=1)), "--data", str(data), *words]) == 2

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from retort import registry
 from retort.cli import main
-from retort.cli.reference import chosen, field_of, limits, page, settings_of
+from retort.cli.reference import chosen, field_for, limits, method_settings, page
 from retort.config import Config, keys, resolve
 from retort.config.precedence import FOLLOWS, flat
 from retort.config.synonyms import ELSEWHERE, ours_for
@@ -28,7 +28,7 @@ from retort.method import number_problem
 from retort.models.described import Described
 from retort.models.files import _wrong_with
 from retort.train.learning.rates import Rates
-from retort.train.setup.before import fit_lengths, fit_steps, of_the_paper
+from retort.train.setup.before import fit_lengths, fit_steps, paper_settings
 from retort.train.setup.templates import Extremes
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def test_a_papers_settings_are_marked(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("name", registry.names())
 def test_settings_of_methods_have_words_and_kinds(name: str) -> None:
-    for one in settings_of(name):
+    for one in method_settings(name):
         assert one.what, one.key
         assert one.kind != "see what it is", one.key
 
@@ -92,7 +92,7 @@ def test_settings_of_methods_have_words_and_kinds(name: str) -> None:
 def test_sections_and_single_settings(capsys: pytest.CaptureFixture[str]) -> None:
     assert [one.key for one in chosen("lora.rank")] == ["lora.rank"]
     assert {one.key for one in chosen("run")} == {key for key in keys() if "." not in key}
-    assert chosen("method") == settings_of(str(resolve().method["name"]))
+    assert chosen("method") == method_settings(str(resolve().method["name"]))
     assert main(["settings", "optimzer"]) == 2
     assert "did you mean 'optimizer'" in capsys.readouterr().err
     assert main(["settings", "lr"]) == 2
@@ -244,7 +244,7 @@ def _accepted(key: str, value: object) -> object:
 def test_every_number_has_bounds() -> None:
     assert len(_numeric()) > 30
     for key in _numeric():
-        assert limits(field_of(key))[1] or key == "lora.dropout", key
+        assert limits(field_for(key))[1] or key == "lora.dropout", key
 
 
 @pytest.mark.parametrize("key", _numeric())
@@ -259,7 +259,7 @@ def test_every_number_has_bounds() -> None:
     )
 )
 def test_a_number_is_taken_if_and_only_if_it_lies_within_the_bounds(key: str, value: float) -> None:
-    field = field_of(key)
+    field = field_for(key)
     whole = field.annotation is int or int in getattr(field.annotation, "__args__", ())
     try:
         taken: Any = _accepted(key, value)
@@ -307,15 +307,15 @@ def test_every_papers_settings_are_ours() -> None:
 def test_a_papers_evaluation_is_no_longer_than_what_the_user_gives(name: str) -> None:
     paper = flat(registry.load(name).recipe)
     untouched = resolve({"method": {"name": name}})
-    assert all(untouched.value(key) == value and not untouched.given(key) for key, value in paper.items())
+    assert all(untouched.value(key) == value and not untouched.set_by_user(key) for key, value in paper.items())
     short = resolve({"method": {"name": name}, "rollout": {"max_new_tokens": 32}})
-    assert short.given("rollout.max_new_tokens")
+    assert short.set_by_user("rollout.max_new_tokens")
     assert (short.rollout.max_new_tokens, short.eval.max_new_tokens) == (32, None)
     both = resolve({"method": name, "rollout": {"max_new_tokens": 32}, "eval": {"max_new_tokens": 64}})
     assert (both.rollout.max_new_tokens, both.eval.max_new_tokens) == (32, 64)
     again = resolve(short.model_dump(exclude={"method", "own_method"}), {"method": name})
     assert again == short
-    assert all(again.given(key) for key in keys() if key not in ("method", "own_method"))
+    assert all(again.set_by_user(key) for key in keys() if key not in ("method", "own_method"))
 
 
 def _described(context: int, **more: Any) -> Described:
@@ -334,7 +334,7 @@ def test_lengths_that_nobody_gave_are_made_to_fit() -> None:
     small: Mapping[Any, Described] = {"student": _described(128)}
     fitted = fit_lengths(resolve({"method": "eopd"}), small, _read(20), notes)
     assert (fitted.rollout.max_new_tokens, fitted.eval.max_new_tokens) == (108, 106)
-    assert not fitted.given("rollout.max_new_tokens")
+    assert not fitted.set_by_user("rollout.max_new_tokens")
     assert len(notes) == 2 and "row 'b', 22 tokens" in notes[1] and "context of 128" in notes[1]
     # Of the two that read, the one that holds less counts; a default is nobody's either.
     two: Mapping[Any, Described] = {"student": _described(8192), "teacher": _described(1000)}
@@ -401,11 +401,11 @@ def test_a_papers_steps_leave_room_for_a_cold_start() -> None:
 
 
 def test_a_run_says_what_it_takes_from_the_paper() -> None:
-    (said,) = of_the_paper(resolve({"method": "eopd"}, {"optimizer": {"updates": 2}}), registry.load("eopd"))
+    (said,) = paper_settings(resolve({"method": "eopd"}, {"optimizer": {"updates": 2}}), registry.load("eopd"))
     assert "eval.top_p=0.8" in said and "eval.max_new_tokens=8192" in said and "updates" not in said
     assert "2603.07079" in said
     everything = resolve(resolve({"method": "eopd"}).model_dump(exclude={"method"}), {"method": "eopd"})
-    assert of_the_paper(everything, registry.load("eopd")) == []
+    assert paper_settings(everything, registry.load("eopd")) == []
 
 
 def _at(schedule: str, *, warmup: int = 0) -> Rates:
@@ -426,7 +426,7 @@ def test_a_learning_rate_that_rises_on_resume_is_said() -> None:
 
 EARLY: dict[str, tuple[list[str], str]] = {
     "length": (["rollout.max_new_tokens=128"], "context of 128; lower rollout.max_new_tokens"),
-    "judged": (["rollout.max_new_tokens=6", "eval.max_new_tokens=128"], "lower eval.max_new_tokens"),
+    "evaluated": (["rollout.max_new_tokens=6", "eval.max_new_tokens=128"], "lower eval.max_new_tokens"),
     "prompt": (["rollout.max_prompt_tokens=1"], "more than rollout.max_prompt_tokens = 1"),
     "tracker": (["tracker=wandb"], "pip install 'wandb'"),
     "adapter": (["lora.rank=4"], "lora.rank needs peft"),

@@ -52,11 +52,11 @@ def test_means_are_over_ten_steps_and_what_is_of_one_step_says_so() -> None:
 def test_a_pipe_hears_of_a_phase_when_it_begins() -> None:
     observer, file = piped()
     observer.working("reading [the] data")
-    observer.phase("judging the teacher", 0, 64)
-    assert file.getvalue() == "reading [the] data ...\njudging the teacher: 0 of 64\n"
-    observer.phase("judging the teacher", 32, 64)
-    observer.phase("judging the teacher", 64, 64)
-    assert "judging the teacher: 64 of 64 after 0 s" in file.getvalue()
+    observer.phase("evaluating the teacher", 0, 64)
+    assert file.getvalue() == "reading [the] data ...\nevaluating the teacher: 0 of 64\n"
+    observer.phase("evaluating the teacher", 32, 64)
+    observer.phase("evaluating the teacher", 64, 64)
+    assert "evaluating the teacher: 64 of 64 after 0 s" in file.getvalue()
 
 
 def test_shares_are_in_per_cent_and_all_else_has_its_unit() -> None:
@@ -68,7 +68,7 @@ def test_shares_are_in_per_cent_and_all_else_has_its_unit() -> None:
     assert said == [
         ["avg@2", "25.0%"],
         ["length, tokens", "0.2"],
-        ["answers cut at the limit", "25.0%"],
+        ["completions cut at the limit", "25.0%"],
         ["reverse KL, all tokens, nats", "0.250"],
     ]
 
@@ -135,7 +135,7 @@ def test_a_real_process_in_a_pipe(tiny_run: dict[str, Any], tmp_path: Path) -> N
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     said, complaint = process.communicate(timeout=60)
-    assert any(line.startswith("judging the teacher: 0 of 4") for line in heard)
+    assert any(line.startswith("evaluating the teacher: 0 of 4") for line in heard)
     assert "note: interrupted: finishing step" in said
     assert process.returncode == 1
     assert complaint.startswith("retort: interrupted at step") and len(complaint.splitlines()) == 1

@@ -43,7 +43,7 @@ def texts(outputs: list[dict[str, Any]]) -> list[str]:
 def check(shown: list[str]) -> None:
     """One bar for each phase, written anew and not line after line; the table; the value of the cell."""
     assert [text.split(" ━")[0] for text in shown if "━━ " in text] == [
-        *("judging the teacher", "judging the student", "distilling", "judging the student"),
+        *("evaluating the teacher", "evaluating the student", "distilling", "evaluating the student"),
     ]
     bar = next(text for text in shown if text.startswith("distilling"))
     assert f"{'━' * 24} 2/2" in bar

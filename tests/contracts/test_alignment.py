@@ -29,7 +29,7 @@ def alignment(request: pytest.FixtureRequest) -> Alignment:
 
 def theirs(alignment: Alignment) -> dict[int, int]:
     """The teacher's id of each id of the student's, stops left as they are; by nothing but `ours`."""
-    return {ours: i for i, ours in enumerate(alignment.ours(range(alignment.width))) if ours >= 0}
+    return {ours: i for i, ours in enumerate(alignment.to_student(range(alignment.width))) if ours >= 0}
 
 
 def sequence() -> TokenSequence:
@@ -87,7 +87,7 @@ def test_a_token_without_an_id_is_refused_and_not_read_as_another() -> None:
 
 
 def test_fewer_ids_are_the_first_ones_or_refused() -> None:
-    assert ALIGNMENTS["same ids, other stops"].about(5).vocab == 5
-    assert ALIGNMENTS["id map"].about(6).vocab == 6
+    assert ALIGNMENTS["same ids, other stops"].for_vocab(5).vocab == 5
+    assert ALIGNMENTS["id map"].for_vocab(6).vocab == 6
     with pytest.raises(UserError, match="share only 5 ids, and a teacher that has other ids .* is about all 6"):
-        ALIGNMENTS["id map"].about(5)
+        ALIGNMENTS["id map"].for_vocab(5)

@@ -13,9 +13,9 @@ from scripted import ScriptedEngine
 from support import make_tokenizer
 from torch import Tensor
 
+from retort.core.random_streams import uniforms
 from retort.core.rollouts import Status
 from retort.core.sequences import Media, TokenSequence
-from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling

@@ -16,9 +16,9 @@ from support import make_tokenizer
 from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import decode
+from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Status
 from retort.core.sequences import TokenSequence
-from retort.core.streams import UniformStream, uniforms
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling

@@ -13,7 +13,7 @@ from support import group_of
 from retort.core.rollouts import Group, Message, Prompt
 from retort.rewards import ByText, Grade, Grader
 from retort.rewards.base import graded
-from retort.rewards.own import own_grader
+from retort.rewards.user import user_grader
 from retort.rewards.verify import VERIFIERS, MathVerifier
 from retort.train.setup.prompts import builtin_prompts
 
@@ -64,9 +64,9 @@ def of_task(name: str) -> tuple[Callable[[], Grader], Prompt]:
 
 GRADERS: dict[str, tuple[Callable[[], Grader], Prompt]] = {
     **{name: of_task(name) for name in VERIFIERS},
-    "a function": (lambda: own_grader(length, "length", SUM), SUM),
-    "a function that returns a Grade": (lambda: own_grader(verdict, "verdict", SUM), SUM),
-    "an object that compares siblings": (lambda: own_grader(Shortest(), "shortest", SUM), SUM),
+    "a function": (lambda: user_grader(length, "length", SUM), SUM),
+    "a function that returns a Grade": (lambda: user_grader(verdict, "verdict", SUM), SUM),
+    "an object that compares siblings": (lambda: user_grader(Shortest(), "shortest", SUM), SUM),
     "a class of the protocol": (Ranked, SUM),
 }
 pytestmark = pytest.mark.parametrize("kind", GRADERS)

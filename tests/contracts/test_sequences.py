@@ -18,9 +18,9 @@ from retort.align.chat import TemplateOptions
 from retort.align.pair import SameIds
 from retort.align.stops import StopMap, StopTokens
 from retort.core.needs import DENSE, SAMPLED
+from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import Media, TokenSequence
-from retort.core.streams import UniformStream, uniforms
 from retort.errors import UserError
 from retort.evaluate import trust
 from retort.evaluate.evaluator import Evaluator
@@ -34,7 +34,7 @@ from retort.rollout.engines.hf import HFEngine, Request, Sampling
 from retort.rollout.episodes import Task
 from retort.rollout.plan import RolloutPlan
 from retort.rollout.record import token_row
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import frozen, live, trust_region
@@ -96,13 +96,13 @@ def own_logp(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
 def test_every_pass_of_a_model_reads_all_of_it(lm: LanguageModel, rollout: Rollout, way: str) -> None:
     sequences = [rollout.sequence, single(rollout.sequence.prefix.tokens_L.tolist()).sequence, rollout.sequence.cut(4)]
     assert lm.packs
-    assert lm.shares
-    lm.shares = way == "shared"
+    assert lm.shared_prefixes
+    lm.shared_prefixes = way == "shared"
     try:
         with torch.no_grad():
             hidden_ND = getattr(lm, "packed" if way == "shared" else way)(sequences)
     finally:
-        lm.shares = True
+        lm.shared_prefixes = True
     logp_NV = lm.head().logits(hidden_ND)[:, :VOCAB].log_softmax(-1)
     torch.testing.assert_close(logp_NV, own_logp(lm, sequences), rtol=1e-4, atol=1e-4)
 
@@ -141,7 +141,7 @@ def test_every_teacher_reads_what_the_student_read(lm: LanguageModel, rollout: R
     here, there = list(stops), list(stops.values())
     logp_NV[:, here] = logp_NV[:, there]
     for needs in (frozenset({SAMPLED}), frozenset({DENSE})):
-        signal = make(lm).score(in_groups(pack.rollouts), Ask(view, needs))
+        signal = make(lm).score(in_groups(pack.rollouts), ScoreRequest(view, needs))
         signal.check_tokens(pack.steps.tokens_N)
         found_N = signal.rows(slice(None)).sampled_logp_N
         torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageM
     view = View(render=lambda scene: shown)
     teacher = local(lm)
     sequence = rollout.sequence.with_prefix(TokenSequence.of(teacher.render(shown)))
-    said = teacher.score([(rollout,)], Ask(view, frozenset({SAMPLED})))
+    said = teacher.score([(rollout,)], ScoreRequest(view, frozenset({SAMPLED})))
     found_N = said.rows(slice(None)).sampled_logp_N
     expected_N = own_logp(lm, [sequence]).gather(1, said.tokens_N[:, None]).squeeze(1)
     torch.testing.assert_close(found_N, expected_N, rtol=1e-4, atol=1e-4)
@@ -164,7 +164,10 @@ def test_a_teacher_need_not_know_the_ids_of_the_students_prompt(lm: LanguageMode
     rollout = three_turns([lm.rows + 7, 5])
     pack = Pack.of([rollout])
     found_N = (
-        local(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))).rows(slice(None)).sampled_logp_N
+        local(lm)
+        .score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({SAMPLED})))
+        .rows(slice(None))
+        .sampled_logp_N
     )
     sequence = rollout.sequence.with_prefix(TokenSequence.of(lm.tokenizer(TEXT)["input_ids"]))
     expected_N = own_logp(lm, [sequence]).gather(1, pack.steps.tokens_N[:, None]).squeeze(1)
@@ -261,7 +264,7 @@ def test_kept_answers_come_back_from_their_file_as_they_were(
     RolloutCache(tmp_path).keep(kept, plan, 1)
     again = RolloutCache(tmp_path)
     again.go_back(*setup, 1)
-    for one, two in zip(kept, again.answers.values(), strict=True):
+    for one, two in zip(kept, again.completions.values(), strict=True):
         same(one, two)
 
 
@@ -374,7 +377,7 @@ def test_a_model_of_text_refuses_media(lm: LanguageModel) -> None:
         lambda: lm.all_hidden([sequence], 8),
         lambda: engine.generate([Request(sequence.prefix, uniforms(0, "x", count=2))], Sampling(2)),
         # The teacher renders the prompt itself: an image that it would not see must not vanish.
-        lambda: local(lm).score([(rollout,)], Ask(View(), frozenset({SAMPLED}))),
+        lambda: local(lm).score([(rollout,)], ScoreRequest(View(), frozenset({SAMPLED}))),
     ]
     for ask in asks:
         with pytest.raises(UserError, match=r"holds an image, a sound or a video.*model of text alone"):

@@ -21,7 +21,7 @@ from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_group
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
 from retort.models.load import load_model
-from retort.teachers.base import Ask, Teacher
+from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
@@ -103,10 +103,12 @@ def given(groups: list[Group]) -> Tensor:
     return torch.stack([torch.randperm(VOCAB, generator=draw)[:K] for _ in range(steps)])
 
 
-def ask(made: Made, *needs: Need, groups: list[Group], view: View | None = None, temperature: float = 1.0) -> Ask:
+def ask(
+    made: Made, *needs: Need, groups: list[Group], view: View | None = None, temperature: float = 1.0
+) -> ScoreRequest:
     """As `answers` would ask: who has the whole distribution is given no ids."""
     wanted = any(need.kind == "logp_at" for need in needs) and not can_meet(made.teacher.capabilities, DENSE)
-    return Ask(made.sees(view or View()), frozenset(needs), temperature, given(groups) if wanted else None)
+    return ScoreRequest(made.sees(view or View()), frozenset(needs), temperature, given(groups) if wanted else None)
 
 
 def able(made: Made) -> list[Need]:
@@ -183,7 +185,7 @@ def test_it_speaks_of_exactly_the_ids_it_is_given(made: Made, lm: Any) -> None:
     """Given to those that have the whole distribution, too: then they need not keep it."""
     groups = batch(lm)
     ids_NK = given(groups)
-    said = made.teacher.score(groups, Ask(made.sees(View()), frozenset(least(made)), 1.0, ids_NK))
+    said = made.teacher.score(groups, ScoreRequest(made.sees(View()), frozenset(least(made)), 1.0, ids_NK))
     assert not isinstance(said, Dense)
     found = rows(said)
     asked_NK = found.candidates(K)

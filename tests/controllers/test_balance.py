@@ -7,21 +7,21 @@ import math
 import pytest
 import torch
 
-from retort.controllers import Seen, State
+from retort.controllers import Observation, State
 from retort.controllers.balance import FEATURES, Balance, balance
-from retort.core.streams import generator
+from retort.core.random_streams import generator
 
 
-def seen(forward: float = 1.0, reverse: float = 1.0, jsd: float = 0.5) -> Seen:
+def seen(forward: float = 1.0, reverse: float = 1.0, jsd: float = 0.5) -> Observation:
     values = dict.fromkeys(FEATURES, 0.3) | {"forward_kl": forward, "reverse_kl": reverse, "jsd": jsd}
-    return Seen(values)
+    return Observation(values)
 
 
 def start(policy: Balance, seed: int = 0) -> State:
     return policy.init(generator(seed, "controllers", "test"))
 
 
-def act(policy: Balance, state: State, what: Seen, step: int = 0, seed: int = 0) -> State:
+def act(policy: Balance, state: State, what: Observation, step: int = 0, seed: int = 0) -> State:
     return policy.act(state, what, generator(seed, "controllers", "test", step))
 
 
@@ -64,7 +64,7 @@ def test_as_published_the_update_is_adams_of_the_published_loss() -> None:
     adam = torch.optim.Adam(networks.parameters(), lr=1e-3)
     baseline = None
     for step in range(5):
-        what = Seen({name: 0.3 + 0.1 * place + 0.05 * step for place, name in enumerate(FEATURES)})
+        what = Observation({name: 0.3 + 0.1 * place + 0.05 * step for place, name in enumerate(FEATURES)})
         v = networks(torch.tensor([what.before[name] for name in FEATURES], dtype=torch.float64)).squeeze()
         state = act(policy, state, what)
         assert float(state["value"]) == pytest.approx(float(v.detach()), rel=1e-9)
@@ -174,7 +174,7 @@ def test_the_state_seen_is_normalised_by_what_was_seen_before() -> None:
     policy, state = balance("bandit"), start(balance("bandit"))
     values = [0.1, 0.4, 0.2, 0.9, 0.5]
     for step, value in enumerate(values):
-        what = Seen(dict.fromkeys((*FEATURES, "jsd"), value))
+        what = Observation(dict.fromkeys((*FEATURES, "jsd"), value))
         state = policy.learn(act(policy, state, what, step), what, {"jsd": value})
     spread = torch.tensor(values, dtype=torch.float64)
     wanted = (spread[-1] - spread.mean()) / spread.std(correction=0)

@@ -255,7 +255,7 @@ def test_a_small_kl_of_bf16_logits() -> None:
     teacher_NV = (2 * torch.randn(64, 4096, generator=draw)).bfloat16()
     student_NV = (teacher_NV.float() + 0.05 * torch.randn(64, 4096, generator=draw)).bfloat16()
     exact = kl_values(student_NV.double().log_softmax(-1), teacher_NV.double().log_softmax(-1)).mean()
-    context = Context.of(
+    context = Context.from_logits(
         logits_NV=student_NV, tokens_N=torch.zeros(64, dtype=torch.long),
         signals={"teacher": Dense.of(teacher_NV, torch.zeros(64, dtype=torch.long)).rows(slice(0, 64))},
     )  # fmt: skip

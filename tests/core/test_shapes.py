@@ -210,7 +210,7 @@ SHAPES: dict[str, tuple[dict[str, Any], dict[str, str], Prompt, str]] = {
         {"prompt": "x", "completion": "y"},
         {},
         bare("x"),
-        "columns not used: completion; if `completion` is the answer to learn from, map it: "
+        "columns not used: completion; if `completion` is the response to learn from, map it: "
         "columns.response=completion",
     ),
     "a turn with its time": (

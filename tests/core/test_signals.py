@@ -154,7 +154,7 @@ def candidates(ids: Tensor = IDS, logp: Tensor = LOGP, **more: Any) -> Candidate
         ({"logp": torch.tensor([[-0.5, math.nan, -2.0], [-1.0, -2.0, -3.0]])}, "nan"),
         ({"ids": IDS[:, :2]}, r"\[N, K\]"),
         ({"ids": IDS[:1], "logp": LOGP[:1]}, "1 steps, the rollouts have 2"),
-        ({"sampled_logp_N": torch.tensor([-1.0, math.nan])}, "log-prob of a written token is nan"),
+        ({"sampled_logp_N": torch.tensor([-1.0, math.nan])}, "log-prob of a sampled token is nan"),
         ({"top": TopK(TOKENS + 1, "t", IDS, LOGP)}, "misaligned at step 0"),
     ],
 )
@@ -178,7 +178,7 @@ def test_candidates_say_what_they_were_asked_and_no_more() -> None:
     missing: list[Any] = [
         (lambda: rows.candidates(4), "no log-probs of the student's top-4 .it kept 3"),
         (lambda: rows.logp_at(torch.tensor([[2], [7]])), "no log-prob of id 7"),
-        (lambda: rows.sampled_logp_N, "no log-prob of the written token"),
+        (lambda: rows.sampled_logp_N, "no log-prob of the sampled token"),
         (lambda: rows.topk(1), "no top-k"),
         (lambda: rows.entropy_N, "no entropy"),
         (lambda: rows.logp_NV, "no full distribution"),

@@ -19,7 +19,9 @@ KAPPA = 0.05
 
 def context(student: Tensor, teacher: Tensor) -> Context:
     tokens = torch.zeros(len(student), dtype=torch.long)
-    return Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None), student.shape[1])})
+    return Context.from_logits(
+        student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None), student.shape[1])}
+    )
 
 
 def drawn(rows: int = 6, vocab: int = 11, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,7 @@ def test_what_is_no_distribution_stays_nan() -> None:
     student = torch.tensor([[1.0, math.nan, 0.0]], dtype=torch.float64)
     teacher = Distribution(torch.tensor([[1.0, 0.0, -math.inf]], dtype=torch.float64))
     found = clipped(KAPPA).value(
-        Context.of(student, torch.zeros(1, dtype=torch.long), {"teacher": _Rows(teacher)}), "teacher"
+        Context.from_logits(student, torch.zeros(1, dtype=torch.long), {"teacher": _Rows(teacher)}), "teacher"
     )
     assert found.isnan().all()
 

@@ -22,7 +22,7 @@ VOCAB = 12
 def value(part: Divergence, student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
     tokens_N = torch.zeros(len(student_NV), dtype=torch.long)
     rows = Dense.of(teacher_NV, tokens_N).rows(slice(None))
-    return part.value(Context.of(student_NV, tokens_N, {"teacher": rows}), "teacher")
+    return part.value(Context.from_logits(student_NV, tokens_N, {"teacher": rows}), "teacher")
 
 
 def pair(seed: int, rows: int = 5) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ def weighed(stat: Shape) -> Weight:
 
 
 @dataclass(frozen=True)
-class Own(Pathwise):
+class UserGrading(Pathwise):
     shape: Shape = Tensor.mean
 
     def token_loss(self, context: Context, view: str, term: str, weight_N: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ TERMS: dict[str, Callable[[Shape], Term]] = {
         "t", score_function(part(Advantage, lambda x: x), baseline=part(Baseline, shape), clip=0.2)
     ),
     "statistic": lambda shape: Term("t", pathwise(reverse_kl()), weight=weighed(shape)),
-    "estimator": lambda shape: Term("t", Own(reverse_kl(), shape)),
+    "estimator": lambda shape: Term("t", UserGrading(reverse_kl(), shape)),
 }
 
 

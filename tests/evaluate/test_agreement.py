@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from retort.evaluate.agreement import average_ranks, brier, by_prompt, kendall, of_prompt, pairwise_accuracy, spearman
+from retort.evaluate.agreement import (
+    average_ranks,
+    brier,
+    by_prompt,
+    kendall,
+    pairwise_accuracy,
+    prompt_agreement,
+    spearman,
+)
 
 
 def given(*values: float) -> Tensor:
@@ -18,18 +26,18 @@ def given(*values: float) -> Tensor:
 def test_perfect_and_reversed_order() -> None:
     rewards = given(0, 1, 0, 1, 1)
     scores = given(-3, -1, -2, -0.5, -0.1)
-    right = of_prompt(scores, rewards)
+    right = prompt_agreement(scores, rewards)
     assert (right["kendall"], right["pairwise_accuracy"], right["auc"]) == (1.0, 1.0, 1.0)
     assert 0 < (right["spearman"] or 0) < 1, "rewards tie"
     assert 0 < (right["point_biserial"] or 0) < 1
-    wrong = of_prompt(-scores, rewards)
+    wrong = prompt_agreement(-scores, rewards)
     assert (wrong["kendall"], wrong["pairwise_accuracy"], wrong["auc"]) == (-1.0, 0.0, 0.0)
     assert wrong["spearman"] == pytest.approx(-(right["spearman"] or 0))
 
 
 def test_by_hand() -> None:
     rewards, scores = given(1, 0, 1, 0), given(-1, -2, -3, -4)
-    found = of_prompt(scores, rewards)
+    found = prompt_agreement(scores, rewards)
     # Pairs of unequal reward: (a b) and (a d) and (c d) in order, (b c) not.
     assert found["pairwise_accuracy"] == pytest.approx(3 / 4)
     assert found["auc"] == pytest.approx(3 / 4)
@@ -48,12 +56,12 @@ def test_graded_rewards_have_a_perfect_rank_correlation() -> None:
 
 def test_ties_of_scores() -> None:
     rewards, scores = given(1, 0, 1, 0), given(-1, -1, -1, -2)
-    found = of_prompt(scores, rewards)
+    found = prompt_agreement(scores, rewards)
     assert found["auc"] == pytest.approx((0.5 + 1 + 0.5 + 1) / 4), "half credit"
     assert found["pairwise_accuracy"] == pytest.approx(2 / 4), "no credit"
     assert found["kendall"] == 1.0, "left out"
     assert average_ranks(scores).tolist() == [3.0, 3.0, 3.0, 1.0]
-    flat = of_prompt(given(-1, -1, -1, -1), rewards)
+    flat = prompt_agreement(given(-1, -1, -1, -1), rewards)
     assert flat["kendall"] is None
     assert flat["spearman"] is None
     assert flat["auc"] == 0.5
@@ -61,7 +69,7 @@ def test_ties_of_scores() -> None:
 
 def test_equal_rewards_are_undefined_and_not_0() -> None:
     for rewards in (given(0, 0, 0), given(1, 1, 1)):
-        found = of_prompt(given(-1, -2, -3), rewards)
+        found = prompt_agreement(given(-1, -2, -3), rewards)
         assert {name: value for name, value in found.items() if name != "brier"} == dict.fromkeys(
             ("spearman", "kendall", "pairwise_accuracy", "auc", "point_biserial")
         )

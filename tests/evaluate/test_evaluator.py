@@ -37,7 +37,7 @@ def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict
     sections = {"method": {"name": "temperature"}, "eval": {"temperature": 0.6, "samples": 1}, "record": {"answers": 4}}
     with pipeline.models_once():
         setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
-    evaluator = Evaluator.of(setup.config, setup.held_out, None, vocab=setup.learner.vocab)
+    evaluator = Evaluator.from_config(setup.config, setup.held_out, None, vocab=setup.learner.vocab)
     row = evaluator.evaluate(setup.student, setup.source.engine, teacher=setup.teachers.behind(setup.method)["teacher"])
     assert len(row["answers"]) == len(setup.held_out)
     found: list[float] = []

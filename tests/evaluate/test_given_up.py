@@ -39,16 +39,16 @@ def test_a_run_says_how_many_comparisons_found_no_end(tiny_run: dict[str, Any], 
     run.source.grader = ByText(Endless())
     run.go()
     assert [row["given_up"] for row in run.metrics] == [4, 4]
-    assert [note for note in said if "found no end" in note] == [
-        "step 1: 4 completions count as wrong because their comparison with the right answer found no end "
+    assert [note for note in said if "did not finish" in note] == [
+        "step 1: 4 completions count as wrong because their comparison with the right answer did not finish "
         "(curve given_up; docs/grading.md)"
     ]
     assert run.results["given_up"] == {"student before": 8, "student after": 8, "teacher": 8}
     file = io.StringIO()
     RichObserver(Console(file=file, width=200)).table(run.results)
-    assert "teacher: 8 answers count as wrong because their comparison found no end" in file.getvalue()
+    assert "teacher: 8 completions count as wrong because their comparison did not finish" in file.getvalue()
     page = Page(build_report([run.folder]))
-    assert "24 answers count as wrong because their comparison found no end" in page.text
+    assert "24 completions count as wrong because their comparison did not finish" in page.text
     assert page.plots()["Comparisons given up"]["series"][0]["y"] == [4, 4]
 
 

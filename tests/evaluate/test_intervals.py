@@ -18,7 +18,7 @@ from retort.evaluate.unknown import why_unknown
 
 
 def share(sums: list[float], counts: list[float]) -> Estimate:
-    found = Estimate.of_share(sums, counts)
+    found = Estimate.share(sums, counts)
     assert found is not None
     return found
 
@@ -47,12 +47,12 @@ def test_an_interval_lies_between_that_of_problems_and_that_of_answers() -> None
 
 
 def test_one_problem_has_no_interval_unless_it_is_of_a_share() -> None:
-    lone = Estimate.of([3.0])
+    lone = Estimate.mean([3.0])
     assert lone is not None and math.isnan(lone.low)
     assert lone.plain() == {"value": 3.0, "low": None, "high": None}
     assert 0 < share([1.0], [2.0]).low < 0.5 < share([1.0], [2.0]).high < 1
-    assert Estimate.of_share([], []) is None
-    assert Estimate.of_share([0.0], [0.0]) is None
+    assert Estimate.share([], []) is None
+    assert Estimate.share([0.0], [0.0]) is None
 
 
 def _covered(rate: float, problems: int, samples: int, together: float, draws: int = 400) -> float:

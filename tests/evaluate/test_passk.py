@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from retort.evaluate.measures import range_of
+from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k, student_t
 
 
@@ -27,10 +27,10 @@ def test_more_answers_than_samples_are_refused() -> None:
 
 
 def test_intervals() -> None:
-    found = Estimate.of([0.0, 1.0, 1.0, 0.0])
+    found = Estimate.mean([0.0, 1.0, 1.0, 0.0])
     assert found is not None
     assert (found.value, found.high - found.value) == pytest.approx((0.5, 3.182 * (1 / 3 / 4) ** 0.5))
-    assert Estimate.of([]) is None
+    assert Estimate.mean([]) is None
     same = Estimate.ratio([2.0, 2.0], [4.0, 4.0])
     assert same is not None
     assert (same.value, same.low, same.high) == pytest.approx((0.5, 0.5, 0.5))
@@ -48,23 +48,23 @@ def test_student_t_is_that_of_the_tables(freedom: int, table: float) -> None:
 
 
 def test_the_interval_over_runs_is_students() -> None:
-    found = Estimate.of_runs([1.0, 2.0, 3.0])
+    found = Estimate.over_runs([1.0, 2.0, 3.0])
     assert found is not None
     assert found.value == pytest.approx(2.0)
     assert found.high - found.value == pytest.approx(4.303 / 3**0.5, abs=1e-3)
-    assert Estimate.of_runs([1.0]) is None
+    assert Estimate.over_runs([1.0]) is None
 
 
 def test_an_interval_ends_where_the_measure_does() -> None:
     for name, ends in {"reverse_kl": (0.0, math.inf), "uncertain": (0.0, 1.0), "pass@8": (0.0, 1.0)}.items():
-        assert range_of(name) == ends
-    assert range_of("reward/points") == (-math.inf, math.inf)
-    wide = Estimate.of([0.0, 3.0])
+        assert bounds(name) == ends
+    assert bounds("reward/points") == (-math.inf, math.inf)
+    wide = Estimate.mean([0.0, 3.0])
     assert wide is not None and wide.low < 0
     cut = wide.within(0.0)
     assert (cut.value, cut.low, cut.high) == (wide.value, 0.0, wide.high)
     # The mean stays inside, also where rounding took it past the end.
     assert Estimate(-1e-9, -1.0, 1.0).within(0.0).low == -1e-9
     assert wide.within(0.0, 1.0).high == wide.value
-    one = Estimate.of([3.0])
+    one = Estimate.mean([3.0])
     assert one is not None and one.within(0.0).plain() == {"value": 3.0, "low": None, "high": None}

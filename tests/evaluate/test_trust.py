@@ -125,7 +125,7 @@ def test_the_command_writes_the_file_and_the_page(
     out = tmp_path / "run"
     runner.start(config.resolve(tiny_run, {"method": {"name": "opd"}, "steps": 2}), out).go()
     assert main(["trust", str(out), "--problems", "4", "--places", "2"]) == 0
-    assert "who says so" in capsys.readouterr().out
+    assert "source" in capsys.readouterr().out
     results = json.loads((out / "trust.json").read_text())
     assert results["prompts"] == "held-out prompts"
     assert [row["predictor"] for row in results["predictors"]] == list(PREDICTORS)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.distribution import Distribution
+from retort.core.random_streams import generator
 from retort.core.signals import Dense
 from retort.core.steps import ALONE, Clock, Ranks, Steps
-from retort.core.streams import generator
-from retort.loss.scoring import look, scored
+from retort.loss.scoring import observe, scored
 from retort.loss.terms import batch_scales, counted
 from retort.method import Method
 from retort.registry import load, names
@@ -126,7 +126,7 @@ class World:
         evaluate = self.evaluate(own)
         found = scored(self.method, steps, self.clock, valid, evaluate, several=True, ranks=ranks)
         scale_N = batch_scales(self.method, found, counted(self.method, valid, len(found)), ranks)
-        seen = [look(one, found, self.clock, valid, evaluate, ranks) for one in self.method.controllers]
+        seen = [observe(one, found, self.clock, valid, evaluate, ranks) for one in self.method.controllers]
         return found, scale_N, seen
 
 
@@ -174,6 +174,6 @@ def test_what_only_some_workers_have() -> None:
     assert Steps.joined([graded, bare]).reward_N is None
     assert Steps.joined([nothing, graded, nothing]).reward_N is not None
     assert not len(Steps.joined([nothing, nothing]))
-    for parts in ([graded.storing({"seen": tokens_N}), bare], [graded, bare.storing({"seen": tokens_N})]):
+    for parts in ([graded.with_stored({"seen": tokens_N}), bare], [graded, bare.with_stored({"seen": tokens_N})]):
         with pytest.raises(ValueError, match="'seen' is stored by some workers only"):
             Steps.joined(parts)

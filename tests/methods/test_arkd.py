@@ -90,7 +90,7 @@ def test_a_bandit_waits_to_be_told_what_became_of_its_choice() -> None:
     method = load("arkd")
     (policy,) = method.controllers
     assert policy.again
-    assert set(policy.sees) == {
+    assert set(policy.observes) == {
         "teacher_entropy",
         "student_entropy",
         "teacher_variance",
@@ -111,7 +111,9 @@ def test_schedules_run_from_one_end_to_the_other() -> None:
 
 
 def test_the_variance_is_over_the_vocabulary() -> None:
-    context = Context.of(logits_NV=STUDENT, tokens_N=ONE, signals={"teacher": Dense.of(TEACHER, ONE).rows(slice(None))})
+    context = Context.from_logits(
+        logits_NV=STUDENT, tokens_N=ONE, signals={"teacher": Dense.of(TEACHER, ONE).rows(slice(None))}
+    )
     assert student_variance().value(context, "teacher").item() == pytest.approx(0.0675)
     assert teacher_variance().value(context, "teacher").item() == pytest.approx(0.0125)
     for quantity, logits in ((student_variance(), STUDENT), (teacher_variance(), TEACHER)):

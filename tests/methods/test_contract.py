@@ -348,7 +348,7 @@ def test_packs_and_micro_batches_give_what_padding_gives(
     """
     setup = pipeline.prepared(tiny_run, name, **given)
     assert setup.student.packs
-    assert setup.student.shares
+    assert setup.student.shared_prefixes
     pack = pipeline.ragged(setup)
     plain = pipeline.by_padding(setup, pack)
     largest = max(float(gradient.abs().max()) for gradient in plain.gradients.values())

@@ -81,7 +81,7 @@ def test_methods_that_weigh_a_gap_stay_finite(name: str, settings: dict[str, Any
 def test_an_infinite_gap_counts_as_a_hundred_nats() -> None:
     tokens, logits = torch.tensor([0, 1]), torch.zeros(2, 4, dtype=F64)
     teacher = Sampled(tokens, logp_N=torch.tensor([-math.inf, -1.0], dtype=F64)).rows(slice(None))
-    context = Context.of(logits, tokens, {"teacher": teacher})
+    context = Context.from_logits(logits, tokens, {"teacher": teacher})
     assert context.gap_N("teacher").tolist() == [-RULED_OUT, -1.0 + math.log(4.0)]
     assert context.finite_logp_N("teacher").tolist() == [-math.log(4.0) - RULED_OUT, -1.0]
 

@@ -141,7 +141,7 @@ def test_rewards_are_needed_and_groups_are_not() -> None:
         token_losses(method, **given, rollouts=toy.rollouts)
     alone = token_losses(method, **given, rollouts=toy.rollouts, rewards=REWARDS)
     torch.testing.assert_close(alone.loss, toy.losses(method).loss)
-    assert load("egrsd", baseline="group").wants_groups
+    assert load("egrsd", baseline="group").needs_groups
     assert not load("egrsd", baseline="group").controllers
 
 

@@ -130,7 +130,7 @@ def test_first_update_has_ratio_one() -> None:
     watch = next(watch for watch in load("eopd").watch if watch.name == "clip_fraction")
     from retort.core.context import Context
 
-    context = Context.of(
+    context = Context.from_logits(
         logits_NV=STUDENT,
         tokens_N=torch.tensor([0, 0]),
         signals={"teacher": golden_signal().rows(slice(None))},

@@ -164,8 +164,8 @@ def test_defaults_are_the_released_scripts() -> None:
 def test_asks_both_models_for_the_token_written_and_no_more() -> None:
     method = registry.load("exopd")
     assert {view: [str(need) for need in method.needs(view)] for view in method.views} == {
-        "teacher": ["log-prob of the token written"],
-        "base": ["log-prob of the token written"],
+        "teacher": ["log-prob of the sampled token"],
+        "base": ["log-prob of the sampled token"],
     }
     with pytest.raises(UserError, match="needs a signal for view 'base'"):
         token_losses(method, student_logits=STUDENT, teacher_logits=TEACHER, tokens=TOKENS)

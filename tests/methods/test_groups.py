@@ -52,7 +52,7 @@ def test_the_single_settings_are_those_that_there_were() -> None:
         (uni_opd(balance=Balance(None)), "uni_opd", {"balance": None}),
         (uni_opd(margin=Margin(0.1, scope="batch")), "uni_opd", {"margin": 0.1, "margin_scope": "batch"}),
     ],
-    ids=str,
+    ids=["agreement", "contrastive", "peers", "ratios", "balance", "margin"],
 )
 def test_a_group_says_the_same_as_its_settings(grouped: Method, name: str, single: dict[str, Any]) -> None:
     assert dict(grouped.settings) == dict(registry.load(name, **single).settings)

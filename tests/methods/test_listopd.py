@@ -181,7 +181,7 @@ def test_masses_are_means_of_rollout_means_at_contract_positions() -> None:
         "teacher": Dense.of(rows(masses), tokens).rows(slice(None)),
         "base": Dense.of(rows(others), tokens).rows(slice(None)),
     }
-    context = Context.of(rows(others), tokens, signals)
+    context = Context.from_logits(rows(others), tokens, signals)
     for mode in ("direct", "implied"):
         method = registry.load("listopd", base_mode=mode)
         found = finish_stats(method, stat_values(method)(context), Steps.of(tokens, rollouts), Clock())

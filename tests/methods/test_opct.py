@@ -14,7 +14,7 @@ from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.moving import frozen
-from retort.teachers.scene import Scene
+from retort.teachers.view_input import ViewInput
 
 
 def advantages(toy: Toy, discount: float, coef: float) -> torch.Tensor:
@@ -85,13 +85,13 @@ def test_the_student_answers_the_prompt_and_the_teacher_sees_the_clean_one_never
     for before, after in ((asked, cleaned), (cleaned, asked)):
         prompt = Prompt("a", before, clean=after)
         rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
-        seen = view.prompt(Scene(rollout, (rollout,)))
+        seen = view.prompt(ViewInput(rollout, (rollout,)))
         assert seen is not None
         assert seen.messages == after
         assert rollout.prompt.messages == before
     alone = Prompt("b", asked)
     rollout = Rollout(alone, TokenSequence.of([1]).then([2], decided=True))
-    assert view.prompt(Scene(rollout, (rollout,))) is None
+    assert view.prompt(ViewInput(rollout, (rollout,))) is None
 
 
 def test_swapping_the_pair_swaps_what_is_learnt() -> None:

@@ -10,7 +10,7 @@ from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.moving import ema, frozen, live
-from retort.teachers.scene import Scene
+from retort.teachers.view_input import ViewInput
 
 
 def test_the_loss_by_hand() -> None:
@@ -85,9 +85,9 @@ def test_an_outside_teacher_is_shown_the_same_and_never_moves(name: str) -> None
     assert outside.columns == own.columns
 
 
-def _scene(prompt: Prompt) -> Scene:
+def _scene(prompt: Prompt) -> ViewInput:
     rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
-    return Scene(rollout, (rollout,))
+    return ViewInput(rollout, (rollout,))
 
 
 def test_the_clipped_mass_is_watched() -> None:

@@ -15,7 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.registry import load
 from retort.teachers.moving import ema, frozen
-from retort.teachers.scene import Scene, Stage
+from retort.teachers.view_input import Stage, ViewInput
 
 PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What?")))
 
@@ -30,7 +30,7 @@ def group(rewards: list[float], texts: list[str] | None = None, feedback: str = 
 
 
 def shown(method: Method, rollouts: tuple[Rollout, ...], own: int, seed: int = 0) -> str | None:
-    found = method.views["teacher"].prompt(Scene(rollouts[own], rollouts, Stage(seed=seed)))
+    found = method.views["teacher"].prompt(ViewInput(rollouts[own], rollouts, Stage(seed=seed)))
     return None if found is None else found.messages[1].content
 
 

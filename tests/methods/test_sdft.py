@@ -10,7 +10,7 @@ from retort.core.sequences import TokenSequence
 from retort.divergences import kl_values
 from retort.errors import UserError
 from retort.teachers.moving import ema
-from retort.teachers.scene import Scene
+from retort.teachers.view_input import ViewInput
 
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 7])
@@ -48,7 +48,7 @@ def test_only_the_teacher_sees_the_demonstration() -> None:
     assert method.rollout.sources == {"student"}
     prompt = Prompt("a", (Message("user", "Greet me."),), response="Good morning to you.")
     rollout = Rollout(prompt, TokenSequence.of([1]).then([2], decided=True))
-    seen = view.prompt(Scene(rollout, (rollout,)))
+    seen = view.prompt(ViewInput(rollout, (rollout,)))
     assert seen is not None
     assert "Good morning to you." in seen.messages[-1].content
     assert "Good morning" not in prompt.text

@@ -21,7 +21,7 @@ from retort.method import Method, Term
 from retort.registry import load
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import ema, frozen, live, trust_region
-from retort.teachers.scene import Scene
+from retort.teachers.view_input import ViewInput
 
 
 def shown_to(toy: Toy, valid_N: Tensor) -> Dense:
@@ -53,7 +53,7 @@ def shown(method: Method, rewards: list[float], own: int, feedback: str = "") ->
         Rollout(prompt, sequence, member=index, text=words[index], reward=reward, feedback=feedback)
         for index, reward in enumerate(rewards)
     )
-    found = method.views["teacher"].prompt(Scene(group[own], group))
+    found = method.views["teacher"].prompt(ViewInput(group[own], group))
     if found is None:
         return None
     assert found.messages[0] == prompt.messages[0]

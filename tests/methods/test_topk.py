@@ -91,7 +91,7 @@ def test_topk_score_is_a_policy_gradient_on_every_id(whose: str, weighting: str)
 def test_a_support_names_every_id_once() -> None:
     student, teacher = pair()
     tokens = torch.zeros(6, dtype=torch.long)
-    context = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(0, 6))})
+    context = Context.from_logits(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(0, 6))})
     for whose in ("student", "teacher", "union", "intersection", "symmetric_difference"):
         ids_NK, inside_NK = support_ids(context, "teacher", whose, K)  # type: ignore[arg-type]
         for row in range(6):

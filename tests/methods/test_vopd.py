@@ -32,7 +32,7 @@ def context(spread: float = 1.0, dtype: torch.dtype = torch.float64, vocab: int 
     teacher = (spread * teacher).to(dtype)
     tokens = torch.zeros(N, dtype=torch.long)
     rows = Dense.of(teacher, tokens).rows(torch.arange(N))
-    return Context.of(student.to(dtype), tokens, {"teacher": rows}), teacher
+    return Context.from_logits(student.to(dtype), tokens, {"teacher": rows}), teacher
 
 
 def constant(b_N: Tensor) -> Baseline:
@@ -99,7 +99,7 @@ def test_no_scalar_baseline_beats_the_optimal_one() -> None:
 def four(student: Tensor, teacher: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Exact variances [N] of the plain gradient, and with the value, the top-k value and the best scalar subtracted."""
     tokens = torch.zeros(len(student), dtype=torch.long)
-    here = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(torch.arange(len(student)))})
+    here = Context.from_logits(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(torch.arange(len(student)))})
     first, second = moments(here, teacher)
     baselines = (None, reverse_kl_value(), reverse_kl_value(top_k), constant(first / second))
     plain, full, cut, best = (gradient_variance(baseline).value(here, "teacher") for baseline in baselines)
@@ -160,11 +160,11 @@ def test_equal_or_certain_students_have_no_noise() -> None:
     here, _ = context()
     tokens = here.steps.tokens_N
     same = Dense.of(here.student.logits_CV, tokens).rows(torch.arange(N))
-    equal = Context.of(here.student.logits_CV, tokens, {"teacher": same})
+    equal = Context.from_logits(here.student.logits_CV, tokens, {"teacher": same})
     assert gradient_variance(reverse_kl_value()).value(equal, "teacher").abs().max() < 1e-25
     sure = torch.full((N, VOCAB), -math.inf, dtype=torch.float64)
     sure[:, 2] = 0.0
-    certain = Context.of(sure, tokens, here.signals)
+    certain = Context.from_logits(sure, tokens, here.signals)
     assert gradient_variance(reverse_kl_value()).value(certain, "teacher").tolist() == [0.0] * N
 
 
@@ -176,7 +176,7 @@ def test_an_id_the_teacher_rules_out_is_infinite_noise_only_where_it_may_be_writ
     student[1, 3] = -math.inf
     rows = Dense.of(banned, tokens).rows(torch.arange(N))
     for baseline in (None, reverse_kl_value(), reverse_kl_value(2)):
-        found = gradient_variance(baseline).value(Context.of(student, tokens, {"teacher": rows}), "teacher")
+        found = gradient_variance(baseline).value(Context.from_logits(student, tokens, {"teacher": rows}), "teacher")
         assert found[0].item() == math.inf
         assert found[1:].isfinite().all()
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.per_token import Core, loss_pass
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
 from retort.core.steps import Clock, Steps
-from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
@@ -111,7 +111,7 @@ def test_the_gradient_is_that_of_pefts_own_forward(
     lm = adapted(model_folder(seed=3, **arguments), targets)
     lm.check_head()
     wanted_loss, wanted = by_pefts_own_forward(lm)
-    lm.packs, lm.shares = packs, packs and lm.shares
+    lm.packs, lm.shared_prefixes = packs, packs and lm.shared_prefixes
     loss, found = through_the_core(lm, chunk)
     torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
     assert found.keys() == wanted.keys() == lm.trainable().keys()

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from retort import config as configuration
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models.lm import token_batches
 from retort.models.load import load_model
@@ -139,7 +139,7 @@ def test_generation_settings_of_the_model_do_not_bend_rollouts(
         engine = HFEngine(lm, vocab=61, max_parallel=6)
         answers.append([a.ids for a in engine.generate(requests, Sampling(8))])
     assert answers[0] == answers[1]
-    assert lm.written_generation.repetition_penalty == 5.0
+    assert lm.saved_generation.repetition_penalty == 5.0
 
 
 @pytest.mark.parametrize("arguments", [{"attention_dropout": 0.5}], ids=["attention"])

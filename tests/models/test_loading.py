@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from retort.cli import main
 from retort.errors import UserError
 from retort.models import files
-from retort.models.files import blamed_on, look_at
+from retort.models.files import errors_about, locate
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 
@@ -288,7 +288,7 @@ def test_no_permission_is_said(changed: Callable[[Change], Path], monkeypatch: p
 def test_an_error_of_our_own_is_no_fault_of_the_folder(
     model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match="^student x: cannot be loaded: TypeError"), blamed_on("student x"):
+    with pytest.raises(UserError, match="^student x: cannot be loaded: TypeError"), errors_about("student x"):
         json.loads(3)  # type: ignore[arg-type]
     ours = compile("def broken(*args): return {}['ours']", files.__file__, "exec")
     found: dict[str, Any] = {}
@@ -297,7 +297,7 @@ def test_an_error_of_our_own_is_no_fault_of_the_folder(
     monkeypatch.setattr(LanguageModel, "head", found["broken"])
     with pytest.raises(KeyError, match="ours"):
         load(model_folder(seed=1))
-    with pytest.raises(KeyError, match="ours"), blamed_on("student x"):
+    with pytest.raises(KeyError, match="ours"), errors_about("student x"):
         found["broken"]()
 
 
@@ -339,10 +339,10 @@ def test_what_the_hub_lacks_is_said_at_once(
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     try:
         if said is None:
-            assert look_at(f"student {name}", name, None) == name
+            assert locate(f"student {name}", name, None) == name
         else:
             with pytest.raises(UserError) as error:
-                look_at(f"student {name}", name, None)
+                locate(f"student {name}", name, None)
             assert said in str(error.value) and "\n" not in str(error.value)
     finally:
         if there:
@@ -352,11 +352,11 @@ def test_what_the_hub_lacks_is_said_at_once(
 
 def test_a_hub_that_is_not_to_be_asked_is_not() -> None:
     with pytest.raises(UserError, match="the hub is not asked, because HF_HUB_OFFLINE is set"):
-        look_at("teacher nobody/nothing", "nobody/nothing", None)
+        locate("teacher nobody/nothing", "nobody/nothing", None)
 
 
 def test_a_gguf_file_says_what_to_do(tmp_path: Path) -> None:
     for place in (tmp_path / "model.GGUF", tmp_path):
         (tmp_path / "model.GGUF").write_text("GGUF")
         with pytest.raises(UserError, match=r"GGUF files; convert them to safetensors \(docs/gguf.md"):
-            look_at("student x", "x", str(place))
+            locate("student x", "x", str(place))

@@ -179,7 +179,7 @@ def test_a_family_is_packed_only_if_that_changes_nothing(tmp_path: Path, family:
 def test_a_run_says_that_it_pads(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = runner.start(configuration.resolve(tiny_run), tmp_path / "packed")
     assert not any("padded" in note for note in packed.setup.notes)
-    monkeypatch.setattr(load_module, "settle", lambda lm: None)
+    monkeypatch.setattr(load_module, "choose_batching", lambda lm: None)
     padded = runner.start(configuration.resolve(tiny_run), tmp_path / "padded")
     assert sum("padded" in note for note in padded.setup.notes) == 1
     losses = [run.go() and (run.folder / "metrics.jsonl").read_text().splitlines() for run in (packed, padded)]
@@ -221,7 +221,7 @@ def siblings() -> list[TokenSequence]:
 
 
 def values_and_gradients(lm: LanguageModel, shares: bool) -> tuple[torch.Tensor, dict[str, Any], list[int]]:
-    lm.shares = shares
+    lm.shared_prefixes = shares
     lm.model.zero_grad()
     computed: list[int] = []
     hook = lm.model.base_model.register_forward_pre_hook(
@@ -241,7 +241,7 @@ def test_a_prompt_is_computed_once_for_all_answers_to_it(
     model_folder: Callable[..., Path], arguments: dict[str, Any], again: bool
 ) -> None:
     lm = of_family(model_folder, arguments)
-    assert lm.shares == ("sliding_window" not in arguments), "a window counts places in the row"
+    assert lm.shared_prefixes == ("sliding_window" not in arguments), "a window counts places in the row"
     if again:
         lm.model.activation_checkpointing_enable({"use_reentrant": False})
         lm.model.train()

@@ -12,8 +12,8 @@ import transformers
 from support import make_tokenizer
 from torch import Tensor
 
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.errors import UserError
 from retort.models import together
 from retort.models.lm import LanguageModel

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retort.align.stops import StopTokens
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.models.lora import add_adapter

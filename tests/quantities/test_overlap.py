@@ -25,7 +25,7 @@ def drawn(seed: int) -> Tensor:
 
 def context(student: Tensor, teacher: Tensor) -> Context:
     tokens = torch.zeros(len(student), dtype=torch.long)
-    return Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    return Context.from_logits(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
 
 
 def test_agreement() -> None:
@@ -78,7 +78,7 @@ def test_the_teachers_own_top_k_is_enough() -> None:
     student, teacher = drawn(3), drawn(4)
     tokens = torch.zeros(N, dtype=torch.long)
     logp, ids = teacher.log_softmax(-1).topk(4)
-    small = Context.of(student, tokens, {"teacher": TopK(tokens, ids_NK=ids, logp_NK=logp).rows(slice(None))})
+    small = Context.from_logits(student, tokens, {"teacher": TopK(tokens, ids_NK=ids, logp_NK=logp).rows(slice(None))})
     for part in (overlap_ratio(4), overlap_advantage(4), overlap_mass(4), overlap_teacher_mass(4)):
         ours, theirs = part.value(small, "teacher"), part.value(context(student, teacher), "teacher")
         torch.testing.assert_close(ours, theirs, equal_nan=True)
@@ -106,8 +106,8 @@ def test_every_method_is_watched_and_keeps_its_own_curves() -> None:
     assert len(set(names)) == len(names)
     assert {"overlap_ratio", "overlap_advantage", "overlap_mass", "entropy_gap"} <= set(names)
     assert watched.as_published
-    assert "its top-16" in map(str, watched.welcomes(step=3))
-    assert "its top-16" not in map(str, watched.welcomes(step=4))
+    assert "its top-16" in map(str, watched.optional_needs(step=3))
+    assert "its top-16" not in map(str, watched.optional_needs(step=4))
     plain = load("opd")
     assert watching(plain, 0, 1) is plain
 

@@ -60,7 +60,7 @@ def test_other_held_out_prompts_stand_in_a_table_of_their_own(tmp_path: Path, ma
     other = {"eval": {"data": "/data/b/test.jsonl"}}
     page = page_of(tmp_path, make("a"), make("b", method="opd"), make("c", "other", settings=other))
     assert tables(page) == 2
-    assert f"Not judged alike, so {ALONE}: a and b on a/test.jsonl; c on b/test.jsonl." in page.text
+    assert f"Not evaluated alike, so {ALONE}: a and b on a/test.jsonl; c on b/test.jsonl." in page.text
     assert "On b/test.jsonl: avg@8 (before 31.2" in page.text
     assert page.text.count("pass@k") >= 2
     assert "Accuracy during the run, on b/test.jsonl" in page.plots()
@@ -84,7 +84,7 @@ def test_other_training_data_is_said(tmp_path: Path, make: Callable[..., Path]) 
 def test_runs_without_digests_are_not_called_the_same(tmp_path: Path, make: Callable[..., Path]) -> None:
     page = page_of(tmp_path, make("a"), make("b", None, None, method="opd"))
     assert tables(page) == 1
-    assert "Whether a and b were judged on the same prompts of test.jsonl is not known" in page.text
+    assert "Whether a and b were evaluated on the same prompts of test.jsonl is not known" in page.text
     assert "Whether a and b learnt from the same prompts of train.jsonl is not known" in page.text
 
 
@@ -92,7 +92,7 @@ def test_each_seed_may_hold_out_its_own(tmp_path: Path, make: Callable[..., Path
     runs = [make(f"s{seed}", f"h{seed}", f"l{seed}", {"eval": {"data": None}}, seed=seed) for seed in range(2)]
     page = page_of(tmp_path, *runs)
     assert tables(page) == 1
-    assert "were judged on other prompts of train.jsonl: each seed holds out its own" in page.text
+    assert "were evaluated on other prompts of train.jsonl: each seed holds out its own" in page.text
     assert "problems held out of train.jsonl" in page.text
 
 
@@ -143,7 +143,7 @@ def test_what_was_not_asked_for_is_not_missing(tmp_path: Path, make_run: MakeRun
     for name in ("eval.json", "answers.jsonl", "rollouts.jsonl"):
         (folder / name).unlink()
     page = page_of(tmp_path, folder)
-    assert "Nothing was judged on held-out prompts (eval.problems = 0)." in page.text
+    assert "Nothing was evaluated on held-out prompts (eval.problems = 0)." in page.text
     assert "No rollouts were recorded (record.rollouts = 0)." in page.text
     assert "missing" not in page.text
     assert not any(item.get("class") == "notes" for item in page.all("ul"))

@@ -29,7 +29,7 @@ def test_a_run_becomes_one_well_formed_page(tmp_path: Path, make_run: MakeRun) -
     for title in ("Loss", "Reverse KL", "Forward KL", "Entropy", "Gate open", "Length", "Truncated", "pass@k"):
         assert title in page.plots()
     assert len(page.plots()["Entropy"]["series"]) == 2
-    for title in ("Entropy of each token", "Forward KL along the answer", "Forward KL by the teacher’s entropy"):
+    for title in ("Entropy of each token", "Forward KL along the completion", "Forward KL by the teacher’s entropy"):
         assert title in page.plots()
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))

@@ -150,7 +150,7 @@ from retort.core.rollouts import Message, Prompt
 judge, asked = MathVerifier(limit_s=float(sys.argv[1])), Prompt("0", (Message("user", "?"),), answer="3")
 def work():
     judge(asked, r"\boxed{\sqrt{9}}")
-    print(judge._judge.process.pid, flush=True)
+    print(judge._process.process.pid, flush=True)
     judge(asked, r"\boxed{\binom{10^{9}}{5\cdot 10^{8}}}")
 if sys.argv[2] == "thread":
     thread = threading.Thread(target=work); thread.start(); thread.join()

@@ -122,7 +122,7 @@ def test_published_answers_verify_and_others_do_not(judge: MathVerifier, file: s
         assert row.answer is not None
         assert judge(row, rf"Hence the answer is $\boxed{{{row.answer}}}$.") == 1.0
         # Not by equal strings alone: math-verify itself must hold the answer for equal to itself.
-        assert judge._judge.equal(row.answer, row.answer, True, 6, 5.0)
+        assert judge._process.equal(row.answer, row.answer, True, 6, 5.0)
         if other.answer != row.answer:
             assert judge(row, rf"\boxed{{{other.answer}}}") == 0.0
 
@@ -174,7 +174,7 @@ def test_endless_work_is_given_up_and_judging_goes_on() -> None:
 
 def test_a_dead_worker_is_replaced(judge: MathVerifier) -> None:
     judge(prompt("3"), r"\boxed{\sqrt{9}}")
-    process = judge._judge.process
+    process = judge._process.process
     assert process is not None
     process.kill()
     process.wait()

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.rollout.engines import hf

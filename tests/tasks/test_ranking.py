@@ -13,7 +13,7 @@ import transformers
 from retort.core.rollouts import Message, Prompt
 from retort.rewards.choose import verifier_for
 from retort.rewards.verify import RankingVerifier
-from retort.tasks.ranking import MODELS_DIR, judge, rows, student_path, teacher_path
+from retort.tasks.ranking import MODELS_DIR, rows, score_list, student_path, teacher_path
 from retort.tasks.ranking.build import MAX_NEW_TOKENS, measure
 from retort.tasks.ranking.lists import ITEMS, Problem, problem
 from retort.tasks.ranking.tokenizer import STRUCTURE, build_tokenizer
@@ -24,7 +24,7 @@ ONE = Problem((("k", 3), ("c", 1), ("a", 4), ("t", 2)))
 def test_a_problem_and_its_response() -> None:
     assert ONE.prompt == 'rank 3 "k" 1 "c" 4 "a" 2 "t" :'
     assert [one["id"] for one in json.loads(ONE.response)] == ["c", "t", "k", "a"]
-    found = judge(ONE.prompt, ONE.response)
+    found = score_list(ONE.prompt, ONE.response)
     assert (found.parses, found.ndcg, found.one_missing) == (True, 1.0, False)
 
 
@@ -54,17 +54,17 @@ def listed(*names: str) -> str:
     ],
 )
 def test_what_parses(text: str, parses: bool, one_missing: bool) -> None:
-    found = judge(ONE.prompt, text)
+    found = score_list(ONE.prompt, text)
     assert (found.parses, found.one_missing) == (parses, one_missing)
     assert (found.ndcg is not None) == parses
 
 
 def test_the_ranking_is_judged_apart() -> None:
-    assert judge(ONE.prompt, listed("c", "a", "k", "t")).ndcg == 1.0
-    assert judge(ONE.prompt, listed("t", "c", "k", "a")).ndcg == 0.75
-    assert judge(ONE.prompt, listed("a", "c", "k", "t")).ndcg == 0.25
-    assert not judge("rank :", listed("a")).parses
-    assert not judge("no such task", listed("a")).parses
+    assert score_list(ONE.prompt, listed("c", "a", "k", "t")).ndcg == 1.0
+    assert score_list(ONE.prompt, listed("t", "c", "k", "a")).ndcg == 0.75
+    assert score_list(ONE.prompt, listed("a", "c", "k", "t")).ndcg == 0.25
+    assert not score_list("rank :", listed("a")).parses
+    assert not score_list("no such task", listed("a")).parses
 
 
 def test_problems_repeat_and_are_held_out() -> None:
@@ -89,7 +89,7 @@ def test_text_survives_the_tokenizer() -> None:
     for one in (problem(random.Random(seed)) for seed in range(30)):
         prompt, response = tokenizer(one.prompt).input_ids, tokenizer(one.response).input_ids
         assert tokenizer(f"{one.prompt} {one.response}").input_ids == prompt + response
-        assert judge(one.prompt, tokenizer.decode(response)).parses
+        assert score_list(one.prompt, tokenizer.decode(response)).parses
         assert tokenizer.unk_token_id not in prompt + response
         assert len(response) + 1 <= MAX_NEW_TOKENS
     assert set(STRUCTURE) <= set(tokenizer.get_vocab())

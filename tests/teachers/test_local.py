@@ -18,7 +18,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, Sampled, TopK
 from retort.errors import SignalError
 from retort.models.load import load_model
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 
@@ -44,9 +44,11 @@ def teacher(lm: Any, **more: Any) -> LocalTeacher:
 
 def test_every_signal_says_the_same(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13, 2]), rollout(lm, [7]), rollout(lm, [20, 2], "1 =")])
-    dense = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE})))
-    top = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({Need("topk", 5), ENTROPY, SAMPLED})))
-    sampled = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED})))
+    dense = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({DENSE})))
+    top = teacher(lm).score(
+        in_groups(pack.rollouts), ScoreRequest(View(), frozenset({Need("topk", 5), ENTROPY, SAMPLED}))
+    )
+    sampled = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({SAMPLED})))
     assert isinstance(dense, Dense)
     assert isinstance(top, TopK)
     assert isinstance(sampled, Sampled)
@@ -67,8 +69,8 @@ def test_every_signal_says_the_same(lm: Any) -> None:
 
 def test_temperature_divides_the_logits(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
-    warm = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE}), 2.0)).rows(slice(None))
-    plain = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
+    warm = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({DENSE}), 2.0)).rows(slice(None))
+    plain = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({DENSE}))).rows(slice(None))
     torch.testing.assert_close(warm.logp_NV, (plain.logp_NV / 2).log_softmax(-1))
 
 
@@ -77,8 +79,10 @@ def test_stops_are_swapped_in_what_it_reads_and_in_what_it_says(lm: Any) -> None
     mapped = teacher(lm, alignment=SameIds(61, StopMap({ours: theirs, theirs: ours})))
     student_pack = Pack.of([rollout(lm, [12, ours])])
     teacher_pack = Pack.of([rollout(lm, [12, theirs])])
-    said = mapped.score(in_groups(student_pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
-    own = teacher(lm).score(in_groups(teacher_pack.rollouts), Ask(View(), frozenset({DENSE}))).rows(slice(None))
+    said = mapped.score(in_groups(student_pack.rollouts), ScoreRequest(View(), frozenset({DENSE}))).rows(slice(None))
+    own = (
+        teacher(lm).score(in_groups(teacher_pack.rollouts), ScoreRequest(View(), frozenset({DENSE}))).rows(slice(None))
+    )
     torch.testing.assert_close(said.sampled_logp_N, own.sampled_logp_N)
     torch.testing.assert_close(said.logp_NV[:, ours], own.logp_NV[:, theirs])
     torch.testing.assert_close(said.logp_NV[:, theirs], own.logp_NV[:, ours])
@@ -95,8 +99,8 @@ def test_all_stops_of_the_teacher_are_the_students(
     asked = {need.kind: frozenset({need}) for need in (DENSE, Need("topk", 61), SAMPLED)}
     groups, read = ([(rollout(lm, [12, ids[0]]),)] for ids in (ours, theirs))
     mapped = teacher(lm, alignment=SameIds(61, stops))
-    said = mapped.score(groups, Ask(View(), asked["dense"], temperature)).rows(slice(None))
-    own = teacher(lm).score(read, Ask(View(), asked["dense"], temperature)).rows(slice(None))
+    said = mapped.score(groups, ScoreRequest(View(), asked["dense"], temperature)).rows(slice(None))
+    own = teacher(lm).score(read, ScoreRequest(View(), asked["dense"], temperature)).rows(slice(None))
     own_NV = own.logp_NV.exp()
     ended = sorted({ours[0]} | (set(theirs) - set(ours)))
     moved = {stops.get(i, i) for i in range(61)} - {stops.get(i, i) for i in ended}
@@ -108,11 +112,11 @@ def test_all_stops_of_the_teacher_are_the_students(
     assert bool((p_NV[:, list(stops.merged)] < 2e-6).all())
     for i in sorted(moved - set(theirs) - set(ours)):
         torch.testing.assert_close(p_NV[:, i], own_NV[:, stops.get(i, i)])
-    top = mapped.score(groups, Ask(View(), asked["topk"], temperature))
+    top = mapped.score(groups, ScoreRequest(View(), asked["topk"], temperature))
     assert isinstance(top, TopK)
     scattered_NV = torch.zeros_like(p_NV).scatter(-1, top.ids_NK, top.logp_NK.exp())
     torch.testing.assert_close(scattered_NV, p_NV)
-    sampled = mapped.score(groups, Ask(View(), asked["sampled"], temperature))
+    sampled = mapped.score(groups, ScoreRequest(View(), asked["sampled"], temperature))
     assert isinstance(sampled, Sampled)
     torch.testing.assert_close(sampled.logp_N, said.sampled_logp_N)
 
@@ -120,8 +124,10 @@ def test_all_stops_of_the_teacher_are_the_students(
 def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
     view = View(render=lambda seen: replace(seen.prompt, messages=(Message("user", "7 3 + 4 ="),)))
-    said = teacher(lm).score(in_groups(pack.rollouts), Ask(view, frozenset({SAMPLED})))
-    other = teacher(lm).score(in_groups([rollout(lm, [12, 13], "7 3 + 4 =")]), Ask(View(), frozenset({SAMPLED})))
+    said = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(view, frozenset({SAMPLED})))
+    other = teacher(lm).score(
+        in_groups([rollout(lm, [12, 13], "7 3 + 4 =")]), ScoreRequest(View(), frozenset({SAMPLED}))
+    )
     assert isinstance(said, Sampled)
     assert isinstance(other, Sampled)
     torch.testing.assert_close(said.logp_N, other.logp_N)
@@ -130,7 +136,7 @@ def test_a_view_changes_the_prompt_and_never_the_answer(lm: Any) -> None:
 
 def test_a_head_that_changed_after_scoring_is_noticed(lm: Any) -> None:
     pack = Pack.of([rollout(lm, [12, 13])])
-    dense = teacher(lm).score(in_groups(pack.rollouts), Ask(View(), frozenset({DENSE})))
+    dense = teacher(lm).score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({DENSE})))
     with torch.no_grad():
         lm.head().weight_VD.mul_(1.0)
     with pytest.raises(SignalError, match="changed after it had scored"):
@@ -140,7 +146,7 @@ def test_a_head_that_changed_after_scoring_is_noticed(lm: Any) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_signals_refuse_what_is_not_finite(value: float) -> None:
     tokens = torch.tensor([3, 4])
-    with pytest.raises(SignalError, match="log-prob of a written token"):
+    with pytest.raises(SignalError, match="log-prob of a sampled token"):
         Sampled(tokens, "t", torch.tensor([-1.0, value]))
     with pytest.raises(SignalError, match="top-k log-prob"):
         TopK(tokens, "t", torch.zeros(2, 1, dtype=torch.long), torch.tensor([[-1.0], [value]]))

@@ -27,7 +27,7 @@ from retort.evaluate.trust import Protocol, branches
 from retort.loss.terms import check_needs
 from retort.method import Method
 from retort.quantities import teacher_margin
-from retort.teachers.base import Ask, answers
+from retort.teachers.base import ScoreRequest, view_signals
 from retort.teachers.local import reduced
 from retort.teachers.view import View
 from retort.train import runner
@@ -133,7 +133,7 @@ def test_the_ids_are_those_that_the_teacher_was_asked_about_and_live_where_it_kn
     dense = Dense.of(theirs, tokens)
     held = reduced(dense, frozenset({logp_at(3)}), then.topk(3).indices)
     for signal, expected in ((held, then.topk(2).indices), (dense, now.topk(2).indices)):
-        context = Context.of(now, tokens, {"teacher": signal.rows(slice(None), 9)})
+        context = Context.from_logits(now, tokens, {"teacher": signal.rows(slice(None), 9)})
         ids_NK, logp_NK = student_topk(context, "teacher", 2)
         assert torch.equal(ids_NK, expected)
         torch.testing.assert_close(logp_NK, now.log_softmax(-1).gather(1, ids_NK))
@@ -205,7 +205,7 @@ def test_a_candidate_that_is_ruled_out_is_named(tiny_run: dict[str, Any]) -> Non
     pack = pipeline.ragged(setup)
     first = int(setup.learner.passes.top_ids(setup.method, pack, 3)[0, 1])
 
-    def said(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
+    def said(tokens_N: Tensor, ask: ScoreRequest) -> TeacherSignal:
         found = candidates(tokens_N, ask)
         assert isinstance(found, Candidates)
         logp_NK = found.logp_NK.clone()
@@ -228,14 +228,14 @@ class Scripted:
 
     def __init__(self, capabilities: set[NeedKind], said: Any) -> None:
         self.capabilities, self.said = frozenset(capabilities), said
-        self.asked: list[Ask] = []
+        self.asked: list[ScoreRequest] = []
 
-    def score(self, groups: Sequence[Group], ask: Ask) -> TeacherSignal:
+    def score(self, groups: Sequence[Group], ask: ScoreRequest) -> TeacherSignal:
         self.asked.append(ask)
         return self.said(torch.cat([own.sequence.actions_A for group in groups for own in group]), ask)
 
 
-def candidates(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
+def candidates(tokens_N: Tensor, ask: ScoreRequest) -> TeacherSignal:
     assert ask.student_ids_NK is not None
     logp_NK = torch.full(ask.student_ids_NK.shape, -3.0)
     return Candidates(tokens_N, "scripted", ask.student_ids_NK, logp_NK, torch.full(tokens_N.shape, -1.0))
@@ -243,7 +243,7 @@ def candidates(tokens_N: Tensor, ask: Ask) -> TeacherSignal:
 
 def asked(teachers: dict[str, Any], needs: dict[str, set[Need]], groups: list[Group], ids: Any) -> dict[str, Any]:
     views = {name: View() for name in teachers}
-    return answers(teachers, views, groups, lambda view: frozenset(needs[view]), 1.0, ids)
+    return view_signals(teachers, views, groups, lambda view: frozenset(needs[view]), 1.0, ids)
 
 
 @pytest.fixture
@@ -276,11 +276,11 @@ def test_ids_are_taken_once_for_the_longest_wish_and_given_to_those_who_need_the
     [
         (
             lambda t, a: replace(candidates(t, a), ids_NK=a.student_ids_NK.flip(1)),  # type: ignore[attr-defined]
-            "asked about id 0, and answered about id 1",
+            "asked for id 0, and gave id 1",
         ),
         (
             lambda t, a: candidates(t, replace(a, student_ids_NK=a.student_ids_NK[:, :1])),
-            "was asked about ids",
+            "was asked for ids",
         ),
         (lambda t, a: candidates(t + 1, a), "misaligned at step 0"),
         (lambda t, a: Sampled(t, "scripted", torch.zeros(len(t))), "log-probs of the student's top-2, and gave only"),
@@ -310,7 +310,7 @@ def test_groups_are_neighbours_of_one_visit_and_keep_their_order(groups: list[Gr
 
 def test_only_a_whole_answer_keeps_what_makes_one() -> None:
     ids_NK = torch.zeros(1, 1, dtype=torch.long)
-    assert Ask(View(), frozenset({DENSE, SAMPLED})).whole
-    assert Ask(View(), frozenset({logp_at(3)})).whole
-    assert not Ask(View(), frozenset({logp_at(3), SAMPLED}), 1.0, ids_NK).whole
-    assert not Ask(View(), frozenset({Need("topk", 3)})).whole
+    assert ScoreRequest(View(), frozenset({DENSE, SAMPLED})).whole
+    assert ScoreRequest(View(), frozenset({logp_at(3)})).whole
+    assert not ScoreRequest(View(), frozenset({logp_at(3), SAMPLED}), 1.0, ids_NK).whole
+    assert not ScoreRequest(View(), frozenset({Need("topk", 3)})).whole

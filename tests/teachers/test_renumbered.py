@@ -18,10 +18,10 @@ from retort import api
 from retort.align import check_same_tokenizer
 from retort.align.pair import IdMap, SameIds, align_pair
 from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need
+from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
-from retort.core.streams import UniformStream
 from retort.errors import UserError
 from retort.models.load import load_model
 from retort.preflight.doctor import examine_setup
@@ -29,7 +29,7 @@ from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.episodes import Task
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
 from retort.train import runner
@@ -85,7 +85,7 @@ def test_its_signals_are_the_very_same(pair: tuple[Any, Any], student: Any, aske
     wrote.append(wrote[0].then([8, 2, 4, 30]).then([9, stop], decided=True))  # an environment spoke in between
     pack = Pack.of([Rollout(PROMPT, sequence) for sequence in wrote])
     expected, found = (
-        values(teacher.score(in_groups(pack.rollouts), Ask(View(), frozenset({ASKED[asked]}), temperature)))
+        values(teacher.score(in_groups(pack.rollouts), ScoreRequest(View(), frozenset({ASKED[asked]}), temperature)))
         for teacher in pair
     )
     assert expected.keys() == found.keys()
@@ -103,7 +103,7 @@ def test_what_it_writes_is_in_the_students_ids(pair: tuple[Any, Any], student: A
             Task(PROMPT, TokenSequence.of(ids), member, UniformStream(0, "teacher", member)) for member in range(6)
         ]
         # A nucleus this small holds one token: the order in which a model numbers tokens decides nothing.
-        rollouts.append(writer.write(tasks, Sampling(8, 1.0, 1e-6)))
+        rollouts.append(writer.generate(tasks, Sampling(8, 1.0, 1e-6)))
     same, other = rollouts
     assert [r.sequence.tokens_L.tolist() for r in other] == [r.sequence.tokens_L.tolist() for r in same]
     assert [(r.status, r.text) for r in other] == [(r.status, r.text) for r in same]

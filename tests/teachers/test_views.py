@@ -16,11 +16,11 @@ from retort.core.rollouts import Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.load import load_model
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import TEMPLATES, fill, templates
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 from retort.teachers.views import clean, examples, peers, privileged
 
 PROMPT = Prompt(
@@ -38,9 +38,9 @@ def written(member: int, text: str = "", reward: float = 0.0, feedback: str = ""
     return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=feedback)
 
 
-def scene(rollout: Rollout, *others: Rollout, stage: Stage | None = None, limit: int | None = None) -> Scene:
+def scene(rollout: Rollout, *others: Rollout, stage: Stage | None = None, limit: int | None = None) -> ViewInput:
     group = tuple(sorted([rollout, *others], key=lambda r: r.member))
-    return Scene(rollout, group, stage or Stage(), limit)
+    return ViewInput(rollout, group, stage or Stage(), limit)
 
 
 def test_what_belongs_to_a_turn_stays_with_it_when_it_is_framed() -> None:
@@ -130,7 +130,7 @@ def test_examples_are_of_other_prompts_and_the_same_for_siblings() -> None:
     assert found.messages[1].content.count("<response>\nsolved") == 3
     assert PROMPT.response is not None
     assert PROMPT.response not in found.messages[1].content
-    assert found != examples(3, place=1).prompt(scene(one, two, stage=stage))
+    assert found != examples(3, index=1).prompt(scene(one, two, stage=stage))
     assert examples(3).prompt(scene(one, two, stage=Stage(pool=[PROMPT]))) is None
     with pytest.raises(UserError, match="at least 1"):
         examples(0)
@@ -176,14 +176,14 @@ def answered(lm: Any, text: str, actions: list[int], **privileged_texts: str) ->
 
 def test_a_rollout_without_context_is_left_out_and_the_others_are_scored_as_ever(lm: Any) -> None:
     with_one, without = answered(lm, "3 + 4 =", [12, 13], solution="7 2"), answered(lm, "1 =", [7, 8, 9])
-    said = told(lm).score(in_groups([without, with_one]), Ask(privileged("solution"), frozenset({SAMPLED})))
-    alone = told(lm).score(in_groups([with_one]), Ask(privileged("solution"), frozenset({SAMPLED})))
+    said = told(lm).score(in_groups([without, with_one]), ScoreRequest(privileged("solution"), frozenset({SAMPLED})))
+    alone = told(lm).score(in_groups([with_one]), ScoreRequest(privileged("solution"), frozenset({SAMPLED})))
     assert said.valid_N is not None
     assert said.valid_N.tolist() == [False] * 3 + [True] * 2
     assert alone.valid_N is None
     torch.testing.assert_close(said.rows(slice(3, 5)).sampled_logp_N, alone.rows(slice(None)).sampled_logp_N)
     assert said.counts["no_context"] == 1
-    nobody = told(lm).score(in_groups([without]), Ask(privileged("solution"), frozenset({DENSE})))
+    nobody = told(lm).score(in_groups([without]), ScoreRequest(privileged("solution"), frozenset({DENSE})))
     assert nobody.valid_N is not None
     assert not nobody.valid_N.any()
 
@@ -202,7 +202,7 @@ def test_too_long_a_context_is_cut_at_the_end_of_the_privileged_text_and_counted
 
 def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the_students_own_tokens(lm: Any) -> None:
     own = answered(lm, "3 + 4 =", [12, 13], solution="7 2")
-    said = told(lm).score(in_groups([own]), Ask(privileged("solution"), frozenset({SAMPLED})))
+    said = told(lm).score(in_groups([own]), ScoreRequest(privileged("solution"), frozenset({SAMPLED})))
     ids = lm.tokenizer("7 2 3 + 4 =")["input_ids"]
     whole = torch.tensor([[*ids, 12, 13]])
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A method that compares the answers to one prompt is not trained on single ones."""
+"""A method that compares the completions of one prompt is not trained on single ones."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def settings(tiny_run: dict[str, Any], name: str, **given: Any) -> configuration
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rlsd", "compares the answers to one prompt .* with samples = 1"),
-        ("dasd", "compares the answers to one prompt .* with samples = 1"),
+        ("rlsd", "compares the completions of one prompt .* with samples = 1"),
+        ("dasd", "compares the completions of one prompt .* with samples = 1"),
         ("sdpo", "shows what siblings wrote .* with samples = 1"),
         ("peer_opd", "shows what siblings wrote .* with samples = 1"),
     ],

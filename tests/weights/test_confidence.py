@@ -25,7 +25,7 @@ def gate(
     steps = Steps.of(tokens, tokens if rollouts is None else torch.tensor(rollouts))
     stored = {stat.name: stat.finish(entropy_N, steps, Clock()) for stat in confidence.stats}
     student = torch.zeros(len(entropy_N), 2, dtype=torch.float64)
-    context = Context.of(student, torch.zeros(len(entropy_N), dtype=torch.long), {}, stored)
+    context = Context.from_logits(student, torch.zeros(len(entropy_N), dtype=torch.long), {}, stored)
     return confidence.weight().value(context, "teacher"), confidence.restored().value(context, "teacher")
 
 

@@ -26,7 +26,7 @@ def context(delta: list[float], advantage: list[float], step: int = 0) -> Contex
     student = torch.tensor([[0.0, 100.0]] * count, dtype=torch.float64, requires_grad=True)
     tokens = torch.zeros(count, dtype=torch.long)
     teacher = student.detach().log_softmax(-1)[:, 0] + torch.tensor(delta, dtype=torch.float64)
-    return Context.of(
+    return Context.from_logits(
         student,
         tokens,
         {"teacher": Sampled(tokens, "teacher", teacher).rows(slice(None))},

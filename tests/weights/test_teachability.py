@@ -117,7 +117,7 @@ def test_options_of_the_other_reimplementation() -> None:
 def test_margins() -> None:
     student, teacher = drawn(0), drawn(1)
     tokens = torch.zeros(N, dtype=torch.long)
-    context = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    context = Context.from_logits(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
     gap, log_gap, advantage = (
         teacher_margin(K, kind).value(context, "teacher")
         for kind in ("gap", "log_gap", "advantage")  # type: ignore[arg-type]
@@ -322,7 +322,7 @@ def test_the_log_margin_of_a_candidate_that_is_ruled_out_is_a_number() -> None:
     teacher[0, ids[0, 1:]] = -math.inf  # one is left
     teacher[1, ids[1]] = -math.inf  # none is
     tokens = torch.zeros(3, dtype=torch.long)
-    context = Context.of(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
+    context = Context.from_logits(student, tokens, {"teacher": Dense.of(teacher, tokens).rows(slice(None))})
     log_gap = teacher_margin(K).value(context, "teacher").tolist()
     assert log_gap[:2] == pytest.approx([100.0, 0.0])
     assert teacher_margin(K, "gap").value(context, "teacher").tolist()[:2] == pytest.approx([1.0, 0.0])

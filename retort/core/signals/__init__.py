@@ -1,4 +1,4 @@
-"""What a teacher said about each step: signals of every kind, and the answers they give for a chunk of steps."""
+"""Teacher signals of every kind, and their rows for a chunk of steps."""
 
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound

@@ -1,8 +1,8 @@
-"""What a teacher said about each step of a pack. Axis letters: see `retort.core`.
+"""Teacher signals: a teacher's scores at each step of a pack. Axis letters: see `retort.core`.
 
-A signal detaches what it is given, checks that it speaks of the same tokens as the rollouts, and refuses NaN:
-alignment is an invariant here, not a slice somewhere. `rows` cuts out a chunk, on which a term may ask for anything
-that the signal can answer; asking for more is an error that names what is missing.
+A signal detaches its tensors, checks that they are about the same tokens as the rollouts, and refuses NaN: alignment is
+    an invariant here, not a slice somewhere. `rows` cuts out a chunk, from which a term may read all that the signal
+    offers; reading more is an error that names what is missing.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from retort.core.distribution import Distribution
 from retort.core.needs import NeedKind, require_finite
 from retort.errors import SignalError
 
-#: By how much a log-prob may be above 0, or a sum of probabilities above 1: what bf16 makes of 0 and 1.
+#: How far a log-prob may be above 0, or a sum of probabilities above 1, by rounding to bf16.
 ROUNDING = 0.01
 
 
 class SignalRows:
-    """A teacher's answer for the C steps of one chunk. The base class answers nothing."""
+    """A signal's rows for the C steps of one chunk. The base class has none of the quantities."""
 
     #: Name of the teacher or view, for messages.
     source: str = "teacher"
-    #: Width of the distribution, where there is one.
+    #: Width of the distribution, if there is one.
     vocab: int | None = None
 
     def _missing(self, what: str) -> SignalError:
@@ -34,8 +34,8 @@ class SignalRows:
 
     @property
     def sampled_logp_N(self) -> Tensor:
-        """Log-prob of the token that was written, nats."""
-        raise self._missing("log-prob of the written token")
+        """Log-prob of the sampled token, nats."""
+        raise self._missing("log-prob of the sampled token")
 
     @property
     def entropy_N(self) -> Tensor:
@@ -53,7 +53,7 @@ class SignalRows:
         return self.distribution.logp_CV
 
     def logp_at(self, ids_NK: Tensor) -> Tensor:
-        """Log-probs [C, K] of ids that somebody else chose, nats."""
+        """Log-probs [C, K] of ids that another model chose, nats."""
         return self.distribution.logp_at(ids_NK)
 
     def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
@@ -70,20 +70,20 @@ class SignalRows:
         raise self._missing("hidden states")
 
     def candidates(self, k: int) -> Tensor | None:
-        """The first `k` of the student's most likely ids that it was asked about, [C, K]; None: ask about any ids."""
+        """The first `k` of the student's most likely ids that it scored, [C, K]; None: it can score any ids."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherSignal:
-    """Base of all signals: N steps, the tokens they are about, and who says it.
+    """Base of all signals: N steps, the tokens that were scored, and the source.
 
     Attributes:
         tokens_N: Ids that were scored.
-        source: Who says it, for messages.
-        valid_N: False at the steps of rollouts that the view had no context for: what is said there means nothing, and
+        source: Name of the teacher or view, for messages.
+        valid_N: False at the steps of rollouts for which the view had no context: the numbers there mean nothing, and
             terms against the view leave these steps out. None: all are valid.
-        counts: What happened to the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`; each
+        counts: Counts about the view's prompts, summed over rollouts: `no_context`, `cut`, `prompt_tokens`; each
             may be left out.
     """
 
@@ -94,33 +94,33 @@ class TeacherSignal:
 
     @property
     def steps(self) -> int:
-        """N."""
+        """N, the number of steps."""
         return len(self.tokens_N)
 
     @property
     def offers(self) -> frozenset[NeedKind]:
-        """The kinds of `Need` this signal can answer."""
+        """The kinds of `Need` that this signal meets."""
         raise NotImplementedError
 
     def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
-        """Ids [N, K] that it names instead of having all, by the need they answer; and whether they are all there are.
+        """Ids [N, K] of a signal that lists some instead of all, by the need they meet; and whether they are all ids.
 
         Args:
-            width: How many ids the student has.
+            width: Number of ids that the student has.
         """
         return {}
 
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
-        """The answer for some of the steps.
+        """The rows at some of the steps.
 
         Args:
-            index_C: Which steps.
+            index_C: Index of the steps.
             vocab: Width that student and teacher share; ids from there on are no tokens and get no probability.
         """
         raise NotImplementedError
 
-    def held(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
-        """The signal about a run of steps, with all that costs a matrix product computed at once.
+    def precomputed(self, index_C: slice, vocab: int | None = None) -> TeacherSignal:
+        """The signal about a run of steps, with all matrix products computed at once.
 
         Its `rows` of smaller runs then cost no product each.
         """
@@ -134,19 +134,19 @@ class TeacherSignal:
         """The last hidden states at all its steps, [N, D].
 
         Raises:
-            SignalError: It has none.
+            SignalError: The signal has none.
         """
         raise SignalError(f"{self.source}: its signal ({type(self).__name__}) has no hidden states")
 
     def hidden_rows(self) -> SignalRows:
-        """The answer for all steps of estimators that compare hidden states and read nothing else."""
+        """The rows at all steps, for estimators that compare hidden states and read nothing else."""
         return _HiddenRows(self)
 
     def _valid(self, index: Tensor | slice) -> Tensor | None:
-        return None if self.valid_N is None else taken(self.valid_N, index)
+        return None if self.valid_N is None else take_rows(self.valid_N, index)
 
     def check_valid(self) -> None:
-        """Raises `SignalError` unless `valid_N` says of each step, as a bool, whether the signal is about it."""
+        """Raises `SignalError` unless `valid_N` is a bool per step."""
         valid_N = self.valid_N
         if valid_N is not None and (valid_N.dtype != torch.bool or valid_N.shape != self.tokens_N.shape):
             raise SignalError(
@@ -179,23 +179,23 @@ class _HiddenRows(SignalRows):
 
 
 def as_compute(values: Tensor) -> Tensor:
-    """Softmaxes and sums are done in fp32, or in float64 where that is what came in."""
+    """Casts to the dtype of softmaxes and sums: fp32, or float64 if the input is."""
     return values if values.dtype == torch.float64 else values.float()
 
 
-def taken(values: Tensor, index: Tensor | slice) -> Tensor:
-    """Some rows of a tensor, on the device of the index: what a server said is kept on the CPU."""
+def take_rows(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Some rows of a tensor, on the device of the index: a server's numbers are kept on the CPU."""
     return values[index] if isinstance(index, slice) else values[index.to(values.device)].to(index.device)
 
 
 def check_logps(signal: TeacherSignal, name: str, logp: Tensor) -> None:
-    """Refuses what is no log-prob; -inf is one."""
+    """Refuses numbers that are no log-probs; -inf is one."""
     require_finite(name, logp, signal.source, allow_minus_inf=True)
     refuse(signal, logp > ROUNDING, f"{name} is above 0, which no log-prob is")
 
 
 def refuse(signal: TeacherSignal, bad: Tensor, what: str) -> None:
-    """Raises at the first step that is bad, [N] or [N, K], and about which the signal says something."""
+    """Raises at the first bad step, [N] or [N, K], that is valid."""
     bad_N = bad if bad.ndim == 1 else bad.any(-1)
     if signal.valid_N is not None:
         signal.check_valid()
@@ -206,6 +206,6 @@ def refuse(signal: TeacherSignal, bad: Tensor, what: str) -> None:
 
 
 def same_length(signal: TeacherSignal, name: str, values: Tensor) -> None:
-    """Refuses what is not about as many steps as the rollouts have."""
+    """Refuses values for another number of steps than the rollouts have."""
     if len(values) != signal.steps:
         raise SignalError(f"{signal.source}: {name} has {len(values)} steps, the rollouts have {signal.steps}")

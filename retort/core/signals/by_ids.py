@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retort.core.needs import NeedKind, require_finite
-from retort.core.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length, taken
+from retort.core.signals.base import ROUNDING, SignalRows, TeacherSignal, check_logps, refuse, same_length, take_rows
 from retort.errors import SignalError
 
 
@@ -26,14 +26,14 @@ class _SampledRows(SignalRows):
 
 @dataclass(frozen=True, eq=False)
 class Sampled(TeacherSignal):
-    """Only the log-prob of the token that was written, [N], nats; NaN or more than 0 is refused (`SignalError`)."""
+    """Only the log-prob of the sampled token, [N], nats; NaN or more than 0 is refused (`SignalError`)."""
 
     logp_N: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "logp_N", self.logp_N.detach())
         same_length(self, "logp_N", self.logp_N)
-        check_logps(self, "log-prob of a written token", self.logp_N)
+        check_logps(self, "log-prob of a sampled token", self.logp_N)
 
     @property
     def offers(self) -> frozenset[NeedKind]:
@@ -43,24 +43,24 @@ class Sampled(TeacherSignal):
         return _SampledRows(self.source, self.logp_N[index_C])
 
     def select(self, index_N: Tensor) -> Sampled:
-        tokens_N, logp_N = taken(self.tokens_N, index_N), taken(self.logp_N, index_N)
+        tokens_N, logp_N = take_rows(self.tokens_N, index_N), take_rows(self.logp_N, index_N)
         return Sampled(tokens_N, self.source, logp_N, valid_N=self._valid(index_N))
 
 
 class _ListedRows(SignalRows):
-    """What is known of the ids of a list.
+    """The numbers of the ids of a list.
 
     Attributes:
-        ids_CK: The ids of each step.
+        ids_CK: Ids of each step.
         logp_CK: Their log-probs under the whole distribution, nats.
-        whole: Whether they are all ids that there are.
+        whole: Whether the list holds all ids.
     """
 
     def __init__(self, source: str, ids_CK: Tensor, logp_CK: Tensor, whole: bool) -> None:
         self.source, self.ids_CK, self.logp_CK, self.whole = source, ids_CK, logp_CK, whole
 
     def _first(self, values_CK: Tensor, k: int, what: str) -> Tensor:
-        """The first `k` columns; fewer only where that is all there are."""
+        """The first `k` columns; fewer only where the list holds all ids."""
         kept = values_CK.shape[1]
         if k > kept and not self.whole:
             raise self._missing(f"{what} (it kept {kept})")
@@ -72,26 +72,26 @@ class _ListedRows(SignalRows):
         return values
 
     def logp_at(self, ids_NK: Tensor) -> Tensor:
-        """Log-probs of ids that it kept.
+        """Log-probs of ids in the list.
 
         Raises:
-            SignalError: An id that it did not keep, of which it says nothing.
+            SignalError: An id that is not in the list.
         """
         if not self.ids_CK.shape[1]:
             raise self._missing("top-k")
         first = slice(0, ids_NK.shape[1])
-        if torch.equal(ids_NK, self.ids_CK[:, first]):  # those that it was asked about
+        if torch.equal(ids_NK, self.ids_CK[:, first]):  # the ids that were requested
             return self.logp_CK[:, first]
         same_NKK = ids_NK[:, :, None] == self.ids_CK[:, None, :]
         lacking_NK = ~same_NKK.any(-1)
         if bool(lacking_NK.any()):
-            row, column = (int(place) for place in lacking_NK.nonzero()[0])
+            row, column = (int(column) for column in lacking_NK.nonzero()[0])
             kept = self.ids_CK.shape[1]
             raise self._missing(f"log-prob of id {int(ids_NK[row, column])} (it kept {kept} others)")
         return self.logp_CK.gather(-1, same_NKK.to(torch.uint8).argmax(-1))
 
     def logp_outside(self, ids_NK: Tensor, inside_NK: Tensor) -> Tensor:
-        """Of ids that it kept, each once: what they leave of 1, at least one rounding error, unless it kept all ids."""
+        """The probability that the listed ids leave of 1, at least one rounding error, unless all ids are listed."""
         logp_NK = self.logp_at(ids_NK)
         if self.whole:
             meant_NKK = (self.ids_CK[:, :, None] == ids_NK[:, None, :]) & inside_NK[:, None, :]
@@ -108,7 +108,7 @@ class _TopKRows(_ListedRows):
 
     @property
     def sampled_logp_N(self) -> Tensor:
-        return self._known(self._sampled_N, "log-prob of the written token")
+        return self._known(self._sampled_N, "log-prob of the sampled token")
 
     @property
     def entropy_N(self) -> Tensor:
@@ -120,16 +120,16 @@ class _TopKRows(_ListedRows):
 
 @dataclass(frozen=True, eq=False)
 class TopK(TeacherSignal):
-    """The teacher's most likely ids, most likely first, and what else was asked for.
+    """The teacher's most likely ids, most likely first, and other requested quantities.
 
-    Refused with a `SignalError`: log-probs that are NaN or above 0, or that add up to more than 1; ids that are not in
+    A `SignalError` refuses log-probs that are NaN or above 0, or that add up to more than 1, and ids that are not in
     order of their log-probs, negative, or twice at one step.
 
     Attributes:
-        ids_NK: int64.
+        ids_NK: Ids, int64.
         logp_NK: Log-probs under the whole distribution (not renormalised), nats.
-        sampled_logp_N: Log-prob of the written token, nats, where asked for.
-        entropy_N: Of the whole distribution, nats, where asked for.
+        sampled_logp_N: Log-prob of the sampled token, nats, if requested.
+        entropy_N: Entropy of the whole distribution, nats, if requested.
         entropy_exact: False if the entropy is only a lower bound computed from the top-k and one tail bucket.
         whole: True if K is the whole vocabulary.
     """
@@ -149,7 +149,7 @@ class TopK(TeacherSignal):
                 same_length(self, name, values)
         check_logps(self, "top-k log-prob", self.logp_NK)
         if self.sampled_logp_N is not None:
-            check_logps(self, "log-prob of a written token", self.sampled_logp_N)
+            check_logps(self, "log-prob of a sampled token", self.sampled_logp_N)
         if self.entropy_N is not None:
             require_finite("entropy", self.entropy_N, self.source)
         _check_list(self, self.ids_NK, self.logp_NK, "top-k")
@@ -172,12 +172,12 @@ class TopK(TeacherSignal):
 
     def select(self, index_N: Tensor) -> TopK:
         return TopK(
-            taken(self.tokens_N, index_N),
+            take_rows(self.tokens_N, index_N),
             self.source,
-            taken(self.ids_NK, index_N),
-            taken(self.logp_NK, index_N),
-            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
-            None if self.entropy_N is None else taken(self.entropy_N, index_N),
+            take_rows(self.ids_NK, index_N),
+            take_rows(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else take_rows(self.sampled_logp_N, index_N),
+            None if self.entropy_N is None else take_rows(self.entropy_N, index_N),
             self.entropy_exact,
             self.whole,
             valid_N=self._valid(index_N),
@@ -187,7 +187,7 @@ class TopK(TeacherSignal):
 class _CandidateRows(_ListedRows):
     def __init__(self, signal: Candidates, index_C: Tensor | slice, vocab: int | None) -> None:
         ids_CK, logp_CK = signal.ids_NK[index_C], signal.logp_NK[index_C]
-        self._asked_CK = ids_CK
+        self._requested_CK = ids_CK
         self._sampled_N = None if signal.sampled_logp_N is None else signal.sampled_logp_N[index_C]
         self._top = SignalRows() if signal.top is None else signal.top.rows(index_C, vocab)
         self._top.source = signal.source
@@ -209,21 +209,21 @@ class _CandidateRows(_ListedRows):
         return self._top.topk(k)
 
     def candidates(self, k: int) -> Tensor:
-        return self._first(self._asked_CK, k, f"log-probs of the student's top-{k}")
+        return self._first(self._requested_CK, k, f"log-probs of the student's top-{k}")
 
 
 @dataclass(frozen=True, eq=False)
 class Candidates(TeacherSignal):
-    """Log-probs of ids that the student chose, and what else was asked for: of a teacher that cannot tell all.
+    """Log-probs of ids that the student chose, and other requested quantities, from a teacher without a dense signal.
 
-    Refused with a `SignalError`: log-probs that are NaN or above 0, or that add up to more than 1; ids that are
-    negative or twice at one step; a `top` about other tokens.
+    A `SignalError` refuses log-probs that are NaN or above 0, or that add up to more than 1, ids that are negative or
+    twice at one step, and a `top` about other tokens.
 
     Attributes:
-        ids_NK: The ids it was asked about, most likely first under the student when the batch was scored; int64.
-        logp_NK: Log-probs under its whole distribution (not renormalised), nats; minus infinity where it rules one out.
-        sampled_logp_N: Log-prob of the written token, nats, where asked for.
-        top: Its own most likely ids and its entropy, where asked for.
+        ids_NK: The requested ids, most likely first under the student when the batch was scored; int64.
+        logp_NK: Log-probs under the teacher's whole distribution (not renormalised), nats; minus infinity if ruled out.
+        sampled_logp_N: Log-prob of the sampled token, nats, if requested.
+        top: The teacher's own most likely ids and its entropy, if requested.
     """
 
     ids_NK: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
@@ -239,7 +239,7 @@ class Candidates(TeacherSignal):
                 same_length(self, name, values)
         check_logps(self, "log-prob of a candidate", self.logp_NK)
         if self.sampled_logp_N is not None:
-            check_logps(self, "log-prob of a written token", self.sampled_logp_N)
+            check_logps(self, "log-prob of a sampled token", self.sampled_logp_N)
         _check_list(self, self.ids_NK, self.logp_NK, "candidate")
         if self.top is not None:
             self.top.check_tokens(self.tokens_N)
@@ -258,11 +258,11 @@ class Candidates(TeacherSignal):
 
     def select(self, index_N: Tensor) -> Candidates:
         return Candidates(
-            taken(self.tokens_N, index_N),
+            take_rows(self.tokens_N, index_N),
             self.source,
-            taken(self.ids_NK, index_N),
-            taken(self.logp_NK, index_N),
-            None if self.sampled_logp_N is None else taken(self.sampled_logp_N, index_N),
+            take_rows(self.ids_NK, index_N),
+            take_rows(self.logp_NK, index_N),
+            None if self.sampled_logp_N is None else take_rows(self.sampled_logp_N, index_N),
             None if self.top is None else self.top.select(index_N),
             valid_N=self._valid(index_N),
         )
@@ -270,21 +270,21 @@ class Candidates(TeacherSignal):
     def check_ids(self, ids_NK: Tensor) -> None:
         """Raises `SignalError` unless it is about exactly these ids, in this order."""
         if self.ids_NK.shape != ids_NK.shape:
-            asked, said = tuple(ids_NK.shape), tuple(self.ids_NK.shape)
-            raise SignalError(f"{self.source}: was asked about ids {asked}, and answered about {said}")
+            expected, given = tuple(ids_NK.shape), tuple(self.ids_NK.shape)
+            raise SignalError(f"{self.source}: was asked for ids {expected}, and gave {given}")
         wrong = (self.ids_NK.to(ids_NK.device) != ids_NK).nonzero()
         if len(wrong):
-            step, place = (int(index) for index in wrong[0])
+            step, column = (int(index) for index in wrong[0])
             raise SignalError(
-                f"{self.source}: misaligned at step {step}: it was asked about id {int(ids_NK[step, place])}, "
-                f"and answered about id {int(self.ids_NK[step, place])}"
+                f"{self.source}: misaligned at step {step}: it was asked for id {int(ids_NK[step, column])}, "
+                f"and gave id {int(self.ids_NK[step, column])}"
             )
 
 
 def _check_list(signal: TeacherSignal, ids_NK: Tensor, logp_NK: Tensor, name: str) -> None:
-    """Refuses what is no list of ids, each once, with log-probs; what it says of no context is not looked at.
+    """Refuses anything but a list of distinct ids with log-probs; steps without a context are not checked.
 
-    Of ids with a log-prob of -inf, which fill up a short list, only the place counts.
+    Ids with a log-prob of -inf fill up a short list; only their position counts.
     """
     if ids_NK.shape != logp_NK.shape or ids_NK.ndim != 2:
         shapes = f"ids {tuple(ids_NK.shape)} and log-probs {tuple(logp_NK.shape)}"
@@ -292,7 +292,7 @@ def _check_list(signal: TeacherSignal, ids_NK: Tensor, logp_NK: Tensor, name: st
     if not ids_NK.numel():
         return
     refuse(signal, ids_NK < 0, f"a {name} id is negative")
-    # Fillers get numbers of their own, below all ids.
+    # Fillers get distinct numbers below all ids.
     fillers_K = -1 - torch.arange(ids_NK.shape[1], device=ids_NK.device)
     sorted_NK = torch.where(logp_NK > -math.inf, ids_NK, fillers_K).sort(-1).values
     refuse(signal, sorted_NK[:, 1:] == sorted_NK[:, :-1], f"{name} names an id twice")

@@ -1,4 +1,4 @@
-"""The signal that holds the whole distribution of each step. Axis letters: see `retort.core`."""
+"""The dense signal: the whole distribution of each step. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from retort.core.distribution import WHOLE, Distribution, Shard
 from retort.core.needs import NeedKind, require_finite
-from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, taken
+from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, take_rows
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def entropy(logp_NV: Tensor) -> Tensor:
 
 
 class DistributionRows(SignalRows):
-    """Everything that follows from logits [C, V], each computed once and only when asked for."""
+    """All quantities that follow from logits [C, V], each computed once and on demand."""
 
     def __init__(self, logits_NV: Tensor, tokens_N: Tensor, source: str, shard: Shard = WHOLE) -> None:
         self.source = source
@@ -48,14 +48,14 @@ class DistributionRows(SignalRows):
 
 @dataclass(frozen=True, eq=False)
 class Dense(TeacherSignal):
-    """The whole distribution, as a function from steps to logits [C, V]; never held as [N, V] by us.
+    """The whole distribution, as a function from steps to logits [C, V]; it is never held as [N, V].
 
     Attributes:
         logits: Index of steps -> logits [C, V], any float dtype; computed without gradient.
         width: V, the teacher's own width.
-        temperature: What the logits are divided by.
-        shard: Which ids the logits are about, where a rank holds only some.
-        hidden: Index of steps -> last hidden states [C, D], without gradient; None where there are none to be had.
+        temperature: The divisor of the logits.
+        shard: The ids that the logits are about, where a rank holds only some.
+        hidden: Index of steps -> last hidden states [C, D], without gradient; None if there are none.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
@@ -73,7 +73,7 @@ class Dense(TeacherSignal):
         temperature: float = 1.0,
         hidden_ND: Tensor | None = None,
     ) -> Dense:
-        """From a plain tensor [N, V], and last hidden states where something is to be compared with them."""
+        """Builds the signal from a plain tensor [N, V], and last hidden states for terms that compare them."""
         kept_NV, kept_ND = logits_NV.detach(), None if hidden_ND is None else hidden_ND.detach()
         return Dense(
             tokens_N,
@@ -98,7 +98,7 @@ class Dense(TeacherSignal):
                 logits_CV = logits_CV / self.temperature
             return DistributionRows(logits_CV, self.tokens_N[index_C], self.source, self.shard)
 
-    def held(self, index_C: slice, vocab: int | None = None) -> Dense:
+    def precomputed(self, index_C: slice, vocab: int | None = None) -> Dense:
         with torch.no_grad():
             logits_CV = self.logits(index_C)[:, : vocab or self.width]
 
@@ -117,7 +117,7 @@ class Dense(TeacherSignal):
 
         return replace(
             self,
-            tokens_N=taken(self.tokens_N, index_N),
+            tokens_N=take_rows(self.tokens_N, index_N),
             logits=logits,
             hidden=None if self.hidden is None else hidden,
             valid_N=self._valid(index_N),

@@ -1,1 +1,1 @@
-"""Rollout engines, imported lazily by whoever needs one."""
+"""Rollout engines, each imported lazily."""

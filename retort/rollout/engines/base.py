@@ -1,6 +1,6 @@
-"""What an engine is: whoever writes completions. Axis letters: see `retort.core`.
+"""The protocol of engines, which generate completions. Axis letters: see `retort.core`.
 
-`tests/contracts/test_engine.py` is what each has to pass.
+Every engine has to pass `tests/contracts/test_engine.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn.
+    """Settings of sampling.
 
     Attributes:
-        max_new_tokens: Longest completion.
-        temperature: Logits are divided by it.
-        top_p: Nucleus; 1 is the model's own distribution.
+        max_new_tokens: Longest completion, tokens.
+        temperature: The divisor of the logits.
+        top_p: Probability mass of the nucleus; 1 is the model's own distribution.
     """
 
     max_new_tokens: int
@@ -35,12 +35,12 @@ class Sampling:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """One completion to write.
+    """A request for one completion.
 
     Attributes:
-        context: What it follows, tokens and media; which of them were decided does not matter.
-        uniforms: Random numbers in [0, 1), one per token that may be written, float64: the only source of chance. A
-            completion is never longer than there are numbers.
+        context: Tokens and media that it follows; which of them were decided does not matter.
+        uniforms: Random numbers in [0, 1), one per token that may be generated, float64: the only source of randomness.
+            A completion is never longer than there are numbers.
     """
 
     context: TokenSequence
@@ -49,13 +49,13 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Completion:
-    """What was written.
+    """A completion of one request.
 
     Attributes:
-        ids: Tokens, the stop token included; at least one.
-        logp_A: Log-prob of each under the distribution it was drawn from, nats, fp32, on the CPU.
-        status: Completed, or truncated at the limit; then it holds no stop token.
-        version: Of the weights that wrote it, as the engine was last told.
+        ids: Ids of the tokens, the stop token included; at least one.
+        logp_A: Log-prob of each under the distribution it was sampled from, nats, fp32, on the CPU.
+        status: Completed, or truncated at the limit; a truncated one has no stop token.
+        version: Version of the weights, as the engine last got it.
     """
 
     ids: list[int]
@@ -65,11 +65,11 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Whoever writes."""
+    """An engine, which generates completions."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model that writes."""
+        """Tokenizer of the model."""
         ...
 
     @property
@@ -78,18 +78,18 @@ class Engine(Protocol):
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        """Writes a completion to every request, in order; each depends on its own request and the weights alone.
+        """Generates a completion for every request, in order; each depends on its own request and the weights alone.
 
         Raises:
-            UserError: A context holds what the model cannot read: an id without a row, or media.
+            UserError: A context holds tokens that the model cannot read: an id without a row, or media.
         """
         ...
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Says which weights write from now on.
+        """Sets the weights for the following completions.
 
         Args:
-            version: Optimizer steps they have taken.
-            weights: They, by name, for an engine that holds a copy; None for one that writes with the live ones.
+            version: Optimizer steps that the weights have taken.
+            weights: The weights by name, for an engine with a copy; None for one that uses the live ones.
         """
         ...

@@ -1,8 +1,8 @@
-"""The decode loop: a batch of prompts in, ids and log-probs out. Axis letters: see `retort.core`; B is rows written.
+"""The decode loop: a batch of prompts in, ids and log-probs out. Axis letters: see `retort.core`; B is rows.
 
 transformers' `generate` does the same and much else: for every token it copies the whole cache to append to it, keeps
-answers that are done in the batch until the last is, and fills and searches [B, V] arrays of scores to find the ids
-that were drawn. What is used of transformers here is the model, its cache and its masks.
+finished completions in the batch until the last ends, and fills and searches [B, V] arrays of scores to find the
+sampled ids. This module uses the model, its cache and its masks of transformers.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from transformers.cache_utils import DynamicLayer
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 
-#: Ids and the log-prob of each, [B] both, from logits [B, V], the rows' places in the batch [B] and the step.
+#: Returns ids and the log-prob of each, [B] both, from logits [B, V], the rows' indices in the batch [B] and the step.
 Draw = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
-#: Rows leave when at least this share of the batch is done: a copy of the cache that the next few tokens pay back.
+#: Rows leave when at least this share of the batch is done: the next few tokens pay back the copy of the cache.
 _LEAVE = 1 / 8
-#: Tokens of room that a cache begins with behind the prompt.
+#: Free tokens that a cache has behind the prompt at first.
 _ROOM = 64
 
 
 class RoomyLayer(DynamicLayer):
-    """A layer of transformers' dynamic cache with room to write in, so that a token does not copy all before it.
+    """A layer of transformers' dynamic cache with free room, so that a token does not copy all before it.
 
-    The room is doubled when it is full, up to what the longest answer needs: most answers are shorter.
+    The room is doubled when it is full, up to the length of the longest completion: most completions are shorter.
     """
 
     def __init__(self, most: int) -> None:
-        """Nothing written yet; `most` is how many tokens there may be."""
+        """Begins empty; `most` is the largest number of tokens."""
         super().__init__()
         self.most = most
         self.length = 0
@@ -57,17 +57,17 @@ class RoomyLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if not self.is_initialized:
-            return  # a layer that shares another's keys
+            return  # this layer shares another's keys
         room = self._keys.shape[2]
         self._keys, self._values = self._moved(self._keys, room, beam_idx), self._moved(self._values, room, beam_idx)
         self._show()
 
     def _moved(self, states: Tensor, room: int, rows_B: Tensor | None = None) -> Tensor:
-        """A copy of (some rows of) what is written, with room behind it."""
+        """A copy of the filled part, or of some of its rows, with room behind it."""
         rows = len(states) if rows_B is None else len(rows_B)
         moved = states.new_empty(rows, states.shape[1], room, states.shape[3])
-        written = states[:, :, : self.length]
-        moved[:, :, : self.length] = written if rows_B is None else written[rows_B]
+        filled = states[:, :, : self.length]
+        moved[:, :, : self.length] = filled if rows_B is None else filled[rows_B]
         return moved
 
     def _show(self) -> tuple[Tensor, Tensor]:
@@ -76,11 +76,11 @@ class RoomyLayer(DynamicLayer):
 
 
 def can_decode(lm: LanguageModel) -> bool:
-    """Whether the loop below drives this model rightly.
+    """Whether this loop decodes the model correctly.
 
-    A family may prepare its inputs in a way of its own, or keep a state where no cache knows of it. The first is seen
-    on its class, the second by trying: three answers, two of them to one prompt, that leave one by one, against the
-    same tokens scored at once.
+    A family may prepare its inputs in a way of its own, or keep a state outside of the cache. The first shows on its
+    class, the second by a trial: three completions, two of them of one prompt, that end one by one, against the same
+    tokens scored at once.
     """
     model, usual = (cast("Any", kind) for kind in (type(lm.model), GenerationMixin))
     as_usual = (
@@ -90,7 +90,7 @@ def can_decode(lm: LanguageModel) -> bool:
     )
     if not as_usual or not _decodes_as_it_scores(lm, 2, 5):
         return False
-    # Again on both sides of every length after which the model may do something else.
+    # On both sides of every length after which the model may compute differently.
     lengths = [] if lm.together_up_to is not None else lm.tried
     return all(_decodes_as_it_scores(lm, max(1, length // 2), length + 3) for length in lengths)
 
@@ -99,24 +99,24 @@ def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
     short, long = (
-        TokenSequence.of([(7 * place + length) % vocab for place in range(length)]) for length in (shorter, longer)
+        TokenSequence.of([(7 * index + length) % vocab for index in range(length)]) for length in (shorter, longer)
     )
     prompts = [short, long, long]
-    answers_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
+    completions_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
 
     def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        token_B = answers_BA[row_B.cpu(), step].to(logits_BV.device)
+        token_B = completions_BA[row_B.cpu(), step].to(logits_BV.device)
         return token_B, logits_BV.float().log_softmax(-1).gather(1, token_B[:, None]).squeeze(1)
 
     try:
-        _, logp_BA = decode(lm, prompts, draw, vocab, answers_BA.shape[1])
-    except Exception:  # whatever a family does with a cache that it does not expect
+        _, logp_BA = decode(lm, prompts, draw, vocab, completions_BA.shape[1])
+    except Exception:  # a family may fail in any way on a cache that it does not expect
         return False
-    for prompt, answer_A, logp_A in zip(prompts, answers_BA, logp_BA, strict=True):
-        length = int((answer_A == stop).nonzero()[0]) + 1
-        logits_AV = lm.head().logits(lm.hidden([prompt.then(answer_A[:length].tolist(), decided=True)]))
-        again_A = logits_AV.float().log_softmax(-1).cpu().gather(1, answer_A[:length, None]).squeeze(1)
-        # Rounding of logits, in bf16 an eighth where they reach 16; another context is worse.
+    for prompt, completion_A, logp_A in zip(prompts, completions_BA, logp_BA, strict=True):
+        length = int((completion_A == stop).nonzero()[0]) + 1
+        logits_AV = lm.head().logits(lm.hidden([prompt.then(completion_A[:length].tolist(), decided=True)]))
+        again_A = logits_AV.float().log_softmax(-1).cpu().gather(1, completion_A[:length, None]).squeeze(1)
+        # Rounding of logits is an eighth in bf16 where they reach 16; another context differs by more.
         if not bool(((logp_A[:length] - again_A).abs() < (1e-2 if lm.precision == "fp32" else 0.5)).all()):
             return False
     return True
@@ -125,19 +125,19 @@ def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int) -> bool:
 def decode(
     lm: LanguageModel, contexts: Sequence[TokenSequence], draw: Draw, vocab: int, longest: int
 ) -> tuple[Tensor, Tensor]:
-    """Writes at most `longest` tokens after every context.
+    """Generates at most `longest` tokens after every context.
 
     Args:
-        lm: Who writes.
-        contexts: Of each row.
-        draw: Chooses ids.
+        lm: The model.
+        contexts: Context of each row.
+        draw: Chooses the ids.
         vocab: Ids below this are tokens.
-        longest: Limit, tokens.
+        longest: Longest completion, tokens.
 
     Returns:
-        Ids and log-probs, [B, A] each, on the CPU; what stands behind a row's first stop token means nothing.
+        Ids and log-probs, [B, A] each, on the CPU; tokens after a row's first stop token mean nothing.
     """
-    # Answers to the same context read it together, and part when the first token is drawn.
+    # Rows with the same context read it together, and separate when the first token is sampled.
     asked_B, different = read_once(contexts)
     asked_B = asked_B.to(lm.device)
     ids_BL, mask_BL = left_padded(different, lm)
@@ -180,13 +180,13 @@ def decode(
 
 
 def read_once(contexts: Sequence[TokenSequence]) -> tuple[Tensor, list[TokenSequence]]:
-    """Contexts that differ, in tokens or in media, and for each of those given which of them it is, [B]."""
+    """The distinct contexts, by tokens and media, and the index of each given context among them, [B]."""
     different: dict[object, TokenSequence] = {}
     keys = [context.key for context in contexts]
     for key, context in zip(keys, contexts, strict=True):
         different.setdefault(key, context)
-    places = {key: place for place, key in enumerate(different)}
-    return torch.tensor([places[key] for key in keys]), list(different.values())
+    index_of = {key: index for index, key in enumerate(different)}
+    return torch.tensor([index_of[key] for key in keys]), list(different.values())
 
 
 def left_padded(contexts: Sequence[TokenSequence], lm: LanguageModel) -> tuple[Tensor, Tensor]:
@@ -198,9 +198,9 @@ def left_padded(contexts: Sequence[TokenSequence], lm: LanguageModel) -> tuple[T
 
 
 def roomy_cache(lm: LanguageModel, room: int) -> DynamicCache:
-    """The cache of transformers for this model, with room in the layers that keep every token."""
+    """A cache of transformers for this model, with room in the layers that keep every token."""
     cache = DynamicCache(config=lm.model.config)
-    # Other layers (sliding windows, states of linear attention) do not grow with what is written.
+    # Other layers (sliding windows, states of linear attention) do not grow with the completion.
     cache.layers = [RoomyLayer(room) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 

@@ -1,4 +1,4 @@
-"""Writing with a model in this process. Axis letters: see `retort.core`; B is the rollouts written at once."""
+"""Generation with a model in this process. Axis letters: see `retort.core`; B is the rollouts generated at once."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "HFEngine", "Request", "Sampling", "nucleus"]
 
 
-class _Given:
-    """A logits processor that leaves `generate` nothing to choose: every row's token is drawn from its own number.
+class _ForcedDraw:
+    """A logits processor that leaves `generate` no choice: every row's token is drawn from its own random number.
 
     `generate` would draw from the global random state, in an order that depends on the batch.
     """
@@ -42,15 +42,15 @@ class _Given:
 
 
 class HFEngine:
-    """Writes with a model that is in this process, so its weights are always the newest."""
+    """Generates with a model that is in this process, so its weights are always the newest."""
 
     def __init__(self, lm: LanguageModel, *, vocab: int, max_parallel: int) -> None:
-        """An engine.
+        """Builds the engine.
 
         Args:
-            lm: Who writes.
+            lm: The model.
             vocab: Only ids below this are tokens.
-            max_parallel: Rollouts written at once.
+            max_parallel: Rollouts generated at once.
         """
         self.lm = lm
         self.vocab = vocab
@@ -69,7 +69,7 @@ class HFEngine:
         return self.lm.context
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """See `Engine`; it writes with the live weights, and notes their version."""
+        """See `Engine`; it uses the live weights, and stores their version."""
         self.version = version
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -77,7 +77,7 @@ class HFEngine:
         self.lm.check_readable((request.context for request in requests), "a prompt")
         found: dict[int, Completion] = {}
         rooms = [min(sampling.max_new_tokens, len(request.uniforms)) for request in requests]
-        # Neighbours of like length need least padding.
+        # Neighbours of similar length need least padding.
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
         limit = self.lm.together_up_to
         alone = [i for i in order if limit is not None and len(requests[i].context) + rooms[i] > limit]
@@ -98,7 +98,7 @@ class HFEngine:
 
         def draw(logits_BV: Tensor, row_B: Tensor, step: int) -> tuple[Tensor, Tensor]:
             token_B, logp_B = sample(logits_BV, uniforms_BA[row_B, step], sampling.temperature, sampling.top_p)
-            # Who has used up its room leaves; what it would write is cut off below.
+            # A row whose random numbers are used up leaves; its further tokens are cut off below.
             return (torch.where(step < room_B[row_B], token_B, lm.stops.primary) if ragged else token_B), logp_B
 
         was_training = lm.model.training
@@ -110,15 +110,15 @@ class HFEngine:
                 ids_BA, logp_BA = decoded(lm, [r.context for r in requests], draw, self.vocab, longest)
         finally:
             lm.model.train(was_training)
-        # Copied outside of inference mode: what it made may never meet autograd.
+        # Copied outside of inference mode, because autograd must not meet its tensors.
         parts = zip(ids_BA.tolist(), logp_BA.clone(), rooms, strict=True)
         return [self._cut(ids[:room], logp_A[:room]) for ids, logp_A, room in parts]
 
     def _cut(self, ids: list[int], logp_A: Tensor) -> Completion:
-        """Ends an answer after its first stop token."""
-        for place, token in enumerate(ids):
+        """Ends a completion after its first stop token."""
+        for last, token in enumerate(ids):
             if token in self.lm.stops.ids:
-                return Completion(ids[: place + 1], logp_A[: place + 1], Status.COMPLETED, self.version)
+                return Completion(ids[: last + 1], logp_A[: last + 1], Status.COMPLETED, self.version)
         return Completion(ids, logp_A[: len(ids)], Status.TRUNCATED, self.version)
 
 
@@ -131,7 +131,7 @@ def _generate(
     from retort.rollout.engines.decode import left_padded
 
     ids_BL, mask_BL = left_padded(contexts, lm)
-    given = _Given(draw, len(contexts), vocab, lm.device)
+    given = _ForcedDraw(draw, len(contexts), vocab, lm.device)
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=longest,

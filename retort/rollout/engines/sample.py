@@ -1,4 +1,4 @@
-"""Drawing tokens from given uniform numbers. Axis letters: see `retort.core`; B is the rows written at once.
+"""Samples tokens from given uniform random numbers. Axis letters: see `retort.core`; B is the rows sampled at once.
 
 The distribution of a row is cut into intervals of [0, 1), one per id and in the order of the ids; the number of the row
 lies in one of them. So a row's token depends on its own logits and its own number only.
@@ -12,23 +12,23 @@ from torch.nn import functional
 
 #: Ids per block of the search.
 _BLOCK = 512
-#: Elements of logits worked on at once: on a CPU few enough that the second pass over them finds them in its cache.
+#: Elements of logits processed at once: few enough that a CPU's second pass over them finds them in its cache.
 _ELEMENTS, _ELEMENTS_CPU = 2**25, 2**20
 
 
 def sample(
     logits_BV: Tensor, uniforms_B: Tensor, temperature: float = 1.0, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """A token for every row, by the inverse of its cumulative distribution.
+    """Samples a token for every row, by the inverse of its cumulative distribution.
 
     Args:
-        logits_BV: Of the ids that are tokens, in any floating dtype.
-        uniforms_B: In [0, 1), float64.
-        temperature: Logits are divided by it, in fp32.
+        logits_BV: Logits of the ids that are tokens, in any floating dtype.
+        uniforms_B: Random numbers in [0, 1), float64.
+        temperature: The divisor of the logits, in fp32.
         top_p: See `nucleus`; 1 keeps every id.
 
     Returns:
-        Ids, and the log-prob of each under the distribution that it was drawn from, nats, fp32; [B] both.
+        Ids, and the log-prob of each under the distribution that it was sampled from, nats, fp32; [B] both.
     """
     rows = max(1, (_ELEMENTS_CPU if logits_BV.device.type == "cpu" else _ELEMENTS) // logits_BV.shape[1])
     parts = [
@@ -41,7 +41,7 @@ def sample(
 def nucleus(logp_BV: Tensor, top_p: float) -> Tensor:
     """Log-probs renormalised on the smallest set of most likely tokens that holds `top_p`; -inf outside."""
     sorted_BV, order_BV = logp_BV.sort(dim=-1, descending=True)
-    # What lies before a token, summed without it: subtracting it again would leave rounding at the edge.
+    # The sum before a token, without the token: subtracting it again would leave rounding at the edge.
     before_BV = functional.pad(sorted_BV.exp().cumsum(-1)[:, :-1], (1, 0))
     outside_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
     return torch.log_softmax(logp_BV.masked_fill(outside_BV, float("-inf")), dim=-1)
@@ -53,7 +53,7 @@ def _scaled(logits_BV: Tensor, temperature: float, top_p: float) -> Tensor:
 
 
 def _draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The search in two levels: first among sums of blocks of ids, then inside the block that was hit.
+    """Searches in two levels: first among sums of blocks of ids, then inside the block that was hit.
 
     One level would need every cumulative sum in float64, or the tail of 150,000 small numbers is rounded away. A sum of
     512 numbers in fp32 is right to a few ulp, because torch adds in pairs; only sums over blocks need float64.
@@ -74,20 +74,20 @@ def _draw(logits_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         inside_BV, block_B1 = (logits_BV - peak_B1).exp_(), torch.zeros_like(peak_B1, dtype=torch.long)
         whole_B1 = inside_BV.sum(-1, keepdim=True, dtype=torch.float64)
         rest_B1 = uniforms_B[:, None] * whole_B1
-    place_B1, _ = _hit(inside_BV.double().cumsum(-1), rest_B1)
-    token_B1 = block_B1 * _BLOCK + place_B1
+    target_B1, _ = _hit(inside_BV.double().cumsum(-1), rest_B1)
+    token_B1 = block_B1 * _BLOCK + target_B1
     logp_B1 = (logits_BV.gather(1, token_B1) - peak_B1).double() - whole_B1.log()
     return token_B1.squeeze(1), logp_B1.squeeze(1).float()
 
 
-def _hit(ends_BK: Tensor, place_B1: Tensor) -> tuple[Tensor, Tensor]:
-    """Which interval a place lies in, and how far behind the interval's start. `ends_BK` are where intervals end.
+def _hit(ends_BK: Tensor, target_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The interval that a number lies in, and its distance from the interval's start; `ends_BK` are intervals' ends.
 
-    The first end beyond the place is that of the interval, so one of width zero is never hit: its end is the end of the
-    interval before. A place that rounding pushed to the end of the last is taken back into it.
+    The first end above the number is that of the interval, so one of width zero is never hit: its end is the end of the
+    interval before. A number that rounding pushed to the end of the last interval is moved back into it.
     """
     last_B1 = ends_BK[:, -1:]
-    place_B1 = torch.minimum(place_B1, torch.nextafter(last_B1, torch.zeros_like(last_B1)))
-    index_B1 = torch.searchsorted(ends_BK, place_B1, right=True)
+    target_B1 = torch.minimum(target_B1, torch.nextafter(last_B1, torch.zeros_like(last_B1)))
+    index_B1 = torch.searchsorted(ends_BK, target_B1, right=True)
     starts_B1 = torch.where(index_B1 > 0, ends_BK.gather(1, (index_B1 - 1).clamp_min(0)), 0.0)
-    return index_B1, place_B1 - starts_B1
+    return index_B1, target_B1 - starts_B1

@@ -1,4 +1,4 @@
-"""The built-in task of models that teach themselves: Countdown with hints, mistakes and what a checker says."""
+"""The built-in task for self-distillation: Countdown with hints, mistakes and a checker's feedback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from retort.tasks import bundled
 from retort.tasks.coached.problems import PRIVILEGED, TEMPLATES, bait, bait_rows, check, feedback, followed, rows
 
 MODELS_DIR = Path(__file__).parent / "models"
-"""Where the bundled models lie."""
+"""The folder of the bundled models."""
 
 __all__ = [
     "MODELS_DIR",
@@ -31,5 +31,5 @@ def teacher_path() -> Path:
 
 
 def student_path() -> Path:
-    """The Hugging Face folder of the bundled student: what it is shown it can use, and alone it often fails."""
+    """The Hugging Face folder of the bundled student: it can use what it is shown, and alone it often fails."""
     return bundled(MODELS_DIR, "student", __name__)

@@ -2,11 +2,10 @@
 
     python -m retort.tasks.coached.build --out models
 
-writes ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured
-in this very run. Both start from the weights of ``countdown:teacher``, with rows for the new words; the student keeps
-only some of the layers. Both are then taught, by supervised learning, to answer with and without sections before the
-question: to use a solution, to follow a plan, not to repeat what was wrong, and to fall for a suggestion half of the
-time.
+saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
+this very run. Both start from the weights of ``countdown:teacher``, with rows for the new words; the student keeps only
+some of the layers. Both are then trained, by supervised learning, to respond with and without sections before the
+question: to use a solution, to follow a plan, not to repeat a mistake, and to follow a suggestion half of the time.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ RESPONSE = 12  # tokens of a right response, with the end token
 MEASURED_PROBLEMS = 321  # all that are held out
 SAMPLES = 8
 
-#: What stands before the question, and how often it is drawn. A batch has four of them, and plain questions.
+#: Sections before the question, and how often they are drawn. A batch has four layouts, and plain questions.
 LAYOUTS: Mapping[tuple[str, ...], float] = {
     ("solution",): 2.0,
     ("hint",): 2.0,
@@ -62,11 +61,11 @@ LAYOUTS: Mapping[tuple[str, ...], float] = {
     ("solution", "maybe"): 0.4,
     ("hint", "maybe"): 0.3,
 }
-#: Drawn from alone for the first part of the training: what is shown can be copied, and nothing stands in between.
-#: Copying is what all the rest is built on, and mixed with the rest it is learnt several times slower.
+#: Layouts for the first part of the training: the shown text can be copied, and nothing stands in between. Everything
+#: else builds on copying, which is learnt several times slower when mixed with the rest.
 EASY = (("solution",), ("solution",), ("right",), ("hint",), ("maybe",))
 EASY_PART = 0.35
-#: How often a response repeats the solution that it is shown, and falls for a suggestion.
+#: How often a response repeats the solution that it is shown, and follows a suggestion.
 REPEATED, FOLLOWED = 0.85, 0.5
 
 
@@ -75,12 +74,12 @@ class Recipe:
     """How one model is trained.
 
     Attributes:
-        kept: layers of Countdown's teacher, counted from 0.
-        steps: optimizer steps.
-        plain: plain questions per step.
-        shown: questions per step and layout, of four layouts.
-        lr: highest learning rate; a cosine brings it to zero.
-        seed: decides new weights and data.
+        kept: Layers of Countdown's teacher, counted from 0.
+        steps: Optimizer steps.
+        plain: Plain questions per step.
+        shown: Questions per step and layout, of four layouts.
+        lr: Highest learning rate; a cosine decays it to zero.
+        seed: Seed of new weights and data.
     """
 
     kept: tuple[int, ...]
@@ -94,7 +93,7 @@ class Recipe:
 TEACHER = Recipe(kept=(0, 1, 2, 3, 4), steps=500)
 STUDENT = Recipe(kept=(0, 2, 4), steps=900, seed=1)
 
-#: What is measured: the name in the model card, and the columns that are shown.
+#: The measurements: name in the model card, and the columns that are shown.
 SHOWN: Mapping[str, tuple[str, ...]] = {
     "plain": (),
     "example": ("example",),
@@ -109,7 +108,7 @@ SHOWN: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Score:
-    """Over held-out problems and samples, temperature 1: the share that is right, and that follows the suggestion."""
+    """Shares over held-out problems and samples at temperature 1: right ones, and ones that follow the suggestion."""
 
     right: float
     followed: float = 0.0
@@ -124,36 +123,36 @@ def context(
         The text before the question; a right response that agrees with it; and a suggestion, if there is one.
     """
     right = solutions(problem)
-    chosen, said, suggestion = rng.choice(right), list[str](), ""
+    chosen, sections, suggestion = rng.choice(right), list[str](), ""
     shown = list[str]()
     wrong = ""
     for kind in layout:
         if kind == "right":
             shown.append(rng.choice(right))
-            said.append(TEMPLATES["success"].format(text=shown[-1]))
+            sections.append(TEMPLATES["success"].format(text=shown[-1]))
         elif kind == "example":
             other = rng.choice(others)
             asked = Problem(tuple(rng.sample(other.numbers, NUMBERS)), other.target)
-            said.append(TEMPLATES["example"].format(prompt=asked.prompt, text=rng.choice(solutions(other))))
+            sections.append(TEMPLATES["example"].format(prompt=asked.prompt, text=rng.choice(solutions(other))))
         elif kind == "wrong":
             made = rng.choices(("missed", "twice", "claimed"), (5, 2, 3))[0]
             wrong = mistake(problem, rng, made)
-            said.append(TEMPLATES["failure"].format(text=wrong))
+            sections.append(TEMPLATES["failure"].format(text=wrong))
         elif kind == "feedback":
             wrong = wrong or mistake(problem, rng, "missed")
-            said.append(TEMPLATES["feedback"].format(text=feedback(problem.prompt, wrong)))
+            sections.append(TEMPLATES["feedback"].format(text=feedback(problem.prompt, wrong)))
         elif kind == "maybe":
             suggestion = wrong_response(problem, rng)
-            said.append(f"maybe {suggestion} ;")
+            sections.append(f"maybe {suggestion} ;")
         else:
             text = {"solution": str, "hint": plan, "outcome": outcome}[kind](chosen)
-            said.append(TEMPLATES[kind].format(text=text))
+            sections.append(TEMPLATES[kind].format(text=text))
     if "solution" in layout or shown:
         repeated = chosen if "solution" in layout else rng.choice(shown)
         response = repeated if rng.random() < REPEATED else rng.choice(right)
     else:
         response = chosen
-    return "".join(f"{section} " for section in said), response, suggestion
+    return "".join(f"{section} " for section in sections), response, suggestion
 
 
 class Data:
@@ -303,7 +302,7 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 
 
 def make(name: str, recipe: Recipe, out: Path) -> None:
-    """Train a model, write it to ``out/name``, and measure what was written."""
+    """Train a model, save it to ``out/name``, and measure the saved one."""
     tokenizer, folder = build_tokenizer(), out / name
     source = LlamaForCausalLM.from_pretrained(countdown.teacher_path(), dtype=torch.float32)
     model = extended(source, tokenizer, recipe)

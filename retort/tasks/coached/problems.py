@@ -1,7 +1,7 @@
-"""Countdown with words around it, for models that learn from themselves: hints, mistakes, and what a checker says.
+"""Countdown with words around it, for models that learn from themselves: hints, mistakes, and a checker's feedback.
 
-The question is Countdown's own, ``45 from 3 5 12 :``. What a teacher may know besides stands before it, in sections
-that end in ``;``::
+The question is Countdown's own, ``45 from 3 5 12 :``. A teacher's privileged texts stand before it, in sections that
+end in ``;``::
 
     solution 12 - 3 = 9 , 9 * 5 = 45 ; 45 from 3 5 12 :
     right 12 - 3 = 9 , 9 * 5 = 45 ; wrong 12 + 5 = 17 , 17 * 3 = 51 ; feedback reached 51 ; 45 from 3 5 12 :
@@ -44,7 +44,7 @@ TEMPLATES: Mapping[str, str] = {
     "closing": "",
 }
 
-#: What the sections and the checker say, besides numbers and the symbols of the game.
+#: The words of the sections and the checker, besides numbers and the symbols of the game.
 WORDS = (
     *("solution", "hint", "outcome", "right", "wrong", "feedback", "example", "maybe", ";"),
     *("it", "step", "no", "illegal", "reached", "unfinished", "unreadable"),
@@ -52,12 +52,12 @@ WORDS = (
 
 
 def rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[dict[str, str]]:
-    """Data rows of one split: those of Countdown with three numbers, and what a teacher may know of them.
+    """Data rows of one split: those of Countdown with three numbers, and a teacher's privileged texts.
 
     Args:
         split: ``train`` or ``held_out``.
-        count: how many rows, at most one per problem; None gives every problem of the split.
-        seed: decides everything that is random.
+        count: Number of rows, at most one per problem; None gives every problem of the split.
+        seed: Seed of everything that is random.
 
     Returns:
         One dict per row with ``id``, ``prompt``, ``answer`` (the target) and ``response`` (a right one); and as
@@ -66,7 +66,7 @@ def rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[dict[
         response that is not right).
 
     Raises:
-        ValueError: for an unknown split, or more rows than it has problems.
+        ValueError: The split is unknown, or has fewer problems than rows are wanted.
     """
     return [_row(row, seed) for row in countdown.rows(split, count, seed=seed)]
 
@@ -75,9 +75,9 @@ def bait_rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[
     """The rows of the paired task: ``prompt`` carries a suggestion that is wrong, ``clean`` is the same without it.
 
     Args:
-        split: as in `rows`.
-        count: as in `rows`.
-        seed: as in `rows`.
+        split: As in `rows`.
+        count: As in `rows`.
+        seed: As in `rows`.
 
     Returns:
         The rows of `rows`, in the same order and with the same texts besides.
@@ -89,7 +89,7 @@ def bait_rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[
 
 
 def question(prompt_text: str) -> str:
-    """What stands after the last section: the problem alone."""
+    """The text after the last section: the problem alone."""
     return prompt_text.rpartition(";")[2]
 
 
@@ -105,7 +105,7 @@ def bait(prompt_text: str) -> str | None:
 def check(prompt_text: str, response_text: str) -> bool:
     """Whether the response solves the problem that the prompt states, whatever the sections before it say.
 
-    Any text, of any length, gets an answer and never an error; see Countdown's own `check`.
+    Any text, of any length, gets a result and never an error; see Countdown's own `check`.
     """
     return countdown.check(question(prompt_text), response_text)
 
@@ -134,27 +134,27 @@ def feedback(prompt_text: str, response_text: str) -> str:
     - ``step 2 : 17 * 3 = 51`` the arithmetic of that step, with the right result;
     - ``step 2 : illegal`` a result below 0 or above 255;
     - ``step 2 : no 7`` a number that is not there, or not any more;
-    - ``reached 51`` all numbers used, and the target missed;
-    - ``unfinished`` what is there is right, but numbers are left;
-    - ``unreadable`` it is not written as steps, or the prompt states no problem.
+    - ``reached 51`` all numbers are used, and the target is missed;
+    - ``unfinished`` all steps are right, but numbers are left;
+    - ``unreadable`` it does not consist of steps, or the prompt states no problem.
 
-    Any text, of any length, gets an answer and never an error.
+    Any text, of any length, gets a result and never an error.
     """
-    asked, written = read(question(prompt_text)), read(response_text)
-    if written is None or asked is None or len(asked) < 5 or asked[1] != "from" or asked[-1] != ":":
+    asked, tokens = read(question(prompt_text)), read(response_text)
+    if tokens is None or asked is None or len(asked) < 5 or asked[1] != "from" or asked[-1] != ":":
         return "unreadable"
     if not all(token.isdecimal() for token in (asked[0], *asked[2:-1])):
         return "unreadable"
     left, number = asked[2:-1], 0
-    while written:
+    while tokens:
         number += 1
-        step, rest = written[:5], written[5:]
+        step, rest = tokens[:5], tokens[5:]
         if (len(step) < 5 and _may_go_on(step)) or (rest and rest[0] != ","):
             return "unfinished" if len(step) < 5 else "unreadable"
         found = _step_mistake(step, left)
         if found is not None:
             return found if found == "unreadable" else f"step {number} : {found}"
-        written = rest[1:]
+        tokens = rest[1:]
     if len(left) > 1:
         return "unfinished"
     if response_text.rstrip().endswith(","):
@@ -163,17 +163,17 @@ def feedback(prompt_text: str, response_text: str) -> str:
 
 
 def mistake(problem: Problem, rng: random.Random, kind: Mistake) -> str:
-    """A response that is not right, though it looks it.
+    """A wrong response that looks right.
 
     Args:
-        problem: with two numbers or more.
-        rng: is drawn from.
-        kind: ``missed`` (right arithmetic that misses the target), ``twice`` (a number is used twice, and if that can
-            be the target is reached; ``missed`` if all numbers are the same), ``claimed`` (a last step that claims the
+        problem: A problem with two numbers or more.
+        rng: The random numbers to draw from.
+        kind: ``missed`` (right arithmetic that misses the target), ``twice`` (a number is used twice, and the target is
+            reached if possible; ``missed`` if all numbers are the same), ``claimed`` (a last step that claims the
             target, by wrong arithmetic) or ``unfinished`` (the last step is missing).
     """
     if kind == "twice" and len(set(problem.numbers)) == 1:
-        kind = "missed"  # where all numbers are the same, nobody can tell which of them was used
+        kind = "missed"  # if all numbers are the same, which one was used is undefined
     while True:
         steps = _played(problem, rng)
         text = _MADE[kind](problem, steps, rng)
@@ -187,7 +187,7 @@ def wrong(problem: Problem, rng: random.Random) -> str:
 
 
 def _row(row: dict[str, str], seed: int) -> dict[str, str]:
-    # By the row and not by its place: a smaller count is then a prefix of a larger one.
+    # Seeded by the row and not by its index: a smaller count is then a prefix of a larger one.
     rng = random.Random(f"coached {row['id']} {seed}")
     target, _, *numbers, _ = row["prompt"].split()
     problem = Problem(tuple(map(int, numbers)), int(target))
@@ -220,13 +220,13 @@ def _with_it(solution: str) -> list[str]:
 
 
 def _may_go_on(step: list[str]) -> bool:
-    """Whether the beginning of a step is written like one."""
+    """Whether a partial step begins like a step."""
     kinds = (str.isdecimal, OPERATIONS.__contains__, str.isdecimal, "=".__eq__)
     return all(fits(token) for fits, token in zip(kinds, step, strict=False))
 
 
 def _step_mistake(step: list[str], left: list[str]) -> str | None:
-    """What is wrong with a whole step; takes its numbers from those left, and puts its result there."""
+    """The mistake in a whole step; takes its numbers from `left`, and puts its result there."""
     first, operation, second, equals, result = step if len(step) == 5 else ("",) * 5
     if not (first.isdecimal() and operation in OPERATIONS and second.isdecimal() and equals == "="):
         return "unreadable"

@@ -20,7 +20,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     to the same tokens as together. Decoding puts a space between tokens.
     """
     known = countdown.build_tokenizer().get_vocab()
-    vocab = {**known, **{word: len(known) + place for place, word in enumerate(WORDS)}}
+    vocab = {**known, **{word: len(known) + index for index, word in enumerate(WORDS)}}
     tokenizer = Tokenizer(WordLevel(vocab, unk_token=countdown.UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(

@@ -8,7 +8,7 @@ from retort.tasks import bundled
 from retort.tasks.countdown.problems import check, rows
 
 MODELS_DIR = Path(__file__).parent / "models"
-"""Where the bundled models lie."""
+"""The folder of the bundled models."""
 
 __all__ = ["MODELS_DIR", "check", "rows", "student_path", "teacher_path"]
 

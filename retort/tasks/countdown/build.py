@@ -2,8 +2,8 @@
 
     python -m retort.tasks.countdown.build --out models
 
-writes ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured
-in this very run. The teacher is trained on random right responses. The student is the teacher with layers cut out,
+saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
+this very run. The teacher is trained on random right responses. The student is the teacher with layers cut out,
 cold-started with a few steps of the same training: smaller, and with much left to learn from the teacher.
 """
 
@@ -32,8 +32,8 @@ NUMBERS = 3
 MAX_NEW_TOKENS = 14  # a right response is 11 tokens and the end token
 MEASURED_PROBLEMS = 321  # all that are held out
 SAMPLES = 8
-#: The task itself has some 3,000 training problems, which a model of a million parameters learns by heart. Four times
-#: as many, with larger numbers and targets, teach it more about looking for a solution (see docs/log.md).
+#: The task itself has some 3,000 training problems, which a model of a million parameters memorises. Four times as
+#: many, with larger numbers and targets, teach it more about searching for a solution (see docs/log.md).
 WIDE_NUMBER, WIDE_TARGET, TASK_SHARE = 20, 120, 0.4
 
 # Axes: B sequences, L tokens of a sequence, V words, P problems, K samples of one problem.
@@ -44,13 +44,13 @@ class Recipe:
     """How one model is trained.
 
     Attributes:
-        steps: optimizer steps.
-        batch: sequences per step.
-        lr: highest learning rate; a cosine brings it to zero.
-        weight_decay: of AdamW.
-        seed: decides initial weights and data.
-        until: stop before the last step, when the mean loss of 25 steps has come down to this.
-        bf16: products in bfloat16; several times slower than fp32 on a CPU that has no instructions for it.
+        steps: Optimizer steps.
+        batch: Sequences per step.
+        lr: Highest learning rate; a cosine decays it to zero.
+        weight_decay: Weight decay of AdamW.
+        seed: Seed of initial weights and data.
+        until: Mean loss of 25 steps at which to stop before the last step.
+        bf16: Whether products are in bfloat16; several times slower than fp32 on a CPU without instructions for it.
     """
 
     steps: int
@@ -151,7 +151,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts_BL: Tensor, generator: torch.Generator) -> Tensor:
-    """New tokens at temperature 1, [B, MAX_NEW_TOKENS]; what follows the end token is to be ignored."""
+    """New tokens at temperature 1, [B, MAX_NEW_TOKENS]; tokens after the end token are to be ignored."""
     cache, tokens, drawn = DynamicCache(config=model.config), prompts_BL, list[Tensor]()
     for _ in range(MAX_NEW_TOKENS):
         logits_BLV = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -201,8 +201,8 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 """
 
 
-def write(name: str, model: LlamaForCausalLM, how: str, out: Path) -> Score:
-    """Write a model to ``out/name``, and measure what was written."""
+def export(name: str, model: LlamaForCausalLM, how: str, out: Path) -> Score:
+    """Save a model to ``out/name``, and measure the saved one."""
     tokenizer, folder = build_tokenizer(), out / name
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
@@ -214,7 +214,7 @@ def write(name: str, model: LlamaForCausalLM, how: str, out: Path) -> Score:
 
 
 def make_teacher(out: Path) -> None:
-    """Train and write the teacher."""
+    """Train and save the teacher."""
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, SHAPE, TEACHER.seed)
     print(f"teacher: {model.num_parameters():,} parameters", flush=True)
@@ -224,11 +224,11 @@ def make_teacher(out: Path) -> None:
         f"to wider ones (numbers to {WIDE_NUMBER}, targets to {WIDE_TARGET}). {SHAPE['num_hidden_layers']} layers of "
         f"width {SHAPE['hidden_size']}, {_words(TEACHER)}."
     )
-    write("teacher", model, how, out)
+    export("teacher", model, how, out)
 
 
 def make_student(out: Path) -> None:
-    """Cut the written teacher down, cold-start what is left, and write the student."""
+    """Cut the saved teacher down, cold-start the rest, and save the student."""
     tokenizer = build_tokenizer()
     teacher = LlamaForCausalLM.from_pretrained(out / "teacher", dtype=torch.float32)
     student = cut_student(teacher, KEPT_LAYERS, tokenizer)
@@ -238,7 +238,7 @@ def make_student(out: Path) -> None:
         f"The teacher with only its layers {', '.join(map(str, KEPT_LAYERS))} (counted from 0) kept, then cold-started "
         f"by supervised learning on the teacher's kind of data: {_words(STUDENT)}."
     )
-    write("student", student, how, out)
+    export("student", student, how, out)
 
 
 def _words(recipe: Recipe) -> str:

@@ -1,13 +1,13 @@
-"""Countdown: reach a target from given numbers, each used exactly once, one written step at a time.
+"""Countdown: reach a target from given numbers, each used exactly once, one step of text at a time.
 
-A prompt reads ``45 from 3 5 12 :`` and a right response ``12 - 3 = 9 , 9 * 5 = 45``. A step takes two
-numbers that are still there, combines them with ``+``, ``-`` or ``*``, and puts the result in their place;
-the last result is the target. Every result lies in 0..255, so one token per number covers the whole game.
+A prompt reads ``45 from 3 5 12 :`` and a right response ``12 - 3 = 9 , 9 * 5 = 45``. A step takes two numbers that are
+left, combines them with ``+``, ``-`` or ``*``, and replaces them by the result; the last result is the target. Every
+result lies in 0..255, so one token per number covers the whole game.
 
-Most problems have many right responses. A model taught with random ones is honestly uncertain about which
-number and which operation comes next (a fork), and certain about the arithmetic in between.
+Most problems have many right responses. A model trained on random ones is rightly uncertain about which number and
+which operation comes next (a fork), and certain about the arithmetic in between.
 
-This module needs the standard library only, and all it returns is the same on every machine.
+This module needs the standard library only, and all its results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The text that a model is asked to continue, such as ``45 from 3 5 12 :``."""
+        """The text that a model has to continue, such as ``45 from 3 5 12 :``."""
         return f"{self.target} from {' '.join(map(str, self.numbers))} :"
 
 
 def solutions(problem: Problem) -> list[str]:
     """All right responses to ``problem``, sorted, without duplicates.
 
-    ``3 + 5`` and ``5 + 3`` are both listed, and so are two independent steps in either order: to the checker,
-    and to a model that has to write one of them, these are different texts. Equal numbers are not told apart,
-    so no text counts twice.
+    ``3 + 5`` and ``5 + 3`` are both listed, and so are two independent steps in either order: to the checker, and to a
+    model that has to generate one of them, these are different texts. Equal numbers are not distinguished, so no text
+    counts twice.
     """
     return sorted({" , ".join(steps) for steps in _ways(tuple(sorted(problem.numbers)), problem.target)})
 
@@ -68,9 +68,9 @@ def problems(
 
     Args:
         split: ``train`` or ``held_out``.
-        numbers: how many numbers a problem gives.
-        largest_number: the task has numbers in 1..12; a wider range is for training a teacher.
-        largest_target: the task has targets in 1..60.
+        numbers: Number of numbers of a problem.
+        largest_number: The task has numbers in 1..12; a wider range is for training a teacher.
+        largest_target: The task has targets in 1..60.
     """
     return tuple(
         Problem(given, target)
@@ -87,8 +87,8 @@ def split_of(problem: Problem) -> Split:
     problem.
     """
     text = f"countdown {sorted(problem.numbers)} {problem.target}"
-    place = hashlib.sha256(text.encode()).digest()[0] / 256
-    return "held_out" if place < HELD_OUT_SHARE else "train"
+    fraction = hashlib.sha256(text.encode()).digest()[0] / 256
+    return "held_out" if fraction < HELD_OUT_SHARE else "train"
 
 
 def rows(split: Split, count: int | None = None, *, numbers: int = 3, seed: int = 0) -> list[dict[str, str]]:
@@ -96,16 +96,16 @@ def rows(split: Split, count: int | None = None, *, numbers: int = 3, seed: int 
 
     Args:
         split: ``train`` or ``held_out``.
-        count: how many rows, at most one per problem; None gives every problem of the split.
-        numbers: how many numbers a problem gives.
-        seed: decides which problems come, their order, the order of their numbers, and the response.
+        count: Number of rows, at most one per problem; None gives every problem of the split.
+        numbers: Number of numbers of a problem.
+        seed: Seed of the choice of problems, their order, the order of their numbers, and the response.
 
     Returns:
         One dict per row with ``id``, ``prompt``, ``answer`` (the target) and ``response``, one right solution
         drawn uniformly from all of them.
 
     Raises:
-        ValueError: for an unknown split, fewer than two numbers, or more rows than the split has problems.
+        ValueError: The split is unknown, has too few problems, or ``numbers`` is not 2, 3 or 4.
     """
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be 'train' or 'held_out', not {split!r}")
@@ -122,9 +122,9 @@ def rows(split: Split, count: int | None = None, *, numbers: int = 3, seed: int 
 def check(prompt_text: str, response_text: str) -> bool:
     """Whether the response solves the problem that the prompt states.
 
-    Every step must be arithmetically right and use only numbers that are still there, the last result must be
-    the target, and every given number must be used exactly once. Spaces and line breaks do not matter. Any
-    other text, of any length, is False and never an error.
+    Every step must be arithmetically right and use only numbers that are left, the last result must be the target, and
+    every given number must be used exactly once. Spaces and line breaks do not matter. Any other text, of any length,
+    is False and never an error.
     """
     prompt, response = read(prompt_text), read(response_text)
     if prompt is None or response is None or len(prompt) < 5 or prompt[1] != "from" or prompt[-1] != ":":
@@ -133,7 +133,7 @@ def check(prompt_text: str, response_text: str) -> bool:
     if not all(token.isdecimal() for token in (target, *given)) or len(response) != 6 * (len(given) - 1) - 1:
         return False
     left, result = list(given), ""
-    for start in range(0, len(response), 6):  # a step is five tokens, and a comma parts it from the next
+    for start in range(0, len(response), 6):  # a step is five tokens, and a comma separates it from the next
         first, operation, second, equals, result, *comma = (*response[start : start + 6],)
         if equals != "=" or comma not in ([], [","]) or not (first.isdecimal() and second.isdecimal()):
             return False
@@ -200,14 +200,14 @@ def _moves(left: tuple[int, ...]) -> Iterator[tuple[int, str, int, int, tuple[in
 
 @cache
 def _reachable(left: tuple[int, ...]) -> frozenset[int]:
-    """Every number that all of ``left``, sorted, can be made into."""
+    """Every number that can be made of all of ``left``, sorted."""
     if len(left) == 1:
         return frozenset(left)
     return frozenset[int]().union(*(_reachable(after) for *_, after in _moves(left)))
 
 
 def _ways(left: tuple[int, ...], target: int) -> Iterator[tuple[str, ...]]:
-    """Every sequence of written steps from the sorted numbers ``left`` to ``target``."""
+    """Every sequence of steps, as texts, from the sorted numbers ``left`` to ``target``."""
     if left == (target,):
         yield ()
     for first, operation, second, result, after in _moves(left):

@@ -21,7 +21,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     symbols = [PAD, EOS, UNKNOWN, "from", ":", *OPERATIONS, "=", ","]
     words = [*symbols, *map(str, range(LARGEST_RESULT + 1))]
     tokenizer = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = Whitespace()  # also splits text that was written without spaces
+    tokenizer.pre_tokenizer = Whitespace()  # also splits text without spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from retort.tasks import bundled
-from retort.tasks.ranking.lists import Judged, check, judge, rows
+from retort.tasks.ranking.lists import ListScore, check, rows, score_list
 
 MODELS_DIR = Path(__file__).parent / "models"
-"""Where the bundled models lie."""
+"""The folder of the bundled models."""
 
-__all__ = ["MODELS_DIR", "Judged", "check", "judge", "rows", "student_path", "teacher_path"]
+__all__ = ["MODELS_DIR", "ListScore", "check", "rows", "score_list", "student_path", "teacher_path"]
 
 
 def teacher_path() -> Path:

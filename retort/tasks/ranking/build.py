@@ -2,8 +2,8 @@
 
     python -m retort.tasks.ranking.build --out models
 
-writes ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
-this very run. Both learn by supervised learning on right responses; the student is smaller and is stopped while it
+saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
+this very run. Both learn by supervised learning on right responses. The student is smaller and is stopped while it
 still breaks the list now and then, so that there is structure left to learn (the paper's "parse headroom").
 """
 
@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retort.align.text import decode
-from retort.tasks.ranking.lists import ITEMS, judge, problem, rows
+from retort.tasks.ranking.lists import ITEMS, problem, rows, score_list
 from retort.tasks.ranking.tokenizer import EOS, build_tokenizer
 
-MAX_NEW_TOKENS = 10 * max(ITEMS) + 2 + 6  # the list, the end token, and a little to go wrong in
+MAX_NEW_TOKENS = 10 * max(ITEMS) + 2 + 6  # the list, the end token, and some room for mistakes
 MEASURED = 256
 
 # Axes: B sequences, L tokens of a sequence, V words.
@@ -36,12 +36,12 @@ class Recipe:
     """How one model is trained.
 
     Attributes:
-        hidden, layers, wide: its shape.
-        steps: optimizer steps.
-        parse: stop early, when it parses this often.
-        batch: sequences per step.
-        lr: highest learning rate; a cosine brings it to zero.
-        seed: decides initial weights and data.
+        hidden, layers, wide: Shape of the model.
+        steps: Optimizer steps.
+        parse: Parse rate at which to stop early.
+        batch: Sequences per step.
+        lr: Highest learning rate; a cosine decays it to zero.
+        seed: Seed of initial weights and data.
     """
 
     hidden: int
@@ -60,7 +60,7 @@ STUDENT = Recipe(hidden=48, layers=2, wide=96, steps=1500, parse=0.3, seed=1)
 
 @dataclass(frozen=True)
 class Score:
-    """On held-out problems, one sample each at temperature 1."""
+    """Scores on held-out problems, one sample each at temperature 1."""
 
     parse: float
     ndcg: float
@@ -123,7 +123,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, prompts_BL: Tensor, generator: torch.Generator) -> Tensor:
-    """New tokens at temperature 1, [B, MAX_NEW_TOKENS]; what follows the end token is to be ignored."""
+    """New tokens at temperature 1, [B, MAX_NEW_TOKENS]; tokens after the end token are to be ignored."""
     cache, tokens, drawn = DynamicCache(config=model.config), prompts_BL, list[Tensor]()
     for _ in range(MAX_NEW_TOKENS):
         logits_BLV = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -135,15 +135,15 @@ def sample(model: LlamaForCausalLM, prompts_BL: Tensor, generator: torch.Generat
 def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Score:
     """The score of ``model`` on the same held-out problems and with the same seed every time."""
     prompts = sorted((str(row["prompt"]) for row in rows("held_out", MEASURED)), key=len)
-    written: list[list[int]] = []
+    generated: list[list[int]] = []
     for items in ITEMS:
         alike = torch.tensor(tokenizer([text for text in prompts if len(text.split()) == 2 * items + 2]).input_ids)
-        written += sample(model, alike, torch.Generator().manual_seed(items)).tolist()
+        generated += sample(model, alike, torch.Generator().manual_seed(items)).tolist()
     found, stop = [], tokenizer.get_vocab()[EOS]
-    for prompt, ids in zip(prompts, written, strict=True):
+    for prompt, ids in zip(prompts, generated, strict=True):
         end = ids.index(stop) if stop in ids else len(ids)
         text = decode(tokenizer, ids[:end])
-        found.append(judge(prompt, str(text)))
+        found.append(score_list(prompt, str(text)))
     good = [one.ndcg for one in found if one.ndcg is not None]
     missing = sum(one.one_missing for one in found) / len(found)
     return Score(len(good) / len(found), sum(good) / max(1, len(good)), missing)
@@ -180,7 +180,7 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 
 
 def make(name: str, recipe: Recipe, out: Path) -> None:
-    """Train a model, write it to ``out/name``, and measure what was written."""
+    """Train a model, save it to ``out/name``, and measure the saved one."""
     tokenizer, folder = build_tokenizer(), out / name
     model = build_model(tokenizer, recipe)
     print(f"{name}: {model.num_parameters():,} parameters", flush=True)

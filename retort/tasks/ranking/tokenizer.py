@@ -1,4 +1,4 @@
-"""The tokenizer of ranked lists: one token per id, per place and per piece of JSON, in Hugging Face format."""
+"""The tokenizer of ranked lists: one token per id, per rank and per piece of JSON, in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from retort.tasks.ranking.lists import IDS, ITEMS
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
-#: The contract: what is structure and not content.
+#: The contract: tokens that are structure and not content.
 STRUCTURE = ("[", "]", "{", "}", ",", ":", '"id"', '"score"')
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; words are what stands between spaces, so text has to be written with them.
+    """A word-level tokenizer; words are separated by spaces, so text has to have them.
 
     Nothing is added around a text and there is no chat template, so a prompt and a response encode separately to the
     same tokens as together. Decoding puts a space between tokens, which JSON allows.

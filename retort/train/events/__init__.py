@@ -1,1 +1,1 @@
-"""Who watches a run and what ends it early: observers, callbacks' hooks, trackers, signals."""
+"""Observers, the hooks of callbacks, trackers and signals: what watches a run and what ends it early."""

@@ -1,4 +1,4 @@
-"""What a user is told, once a run, when a curve says that something is amiss."""
+"""Advice to the user, once per run, when a curve is where it should not be."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from retort.method import Watch
 
 
-def advice(metrics: Mapping[str, Any], watches: Iterable[Watch], step: int, said: set[str]) -> list[str]:
+def advice(metrics: Mapping[str, Any], watches: Iterable[Watch], step: int, already: set[str]) -> list[str]:
     """One sentence for each curve that is where it should not be.
 
     Args:
-        metrics: The step's.
-        watches: Of the method, with the values below which they have an advice.
-        step: Its number, from 1.
-        said: Names of the curves that were spoken of already; takes those of now.
+        metrics: The metrics of the step.
+        watches: The watches of the method, with the values below which they give advice.
+        step: The step's number, from 1.
+        already: Names of the curves that advice was given about; new ones are added.
     """
     found: list[str] = []
-    if metrics.get("given_up") and "given_up" not in said:
-        said.add("given_up")
+    if metrics.get("given_up") and "given_up" not in already:
+        already.add("given_up")
         found.append(
             f"step {step}: {metrics['given_up']} completions count as wrong because their comparison with the right "
-            "answer found no end (curve given_up; docs/grading.md)"
+            "answer did not finish (curve given_up; docs/grading.md)"
         )
     for watch in watches:
         low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
-        if low and watch.name not in said:
-            said.add(watch.name)
+        if low and watch.name not in already:
+            already.add(watch.name)
             found.append(f"{watch.name} is {metrics[watch.name]:.2f}: {watch.advice}")
     return found

@@ -1,4 +1,4 @@
-"""What a run tells whoever is watching."""
+"""The observer protocol of a run."""
 
 from __future__ import annotations
 
@@ -10,40 +10,40 @@ class Observer(Protocol):
     """Watches a run; the command line draws, a library call may stay silent."""
 
     def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
-        """The start-up summary: what will be done, with what."""
+        """Receives the start-up summary: what will be done, with what."""
         ...
 
     def phase(self, text: str, done: int, total: int) -> None:
-        """Something other than training is under way (judging a model)."""
+        """Receives the progress of work other than training, such as an evaluation."""
         ...
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
-        """A batch of rollouts has been learnt from."""
+        """Receives the metrics of a step."""
         ...
 
     def note(self, text: str) -> None:
-        """A warning, or where something was written."""
+        """Receives a warning, or where a file was written."""
         ...
 
     def table(self, results: Mapping[str, Any]) -> None:
-        """The before/after table."""
+        """Receives the before/after table."""
         ...
 
 
 class Silent:
-    """Watches nothing."""
+    """An observer that shows nothing."""
 
     def summary(self, lines: Mapping[str, str], notes: list[str]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def phase(self, text: str, done: int, total: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def step(self, step: int, steps: int, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def note(self, text: str) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def table(self, results: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Does nothing."""

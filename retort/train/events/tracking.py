@@ -24,7 +24,7 @@ NAMES: Mapping[str, str] = {"tensorboard": "retort-distill[track]", "trackio": "
 
 
 class Tracker(Protocol):
-    """Somewhere to send numbers while a run goes on."""
+    """A destination for the metrics of a run."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends the numbers of one optimizer step."""
@@ -68,7 +68,7 @@ def open_tracker(name: str | None, *, run_dir: Path, config: Mapping[str, Any]) 
 def _start(name: str, run_dir: Path) -> GeneralTracker:
     from accelerate import PartialState, tracking
 
-    PartialState()  # the trackers' own log messages fail without it
+    PartialState()  # The trackers' own log messages fail without it.
     if name == "tensorboard":
         return tracking.TensorBoardTracker("tensorboard", logging_dir=run_dir)
     run = run_dir.resolve().name
@@ -78,7 +78,7 @@ def _start(name: str, run_dir: Path) -> GeneralTracker:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str]]:
-    """Leaves of a nested configuration; what a tracker cannot hold becomes text."""
+    """Flattens a nested configuration; what a tracker cannot hold becomes text."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

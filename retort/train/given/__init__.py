@@ -1,1 +1,1 @@
-"""What the caller handed over: arguments of the Python API, and objects in place of names."""
+"""The caller's arguments: those of the Python API, and objects in place of names."""

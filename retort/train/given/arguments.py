@@ -1,4 +1,4 @@
-"""Arguments of `retort.distill` and `retort.doctor` that are no objects: what they may be, and that none is lost."""
+"""Checks the arguments of `retort.distill` and `retort.doctor` that are not objects, and turns them into settings."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from retort.config.sections import SHORTHANDS, refuse_name
 from retort.errors import UserError, quoted
 from retort.method import Method
 
-__all__ = ["method_of", "models_of", "path_of", "refuse_twice", "settings_of"]
+__all__ = ["method_argument", "models_argument", "path_argument", "refuse_twice", "settings_argument"]
 
-#: Settings that the arguments call otherwise.
+#: Settings whose argument has another name.
 _ARGUMENTS = {"task": "verifier", "eval.data": "eval_data"}
 
 
-def method_of(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
-    """A method as settings, or as the object that was given.
+def method_argument(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
+    """Returns a method as settings, or as the object that was given.
 
     Args:
         method: A name, a mapping, a `Method`, or None for absent.
 
     Raises:
-        UserError: It is anything else.
+        UserError: The method is of another kind.
     """
     if method is None or isinstance(method, Method):
         return None, method
@@ -38,11 +38,11 @@ def method_of(method: Any) -> tuple[Mapping[str, Any] | None, Method | None]:
     )
 
 
-def settings_of(settings: Any) -> Mapping[str, Any]:
-    """Further settings; none where they are absent.
+def settings_argument(settings: Any) -> Mapping[str, Any]:
+    """Returns the further settings; an empty mapping where they are absent.
 
     Raises:
-        UserError: They are no mapping.
+        UserError: The settings are not a mapping.
     """
     if settings is None:
         return {}
@@ -57,29 +57,29 @@ def settings_of(settings: Any) -> Mapping[str, Any]:
     return settings
 
 
-def path_of(argument: str, place: Any) -> str | None:
-    """A path or a name as text; None for absent.
+def path_argument(argument: str, value: Any) -> str | None:
+    """Returns a path or a name as text; None for absent.
 
     Raises:
-        UserError: It is no path, or empty.
+        UserError: The value is not a path, or is empty.
     """
-    if place is None:
+    if value is None:
         return None
-    path = os.fspath(place) if isinstance(place, (str, os.PathLike)) else None
+    path = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
     if not isinstance(path, str) or not path.strip():
-        raise UserError(f"{argument} = {quoted(place)}: give a path or a name, as text or a Path")
+        raise UserError(f"{argument} = {quoted(value)}: give a path or a name, as text or a Path")
     return path
 
 
-def models_of(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
-    """Models by name as settings: a path, a name or an object for each.
+def models_argument(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns models by name as settings: a path, a name or an object for each.
 
     Args:
         models: A mapping by name, or None for absent.
         besides: The arguments that name a model of their own.
 
     Raises:
-        UserError: It is no mapping, a name is none, or a model is given by its own argument, too.
+        UserError: Models are not a mapping, a name is not valid, or a model is given by its own argument, too.
     """
     if models is None:
         return {}
@@ -114,17 +114,17 @@ def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping
             holder = holder.get(section) if isinstance(holder, Mapping) else None
         if isinstance(holder, Mapping) and name in holder and not _alike(value, holder[name]):
             raise _twice(_ARGUMENTS.get(key, key), value, holder[name])
-    said = settings.get("method")
-    said = {"name": said} if isinstance(said, str) else said
+    stated = settings.get("method")
+    stated = {"name": stated} if isinstance(stated, str) else stated
     method = flags.get("method") if own is None else {"name": own.name, **own.settings}
-    if not isinstance(said, Mapping) or method is None:
+    if not isinstance(stated, Mapping) or method is None:
         return  # what is no mapping is refused with the settings
-    said, method = (registry.spread(str(method.get("name")), one) for one in (said, method))
+    stated, method = (registry.spread(str(method.get("name")), one) for one in (stated, method))
     if own is not None:
-        for name in said:
+        for name in stated:
             if name not in method:
                 raise UserError(f"method is given as an object, which has no '{name}'; leave method out of settings")
-    for name, value in said.items():
+    for name, value in stated.items():
         if name in method and not _alike(method[name], value):
             raise _twice("method" if name == "name" else f"method.{name}", method[name], value)
 

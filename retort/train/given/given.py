@@ -1,4 +1,4 @@
-"""What a caller of the Python API hands over as objects instead of naming it: models, rows, a verifier.
+"""Objects that a caller of the Python API passes instead of names: models, rows, a verifier.
 
 In the settings of a run a text that begins with `in memory: ` stands for each. Models and verifiers must be given again
 when the run is resumed; rows are kept in the folder of the run.
@@ -25,10 +25,10 @@ from retort.data.load import numbered
 from retort.data.values import plain
 from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 from retort.rewards.base import Grader
-from retort.rewards.own import IN_MEMORY, Own, imported, is_own, name_of, own_grader
-from retort.train.given.arguments import path_of
+from retort.rewards.user import IN_MEMORY, UserGrading, imported, is_user_defined, name_of, user_grader
+from retort.train.given.arguments import path_argument
 
 #: Rows that can be given, by the setting, with the argument of `retort.distill` and the file that keeps them.
 ROWS = {"data": ("data", "given-data.jsonl"), "eval.data": ("eval_data", "given-eval-data.jsonl")}
@@ -40,30 +40,30 @@ class Rows:
 
     Attributes:
         rows: The mappings, as given.
-        where: What messages call them.
+        where: Their name in messages.
     """
 
     rows: Sequence[Mapping[str, Any]]
     where: str = "data"
 
     @staticmethod
-    def of(setting: str, given: Any, limit: int | None) -> Rows:
-        """Rows as the caller gives them.
+    def from_iterable(setting: str, rows: Any, limit: int | None) -> Rows:
+        """Reads rows from what the caller passed.
 
         Args:
-            setting: Which, for messages.
-            given: A list, a `datasets.Dataset` or any other iterable of mappings.
-            limit: Take only the first so many.
+            setting: The setting, for messages.
+            rows: A list, a `datasets.Dataset` or any other iterable of mappings.
+            limit: Number of rows to take; None for all.
 
         Raises:
-            UserError: It is no such thing.
+            UserError: The object is not an iterable of mappings.
         """
         where = ROWS[setting][0]
-        return Rows([row for _, row in islice(numbered(given, where), limit)], where)
+        return Rows([row for _, row in islice(numbered(rows, where), limit)], where)
 
     @staticmethod
     def kept(path: Path) -> Rows:
-        """Rows that the folder of a run keeps.
+        """Reads rows that the folder of a run keeps.
 
         Raises:
             UserError: The file is missing or damaged.
@@ -92,35 +92,35 @@ class Rows:
 
     @property
     def label(self) -> str:
-        """What stands for them in the settings."""
+        """The placeholder of these rows in the settings."""
         return f"{IN_MEMORY}{len(self.rows)} rows, {hashlib.sha256(self.content).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True, eq=False)
-class Given:
-    """What was handed over.
+class CallerObjects:
+    """Objects that the caller passed.
 
     Attributes:
-        models: By the text that stands for each.
-        rows: By the setting.
+        models: Models by their placeholder.
+        rows: Rows by their setting.
         grade: A verifier.
     """
 
-    models: Mapping[str, Held] = field(default_factory=lambda: {})
+    models: Mapping[str, InMemoryModel] = field(default_factory=lambda: {})
     rows: Mapping[str, Rows] = field(default_factory=lambda: {})
-    grade: Own | None = None
+    grade: UserGrading | None = None
 
-    def source(self, name: str) -> Held | None:
-        """The model that a text stands for, if it stands for one."""
+    def source(self, name: str) -> InMemoryModel | None:
+        """The model behind a placeholder; None for any other text."""
         return self.models.get(name)
 
-    def prompts(self, config: Config, setting: str, place: str, limit: int | None, notes: list[str]) -> list[Prompt]:
-        """The prompts of a setting: of the rows that were given for it, or of the place that it names."""
+    def prompts(self, config: Config, setting: str, path: str, limit: int | None, notes: list[str]) -> list[Prompt]:
+        """The prompts of a setting: from the rows that were given for it, or from the path that it names."""
         rows = self.rows.get(setting)
         if rows is not None:
             where = ROWS[setting][0]
             return prompts_from_rows(rows.rows, where=where, limit=limit, columns=config.columns, notes=notes)
-        return load_prompts(place, split=config.split, limit=limit, columns=config.columns, notes=notes)
+        return load_prompts(path, split=config.split, limit=limit, columns=config.columns, notes=notes)
 
     def verifier(self, config: Config, prompts: Sequence[Prompt]) -> Grader | None:
         """The user's own verifier, given or named; None where a task of Retort's grades.
@@ -129,18 +129,18 @@ class Given:
             UserError: It cannot be imported, or does not work.
         """
         task = config.task
-        if task is None or not is_own(task):
+        if task is None or not is_user_defined(task):
             return None
         own = imported(task) if self.grade is None else self.grade
-        return own_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
+        return user_grader(own, task.removeprefix(IN_MEMORY), prompts[0])
 
-    def again(self, config: Config, folder: Path) -> Given:
-        """All that a run needs which is resumed: what is given now, and the rows that its folder keeps.
+    def again(self, config: Config, folder: Path) -> CallerObjects:
+        """Collects the objects of a resumed run: those given now, and the rows that its folder keeps.
 
         Raises:
             UserError: Something that was given is not given again, or something is given that the run has by name.
         """
-        inside = [name for name, place in config.places.items() if place == in_memory(name)]
+        inside = [name for name, path in config.model_paths.items() if path == in_memory(name)]
         for name in inside:
             if in_memory(name) not in self.models:
                 raise _absent(folder, name, _again(name))
@@ -156,8 +156,8 @@ class Given:
                 "it was started with"
             )
         rows: dict[str, Rows] = {}
-        for setting, place in {"data": config.data, "eval.data": config.eval.data}.items():
-            inside = str(place or "").startswith(IN_MEMORY)
+        for setting, path in {"data": config.data, "eval.data": config.eval.data}.items():
+            inside = str(path or "").startswith(IN_MEMORY)
             if setting in self.rows:
                 raise _named(
                     folder, ROWS[setting][0], f"kept in {ROWS[setting][1]}" if inside else "named in its settings"
@@ -168,7 +168,7 @@ class Given:
 
     @property
     def notes(self) -> list[str]:
-        """What nobody can check of objects that are given again."""
+        """Notes about what cannot be checked of objects that are given again."""
         if self.grade is None or not name_of(self.grade).startswith(IN_MEMORY):
             return []
         name = name_of(self.grade).removeprefix(IN_MEMORY)
@@ -188,8 +188,8 @@ class Given:
 
 
 def going_on(config: Config, folder: Path) -> str:
-    """What its user types to go on with a run: the command, or where it was given objects, the call that names them."""
-    again = [_again(name) for name, place in config.places.items() if place == in_memory(name)]
+    """The command that resumes a run, or the Python call where the run was given objects."""
+    again = [_again(name) for name, path in config.model_paths.items() if path == in_memory(name)]
     again += ["method=..."] if config.own_method else []
     again += ["verifier=..."] if str(config.task or "").startswith(IN_MEMORY) else []
     if not again:
@@ -197,8 +197,8 @@ def going_on(config: Config, folder: Path) -> str:
     return f"retort.distill(resume={str(folder)!r}, {', '.join(again)}), with the same objects"
 
 
-def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], Given]:
-    """Arguments of `retort.distill` as settings, and what of them are objects.
+def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -> tuple[dict[str, Any], CallerObjects]:
+    """Splits the arguments of `retort.distill` into settings and objects.
 
     Args:
         named: By the setting (`student`, `models.NAME.path`, `data`, `eval.data`, ...): a path or name, or an object;
@@ -211,36 +211,36 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
         UserError: An object of a kind that is not taken.
     """
     found: dict[str, Any] = {}
-    models: dict[str, Held] = {}
+    models: dict[str, InMemoryModel] = {}
     rows: dict[str, Rows] = {}
     for name, thing in named.items():
         if thing is None:
             continue
         if isinstance(thing, (str, PathLike)):
-            found[name] = path_of(ROWS[name][0] if name in ROWS else name, thing)
+            found[name] = path_argument(ROWS[name][0] if name in ROWS else name, thing)
         elif name not in ROWS:
             model = name.removeprefix("models.").removesuffix(".path")
-            found[name], models[in_memory(model)] = in_memory(model), Held.of(model, thing)
+            found[name], models[in_memory(model)] = in_memory(model), InMemoryModel.from_pair(model, thing)
         else:
-            judged = settings.get("eval")
-            judged = cast("Mapping[str, Any]", judged) if isinstance(judged, Mapping) else {}
-            limit = settings.get("limit") if name == "data" else judged.get("problems")
-            rows[name] = Rows.of(name, thing, limit if isinstance(limit, int) and limit > 0 else None)
+            evaluated = settings.get("eval")
+            evaluated = cast("Mapping[str, Any]", evaluated) if isinstance(evaluated, Mapping) else {}
+            limit = settings.get("limit") if name == "data" else evaluated.get("problems")
+            rows[name] = Rows.from_iterable(name, thing, limit if isinstance(limit, int) and limit > 0 else None)
             found[name] = rows[name].label
     if isinstance(grade, str):
         found["task"] = grade
     elif grade is not None:
         found["task"] = name_of(grade)
-    return found, Given(models, rows, None if isinstance(grade, str) else grade)
+    return found, CallerObjects(models, rows, None if isinstance(grade, str) else grade)
 
 
 def in_memory(name: str) -> str:
-    """The text that stands for a model that was given as an object."""
+    """The placeholder of a model that was given as an object."""
     return f"{IN_MEMORY}{name}"
 
 
 def _again(name: str) -> str:
-    """How a model is given again."""
+    """The argument that gives a model again."""
     example = "(model, tokenizer)"
     return f"{name}={example}" if name in SHORTHANDS else f"models={{{name!r}: {example}}}"
 

@@ -1,1 +1,4 @@
-"""The party that learns: passes over a batch, optimizer steps, learning rates, controllers."""
+"""The learner: passes of the student over a batch, the score pass, optimizer steps, learning rates, controllers.
+
+`learner` is the party, `update` cuts a batch into optimizer steps, and `rates` computes the learning rate of each.
+"""

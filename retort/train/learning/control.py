@@ -1,4 +1,4 @@
-"""The stateful parts of a run's method: their state, and when they are asked and told."""
+"""The controllers of a run's method: their states, and when these are read and updated."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from dataclasses import replace
 from torch import Tensor
 
 from retort.controllers import Controller, Probe, State
+from retort.core.random_streams import generator
 from retort.core.steps import Clock
-from retort.core.streams import generator
 from retort.errors import UserError
-from retort.loss.scoring import look
+from retort.loss.scoring import observe
 from retort.method import Method
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import Batch
 
-#: Makes a probe.
+#: A function that runs a probe.
 Measure = Callable[[Probe, Clock], Mapping[str, float]]
 _PREFIX = "control/"
 
 
 class Control:
-    """States by the controllers' names. A method at hand without controllers leaves them all alone."""
+    """Controller states by name. A method without controllers leaves them all alone."""
 
     def __init__(self, controllers: Sequence[Controller], seed: int) -> None:
-        """The states before the first batch."""
+        """Initializes the states before the first batch."""
         self.seed = seed
         self.states: dict[str, State] = {}
         for controller in controllers:
             self.states[controller.name] = controller.init(generator(self.seed, "controllers", controller.name))
 
     def controller_outputs(self, method: Method) -> dict[str, float]:
-        """What dials read, by `<controller>.<number>`."""
+        """The controller outputs, by `<controller>.<number>`."""
         return {
             f"{controller.name}.{number}": value
             for controller in method.controllers
@@ -40,33 +40,33 @@ class Control:
         }
 
     def act(self, batch: Batch, learner: Learner) -> Batch:
-        """Shows the batch to those that look at it, before it is learnt from; the batch with their new numbers."""
+        """Shows a batch to the controllers that act before an update; returns it with their new outputs."""
         controllers, evaluate = batch.method.controllers, learner.evaluator(batch)
         self._seen = {}
         for controller in controllers:
-            seen = look(controller, batch.steps, batch.clock, batch.valid, evaluate)
+            observation = observe(controller, batch.steps, batch.clock, batch.valid, evaluate)
             draw = generator(self.seed, "controllers", controller.name, batch.clock.step)
-            self.states[controller.name] = controller.act(self.states[controller.name], seen, draw)
-            self._seen[controller.name] = seen
+            self.states[controller.name] = controller.act(self.states[controller.name], observation, draw)
+            self._seen[controller.name] = observation
         if not controllers:
             return batch
         return replace(batch, clock=replace(batch.clock, controller_outputs=self.controller_outputs(batch.method)))
 
     def learn(self, batch: Batch, learner: Learner) -> None:
-        """Tells them what became of the batch."""
+        """Updates the controllers after a batch was learnt from."""
         for controller in batch.method.controllers:
-            again = controller.again and controller.sees
-            after = learner.averages(batch, controller.sees, controller.against) if again else {}
+            again = controller.again and controller.observes
+            after = learner.averages(batch, controller.observes, controller.against) if again else {}
             state = self.states[controller.name]
             self.states[controller.name] = controller.learn(state, self._seen[controller.name], after)
 
     def probe(self, method: Method, clock: Clock, measure: Measure) -> dict[str, float]:
-        """Makes the probes that are due after `clock.done` batches; what they found, to be logged.
+        """Runs the probes that are due after `clock.done` batches, and returns their results for the log.
 
         Args:
-            method: At hand.
-            clock: Where the run is.
-            measure: Makes a probe: its means over all tokens of the answers to the prompts kept out for it.
+            method: The current method.
+            clock: The position in the run.
+            measure: Runs a probe and returns its means over all tokens of the completions of its held-out prompts.
         """
         logged: dict[str, float] = {}
         for controller in method.controllers:
@@ -79,12 +79,12 @@ class Control:
         return logged
 
     def ended(self, method: Method) -> str | None:
-        """Why the run is to end now, if it is."""
+        """The reason to end the run now; None to go on."""
         reasons = (controller.ended(self.states[controller.name]) for controller in method.controllers)
         return next((reason for reason in reasons if reason is not None), None)
 
     def mark(self) -> Callable[[], None]:
-        """What puts back the states as they are now."""
+        """Returns a function that restores the present states."""
         states = dict(self.states)
         return lambda: self.states.update(states)
 
@@ -93,10 +93,10 @@ class Control:
         return {f"{_PREFIX}{name}/{key}": x for name, state in self.states.items() for key, x in state.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at.
+        """Restores `tensors`, and ignores those of other parts.
 
         Raises:
-            UserError: They are not those of this method's controllers.
+            UserError: The tensors are not of this method's controllers.
         """
         given = {name for name in tensors if name.startswith(_PREFIX)}
         if given != self.tensors().keys():

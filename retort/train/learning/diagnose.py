@@ -1,4 +1,4 @@
-"""What every run looks at besides its method's own curves: can this teacher teach this student?
+"""Diagnostics of every run, besides its method's own curves: can this teacher teach this student?
 
 The diagnostics of "Rethinking On-Policy Distillation of LLMs" (arXiv 2604.13016), those of multi-rollout OPD (arXiv
 2605.12652), and how far rollout engine and trainer are apart. Axis letters: see `retort.core`.
@@ -20,15 +20,15 @@ from retort.method import Method, Watch
 from retort.quantities import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 from retort.train.storage.metrics import Means
 
-#: Tokens of a position chunk, as in the paper; shorter answers are cut into four.
+#: Tokens of a position chunk, as in the paper; shorter completions are cut into four.
 CHUNK_TOKENS = 1024
 
 
 def watching(method: Method, k: int, every: int) -> Method:
-    """The method with the diagnostics among its curves, at every so many batches; a name it uses already stays its own.
+    """Adds the diagnostics to a method's curves; a name that the method uses already stays its own.
 
     Args:
-        method: Of the run.
+        method: The method of the run.
         k: Candidates of either side (the paper: 16); 0 for no diagnostics.
         every: Batches of rollouts from one measurement to the next.
     """
@@ -52,7 +52,7 @@ def watching(method: Method, k: int, every: int) -> Method:
 
 
 def position_chunks(longest: int) -> list[int]:
-    """Where the chunks of an answer begin."""
+    """Where the chunks of a completion begin."""
     size = CHUNK_TOKENS if longest > 2 * CHUNK_TOKENS else math.ceil(longest / 4)
     return list(range(0, longest, size))
 
@@ -66,9 +66,9 @@ def add_positions(means: Means, name: str, values_N: Tensor, position_N: Tensor,
 
 
 def add_noise_floor(means: Means, pack: Pack, rollouts: Sequence[int], student_logp_N: Tensor) -> None:
-    """How far the trainer's log-probs of written tokens lie from the rollout engine's, nats, before any update.
+    """Adds the distance of the trainer's log-probs of generated tokens from the engine's, nats, before any update.
 
-    Divergences smaller than this are arithmetic and not disagreement.
+    Smaller divergences are rounding, not disagreement.
     """
     gap_N = engine_gap_N(pack, student_logp_N)[pack.steps_of(rollouts)]
     gap_N = gap_N[gap_N.isfinite()]
@@ -76,8 +76,8 @@ def add_noise_floor(means: Means, pack: Pack, rollouts: Sequence[int], student_l
 
 
 def engine_gap_N(pack: Pack, student_logp_N: Tensor) -> Tensor:
-    """How far each step's log-prob is from the engine's, nats, float64, [N]; NaN where no engine reported any."""
-    assert pack.steps.engine_logp_N is not None  # a pack has the column
+    """The distance of each step's log-prob from the engine's, nats, float64, [N]; NaN where no engine reported any."""
+    assert pack.steps.engine_logp_N is not None  # A pack always has this column.
     return (student_logp_N - pack.steps.engine_logp_N).abs().double()
 
 
@@ -91,16 +91,16 @@ def rollout_means(pack: Pack, values_N: Tensor) -> Tensor:
 
 
 def against_rewards(pack: Pack, values: Mapping[str, Tensor], valid_N: Tensor | None = None) -> dict[str, float]:
-    """How well what the teacher says of whole answers agrees with their rewards.
+    """How well the teacher's scores of whole completions agree with their rewards.
 
-    `trajectory_auroc`: how well the mean of log p_T - log p_S tells right answers from wrong ones, over all rollouts.
-    `teacher_signal/<measure>`: how well the mean of log p_T does among the answers to one prompt, averaged over prompts
-    with a right and a wrong one. Each is left out where it is undefined.
+    `trajectory_auroc`: how well the mean of log p_T - log p_S tells right from wrong completions, over all rollouts.
+    `teacher_signal/<measure>`: how well the mean of log p_T does among the completions of one prompt, averaged over
+    prompts with a right and a wrong one. Each is left out where it is undefined.
 
     Args:
-        pack: Rollouts; those of the student are looked at.
-        values: Of their steps, by name.
-        valid_N: Where the view `teacher` had a context; None for everywhere.
+        pack: Rollouts; only those of the student count.
+        values: Values of their steps by name, [N] each.
+        valid_N: bool, [N]: where the view `teacher` had a context; None for everywhere.
     """
     rewards_R = torch.tensor(
         [r.reward if r.source == "student" and r.reward is not None else math.nan for r in pack.rollouts]

@@ -29,15 +29,15 @@ from retort.train.storage.metrics import Means, Stopwatch
 
 @dataclass(eq=False)
 class Learner:
-    """What learns.
+    """The student and its optimizer.
 
     Attributes:
         passes: The student, and how it reads rollouts.
-        settings: Of optimizer and updates.
-        moved: Told after every optimizer step how many there were in the run (weights that follow the student's).
+        settings: The settings of optimizer and updates.
+        moved: Called after every optimizer step with their number in the run, for weights that follow the student's.
         variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
-        updates: Optimizer steps done.
-        begun: Optimizer steps done when the method at hand took over.
+        updates: Number of optimizer steps done.
+        begun: Number of optimizer steps done when the current method took over.
     """
 
     passes: Passes
@@ -57,7 +57,7 @@ class Learner:
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
-            fused=True,  # one pass over the weights instead of a dozen: a fifth of the time on a CPU
+            fused=True,  # A fused step passes over the weights once, not a dozen times: a fifth of the time on a CPU.
         )
 
     def spread(self) -> None:
@@ -91,27 +91,27 @@ class Learner:
     def batch(
         self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
     ) -> Batch:
-        """Rollouts with what was said about them, laid end to end; arguments as in `score`."""
+        """Packs rollouts with their signals; arguments as in `score`."""
         pack = Pack.of([rollout for group in groups for rollout in group])
         return Batch(method, pack, pack.steps, signals, clock, share=Share.of(groups, self.passes.world))
 
     def score(
         self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
     ) -> Batch:
-        """The score pass: what must be known before the first update (old log-probs, baselines, statistics, weights).
+        """The score pass before the first update: computes old log-probs, baselines, statistics and weights.
 
         Args:
-            method: What is learnt.
-            groups: Rollouts.
-            signals: The teachers' answers about them, by view; of several ranks, those about this one's share.
-            clock: Where the run is.
+            method: The method that is applied.
+            groups: The rollouts by group.
+            signals: The teachers' signals by view; of several ranks, those about this rank's share.
+            clock: The position in the run.
         """
         bare = self.batch(method, groups, signals, clock)
         watches = tuple(
             watch
             for watch in method.watch
             if clock.step % watch.every == 0
-            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.asks(view))
+            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.needs_of(view))
         )
         bare = replace(bare, steps=self._with_sentences(method, bare.pack), watches=watches)
         several = self.settings.updates * self.settings.epochs > 1 and method.uses_old_logp
@@ -122,9 +122,9 @@ class Learner:
         """All optimizer steps on a scored batch.
 
         Args:
-            batch: See `score`.
-            factor: Optimizer step -> factor on the learning rate.
-            watch: Takes the times.
+            batch: The result of `score`.
+            factor: Maps an optimizer step to a factor on the learning rate.
+            watch: Collects the times.
 
         Returns:
             The means to log, and the per-step values of the first pass over the batch, [N] each.
@@ -147,19 +147,19 @@ class Learner:
         return scoring.averages(parts, view, batch.steps, batch.clock, batch.valid, evaluate)
 
     def begin(self) -> None:
-        """Another method takes over: every method of a run begins with an optimizer and a learning rate of its own."""
+        """Begins another method: each has an optimizer and a learning rate of its own."""
         self.optimizer.state.clear()
         self.begun = self.updates
 
     def tensors(self) -> tuple[Mapping[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """For a checkpoint: weights, optimizer tensors, plain values; of several ranks, rank 0 has the tensors."""
+        """State for a checkpoint: weights, optimizer tensors, plain values; rank 0 has the tensors."""
         counts = {"updates": self.updates, "begun": self.begun}
         world = self.passes.world
         return gathered(self.lm.trainable(), world), checkpoint.optimizer_tensors(self.optimizer, world), counts
 
     @torch.no_grad()
     def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Puts back what a checkpoint holds of the student and its optimizer."""
+        """Restores the student and its optimizer from a checkpoint."""
         for name, parameter in self.lm.trainable().items():
             parameter.copy_(like(parameter, found.weights[name]))
         self._put_optimizer(found.optimizer)

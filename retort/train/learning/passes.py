@@ -22,16 +22,16 @@ from retort.ranks import WHOLE_BATCH, Share, World, here
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch of rollouts with all that was said about it.
+    """One batch of rollouts with its signals and statistics.
 
     Attributes:
-        method: What is learnt from it.
-        pack: The rollouts.
-        steps: The table of their steps, with what is stored of the batch.
-        signals: The teachers' answers by view.
-        clock: When.
-        watches: Curves that can be drawn of it.
-        share: Which of its groups this rank answers for; its signals are about these alone.
+        method: The method that is applied to it.
+        pack: The packed rollouts.
+        steps: The table of their steps, with the stored statistics.
+        signals: The teachers' signals by view.
+        clock: The position in the run.
+        watches: Curves that are computed from it.
+        share: Which of its groups this rank computes; its signals are about these alone.
     """
 
     method: Method
@@ -44,18 +44,18 @@ class Batch:
 
     @cached_property
     def valid(self) -> dict[str, Tensor | None]:
-        """Of each view, see `TeacherSignal.valid_N`; on the CPU, where a batch is kept, and fetched there once."""
+        """`TeacherSignal.valid_N` of each view, bool [N], fetched once to the CPU, where a batch is kept."""
         own = {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
         return self.share.valid(own)
 
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """How the student reads rollouts.
+    """Forward passes of the student over rollouts.
 
     Attributes:
         lm: The student.
-        vocab: Ids that it shares with all teachers.
+        vocab: Number of ids that it shares with all teachers.
         batch_tokens: Tokens per forward pass.
         world: The ranks that learn together.
     """
@@ -66,7 +66,7 @@ class Passes:
     world: World = field(default_factory=here)
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
-        """Rollouts, by their index in the pack, cut into what fits one forward pass."""
+        """Splits rollouts, by their index in the pack, into what fits one forward pass."""
         if not rollouts:
             return []
         batches = self.lm.batches([pack.rollouts[i].sequence for i in rollouts], self.batch_tokens)
@@ -94,7 +94,7 @@ class Passes:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, values: Values) -> dict[str, Tensor]:
-        """A function of the context at every step of a batch, without gradient: named values by place in N."""
+        """A function of the context at every step of a batch, without gradient: named values, [N] each."""
         found: dict[str, Tensor] = {}
         with self.lm.whole():
             for chosen in self.micro_batches(batch.pack, batch.share.own(range(len(batch.pack.rollouts)))):
@@ -124,7 +124,7 @@ class Passes:
         return ids_NK
 
     def evaluator(self, batch: Batch) -> Evaluator:
-        """See `retort.loss.scoring.Evaluate`: of this batch, with other stored values or another clock."""
+        """A `retort.loss.scoring.Evaluate` of this batch, with other stored values or another clock."""
         return Evaluator(self, batch)
 
 
@@ -136,15 +136,16 @@ class Evaluator:
     batch: Batch
 
     def __call__(self, values: Values, steps: Steps, clock: Clock) -> Mapping[str, Tensor]:
-        """Named values, [N] each, by place in `steps`."""
+        """Named values, [N] each, in the order of `steps`."""
         return self.passes.evaluate(replace(self.batch, steps=steps, clock=clock), values)
 
 
 def fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
-    """Files the values of some rollouts under their place in N."""
+    """Copies the values of some rollouts to their steps."""
     index_N = pack.steps_of(rollouts)
     if not values:
         return
-    together_KN = torch.stack([values_N.detach().float() for values_N in values.values()]).cpu()  # one wait for a GPU
+    # One transfer waits for a GPU once.
+    together_KN = torch.stack([values_N.detach().float() for values_N in values.values()]).cpu()
     for name, values_N in zip(values, together_KN, strict=True):
         found.setdefault(name, torch.full((len(pack),), math.nan))[index_N] = values_N

@@ -1,4 +1,4 @@
-"""The learning rate over a run: every method of it has a warm-up and a schedule of its own."""
+"""The learning rate over a run: each of its methods has a warm-up and a schedule of its own."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from retort.config.sections import OptimizerSection
 from retort.core.schedules import decay
 from retort.core.steps import Clock
 
-#: Share by which a learning rate must rise to be worth a word.
+#: Relative rise of a learning rate from which on a note is written.
 _WORTH_A_WORD = 0.01
 
 
 @dataclass(frozen=True)
 class Rates:
-    """The learning rate of the method at hand.
+    """The learning rate of the current method.
 
     Attributes:
-        settings: Of the optimizer.
-        scale: 1, or what the rate of a cold start is to the run's.
-        rollouts: Of a batch. With given answers it is one less often than a prompt's samples.
+        settings: The settings of the optimizer.
+        scale: 1, or the ratio of a cold start's rate to the run's.
+        rollouts: Number of rollouts per batch; fewer where the data gives the completions.
     """
 
     settings: OptimizerSection
@@ -28,11 +28,11 @@ class Rates:
     rollouts: int
 
     def factor(self, clock: Clock, begun: int) -> Callable[[int], float]:
-        """What the learning rate is multiplied by at an optimizer step, counted from the start of the run.
+        """The factor on the learning rate by optimizer step, counted from the start of the run.
 
         Args:
-            clock: Where the run is.
-            begun: Optimizer steps done when that method took over.
+            clock: The position in the run.
+            begun: Number of optimizer steps done when that method took over.
         """
         settings = self.settings
         schedule = decay(settings.schedule, warmup=settings.warmup, floor=settings.final)
@@ -40,13 +40,13 @@ class Rates:
         return lambda update: self.scale * schedule(update - begun, (clock.total or 0) * per_batch)
 
     def rise(self, clock: Clock, begun: int, updates: int, steps: int) -> str | None:
-        """One sentence where the learning rate rises because a run has more steps now than it had; else None.
+        """Returns a sentence where the learning rate rises because a run has more steps now than it had; else None.
 
         Args:
-            clock: Where the run is, in its last method.
+            clock: The position in the run, in its last method.
             begun: As in `factor`.
-            updates: Optimizer steps done.
-            steps: Batches that the run had.
+            updates: Number of optimizer steps done.
+            steps: Number of batches that the run had.
         """
         if updates - begun <= self.settings.warmup:
             return None

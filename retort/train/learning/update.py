@@ -15,9 +15,9 @@ from retort.core import reduce
 from retort.core.context import Context
 from retort.core.losses import TokenLoss
 from retort.core.per_token import loss_pass
+from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
 from retort.core.steps import ALONE
-from retort.core.streams import permutation
 from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
 from retort.method import Method
@@ -30,15 +30,15 @@ from retort.train.storage.metrics import Means, Stopwatch
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """How a batch is learnt from.
+    """The optimizer steps on a batch.
 
     Attributes:
         passes: The student.
-        settings: Of optimizer and updates.
-        optimizer: Of the student.
-        factor: Optimizer step -> factor on the learning rate.
+        settings: The settings of optimizer and updates.
+        optimizer: The optimizer of the student.
+        factor: Maps an optimizer step to a factor on the learning rate.
         variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
-        moved: Told after every optimizer step how many there were in the run (weights that follow the student's).
+        moved: Called after every optimizer step with their number in the run, for weights that follow the student's.
     """
 
     passes: Passes
@@ -50,13 +50,13 @@ class Update:
 
 
 def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> tuple[int, Means, dict[str, Tensor]]:
-    """All optimizer steps on one batch of rollouts.
+    """Takes all optimizer steps on one batch of rollouts.
 
     Args:
-        update: How.
-        batch: Scored rollouts.
-        updates_done: Optimizer steps before this batch.
-        watch: Takes the times.
+        update: The settings of the steps.
+        batch: The scored rollouts.
+        updates_done: Number of optimizer steps before this batch.
+        watch: Collects the times.
 
     Returns:
         Optimizer steps done, the means to log, and the per-step values of the first pass over the batch, [N] each.
@@ -78,7 +78,7 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
                 if variance is not None:
                     logged.add("batch_gradient_variance", variance)
             values = _gradients(passes, batch, chosen, logged, watch)
-            if epoch == part == 0 and _as_written(batch.method):
+            if epoch == part == 0 and _one_distribution(batch.method):
                 add_noise_floor(logged, pack, chosen, values["student_logp"])
             if epoch == 0:
                 index_N = pack.steps_of(chosen)
@@ -107,7 +107,7 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
 def _gradients(
     passes: Passes, batch: Batch, chosen: Sequence[int], logged: Means, watch: Stopwatch
 ) -> dict[str, Tensor]:
-    """Forward and backward over the rollouts of one optimizer step; values by place in N, NaN for other rollouts."""
+    """Forward and backward over the rollouts of one optimizer step; values [N], NaN for other rollouts."""
     method, pack = batch.method, batch.pack
     parts = (
         term_values(method),
@@ -142,22 +142,22 @@ def _gradients(
     found = batch.share.columns(found, len(pack))
     for name, value in total.items():
         logged.add(name, value)
-    # Curves are about what the student writes; of a method under which it never does, about what it reads.
+    # Curves are about what the student generates; where it never does (data alone), about what it reads.
     alone = "student" in method.rollout.sources
-    written_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
+    generated_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
     for watched in batch.watches:
         values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
         if valid_N is not None:
             values_N.masked_fill_(~valid_N, math.nan)
-        kept_N = values_N[~values_N.isnan() & written_N]
+        kept_N = values_N[~values_N.isnan() & generated_N]
         if watched.summed_up is None:
             logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
         elif len(kept_N):
             logged.add(watched.name, watched.summed_up(kept_N))
         if watched.by_position:
             longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
-            place_N = batch.steps.position_N[~values_N.isnan() & written_N]
-            add_positions(logged, watched.name, kept_N, place_N, longest)
+            position_N = batch.steps.position_N[~values_N.isnan() & generated_N]
+            add_positions(logged, watched.name, kept_N, position_N, longest)
     return found
 
 
@@ -169,9 +169,9 @@ def _backward(
     scale_N: Mapping[str, Tensor],
     watch: Stopwatch,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adds the gradient of some rollouts; what they add to the loss and to its terms, float64, and their values.
+    """Adds the gradient of some rollouts; returns their part of the loss and its terms, float64, and their values.
 
-    All of it stays on the device, and nothing here waits for it: who reads it finds out whether it is finite.
+    All of it stays on the device, and nothing here waits for it: the caller checks whether it is finite.
     """
     index_N = batch.pack.steps_of(micro)
     device = passes.lm.device
@@ -195,25 +195,26 @@ def _backward(
 
 
 def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float | None:
-    r"""What the gradient of one optimizer step would vary by with other prompts and answers, over all its weights.
+    r"""The variance of one optimizer step's gradient over prompts and completions, summed over all weights.
 
     .. math:: \frac{n}{n-1} \Big( \sum_p \lVert G_p \rVert^2 - \frac{1}{n} \big\lVert \sum_p G_p \big\rVert^2 \Big)
 
-    with :math:`G_p` what the rollouts of one visit to a prompt add to the gradient, n visits. It estimates
+    with :math:`G_p` the part of the gradient from the rollouts of one visit to a prompt, and n visits. It estimates
     :math:`E\lVert G \rVert^2 - \lVert E\,G \rVert^2` of the step's gradient G, before clipping, in the units of
     `grad_norm` squared, without bias if visits are independent draws. They are the unit because they are what is drawn:
-    answers to one prompt are not independent, and micro-batches are an accident of memory. Denominators count as given.
+    completions of one prompt are not independent, and micro-batches are an accident of memory. Denominators count as
+    given.
 
     Costs a forward and a backward pass over the batch, a prompt at a time, and room for a second gradient. It leaves no
     gradient behind and changes nothing else.
 
     Args:
         passes: The student; no gradient may be waiting.
-        batch: Scored rollouts.
-        chosen: Those of the optimizer step.
+        batch: The scored rollouts.
+        chosen: Indices of the rollouts of the optimizer step.
 
     Returns:
-        None if they are all of one visit.
+        The variance; None if all rollouts are of one visit.
     """
     visits: dict[int, list[int]] = {}
     for rollout in chosen:
@@ -243,13 +244,13 @@ def _square(tensors: Sequence[Tensor]) -> float:
     return sum(float(full(torch.linalg.vector_norm(x, dtype=torch.float64))) ** 2 for x in tensors)
 
 
-def _as_written(method: Method) -> bool:
+def _one_distribution(method: Method) -> bool:
     """Whether what the rollout engine reported and what is learnt are log-probs of one distribution."""
     return method.rollout.top_p == 1.0 and method.rollout.temperature == method.temperature
 
 
 def _scales(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
-    """What each step is multiplied by in this optimizer step, by place in N."""
+    """The loss scale of each step in this optimizer step, [N], by term."""
     index_N = batch.pack.steps_of(chosen)
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
     here = {name: in_N[index_N] for name, in_N in counted_N.items()}
@@ -267,7 +268,7 @@ def _terms(
     values: Mapping[str, Tensor],
     rows: slice,
 ) -> tuple[Tensor, dict[str, TokenLoss]]:
-    """What some steps add to the loss, and the terms behind it."""
+    """The part of the loss from some steps, and the terms behind it."""
     return losses(
         batch.method,
         values,
@@ -278,7 +279,7 @@ def _terms(
 
 
 def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
-    """Which token, of which rollout, and by which id a loss stopped being finite."""
+    """The error for a loss that is not finite: it names the token, the rollout and the id."""
     steps = batch.pack.steps_of(rollouts)
     for term in batch.method.terms:
         bad = (~values[f"{term.name}.value"].detach().isfinite()).nonzero()
@@ -289,27 +290,27 @@ def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: M
         place_there = int(batch.share.local(torch.tensor(step)))
         ids = _banned(batch.signals[term.against], place_there, int(batch.steps.tokens_N[step]))
         names = ", ".join(f"{i} ({passes.lm.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
-        banned = f"the teacher gives probability 0 to id {names}, which the student may write"
-        place = int(batch.steps.position_N[step])
+        banned = f"the teacher gives probability 0 to id {names}, which the student may generate"
+        position = int(batch.steps.position_N[step])
         return RunError(
-            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {place} of an answer "
-            f"to '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
+            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {position} of a completion "
+            f"of '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
             "(a forward KL or jsd stays finite where the teacher rules out an id)"
         )
     return RunError(f"step {batch.clock.step + 1}: the loss is not finite; stopping before the update")
 
 
 def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
-    """Ids that the teacher rules out at a step: the one written, or all it can name."""
+    """Ids of probability 0 for the teacher at a step: the generated one, or all it can name."""
     if isinstance(signal, Dense):
         logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
         banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
         return [token] if token in banned else banned
-    asked = (
+    candidates = (
         signal.ids_NK[step][signal.logp_NK[step] == float("-inf")].tolist() if isinstance(signal, Candidates) else []
     )
     try:
-        written = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
+        excluded = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
     except SignalError:
-        return asked
-    return [token] if written else asked
+        return candidates
+    return [token] if excluded else candidates

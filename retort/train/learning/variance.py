@@ -1,4 +1,4 @@
-"""What an optimizer's own state says of its gradients' noise."""
+"""An estimate of the gradient's noise from the optimizer's own state."""
 
 from __future__ import annotations
 

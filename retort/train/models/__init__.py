@@ -1,1 +1,1 @@
-"""The models of a run: where each lies, how it is loaded, in which precision and attention."""
+"""The models of a run: their sources, loading, precision and attention."""

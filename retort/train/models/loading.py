@@ -1,4 +1,4 @@
-"""The models of a run, loaded: the student that learns and all that are frozen, in one precision and attention."""
+"""Loads the models of a run: the student that learns and all frozen ones, in one precision and attention."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
 from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
-from retort.models.together import settle
-from retort.train.given.given import Given
+from retort.models.together import choose_batching
+from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
 from retort.train.models.models import load
@@ -21,14 +21,14 @@ from retort.train.models.models import load
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """Models, and what was settled by trying them.
+    """Loaded models, and what was chosen by measuring them.
 
     Attributes:
-        config: With the precision that was chosen.
-        student: What learns.
-        frozen: All others, by name.
-        attention: Implementation, resolved; None for each model's own default.
-        render: A prompt's ids, as the student reads it.
+        config: The configuration with the precision that was chosen.
+        student: The model that learns.
+        frozen: All other models by name.
+        attention: The attention implementation; None for each model's own default.
+        render: Maps a prompt to ids, as the student reads it.
     """
 
     config: Config
@@ -40,50 +40,54 @@ class Loaded:
 
 def load_models(
     config: Config,
-    places: Mapping[str, str],
+    paths: Mapping[str, str],
     render: Renderer,
     train: Sequence[Prompt],
     notes: list[str],
-    given: Given,
+    caller_objects: CallerObjects,
 ) -> Loaded:
     """Loads every model that a run names.
 
     Args:
-        config: Resolved.
-        places: Of the models, by name; the base may be where the student is.
-        render: A prompt's ids, as the student reads it.
-        train: Prompts to learn from, some of which models are tried on.
-        notes: Takes what the user should know.
-        given: Objects for which texts stand among the places.
+        config: The resolved configuration.
+        paths: Paths or hub names by model name; the base may be that of the student.
+        render: Maps a prompt to ids, as the student reads it.
+        train: Training prompts; some are used for measuring.
+        notes: Collects notes for the user.
+        caller_objects: The objects behind placeholders among the paths.
 
     Raises:
-        UserError: One cannot be loaded, or used as it is to be.
+        UserError: A model cannot be loaded, or used as the settings ask.
     """
-    student = load(config, places["student"], "student", given)
+    student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    teacher = load(config, places["teacher"], "teacher", given) if "teacher" in places else None
+    teacher = load(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.precision != chosen:
-        teacher = load(config, places["teacher"], "teacher", given)
+        teacher = load(config, paths["teacher"], "teacher", caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, pair, render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
-        student.model.train()  # transformers checkpoints in this mode only; dropout is off all the same
+        student.model.train()  # transformers checkpoints activations in this mode only; dropout is off all the same.
         check_repeats(student)
-    notes += _of_models(pair)
+    notes += _pair_notes(pair)
     frozen = {} if teacher is None else {"teacher": teacher}
-    for name, place in places.items():
+    for name, path in paths.items():
         if name not in ("student", "teacher"):
-            frozen[name] = _base(config, student, place, given) if name == "base" else load(config, place, name, given)
+            frozen[name] = (
+                _base(config, student, path, caller_objects)
+                if name == "base"
+                else load(config, path, name, caller_objects)
+            )
             notes += [note for note in frozen[name].notes if note not in notes]
     return Loaded(config, student, frozen, attention, render)
 
 
-def _of_models(pair: Sequence[LanguageModel]) -> list[str]:
-    """What the user should know of student and teacher."""
+def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:
+    """Notes about student and teacher."""
     notes = [note for lm in pair for note in lm.notes]
     notes += [
         f"sequences of {lm.name} longer than {lm.together_up_to} tokens are computed one at a time: together, that "
@@ -98,7 +102,7 @@ def _of_models(pair: Sequence[LanguageModel]) -> list[str]:
 
 
 def _adapt(config: Config, student: LanguageModel) -> None:
-    """Gives the student the adapter that the settings name."""
+    """Adds the adapter that the settings name to the student."""
     lora = config.lora
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
@@ -112,7 +116,7 @@ def _precision(
     prompts: Sequence[list[int]],
     notes: list[str],
 ) -> Precision:
-    """The precision that the settings name or that `auto` stands for with this pair; the student computes in it."""
+    """Resolves the precision (`auto` is measured on this pair), and sets the student to it."""
     if config.precision != "auto" or student.precision != "bf16":
         return student.precision
     chosen, note = precision.settle(student, teacher, prompts, config.seed)
@@ -120,14 +124,14 @@ def _precision(
     if chosen != student.precision:
         student.precision = chosen
         student.working.drop()
-        settle(student)  # what may be computed together is a matter of rounding, too
+        choose_batching(student)  # The precision also decides what may be computed together.
     return chosen
 
 
-def _base(config: Config, student: LanguageModel, name: str, given: Given) -> LanguageModel:
-    """The base model. Where that is the student as it was, a student with an adapter still holds it."""
+def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> LanguageModel:
+    """Loads the base model; a student with an adapter still holds itself as it was."""
     kept = student.adapter is not None and name == config.student
-    return student.bare() if kept else load(config, name, "base", given)
+    return student.bare() if kept else load(config, name, "base", caller_objects)
 
 
 def _attention(
@@ -137,7 +141,7 @@ def _attention(
     train: Sequence[Prompt],
     notes: list[str],
 ) -> str | None:
-    """The implementation that the settings name, or the quickest of those that both models have."""
+    """Resolves the attention implementation: the one that is set, or the quickest that all models have."""
     if config.attention != "auto":
         return config.attention
     lengths = sorted(len(render(prompt)) for prompt in train[:64])

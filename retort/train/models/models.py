@@ -1,4 +1,4 @@
-"""The models of a run: where each lies, how it is loaded, and what it is to the student.
+"""The sources of a run's models, and how each is loaded.
 
 Every model has a name, by which views and settings call it: `student`, `teacher`, `base`, or another in `[models]`.
 """
@@ -12,44 +12,44 @@ import torch
 from retort.align.pair import align_pair
 from retort.config import Config
 from retort.errors import UserError
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
 from retort.ranks import here, local_rank
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 
 
-def sources(places: Mapping[str, str], given: Given) -> dict[str, tuple[str, str | Held]]:
-    """What the user calls each model, and where it is read from: a folder, a hub name, or an object.
+def sources(paths: Mapping[str, str], caller_objects: CallerObjects) -> dict[str, tuple[str, str | InMemoryModel]]:
+    """Maps each model to its name for messages and its source: a folder, a hub name, or an object.
 
     Args:
-        places: By the model's name.
-        given: Objects for which texts stand among the places.
+        paths: Paths, hub names or placeholders by model name.
+        caller_objects: The objects behind placeholders.
     """
-    return {name: (place, given.source(place) or located(place)) for name, place in places.items()}
+    return {name: (path, caller_objects.source(path) or located(path)) for name, path in paths.items()}
 
 
-def load(config: Config, place: str, name: str, given: Given | None = None) -> LanguageModel:
-    """A model as the settings say, and where they name one that was given as an object, a copy of that.
+def load(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> LanguageModel:
+    """Loads a model as the settings say; of one that was given as an object, a copy.
 
     Args:
-        config: Resolved.
-        place: Folder, hub name, or the text that stands for an object.
-        name: Of the model; the one called `student` learns, all others are frozen.
-        given: Objects of the caller's.
+        config: The resolved configuration.
+        path: A folder, a hub name, or the placeholder of an object.
+        name: Name of the model; `student` learns, all others are frozen.
+        caller_objects: The objects behind placeholders.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The model cannot be loaded.
     """
-    held = (given or Given()).source(place)
-    device = torch.device(device_of(config))
+    held = (caller_objects or CallerObjects()).source(path)
+    device = torch.device(device_for(config))
     as_student = name == "student" or (name == "base" and config.base is None)
     return load_model(
-        place if held is None else held.name,
-        source=held or located(place),
+        path if held is None else held.name,
+        source=held or located(path),
         role=name,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
@@ -61,7 +61,7 @@ def load(config: Config, place: str, name: str, given: Given | None = None) -> L
 
 
 def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
-    """A teacher for this student, aligned with it.
+    """Makes a frozen model a teacher of the student, aligned with it.
 
     Raises:
         UserError: Their tokenizers disagree.
@@ -75,12 +75,12 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
 
 
 def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
-    """What writes with a model of the run; only ids below `vocab` are tokens."""
+    """A rollout engine for a model of the run; only ids below `vocab` are tokens."""
     return HFEngine(lm, vocab=vocab, max_parallel=config.rollout.parallel)
 
 
 def located(name: str) -> str:
-    """Where a model lies: `countdown:student` and others ship with Retort, wherever that is installed."""
+    """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are."""
     from retort.tasks import coached, countdown, ranking
 
     bundled = {
@@ -91,8 +91,8 @@ def located(name: str) -> str:
     return str(bundled[name]()) if name in bundled else name
 
 
-def device_of(config: Config) -> str:
-    """The device that the settings name, or the best there is."""
+def device_for(config: Config) -> str:
+    """The device that the settings name, or the best available one."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"

@@ -1,8 +1,8 @@
-"""What `precision = "auto"` chooses: fp32 on a CPU; on a GPU bf16, unless its rounding drowns what is to be learnt.
+"""Resolves `precision = "auto"`: fp32 on a CPU; on a GPU bf16, unless its rounding exceeds what is to be learnt.
 
-On the CPUs measured bf16 saves nothing in a step, also where the processor multiplies in it, and what it rounds away
-can be as large as the divergence between student and teacher. On a GPU it halves the time of a step, so there both
-numbers are taken on the pair itself, on answers that the student writes. Axis letters: see `retort.core`.
+On the CPUs that were measured, bf16 saves no time in a step, even where the processor has bf16 products, and its
+rounding can be as large as the divergence between student and teacher. On a GPU it halves the time of a step, so there
+both numbers are measured on the pair itself, on completions of the student. Axis letters: see `retort.core`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from retort.align.pair import Alignment, SameIds, align_pair
+from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
-from retort.core.streams import uniforms
 from retort.models.lm import LanguageModel, Precision
 from retort.rollout.engines.base import Sampling
 from retort.rollout.engines.hf import HFEngine, Request
 
-#: How many times what rounding makes of a token's log-prob a divergence must be to be one.
+#: Smallest ratio of a divergence to the rounding error of a log-prob that counts as a divergence.
 ABOVE_NOISE = 3.0
-#: Answers that are written for it, and tokens of each.
-_ANSWERS, _WRITTEN = 8, 16
+#: Number of completions generated for the measurement, and tokens of each.
+_COMPLETIONS, _GENERATED = 8, 16
 
 
 def settle(
@@ -32,18 +32,19 @@ def settle(
     """Chooses between bf16, in which the models are, and fp32.
 
     Args:
-        student: In bf16; it is left so.
-        teacher: In bf16, if there is one.
-        prompts: Ids of some, as the student reads them.
-        seed: Of the run.
+        student: A model in bf16; it is left so.
+        teacher: A model in bf16, if there is one.
+        prompts: Ids of some prompts, as the student reads them.
+        seed: The seed of the run.
 
     Returns:
-        The choice, and what was measured.
+        The choice, and a sentence on what was measured.
 
     Raises:
         UserError: Their tokenizers disagree.
     """
-    usual = [ids for ids in prompts if 0 < len(ids) < student.context]  # others are refused where all are looked at
+    # Longer prompts are refused where all are checked.
+    usual = [ids for ids in prompts if 0 < len(ids) < student.context]
     if not usual:
         return "bf16", "precision is bf16 (auto): no prompt is of a length at which it could be measured"
     noise, apart = measured(student, teacher, usual, seed)
@@ -60,29 +61,29 @@ def settle(
 def measured(
     student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[list[int]], seed: int
 ) -> tuple[float, float | None]:
-    """What bf16 rounds away of the student, and what there is to learn.
+    """Measures the rounding error of bf16 in the student, and its divergence from the teacher.
 
     Args:
         student: As in `settle`, as are all arguments.
         teacher: As in `settle`.
-        prompts: As in `settle`; each leaves room for an answer.
+        prompts: As in `settle`; each leaves room for a completion.
         seed: As in `settle`.
 
     Returns:
-        The mean distance of the log-probs of the tokens written, bf16 from fp32, nats; and the mean reverse KL from the
-        teacher on them, nats.
+        The mean distance between bf16 and fp32 log-probs of the generated tokens, nats; and the mean reverse KL from
+        the teacher on them, nats.
     """
     width = student.head().width
     pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
     same = SameIds(pair.vocab)
-    written = min(_WRITTEN, student.context - max(len(ids) for ids in prompts[:_ANSWERS]))
-    asked = [
-        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=written))
-        for n, ids in enumerate(prompts[:_ANSWERS])
+    generated = min(_GENERATED, student.context - max(len(ids) for ids in prompts[:_COMPLETIONS]))
+    requests = [
+        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=generated))
+        for n, ids in enumerate(prompts[:_COMPLETIONS])
     ]
-    engine = HFEngine(student, vocab=same.vocab, max_parallel=_ANSWERS)
-    answers = engine.generate(asked, Sampling(written))
-    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(asked, answers, strict=True)]
+    engine = HFEngine(student, vocab=same.vocab, max_parallel=_COMPLETIONS)
+    completions = engine.generate(requests, Sampling(generated))
+    sequences = [request.context.then(a.ids, decided=True) for request, a in zip(requests, completions, strict=True)]
     token_N1 = torch.cat([sequence.actions_A for sequence in sequences])[:, None].to(student.device)
     rounded_N1 = _logp(student, sequences, same).gather(1, token_N1)
     before: Precision = student.precision
@@ -99,7 +100,7 @@ def measured(
 
 
 def _logp(lm: LanguageModel, sequences: list[TokenSequence], alignment: Alignment) -> Tensor:
-    """Of every id of the student's at every token written, [N, V], fp32."""
+    """Log-probs of every id of the student's at every generated token, [N, V], fp32."""
     hidden_ND = lm.all_hidden([alignment.read(own) for own in sequences], sum(map(len, sequences)))
     with lm.compute():
         return alignment.logits(lm.head().logits(hidden_ND, alignment.width), 1.0).float().log_softmax(-1)

@@ -1,1 +1,1 @@
-"""What a run leaves behind: records, results, the exported model and its card."""
+"""The results of a run: records, tables, the exported model and its card."""

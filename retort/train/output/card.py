@@ -1,4 +1,4 @@
-"""The model card: what was done with what, and what came of it, in words and with nothing that is obeyed."""
+"""The model card: training, data and results as plain text, in which nothing acts as markup."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from retort.rollout.plan import plan_summary
 from retort.train.models.models import located
 from retort.train.setup.prepare import Prepared
 
-#: Folder of an adapter, beside that of the model.
+#: Name of an adapter's folder, beside that of the model.
 ADAPTER = "adapter"
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
-#: An identifier of a licence as the hub writes it, such as apache-2.0.
+#: Pattern of a licence identifier as the hub writes it, such as apache-2.0.
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
 
@@ -34,18 +34,18 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
     """The model card of the student after a run.
 
     Args:
-        prepared: The run's parts.
+        prepared: The parts of the run.
         results: The before/after table.
-        step: Batches of rollouts that the student learnt from.
+        step: Number of batches that the student learnt from.
     """
     method, config, optimizer = prepared.method, prepared.config, prepared.config.optimizer
     student, teacher = prepared.student, prepared.teachers.lms.get("teacher")
     settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
-    base, (licence, words) = _hub_name(student.name), licence_of(student.name)
+    base, (licence, words) = _hub_name(student.name), model_licence(student.name)
     front = _base_model(base) + ([f"license: {licence}"] if licence else [])
     lines = [
         *_front("transformers", ["on-policy-distillation", "retort"], front),
-        f"# {_words(_short(student.name))}, distilled with {_words(method.name)}",
+        f"# {_plain_text(_short(student.name))}, distilled with {_plain_text(method.name)}",
         "",
         _trained(method.rollout.sources),
         "",
@@ -54,8 +54,8 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
         *([f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters)"] if teacher else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
         *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(prepared).items()],
-        f"- method: {_code(method.name)} ({_words(standing(method))})",
-        f"- settings of the method: {_words(settings) or 'none'}",
+        f"- method: {_code(method.name)} ({_plain_text(standing(method))})",
+        f"- settings of the method: {_plain_text(settings) or 'none'}",
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
         f"- stops with: {_code(named_stops(student.stops, student.tokenizer))}",
         f"- data: {_code(_short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
@@ -71,7 +71,7 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
 
 
 def beside(prepared: Prepared) -> dict[str, LanguageModel]:
-    """The frozen models besides the teacher, by what people are told that they are."""
+    """The frozen models besides the teacher, by their label."""
     others = {name: lm for name, lm in prepared.lms.items() if name not in ("student", "teacher")}
     return {name if name == "base" else f"model '{name}'": lm for name, lm in others.items()}
 
@@ -82,7 +82,7 @@ def adapter_card(prepared: Prepared) -> str:
     base = _hub_name(student.name)
     lines = [
         *_front("peft", ["lora", "on-policy-distillation", "retort"], _base_model(base)),
-        f"# A LoRA adapter of {_words(_short(student.name))}, distilled with {_words(prepared.method.name)}",
+        f"# A LoRA adapter of {_plain_text(_short(student.name))}, distilled with {_plain_text(prepared.method.name)}",
         "",
         f"Load {_code(_short(student.name))}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 "
         "weights; the same student, merged, is the folder `model` of the run.",
@@ -91,7 +91,7 @@ def adapter_card(prepared: Prepared) -> str:
 
 
 def standing(method: Method) -> str:
-    """How far a method is a paper's: its status and source, or that it is the user's own."""
+    """The status of a method and its source, or that it is the user's own."""
     paper = method.paper
     if paper is None:
         return "a method of the user's own"
@@ -102,13 +102,13 @@ def standing(method: Method) -> str:
 
 
 def self_teachers(method: Method) -> list[str]:
-    """The student as its own teacher, in words, once for each way in which its weights move."""
+    """Descriptions of the student as its own teacher, one for each way in which its weights move."""
     moving = dict.fromkeys(view.weights for view in method.views.values() if view.model == "student")
     return [f"the student itself, {weights.words}" for weights in moving]
 
 
-def licence_of(name: str) -> tuple[str | None, str]:
-    """The licence of a model as its folder states it: the hub's identifier, if it gives one, and words for people."""
+def model_licence(name: str) -> tuple[str | None, str]:
+    """The licence of a model as its folder states it: the hub's identifier, if there is one, and a description."""
     place = Path(located(name))
     if located(name) != name:
         return "apache-2.0", "`apache-2.0`, as Retort's, with which the student comes"
@@ -125,12 +125,12 @@ def licence_of(name: str) -> tuple[str | None, str]:
 
 
 def _front_matter(file: Path) -> Mapping[str, Any]:
-    """What stands at the head of a model card; empty where there is none that can be read."""
+    """The front matter of a model card; empty where there is none that can be read."""
     from huggingface_hub import metadata_load
 
     try:
         found = metadata_load(file) if file.is_file() else None
-    except Exception:  # somebody's YAML: whatever is wrong with it, it names no licence
+    except Exception:  # Whatever is wrong with this YAML, it names no licence.
         return {}
     return found if isinstance(found, Mapping) else {}
 
@@ -147,13 +147,13 @@ def _cached(name: str) -> Path | None:
 
     try:
         found = try_to_load_from_cache(name, "config.json")
-    except ValueError:  # no name that the hub could have
+    except ValueError:  # The hub has no such name.
         return None
     return Path(found).parent if isinstance(found, str) else None
 
 
 def _hub_name(name: str) -> str | None:
-    """The name `owner/name` on the hub of a model that comes from there; None for any other."""
+    """The hub name `owner/name` of a model that comes from the hub; None for any other."""
     cached = re.search(r"(?:^|[/\\])models--([\w.-]+?)--([\w.-]+)[/\\]snapshots(?:[/\\]|$)", name)
     if cached is not None:
         return f"{cached[1]}/{cached[2]}"
@@ -162,7 +162,7 @@ def _hub_name(name: str) -> str | None:
 
 
 def _short(name: str) -> str:
-    """A hub name or that of a built-in model or task whole, of a path its end."""
+    """A short name: hub names and built-in names whole, of a path its last part."""
     return name if _hub_name(name) == name or name in BUILTIN or located(name) != name else Path(name).name
 
 
@@ -183,13 +183,13 @@ def _front(library: str, tags: list[str], more: list[str]) -> list[str]:
     return ["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", *more, "---", ""]
 
 
-def _words(text: str) -> str:
-    """A text from anywhere as words of a page: no markup, no HTML, no cell of a table, no character that is obeyed."""
+def _plain_text(text: str) -> str:
+    """Escapes a text for the card: no markup, no HTML, no table cell, no control character."""
     return re.sub(r"([\\\\`*\[\]<>|&])", r"\\\1", visible(text))
 
 
 def _code(text: str) -> str:
-    """A text from anywhere as code, between more backticks than it holds in a row."""
+    """Formats a text as code, between more backticks than it holds in a row."""
     inside = visible(text)
     fence = "`" * (max((len(run) for run in re.findall("`+", inside)), default=0) + 1)
     edge = " " if inside[:1] == "`" or inside[-1:] == "`" else ""
@@ -206,35 +206,31 @@ def _adapted(prepared: Prepared) -> str:
 
 
 def _trained(sources: frozenset[str]) -> str:
-    """What was done, in a sentence; honest about who wrote."""
+    """A sentence about the training that says which model generated the completions."""
     if sources == {"student"}:
-        return (
-            "Trained by on-policy distillation with Retort: the student wrote, the teacher answered every token of it."
-        )
+        return "Trained by on-policy distillation with Retort: the student generated, the teacher scored every token."
     who = {"student": "the student", "teacher": "the teacher", "dataset": "the data"}
     wrote = " and ".join(who[source] for source in ("student", "teacher", "dataset") if source in sources)
-    return (
-        f"Trained by distillation with Retort: {wrote} gave the answers, and the teacher answered every token of them."
-    )
+    return f"Trained by distillation with Retort: {wrote} gave the completions, and the teacher scored every token."
 
 
 def _table(results: Mapping[str, Any]) -> list[str]:
-    """Measures down, writers across, as the console shows them."""
+    """Measures down, models across, as the console shows them."""
     rows = results.get("rows")
     if not rows:
         return ["No evaluation was made."]
     graded = f" ({results['graded']} of them graded)" if "graded" in results else ""
     lines = [
-        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'answer')} each; in brackets 95 % "
-        "intervals over prompts.",
+        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'completion')} each; "
+        "in brackets 95 % intervals over prompts.",
         "",
-        f"| | {' | '.join(_words(row['who']) for row in rows)} |",
+        f"| | {' | '.join(_plain_text(row['who']) for row in rows)} |",
         "|---" * (len(rows) + 1) + "|",
     ]
     for name in ordered([name for row in rows for name in row if name != "who"]):
         words, unit, kind = measure(name)
         label = f"{words}, {unit}" if unit else words
-        lines.append(f"| {_words(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
+        lines.append(f"| {_plain_text(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
     return lines
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from retort.align.stops import WRITTEN
+from retort.align.stops import STOP_IDS_KEY
 from retort.errors import RunError
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.models.lm import LanguageModel
@@ -65,12 +65,12 @@ def _write(
                 student.adapter.save(temporary, state)
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
-            with _says_where_it_stops(student):
-                student.model.generation_config = student.written_generation
+            with _with_stops(student):
+                student.model.generation_config = student.saved_generation
                 student.model.save_pretrained(temporary, state_dict=weights)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
-    except Exception as error:  # a tokenizer that meets a full disk raises plain Exception
+    except Exception as error:  # A tokenizer that meets a full disk raises a plain Exception.
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):
             raise
         raise RunError(f"cannot write {folder}: {reason(error)}; the last checkpoint is intact") from None
@@ -79,8 +79,8 @@ def _write(
 
 
 @contextlib.contextmanager
-def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
-    """Within, the student's configurations and tokenizer name the stops that the run had, whoever named them first.
+def _with_stops(student: LanguageModel) -> Iterator[None]:
+    """Within its block, the student's configurations and tokenizer name the stops of the run.
 
     An ordinary token (`rollout.stop`) does not become the tokenizer's `eos_token`: a special token is cut differently.
     """
@@ -88,16 +88,16 @@ def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
     ids = [stops.primary, *sorted(stops.ids - {stops.primary})]
     named: Any = ids[0] if len(ids) == 1 else ids
     config: Any = student.model.config
-    # A model of several parts has the key in the part that writes, too.
-    holders: list[Any] = [student.written_generation, config]
+    # A model of several parts has the key in its text part, too.
+    holders: list[Any] = [student.saved_generation, config]
     if config.get_text_config() is not config:
         holders.append(config.get_text_config())
     before = [(holder, getattr(holder, "eos_token_id", None)) for holder in holders]
-    eos, had = tokenizer.eos_token, getattr(config, WRITTEN, None)
+    eos, had = tokenizer.eos_token, getattr(config, STOP_IDS_KEY, None)
     try:
         for holder in holders:
             holder.eos_token_id = named
-        setattr(config, WRITTEN, ids)
+        setattr(config, STOP_IDS_KEY, ids)
         if stops.primary in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}:
             tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(stops.primary))
         yield
@@ -105,7 +105,7 @@ def _says_where_it_stops(student: LanguageModel) -> Iterator[None]:
         for holder, value in before:
             holder.eos_token_id = value
         if had is None:
-            delattr(config, WRITTEN)
+            delattr(config, STOP_IDS_KEY)
         else:
-            setattr(config, WRITTEN, had)
+            setattr(config, STOP_IDS_KEY, had)
         tokenizer.eos_token = eos

@@ -1,4 +1,4 @@
-"""What a checkpoint remembers of its run besides tensors, so that a run that goes on from it notices what changed."""
+"""The identity of a run in a checkpoint: settings, digests and versions, so that a resumed run notices changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from retort.models.lm import LanguageModel
 from retort.teachers.local import LocalTeacher
 from retort.train.setup.prepare import Prepared
 
-#: Settings that do not change what is learnt or judged; places, because it is their content that counts.
+#: Settings that do not change what is learnt or evaluated; paths, because their content counts.
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
     *("steps", "tracker", "checks", "checkpoint", "record"),
@@ -33,14 +33,14 @@ ROUNDING = (
     "optimizer.batch_tokens",
     "optimizer.gradient_checkpointing",
 )
-#: What is written otherwise by another version of transformers.
+#: Digests that may differ between versions of transformers.
 _BY_VERSION = ("configuration", "tokenizer")
 #: Keys of a model's configuration that say where or with what it was loaded.
 _LOADED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
-    """Settings, digests and versions of a run, to be taken before its student has learnt: part of a checkpoint's state.
+    """Computes the identity of a run before its student has learnt: part of a checkpoint's state.
 
     Weights are hashed whole (about a second per gigabyte), and prompts as each model reads them.
     """
@@ -49,12 +49,14 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     import retort
 
     digests: dict[str, str] = {}
-    for who, lm in prepared.lms.items():
-        digests |= {f"the {who}'s {what}": digest for what, digest in _model(lm).items()}
+    for role, lm in prepared.lms.items():
+        digests |= {f"the {role}'s {what}": digest for what, digest in _model(lm).items()}
     readers = {"student": prepared.source.render}
-    readers |= {who: model.render for who, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)}
-    for who, render in readers.items():
-        digests[f"the prompts as the {who} reads them"] = _rendered(
+    readers |= {
+        role: model.render for role, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)
+    }
+    for role, render in readers.items():
+        digests[f"the prompts as the {role} reads them"] = _rendered(
             [*prepared.source.prompts, *prepared.held_out], render
         )
     digests["the held-out prompts"] = fingerprint([*prepared.held_out, *prepared.source.probe])
@@ -73,11 +75,11 @@ def compare(
     """Refuses a checkpoint of another run, and notes what differs without changing what is learnt.
 
     Args:
-        path: Of the checkpoint, for messages.
-        state: Its plain values.
-        now: `identity` of the run.
-        folder: Of the run.
-        note: Takes each difference that may only change rounding, one sentence.
+        path: Path of the checkpoint, for messages.
+        state: Plain values of the checkpoint.
+        now: The `identity` of the run.
+        folder: The folder of the run.
+        note: Called with a sentence for each difference that may only change rounding.
 
     Raises:
         UserError: Something differs that makes it another run.
@@ -102,15 +104,15 @@ def compare(
     ]
     upgraded = then["versions"].get("transformers") != now["versions"]["transformers"]
     changed = [name for name, digest in now["digests"].items() if then["digests"].get(name) != digest]
-    may_be_written_otherwise = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
-    refused = [name for name in changed if name not in may_be_written_otherwise]
+    may_render_differently = [name for name in changed if upgraded and name.endswith(_BY_VERSION)]
+    refused = [name for name in changed if name not in may_render_differently]
     if refused:
         raise UserError(
             f"{path}: {' and '.join(refused[:4])} changed since this checkpoint{_why(refused)}; "
             "put back what it was made with, or start a new run with another --out"
         )
     notes = [f"{name} = {b} now (it was {a})" for name, a, b in settings]
-    notes += [f"{name} is written otherwise by this version" for name in may_be_written_otherwise]
+    notes += [f"{name} is rendered differently by this version" for name in may_render_differently]
     if versions:
         notes.append(f"the run goes on with {', '.join(versions)}")
     for found in notes:
@@ -129,16 +131,16 @@ def _why(refused: list[str]) -> str:
 
 
 def _settings(prepared: Prepared) -> dict[str, str]:
-    """Settings that count by their dotted names, as JSON; the numbers of a method of the caller's own, too."""
+    """Settings that count, as JSON by dotted name, including the numbers of the caller's own method."""
     method = prepared.method
     plain = {name: v for name, v in method.settings.items() if isinstance(v, (bool, int, float, str, type(None)))}
     found = dict(_flat(prepared.config.model_dump())) | {
         f"method {name}": json.dumps(value) for name, value in {"name": method.name, **plain}.items()
     }
-    return {name: value for name, value in found.items() if not _is_of(name, FREE)}
+    return {name: value for name, value in found.items() if not _belongs_to(name, FREE)}
 
 
-def _is_of(name: str, names: Iterable[str]) -> bool:
+def _belongs_to(name: str, names: Iterable[str]) -> bool:
     return any(name == one or name.startswith(f"{one}.") for one in names)
 
 
@@ -151,7 +153,7 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
 
 
 def _model(lm: LanguageModel) -> dict[str, str]:
-    """Digests of all that a model's folder holds and a run depends on."""
+    """Digests of everything in a model's folder that a run depends on."""
     return {
         "weights": _weights(lm),
         "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
@@ -183,9 +185,9 @@ def _tokenizer(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return names + json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    written = json.loads(backend.to_str())
-    # Calls set these.
-    return names + json.dumps({**written, "padding": None, "truncation": None}, sort_keys=True)
+    rendered = json.loads(backend.to_str())
+    # Calls of the tokenizer set these.
+    return names + json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
 
 
 def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], list[int]]) -> str:

@@ -1,4 +1,4 @@
-"""What is written down of a step's rollouts: means, and a few of them token by token."""
+"""Records of a step's rollouts: means, and a few rollouts token by token."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Pack, Status
 from retort.core.signals import TeacherSignal
-from retort.core.streams import permutation
 from retort.evaluate.agreement import THRESHOLD
 from retort.rollout.record import token_row
 from retort.teachers.view import View
@@ -22,9 +22,9 @@ def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, toke
 
     Args:
         batch: The scored rollouts.
-        values: Per-step values by place in N.
-        step: Number of this step, from 1.
-        count: How many rollouts.
+        values: Per-step values, [N] each.
+        step: The step's number, from 1.
+        count: Number of rollouts.
         tokenizer: The student's.
     """
     pack = batch.pack
@@ -34,7 +34,7 @@ def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, toke
 
 
 def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
-    """What was written at this step: the student's under plain names, the teacher's under its own; and the shares."""
+    """Means over a step's rollouts: the student's under plain names, the teacher's with a prefix, and their shares."""
     means, rollouts = Means(), batch.pack.rollouts
     for rollout in rollouts:
         if rollout.source == "dataset" or (rollout.source == "student" and rollout.policy_version != version):
@@ -52,7 +52,7 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
 
 
 def _group_metrics(pack: Pack) -> dict[str, float]:
-    """Shares of the groups of several graded answers: with a right one; with both kinds, which GRPO learns from."""
+    """Shares of groups with several graded completions: with a right one; with both kinds, which GRPO learns from."""
     rewards_R, group_R = pack.reward_R, pack.group_R
     groups: list[Tensor] = [rewards_R[group_R == group] for group in group_R.unique()]
     found = [own_M >= THRESHOLD for own_M in groups if len(own_M) > 1 and not bool(own_M.isnan().any())]
@@ -67,7 +67,7 @@ def _group_metrics(pack: Pack) -> dict[str, float]:
 
 
 def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View], rollouts: int) -> dict[str, float]:
-    """What became of the prompts of views that are not the student's own prompt, by `view/<name>/<what>`.
+    """Means over the prompts of views other than the student's own, as `view/<name>/<what>`.
 
     `no_context`, `cut` and `shows/<template>` (such as `success`, `failure`, `feedback`) are shares of the rollouts,
     `prompt_tokens` is a mean over those with a context.

@@ -12,22 +12,22 @@ from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
-from retort.rewards.own import is_own
+from retort.rewards.user import is_user_defined
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
-#: Parts of a judge's row that stand beside the table, by writer.
+#: Parts of an evaluator's row that are stored beside the table, by model.
 _BESIDE = ("pass_at", "profile", "given_up")
 
 
 def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str, Any]:
-    """The table of a resumed run, or an empty one.
+    """Reads the table of a resumed run, or makes an empty one.
 
     Raises:
         UserError: `eval.json` is damaged. Lines of `answers.jsonl` that are stay as they are; the report names them.
     """
     path = folder / "eval.json"
     if path.exists():
-        remedy = "put the file back as it was, or remove it and do without what was judged before"
+        remedy = "put the file back as it was, or remove it and do without what was evaluated before"
         try:
             found = read_object(path)
         except UserError as error:
@@ -42,7 +42,9 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
         **(evaluator.graded() if evaluator else {}),
         **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
-        "task": config.data if config.builtin and not is_own(config.task) else (config.task or _judged_on(config)),
+        "task": config.data
+        if config.builtin and not is_user_defined(config.task)
+        else (config.task or _eval_data(config)),
         "threshold": config.eval.threshold,
         "rows": [],
         "pass_at": {},
@@ -51,10 +53,10 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
     }
 
 
-def _judged_on(config: Config) -> str:
-    """What the prompts to judge on are called: a file's name without its folder."""
-    place = config.eval.data or config.data or "data"
-    return Path(place).name if Path(place).exists() else place
+def _eval_data(config: Config) -> str:
+    """The name of the held-out data: a file's name without its folder."""
+    name = config.eval.data or config.data or "data"
+    return Path(name).name if Path(name).exists() else name
 
 
 def has(results: Mapping[str, Any], who: str) -> bool:
@@ -63,12 +65,12 @@ def has(results: Mapping[str, Any], who: str) -> bool:
 
 
 def scores(row: Mapping[str, Any]) -> dict[str, float]:
-    """The means of a judge's row by name."""
+    """The means of an evaluator's row by name."""
     return {name: cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell}
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with one more row (or that row anew), written to disk; its answers go to `answers.jsonl`."""
+    """Adds or replaces a row, and writes the table to disk; its completions go to `answers.jsonl`."""
     order = [BEFORE, AFTER, TEACHER]
     cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
@@ -76,20 +78,20 @@ def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, An
     for name in (name for name in _BESIDE if name in results or name in row):
         updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
-    _write_answers(folder / "answers.jsonl", who, row.get("answers", []))
+    _write_completions(folder / "answers.jsonl", who, row.get("answers", []))
     write_text(folder / "eval.json", json.dumps(updated, indent=2) + "\n")
     return updated
 
 
 def _odd(found: Mapping[str, Any]) -> str | None:
-    """What makes a file no table of results, if anything."""
+    """Why a file is not a table of results; None if it is one."""
     rows = found.get("rows")
     if type(found.get("k")) is not int or not isinstance(rows, list):
         return "holds no table ('k' and 'rows')"
-    for place, row in enumerate(rows):
+    for number, row in enumerate(rows):
         who = row.get("who") if isinstance(row, Mapping) else None
         if who not in (BEFORE, AFTER, TEACHER):
-            return f"row {place} of its table is of nobody who is judged"
+            return f"row {number} of its table is of nobody who is evaluated"
         for name, cell in row.items():
             ends = [cell.get(end) for end in ("value", "low", "high")] if isinstance(cell, Mapping) else []
             numbers = all(isinstance(end, int | float) or (end is None and at) for at, end in enumerate(ends))
@@ -99,8 +101,8 @@ def _odd(found: Mapping[str, Any]) -> str | None:
     return f"'{beside[0]}' is no object" if beside else None
 
 
-def _writer(line: bytes) -> str | None:
-    """Who wrote a recorded answer; None for a line that is damaged."""
+def _generated_by(line: bytes) -> str | None:
+    """The model that generated a recorded completion; None for a damaged line."""
     try:
         who = parse_object(line).get("who")
     except ValueError:
@@ -108,12 +110,17 @@ def _writer(line: bytes) -> str | None:
     return who if isinstance(who, str) else None
 
 
-def _write_answers(path: Path, who: str, answers: Sequence[Mapping[str, Any]]) -> None:
-    """Replaces the answers of one writer."""
+def _write_completions(path: Path, who: str, completions: Sequence[Mapping[str, Any]]) -> None:
+    """Replaces the completions of one model."""
     # Bytes, and not `splitlines`, which also cuts at separators that JSON text may hold, such as U+2028.
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    kept = [line for line in lines if line and _writer(line) != who]  # what is damaged stays, for the report to name
-    added = [json.dumps({"who": who, **answer}, ensure_ascii=False).encode("utf-8", "replace") for answer in answers]
+    kept = [
+        line for line in lines if line and _generated_by(line) != who
+    ]  # what is damaged stays, for the report to name
+    added = [
+        json.dumps({"who": who, **completion}, ensure_ascii=False).encode("utf-8", "replace")
+        for completion in completions
+    ]
     if kept or added:
         write_bytes(path, b"".join(line + b"\n" for line in [*kept, *added]))
 

@@ -1,4 +1,4 @@
-"""What a run says before it starts: honestly, and with a forecast of the memory it will take."""
+"""The start-up summary of a run, with a forecast of its memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retort.train.setup.prepare import Prepared
 def summary(prepared: Prepared) -> dict[str, str]:
     """Lines of the start-up summary, by heading."""
     method, config, source, student = prepared.method, prepared.config, prepared.source, prepared.student
-    asked = {
+    needs = {
         view: ", ".join(str(need) for need in sorted(wanted(method, view, teacher.capabilities)))
         for view, teacher in prepared.teachers.behind(prepared.method).items()
     }
@@ -24,10 +24,10 @@ def summary(prepared: Prepared) -> dict[str, str]:
         **{who: f"{lm.name}, frozen" for who, lm in beside(prepared).items()},
         "method": f"{method.name} ({standing(method)})",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
-        **{f"asked of {view}": text for view, text in asked.items()},
+        **{f"asked of {view}": text for view, text in needs.items()},
         **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
-        "graded by": source.grader.name if source.grader else "nobody (the data has no answers)",
+        "graded by": source.grader.name if source.grader else "nothing (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
@@ -42,7 +42,7 @@ def _teachers(prepared: Prepared) -> str:
 
 
 def _learning(prepared: Prepared) -> str:
-    """How many of them learn, where that is not all."""
+    """How many parameters learn, where not all do."""
     student = prepared.student
     if student.adapter is None:
         return ""

@@ -1,6 +1,7 @@
-"""What can be known of a run before any weights are read: minutes are not spent on one that cannot start.
+"""Checks of a run before any weights are read, so that no minutes are spent on one that cannot start.
 
-Settings that are nobody's (a default's, or the method's paper's) are made to fit here; the user's are never changed.
+Settings that the user left open (defaults, and those of the method's paper) are made to fit here; the user's own are
+never changed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.train.events import tracking
@@ -26,12 +27,12 @@ from retort.train.setup import templates
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
-    """What was found.
+class CheckedSettings:
+    """The result of the checks.
 
     Attributes:
-        config: Resolved, with what was left open made to fit.
-        render: A prompt's ids, as the student reads it.
+        config: The resolved configuration, with what was left open made to fit.
+        render: Maps a prompt to ids, as the student reads it.
         highest: By role, the largest id in any prompt, and the row that holds it.
     """
 
@@ -45,23 +46,23 @@ class Looked:
         lm.check_ids([token], f"row '{row}': its prompt")
 
 
-def look(
+def check_before_loading(
     config: Config,
     method: Method,
-    models: Mapping[str, tuple[str, str | Held]],
+    models: Mapping[str, tuple[str, str | InMemoryModel]],
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
-) -> Looked:
-    """Every check of a run that needs no weights.
+) -> CheckedSettings:
+    """Makes every check of a run that needs no weights.
 
     Args:
-        config: Resolved.
-        method: With what comes before it.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
         models: Name and source of every model that is to be loaded, the student first.
         train: Prompts to learn from.
-        held_out: Prompts to be judged on.
-        notes: Takes what the user should know.
+        held_out: Prompts for evaluation.
+        notes: Collects notes for the user.
 
     Raises:
         UserError: Whatever is wrong, in one line.
@@ -69,7 +70,7 @@ def look(
     tracking.need(config.tracker)
     if config.lora.rank:
         need_peft()
-    said = len(notes)
+    first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for other in list(found.values())[1:]:
@@ -78,23 +79,23 @@ def look(
     renders = {role: Renderer(one.tokenizer, config.rollout.template_options) for role, one in found.items()}
     read = templates.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
-    notes[said:said] = of_the_paper(config, method)
-    return Looked(config, renders["student"], {role: one.highest for role, one in read.items()})
+    notes[first_note:first_note] = paper_settings(config, method)
+    return CheckedSettings(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
-def _describe(config: Config, role: str, name: str, source: str | Held) -> Described:
-    shown = source.name if isinstance(source, Held) else name
+def _describe(config: Config, role: str, name: str, source: str | InMemoryModel) -> Described:
+    shown = source.name if isinstance(source, InMemoryModel) else name
     stop = config.rollout.stop if role == "student" else None
     return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)
 
 
-def steps_of(config: Config, prompts: int) -> int:
-    """Batches of rollouts in a run over so many prompts."""
-    return config.steps or -(-prompts // batch_of(config, prompts))
+def step_count(config: Config, prompts: int) -> int:
+    """Number of batches of rollouts in a run over so many prompts."""
+    return config.steps or -(-prompts // batch_prompts(config, prompts))
 
 
-def batch_of(config: Config, prompts: int) -> int:
-    """Prompts per batch: what was asked for, or all there are."""
+def batch_prompts(config: Config, prompts: int) -> int:
+    """Number of prompts per batch: as set, or all there are."""
     return min(config.rollout.prompts, prompts)
 
 
@@ -104,7 +105,7 @@ def need_groups(config: Config, prompts: int) -> None:
     Raises:
         UserError: A batch has fewer prompts than there are ranks.
     """
-    batch, ranks = batch_of(config, prompts), here().size
+    batch, ranks = batch_prompts(config, prompts), here().size
     if batch < ranks:
         raise UserError(
             f"a batch of {batch} prompts is less than one for each of {ranks} ranks, and the completions of a prompt "
@@ -121,25 +122,25 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
     """Makes a paper's steps and warm-up fit the run, or says that the user's do not.
 
     Args:
-        config: Resolved.
-        method: With what comes before it.
-        prompts: To learn from.
-        notes: Takes what was changed.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
+        prompts: Number of training prompts.
+        notes: Collects what was changed.
 
     Raises:
-        UserError: A cold start leaves nothing of the run.
+        UserError: A cold start leaves no step of the run.
     """
     cold = method.before[0] if method.before is not None else 0
-    if cold and config.steps is not None and cold >= config.steps and not config.given("steps"):
+    if cold and config.steps is not None and cold >= config.steps and not config.set_by_user("steps"):
         notes.append(f"steps is not {config.steps}, as the paper's: a cold start of {cold} steps would use them up")
         config = config.changed("steps", None)
-    steps = steps_of(config, prompts)
+    steps = step_count(config, prompts)
     if cold >= steps:
         raise UserError(
             f"a cold start of {cold} steps leaves none of the run's {steps} to '{method.name}'; "
             "lower cold_start.steps, or raise steps"
         )
-    batch, optimizer = batch_of(config, prompts), config.optimizer
+    batch, optimizer = batch_prompts(config, prompts), config.optimizer
     phases = [(steps - cold, method), *([(cold, method.before[1])] if method.before is not None else [])]
     for batches, phase in phases:
         updates = batches * min(optimizer.updates, batch * phase.rollout.samples) * optimizer.epochs
@@ -147,7 +148,7 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
             continue
         whose = "the run" if len(phases) == 1 else f"the part of the run that is '{phase.name}'"
         short = f"{whose} has {updates} optimizer steps, and a warm-up of {optimizer.warmup}"
-        if config.given("optimizer.warmup"):
+        if config.set_by_user("optimizer.warmup"):
             reached = updates / optimizer.warmup
             notes.append(
                 f"{short}: the learning rate gets to {reached:.0%} of optimizer.learning_rate; lower optimizer.warmup, "
@@ -162,22 +163,22 @@ def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) ->
 def fit_lengths(
     config: Config, models: Mapping[str, Described], read: Mapping[str, templates.Extremes], notes: list[str]
 ) -> Config:
-    """Makes lengths that nobody gave fit into what the models hold, beside the longest prompt.
+    """Cuts lengths that the user left open to what the models' contexts hold beside the longest prompt.
 
     Args:
-        config: Resolved.
+        config: The resolved configuration.
         models: By role.
-        read: How long prompts get, as each reads them.
-        notes: Takes what was changed.
+        read: The longest prompts, as each model reads them.
+        notes: Collects what was changed.
 
     Raises:
-        UserError: A length of the user's does not fit, or no answer at all does.
+        UserError: A length of the user's does not fit, or no completion at all does.
     """
-    judged = config.eval.max_new_tokens
+    evaluated = config.eval.max_new_tokens
     learnt = {role: one.train for role, one in read.items()}
     held_out = {role: one.held_out for role, one in read.items()}
-    config = _fit(config, "rollout.max_new_tokens", models, [learnt, *([held_out] if judged is None else [])], notes)
-    return config if judged is None else _fit(config, "eval.max_new_tokens", models, [held_out], notes)
+    config = _fit(config, "rollout.max_new_tokens", models, [learnt, *([held_out] if evaluated is None else [])], notes)
+    return config if evaluated is None else _fit(config, "eval.max_new_tokens", models, [held_out], notes)
 
 
 def _fit(
@@ -187,8 +188,8 @@ def _fit(
     prompts: Sequence[Mapping[str, tuple[int, str]]],
     notes: list[str],
 ) -> Config:
-    """One length, beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""
-    asked = config.value(key)
+    """Fits one length beside the longest of some prompts: (tokens, row) by role; a row without tokens is none."""
+    wanted = config.value(key)
     each = [
         (models[role].context - tokens, role, tokens, row)
         for some in prompts
@@ -199,32 +200,32 @@ def _fit(
         return config
     room, role, tokens, row = min(each, key=lambda one: one[0])
     model = models[role]
-    if asked <= room:
+    if wanted <= room:
         return config
-    if config.given(key) or room < 1:
+    if config.set_by_user(key) or room < 1:
         stretched = model.reach
         longer = (
             f"drop the row, or raise max_position_embeddings in the {role}'s config.json to {stretched}, as far as its "
             "rope_parameters stretch its positions"
         )
         raise UserError(
-            f"row '{row}': {tokens} prompt tokens and {asked} new ones exceed the {role}'s context of {model.context}; "
-            f"lower {key}, {'or drop the row' if stretched is None else longer}"
+            f"row '{row}': {tokens} prompt tokens and {wanted} new ones exceed the {role}'s context of "
+            f"{model.context}; lower {key}, {'or drop the row' if stretched is None else longer}"
         )
     notes.append(
-        f"{key} is {room:,} and not {asked:,}: beside the longest prompt (row '{row}', {tokens} tokens) the {role}'s "
+        f"{key} is {room:,} and not {wanted:,}: beside the longest prompt (row '{row}', {tokens} tokens) the {role}'s "
         f"context of {model.context:,} holds no more"
     )
     return config.changed(key, room)
 
 
-def of_the_paper(config: Config, method: Method) -> list[str]:
-    """Which settings are neither the user's nor a default."""
+def paper_settings(config: Config, method: Method) -> list[str]:
+    """A note on the settings that come from the method's paper; none without such settings."""
     plain: Any = Config()
     theirs = [
         f"{key}={value}"
         for key, value in flat(method.recipe).items()
-        if not config.given(key) and config.value(key) == value != plain.value(key)
+        if not config.set_by_user(key) and config.value(key) == value != plain.value(key)
     ]
     paper = method.paper.arxiv if method.paper is not None else None
     whose = f"the paper of '{method.name}'{f' (arXiv {paper})' if paper else ''}"

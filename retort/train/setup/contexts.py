@@ -1,4 +1,4 @@
-"""What a method's views could show in the best of cases: whether there is anything, and in words that are known."""
+"""Checks of what a method's views can show: whether there is anything, and whether the teacher knows its words."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Scene, Stage
 from retort.teachers.templates import templates
 from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
 
 #: Training prompts that are looked at.
-LOOKED_AT = 16
+EXAMINED = 16
 #: Rewards below and above every threshold.
 _WORST, _BEST = -1e9, 1e9
 _PLACES = re.compile(r"\{\w+\}")
@@ -38,7 +38,7 @@ def need_context(method: Method, verifier: Grader | None, stage: Stage, notes: l
                 f"all terms of method '{phase.name}' have the coefficient 0, so nothing would be learnt; raise one"
             )
         empty = [name for name, view in phase.views.items() if not _shows(phase, view, verifier, stage)]
-        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.asks(name)}
+        silent = {term.name: name for term in phase.terms for name in reversed(empty) if term.needs_of(name)}
         if len(silent) == len(phase.terms):
             name = next(iter(silent.values()))
             raise UserError(
@@ -56,10 +56,10 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
     """Notes views in whose prompts there are words that the teacher's tokenizer does not know.
 
     Args:
-        method: Whose views.
-        models: Who reads them, by `View.model`.
+        method: The method whose views are checked.
+        models: The models that read them, by `View.model`.
         stage: With the run's templates and prompts.
-        notes: Of the run.
+        notes: Collects notes for the user.
     """
     for name, view in method.views.items():
         model = models[view.model]
@@ -67,13 +67,13 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
         if view.render is None or unknown is None:
             continue
         found, seen, used = 0, 0, set[str]()
-        for scene in _scenes(method, view, True, stage):
+        for group in _example_groups(method, view, True, stage):
             shown = set[str]()
-            prompt = view.prompt(Scene(scene.rollout, scene.group, stage, shown=shown))
+            prompt = view.prompt(ViewInput(group.rollout, group.group, stage, shown=shown))
             if prompt is None:
                 continue
             seen += 1
-            if model.render(prompt).count(unknown) > model.render(scene.prompt).count(unknown):
+            if model.render(prompt).count(unknown) > model.render(group.prompt).count(unknown):
                 found += 1
                 used |= shown
         if found:
@@ -93,10 +93,10 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
     """Refuses a run whose views can show nothing in the room that they have, and notes prompts of which that is so.
 
     Args:
-        method: Whose views.
-        models: Who reads them, by `View.model`.
+        method: The method whose views are checked.
+        models: The models that read them, by `View.model`.
         stage: With the run's templates, prompts and the longest prompt of a view.
-        notes: Of the run.
+        notes: Collects notes for the user.
 
     Raises:
         UserError: For none of the prompts looked at is there room for a single character, in any view that is learnt
@@ -105,8 +105,8 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
     full = set[str]()
     for name, view in method.views.items():
         room = min(stage.longest or 2**31, models[view.model].lm.context - 1)
-        scenes = list(_scenes(method, view, True, stage)) if view.render is not None else []
-        least = [view.prompt(replace(scene, limit=1)) for scene in scenes]
+        groups = list(_example_groups(method, view, True, stage)) if view.render is not None else []
+        least = [view.prompt(replace(group, limit=1)) for group in groups]
         lengths = [len(models[view.model].render(prompt, split=True)) for prompt in least if prompt is not None]
         tight = sum(length > room for length in lengths)
         if not tight:
@@ -117,13 +117,13 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
             f"{stage.longest}, the context of {models[view.model].name} {models[view.model].lm.context}"
         )
         full |= {name} if tight == len(lengths) else set()
-        if full and all(any(term.asks(other) for other in full) for term in method.terms):
+        if full and all(any(term.needs_of(other) for other in full) for term in method.terms):
             raise UserError(f"{what}; nothing would be learnt: raise rollout.max_view_tokens, or shorten the prompts")
         notes.append(what)
 
 
 def _ids(model: LocalTeacher, stage: Stage, template: str) -> list[int]:
-    """Of a template's own words."""
+    """Ids of a template's own words."""
     text = _PLACES.sub(" ", {**templates({}), **stage.templates}[template])
     return list(model.lm.tokenizer.encode(text, add_special_tokens=False))
 
@@ -133,10 +133,10 @@ def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) ->
     if view.render is None:
         return True
     feedback = verifier is not None and verifier.explains
-    return any(view.prompt(scene) is not None for scene in _scenes(method, view, feedback, stage))
+    return any(view.prompt(group) is not None for group in _example_groups(method, view, feedback, stage))
 
 
-def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[Scene]:
+def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[ViewInput]:
     """Rollouts to a few prompts: right and wrong ones among siblings that are all right, all wrong, or both."""
     fit = [prompt for prompt in stage.pool if all(prompt.shown(column) for column in view.columns)]
     for prompt in _spread(fit):
@@ -144,18 +144,18 @@ def _scenes(method: Method, view: View, feedback: bool, stage: Stage) -> Iterato
             for others in ((_BEST, _BEST), (_WORST, _WORST), (_BEST, _WORST)):
                 rewards = [own, *(others[member % 2] for member in range(1, method.rollout.samples))]
                 group = tuple(_rollout(prompt, place, reward, feedback) for place, reward in enumerate(rewards))
-                yield Scene(group[0], group, stage)
+                yield ViewInput(group[0], group, stage)
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """A few of them, from all over."""
-    step = max(1, len(prompts) // LOOKED_AT)
-    return list(prompts[::step][:LOOKED_AT])
+    """A few prompts, spread evenly."""
+    step = max(1, len(prompts) // EXAMINED)
+    return list(prompts[::step][:EXAMINED])
 
 
 def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Rollout:
     sequence = TokenSequence.of([0]).then([0], decided=True)
-    # In words that every task knows: its own answer.
+    # The text is the reference answer, whose words every task knows.
     text = prompt.response or prompt.answer or prompt.text
-    said = text if feedback and reward == _WORST else ""
-    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=said)
+    note = text if feedback and reward == _WORST else ""
+    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=note)

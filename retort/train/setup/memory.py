@@ -1,4 +1,4 @@
-"""What a run will take of memory, part by part, and what there is. Axis letters: see `retort.core`.
+"""A forecast of a run's memory by part, and the memory that is available. Axis letters: see `retort.core`.
 
 The forecast is of growth above the process as it is before anything is loaded. It knows what the loss core and the
 optimizer allocate to the byte; what a family keeps of a forward pass is estimated from its shape, so it is the least
@@ -14,7 +14,7 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
 from retort.train.setup.prepare import Prepared
 
@@ -28,11 +28,11 @@ class Forecast:
             an adapter.
         training: Gradients and two moments of Adam, fp32; a second gradient where their variance is measured.
         head: Gradients of head and embeddings while they are formed, before they are added up.
-        activations: What is kept of the largest micro-batch for its backward pass.
-        loss: A chunk of logits of every model, and what a block's autograd keeps.
-        signals: What the teachers say of a batch of rollouts, kept until it is learnt.
+        activations: Activations of the largest micro-batch, kept for its backward pass.
+        loss: A chunk of logits of every model, and what autograd keeps of a block.
+        signals: The teachers' signals for a batch of rollouts, kept until it is learnt from.
         copies: The student's weights in bf16, where it learns in fp32 and computes in bf16; freed while it learns.
-        cache: Keys and values while the rollouts, or the answers to be judged, are written.
+        cache: Keys and values during generation of rollouts or held-out completions.
     """
 
     models: int
@@ -46,7 +46,7 @@ class Forecast:
 
     @property
     def peak(self) -> int:
-        """The highest: learning and writing do not happen at once."""
+        """The peak in bytes: learning and generation do not happen at once."""
         learning = self.head + self.activations + self.loss
         return self.models + self.training + max(learning + self.signals, self.copies + self.cache)
 
@@ -57,17 +57,17 @@ class Forecast:
             "head": "the head's gradient while it is formed",
             "activations": "a micro-batch's activations",
             "loss": "chunks of logits",
-            "signals": "the teachers' answers",
-            "copies": "weights in bf16 to write with",
-            "cache": "the cache of generation",
+            "signals": "the teachers' signals",
+            "copies": "weights in bf16 to generate with",
+            "cache": "the KV cache of generation",
         }
         sizes = {text: getattr(self, name) for name, text in names.items() if name != "copies" or self.copies}
-        parts = ", ".join(f"{text} {size_words(size)}" for text, size in sizes.items())
-        return f"about {size_words(self.peak)} at peak: {parts}"
+        parts = ", ".join(f"{text} {size_text(size)}" for text, size in sizes.items())
+        return f"about {size_text(self.peak)} at peak: {parts}"
 
 
 def forecast(prepared: Prepared) -> Forecast:
-    """What a run will take at its peak, bytes above an empty process."""
+    """Forecasts the parts of a run's memory, in bytes above an empty process."""
     student, config = prepared.student, prepared.config
     lms = list(prepared.lms.values())
     frozen = lms[1:] + [student] * _self_passes(prepared)
@@ -77,16 +77,16 @@ def forecast(prepared: Prepared) -> Forecast:
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
     forming = 4 * head.numel() * 2
-    tokens = min(config.optimizer.batch_tokens, _written(prepared, longest=True))
+    tokens = min(config.optimizer.batch_tokens, _rollout_tokens(prepared, longest=True))
     rows = min(chunk_rows(prepared.learner.vocab, student.device), tokens)
     product = 4 if prepared.student.precision == "fp32" else 2
     # Student: product and fp32 logits in one where the product is fp32; a teacher's chunk is held beside it.
     chunks = rows * prepared.learner.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
     rollouts = prepared.source.count * prepared.method.rollout.samples
-    judged = config.eval.samples * min(64, len(prepared.held_out))
-    writers = [(student, max(rollouts, judged))]
+    evaluated = config.eval.samples * min(64, len(prepared.held_out))
+    generators = [(student, max(rollouts, evaluated))]
     if config.eval.teacher and "teacher" in prepared.lms:
-        writers.append((prepared.lms["teacher"], judged))
+        generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()
     return Forecast(
@@ -99,7 +99,7 @@ def forecast(prepared: Prepared) -> Forecast:
         loss=chunks,
         signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product),
         copies=copies,
-        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in writers),
+        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in generators),
     )
 
 
@@ -111,8 +111,8 @@ def available(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def size_words(bytes_: float) -> str:
-    """In MiB or GiB."""
+def size_text(bytes_: float) -> str:
+    """A size as text, in MiB or GiB."""
     return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
 
 
@@ -133,18 +133,18 @@ def _kept_bytes(text: object, product: int, *, checkpointed: bool) -> int:
 
 
 def _prompt_tokens(prepared: Prepared) -> int:
-    """The longest prompt among some of the training data."""
+    """Number of tokens of the longest prompt among some of the training data."""
     return max((len(prepared.source.render(prompt)) for prompt in prepared.source.prompts[:256]), default=0)
 
 
-def _written(prepared: Prepared, *, longest: bool) -> int:
-    """Tokens of a batch of rollouts, prompts included, if every answer is as long as it may be."""
+def _rollout_tokens(prepared: Prepared, *, longest: bool) -> int:
+    """Number of tokens of a batch of rollouts, prompts included, if every completion has its full length."""
     rollouts = prepared.source.count * prepared.method.rollout.samples
     return rollouts * (prepared.config.rollout.max_new_tokens + _prompt_tokens(prepared)) if longest else rollouts
 
 
 def _self_passes(prepared: Prepared) -> int:
-    """How often the student reads a batch as its own teacher."""
+    """Number of passes over a batch by the student as its own teacher."""
     views = prepared.method.views.values()
     return sum(len(sides_of(view.weights)) for view in views if view.model == "student")
 
@@ -154,10 +154,10 @@ def _signals(prepared: Prepared, steps: int, product: int) -> int:
     total = 0
     for name, view in prepared.method.views.items():
         lm = prepared.lms.get(view.model)
-        if lm is None:  # a teacher elsewhere sends numbers
+        if lm is None:  # A remote teacher sends numbers only.
             total += steps * 4 * 64
             continue
-        dense = Ask(view, prepared.method.needs(name)).whole
+        dense = ScoreRequest(view, prepared.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)
@@ -185,12 +185,12 @@ def _system() -> int | None:
 
 
 def _container() -> int | None:
-    """What the memory limit of the control group leaves, where there is one."""
+    """Bytes that the memory limit of the control group leaves, where there is one."""
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return None
-    # Files that the system keeps in memory are given up when somebody asks.
+    # The page cache is released when memory is asked for.
     return None if limit == "max" else int(limit) - used + int(stat.get("inactive_file", 0))

@@ -1,4 +1,4 @@
-"""What a method's rollout plan and probes need of the data, checked and set aside before anything is loaded."""
+"""Checks that the data has what a method's rollout plan, probes and views need, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retort.config import Config
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Prompt
-from retort.core.streams import permutation
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 from retort.train.setup import templates
 from retort.train.setup.prompts import graders, read_prompts
 from retort.train.setup.split import set_aside
@@ -19,12 +19,12 @@ from retort.train.setup.split import set_aside
 
 @dataclass(frozen=True)
 class Data:
-    """What a run learns from and is judged on.
+    """The prompts and graders of a run.
 
     Attributes:
         train: Prompts to learn from.
         probe: Prompts kept out of them for the method's probes.
-        held_out: Prompts to be judged on.
+        held_out: Prompts for evaluation.
         grader: Grades training rollouts, where any prompt has an answer.
         eval_grader: Grades completions of held-out prompts, where any has an answer.
     """
@@ -37,20 +37,20 @@ class Data:
 
     @property
     def full(self) -> Grader | None:
-        """The grader where it can grade every prompt: who learns from rewards or shows them needs all of them."""
+        """The grader where it can grade every prompt, as learning from rewards or showing them takes; else None."""
         return self.grader if self.grader is not None and all(map(self.grader.can_grade, self.train)) else None
 
 
-def read_data(config: Config, method: Method, data: str, notes: list[str], given: Given) -> Data:
-    """Reads the data and sets aside what is not learnt from.
+def read_data(config: Config, method: Method, data: str, notes: list[str], caller_objects: CallerObjects) -> Data:
+    """Reads the data, and sets aside probe prompts and held-out prompts.
 
     Raises:
-        UserError: It cannot be read, or lacks what the method needs.
+        UserError: The data cannot be read, or lacks what the method needs.
     """
-    train, held_out = read_prompts(config, data, notes, given)
+    train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
-    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, given))
+    found = Data(train, probe, held_out, *graders(config, train, held_out, notes, caller_objects))
     need_verifier(method, found.full, train)
     need_columns(method, train, notes)
     templates.refuse_views(config, method)
@@ -60,7 +60,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], given
 def probe_prompts(
     config: Config, method: Method, train: list[Prompt], notes: list[str]
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Training prompts, and those that the method's probes keep out of them: chosen by seed, a fifth at most."""
+    """Splits the prompts into training and probe prompts: the latter are chosen by seed, a fifth at most."""
     wanted = max((c.probe.prompts for c in method.controllers if c.probe is not None), default=0)
     if wanted == 0:
         return train, []
@@ -93,18 +93,18 @@ def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prom
     missing = next((prompt for prompt in probe if prompt.response is None), None)
     if probed and missing is not None:
         raise UserError(
-            f"method '{method.name}' probes on answers of the data, but row '{missing.id}' has no `response`; "
+            f"method '{method.name}' probes on responses of the data, but row '{missing.id}' has no `response`; "
             "add the column"
         )
 
 
 def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Prompt]) -> None:
-    """Refuses data that nobody can grade where prompts are ordered by pass rate, or the method learns from rewards."""
+    """Refuses data that cannot be graded where prompts are ordered by pass rate, or the method learns from rewards."""
     alone = "student" in method.rollout.sources and method.rollout.samples < 2
-    if method.wants_groups is not None and alone:
+    if method.needs_groups is not None and alone:
         raise UserError(
-            f"method '{method.name}' compares the answers to one prompt ({method.wants_groups}), and with samples = 1 "
-            "there is nothing to compare; set method.samples to 2 or more"
+            f"method '{method.name}' compares the completions of one prompt ({method.needs_groups}), and with "
+            "samples = 1 there is nothing to compare; set method.samples to 2 or more"
         )
     siblings = next((name for name, view in method.views.items() if view.rewards), None)
     if siblings is not None and alone and not (verifier is not None and verifier.explains):
@@ -114,7 +114,7 @@ def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Promp
         )
     lacking = [prompt.id for prompt in train if prompt.answer is None]
     some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
-    wants = method.wants_rewards
+    wants = method.needs_rewards
     if wants is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"

@@ -1,4 +1,4 @@
-"""Which models a run is about, and pairs of them that leave nothing to learn."""
+"""The models of a run, and checks for pairs that leave nothing to learn."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from retort.teachers.itself import OwnWeights
 from retort.train.setup.prompts import refuse_misspelt
 
 
-def asks_teacher(method: Method) -> str | None:
-    """What a run asks of a model other than the student and its base, in words; None if nothing."""
+def teacher_use(method: Method) -> str | None:
+    """Describes what a run needs a teacher for; None if it needs none."""
     for phase in [method] if method.before is None else [method.before[1], method]:
         view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
         if view is not None:
@@ -28,12 +28,12 @@ def asks_teacher(method: Method) -> str | None:
 
 
 def without_idle_teacher(config: Config, method: Method) -> Config:
-    """The settings without a teacher that nothing asks; the one that comes with a built-in task is left out quietly.
+    """Removes a teacher that nothing asks from the settings; that of a built-in task goes without a note.
 
     Raises:
         UserError: A teacher of the user's own would do nothing.
     """
-    if config.teacher is None or asks_teacher(method) is not None:
+    if config.teacher is None or teacher_use(method) is not None:
         return config
     if config.builtin and config.teacher == recipe(str(config.data)).get("teacher"):
         return config.model_copy(update={"teacher": None})
@@ -44,21 +44,21 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
 
 
 def further(config: Config, method: Method) -> dict[str, str]:
-    """Models besides student, teacher and base that views name: their places, by name.
+    """Paths of the further models that views name, by name.
 
     Raises:
         UserError: A view names a model that the settings do not, or the settings one that no view names.
     """
     phases = [method] if method.before is None else [method.before[1], method]
-    asked = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
-    for model, (phase, view) in asked.items():
+    use = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    for model, (phase, view) in use.items():
         if model not in (*SHORTHANDS, *config.models):
             raise UserError(
                 f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
                 f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
             )
     for name, model in config.models.items():
-        if name not in asked:
+        if name not in use:
             raise UserError(
                 f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
                 f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
@@ -67,21 +67,21 @@ def further(config: Config, method: Method) -> dict[str, str]:
 
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:
-    """Student, teacher and data; a teacher only where the method asks one."""
-    asked = asks_teacher(method)
+    """The paths of student, teacher and data; a teacher only where the method needs one."""
+    use = teacher_use(method)
     if config.data is not None:
         refuse_misspelt(config.data)
-    for name in ("student", "teacher", "data") if asked else ("student", "data"):
+    for name in ("student", "teacher", "data") if use else ("student", "data"):
         if getattr(config, name) is None:
-            given = "--student, --teacher and --data" if asked else "--student and --data"
-            alone = "" if asked else f" (the student of method '{method.name}' teaches itself)"
-            why = f" ({asked})" if name == "teacher" else alone
+            given = "--student, --teacher and --data" if use else "--student and --data"
+            alone = "" if use else f" (the student of method '{method.name}' teaches itself)"
+            why = f" ({use})" if name == "teacher" else alone
             raise UserError(f"{name} is missing{why}: give {given} together, or none for the built-in task")
     return str(config.student), config.teacher, str(config.data)
 
 
 def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
-    """The second frozen model's name, where the method has a view of one."""
+    """The path of the base model, where the method has a view of one."""
     if not any(view.model == "base" for view in method.views.values()):
         if config.base is not None:
             raise UserError(
@@ -94,11 +94,11 @@ def base_name(config: Config, method: Method, student: str, teacher: str | None)
     return config.base or student
 
 
-def places(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
-    """Where every model of a run is, by name, the student first; a base that is the student as it was is where that is.
+def model_paths(config: Config, method: Method, student: str, teacher: str | None) -> dict[str, str]:
+    """Paths of all models of a run by name, the student first; a base that is the student as it was has its path.
 
     Raises:
-        UserError: Two of them are one model, and nothing would be learnt; or a model is named that nobody asks.
+        UserError: Two of them are one model, and nothing would be learnt; or no view asks a model that is named.
     """
     base, others = base_name(config, method, student, teacher), further(config, method)
     if base in (None, student) and not others and teacher is not None:
@@ -119,7 +119,7 @@ def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen:
 
 
 def same_base(method: Method) -> UserError:
-    """What is said where base and teacher are one model."""
+    """The error for a base and a teacher that are one model."""
     return UserError(
         f"base and teacher are the same model, so nothing that '{method.name}' asks of the base would change anything; "
         "choose another base, or leave it out for the student as it was before training"
@@ -131,13 +131,13 @@ def _known(name: str) -> str:
 
 
 def refuse_same_name(method: Method, student: str, teacher: str) -> None:
-    """Raises `UserError` if student and teacher are named alike and see the same."""
+    """Raises `UserError` if student and teacher have the same name and see the same prompt."""
     if _known(student) == _known(teacher) and _only_same_prompt(method):
         raise _nothing_to_learn(method, "are the same model")
 
 
 def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
-    """Raises `UserError` if student and teacher hold the same weights and see the same."""
+    """Raises `UserError` if student and teacher hold the same weights and see the same prompt."""
     ours, theirs = student.weights(), teacher.weights()
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return
@@ -162,6 +162,6 @@ def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWe
     wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
     if not wanted:
         return None
-    again = any(controller.again and controller.sees for phase in phases for controller in phase.controllers)
+    again = any(controller.again and controller.observes for phase in phases for controller in phase.controllers)
     several = config.optimizer.updates * config.optimizer.epochs > 1
     return OwnWeights(student, wanted, moves_within_batch=several or again)

@@ -19,16 +19,16 @@ from retort.rollout.by_teacher import TeacherGenerator
 from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
-from retort.teachers.scene import Stage
 from retort.teachers.templates import templates
-from retort.train.given.given import Given
+from retort.teachers.view_input import Stage
+from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import Passes
 from retort.train.models.loading import Loaded, load_models
-from retort.train.models.models import device_of, engine, local_teacher, sources
+from retort.train.models.models import device_for, engine, local_teacher, sources
 from retort.train.setup import pair
-from retort.train.setup.before import batch_of, look, need_groups, steps_of
+from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
@@ -38,18 +38,18 @@ from retort.train.teaching.teachers import Teachers
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A run before its first step.
+    """The parts of a run before its first step.
 
     Attributes:
-        config: Resolved.
-        method: What is learnt, with what comes before it.
-        source: Where rollouts come from.
-        teachers: Who answers.
-        learner: What learns.
-        held_out: Prompts to be judged on.
+        config: The resolved configuration.
+        method: The method, with what comes before it.
+        source: Generates the rollouts.
+        teachers: Score the rollouts.
+        learner: Trains the student.
+        held_out: Prompts for evaluation.
         eval_grader: Grades completions of these, where any has an answer.
-        attention: Implementation, resolved; None for each model's own default.
-        notes: What the user should know before the run starts.
+        attention: The attention implementation; None for each model's own default.
+        notes: Notes for the user before the run starts.
     """
 
     config: Config
@@ -74,17 +74,17 @@ class Prepared:
 
     @property
     def steps(self) -> int:
-        """Batches of rollouts in the run."""
-        return steps_of(self.config, len(self.source.prompts))
+        """Number of batches of rollouts in the run."""
+        return step_count(self.config, len(self.source.prompts))
 
     @property
     def phases(self) -> list[tuple[int, Method]]:
-        """Where each method of the run begins: the method's own, with what comes before it."""
+        """The step at which each method of the run begins: the method's own, with what comes before it."""
         before = self.method.before
         return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
 
     def at(self, step: int) -> tuple[Method, Clock]:
-        """The method at hand after so many batches, and the clock."""
+        """The current method after so many batches, and the clock."""
         phases = self.phases
         number = max(index for index, (begins, _) in enumerate(phases) if begins <= step)
         end = phases[number + 1][0] if number + 1 < len(phases) else self.steps
@@ -92,38 +92,38 @@ class Prepared:
         return method, Clock(step, end, begins, seed=self.config.seed, longest=self.source.limit)
 
 
-def prepare(config: Config, method: Method | None = None, given: Given | None = None) -> Prepared:
+def prepare(config: Config, method: Method | None = None, caller_objects: CallerObjects | None = None) -> Prepared:
     """Loads and checks everything.
 
     Args:
-        config: Resolved.
-        method: Of the caller's own, instead of the configuration's.
-        given: Objects of the caller's for which texts stand in the configuration.
+        config: The resolved configuration.
+        method: A method of the caller's own, instead of the configuration's.
+        caller_objects: The objects behind placeholders in the configuration.
 
     Raises:
         UserError: Whatever is wrong, in one line.
     """
-    given, notes = given or Given(), list[str]()
+    caller_objects, notes = caller_objects or CallerObjects(), list[str]()
     method = _method(config, method)
     config = pair.without_idle_teacher(config, method)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
-    data = read_data(config, method, names[2], notes, given)
+    data = read_data(config, method, names[2], notes, caller_objects)
     stage = Stage(templates(config.templates), config.seed, data.train, config.rollout.max_view_tokens)
     need_context(method, data.full, stage, notes)
     need_groups(config, len(data.train))
-    places = pair.places(config, method, *names[:2])
-    device_of(config)
-    read = {name: place for name, place in places.items() if name != "base" or place != places["student"]}
-    looked = look(config, method, sources(read, given), data.train, data.held_out, notes)
-    loaded = load_models(looked.config, places, looked.render, data.train, notes, given)
+    model_paths = pair.model_paths(config, method, *names[:2])
+    device_for(config)
+    read = {name: path for name, path in model_paths.items() if name != "base" or path != model_paths["student"]}
+    checked = check_before_loading(config, method, sources(read, caller_objects), data.train, data.held_out, notes)
+    loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects)
     local = _aligned(method, loaded, stage, notes)
     note_unknown(method, local, stage, notes)
     need_room(method, local, stage, notes)
     prepared = _parties(method, loaded, local, data, notes)
     for name in read:
-        looked.check_ids(name, local[name].lm)
+        checked.check_ids(name, local[name].lm)
     check_texts(method, data.train, loaded.student, list(prepared.lms.values()), prepared.learner.vocab)
     if prepared.source.count < config.rollout.prompts:
         notes.append(
@@ -134,7 +134,7 @@ def prepare(config: Config, method: Method | None = None, given: Given | None = 
 
 
 def _method(config: Config, method: Method | None) -> Method:
-    """The caller's or the configuration's, with the curves and the cold start that the settings ask for."""
+    """The caller's or the configuration's method, with the curves and the cold start that the settings ask for."""
     method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
     cold = config.cold_start
     if not cold.steps:
@@ -143,16 +143,16 @@ def _method(config: Config, method: Method | None) -> Method:
 
 
 def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> dict[str, LocalTeacher]:
-    """Every model as a teacher of the student, by name, over the ids that all of them share."""
+    """Makes every model a teacher of the student, over the ids that all of them share."""
     config, student, frozen = loaded.config, loaded.student, loaded.frozen
     lms = {**frozen, "student": student}
     local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items()}
-    # Nobody may say of an id that one of the models lacks.
+    # No signal may cover an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
-    local = {name: model.about(vocab) for name, model in local.items()}
+    local = {name: model.for_vocab(vocab) for name, model in local.items()}
     if "teacher" in frozen:
-        said = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
-        notes += [said] if said else []
+        note = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
+        notes += [note] if note else []
         pair.refuse_equal(config, method, student, frozen)
     return local
 
@@ -170,14 +170,14 @@ def _parties(
     source = Source(
         prompts=data.train,
         probe=data.probe,
-        count=batch_of(config, len(data.train)),
+        count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
         engine=engine(config, student, vocab),
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
-        teacher_generator=_writer(config, local["teacher"], student) if "teacher" in local else None,
+        teacher_generator=_teacher_generator(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
         whole=student.whole,
     )
@@ -201,6 +201,6 @@ def _parties(
     )
 
 
-def _writer(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherGenerator:
-    writes = engine(config, teacher.lm, teacher.alignment.width)
-    return TeacherGenerator(writes, teacher.render, alignment=teacher.alignment, student_stops=student.stops)
+def _teacher_generator(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherGenerator:
+    generator = engine(config, teacher.lm, teacher.alignment.width)
+    return TeacherGenerator(generator, teacher.render, alignment=teacher.alignment, student_stops=student.stops)

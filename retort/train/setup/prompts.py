@@ -1,4 +1,4 @@
-"""The prompts of a run, and who grades the answers to them."""
+"""The prompts of a run, and the graders of their completions."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from functools import lru_cache
 from pathlib import Path
 
 from retort.config import BUILTIN, Config
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
-from retort.core.streams import permutation
 from retort.data import in_template
 from retort.errors import UserError
 from retort.rewards.base import Grader
 from retort.rewards.choose import grader_for
 from retort.rewards.verify import NEED_ANSWER
-from retort.train.given.given import Given
+from retort.train.given.given import CallerObjects
 from retort.train.setup.split import different, overlap, repeats, set_aside
 
 
 def read_prompts(
-    config: Config, data: str, notes: list[str], given: Given | None = None
+    config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and those held out to be judged on."""
+    """Prompts to learn from, and those held out to be evaluated on."""
     wanted = config.eval.problems
     if config.builtin and config.prompt_template is not None:
         raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
     prompts = (
         builtin_prompts(data, "train", config.limit)
         if config.builtin
-        else _load(config, "data", data, config.limit, notes, given)
+        else _load(config, "data", data, config.limit, notes, caller_objects)
     )
     if wanted == 0:
         return prompts, []
-    judged = config.eval.data or (data if config.builtin else None)
-    if judged is not None:
-        held_out = eval_prompts(config, judged, notes, given)
+    evaluated = config.eval.data or (data if config.builtin else None)
+    if evaluated is not None:
+        held_out = eval_prompts(config, evaluated, notes, caller_objects)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
-        if judged not in BUILTIN:
+        if evaluated not in BUILTIN:
             notes += repeats(held_out, "rows of eval.data")
-        if not (config.builtin and judged in BUILTIN):  # tasks of Retort's own hold their problems apart
+        if not (config.builtin and evaluated in BUILTIN):  # Retort's own tasks keep their problems apart.
             notes += overlap(prompts, held_out)
         return prompts, held_out
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
@@ -49,7 +49,7 @@ def read_prompts(
     notes += repeats(prompts, "rows of the data")
     copies = len(prompts) - len(train) - len(held_out)
     if copies:
-        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor judged on")
+        notes.append(f"{copies} rows that repeat a held-out prompt are neither learnt from nor evaluated on")
     if len(held_out) < wanted:
         notes.append(
             f"{len(held_out)} of {different(prompts)} prompts are held out for evaluation (a fifth at most; "
@@ -58,11 +58,13 @@ def read_prompts(
     return train, held_out
 
 
-def eval_prompts(config: Config, data: str, notes: list[str], given: Given | None = None) -> list[Prompt]:
-    """The prompts to judge on: held-out problems of the built-in task, or a file, or rows that were given."""
+def eval_prompts(
+    config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
+) -> list[Prompt]:
+    """The prompts to evaluate on: held-out problems of the built-in task, or a file, or rows that were given."""
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
-    return _load(config, "eval.data", data, config.eval.problems, notes, given)
+    return _load(config, "eval.data", data, config.eval.problems, notes, caller_objects)
 
 
 def refuse_misspelt(data: str) -> None:
@@ -73,10 +75,10 @@ def refuse_misspelt(data: str) -> None:
 
 
 def _load(
-    config: Config, setting: str, data: str, limit: int | None, notes: list[str], given: Given | None
+    config: Config, setting: str, data: str, limit: int | None, notes: list[str], caller_objects: CallerObjects | None
 ) -> list[Prompt]:
     refuse_misspelt(data)
-    prompts = (given or Given()).prompts(config, setting, data, limit, notes)
+    prompts = (caller_objects or CallerObjects()).prompts(config, setting, data, limit, notes)
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 
@@ -90,7 +92,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
     return list(_builtin(task, split, count))
 
 
-@lru_cache(maxsize=8)  # thousands of puzzles are solved for one split: a second run of a session need not
+@lru_cache(maxsize=8)  # One split takes solving thousands of puzzles: the result is kept for the session.
 def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
     from retort.tasks import coached, countdown, ranking
 
@@ -119,37 +121,37 @@ def graders(
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
-    given: Given | None = None,
+    caller_objects: CallerObjects | None = None,
 ) -> tuple[Grader | None, Grader | None]:
-    """Who grades training rollouts and who grades held-out answers: None where no prompt of them can be graded.
+    """The graders of training rollouts and of held-out completions: None where no prompt can be graded.
 
     A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
     out of the grading, and a note counts them.
     """
-    own = (given or Given()).verifier(config, train)
+    own = (caller_objects or CallerObjects()).verifier(config, train)
     if own is not None:
         return own, own
     task = config.data if config.builtin else config.task
-    judged = config.eval.data or config.data
-    judge_task = judged if judged in BUILTIN else config.task
-    judge = grader(judge_task, held_out, "held-out prompts", notes) if held_out else None
-    if all(prompt.answer is not None for prompt in train) and judge is not None and judge_task == task:
-        return judge, judge
+    evaluated = config.eval.data or config.data
+    eval_task = evaluated if evaluated in BUILTIN else config.task
+    verifier = grader(eval_task, held_out, "held-out prompts", notes) if held_out else None
+    if all(prompt.answer is not None for prompt in train) and verifier is not None and eval_task == task:
+        return verifier, verifier
     if any(prompt.answer is not None for prompt in train):
-        return grader(task, train, "training prompts", notes), judge
-    if judge is not None or task is not None:
+        return grader(task, train, "training prompts", notes), verifier
+    if verifier is not None or task is not None:
         notes.append("not every training prompt has an answer, so training rollouts are not graded (no curve `reward`)")
-    return None, judge
+    return None, verifier
 
 
 def grader(task: str | None, prompts: Sequence[Prompt], whose: str, notes: list[str]) -> Grader | None:
-    """The grader of those prompts that it can grade; a note counts the others.
+    """Makes a grader for the prompts that can be graded; a note counts the others.
 
     Args:
         task: As for `grader_for`.
         prompts: At least one.
-        whose: What they are, for messages.
-        notes: Takes the note.
+        whose: Their name in messages.
+        notes: Collects the note.
 
     Raises:
         UserError: As `grader_for`; where a task is named that needs answers and no prompt has one.

@@ -1,4 +1,4 @@
-"""Which prompts are the same, and prompts set aside so that none of them is also learnt from."""
+"""Splits prompts into training and held-out ones so that none is in both."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from retort.core.rollouts import Message, Prompt
 from retort.errors import counted
 
-#: What two prompts share if they are the same: role and text of each message, and what else templates read.
+#: The identity of a prompt: role and text of each message, and what else templates read.
 Content = tuple[tuple[str, ...], ...]
 
 
 def content(prompt: Prompt) -> Content:
-    """What a prompt asks: roles and texts of its messages, with composed characters and single spaces, and its tools.
+    """The content of a prompt: roles and texts of its messages, with composed characters and single spaces, and tools.
 
     Case counts (`x` and `X` may be two unknowns), and so does a system message. Columns besides the prompt do not, nor
     does whether it was given as text or as messages.
@@ -37,9 +37,9 @@ def set_aside(
     prompts these are the first rows of the order.
 
     Args:
-        prompts: In rows.
-        order: Of rows, in which they are tried.
-        wanted: Most prompts to set aside.
+        prompts: The prompts in the order of the rows.
+        order: Order in which the rows are tried.
+        wanted: Largest number of prompts to set aside.
         prefer: Which of the rows with the same prompt stands for them, where not the first.
 
     Returns:
@@ -61,7 +61,7 @@ def set_aside(
 
 
 def different(prompts: Sequence[Prompt]) -> int:
-    """How many different prompts there are."""
+    """The number of different prompts."""
     return len({content(prompt) for prompt in prompts})
 
 
@@ -69,8 +69,8 @@ def repeats(prompts: Sequence[Prompt], whose: str) -> list[str]:
     """Sentences about rows that repeat a prompt, and about prompts with answers that differ; none without such rows.
 
     Args:
-        prompts: In rows.
-        whose: What they are, for messages: "training rows".
+        prompts: The prompts in the order of the rows.
+        whose: Their name in messages, such as "training rows".
     """
     rows = _grouped([content(prompt) for prompt in prompts])
     found: list[str] = []
@@ -90,15 +90,15 @@ def repeats(prompts: Sequence[Prompt], whose: str) -> list[str]:
 
 
 def overlap(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
-    """A sentence about training rows whose prompt is also judged on; none without such rows."""
-    judged = {content(prompt) for prompt in held_out}
-    both = [prompt for prompt in train if content(prompt) in judged]
+    """A sentence about training rows whose prompt is also held out; none without such rows."""
+    evaluated = {content(prompt) for prompt in held_out}
+    both = [prompt for prompt in train if content(prompt) in evaluated]
     if not both:
         return []
     known = {content(prompt) for prompt in both}
     count = sum(content(prompt) in known for prompt in held_out)
     return [
-        f"{count} of {len(held_out)} prompts to be judged on are also in {len(both)} training rows ('{both[0].id}' "
+        f"{count} of {len(held_out)} prompts to be evaluated on are also in {len(both)} training rows ('{both[0].id}' "
         "first): results on those say nothing of new problems; take them out of the training data or of eval.data"
     ]
 

@@ -1,4 +1,4 @@
-"""How a run reads its prompts: what templates are told for all of it, and whether the prompts can be read so."""
+"""Chat templates of a run: the options that they get, and checks of the rendered prompts."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from retort.ranks import here
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Extremes", "check_prompts", "check_written", "ends", "refuse_views", "settled", "thinking_words", "today"]
+__all__ = ["Extremes", "check_prompts", "check_rendered", "ends", "refuse_views", "settled", "thinking_note", "today"]
 
 
 def today() -> str:
-    """The day at hand, as settings write it."""
-    return here().agree(date.today().isoformat())  # ranks may start on both sides of midnight
+    """The present day as ISO 8601."""
+    return here().agree(date.today().isoformat())  # Ranks may start on both sides of midnight.
 
 
 def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], notes: list[str]) -> Config:
-    """The settings with what a run's start leaves open: the day that templates write.
+    """Fills in what a run's settings leave open for templates: the day that they write.
 
     Args:
         config: Resolved.
         tokenizers: By role.
-        notes: Takes what is chosen, and which way `enable_thinking` is used.
+        notes: Collects what is chosen, and how `enable_thinking` is used.
     """
     rollout = config.rollout
-    asks = [who for who, tokenizer in tokenizers.items() if dated(tokenizer)]
-    if asks and not rollout.rendered:
+    roles = [role for role, tokenizer in tokenizers.items() if dated(tokenizer)]
+    if roles and not rollout.rendered:
         rollout = rollout.model_copy(update={"date": rollout.date or today()})
         notes.append(
-            f"the chat template of the {' and the '.join(asks)} writes today's date: it stays {rollout.date}, whenever "
-            "the run goes on (rollout.date)"
+            f"the chat template of the {' and the '.join(roles)} writes today's date: it stays {rollout.date}, "
+            "whenever the run goes on (rollout.date)"
         )
-    said = thinking_words(tokenizers, rollout.template_options)
-    if said:
-        notes.append(said)
+    note = thinking_note(tokenizers, rollout.template_options)
+    if note:
+        notes.append(note)
     return config if rollout is config.rollout else config.model_copy(update={"rollout": rollout})
 
 
-def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_options: TemplateOptions) -> str:
-    """One sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
-    ways = {who: thinks(tokenizer, template_options) for who, tokenizer in tokenizers.items()}
-    found = [(who, way) for who, way in ways.items() if way is not None]
+def thinking_note(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_options: TemplateOptions) -> str:
+    """A sentence on `enable_thinking` where a template knows it, or where it is set and none does; else empty."""
+    ways = {role: thinks(tokenizer, template_options) for role, tokenizer in tokenizers.items()}
+    found = [(role, way) for role, way in ways.items() if way is not None]
     if not found:
         idle = template_options.thinking is not None and any(
             tokenizer.chat_template for tokenizer in tokenizers.values()
@@ -64,30 +64,30 @@ def thinking_words(tokenizers: Mapping[str, PreTrainedTokenizerBase], template_o
             else ""
         )
     by = "left to the template" if template_options.thinking is None else "as set"
-    words = [f"{way} for the {who}" for who, way in found]
-    words += [f"unknown to the {who}'s template" for who, way in ways.items() if way is None]
+    words = [f"{way} for the {role}" for role, way in found]
+    words += [f"unknown to the {role}'s template" for role, way in ways.items() if way is None]
     return f"thinking (`enable_thinking`) is {', '.join(words)}, {by} (rollout.thinking)"
 
 
 def ends(readers: Mapping[str, Renderer]) -> tuple[dict[str, str], list[str], bool]:
-    """Where prompts end, as each template's own conversations tell.
+    """Finds where prompts end, from each template's own conversations.
 
     Args:
-        readers: How each model reads.
+        readers: The renderer of each model.
 
     Returns:
-        After what answers begin, by role, where there is a template; what is wrong with it; and whether that leaves no
-        prompt to be answered: see `retort.align.template.unlike_a_turn`.
+        What completions begin after, by role, where there is a template; what is wrong with it; and whether that leaves
+        no prompt to complete: see `retort.align.template.unlike_a_turn`.
     """
     after, wrong, fatal = dict[str, str](), list[str](), False
-    for who, render in readers.items():
+    for role, render in readers.items():
         found = turns(render.tokenizer, render.template_options)
         if found is None:
             continue
-        after[who] = repr(found.beginning) if found.beginning else "the end of the user's turn"
+        after[role] = repr(found.beginning) if found.beginning else "the end of the user's turn"
         fault = unlike_a_turn(found)
         if fault is not None:
-            wrong.append(f"the {who}'s chat template is at fault: {fault[0]}")
+            wrong.append(f"the {role}'s chat template is at fault: {fault[0]}")
             fatal = fatal or fault[1]
     return after, wrong, fatal
 
@@ -96,7 +96,7 @@ def refuse_views(config: Config, method: Method) -> None:
     """Refuses prompts that are rendered already where a view puts something into them.
 
     Raises:
-        UserError: It names the view.
+        UserError: A view would change a rendered prompt; the message names it.
     """
     phases = [method] if method.before is None else [method.before[1], method]
     shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
@@ -107,12 +107,12 @@ def refuse_views(config: Config, method: Method) -> None:
         )
 
 
-def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
-    """Looks through all prompts for such as were rendered before.
+def check_rendered(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -> list[str]:
+    """Checks all prompts for ones that were rendered before.
 
     Args:
         prompts: All of them.
-        readers: How each model reads; who writes is the first.
+        readers: The renderer of each model; the one that generates first.
 
     Returns:
         Notes on control tokens that are read as text, and on beginnings that are there twice.
@@ -122,12 +122,12 @@ def check_written(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) ->
     """
     tokenizer, template_options = next((render.tokenizer, render.template_options) for render in readers.values())
     notes = [] if template_options.rendered else _spelt(prompts, tokenizer, template_options)
-    for who, render in readers.items():
+    for role, render in readers.items():
         bos = render.tokenizer.bos_token_id
         doubled = 0 if bos is None else sum(render(prompt)[:2] == [bos, bos] for prompt in prompts)
         if doubled:
             notes.append(
-                f"{doubled} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {who}: its chat "
+                f"{doubled} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {role}: its chat "
                 "template writes both; take one out of it"
             )
     return notes
@@ -168,12 +168,12 @@ def _spelt(
 
 @dataclass
 class Extremes:
-    """The longest of some prompts as one model reads them, and the largest id in any, each with its row.
+    """The longest prompts as one model reads them, and the largest id, each with its row.
 
     Attributes:
-        train: Tokens, of those to learn from.
-        held_out: Tokens, of those to be judged on.
-        highest: The id.
+        train: Number of tokens and row of the longest training prompt.
+        held_out: The same of the held-out prompts.
+        highest: The largest id and its row.
     """
 
     train: tuple[int, str] = (0, "")
@@ -188,26 +188,26 @@ def check_prompts(
     readers: Mapping[str, Renderer],
     notes: list[str],
 ) -> dict[str, Extremes]:
-    """Refuses prompts that nobody can continue, or that are longer than the settings allow; notes other readings.
+    """Refuses prompts that no model can continue or that are too long; notes prompts that models read differently.
 
     Args:
         config: Resolved.
         train: Prompts to learn from.
-        held_out: Prompts to be judged on.
-        readers: How each model reads, by role; the student first.
-        notes: Takes what should be known.
+        held_out: Prompts for evaluation.
+        readers: The renderer of each model by role; the student first.
+        notes: Collects notes for the user.
 
     Returns:
-        Of each model, how long its prompts get, and how large their ids.
+        By role, the length of its prompts and the size of their ids.
 
     Raises:
         UserError: A prompt is too long, is empty, or looks rendered already.
     """
     prompts, allowed = [*train, *held_out], config.rollout.max_prompt_tokens
-    notes += check_written(prompts, readers)
-    found = {who: Extremes() for who in readers}
+    notes += check_rendered(prompts, readers)
+    found = {role: Extremes() for role in readers}
     differing = 0
-    for place, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         ours = readers["student"](prompt)
         if not ours:
             raise UserError(f"row '{prompt.id}': its prompt has no tokens, so there is nothing to continue")
@@ -216,10 +216,10 @@ def check_prompts(
                 f"row '{prompt.id}': its prompt has {len(ours)} tokens, more than rollout.max_prompt_tokens = "
                 f"{allowed}; raise that, or drop the row"
             )
-        for who, read in readers.items():
-            ids, most = read(prompt), found[who]
-            differing += who == "teacher" and not _alike(readers["student"], ours, read, ids)
-            if place < len(train):
+        for role, read in readers.items():
+            ids, most = read(prompt), found[role]
+            differing += role == "teacher" and not _alike(readers["student"], ours, read, ids)
+            if index < len(train):
                 most.train = max(most.train, (len(ids), prompt.id), key=_first)
             else:
                 most.held_out = max(most.held_out, (len(ids), prompt.id), key=_first)
@@ -233,7 +233,7 @@ def check_prompts(
 
 
 def _alike(student: Renderer, ours: list[int], teacher: Renderer, theirs: list[int]) -> bool:
-    """Whether two read the same tokens, which may have other ids for the teacher."""
+    """Whether student and teacher read the same tokens, which may have other ids for the teacher."""
     read = ((student, ours), (teacher, theirs))
     one, other = (render.tokenizer.convert_ids_to_tokens(ids) for render, ids in read) if ours != theirs else ((), ())
     return one == other

@@ -1,4 +1,4 @@
-"""Whether all texts of the data can be read: an id without a row is found before the first step, not in the middle."""
+"""Checks that all texts of the data can be read: an id without a row is found before the first step."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from retort.models.lm import LanguageModel
 def check_texts(
     method: Method, train: Sequence[Prompt], student: LanguageModel, readers: Iterable[LanguageModel], vocab: int
 ) -> None:
-    """Looks at responses that are learnt from, and at what views show; prompts are looked at where they are rendered.
+    """Checks responses that are learnt from, and what views show; prompts are checked where they are rendered.
 
     Args:
-        method: With what comes before it.
+        method: The method, with what comes before it.
         train: Prompts to learn from.
-        student: Whose tokenizer reads the responses.
-        readers: Who reads what views show.
-        vocab: Ids that student and teachers share.
+        student: The model whose tokenizer reads the responses.
+        readers: The models that read what views show.
+        vocab: Number of ids that student and teachers share.
 
     Raises:
         UserError: A text holds an id that no model, or not every model, has.

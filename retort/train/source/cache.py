@@ -1,4 +1,4 @@
-"""What was written before and is used again: the teacher's kept answers, and the student's for replay."""
+"""A cache of rollouts that are used again: the teacher's completions, and the student's for replay."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ from retort.train.storage.metrics import JsonLines
 
 FILE = "teacher_rollouts.jsonl"
 _PREFIX = "replay/"
-#: Which answer of the teacher's: prompt, member, and the temperature and nucleus that it was drawn at.
+#: Key of a completion of the teacher's: prompt, member, temperature and top-p.
 Key = tuple[str, int, float, float]
 
 
 def key(plan: RolloutPlan, prompt: Prompt, member: int) -> Key:
-    """The answer that a plan wants."""
+    """The key of the completion that a plan asks for."""
     return prompt.id, member, plan.temperature, plan.top_p
 
 
 class RolloutCache:
-    """Kept answers.
+    """A cache of rollouts.
 
     The teacher's are appended to a file of the run as they come, and cut back to the step that a run is resumed at. The
     student's are few (a replay's capacity) and go into the checkpoint.
     """
 
     def __init__(self, folder: Path = Path()) -> None:
-        """Nothing kept yet; `folder` is the run's, which is written to when the first answer is to be kept."""
+        """Begins empty; the run's `folder` is written to when the first completion is kept."""
         self.file = JsonLines(folder / FILE)
-        self.answers: dict[Key, Rollout] = {}
+        self.completions: dict[Key, Rollout] = {}
         self.visits: deque[tuple[Rollout, ...]] = deque()
 
     def keep(self, rollouts: Sequence[Rollout], plan: RolloutPlan, step: int) -> None:
-        """Puts answers of the teacher's on the shelf; `step` is the number, from 1, of the batch that needed them."""
+        """Adds completions of the teacher's; `step` is the number, from 1, of the batch that needed them."""
         for rollout in rollouts:
             _check_media(rollout)
-            self.answers[key(plan, rollout.prompt, rollout.member)] = rollout
-            written = rollout.sequence.continuation
+            self.completions[key(plan, rollout.prompt, rollout.member)] = rollout
+            generated = rollout.sequence.continuation
             self.file.append(
                 {
                     "step": step,
@@ -61,14 +61,14 @@ class RolloutCache:
                     **({"reward_parts": dict(rollout.reward_parts)} if rollout.reward_parts else {}),
                     **({"feedback": rollout.feedback} if rollout.feedback else {}),
                     "text": rollout.text,
-                    "ids": written.tokens_L.tolist(),
-                    **({} if written.steps == len(written) else {"mask": written.action_mask_L.int().tolist()}),
+                    "ids": generated.tokens_L.tolist(),
+                    **({} if generated.steps == len(generated) else {"mask": generated.action_mask_L.int().tolist()}),
                     **({} if rollout.turn_A is None else {"turns": rollout.turn_A.tolist()}),
                 }
             )
 
     def remember(self, visits: Sequence[tuple[Rollout, ...]], capacity: int) -> None:
-        """Puts visits of the student's on the shelf; the oldest make room."""
+        """Adds visits of the student's; the oldest ones make room."""
         for rollout in (rollout for visit in visits for rollout in visit):
             _check_media(rollout)
         self.visits.extend(visits)
@@ -76,24 +76,24 @@ class RolloutCache:
             self.visits.popleft()
 
     def put(self, visits: Sequence[tuple[Rollout, ...]]) -> None:
-        """Has these visits of the student's on the shelf and no others."""
+        """Replaces all visits of the student's."""
         self.visits = deque(visits)
 
     def go_back(self, prompts: Sequence[Prompt], render: Renderer, step: int) -> None:
-        """The teacher's answers as they were after a step.
+        """Restores the teacher's completions of a step.
 
         Args:
-            prompts: Of the run's training data.
-            render: A prompt's ids, as the student reads it.
-            step: Batches done.
+            prompts: The run's training prompts.
+            render: Maps a prompt to ids, as the student reads it.
+            step: Number of batches done.
         """
         self.file.cut(step)
-        self.answers = {}
+        self.completions = {}
         named = {prompt.id: prompt for prompt in prompts}
         for row in self.file.rows():
             prompt = named[row["prompt_id"]]
             mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
-            self.answers[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
+            self.completions[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
                 sequence=_behind(render(prompt), torch.tensor(row["ids"]), mask_L),
                 turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
@@ -107,38 +107,38 @@ class RolloutCache:
             )
 
     def tensors(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """The student's visits, flat, for a checkpoint; empty if there are none. `prompts` are the training data's."""
+        """The student's visits as flat tensors for a checkpoint, empty without any; `prompts` are the training ones."""
         rollouts = [rollout for visit in self.visits for rollout in visit]
         if not rollouts:
             return {}
-        places = {prompt.id: place for place, prompt in enumerate(prompts)}
+        rows = {prompt.id: row for row, prompt in enumerate(prompts)}
         for rollout in rollouts:
-            if rollout.prompt.messages != prompts[places[rollout.prompt.id]].messages:
+            if rollout.prompt.messages != prompts[rows[rollout.prompt.id]].messages:
                 raise UserError(
                     f"prompt '{rollout.prompt.id}': its environment began with other messages than the data's row; "
                     "such rollouts cannot be kept in a checkpoint (leave out replay)"
                 )
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
-        written = [r.sequence.continuation for r in rollouts]
+        generated = [r.sequence.continuation for r in rollouts]
         found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
-            "lengths": torch.tensor([len(own) for own in written]),
-            "ids": torch.cat([own.tokens_L for own in written]),
-            "mask": torch.cat([own.action_mask_L for own in written]),
+            "lengths": torch.tensor([len(own) for own in generated]),
+            "ids": torch.cat([own.tokens_L for own in generated]),
+            "mask": torch.cat([own.action_mask_L for own in generated]),
             "turns": torch.cat([_turns(r) for r in rollouts]),
             "logp": torch.cat(logps),
-            "prompts": torch.tensor([places[r.prompt.id] for r in rollouts]),
+            "prompts": torch.tensor([rows[r.prompt.id] for r in rollouts]),
             "members": torch.tensor([r.member for r in rollouts]),
             "visits": torch.tensor([r.visit for r in rollouts]),
             "versions": torch.tensor([r.policy_version for r in rollouts]),
             "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
-            "grades": _as_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
+            "grades": _json_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
         }
         return {_PREFIX + name: value for name, value in found.items()}
 
     def restore(self, prompts: Sequence[Prompt], render: Renderer, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at. `prompts` and `render` are as in `go_back`."""
+        """Restores `tensors`, and ignores those of other parts. `prompts` and `render` are as in `go_back`."""
         self.visits.clear()
         tensors = {name.removeprefix(_PREFIX): x for name, x in tensors.items() if name.startswith(_PREFIX)}
         if not tensors:
@@ -173,12 +173,12 @@ class RolloutCache:
 
 
 def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSequence:
-    """What was written, and read in between, after a prompt rendered again."""
+    """The generated tokens, and those read in between, after a prompt that is rendered again."""
     before = TokenSequence.of(prompt_ids)
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
 
 
-def _as_bytes(values: list[Any]) -> Tensor:
+def _json_bytes(values: list[Any]) -> Tensor:
     """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
 
@@ -192,5 +192,5 @@ def _check_media(rollout: Rollout) -> None:
     if rollout.sequence.continuation.media:
         raise UserError(
             f"prompt '{rollout.prompt.id}': an image, a sound or a video was shown between the turns of its rollout; "
-            "such rollouts cannot be kept for later (leave out replay, or the teacher's kept answers)"
+            "such rollouts cannot be kept for later (leave out replay, or the teacher's kept completions)"
         )

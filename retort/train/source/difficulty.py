@@ -11,7 +11,7 @@ from retort.train.source.source import Source
 from retort.train.storage.metrics import JsonLines
 
 FILE = "difficulty.jsonl"
-#: Prompts per block: answers are written, graded and put on disk in blocks, so that a killed run goes on from there.
+#: Prompts per block: completions are generated, graded and saved in blocks, so that a killed run goes on from there.
 _BLOCK = 64
 
 
@@ -26,18 +26,18 @@ def difficulties(
     """1 minus the pass rate of every training prompt, by its id.
 
     Args:
-        source: Of the run.
-        plan: Of the method at hand, with an `EasyToHard` order.
-        folder: Of the run, where they are kept.
-        first: Whether the student is still the one to measure.
+        source: The source of the run.
+        plan: The rollout plan of the current method, with an `EasyToHard` order.
+        folder: The folder of the run, where difficulties are kept.
+        first: Whether the student has not learnt yet.
         progress: Called with prompts done and prompts in all.
 
     Raises:
-        UserError: They are not all there, and the student is another one by now.
+        UserError: Some are missing, and the student has learnt since.
     """
     order, prompts, file = plan.order, source.prompts, JsonLines(folder / FILE)
     assert order is not None
-    file.cut(0)  # drops a line that was cut in writing
+    file.cut(0)  # This drops a line that was cut off.
     found = source.world.first(lambda: {row["prompt_id"]: row["pass_rate"] for row in file.rows()})
     blocks = range(0, len(prompts), _BLOCK)
     # Whole blocks: with other neighbours a batch may round otherwise.

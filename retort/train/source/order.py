@@ -1,4 +1,4 @@
-"""Which prompts a batch is about: the data shuffled anew every time through, or by difficulty."""
+"""The order of prompts: the data shuffled anew in every epoch, or by difficulty."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 import torch
 
+from retort.core.random_streams import generator, permutation, uniforms
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
-from retort.core.streams import generator, permutation, uniforms
 from retort.rollout.plan import EasyToHard
 
 
 @dataclass(frozen=True)
 class Visit:
-    """A prompt, and how many times the run had been through the data when it came to it."""
+    """A prompt, and the number of earlier epochs."""
 
     prompt: Prompt
     epoch: int
 
 
 def visits(prompts: Sequence[Prompt], *, seed: int, step: int, count: int) -> list[Visit]:
-    """The prompts of a step: the data in an order shuffled anew every time through, cut into batches of `count`."""
+    """The prompts of a step: the data, shuffled anew in every epoch, cut into batches of `count`."""
     return _through(prompts, lambda epoch: permutation(seed, "data", epoch, count=len(prompts)), step, count)
 
 
@@ -43,24 +43,24 @@ def easy_to_hard(
             draw = generator(seed, "difficulty", "noise", epoch)
             noisy = torch.tensor(hard, dtype=torch.float64)
             noisy = noisy + order.noise * torch.randn(len(hard), generator=draw, dtype=torch.float64)
-            # From a shuffled order, so that what is equally hard does not come in the order of the file.
+            # The order is shuffled first, so that equally hard prompts do not come in the order of the file.
             shuffled = permutation(seed, "data", epoch, count=len(hard))
-            return sorted(shuffled, key=lambda place: float(noisy[place]))
+            return sorted(shuffled, key=lambda index: float(noisy[index]))
 
         return _through(prompts, ranked, clock.done, count)
     if order.kind == "balanced":
         uniform_stream = uniforms(seed, "data", "balanced", clock.step, count=len(hard))
         # Drawing without replacement by odds w is taking the largest u^(1/w).
         keys = uniform_stream ** (1.0 / torch.tensor(order.odds(hard), dtype=torch.float64))
-        places: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
-        return [Visit(prompts[place], clock.step) for place in places]
+        indices: list[int] = torch.argsort(keys, descending=True, stable=True)[:count].tolist()
+        return [Visit(prompts[index], clock.step) for index in indices]
     limit = max(order.gate(clock.done, clock.total or 1), sorted(hard)[min(count, len(hard)) - 1])
-    open_ = [place for place, value in enumerate(hard) if value <= limit]
+    open_ = [index for index, value in enumerate(hard) if value <= limit]
     chosen = permutation(seed, "data", "gated", clock.step, count=len(open_))[:count]
-    return [Visit(prompts[open_[place]], clock.step) for place in chosen]
+    return [Visit(prompts[open_[index]], clock.step) for index in chosen]
 
 
 def _through(prompts: Sequence[Prompt], order: Callable[[int], Sequence[int]], step: int, count: int) -> list[Visit]:
-    places = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
-    orders = {epoch: order(epoch) for epoch in {epoch for epoch, _ in places}}
-    return [Visit(prompts[orders[epoch][place]], epoch) for epoch, place in places]
+    indices = [divmod(step * count + offset, len(prompts)) for offset in range(count)]
+    orders = {epoch: order(epoch) for epoch in {epoch for epoch, _ in indices}}
+    return [Visit(prompts[orders[epoch][index]], epoch) for epoch, index in indices]

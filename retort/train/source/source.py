@@ -1,4 +1,4 @@
-"""The party that rollouts come from: which prompts, who answers each, what the grader says. It knows no teacher."""
+"""The source of rollouts: which prompts, which model completes each, how they are graded. It knows no teacher."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from retort.align.encode import Spelt, response_ids
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.controllers import Probe
+from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import UniformStream, uniforms
 from retort.errors import RunError, UserError
 from retort.method import Method
 from retort.ranks import World, here
@@ -32,7 +32,7 @@ from retort.train.source.order import Visit, easy_to_hard, visits
 
 @dataclass
 class _Shared:
-    """Who answers which visit of a batch."""
+    """The visits of a batch by the model that completes them."""
 
     student: list[Visit] = field(default_factory=list)
     replay: list[Visit] = field(default_factory=list)
@@ -42,23 +42,23 @@ class _Shared:
 
 @dataclass(eq=False)
 class Source:
-    """Where rollouts come from.
+    """Generates and grades the rollouts of a run.
 
     Attributes:
-        prompts: To learn from.
+        prompts: The training prompts.
         probe: Prompts kept out of them for the method's probes.
-        count: Prompts per batch.
-        limit: The longest completion, tokens.
-        seed: Of the run.
-        engine: How the student writes.
-        render: A prompt's ids, as the student reads it.
+        count: Number of prompts per batch.
+        limit: Tokens of the longest completion.
+        seed: The seed of the run.
+        engine: Generates as the student.
+        render: Maps a prompt to ids, as the student reads it.
         stops: Where the student's completions end.
-        vocab: Ids that student and teachers share.
-        teacher_generator: How the teacher writes for the student, where there is one.
-        grader: Of rollouts, where any of the data has answers.
-        cache: What was kept of earlier batches; a run puts its own there.
-        world: The ranks, each of which writes and grades a part of the batch.
-        whole: Within it the student can write without the other ranks; all enter it together.
+        vocab: Number of ids that student and teachers share.
+        teacher_generator: Generates as the teacher for the student, where there is one.
+        grader: Grades rollouts, where any of the data has answers.
+        cache: Rollouts of earlier batches; a run sets its own.
+        world: The ranks, each of which generates and grades a part of the batch.
+        whole: Within it the student can generate without the other ranks; all enter it together.
     """
 
     prompts: Sequence[Prompt]
@@ -78,20 +78,20 @@ class Source:
 
     @property
     def given_up(self) -> int:
-        """Completions that count as wrong because their comparison with the right one found no end."""
+        """Completions that count as wrong because their comparison with the right answer did not finish."""
         grader = self.grader
         return 0 if grader is None else sum(self.world.each(lambda: grader.given_up))
 
     def rollouts(
         self, method: Method, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
     ) -> list[Group]:
-        """The rollouts of a batch, graded, by visit to a prompt.
+        """Generates and grades the rollouts of a batch, by visit to a prompt.
 
         Args:
-            method: Its plan says who writes; whether it needs rewards decides what a grader may leave out.
-            clock: Where the run is.
-            version: Optimizer steps that the student has taken.
-            difficulty: Of every prompt, for plans that order by it.
+            method: Its plan names the models that generate; its need of rewards decides what a grader may leave out.
+            clock: The position in the run.
+            version: Number of optimizer steps that the student has taken.
+            difficulty: Difficulty by prompt id, for plans that order by it.
 
         Raises:
             RunError: Nothing is left to learn from.
@@ -109,25 +109,25 @@ class Source:
             *self._by_student(method, shared.student, longest, version),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
-            *(self.given(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
+            *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
         ]
         if not rollouts:
             raise RunError(
-                f"step {clock.step + 1}: the teacher came to an end in none of its answers within {self.limit} tokens, "
+                f"step {clock.step + 1}: the teacher ended none of its completions within {self.limit} tokens, "
                 "so there is nothing to learn; raise rollout.max_new_tokens"
             )
         return in_groups(rollouts)
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
-        """Answers to the prompts kept out for a probe: the data's, or the student's with always the same luck."""
+        """Completions of the probe prompts: the data's, or the student's with the same uniform numbers every time."""
         prompts = self.probe[: probe.prompts]
         if probe.source == "dataset":
-            return [self.given(prompt, 0, self.limit) for prompt in prompts]
+            return [self.response_rollout(prompt, 0, self.limit) for prompt in prompts]
         tasks = [
             Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
         ]
         sampling = Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p)
-        return self._written(tasks, lambda own: run_episodes(self.engine, own, sampling))
+        return self._divided(tasks, lambda own: run_episodes(self.engine, own, sampling))
 
     def passed(self, plan: RolloutPlan, prompts: Sequence[Prompt], samples: int) -> dict[str, float]:
         """The student's pass rate on some prompts, by the prompt's id; needs a grader."""
@@ -138,22 +138,22 @@ class Source:
             for member in range(samples)
         ]
         grader, sampling = self.grader, Sampling(self.limit, plan.temperature, plan.top_p)
-        written = self._written(tasks, lambda own: graded(grader, run_episodes(self.engine, own, sampling)))
-        rewards = [rollout.reward or 0.0 for rollout in written]
+        generated = self._divided(tasks, lambda own: graded(grader, run_episodes(self.engine, own, sampling)))
+        rewards = [rollout.reward or 0.0 for rollout in generated]
         return {
             prompt.id: sum(reward > 0.5 for reward in rewards[place * samples : (place + 1) * samples]) / samples
             for place, prompt in enumerate(prompts)
         }
 
     def horizon(self, plan: RolloutPlan, clock: Clock) -> int:
-        """The longest completion now, tokens: the plan's, within the run's limit."""
+        """Tokens of the longest completion at this step: the plan's, within the run's limit."""
         return self.limit if plan.horizon is None else max(1, min(self.limit, int(clock.at(plan.horizon))))
 
-    def given(self, prompt: Prompt, epoch: int, longest: int) -> Rollout:
-        """The data's own answer to a prompt, closed with the student's stop token.
+    def response_rollout(self, prompt: Prompt, epoch: int, longest: int) -> Rollout:
+        """The data's response to a prompt as a rollout, closed with the student's stop token.
 
         Raises:
-            UserError: It holds what is no ordinary text to the student, or an id that not all models have.
+            UserError: The response spells a control token of the student, or holds an id that not all models have.
         """
         assert prompt.response is not None  # checked by `prepare`
         prompt_ids = self.render(prompt)
@@ -180,37 +180,37 @@ class Source:
         )
 
     def open(self, folder: Path) -> None:
-        """Keeps answers in a run's folder from now on."""
+        """Keeps completions in a run's folder from now on."""
         self.cache = RolloutCache(folder)
 
     def mark(self) -> Callable[[], None]:
-        """What puts back what is kept for replay as it is now."""
+        """Returns a function that restores the present replay buffer."""
         visits = tuple(self.cache.visits)
         return lambda: self.cache.put(visits)
 
     def go_back(self, step: int) -> None:
-        """Kept answers of the teacher's as they were after a step."""
+        """Restores the teacher's completions of a step."""
         self.cache.go_back(self.prompts, self.render, step)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs: the student's rollouts that are kept for replay."""
+        """State for a checkpoint: the replay buffer."""
         return self.cache.tensors(self.prompts)
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at."""
+        """Restores `tensors`, and ignores those of other parts."""
         self.cache.restore(self.prompts, self.render, tensors)
 
     def _context(self, prompt: Prompt) -> TokenSequence:
         return TokenSequence.of(self.render(prompt))
 
     def _share(self, plan: RolloutPlan, clock: Clock, chosen: Sequence[Visit]) -> _Shared:
-        """Who answers which prompt, by one number per visit: a growing share only adds visits to the student's."""
+        """Assigns visits to models by one uniform number per visit: a growing share only adds to the student's."""
         shared, share = _Shared(), clock.at(plan.on_policy_fraction)
         others = shared.teacher if plan.off_policy == "teacher" else shared.dataset
         full = plan.replay is not None and len(self.cache.visits) >= plan.replay.capacity
         fresh = clock.at(plan.replay.fresh) if plan.replay is not None and full else 1.0
         for visit in chosen:
-            # Streams are keyed: where every answer is the student's own, this number can be left undrawn.
+            # Streams are keyed: where every completion is the student's own, this number need not be drawn.
             if share == 1 and fresh == 1:
                 shared.student.append(visit)
                 continue
@@ -232,52 +232,52 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        written = self._written(tasks, lambda own: self._graded(method, run_episodes(self.engine, own, sampling)))
+        generated = self._divided(tasks, lambda own: self._graded(method, run_episodes(self.engine, own, sampling)))
         if plan.replay is not None:
             size = plan.samples
-            groups = [tuple(written[start : start + size]) for start in range(0, len(written), size)]
+            groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
             self.cache.remember(groups, plan.replay.capacity)
-        return written
+        return generated
 
-    def _written(self, tasks: Sequence[Task], write: Callable[[Sequence[Task]], list[Rollout]]) -> list[Rollout]:
+    def _divided(self, tasks: Sequence[Task], write: Callable[[Sequence[Task]], list[Rollout]]) -> list[Rollout]:
         """What the student writes, by each rank its part of the visits, on all ranks in the order of the tasks."""
         with self.whole():
             return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
-        """An old visit of the student's, in the place of a new one to this prompt."""
+        """An earlier visit from the replay buffer, instead of a new one to this prompt."""
         uniform = float(uniforms(self.seed, "replay", clock.step, visit.prompt.id, count=1))
         return [self._cut(rollout, longest) for rollout in self.cache.visits[int(uniform * len(self.cache.visits))]]
 
     def _by_teacher(self, method: Method, chosen: Sequence[Visit], longest: int, clock: Clock) -> list[Rollout]:
-        """The teacher's answers: kept ones, and new ones for what it has not answered yet."""
+        """The teacher's completions: cached ones, and new ones for all others."""
         plan, found = method.rollout, dict[tuple[int, int], Rollout]()
-        wanted = [(place, member) for place in range(len(chosen)) for member in range(plan.samples)]
+        wanted = [(index, member) for index in range(len(chosen)) for member in range(plan.samples)]
         if plan.keep:
-            for place, member in wanted:
-                kept = self.cache.answers.get(key(plan, chosen[place].prompt, member))
+            for index, member in wanted:
+                kept = self.cache.completions.get(key(plan, chosen[index].prompt, member))
                 if kept is not None:
-                    found[place, member] = kept
-        missing = [place for place in wanted if place not in found]
+                    found[index, member] = kept
+        missing = [index for index in wanted if index not in found]
         new = self.world.divide(
             missing,
-            lambda own: self._generated_by_teacher(method, [(chosen[place], member) for place, member in own], longest),
+            lambda own: self._generated_by_teacher(method, [(chosen[index], member) for index, member in own], longest),
             key=lambda place: place[0],
         )
         found.update(zip(missing, new, strict=True))
         if plan.keep:
             self.cache.keep(new, plan, clock.step + 1)
-        rollouts = [replace(found[place, member], visit=chosen[place].epoch) for place, member in wanted]
+        rollouts = [replace(found[index, member], visit=chosen[index].epoch) for index, member in wanted]
         if plan.attempts is not None:
             rollouts = [rollout for rollout in rollouts if rollout.status == Status.COMPLETED]
         return [self._cut(rollout, longest) for rollout in rollouts]
 
     def _generated_by_teacher(self, method: Method, wanted: Sequence[tuple[Visit, int]], longest: int) -> list[Rollout]:
-        """New answers in order; where the plan says so, the teacher begins again where it came to no end."""
+        """Generates the teacher's completions in order; unfinished ones are tried again where the plan says so."""
         if not wanted:
             return []
         plan = method.rollout
-        # What is kept serves at every later length, what has to come to an end gets the room for it.
+        # Kept completions serve at every later length, and those that have to end get the room for it.
         room = self.limit if plan.keep or plan.attempts else longest
         found: dict[int, Rollout] = {}
         for attempt in range(plan.attempts or 1):
@@ -287,15 +287,15 @@ class Source:
                 epoch = "kept" if plan.keep else visit.epoch
                 uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
                 tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
-            assert self.teacher_generator is not None  # a plan with the teacher's answers asks for a teacher
-            written = self.teacher_generator.write(tasks, Sampling(room, plan.temperature, plan.top_p))
-            found.update(zip(open_, written, strict=True))
+            assert self.teacher_generator is not None  # A plan with the teacher's completions asks for a teacher.
+            generated = self.teacher_generator.generate(tasks, Sampling(room, plan.temperature, plan.top_p))
+            found.update(zip(open_, generated, strict=True))
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
     def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
         if self.grader is None:
             return rollouts
-        found, wants = graded(self.grader, rollouts), method.wants_rewards
+        found, wants = graded(self.grader, rollouts), method.needs_rewards
         lacking = next((rollout for rollout in found if rollout.reward is None), None)
         if wants is not None and lacking is not None:
             raise UserError(
@@ -305,7 +305,7 @@ class Source:
         return found
 
     def _cut(self, rollout: Rollout, longest: int) -> Rollout:
-        """A rollout within the horizon."""
+        """Cuts a rollout to the horizon."""
         if rollout.steps <= longest:
             return rollout
         before, ids = rollout.sequence.prefix.tokens_L.tolist(), rollout.action_ids[:longest]

@@ -1,1 +1,1 @@
-"""The folder of a run: who may write into it, its metrics and its checkpoints."""
+"""The folder of a run: its lock, its metrics and its checkpoints."""

@@ -1,10 +1,10 @@
-"""Checkpoints: whole or absent, and never believed without checking.
+"""Checkpoints: written whole or not at all, and verified before use.
 
 A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. It is written
 under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
 SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
-(`retort.core.streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed run
-continues bit by bit. What a method itself remembers (its controllers, answers to be replayed) is in
+(`retort.core.random_streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed
+run continues bit by bit. What a method itself remembers (its controllers, completions to be replayed) is in
 `parts.safetensors`, where there is any.
 """
 
@@ -41,10 +41,10 @@ _PARTS = "parts.safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on.
+    """The state that a run needs to go on.
 
     Attributes:
-        step: Batches of rollouts done.
+        step: Number of batches of rollouts done.
         weights: Master weights by name, fp32.
         optimizer: Optimizer tensors, flat, as `<index>.<name>`.
         state: Plain values: updates done, data fingerprint, choices made at the start, best score so far.
@@ -66,7 +66,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
     """
     target = folder / f"step-{checkpoint.step}"
     try:
-        folder.mkdir(exist_ok=True)  # never its parents: a run's folder that is gone is not made again
+        folder.mkdir(exist_ok=True)  # Parents are not made: a run's folder that is gone is not made again.
         with new_folder(target) as temporary:
             save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
             save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
@@ -87,15 +87,15 @@ def verify(path: Path) -> None:
     """Checks the format of a checkpoint, and every file of it.
 
     Raises:
-        UserError: It is of another format; or a file is missing, truncated or changed, and the message names it and the
-            previous checkpoint.
+        UserError: The checkpoint is of another format; or a file is missing, truncated or changed, and the
+            message names it and the previous checkpoint.
     """
     try:
         manifest = read_object(path / "manifest.json")
     except UserError:
         raise _refused(path, "manifest.json", "is missing or unreadable") from None
     _check_digest(path, "state.json", manifest)
-    _check_format(path, _state(path))  # before the other files: another format may have others
+    _check_format(path, _state(path))  # The format is checked before the other files, which may differ by format.
     further = [_PARTS] if _PARTS in manifest else []
     for name in ("weights.safetensors", "optimizer.safetensors", *further):
         _check_digest(path, name, manifest)
@@ -142,7 +142,7 @@ def load(path: Path) -> Checkpoint:
         UserError: As `verify`.
     """
     verify(path)
-    # The manifest says that nothing changed since; it does not say that what was written makes sense.
+    # The manifest shows that nothing changed since; the values may still make no sense.
     state = _state(path)
     odd = _odd(path, state)
     if odd is not None:
@@ -158,7 +158,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint's plain values, if anything."""
+    """The fault in a checkpoint's plain values; None if there is none."""
     absent = next((name for name in _KEYS if name not in state), None)
     if absent is not None or ("lora" in state) != ("adapted" in state):
         return f"lacks its '{absent or 'lora'}'"
@@ -214,11 +214,11 @@ def prune(folder: Path, *, keep: int, best: int | None) -> None:
     found = sorted(_all(folder), key=_step)
     for path in found[:-keep]:
         if _step(path) != best:
-            shutil.rmtree(path, ignore_errors=True)  # what cannot be removed is only in the way, not lost
+            shutil.rmtree(path, ignore_errors=True)  # A checkpoint that cannot be removed takes room and does no harm.
 
 
 def supersede(folder: Path, step: int) -> None:
-    """Sets aside checkpoints later than the step that a run goes back to: they are of another course of it."""
+    """Sets aside checkpoints later than the step that a run goes back to: they belong to another course of it."""
     for path in _all(folder):
         if _step(path) > step:
             aside = folder / "superseded" / path.name
@@ -239,7 +239,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, world: World = ONE) -> d
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Puts `optimizer_tensors` back."""
+    """Restores `optimizer_tensors`."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         index, _, field = name.partition(".")

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write into it.
+"""The folder of a run and its lock.
 
 Everything before `Run.go` only reads. `Run.go` claims the folder, with a lock of the kernel's that ends with the
 process, and nothing is written without that claim.
@@ -23,8 +23,8 @@ from retort.files import read_object, reason, unnameable
 from retort.ranks import World
 
 LOCK = ".lock"
-#: What a run writes, so that a folder with one of these in it is either a run or somebody else's.
-WRITTEN = (
+#: Files that a run writes: a folder with one of these is a run, or holds files that a run would replace.
+FILES = (
     "config.json",
     "metrics.jsonl",
     "rollouts.jsonl",
@@ -57,21 +57,21 @@ def refuse_taken(folder: Path) -> None:
     """Checks, without writing, that a new run may have a folder.
 
     Raises:
-        UserError: It is no folder, cannot be written, is in use, holds a run, or holds files that a run would replace.
+        UserError: It is no folder, cannot be written, is in use, or holds a run or files that a run would replace.
     """
     problem = unnameable(str(folder))
     if problem is not None:
         raise UserError(f"out = {folder}: {problem}; choose another folder with --out")
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            folder.lstat()  # a name that no file can have is an error here, and only absent to `exists`
+            folder.lstat()  # A name that no file can have is an error here; `exists` only says that it is absent.
         there = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         ancestor = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         if not ancestor.is_dir():
             raise UserError(f"out = {folder}: {ancestor} is not a folder; choose another folder with --out")
         if not os.access(ancestor, os.W_OK | os.X_OK):
             raise UserError(f"out = {folder}: no permission to write in {ancestor}; choose another folder with --out")
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # A NUL in the name is a ValueError.
         raise UserError(f"out = {folder}: {reason(error)}; choose another folder with --out") from None
     refuse_held(folder)
     refuse_files(folder, there)
@@ -81,13 +81,13 @@ def refuse_files(folder: Path, there: Collection[str]) -> None:
     """Checks that no file of a folder is one that a new run would replace.
 
     Args:
-        folder: Of the run.
-        there: Names of what is in it.
+        folder: The folder of the run.
+        there: Names of its entries.
 
     Raises:
-        UserError: It holds a run, or files of somebody else's.
+        UserError: The folder holds a run, or other files of these names.
     """
-    found = [name for name in WRITTEN if name in there]
+    found = [name for name in FILES if name in there]
     if is_run(folder):
         if found != ["config.json"]:
             raise UserError(
@@ -104,7 +104,7 @@ def refuse_held(folder: Path) -> None:
     """Checks, without writing, that no process is at work in a run's folder.
 
     Raises:
-        UserError: One is; the message names it.
+        UserError: A process is at work; the message names it.
     """
     if (folder / LOCK).exists():
         Claim(folder).take().release()
@@ -140,7 +140,7 @@ class Claim:
     """The right to write into the folder of a run: one process at a time has it."""
 
     def __init__(self, folder: Path) -> None:
-        """Takes nothing yet."""
+        """Prepares the claim without taking it."""
         self.folder = folder
         self._lock = FileLock(folder / LOCK, timeout=0, thread_local=False)
         self._place: tuple[int, int] | None = None
@@ -157,19 +157,19 @@ class Claim:
             self._lock.acquire()
             self._place = self._where()
         except Timeout:
-            who = self._holder()
-            raise UserError(f"{self.folder}: another run is at work there ({who}); wait for its end") from None
+            holder = self._holder()
+            raise UserError(f"{self.folder}: another run is at work there ({holder}); wait for its end") from None
         except (OSError, ValueError) as error:
             raise UserError(f"{self.folder}: cannot be written: {reason(error)}") from None
         return self
 
     @property
     def held(self) -> bool:
-        """Whether it is taken."""
+        """Whether the claim is taken."""
         return self._lock.is_locked
 
     def sign(self) -> None:
-        """Writes into the lock who holds it, for whoever comes next."""
+        """Writes the holder into the lock, for the messages of other processes."""
         command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         about = {"pid": os.getpid(), "host": platform.node(), "command": command, "since": since}

@@ -38,7 +38,7 @@ class Means:
 
 
 class Stopwatch:
-    """Where the time of a step goes."""
+    """Times the parts of a step."""
 
     def __init__(self) -> None:
         """Starts the step's clock."""
@@ -68,7 +68,7 @@ class JsonLines:
     """
 
     def __init__(self, path: Path) -> None:
-        """Opens nothing yet."""
+        """Prepares the file without opening it."""
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -84,7 +84,8 @@ class JsonLines:
             with self.path.open("ab", buffering=0) as file:
                 size = file.tell()
                 try:
-                    if file.write(line) != len(line):  # a disk that fills up takes a part, and refuses the next
+                    # A disk that fills up takes a part of the line, and refuses the rest.
+                    if file.write(line) != len(line):
                         raise OSError(errno.ENOSPC, "No space left on device")
                 except OSError:
                     with contextlib.suppress(OSError):
@@ -94,7 +95,7 @@ class JsonLines:
             raise RunError(f"cannot write {self.path}: {reason(error)}; the last checkpoint is intact") from None
 
     def rows(self) -> list[dict[str, Any]]:
-        """What the file holds, without a half-written last line.
+        """The rows of the file, without a half-written last line.
 
         Raises:
             UserError: The file cannot be read, or a line in the middle of it is damaged.
@@ -112,7 +113,7 @@ class JsonLines:
             write_bytes(self.path, b"".join(line + b"\n" for line, row in self._lines() if row["step"] <= step))
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
-        """Lines as bytes, since a line may end in the middle of a character, each with what it says."""
+        """Lines as bytes, each with its row: a line may end in the middle of a character."""
         try:
             lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
         except OSError as error:
@@ -134,7 +135,7 @@ class JsonLines:
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
-    """A line of a run's own, or None."""
+    """Parses a line; None if it is damaged."""
     try:
         row = parse_object(line)
     except ValueError:
@@ -143,7 +144,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 def _finite(thing: Any) -> Any:
-    """JSON has no NaN or infinity: null, and the word."""
+    """Replaces NaN by null and infinity by the word, which JSON lacks."""
     if isinstance(thing, float) and not math.isfinite(thing):
         return None if math.isnan(thing) else ("inf" if thing > 0 else "-inf")
     if isinstance(thing, Mapping):

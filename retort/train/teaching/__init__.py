@@ -1,1 +1,1 @@
-"""The party that scores: the teachers of a run, by name."""
+"""The teachers of a run, by name: what is requested of each, and their scores."""

@@ -14,12 +14,15 @@ from retort.method import Method
 from retort.ranks import Share, World
 from retort.train.teaching.teachers import Teachers
 
+#: What is asked, by view.
+Needs = Mapping[str, frozenset[Need]]
+
 
 def ask(
     teachers: Teachers,
     method: Method,
     groups: Sequence[Group],
-    needs: Mapping[str, frozenset[Need]],
+    needs: Needs,
     top_ids: Callable[[Method, Sequence[Group], int], Tensor],
     world: World,
 ) -> dict[str, TeacherSignal]:

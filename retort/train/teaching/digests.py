@@ -1,4 +1,4 @@
-"""Which models a checkpoint was made with: it holds the student that learns, and all others must be the same again."""
+"""Digests of the models of a checkpoint: it holds the student, and all others must be the same again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def digests(teachers: Teachers) -> dict[str, Any]:
 
 def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, student: LanguageModel) -> None:
     """Raises `UserError` unless a checkpoint's models are those of the run that goes on from it."""
-    if state["precision"] != student.precision:  # first: a teacher in it has other weights, too
+    if state["precision"] != student.precision:  # Precision comes first: it changes the teacher's weights, too.
         raise UserError(
             f"{path}: it was made with precision = {state['precision']}, not {student.precision}; put precision back"
             " in the run's config.json"
@@ -27,8 +27,8 @@ def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, stud
     now, then = digests(teachers), state["models"]
     for name in dict.fromkeys((*now["models"], *then)):
         if then.get(name) != now["models"].get(name):
-            who = "base model" if name == "base" else name
-            raise UserError(f"{path}: the {who}'s weights changed since this checkpoint; put the same {name} back")
+            role = "base model" if name == "base" else name
+            raise UserError(f"{path}: the {role}'s weights changed since this checkpoint; put the same {name} back")
     if state["start"] != now["start"]:
         raise UserError(
             f"{path}: the weights in {student.name} changed since this checkpoint, and the teacher is the "
@@ -37,7 +37,7 @@ def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, stud
 
 
 def adapter_state(student: LanguageModel) -> dict[str, Any]:
-    """Of a student with an adapter, what is not saved and must be the same again; empty without one."""
+    """The state of a student's adapter that is not saved and must be the same again; empty without one."""
     if student.adapter is None:
         return {}
     return {"lora": student.adapter.settings, "adapted": student.bare().digest()}
@@ -47,7 +47,7 @@ def refuse_other_adapter(path: Path, state: Mapping[str, Any], student: Language
     """Refuses a checkpoint of another adapter than the student's, or of one on other weights.
 
     Raises:
-        UserError: Which, and what to do.
+        UserError: The adapter differs; the message says how to go on.
     """
     saved, own = state.get("lora"), student.adapter.settings if student.adapter else None
     if saved != own:

@@ -1,4 +1,4 @@
-"""The party that answers: the models of a run by name, and whose weights the student has as its own teacher."""
+"""The party that scores: the models of a run by name, and the student's weights as its own teacher."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.models.sharding import gathered
 from retort.ranks import here
-from retort.teachers.base import Teacher, answers
+from retort.teachers.base import Teacher, view_signals
 from retort.teachers.itself import OwnWeights
 from retort.teachers.local import LocalTeacher
 
 
 @dataclass(frozen=True, eq=False)
 class Teachers:
-    """Who answers.
+    """The teachers of a run.
 
     Attributes:
-        models: By the name that a view gives.
-        own: Weights of the student as its own teacher, where some view is of it.
+        models: Teachers by the name in a view.
+        own: The weights of the student as its own teacher, where some view is of it.
         start: Digest of the student before training, where a self-teacher is that one.
     """
 
@@ -40,15 +40,15 @@ class Teachers:
         return {name: model.lm for name, model in self.models.items() if isinstance(model, LocalTeacher)}
 
     def behind(self, method: Method) -> dict[str, Teacher]:
-        """Who answers each view of a method."""
+        """The teacher of each view of a method."""
         return {name: self.models[view.model] for name, view in method.views.items()}
 
     def check(self, method: Method) -> None:
-        """Raises `UserError` unless every view's teacher can answer what the method asks of it."""
+        """Raises `UserError` unless every view's teacher can give the signals that the method needs."""
         check_needs(method, {view: teacher.capabilities for view, teacher in self.behind(method).items()})
 
     def wanted(self, method: Method, step: int = 0) -> dict[str, frozenset[Need]]:
-        """What each view is asked at a step: all that is needed, and what the curves would like if it can be had."""
+        """The needs of each view at a step: those of the method, and those of its curves that the teacher can meet."""
         return {view: wanted(method, view, own.capabilities, step) for view, own in self.behind(method).items()}
 
     def score(
@@ -58,19 +58,19 @@ class Teachers:
         needs: Mapping[str, frozenset[Need]],
         student_ids: Callable[[int], Tensor],
     ) -> dict[str, TeacherSignal]:
-        """What the teachers say about every step of some rollouts.
+        """Has the teachers score every step of some rollouts.
 
         Args:
-            method: Whose views.
-            groups: Rollouts, those of a visit to a prompt together.
-            needs: What to ask, by view; a view that is not named is not asked.
+            method: The method whose views are scored.
+            groups: The rollouts, grouped by visit to a prompt.
+            needs: The needs by view; other views are not scored.
             student_ids: Gives the student's k most likely ids, for teachers that cannot hand over a whole distribution.
         """
         views = {name: view for name, view in method.views.items() if name in needs}
-        return answers(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
+        return view_signals(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
 
     def lags(self) -> dict[str, float]:
-        """How far each moving self-teacher is from the student, see `OwnWeights.lags`."""
+        """The distance of each moving self-teacher from the student, see `OwnWeights.lags`."""
         return {} if self.own is None else self.own.lags()
 
     def spread(self) -> None:
@@ -79,14 +79,14 @@ class Teachers:
             self.own.spread()
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint needs of weights that have moved; of several ranks, rank 0 has it."""
+        """State for a checkpoint: weights that have moved; of several ranks, rank 0 has it."""
         return {} if self.own is None else gathered(self.own.tensors(), here())
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts `tensors` back; those of others are not looked at."""
+        """Restores `tensors`, and ignores those of other parts."""
         if self.own is not None:
             self.own.restore(tensors)
 
     def with_models(self, models: Mapping[str, Teacher]) -> Teachers:
-        """The same with other models in the place of some."""
+        """Returns these teachers with some models replaced."""
         return replace(self, models={**self.models, **models})

@@ -70,7 +70,7 @@ def test_a_run_on_a_pretended_gpu_is_the_run_on_the_cpu(
     monkeypatch.setattr(distribution, "KERNELS", False)  # a kernel needs a real one
     here = runner.start(config, tmp_path / "cpu").go()
     with pretended(monkeypatch) as gpu:
-        monkeypatch.setattr(models, "device_of", lambda config: "cuda")
+        monkeypatch.setattr(models, "device_for", lambda config: "cuda")
         monkeypatch.setattr(checks, "available", lambda device: None)
         run = runner.start(config, tmp_path / "gpu")
         assert run.student.device.type == run.student.head().weight_VD.device.type == "cuda"

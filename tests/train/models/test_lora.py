@@ -25,8 +25,8 @@ from retort.estimators import pathwise
 from retort.method import Method, Term
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.moving import ema, frozen
-from retort.teachers.scene import Scene
 from retort.teachers.view import View
+from retort.teachers.view_input import ViewInput
 from retort.train import runner
 from retort.train.output.summary import summary
 from retort.train.setup.memory import forecast
@@ -173,7 +173,7 @@ def test_the_student_as_it_was_needs_no_second_copy(lora_run: dict[str, Any], tm
 
 
 def test_self_teachers_keep_no_more_than_the_adapter(lora_run: dict[str, Any], tmp_path: Path) -> None:
-    def hinted(scene: Scene) -> Prompt:
+    def hinted(scene: ViewInput) -> Prompt:
         prompt = scene.prompt
         return replace(prompt, messages=(Message("user", f"so {prompt.answer} {prompt.messages[-1].content}"),))
 

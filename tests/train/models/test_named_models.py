@@ -24,7 +24,7 @@ from retort.preflight.doctor import examine_setup
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.train import runner
-from retort.train.given.given import Given, going_on
+from retort.train.given.given import CallerObjects, going_on
 from retort.train.output.identity import identity
 from retort.train.output.summary import summary
 from retort.train.setup import pair
@@ -55,9 +55,12 @@ def test_a_shorthand_and_its_table_are_one_setting() -> None:
     short = resolved({name: f"the/{name}" for name in named})
     table = resolved({"models": {name: {"path": Path(f"the/{name}")} for name in named}})
     assert short == table and short.models == {}
-    assert short.places == {name: f"the/{name}" for name in named}
+    assert short.model_paths == {name: f"the/{name}" for name in named}
     assert resolved({"teacher": "x", "models": {"teacher": {"path": "x"}}}).teacher == "x"
-    assert resolved(overrides(["models.critic.path=DIR"]), {"student": "s"}).places == {"student": "s", "critic": "DIR"}
+    assert resolved(overrides(["models.critic.path=DIR"]), {"student": "s"}).model_paths == {
+        "student": "s",
+        "critic": "DIR",
+    }
     # Later layers win, whichever way each says it.
     assert resolved({"teacher": "x"}, overrides(["models.teacher.path=y"])).teacher == "y"
     assert resolved({"models": {"teacher": {"path": "x"}}}, {"teacher": "y"}).teacher == "y"
@@ -202,4 +205,7 @@ def test_a_run_with_a_third_model_in_memory_goes_on(
     again = retort.distill(resume=tmp_path / "run", steps=4, method=CRITIC, models={"critic": critic}, quiet=True)
     names = ("step", "loss", "grad_norm", "loss/learn", "loss/stay")
     assert [[row[n] for n in names] for row in again.metrics] == [[row[n] for n in names] for row in whole.metrics]
-    assert Given().again(configuration.read_json(tmp_path / "whole" / "config.json", CRITIC), tmp_path).models == {}
+    assert (
+        CallerObjects().again(configuration.read_json(tmp_path / "whole" / "config.json", CRITIC), tmp_path).models
+        == {}
+    )

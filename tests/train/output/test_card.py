@@ -15,7 +15,7 @@ from retort import config as configuration
 from retort.evaluate.measures import MEASURES, measure, ordered
 from retort.methods._cold_start import with_cold_start
 from retort.train.output import card as cards
-from retort.train.output.card import card, licence_of, standing
+from retort.train.output.card import card, model_licence, standing
 from retort.train.output.summary import summary
 from retort.train.setup.prepare import prepare
 
@@ -77,7 +77,7 @@ def test_the_licence_is_what_the_folder_states(
 ) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    found, said = licence_of(str(tmp_path))
+    found, said = model_licence(str(tmp_path))
     assert found == identifier
     assert words in said
 

@@ -13,8 +13,8 @@ from retort import api, registry
 from retort import config as configuration
 from retort.errors import UserError
 from retort.tasks.coached import TEMPLATES
-from retort.teachers.scene import Stage
 from retort.teachers.templates import TEMPLATES as ALL
+from retort.teachers.view_input import Stage
 from retort.train.models.models import local_teacher
 from retort.train.setup.contexts import need_context
 from retort.train.setup.prepare import Prepared, prepare

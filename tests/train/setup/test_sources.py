@@ -22,16 +22,16 @@ from retort import Method, Term, load
 from retort import config as configuration
 from retort.controllers.off_policy import adaptive_share
 from retort.core.needs import SAMPLED
+from retort.core.random_streams import uniforms
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
-from retort.core.streams import uniforms
 from retort.divergences import forward_kl, reverse_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.plan import EasyToHard, Replay, RolloutPlan, plan_summary
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.view import View
 from retort.train import runner
 from retort.train.events.observe import Silent
@@ -145,7 +145,7 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
         heard += own.logp_A.tolist()
     pack = Pack.of(rollouts)
     signal = setup.teachers.behind(setup.method)["teacher"].score(
-        in_groups(pack.rollouts), Ask(View(), frozenset({SAMPLED}))
+        in_groups(pack.rollouts), ScoreRequest(View(), frozenset({SAMPLED}))
     )
     assert signal.rows(slice(None)).sampled_logp_N.tolist() == pytest.approx(heard, abs=1e-4)
     assert pack.steps.engine_logp_N.isnan().all()
@@ -206,16 +206,16 @@ def test_kept_answers_serve_again_and_new_ones_do_not(tiny_run: dict[str, Any], 
             assert len(rows) == len({(row["prompt_id"], row["member"]) for row in rows}) == 60
             again = RolloutCache(folder)
             again.go_back(setup.source.prompts, setup.source.render, 30)
-            assert again.answers.keys() == cache.answers.keys()
-            for key, rollout in again.answers.items():
-                assert torch.equal(rollout.sequence.tokens_L, cache.answers[key].sequence.tokens_L)
+            assert again.completions.keys() == cache.completions.keys()
+            for key, rollout in again.completions.items():
+                assert torch.equal(rollout.sequence.tokens_L, cache.completions[key].sequence.tokens_L)
                 assert (rollout.text, rollout.status, rollout.reward) == (
-                    cache.answers[key].text,
-                    cache.answers[key].status,
-                    cache.answers[key].reward,
+                    cache.completions[key].text,
+                    cache.completions[key].status,
+                    cache.completions[key].reward,
                 )
             again.go_back(setup.source.prompts, setup.source.render, 3)
-            assert len(again.answers) == 24
+            assert len(again.completions) == 24
 
 
 def test_answers_kept_at_one_temperature_do_not_serve_at_another(tiny_run: dict[str, Any], tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_answers_without_an_end_are_begun_again_and_then_left_out(tiny_run: dict
 def test_a_teacher_that_never_ends_is_said(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     setup = setup_of(tiny_run, learner(by_teacher(attempts=1)), rollout={"max_new_tokens": 1})
     setup.teachers.lms["teacher"].stops = replace(setup.teachers.lms["teacher"].stops, ids=frozenset({63}), primary=63)
-    with pytest.raises(RunError, match="came to an end in none of its answers within 1 tokens.*max_new_tokens"):
+    with pytest.raises(RunError, match="ended none of its completions within 1 tokens.*max_new_tokens"):
         written(setup, tmp_path)
 
 
@@ -291,7 +291,7 @@ def test_nonsense_in_a_plan_is_refused() -> None:
         replace(learner(RolloutPlan()), controllers=twice)
     with pytest.raises(UserError, match="controller 'off_policy' looks at view 'elsewhere'"):
         replace(learner(RolloutPlan()), controllers=(replace(twice[0], against="elsewhere"),))
-    with pytest.raises(UserError, match="a dial reads 'nobody.number'"):
+    with pytest.raises(UserError, match="a setting reads 'nobody.number'"):
         learner(RolloutPlan(horizon=adaptive_share(name="nobody").read("number")))
 
 
@@ -429,7 +429,7 @@ def test_a_probe_needs_prompts_and_responses(tiny_run: dict[str, Any], tmp_path:
         setup_of(tiny_run, load("decoupled_kl", lengths=(2, 4)), data=str(data), eval={"problems": 0})
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     method = replace(skew_like(), rollout=RolloutPlan())
-    with pytest.raises(UserError, match="probes on answers of the data.*no `response`"):
+    with pytest.raises(UserError, match="probes on responses of the data.*no `response`"):
         setup_of(tiny_run, method, data=str(data), eval={"problems": 0})
 
 
@@ -626,7 +626,7 @@ def test_the_summary_says_who_writes() -> None:
             RolloutPlan(on_policy_fraction=0.5),
             "4 prompts x 1 at temperature 1, 50% of prompts (else the data's answer)",
         ),
-        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, answered by the teacher"),
+        (by_teacher(samples=2), "4 prompts x 2 at temperature 1, completions by the teacher"),
         (
             RolloutPlan(on_policy_fraction=adaptive.read("share"), replay=Replay()),
             "4 prompts x 1 at temperature 1, as many as off_policy.share says (else by the data), replayed from 1000 "

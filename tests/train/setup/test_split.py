@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from retort import config as configuration
+from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
-from retort.core.streams import permutation
 from retort.errors import UserError
 from retort.train import runner
 from retort.train.setup.prompts import graders, read_prompts
@@ -45,7 +45,9 @@ def test_repeated_prompts_fall_on_one_side(write: Write) -> None:
     assert (len(train), len(held_out)) == (80, 4)
     assert not texts(train) & texts(held_out)
     assert any("80 of 100 rows of the data repeat" in note and "20 different prompts" in note for note in notes)
-    assert any("16 rows that repeat a held-out prompt are neither learnt from nor judged on" in note for note in notes)
+    assert any(
+        "16 rows that repeat a held-out prompt are neither learnt from nor evaluated on" in note for note in notes
+    )
 
 
 def test_data_without_repeats_is_split_as_ever(write: Write) -> None:
@@ -113,7 +115,7 @@ def test_rows_that_are_also_in_the_evaluation_file_are_counted(write: Write) -> 
     held = write("h.jsonl", [{"prompt": f"add  {a}", "answer": "1"} for a in (0, 1, 1, 90)])
     train, held_out, notes = split(data, eval={"data": held, "problems": 4})
     assert (len(train), len(held_out)) == (10, 4)
-    assert any("3 of 4 prompts to be judged on are also in 4 training rows ('0' first)" in note for note in notes)
+    assert any("3 of 4 prompts to be evaluated on are also in 4 training rows ('0' first)" in note for note in notes)
     assert any("1 of 4 rows of eval.data repeat" in note for note in notes)
     assert any("2 of 10 training rows repeat" in note for note in notes)
     other = write("o.jsonl", [{"prompt": f"sub {a}", "answer": "1"} for a in range(4)])

@@ -86,7 +86,7 @@ def test_doctor_shows_a_prompt_on_one_line(tiny_run: dict[str, Any], folder: Cal
     assert f"row '{setup.source.prompts[0].id}' is {count} ids to both: \"<|im_start|>" in check.saw
     assert "<|im_end|>" in check.saw
     assert "\n" not in check.saw
-    assert checks.check_prompt_ends(setup).saw == "answers begin after '<|im_start|>assistant'"
+    assert checks.check_prompt_ends(setup).saw == "completions begin after '<|im_start|>assistant'"
 
 
 @pytest.mark.parametrize("silent", ["student", "teacher"])

@@ -58,5 +58,7 @@ def test_kept_answers_of_the_teacher_keep_their_grades(setup: Any, tmp_path: Pat
     cache, again = RolloutCache(tmp_path), RolloutCache(tmp_path)
     cache.keep(kept(setup), RolloutPlan(samples=3), 1)
     again.go_back(*setup, 1)
-    assert {key: plain(r) for key, r in again.answers.items()} == {key: plain(r) for key, r in cache.answers.items()}
-    assert len(again.answers) == 3
+    assert {key: plain(r) for key, r in again.completions.items()} == {
+        key: plain(r) for key, r in cache.completions.items()
+    }
+    assert len(again.completions) == 3

@@ -25,7 +25,7 @@ from retort.files import new_folder, write_text
 from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.output import export
-from retort.train.storage.folder import LOCK, WRITTEN, Claim, refuse_taken
+from retort.train.storage.folder import FILES, LOCK, Claim, refuse_taken
 from retort.train.storage.metrics import JsonLines
 
 SMALL = ["task=exact", "checks=warn", "precision=fp32", "steps=4", "rollout.prompts=4", "rollout.max_new_tokens=6"]
@@ -128,7 +128,7 @@ def test_a_run_that_was_loaded_too_early_is_refused(run_copy: Path, goes: str) -
 # --- what is not ours ---
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_a_folder_with_files_of_others_is_refused_before_anything_is_written(
     tiny_run: dict[str, Any], tmp_path: Path, name: str, kind: str

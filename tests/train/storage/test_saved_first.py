@@ -16,10 +16,10 @@ from retort.core.rollouts import Prompt
 from retort.divergences import forward_kl
 from retort.errors import RunError, UserError
 from retort.estimators import pathwise
-from retort.models.held import Held
+from retort.models.in_memory import InMemoryModel
 from retort.rollout.plan import Replay, RolloutPlan
 from retort.train.events.observe import Silent
-from retort.train.given.given import Given, going_on
+from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.run import Run
 from retort.train.source.cache import RolloutCache
@@ -153,9 +153,9 @@ def test_a_user_is_told_what_leads_on(settings: dict[str, Any], words: str) -> N
 
 
 def test_what_is_not_checked_of_a_verifier_is_said() -> None:
-    held: dict[str, Held] = {}
-    assert Given(held).notes == []
-    assert Given(grade=numbers).notes == []  # type: ignore[arg-type]  # importable: its name leads to it
+    held: dict[str, InMemoryModel] = {}
+    assert CallerObjects(held).notes == []
+    assert CallerObjects(grade=numbers).notes == []  # type: ignore[arg-type]  # importable: its name leads to it
     for grade, name in [(lambda prompt, text: 1.0, "<lambda>"), (Fails(), "Fails")]:
-        (note,) = replace(Given(), grade=grade).notes
+        (note,) = replace(CallerObjects(), grade=grade).notes
         assert f"{name}, as the one that the run was started with" in note

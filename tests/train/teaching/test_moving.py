@@ -27,12 +27,12 @@ from retort.method import Method, Term
 from retort.preflight.doctor import examine_setup
 from retort.quantities import student_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.base import Ask
+from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import OwnWeights, SelfTeacher, sides_of
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, hard_copy, live, trust_region
-from retort.teachers.scene import Scene
 from retort.teachers.view import View
+from retort.teachers.view_input import ViewInput
 from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.models.models import load
@@ -43,7 +43,7 @@ from retort.train.setup.pair import own_weights, without_idle_teacher
 from retort.train.setup.prepare import prepare
 
 
-def hinted(scene: Scene) -> Prompt:
+def hinted(scene: ViewInput) -> Prompt:
     """What the teacher sees: more than the student."""
     prompt = scene.prompt
     text = f"so the answer is {prompt.answer} {prompt.messages[-1].content}"
@@ -120,7 +120,9 @@ def teacher(own: OwnWeights) -> SelfTeacher:
 
 
 def logits(own: OwnWeights, pack: Pack, weights: Weights, temperature: float = 1.0) -> Tensor:
-    signal = teacher(own).score(in_groups(pack.rollouts), Ask(self_view(weights), frozenset({DENSE}), temperature))
+    signal = teacher(own).score(
+        in_groups(pack.rollouts), ScoreRequest(self_view(weights), frozenset({DENSE}), temperature)
+    )
     return signal.rows(slice(None)).logp_NV
 
 
@@ -182,7 +184,11 @@ def test_a_trust_region_mixes_logits(lm: Any, pack: Pack) -> None:
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     # What is reduced at once says the same of the tokens written, and of the likeliest ids.
     needs = frozenset({SAMPLED, Need("topk", 3), Need("entropy")})
-    rows = teacher(own).score(in_groups(pack.rollouts), Ask(self_view(trust_region(0.3)), needs)).rows(slice(None))
+    rows = (
+        teacher(own)
+        .score(in_groups(pack.rollouts), ScoreRequest(self_view(trust_region(0.3)), needs))
+        .rows(slice(None))
+    )
     whole = logits(own, pack, trust_region(0.3))
     torch.testing.assert_close(rows.sampled_logp_N, whole.gather(1, pack.steps.tokens_N[:, None]).squeeze(1))
     torch.testing.assert_close(rows.topk(3)[1], whole.topk(3).values)
@@ -283,7 +289,7 @@ def test_an_answer_is_that_of_its_moment(lm: Any, pack: Pack, weights: Weights) 
     needs, view = frozenset({DENSE}), self_view(weights)
     several = OwnWeights(lm, [weights], moves_within_batch=True)
     once = OwnWeights(lm, [weights])
-    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), Ask(view, needs)) for own in (several, once))
+    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), ScoreRequest(view, needs)) for own in (several, once))
     said = kept.rows(slice(None)).logp_NV
     torch.testing.assert_close(guarded.rows(slice(None)).logp_NV, said)
     disturb(lm, 1)
@@ -292,7 +298,7 @@ def test_an_answer_is_that_of_its_moment(lm: Any, pack: Pack, weights: Weights) 
     assert torch.equal(kept.rows(slice(None)).logp_NV, said)
     with pytest.raises(SignalError, match="moved after it had scored"):
         guarded.rows(slice(None))
-    now = teacher(several).score(in_groups(pack.rollouts), Ask(view, needs))
+    now = teacher(several).score(in_groups(pack.rollouts), ScoreRequest(view, needs))
     assert not torch.equal(now.rows(slice(None)).logp_NV, said)
 
 
@@ -301,7 +307,7 @@ def test_in_bf16_a_copied_head_says_the_same(lm: Any, pack: Pack) -> None:
     lm.precision = "bf16"
     needs, view = frozenset({DENSE}), self_view(live())
     several, once = (OwnWeights(lm, [live()], moves_within_batch=more) for more in (True, False))
-    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), Ask(view, needs)) for own in (several, once))
+    kept, guarded = (teacher(own).score(in_groups(pack.rollouts), ScoreRequest(view, needs)) for own in (several, once))
     assert torch.equal(kept.rows(slice(None)).logp_NV, guarded.rows(slice(None)).logp_NV)
     copied = several.head(live(), lasting=True)().weight_VD
     assert copied.dtype == torch.bfloat16 and lm.head().weight_VD.dtype == torch.float32
@@ -333,7 +339,7 @@ def test_when_weights_move_within_a_batch(
     """Several optimizer steps, or a controller that looks at the batch again after the last one."""
     method = self_taught(live())
     if again:
-        looks = Controller("looks", sees={"entropy": student_entropy()}, again=True, against="self0")
+        looks = Controller("looks", observes={"entropy": student_entropy()}, again=True, against="self0")
         method = replace(method, controllers=(looks,))
     own = own_weights(settings(alone, method, optimizer=more), method, lm)
     assert own is not None and own.moves_within_batch == expected

@@ -1,4 +1,4 @@
-"""A model that the caller holds in memory: a copy of it is what a run works with."""
+"""A model that the caller holds in memory; a run works with a copy of it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ _PAIR = "give a model of transformers with its tokenizer, as a pair: (model, tok
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """A model and its tokenizer. Neither is changed: what a run trains, casts or moves is a copy.
+class InMemoryModel:
+    """A model and its tokenizer. Neither is changed: a run trains, casts and moves only a copy.
 
-    The weights of a model that does not learn are shared with the caller's where type and device allow, so they cost
-    no memory twice; they are not to be changed while the run is at work.
+    The weights of a model that does not learn are shared with the caller's where dtype and device allow, so they cost
+    no memory twice. The caller must not change them during the run.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     @staticmethod
-    def of(role: str, given: Any) -> Held:
-        """A pair as the caller gives it.
+    def from_pair(role: str, given: Any) -> InMemoryModel:
+        """Takes a pair from the caller.
 
         Raises:
-            UserError: It is no pair of a model and a tokenizer, or a model whose weights cannot be copied and learn.
+            UserError: It is no pair of a model and a tokenizer, or the model's weights cannot be copied and learn.
         """
         from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -47,7 +47,7 @@ class Held:
             raise UserError(f"{role}: its model is a {type(model).__name__}{merge}; {_PAIR}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"{role}: its tokenizer is a {type(tokenizer).__name__}; {_PAIR}")
-        held = Held(model, tokenizer)
+        held = InMemoryModel(model, tokenizer)
         problem = held._problem()
         if problem is not None:
             raise UserError(f"{role} {held.name}: {problem}")
@@ -55,7 +55,7 @@ class Held:
 
     @property
     def name(self) -> str:
-        """What it was loaded from, or its family: for messages."""
+        """The name it was loaded from, or its family, for messages."""
         origin = Path(str(getattr(self.model, "name_or_path", "") or "")).name
         return f"{origin or type(self.model).__name__} (in memory)"
 
@@ -63,11 +63,11 @@ class Held:
         """The model for a run, in evaluation mode.
 
         Args:
-            learns: Copy every weight; else share those that are of the type already.
-            dtype: Of its weights, but for those that the family keeps in fp32; buffers keep theirs.
-            attention: Attention implementation of transformers; None for what it has.
+            learns: Whether to copy every weight; else those that have the dtype already are shared.
+            dtype: Dtype of its weights, except those that the family keeps in fp32; buffers keep theirs.
+            attention: Attention implementation of transformers; None for the model's own.
         """
-        # What `deepcopy` finds in here it takes as copied: so tied weights stay tied, and nothing is copied and then
+        # `deepcopy` takes what it finds in this memo as copied: tied weights stay tied, and nothing is copied and then
         # cast, or copied only to be shared.
         known: dict[int, Any] = {}
         exact = set(getattr(self.model, "_keep_in_fp32_modules_strict", None) or ())
@@ -83,7 +83,7 @@ class Held:
         return made
 
     def _problem(self) -> str | None:
-        """Why it cannot be taken, or None."""
+        """The reason why it cannot be used, or None."""
         model: Any = self.model
         if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
             return "its weights are quantised; load it without quantisation"

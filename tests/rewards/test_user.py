@@ -21,7 +21,15 @@ from retort.cli import main
 from retort.core.rollouts import Group, Message, Prompt
 from retort.errors import UserError
 from retort.rewards import ByText, GivesFeedback, GivesParts, grader_for, verifier_for
-from retort.rewards.own import OwnGrader, OwnVerifier, imported, is_own, name_of, own_grader, own_verifier
+from retort.rewards.user import (
+    FunctionVerifier,
+    ObjectGrader,
+    imported,
+    is_user_defined,
+    name_of,
+    user_grader,
+    user_verifier,
+)
 from retort.train.source.source import Source
 
 PROMPT = Prompt("row-1", (Message("user", "1 + 1 ="),), answer="2")
@@ -101,7 +109,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ],
 )
 def test_whatever_is_a_number_is_a_reward(said: Any, reward: float) -> None:
-    assert OwnVerifier(lambda prompt, text: said, "mine")(PROMPT, "2") == reward
+    assert FunctionVerifier(lambda prompt, text: said, "mine")(PROMPT, "2") == reward
 
 
 @pytest.mark.parametrize(
@@ -124,7 +132,7 @@ def test_whatever_is_a_number_is_a_reward(said: Any, reward: float) -> None:
 )
 def test_whatever_is_no_reward_is_one_line_that_names_verifier_and_row(said: Any, complaint: str) -> None:
     with pytest.raises(UserError, match=f"verifier 'mine', row 'row-1': {complaint}") as caught:
-        OwnVerifier(lambda prompt, text: said, "mine")(PROMPT, "2")
+        FunctionVerifier(lambda prompt, text: said, "mine")(PROMPT, "2")
     assert "\n" not in str(caught.value)
 
 
@@ -135,7 +143,7 @@ def test_what_a_verifier_raises_names_the_row_and_the_completion() -> None:
     with pytest.raises(
         UserError, match="row 'row-1': it raised ValueError: could not convert.* on the completion 'a"
     ) as e:
-        OwnVerifier(breaks, "mine")(PROMPT, "a\x1b[2J\n" * 400)
+        FunctionVerifier(breaks, "mine")(PROMPT, "a\x1b[2J\n" * 400)
     assert "\n" not in str(e.value)
     assert "\x1b" not in str(e.value)
     assert len(str(e.value)) < 700
@@ -149,7 +157,7 @@ def test_a_verifier_is_asked_once_about_a_completion_and_its_parts_and_feedback_
         asked.append(completion)
         return retort.Grade(0.0, {"asked": len(asked)}, f"asked {len(asked)} times")
 
-    made = own_verifier(grade, "mine", PROMPT)
+    made = user_verifier(grade, "mine", PROMPT)
     assert asked == [""]
     assert isinstance(made, GivesFeedback)
     assert isinstance(made, GivesParts)
@@ -171,7 +179,7 @@ def test_rows_that_differ_in_anything_have_verdicts_of_their_own() -> None:
         "messages": (Message("system", "1 + 1 ="),),
     }
     asked: list[Prompt] = []
-    made = OwnVerifier(lambda prompt, text: bool(asked.append(prompt)), "mine")
+    made = FunctionVerifier(lambda prompt, text: bool(asked.append(prompt)), "mine")
     others = [replace(PROMPT, **{name: value}) for name, value in kinds.items()]
     for prompt in (PROMPT, *others, replace(PROMPT), *others):
         made(prompt, "2")
@@ -181,16 +189,16 @@ def test_rows_that_differ_in_anything_have_verdicts_of_their_own() -> None:
 @pytest.mark.parametrize("ends", [lambda: sys.exit(), lambda: sys.exit(3), lambda: sys.exit("enough")])
 def test_a_verifier_that_exits_is_one_that_raised(ends: Any) -> None:
     with pytest.raises(UserError, match="row 'row-1': it raised SystemExit"):
-        OwnVerifier(lambda prompt, text: ends(), "mine")(PROMPT, "2")
+        FunctionVerifier(lambda prompt, text: ends(), "mine")(PROMPT, "2")
 
 
 def test_a_verifier_without_feedback_is_none_that_gives_it_and_grades_rows_without_answers() -> None:
-    made = own_verifier(length_in_tens, "mine", PROMPT)
+    made = user_verifier(length_in_tens, "mine", PROMPT)
     assert not isinstance(made, GivesFeedback)
     assert ByText(made).can_grade(Prompt("2", PROMPT.messages))
     assert not ByText(made).explains
     with pytest.raises(UserError, match="it raised TypeError: .*positional argument"):
-        own_verifier(lambda completion: 1.0, "mine", PROMPT)  # type: ignore[arg-type, misc]
+        user_verifier(lambda completion: 1.0, "mine", PROMPT)  # type: ignore[arg-type, misc]
 
 
 @pytest.mark.parametrize(
@@ -207,40 +215,40 @@ def test_a_verifier_without_feedback_is_none_that_gives_it_and_grades_rows_witho
 )
 def test_whatever_is_no_list_of_grades_is_one_line_that_names_verifier_and_row(said: Any, complaint: str) -> None:
     with pytest.raises(UserError, match=f"verifier 'mine', row 'row-1': {complaint}") as caught:
-        OwnGrader(Says(said), "mine").grade(group_of(PROMPT, ["a", "b"]))
+        ObjectGrader(Says(said), "mine").grade(group_of(PROMPT, ["a", "b"]))
     assert "\n" not in str(caught.value)
 
 
 def test_an_object_that_grades_groups_is_tried_on_two_empty_completions() -> None:
     closest = Closest()
-    made = own_grader(closest, "closest", PROMPT)
+    made = user_grader(closest, "closest", PROMPT)
     assert [[rollout.text for rollout in group] for group in closest.seen] == [["", ""]]
     assert made.explains and made.can_grade(replace(PROMPT, answer=None))
     said = made.grade(group_of(PROMPT, ["12", "3", "456"]))
     assert said[1] == retort.Grade(1.0, {"far": 0.0}, "0 too long or short")
     assert [grade and grade.reward for grade in said] == [0.0, 1.0, 0.0]
-    silent = own_grader(Says(lambda group: [None, *[numpy.float32(0.5)] * (len(group) - 1)]), "silent", PROMPT)
+    silent = user_grader(Says(lambda group: [None, *[numpy.float32(0.5)] * (len(group) - 1)]), "silent", PROMPT)
     assert not silent.explains
     assert silent.grade(group_of(PROMPT, ["1", "2"])) == [None, retort.Grade(0.5)]
     with pytest.raises(UserError, match="verifier 'short', row 'row-1': it gave 1 grades for 2"):
-        own_grader(Says([0.0]), "short", PROMPT)
+        user_grader(Says([0.0]), "short", PROMPT)
 
 
 def test_what_can_be_called_is_a_function_whatever_else_it_has() -> None:
-    made = own_grader(Judge(), "judge", PROMPT)
+    made = user_grader(Judge(), "judge", PROMPT)
     assert isinstance(made, ByText)
     assert made.grade(group_of(PROMPT, ["1"])) == [retort.Grade(1.0)]
 
 
 def test_a_method_that_learns_from_rewards_needs_a_grade_for_every_completion() -> None:
     group = list(group_of(PROMPT, ["1", "2"]))
-    method: Any = SimpleNamespace(name="rlsd", wants_rewards="advantage")
-    source: Any = SimpleNamespace(grader=OwnGrader(Says([1.0, None]), "mine"))
+    method: Any = SimpleNamespace(name="rlsd", needs_rewards="advantage")
+    source: Any = SimpleNamespace(grader=ObjectGrader(Says([1.0, None]), "mine"))
     with pytest.raises(
         UserError, match="verifier 'mine', row 'row-1': it gave a completion no grade, and method 'rlsd'"
     ):
         Source._graded(source, method, group)
-    method.wants_rewards = None
+    method.needs_rewards = None
     assert [rollout.reward for rollout in Source._graded(source, method, group)] == [1.0, None]
 
 
@@ -272,7 +280,7 @@ def test_the_name_of_a_function_leads_to_it_or_says_that_it_does_not() -> None:
         (functools.partial(length_in_tens), "partial"),
     ]:
         assert name_of(grade) == f"in memory: {name}"
-        assert is_own(name_of(grade))
+        assert is_user_defined(name_of(grade))
     with pytest.raises(UserError, match="give a function of a prompt and a completion"):
         name_of(3)  # type: ignore[arg-type]
 

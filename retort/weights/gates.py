@@ -1,4 +1,7 @@
-"""Weights made from quantities. Axis letters: see `retort.core`."""
+"""Gates, made by comparing a quantity with a threshold, and products of weights. Axis letters: see `retort.core`.
+
+EOPD's gate is `above(teacher_entropy(), ...)`.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ def both(one: Weight, other: Weight) -> Weight:
     def value(context: Context, view: str) -> Tensor:
         return one.value(context, view) * other.value(context, view)
 
-    also = {view: one.asks(view, "") | other.asks(view, "") for view in {*one.also, *other.also}}
+    also = {view: one.needs_of(view, "") | other.needs_of(view, "") for view in {*one.also, *other.also}}
     return Weight(
         f"{one.name} * {other.name}",
         value,

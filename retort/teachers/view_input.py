@@ -1,24 +1,24 @@
-"""All that a view may look at when it makes a teacher's prompt."""
+"""All inputs of a view when it renders a teacher's prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Rollout
-from retort.core.streams import uniforms
 from retort.teachers.templates import TEMPLATES, fill
 
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """What all scenes of a run have in common.
+    """The inputs that all rollouts of a run have in common.
 
     Attributes:
-        templates: By name, see `retort.teachers.templates`.
-        seed: Of the run.
+        templates: Templates by name, see `retort.teachers.templates`.
+        seed: The run's seed.
         pool: The training prompts, for views that show solved examples of others.
-        longest: The longest prompt that a teacher is shown, tokens; None for what its context takes.
+        longest: The longest prompt of a teacher, tokens; None for the limit of its context.
     """
 
     templates: Mapping[str, str] = field(default_factory=lambda: TEMPLATES)
@@ -28,15 +28,15 @@ class Stage:
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
-    """One rollout that is to be scored, with everything known about it.
+class ViewInput:
+    """One rollout to score, and the data that a view may show of it.
 
     Attributes:
-        rollout: It.
-        group: All rollouts of this visit to its prompt, graded, in order of member; it is among them.
-        stage: What does not depend on it.
+        rollout: The rollout.
+        group: All rollouts of this visit to its prompt, graded, in order of member; the rollout is among them.
+        stage: Inputs that do not depend on the rollout.
         limit: Longest privileged text, characters; None for no limit. See `cut`.
-        shown: Takes the names of the templates that a view filled in, where somebody counts them.
+        shown: A set that receives the names of the templates that a view filled in; None if they are not counted.
     """
 
     rollout: Rollout
@@ -47,20 +47,20 @@ class Scene:
 
     @property
     def prompt(self) -> Prompt:
-        """What the student was asked."""
+        """The prompt of the rollout."""
         return self.rollout.prompt
 
     def uniform(self, *key: str | int) -> float:
-        """A number in [0, 1) that depends on the seed, the rollout and a key of the caller's, and on nothing else."""
+        """A uniform random number in [0, 1) that depends only on the seed, the rollout and a key of the caller's."""
         where = (self.rollout.visit, self.prompt.id, self.rollout.member)
         return float(uniforms(self.stage.seed, "views", *where, *key, count=1))
 
     def cut(self, text: str) -> str:
-        """A privileged text, without its end where all would be too long for the teacher: put every text through it."""
+        """A privileged text, without its end where it is too long for the teacher; every text must pass through it."""
         return text if self.limit is None else text.lstrip()[: self.limit]
 
     def section(self, template: str, text: str, prompt: str = "") -> str:
-        """A text in the words of a template; an empty text is shown in no words, and gives an empty section."""
+        """A text in a template; an empty text gives an empty section."""
         kept = self.cut(text)
         if not kept.strip():
             return ""
@@ -78,13 +78,13 @@ class Scene:
         content = fill(words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words["closing"])
         return replace(self.prompt, messages=(*before, replace(last, content=content)))
 
-    def shortened(self, render: Callable[[Scene], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:
+    def shortened(self, render: Callable[[ViewInput], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:
         """The prompt with each privileged text cut at its end to the longest length that fits; None if none does.
 
         At least one character of each stays: a text that is cut to nothing is no context.
 
         Args:
-            render: Makes a prompt from a scene.
+            render: Renders a prompt.
             fits: Whether a prompt is short enough; a shorter one fits, too.
         """
 

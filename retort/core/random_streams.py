@@ -35,7 +35,7 @@ Stream = Literal[
 
 
 def key(seed: int, stream: Stream, *parts: str | int) -> int:
-    """A 63-bit number for a draw."""
+    """A 63-bit number for a draw, from seed, stream and key."""
     text = "\x1f".join([str(seed), stream, *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
@@ -46,17 +46,17 @@ def generator(seed: int, stream: Stream, *parts: str | int) -> torch.Generator:
 
 
 def uniforms(seed: int, stream: Stream, *parts: str | int, count: int) -> Tensor:
-    """`count` numbers in [0, 1), float64."""
+    """`count` uniform random numbers in [0, 1), float64."""
     return torch.rand(count, generator=generator(seed, stream, *parts), dtype=torch.float64)
 
 
 @dataclass(frozen=True, init=False)
 class UniformStream:
-    """The numbers of an episode: of its first turn under the key alone, of later ones under the key and the turn.
+    """The uniform random numbers of an episode: of its first turn under the key, of later ones under key and turn.
 
     Attributes:
-        seed: Of the run.
-        stream: Its name.
+        seed: The run's seed.
+        stream: Name of the stream.
         parts: The key: say, the prompt and the member.
     """
 
@@ -65,15 +65,15 @@ class UniformStream:
     parts: tuple[str | int, ...]
 
     def __init__(self, seed: int, stream: Stream, *parts: str | int) -> None:
-        """Draws nothing yet."""
+        """Stores the key; it draws nothing yet."""
         for name, value in (("seed", seed), ("stream", stream), ("parts", parts)):
             object.__setattr__(self, name, value)
 
     def uniforms(self, turn: int, *, count: int) -> Tensor:
-        """`count` numbers in [0, 1), float64; more of them begin with fewer of them."""
+        """`count` uniform random numbers in [0, 1), float64; a longer draw begins with the shorter one."""
         return uniforms(self.seed, self.stream, *self.parts, *(("turn", turn) if turn else ()), count=count)
 
 
 def permutation(seed: int, stream: Stream, *parts: str | int, count: int) -> list[int]:
-    """A shuffled range."""
+    """A random permutation of `range(count)`."""
     return torch.randperm(count, generator=generator(seed, stream, *parts)).tolist()

@@ -1,6 +1,6 @@
-"""Verifiers of the user's own: a function of a prompt and a completion that says how good the completion is.
+"""The user's own verifiers: functions of a prompt and a completion that return a grade.
 
-Where completions to one prompt are to be compared with each other, an object with a method `grade(group)` serves.
+To compare the completions of one prompt with each other, use an object with a method `grade(group)`.
 """
 
 from __future__ import annotations
@@ -20,48 +20,48 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError, did_you_mean, quoted
 from retort.rewards.base import ByText, Grade, Grader
 
-#: Before the name of what a run was given as an object, in its settings.
+#: Prefix, in a run's settings, of the name of a verifier that was given as an object.
 IN_MEMORY = "in memory: "
 #: `module:function`, importable from the current folder.
 _IMPORTED = re.compile(r"(?!.*\.py:)[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-#: Verdicts that are remembered: those of a batch, and of answers that come again.
+#: Number of grades that are cached: those of a batch, and of completions that come again.
 _REMEMBERED = 10_000
 
 
-#: A verifier of the user's own. The prompt is the row (`text`, `answer`, `id`, ...), the completion is all that was
-#: written, thinking included.
-OwnFunction = Callable[[Prompt, str], "float | Grade"]
+#: The user's own verifier. The prompt is the row (`text`, `answer`, `id`, ...), the completion is all generated text,
+#: thinking included.
+UserFunction = Callable[[Prompt, str], "float | Grade"]
 
 
 class GradesGroups(Protocol):
-    """An object of the user's own that grades all completions to a prompt at once."""
+    """The user's own object that grades all completions of a prompt at once."""
 
     def grade(self, group: Group, /) -> Sequence[float | Grade | None]:
-        """A number or a `Grade` for each rollout, in order; None for one that cannot be graded."""
+        """Returns a number or a `Grade` for each rollout, in order; None for one that cannot be graded."""
         ...
 
 
-#: What a user may hand over.
-Own = OwnFunction | GradesGroups
+#: The user's own verifier or grader.
+UserGrading = UserFunction | GradesGroups
 
 
-class OwnVerifier:
-    """A function of the user's own as a verifier (see `retort.rewards.base.Verifier`).
+class FunctionVerifier:
+    """The user's own function as a verifier (see `retort.rewards.base.Verifier`).
 
-    It is asked once about each completion to a prompt; the last 10,000 verdicts are remembered.
+    It is called once for each completion of a prompt; the last 10,000 grades are cached.
     """
 
-    def __init__(self, grade: OwnFunction, name: str) -> None:
-        """Asks nothing yet; `name` is for messages and for the run's settings."""
+    def __init__(self, grade: UserFunction, name: str) -> None:
+        """Wraps a function; `name` is for messages and for the run's settings."""
         self.name = name
         self._grade = grade
-        self._said: OrderedDict[tuple[bytes, str], Grade] = OrderedDict()
+        self._grades_seen: OrderedDict[tuple[bytes, str], Grade] = OrderedDict()
 
     def __call__(self, prompt: Prompt, text: str) -> float:
-        """The reward, from 0 to 1.
+        """Returns the reward, from 0 to 1.
 
         Raises:
-            UserError: The function raised, or returned what is no reward; the message names it and the row.
+            UserError: The function raised, or returned no reward; the message names it and the row.
         """
         return self.grade(prompt, text).reward
 
@@ -70,118 +70,118 @@ class OwnVerifier:
         return self.grade(prompt, text).parts
 
     def grade(self, prompt: Prompt, text: str) -> Grade:
-        """All that the function says of a completion.
+        """Returns the function's whole grade of a completion.
 
         Raises:
-            UserError: As a call.
+            UserError: As for a call.
         """
         key = (_whole(prompt), text)
-        if key not in self._said:
-            self._said[key] = self._asked(prompt, text)
-            if len(self._said) > _REMEMBERED:
-                self._said.popitem(last=False)
-        return self._said[key]
+        if key not in self._grades_seen:
+            self._grades_seen[key] = self._ask_function(prompt, text)
+            if len(self._grades_seen) > _REMEMBERED:
+                self._grades_seen.popitem(last=False)
+        return self._grades_seen[key]
 
-    def _asked(self, prompt: Prompt, text: str) -> Grade:
+    def _ask_function(self, prompt: Prompt, text: str) -> Grade:
         at = f"verifier '{self.name}', row '{prompt.id}'"
         try:
-            said: Any = self._grade(prompt, text)
-        except (Exception, SystemExit) as error:  # sys.exit() is no way to end a run either: it would not be saved
+            returned: Any = self._grade(prompt, text)
+        except (Exception, SystemExit) as error:  # sys.exit() must not end a run either: it would not be saved
             raise _raised(error, at, f"the completion {quoted(text)}") from error
-        return _checked(said, at)
+        return _checked(returned, at)
 
 
-class TalkingVerifier(OwnVerifier):
-    """One that says in words what is wrong (see `retort.rewards.base.GivesFeedback`)."""
+class FeedbackVerifier(FunctionVerifier):
+    """A verifier of the user's own with feedback (see `retort.rewards.base.GivesFeedback`)."""
 
     def feedback(self, prompt: Prompt, text: str) -> str:
         """What is wrong with the completion; empty if nothing is."""
         return self.grade(prompt, text).feedback or ""
 
 
-class OwnGrader(Grader):
-    """An object of the user's own as a grader: its `grade(group)` says how good the completions to a prompt are.
+class ObjectGrader(Grader):
+    """The user's own object as a grader, by its method `grade(group)`.
 
-    Nothing is remembered: it is asked about each group once.
+    Nothing is cached: it is called once for each group.
     """
 
     def __init__(self, own: GradesGroups, name: str, *, explains: bool = False) -> None:
-        """Asks nothing yet; `name` is for messages and for the run's settings."""
+        """Wraps an object; `name` is for messages and for the run's settings."""
         self._own, self._name, self._explains = own, name, explains
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The name that was given."""
         return self._name
 
     @property
     def explains(self) -> bool:
-        """As it was given."""
+        """The value that was given."""
         return self._explains
 
     def can_grade(self, prompt: Prompt) -> bool:
-        """Always true: what it cannot grade, it says of the rollouts."""
+        """Always true: the object itself returns None for rollouts that it cannot grade."""
         return True
 
     def grade(self, group: Group) -> list[Grade | None]:
         """See `Grader`.
 
         Raises:
-            UserError: It raised, gave another number of grades, or what is no grade; the message names it and the row.
+            UserError: It raised, or returned another number of grades or no grade; the message names it and the row.
         """
         at = f"verifier '{self._name}', row '{group[0].prompt.id}'"
         try:
-            said: Any = self._own.grade(group)
-            found = list(said)
+            returned: Any = self._own.grade(group)
+            grades = list(returned)
         except (Exception, SystemExit) as error:
             raise _raised(error, at, f"{len(group)} completions, first {quoted(group[0].text)}") from error
-        if len(found) != len(group):
-            raise UserError(f"{at}: it gave {len(found)} grades for {len(group)} completions; give one for each")
-        return [None if one is None else _checked(one, at) for one in found]
+        if len(grades) != len(group):
+            raise UserError(f"{at}: it gave {len(grades)} grades for {len(group)} completions; give one for each")
+        return [None if one is None else _checked(one, at) for one in grades]
 
 
-def own_grader(own: Own, name: str, first: Prompt) -> Grader:
-    """A grader from what the user handed over, which is tried before anything else is done.
+def user_grader(own: UserGrading, name: str, first: Prompt) -> Grader:
+    """Makes a grader from the user's own object or function, after a trial.
 
     Args:
-        own: A function of a prompt and a completion (see `own_verifier`), or else an object with a method
-            `grade(group)`, which is tried on a group of two empty completions. Where it gives feedback on these, it
-            counts as one that gives feedback.
-        name: For messages.
+        own: A function of a prompt and a completion (see `user_verifier`), or else an object with a method
+            `grade(group)`, which is tried on a group of two empty completions. If it gives feedback on these, it counts
+            as a grader with feedback.
+        name: Name for messages.
         first: A prompt of the data.
 
     Raises:
-        UserError: It cannot be called like that, or returns what is no reward.
+        UserError: It cannot be called like that, or returns no reward.
     """
     if callable(own):
-        return ByText(own_verifier(own, name, first))
+        return ByText(user_verifier(own, name, first))
     empty = TokenSequence.of([0])
-    tried = OwnGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
-    return OwnGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
+    tried = ObjectGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
+    return ObjectGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
 
 
-def own_verifier(grade: OwnFunction, name: str, first: Prompt) -> OwnVerifier:
-    """A verifier from a function, which is tried on an empty completion to one prompt before anything else is done.
+def user_verifier(grade: UserFunction, name: str, first: Prompt) -> FunctionVerifier:
+    """Makes a verifier from a function, after a trial on an empty completion of one prompt.
 
     Args:
-        grade: The function. Where it gives feedback on the empty completion, it counts as one that gives feedback.
-        name: For messages.
+        grade: The function. If it gives feedback on the empty completion, it counts as one with feedback.
+        name: Name for messages.
         first: A prompt of the data.
 
     Raises:
-        UserError: The function cannot be called like that, or returns what is no reward.
+        UserError: The function cannot be called like that, or returns no reward.
     """
-    tried = OwnVerifier(grade, name)
-    return TalkingVerifier(grade, name) if tried.grade(first, "").feedback else tried
+    tried = FunctionVerifier(grade, name)
+    return FeedbackVerifier(grade, name) if tried.grade(first, "").feedback else tried
 
 
-def is_own(task: str | None) -> bool:
-    """Whether a task is a function of the user's own: `module:function`, or one that was given as an object."""
+def is_user_defined(task: str | None) -> bool:
+    """Whether a task is the user's own function: `module:function`, or one that was given as an object."""
     return task is not None and (task.startswith(IN_MEMORY) or _IMPORTED.fullmatch(task) is not None)
 
 
-def name_of(grade: Own) -> str:
-    """What stands for a function in the settings of a run: `module:function` where that leads to it again.
+def name_of(grade: UserGrading) -> str:
+    """The name of a function in a run's settings: `module:function` where that leads to it again.
 
     Raises:
         UserError: It cannot be called.
@@ -192,18 +192,18 @@ def name_of(grade: Own) -> str:
             "grade(group), or 'module:function'"
         )
     module, name = getattr(grade, "__module__", None), getattr(grade, "__qualname__", None)
-    found: Any = sys.modules.get(module) if module and module != "__main__" else None
+    named: Any = sys.modules.get(module) if module and module != "__main__" else None
     for part in str(name).split("."):
-        found = getattr(found, part, None)
-    if found is grade and _IMPORTED.fullmatch(f"{module}:{name}"):
+        named = getattr(named, part, None)
+    if named is grade and _IMPORTED.fullmatch(f"{module}:{name}"):
         return f"{module}:{name}"
     return f"{IN_MEMORY}{name or type(grade).__qualname__}"
 
 
-def imported(task: str) -> Own:
-    """The function, or the object with a method `grade(group)`, that `module:name` names.
+def imported(task: str) -> UserGrading:
+    """Imports the function, or the object with a method `grade(group)`, that `module:name` names.
 
-    The current folder is looked in, too, after all others.
+    The current folder is searched, too, after all others.
 
     Raises:
         UserError: No such module or function, or the module cannot be imported.
@@ -215,10 +215,10 @@ def imported(task: str) -> Own:
             "with retort.distill(resume=..., verifier=...)"
         )
     here = os.getcwd()
-    if here not in sys.path:  # for good: what it imports when it is called lies there, too
+    if here not in sys.path:  # permanently: modules that it imports when called lie there, too
         sys.path.append(here)
     try:
-        found: Any = importlib.import_module(module)
+        named: Any = importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f" (it imports '{error.name}')"
         raise UserError(
@@ -228,18 +228,18 @@ def imported(task: str) -> Own:
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"task = {task}: importing '{module}' raised {type(error).__name__}: {words}") from error
-    where = getattr(found, "__file__", None) or "built into Python"
+    where = getattr(named, "__file__", None) or "built into Python"
     for part in name.split("."):
-        if not hasattr(found, part):
-            names = [known for known in vars(found) if not known.startswith("_") and callable(getattr(found, known))]
+        if not hasattr(named, part):
+            names = [known for known in vars(named) if not known.startswith("_") and callable(getattr(named, known))]
             raise UserError(f"task = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
-        found = getattr(found, part)
-    if not _grades(found):
+        named = getattr(named, part)
+    if not _grades(named):
         raise UserError(
-            f"task = {task}: that is a {type(found).__name__}; name a function of a prompt and a completion, or an "
+            f"task = {task}: that is a {type(named).__name__}; name a function of a prompt and a completion, or an "
             "object with a method grade(group)"
         )
-    return cast("Own", found)
+    return cast("UserGrading", named)
 
 
 def _grades(own: object) -> bool:
@@ -248,17 +248,17 @@ def _grades(own: object) -> bool:
 
 def _raised(error: BaseException, at: str, what: str) -> UserError:
     kind, words = type(error).__name__, " ".join(str(error).split())
-    said = f"{kind}: {words[:300]}" if words else kind
-    return UserError(f"{at}: it raised {said} on {what}; whatever a model writes must get a reward")
+    returned = f"{kind}: {words[:300]}" if words else kind
+    return UserError(f"{at}: it raised {returned} on {what}; every completion must get a reward")
 
 
-def _checked(said: Any, at: str) -> Grade:
-    """What the user's own said of a completion, as plain numbers.
+def _checked(returned: Any, at: str) -> Grade:
+    """Checks the result of the user's own function, and returns it with plain numbers.
 
     Raises:
         UserError: It is no grade.
     """
-    grade = said if isinstance(said, Grade) else Grade(said)
+    grade = returned if isinstance(returned, Grade) else Grade(returned)
     reward = _number(grade.reward)
     if reward is None or not 0 <= reward <= 1:
         raise UserError(
@@ -277,7 +277,7 @@ def _checked(said: Any, at: str) -> Grade:
 
 
 def _whole(prompt: Prompt) -> bytes:
-    """A digest of all that a verifier may look at: rows to learn from and to judge on may have one id and one text."""
+    """A digest of all that a verifier may read: rows for training and for evaluation may share one id and one text."""
     return hashlib.sha256(repr(prompt).encode("utf-8", "surrogatepass")).digest()
 
 
