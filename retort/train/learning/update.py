@@ -17,7 +17,6 @@ from retort.core.losses import TokenLoss
 from retort.core.per_token import loss_pass
 from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
-from retort.core.steps import ALONE
 from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
 from retort.method import Method
@@ -254,7 +253,7 @@ def _scales(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
     index_N = batch.pack.steps_of(chosen)
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
     here = {name: in_N[index_N] for name, in_N in counted_N.items()}
-    cut = batch_scales(batch.method, batch.steps.select(index_N), here, ALONE)
+    cut = batch_scales(batch.method, batch.steps.select(index_N), here)
     return {
         name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, scale_N)
         for name, scale_N in cut.items()
