@@ -2,6 +2,7 @@
 # make test   lint, formatting, types, layers, tests
 # make quick  the same without pyright, with a selection of fast tests only: under a minute, after each edit
 # make slow   the tests that `make test` leaves out: many real processes with bad input
+# make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
@@ -23,7 +24,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests kernels docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -55,6 +56,11 @@ layers: dev
 tests: dev
 	$(STAGE) 'pytest'
 	@$(PYTEST) $(ARGS)
+
+# One test process: torchrun starts the others.
+ranks: dev
+	$(STAGE) 'pytest -m ranks'
+	@OMP_NUM_THREADS=1 $(BIN)/pytest -m ranks tests/ranks $(ARGS)
 
 slow: dev
 	$(STAGE) 'pytest -m slow'

@@ -15,6 +15,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Examination
+from retort.ranks import here, join
 from retort.rewards.user import UserGrading
 from retort.train import runner
 from retort.train.events.hooks import check_callbacks
@@ -100,6 +101,7 @@ def distill(
     objects |= models_argument(models, objects)
     flags, caller_objects = collect(objects, more, verifier)
     flags |= _present(method=named, out=path_argument("out", out), steps=steps, seed=seed)
+    join()
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
         if path is not None:
             _only_objects(flags, caller_objects, more)
@@ -110,7 +112,8 @@ def distill(
             check(run)
         run.callbacks = tuple(callbacks)
         run.go()
-        write_report(run.folder)
+        if run.world.leads:
+            write_report(run.folder)
     return run
 
 
@@ -229,6 +232,10 @@ def folder_of(config: configuration.Config) -> Path:
     """The folder of a new run: `out`, or runs/<method>-<time>, numbered if that is taken."""
     if config.out:
         return Path(config.out)
+    return here().first(lambda: _free_folder(config))
+
+
+def _free_folder(config: configuration.Config) -> Path:
     base = Path("runs") / f"{config.method['name']}-{time.strftime('%Y%m%d-%H%M%S')}"
     taken = (base.with_name(f"{base.name}-{number}") for number in range(2, 1000))
     return base if not base.exists() else next(path for path in taken if not path.exists())

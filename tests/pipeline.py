@@ -28,6 +28,7 @@ from retort.core.steps import Clock
 from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.models.sharding import Sharding
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train.learning.control import Control
@@ -246,7 +247,7 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
             _models[key] = load(config, name, role, given)
             if dtype is not None:
                 _models[key].model.to(dtype)  # type: ignore[call-overload]
-        return replace(_models[key], model=copy.deepcopy(_models[key].model))
+        return replace(_models[key], model=copy.deepcopy(_models[key].model), sharding=Sharding())
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load", once)

@@ -402,7 +402,7 @@ def test_a_page_that_is_wrong_is_noticed(text: str, complaint: str) -> None:
         "```py\nprint(1 + 1)  # 3\n```",
         "<!-- not run: needs a hub -->\n```python\nprint(1 + 1)  # 3\n```",
         "It is 0.125 nats (arXiv 2603.07079).\n```python\nprint(1 / 8)  # 0.125\n```",
-        "By `Steps.select` (`retort/core/steps.py`), `ALONE` (`retort/core/steps.py`), in `retort/envs/`.",
+        "By `Steps.select` (`retort/core/steps.py`), `quantile` (`retort/core/steps.py`), in `retort/envs/`.",
         "See [there](../README.md), [here](#part-2-k3-ends) and [out](https://example.org/x).\n## Part 2: `k3` ends",
     ],
 )

@@ -31,6 +31,7 @@ THEIRS = {
     "_hf_peft_config_loaded",
     "_keep_in_fp32_modules_strict",
     "_keys_to_ignore_on_load_unexpected",
+    "_no_split_modules",
     "_supports_default_dynamic_cache",
     # trl, which a benchmark measures
     "_chunked_divergence_loss",

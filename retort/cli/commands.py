@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         arguments = _arguments(words)
+        if "WORLD_SIZE" in os.environ and arguments.run is not _train:
+            from retort.ranks import refuse_several
+
+            refuse_several(words[0])
         code = int(arguments.run(arguments) or 0)
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -44,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _complain(message: str) -> None:
     """Prints an error on one line, unless standard error is closed."""
+    if "RANK" in os.environ:  # torchrun's: only then are processes brought together
+        from retort.ranks import may_speak
+
+        if not may_speak():
+            return
     message = visible(shortened(message, 2000))
     with contextlib.suppress(OSError, ValueError):
         print(f"retort: {message}", file=sys.stderr, flush=True)
@@ -183,7 +192,9 @@ _DOCTOR = (
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from retort import api, config
+    from rich.console import Console
+
+    from retort import api, config, ranks
     from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
@@ -194,7 +205,8 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.method is not None:
         flags["method"] = {"name": arguments.method}
     quiet_libraries()
-    observer = RichObserver(lasting_console())
+    leads = ranks.join().leads
+    observer = RichObserver(lasting_console() if leads else Console(quiet=True))
     try:
         if arguments.resume is not None:
             _only_steps(flags, files, pairs)
@@ -208,6 +220,8 @@ def _train(arguments: argparse.Namespace) -> int:
         run.go()
     finally:
         observer.close()
+    if not leads:
+        return 0
     page = api.write_report(run.folder)
     observer.console.print(
         visible(f"model:  {run.folder / 'model'}") + "\n" + visible(f"report: {page}"),

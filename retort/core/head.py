@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -91,6 +92,15 @@ class Head:
         if self.soft_cap is not None:
             product_CV = torch.tanh(product_CV / self.soft_cap) * self.soft_cap
         return product_CV
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Head:
+        """The same with other parts."""
+        weight_VD, bias_V, down_QD, up_VQ = (None if part is None else change(part) for part in self.parts)
+        assert weight_VD is not None
+        adapter = self.adapter
+        if adapter is not None and down_QD is not None and up_VQ is not None:
+            adapter = replace(adapter, down_QD=down_QD, up_VQ=up_VQ)
+        return replace(self, weight_VD=weight_VD, bias_V=bias_V, adapter=adapter)
 
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

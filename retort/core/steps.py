@@ -6,7 +6,7 @@ A new fact about a step is one column of `Steps`; a new fact about the moment is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -122,39 +122,6 @@ class Steps:
             None if self.group_N is None else _numbered(self.group_N[first_R]),
         )
 
-    @staticmethod
-    def joined(parts: Sequence[Steps]) -> Steps:
-        """Joins the steps of several workers, in order; rollouts and groups of two workers are never the same.
-
-        Args:
-            parts: Tables with the same stored values. A column that only some have is left out: where not all are
-                graded, the batch is not. A part without a step has the columns of the others.
-
-        Raises:
-            ValueError: Only some of them store a value.
-        """
-        parts = [part for part in parts if len(part)] or parts[:1]
-        moved: list[Steps] = []
-        rollouts = groups = 0
-        for part in parts:
-            group_N = None if part.group_N is None else part.group_N + groups
-            moved.append(replace(part, rollout_N=part.rollout_N + rollouts, group_N=group_N))
-            rollouts += _count(part.rollout_N)
-            groups += 0 if part.group_N is None else _count(part.group_N)
-
-        def column(get: Callable[[Steps], Tensor | None]) -> Tensor | None:
-            found = [own for own in map(get, moved) if own is not None]
-            return torch.cat(found) if len(found) == len(moved) else None
-
-        lacking = next((name for part in moved for other in moved for name in part.stored.keys() - other.stored), None)
-        if lacking is not None:
-            raise ValueError(
-                f"'{lacking}' is stored by some workers only, so it would be lost; store it on all of them"
-            )
-        stored = {name: torch.cat([part.stored[name] for part in moved]) for name in moved[0].stored}
-        columns = {name: column(lambda part, name=name: getattr(part, name)) for name in _COLUMNS}
-        return Steps(**columns, stored=stored)  # pyright: ignore[reportArgumentType]
-
     def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
         columns: dict[str, Tensor | None] = {name: getattr(self, name) for name in _COLUMNS}
         changed = {name: None if column_N is None else change(column_N) for name, column_N in columns.items()}
@@ -209,28 +176,9 @@ def quantile(values_N: Tensor, share: float) -> Tensor:
     return Rollouts(everything, torch.bincount(everything), None, None).quantile(values_N, share)[0]
 
 
-class Ranks:
-    """The workers that hold a batch together, each whole groups of it: here there is one.
-
-    A number taken over a batch (a percentile, a mean of a group, a denominator) is taken over the table of all workers,
-    and each keeps its own part: code that computes on a table need not know about ranks.
-    """
-
-    def gather(self, steps: Steps) -> tuple[Steps, slice]:
-        """The steps of all workers as one table (`Steps.joined`), and the slice of this worker's own."""
-        return steps, slice(0, len(steps))
-
-
-ALONE = Ranks()
-
-
 def _numbered(values: Tensor) -> Tensor:
     """Renumbers the values from 0 without gaps; the partition stays the same."""
     return torch.unique(values, return_inverse=True)[1]  # pyright: ignore
-
-
-def _count(index_N: Tensor) -> int:
-    return int(index_N.max()) + 1 if len(index_N) else 0
 
 
 def _positions(rollout_N: Tensor) -> Tensor:

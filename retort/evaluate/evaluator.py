@@ -28,6 +28,7 @@ from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
+from retort.ranks import Share, here
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
@@ -116,7 +117,7 @@ class Evaluator:
             completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
             completions that count as wrong because their comparison with the right answer did not finish, if any.
         """
-        before = 0 if self.verifier is None else self.verifier.given_up
+        before = self._given_up()
         rewards: list[list[float]] = []
         first: list[float | None] = []
         tallies: dict[str, tuple[list[float], list[float]]] = {}
@@ -126,8 +127,7 @@ class Evaluator:
             progress(0, len(self.prompts))
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
-            rollouts = self._answers(engine, block)
-            rollouts = rollouts if self.verifier is None else graded(self.verifier, rollouts)
+            rollouts = here().divide(block, lambda own: self._answers(engine, own), key=id)
             for index in range(len(block)):
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
                 known = [rollout.reward for rollout in own if rollout.reward is not None]
@@ -145,9 +145,13 @@ class Evaluator:
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
-        lost = 0 if self.verifier is None else self.verifier.given_up - before
+        lost = self._given_up() - before
         row |= {"given_up": lost} if lost else {}
         return {**row, "answers": answers} if answers else row
+
+    def _given_up(self) -> int:
+        verifier = self.verifier
+        return 0 if verifier is None else sum(here().each(lambda: verifier.given_up))
 
     def graded(self) -> dict[str, int]:
         """The number of prompts that can be graded, as `graded`, where that is only a part of them."""
@@ -155,32 +159,36 @@ class Evaluator:
         return {"graded": count} if 0 < count < len(self.prompts) else {}
 
     def _answers(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The model's answers to some prompts, graded where somebody grades."""
         tasks: list[Task] = []
         for prompt in prompts:
             context = TokenSequence.of(render(prompt, engine.tokenizer, self.template_options))
             for member in range(self.samples):
                 uniform_stream = UniformStream(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, uniform_stream))
-        return run_episodes(engine, tasks, Sampling(self.max_new_tokens, self.temperature, self.top_p))
+        written = run_episodes(engine, tasks, Sampling(self.max_new_tokens, self.temperature, self.top_p))
+        return written if self.verifier is None else graded(self.verifier, written)
 
     @torch.no_grad()
     def _compare(
         self, lm: LanguageModel, teacher: Teacher | None, rollouts: Sequence[Rollout]
     ) -> tuple[dict[str, Tensor], Pack]:
         """Entropies, divergences and log-probs at every token of the completions, [N] each, on the CPU."""
-        pack = Pack.of(list(rollouts))
+        pack, share = Pack.of(list(rollouts)), Share.of(in_groups(rollouts), here())
+        asked = in_groups(rollouts)[share.groups]
+        own = Pack.of([rollout for group in asked for rollout in group])
         signals = {}
         if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.score(in_groups(rollouts), ScoreRequest(View(), frozenset({DENSE})))}
+            signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({DENSE})))}
         was_training = lm.model.training
         lm.model.eval()
-        hidden_ND = lm.all_hidden([r.sequence for r in rollouts], self.batch_tokens)
+        hidden_ND = lm.all_hidden([r.sequence for r in own.rollouts], self.batch_tokens)
         values = _against_teacher if signals else _alone
-        steps = pack.steps.to(lm.device)
+        steps = own.steps.to(lm.device)
         with lm.compute():
             found = per_token(Core(values, steps, Clock(), signals, lm.head(), self.vocab), hidden_ND)
         lm.model.train(was_training)
-        return {name: values_N.cpu() for name, values_N in found.items()}, pack
+        return share.filled({name: values_N.cpu() for name, values_N in found.items()}, len(pack)), pack
 
     def _tally_values(
         self, tallies: dict[str, tuple[list[float], list[float]]], values: Mapping[str, Tensor], pack: Pack

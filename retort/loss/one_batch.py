@@ -18,7 +18,7 @@ from retort.core.losses import TokenLoss, TokenLosses
 from retort.core.per_token import Core, loss_pass, per_token
 from retort.core.random_streams import generator
 from retort.core.signals import Dense, TeacherSignal
-from retort.core.steps import ALONE, Clock, Steps
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.loss.scoring import Evaluate, observe, scored
 from retort.loss.terms import batch_scales, check_needs, counted, hidden_values, losses, term_values
@@ -176,7 +176,7 @@ class OneBatch:
 
         steps = scored(self.method, self.steps, core.clock, valid, evaluated, several=False)
         counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
-        scale_N = batch_scales(self.method, steps, counted_N, ALONE)
+        scale_N = batch_scales(self.method, steps, counted_N)
         state, clock = self._controlled(steps, core.clock, valid, evaluated)
         core = replace(core, steps=steps, clock=clock)
 

@@ -19,7 +19,7 @@ from retort.core.needs import SAMPLED, Need, NeedKind, can_meet
 from retort.core.parts import Part, per_step
 from retort.core.policy import Policy
 from retort.core.signals import TeacherSignal
-from retort.core.steps import Clock, Ranks, Steps
+from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
 
@@ -156,23 +156,21 @@ def counted(method: Method, valid: Mapping[str, Tensor | None], steps: int) -> d
     return counted_N
 
 
-def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The loss scales of each term, [N] each.
 
     Args:
         method: The method.
-        steps: The steps of one optimizer step that this worker holds.
+        steps: The steps of one optimizer step.
         counted_N: The steps that count in each term, see `counted`.
-        ranks: The workers that hold that optimizer step.
     """
-    whole, own = ranks.gather(steps.with_stored({f"counted/{name}": in_N for name, in_N in counted_N.items()}))
     return {
         term.name: reduce.loss_scales(
             term.denominator,
-            counted_N=whole.stored[f"counted/{term.name}"],
-            rollout_N=whole.rollout_N,
-            weight_N=_summed(term, whole.stored),
-        )[own]
+            counted_N=counted_N[term.name],
+            rollout_N=steps.rollout_N,
+            weight_N=_summed(term, steps.stored),
+        )
         for term in method.terms
     }
 

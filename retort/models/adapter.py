@@ -80,12 +80,16 @@ class Adapter:
         return adapted.base_layer, LowRank(down, up, float(adapted.scaling[NAME]))
 
     @torch.no_grad()
-    def merged(self) -> dict[str, Tensor]:
+    def merged(self, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The weights of an ordinary model with the same outputs, by the names of the model's folder.
 
         The model itself is not changed: adding an adapter and subtracting it again would leave rounding in its weights.
+
+        Args:
+            state: The model's state, where it was gathered from several ranks; its layers hold whole weights then.
         """
-        found = {own: x for name, x in self.model.state_dict().items() if (own := self.own_name(name)) is not None}
+        whole: Mapping[str, Tensor] = self.model.state_dict() if state is None else state
+        found = {own: x for name, x in whole.items() if (own := self.own_name(name)) is not None}
         for name, layer in self.layers.items():
             own, weight = _adapted(name, layer)
             found[own] = weight + layer.get_delta_weight(NAME).to(weight.dtype)
@@ -110,10 +114,11 @@ class Adapter:
                     "end; leave that layer out"
                 )
 
-    def save(self, folder: Path) -> None:
-        """Saves it in the format that `PeftModel.from_pretrained` opens."""
+    def save(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Saves it in the format that `PeftModel.from_pretrained` opens; `state` as in `merged`."""
+        given = {} if state is None else {"state_dict": {f"base_model.model.{name}": x for name, x in state.items()}}
         # peft would also save whole embeddings if the head is a target, though nothing in them has changed.
-        self.wrapper.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        self.wrapper.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, **given)
 
 
 def need_peft() -> None:

@@ -17,7 +17,9 @@ from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
+from retort.models.sharding import Sharding, full
 from retort.models.working import WorkingCopy
+from retort.ranks import World
 
 if TYPE_CHECKING:
     from torch.nn import Parameter
@@ -55,6 +57,7 @@ class LanguageModel:
         tried: Lengths in its settings beyond which all of that was tried.
         adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
+        sharding: How the weights are spread over ranks, where there are several; shared likewise.
         notes: Notes for the user.
     """
 
@@ -71,6 +74,7 @@ class LanguageModel:
     tried: list[int] = field(default_factory=lambda: [])
     adapter: Adapter | None = None
     working: WorkingCopy = field(default_factory=WorkingCopy)
+    sharding: Sharding = field(default_factory=Sharding)
     notes: list[str] = field(default_factory=lambda: [])
 
     @property
@@ -121,7 +125,7 @@ class LanguageModel:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
         found = hashlib.sha256()
         for name, parameter in (self.weights() | self.trainable()).items():
-            flat = parameter.detach().flatten()
+            flat = full(parameter.detach()).flatten()
             sample = flat[:: max(1, len(flat) // 64)].float().cpu()
             found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
         return found.hexdigest()
@@ -133,13 +137,46 @@ class LanguageModel:
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; `check_head` catches families with any other.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        return Head(
+        found = Head(
             layer.weight,
             getattr(layer, "bias", None),
             float(scale),
             getattr(config, "final_logit_softcapping", None),
             low_rank,
         )
+        return found.each(self.sharding.part) if self.sharding.on else found
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within, every rank holds all weights, for passes without gradient; all ranks enter it together."""
+        with self.sharding.whole():
+            try:
+                yield
+            finally:
+                if self.sharding.on:
+                    self.working.drop()  # copies of tensors that are about to be freed
+
+    def spread(self, world: World) -> None:
+        """Spreads the weights over ranks, each of which keeps a slice; whoever holds parameters asks for them anew.
+
+        Raises:
+            UserError: A family that cannot be spread.
+        """
+        self.sharding.spread(self.model, world, self.name)
+        if self.adapter is not None:
+            self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
+            self._probe()
+
+    def idle(self) -> None:
+        """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""
+        with self.compute():
+            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            hidden_11D = self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
+            parts = [part for part in self.head().parts if part is not None]
+        nothing = torch.stack([x.sum() for x in (hidden_11D, *parts)]).sum() * 0.0
+        if nothing.requires_grad:
+            nothing.backward()
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:

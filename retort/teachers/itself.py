@@ -20,6 +20,7 @@ from retort.core.rollouts import Group
 from retort.core.signals import Dense, TeacherSignal, as_compute
 from retort.errors import SignalError, UserError
 from retort.models.lm import LanguageModel
+from retort.models.sharding import full, like, slice_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher, reduced
 from retort.teachers.moving import Weights, frozen, live
@@ -79,6 +80,10 @@ class OwnWeights:
             yield
             return
         learning = list(self._learning.values())
+        if self.lm.sharding.on:  # layers are gathered from the slices themselves, so these are what changes
+            with _exchanged(learning, kept):
+                yield
+            return
         before = [parameter.data for parameter in learning]
         _point(learning, kept)
         try:
@@ -99,23 +104,18 @@ class OwnWeights:
         head, moves = self.lm.head(), self._moved(weights)
         learning = {p.data_ptr() for p in self._learning.values()} if weights.kind != "frozen" else set[int]()
         moving = any(part is not None and part.data_ptr() in learning for part in head.parts)
-        copied = moving and lasting and self.moves_within_batch
+        # Gathered weights are gone after this pass, whether they move or not.
+        gathered = lasting and self.lm.sharding.on
+        copied = gathered or (moving and lasting and self.moves_within_batch)
         narrow = torch.bfloat16 if self.lm.precision == "bf16" else None
 
-        def part(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None:
-                return None
-            if not copied or tensor.data_ptr() not in learning:
+        def part(tensor: Tensor) -> Tensor:
+            if not gathered and (not copied or tensor.data_ptr() not in learning):
                 return tensor.detach()
             # In the dtype of its products, to which they would be cast anyway.
             return tensor.detach().to(narrow or tensor.dtype, copy=True)
 
-        weight_VD, bias_V, down_QD, up_VQ = (part(tensor) for tensor in head.parts)
-        assert weight_VD is not None
-        adapter = head.adapter
-        if adapter is not None and down_QD is not None and up_VQ is not None:
-            adapter = replace(adapter, down_QD=down_QD, up_VQ=up_VQ)
-        now = replace(head, weight_VD=weight_VD, bias_V=bias_V, adapter=adapter)
+        now = head.each(part)
 
         def same() -> Head:
             if moving and not copied and self._moved(weights) != moves:
@@ -151,8 +151,8 @@ class OwnWeights:
         found: dict[str, float] = {}
         for weights, kept in moving.items():
             pairs = list(zip(kept, self._learning.values(), strict=True))
-            apart = sum(float((old - p.detach()).double().square().sum()) for old, p in pairs) ** 0.5
-            size = sum(float(p.detach().double().square().sum()) for _, p in pairs) ** 0.5
+            apart = sum(float(full((old - p.detach()).double().square().sum())) for old, p in pairs) ** 0.5
+            size = sum(float(full(p.detach().double().square().sum())) for _, p in pairs) ** 0.5
             name = "teacher_lag" if len(moving) == 1 else f"teacher_lag/{_label(weights)}"
             found[name] = apart / size if size else 0.0
         return found
@@ -179,8 +179,13 @@ class OwnWeights:
             wrong = sorted(given ^ own.keys())[0]
             raise UserError(f"the checkpoint is of a method whose self-teachers move otherwise (tensor '{wrong}')")
         for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+            tensor.copy_(like(tensor, tensors[name]))
         self.lm.working.drop()
+
+    def spread(self) -> None:
+        """Keeps slices of the copies, as the student keeps of its weights; to be called after it was spread."""
+        for kept in self._kept.values():
+            kept[:] = [like(p, tensor) for p, tensor in zip(self._learning.values(), kept, strict=True)]
 
 
 class SelfTeacher:
@@ -210,7 +215,7 @@ class SelfTeacher:
         return mixed if request.whole else reduced(mixed, request.needs, request.student_ids_NK)
 
     def _side(self, groups: Sequence[Group], request: ScoreRequest, side: Weights, *, lasting: bool) -> TeacherSignal:
-        with self.weights.in_place(side):
+        with self.weights.in_place(side), self.local.lm.whole():
             return self.local.score(groups, request, head=self.weights.head(side, lasting=lasting))
 
 
@@ -244,6 +249,22 @@ def mix(signals: Sequence[TeacherSignal], coefs: Sequence[float]) -> Dense:
 def _point(parameters: Iterable[torch.nn.Parameter], tensors: Iterable[Tensor]) -> None:
     for parameter, tensor in zip(parameters, tensors, strict=True):
         parameter.data = tensor
+
+
+@contextlib.contextmanager
+def _exchanged(parameters: Sequence[Tensor], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the parameters hold the values of the tensors; of both, each rank has a slice."""
+    mine = [slice_of(parameter.detach()) for parameter in parameters]
+    before = [own.clone() for own in mine]
+    with torch.no_grad():
+        for own, tensor in zip(mine, tensors, strict=True):
+            own.copy_(slice_of(tensor))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for own, value in zip(mine, before, strict=True):
+                own.copy_(value)
 
 
 def _label(weights: Weights) -> str:

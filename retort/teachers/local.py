@@ -111,8 +111,9 @@ class LocalTeacher:
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
-        hidden_ND, logits = self._hidden(pack, prompts), self._logits
-        unchanged = head or self._unchanged_head()
+        with self.lm.whole():
+            hidden_ND, logits = self._hidden(pack, prompts), self._logits
+            unchanged = head or self._unchanged_head()
         valid_N = prompts.valid_N(pack)
 
         def rows(index_C: Tensor | slice) -> Tensor:
@@ -131,6 +132,9 @@ class LocalTeacher:
         return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
+        if self.lm.sharding.on:
+            kept = self.lm.head().each(lambda part: part.detach().clone())  # gathered, and gone after this pass
+            return lambda: kept
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
 
         def head() -> Head:

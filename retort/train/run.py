@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,14 +11,13 @@ from typing import Any
 
 from retort import config as configuration
 from retort.controllers import Probe
-from retort.core.needs import Need
 from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
-from retort.data import fingerprint
 from retort.errors import RetortError, RunError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.ranks import World, here
 from retort.train.events.advice import advice
 from retort.train.events.hooks import call
 from retort.train.events.interruptions import Interruptions
@@ -30,14 +29,15 @@ from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
 from retort.train.output import export, record, results
 from retort.train.output.evaluations import Evaluations
-from retort.train.output.identity import compare, identity
+from retort.train.output.identity import identity
+from retort.train.output.saved import refuse_other_run, state_of
 from retort.train.output.summary import summary
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
-from retort.train.storage.folder import Claim, refuse_files
+from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
 from retort.train.storage.metrics import JsonLines, Stopwatch
-from retort.train.teaching.digests import adapter_state, digests, refuse_other_adapter, refuse_others
+from retort.train.teaching.asking import Needs, ask
 
 
 @dataclass(repr=False)
@@ -54,6 +54,7 @@ class Run:
         callbacks: Objects that the run calls, see `retort.train.callbacks.Callback`.
         caller_objects: Models, rows and a verifier that the caller passed as objects.
         new: Whether its folder has yet to be made.
+        world: The ranks that make it together; the first one alone writes and is watched.
         results: The before/after table, `eval.json`: `rows`, one per evaluated model, and `gap_recovered`.
 
     Nothing is written before `go`.
@@ -68,6 +69,7 @@ class Run:
     callbacks: Sequence[Any] = ()
     caller_objects: CallerObjects = field(default_factory=CallerObjects)
     new: bool = False
+    world: World = field(default_factory=here)
 
     def __post_init__(self) -> None:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
@@ -83,7 +85,8 @@ class Run:
         self._saved: Path | None = None
         self._stop: str | None = None
         self._newest = checkpoint.newest(self.folder / "checkpoints")
-        self._claim = Claim(self.folder)
+        self._claim = Claim(self.folder) if self.world.leads else NoClaim(self.folder)
+        self.observer = self.observer if self.world.leads else Silent()
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
 
@@ -125,6 +128,13 @@ class Run:
         """
         for _, method in self.prepared.phases:
             self.teachers.check(method)
+        with self.world.watched(f"go on with: {self._go_on}"):
+            self._go()
+        return self
+
+    def _go(self) -> None:
+        self.learner.spread()
+        self.teachers.spread()
         self.open()
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)
@@ -137,7 +147,6 @@ class Run:
             raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
-        return self
 
     def _train(self, tracker: Tracker) -> None:
         every = self.prepared.config.checkpoint.every
@@ -168,8 +177,7 @@ class Run:
                 scores = evaluations.student(self._progress("evaluating the student"), results.AFTER)
             self.results = evaluations.results
             self._call("on_eval", scores)
-        self._claim.check()
-        export.write_model(self.prepared, self.folder / "model", self.results, self.step)
+        export.write_model(self.prepared, self.folder / "model", self.results, self.step, self._claim.check)
         if evaluations:  # The table comes last: what cannot be shown has been written all the same.
             self.observer.table(self.results)
 
@@ -181,6 +189,14 @@ class Run:
         """
         if self._claim.held:
             return
+        self.world.first(self._open)
+        refuse_unshared(self.folder, self.world)
+        if not self.world.leads:
+            self._claim.take()
+            self.source.go_back(self.step)
+        self.new = False
+
+    def _open(self) -> None:
         self._claim.take(make=self.new)
         try:
             if self.new:
@@ -199,7 +215,6 @@ class Run:
         except BaseException:
             self._claim.release()
             raise
-        self.new = False
 
     def _one_step(self) -> dict[str, Any]:
         """Generates one batch of rollouts, has the teachers score it, and learns from it."""
@@ -240,10 +255,8 @@ class Run:
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
 
-    def _signals(
-        self, method: Method, groups: Sequence[Group], needs: Mapping[str, frozenset[Need]]
-    ) -> dict[str, TeacherSignal]:
-        return self.teachers.score(method, groups, needs, partial(self.learner.top_ids, method, groups))
+    def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
+        return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """Means of a probe's values over all tokens of the completions of its held-out prompts."""
@@ -289,39 +302,27 @@ class Run:
 
     def save(self) -> Path:
         """Writes a checkpoint, and removes those that need not be kept."""
-        folder = self.folder / "checkpoints"
+        folder, best = self.folder / "checkpoints", self.best
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
-        self._claim.check()
         weights, tensors, counts = self.learner.tensors()
-        state = {
-            **counts,
-            "best": self.best,
-            "data": fingerprint(self.source.prompts),
-            **digests(self.teachers),
-            "precision": self.student.precision,
-            "advised": sorted(self._advised),
-            "run": self._identity,
-            **adapter_state(self.student),
-        }
+        state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
-        self._saved = path = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
-        checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=self.best[1] if self.best else None)
-        return path
+        found = checkpoint.Checkpoint(self.step, weights, tensors, state, parts)
+
+        def written() -> Path:
+            self._claim.check()
+            path = checkpoint.save(folder, found)
+            checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=best[1] if best else None)
+            return path
+
+        self._saved = self.world.first(written)
+        return self._saved
 
     def restore(self, path: Path) -> None:
         """Restores the state of a checkpoint. The run's files stay as they are until `go`."""
         found = checkpoint.load(path)
-        if found.state["data"] != fingerprint(self.source.prompts):
-            raise UserError(
-                f"{path}: the training data changed since this checkpoint; resume with the data it was made with"
-            )
-        refuse_other_adapter(path, found.state, self.student)
-        refuse_others(path, found.state, self.teachers, self.student)
-        parameters = self.student.trainable()
-        if {name: p.shape for name, p in parameters.items()} != {name: w.shape for name, w in found.weights.items()}:
-            raise UserError(f"{path}: the student {self.student.name} is another model than the one it was made with")
-        compare(path, found.state, self._identity, self.folder, self.observer.note)
+        refuse_other_run(path, found, self.prepared, self._identity, self.observer.note)
         self.step = found.step
         self.learner.restore(found)
         self.control.restore(found.parts)
@@ -372,7 +373,7 @@ class Run:
 
     def _call(self, hook: str, *arguments: Any) -> None:
         with self._safe(RunError):
-            self._stop = call(self.callbacks, hook, self, *arguments) or self._stop
+            self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *arguments))[0] or self._stop
 
     @contextlib.contextmanager
     def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
@@ -390,10 +391,10 @@ class Run:
             ) from error.__cause__
 
     def _stop_if_requested(self) -> None:
-        if self._interrupted.by is None:
+        by = self.world.any(self._interrupted.by)
+        if by is None:
             return
         self.save()
         raise RunError(
-            f"{self._interrupted.by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: "
-            f"{self._go_on}"
+            f"{by} at step {self.step} of {self.prepared.steps}; everything is saved, go on with: {self._go_on}"
         )

@@ -9,6 +9,7 @@ from retort import config as configuration
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
+from retort.ranks import here, join
 from retort.rewards.user import IN_MEMORY
 from retort.train.events.observe import Observer, Silent
 from retort.train.given.given import CallerObjects
@@ -40,6 +41,7 @@ def start(
     Raises:
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
+    join()
     refuse_taken(folder)
     prepared = prepare(config, method, caller_objects)
     config = prepared.config  # The resolved settings name no idle teacher.
@@ -87,8 +89,9 @@ def resume(
     """
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
+    join()
     folder, _ = checkpoint.find(path)
-    refuse_held(folder)
+    here().first(lambda: refuse_held(folder))
     return load(path, observer, steps=steps, method=method, caller_objects=caller_objects)
 
 

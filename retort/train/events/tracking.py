@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from retort.errors import UserError, did_you_mean
+from retort.ranks import here
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -59,7 +60,7 @@ def open_tracker(name: str | None, *, run_dir: Path, config: Mapping[str, Any]) 
         UserError: Unknown name, or the packages behind it are not installed.
     """
     need(name)
-    if name is None:
+    if name is None or not here().leads:
         return _Nowhere()
     return _Accelerate(_start(name, run_dir), dict(_flat(config)))
 

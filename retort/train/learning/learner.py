@@ -19,6 +19,8 @@ from retort.core.steps import Clock, Steps
 from retort.loss import scoring
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.models.sharding import gathered, like
+from retort.ranks import Share
 from retort.train.learning.passes import Batch, Passes
 from retort.train.learning.update import Update, learn
 from retort.train.storage import checkpoint
@@ -46,14 +48,35 @@ class Learner:
     begun: int = 0
 
     def __post_init__(self) -> None:
+        self.optimizer: torch.optim.Optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
-        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             list(self.lm.trainable().values()),
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
             fused=True,  # A fused step passes over the weights once, not a dozen times: a fifth of the time on a CPU.
         )
+
+    def spread(self) -> None:
+        """Spreads the student and its optimizer over the ranks; in a single process it does nothing.
+
+        Raises:
+            UserError: The student's family cannot be spread.
+        """
+        world, before = self.passes.world, checkpoint.optimizer_tensors(self.optimizer)
+        if world.size == 1:
+            return
+        self.lm.spread(world)
+        self.optimizer = self._optimizer()
+        self._put_optimizer(before)
+
+    def _put_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        own = {name: like(parameters[int(name.partition(".")[0])], x) for name, x in tensors.items()}
+        checkpoint.restore_optimizer(self.optimizer, own)
 
     @property
     def lm(self) -> LanguageModel:
@@ -70,7 +93,7 @@ class Learner:
     ) -> Batch:
         """Packs rollouts with their signals; arguments as in `score`."""
         pack = Pack.of([rollout for group in groups for rollout in group])
-        return Batch(method, pack, pack.steps, signals, clock)
+        return Batch(method, pack, pack.steps, signals, clock, share=Share.of(groups, self.passes.world))
 
     def score(
         self, method: Method, groups: Sequence[Group], signals: Mapping[str, TeacherSignal], clock: Clock
@@ -80,7 +103,7 @@ class Learner:
         Args:
             method: The method that is applied.
             groups: The rollouts by group.
-            signals: The teachers' signals by view.
+            signals: The teachers' signals by view; of several ranks, those about this rank's share.
             clock: The position in the run.
         """
         bare = self.batch(method, groups, signals, clock)
@@ -129,16 +152,17 @@ class Learner:
         self.begun = self.updates
 
     def tensors(self) -> tuple[Mapping[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """State for a checkpoint: weights, optimizer tensors, plain values."""
+        """State for a checkpoint: weights, optimizer tensors, plain values; rank 0 has the tensors."""
         counts = {"updates": self.updates, "begun": self.begun}
-        return self.lm.trainable(), checkpoint.optimizer_tensors(self.optimizer), counts
+        world = self.passes.world
+        return gathered(self.lm.trainable(), world), checkpoint.optimizer_tensors(self.optimizer, world), counts
 
     @torch.no_grad()
     def restore(self, found: checkpoint.Checkpoint) -> None:
         """Restores the student and its optimizer from a checkpoint."""
         for name, parameter in self.lm.trainable().items():
-            parameter.copy_(found.weights[name])
-        checkpoint.restore_optimizer(self.optimizer, found.optimizer)
+            parameter.copy_(like(parameter, found.weights[name]))
+        self._put_optimizer(found.optimizer)
         self.updates, self.begun = int(found.state["updates"]), int(found.state["begun"])
 
     def _with_sentences(self, method: Method, pack: Pack) -> Steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock, Steps
 from retort.method import Method, Watch
 from retort.models.lm import LanguageModel
+from retort.ranks import WHOLE_BATCH, Share, World, here
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Batch:
         signals: The teachers' signals by view.
         clock: The position in the run.
         watches: Curves that are computed from it.
+        share: Which of its groups this rank computes; its signals are about these alone.
     """
 
     method: Method
@@ -38,11 +40,13 @@ class Batch:
     signals: Mapping[str, TeacherSignal]
     clock: Clock
     watches: tuple[Watch, ...] = ()
+    share: Share = WHOLE_BATCH
 
     @cached_property
     def valid(self) -> dict[str, Tensor | None]:
         """`TeacherSignal.valid_N` of each view, bool [N], fetched once to the CPU, where a batch is kept."""
-        return {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
+        own = {name: None if s.valid_N is None else s.valid_N.cpu() for name, s in self.signals.items()}
+        return self.share.valid(own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +57,29 @@ class Passes:
         lm: The student.
         vocab: Number of ids that it shares with all teachers.
         batch_tokens: Tokens per forward pass.
+        world: The ranks that learn together.
     """
 
     lm: LanguageModel
     vocab: int
     batch_tokens: int
+    world: World = field(default_factory=here)
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
         """Splits rollouts, by their index in the pack, into what fits one forward pass."""
+        if not rollouts:
+            return []
         batches = self.lm.batches([pack.rollouts[i].sequence for i in rollouts], self.batch_tokens)
         return [[rollouts[i] for i in batch] for batch in batches]
+
+    def spare(self, passes: int) -> int:
+        """How many more passes the busiest rank makes than this one, which makes so many; asked before the first."""
+        return max(self.world.each(lambda: passes)) - passes
+
+    def idle(self, passes: int) -> None:
+        """Passes that add nothing, with which a rank keeps step: gradients are exchanged in every pass."""
+        for _ in range(passes):
+            self.lm.idle()
 
     def hidden(self, pack: Pack, rollouts: Sequence[int]) -> Tensor:
         """The student's hidden states at the steps of some rollouts, [N, D]."""
@@ -71,7 +88,7 @@ class Passes:
     def core(self, batch: Batch, index_N: Tensor, values: Values) -> Core:
         """The loss core for some steps of a batch."""
         device = self.lm.device
-        signals = {name: signal.select(index_N.to(device)) for name, signal in batch.signals.items()}
+        signals = {name: signal.select(batch.share.local(index_N).to(device)) for name, signal in batch.signals.items()}
         steps = batch.steps.select(index_N).to(device)
         return Core(values, steps, batch.clock, signals, self.lm.head(), self.vocab, batch.method.temperature)
 
@@ -79,28 +96,31 @@ class Passes:
     def evaluate(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """A function of the context at every step of a batch, without gradient: named values, [N] each."""
         found: dict[str, Tensor] = {}
-        for chosen in self.micro_batches(batch.pack, range(len(batch.pack.rollouts))):
-            hidden_ND = self.hidden(batch.pack, chosen)
-            with self.lm.compute():
-                core = self.core(batch, batch.pack.steps_of(chosen), values)
-                fill(found, batch.pack, chosen, per_token(core, hidden_ND))
-        return found
+        with self.lm.whole():
+            for chosen in self.micro_batches(batch.pack, batch.share.own(range(len(batch.pack.rollouts)))):
+                hidden_ND = self.hidden(batch.pack, chosen)
+                with self.lm.compute():
+                    core = self.core(batch, batch.pack.steps_of(chosen), values)
+                    fill(found, batch.pack, chosen, per_token(core, hidden_ND))
+        return batch.share.columns(found, len(batch.pack))
 
     @torch.no_grad()
     def top_ids(self, method: Method, pack: Pack, k: int) -> Tensor:
         """The student's `k` most likely ids at every step: int64 [N, K] on the CPU, most likely first.
 
         For teachers that cannot hand over a whole distribution. Exact, as the student is now and at the temperature of
-        the loss; fewer than `k` where student and teachers share fewer. Costs a forward pass.
+        the loss; fewer than `k` where student and teachers share fewer. Costs a forward pass. All ranks ask together,
+        each about a pack of its own.
         """
         bare = Batch(method, pack, pack.steps, {}, Clock())
         ids_NK = torch.zeros(len(pack), min(k, self.vocab), dtype=torch.long)
-        for chosen in self.micro_batches(pack, range(len(pack.rollouts))):
-            hidden_ND = self.hidden(pack, chosen)
-            index_N = pack.steps_of(chosen)
-            with self.lm.compute():
-                core = self.core(bare, index_N, lambda context: {"ids": context.student.topk(k)[0]})
-                ids_NK[index_N] = per_token(core, hidden_ND)["ids"].cpu()
+        with self.lm.whole():
+            for chosen in self.micro_batches(pack, range(len(pack.rollouts))):
+                hidden_ND = self.hidden(pack, chosen)
+                index_N = pack.steps_of(chosen)
+                with self.lm.compute():
+                    core = self.core(bare, index_N, lambda context: {"ids": context.student.topk(k)[0]})
+                    ids_NK[index_N] = per_token(core, hidden_ND)["ids"].cpu()
         return ids_NK
 
     def evaluator(self, batch: Batch) -> Evaluator:

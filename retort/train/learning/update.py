@@ -17,10 +17,10 @@ from retort.core.losses import TokenLoss
 from retort.core.per_token import loss_pass
 from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
-from retort.core.steps import ALONE
 from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
 from retort.method import Method
+from retort.models.sharding import full
 from retort.train.learning.diagnose import add_noise_floor, add_positions
 from retort.train.learning.passes import Batch, Passes, fill
 from retort.train.learning.variance import adam_variance
@@ -84,7 +84,7 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
                 for name, values_N in values.items():
                     recorded.setdefault(name, torch.full_like(values_N, math.nan))[index_N] = values_N[index_N]
             with watch("optimizer"):
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip))
+                norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)))
                 if not math.isfinite(norm):
                     raise RunError(f"step {batch.clock.step + 1}: the gradient is {norm}; stopping before the update")
                 rate = settings.learning_rate * update.factor(updates_done)
@@ -120,17 +120,25 @@ def _gradients(
     scale_N = _scales(batch, chosen)
     found: dict[str, Tensor] = {}
     names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
-    micros = passes.micro_batches(pack, chosen)
+    micros = passes.micro_batches(pack, batch.share.own(chosen))
+    spare = passes.spare(len(micros))
     parts_done = [_backward(passes, batch, micro, every, scale_N, watch) for micro in micros]
-    with watch("backward"):  # The loop waits for a GPU once, after all of them.
-        added = torch.stack([added for added, _ in parts_done]).tolist()
+    passes.idle(spare)
+
+    def finished() -> list[list[float]]:
+        with watch("backward"):  # a GPU is waited for once, after all of them
+            added = torch.stack([added for added, _ in parts_done]).tolist() if parts_done else []
+        for micro, (_, values), row in zip(micros, parts_done, added, strict=True):
+            if not math.isfinite(row[0]):
+                raise _not_finite(passes, batch, micro, values)
+            fill(found, pack, micro, values)
+        return added
+
     total = dict.fromkeys(names, 0.0)
-    for micro, (_, values), row in zip(micros, parts_done, added, strict=True):
-        if not math.isfinite(row[0]):
-            raise _not_finite(passes, batch, micro, values)
+    for row in (row for rows in passes.world.each(finished) for row in rows):
         for name, value in zip(names, row, strict=True):
             total[name] += value
-        fill(found, pack, micro, values)
+    found = batch.share.columns(found, len(pack))
     for name, value in total.items():
         logged.add(name, value)
     # Curves are about what the student generates; where it never does (data alone), about what it reads.
@@ -216,9 +224,12 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
     whole = [torch.zeros_like(p) for p in parameters]
     scale_N, idle = _scales(batch, chosen), Stopwatch()
     squares = 0.0
-    for own in visits.values():
-        for micro in passes.micro_batches(batch.pack, own):
+    for visit in visits.values():
+        micros = passes.micro_batches(batch.pack, batch.share.own(visit))
+        spare = passes.spare(len(micros))
+        for micro in micros:
             _backward(passes, batch, micro, term_values(batch.method), scale_N, idle)
+        passes.idle(spare)
         squares += _square([p.grad for p in parameters if p.grad is not None])
         for total, parameter in zip(whole, parameters, strict=True):
             if parameter.grad is not None:
@@ -229,7 +240,7 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
 
 
 def _square(tensors: Sequence[Tensor]) -> float:
-    return sum(float(torch.linalg.vector_norm(x, dtype=torch.float64)) ** 2 for x in tensors)
+    return sum(float(full(torch.linalg.vector_norm(x, dtype=torch.float64))) ** 2 for x in tensors)
 
 
 def _one_distribution(method: Method) -> bool:
@@ -242,7 +253,7 @@ def _scales(batch: Batch, chosen: Sequence[int]) -> dict[str, Tensor]:
     index_N = batch.pack.steps_of(chosen)
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
     here = {name: in_N[index_N] for name, in_N in counted_N.items()}
-    cut = batch_scales(batch.method, batch.steps.select(index_N), here, ALONE)
+    cut = batch_scales(batch.method, batch.steps.select(index_N), here)
     return {
         name: torch.zeros(len(batch.steps), dtype=torch.float64).index_copy(0, index_N, scale_N)
         for name, scale_N in cut.items()
@@ -275,7 +286,8 @@ def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: M
             continue
         step = int(steps[int(bad[0])])
         rollout = batch.pack.rollouts[int(batch.steps.rollout_N[step])]
-        ids = _banned(batch.signals[term.against], step, int(batch.steps.tokens_N[step]))
+        place_there = int(batch.share.local(torch.tensor(step)))
+        ids = _banned(batch.signals[term.against], place_there, int(batch.steps.tokens_N[step]))
         names = ", ".join(f"{i} ({passes.lm.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
         banned = f"the teacher gives probability 0 to id {names}, which the student may generate"
         position = int(batch.steps.position_N[step])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from retort.models.sharding import full
+
 
 def adam_variance(optimizer: torch.optim.Optimizer) -> float:
     r"""Variance of the gradient summed over all weights, from Adam's moments: :math:`\sum \hat v - \sum \hat m^2`.
@@ -20,7 +22,7 @@ def adam_variance(optimizer: torch.optim.Optimizer) -> float:
             if not state:
                 continue
             step = float(state["step"])
-            second = float(state["exp_avg_sq"].sum(dtype=torch.float64)) / (1.0 - beta2**step)
-            mean = float(torch.linalg.vector_norm(state["exp_avg"], dtype=torch.float64)) / (1.0 - beta1**step)
+            second = float(full(state["exp_avg_sq"].sum(dtype=torch.float64))) / (1.0 - beta2**step)
+            mean = float(full(torch.linalg.vector_norm(state["exp_avg"], dtype=torch.float64))) / (1.0 - beta1**step)
             total += second - mean**2
     return total

@@ -15,6 +15,7 @@ from retort.errors import UserError
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
+from retort.ranks import here, local_rank
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
@@ -95,6 +96,12 @@ def device_for(config: Config) -> str:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device = cuda, but torch sees no CUDA device here; use device=cpu or install a CUDA build of torch"
+        )
+    local, devices = local_rank(), torch.cuda.device_count()
+    if config.device != "cpu" and 0 < devices <= local:
+        raise UserError(
+            f"more ranks than devices: rank {here().rank} is number {local} on its machine, and torch sees {devices} "
+            f"CUDA devices there; start with --nproc-per-node {devices}, or set device=cpu"
         )
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

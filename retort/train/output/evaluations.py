@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from retort.evaluate.evaluator import Evaluator
+from retort.ranks import here
 from retort.teachers.local import LocalTeacher
 from retort.train.models.models import engine
 from retort.train.output import results
@@ -82,11 +83,15 @@ class Evaluations:
     def _evaluate(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
         assert self._evaluator is not None
         generator = engine(self._prepared.config, lm, self._evaluator.vocab)
-        return self._evaluator.evaluate(lm, generator, teacher=teacher, progress=progress)
+        with lm.whole():
+            return self._evaluator.evaluate(lm, generator, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
-        self._check()
-        self.results = results.add(self._folder, self.results, who, row)
+        def added() -> dict[str, Any]:
+            self._check()
+            return results.add(self._folder, self.results, who, row)
+
+        self.results = here().first(added)
 
     def _teacher(self) -> Any:
         """The teacher that completions are compared with, where some view of the method is of it."""

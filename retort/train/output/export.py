@@ -3,40 +3,71 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from retort.align.stops import STOP_IDS_KEY
 from retort.errors import RunError
 from retort.files import disk_full, new_folder, reason, write_text
 from retort.models.lm import LanguageModel
+from retort.ranks import here
 from retort.train.output.card import ADAPTER, adapter_card, card
 from retort.train.setup.prepare import Prepared
 
 
-def write_model(prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int) -> None:
+def write_model(
+    prepared: Prepared, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None] = lambda: None
+) -> None:
     """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
 
     An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
+    Of several ranks, all bring their slices of the weights, one tensor after another, and the first one writes.
+
+    Args:
+        prepared: The run.
+        folder: Of the model.
+        results: The before/after table.
+        step: Batches done.
+        check: Called before anything is written.
 
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
+    world, student = here(), prepared.student
+    state = student.sharding.state(student.model, world) if student.sharding.on else None
+    with student.whole():
+        weights = state if student.adapter is None else student.adapter.merged(state)
+
+    def written() -> None:
+        check()
+        _write(prepared, folder, results, step, state, weights)
+
+    world.first(written)
+
+
+def _write(
+    prepared: Prepared,
+    folder: Path,
+    results: Mapping[str, Any],
+    step: int,
+    state: dict[str, Tensor] | None,
+    weights: dict[str, Tensor] | None,
+) -> None:
     student = prepared.student
-    merged = None if student.adapter is None else student.adapter.merged()
     bare = student.model.generation_config
     try:
         if student.adapter is not None:
             with new_folder(folder.with_name(ADAPTER)) as temporary:
-                student.adapter.save(temporary)
+                student.adapter.save(temporary, state)
                 write_text(temporary / "README.md", adapter_card(prepared))
         with new_folder(folder) as temporary:
             with _with_stops(student):
                 student.model.generation_config = student.saved_generation
-                student.model.save_pretrained(temporary, state_dict=merged)
+                student.model.save_pretrained(temporary, state_dict=weights)
                 student.tokenizer.save_pretrained(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
     except Exception as error:  # A tokenizer that meets a full disk raises a plain Exception.

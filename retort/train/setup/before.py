@@ -21,6 +21,7 @@ from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
+from retort.ranks import here
 from retort.train.events import tracking
 from retort.train.setup import templates
 
@@ -96,6 +97,25 @@ def step_count(config: Config, prompts: int) -> int:
 def batch_prompts(config: Config, prompts: int) -> int:
     """Number of prompts per batch: as set, or all there are."""
     return min(config.rollout.prompts, prompts)
+
+
+def need_groups(config: Config, prompts: int) -> None:
+    """Refuses several ranks of which one would have nothing to do.
+
+    Raises:
+        UserError: A batch has fewer prompts than there are ranks.
+    """
+    batch, ranks = batch_prompts(config, prompts), here().size
+    if batch < ranks:
+        raise UserError(
+            f"a batch of {batch} prompts is less than one for each of {ranks} ranks, and the completions of a prompt "
+            f"stay together; raise rollout.prompts{'' if prompts >= ranks else ' and give more data'}, or start with "
+            f"--nproc-per-node {batch}"
+        )
+    if config.attention == "auto" and ranks > 1:
+        raise UserError(
+            "attention = auto is measured, and several ranks may measure differently; name one, as in attention=sdpa"
+        )
 
 
 def fit_steps(config: Config, method: Method, prompts: int, notes: list[str]) -> Config:

@@ -28,7 +28,7 @@ from retort.train.learning.passes import Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, local_teacher, sources
 from retort.train.setup import pair
-from retort.train.setup.before import batch_prompts, check_before_loading, step_count
+from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
@@ -112,6 +112,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     data = read_data(config, method, names[2], notes, caller_objects)
     stage = Stage(templates(config.templates), config.seed, data.train, config.rollout.max_view_tokens)
     need_context(method, data.full, stage, notes)
+    need_groups(config, len(data.train))
     model_paths = pair.model_paths(config, method, *names[:2])
     device_for(config)
     read = {name: path for name, path in model_paths.items() if name != "base" or path != model_paths["student"]}
@@ -178,6 +179,7 @@ def _parties(
         vocab=vocab,
         teacher_generator=_teacher_generator(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
+        whole=student.whole,
     )
     learner = Learner(
         Passes(student, vocab, optimizer.batch_tokens),

@@ -15,6 +15,7 @@ from retort.config import Config
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
+from retort.ranks import here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,7 +25,7 @@ __all__ = ["Extremes", "check_prompts", "check_rendered", "ends", "refuse_views"
 
 def today() -> str:
     """The present day as ISO 8601."""
-    return date.today().isoformat()
+    return here().agree(date.today().isoformat())  # Ranks may start on both sides of midnight.
 
 
 def settled(config: Config, tokenizers: Mapping[str, PreTrainedTokenizerBase], notes: list[str]) -> Config:

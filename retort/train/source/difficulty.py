@@ -38,7 +38,7 @@ def difficulties(
     order, prompts, file = plan.order, source.prompts, JsonLines(folder / FILE)
     assert order is not None
     file.cut(0)  # This drops a line that was cut off.
-    found = {row["prompt_id"]: row["pass_rate"] for row in file.rows()}
+    found = source.world.first(lambda: {row["prompt_id"]: row["pass_rate"] for row in file.rows()})
     blocks = range(0, len(prompts), _BLOCK)
     # Whole blocks: with other neighbours a batch may round otherwise.
     missing = [start for start in blocks if any(p.id not in found for p in prompts[start : start + _BLOCK])]

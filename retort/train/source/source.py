@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.errors import RunError, UserError
 from retort.method import Method
+from retort.ranks import World, here
 from retort.rewards.base import Grader, graded
 from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Engine, Sampling
@@ -55,6 +57,8 @@ class Source:
         teacher_generator: Generates as the teacher for the student, where there is one.
         grader: Grades rollouts, where any of the data has answers.
         cache: Rollouts of earlier batches; a run sets its own.
+        world: The ranks, each of which generates and grades a part of the batch.
+        whole: Within it the student can generate without the other ranks; all enter it together.
     """
 
     prompts: Sequence[Prompt]
@@ -69,11 +73,14 @@ class Source:
     teacher_generator: TeacherGenerator | None = None
     grader: Grader | None = None
     cache: RolloutCache = field(default_factory=RolloutCache)
+    world: World = field(default_factory=here)
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def given_up(self) -> int:
         """Completions that count as wrong because their comparison with the right answer did not finish."""
-        return 0 if self.grader is None else self.grader.given_up
+        grader = self.grader
+        return 0 if grader is None else sum(self.world.each(lambda: grader.given_up))
 
     def rollouts(
         self, method: Method, clock: Clock, version: int, difficulty: Mapping[str, float] | None = None
@@ -119,7 +126,8 @@ class Source:
         tasks = [
             Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
         ]
-        return run_episodes(self.engine, tasks, Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p))
+        sampling = Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p)
+        return self._divided(tasks, lambda own: run_episodes(self.engine, own, sampling))
 
     def passed(self, plan: RolloutPlan, prompts: Sequence[Prompt], samples: int) -> dict[str, float]:
         """The student's pass rate on some prompts, by the prompt's id; needs a grader."""
@@ -129,8 +137,9 @@ class Source:
             for prompt in prompts
             for member in range(samples)
         ]
-        generated = run_episodes(self.engine, tasks, Sampling(self.limit, plan.temperature, plan.top_p))
-        rewards = [rollout.reward or 0.0 for rollout in graded(self.grader, generated)]
+        grader, sampling = self.grader, Sampling(self.limit, plan.temperature, plan.top_p)
+        generated = self._divided(tasks, lambda own: graded(grader, run_episodes(self.engine, own, sampling)))
+        rewards = [rollout.reward or 0.0 for rollout in generated]
         return {
             prompt.id: sum(reward > 0.5 for reward in rewards[place * samples : (place + 1) * samples]) / samples
             for place, prompt in enumerate(prompts)
@@ -223,12 +232,17 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        generated = self._graded(method, run_episodes(self.engine, tasks, sampling))
+        generated = self._divided(tasks, lambda own: self._graded(method, run_episodes(self.engine, own, sampling)))
         if plan.replay is not None:
             size = plan.samples
             groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
             self.cache.remember(groups, plan.replay.capacity)
         return generated
+
+    def _divided(self, tasks: Sequence[Task], write: Callable[[Sequence[Task]], list[Rollout]]) -> list[Rollout]:
+        """What the student writes, by each rank its part of the visits, on all ranks in the order of the tasks."""
+        with self.whole():
+            return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An earlier visit from the replay buffer, instead of a new one to this prompt."""
@@ -245,7 +259,11 @@ class Source:
                 if kept is not None:
                     found[index, member] = kept
         missing = [index for index in wanted if index not in found]
-        new = self._generated_by_teacher(method, [(chosen[index], member) for index, member in missing], longest)
+        new = self.world.divide(
+            missing,
+            lambda own: self._generated_by_teacher(method, [(chosen[index], member) for index, member in own], longest),
+            key=lambda place: place[0],
+        )
         found.update(zip(missing, new, strict=True))
         if plan.keep:
             self.cache.keep(new, plan, clock.step + 1)

@@ -26,6 +26,8 @@ from torch import Tensor
 
 from retort.errors import RunError, UserError, quoted
 from retort.files import new_folder, read_object, reason
+from retort.models.sharding import gathered
+from retort.ranks import ONE, World
 
 #: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
 #: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
@@ -225,14 +227,15 @@ def supersede(folder: Path, step: int) -> None:
             path.rename(aside)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, world: World = ONE) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors; of several ranks, rank 0 has them whole and the others none."""
     states: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": torch.as_tensor(value).detach().cpu().contiguous()
+    flat = {
+        f"{index}.{name}": torch.as_tensor(value).detach()
         for index, state in states.items()
         for name, value in state.items()
     }
+    return {name: value.cpu().contiguous() for name, value in gathered(flat, world).items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from retort.errors import RunError, UserError
 from retort.files import read_object, reason, unnameable
+from retort.ranks import World
 
 LOCK = ".lock"
 #: Files that a run writes: a folder with one of these is a run, or holds files that a run would replace.
@@ -108,6 +110,32 @@ def refuse_held(folder: Path) -> None:
         Claim(folder).take().release()
 
 
+def refuse_unshared(folder: Path, world: World) -> None:
+    """Checks that all ranks see the folder that the first one has claimed.
+
+    Raises:
+        UserError: One does not; its own folder of that name is another one.
+    """
+    if world.size == 1:
+        return
+    token = folder / f".ranks-{world.agree(uuid.uuid4().hex)}"
+    world.first(lambda: _left(token))
+    seen = world.each(token.exists)
+    world.first(lambda: token.unlink(missing_ok=True))
+    if not all(seen):
+        raise UserError(
+            f"out = {folder}: rank {seen.index(False)} does not see what rank 0 writes there; choose a folder that all "
+            "ranks share"
+        )
+
+
+def _left(token: Path) -> None:
+    try:
+        token.touch()
+    except OSError as error:
+        raise UserError(f"{token.parent}: cannot be written: {reason(error)}") from None
+
+
 class Claim:
     """The right to write into the folder of a run: one process at a time has it."""
 
@@ -179,3 +207,26 @@ class Claim:
             return f"process {int(about['pid'])} on {about['host']}, {about['command']!r}, since {about['since']}"
         except (UserError, ValueError, KeyError, TypeError):
             return "it did not say who it is"
+
+
+class NoClaim(Claim):
+    """That of a rank that never writes: rank 0 holds the claim for all."""
+
+    def __init__(self, folder: Path) -> None:
+        """Takes nothing yet."""
+        super().__init__(folder)
+        self._taken = False
+
+    @property
+    def held(self) -> bool:
+        return self._taken
+
+    def take(self, *, make: bool = False) -> Claim:
+        self._taken = True
+        return self
+
+    def check(self) -> None:
+        """Nothing: rank 0 looks."""
+
+    def release(self) -> None:
+        self._taken = False

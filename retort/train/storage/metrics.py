@@ -13,6 +13,7 @@ from typing import Any
 
 from retort.errors import RunError, UserError
 from retort.files import parse_object, reason, write_bytes
+from retort.ranks import here
 
 
 class Means:
@@ -61,7 +62,10 @@ class Stopwatch:
 
 
 class JsonLines:
-    """A file of one JSON object per line, flushed at once, that can be cut back to a step."""
+    """A file of one JSON object per line, flushed at once, that can be cut back to a step.
+
+    Of several ranks only the first one writes; all may read.
+    """
 
     def __init__(self, path: Path) -> None:
         """Prepares the file without opening it."""
@@ -73,6 +77,8 @@ class JsonLines:
         Raises:
             RunError: The disk is full or the file cannot be written.
         """
+        if not here().leads:
+            return
         line = (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode("utf-8", "replace")
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -103,7 +109,7 @@ class JsonLines:
             UserError: As `rows`.
             RunError: The file cannot be written.
         """
-        if self.path.exists():
+        if self.path.exists() and here().leads:
             write_bytes(self.path, b"".join(line + b"\n" for line, row in self._lines() if row["step"] <= step))
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:

@@ -1,0 +1,44 @@
+"""Asking the teachers about a batch: each rank about its own groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from retort.core.needs import Need
+from retort.core.rollouts import Group
+from retort.core.signals import TeacherSignal
+from retort.method import Method
+from retort.ranks import Share, World
+from retort.train.teaching.teachers import Teachers
+
+#: What is asked, by view.
+Needs = Mapping[str, frozenset[Need]]
+
+
+def ask(
+    teachers: Teachers,
+    method: Method,
+    groups: Sequence[Group],
+    needs: Needs,
+    top_ids: Callable[[Method, Sequence[Group], int], Tensor],
+    world: World,
+) -> dict[str, TeacherSignal]:
+    """What the teachers say about this rank's share of a batch, with counts of the whole batch.
+
+    Args:
+        teachers: Who is asked.
+        method: Whose views.
+        groups: The whole batch, the same on all ranks.
+        needs: What to ask, by view.
+        top_ids: Gives the student's most likely ids at the steps of some groups, see `Teachers.score`.
+        world: The ranks.
+    """
+    share = Share.of(groups, world)
+    asked = groups[share.groups]
+    found = teachers.score(method, asked, needs, lambda k: top_ids(method, asked, k))
+    counts = share.counts([signal.counts for signal in found.values()])
+    pairs = zip(found.items(), counts, strict=True)
+    return {view: replace(signal, counts=counted) for (view, signal), counted in pairs}

@@ -1,0 +1,98 @@
+"""What `torchrun` starts in the tests: some runs, of which each writes down what its steps came to.
+
+    torchrun --nproc-per-node 2 tests/ranks/worker.py FOLDER JOB...
+
+A job is the name of a case; `NAME+2` stops after step 2, and `NAME+` or `NAME+4` goes on with a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pipeline import models_once
+
+from retort import Stop, api, ranks
+from retort import config as configuration
+from retort.models.sharding import full
+from retort.train import runner
+
+#: Two updates of a batch, each of several packs.
+SMALL: dict[str, Any] = {
+    "steps": 5,
+    "seed": 3,
+    "limit": 40,
+    "precision": "fp32",
+    "device": "cpu",
+    "checks": "skip",
+    "rollout": {"prompts": 4, "max_new_tokens": 14},
+    "optimizer": {"learning_rate": 1e-3, "warmup": 0, "updates": 2, "batch_tokens": 64},
+    "eval": {"problems": 0},
+    "record": {"rollouts": 1},
+    "checkpoint": {"every": 0},
+}
+#: One for each estimator, statistic, controller and kind of self-teacher.
+CASES: dict[str, dict[str, Any]] = {
+    "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
+    "judged": {"method": {"name": "eopd"}, "eval": {"problems": 5, "samples": 2, "every": 2}},
+    "gkd": {"method": {"name": "gkd"}},  # a mixture of rollouts and the data's responses
+    "vopd": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}},  # the teacher writes first
+    "exopd": {"method": {"name": "exopd"}},  # a base model
+    "arkd": {"method": {"name": "arkd"}},  # a controller that learns
+    "skew_kl": {"method": {"name": "skew_kl"}},  # replay
+    "dasd": {"method": {"name": "dasd"}},  # statistics of the whole batch
+    "sdpo": {"data": "coached", "method": {"name": "sdpo"}},  # its own teacher, which moves, and rewards
+    "unisd": {"data": "coached", "method": {"name": "unisd"}},
+    "rlsd": {"data": "coached", "method": {"name": "rlsd"}},  # rewards of groups
+    "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
+    "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
+    "plain": {"method": {"name": "eopd"}, "checkpoint": {"every": 1, "keep": 9}, "steps": 6},
+}
+
+
+class Watching:
+    """Writes down what a step came to, and stops where it is told to."""
+
+    def __init__(self, stop: int | None) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.stop = stop
+
+    def on_step(self, run: runner.Run, metrics: dict[str, Any]) -> Stop | None:
+        weights = [full(x.detach()).double() for x in run.student.trainable().values()]
+        row = {name: metrics[name] for name in metrics if not name.startswith(("time/", "tokens_per"))}
+        norm = math.sqrt(sum(float(x.square().sum()) for x in weights))
+        self.rows.append({**row, "weights_sum": float(sum(x.sum() for x in weights)), "weights_norm": norm})
+        return Stop("enough") if run.step == self.stop else None
+
+
+def job(words: str, folder: Path) -> list[dict[str, Any]]:
+    """A row for each step of a run."""
+    name, plus, stop = words.partition("+")
+    watching = Watching(int(stop) if stop else None)
+    out = folder / (f"{name}+" if plus else name)
+    if (out / "config.json").exists():
+        run = runner.resume(out)
+    else:
+        run = runner.start(api.assemble(configuration.merge(SMALL, CASES[name])), out)
+    run.callbacks = (watching,)
+    run.go()
+    return watching.rows
+
+
+def main(folder: Path, jobs: list[str]) -> None:
+    torch.set_num_threads(1)
+    world = ranks.join()
+    for words in jobs:
+        # In float64 what remains between one process and several is no rounding; "plain" is a run as a user has it.
+        with contextlib.nullcontext() if words.startswith("plain") else models_once(torch.float64):
+            rows = job(words, folder)
+        (folder / f"{words}.{world.size}-{world.rank}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
