@@ -23,6 +23,7 @@ from retort.config.sections import (
     ModelSection,
     OptimizerSection,
     PathOrName,
+    RanksSection,
     RecordSection,
     Section,
     shorthands,
@@ -208,6 +209,7 @@ class Config(Section):
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()
+    ranks: RanksSection = RanksSection()
 
     @property
     def builtin(self) -> bool:

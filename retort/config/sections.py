@@ -234,6 +234,19 @@ class EvalSection(Section):
     )
 
 
+class RanksSection(Section):
+    """What several ranks divide, see docs/ranks.md; in one process these settings do nothing."""
+
+    head: Literal["auto", "gathered", "vocabulary"] = Field(
+        default="auto",
+        description="the student's head in the loss: whole on every rank, or each rank its slice of the vocabulary; "
+        "auto: by a rule that was measured, see docs/ranks.md",
+    )
+    teacher: Literal["replicated", "sharded"] = Field(
+        default="replicated", description="frozen models: whole on every rank, or their layers sliced over ranks"
+    )
+
+
 class CheckpointSection(Section):
     """When the run is saved."""
 
