@@ -168,11 +168,30 @@ class LanguageModel:
         with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
             self._probe()
 
+    def spread_layers(self, world: World) -> None:
+        """Spreads the layers of a frozen model over ranks; one that shares the student's weights is spread already.
+
+        Raises:
+            UserError: A family whose layers cannot be spread.
+        """
+        if world.size == 1 or self.sharding.on:
+            return
+        self.sharding.spread_layers(self.model, world, self.name)
+        with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
+            self._probe()
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Within, `all_hidden` may be called on every rank, equally often; all ranks enter it together.
+
+        With whole weights on every rank, except where a frozen model's layers are spread: these are gathered one by
+        one, so that no rank ever holds all of them.
+        """
+        return contextlib.nullcontext() if self.sharding.in_step else self.whole()
+
     def idle(self) -> None:
         """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""
         with self.compute():
-            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            hidden_11D = self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
+            hidden_11D = self._one_token()
             parts = [part for part in self.head().parts if part is not None]
         nothing = torch.stack([x.sum() for x in (hidden_11D, *parts)]).sum() * 0.0
         if nothing.requires_grad:
@@ -209,14 +228,19 @@ class LanguageModel:
         """
         narrow = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
-            if not narrow or self.model.dtype != torch.float32:
-                yield
+            if not narrow or self.model.dtype != torch.float32 or self.sharding.in_step:
+                yield  # layers that are gathered for one pass are cast once anyway
             elif torch.is_grad_enabled():
                 self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
                 yield
             else:
                 with self.working.in_place(self.model, self._probe):
                     yield
+
+    def _one_token(self) -> Tensor:
+        """The last hidden state of the shortest pass, [1, 1, D]."""
+        ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
 
     def _probe(self) -> Tensor:
         """Hidden states and logits of a few tokens, in which all weights take part."""
@@ -318,13 +342,21 @@ class LanguageModel:
     def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
         parts: dict[int, Tensor] = {}
+        batches = self.batches(sequences, budget) if sequences else []
+        spare = self.sharding.spare(len(batches))
         with torch.inference_mode():
-            for batch in self.batches(sequences, budget):
+            for batch in batches:
                 own = [sequences[i] for i in batch]
                 hidden_ND = self.hidden(own)
                 parts.update(zip(batch, hidden_ND.split([sequence.steps for sequence in own]), strict=True))
+            for _ in range(spare):
+                with self.compute():
+                    self._one_token()
         # Outside of inference mode, so that the result is an ordinary tensor, which autograd may save.
         with torch.no_grad():
+            if not sequences:
+                weight_VD = self.head().weight_VD
+                return weight_VD.new_zeros(0, weight_VD.shape[1])
             return torch.cat([parts[index] for index in range(len(sequences))])
 
     def check_head(self, *, finite: bool = True) -> None:
