@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.stops import StopTokens
-from retort.core.head import Head
+from retort.core.head import Head, LowRank
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
@@ -132,8 +132,7 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
-        layer: Any = self.model.get_output_embeddings()
-        layer, low_rank = (layer, None) if self.adapter is None else self.adapter.on(layer)
+        layer, low_rank = self._output()
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; `check_head` catches families with any other.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
@@ -145,6 +144,16 @@ class LanguageModel:
             low_rank,
         )
         return found.each(self.sharding.part) if self.sharding.on else found
+
+    def head_weight(self) -> Tensor:
+        """The head's weight as the model holds it, [V, D], not gathered: for its size, and whether it learns."""
+        weight_VD: Tensor = self._output()[0].weight
+        return weight_VD
+
+    def _output(self) -> tuple[Any, LowRank | None]:
+        """The layer of the head, and its adapter."""
+        layer: Any = self.model.get_output_embeddings()
+        return (layer, None) if self.adapter is None else self.adapter.on(layer)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -228,11 +237,13 @@ class LanguageModel:
         """
         narrow = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
-            if not narrow or self.model.dtype != torch.float32 or self.sharding.in_step:
-                yield  # layers that are gathered for one pass are cast once anyway
+            if not narrow or self.model.dtype != torch.float32:
+                yield
             elif torch.is_grad_enabled():
                 self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
                 yield
+            elif self.sharding.by_layer:
+                yield  # weights that are gathered for one pass are cast once anyway
             else:
                 with self.working.in_place(self.model, self._probe):
                     yield
@@ -253,7 +264,7 @@ class LanguageModel:
         """Bytes of the copies of the weights where products are in bf16: of learning and of frozen weights."""
         if self.precision != "bf16" or self.model.dtype != torch.float32:
             return 0, 0
-        with self.compute():
+        with self.whole(), self.compute():
             pass  # only finds the copies
         return self.working.bytes()
 

@@ -1,4 +1,4 @@
-"""Weights spread over ranks by FSDP2. Of the student, each rank keeps a slice of every parameter and of all that learns.
+"""Weights spread over ranks by FSDP2. Each rank keeps a slice of every parameter of the student, and of what learns.
 
 Learning gathers a layer when its turn comes and sums gradients into the slices, in lock step: all ranks make the same
 number of passes. Whatever needs no gradient (writing, scoring, judging) runs with the whole weights on every rank,
@@ -46,9 +46,14 @@ class Sharding:
         return self.on and not self._only_layers
 
     @property
+    def by_layer(self) -> bool:
+        """Whether passes gather layer by layer now."""
+        return self.on and not self._entered
+
+    @property
     def in_step(self) -> bool:
         """Whether a frozen model's passes gather layer by layer now, so that all ranks have to make equally many."""
-        return self._only_layers and not self._entered
+        return self._only_layers and self.by_layer
 
     def spare(self, passes: int) -> int:
         """How many more passes the busiest rank makes with a frozen model than this one; 0 where none waits."""
@@ -80,7 +85,7 @@ class Sharding:
                 f"{name}: {type(model).__name__} keeps '{outside[0]}' beside its layers and its head, where several "
                 "ranks cannot share it; train it in one process"
             )
-        for layer in _layers(model, base):
+        for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(base, mesh=mesh)
         if tied:
@@ -110,8 +115,7 @@ class Sharding:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        base = model.base_model
-        layers = _layers(model, base)
+        layers = layers_of(model)
         why = _no_layers(model, layers)
         if why:
             raise UserError(
@@ -123,7 +127,8 @@ class Sharding:
         mesh = init_device_mesh(model.device.type, (world.size,))
         for layer in layers:
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
-        fully_shard(base, mesh=mesh, ignored_params=outside)  # has nothing of its own: it orders what layers exchange
+        # The base model has nothing of its own to exchange; it tells layers which of them comes next.
+        fully_shard(model.base_model, mesh=mesh, ignored_params=outside)
         self._modules, self._world, self._only_layers = list(layers), world, True
 
     @contextlib.contextmanager
@@ -172,10 +177,10 @@ class Sharding:
             head._parameters["weight"] = embedding._parameters["weight"]
 
 
-def _layers(model: Any, base: Any) -> list[Module]:
-    """The blocks that a family says are not to be split; without such, the base model is one."""
+def layers_of(model: Any) -> list[Module]:
+    """The blocks that a family says are not to be split, spread or not."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    found = [m for m in model.base_model.modules() if kinds & {kind.__name__ for kind in type(m).__mro__}]
     inside = {id(module) for outer in found for module in outer.modules() if module is not outer}
     return [module for module in found if id(module) not in inside]
 
