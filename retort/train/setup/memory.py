@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -164,10 +165,10 @@ def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
     teacher, layer = prepared.lms.get("teacher"), _layer_bytes(student) // max(1, len(layers_of(student.model)))
     writes = config.eval.teacher or any("teacher" in method.rollout.sources for _, method in prepared.phases)
     of_teacher = _layer_bytes(teacher) if teacher and writes and config.ranks.teacher == "sharded" else 0
-    embedding = student.model.get_input_embeddings().weight
+    embedding: Any = student.model.get_input_embeddings()
     return {
         "whole": max(_bytes(student), of_teacher),
-        "gathered": 4 * (int(embedding.numel()) + student.head_weight().numel()) + 4 * layer,
+        "gathered": 4 * (embedding.weight.numel() + student.head_weight().numel()) + 4 * layer,
         "ranks": ranks,
     }
 
