@@ -2,17 +2,20 @@
 
     python benchmarks/ranks.py                  # the built-in pair, and one with Qwen3's vocabulary
     python benchmarks/ranks.py --ranks 1 2 --pairs builtin --steps 4
+    python benchmarks/ranks.py --ranks 2 --teacher replicated sharded
 
 Each run is started by torchrun over gloo on this machine, one thread for each rank. Without the first step, which
 compiles and allocates: seconds of a step, its tokens, megabytes over the loopback interface (of all processes on this
 machine, so nothing else may use it), the largest resident memory of a rank, megabytes of slices that a rank keeps (the
-student's weights and both moments of Adam), and the share of a step that a rank spends waiting: 1 minus its CPU time.
+student's weights and both moments of Adam) and of frozen models, and the share of a step that a rank spends waiting:
+1 minus its CPU time.
 Two cores are no scaling study: what this shows is what is divided, and what an exchange costs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -48,6 +51,7 @@ class Watching:
         self.marks: list[tuple[float, float, int]] = []
         self.tokens: list[int] = []
         self.kept = 0
+        self.frozen = 0
 
     def on_step(self, run: Any, metrics: dict[str, Any]) -> None:
         from retort.models.sharding import slice_of
@@ -57,6 +61,8 @@ class Watching:
         states = [x for state in run.learner.optimizer.state.values() for x in state.values()]
         tensors = [slice_of(x) for x in [*run.student.trainable().values(), *states]]
         self.kept = sum(x.numel() * x.element_size() for x in tensors)
+        frozen = [slice_of(x) for lm in run.teachers.lms.values() for x in lm.model.parameters()]
+        self.frozen = sum(x.numel() * x.element_size() for x in frozen)
 
     def numbers(self) -> dict[str, float]:
         """Means over the steps but the first."""
@@ -68,6 +74,7 @@ class Watching:
             "sent": (last - sent) / steps / 1e6,
             "resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
             "kept": self.kept / 1e6,
+            "frozen": self.frozen / 1e6,
             "waiting": max(0.0, 1.0 - (used - busy) / (ended - wall)),
         }
 
@@ -124,24 +131,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--teacher", nargs="+", default=["replicated"], choices=["replicated", "sharded"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(Path(arguments.worker[0]), json.loads(arguments.worker[1]))
         return
-    print("| pair | ranks | s a step | tokens | MB exchanged | MB resident, largest rank | MB of slices | waiting |")
-    print("|---|---|---|---|---|---|---|---|")
+    head = "pair | ranks | teacher | s a step | tokens | MB exchanged | MB resident, largest rank | MB of slices"
+    print(f"| {head} | MB frozen | waiting |\n{'|---' * 10}|")
     for pair in arguments.pairs:
         with tempfile.TemporaryDirectory(prefix="retort-pair-") as folder:
             settings = settings_of(pair, arguments.steps, Path(folder))
-            for ranks in arguments.ranks:
-                each = measured(ranks, settings)
-                first, waiting = each[0], sum(one["waiting"] for one in each) / ranks
-                resident, kept = (max(one[name] for one in each) for name in ("resident", "kept"))
-                cells = [pair, ranks, f"{first['seconds']:.2f}", f"{first['tokens']:,.0f}", f"{first['sent']:,.1f}"]
-                cells += [f"{resident:,.0f}", f"{kept:,.1f}", f"{waiting:.0%}"]
-                print(f"| {' | '.join(map(str, cells))} |", flush=True)
+            for ranks, teacher in itertools.product(arguments.ranks, arguments.teacher):
+                if ranks > 1 or teacher == arguments.teacher[0]:  # one process shares nothing
+                    each = measured(ranks, settings | {"ranks": {"teacher": teacher}})
+                    print(row([pair, ranks, teacher if ranks > 1 else ""], each), flush=True)
+
+
+def row(names: list[Any], each: list[dict[str, float]]) -> str:
+    """A row of the table."""
+    first, waiting = each[0], sum(one["waiting"] for one in each) / len(each)
+    resident, kept, frozen = (max(one[name] for one in each) for name in ("resident", "kept", "frozen"))
+    cells = [*names, f"{first['seconds']:.2f}", f"{first['tokens']:,.0f}", f"{first['sent']:,.1f}"]
+    cells += [f"{resident:,.0f}", f"{kept:,.1f}", f"{frozen:,.1f}", f"{waiting:.0%}"]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.stops import StopTokens
-from retort.core.head import Head
+from retort.core.head import Head, LowRank
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
@@ -132,10 +132,9 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
-        layer: Any = self.model.get_output_embeddings()
-        layer, low_rank = (layer, None) if self.adapter is None else self.adapter.on(layer)
+        layer, low_rank = self._output()
         config = self.model.config.get_text_config()
-        # Families name the same transformation differently; `check_head` catches families with any other.
+        # Families name the same transformation differently; `check_head` in `load` catches families with any other.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
         found = Head(
             layer.weight,
@@ -145,6 +144,16 @@ class LanguageModel:
             low_rank,
         )
         return found.each(self.sharding.part) if self.sharding.on else found
+
+    def head_weight(self) -> Tensor:
+        """The head's weight as the model holds it, [V, D], not gathered: for its size, and whether it learns."""
+        weight_VD: Tensor = self._output()[0].weight
+        return weight_VD
+
+    def _output(self) -> tuple[Any, LowRank | None]:
+        """The layer of the head, and its adapter."""
+        layer: Any = self.model.get_output_embeddings()
+        return (layer, None) if self.adapter is None else self.adapter.on(layer)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -168,11 +177,30 @@ class LanguageModel:
         with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
             self._probe()
 
+    def spread_layers(self, world: World) -> None:
+        """Spreads the layers of a frozen model over ranks; one that shares the student's weights is spread already.
+
+        Raises:
+            UserError: A family whose layers cannot be spread.
+        """
+        if world.size == 1 or self.sharding.on:
+            return
+        self.sharding.spread_layers(self.model, world, self.name)
+        with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
+            self._probe()
+
+    def reading(self) -> contextlib.AbstractContextManager[None]:
+        """Within, `all_hidden` may be called on every rank, equally often; all ranks enter it together.
+
+        With whole weights on every rank, except where a frozen model's layers are spread: these are gathered one by
+        one, so that no rank ever holds all of them.
+        """
+        return contextlib.nullcontext() if self.sharding.in_step else self.whole()
+
     def idle(self) -> None:
         """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""
         with self.compute():
-            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-            hidden_11D = self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
+            hidden_11D = self._one_token()
             parts = [part for part in self.head().parts if part is not None]
         nothing = torch.stack([x.sum() for x in (hidden_11D, *parts)]).sum() * 0.0
         if nothing.requires_grad:
@@ -214,9 +242,16 @@ class LanguageModel:
             elif torch.is_grad_enabled():
                 self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
                 yield
+            elif self.sharding.by_layer:
+                yield  # weights that are gathered for one pass are cast once anyway
             else:
                 with self.working.in_place(self.model, self._probe):
                     yield
+
+    def _one_token(self) -> Tensor:
+        """The last hidden state of the shortest pass, [1, 1, D]."""
+        ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        return self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state
 
     def _probe(self) -> Tensor:
         """Hidden states and logits of a few tokens, in which all weights take part."""
@@ -229,7 +264,7 @@ class LanguageModel:
         """Bytes of the copies of the weights where products are in bf16: of learning and of frozen weights."""
         if self.precision != "bf16" or self.model.dtype != torch.float32:
             return 0, 0
-        with self.compute():
+        with self.whole(), self.compute():
             pass  # only finds the copies
         return self.working.bytes()
 
@@ -318,36 +353,22 @@ class LanguageModel:
     def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """The same for any number of sequences, without gradient, in batches of at most `budget` tokens."""
         parts: dict[int, Tensor] = {}
+        batches = self.batches(sequences, budget) if sequences else []
+        spare = self.sharding.spare(len(batches))
         with torch.inference_mode():
-            for batch in self.batches(sequences, budget):
+            for batch in batches:
                 own = [sequences[i] for i in batch]
                 hidden_ND = self.hidden(own)
                 parts.update(zip(batch, hidden_ND.split([sequence.steps for sequence in own]), strict=True))
+            for _ in range(spare):
+                with self.compute():
+                    self._one_token()
         # Outside of inference mode, so that the result is an ordinary tensor, which autograd may save.
         with torch.no_grad():
+            if not sequences:
+                weight_VD = self.head().weight_VD
+                return weight_VD.new_zeros(0, weight_VD.shape[1])
             return torch.cat([parts[index] for index in range(len(sequences))])
-
-    def check_head(self, *, finite: bool = True) -> None:
-        """Raises `UserError` if head and hidden states do not give the model's own logits, or those are not finite."""
-        ids_RL = torch.arange(1, 5, device=self.device)[None] % self.head().width
-        ask = (
-            f"{self.name}: {type(self.model).__name__} changes its logits in a way Retort does not know; "
-            "please open an issue that names this family"
-        )
-        with torch.no_grad():
-            own = self.model(input_ids=ids_RL, use_cache=False).logits.float()
-            # Some families keep their layers under another name than the one that transformers looks for.
-            last = getattr(self.model.base_model(input_ids=ids_RL, use_cache=False), "last_hidden_state", None)
-            if last is None:
-                raise UserError(ask.replace("changes its logits", "gives its hidden states"))
-            ours = self.head().logits(last).float()
-        if finite and not bool(own.isfinite().all()):
-            raise UserError(
-                f"{self.name}: its logits are NaN or infinite; a number in its config.json, or a weight, is far off"
-            )
-        close = {"rtol": 1e-2, "atol": 1e-2 * float(own.nan_to_num().std()) + 1e-6, "equal_nan": True}
-        if own.shape != ours.shape or not torch.allclose(own, ours, **close):
-            raise UserError(ask)
 
 
 class _Bare(LanguageModel):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from retort.align.stops import stop_tokens
+from retort.errors import UserError
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
@@ -71,9 +72,32 @@ def load_model(
     model.generation_config = GenerationConfig()
     loaded = LanguageModel(model, tokenizer, stops, name, precision, original, notes=notes)
     with errors_about(label):  # settings may make a model that cannot compute
-        loaded.check_head(finite=weights == "refuse")
+        check_head(loaded, finite=weights == "refuse")
     choose_batching(loaded)
     return loaded
+
+
+def check_head(lm: LanguageModel, *, finite: bool = True) -> None:
+    """Raises `UserError` if head and hidden states do not give the model's own logits, or those are not finite."""
+    ids_RL = torch.arange(1, 5, device=lm.device)[None] % lm.head().width
+    ask = (
+        f"{lm.name}: {type(lm.model).__name__} changes its logits in a way Retort does not know; "
+        "please open an issue that names this family"
+    )
+    with torch.no_grad():
+        own = lm.model(input_ids=ids_RL, use_cache=False).logits.float()
+        # Some families keep their layers under another name than the one that transformers looks for.
+        last = getattr(lm.model.base_model(input_ids=ids_RL, use_cache=False), "last_hidden_state", None)
+        if last is None:
+            raise UserError(ask.replace("changes its logits", "gives its hidden states"))
+        ours = lm.head().logits(last).float()
+    if finite and not bool(own.isfinite().all()):
+        raise UserError(
+            f"{lm.name}: its logits are NaN or infinite; a number in its config.json, or a weight, is far off"
+        )
+    close = {"rtol": 1e-2, "atol": 1e-2 * float(own.nan_to_num().std()) + 1e-6, "equal_nan": True}
+    if own.shape != ours.shape or not torch.allclose(own, ours, **close):
+        raise UserError(ask)
 
 
 def use_attention(lm: LanguageModel, name: str) -> bool:

@@ -1,15 +1,18 @@
-"""The student's weights spread over ranks by FSDP2: each rank keeps a slice of every parameter, and of all that learns.
+"""Weights spread over ranks by FSDP2. Each rank keeps a slice of every parameter of the student, and of what learns.
 
 Learning gathers a layer when its turn comes and sums gradients into the slices, in lock step: all ranks make the same
 number of passes. Whatever needs no gradient (writing, scoring, judging) runs with the whole weights on every rank,
-gathered once (`Sharding.whole`), so that each may make as many passes as it has work for. Axes: see `retort.core`.
+gathered once (`Sharding.whole`), so that each may make as many passes as it has work for.
+
+Of a frozen model only the layers are spread, where the settings ask for it: a teacher's signals read its head after
+the pass. It scores in lock step, too. Axes: see `retort.core`.
 """
 
 # pyright: basic
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from retort.errors import UserError
-from retort.ranks import World
+from retort.ranks import ONE, World
 
 
 class Sharding:
@@ -29,11 +32,32 @@ class Sharding:
         self._root: Any = None
         self._tied: tuple[Module, Module] | None = None
         self._entered = 0
+        self._world: World = ONE
+        self._only_layers = False
 
     @property
     def on(self) -> bool:
         """Whether the weights are spread."""
         return bool(self._modules)
+
+    @property
+    def spreads_head(self) -> bool:
+        """Whether the head is among the weights that are spread."""
+        return self.on and not self._only_layers
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether passes gather layer by layer now."""
+        return self.on and not self._entered
+
+    @property
+    def in_step(self) -> bool:
+        """Whether a frozen model's passes gather layer by layer now, so that all ranks have to make equally many."""
+        return self._only_layers and self.by_layer
+
+    def spare(self, passes: int) -> int:
+        """How many more passes the busiest rank makes with a frozen model than this one; 0 where none waits."""
+        return max(self._world.each(lambda: passes)) - passes if self.in_step else 0
 
     def spread(self, model: Any, world: World, name: str) -> None:
         """Spreads a model's weights over all ranks; optimizers and lists of its parameters are to be made anew.
@@ -61,7 +85,7 @@ class Sharding:
                 f"{name}: {type(model).__name__} keeps '{outside[0]}' beside its layers and its head, where several "
                 "ranks cannot share it; train it in one process"
             )
-        for layer in _layers(model, base):
+        for layer in layers_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(base, mesh=mesh)
         if tied:
@@ -74,6 +98,38 @@ class Sharding:
         for module in self._modules:
             module.set_gradient_divide_factor(1.0)  # a loss is divided by what the whole batch counts already
             module.set_force_sum_reduction_for_comms(True)
+
+    def spread_layers(self, model: Any, world: World, name: str) -> None:
+        """Spreads the layers of a frozen model over all ranks; its embedding, head and the rest stay whole on each.
+
+        Args:
+            model: Of transformers; changed in place.
+            world: The ranks.
+            name: Of the model, for messages.
+
+        Raises:
+            UserError: A family that does not say what its layers are, or whose layers share parameters.
+        """
+        if world.size == 1 or self.on:
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        layers = layers_of(model)
+        why = _no_layers(model, layers)
+        if why:
+            raise UserError(
+                f"{name}: {type(model).__name__} {why}, so ranks cannot share its layers; leave out "
+                "ranks.teacher = sharded"
+            )
+        inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+        outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
+        mesh = init_device_mesh(model.device.type, (world.size,))
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        # The base model has nothing of its own to exchange; it tells layers which of them comes next.
+        fully_shard(model.base_model, mesh=mesh, ignored_params=outside)
+        self._modules, self._world, self._only_layers = list(layers), world, True
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -121,12 +177,24 @@ class Sharding:
             head._parameters["weight"] = embedding._parameters["weight"]
 
 
-def _layers(model: Any, base: Any) -> list[Module]:
-    """The blocks that a family says are not to be split; without such, the base model is one."""
+def layers_of(model: Any) -> list[Module]:
+    """The blocks that a family says are not to be split, spread or not."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in base.modules() if type(module).__name__ in kinds]
+    found = [m for m in model.base_model.modules() if kinds & {kind.__name__ for kind in type(m).__mro__}]
     inside = {id(module) for outer in found for module in outer.modules() if module is not outer}
     return [module for module in found if id(module) not in inside]
+
+
+def _no_layers(model: Any, layers: Sequence[Module]) -> str | None:
+    """Why a model's layers cannot be spread one by one; None if they can."""
+    if not layers:
+        return "does not say which of its modules are layers"
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    rest = [module for module in model.modules() if id(module) not in inside]
+    owners = [{id(p) for p in layer.parameters()} for layer in layers]
+    owners.append({id(p) for module in rest for p in module.parameters(recurse=False)})
+    several = sum(map(len, owners)) > len(set().union(*owners))
+    return "has layers that share parameters" if several else None
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -79,10 +79,13 @@ class WorkingCopy:
         return sum(n for learns, n in sizes.values() if learns), sum(n for learns, n in sizes.values() if not learns)
 
     def _find_slots(self, model: Any, probe: Callable[[], Tensor]) -> None:
-        """Finds by trying which weights have copies: once, and again when the model has got an adapter."""
+        """Finds by trying which weights have copies: once, and again when the model has got other parameters.
+
+        Those are an adapter's; and of several ranks the gathered ones, which replace the model's own at the start.
+        """
         every = _every(model)
         known = (len(every), getattr(model.config, "_attn_implementation", None))
-        if self._slots[0] == known:
+        if self._slots[0] == known and all(slot.holder.get(slot.name) is slot.parameter for slot in self._slots[1]):
             return
         torch.clear_autocast_cache()  # the probe would not see a cached cast
         with self._held([]), _Uses(every) as uses:

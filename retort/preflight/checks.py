@@ -20,6 +20,7 @@ from retort.core.signals import Dense, Sampled
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
 from retort.preflight.findings import Check
+from retort.ranks import local_size
 from retort.teachers.local import LocalTeacher, reduced
 from retort.train.setup.memory import available, forecast, size_text
 from retort.train.setup.prepare import Prepared
@@ -292,7 +293,8 @@ def check_memory(prepared: Prepared) -> Check:
     found, there = forecast(prepared), available(prepared.student.device)
     if there is None:
         return Check("memory", "ok", f"{found}; this system does not say how much there is", why)
-    there += found.models  # The models are loaded already.
+    # Ranks on one machine share its memory, but each has a GPU of its own. The models are loaded already.
+    there = there // (local_size() if prepared.student.device.type == "cpu" else 1) + found.loaded
     share = found.peak / there
     saw = f"{found} of {size_text(there)} on {prepared.student.device.type}"
     values = (("forecast_bytes", float(found.peak)), ("available_bytes", float(there)))

@@ -217,6 +217,11 @@ def local_rank() -> int:
     return 0 if here() is ONE else int(os.environ["LOCAL_RANK"])
 
 
+def local_size() -> int:
+    """How many processes of the run are on this machine."""
+    return 1 if here() is ONE else int(os.environ["LOCAL_WORLD_SIZE"])
+
+
 def _size() -> int:
     """Processes of the run, as the environment says.
 

@@ -111,7 +111,7 @@ class LocalTeacher:
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
-        with self.lm.whole():
+        with self.lm.reading():
             hidden_ND, logits = self._hidden(pack, prompts), self._logits
             unchanged = head or self._unchanged_head()
         valid_N = prompts.valid_N(pack)
@@ -132,7 +132,7 @@ class LocalTeacher:
         return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
-        if self.lm.sharding.on:
+        if self.lm.sharding.spreads_head:
             kept = self.lm.head().each(lambda part: part.detach().clone())  # gathered, and gone after this pass
             return lambda: kept
         version = self.lm.head().weight_VD._version  # pyright: ignore[reportPrivateUsage]
@@ -174,9 +174,6 @@ class LocalTeacher:
             if ids is not None
         ]
         valid_N = prompts.valid_N(pack)
-        if not sequences:
-            weight_VD = self.lm.head().weight_VD
-            return weight_VD.new_zeros(len(pack), weight_VD.shape[1])
         hidden_ND = self.lm.all_hidden(sequences, self.batch_tokens)
         if valid_N is None:
             return hidden_ND

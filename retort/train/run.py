@@ -134,7 +134,7 @@ class Run:
 
     def _go(self) -> None:
         self.learner.spread()
-        self.teachers.spread()
+        self.prepared.notes.extend(self.teachers.spread(sharded=self.prepared.config.ranks.teacher == "sharded"))
         self.open()
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)

@@ -163,6 +163,20 @@ def test_an_adapters_copies_follow_it_and_the_frozen_weights_are_cast_once_for_e
     assert sum(2 * copy.numel() for copy in frozen.values()) == lm.working_bytes()[1] > 0
 
 
+def test_parameters_that_are_replaced_get_copies_of_their_own(model_folder: Callable[..., Path]) -> None:
+    """As ranks replace them, which gather weights from the slices that each keeps."""
+    lm = load(model_folder(seed=3, tie_word_embeddings=True))
+    before, others = said(lm), dict[int, torch.nn.Parameter]()
+    for module in lm.model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                other = torch.nn.Parameter(1.5 * parameter.detach())
+                module._parameters[name] = others.setdefault(id(parameter), other)
+    assert same(lm)
+    assert not torch.equal(before[-1], said(lm)[-1])
+    assert {id(slot.parameter) for slot in lm.working._slots[1]} <= {id(parameter) for parameter in others.values()}
+
+
 def test_learning_has_gradients_of_the_weights_themselves_and_no_copies_beside_it(
     model_folder: Callable[..., Path],
 ) -> None:

@@ -20,9 +20,11 @@ from retort import api, registry
 from retort.align.stops import StopTokens
 from retort.cli import main
 from retort.errors import UserError
+from retort.models.sharding import layers_of
 from retort.preflight import checks, trial
 from retort.preflight.doctor import examine, examine_setup, refuse
 from retort.preflight.findings import Check, Examination
+from retort.ranks import World
 from retort.train.setup import memory
 from retort.train.setup.prepare import Prepared, prepare
 from retort.train.source.source import Source
@@ -241,6 +243,27 @@ def test_the_forecast_knows_what_it_is_about(tiny_run: dict[str, Any]) -> None:
     longer = tiny(tiny_run, optimizer={"batch_tokens": 16})
     assert memory.forecast(longer).activations < found.activations
     assert memory.available(torch.device("cpu")) is None or memory.available(torch.device("cpu")) > 2**20  # type: ignore[operator]
+
+
+class Four(World):
+    size = 4
+
+
+def test_the_forecast_of_several_ranks_is_that_of_one_of_them(tiny_run: dict[str, Any]) -> None:
+    """Slices of the student, its gradients and moments; the teacher whole, or slices of its layers."""
+    setup = tiny(tiny_run)
+    alone, teacher = memory.forecast(setup), setup.teachers.lms["teacher"]
+    setup.learner.passes = replace(setup.learner.passes, world=Four())
+    found = memory.forecast(setup)
+    student = 4 * setup.student.parameters
+    assert found.models == student // 4 + 4 * teacher.parameters
+    assert found.training == 3 * student // 4
+    assert found.loaded == alone.models and found.whole == student and found.gathered > 0
+    assert found.cache < alone.cache and found.signals < alone.signals
+    assert "at peak on each of 4 ranks" in str(found) and "ranks" not in str(alone)
+    sharded = memory.forecast(replace(setup, config=setup.config.changed("ranks.teacher", "sharded")))
+    layers = 4 * sum(p.numel() for layer in layers_of(teacher.model) for p in layer.parameters())
+    assert sharded.models == found.models - layers * 3 // 4
 
 
 def test_an_engine_that_is_not_the_trainer(builtin: Prepared, monkeypatch: pytest.MonkeyPatch) -> None:

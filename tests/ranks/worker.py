@@ -36,6 +36,8 @@ SMALL: dict[str, Any] = {
     "record": {"rollouts": 1},
     "checkpoint": {"every": 0},
 }
+#: Each rank keeps slices of the teacher's layers.
+SHARDED: dict[str, Any] = {"ranks": {"teacher": "sharded"}}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
     "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
@@ -50,6 +52,9 @@ CASES: dict[str, dict[str, Any]] = {
     "unisd": {"data": "coached", "method": {"name": "unisd"}},
     "rlsd": {"data": "coached", "method": {"name": "rlsd"}},  # rewards of groups
     "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
+    "opd, sharded": {"method": {"name": "opd"}, **SHARDED, "eval": {"problems": 5, "samples": 2, "every": 2}},
+    "exopd, sharded": {"method": {"name": "exopd"}, **SHARDED},  # a teacher and a base
+    "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
     "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
     "plain": {"method": {"name": "eopd"}, "checkpoint": {"every": 1, "keep": 9}, "steps": 6},
 }

@@ -2,18 +2,20 @@
 
 The forecast is of growth above the process as it is before anything is loaded. It knows what the loss core and the
 optimizer allocate to the byte; what a family keeps of a forward pass is estimated from its shape, so it is the least
-certain part.
+certain part. Of several ranks it is that of one; their parts of a batch are about even.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
 from retort.train.setup.prepare import Prepared
@@ -33,6 +35,11 @@ class Forecast:
         signals: The teachers' signals for a batch of rollouts, kept until it is learnt from.
         copies: The student's weights in bf16, where it learns in fp32 and computes in bf16; freed while it learns.
         cache: Keys and values during generation of rollouts or held-out completions.
+        loaded: Weights of all models as they are loaded, before ranks share them.
+        whole: Of several ranks: the student's whole weights for passes without gradient, or the layers of a teacher
+            that generates, beside the slices.
+        gathered: Of several ranks: embedding, head and two layers with their gradients, gathered while learning.
+        ranks: Number of ranks; all else is that of one of them.
     """
 
     models: int
@@ -43,12 +50,16 @@ class Forecast:
     signals: int
     copies: int
     cache: int
+    loaded: int
+    whole: int = 0
+    gathered: int = 0
+    ranks: int = 1
 
     @property
     def peak(self) -> int:
         """The peak in bytes: learning and generation do not happen at once."""
-        learning = self.head + self.activations + self.loss
-        return self.models + self.training + max(learning + self.signals, self.copies + self.cache)
+        learning = self.gathered + self.head + self.activations + self.loss
+        return self.models + self.training + max(learning + self.signals, self.whole + self.copies + self.cache)
 
     def __str__(self) -> str:
         names = {
@@ -60,46 +71,55 @@ class Forecast:
             "signals": "the teachers' signals",
             "copies": "weights in bf16 to generate with",
             "cache": "the KV cache of generation",
+            "whole": "whole weights to generate with",
+            "gathered": "layers and head gathered to learn",
         }
-        sizes = {text: getattr(self, name) for name, text in names.items() if name != "copies" or self.copies}
-        parts = ", ".join(f"{text} {size_text(size)}" for text, size in sizes.items())
-        return f"about {size_text(self.peak)} at peak: {parts}"
+        optional = ("copies", "whole", "gathered")
+        sizes = {text: getattr(self, name) for name, text in names.items()}
+        shown = {text: sizes[text] for name, text in names.items() if name not in optional or sizes[text]}
+        parts = ", ".join(f"{text} {size_text(size)}" for text, size in shown.items())
+        where = f" on each of {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"about {size_text(self.peak)} at peak{where}: {parts}"
 
 
 def forecast(prepared: Prepared) -> Forecast:
-    """Forecasts the parts of a run's memory, in bytes above an empty process."""
-    student, config = prepared.student, prepared.config
+    """Forecasts the parts of a run's memory on each rank, in bytes above an empty process."""
+    student, config, ranks = prepared.student, prepared.config, prepared.learner.passes.world.size
     lms = list(prepared.lms.values())
     frozen = lms[1:] + [student] * _self_passes(prepared)
     text = student.model.config.get_text_config()
-    head = student.head().weight_VD
+    head = student.head_weight()
     learns = head.requires_grad
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
     forming = 4 * head.numel() * 2
-    tokens = min(config.optimizer.batch_tokens, _rollout_tokens(prepared, longest=True))
+    tokens = min(config.optimizer.batch_tokens, _part(_rollout_tokens(prepared, longest=True), ranks))
     rows = min(chunk_rows(prepared.learner.vocab, student.device), tokens)
     product = 4 if prepared.student.precision == "fp32" else 2
     # Student: product and fp32 logits in one where the product is fp32; a teacher's chunk is held beside it.
     chunks = rows * prepared.learner.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
-    rollouts = prepared.source.count * prepared.method.rollout.samples
-    evaluated = config.eval.samples * min(64, len(prepared.held_out))
+    rollouts = _part(prepared.source.count, ranks) * prepared.method.rollout.samples
+    evaluated = config.eval.samples * _part(min(64, len(prepared.held_out)), ranks)
     generators = [(student, max(rollouts, evaluated))]
     if config.eval.teacher and "teacher" in prepared.lms:
         generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()
+    if ranks > 1:  # The copies of frozen weights are of gathered ones, and are freed with them.
+        copies, lasting = copies + lasting, 0
+    own = prepared.teachers.own.bytes if prepared.teachers.own else 0
+    frozen_kept, frozen_loaded = _frozen(prepared, ranks)
     return Forecast(
-        models=sum(p.numel() * p.element_size() for model in {lm.model for lm in lms} for p in model.parameters())
-        + (prepared.teachers.own.bytes if prepared.teachers.own else 0)
-        + lasting,
-        training=(16 if config.record.gradient_variance_every else 12) * student.trainable_parameters,
+        models=_part(_bytes(student) + own, ranks) + frozen_kept + lasting,
+        training=_part((16 if config.record.gradient_variance_every else 12) * student.trainable_parameters, ranks),
         head=0 if not learns else forming if not untied else 4 * head.numel(),
         activations=tokens * _kept_bytes(text, product, checkpointed=config.optimizer.gradient_checkpointing),
         loss=chunks,
-        signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product),
+        signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product, ranks),
         copies=copies,
         cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in generators),
+        loaded=_bytes(student) + own + lasting + frozen_loaded,
+        **(_gathered(prepared, ranks) if ranks > 1 else {}),
     )
 
 
@@ -114,6 +134,43 @@ def available(device: torch.device) -> int | None:
 def size_text(bytes_: float) -> str:
     """A size as text, in MiB or GiB."""
     return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"
+
+
+def _part(whole: int, ranks: int) -> int:
+    """The largest part of what ranks divide."""
+    return -(-whole // ranks)
+
+
+def _bytes(lm: LanguageModel) -> int:
+    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+
+
+def _layer_bytes(lm: LanguageModel) -> int:
+    return sum(p.numel() * p.element_size() for layer in layers_of(lm.model) for p in layer.parameters())
+
+
+def _frozen(prepared: Prepared, ranks: int) -> tuple[int, int]:
+    """Bytes of frozen models that a rank keeps, and of these models as they are loaded."""
+    models = {id(lm.model): lm for lm in prepared.lms.values() if lm.model is not prepared.student.model}
+    loaded = sum(map(_bytes, models.values()))
+    if prepared.config.ranks.teacher != "sharded":
+        return loaded, loaded
+    layers = sum(map(_layer_bytes, models.values()))
+    return loaded - layers + _part(layers, ranks), loaded
+
+
+def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
+    """What several ranks gather: see `Forecast.whole` and `Forecast.gathered`."""
+    student, config = prepared.student, prepared.config
+    teacher, layer = prepared.lms.get("teacher"), _layer_bytes(student) // max(1, len(layers_of(student.model)))
+    writes = config.eval.teacher or any("teacher" in method.rollout.sources for _, method in prepared.phases)
+    of_teacher = _layer_bytes(teacher) if teacher and writes and config.ranks.teacher == "sharded" else 0
+    embedding: Any = student.model.get_input_embeddings()
+    return {
+        "whole": max(_bytes(student), of_teacher),
+        "gathered": 4 * (embedding.weight.numel() + student.head_weight().numel()) + 4 * layer,
+        "ranks": ranks,
+    }
 
 
 def _kept_bytes(text: object, product: int, *, checkpointed: bool) -> int:
@@ -149,7 +206,7 @@ def _self_passes(prepared: Prepared) -> int:
     return sum(len(sides_of(view.weights)) for view in views if view.model == "student")
 
 
-def _signals(prepared: Prepared, steps: int, product: int) -> int:
+def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
     total = 0
     for name, view in prepared.method.views.items():
@@ -162,9 +219,11 @@ def _signals(prepared: Prepared, steps: int, product: int) -> int:
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)
         own = prepared.teachers.own
-        if view.model == "student" and dense and own is not None and own.moves_within_batch:
+        if ranks > 1 and dense and lm.model is prepared.student.model:  # its gathered head is copied
+            total += len(sides) * (product if view.model == "student" else 4) * prepared.student.head_weight().numel()
+        elif view.model == "student" and dense and own is not None and own.moves_within_batch:
             moving = sum(weights.kind != "frozen" for weights, _ in sides)
-            total += moving * product * prepared.student.head().weight_VD.numel()
+            total += moving * product * prepared.student.head_weight().numel()
     return total
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -180,6 +181,7 @@ def _parties(
         teacher_generator=_teacher_generator(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
         whole=student.whole,
+        teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
     )
     learner = Learner(
         Passes(student, vocab, optimizer.batch_tokens),

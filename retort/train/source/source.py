@@ -59,6 +59,7 @@ class Source:
         cache: Rollouts of earlier batches; a run sets its own.
         world: The ranks, each of which generates and grades a part of the batch.
         whole: Within it the student can generate without the other ranks; all enter it together.
+        teacher_whole: The same for the teacher.
     """
 
     prompts: Sequence[Prompt]
@@ -75,6 +76,7 @@ class Source:
     cache: RolloutCache = field(default_factory=RolloutCache)
     world: World = field(default_factory=here)
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    teacher_whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def given_up(self) -> int:
@@ -259,11 +261,12 @@ class Source:
                 if kept is not None:
                     found[index, member] = kept
         missing = [index for index in wanted if index not in found]
-        new = self.world.divide(
-            missing,
-            lambda own: self._generated_by_teacher(method, [(chosen[index], member) for index, member in own], longest),
-            key=lambda place: place[0],
-        )
+        with self.teacher_whole() if missing else nullcontext():
+            new = self.world.divide(
+                missing,
+                lambda own: self._generated_by_teacher(method, [(chosen[i], member) for i, member in own], longest),
+                key=lambda place: place[0],
+            )
         found.update(zip(missing, new, strict=True))
         if plan.keep:
             self.cache.keep(new, plan, clock.step + 1)

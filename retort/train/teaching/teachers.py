@@ -16,7 +16,7 @@ from retort.models.lm import LanguageModel
 from retort.models.sharding import gathered
 from retort.ranks import here
 from retort.teachers.base import Teacher, view_signals
-from retort.teachers.itself import OwnWeights
+from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 
 
@@ -73,10 +73,31 @@ class Teachers:
         """The distance of each moving self-teacher from the student, see `OwnWeights.lags`."""
         return {} if self.own is None else self.own.lags()
 
-    def spread(self) -> None:
-        """Keeps slices of what the student's own teachers hold, once the student is spread over ranks."""
+    def spread(self, *, sharded: bool) -> list[str]:
+        """Spreads the teachers over ranks, once the student is; in a single process it does nothing.
+
+        Args:
+            sharded: Whether the layers of frozen models are sliced, or whole on every rank (`ranks.teacher`).
+
+        Returns:
+            Notes for the user on what is not spread.
+
+        Raises:
+            UserError: A family whose layers cannot be spread.
+        """
+        world = here()
+        if world.size == 1:
+            return []
         if self.own is not None:
             self.own.spread()
+        if not sharded:
+            return []
+        for lm in self.lms.values():
+            lm.spread_layers(world)
+        if not any(lm.sharding.in_step for lm in self.lms.values()):
+            return ["ranks.teacher = sharded changes nothing: this run has no frozen model of its own to spread"]
+        kept = [name for name, own in self.models.items() if not isinstance(own, LocalTeacher | SelfTeacher)]
+        return [f"every rank asks {name} by itself: only frozen models that Retort loads are spread" for name in kept]
 
     def tensors(self) -> dict[str, Tensor]:
         """State for a checkpoint: weights that have moved; of several ranks, rank 0 has it."""
