@@ -133,8 +133,7 @@ class Run:
         return self
 
     def _go(self) -> None:
-        self.learner.spread()
-        self.teachers.spread()
+        self._spread()
         self.open()
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)
@@ -147,6 +146,11 @@ class Run:
             raise RunError(self._stopped()) from None
         finally:
             self._claim.release()
+
+    def _spread(self) -> None:
+        if not self.student.sharding.on:
+            self.learner.spread()
+            self.teachers.spread()
 
     def _train(self, tracker: Tracker) -> None:
         every = self.prepared.config.checkpoint.every
@@ -308,21 +312,17 @@ class Run:
         weights, tensors, counts = self.learner.tensors()
         state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
-        found = checkpoint.Checkpoint(self.step, weights, tensors, state, parts)
-
-        def written() -> Path:
-            self._claim.check()
-            path = checkpoint.save(folder, found)
-            checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=best[1] if best else None)
-            return path
-
-        self._saved = self.world.first(written)
+        self.world.first(self._claim.check)
+        self._saved = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
+        keep = self.prepared.config.checkpoint.keep
+        self.world.first(lambda: checkpoint.prune(folder, keep=keep, best=best[1] if best else None))
         return self._saved
 
     def restore(self, path: Path) -> None:
         """Restores the state of a checkpoint. The run's files stay as they are until `go`."""
         found = checkpoint.load(path)
         refuse_other_run(path, found, self.prepared, self._identity, self.observer.note)
+        self._spread()
         self.step = found.step
         self.learner.restore(found)
         self.control.restore(found.parts)
