@@ -32,17 +32,18 @@ def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: Some rank could not write.
     """
-    from torch.distributed import checkpoint as dcp
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     if not tensors:
         return
-    writer = dcp.HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), _files_of(tensors), save_distributed=True)
     planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
     with _plain_errors():
-        dcp.save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, planner=planner)
+        save({name: tensor.detach() for name, tensor in tensors.items()}, storage_writer=writer, planner=planner)
 
 
 def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -114,19 +115,19 @@ class Stored(Mapping[str, Tensor]):
         self._read({name: target.detach() for name, target in targets.items()})
 
     def _read(self, targets: dict[str, Tensor]) -> None:
-        from torch.distributed import checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         if targets and self._reader is not None:
             with _plain_errors(), warnings.catch_warnings():
                 # Each rank plans for itself what it reads, so nothing is exchanged.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(targets, storage_reader=self._reader, no_dist=True)
+                load(targets, storage_reader=self._reader, no_dist=True)
 
 
 def _reader(files: Sequence[Path]) -> Any:
     """DCP's reader of safetensors for some files, of which it reads the headers once."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
     from torch.distributed.checkpoint.filesystem import FileSystem
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     class Listed(FileSystem):
         def ls(self, path: str | Any) -> list[str]:
