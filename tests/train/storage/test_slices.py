@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.multiprocessing.spawn import spawn
 
 from retort.errors import RunError, UserError
 from retort.models.sharding import full
@@ -145,7 +146,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that one process, two and three ranks wrote, after each of them read those of all."""
     folder = tmp_path_factory.mktemp("slices")
     saved(folder / "one", 1)
-    multiprocessing.spawn(process, args=(folder,), nprocs=3)
+    spawn(process, args=(folder,), nprocs=3)
     return folder
 
 
