@@ -86,7 +86,7 @@ class Adapter:
         The model itself is not changed: adding an adapter and subtracting it again would leave rounding in its weights.
 
         Args:
-            state: The model's state, where it was gathered from several ranks; its layers hold whole weights then.
+            state: The model's state, where it is spread over ranks; its layers hold whole weights for the moment.
         """
         whole: Mapping[str, Tensor] = self.model.state_dict() if state is None else state
         found = {own: x for name, x in whole.items() if (own := self.own_name(name)) is not None}

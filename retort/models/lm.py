@@ -165,6 +165,15 @@ class LanguageModel:
                 if self.sharding.on:
                     self.working.drop()  # copies of tensors that are about to be freed
 
+    @contextlib.contextmanager
+    def whole_state(self) -> Iterator[dict[str, Tensor] | None]:
+        """Within, the model's whole state by name where it is spread, else None; all ranks enter it together."""
+        if not self.sharding.on:
+            yield None
+            return
+        with self.sharding.whole_state(self.model) as state:
+            yield state
+
     def spread(self, world: World) -> None:
         """Spreads the weights over ranks, each of which keeps a slice; whoever holds parameters asks for them anew.
 

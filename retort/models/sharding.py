@@ -12,7 +12,7 @@ the pass. It scores in lock step, too. Axes: see `retort.core`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -163,13 +163,13 @@ class Sharding:
         learns = tensor.requires_grad and torch.is_grad_enabled()
         return tensor.full_tensor(grad_placements=[Partial()]) if learns else tensor.full_tensor()
 
-    def state(self, model: Any, world: World) -> dict[str, Tensor]:
-        """The model's whole state by name, on the CPU of rank 0 and nowhere else; tied weights are one tensor."""
-        found = gathered(model.state_dict(), world)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if found and self._tied is not None and parameter is self._tied[0].weight:
-                found[name] = next(found[own] for own, p in model.named_parameters() if p is parameter)
-        return found
+    @contextlib.contextmanager
+    def whole_state(self, model: Any) -> Iterator[dict[str, Tensor]]:
+        """Within, the model's whole state by name, of which nothing is a copy; all ranks enter it together."""
+        names = list(model.state_dict())  # FSDP2 puts the slices back whenever this is asked for, so not inside
+        with self.whole():
+            own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+            yield {name: own[name].detach() for name in names}
 
     def _tie(self) -> None:
         if self._tied is not None:
@@ -202,18 +202,6 @@ def full(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def gathered(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """The whole tensors, one after another: on rank 0 on the CPU, elsewhere dropped. Whole ones stay as they are."""
-    if world.size == 1:
-        return dict(tensors)
-    found: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        whole = full(tensor.detach())
-        if world.leads:
-            found[name] = whole.cpu()
-    return found
 
 
 def like(parameter: Parameter | Tensor, tensor: Tensor) -> Tensor:

@@ -89,6 +89,7 @@ class Run:
         self.observer = self.observer if self.world.leads else Silent()
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
+        self.prepared.spread()
 
     @property
     def setup(self) -> Prepared:
@@ -133,8 +134,6 @@ class Run:
         return self
 
     def _go(self) -> None:
-        self.learner.spread()
-        self.prepared.notes.extend(self.teachers.spread(sharded=self.prepared.config.ranks.teacher == "sharded"))
         self.open()
         try:
             self.observer.summary(summary(self.prepared), self.prepared.notes)
@@ -308,15 +307,10 @@ class Run:
         weights, tensors, counts = self.learner.tensors()
         state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
-        found = checkpoint.Checkpoint(self.step, weights, tensors, state, parts)
-
-        def written() -> Path:
-            self._claim.check()
-            path = checkpoint.save(folder, found)
-            checkpoint.prune(folder, keep=self.prepared.config.checkpoint.keep, best=best[1] if best else None)
-            return path
-
-        self._saved = self.world.first(written)
+        self.world.first(self._claim.check)
+        self._saved = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
+        keep = self.prepared.config.checkpoint.keep
+        self.world.first(lambda: checkpoint.prune(folder, keep=keep, best=best[1] if best else None))
         return self._saved
 
     def restore(self, path: Path) -> None:

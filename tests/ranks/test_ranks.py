@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def rows(folder: Path, words: str, ranks: int, rank: int = 0) -> list[dict[str, 
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / f"step-{step}" / "weights.safetensors")
+    return dict(checkpoint.load(run / "checkpoints" / f"step-{step}").weights)
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -124,10 +125,12 @@ def test_two_ranks_are_one_process(one: Path, two: Path, name: str) -> None:
 
 
 def test_the_folder_is_the_same(one: Path, two: Path) -> None:
-    """One line for each step, and the same files: nothing that two ranks have written."""
+    """One line for each step, and the same files, but for a file of slices for each rank in a checkpoint."""
     for name in ("judged", "skew_kl", "lora"):
         here, there = one / name, two / name
         assert files(here) == files(there)
+        slices = list((there / "checkpoints" / "step-5" / "weights").iterdir())
+        assert sorted(path.name[:11] for path in slices) == ["shard-00001", "shard-00002"]
         for kind in ("metrics.jsonl", "rollouts.jsonl"):
             assert len((here / kind).read_text().splitlines()) == len((there / kind).read_text().splitlines())
     table, other = (json.loads((folder / "judged" / "eval.json").read_text()) for folder in (one, two))
@@ -136,7 +139,9 @@ def test_the_folder_is_the_same(one: Path, two: Path) -> None:
 
 
 def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    """Its files; those of slices by the name that they have in one process."""
+    found = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    return {re.sub(r"/shard-[^/]*(?=\.safetensors)", "", name) for name in found}
 
 
 def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path) -> None:

@@ -19,7 +19,6 @@ from retort.core.steps import Clock, Steps
 from retort.loss import scoring
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.models.sharding import gathered, like
 from retort.ranks import Share
 from retort.train.learning.passes import Batch, Passes
 from retort.train.learning.update import Update, learn
@@ -66,17 +65,9 @@ class Learner:
         Raises:
             UserError: The student's family cannot be spread.
         """
-        world, before = self.passes.world, checkpoint.optimizer_tensors(self.optimizer)
-        if world.size == 1:
-            return
-        self.lm.spread(world)
-        self.optimizer = self._optimizer()
-        self._put_optimizer(before)
-
-    def _put_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        own = {name: like(parameters[int(name.partition(".")[0])], x) for name, x in tensors.items()}
-        checkpoint.restore_optimizer(self.optimizer, own)
+        if self.passes.world.size > 1 and not self.lm.sharding.on:
+            self.lm.spread(self.passes.world)
+            self.optimizer = self._optimizer()  # the one before has made no step yet
 
     @property
     def lm(self) -> LanguageModel:
@@ -152,17 +143,19 @@ class Learner:
         self.begun = self.updates
 
     def tensors(self) -> tuple[Mapping[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """State for a checkpoint: weights, optimizer tensors, plain values; rank 0 has the tensors."""
+        """State for a checkpoint: weights, optimizer tensors, plain values."""
         counts = {"updates": self.updates, "begun": self.begun}
-        world = self.passes.world
-        return gathered(self.lm.trainable(), world), checkpoint.optimizer_tensors(self.optimizer, world), counts
+        return self.lm.trainable(), checkpoint.optimizer_tensors(self.optimizer), counts
 
     @torch.no_grad()
-    def restore(self, found: checkpoint.Checkpoint) -> None:
-        """Restores the student and its optimizer from a checkpoint."""
-        for name, parameter in self.lm.trainable().items():
-            parameter.copy_(like(parameter, found.weights[name]))
-        self._put_optimizer(found.optimizer)
+    def restore(self, found: checkpoint.Found) -> None:
+        """Restores the student, spread or not, and its optimizer from a checkpoint.
+
+        Raises:
+            UserError: The checkpoint cannot be read, or holds the optimizer of another model.
+        """
+        found.fill("weights", self.lm.trainable())
+        checkpoint.restore_optimizer(self.optimizer, found)
         self.updates, self.begun = int(found.state["updates"]), int(found.state["begun"])
 
     def _with_sentences(self, method: Method, pack: Pack) -> Steps:

@@ -25,7 +25,7 @@ def write_model(
     """Writes the student as `from_pretrained` opens it: weights (safetensors), tokenizer, generation settings, card.
 
     An adapter is merged into the weights; by itself it lies beside the folder, as `PeftModel.from_pretrained` opens it.
-    Of several ranks, all bring their slices of the weights, one tensor after another, and the first one writes.
+    Of several ranks, each holds the whole weights for that moment, as it does to generate, and the first one writes.
 
     Args:
         prepared: The run.
@@ -37,16 +37,14 @@ def write_model(
     Raises:
         RunError: The disk is full or the folder cannot be written.
     """
-    world, student = here(), prepared.student
-    state = student.sharding.state(student.model, world) if student.sharding.on else None
-    with student.whole():
-        weights = state if student.adapter is None else student.adapter.merged(state)
+    student = prepared.student
 
-    def written() -> None:
+    def written(state: dict[str, Tensor] | None) -> None:
         check()
-        _write(prepared, folder, results, step, state, weights)
+        _write(prepared, folder, results, step, state)
 
-    world.first(written)
+    with student.whole_state() as state:
+        here().first(lambda: written(state))
 
 
 def _write(
@@ -55,9 +53,9 @@ def _write(
     results: Mapping[str, Any],
     step: int,
     state: dict[str, Tensor] | None,
-    weights: dict[str, Tensor] | None,
 ) -> None:
     student = prepared.student
+    weights = state if student.adapter is None else student.adapter.merged(state)
     bare = student.model.generation_config
     try:
         if student.adapter is not None:

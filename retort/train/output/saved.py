@@ -10,7 +10,7 @@ from retort.data import fingerprint
 from retort.errors import UserError
 from retort.train.output.identity import compare
 from retort.train.setup.prepare import Prepared
-from retort.train.storage.checkpoint import Checkpoint
+from retort.train.storage.checkpoint import Found
 from retort.train.teaching.digests import adapter_state, digests, refuse_other_adapter, refuse_others
 
 
@@ -37,7 +37,7 @@ def state_of(
 
 
 def refuse_other_run(
-    path: Path, found: Checkpoint, prepared: Prepared, identity: Mapping[str, Any], note: Callable[[str], None]
+    path: Path, found: Found, prepared: Prepared, identity: Mapping[str, Any], note: Callable[[str], None]
 ) -> None:
     """Refuses a checkpoint of other data, models or settings, and notes what may only change rounding.
 
@@ -59,6 +59,6 @@ def refuse_other_run(
     refuse_other_adapter(path, found.state, student)
     refuse_others(path, found.state, prepared.teachers, student)
     shapes = {name: parameter.shape for name, parameter in student.trainable().items()}
-    if shapes != {name: weights.shape for name, weights in found.weights.items()}:
+    if shapes != found.weights.shapes:
         raise UserError(f"{path}: the student {student.name} is another model than the one it was made with")
     compare(path, found.state, identity, path.parents[1], note)

@@ -84,6 +84,15 @@ class Prepared:
         before = self.method.before
         return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
 
+    def spread(self) -> None:
+        """Spreads the models over the ranks, as the settings say; in a single process it does nothing.
+
+        Raises:
+            UserError: A family that cannot be spread.
+        """
+        self.learner.spread()
+        self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
+
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
         phases = self.phases

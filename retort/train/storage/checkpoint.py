@@ -1,33 +1,35 @@
 """Checkpoints: written whole or not at all, and verified before use.
 
-A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. It is written
-under another name, flushed to disk and renamed, so a folder of that name is always complete; `manifest.json` holds a
-SHA-256 of every file, checked before anything is loaded. Random streams are keyed by seed and step
-(`retort.core.random_streams`), schedules by the number of updates: so the step *is* the state of both, and a resumed
-run continues bit by bit. What a method itself remembers (its controllers, completions to be replayed) is in
-`parts.safetensors`, where there is any.
+A checkpoint is a folder `step-N` with the student's fp32 weights, the optimizer, and `state.json`. One process writes
+a file of each, several ranks a folder of each with files of their slices (`retort.train.storage.slices`); any number of
+ranks reads both. It is written under another name, flushed to disk and renamed, so a folder of that name is always
+complete; `manifest.json` holds a SHA-256 of every file, checked before anything is loaded. Random streams are keyed by
+seed and step (`retort.core.random_streams`), schedules by the number of updates: so the step *is* the state of both,
+and a resumed run continues bit by bit. What a method itself remembers (its controllers, completions to be replayed) is
+in `parts`, where there is any.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from retort.errors import RunError, UserError, quoted
 from retort.files import new_folder, read_object, reason
-from retort.models.sharding import gathered
-from retort.ranks import ONE, World
+from retort.ranks import here
+from retort.train.storage.slices import Stored, write_slices
 
 #: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
 #: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
@@ -36,7 +38,14 @@ FORMAT = 2
 #: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
 _KEYS = ("updates", "begun", "best", "data", "models", "start", "precision", "advised", "run")
 _NAME = re.compile(r"step-(\d+)$")
-_PARTS = "parts.safetensors"
+#: What holds tensors: files of these names that one process wrote, or folders that several ranks wrote.
+_GROUPS = ("weights", "optimizer", "parts")
+_SUFFIX = ".safetensors"
+#: A file of a rank's slices, in the manifest.
+_SLICES = re.compile(rf"({'|'.join(_GROUPS)})/shard-\d{{5}}-[\w-]+\{_SUFFIX}")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,47 +67,128 @@ class Checkpoint:
     parts: Mapping[str, Tensor] = field(default_factory=lambda: {})
 
 
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that was read: as `Checkpoint`, but weights and optimizer are on disk until they are asked for.
+
+    Attributes:
+        path: Its folder.
+        step: See `Checkpoint`, as for all others.
+        weights: Read by `fill`.
+        optimizer: Read by `fill`.
+        state: Plain values.
+        parts: Read already in one process, and one tensor after another on several ranks.
+    """
+
+    path: Path
+    step: int
+    weights: Stored
+    optimizer: Stored
+    state: Mapping[str, Any]
+    parts: Mapping[str, Tensor]
+
+    def fill(self, group: Literal["weights", "optimizer"], targets: Mapping[str, Tensor]) -> None:
+        """Reads tensors into others of the same names and shapes, of several ranks each its slices.
+
+        Raises:
+            UserError: A file cannot be read.
+        """
+        stored = self.weights if group == "weights" else self.optimizer
+        here().each(lambda: _reading(self.path, group, lambda: stored.fill(targets)))
+
+
 def save(folder: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `folder/step-N`, whole or not at all.
+    """Writes `folder/step-N`, whole or not at all. Of several ranks all call it, with their slices of the tensors.
 
     Raises:
         RunError: The disk is full or the folder cannot be written; earlier checkpoints are untouched.
     """
     target = folder / f"step-{checkpoint.step}"
-    try:
+    world, stack = here(), contextlib.ExitStack()
+
+    def begun() -> Path:
         folder.mkdir(exist_ok=True)  # Parents are not made: a run's folder that is gone is not made again.
-        with new_folder(target) as temporary:
-            save_file(_distinct(checkpoint.weights), temporary / "weights.safetensors")
-            save_file(_distinct(checkpoint.optimizer), temporary / "optimizer.safetensors")
-            if checkpoint.parts:
-                save_file(_distinct(checkpoint.parts), temporary / _PARTS)
-            state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
-            (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-            manifest = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        last = newest(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        raise RunError(f"cannot write {target}: {reason(error)}; {kept}") from None
+        return stack.enter_context(new_folder(target))
+
+    def ended() -> None:
+        state = {"format": FORMAT, "step": checkpoint.step, **checkpoint.state}
+        (temporary / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        manifest = {"state.json": _digest(temporary / "state.json"), **digests}
+        (temporary / "manifest.json").write_text(json.dumps(dict(sorted(manifest.items())), indent=2) + "\n")
+        stack.close()
+
+    with stack:
+        temporary = world.first(lambda: _writing(target, begun))
+        write = _write_whole if world.size == 1 else _write_slices
+        written = world.each(lambda: _writing(target, lambda: write(temporary, checkpoint)))
+        digests = {name: digest for own in written for name, digest in own.items()}
+        world.first(lambda: _writing(target, ended))
     return target
 
 
+def _writing(target: Path, work: Callable[[], T]) -> T:
+    try:
+        return work()
+    except (OSError, SafetensorError) as error:
+        last = newest(target.parent)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
+        raise RunError(f"cannot write {target}: {reason(error)}; {kept}") from None
+
+
+def _write_whole(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes the tensors of one process; the digests of the files."""
+    save_file(_distinct(checkpoint.weights), folder / "weights.safetensors")
+    save_file(_distinct(checkpoint.optimizer), folder / "optimizer.safetensors")
+    if checkpoint.parts:
+        save_file(_distinct(checkpoint.parts), folder / "parts.safetensors")
+    return {path.name: _digest(path) for path in folder.iterdir()}
+
+
+def _write_slices(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes this rank's slices; the digests of its files."""
+    for group in _GROUPS:
+        write_slices(folder / group, getattr(checkpoint, group))
+    own = folder.glob(f"*/shard-{here().rank + 1:05d}-*{_SUFFIX}")
+    return {str(path.relative_to(folder)): _digest(path) for path in own}
+
+
 def verify(path: Path) -> None:
-    """Checks the format of a checkpoint, and every file of it.
+    """Checks the format of a checkpoint, and every file of it; of several ranks all call it, and share the files.
 
     Raises:
         UserError: The checkpoint is of another format; or a file is missing, truncated or changed, and the
             message names it and the previous checkpoint.
     """
+
+    def own() -> None:
+        manifest = _manifest(path)
+        _check_digest(path, "state.json", manifest)
+        _check_format(path, _state(path))  # The format is checked before the other files, which may differ by format.
+        names = [name for group in _files(path, manifest).values() for name in group]
+        for name in names[here().rank :: here().size]:
+            _check_digest(path, name, manifest)
+
+    here().each(own)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = read_object(path / "manifest.json")
+        return read_object(path / "manifest.json")
     except UserError:
         raise _refused(path, "manifest.json", "is missing or unreadable") from None
-    _check_digest(path, "state.json", manifest)
-    _check_format(path, _state(path))  # The format is checked before the other files, which may differ by format.
-    further = [_PARTS] if _PARTS in manifest else []
-    for name in ("weights.safetensors", "optimizer.safetensors", *further):
-        _check_digest(path, name, manifest)
+
+
+def _files(path: Path, manifest: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The files of each group of tensors, by the manifest."""
+    sliced = sorted(name for name in manifest if _SLICES.fullmatch(name))
+    if not sliced:
+        further = {"parts": ["parts.safetensors"]} if "parts.safetensors" in manifest else {}
+        return {"weights": ["weights.safetensors"], "optimizer": ["optimizer.safetensors"], **further}
+    for group in _GROUPS:
+        for file in (path / group).glob(f"*{_SUFFIX}"):
+            if f"{group}/{file.name}" not in sliced:
+                raise _refused(path, f"{group}/{file.name}", "is not in manifest.json")
+    return {group: [name for name in sliced if name.startswith(f"{group}/")] for group in _GROUPS}
 
 
 def _check_digest(path: Path, name: str, manifest: Mapping[str, Any]) -> None:
@@ -135,8 +225,8 @@ def _check_format(path: Path, state: Mapping[str, Any]) -> None:
     )
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads a checkpoint after verifying it.
+def load(path: Path) -> Found:
+    """Reads a checkpoint after verifying it; of several ranks all call it.
 
     Raises:
         UserError: As `verify`.
@@ -148,13 +238,11 @@ def load(path: Path) -> Checkpoint:
     if odd is not None:
         raise _refused(path, "state.json", odd)
     del state["format"]
-    return Checkpoint(
-        state.pop("step"),
-        _tensors(path, "weights.safetensors"),
-        _tensors(path, "optimizer.safetensors"),
-        state,
-        _tensors(path, _PARTS) if (path / _PARTS).exists() else {},
-    )
+    files = _files(path, _manifest(path))
+    weights, optimizer, parts = (_stored(path, group, files.get(group, [])) for group in _GROUPS)
+    if here().size == 1:
+        parts = _reading(path, "parts", lambda: dict(parts))
+    return Found(path, state.pop("step"), weights, optimizer, state, parts)
 
 
 def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
@@ -180,9 +268,13 @@ def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
     return None if whole else "lacks the digests of its run"
 
 
-def _tensors(path: Path, name: str) -> dict[str, Tensor]:
+def _stored(path: Path, group: str, names: Sequence[str]) -> Stored:
+    return _reading(path, names[0] if len(names) == 1 else group, lambda: Stored([path / own for own in names]))
+
+
+def _reading(path: Path, name: str, work: Callable[[], T]) -> T:
     try:
-        return load_file(path / name)
+        return work()
     except (OSError, SafetensorError, ValueError) as error:
         raise _refused(path, name, f"cannot be read ({reason(error)})") from None
 
@@ -227,23 +319,32 @@ def supersede(folder: Path, step: int) -> None:
             path.rename(aside)
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, world: World = ONE) -> dict[str, Tensor]:
-    """The optimizer's state as flat tensors; of several ranks, rank 0 has them whole and the others none."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as flat tensors, spread over ranks as its parameters are."""
     states: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
-    flat = {
+    return {
         f"{index}.{name}": torch.as_tensor(value).detach()
         for index, state in states.items()
         for name, value in state.items()
     }
-    return {name: value.cpu().contiguous() for name, value in gathered(flat, world).items()}
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restores `optimizer_tensors`."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, found: Found) -> None:
+    """Restores `optimizer_tensors`, spread as the optimizer's parameters are.
+
+    Raises:
+        UserError: A file cannot be read, or the tensors are of an optimizer of another model.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
+    targets: dict[str, Tensor] = {}
+    for name, shape in found.optimizer.shapes.items():
         index, _, field = name.partition(".")
-        states.setdefault(int(index), {})[field] = tensor
+        if not index.isdigit() or int(index) >= len(parameters) or shape not in ((), parameters[int(index)].shape):
+            raise _refused(found.path, "optimizer", f"holds '{name}', which is of no weight of this model")
+        targets[name] = found.optimizer.empty(name, parameters[int(index)])
+        states.setdefault(int(index), {})[field] = targets[name]
+    found.fill("optimizer", targets)
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -13,7 +13,6 @@ from retort.core.signals import TeacherSignal
 from retort.loss.terms import check_needs, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
-from retort.models.sharding import gathered
 from retort.ranks import here
 from retort.teachers.base import Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
@@ -100,8 +99,8 @@ class Teachers:
         return [f"every rank asks {name} by itself: only frozen models that Retort loads are spread" for name in kept]
 
     def tensors(self) -> dict[str, Tensor]:
-        """State for a checkpoint: weights that have moved; of several ranks, rank 0 has it."""
-        return {} if self.own is None else gathered(self.own.tensors(), here())
+        """State for a checkpoint: weights that have moved."""
+        return {} if self.own is None else self.own.tensors()
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`, and ignores those of other parts."""
