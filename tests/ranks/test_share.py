@@ -116,6 +116,20 @@ def test_columns_come_together(sizes: tuple[int, ...]) -> None:
         assert counts == [{"no_context": float(len(groups))}]
 
 
+def test_a_visit_drawn_twice_has_the_same_siblings_on_every_rank() -> None:
+    """A replay draws visits with replacement; the copies may be on two ranks, where a teacher sees one of them each."""
+    twice, other = batch(3, 2)
+    groups = [twice, other, twice, other]
+
+    def siblings(own: list[Group]) -> list[list[int]]:
+        pack = Pack.of([rollout for group in own for rollout in group])
+        assert all(rollout in group for rollout, group in zip(pack.rollouts, pack.groups(), strict=True))
+        return [[rollout.member for rollout in group] for group in pack.groups()]
+
+    shares = together(3, lambda ranks: Share.of(groups, ranks))
+    assert [group for share in shares for group in siblings(groups[share.groups])] == siblings(groups)
+
+
 def test_neighbours_with_the_same_key_stay_together() -> None:
     items = [(0, "a"), (0, "b"), (1, "c"), (2, "d"), (2, "e"), (3, "f"), (4, "g")]
     parts = [Thread(rank, [None] * 3, threading.Barrier(1)).part(items, lambda item: item[0]) for rank in range(3)]
