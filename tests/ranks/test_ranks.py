@@ -8,11 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from retort import config as configuration
 from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from worker import CASES  # noqa: E402
+from worker import CASES, SMALL  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
 ALIKE = [name for name in CASES if name != "plain"]
 TOLERANCE = 1e-5
+#: Of the moments at which ranks are killed: RANKS_SEED in the environment makes those of an earlier call again.
+SEED = int(os.environ.get("RANKS_SEED", time.time_ns() % 2**32))
+_draw = random.Random(SEED)
+#: By the run that goes on afterwards: the rank, the step, and how much of it is done, see `dying.py`.
+KILLED: dict[str, tuple[int, int, float | str]] = {
+    "plain:0+": (0, _draw.randint(3, 5), round(_draw.random(), 4)),
+    "plain:1+": (1, _draw.randint(3, 5), round(_draw.random(), 4)),
+    "plain:saving+": (0, 3, "checkpoint"),
+}
 
 
 def command(ranks: int, *words: str) -> list[str]:
@@ -75,35 +84,30 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs on two ranks; one of them goes on with a run of which a rank was killed."""
+    """Runs on two ranks; some of them go on with a run of which a rank was killed."""
     folder = tmp_path_factory.mktemp("two")
-    killed(folder)
-    return work(2, folder, *ALIKE, "plain", "plain+", "sdpo+2")
+    for name, (rank, step, moment) in KILLED.items():
+        killed(folder, name, rank, step, moment)
+    return work(2, folder, *ALIKE, "plain", *KILLED, "sdpo+2")
 
 
-def killed(folder: Path) -> None:
+def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:
     """Kills a rank in the middle of a run, and waits for the other."""
-    words = command(2, str(HERE / "worker.py"), str(folder), "plain+")
-    with (folder / "killed.log").open("w") as log:
-        process = subprocess.Popen(words, env=environment(), stdout=log, stderr=log)
-        try:
-            wait_for(lambda: (folder / "plain+" / "checkpoints" / "step-2").exists(), process)
-            os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
-            assert process.wait(timeout=120) != 0
-        finally:
-            process.kill()
+    settings = [*flat(configuration.merge(SMALL, CASES["plain"])), f"out={folder / name}"]
+    words = command(2, str(HERE / "dying.py"), str(rank), str(step), str(moment), *settings)
+    # The other one ends at once: this is a guard against one that hangs.
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    (folder / f"{name}.log").write_text(done.stderr)
 
 
-def wait_for(there: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
-    while not there():
-        assert process.poll() is None, "it ended before it came so far"
-        time.sleep(0.02)
-
-
-def ranks_of(torchrun: int) -> list[int]:
-    """The processes that torchrun has started, in order of rank."""
-    children = Path(f"/proc/{torchrun}/task").glob("*/children")
-    return sorted(int(pid) for own in children for pid in own.read_text().split())
+def flat(settings: dict[str, Any], before: str = "") -> list[str]:
+    """Settings as words of the command."""
+    return [
+        word
+        for name, value in settings.items()
+        for word in (flat(value, f"{name}.") if isinstance(value, dict) else [f"{before}{name}={value}"])
+    ]
 
 
 @pytest.mark.parametrize("name", ALIKE)
@@ -139,13 +143,21 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path) -> None:
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) -> None:
     """The run that goes on from the last checkpoint ends with the bits of one that was never disturbed."""
-    assert "lost another rank" in (two / "killed.log").read_text()
-    assert len(rows(two, "plain+", 2)) < 6
-    assert len((two / "plain+" / "metrics.jsonl").read_text().splitlines()) == 6
-    mine, other = weights(two / "plain", 6), weights(two / "plain+", 6)
-    assert all(torch.equal(mine[name], other[name]) for name in mine)
+    rank, step, moment = KILLED[name]
+    print(f"rank {rank} was killed in step {step} at {moment}; RANKS_SEED={SEED} makes the same moments again")
+    log = (two / f"{name}.log").read_text()
+    (said,) = [line for line in log.splitlines() if line.startswith("retort: ")]
+    assert said.startswith(f"retort: rank {1 - rank} of 2 lost another rank"), log[-4000:]
+    assert f"go on with: retort train --resume {two / name}" in said
+    assert "exitcode  : -9 " in log
+    assert step - 1 <= 6 - len(rows(two, name, 2)) <= step
+    assert len((two / name / "metrics.jsonl").read_text().splitlines()) == 6
+    mine, other = weights(two / "plain", 6), weights(two / name, 6)
+    assert all(torch.equal(mine[key], other[key]) for key in mine)
+    assert not [path for path in (two / name / "checkpoints").iterdir() if path.name.startswith(".writing")]
 
 
 def test_another_number_of_ranks_goes_on(one: Path, two: Path) -> None:
