@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ from worker import CASES, SMALL  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
 ALIKE = [name for name in CASES if name != "plain"]
+#: And of these with one on three ranks: both estimators, statistics of the whole batch, a teacher that moves, LoRA.
+THREE = ["opd", "gkd", "dasd", "sdpo", "lora"]
 TOLERANCE = 1e-5
 #: Of the moments at which ranks are killed: RANKS_SEED in the environment makes those of an earlier call again.
 SEED = int(os.environ.get("RANKS_SEED", time.time_ns() % 2**32))
@@ -110,20 +113,40 @@ def flat(settings: dict[str, Any], before: str = "") -> list[str]:
     ]
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory, one: Path, two: Path) -> Path:
+    """Runs on three ranks, in which batches of four prompts do not divide; one goes on with a run of two and of one."""
+    folder = tmp_path_factory.mktemp("three")
+    shutil.copytree(two / "sdpo+", folder / "sdpo+")
+    work(1, folder, "sdpo+4")
+    return work(3, folder, *THREE, "sdpo+")
+
+
 @pytest.mark.parametrize("name", ALIKE)
 def test_two_ranks_are_one_process(one: Path, two: Path, name: str) -> None:
+    same(one, two, name, 2)
+
+
+@pytest.mark.parametrize("name", THREE)
+def test_three_ranks_are_one_process(one: Path, three: Path, name: str) -> None:
+    same(one, three, name, 3)
+
+
+def same(one: Path, other: Path, name: str, ranks: int) -> None:
     """Loss, gradient norm and every other number of every step, and the weights at the end."""
     alone = rows(one, name, 1)
-    for rank in (0, 1):
-        for whole, own in zip(alone, rows(two, name, 2, rank), strict=True):
+    for rank in range(ranks):
+        for whole, own in zip(alone, rows(other, name, ranks, rank), strict=True):
             assert own.keys() == whole.keys()
             for metric, value in whole.items():
                 if isinstance(value, float) and math.isfinite(value):
                     assert own[metric] == pytest.approx(value, rel=TOLERANCE, abs=1e-6), metric
                 else:
                     assert own[metric] == value or value != value, metric
-    assert apart(weights(one / name, 5), weights(two / name, 5)) < TOLERANCE
-    exported = [load_file(folder / name / "model" / "model.safetensors") for folder in (one, two)]
+            for metric in ("loss", "grad_norm"):
+                assert own[metric] == pytest.approx(whole[metric], rel=TOLERANCE), metric
+    assert apart(weights(one / name, 5), weights(other / name, 5)) < TOLERANCE
+    exported = [load_file(folder / name / "model" / "model.safetensors") for folder in (one, other)]
     assert apart(*exported) < TOLERANCE
 
 
@@ -160,15 +183,23 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) 
     assert not [path for path in (two / name / "checkpoints").iterdir() if path.name.startswith(".writing")]
 
 
-def test_another_number_of_ranks_goes_on(one: Path, two: Path) -> None:
+def test_another_number_of_ranks_goes_on(one: Path, three: Path) -> None:
     """Two ranks, then one process, then three ranks."""
-    work(1, two, "sdpo+4")
-    work(3, two, "sdpo+")
-    assert checkpoint.newest(two / "sdpo+" / "checkpoints") == two / "sdpo+" / "checkpoints" / "step-5"
-    for whole, own in zip(rows(one, "sdpo", 1)[4:], rows(two, "sdpo+", 3), strict=True):
+    assert checkpoint.newest(three / "sdpo+" / "checkpoints") == three / "sdpo+" / "checkpoints" / "step-5"
+    for whole, own in zip(rows(one, "sdpo", 1)[4:], rows(three, "sdpo+", 3), strict=True):
         assert own["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
         assert own["grad_norm"] == pytest.approx(whole["grad_norm"], rel=TOLERANCE)
-    assert apart(weights(one / "sdpo", 5), weights(two / "sdpo+", 5)) < TOLERANCE
+    assert apart(weights(one / "sdpo", 5), weights(three / "sdpo+", 5)) < TOLERANCE
+
+
+def test_contracts_hold_where_ranks_divide_the_work(tmp_path: Path) -> None:
+    """The contract tests of teachers, engines and graders, each of them divided over two ranks, see `contracts.py`."""
+    words = command(2, str(HERE / "contracts.py"), str(tmp_path))
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = {(tmp_path / f"passed-{rank}").read_text() for rank in (0, 1)}
+    assert len(passed) == 1
+    assert int(passed.pop()) > 100, "most of them were not run"
 
 
 def test_a_refusal_is_one_line(tmp_path: Path) -> None:
