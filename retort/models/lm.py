@@ -165,7 +165,7 @@ class LanguageModel:
         self.sharding.spread(self.model, world, self.name)
         if self.adapter is not None:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
+        with self.whole(), torch.no_grad(), self.compute():  # a first pass, which also settles who is whose parent
             self._probe()
 
     def idle(self) -> None:
@@ -209,7 +209,7 @@ class LanguageModel:
         """
         narrow = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
-            if not narrow or self.model.dtype != torch.float32:
+            if not narrow or self.model.dtype != torch.float32 or self.sharding.sliced:
                 yield
             elif torch.is_grad_enabled():
                 self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
@@ -230,7 +230,7 @@ class LanguageModel:
         if self.precision != "bf16" or self.model.dtype != torch.float32:
             return 0, 0
         with self.compute():
-            pass  # only finds the copies
+            pass  # only finds the copies; where ranks share the weights, `spread` has found them
         return self.working.bytes()
 
     def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:

@@ -35,6 +35,11 @@ class Sharding:
         """Whether the weights are spread."""
         return bool(self._modules)
 
+    @property
+    def sliced(self) -> bool:
+        """Whether the layers hold slices at this moment: the weights are spread, and not gathered by `whole`."""
+        return self.on and not self._entered
+
     def spread(self, model: Any, world: World, name: str) -> None:
         """Spreads a model's weights over all ranks; optimizers and lists of its parameters are to be made anew.
 

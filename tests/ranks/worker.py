@@ -36,6 +36,8 @@ SMALL: dict[str, Any] = {
     "record": {"rollouts": 1},
     "checkpoint": {"every": 0},
 }
+#: Steps so large that whoever writes with the weights of an earlier step is found out.
+BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning_rate": 1e-2}}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
     "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
@@ -52,6 +54,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
     "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
     "plain": {"method": {"name": "eopd"}, "checkpoint": {"every": 1, "keep": 9}, "steps": 6},
+    "plain_bf16": {"method": {"name": "opd"}, **BF16},
+    "plain_bf16_lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}, **BF16},
 }
 
 
