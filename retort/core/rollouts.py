@@ -194,12 +194,15 @@ class Pack:
         return _rewards(self.rollouts)
 
     def groups(self) -> list[tuple[Rollout, ...]]:
-        """For each rollout, all of its group in order of member, itself included."""
-        found: dict[int, list[Rollout]] = {}
+        """For each rollout, all of its group in order of member, itself included.
+
+        A visit that was drawn twice for a replay is there twice; its members are each other's siblings only once.
+        """
+        found: dict[int, dict[int, Rollout]] = {}
         numbers = [int(group) for group in self.group_R]
         for rollout, group in zip(self.rollouts, numbers, strict=True):
-            found.setdefault(group, []).append(rollout)
-        ordered = {group: tuple(sorted(own, key=lambda r: r.member)) for group, own in found.items()}
+            found.setdefault(group, {}).setdefault(rollout.member, rollout)
+        ordered = {group: tuple(own[member] for member in sorted(own)) for group, own in found.items()}
         return [ordered[group] for group in numbers]
 
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:

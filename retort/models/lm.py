@@ -183,7 +183,7 @@ class LanguageModel:
         self.sharding.spread(self.model, world, self.name)
         if self.adapter is not None:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
+        with self.whole(), torch.no_grad(), self.compute():  # a first pass, which also settles who is whose parent
             self._probe()
 
     def spread_layers(self, world: World) -> None:
@@ -246,13 +246,11 @@ class LanguageModel:
         """
         narrow = self.precision == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=narrow):
-            if not narrow or self.model.dtype != torch.float32:
+            if not narrow or self.model.dtype != torch.float32 or self.sharding.by_layer:
                 yield
             elif torch.is_grad_enabled():
                 self.working.drop(frozen=False)  # learning needs the memory, and casts the weights itself
                 yield
-            elif self.sharding.by_layer:
-                yield  # weights that are gathered for one pass are cast once anyway
             else:
                 with self.working.in_place(self.model, self._probe):
                     yield
@@ -273,8 +271,8 @@ class LanguageModel:
         """Bytes of the copies of the weights where products are in bf16: of learning and of frozen weights."""
         if self.precision != "bf16" or self.model.dtype != torch.float32:
             return 0, 0
-        with self.whole(), self.compute():
-            pass  # only finds the copies
+        with self.compute():
+            pass  # only finds the copies; where ranks share the weights, `spread` has found them
         return self.working.bytes()
 
     def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:

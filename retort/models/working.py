@@ -22,11 +22,14 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass(frozen=True, eq=False)
 class _Slot:
-    """A layer's dictionary and name of a parameter."""
+    """A layer's dictionary and name of a parameter, which is another object once ranks share the weights."""
 
     holder: dict[str, Any]
     name: str
-    parameter: Parameter
+
+    @property
+    def parameter(self) -> Parameter:
+        return self.holder[self.name]
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,13 +82,10 @@ class WorkingCopy:
         return sum(n for learns, n in sizes.values() if learns), sum(n for learns, n in sizes.values() if not learns)
 
     def _find_slots(self, model: Any, probe: Callable[[], Tensor]) -> None:
-        """Finds by trying which weights have copies: once, and again when the model has got other parameters.
-
-        Those are an adapter's; and of several ranks the gathered ones, which replace the model's own at the start.
-        """
+        """Finds by trying which weights have copies: once, and again when the model has got an adapter."""
         every = _every(model)
         known = (len(every), getattr(model.config, "_attn_implementation", None))
-        if self._slots[0] == known and all(slot.holder.get(slot.name) is slot.parameter for slot in self._slots[1]):
+        if self._slots[0] == known:
             return
         torch.clear_autocast_cache()  # the probe would not see a cached cast
         with self._held([]), _Uses(every) as uses:
@@ -102,15 +102,16 @@ class WorkingCopy:
 
     @contextlib.contextmanager
     def _held(self, slots: Sequence[_Slot]) -> Iterator[None]:
+        before = [slot.parameter for slot in slots]
         try:
-            for slot in slots:
-                slot.holder[slot.name] = self._of(slot.parameter)
+            for slot, parameter in zip(slots, before, strict=True):
+                slot.holder[slot.name] = self._of(parameter)
             self._here = True
             yield
         finally:
             self._here = False
-            for slot in slots:
-                slot.holder[slot.name] = slot.parameter
+            for slot, parameter in zip(slots, before, strict=True):
+                slot.holder[slot.name] = parameter
 
     def _of(self, parameter: Parameter) -> Parameter:
         seen = (parameter.data_ptr(), parameter._version)  # pyright: ignore[reportPrivateUsage]
@@ -124,7 +125,7 @@ class WorkingCopy:
 
 def _every(model: Any) -> list[_Slot]:
     return [
-        _Slot(module._parameters, name, parameter)
+        _Slot(module._parameters, name)
         for module in model.modules()
         if not isinstance(module, Embedding)
         for name, parameter in module._parameters.items()

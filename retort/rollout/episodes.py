@@ -50,7 +50,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class World:
+class EpisodeSetup:
     """The environment of the rollouts, and how its replies are rendered.
 
     Attributes:
@@ -86,7 +86,7 @@ class _Open:
         left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
         return min(left, context - len(self.sequence)) if self.completions else left
 
-    def take(self, completion: Completion, engine: Engine, world: World, sampling: Sampling) -> None:
+    def take(self, completion: Completion, engine: Engine, setup: EpisodeSetup, sampling: Sampling) -> None:
         """Takes a generated turn: the environment replies, unless the episode has ended."""
         before: list[int] = self.sequence.tokens_L.tolist()
         self.completions.append(completion)
@@ -102,10 +102,10 @@ class _Open:
             self.status = reply.status
             return
         ids = reply_ids(
-            self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, world.template_options
+            self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, setup.template_options
         )
         before_reply, self.sequence = self.sequence, self.sequence.then(ids)
-        if len(self.completions) == world.turns or self.room(sampling, engine.context) < 1:
+        if len(self.completions) == setup.turns or self.room(sampling, engine.context) < 1:
             self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
 
     def rollout(self, tokenizer: PreTrainedTokenizerBase, source: Literal["student", "teacher"]) -> Rollout:
@@ -135,7 +135,7 @@ def run_episodes(
     tasks: Sequence[Task],
     sampling: Sampling,
     *,
-    world: World | None = None,
+    setup: EpisodeSetup | None = None,
     source: Literal["student", "teacher"] = "student",
 ) -> list[Rollout]:
     """Generates all tasks with the engine, in order; every turn of all open episodes is one call of it.
@@ -147,36 +147,36 @@ def run_episodes(
         engine: The engine that generates.
         tasks: The rollouts to generate.
         sampling: Settings of sampling; `max_new_tokens` is for all turns of an episode together.
-        world: The environment; None for single-turn prompts.
+        setup: The environment; None for single-turn prompts.
         source: The source to record in the rollouts.
 
     Raises:
         UserError: The environment began other episodes than requested; its messages cannot follow a turn, see
             `reply_ids`; or see `Engine.generate`.
     """
-    world = world or World()
+    setup = setup or EpisodeSetup()
     with contextlib.ExitStack() as stack:
-        episodes = _begun(engine, tasks, world, stack)
+        episodes = _begun(engine, tasks, setup, stack)
         while open_ := [own for own in episodes if own.status is None]:
             requests = [own.request(sampling, engine.context) for own in open_]
             for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
-                own.take(completion, engine, world, sampling)
+                own.take(completion, engine, setup, sampling)
     return [own.rollout(engine.tokenizer, source) for own in episodes]
 
 
-def _begun(engine: Engine, tasks: Sequence[Task], world: World, stack: contextlib.ExitStack) -> list[_Open]:
+def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: contextlib.ExitStack) -> list[_Open]:
     """Begins every episode, before its first turn; the stack closes them."""
     found: list[_Open] = []
     for _, group in groupby(tasks, key=lambda task: (task.prompt.id, task.visit)):
         own = list(group)
-        episodes = world.environment.begin_group(own[0].prompt, [task.member for task in own])
+        episodes = setup.environment.begin_group(own[0].prompt, [task.member for task in own])
         for episode in episodes:
             stack.callback(episode.close)
         _check(own[0].prompt, len(own), episodes)
         for task, episode in zip(own, episodes, strict=True):
             context = task.context
             if episode.prompt is not task.prompt:
-                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, world.template_options))
+                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
             found.append(_Open(task, episode, context))
     return found
 

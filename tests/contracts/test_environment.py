@@ -22,7 +22,7 @@ from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
-from retort.rollout.episodes import Task, World, run_episodes
+from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 
 ASKED = Prompt("p", (Message("user", "add 3 and 4"),), answer="7")
 
@@ -134,7 +134,7 @@ def tasks(engine: Any, count: int = 1, prompt: Prompt = ASKED) -> list[Task]:
 
 def test_a_game_is_one_growing_conversation() -> None:
     engine, game = script("3", "so 9", "the answer 7"), Guess()
-    (rollout,) = run_episodes(engine, tasks(engine), Sampling(20), world=World(game))
+    (rollout,) = run_episodes(engine, tasks(engine), Sampling(20), setup=EpisodeSetup(game))
     assert decode(engine.tokenizer, rollout.sequence.tokens_L.tolist()) == (
         "<|im_start|> user the answer is <|im_end|> <|im_start|> assistant 3 <|im_end|> "
         "<|im_start|> user add <|im_end|> <|im_start|> assistant so 9 <|im_end|> "
@@ -152,7 +152,7 @@ def test_a_game_is_one_growing_conversation() -> None:
 
 def test_all_open_episodes_are_continued_by_one_call_and_each_turn_has_its_own_chance() -> None:
     engine, game = script("3", "7"), Guess()
-    rollouts = run_episodes(engine, tasks(engine, 3), Sampling(20), world=World(game))
+    rollouts = run_episodes(engine, tasks(engine, 3), Sampling(20), setup=EpisodeSetup(game))
     assert [len(asked) for asked in engine.asked] == [3, 3]
     assert [rollout.member for rollout in rollouts] == [0, 1, 2]
     first, second = (asked[1].uniforms for asked in engine.asked)
@@ -187,8 +187,8 @@ def test_a_prompt_that_nobody_answers_is_one_call_with_the_requests_of_old() -> 
 )
 def test_what_is_used_up_ends_an_episode_as_truncated(limits: dict[str, int], turns: list[list[int]]) -> None:
     engine, game = script("3", "9", "7", context=limits.get("context", 128)), Guess(9)
-    world = World(game, turns=limits.get("turns"))
-    (rollout,) = run_episodes(engine, tasks(engine), Sampling(limits.get("tokens", 20)), world=world)
+    setup = EpisodeSetup(game, turns=limits.get("turns"))
+    (rollout,) = run_episodes(engine, tasks(engine), Sampling(limits.get("tokens", 20)), setup=setup)
     assert rollout.action_ids == [token for own in turns for token in own]
     assert rollout.status == Status.TRUNCATED
     assert bool(rollout.sequence.action_mask_L[-1]), "a reply that nothing was decided from"
@@ -205,7 +205,7 @@ def test_episodes_are_closed_when_something_fails() -> None:
 
     engine, game = script("3", "9"), Broken()
     with pytest.raises(ZeroDivisionError):
-        run_episodes(engine, tasks(engine, 2), Sampling(20), world=World(game))
+        run_episodes(engine, tasks(engine, 2), Sampling(20), setup=EpisodeSetup(game))
     assert [own.closed for own in game.games] == [1, 1]
 
 
@@ -227,7 +227,7 @@ def test_other_episodes_than_were_asked_for_are_refused_in_one_line(change: Call
 
     engine, game = script("3", "9"), Odd()
     with pytest.raises(UserError, match=message) as raised:
-        run_episodes(engine, tasks(engine, 2), Sampling(20), world=World(game))
+        run_episodes(engine, tasks(engine, 2), Sampling(20), setup=EpisodeSetup(game))
     assert "\n" not in str(raised.value)
     assert not engine.asked, "nothing is written before"
 
@@ -322,7 +322,7 @@ def test_an_episode_of_three_turns_is_learnt_from_like_any_rollout(
         for own in prompts
         for member in range(2)
     ]
-    rollouts = run_episodes(setup.source.engine, asked, Sampling(60), world=World(Guess()))
+    rollouts = run_episodes(setup.source.engine, asked, Sampling(60), setup=EpisodeSetup(Guess()))
     several = [own for own in rollouts if own.turn_A is not None and int(own.turn_A.max()) == 2]
     assert several, "no episode came to its third turn"
     pack = Pack.of([replace(own, reward=float(own.member)) for own in rollouts])

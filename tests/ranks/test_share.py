@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from retort import config as configuration
 from retort.cli import main
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
 from retort.errors import RetortError, UserError
 from retort.ranks import WHOLE_BATCH, Share, World, join, world
 from retort.ranks.share import balanced
+from retort.train.models.models import device_for
+from retort.train.storage.folder import refuse_unshared
 
 
 class Thread(World):
@@ -116,6 +120,20 @@ def test_columns_come_together(sizes: tuple[int, ...]) -> None:
         assert counts == [{"no_context": float(len(groups))}]
 
 
+def test_a_visit_drawn_twice_has_the_same_siblings_on_every_rank() -> None:
+    """A replay draws visits with replacement; the copies may be on two ranks, where a teacher sees one of them each."""
+    twice, other = batch(3, 2)
+    groups = [twice, other, twice, other]
+
+    def siblings(own: list[Group]) -> list[list[int]]:
+        pack = Pack.of([rollout for group in own for rollout in group])
+        assert all(rollout in group for rollout, group in zip(pack.rollouts, pack.groups(), strict=True))
+        return [[rollout.member for rollout in group] for group in pack.groups()]
+
+    shares = together(3, lambda ranks: Share.of(groups, ranks))
+    assert [group for share in shares for group in siblings(groups[share.groups])] == siblings(groups)
+
+
 def test_neighbours_with_the_same_key_stay_together() -> None:
     items = [(0, "a"), (0, "b"), (1, "c"), (2, "d"), (2, "e"), (3, "f"), (4, "g")]
     parts = [Thread(rank, [None] * 3, threading.Barrier(1)).part(items, lambda item: item[0]) for rank in range(3)]
@@ -155,6 +173,42 @@ def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
     with pytest.raises(UserError, match="rank 1 runs 1.0; install the same versions"):
         world._same_versions(Two())
+
+
+def test_a_folder_that_ranks_do_not_share(tmp_path: Path) -> None:
+    folders = [tmp_path / "shared", tmp_path / "shared", tmp_path / "own"]
+    for folder in folders:
+        folder.mkdir(exist_ok=True)
+
+    def work(ranks: World) -> str:
+        try:
+            refuse_unshared(folders[ranks.rank], ranks)
+        except UserError as error:
+            return str(error)
+        return "nothing was said"
+
+    for rank, said in enumerate(together(3, work)):
+        assert said.startswith(f"out = {folders[rank]}: rank 2 does not see what rank 0 writes there; choose a folder")
+        assert "\n" not in said
+    folders[2] = folders[0]
+    assert together(3, work) == ["nothing was said"] * 3
+    assert not list(folders[0].iterdir()), "the trial leaves nothing behind"
+
+
+@pytest.mark.parametrize(("device", "devices", "refused"), [("cuda", 1, True), ("auto", 2, False), ("cpu", 1, False)])
+def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch, device: str, devices: int, refused: bool) -> None:
+    monkeypatch.setattr(world, "_here", [Thread(1, [None] * 2, threading.Barrier(1))])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    config = configuration.resolve({"device": device})
+    if not refused:
+        assert device_for(config) == {"auto": "cuda"}.get(device, device)
+        return
+    with pytest.raises(
+        UserError, match="rank 1 is number 1 on its machine, and torch sees 1 CUDA .*--nproc-per-node 1"
+    ):
+        device_for(config)
 
 
 @pytest.mark.parametrize("words", [["methods"], ["eval", "countdown:student"]])
