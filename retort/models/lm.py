@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,7 +17,7 @@ from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
-from retort.models.sharding import Sharding, full
+from retort.models.sharding import Sharding, full, slice_of
 from retort.models.working import WorkingCopy
 from retort.ranks import World
 
@@ -132,19 +132,36 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
+        found = self._head()
+        return found.each(self.sharding.part) if self.sharding.on else found
+
+    def own_head(self) -> Head:
+        """Of the head, the rows that this rank keeps: neighbouring ids, see `retort.models.sharding.bounds`."""
+        found, part = self._head(), self.sharding.part
+        weight_VD, bias_V, adapter = slice_of(found.weight_VD), found.bias_V, found.adapter
+        if adapter is not None:  # only one of its factors has a row for each id
+            adapter = replace(adapter, down_QD=part(adapter.down_QD), up_VQ=slice_of(adapter.up_VQ))
+        return replace(found, weight_VD=weight_VD, bias_V=None if bias_V is None else slice_of(bias_V), adapter=adapter)
+
+    @property
+    def head_shape(self) -> tuple[int, int]:
+        """Of the head's weight, [V, D], over all ranks."""
+        rows, width = self._head().weight_VD.shape
+        return rows, width
+
+    def _head(self) -> Head:
         layer: Any = self.model.get_output_embeddings()
         layer, low_rank = (layer, None) if self.adapter is None else self.adapter.on(layer)
         config = self.model.config.get_text_config()
         # Families name the same transformation differently; `check_head` catches families with any other.
         scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        found = Head(
+        return Head(
             layer.weight,
             getattr(layer, "bias", None),
             float(scale),
             getattr(config, "final_logit_softcapping", None),
             low_rank,
         )
-        return found.each(self.sharding.part) if self.sharding.on else found
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -167,6 +184,12 @@ class LanguageModel:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self.whole(), torch.no_grad():  # a first pass, which also settles who is whose parent
             self._probe()
+
+    def no_steps(self) -> Tensor:
+        """Hidden states of no step, [0, D], behind which lies a pass like any other, to keep step with other ranks."""
+        with self.compute():
+            ids_11 = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+            return self.model.base_model(input_ids=ids_11, use_cache=False).last_hidden_state[0, :0]
 
     def idle(self) -> None:
         """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""

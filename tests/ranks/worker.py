@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
     "record": {"rollouts": 1},
     "checkpoint": {"every": 0},
 }
+SLICED = {"head": "vocabulary"}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
     "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
@@ -51,6 +52,11 @@ CASES: dict[str, dict[str, Any]] = {
     "rlsd": {"data": "coached", "method": {"name": "rlsd"}},  # rewards of groups
     "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
     "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
+    # Each rank its slice of the vocabulary.
+    "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
+    "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
+    "sliced_top": {"method": {"name": "topk_kl"}, "ranks": SLICED},
+    "sliced_lora": {"method": {"name": "exopd"}, "lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}, "ranks": SLICED},
     "plain": {"method": {"name": "eopd"}, "checkpoint": {"every": 1, "keep": 9}, "steps": 6},
 }
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,21 @@ class Batch:
         return self.share.valid(own)
 
 
+@dataclass(eq=False)
+class HeadUse:
+    """How several ranks divide the student's head in the loss, see `retort.train.learning.spread_head`.
+
+    Attributes:
+        setting: `ranks.head`.
+        decided: Whether each computes on its slice, by the name of the method and of its curves.
+        notes: What was decided, for the user; whoever shows them takes them away.
+    """
+
+    setting: Literal["auto", "gathered", "vocabulary"] = "gathered"
+    decided: dict[tuple[str, ...], bool] = field(default_factory=lambda: {})
+    notes: list[str] = field(default_factory=lambda: [])
+
+
 @dataclass(frozen=True, eq=False)
 class Passes:
     """Forward passes of the student over rollouts.
@@ -58,12 +74,14 @@ class Passes:
         vocab: Number of ids that it shares with all teachers.
         batch_tokens: Tokens per forward pass.
         world: The ranks that learn together.
+        head: How they divide the student's head.
     """
 
     lm: LanguageModel
     vocab: int
     batch_tokens: int
     world: World = field(default_factory=here)
+    head: HeadUse = field(default_factory=HeadUse)
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
         """Splits rollouts, by their index in the pack, into what fits one forward pass."""

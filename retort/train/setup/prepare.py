@@ -24,7 +24,7 @@ from retort.teachers.view_input import Stage
 from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
-from retort.train.learning.passes import Passes
+from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, local_teacher, sources
 from retort.train.setup import pair
@@ -182,7 +182,7 @@ def _parties(
         whole=student.whole,
     )
     learner = Learner(
-        Passes(student, vocab, optimizer.batch_tokens),
+        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
         optimizer,
         moved=None if own is None else own.moved,
         variance_every=config.record.gradient_variance_every,
