@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py                  # the built-in pair, and one with Qwen3's vocabulary
     python benchmarks/ranks.py --ranks 1 2 --pairs builtin --steps 4
+    python benchmarks/ranks.py --ranks 2 --pairs vocabulary --head gathered vocabulary
 
 Each run is started by torchrun over gloo on this machine, one thread for each rank. Without the first step, which
 compiles and allocates: seconds of a step, its tokens, megabytes over the loopback interface (of all processes on this
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +109,7 @@ def measured(ranks: int, settings: dict[str, Any]) -> list[dict[str, float]]:
 
 def settings_of(pair: str, steps: int, folder: Path) -> dict[str, Any]:
     """Those of a run on a pair; the one with a large vocabulary is built in a folder."""
-    found = SMALL | PAIRS[pair] | {"steps": steps}
+    found: dict[str, Any] = SMALL | PAIRS[pair] | {"steps": steps}
     if pair == "builtin":
         return found
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -124,23 +126,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
+    parser.add_argument("--head", nargs="+", default=["auto"], choices=["auto", "gathered", "vocabulary"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(Path(arguments.worker[0]), json.loads(arguments.worker[1]))
         return
-    print("| pair | ranks | s a step | tokens | MB exchanged | MB resident, largest rank | MB of slices | waiting |")
-    print("|---|---|---|---|---|---|---|---|")
+    names = "pair, ranks, head, s a step, tokens, MB exchanged, MB resident of the largest rank, MB of slices, waiting"
+    print(f"| {names.replace(', ', ' | ')} |\n{'|---' * (names.count(',') + 1)}|")
     for pair in arguments.pairs:
         with tempfile.TemporaryDirectory(prefix="retort-pair-") as folder:
             settings = settings_of(pair, arguments.steps, Path(folder))
-            for ranks in arguments.ranks:
-                each = measured(ranks, settings)
+            for ranks, head in product(arguments.ranks, arguments.head):
+                each = measured(ranks, settings | {"ranks": {"head": head}})
                 first, waiting = each[0], sum(one["waiting"] for one in each) / ranks
                 resident, kept = (max(one[name] for one in each) for name in ("resident", "kept"))
-                cells = [pair, ranks, f"{first['seconds']:.2f}", f"{first['tokens']:,.0f}", f"{first['sent']:,.1f}"]
-                cells += [f"{resident:,.0f}", f"{kept:,.1f}", f"{waiting:.0%}"]
+                cells = [pair, ranks, head, f"{first['seconds']:.2f}", f"{first['tokens']:,.0f}"]
+                cells += [f"{first['sent']:,.1f}", f"{resident:,.0f}", f"{kept:,.1f}", f"{waiting:.0%}"]
                 print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
