@@ -60,7 +60,6 @@ CASES: dict[str, dict[str, Any]] = {
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
-    "sliced_top": {"method": {"name": "topk_kl"}, "ranks": SLICED},
     "sliced_untied": {"student": UNTIED, "method": {"name": "sdpo"}, "data": "coached", "ranks": SLICED},
     "sliced_lora": {
         "student": UNTIED,

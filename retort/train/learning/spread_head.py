@@ -106,7 +106,7 @@ def _decided(passes: Passes, batch: Batch) -> bool:
 
 
 def _millions(numbers: float) -> str:
-    return f"{numbers / 1e6:,.1f} million"
+    return f"{numbers / 1e6:,.3g} million"
 
 
 def _obstacle(passes: Passes, batch: Batch, vocab: int) -> str | None:
