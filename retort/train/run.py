@@ -236,8 +236,8 @@ class Run:
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
-        while notes := self.learner.passes.head.notes:
-            self.observer.note(notes.pop(0))
+        for note in self.learner.passes.head.news():
+            self.observer.note(note)
         with watch("score"):
             self.control.learn(batch, self.learner)
         self.step += 1

@@ -56,13 +56,19 @@ class HeadUse:
 
     Attributes:
         setting: `ranks.head`.
-        decided: Whether each computes on its slice, by the name of the method and of its curves.
-        notes: What was decided, for the user; whoever shows them takes them away.
+        decided: Whether each computes on its slice, by the method and the names of its curves.
+        said: What was decided, in words, with what was shown to the user.
     """
 
     setting: Literal["auto", "gathered", "vocabulary"] = "gathered"
-    decided: dict[tuple[str, ...], bool] = field(default_factory=lambda: {})
-    notes: list[str] = field(default_factory=lambda: [])
+    decided: dict[tuple[int | str, ...], bool] = field(default_factory=lambda: {})
+    said: dict[str, bool] = field(default_factory=lambda: {})
+
+    def news(self) -> list[str]:
+        """What has been decided since this was asked last."""
+        found = [text for text, shown in self.said.items() if not shown]
+        self.said |= dict.fromkeys(found, True)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -79,7 +79,7 @@ def sliced(passes: Passes, batch: Batch) -> bool:
     use = passes.head
     if use.setting == "gathered":
         return False
-    key = (batch.method.name, *(watch.name for watch in batch.watches))
+    key = (id(batch.method), *(watch.name for watch in batch.watches))
     if key not in use.decided:
         use.decided[key] = _decided(passes, batch)
     return use.decided[key]
@@ -87,35 +87,32 @@ def sliced(passes: Passes, batch: Batch) -> bool:
 
 def _decided(passes: Passes, batch: Batch) -> bool:
     """Decides once for a method and its curves, and notes why."""
-    use, lm, ranks = passes.head, passes.lm, passes.world.size
-    vocab, width = lm.head_shape
-    states = sum(kind.states for kind in map(_kind, batch.signals.values()) if kind is not None)
-    whole, parts = exchanged(vocab, width, states, passes.batch_tokens, ranks)
-    numbers = f"a pass exchanges at most {_millions(parts)} numbers with slices, {_millions(whole)} with the whole"
-    if use.setting == "auto" and parts > whole:
-        use.notes.append(f"every rank gathers the student's head for the loss of '{batch.method.name}': {numbers}")
-        return False
-    reason = _obstacle(passes, batch, vocab)
-    if reason is None:
-        use.notes.append(f"every rank keeps its slice of the head in the loss of '{batch.method.name}': {numbers}")
-        return True
-    if use.setting == "vocabulary":
-        raise UserError(f"ranks.head=vocabulary: {reason}; set ranks.head=gathered")
-    use.notes.append(f"every rank gathers the student's head for the loss of '{batch.method.name}': {reason}")
-    return False
+    use, world, vocab = passes.head, passes.world, passes.lm.head_shape[0]
+    kinds = world.each(lambda: {view: _kind(signal) for view, signal in batch.signals.items()})
+    states = sum(kind.states for kind in kinds[0].values() if kind is not None)
+    whole, parts = exchanged(*passes.lm.head_shape, states, passes.batch_tokens, world.size)
+    reason = f"a pass exchanges at most {_millions(parts)} numbers with slices, {_millions(whole)} with the whole"
+    on_slices = use.setting == "vocabulary" or parts <= whole
+    obstacle = _obstacle(passes, batch, kinds, vocab) if on_slices else None
+    if obstacle is not None and use.setting == "vocabulary":
+        raise UserError(f"ranks.head=vocabulary: {obstacle}; set ranks.head=gathered")
+    on_slices = on_slices and obstacle is None
+    how = "keeps its slice of" if on_slices else "gathers"
+    note = f"every rank {how} the student's head in the loss of '{batch.method.name}': {obstacle or reason}"
+    use.said.setdefault(note, False)
+    return on_slices
 
 
 def _millions(numbers: float) -> str:
     return f"{numbers / 1e6:,.3g} million"
 
 
-def _obstacle(passes: Passes, batch: Batch, vocab: int) -> str | None:
-    """Why a batch cannot be computed on slices; None if it can. All ranks find the same."""
+def _obstacle(passes: Passes, batch: Batch, kinds: Sequence[Mapping[str, _Kind | None]], vocab: int) -> str | None:
+    """Why a batch cannot be computed on slices; None if it can. All ranks find the same, from their signals by rank."""
     world = passes.world
     empty = [rank for rank in range(world.size) if bounds(vocab, world.size, rank).start >= passes.vocab]
     if empty:
         return f"rank {empty[0]} would keep none of the {passes.vocab} ids that student and teachers share"
-    kinds = world.each(lambda: {view: _kind(signal) for view, signal in batch.signals.items()})
     for view, kind in kinds[0].items():
         if kind is None:
             return f"the signal of '{view}' does not say what its logits are made of"
@@ -200,7 +197,9 @@ class SlicedRound(Round):
         self.head = head or passes.lm.own_head
         vocab, world = passes.lm.head_shape[0], passes.world
         self.ids = bounds(vocab, world.size, world.rank)
-        self.chunk = chunk_rows(bounds(vocab, world.size, 0).stop, passes.lm.device)  # the same on all ranks
+        # The same on all ranks. A chunk is one block here, of which autograd keeps more than a product (`blocks`).
+        kept = 1 if passes.lm.device.type == "cuda" else 4
+        self.chunk = chunk_rows(kept * bounds(vocab, world.size, 0).stop, passes.lm.device)
         self._own = selected(batch, self.own_N, passes.lm.device)
 
     def hidden(self) -> Tensor:

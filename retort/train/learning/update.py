@@ -160,12 +160,12 @@ def _backward(
     batch, lm = one.batch, one.passes.lm
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
 
-    def at(index_N: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return tuple({n: x_N[index_N].to(lm.device) for n, x_N in each.items()} for each in (counted_N, scale_N))
+    def at(index_N: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: column_N[index_N].to(lm.device) for name, column_N in columns.items()}
 
-    (counts, here), (computed, scales) = at(one.own_N), at(one.index_N)
-    own_part = partial(_terms, batch, counts, here)
-    part = partial(_terms, batch, computed, scales)
+    here = at(one.own_N, scale_N)
+    own_part = partial(_terms, batch, at(one.own_N, counted_N), here)
+    part = partial(_terms, batch, at(one.index_N, counted_N), at(one.index_N, scale_N))
     with watch("student"):
         hidden_ND = one.hidden()
     with watch("loss"), lm.compute():

@@ -103,7 +103,7 @@ def test_what_is_decided(monkeypatch: pytest.MonkeyPatch, setting: Any, tokens: 
     tried: list[int] = []
     monkeypatch.setattr(spread_head, "_obstacle", lambda *_: tried.append(1) or obstacle)
     use = HeadUse(setting)
-    lm, world = Named(head_shape=(1000, 16)), Named(size=2)
+    lm, world = Named(head_shape=(1000, 16)), Named(size=2, each=lambda work: [work(), work()])
     passes: Any = Named(head=use, lm=lm, world=world, batch_tokens=tokens)
     batch: Any = Named(method=Named(name="opd"), watches=(), signals={})
     tries = setting == "vocabulary" or (setting == "auto" and tokens == 8)
@@ -114,4 +114,5 @@ def test_what_is_decided(monkeypatch: pytest.MonkeyPatch, setting: Any, tokens: 
     for _ in range(2):  # asked once
         assert spread_head.sliced(passes, batch) == (tries and obstacle is None)
     assert len(tried) == tries
-    assert len(use.notes) == (setting != "gathered")
+    assert len(use.news()) == (setting != "gathered")
+    assert use.news() == []
