@@ -133,7 +133,7 @@ class Run:
         return self
 
     def _go(self) -> None:
-        self.learner.spread()
+        self.learner.spread(self.observer.note)
         self.teachers.spread()
         self.open()
         try:
@@ -236,8 +236,6 @@ class Run:
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
-        for note in self.learner.passes.head.news():
-            self.observer.note(note)
         with watch("score"):
             self.control.learn(batch, self.learner)
         self.step += 1

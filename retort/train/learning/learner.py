@@ -60,8 +60,11 @@ class Learner:
             fused=True,  # A fused step passes over the weights once, not a dozen times: a fifth of the time on a CPU.
         )
 
-    def spread(self) -> None:
+    def spread(self, say: Callable[[str], None]) -> None:
         """Spreads the student and its optimizer over the ranks; in a single process it does nothing.
+
+        Args:
+            say: Shows the user what the ranks decide later.
 
         Raises:
             UserError: The student's family cannot be spread.
@@ -69,6 +72,7 @@ class Learner:
         world, before = self.passes.world, checkpoint.optimizer_tensors(self.optimizer)
         if world.size == 1:
             return
+        self.passes.head.say = say
         self.lm.spread(world)
         self.optimizer = self._optimizer()
         self._put_optimizer(before)

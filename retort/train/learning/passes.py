@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -57,18 +57,20 @@ class HeadUse:
     Attributes:
         setting: `ranks.head`.
         decided: Whether each computes on its slice, by the method and the names of its curves.
-        said: What was decided, in words, with what was shown to the user.
+        say: Shows the user what was decided.
+        said: What was shown.
     """
 
     setting: Literal["auto", "gathered", "vocabulary"] = "gathered"
     decided: dict[tuple[int | str, ...], bool] = field(default_factory=lambda: {})
-    said: dict[str, bool] = field(default_factory=lambda: {})
+    say: Callable[[str], None] = lambda text: None
+    said: set[str] = field(default_factory=lambda: set[str]())
 
-    def news(self) -> list[str]:
-        """What has been decided since this was asked last."""
-        found = [text for text, shown in self.said.items() if not shown]
-        self.said |= dict.fromkeys(found, True)
-        return found
+    def note(self, text: str) -> None:
+        """Shows what was decided, once."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
 
 
 @dataclass(frozen=True, eq=False)

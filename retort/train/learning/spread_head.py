@@ -98,8 +98,7 @@ def _decided(passes: Passes, batch: Batch) -> bool:
         raise UserError(f"ranks.head=vocabulary: {obstacle}; set ranks.head=gathered")
     on_slices = on_slices and obstacle is None
     how = "keeps its slice of" if on_slices else "gathers"
-    note = f"every rank {how} the student's head in the loss of '{batch.method.name}': {obstacle or reason}"
-    use.said.setdefault(note, False)
+    use.note(f"every rank {how} the student's head in the loss of '{batch.method.name}': {obstacle or reason}")
     return on_slices
 
 
