@@ -58,18 +58,18 @@ class HeadUse:
         setting: `ranks.head`.
         decided: Whether each computes on its slice, by the method and the names of its curves.
         say: Shows the user what was decided.
-        said: What was shown.
+        noted: What was shown.
     """
 
     setting: Literal["auto", "gathered", "vocabulary"] = "gathered"
     decided: dict[tuple[int | str, ...], bool] = field(default_factory=lambda: {})
     say: Callable[[str], None] = lambda text: None
-    said: set[str] = field(default_factory=lambda: set[str]())
+    noted: set[str] = field(default_factory=lambda: set[str]())
 
     def note(self, text: str) -> None:
         """Shows what was decided, once."""
-        if text not in self.said:
-            self.said.add(text)
+        if text not in self.noted:
+            self.noted.add(text)
             self.say(text)
 
 
