@@ -3,6 +3,7 @@
     python benchmarks/ranks.py                  # the built-in pair, and one with Qwen3's vocabulary
     python benchmarks/ranks.py --ranks 1 2 --pairs builtin --steps 4
     python benchmarks/ranks.py --ranks 2 --teacher replicated sharded
+    python benchmarks/ranks.py --ranks 2 --pairs vocabulary --head gathered vocabulary
 
 Each run is started by torchrun over gloo on this machine, one thread for each rank. Without the first step, which
 compiles and allocates: seconds of a step, its tokens, megabytes over the loopback interface (of all processes on this
@@ -114,7 +115,7 @@ def measured(ranks: int, settings: dict[str, Any]) -> list[dict[str, float]]:
 
 def settings_of(pair: str, steps: int, folder: Path) -> dict[str, Any]:
     """Those of a run on a pair; the one with a large vocabulary is built in a folder."""
-    found = SMALL | PAIRS[pair] | {"steps": steps}
+    found: dict[str, Any] = SMALL | PAIRS[pair] | {"steps": steps}
     if pair == "builtin":
         return found
     sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -132,21 +133,24 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--pairs", nargs="+", default=list(PAIRS), choices=list(PAIRS))
     parser.add_argument("--teacher", nargs="+", default=["replicated"], choices=["replicated", "sharded"])
+    parser.add_argument("--head", nargs="+", default=["auto"], choices=["auto", "gathered", "vocabulary"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--worker", nargs=2, metavar=("FOLDER", "SETTINGS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         worker(Path(arguments.worker[0]), json.loads(arguments.worker[1]))
         return
-    head = "pair | ranks | teacher | s a step | tokens | MB exchanged | MB resident, largest rank | MB of slices"
-    print(f"| {head} | MB frozen | waiting |\n{'|---' * 10}|")
+    words = "pair | ranks | head | teacher | s a step | tokens | MB exchanged | MB resident, largest rank"
+    print(f"| {words} | MB of slices | MB frozen | waiting |\n{'|---' * 11}|")
     for pair in arguments.pairs:
         with tempfile.TemporaryDirectory(prefix="retort-pair-") as folder:
             settings = settings_of(pair, arguments.steps, Path(folder))
-            for ranks, teacher in itertools.product(arguments.ranks, arguments.teacher):
-                if ranks > 1 or teacher == arguments.teacher[0]:  # one process shares nothing
-                    each = measured(ranks, settings | {"ranks": {"teacher": teacher}})
-                    print(row([pair, ranks, teacher if ranks > 1 else ""], each), flush=True)
+            ways = list(itertools.product(arguments.head, arguments.teacher))
+            for ranks, (head, teacher) in itertools.product(arguments.ranks, ways):
+                if ranks > 1 or (head, teacher) == ways[0]:  # one process shares nothing
+                    each = measured(ranks, settings | {"ranks": {"head": head, "teacher": teacher}})
+                    names = [head, teacher] if ranks > 1 else ["", ""]
+                    print(row([pair, ranks, *names], each), flush=True)
 
 
 def row(names: list[Any], each: list[dict[str, float]]) -> str:

@@ -8,7 +8,7 @@ knows nothing of ids itself. W is the width of the teacher's logits that are rea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -62,6 +62,16 @@ class Alignment(Protocol):
         """
         ...
 
+    def logits_of(self, product: Callable[[slice | Tensor], Tensor], ids: slice, temperature: float) -> Tensor:
+        """Some columns of `logits`, from no more of the teacher's than they need.
+
+        Args:
+            product: Ids of the teacher's -> its logits [C, K] at them; may be changed.
+            ids: Of the student's, from `start` to `stop`.
+            temperature: As in `logits`.
+        """
+        ...
+
     def to_student(self, ids: Sequence[int]) -> list[int]:
         """Ids of the teacher's as the student's for the same tokens, -1 where it has none; stops are not swapped."""
         ...
@@ -111,6 +121,10 @@ class SameIds:
     def logits(self, logits_CW: Tensor, temperature: float) -> Tensor:
         """See `Alignment`. Works in place, because the product is large and the caller gives it up."""
         return _stopped(logits_CW, self.stops, temperature)
+
+    def logits_of(self, product: Callable[[slice | Tensor], Tensor], ids: slice, temperature: float) -> Tensor:
+        """See `Alignment`."""
+        return _stopped_of(product, ids, self.stops, temperature)
 
     def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
@@ -169,6 +183,17 @@ class IdMap:
         if self._lacks:
             logits_CV[:, theirs_V < 0] = -math.inf
         return _stopped(logits_CV, self.stops, temperature)
+
+    def logits_of(self, product: Callable[[slice | Tensor], Tensor], ids: slice, temperature: float) -> Tensor:
+        """See `Alignment`."""
+
+        def at(ours: slice | Tensor) -> Tensor:
+            theirs_K = self.theirs_V[ours]
+            logits_CK = product(theirs_K.clamp_min(0))
+            logits_CK[:, theirs_K < 0] = -math.inf
+            return logits_CK
+
+        return _stopped_of(at, ids, self.stops, temperature)
 
     def to_student(self, ids: Sequence[int]) -> list[int]:
         """See `Alignment`."""
@@ -278,6 +303,20 @@ def _stopped(logits_CV: Tensor, stops: StopMap, temperature: float) -> Tensor:
     if stops.merged:
         _merge(logits_CV, stops, temperature)
     return logits_CV
+
+
+def _stopped_of(at: Callable[[slice | Tensor], Tensor], ids: slice, stops: StopMap, temperature: float) -> Tensor:
+    """`_stopped` of some columns: logits before it, by the student's ids, are asked of these and of the stops."""
+    logits_CK = at(ids)
+    if not stops:
+        return logits_CK
+    named = sorted({*stops.swap, *stops.swap.values(), *((stops.into, *stops.merged) if stops.merged else ())})
+    place = {token: index for index, token in enumerate(named)}
+    swap, merged = {place[a]: place[b] for a, b in stops.swap.items()}, tuple(place[token] for token in stops.merged)
+    few = _stopped(at(torch.tensor(named)), StopMap(swap, merged, place.get(stops.into, -1)), temperature)
+    mine = [token for token in named if ids.start <= token < ids.stop]
+    logits_CK[:, [token - ids.start for token in mine]] = few[:, [place[token] for token in mine]]
+    return logits_CK
 
 
 def _merge(logits_CV: Tensor, stops: StopMap, temperature: float) -> None:

@@ -82,6 +82,17 @@ class Context:
             raise SignalError("the student's distribution over tokens is not available where this is evaluated")
         return self.policy
 
+    @property
+    def whole_student(self) -> Distribution:
+        """The same, for numbers that need all ids at once and do not sum over ranks.
+
+        Raises:
+            SignalError: As `student`, or this rank holds only some of the ids.
+        """
+        if self.student.shard is not WHOLE:
+            raise SignalError("this method reads the student's whole distribution, which no rank holds")
+        return self.student
+
     @cached_property
     def student_logp_NV(self) -> Tensor:
         """Live log-probs of the whole vocabulary, nats, softmax in fp32 or better.
@@ -89,9 +100,7 @@ class Context:
         Prefer `student`: this costs several times the memory, and a rank that holds only some of the ids cannot give
         it.
         """
-        if self.student.shard is not WHOLE:
-            raise SignalError("this method reads the student's whole distribution, which no rank holds")
-        logits_NV = self.student.logits_CV
+        logits_NV = self.whole_student.logits_CV
         # Not log_softmax: over 150,000 ids the sum in its gradient is ten times less exact in fp32.
         return logits_NV - logits_NV.logsumexp(-1, keepdim=True)
 

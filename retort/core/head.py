@@ -102,6 +102,15 @@ class Head:
             adapter = replace(adapter, down_QD=down_QD, up_VQ=up_VQ)
         return replace(self, weight_VD=weight_VD, bias_V=bias_V, adapter=adapter)
 
+    def rows(self, ids: slice | Tensor) -> Head:
+        """The head of some ids only, in the order given."""
+        adapter, bias_V = self.adapter, self.bias_V
+        if adapter is not None:
+            adapter = replace(adapter, up_VQ=adapter.up_VQ[ids])
+        return replace(
+            self, weight_VD=self.weight_VD[ids], bias_V=None if bias_V is None else bias_V[ids], adapter=adapter
+        )
+
     @property
     def parts(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """All parts that can learn: weight, bias, and the adapter's two factors."""

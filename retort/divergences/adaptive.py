@@ -45,9 +45,9 @@ def akl(head_mass: float = 0.5) -> Divergence:
         raise UserError(f"akl: head_mass must lie in (0, 1], not {head_mass}")
 
     def value(context: Context, view: str) -> Tensor:
-        teacher = context.signal(view).distribution
-        head_N = head_weights(teacher.p_CV, context.student.p_CV, head_mass)
-        forward_N, reverse_N = context.student.forward_kl(teacher), context.student.reverse_kl(teacher)
+        teacher, student = context.signal(view).distribution, context.whole_student
+        head_N = head_weights(teacher.p_CV, student.p_CV, head_mass)
+        forward_N, reverse_N = student.forward_kl(teacher), student.reverse_kl(teacher)
         # Selected before the product: infinity times a weight of 0 is not 0.
         zero = torch.zeros_like(head_N)
         return head_N * torch.where(head_N > 0, forward_N, zero) + (1 - head_N) * torch.where(

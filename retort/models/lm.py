@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.stops import StopTokens
-from retort.core.head import Head, LowRank
+from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
+from retort.models.heads import head_of, own_rows
 from retort.models.sharding import Sharding, full
 from retort.models.working import WorkingCopy
 from retort.ranks import World
@@ -132,28 +133,16 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
-        layer, low_rank = self._output()
-        config = self.model.config.get_text_config()
-        # Families name the same transformation differently; `check_head` in `load` catches families with any other.
-        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-        found = Head(
-            layer.weight,
-            getattr(layer, "bias", None),
-            float(scale),
-            getattr(config, "final_logit_softcapping", None),
-            low_rank,
-        )
+        found = self.kept_head()
         return found.each(self.sharding.part) if self.sharding.on else found
 
-    def head_weight(self) -> Tensor:
-        """The head's weight as the model holds it, [V, D], not gathered: for its size, and whether it learns."""
-        weight_VD: Tensor = self._output()[0].weight
-        return weight_VD
+    def kept_head(self) -> Head:
+        """The head as the model holds it: of several ranks not gathered, for its shape, and whether it learns."""
+        return head_of(self.model, self.adapter)
 
-    def _output(self) -> tuple[Any, LowRank | None]:
-        """The layer of the head, and its adapter."""
-        layer: Any = self.model.get_output_embeddings()
-        return (layer, None) if self.adapter is None else self.adapter.on(layer)
+    def own_head(self) -> Head:
+        """Of the head, the rows that this rank keeps: neighbouring ids, see `retort.models.sharding.bounds`."""
+        return own_rows(self.kept_head(), self.sharding.part)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -205,6 +194,11 @@ class LanguageModel:
         one, so that no rank ever holds all of them.
         """
         return contextlib.nullcontext() if self.sharding.in_step else self.whole()
+
+    def no_steps(self) -> Tensor:
+        """Hidden states of no step, [0, D], behind which lies a pass like any other, to keep step with other ranks."""
+        with self.compute():
+            return self._one_token()[0, :0]
 
     def idle(self) -> None:
         """A forward and backward pass that adds nothing to any gradient, to keep step with ranks that have one more."""

@@ -215,6 +215,12 @@ def like(parameter: Parameter | Tensor, tensor: Tensor) -> Tensor:
     )
 
 
+def bounds(rows: int, ranks: int, rank: int) -> slice:
+    """Which rows of a parameter a rank keeps: equal parts, of which the last may be smaller, or hold none."""
+    size = -(-rows // ranks)
+    return slice(min(rank * size, rows), min((rank + 1) * size, rows))
+
+
 def slice_of(tensor: Tensor) -> Tensor:
     """The slice that this rank keeps of a tensor, in the same memory; of any other tensor, all of it."""
     from torch.distributed.tensor import DTensor

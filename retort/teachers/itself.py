@@ -17,7 +17,7 @@ from torch import Tensor
 from retort.core.head import Head
 from retort.core.needs import DENSE, NeedKind
 from retort.core.rollouts import Group
-from retort.core.signals import Dense, TeacherSignal, as_compute
+from retort.core.signals import Dense, Factors, TeacherSignal, as_compute
 from retort.errors import SignalError, UserError
 from retort.models.lm import LanguageModel
 from retort.models.sharding import full, like, slice_of
@@ -237,13 +237,28 @@ def mix(signals: Sequence[TeacherSignal], coefs: Sequence[float]) -> Dense:
     parts = [signal for signal in signals if isinstance(signal, Dense)]
     assert len(parts) == len(signals) == len(coefs)
 
-    def logits(rows: Tensor | slice) -> Tensor:
-        mixed_CV = as_compute(parts[0].logits(rows)) * coefs[0]
-        for part, share in zip(parts[1:], coefs[1:], strict=True):
-            mixed_CV = mixed_CV.add_(as_compute(part.logits(rows)), alpha=share)
+    def mixed(logits: Iterable[Tensor]) -> Tensor:
+        each = iter(logits)
+        mixed_CV = as_compute(next(each)) * coefs[0]
+        for logits_CV, share in zip(each, coefs[1:], strict=True):
+            mixed_CV = mixed_CV.add_(as_compute(logits_CV), alpha=share)
         return mixed_CV
 
-    return replace(parts[0], logits=logits, hidden=None)  # a mix has no hidden states
+    factors = [part.factors for part in parts if part.factors is not None]
+
+    def states(rows: Tensor | slice) -> Tensor:
+        return torch.cat([factor.states(rows) for factor in factors], -1)  # of one model, so of one width
+
+    def logits_of(states_CS: Tensor, ids: slice) -> Tensor:
+        each = zip(factors, states_CS.chunk(len(factors), -1), strict=True)
+        return mixed(factor.logits(own_CD, ids) for factor, own_CD in each)
+
+    return replace(
+        parts[0],
+        logits=lambda rows: mixed(part.logits(rows) for part in parts),
+        hidden=None,  # a mix has no hidden states
+        factors=Factors(states, logits_of) if len(factors) == len(parts) else None,
+    )
 
 
 def _point(parameters: Iterable[torch.nn.Parameter], tensors: Iterable[Tensor]) -> None:

@@ -17,7 +17,7 @@ from retort.core.needs import Need, NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack, Rollout
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
+from retort.core.signals import Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
@@ -128,6 +128,10 @@ class LocalTeacher:
             valid_N=None if valid_N is None else valid_N.to(self.lm.device),
             counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
+            factors=Factors(
+                lambda index_C: hidden_ND[index_C],
+                lambda hidden_CD, ids: self._logits_of(unchanged(), hidden_CD, ids, temperature),
+            ),
         )
         return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
@@ -194,6 +198,11 @@ class LocalTeacher:
         with torch.no_grad(), self.lm.compute():
             logits_CW = head.logits(hidden_CD, self.alignment.width)
         return self.alignment.logits(logits_CW, temperature)
+
+    def _logits_of(self, head: Head, hidden_CD: Tensor, ids: slice, temperature: float) -> Tensor:
+        """Some columns of `_logits`."""
+        with torch.no_grad(), self.lm.compute():
+            return self.alignment.logits_of(lambda theirs: head.rows(theirs).logits(hidden_CD), ids, temperature)
 
 
 @torch.no_grad()

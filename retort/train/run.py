@@ -89,7 +89,7 @@ class Run:
         self.observer = self.observer if self.world.leads else Silent()
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
-        self.prepared.spread()
+        self.prepared.spread(lambda text: self.observer.note(text))
 
     @property
     def setup(self) -> Prepared:

@@ -68,6 +68,15 @@ def test_every_probability_is_at_the_students_id_of_its_token(alignment: Alignme
     assert bool(found_CV[:, list(ids)].isfinite().all())
 
 
+@pytest.mark.parametrize("ids", [slice(0, 6), slice(0, 3), slice(3, 6), slice(2, 3), slice(5, 6)])
+def test_some_columns_are_those_of_all(alignment: Alignment, ids: slice) -> None:
+    """A rank that holds some of the ids asks for no more of the teacher's than these and the stops."""
+    logits_CW = torch.randn(4, alignment.width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    wanted_CV = alignment.logits(logits_CW.clone(), 2.0)
+    found_CK = alignment.logits_of(lambda theirs: logits_CW[:, theirs].clone(), ids, 2.0)
+    assert torch.equal(found_CK, wanted_CV[:, ids])
+
+
 def test_what_the_teacher_wrote_is_read_by_itself_as_it_is(alignment: Alignment) -> None:
     own = alignment.itself()
     assert own.vocab == own.width == alignment.width and not own.stops

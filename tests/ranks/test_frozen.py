@@ -57,7 +57,7 @@ def test_a_rank_keeps_slices_of_the_layers_and_the_rest_whole(
             assert isinstance(p, DTensor) == (id(p) in inside), name
             halves = torch.chunk(before[name], 2)
             assert torch.equal(slice_of(p.detach()), halves[1] if id(p) in inside else before[name])
-        assert isinstance(lm.head_weight(), torch.nn.Parameter)
+        assert isinstance(lm.kept_head().weight_VD, torch.nn.Parameter)
         assert not lm.sharding.spreads_head and lm.sharding.in_step
         with lm.whole():
             assert not any(isinstance(p, DTensor) for p in lm.model.parameters())

@@ -21,6 +21,7 @@ from retort import Stop, api, ranks
 from retort import config as configuration
 from retort.models.sharding import full
 from retort.train import runner
+from retort.train.models.models import located
 
 #: Two updates of a batch, each of several packs.
 SMALL: dict[str, Any] = {
@@ -35,11 +36,15 @@ SMALL: dict[str, Any] = {
     "eval": {"problems": 0},
     "record": {"rollouts": 1},
     "checkpoint": {"every": 0},
+    "ranks": {"head": "gathered"},
 }
 #: Each rank keeps slices of the teacher's layers.
-SHARDED: dict[str, Any] = {"ranks": {"teacher": "sharded"}}
+SHARDED: dict[str, Any] = {"ranks": {"teacher": "sharded", "head": "gathered"}}
 #: Steps so large that whoever writes with the weights of an earlier step is found out.
 BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning_rate": 1e-2}}
+#: Stands for a student whose head has weights of its own, which the worker makes.
+UNTIED = "untied"
+SLICED = {"head": "vocabulary"}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
     "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
@@ -48,7 +53,8 @@ CASES: dict[str, dict[str, Any]] = {
     "vopd": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}},  # the teacher writes first
     "exopd": {"method": {"name": "exopd"}},  # a base model
     "arkd": {"method": {"name": "arkd"}},  # a controller that learns
-    "skew_kl": {"method": {"name": "skew_kl"}},  # replay
+    # Replay; it needs all ids at once, so nobody takes the slices that the rule would choose.
+    "skew_kl": {"method": {"name": "skew_kl"}, "ranks": {"head": "auto"}},
     "dasd": {"method": {"name": "dasd"}},  # statistics of the whole batch
     "sdpo": {"data": "coached", "method": {"name": "sdpo"}},  # its own teacher, which moves, and rewards
     "unisd": {"data": "coached", "method": {"name": "unisd"}},
@@ -58,6 +64,18 @@ CASES: dict[str, dict[str, Any]] = {
     "exopd, sharded": {"method": {"name": "exopd"}, **SHARDED},  # a teacher and a base
     "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
     "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
+    # Each rank its slice of the vocabulary.
+    "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
+    "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
+    "sliced_untied": {"student": UNTIED, "method": {"name": "sdpo"}, "data": "coached", "ranks": SLICED},
+    "sliced_lora": {
+        "student": UNTIED,
+        "teacher": "countdown:teacher",
+        "data": "countdown",
+        "method": {"name": "topk_kl"},
+        "lora": {"rank": 4, "targets": ["q_proj", "lm_head"]},
+        "ranks": SLICED,
+    },
     "plain": {"method": {"name": "eopd"}, "checkpoint": {"every": 1, "keep": 9}, "steps": 6},
     "plain_bf16": {"method": {"name": "opd"}, **BF16},
     "plain_bf16_lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}, **BF16},
@@ -91,10 +109,28 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
     if (out / "config.json").exists():
         run = runner.resume(out)
     else:
-        run = runner.start(api.assemble(configuration.merge(SMALL, CASES[name])), out)
+        settings = configuration.merge(SMALL, CASES[name])
+        if settings.get("student") == UNTIED:
+            settings["student"] = str(ranks.join().first(lambda: untied(folder / UNTIED, settings.get("data"))))
+        run = runner.start(api.assemble(settings), out)
     run.callbacks = (watching,)
     run.go()
     return watching.rows
+
+
+def untied(folder: Path, data: str | None) -> Path:
+    """The built-in student of some data with a head of its own, for which it has other numbers than for reading."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, folder = located(f"{data or 'countdown'}:student"), folder / (data or "countdown")
+    model = AutoModelForCausalLM.from_pretrained(path)
+    embedding = model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = False
+    noise = torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    model.lm_head.weight = torch.nn.Parameter(embedding.detach() + 0.01 * noise)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path).save_pretrained(folder)
+    return folder
 
 
 def main(folder: Path, jobs: list[str]) -> None:

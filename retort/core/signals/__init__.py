@@ -2,12 +2,13 @@
 
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
-from retort.core.signals.dense import Dense, DistributionRows, entropy
+from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
 
 __all__ = [
     "Candidates",
     "Dense",
     "DistributionRows",
+    "Factors",
     "Sampled",
     "SignalRows",
     "TeacherSignal",

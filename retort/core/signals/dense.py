@@ -47,6 +47,19 @@ class DistributionRows(SignalRows):
 
 
 @dataclass(frozen=True, eq=False)
+class Factors:
+    """What the logits are the product of, where ranks share the ids out: each needs the states, and some of the rows.
+
+    Attributes:
+        states: Index of steps -> states [C, S], without gradient.
+        logits: States [C, S] and a slice of ids -> logits [C, ids].
+    """
+
+    states: Callable[[Tensor | slice], Tensor]
+    logits: Callable[[Tensor, slice], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
 class Dense(TeacherSignal):
     """The whole distribution, as a function from steps to logits [C, V]; it is never held as [N, V].
 
@@ -56,6 +69,7 @@ class Dense(TeacherSignal):
         temperature: The divisor of the logits.
         shard: The ids that the logits are about, where a rank holds only some.
         hidden: Index of steps -> last hidden states [C, D], without gradient; None if there are none.
+        factors: Of which the logits are the product; None where they are not known.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
@@ -63,6 +77,7 @@ class Dense(TeacherSignal):
     temperature: float = 1.0
     shard: Shard = WHOLE
     hidden: Callable[[Tensor | slice], Tensor] | None = None
+    factors: Factors | None = None
 
     @staticmethod
     def of(
@@ -105,7 +120,8 @@ class Dense(TeacherSignal):
         def logits(rows: Tensor | slice) -> Tensor:
             return logits_CV[rows]
 
-        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits, hidden=None, valid_N=self._valid(index_C))
+        valid_C = self._valid(index_C)
+        return replace(self, tokens_N=self.tokens_N[index_C], logits=logits, hidden=None, factors=None, valid_N=valid_C)
 
     def select(self, index_N: Tensor) -> Dense:
         def logits(rows: Tensor | slice) -> Tensor:
@@ -115,10 +131,15 @@ class Dense(TeacherSignal):
             assert self.hidden is not None
             return self.hidden(index_N[rows])
 
+        def states(rows: Tensor | slice) -> Tensor:
+            assert self.factors is not None
+            return self.factors.states(index_N[rows])
+
         return replace(
             self,
             tokens_N=take_rows(self.tokens_N, index_N),
             logits=logits,
             hidden=None if self.hidden is None else hidden,
+            factors=None if self.factors is None else replace(self.factors, states=states),
             valid_N=self._valid(index_N),
         )

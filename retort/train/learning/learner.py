@@ -59,13 +59,17 @@ class Learner:
             fused=True,  # A fused step passes over the weights once, not a dozen times: a fifth of the time on a CPU.
         )
 
-    def spread(self) -> None:
+    def spread(self, say: Callable[[str], None]) -> None:
         """Spreads the student and its optimizer over the ranks; in a single process it does nothing.
+
+        Args:
+            say: Shows the user what the ranks decide later.
 
         Raises:
             UserError: The student's family cannot be spread.
         """
         if self.passes.world.size > 1 and not self.lm.sharding.on:
+            self.passes.head.say = say
             self.lm.spread(self.passes.world)
             self.optimizer = self._optimizer()  # the one before has made no step yet
 

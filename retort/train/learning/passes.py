@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,29 @@ class Batch:
         return self.share.valid(own)
 
 
+@dataclass(eq=False)
+class HeadUse:
+    """How several ranks divide the student's head in the loss, see `retort.train.learning.spread_head`.
+
+    Attributes:
+        setting: `ranks.head`.
+        decided: Whether each computes on its slice, by the method and the names of its curves.
+        say: Shows the user what was decided.
+        noted: What was shown.
+    """
+
+    setting: Literal["auto", "gathered", "vocabulary"] = "gathered"
+    decided: dict[tuple[int | str, ...], bool] = field(default_factory=lambda: {})
+    say: Callable[[str], None] = lambda text: None
+    noted: set[str] = field(default_factory=lambda: set[str]())
+
+    def note(self, text: str) -> None:
+        """Shows what was decided, once."""
+        if text not in self.noted:
+            self.noted.add(text)
+            self.say(text)
+
+
 @dataclass(frozen=True, eq=False)
 class Passes:
     """Forward passes of the student over rollouts.
@@ -58,12 +82,14 @@ class Passes:
         vocab: Number of ids that it shares with all teachers.
         batch_tokens: Tokens per forward pass.
         world: The ranks that learn together.
+        head: How they divide the student's head.
     """
 
     lm: LanguageModel
     vocab: int
     batch_tokens: int
     world: World = field(default_factory=here)
+    head: HeadUse = field(default_factory=HeadUse)
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
         """Splits rollouts, by their index in the pack, into what fits one forward pass."""

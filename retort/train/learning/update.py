@@ -12,17 +12,19 @@ from torch import Tensor
 
 from retort.config.sections import OptimizerSection
 from retort.core import reduce
-from retort.core.context import Context
+from retort.core.definition import Values
 from retort.core.losses import TokenLoss
 from retort.core.per_token import loss_pass
 from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
 from retort.errors import RunError, SignalError
-from retort.loss.terms import batch_scales, counted, hidden_values, losses, recorded_values, term_values, watch_values
+from retort.loss.terms import batch_scales, counted, hidden_values, losses, term_values
 from retort.method import Method
 from retort.models.sharding import full
 from retort.train.learning.diagnose import add_noise_floor, add_positions
 from retort.train.learning.passes import Batch, Passes, fill
+from retort.train.learning.rounds import Round, every_value
+from retort.train.learning.spread_head import rounds
 from retort.train.learning.variance import adam_variance
 from retort.train.storage.metrics import Means, Stopwatch
 
@@ -108,27 +110,15 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Forward and backward over the rollouts of one optimizer step; values [N], NaN for other rollouts."""
     method, pack = batch.method, batch.pack
-    parts = (
-        term_values(method),
-        watch_values(batch.watches),
-        recorded_values(method, {view: signal.offers for view, signal in batch.signals.items()}),
-    )
-
-    def every(context: Context) -> dict[str, Tensor]:
-        return {name: value_C for part in parts for name, value_C in part(context).items()}
-
-    scale_N = _scales(batch, chosen)
+    every, scale_N = every_value(batch), _scales(batch, chosen)
     found: dict[str, Tensor] = {}
     names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
-    micros = passes.micro_batches(pack, batch.share.own(chosen))
-    spare = passes.spare(len(micros))
-    parts_done = [_backward(passes, batch, micro, every, scale_N, watch) for micro in micros]
-    passes.idle(spare)
+    parts_done = [(one.own, *_backward(one, every, scale_N, watch)) for one in rounds(passes, batch, chosen)]
 
     def finished() -> list[list[float]]:
         with watch("backward"):  # a GPU is waited for once, after all of them
-            added = torch.stack([added for added, _ in parts_done]).tolist() if parts_done else []
-        for micro, (_, values), row in zip(micros, parts_done, added, strict=True):
+            added = torch.stack([added for _, added, _ in parts_done]).tolist() if parts_done else []
+        for (micro, _, values), row in zip(parts_done, added, strict=True):
             if not math.isfinite(row[0]):
                 raise _not_finite(passes, batch, micro, values)
             fill(found, pack, micro, values)
@@ -161,36 +151,36 @@ def _gradients(
 
 
 def _backward(
-    passes: Passes,
-    batch: Batch,
-    micro: Sequence[int],
-    every: Callable[[Context], dict[str, Tensor]],
-    scale_N: Mapping[str, Tensor],
-    watch: Stopwatch,
+    one: Round, every: Values, scale_N: Mapping[str, Tensor], watch: Stopwatch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Adds the gradient of some rollouts; returns their part of the loss and its terms, float64, and their values.
+    """Adds the gradient of a round; returns its own part of the loss and its terms, float64, and their values.
 
     All of it stays on the device, and nothing here waits for it: the caller checks whether it is finite.
     """
-    index_N = batch.pack.steps_of(micro)
-    device = passes.lm.device
-    here = {name: scale_N[index_N].to(device) for name, scale_N in scale_N.items()}
+    batch, lm = one.batch, one.passes.lm
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
-    counts = {name: in_N[index_N].to(device) for name, in_N in counted_N.items()}
+
+    def at(index_N: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: column_N[index_N].to(lm.device) for name, column_N in columns.items()}
+
+    here = at(one.own_N, scale_N)
+    own_part = partial(_terms, batch, at(one.own_N, counted_N), here)
+    part = partial(_terms, batch, at(one.index_N, counted_N), at(one.index_N, scale_N))
     with watch("student"):
-        hidden_ND = passes.hidden(batch.pack, micro)
-    part = partial(_terms, batch, counts, here)
-    with watch("loss"), passes.lm.compute():
-        core = passes.core(batch, index_N, every)
-        loss, values = loss_pass(core, hidden_ND, lambda values, rows: part(values, rows)[0])
-        if outside := hidden_values(batch.method, hidden_ND, core.signals, core.steps, core.clock):
-            loss, values = loss + part(outside, slice(None))[0], {**values, **outside}
+        hidden_ND = one.hidden()
+    with watch("loss"), lm.compute():
+        core = one.core(every)
+        together_ND = one.together(hidden_ND)
+        loss, values = loss_pass(core, together_ND, lambda values, rows: part(values, rows)[0], chunk=one.chunk)
+        values = one.cut(values)
+        if outside := hidden_values(batch.method, hidden_ND, *one.own_signals(core), core.clock):
+            loss, values = loss + own_part(outside, slice(None))[0], {**values, **outside}
     with watch("backward"):
         loss.backward()
     values = {name: value_N.detach() for name, value_N in values.items()}
-    terms = part(values, slice(None))[1]
+    own_loss, terms = own_part(values, slice(None))
     totals = [reduce.total(terms[term.name], here[term.name]) for term in batch.method.terms]
-    return torch.stack([x.detach().double() for x in (loss, *totals)]), values
+    return torch.stack([x.detach().double() for x in (one.loss(loss, own_loss), *totals)]), values
 
 
 def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float | None:
@@ -225,11 +215,8 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
     scale_N, idle = _scales(batch, chosen), Stopwatch()
     squares = 0.0
     for visit in visits.values():
-        micros = passes.micro_batches(batch.pack, batch.share.own(visit))
-        spare = passes.spare(len(micros))
-        for micro in micros:
-            _backward(passes, batch, micro, term_values(batch.method), scale_N, idle)
-        passes.idle(spare)
+        for one in rounds(passes, batch, visit):
+            _backward(one, term_values(batch.method), scale_N, idle)
         squares += _square([p.grad for p in parameters if p.grad is not None])
         for total, parameter in zip(whole, parameters, strict=True):
             if parameter.grad is not None:

@@ -88,7 +88,7 @@ def forecast(prepared: Prepared) -> Forecast:
     lms = list(prepared.lms.values())
     frozen = lms[1:] + [student] * _self_passes(prepared)
     text = student.model.config.get_text_config()
-    head = student.head_weight()
+    head = student.kept_head().weight_VD
     learns = head.requires_grad
     untied = student.model.get_input_embeddings().weight is not head
     # The embeddings' own gradient is as large as they are, however few ids occur.
@@ -168,7 +168,7 @@ def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
     embedding: Any = student.model.get_input_embeddings()
     return {
         "whole": max(_bytes(student), of_teacher),
-        "gathered": 4 * (embedding.weight.numel() + student.head_weight().numel()) + 4 * layer,
+        "gathered": 4 * (embedding.weight.numel() + student.kept_head().weight_VD.numel()) + 4 * layer,
         "ranks": ranks,
     }
 
@@ -208,7 +208,7 @@ def _self_passes(prepared: Prepared) -> int:
 
 def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
     """Hidden states where the whole distribution is asked for, a few numbers a step elsewhere."""
-    total = 0
+    total, head = 0, prepared.student.kept_head().weight_VD.numel()
     for name, view in prepared.method.views.items():
         lm = prepared.lms.get(view.model)
         if lm is None:  # A remote teacher sends numbers only.
@@ -220,10 +220,10 @@ def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
         total += steps * (width * product * len(sides) if dense else 4 * 64)
         own = prepared.teachers.own
         if ranks > 1 and dense and lm.model is prepared.student.model:  # its gathered head is copied
-            total += len(sides) * (product if view.model == "student" else 4) * prepared.student.head_weight().numel()
+            total += len(sides) * (product if view.model == "student" else 4) * head
         elif view.model == "student" and dense and own is not None and own.moves_within_batch:
             moving = sum(weights.kind != "frozen" for weights, _ in sides)
-            total += moving * product * prepared.student.head_weight().numel()
+            total += moving * product * head
     return total
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from retort.teachers.view_input import Stage
 from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
-from retort.train.learning.passes import Passes
+from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, local_teacher, sources
 from retort.train.setup import pair
@@ -84,13 +84,16 @@ class Prepared:
         before = self.method.before
         return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
 
-    def spread(self) -> None:
+    def spread(self, say: Callable[[str], None]) -> None:
         """Spreads the models over the ranks, as the settings say; in a single process it does nothing.
+
+        Args:
+            say: Takes what is decided later, one sentence each.
 
         Raises:
             UserError: A family that cannot be spread.
         """
-        self.learner.spread()
+        self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
 
     def at(self, step: int) -> tuple[Method, Clock]:
@@ -193,7 +196,7 @@ def _parties(
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
     )
     learner = Learner(
-        Passes(student, vocab, optimizer.batch_tokens),
+        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
         optimizer,
         moved=None if own is None else own.moved,
         variance_every=config.record.gradient_variance_every,
