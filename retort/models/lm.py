@@ -187,7 +187,7 @@ class LanguageModel:
         with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
             self._probe()
 
-    def reading(self) -> contextlib.AbstractContextManager[None]:
+    def scoring(self) -> contextlib.AbstractContextManager[None]:
         """Within, `all_hidden` may be called on every rank, equally often; all ranks enter it together.
 
         With whole weights on every rank, except where a frozen model's layers are spread: these are gathered one by

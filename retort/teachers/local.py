@@ -111,7 +111,7 @@ class LocalTeacher:
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
-        with self.lm.reading():
+        with self.lm.scoring():
             hidden_ND, logits = self._hidden(pack, prompts), self._logits
             unchanged = head or self._unchanged_head()
         valid_N = prompts.valid_N(pack)

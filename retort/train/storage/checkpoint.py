@@ -29,7 +29,7 @@ from torch import Tensor
 from retort.errors import RunError, UserError, quoted
 from retort.files import new_folder, read_object, reason
 from retort.ranks import here
-from retort.train.storage.slices import Stored, write_slices
+from retort.train.storage.slices import Stored, save_slices
 
 #: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
 #: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
@@ -119,7 +119,7 @@ def save(folder: Path, checkpoint: Checkpoint) -> Path:
 
     with stack:
         temporary = world.first(lambda: _writing(target, begun))
-        write = _write_whole if world.size == 1 else _write_slices
+        write = _write_whole if world.size == 1 else _save_slices
         written = world.each(lambda: _writing(target, lambda: write(temporary, checkpoint)))
         digests = {name: digest for own in written for name, digest in own.items()}
         world.first(lambda: _writing(target, ended))
@@ -144,10 +144,10 @@ def _write_whole(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     return {path.name: _digest(path) for path in folder.iterdir()}
 
 
-def _write_slices(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+def _save_slices(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     """Writes this rank's slices; the digests of its files."""
     for group in _GROUPS:
-        write_slices(folder / group, getattr(checkpoint, group))
+        save_slices(folder / group, getattr(checkpoint, group))
     own = folder.glob(f"*/shard-{here().rank + 1:05d}-*{_SUFFIX}")
     return {str(path.relative_to(folder)): _digest(path) for path in own}
 

@@ -22,7 +22,7 @@ from retort.ranks import here
 _FILE_BYTES = 2**30
 
 
-def write_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_slices(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes tensors of several ranks; all call it together, and each writes its slices. Rank 0 writes what is whole.
 
     Args:
