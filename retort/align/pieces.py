@@ -24,7 +24,7 @@ from retort.errors import SignalError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["STOP", "PieceTable", "inner_pieces", "piece_table", "pieces"]
+__all__ = ["STOP", "PieceTable", "inner_pieces", "piece_table", "pieces", "unknown_token"]
 
 #: First byte of a control token's piece.
 _CONTROL = b"\xff"
@@ -272,6 +272,13 @@ def _spellings(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     if _BLANK not in decoder:
         return []
     return ["fallback" if '"ByteFallback"' in decoder else "blank"]
+
+
+def unknown_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Id of the token for text that the tokenizer cannot encode; None where it has none of its own."""
+    found: object = tokenizer.unk_token_id
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    return None if found is None or found in ends else int(found)  # pyright: ignore[reportArgumentType]
 
 
 def _named(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from retort.align.aligned import AlignedTurns, Collected
-from retort.align.pieces import piece_table, pieces
+from retort.align.pieces import piece_table, pieces, unknown_token
 from retort.align.retokenize import retokenize
 from retort.align.spans import Mode, units
 from retort.align.stops import StopTokens
@@ -190,7 +190,8 @@ def _controls(
     names: list[dict[str, int]] = []
     for tokenizer in (student, teacher):
         added = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()} | control_tokens(tokenizer)
-        names.append({name: i for name, i in added.items() if i != tokenizer.unk_token_id})
+        unknown = unknown_token(tokenizer)
+        names.append({name: i for name, i in added.items() if i != unknown})
     control = [set(control_tokens(tokenizer).values()) for tokenizer in (student, teacher)]
     found = {
         here: names[1][name]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retort.align.encode import Spelt, ordinary, spelt
-from retort.align.pieces import inner_pieces, piece_table
+from retort.align.pieces import inner_pieces, piece_table, unknown_token
 from retort.errors import SignalError, visible
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _in_parts(tokenizer: PreTrainedTokenizerBase, text: str, name: str) -> Retok
 
 def _plain(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The ids of a text, without control tokens that a tokenizer adds at either end unasked."""
-    ids, table, unknown = ordinary(text, tokenizer), piece_table(tokenizer), tokenizer.unk_token_id
+    ids, table, unknown = ordinary(text, tokenizer), piece_table(tokenizer), unknown_token(tokenizer)
 
     def added(token: int) -> bool:
         return token in table.control and token != unknown
@@ -142,7 +142,8 @@ def _begins_with_blank(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[bool]:
-    return [token == tokenizer.unk_token_id for token in ids]
+    unknown = unknown_token(tokenizer)
+    return [token == unknown for token in ids]
 
 
 def _by_offsets(tokenizer: PreTrainedTokenizerBase, anchor: str, text: str) -> Retokenized | None:
