@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from retort.align.text import control_tokens, decode
+from retort.align.tokens import PROBES, encoded
 from retort.errors import SignalError
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class PieceTable:
         size: Number of tokens that the tokenizer had.
         tokens: Each id's token, as the vocabulary has it.
         control: Pieces of control tokens.
-        spellings: Names of the ways in which tokens may spell bytes, the one that fitted last first.
+        spellings: Names of the ways in which tokens may spell bytes: one by the decoder of a fast tokenizer, for a slow
+            one those that fit what it makes of some texts, and none where only decoding tells.
     """
 
     size: int
@@ -79,13 +81,21 @@ class PieceTable:
         return spelling == "fallback" and _SINGLE.fullmatch(self.tokens[token]) is not None
 
 
-def piece_table(tokenizer: PreTrainedTokenizerBase) -> PieceTable:
-    """What is known about a tokenizer's tokens; cached, because every completion asks for it."""
+def piece_table(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int] = ()) -> PieceTable:
+    """What is known about a tokenizer's tokens; cached, because every completion asks for it.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: Ids that the caller has; where one is new, the tokenizer may have got more tokens.
+    """
     found = _TABLES.get(tokenizer)
-    if found is None or found.size != len(tokenizer):
+    # The size of a vocabulary takes as long as a whole completion, so it is not asked for every time.
+    if found is None or (any(token not in found.tokens for token in ids) and found.size != len(tokenizer)):
         control = {token: _CONTROL + name.encode() for name, token in control_tokens(tokenizer).items()}
         tokens = {token: name for name, token in tokenizer.get_vocab().items()}
         found = PieceTable(len(tokenizer), tokens, control, _spellings(tokenizer))
+        if len(found.spellings) > 1:
+            found.spellings = [spelling for spelling in found.spellings if _fits_probes(tokenizer, found, spelling)]
         _TABLES[tokenizer] = found
     return found
 
@@ -141,7 +151,7 @@ def inner_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     Returns:
         N pieces; see `pieces`.
     """
-    table = piece_table(tokenizer)
+    table = piece_table(tokenizer, ids)
     if len(table.spellings) == 1:
         return table.spell(ids, table.spellings[0])
     return _found(tokenizer, ids, (), alone=False)
@@ -150,7 +160,7 @@ def inner_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
 def _found(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int], *, alone: bool
 ) -> list[bytes]:
-    table = piece_table(tokenizer)
+    table = piece_table(tokenizer, ids)
     tail = [token for token in before[-_TAIL:] if table.is_text(token)]
     own = [token for token in ids if table.is_text(token)]
     following = iter(_verified(tokenizer, table, tail, own, alone=alone))
@@ -166,13 +176,18 @@ def _verified(
     for spelling in table.spellings:
         spelt = table.spell(both, spelling)
         dropped = _dropped(_shown(table, both, spelt, spelling), text, spelling)
-        if dropped is None:
-            continue
-        if spelling != table.spellings[0]:
-            table.spellings.remove(spelling)
-            table.spellings.insert(0, spelling)
-        return _without_blanks(spelt, dropped) if alone else spelt[len(tail) :]
+        if dropped is not None:
+            return _without_blanks(spelt, dropped) if alone else spelt[len(tail) :]
     return _by_decoding(tokenizer, both, text)[len(tail) :]
+
+
+def _fits_probes(tokenizer: PreTrainedTokenizerBase, table: PieceTable, spelling: str) -> bool:
+    for probe in PROBES:
+        ids = [token for token in encoded(tokenizer, probe) or [] if table.is_text(token)]
+        text = decode(tokenizer, ids) if ids else ""
+        if _dropped(_shown(table, ids, table.spell(ids, spelling), spelling), text, spelling) is None:
+            return False
+    return True
 
 
 def _by_decoding(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> list[bytes]:

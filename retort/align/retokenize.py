@@ -30,8 +30,8 @@ class Retokenized:
 
     Attributes:
         ids: The tokens' ids.
-        pieces: The bytes of the text that each stands for; together the whole text. The last tokens of a text stand for
-            what the tokenizer drops at its end, and every other token for what it drops before it.
+        pieces: The bytes of the text that each stands for; together the whole text. What a tokenizer drops belongs to
+            the token before it, except blanks: with all that follows them they belong to the next token.
         rewritten: Whether a token spells other bytes than those that it stands for.
         unknown: Whether a token is the one for unknown text, which says nothing about the bytes that it stands for.
     """
@@ -184,9 +184,11 @@ def _tiled(text: str, spans: Sequence[tuple[int, int]], own: Sequence[bytes]) ->
         end, behind = spans[index][1], index + 1
         while behind < len(spans) and spans[behind][0] < end:
             end, behind = max(end, spans[behind][1]), behind + 1
+        following = spans[behind][0] if behind < len(spans) else len(text)
         end = max(end, reached)
-        if behind == len(spans):
-            end = len(text)
+        while end < following and not text[end].isspace():
+            end += 1
+        end = end if behind < len(spans) else len(text)
         data = text[reached:end].encode()
         parts = list(own[index:behind])
         found += parts if b"".join(parts) == data else [*[b""] * (len(parts) - 1), data]

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from retort.align.pieces import piece_table, pieces
+from retort.align.pieces import piece_table
 from retort.align.stops import StopTokens
 from retort.align.text import decode
-from retort.align.tokens import PROBES, encoded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -100,9 +99,6 @@ def _by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
     """The ids of text tokens by the bytes that they spell."""
     table = piece_table(tokenizer)
     ids = [token for token in table.tokens if table.is_text(token)]
-    if len(table.spellings) > 1:  # a completion of the tokenizer's own shows in which way it spells
-        for probe in PROBES:
-            pieces(tokenizer, encoded(tokenizer, probe) or [])
     spelling = table.spellings[0] if table.spellings else ""
     spelt = table.spell(ids, spelling) if spelling else _decoded(tokenizer, ids)
     found: dict[bytes, list[int]] = {}
