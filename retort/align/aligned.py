@@ -30,7 +30,8 @@ class Coverage:
         lost: Bytes in no unit, by reason: `invalid` (no UTF-8, and what shares a unit with it), `unknown` (the
             teacher's token for unknown text), `unread` (the teacher's tokenizer drops them), `beyond` (behind the
             teacher's context), `unanchored` (anchor segments only: behind the last unit of one token on each side).
-        rewritten: Bytes of the teacher's tokens that spell something else, because its tokenizer normalises.
+        rewritten: The teacher's tokens in units that spell other bytes than those that they stand for, because its
+            tokenizer normalises.
         controls: Control tokens of the student's that are one of the teacher's, too, stops among them.
         controls_lost: Control tokens of the student's that the teacher does not read.
         lengths: Number of units by (the student's tokens, the teacher's tokens).
@@ -104,8 +105,8 @@ class Collected:
         #: Bytes of each of the student's tokens, and why it is in no unit if it is in none.
         self._bytes_A: list[int] = []
         self._reason_A: list[str] = []
-        #: Bytes of each of the teacher's tokens that it spells otherwise.
-        self._rewritten_B: list[int] = []
+        #: Whether each of the teacher's tokens spells other bytes than those that it stands for.
+        self._rewritten_B: list[bool] = []
 
     def read(self, ids: Sequence[int]) -> None:
         """Adds tokens that are only read."""
@@ -133,8 +134,7 @@ class Collected:
         first = len(self._rewritten_B)
         self._ids_L += theirs.ids
         self._mask_L += [True] * len(theirs.ids)
-        pairs = zip(theirs.pieces, theirs.rewritten, strict=True)
-        self._rewritten_B += [len(piece) if rewritten else 0 for piece, rewritten in pairs]
+        self._rewritten_B += theirs.rewritten
         return first
 
     def lose(self, tokens: Iterable[int], reason: str) -> None:
@@ -180,7 +180,7 @@ class Collected:
         rewritten = zip(unit_B, self._rewritten_B, strict=False)
         return Coverage(
             lost=dict(lost),
-            rewritten=sum(size for unit, size in rewritten if unit >= 0),
+            rewritten=sum(other for unit, other in rewritten if unit >= 0),
             lengths=dict(lengths),
             **counts,
         )
