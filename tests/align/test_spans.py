@@ -20,15 +20,14 @@ PROPERTY = settings(
 def cuts(draw: st.DrawFn, *, empty: bool = False) -> tuple[list[bytes], list[bytes]]:
     """Two ways of cutting one text into tokens; with `empty`, some of them have no bytes."""
     data = draw(st.text(min_size=1, max_size=12)).encode()
-    least = 0 if empty else 1
 
     def cut() -> list[bytes]:
         found, rest = [], data
         while rest:
-            size = draw(st.integers(least, len(rest)))
-            found.append(rest[:size])
+            size = draw(st.integers(1, len(rest)))
+            found += [b""] * (empty and draw(st.booleans())) + [rest[:size]]
             rest = rest[size:]
-        return found + [b""] * (draw(st.integers(0, 2)) if empty else 0)
+        return found + [b""] * (empty and draw(st.booleans()))
 
     return cut(), cut()
 
