@@ -93,10 +93,7 @@ def test_a_text_is_tiled_by_its_tokens(kind: str, text: str) -> None:
 def test_a_text_that_is_normalised_stands_where_it_stood() -> None:
     """Nothing shifts to a neighbour: a mark stays with its letter, a ligature is one."""
     qwen = retokenize(trained("qwen"), "e\u0301 x")
-    assert b"".join(qwen.pieces) == "e\u0301 x".encode() and qwen.pieces[-2:] in (
-        [b" ", b"x"],
-        ["e\u0301".encode(), b" x"],
-    )
+    assert qwen.pieces == [b"", "e\u0301".encode(), b" ", b"x"] and qwen.rewritten == [True, True, False, False]
     assert retokenize(trained("t5"), "ﬁ x").pieces[:2] == [b"", "ﬁ".encode()]
     bert = retokenize(trained("bert"), "The  FOX e\u0301.")
     assert bert.pieces == [b"The", b"  FOX", " e\u0301".encode(), b"."]
@@ -223,7 +220,7 @@ def test_a_control_token_that_the_tokenizer_always_makes_is_cut() -> None:
     tokenizer = Always(tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     found = retokenize(tokenizer, "fox</s>fox")
     assert b"".join(found.pieces) == b"fox</s>fox" and tokenizer.eos_token_id not in found.ids
-    assert found.pieces[1:4] != [b"</s>"]
+    assert b"<" in found.pieces  # behind which it was cut
 
 
 def test_shared_ids_spell_the_same_bytes() -> None:
