@@ -38,9 +38,12 @@ class ScoreRequest:
 
     @property
     def whole(self) -> bool:
-        """Whether only a whole distribution, or the hidden states that make one, meets the needs."""
+        """Whether only a whole distribution, or the hidden states that make one, meets the needs.
+
+        In one vocabulary it meets the need for spans, too.
+        """
         kinds = {need.kind for need in self.needs}
-        return not kinds.isdisjoint({"dense", "hidden"} | ({"logp_at"} if self.student_ids_NK is None else set()))
+        return not kinds.isdisjoint({"dense", "hidden", "spans"} | ({"logp_at"} if self.student_ids_NK is None else set()))
 
 
 class Teacher(Protocol):
