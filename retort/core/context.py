@@ -122,7 +122,9 @@ class Context:
         logp_N = other.sampled_logp_N
         if other is not rows and other.by_unit:
             if not rows.by_unit or not torch.equal(rows.units.unit_C, other.units.unit_C):
-                raise SignalError(f"views '{view}' and '{of}' cut completions into different units; nothing compares them")
+                raise SignalError(
+                    f"views '{view}' and '{of}' cut completions into different units; nothing compares them"
+                )
         elif other is not rows:
             logp_N = rows.over_unit(logp_N)
         return logp_N, rows.over_unit(self.old_logp_N)

@@ -32,6 +32,6 @@ def strict_shared_kl(top_k: int | None = 16) -> Divergence:
         found_G = on_student_top(scores, top_k, index_G)
         return found_G.new_zeros(len(context.steps)).index_copy(0, scores.units.first_F[index_G], found_G)
 
-    return Divergence("strict_shared_kl" if top_k is None else f"strict_shared_kl(top-{top_k})", value, frozenset({SPANS}))
-
-
+    return Divergence(
+        "strict_shared_kl" if top_k is None else f"strict_shared_kl(top-{top_k})", value, frozenset({SPANS})
+    )

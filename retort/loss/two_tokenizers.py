@@ -86,9 +86,7 @@ class TwoTokenizations:
         whole_MV = as_compute(teacher_logits.detach()) / temperature
         taken_M = Distribution(whole_MV).logp_at(their_M[:, None]).squeeze(-1)
         raw_M = whole_MV.gather(-1, their_M[:, None]).squeeze(-1)
-        columns, from_N = unit_columns(
-            self.units(), own_N, their_M, taken_M, (own_S, their_S), teacher_raw_M=raw_M
-        )
+        columns, from_N = unit_columns(self.units(), own_N, their_M, taken_M, (own_S, their_S), teacher_raw_M=raw_M)
         return Spans(
             own_N,
             "teacher",

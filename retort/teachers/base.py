@@ -43,7 +43,8 @@ class ScoreRequest:
         In one vocabulary it meets the need for spans, too.
         """
         kinds = {need.kind for need in self.needs}
-        return not kinds.isdisjoint({"dense", "hidden", "spans"} | ({"logp_at"} if self.student_ids_NK is None else set()))
+        scored = set[NeedKind]() if self.student_ids_NK is not None else {"logp_at"}
+        return not kinds.isdisjoint({"dense", "hidden", "spans"} | scored)
 
 
 class Teacher(Protocol):

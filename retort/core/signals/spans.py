@@ -91,9 +91,9 @@ class Spans(TeacherSignal):
         cut_F = steps_F != self.own_N[first_N]
         if bool(cut_F.any()):
             unit = int(cut_F.nonzero()[0])
+            here, whole = int(steps_F[unit]), int(self.own_N[first_N][unit])
             raise SignalError(
-                f"{self.source}: {int(steps_F[unit])} of the {int(self.own_N[first_N][unit])} steps of a unit are here; "
-                "a mask or selection must keep units whole"
+                f"{self.source}: {here} of a unit's {whole} steps are here; a mask or selection must keep units whole"
             )
         if bool((self.matched_N & ((self.own_N != 1) | (self.theirs_N != 1) | ~inside_N)).any()):
             raise SignalError(f"{self.source}: only units of one token on both sides can be matched")
@@ -198,11 +198,8 @@ class SpanRows(SignalRows):
 
     @torch.no_grad()
     def _distribution(self, first_F: Tensor) -> Distribution:
-        index_C = self._index_C
-        if isinstance(index_C, slice):
-            begins_F = first_F + index_C.indices(self._signal.steps)[0]
-        else:
-            begins_F = index_C[first_F]
+        order_N = torch.arange(self._signal.steps, device=first_F.device)
+        begins_F = order_N[self._index_C][first_F]
         logits_FV = as_compute(self._signal.logits(begins_F)[:, : self._signal.width])
         temperature = self._signal.temperature
         return Distribution(logits_FV if temperature == 1.0 else logits_FV / temperature)
