@@ -28,7 +28,7 @@ def pieces(own: int, theirs: int) -> tuple[list[bytes], list[bytes]]:
     """A unit's bytes in so many tokens on either side, without a boundary in common before its end."""
     text = bytes(range(ord("a"), ord("a") + own + theirs - 1))
     ours = [text[i : i + 1] for i in range(own - 1)] + [text[own - 1 :]]
-    return ours, [text[: own], *(text[i : i + 1] for i in range(own, own + theirs - 1))] if theirs > 1 else [text]
+    return ours, [text[:own], *(text[i : i + 1] for i in range(own, own + theirs - 1))] if theirs > 1 else [text]
 
 
 class Pair:
@@ -220,8 +220,10 @@ def strict(top_k: int | None) -> Reference:
         if not is_matched(pair, unit):
             return pair.logits.sum() * 0.0
         student, teacher = rows(pair, unit)
-        kept = sorted(pair.shared, key=lambda ids: -float(student[ids[0]]))[:top_k]
-        return kl(*(torch.stack([side[ids[i]] for ids in kept]).softmax(0) for i, side in enumerate((student, teacher))))
+        kept = sorted(pair.shared, key=lambda ids: -float(student[ids[0]].detach()))[:top_k]
+        return kl(
+            *(torch.stack([side[ids[i]] for ids in kept]).softmax(0) for i, side in enumerate((student, teacher)))
+        )
 
     return of_unit
 
@@ -271,7 +273,7 @@ def with_baseline(top_k: int | None) -> Reference:
 
     def of_unit(pair: Pair, unit: Unit) -> Tensor:
         student, teacher = rows(pair, unit)
-        kept = sorted(pair.shared, key=lambda ids: -float(student[ids[0]]))[:top_k]
+        kept = sorted(pair.shared, key=lambda ids: -float(student[ids[0]].detach()))[:top_k]
         value = -kl(
             *(torch.stack([side[ids[i]] for ids in kept]).softmax(0) for i, side in enumerate((student, teacher)))
         )

@@ -19,6 +19,7 @@ from retort.advantages import log_ratio, return_to_go
 from retort.core import chunked
 from retort.core.context import Context
 from retort.core.distribution import Distribution
+from retort.core.losses import TokenLosses
 from retort.core.parts import Divergence
 from retort.core.signals import Dense
 from retort.core.steps import Clock, Steps
@@ -68,7 +69,7 @@ def test_value_and_gradient_are_those_of_a_loop_over_units(case: str, seed: int)
     ours = pair.losses(load(name, **given_settings), old_logp=pair.old).loss
     theirs = pair.per_token(two.total(pair, reference))
     assert ours.dtype == F64
-    assert float(theirs.abs()) > 1e-3
+    assert float(theirs.detach().abs()) > 1e-3
     close((ours, *pair.gradients(ours)), (theirs, *pair.gradients(theirs)))
 
 
@@ -133,7 +134,7 @@ def test_an_anchor_joins_what_minimal_units_keep_apart() -> None:
     pair.hidden, pair.head = given_["student_logits"], torch.eye(9, dtype=F64)
     pair.teacher_logits, pair.tokens = given_["teacher_logits"], (given_["student_tokens"], given_["teacher_tokens"])
     for values, units in ((minimal, pair.units), (anchor, [(slice(0, 3), slice(0, 3))])):
-        expected = [float(two.simct()(pair, unit)) for unit in units]
+        expected = [float(two.simct()(pair, unit).detach()) for unit in units]
         assert [float(x) for x in values if x > 0] == pytest.approx(expected, rel=1e-12)
 
 
@@ -195,7 +196,7 @@ def test_with_one_tokenizer_it_is_what_one_tokenizer_gives(
 def test_zero_where_the_teacher_is_the_student(name: str) -> None:
     same = Same()
     loss = same.losses(name, same.student.detach())
-    assert float(loss.abs()) < 1e-12
+    assert float(loss.detach().abs()) < 1e-12
     assert float(same.gradient(loss).abs().max()) < 1e-12
 
 
@@ -240,7 +241,7 @@ def test_a_dimension_that_both_rule_out_changes_nothing() -> None:
 def test_coarser_outcomes_can_only_reduce_the_divergence() -> None:
     pair, draw = Pair(), torch.Generator().manual_seed(5)
     for unit in pair.units:
-        student, teacher = two.span_scores(pair, unit)
+        student, teacher = (side.detach() for side in two.span_scores(pair, unit))
         group = torch.randint(0, 3, (len(student),), generator=draw)
         coarse = [torch.zeros(3, dtype=F64).index_add(0, group, side)[group.unique()] for side in (student, teacher)]
         within = two.kl(student, teacher) - two.kl(*coarse)
@@ -273,7 +274,7 @@ def test_the_sampled_gradient_is_that_of_the_units_reverse_kl() -> None:
             teacher_pieces=[b"ab"],
             shared=[],
         ).loss
-        expected += float(logp.exp()) * 1.5 * torch.autograd.grad(loss, student, retain_graph=True)[0]
+        expected += float(logp.detach().exp()) * 1.5 * torch.autograd.grad(loss, student, retain_graph=True)[0]
     close((torch.autograd.grad(exact, student)[0],), (expected,), 1e-12)
 
 
@@ -291,7 +292,7 @@ THROUGH_THE_CORE = [
 
 
 @pytest.mark.parametrize(("name", "more"), THROUGH_THE_CORE, ids=[name for name, _ in THROUGH_THE_CORE])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     layout=st.lists(st.lists(SIZES, min_size=1, max_size=5), min_size=2, max_size=3),
     chunk=st.integers(1, 9),
@@ -306,14 +307,16 @@ def test_any_chunk_and_block_gives_the_same_value_and_gradient(
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(chunked, "BLOCK_ELEMENTS", block)
         linear = pair.linear(method, old_logp=pair.old, chunk=chunk)
-        again = torch.stack([term.value.sum() for term in linear.terms.values()]).sum()  # computes the logits again
-        theirs = torch.stack([term.value.sum() for term in dense.terms.values()]).sum()
-        close((linear.loss, *pair.gradients(linear.loss)), (dense.loss, *pair.gradients(dense.loss)), 1e-11)
-        if theirs.requires_grad and float(theirs.abs()) > 0:
-            close((again, *pair.gradients(again)), (theirs, *pair.gradients(theirs)), 1e-11)
+        close((linear.loss,), (dense.loss,), 1e-12)
+        # The gradient of the loss is formed on the way; for that of values the logits are computed again.
+        close(pair.gradients(_both(linear)), pair.gradients(_both(dense)), 1e-11)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+def _both(losses: TokenLosses) -> Tensor:
+    return losses.loss + torch.stack([0.3 * term.value.sum() for term in losses.terms.values()]).sum()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=12), st.integers(1, 9))
 def test_cuts_keep_units_whole(units: list[int], part: int) -> None:
     begins = torch.zeros(sum(units), dtype=torch.bool)
@@ -388,7 +391,7 @@ def test_a_return_counts_a_unit_once() -> None:
     gaps = [float(two.sums(pair, unit)[1] - pair.old[unit[0]].sum()) for unit in pair.units]
     returns = [gaps[0] + 0.5 * gaps[1] + 0.5**4 * gaps[2], gaps[1] + 0.5**3 * gaps[2], gaps[2]]
     live = [two.sums(pair, unit)[0] - pair.old[unit[0]].sum() for unit in pair.units]
-    expected = [-float(r) * math.exp(float(x)) for r, x in zip(returns, live, strict=True)]
+    expected = [-float(r) * math.exp(float(x.detach())) for r, x in zip(returns, live, strict=True)]
     value = pair.dense(method, old_logp=pair.old).terms["reverse"].value
     assert value[[0, 1, 4]].tolist() == pytest.approx(expected, abs=1e-12)
     assert value[[2, 3]].tolist() == [0.0, 0.0]
@@ -447,7 +450,9 @@ def test_an_id_in_two_pairs_is_refused() -> None:
         Pair().losses("simct", shared=[(0, 3), (1, 3)])
 
 
-@pytest.mark.parametrize(("name", "lacks"), [("gkd", "whole distribution"), ("eopd", "top-16"), ("egrsd", "entropy")])
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("gkd", "whole distribution"), ("eopd", "top-16"), ("local_teachability", "the student's top")]
+)
 def test_methods_that_need_more_than_spans_are_refused(name: str, lacks: str) -> None:
     with pytest.raises(UserError, match=f"needs .*{lacks}.*another tokenizer; these serve simct"):
         Pair().losses(name)
@@ -461,7 +466,7 @@ def test_a_mask_may_not_cut_a_unit() -> None:
         pair.dense("simct", mask=mask)
     mask[:] = True
     mask[0] = False
-    assert float(pair.dense("simct", mask=mask).terms["divergence"].value[0]) == 0
+    assert not pair.dense("simct", mask=mask).terms["divergence"].value[0].any()
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ class Spans(TeacherSignal):
         raw_N: The teacher's logits of its tokens of the unit, divided by the temperature and summed; None where they
             are not known.
         stops: Ids that end a completion, the student's and the teacher's, int64; None where they are not known.
+        checked: Part of a signal that was checked, cut between units by the loss core: nothing is checked again.
     """
 
     logits: Callable[[Tensor | slice], Tensor] = lambda _: torch.empty(0, 0)
@@ -66,8 +67,11 @@ class Spans(TeacherSignal):
     shared: tuple[Tensor, Tensor] = field(default_factory=lambda: (_none(), _none()))
     raw_N: Tensor | None = None
     stops: tuple[Tensor, Tensor] | None = None
+    checked: bool = field(default=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        if self.checked:
+            return
         for name in _COLUMNS:
             values: Tensor | None = self.__dict__[name]
             if values is not None:
@@ -131,19 +135,21 @@ class Spans(TeacherSignal):
                     held.append(self.logits(begins_F + index_C.indices(self.steps)[0]))
             return held[0][row_C[rows]]
 
-        return self._taken(lambda column_N: column_N[index_C], logits)
+        return self._taken(lambda column_N: column_N[index_C], logits, self.tokens_N.device, checked=True)
 
     def select(self, index_N: Tensor) -> Spans:
         def logits(rows: Tensor | slice) -> Tensor:
             return self.logits(index_N[rows])
 
-        return self._taken(lambda column_N: take_rows(column_N, index_N), logits, index_N.device)
+        return self._taken(lambda column_N: take_rows(column_N, index_N), logits, index_N.device, checked=False)
 
     def _taken(
         self,
         take: Callable[[Tensor], Tensor],
         logits: Callable[[Tensor | slice], Tensor],
-        device: torch.device | None = None,
+        device: torch.device,
+        *,
+        checked: bool,
     ) -> Spans:
         """The signal about some of the steps; their units are numbered from 0 in their new order."""
         columns: dict[str, Any] = {name: self.__dict__[name] for name in ("tokens_N", "valid_N", *_COLUMNS)}
@@ -155,7 +161,7 @@ class Spans(TeacherSignal):
         unit_N = taken["unit_N"]
         moved_N = unit_N != torch.cat([unit_N.new_full((1,), -2), unit_N[:-1]])[: len(unit_N)]
         taken["unit_N"] = torch.where(unit_N < 0, -1, moved_N.cumsum(0))
-        return replace(self, logits=logits, **taken, **pairs)
+        return replace(self, logits=logits, checked=checked, **taken, **pairs)
 
 
 class SpanRows(SignalRows):
