@@ -31,6 +31,10 @@ def _none() -> Tensor:
     return torch.empty(0, dtype=torch.long)
 
 
+def _distinct(ids: Tensor) -> int:
+    return len(torch.unique(ids))  # pyright: ignore
+
+
 @dataclass(frozen=True, eq=False)
 class Spans(TeacherSignal):
     """Scores of units of tokens, on the student's axis, from a teacher with another tokenizer.
@@ -83,14 +87,14 @@ class Spans(TeacherSignal):
         check_logps(self, "log-prob of a unit", self.logp_N)
         self._check_units()
         for side, ids_S in zip(("student", "teacher"), self.shared, strict=True):
-            if len(ids_S) != len(self.shared[0]) or len(ids_S.unique()) != len(ids_S):
+            if len(ids_S) != len(self.shared[0]) or _distinct(ids_S) != len(ids_S):
                 raise SignalError(f"{self.source}: shared ids must be pairs, each {side}'s id in one of them only")
 
     def _check_units(self) -> None:
         inside_N = self.unit_N >= 0
         first_N = self.first_N
         steps_F = torch.bincount((first_N.cumsum(0) - 1)[inside_N], minlength=int(first_N.sum()))
-        if len(self.unit_N[first_N].unique()) != len(steps_F):
+        if _distinct(self.unit_N[first_N]) != len(steps_F):
             raise SignalError(f"{self.source}: the steps of a unit are not neighbours")
         cut_F = steps_F != self.own_N[first_N]
         if bool(cut_F.any()):
@@ -152,13 +156,15 @@ class Spans(TeacherSignal):
         checked: bool,
     ) -> Spans:
         """The signal about some of the steps; their units are numbered from 0 in their new order."""
-        columns: dict[str, Any] = {name: self.__dict__[name] for name in ("tokens_N", "valid_N", *_COLUMNS)}
-        taken = {name: None if column_N is None else take(column_N) for name, column_N in columns.items()}
+        columns: dict[str, Tensor | None] = {name: self.__dict__[name] for name in ("tokens_N", "valid_N", *_COLUMNS)}
+        taken: dict[str, Any] = {
+            name: None if column_N is None else take(column_N) for name, column_N in columns.items()
+        }
         pairs = {
             name: None if pair is None else (pair[0].to(device), pair[1].to(device))
             for name, pair in (("shared", self.shared), ("stops", self.stops))
         }
-        unit_N = taken["unit_N"]
+        unit_N: Tensor = taken["unit_N"]
         moved_N = unit_N != torch.cat([unit_N.new_full((1,), -2), unit_N[:-1]])[: len(unit_N)]
         taken["unit_N"] = torch.where(unit_N < 0, -1, moved_N.cumsum(0))
         return replace(self, logits=logits, checked=checked, **taken, **pairs)
