@@ -20,12 +20,10 @@ from retort.core import chunked
 from retort.core.context import Context
 from retort.core.distribution import Distribution
 from retort.core.losses import TokenLosses
-from retort.core.parts import Divergence
 from retort.core.signals import Dense
 from retort.core.steps import Clock, Steps
-from retort.divergences import unit_likelihood
 from retort.errors import SignalError, UserError
-from retort.estimators import pathwise, score_function
+from retort.estimators import score_function
 from retort.functional import cross_token_losses, token_losses
 from retort.method import Method, Term
 from retort.quantities import sampled_reverse_kl
@@ -39,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], Reference]] = {
     "simct-mask": ("simct", {"gh_threshold": 2.0}, two.simct(threshold=2.0)),
     "strict_ct": ("strict_ct", {"top_k": 3}, two.strict(3)),
     "strict_ct-all": ("strict_ct", {"top_k": None}, two.strict(None)),
+    "simple_ctkd": ("simple_ctkd", {}, two.strict(None)),
+    "alm": ("alm", {"tau": 10.0}, two.likelihood(10.0)),
     "uld": ("uld", {"top_k": 4}, two.uld(4)),
     "uld-all": ("uld", {}, two.uld(1024)),
     "opd": ("opd", {}, two.sampled(lambda theirs, old: theirs - old)),
@@ -51,10 +51,6 @@ CASES: dict[str, tuple[str, dict[str, Any], Reference]] = {
     "vopd": ("vopd", {"top_k": 3}, two.with_baseline(3)),
     "vopd-all": ("vopd", {"top_k": None}, two.with_baseline(None)),
 }
-
-
-def of(divergence: Divergence) -> Method:
-    return Method(rollout=RolloutPlan(), terms=(Term("divergence", pathwise(divergence)),))
 
 
 def close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], tolerance: float = 1e-10) -> None:
@@ -83,9 +79,14 @@ def test_the_term_on_the_decision_to_stop(name: str) -> None:
         pair.losses(load(name, stop_coef=0.3), stops=None)
 
 
-def test_the_likelihood_of_units() -> None:
-    pair = Pair()
-    ours, theirs = pair.losses(of(unit_likelihood(10.0))).loss, pair.per_token(two.total(pair, two.likelihood(10.0)))
+@pytest.mark.parametrize("divergence", ["reverse_kl", "total_variation"])
+def test_other_divergences_of_likelihoods(divergence: str) -> None:
+    pair, found = Pair(), torch.zeros((), dtype=F64)
+    for unit in pair.units:
+        p, q = ((logp / 4.0).exp() for logp in two.sums(pair, unit))
+        both = two.kl(torch.stack([p, 1 - p]), torch.stack([q, 1 - q]))
+        found = found + (both if divergence == "reverse_kl" else (p - q).abs())
+    ours, theirs = pair.losses(load("alm", tau=4.0, divergence=divergence)).loss, pair.per_token(found)
     close((ours, *pair.gradients(ours)), (theirs, *pair.gradients(theirs)))
 
 
