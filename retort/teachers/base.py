@@ -38,9 +38,13 @@ class ScoreRequest:
 
     @property
     def whole(self) -> bool:
-        """Whether only a whole distribution, or the hidden states that make one, meets the needs."""
+        """Whether only a whole distribution, or the hidden states that make one, meets the needs.
+
+        In one vocabulary it meets the need for spans, too.
+        """
         kinds = {need.kind for need in self.needs}
-        return not kinds.isdisjoint({"dense", "hidden"} | ({"logp_at"} if self.student_ids_NK is None else set()))
+        scored = set[NeedKind]() if self.student_ids_NK is not None else {"logp_at"}
+        return not kinds.isdisjoint({"dense", "hidden", "spans"} | scored)
 
 
 class Teacher(Protocol):
