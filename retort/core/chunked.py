@@ -28,7 +28,7 @@ def cuts(size: int, part: int, begins_N: Tensor | None = None) -> list[slice]:
     """
     if begins_N is None:
         return [slice(start, min(start + part, size)) for start in range(0, size, part)]
-    places: list[int] = begins_N.nonzero().squeeze(-1).tolist()  # pyright: ignore[reportUnknownMemberType]
+    places: list[int] = begins_N.nonzero().squeeze(-1).tolist()  # pyright: ignore
     places.append(size)
     found: list[slice] = []
     start = 0

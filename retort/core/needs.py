@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -24,13 +24,14 @@ class Need:
             `retort.core.signals.Spans`), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
-        or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units.
+        or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
+            for nothing else, so needs that differ in it are equal.
     """
 
     kind: NeedKind
     k: int = 0
     ids_of: Literal["teacher", "student"] = "teacher"
-    or_spans: bool = False
+    or_spans: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         names = {

@@ -121,6 +121,6 @@ def view_signals(
 
 def _given_ids(teacher: Teacher, needs: frozenset[Need]) -> int:
     """The number of the student's ids that a teacher has to get at every step."""
-    if "dense" in teacher.capabilities:
+    if not teacher.capabilities.isdisjoint({"dense", "spans"}):
         return 0
     return max((need.k for need in needs if need.kind == "logp_at"), default=0)

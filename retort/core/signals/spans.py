@@ -202,10 +202,10 @@ class SpanRows(SignalRows):
             self.sampled_logp_N[first_F],
             signal.matched_N[index_C][first_F],
             lambda: self._distribution(first_F),
-            signal.shared,
-            None if raw_N is None else raw_N[index_C][first_F],
-            signal.stops,
-            self.source,
+            shared=signal.shared,
+            raw_F=None if raw_N is None else raw_N[index_C][first_F],
+            stops=signal.stops,
+            source=self.source,
         )
 
     @torch.no_grad()
