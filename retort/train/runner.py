@@ -42,7 +42,7 @@ def start(
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
     join()
-    refuse_taken(folder)
+    here().first(lambda: refuse_taken(folder))  # it tries the lock, which only one process can have
     prepared = prepare(config, method, caller_objects)
     config = prepared.config  # The resolved settings name no idle teacher.
     # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
