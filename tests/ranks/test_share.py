@@ -18,6 +18,7 @@ from retort.errors import RetortError, UserError
 from retort.ranks import WHOLE_BATCH, Share, World, join, world
 from retort.ranks.share import balanced
 from retort.train import runner
+from retort.train.given.given import going_on
 from retort.train.models.models import device_for
 from retort.train.storage.folder import Claim, refuse_unshared
 
@@ -255,6 +256,14 @@ def test_other_commands_are_not_run_once_for_each_rank(
     monkeypatch.setenv("RANK", "1")
     assert main(words) == 2
     assert capsys.readouterr() == ("", "")  # rank 0 has said it
+
+
+@pytest.mark.parametrize(("local", "command"), [("2", "torchrun"), ("1", "torchrun ...")])
+def test_ranks_are_told_how_ranks_go_on(monkeypatch: pytest.MonkeyPatch, local: str, command: str) -> None:
+    monkeypatch.setattr(world, "_here", [Thread(1, [None] * 2, threading.Barrier(1))])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    found = going_on(configuration.resolve({}), Path("runs/a"))
+    assert found == f"{command} --nproc-per-node {local} -m retort train --resume runs/a"
 
 
 def test_a_lost_rank_is_one_line() -> None:
