@@ -287,3 +287,21 @@ def test_one_rank_looks_at_the_folder_of_a_new_run(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(world, "_here", [Second()])
     with Claim(tmp_path).take()._lock, pytest.raises(UserError, match="rank 0 refuses"):
         runner.start(configuration.resolve({}), tmp_path)
+
+
+def test_ranks_go_on_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a network's folder shows one machine fewer checkpoints: then the run is refused."""
+    newest = tmp_path / "checkpoints" / "step-3"
+
+    class Second(World):
+        rank, size = 1, 2
+
+        def each(self, work: Callable[[], Any]) -> list[Any]:
+            own = work()
+            return [(tmp_path, newest) if own is None else own, own]
+
+    newest.with_name("step-2").mkdir(parents=True)
+    configuration.save(configuration.resolve({"data": "countdown"}), tmp_path / "config.json")
+    monkeypatch.setattr(world, "_here", [Second()])
+    with pytest.raises(UserError, match="step-3/manifest.json is missing"):
+        runner.load(tmp_path)
