@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trained import trained
-from transformers import LlamaConfig, LlamaForCausalLM
+from trained import make_model_of
 
 from retort.align.pair import SameIds
 from retort.align.pieces import pieces
@@ -43,23 +42,8 @@ TEXT = "the fox doesn't jump"
 
 
 def loaded(folder: Path, kind: str, seed: int, stop: str | None = None) -> Any:
-    """A model of random weights in float64 with a tokenizer of a kind; its rows are more than its ids."""
-    tokenizer = trained(kind)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 3,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """A model of random weights in float64 with a tokenizer of a kind."""
+    make_model_of(folder, kind, seed=seed)
     settings: dict[str, Any] = {"precision": "fp32", "device": torch.device("cpu"), "stop": [stop] if stop else None}
     found = load_model(str(folder), role="teacher", **settings)
     found.model.double()
