@@ -15,6 +15,7 @@ from retort import Stop
 from retort import config as configuration
 from retort.align.tokens import OtherTokenizer
 from retort.errors import UserError
+from retort.preflight.doctor import examine
 from retort.train import runner
 from retort.train.models import loading
 from retort.train.setup.prepare import prepare
@@ -98,3 +99,21 @@ def test_methods_that_compare_ids_are_refused_before_any_run_loads_a_model(
     assert "\n" not in str(refused.value)
     assert str(refused.value).endswith("or a method for two tokenizers, such as strict_ct, simct or opd")
     assert not isinstance(refused.value, OtherTokenizer)
+
+
+def test_the_doctor_says_what_both_have_in_common(settings: dict[str, Any]) -> None:
+    own = changed(settings, method={"name": "strict_ct"})
+    found = examine(configuration.resolve(own))
+    assert found["tokenizer"].verdict == "ok"
+    assert "method 'strict_ct' compares units of the same bytes" in found["tokenizer"].saw
+    assert "bytes of the data's answers" in found["units"].saw
+    values = dict(found["units"].values)
+    assert values["one_to_one"] + values["spans"] + values["unread"] == pytest.approx(1.0)
+    assert values["shared"] > 100
+    assert found["stop token"].verdict == found["chat template"].verdict == "ok"
+    assert "nats a token" in found["teacher is loaded"].saw
+    assert found["teacher repeats"].verdict == "ok"
+    refused = examine(configuration.resolve(changed(settings, method={"name": "gkd"})))
+    assert refused["tokenizer"].verdict == "fatal"
+    assert "method 'gkd' needs" in refused["tokenizer"].saw
+    assert "strict_ct, simct or opd" in refused["tokenizer"].remedy
