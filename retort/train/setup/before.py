@@ -95,12 +95,20 @@ def need_alignment(method: Method, name: str, student: Described, other: Describ
     try:
         align_ids(student.tokenizer, other.tokenizer)
     except OtherTokenizer as error:
-        phases = [method] if method.before is None else [method.before[1], method]
-        asked = [(phase, view) for phase in phases for view, own in phase.views.items() if own.model == name]
-        for phase, view in asked:
-            lacking = sorted(need for need in phase.needs(view) if not can_meet(SpanTeacher.capabilities, need))
-            if lacking:
-                raise UserError(f"method '{phase.name}' needs {lacking[0]} of the {name}, but {error}") from None
+        lacking = needs_ids(method, name)
+        if lacking:
+            raise UserError(f"{lacking}, but {error}") from None
+
+
+def needs_ids(method: Method, name: str) -> str | None:
+    """What a method needs of a model that one with another tokenizer cannot give, as a sentence; None if nothing."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        views = [view for view, own in phase.views.items() if own.model == name]
+        needs = [need for view in views for need in phase.needs(view) if not can_meet(SpanTeacher.capabilities, need)]
+        if needs:
+            return f"method '{phase.name}' needs {min(needs)} of the {name}"
+    return None
 
 
 def _describe(config: Config, role: str, name: str, source: str | InMemoryModel) -> Described:
