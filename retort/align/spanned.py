@@ -126,9 +126,8 @@ def align_spans(student: _Model, teacher: _Model, name: str) -> SpanPair:
     Raises:
         UserError: A tokenizer of a form that cannot be read.
     """
-    sides = (student.tokenizer, teacher.tokenizer), (student.stops, teacher.stops)
     widths = [min(model.head().width, vocabulary_width(model.tokenizer)) for model in (student, teacher)]
-    pairs = shared(*sides[0], *sides[1])
+    pairs = shared(student.tokenizer, teacher.tokenizer, student.stops, teacher.stops)
     with_rows_K = (pairs.student_K < widths[0]) & (pairs.teacher_K < widths[1])
     pairs = SharedVocabulary(
         pairs.student_K[with_rows_K],
@@ -137,11 +136,13 @@ def align_spans(student: _Model, teacher: _Model, name: str) -> SpanPair:
         pairs.teacher_vocab,
         pairs.ambiguous,
     )
+    ours, theirs = (student.tokenizer, student.stops), (teacher.tokenizer, teacher.stops)
     return SpanPair(
-        TeacherText(*sides[0], *sides[1], longest=teacher.context),
-        TeacherText(*reversed(sides[0]), *reversed(sides[1]), longest=student.context),
+        TeacherText(ours[0], theirs[0], ours[1], theirs[1], longest=teacher.context),
+        TeacherText(theirs[0], ours[0], theirs[1], ours[1], longest=student.context),
         pairs,
-        *widths,
+        widths[0],
+        widths[1],
         torch.tensor(sorted(student.stops.ids)),
         torch.tensor(sorted(teacher.stops.ids)),
         name,

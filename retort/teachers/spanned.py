@@ -78,7 +78,7 @@ class SpanTeacher(LocalTeacher):
             lambda index_C: logits(begins_N[index_C]),
             self.pair.width,
             temperature,
-            **columns,
+            **columns,  # type: ignore[arg-type]
             shared=shared,
             stops=(self.pair.student_stops.to(tokens_M.device), self.pair.teacher_stops.to(tokens_M.device)),
             valid_N=None if valid_N is None else valid_N.to(tokens_M.device),

@@ -29,7 +29,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     rows = [{"prompt": prompt, "response": " the fox", "answer": "fox"} for prompt in PROMPTS * 3]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
-        "student": str(make_model_of(folder / "student", "unigram", seed=1, scale=0.1)),
+        "student": str(make_model_of(folder / "student", "gemma", seed=1, scale=0.1)),
         "teacher": str(make_model_of(folder / "teacher", "byte-level", seed=2, width=24)),
         "data": str(folder / "data.jsonl"),
         "precision": "fp32",
