@@ -48,8 +48,8 @@ class SpanPair:
     """The alignment of two tokenizers. Unlike an `Alignment`, it compares units of tokens and no single ids.
 
     Attributes:
-        reader: Reads the student's sequences as the teacher.
-        writer: Reads the teacher's as the student.
+        teacher_reader: Reads the student's sequences as the teacher.
+        student_reader: Reads the teacher's as the student.
         shared: Pairs of ids that spell the same bytes, for which both models have a row.
         vocab: Number of ids that the student has, in its tokenizer and its rows.
         width: The same of the teacher.
@@ -59,8 +59,8 @@ class SpanPair:
         stops: Empty: both sides keep their own stops, and each reads the other's as its own.
     """
 
-    reader: TeacherText
-    writer: TeacherText
+    teacher_reader: TeacherText
+    student_reader: TeacherText
     shared: SharedVocabulary
     vocab: int
     width: int
@@ -81,7 +81,7 @@ class SpanPair:
                 f"{self.name} has another tokenizer, and a rollout has {replies} replies of an environment, which "
                 "Retort does not render for such a teacher yet; use a teacher with the student's tokenizer"
             )
-        return self.reader.read(sequence, [prompt_ids])
+        return self.teacher_reader.read(sequence, [prompt_ids])
 
     def to_student(self, ids: Sequence[int]) -> list[int]:
         """A turn of the teacher's in the student's tokens, with the student's stop.
@@ -91,7 +91,7 @@ class SpanPair:
         """
         if not ids:
             return []
-        found = self.writer.read(TokenSequence.of([0]).then(list(ids), decided=True), [[0]])
+        found = self.student_reader.read(TokenSequence.of([0]).then(list(ids), decided=True), [[0]])
         lost = next((reason for reason in _UNREADABLE if found.coverage.lost.get(reason)), None)
         if lost is not None:
             raise SignalError(f"the student's tokenizer cannot spell all that {self.name} generated")

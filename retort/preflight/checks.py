@@ -21,7 +21,7 @@ from retort.core.signals import Dense, Sampled
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
 from retort.preflight.findings import Check
-from retort.preflight.spans import check_span_stops, check_units, same_text
+from retort.preflight.spans import check_span_stops, check_span_templates, check_units
 from retort.ranks import local_size
 from retort.teachers.local import LocalTeacher, reduced
 from retort.teachers.spanned import SpanTeacher
@@ -154,7 +154,7 @@ def check_chat_templates(prepared: Prepared) -> Check:
     try:
         mine, other = prepared.source.render(_CONVERSATION), local.render(_CONVERSATION)
         if isinstance(local, SpanTeacher):
-            return _span_templates(prepared, local, mine, other, why)
+            return check_span_templates(prepared, local, mine, other, why)
         other = local.alignment.to_student(other)
     except UserError as error:
         return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
@@ -168,14 +168,6 @@ def check_chat_templates(prepared: Prepared) -> Check:
         why,
         "fine if each has the template it was trained with; a student that is to use the teacher's needs it now",
     )
-
-
-def _span_templates(prepared: Prepared, teacher: SpanTeacher, mine: list[int], other: list[int], why: str) -> Check:
-    counts = f"{len(mine)} ids to the student and {len(other)} to the teacher"
-    if same_text(prepared, teacher, mine, other):
-        return Check("chat template", "ok", f"a probe question is the same text to both, {counts}", why)
-    saw = f"a probe question is another text to the teacher, {counts}"
-    return Check("chat template", "warn", saw, why, "fine if each has the template it was trained with")
 
 
 def check_prompt_ends(prepared: Prepared) -> Check:

@@ -60,6 +60,17 @@ def check_span_stops(prepared: Prepared, teacher: SpanTeacher) -> Check:
     return Check("stop token", "ok", saw, why)
 
 
+def check_span_templates(
+    prepared: Prepared, teacher: SpanTeacher, mine: list[int], other: list[int], why: str
+) -> Check:
+    """Compares the text of a probe question as the student and the teacher read it."""
+    counts = f"{len(mine)} ids to the student and {len(other)} to the teacher"
+    if same_text(prepared, teacher, mine, other):
+        return Check("chat template", "ok", f"a probe question is the same text to both, {counts}", why)
+    saw = f"a probe question is another text to the teacher, {counts}"
+    return Check("chat template", "warn", saw, why, "fine if each has the template it was trained with")
+
+
 def same_text(prepared: Prepared, teacher: SpanTeacher, mine: list[int], other: list[int]) -> bool:
     """Whether two renderings of a prompt, each in its model's ids, are one text."""
     return decode(prepared.student.tokenizer, mine) == decode(teacher.lm.tokenizer, other)
