@@ -21,11 +21,20 @@ from retort.errors import SignalError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SpanPair", "align_spans"]
+__all__ = ["SpanPair", "Unspelt", "align_spans"]
 
-#: Why the teacher does not read something that it would have to write for the student. What is cut inside of a
-#: character is left out, as the end of a completion that was cut off.
-_UNREADABLE = ("unknown", "unread")
+
+class Unspelt(SignalError):
+    """The student's tokenizer cannot spell all of a text.
+
+    Attributes:
+        before: The student's tokens of what stands before that.
+    """
+
+    def __init__(self, name: str, before: list[int]) -> None:
+        """Takes the name of who generated the text, and what could be spelled."""
+        super().__init__(f"the student's tokenizer cannot spell all that {name} generated")
+        self.before = before
 
 
 class _Model(Protocol):
@@ -87,17 +96,19 @@ class SpanPair:
         """A turn of the teacher's in the student's tokens, with the student's stop.
 
         Raises:
-            SignalError: The student's tokenizer has no tokens for a text of it.
+            Unspelt: The student's tokenizer has no tokens for a part of it, or that is no UTF-8.
         """
         if not ids:
             return []
         found = self.student_reader.read(TokenSequence.of([0]).then(list(ids), decided=True), [[0]])
-        lost_A = found.unit_A < 0
-        # Only the end of a completion may be missing, which was cut inside of a character.
-        ends = len(ids) - int(lost_A.sum())
-        if bool(lost_A[:ends].any()) or any(found.coverage.lost.get(reason) for reason in _UNREADABLE):
-            raise SignalError(f"the student's tokenizer cannot spell all that {self.name} generated")
-        return found.sequence.actions_A.tolist()
+        read = found.sequence.actions_A.tolist()
+        lost = (found.unit_A < 0).nonzero()
+        # A completion that was cut off may end inside of a character.
+        cut = set(found.coverage.lost) <= {"invalid", "beyond"}
+        if not len(lost) or (cut and int(lost[0]) == len(ids) - len(lost)):
+            return read
+        units = int(found.unit_A[: int(lost[0])].max()) + 1 if int(lost[0]) else 0
+        raise Unspelt(self.name, read[: int((found.unit_B < units).logical_and(found.unit_B >= 0).sum())])
 
     def for_vocab(self, vocab: int) -> SpanPair:
         """The same: models of the student's tokenizer that have fewer ids are no matter to this pair."""

@@ -16,7 +16,7 @@ from trained import make_model_of
 from retort.align.pair import SameIds
 from retort.align.pieces import pieces
 from retort.align.retokenize import retokenize
-from retort.align.spanned import SpanPair, align_spans
+from retort.align.spanned import SpanPair, Unspelt, align_spans
 from retort.core.needs import DENSE, SAMPLED, SPANS
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
@@ -322,6 +322,15 @@ def test_a_completion_of_the_teachers_that_was_cut_inside_a_character_loses_its_
     ids = retokenize(pair.teacher.lm.tokenizer, "the ł").ids
     ours = pair.pair.to_student(ids[:-1])
     assert b"".join(pieces(pair.student.tokenizer, ours, [0])) == b"the "
+
+
+def test_bytes_that_are_no_text_end_what_the_student_reads_of_an_answer(made: Callable[..., Made]) -> None:
+    """Nothing is left out of the middle: that would be another text than the teacher's."""
+    pair = made("unigram", "byte-level")
+    before, cut, after = (retokenize(pair.teacher.lm.tokenizer, text).ids for text in ("the ", "ł", "fox"))
+    with pytest.raises(Unspelt) as refused:
+        pair.pair.to_student([*before, *cut[:-1], *after])
+    assert b"".join(pieces(pair.student.tokenizer, refused.value.before, [0])) == b"the "
 
 
 def test_a_teacher_in_its_own_ids_is_one_of_ids(made: Callable[..., Made]) -> None:

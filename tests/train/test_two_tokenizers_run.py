@@ -67,8 +67,12 @@ class Stopping:
 
 @pytest.mark.parametrize("name", ["strict_ct", "opd"])
 def test_a_run_with_a_cold_start_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Path, name: str) -> None:
-    """The first step learns from answers of the teacher's, in the student's tokens."""
-    more = {"cold_start": {"steps": 1}, "rollout": {"max_new_tokens": 60}, "optimizer": {"updates": 2}}
+    """The first step learns from answers of the teacher's, in the student's tokens, up to bytes that are no text."""
+    more = {
+        "cold_start": {"steps": 1, "attempts": None},
+        "rollout": {"max_new_tokens": 60},
+        "optimizer": {"updates": 2},
+    }
     own = changed(settings, method={"name": name}, steps=4, checkpoint={"every": 1}, **more)
     go(own, tmp_path / "whole")
     stopped = runner.start(configuration.resolve(own), tmp_path / "stopped")
