@@ -14,7 +14,7 @@ from retort.core.head import Head
 from retort.core.needs import NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
-from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, matched
+from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, columns_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 
@@ -70,7 +70,10 @@ class SpanTeacher(LocalTeacher):
         logp_M, raw_M = _sampled(Dense(tokens_M, self.name, logits, self.pair.width, temperature))
         shared = self.pair.shared.student_K.to(tokens_M.device), self.pair.shared.teacher_K.to(tokens_M.device)
         tokens_N = pack.steps.tokens_N.to(tokens_M.device)
-        columns, begins_N = columns_of(turns, pack, tokens_N, tokens_M, logp_M, raw_M, shared)
+        unit_N, unit_M = (unit.to(tokens_M.device) for unit in _numbered(turns, pack))
+        columns, begins_N = columns_of(
+            unit_N, unit_M, tokens_N, tokens_M, logp_M, shared, raw_M=raw_M, longest=LONGEST_UNIT
+        )
         valid_N = prompts.valid_N(pack)
         return Spans(
             tokens_N,
@@ -102,62 +105,7 @@ def _joined(ids: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(ids)) if ids else torch.zeros(0, dtype=torch.long)
 
 
-def columns_of(
-    turns: Sequence[AlignedTurns | None],
-    pack: Pack,
-    tokens_N: Tensor,
-    tokens_M: Tensor,
-    logp_M: Tensor,
-    raw_M: Tensor,
-    shared: tuple[Tensor, Tensor],
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The columns of `Spans` for a pack, and the index in M of the first teacher token of each step's unit, [N].
-
-    Units of more than `LONGEST_UNIT` tokens on a side are left out.
-
-    Args:
-        turns: What the teacher read of each rollout; None where it has no context.
-        pack: The rollouts.
-        tokens_N: The student's ids.
-        tokens_M: The teacher's.
-        logp_M: The teacher's log-probs of its tokens, nats.
-        raw_M: The teacher's logits of its tokens.
-        shared: Pairs of ids that are the same bytes, [S] each.
-    """
-    unit_N, unit_M, units = _numbered(turns, pack)
-    unit_N, unit_M = unit_N.to(tokens_N.device), unit_M.to(tokens_N.device)
-    in_N, in_M = unit_N >= 0, unit_M >= 0
-    own_U, theirs_U = (torch.bincount(unit[unit >= 0], minlength=units) for unit in (unit_N, unit_M))
-    kept_U = (own_U <= LONGEST_UNIT) & (theirs_U <= LONGEST_UNIT)
-    index_M = torch.arange(len(unit_M), device=unit_M.device)[in_M]
-    first_U = torch.full((units,), len(unit_M), device=unit_M.device)
-    first_U = first_U.scatter_reduce(0, unit_M[in_M], index_M, "amin")
-
-    def total(values_M: Tensor) -> Tensor:
-        sum_U = values_M.new_zeros(units).index_add(0, unit_M[in_M], values_M[in_M])
-        return spread(sum_U, values_M.new_zeros(len(unit_N)))
-
-    def spread(values_U: Tensor, otherwise_N: Tensor) -> Tensor:
-        here_N = in_N & kept_U[unit_N.clamp_min(0)] if units else in_N
-        return torch.where(here_N, values_U[unit_N.clamp_min(0)], otherwise_N) if units else otherwise_N
-
-    none_N = torch.zeros_like(unit_N)
-    begins_N = spread(first_U, none_N)
-    own_N, theirs_N = spread(own_U, none_N), spread(theirs_U, none_N)
-    numbers_N = spread(torch.arange(units, device=unit_N.device), none_N - 1)
-    ids_N = torch.where(numbers_N >= 0, tokens_M[begins_N], -1) if units else none_N - 1
-    columns = {
-        "unit_N": numbers_N,
-        "own_N": own_N,
-        "theirs_N": theirs_N,
-        "logp_N": total(logp_M),
-        "raw_N": total(raw_M),
-        "matched_N": matched(tokens_N, ids_N, own_N, theirs_N, shared),
-    }
-    return columns, begins_N
-
-
-def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor, Tensor, int]:
+def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor, Tensor]:
     """The unit of every step [N] and of every token of the teacher's [M], numbered through the pack; -1 for none."""
     steps: list[Tensor] = []
     tokens: list[Tensor] = []
@@ -169,7 +117,7 @@ def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor,
         steps.append(torch.where(own.unit_A >= 0, own.unit_A + units, -1))
         tokens.append(torch.where(own.unit_B >= 0, own.unit_B + units, -1))
         units += len(own.student_U)
-    return _joined(steps), _joined(tokens), units
+    return _joined(steps), _joined(tokens)
 
 
 def coverage_counts(turns: Sequence[AlignedTurns | None]) -> dict[str, float]:

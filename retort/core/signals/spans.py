@@ -270,35 +270,70 @@ def unit_columns(
     Returns:
         The columns by name, and [N] indices into M (0 outside of all units).
     """
-    device, none_N = tokens_N.device, torch.zeros_like(tokens_N)
+    device = tokens_N.device
     # A unit that is empty on a side has no step, or nothing to be compared with.
     bounds = [[a.start, a.stop, b.start, b.stop] for a, b in units if a.start < a.stop and b.start < b.stop]
-    bounds_F4 = torch.tensor(bounds, dtype=torch.long).reshape(-1, 4)
-    start_F, stop_F, from_F, to_F = bounds_F4.to(device).unbind(1)
-    own_F, theirs_F = stop_F - start_F, to_F - from_F
-    index_F = torch.arange(len(own_F), device=device)
-    unit_I = torch.repeat_interleave(index_F, own_F)
-    step_I = torch.arange(len(unit_I), device=device) - (own_F.cumsum(0) - own_F - start_F)[unit_I]
-    unit_N = torch.full_like(tokens_N, -1).index_copy(0, step_I, unit_I)
+    bounds_F4 = torch.tensor(bounds, dtype=torch.long).reshape(-1, 4).to(device)
+
+    def numbered(tokens: Tensor, start_F: Tensor, stop_F: Tensor) -> Tensor:
+        size_F = stop_F - start_F
+        unit_I = torch.repeat_interleave(torch.arange(len(size_F), device=device), size_F)
+        place_I = torch.arange(len(unit_I), device=device) - (size_F.cumsum(0) - size_F - start_F)[unit_I]
+        return torch.full_like(tokens, -1).index_copy(0, place_I, unit_I)
+
+    start_F, stop_F, from_F, to_F = bounds_F4.unbind(1)
+    unit_N, unit_M = numbered(tokens_N, start_F, stop_F), numbered(teacher_tokens_M, from_F, to_F)
+    return columns_of(unit_N, unit_M, tokens_N, teacher_tokens_M, teacher_logp_M, shared, raw_M=teacher_raw_M)
+
+
+def columns_of(
+    unit_N: Tensor,
+    unit_M: Tensor,
+    tokens_N: Tensor,
+    tokens_M: Tensor,
+    logp_M: Tensor,
+    shared: tuple[Tensor, Tensor],
+    *,
+    raw_M: Tensor | None = None,
+    longest: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The same as `unit_columns`, from the unit of each token on either side.
+
+    Args:
+        unit_N: Unit of each of the student's tokens, int64, rising; -1 outside of all units.
+        unit_M: Unit of each of the teacher's tokens. Each unit has tokens on both sides.
+        tokens_N: The student's ids.
+        tokens_M: The teacher's ids.
+        logp_M: The teacher's log-prob of each of its tokens, nats.
+        shared: The student's and the teacher's ids that are the same bytes, [S] each.
+        raw_M: The teacher's logit of each of its tokens, if wanted.
+        longest: Most tokens of a unit on either side; longer ones are left out. None: all are kept.
+    """
+    in_N, in_M = unit_N >= 0, unit_M >= 0
+    count = int(unit_N.max()) + 1 if len(unit_N) else 0
+    own_F, theirs_F = (
+        torch.bincount(unit[inside], minlength=count) for unit, inside in ((unit_N, in_N), (unit_M, in_M))
+    )
+    begins_F = torch.full_like(own_F, len(unit_M)).scatter_reduce(0, unit_M[in_M], in_M.nonzero().squeeze(-1), "amin")
+    if longest is not None:
+        kept_F = (own_F <= longest) & (theirs_F <= longest)
+        in_N = in_N.clone().masked_scatter(in_N, kept_F[unit_N[in_N]])
+    here_I = unit_N[in_N]
+
+    def spread(values_F: Tensor, otherwise: int = 0) -> Tensor:
+        return values_F.new_full((len(unit_N),), otherwise).masked_scatter(in_N, values_F[here_I])
 
     def total(values_M: Tensor) -> Tensor:
-        unit_J = torch.repeat_interleave(index_F, theirs_F)
-        place_J = torch.arange(len(unit_J), device=device) - (theirs_F.cumsum(0) - theirs_F - from_F)[unit_J]
-        sum_F = values_M.new_zeros(len(own_F)).index_add(0, unit_J, values_M[place_J])
-        return values_M.new_zeros(len(tokens_N)).index_copy(0, step_I, sum_F[unit_I])
-
-    def spread(values_F: Tensor, otherwise_N: Tensor = none_N) -> Tensor:
-        return otherwise_N.index_copy(0, step_I, values_F[unit_I])
+        return spread(values_M.new_zeros(count).index_add(0, unit_M[in_M], values_M[in_M]))
 
     own_N, theirs_N = spread(own_F), spread(theirs_F)
-    first_ids_N = spread(teacher_tokens_M[from_F], none_N - 1)
     columns = {
-        "unit_N": unit_N,
+        "unit_N": torch.where(in_N, unit_N, -1),
         "own_N": own_N,
         "theirs_N": theirs_N,
-        "logp_N": total(teacher_logp_M),
-        "matched_N": matched(tokens_N, first_ids_N, own_N, theirs_N, shared),
+        "logp_N": total(logp_M),
+        "matched_N": matched(tokens_N, spread(tokens_M[begins_F], -1), own_N, theirs_N, shared),
     }
-    if teacher_raw_M is not None:
-        columns["raw_N"] = total(teacher_raw_M)
-    return columns, spread(from_F)
+    if raw_M is not None:
+        columns["raw_N"] = total(raw_M)
+    return columns, spread(begins_F)
