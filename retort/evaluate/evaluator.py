@@ -112,9 +112,10 @@ class Evaluator:
             Estimates with value, low and high, where they could be measured: `avg@k`, `pass@k`, `length`, `truncated`,
             `student_entropy` (the writer's own), `student_uncertain` (share of tokens where it exceeds the threshold),
             and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
-            tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`. A teacher with
-            another tokenizer has none of these; but any has `reverse_kl_per_byte`, where completions are drawn at
-            temperature 1 and `top_p` 1, and such a one `bytes_in_units` (`retort.evaluate.per_byte`).
+            tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`. Against a
+            teacher with another tokenizer none of these can be measured, but `bytes_in_units`. Against any teacher
+            `reverse_kl_per_byte`, where completions are drawn at temperature 1 and `top_p` 1. Both are explained in
+            `retort.evaluate.per_byte`.
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
             completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
@@ -143,7 +144,7 @@ class Evaluator:
             values, pack = self._compare(lm, teacher, rollouts)
             self._tally_values(tallies, values, pack)
             if teacher is not None:
-                self._tally_bytes(tallies, values, pack, byte_counts(pack, lm))
+                self._tally_ratios(tallies, ratios(values, byte_counts(pack, lm), as_drawn=self.as_drawn), pack)
             profile.add(values, pack.steps.position_N)
             for index in range(max(0, min(len(block), self.recorded - start))):
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
@@ -212,11 +213,11 @@ class Evaluator:
                 own_N = values_N[inside_N]
                 _tally(tallies, name, own_N[~own_N.isnan()].double().tolist())
 
-    def _tally_bytes(
-        self, tallies: dict[str, tuple[list[float], list[float]]], values: Mapping[str, Tensor], pack: Pack, bytes_N: Tensor
+    def _tally_ratios(
+        self, tallies: dict[str, tuple[list[float], list[float]]], measures: Mapping[str, Sequence[Tensor]], pack: Pack
     ) -> None:
-        """Sums the measures per byte per prompt."""
-        for name, columns in ratios(values, bytes_N, as_drawn=self.as_drawn).items():
+        """Sums the two sides of ratios per prompt."""
+        for name, columns in measures.items():
             for group in range(int(pack.group_R.max()) + 1):
                 inside_N = pack.steps.group_N == group
                 for tally, column_N in zip(tallies.setdefault(name, ([], [])), columns, strict=True):
