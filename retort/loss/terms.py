@@ -24,6 +24,10 @@ from retort.errors import UserError
 from retort.method import Method, Term, Watch
 
 
+#: Ends the name of the column with a view's units, see `Units.sizes_C`; only of a teacher with another tokenizer.
+UNITS = "_units"
+
+
 def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
     """Raises `UserError` unless every view's teacher can meet the method's needs."""
     for view in method.views:
@@ -131,7 +135,8 @@ def recorded_values(
 ) -> Callable[[Context], dict[str, Tensor]]:
     """The function of a chunk that gives the columns of the per-token record only, [C] each, detached.
 
-    These are both sides' log-probs of the sampled token, and what a term's estimator shows (`<term>.advantage`).
+    These are both sides' log-probs of the sampled token, what a term's estimator shows (`<term>.advantage`), and the
+    units of a teacher with another tokenizer (`<view>_units`, see `Units.sizes_C`).
     """
 
     def values(context: Context) -> dict[str, Tensor]:
@@ -140,6 +145,8 @@ def recorded_values(
             if can_meet(kinds, SAMPLED):
                 rows = context.signal(view)  # the log-prob of a unit is spread over its tokens, whose sum it is
                 values[f"{view}_logp"] = rows.per_step(rows.sampled_logp_N)
+                if rows.by_unit:
+                    values[f"{view}{UNITS}"] = rows.units.sizes_C
         for term in method.terms:
             for name, value_C in term.estimator.shown(context, term.against, term.name).items():
                 values[f"{term.name}.{name}"] = value_C
