@@ -23,7 +23,6 @@ from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
 
-
 #: Ends the name of the column with a view's units, see `Units.sizes_C`; only of a teacher with another tokenizer.
 UNITS = "_units"
 
