@@ -22,6 +22,7 @@ from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
+from retort.registry import for_two_tokenizers
 
 #: Ends the name of the column with a view's units, see `Units.sizes_C`; only of a teacher with another tokenizer.
 UNITS = "_units"
@@ -38,10 +39,7 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
             wants = " and ".join(str(need) for need in missing)
             problem = f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}"
             if "spans" in offers[view]:
-                problem += (
-                    " (it has another tokenizer; these serve simct, strict_ct, uld, alm, and methods of the sampled "
-                    "token such as opd, power_opd and vopd)"
-                )
+                problem += f" (it has another tokenizer; these serve {', '.join(for_two_tokenizers())})"
             raise UserError(problem)
 
 
