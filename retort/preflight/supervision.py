@@ -35,7 +35,7 @@ Shape = tuple[int, int, bool]
 
 
 @dataclass
-class Places:
+class Positions:
     """The student's tokens by their place: the shape of their unit, and their index in it.
 
     Attributes:
@@ -71,13 +71,13 @@ class Places:
         return tokens / max(self.all_tokens, 1), size / max(self.all_bytes, 1)
 
 
-def places(teacher: SpanTeacher, student_tokenizer: object, rollouts: Sequence[Rollout]) -> Places:
-    """The places of the student's tokens in some of its completions.
+def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Sequence[Rollout]) -> Positions:
+    """The positions of the student's tokens in some of its completions.
 
     Raises:
         SignalError: The teacher cannot read one.
     """
-    found, pair = Places(), teacher.pair
+    found, pair = Positions(), teacher.pair
     partner = dict(zip(pair.shared.student_K.tolist(), pair.shared.teacher_K.tolist(), strict=True))
     stops = pair.student_stops.tolist()
     for rollout in rollouts:
@@ -171,12 +171,12 @@ def _spans(shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: Tensor, logits_M
     )
 
 
-def check_supervision(method: Method, found: Places) -> Check:
+def check_supervision(method: Method, found: Positions) -> Check:
     """Shows the share of the student's tokens and bytes that gets nothing from the teacher, method by method.
 
     Args:
         method: The run's method.
-        found: The places of the student's tokens.
+        found: The positions of the student's tokens.
     """
     why = (
         "a method that learns only from units of one token on each side says nothing about the others; a token that "

@@ -22,7 +22,7 @@ from retort.evaluate.ranks import auroc
 from retort.loss.terms import watch_values
 from retort.models.lm import Precision
 from retort.preflight.findings import Check, Verdict, worst
-from retort.preflight.supervision import check_supervision, places
+from retort.preflight.supervision import check_supervision, unit_positions
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.spanned import SpanTeacher
@@ -106,7 +106,7 @@ def trial_checks(prepared: Prepared) -> list[Check]:
     checks = [check_noise_floor(trial), check_stopping(trial)]
     local = prepared.teachers.models.get("teacher")
     if isinstance(local, SpanTeacher):
-        found = places(local, prepared.student.tokenizer, trial.pack.rollouts)
+        found = unit_positions(local, prepared.student.tokenizer, trial.pack.rollouts)
         checks.append(check_supervision(prepared.method, found))
     return checks if _teacher_view(prepared) is None else [*checks, check_teachability(prepared, trial)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from retort import registry
 from retort.method import Method
-from retort.preflight.supervision import Places, Shape, check_supervision, taught
+from retort.preflight.supervision import Positions, Shape, check_supervision, taught
 
 MATCHED, SINGLE, WIDE, LONG = (1, 1, True), (1, 1, False), (1, 2, False), (3, 2, False)
 SHAPES: list[Shape] = [MATCHED, SINGLE, WIDE, LONG]
@@ -37,8 +37,8 @@ def test_every_listed_method_learns_from_matched_tokens() -> None:
         assert taught(registry.load(name), [MATCHED, LONG])[MATCHED] == [True], name
 
 
-def made() -> tuple[Places, Method]:
-    found = Places(outside=(1, 4))
+def made() -> tuple[Positions, Method]:
+    found = Positions(outside=(1, 4))
     for shape, index, tokens, size in ((MATCHED, 0, 5, 10), (LONG, 0, 2, 2), (LONG, 1, 2, 3), (LONG, 2, 2, 5)):
         found.tokens[shape, index], found.bytes[shape, index] = tokens, size
     return found, registry.load("uld")
@@ -64,4 +64,4 @@ def test_one_table_of_all_methods() -> None:
     assert [float(row[0].rstrip("%")) for row in check.table[1:]] == sorted(
         float(row[0].rstrip("%")) for row in check.table[1:]
     )
-    assert check_supervision(method, Places()).saw == "the student generated no token to try it on"
+    assert check_supervision(method, Positions()).saw == "the student generated no token to try it on"

@@ -23,7 +23,7 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.preflight.doctor import examine
 from retort.preflight.spans import check_units
-from retort.preflight.supervision import check_supervision, places
+from retort.preflight.supervision import check_supervision, unit_positions
 from retort.registry import for_two_tokenizers
 from retort.teachers.spanned import SpanTeacher
 from retort.train import runner
@@ -148,7 +148,7 @@ def test_the_doctor_counts_units_and_what_each_method_loses(settings: dict[str, 
 
     texts = [" the fox", "2+2=4, Größe", "def f(x):\n\treturn"]
     rollouts = [_written(prepared, text) for text in texts]
-    found = places(teacher, prepared.student.tokenizer, rollouts)
+    found = unit_positions(teacher, prepared.student.tokenizer, rollouts)
     assert found.all_bytes == sum(len(text.encode()) for text in texts)
     assert found.all_tokens == sum(rollout.steps for rollout in rollouts)
     check = check_supervision(prepared.method, found)
