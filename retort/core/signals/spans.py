@@ -24,6 +24,9 @@ from retort.errors import SignalError
 #: counts them. A block of the loss core holds whole units: 64 steps over 262,000 ids are 67 MB in fp32.
 LONGEST_UNIT = 64
 
+#: What a teacher with another tokenizer can give.
+SPAN_KINDS: frozenset[NeedKind] = frozenset({"spans", "sampled"})
+
 _COLUMNS = ("unit_N", "own_N", "theirs_N", "logp_N", "matched_N", "raw_N")
 
 
@@ -122,7 +125,7 @@ class Spans(TeacherSignal):
 
     @property
     def offers(self) -> frozenset[NeedKind]:
-        return frozenset({"spans", "sampled"})
+        return SPAN_KINDS
 
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
         return SpanRows(self, index_C)

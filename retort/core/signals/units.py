@@ -6,6 +6,7 @@ inside it is. Where both have one tokenizer, every token is a unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +67,15 @@ class Units:
     def count(self) -> int:
         """F, the number of units."""
         return len(self.first_F)
+
+    @property
+    def sizes_C(self) -> Tensor:
+        """The units as one column [C]: the teacher's tokens of a unit at its first step, 0 at its others, NaN outside.
+
+        It has the dtype of `logp_F`.
+        """
+        begun_C = self.at_first(self.theirs_F.to(self.logp_F.dtype))
+        return begun_C.masked_fill(self.unit_C < 0, math.nan)
 
     @cached_property
     def teacher(self) -> Distribution:
