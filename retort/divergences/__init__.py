@@ -3,6 +3,7 @@
 from retort.divergences.adaptive import akl, todi, total_variation
 from retort.divergences.alpha_beta import ab_values, alpha_beta
 from retort.divergences.clipped import clipped, clipped_mass, clipped_values
+from retort.divergences.gold import Merge, merged_distance
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.likelihood import negative_log_likelihood
@@ -16,6 +17,7 @@ from retort.divergences.support import SupportChoice, Tail, Weighting, topk_jsd,
 from retort.divergences.units import stop_forward_kl
 
 __all__ = [
+    "Merge",
     "Score",
     "Support",
     "SupportChoice",
@@ -35,6 +37,7 @@ __all__ = [
     "k2",
     "k3",
     "kl_values",
+    "merged_distance",
     "negative_log_likelihood",
     "reverse_kl",
     "simct",

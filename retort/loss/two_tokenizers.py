@@ -14,7 +14,7 @@ from torch import Tensor
 from retort.align.spans import Mode, units
 from retort.core.distribution import Distribution
 from retort.core.reduce import constant
-from retort.core.signals import Spans, as_compute, unit_columns
+from retort.core.signals import Spans, TeacherTokens, as_compute, unit_columns
 from retort.errors import UserError
 from retort.method import Method
 
@@ -94,6 +94,8 @@ class TwoTokenizations:
             width,
             shared=(own_S, their_S),
             stops=self.stops,
+            place_N=from_N,
+            theirs=TeacherTokens(their_M, taken_M, lambda index: whole_MV[index], width),
             **columns,  # pyright: ignore[reportArgumentType]
         )
 

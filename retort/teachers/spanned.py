@@ -14,7 +14,7 @@ from retort.core.head import Head
 from retort.core.needs import NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
-from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, columns_of
+from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, TeacherTokens, columns_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 
@@ -84,6 +84,8 @@ class SpanTeacher(LocalTeacher):
             **columns,  # type: ignore[arg-type]
             shared=shared,
             stops=(self.pair.student_stops.to(tokens_M.device), self.pair.teacher_stops.to(tokens_M.device)),
+            place_N=begins_N,
+            theirs=TeacherTokens(tokens_M, logp_M, logits, self.pair.width, temperature),
             valid_N=None if valid_N is None else valid_N.to(tokens_M.device),
             counts=prompts.counts | coverage_counts(turns),
         )

@@ -1,0 +1,72 @@
+"""The teacher's own tokens behind a signal of spans. Axis letters: see `retort.core`; M, F, V_T as in `Spans`.
+
+I counts any of the M tokens, in any order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from retort.core.distribution import Distribution
+from retort.core.signals.base import as_compute
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherTokens:
+    """The teacher's tokens of a batch of completions, its log-probs of them, and its logits at each.
+
+    Attributes:
+        tokens_M: The teacher's ids, int64.
+        logp_M: The teacher's log-prob of each, nats, at the temperature.
+        logits: Index of tokens [I] -> the teacher's logits [I, V_T] at each, without gradient.
+        width: V_T, the number of ids that the teacher has.
+        temperature: The divisor of the logits.
+    """
+
+    tokens_M: Tensor
+    logp_M: Tensor
+    logits: Callable[[Tensor], Tensor]
+    width: int
+    temperature: float = 1.0
+
+    @torch.no_grad()
+    def distribution(self, index_I: Tensor) -> Distribution:
+        """The teacher's distributions at some of its tokens, [I, V_T]."""
+        logits_IV = as_compute(self.logits(index_I)[:, : self.width])
+        return Distribution(logits_IV if self.temperature == 1.0 else logits_IV / self.temperature)
+
+    def total(self, start_F: Tensor, count_F: Tensor) -> Tensor:
+        """Sums of the log-probs of runs of `count_F` tokens from `start_F` on, nats, [F]; a run may be empty."""
+        index_I, run_I = runs(start_F, count_F)
+        return self.logp_M.new_zeros(len(start_F)).index_add(0, run_I, self.logp_M[index_I])
+
+    def held(self, start_F: Tensor, count_F: Tensor) -> TeacherTokens:
+        """The same tokens, with the matrix products of some runs of them computed at once, when one is first read.
+
+        The logits of other tokens cannot be read.
+        """
+        index_I = runs(start_F, count_F)[0].unique()
+        found: list[Tensor] = []
+
+        def logits(wanted_I: Tensor) -> Tensor:
+            if not found:
+                with torch.no_grad():
+                    found.append(self.logits(index_I))
+            return found[0][torch.searchsorted(index_I, wanted_I)]
+
+        return replace(self, logits=logits)
+
+    def to(self, device: torch.device) -> TeacherTokens:
+        """The same on another device."""
+        return replace(self, tokens_M=self.tokens_M.to(device), logp_M=self.logp_M.to(device))
+
+
+def runs(start_F: Tensor, count_F: Tensor) -> tuple[Tensor, Tensor]:
+    """All numbers of runs of `count_F` numbers from `start_F` on, and the run of each, [I] both."""
+    run_I = torch.repeat_interleave(torch.arange(len(count_F), device=count_F.device), count_F)
+    order_I = torch.arange(len(run_I), device=count_F.device)
+    return order_I - (count_F.cumsum(0) - count_F - start_F)[run_I], run_I
