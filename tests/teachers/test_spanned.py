@@ -108,11 +108,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of one rollout: tokens of both, with the teacher's logits before its first one and its log-probs."""
+    """A unit of one rollout: tokens of both, with the teacher's logits before each of its own and its log-probs."""
 
     own: list[int]
     theirs: list[int]
-    logits_V: Tensor
+    logits_IV: Tensor
     logp: float
     raw: float
 
@@ -137,7 +137,7 @@ def slowly(made: Made, rollout: Rollout, prompt_ids: list[int], temperature: flo
     def unit(own: list[int], others: list[int]) -> Unit:
         chosen = torch.tensor([read[b] for b in others])[:, None]
         sums = [float(rows[others].gather(1, chosen).sum()) for rows in (logp_LV, logits_LV)]
-        return Unit(own, others, logits_LV[others[0]] * temperature, *sums)
+        return Unit(own, others, logits_LV[others] * temperature, *sums)
 
     common = sorted(set(sides[0]) & set(sides[1]))
     cuts = [[(side.index(a), side.index(b)) for a, b in pairwise(common)] for side in sides]
@@ -164,8 +164,18 @@ def equals(made: Made, said: Spans, groups: list[Group], temperature: float = 1.
             assert said.logp_N[steps].tolist() == pytest.approx([unit.logp] * len(steps), abs=1e-10)
             assert said.raw_N is not None
             assert said.raw_N[steps].tolist() == pytest.approx([unit.raw] * len(steps), abs=1e-10)
-            torch.testing.assert_close(said.logits(torch.tensor(steps[:1]))[0], unit.logits_V, rtol=0, atol=1e-10)
+            torch.testing.assert_close(said.logits(torch.tensor(steps[:1]))[0], unit.logits_IV[0], rtol=0, atol=1e-10)
+            assert said.theirs is not None
+            assert said.place_N is not None
+            every = said.place_N[steps[0]] + torch.arange(len(unit.theirs))
+            expected = unit.logits_IV / temperature
+            found = said.theirs.distribution(every).logits_CV
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+            ids_I = said.theirs.tokens_M[every]
+            logp_I = expected.log_softmax(-1).gather(1, ids_I[:, None]).squeeze(1)
+            torch.testing.assert_close(said.theirs.logp_M[every], logp_I, rtol=0, atol=1e-10)
             theirs = made.pair.read(rollout.sequence, prompt_ids).sequence.actions_A[unit.theirs].tolist()
+            assert ids_I.tolist() == theirs
             single = len(unit.own) == len(unit.theirs) == 1
             ours = int(rollout.sequence.actions_A[unit.own[0]])
             assert said.matched_N[steps].tolist() == [single and (ours, theirs[0]) in pairs] * len(steps)

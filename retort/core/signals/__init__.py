@@ -4,7 +4,7 @@ from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
 from retort.core.signals.spans import LONGEST_UNIT, Spans, columns_of, matched, unit_columns
-from retort.core.signals.theirs import TeacherTokens
+from retort.core.signals.theirs import PlaceInUnit, PrefixTable, TeacherTokens
 from retort.core.signals.units import Units
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Dense",
     "DistributionRows",
     "Factors",
+    "PlaceInUnit",
+    "PrefixTable",
     "Sampled",
     "SignalRows",
     "Spans",

@@ -5,14 +5,56 @@ I counts any of the M tokens, in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from retort.core.distribution import Distribution
 from retort.core.signals.base import as_compute
+
+
+class PlaceInUnit(NamedTuple):
+    """Where the teacher stands at a token of the student's.
+
+    Attributes:
+        token: Which of the unit's teacher tokens is being written, from 0.
+        prefix: The bytes of that token that are already written; none at its beginning.
+        beyond: Whether the student's token goes beyond that token; it then ends where the unit does.
+    """
+
+    token: int
+    prefix: bytes
+    beyond: bool
+
+
+class PrefixTable(Protocol):
+    """What the teacher's tokens mean in the student's, by their bytes; `retort.align.prefixes` has it."""
+
+    residual: int
+
+    @property
+    def root_V(self) -> Tensor:
+        """The student's id that each of the teacher's gives its probability to at a boundary; `residual`: none."""
+        ...
+
+    def inside(self, prefix: bytes) -> tuple[Tensor, Tensor]:
+        """The teacher's ids that begin with some bytes, and the student's id for what is left of each."""
+        ...
+
+    def meaning(self, prefix: bytes, token: int) -> int:
+        """The student's id for what is left of one token of the teacher's."""
+        ...
+
+    def is_whitespace(self, token: int) -> bool:
+        """Whether a token of the student's is whitespace only."""
+        ...
+
+    def places(self, own: Sequence[int], theirs: Sequence[int]) -> list[PlaceInUnit | None]:
+        """Where the teacher stands at each of the student's tokens of a unit; None: it cannot be compared there."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +67,8 @@ class TeacherTokens:
         logits: Index of tokens [I] -> the teacher's logits [I, V_T] at each, without gradient.
         width: V_T, the number of ids that the teacher has.
         temperature: The divisor of the logits.
+        prefixes: Gives what the teacher's tokens mean in the student's, which takes a second at first; None where that
+            is not known.
     """
 
     tokens_M: Tensor
@@ -32,6 +76,7 @@ class TeacherTokens:
     logits: Callable[[Tensor], Tensor]
     width: int
     temperature: float = 1.0
+    prefixes: Callable[[], PrefixTable] | None = None
 
     @torch.no_grad()
     def distribution(self, index_I: Tensor) -> Distribution:
