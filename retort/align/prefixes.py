@@ -135,9 +135,7 @@ class Prefixes:
         for piece, end in zip(ours, ends, strict=True):
             begin = end - len(piece)
             at = bisect_right(their_ends, begin)  # the first that ends behind the beginning
-            if not piece:
-                found.append(None)
-            elif end > their_ends[at] and end < len(text):
+            if not piece or (end > their_ends[at] and end < len(text)):
                 found.append(None)
             else:
                 found.append(PlaceInUnit(at, text[their_ends[at] - len(others[at]) : begin], end > their_ends[at]))

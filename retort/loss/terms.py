@@ -36,8 +36,8 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
             problem = f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}"
             if "spans" in offers[view]:
                 problem += (
-                    " (it has another tokenizer; these serve simct, strict_ct, uld, alm, and methods of the sampled "
-                    "token such as opd, power_opd and vopd)"
+                    " (it has another tokenizer; these serve simct, strict_ct, bpm, uld, gold, alm, and methods of the "
+                    "sampled token such as opd, power_opd and vopd)"
                 )
             raise UserError(problem)
 
