@@ -1,4 +1,4 @@
-"""GOLD's distance of distributions that are merged over aligned units. Axis letters: see `retort.core`; F as in `Units`.
+"""GOLD's distance of distributions merged over aligned units. Axis letters: see `retort.core`; F as in `Units`.
 
 U counts ids, of either side.
 """

@@ -200,6 +200,32 @@ def test_every_column_is_that_of_slow_passes(made: Callable[..., Made], student:
     assert said.counts["bytes_one_to_one"] + said.counts["bytes_spans"] > 40
 
 
+@pytest.mark.parametrize(("student", "teacher"), [("gemma", "byte-level"), ("byte-level", "unigram")])
+def test_a_pair_knows_what_the_teachers_tokens_mean_in_the_students(
+    made: Callable[..., Made], student: str, teacher: str
+) -> None:
+    """By the bytes of whole vocabularies; both sides of every unit spell the same."""
+    pair = made(student, teacher)
+    said = pair.score(pair.batch())
+    assert said.theirs is not None
+    assert said.theirs.prefixes is not None
+    assert said.place_N is not None
+    table = pair.pair.prefixes
+    assert said.theirs.prefixes() is table, "found once"
+    compared = 0
+    for first in said.first_N.nonzero().squeeze(-1).tolist():
+        place, own, theirs = (int(column[first]) for column in (said.place_N, said.own_N, said.theirs_N))
+        ids, read = said.tokens_N[first : first + own], said.theirs.tokens_M[place : place + theirs]
+        found = table.places(ids.tolist(), read.tolist())
+        if bool(said.matched_N[first]) and int(ids[0]) not in pair.pair.student_stops.tolist():
+            assert found == [(0, b"", False)]
+            assert int(table.root_V[read[0]]) == int(ids[0])
+        compared += sum(1 for one in found if one is not None)
+    assert compared > 8
+    stops = pair.pair.teacher_stops
+    assert table.root_V[stops].tolist() == [pair.student.stops.primary] * len(stops)
+
+
 def test_a_completion_cut_inside_a_character_is_read_up_to_it(made: Callable[..., Made]) -> None:
     pair = made("byte-level", "unigram")
     ids = pair.spelt(" fox ł", stop=False)
