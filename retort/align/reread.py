@@ -79,6 +79,7 @@ class TeacherText:
             mode: See `retort.align.spans.units`.
             longest: Tokens that the teacher's context holds; None where that is not known.
         """
+        self.tokenizers = student, teacher
         self._student, self._teacher = student, teacher
         self._mode: Mode = mode
         self._longest = longest

@@ -4,6 +4,7 @@ from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
+from retort.core.signals.theirs import PlaceInUnit, PrefixTable, TeacherTokens
 from retort.core.signals.units import Units
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Dense",
     "DistributionRows",
     "Factors",
+    "PlaceInUnit",
+    "PrefixTable",
     "Sampled",
     "SignalRows",
     "Spans",
     "TeacherSignal",
+    "TeacherTokens",
     "TopK",
     "Units",
     "as_compute",
