@@ -169,7 +169,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_a_run_reads_both_models_from_files(file: Path, tmp_path: Path, tiny_run: dict[str, Any]) -> None:
     """Summary, card, export and going on: all of them know the file."""
-    teacher = write_gguf(tmp_path / "teacher.gguf", seed=1, rounded="Q4_0", chat=True)
+    teacher = write_gguf(tmp_path / "teacher.gguf", seed=1, rounded="Q4_0", chat=True, rule="qwen2")
     kept = ("task", "precision", "device", "checks", "rollout", "optimizer")
     settings = {name: tiny_run[name] for name in kept} | {"eval": {"problems": 0}}
     out, pair = tmp_path / "run", {"student": file, "teacher": teacher}
@@ -182,6 +182,6 @@ def test_a_run_reads_both_models_from_files(file: Path, tmp_path: Path, tiny_run
     assert "quantization" not in (out / "model" / "config.json").read_text()
     assert json.loads((out / "config.json").read_text())["student"] == str(file)
     distil(resume=out, steps=3)
-    write_gguf(teacher, seed=2, rounded="Q4_0", chat=True)
+    write_gguf(teacher, seed=2, rounded="Q4_0", chat=True, rule="qwen2")
     with pytest.raises(UserError, match="the teacher's weights"):
         distil(resume=out, steps=4)
