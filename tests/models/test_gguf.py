@@ -170,8 +170,8 @@ def test_no_such_file(tmp_path: Path) -> None:
 def test_a_run_reads_both_models_from_files(file: Path, tmp_path: Path, tiny_run: dict[str, Any]) -> None:
     """Summary, card, export and going on: all of them know the file."""
     teacher = write_gguf(tmp_path / "teacher.gguf", seed=1, rounded="Q4_0", chat=True, rule="qwen2")
-    kept = ("task", "precision", "device", "checks", "rollout", "optimizer")
-    settings = {name: tiny_run[name] for name in kept} | {"eval": {"problems": 0}}
+    settings = {name: tiny_run[name] for name in ("task", "precision", "device", "checks")}
+    settings |= {"eval": {"problems": 0}, "rollout": {"prompts": 4, "max_new_tokens": 6}}
     out, pair = tmp_path / "run", {"student": file, "teacher": teacher}
     distil = partial(retort.distill, quiet=True)
     distil(**pair, method="opd", data=tiny_run["data"], out=out, steps=2, settings=settings)
