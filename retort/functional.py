@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from retort.align.spans import Mode
 from retort.core.head import Head
 from retort.core.losses import TokenLosses
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import UserError
 from retort.loss.one_batch import BatchInputs, OneBatch, as_head
+from retort.loss.two_tokenizers import TwoTokenizations
 from retort.method import Method
+from retort.registry import load
 
-__all__ = ["Head", "linear_token_losses", "token_losses"]
+__all__ = ["Head", "cross_token_losses", "linear_token_losses", "token_losses"]
 
 
 def token_losses(
@@ -154,3 +157,96 @@ def linear_token_losses(
     }
     hidden_ND = student_hidden[batch.kept_N]
     return batch.evaluate(hidden_ND, head, head.width, signals, chunk, hidden_ND)
+
+
+def cross_token_losses(
+    method: Method | str,
+    *,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    student_tokens: Tensor,
+    teacher_tokens: Tensor,
+    student_pieces: Sequence[bytes],
+    teacher_pieces: Sequence[bytes],
+    shared: Sequence[tuple[int, int]],
+    student_rollouts: Tensor | None = None,
+    teacher_rollouts: Tensor | None = None,
+    segmentation: Mode = "minimal",
+    stops: tuple[Sequence[int], Sequence[int]] | None = None,
+    old_logp: Tensor | None = None,
+    step: int = 0,
+    total_steps: int | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> TokenLosses:
+    """Applies a method to two models with different tokenizers, which both read the same completions.
+
+    Both sides' tokens are cut into units that are the same bytes (`retort.align.spans.units`). A term's value is at the
+    first of the student's tokens of each unit, and 0 at the others; its gradient reaches all tokens of the unit. The
+    loss is the sum over units, divided by the mean of both token counts. (A run divides by the student's tokens that
+    lie in units, which needs no count of another model's.)
+
+    Args:
+        method: A `Method`, or a name for the paper's defaults: `simct`, `strict_ct`, `uld` and the like, and methods of
+            the sampled token such as `opd`, `power_opd` and `vopd`, which then read the log-ratio of each unit. It has
+            one view, `teacher`.
+        student_logits: [N, V_S], any float dtype; softmax is in fp32 (float64 stays float64). Row n holds the
+            distribution from which token n was generated.
+        teacher_logits: [M, V_T] at the teacher's own tokens, in the same way.
+        student_tokens: The student's ids, [N], int64.
+        teacher_tokens: The teacher's ids of the same completions, [M], int64.
+        student_pieces: The bytes that each of the student's N tokens writes. Tokens that write none, such as a stop,
+            have a piece that no text holds, the same on both sides where they mean the same.
+        teacher_pieces: The bytes that each of the teacher's M tokens writes.
+        shared: Pairs of a student's id and a teacher's id that are the same bytes; no id is in two of them.
+        student_rollouts: Rollout of each of the student's tokens, [N], int64 from 0, each rollout's in a row; one
+            rollout by default.
+        teacher_rollouts: Rollout of each of the teacher's tokens, [M], numbered as the student's.
+        segmentation: `minimal` units, or those of an `anchor`, as in SimCT's released code.
+        stops: The ids that end a completion, the student's and the teacher's; for terms on the stop decision.
+        old_logp: As in `token_losses`.
+        step: As in `token_losses`.
+        total_steps: As in `token_losses`.
+        state: As in `token_losses`.
+
+    Returns:
+        `TokenLosses` on the student's N steps; steps outside of all units do not count.
+
+    Raises:
+        UserError: Shapes that do not fit, ids outside of a vocabulary, bytes that differ between the two sides, or a
+            method that needs what spans cannot give.
+        SignalError: The teacher's logits are not finite.
+
+    Example:
+        >>> from retort.functional import cross_token_losses
+        >>> from torch import tensor
+        >>> losses = cross_token_losses(
+        ...     "opd",
+        ...     student_logits=tensor([[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]]).log(),
+        ...     teacher_logits=tensor([[0.4, 0.6]]).log(),
+        ...     student_tokens=tensor([0, 1]),
+        ...     teacher_tokens=tensor([1]),
+        ...     student_pieces=[b"a", b"b"],
+        ...     teacher_pieces=[b"ab"],
+        ...     shared=[],
+        ... )
+        >>> losses.loss  # -(ln 0.6 - ln 0.5 - ln 0.4): one unit, over 1.5 tokens
+        tensor(-0.7324)
+    """
+    both = TwoTokenizations.of(
+        (student_tokens, teacher_tokens),
+        (student_pieces, teacher_pieces),
+        (student_rollouts, teacher_rollouts),
+        shared,
+        stops,
+        segmentation,
+    )
+    found = both.divided(load(method) if isinstance(method, str) else method)
+    inputs = BatchInputs(student_tokens, rollouts=student_rollouts, old_logp=old_logp)
+    batch = OneBatch.from_inputs(found, inputs, Clock(step, total_steps), state)
+    batch.check_rows("student_logits", student_logits, 2)
+    width = student_logits.shape[1]
+    own_S = both.shared[0]
+    if len(own_S) and not 0 <= int(own_S.min()) <= int(own_S.max()) < width:
+        raise UserError(f"shared hold ids outside the student's vocabulary of {width}")
+    signals = {"teacher": both.spans(teacher_logits, found.temperature)}
+    return batch.evaluate(student_logits, None, width, signals, len(student_tokens) or 1, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -114,6 +115,30 @@ _MAKERS = {
     "t5": lambda: _unigram(byte_fallback=False, normalizer=normalizers.NFKC()),
     "bert": _wordpiece,
 }
+
+
+def make_model_of(folder: Path, kind: str, *, seed: int, width: int = 16, layers: int = 1, scale: float = 0.3) -> Path:
+    """A folder with a tokenizer of a kind and a model of random weights, which has more rows than there are ids."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = trained(kind)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 3,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        initializer_range=scale,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 class Letters(PreTrainedTokenizer):

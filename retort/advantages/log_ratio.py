@@ -21,10 +21,15 @@ def log_ratio() -> Advantage:
 
     It is taken against the student before the first update on the batch, so it stays fixed over several updates. It is
     minus infinity where the teacher rules the token out; so is the loss then, and the run stops and names the token.
+
+    Against a teacher with another tokenizer it is that of the step's whole unit, at every step of it. Its mean is minus
+    the reverse KL of the text in units: exact for units that are given. Approximate is that each text counts under the
+    one tokenization that was generated, where a model may write the same bytes in other tokens, too.
     """
 
     def value(context: Context, view: str) -> Tensor:
-        return context.signal(view).sampled_logp_N - context.old_logp_N
+        teacher_N, old_N = context.decided_logps(view)
+        return teacher_N - old_N
 
     return Advantage("log_ratio", value, frozenset({SAMPLED}))
 
@@ -32,7 +37,8 @@ def log_ratio() -> Advantage:
 def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
     r"""The log-ratio plus those that follow in its completion: :math:`\lambda \sum_{u \ge t} \gamma^{u-t} A_u`, nats.
 
-    A is `log_ratio`. The sum runs over the tokens of the rollout that count, so it is taken over the whole batch.
+    A is `log_ratio`. The sum runs over the tokens of the rollout that count, so it is taken over the whole batch. A
+    unit of several tokens enters it once, at its first token.
 
     Args:
         discount: gamma, from 0 (the log-ratio itself) to 1 (all that follows).
@@ -57,7 +63,10 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
             values_RA[:, position] += discount * values_RA[:, position + 1]
         return values_RA[rollouts.number_N, position_N]
 
-    stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", inner.value, inner.needs), finish)
+    def once(context: Context, view: str) -> Tensor:
+        return context.signal(view).first_only(inner.value(context, view))
+
+    stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", once, inner.needs), finish)
 
     def value(context: Context, view: str) -> Tensor:
         return coef * context.steps.stored[stat.name].to(context.student_logp_N.dtype)
@@ -91,13 +100,13 @@ def extrapolated_log_ratio(
 
 
 def _extrapolated(context: Context, view: str, base: str, reward_weight: float) -> Tensor:
-    teacher_logp_N = context.signal(view).sampled_logp_N
-    plain_N = teacher_logp_N - context.old_logp_N
+    teacher_logp_N, old_logp_N = context.decided_logps(view)
+    plain_N = teacher_logp_N - old_logp_N
     if reward_weight == 1.0:  # the base does not matter, also where it rules a token out
         return plain_N
-    base_logp_N = context.signal(base).sampled_logp_N
+    base_logp_N = context.decided_logps(view, of=base)[0]
     if reward_weight == 0.0:  # the teacher does not matter
-        return base_logp_N - context.old_logp_N
+        return base_logp_N - old_logp_N
     # A token that the teacher rules out stays ruled out: infinity minus infinity would be NaN.
     preferred_N = torch.where(teacher_logp_N == -math.inf, 0.0, teacher_logp_N - base_logp_N)
     return plain_N + (reward_weight - 1.0) * preferred_N
@@ -127,6 +136,7 @@ def power_difference(power: float) -> Advantage:
     r"""PowerOPD's :math:`p_T(y_t)^\alpha - p_{old}(y_t)^\alpha`, dimensionless, in [-1, 1] (arXiv 2606.17199).
 
     It has the sign of the log-ratio and, divided by alpha, tends to it as alpha -> 0. It is not the gradient of a KL.
+    Of a unit of several tokens (`log_ratio`) it takes the probabilities of the whole unit.
 
     Args:
         power: alpha > 0. A large one leaves only tokens of which one side is nearly certain.
@@ -135,8 +145,8 @@ def power_difference(power: float) -> Advantage:
         raise UserError(f"power_difference: power must be positive, not {power}")
 
     def value(context: Context, view: str) -> Tensor:
-        teacher_N = context.signal(view).sampled_logp_N
-        return (power * teacher_N).exp() - (power * context.old_logp_N).exp()
+        teacher_N, old_N = context.decided_logps(view)
+        return (power * teacher_N).exp() - (power * old_N).exp()
 
     return Advantage(f"power_difference({power:g})", value, frozenset({SAMPLED}))
 

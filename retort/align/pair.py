@@ -247,7 +247,7 @@ def align_ids(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
     """The alignment that two tokenizers imply, without stops or rows that a model lacks.
 
     Raises:
-        UserError: A token or a text means something else to the teacher (see `check_same_tokenizer`).
+        OtherTokenizer: A token or a text means something else to the teacher (see `check_same_tokenizer`).
     """
     try:
         return SameIds(check_same_tokenizer(student, teacher))

@@ -9,7 +9,7 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["PROBES", "check_same_tokenizer", "encoded", "vocabulary_width"]
+__all__ = ["PROBES", "OtherTokenizer", "check_same_tokenizer", "encoded", "vocabulary_width"]
 
 #: Two tokenizers with one vocabulary can still cut text differently (other merges, normaliser or splitting of digits).
 PROBES = (
@@ -20,6 +20,10 @@ PROBES = (
     "Größe, naïve façade, Привет мир, 你好世界, こんにちは, مرحبا, नमस्ते, 한국어",
     "e\u0301 é \ufb01 ½ 👩‍🔬🙂   spaces  \r\n\u00a0end ",
 )
+
+
+class OtherTokenizer(UserError):
+    """Two tokenizers are not the same: a method that compares ids has nothing to compare."""
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> int:
@@ -36,7 +40,8 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         The number of ids that both share: ids 0 to that number minus 1 are comparable.
 
     Raises:
-        UserError: An id or a text means something else to the teacher.
+        OtherTokenizer: An id or a text means something else to the teacher.
+        UserError: One of them has no tokens.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     width = min(max(vocab.values(), default=-1) + 1 for vocab in (ours, theirs))
@@ -45,14 +50,14 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     differing = _differing(ours, theirs, width)
     if differing:
         shown = "; ".join(f"id {i} is {s!r} for the student, {t!r} for the teacher" for i, s, t in differing[:3])
-        raise UserError(
+        raise OtherTokenizer(
             f"student and teacher have different tokenizers: {len(differing)} of {width} ids disagree ({shown}). "
             f"{_REMEDY}"
         )
     for probe in PROBES:
         ours_ids, theirs_ids = encoded(student, probe), encoded(teacher, probe)
         if ours_ids != theirs_ids:
-            raise UserError(
+            raise OtherTokenizer(
                 f"student and teacher have one vocabulary but cut text differently: {probe[:20]!r}... is "
                 f"{_shown(ours_ids)} for the student and {_shown(theirs_ids)} for the teacher. {_REMEDY}"
             )
@@ -64,9 +69,7 @@ def vocabulary_width(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-_REMEDY = (
-    "Use a teacher of the student's family; cross-tokenizer methods exist for such a pair, but none is in this version"
-)
+_REMEDY = "Use a teacher of the student's family, or a method for two tokenizers, such as strict_ct, simct or opd"
 
 
 def _differing(ours: dict[str, int], theirs: dict[str, int], width: int) -> list[tuple[int, str | None, str | None]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from retort.core.definition import Core
 from retort.core.head import Products
-from retort.core.signals import as_compute
+from retort.core.signals import TeacherSignal, as_compute
 
 #: Elements of one chunk of logits, 160 MB in fp32. At a vocabulary of 150,000 that is some 260 steps; in smaller chunks
 #: reading the head takes as long as multiplying by it.
@@ -20,9 +21,30 @@ CHUNK_ELEMENTS = 40_000_000
 BLOCK_ELEMENTS = 2**19
 
 
-def cuts(size: int, part: int) -> list[slice]:
-    """Cuts `size` elements into neighbouring slices of at most `part`."""
-    return [slice(start, min(start + part, size)) for start in range(0, size, part)]
+def cuts(size: int, part: int, begins_N: Tensor | None = None) -> list[slice]:
+    """Cuts `size` elements into neighbouring slices of at most `part`.
+
+    With `begins_N`, a slice begins only where that is true, and is longer than `part` where no shorter one is possible.
+    """
+    if begins_N is None:
+        return [slice(start, min(start + part, size)) for start in range(0, size, part)]
+    places: list[int] = begins_N.nonzero().squeeze(-1).tolist()  # pyright: ignore
+    places.append(size)
+    found: list[slice] = []
+    start = 0
+    while start < size:
+        index = bisect_right(places, min(start + part, size)) - 1
+        if index < 0 or places[index] <= start:
+            index += 1
+        found.append(slice(start, places[index]))
+        start = places[index]
+    return found
+
+
+def begins(signals: Iterable[TeacherSignal]) -> Tensor | None:
+    """The steps at which all signals may be cut, bool [N]; None: everywhere."""
+    found = [begins_N for signal in signals if (begins_N := signal.begins_N) is not None]
+    return torch.stack(found).all(0) if found else None
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
@@ -35,10 +57,10 @@ def block_rows(vocab: int, device: torch.device) -> int:
     return chunk_rows(vocab, device) if device.type == "cuda" else max(1, BLOCK_ELEMENTS // vocab)
 
 
-def blocks(core: Core, size: int, device: torch.device) -> list[slice]:
+def blocks(core: Core, size: int, device: torch.device, begins_N: Tensor | None) -> list[slice]:
     """Cuts a chunk of `size` steps into blocks; a sharded vocabulary has one, as ranks exchange numbers per block."""
     spread = core.head is not None and core.head.shard.spread
-    return cuts(size, size if spread else block_rows(core.vocab, device))
+    return cuts(size, size if spread else block_rows(core.widest, device), begins_N)
 
 
 @dataclass(eq=False)
@@ -65,7 +87,7 @@ class Pass:
         total = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
         all_values: dict[str, Tensor] = {}
         live: set[str] = set()
-        for rows in cuts(self.core.count, self.chunk):
+        for rows in self._chunks():
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
             for span, values in chunk.values():
                 if self.loss is not None:
@@ -83,7 +105,7 @@ class Pass:
         products = self._products(needed)
         all_values: dict[str, Tensor] = {}
         hidden: dict[str, Tensor] = {}
-        for rows in cuts(self.core.count, self.chunk):
+        for rows in self._chunks():
             chunk = Chunk(self.core, rows, products.forward(hidden_ND[rows]))
             for span, values in chunk.backward(scalar):
                 _keep(all_values, values, span, self.core.count)
@@ -96,6 +118,9 @@ class Pass:
         if of_hidden_ND is not None and self.core.head is not None:
             of_hidden_ND = self.core.head.shard.sum(of_hidden_ND)
         return all_values, [of_hidden_ND, *products.gradients()]
+
+    def _chunks(self) -> list[slice]:
+        return cuts(self.core.count, self.chunk, begins(self.core.signals.values()))
 
     def _products(self, needed: tuple[bool, ...]) -> Products:
         assert self.core.head is not None
@@ -110,7 +135,8 @@ class Chunk:
         self.core, self.rows, self.product_CV = core, rows, product_CV
         self.steps = core.steps.select(rows)
         self.signals = {name: signal.precomputed(rows, core.vocab) for name, signal in core.signals.items()}
-        self.cuts = blocks(core, rows.stop - rows.start, product_CV.device)
+        self.begins_C = begins(self.signals.values())
+        self.cuts = blocks(core, rows.stop - rows.start, product_CV.device, self.begins_C)
 
     def values(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
         """Yields each block's slice of N and its values."""
@@ -118,8 +144,8 @@ class Chunk:
             yield self._span(cut), self.core.evaluate(self.product_CV[cut], self.steps, self.signals, cut)
 
     def live(self) -> set[str]:
-        """Names of the values that have a gradient, found on one step."""
-        values = self._evaluate(slice(0, 1))[1]
+        """Names of the values that have a gradient, found on one step or unit."""
+        values = self._evaluate(cuts(self.rows.stop - self.rows.start, 1, self.begins_C)[0])[1]
         return {name for name, value in values.items() if value.requires_grad}
 
     def backward(

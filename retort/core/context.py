@@ -114,20 +114,51 @@ class Context:
         """Live entropy, nats, differentiable."""
         return self.student.entropy()
 
+    def decided_logps(self, view: str, of: str | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probs of what was decided, under the teacher and under the student before the first update, nats, [N].
+
+        What was decided is the sampled token. Against a teacher with another tokenizer it is the step's whole unit
+        (`Spans`), at every step of it: the smallest piece of text about which both have a number.
+
+        Args:
+            view: The view whose units count.
+            of: The view whose teacher is read, if it is another one; it has the student's tokenizer or the same units.
+
+        Raises:
+            SignalError: The two views have different units.
+        """
+        rows, other = self.signal(view), self.signal(of or view)
+        logp_N = other.sampled_logp_N
+        if other is not rows and other.by_unit:
+            if not rows.by_unit or not torch.equal(rows.units.unit_C, other.units.unit_C):
+                raise SignalError(
+                    f"views '{view}' and '{of}' cut completions into different units; nothing compares them"
+                )
+        elif other is not rows:
+            logp_N = rows.over_unit(logp_N)
+        return logp_N, rows.over_unit(self.old_logp_N)
+
+    def live_logp_N(self, view: str) -> Tensor:
+        """The student's live log-prob of what was decided (`decided_logps`), nats."""
+        return self.signal(view).over_unit(self.student_logp_N)
+
     def gap_N(self, view: str) -> Tensor:
         """Log p_T - log p_old of the sampled token, nats, finite: an infinite one counts as `RULED_OUT` nats.
+
+        That of a unit of several tokens is divided evenly among them, so that means over steps count it once.
 
         It serves numbers made of the gaps of a whole rollout or batch, which one token must not turn into NaN. Where
         the log-ratio itself is the advantage, it stays infinite, and so does the loss: the run stops and names the
         token.
         """
-        gap_N = self.signal(view).sampled_logp_N - self.old_logp_N
-        return gap_N.nan_to_num(nan=math.nan, posinf=RULED_OUT, neginf=-RULED_OUT)
+        teacher_N, old_N = self.decided_logps(view)
+        gap_N = (teacher_N - old_N).nan_to_num(nan=math.nan, posinf=RULED_OUT, neginf=-RULED_OUT)
+        return self.signal(view).per_step(gap_N)
 
     def finite_logp_N(self, view: str) -> Tensor:
-        """Log p_T of the sampled token, nats; where the teacher rules it out, `RULED_OUT` below the student's."""
+        """Log p_T of what was decided, nats; where the teacher rules it out, `RULED_OUT` below the student's."""
         logp_N = self.signal(view).sampled_logp_N
-        return torch.where(logp_N == -math.inf, self.student_logp_N.detach() - RULED_OUT, logp_N)
+        return torch.where(logp_N == -math.inf, self.live_logp_N(view).detach() - RULED_OUT, logp_N)
 
     @property
     def old_logp_N(self) -> Tensor:

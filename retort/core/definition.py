@@ -45,6 +45,11 @@ class Core:
         """N, the number of steps."""
         return len(self.steps)
 
+    @property
+    def widest(self) -> int:
+        """Columns per step of the widest logits, the student's or a teacher's with other ids."""
+        return max(self.vocab, *(signal.block_width for signal in self.signals.values()), 0)
+
     def evaluate(
         self, product_CV: Tensor, steps: Steps, signals: Mapping[str, TeacherSignal], rows: slice
     ) -> dict[str, Tensor]:

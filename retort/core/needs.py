@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
 
 from retort.errors import SignalError
 
-NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden"]
+NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden", "spans"]
 
 
 @dataclass(frozen=True, order=True)
@@ -20,14 +20,18 @@ class Need:
     Attributes:
         kind: `sampled` (log-prob of the sampled token), `topk` (the teacher's own most likely ids), `logp_at`
             (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `dense` (every
-            log-prob), `hidden` (the teacher's last hidden states), `text`.
+            log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens, see
+            `retort.core.signals.Spans`), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
+        or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
+            for nothing else, so needs that differ in it are equal.
     """
 
     kind: NeedKind
     k: int = 0
     ids_of: Literal["teacher", "student"] = "teacher"
+    or_spans: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         names = {
@@ -37,6 +41,7 @@ class Need:
             "entropy": "entropy",
             "dense": "the whole distribution",
             "hidden": "its last hidden states",
+            "spans": "its scores of aligned spans of tokens",
         }
         return names.get(self.kind, self.kind)
 
@@ -45,6 +50,7 @@ SAMPLED = Need("sampled")
 ENTROPY = Need("entropy")
 DENSE = Need("dense")
 HIDDEN = Need("hidden")
+SPANS = Need("spans")
 
 
 def logp_at(k: int) -> Need:
@@ -52,13 +58,17 @@ def logp_at(k: int) -> Need:
     return Need("logp_at", k, ids_of="student")
 
 
-#: The needs that a capability meets besides its own: everything follows from a whole distribution.
-IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {"dense": frozenset({"sampled", "topk", "logp_at", "entropy"})}
+#: The needs that a capability meets besides its own. Everything follows from a whole distribution over the student's
+#: ids: there every token is a unit by itself.
+IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {
+    "dense": frozenset({"sampled", "topk", "logp_at", "entropy", "spans"})
+}
 
 
 def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
     """Whether a teacher with these capabilities can meet the need."""
-    return any(need.kind == has or need.kind in IMPLIED.get(has, ()) for has in capabilities)
+    kinds = {need.kind, "spans"} if need.or_spans else {need.kind}
+    return any(not kinds.isdisjoint({has, *IMPLIED.get(has, ())}) for has in capabilities)
 
 
 def require_finite(name: str, values: Tensor, source: str, *, allow_minus_inf: bool = False) -> None:

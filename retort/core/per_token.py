@@ -82,11 +82,11 @@ def _run(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     for signal in core.signals.values():
         signal.check_tokens(core.steps.tokens_N)
-    small = core.count <= chunk if chunk else core.count * core.vocab <= DENSE_ELEMENTS
+    small = core.count <= chunk if chunk else core.count * core.widest <= DENSE_ELEMENTS
     if core.head is None or core.count == 0 or (small and not core.head.shard.spread):
         values = core.dense(hidden_ND)
         return (None if loss is None else loss(values, slice(0, core.count))), values
-    pass_ = Pass(core, loss, chunk or chunk_rows(core.vocab, hidden_ND.device), _product_dtype(hidden_ND))
+    pass_ = Pass(core, loss, chunk or chunk_rows(core.widest, hidden_ND.device), _product_dtype(hidden_ND))
     total, *found = Chunked.apply(pass_, hidden_ND, *core.head.parts)  # pyright: ignore[reportGeneralTypeIssues]
     return (None if loss is None else total), dict(zip(pass_.names, found, strict=True))
 

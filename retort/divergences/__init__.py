@@ -6,11 +6,17 @@ from retort.divergences.clipped import clipped, clipped_mass, clipped_values
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.likelihood import negative_log_likelihood
+from retort.divergences.likelihoods import unit_likelihood
 from retort.divergences.sampled import k1, k2, k3
+from retort.divergences.simct import Score, simct
 from retort.divergences.skew import skew_forward_kl, skew_reverse_kl
+from retort.divergences.sorted import sorted_distance
+from retort.divergences.strict import strict_shared_kl
 from retort.divergences.support import SupportChoice, Tail, Weighting, topk_jsd, topk_kl, topk_score
+from retort.divergences.units import stop_forward_kl
 
 __all__ = [
+    "Score",
     "Support",
     "SupportChoice",
     "Tail",
@@ -31,12 +37,17 @@ __all__ = [
     "kl_values",
     "negative_log_likelihood",
     "reverse_kl",
+    "simct",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "sorted_distance",
+    "stop_forward_kl",
+    "strict_shared_kl",
     "teacher_top",
     "todi",
     "topk_jsd",
     "topk_kl",
     "topk_score",
     "total_variation",
+    "unit_likelihood",
 ]

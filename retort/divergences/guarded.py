@@ -56,8 +56,9 @@ def contrastive_hinge(margin: float = 0.5, *, wrong: str = "wrong") -> Divergenc
     """
 
     def value(context: Context, view: str) -> Tensor:
-        student_N = context.student_logp_N
+        student_N = context.live_logp_N(view)
         good_N, bad_N = context.finite_logp_N(view), context.finite_logp_N(wrong)
-        return (margin + (student_N - good_N).abs() - (student_N - bad_N).abs()).clamp_min(0.0)
+        hinge_N = (margin + (student_N - good_N).abs() - (student_N - bad_N).abs()).clamp_min(0.0)
+        return context.signal(view).first_only(hinge_N)
 
     return Divergence(f"contrastive_hinge({margin:g})", value, frozenset({SAMPLED}), also={wrong: frozenset({SAMPLED})})

@@ -2,7 +2,8 @@
 
 With d = log p_S(y) - log p_T(y) for y drawn from the student, k1 = d, k2 = d^2 / 2 and k3 = exp(-d) - 1 + d. As
 *values* all three estimate the reverse KL (k2 with a bias). Their gradients differ, and each docstring names the
-divergence that its gradient descends.
+divergence that its gradient descends. Against a teacher with another tokenizer, d is that of a unit of tokens, and the
+value is at the unit's first step.
 """
 
 from __future__ import annotations
@@ -15,14 +16,18 @@ from retort.core.parts import Divergence
 
 
 def _gap(context: Context, view: str) -> Tensor:
-    return context.student_logp_N - context.signal(view).sampled_logp_N
+    return context.live_logp_N(view) - context.signal(view).sampled_logp_N
 
 
 def k1() -> Divergence:
     """The log-ratio d itself. Use it only as a (detached) reward: see `not_pathwise`."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.signal(view).first_only(_gap(context, view))
+
     return Divergence(
         "k1",
-        _gap,
+        value,
         frozenset({SAMPLED}),
         not_pathwise=(
             "the gradient of k1 does not depend on the teacher (its expectation is zero); "
@@ -35,7 +40,7 @@ def k2() -> Divergence:
     """d^2 / 2: back-propagated on student samples, an unbiased gradient of the *reverse* KL."""
 
     def value(context: Context, view: str) -> Tensor:
-        return _gap(context, view).square() / 2
+        return context.signal(view).first_only(_gap(context, view).square() / 2)
 
     return Divergence("k2", value, frozenset({SAMPLED}))
 
@@ -45,6 +50,6 @@ def k3() -> Divergence:
 
     def value(context: Context, view: str) -> Tensor:
         gap_N = _gap(context, view)
-        return (-gap_N).expm1() + gap_N
+        return context.signal(view).first_only((-gap_N).expm1() + gap_N)
 
     return Divergence("k3", value, frozenset({SAMPLED}))

@@ -11,6 +11,7 @@ from torch import Tensor
 from retort.core.context import Context
 from retort.core.needs import Need
 from retort.core.parts import Advantage, Baseline, Part, Quantity
+from retort.core.signals import SignalRows
 from retort.errors import UserError
 
 
@@ -55,8 +56,12 @@ class ScoreFunction:
             advantage_N = torch.where(advantage_N.isinf(), advantage_N, lower_N)
         return advantage_N.detach()
 
-    def _ratio_N(self, context: Context) -> Tensor:
-        return (context.student_logp_N - context.old_logp_N).exp()
+    def _rows(self, context: Context, view: str) -> SignalRows:
+        """The signal whose units decide what a ratio is about; every token where no teacher is read."""
+        return context.signal(view) if self.needs else SignalRows()
+
+    def _ratio_N(self, context: Context, view: str) -> Tensor:
+        return self._rows(context, view).over_unit(context.student_logp_N - context.old_logp_N).exp()
 
     @property
     def reads_hidden(self) -> bool:
@@ -68,13 +73,18 @@ class ScoreFunction:
 
         The weight multiplies the advantage *before* the clip: a negative weight flips the sign of the advantage, and so
         the side of the clip that binds. Only then does the weight's size scale the result.
+
+        Against a teacher with another tokenizer the surrogate is that of a unit: the ratio is the product of its
+        tokens', and the value (with the weight and the baseline of its first step) is at its first step, 0 at the
+        others. Its gradient reaches all of the unit's tokens, each with the unit's whole advantage.
         """
         weight_N = torch.ones_like(context.student_logp_N.detach()) if weight_N is None else weight_N
         advantage_N = self.advantage_N(context, view, term)
         advantage_N = torch.where(weight_N < 0, -advantage_N, advantage_N)
         # Zeroed before the product: an infinite advantage behind a closed gate would leave a NaN gradient.
         advantage_N = torch.where(weight_N == 0, torch.zeros_like(advantage_N), advantage_N)
-        ratio_N = self._ratio_N(context)
+        advantage_N = self._rows(context, view).first_only(advantage_N)
+        ratio_N = self._ratio_N(context, view)
         value_N = -advantage_N * ratio_N
         if self.clip is not None:
             value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(*self._bounds))
@@ -94,7 +104,7 @@ class ScoreFunction:
         """A quantity to watch: 1 where the clip binds, else 0."""
 
         def value(context: Context, view: str) -> Tensor:
-            ratio_N = self._ratio_N(context).detach()
+            ratio_N = self._ratio_N(context, view).detach()
             if self.clip is None:
                 return torch.zeros_like(ratio_N)
             up_N = self.advantage_N(context, view, term) > 0

@@ -33,7 +33,13 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
         if missing:
             has = ", ".join(sorted(offers[view])) or "nothing"
             wants = " and ".join(str(need) for need in missing)
-            raise UserError(f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}")
+            problem = f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}"
+            if "spans" in offers[view]:
+                problem += (
+                    " (it has another tokenizer; these serve simct, strict_ct, uld, alm, and methods of the sampled "
+                    "token such as opd, power_opd and vopd)"
+                )
+            raise UserError(problem)
 
 
 def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
@@ -132,7 +138,8 @@ def recorded_values(
         values = {"student_logp": context.student_logp_N.detach()}
         for view, kinds in offers.items():
             if can_meet(kinds, SAMPLED):
-                values[f"{view}_logp"] = context.signal(view).sampled_logp_N
+                rows = context.signal(view)  # the log-prob of a unit is spread over its tokens, whose sum it is
+                values[f"{view}_logp"] = rows.per_step(rows.sampled_logp_N)
         for term in method.terms:
             for name, value_C in term.estimator.shown(context, term.against, term.name).items():
                 values[f"{term.name}.{name}"] = value_C

@@ -38,6 +38,12 @@ def opd(
     In expectation over the student's tokens, and with one update per batch, its gradient is that of the reverse KL
     :math:`D_{KL}(p_S \Vert p_T)` at each prefix. The loss is in nats and divided by all counted tokens.
 
+    From a teacher with another tokenizer, y is a unit: the shortest run of tokens that both tokenizations bound. The
+    ratio is the product over its tokens, the log-ratio is of their sums, and the value is at its first token. For units
+    that are given, the gradient is exactly that of the reverse KL of the text in units. Approximate are that a text
+    counts in the one tokenization that was generated, not in all of them, and that a tokenizer looks ahead, so where a
+    unit ends may depend on later text.
+
     Args:
         coef: Weight of the term (`kl_penalty_coef`), dimensionless.
         clip: PPO's epsilon on the ratio; the recipe has none.

@@ -35,6 +35,9 @@ def power_opd(
     Its fixed point is p_S = p_T, but it is no gradient of a KL: it descends another objective. The factor 1/alpha of
     the Box-Cox transform is left to the learning rate, so a large alpha makes small steps.
 
+    From a teacher with another tokenizer, p is the probability of a unit of tokens, as in `opd`; a longer unit is less
+    likely, so its reward is smaller.
+
     Args:
         power: alpha; the released README's default (its configuration has 0.1, the paper sweeps 0.1 to 500).
         reward: `power`, or the baselines it is compared with: the log-ratio, clipped on both sides at `bound`, its tanh

@@ -27,6 +27,10 @@ def vopd(*, top_k: int | None = 20, baseline_coef: float = 1.0, samples: int = 1
     gradient unbiased (it must: the sampling here is never truncated). Lower variance is the rule, not a law: see the
     paper's Eq. 23.
 
+    From a teacher with another tokenizer the log-ratio is that of a unit, as in `opd`, and V compares both models where
+    it begins, renormalised on the student's k most likely shared ids (all of them without `top_k`). It knows nothing of
+    ids that are not shared, so it takes off less variance there; like any V of the prefix, it adds no bias.
+
     Args:
         top_k: k of the baseline (Eqs. 14-15; paper 20, released configuration 100), at least 2; null for the whole
             vocabulary (Eqs. 9-10), for which the released code has 0.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -20,8 +21,10 @@ from retort.core.signals import Dense, Sampled
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
 from retort.preflight.findings import Check
+from retort.preflight.spans import check_span_stops, check_span_templates, check_units
 from retort.ranks import local_size
 from retort.teachers.local import LocalTeacher, reduced
+from retort.teachers.spanned import SpanTeacher
 from retort.train.setup.memory import available, forecast, size_text
 from retort.train.setup.prepare import Prepared
 from retort.train.setup.templates import check_rendered, ends, thinking_note
@@ -47,6 +50,9 @@ _CONVERSATION = Prompt("probe", (Message("user", "What is 2 + 2?"),), plain=True
 def quick_checks(prepared: Prepared) -> list[Check]:
     """Makes all quick checks, the most important ones first."""
     pair: list[Callable[[Prepared], Check]] = [check_special_tokens, check_stops, check_chat_templates]
+    local = _local(prepared)
+    if isinstance(local, SpanTeacher):
+        pair = [partial(check_units, teacher=local), partial(check_span_stops, teacher=local), check_chat_templates]
     alone: list[Callable[[Prepared], Check]] = [check_prompt_ends, check_prompts, check_vocabulary, check_lengths]
     loaded: list[Callable[[Prepared], Check]] = [check_teacher_loaded, check_teacher_repeats]
     if prepared.teachers.lms.get("teacher") is None:  # A student that teaches itself agrees with itself on all of this.
@@ -146,7 +152,10 @@ def check_chat_templates(prepared: Prepared) -> Check:
     local = _local(prepared)
     assert local is not None
     try:
-        mine, other = prepared.source.render(_CONVERSATION), local.alignment.to_student(local.render(_CONVERSATION))
+        mine, other = prepared.source.render(_CONVERSATION), local.render(_CONVERSATION)
+        if isinstance(local, SpanTeacher):
+            return check_span_templates(prepared, local, mine, other, why)
+        other = local.alignment.to_student(other)
     except UserError as error:
         return Check("chat template", "fatal", str(error), why, "repair the template; it refuses a plain question")
     if mine == other:
@@ -212,7 +221,8 @@ def check_vocabulary(prepared: Prepared) -> Check:
         parts.append(f"{who} {rows:,} rows for {ids:,} ids")
         if rows < ids:
             missing.append(f"the {who}'s model lacks rows for ids {rows} to {ids - 1}")
-    saw = f"{'; '.join(parts)}; {prepared.learner.vocab:,} shared, the rest gets no probability"
+    whose = "of the student's are used" if isinstance(_local(prepared), SpanTeacher) else "shared"
+    saw = f"{'; '.join(parts)}; {prepared.learner.vocab:,} {whose}, the rest gets no probability"
     if missing:
         remedy = "resize its embeddings to its tokenizer, or take the tokenizer that it was trained with"
         saw = f"{saw}; {' and '.join(missing)}, of which the data's prompts hold none"
@@ -251,13 +261,14 @@ def check_teacher_loaded(prepared: Prepared) -> Check:
         return Check("teacher is loaded", "ok", "not looked at: this teacher is not a model in this process", why)
     pack, text = probe
     logp_N = _scored(prepared, pack)
-    surprise, die = -float(logp_N.double().mean()), math.log(prepared.learner.vocab)
+    vocab = _width(prepared)
+    surprise, die = -float(logp_N.double().mean()), math.log(vocab)
     nats = f"{surprise:.2f} nats a token (perplexity {_perplexity(surprise)})"
     saw = f"{nats} on {text}; random weights give about {die:.2f}"
     values = (("nats_per_token", surprise), ("uniform_nats", die))
     if surprise < UNTRAINED * die:
         return Check("teacher is loaded", "ok", saw, why, values=values)
-    sure = text.startswith("answers") or prepared.learner.vocab >= REAL_VOCABULARY
+    sure = text.startswith("answers") or vocab >= REAL_VOCABULARY
     return Check(
         "teacher is loaded",
         "fatal" if sure else "warn",
@@ -369,13 +380,18 @@ def _scored(prepared: Prepared, pack: Pack) -> Tensor:
 
     def logits(rows: Tensor | slice) -> Tensor:
         with lm.compute():
-            return lm.head().logits(hidden_ND[rows], prepared.learner.vocab)
+            return lm.head().logits(hidden_ND[rows], width)
 
-    signal = reduced(
-        Dense(pack.steps.tokens_N.to(lm.device), lm.name, logits, prepared.learner.vocab), frozenset({SAMPLED})
-    )
+    width = _width(prepared)
+    signal = reduced(Dense(pack.steps.tokens_N.to(lm.device), lm.name, logits, width), frozenset({SAMPLED}))
     assert isinstance(signal, Sampled)
     return signal.logp_N.cpu()
+
+
+def _width(prepared: Prepared) -> int:
+    """The number of ids that the teacher's distribution is over."""
+    local = _local(prepared)
+    return local.pair.width if isinstance(local, SpanTeacher) else prepared.learner.vocab
 
 
 def _perplexity(nats: float) -> str:

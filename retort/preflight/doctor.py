@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from retort import registry
 from retort.align.pair import IdMap, align_ids
+from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
@@ -15,8 +17,10 @@ from retort.preflight.findings import Check, Examination
 from retort.preflight.trial import trial_checks
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
+from retort.train.setup.before import needs_ids
 from retort.train.setup.prepare import Prepared, prepare
 
+_SPANS_WHY = "the teacher reads the bytes that the student generated in its own tokens"
 _TOKENIZER_WHY = "the teacher scores ids: the same id must be the same token to both, and text be cut alike"
 
 
@@ -31,7 +35,7 @@ def examine(
         quick: Leave out the checks that generate.
         caller_objects: The objects behind placeholders in the configuration.
     """
-    first = _tokenizers(config, caller_objects or CallerObjects())
+    first = _tokenizers(config, method, caller_objects or CallerObjects())
     if not any(check.verdict == "fatal" for check in first):
         try:
             return examine_setup(prepare(config, method, caller_objects), quick=quick, before=first)
@@ -69,10 +73,11 @@ def _alike(prepared: Prepared) -> list[Check]:
     if not others:
         saw = "the student's own: there is no other model to compare it with"
         return [Check("tokenizer", "ok", saw, _TOKENIZER_WHY)]
-    return [_tokenizer_check(name, prepared.student.tokenizer, prepared.lms[name].tokenizer) for name in others]
+    ours = prepared.student.tokenizer
+    return [_tokenizer_check(name, ours, prepared.lms[name].tokenizer, prepared.method) for name in others]
 
 
-def _tokenizers(config: Config, caller_objects: CallerObjects) -> list[Check]:
+def _tokenizers(config: Config, method: Method | None, caller_objects: CallerObjects) -> list[Check]:
     """Compares tokenizers before any weights are read; no check where there is nothing to be compared."""
     if config.student is None:
         return []
@@ -81,18 +86,23 @@ def _tokenizers(config: Config, caller_objects: CallerObjects) -> list[Check]:
             name: read_tokenizer(path, source, name, trust_remote_code=config.trust_remote_code)
             for name, (path, source) in sources(config.model_paths, caller_objects).items()
         }
+        method = method or registry.load(**config.method)
     except UserError:
         return []  # Whatever is wrong with them, `prepare` reports it.
     ours = found.pop("student")
-    return [_tokenizer_check(name, ours, theirs) for name, theirs in found.items()]
+    return [_tokenizer_check(name, ours, theirs, method) for name, theirs in found.items()]
 
 
-def _tokenizer_check(name: str, ours: object, theirs: object) -> Check:
+def _tokenizer_check(name: str, ours: object, theirs: object, method: Method) -> Check:
     check = "tokenizer" if name == "teacher" else f"tokenizer of {name}"
     try:
         shared = align_ids(ours, theirs)  # type: ignore[arg-type]
     except UserError as error:
         text, _, remedy = str(error).rpartition(". ")
+        needs = needs_ids(method, name)
+        if isinstance(error, OtherTokenizer) and needs is None:
+            return Check(check, "ok", f"{text}; method '{method.name}' compares units of the same bytes", _SPANS_WHY)
+        text = f"{text}; {needs}" if needs and text else text
         return Check(check, "fatal", text or str(error), _TOKENIZER_WHY, remedy)
     what = f"tokens have other ids for the {name}" if isinstance(shared, IdMap) else "ids are the same token to both"
     return Check(check, "ok", f"{shared.vocab:,} {what}, and probes are cut alike", _TOKENIZER_WHY)

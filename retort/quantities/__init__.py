@@ -12,6 +12,7 @@ from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_boun
 from retort.quantities.margin import teacher_margin
 from retort.quantities.overlap import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
 from retort.quantities.stored import stored_quantity
+from retort.quantities.units import matched_tokens
 from retort.quantities.variance import student_variance, teacher_variance
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "gradient_variance",
     "log_ratio_size",
     "masses",
+    "matched_tokens",
     "outside_bound",
     "overlap_advantage",
     "overlap_mass",

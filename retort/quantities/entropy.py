@@ -28,10 +28,14 @@ def student_entropy() -> Quantity:
 
 
 def sampled_reverse_kl() -> Quantity:
-    """Log p_old - log p_T of the sampled token, nats: its mean over student samples estimates the reverse KL."""
+    """Log p_old - log p_T of the sampled token, nats: its mean over student samples estimates the reverse KL.
+
+    That of a unit of several tokens is divided evenly among them: the mean is in nats per token of the student.
+    """
 
     def value(context: Context, view: str) -> Tensor:
-        return context.old_logp_N - context.signal(view).sampled_logp_N
+        teacher_N, old_N = context.decided_logps(view)
+        return context.signal(view).per_step(old_N - teacher_N)
 
     return Quantity("reverse_kl", value, frozenset({SAMPLED}))
 

@@ -49,4 +49,5 @@ def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) ->
 
     name = "gradient_variance" if baseline is None else f"gradient_variance({baseline.name}, {coef:g})"
     needs = baseline.needs if baseline is not None else frozenset[Need]()
-    return Quantity(name, value, needs | {DENSE})
+    # DENSE comes first: a baseline's own, which spans may meet, would be kept instead of an equal one after it.
+    return Quantity(name, value, frozenset({DENSE}) | needs)

@@ -17,7 +17,8 @@ def log_ratio_size() -> Quantity:
     """How far apart teacher and student are at the sampled token: |log p_T - log p_old|, nats."""
 
     def value(context: Context, view: str) -> Tensor:
-        return (context.signal(view).sampled_logp_N - context.old_logp_N).abs()
+        teacher_N, old_N = context.decided_logps(view)
+        return (teacher_N - old_N).abs()
 
     return Quantity("log_ratio_size", value, frozenset({SAMPLED}), uses_old_logp=True)
 
@@ -32,7 +33,8 @@ def outside_bound(advantage: Advantage, bound: float, side: str) -> Quantity:
     """
 
     def value(context: Context, view: str) -> Tensor:
-        delta_N = context.signal(view).sampled_logp_N - context.old_logp_N
+        teacher_N, old_N = context.decided_logps(view)
+        delta_N = teacher_N - old_N
         ratio_N = (advantage.value(context, view).sign() * delta_N.clamp(-20.0, 20.0)).exp()
         cut_N = ratio_N < 1.0 - bound if side == "low" else ratio_N > 1.0 + bound
         return cut_N.to(delta_N.dtype)

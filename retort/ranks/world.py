@@ -25,7 +25,7 @@ T = TypeVar("T")
 #: How long a rank waits for the others. One that was killed is noticed at once; this is for one that hangs.
 TIMEOUT = timedelta(minutes=60)
 #: What torchrun tells every process that it starts.
-_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 #: Messages of gloo, nccl and the store about a rank that is gone.
 _GONE = re.compile("gloo|nccl|connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|tcpstore", re.I)
 _SPOKEN = "retort/spoken"
@@ -197,9 +197,11 @@ def join() -> World:
 
 def may_speak() -> bool:
     """Whether this process prints the error that ends it: of several ranks that fail, the first one does."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return True
-    return os.environ["RANK"] == "0" if here() is ONE else here().may_speak()
+    if here() is not ONE:
+        return here().may_speak()
+    # Before they are brought together all ranks fail alike. Variables that are left over do not make a rank.
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or any(not os.environ.get(name) for name in _VARIABLES)
+    return alone or os.environ["RANK"] == "0"
 
 
 def refuse_several(command: str) -> None:

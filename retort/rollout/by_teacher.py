@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from retort.align.chat import Renderer
 from retort.align.pair import Alignment
+from retort.align.spanned import Unspelt
 from retort.align.stops import StopTokens
 from retort.core.rollouts import Rollout, Status
 from retort.core.sequences import TokenSequence
@@ -66,9 +67,15 @@ class TeacherGenerator:
         return replace(rollout, sequence=sequence, turn_A=turn_A, engine_logp_A=None, status=status)
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
-        """A turn of the teacher's in the student's ids, with the student's stop."""
+        """A turn of the teacher's in the student's ids, with the student's stop.
+
+        Where the student's tokenizer cannot spell all of it, it ends before that, as if it had been cut off.
+        """
         swap = self.alignment.stops.swap
-        read = [swap.get(token, token) for token in self._ours(ids)]
+        try:
+            read = [swap.get(token, token) for token in self._ours(ids)]
+        except Unspelt as error:
+            return error.before, Status.TRUNCATED
         stops = self.student_stops
         if status == Status.COMPLETED and read[-1] not in stops.ids:
             read[-1] = stops.primary  # the last id is one of the teacher's further stops

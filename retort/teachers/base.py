@@ -38,9 +38,13 @@ class ScoreRequest:
 
     @property
     def whole(self) -> bool:
-        """Whether only a whole distribution, or the hidden states that make one, meets the needs."""
+        """Whether only a whole distribution, or the hidden states that make one, meets the needs.
+
+        In one vocabulary it meets the need for spans, too.
+        """
         kinds = {need.kind for need in self.needs}
-        return not kinds.isdisjoint({"dense", "hidden"} | ({"logp_at"} if self.student_ids_NK is None else set()))
+        scored = set[NeedKind]() if self.student_ids_NK is not None else {"logp_at"}
+        return not kinds.isdisjoint({"dense", "hidden", "spans"} | scored)
 
 
 class Teacher(Protocol):
@@ -117,6 +121,6 @@ def view_signals(
 
 def _given_ids(teacher: Teacher, needs: frozenset[Need]) -> int:
     """The number of the student's ids that a teacher has to get at every step."""
-    if "dense" in teacher.capabilities:
+    if not teacher.capabilities.isdisjoint({"dense", "spans"}):
         return 0
     return max((need.k for need in needs if need.kind == "logp_at"), default=0)

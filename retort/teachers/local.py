@@ -97,7 +97,7 @@ class LocalTeacher:
 
     def _changed(self, **changed: Any) -> LocalTeacher:
         names = ("alignment", "batch_tokens", "template_options", "stage")
-        return LocalTeacher(self.lm, **{name: getattr(self, name) for name in names} | changed)
+        return type(self)(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def score(
         self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None

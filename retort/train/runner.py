@@ -42,7 +42,7 @@ def start(
         UserError: The folder holds a run already, cannot be written, or anything about the input is wrong.
     """
     join()
-    refuse_taken(folder)
+    here().first(lambda: refuse_taken(folder))  # it tries the lock, which only one process can have
     prepared = prepare(config, method, caller_objects)
     config = prepared.config  # The resolved settings name no idle teacher.
     # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
@@ -90,8 +90,7 @@ def resume(
     if steps is not None and steps < 1:
         raise UserError(f"steps must be at least 1, not {steps}")
     join()
-    folder, _ = checkpoint.find(path)
-    here().first(lambda: refuse_held(folder))
+    here().first(lambda: refuse_held(checkpoint.find(path)[0]))
     return load(path, observer, steps=steps, method=method, caller_objects=caller_objects)
 
 
@@ -115,7 +114,7 @@ def load(
     Raises:
         UserError: No run there, or a damaged checkpoint.
     """
-    folder, chosen = checkpoint.find(path)
+    folder, chosen = here().first(lambda: checkpoint.find(path))  # a machine may see late what another one wrote
     config = configuration.read_json(folder / "config.json", method)
     before = config.steps or 0
     if steps is not None:

@@ -186,7 +186,8 @@ def calibrated_log_ratio(
     """
 
     def ratio(context: Context, view: str) -> Tensor:
-        return context.signal(view).sampled_logp_N - context.old_logp_N
+        teacher_N, old_N = context.decided_logps(view)
+        return teacher_N - old_N
 
     if kind is None:
         return Advantage("log_ratio", ratio, frozenset({SAMPLED}))
@@ -233,7 +234,7 @@ def within_reach(limit: float) -> Weight:
     """1 where student and teacher differ by less than `limit` nats at the sampled token, else 0; 1 at infinity."""
 
     def value(context: Context, view: str) -> Tensor:
-        gap_N = context.student_logp_N.detach() - context.signal(view).sampled_logp_N
+        gap_N = context.live_logp_N(view).detach() - context.signal(view).sampled_logp_N
         return torch.ones_like(gap_N) if math.isinf(limit) else (gap_N.abs() < limit).to(gap_N.dtype)
 
     return Weight(f"|gap| < {limit:g}", value, frozenset({SAMPLED}))

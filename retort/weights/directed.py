@@ -49,7 +49,8 @@ def directed_ratio(
     def value(context: Context, view: str) -> Tensor:
         advantage_N = advantage.value(context, view)
         part = context.clock.at(share)
-        ratio_N = directed(context.signal(view).sampled_logp_N - context.old_logp_N, advantage_N, bound)
+        teacher_N, old_N = context.decided_logps(view)
+        ratio_N = directed(teacher_N - old_N, advantage_N, bound)
         if negative_only:
             ratio_N = torch.where(advantage_N > 0, torch.ones_like(ratio_N), ratio_N)
         return (1.0 - part) + part * ratio_N

@@ -43,7 +43,8 @@ def truncated_teacher_ratio(cap: float) -> Weight:
     _check_cap(cap)
 
     def value(context: Context, view: str) -> Tensor:
-        return _capped(context.signal(view).sampled_logp_N - context.old_logp_N, cap)
+        teacher_N, old_N = context.decided_logps(view)
+        return _capped(teacher_N - old_N, cap)
 
     return Weight(f"truncated_teacher_ratio({cap:g})", value, frozenset({SAMPLED}), uses_old_logp=True)
 

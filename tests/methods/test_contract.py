@@ -181,7 +181,8 @@ def test_needs_are_sufficient(name: str) -> None:
         needs = method.needs(view)
         k = max((need.k for need in needs if need.kind == "logp_at"), default=0)
         ids_NK = toy.logits.detach().div(method.temperature).topk(min(k, toy.vocab)).indices if k else None
-        small[view] = whole if any(need.kind == "dense" for need in needs) else reduced(whole, needs, ids_NK)
+        kinds = {need.kind for need in needs}
+        small[view] = reduced(whole, needs, ids_NK) if kinds.isdisjoint({"dense", "spans"}) else whole
     if all(isinstance(signal, Dense) for signal in small.values()):
         pytest.skip("needs the whole distribution")
     ours = toy.losses(method, teacher_logits=small.pop("teacher", None), extra_views=small)

@@ -192,7 +192,7 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) 
     log = (two / f"{name}.log").read_text()
     (said,) = [line for line in log.splitlines() if line.startswith("retort: ")]
     assert said.startswith(f"retort: rank {1 - rank} of 2 lost another rank"), log[-4000:]
-    assert f"go on with: retort train --resume {two / name}" in said
+    assert f"go on with: torchrun --nproc-per-node 2 -m retort train --resume {two / name}" in said
     assert "exitcode  : -9 " in log
     assert step - 1 <= 6 - len(rows(two, name, 2)) <= step
     assert len((two / name / "metrics.jsonl").read_text().splitlines()) == 6

@@ -17,8 +17,10 @@ from retort.core.sequences import TokenSequence
 from retort.errors import RetortError, UserError
 from retort.ranks import WHOLE_BATCH, Share, World, join, world
 from retort.ranks.share import balanced
+from retort.train import runner
+from retort.train.given.given import going_on
 from retort.train.models.models import device_for
-from retort.train.storage.folder import refuse_unshared
+from retort.train.storage.folder import Claim, refuse_unshared
 
 
 class Thread(World):
@@ -151,17 +153,45 @@ def test_one_process_is_the_identity() -> None:
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not"),
-        ({"WORLD_SIZE": "many", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, "no number"),
+        ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not"),
+        ({**dict.fromkeys(world._VARIABLES, "1"), "LOCAL_WORLD_SIZE": ""}, None),
+        ({**dict.fromkeys(world._VARIABLES, "2"), "LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is not"),
+        ({**dict.fromkeys(world._VARIABLES, "1"), "WORLD_SIZE": "many"}, "no number"),
     ],
 )
-def test_an_environment_left_over(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+def test_an_environment_left_over(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], said: str | None
+) -> None:
+    for name in world._VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    if said is None:
+        assert join() is world.ONE
+        return
     with pytest.raises(UserError, match=said):
         join()
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({"RANK": "1"}, True),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, True),  # one process after all
+        ({"RANK": "1", "WORLD_SIZE": "2"}, True),  # which is refused: nobody else may be there
+        (dict.fromkeys(world._VARIABLES, "2"), False),  # rank 0 says it
+        ({**dict.fromkeys(world._VARIABLES, "2"), "RANK": "0"}, True),
+    ],
+)
+def test_an_error_is_never_swallowed(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], speaks: bool
+) -> None:
+    for name in world._VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert world.may_speak() is speaks
 
 
 def test_versions_that_differ(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +245,7 @@ def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch, device: str, d
 def test_other_commands_are_not_run_once_for_each_rank(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
 ) -> None:
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in world._VARIABLES:
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(words) == 2
@@ -228,9 +258,50 @@ def test_other_commands_are_not_run_once_for_each_rank(
     assert capsys.readouterr() == ("", "")  # rank 0 has said it
 
 
+@pytest.mark.parametrize(("local", "command"), [("2", "torchrun"), ("1", "torchrun ...")])
+def test_ranks_are_told_how_ranks_go_on(monkeypatch: pytest.MonkeyPatch, local: str, command: str) -> None:
+    monkeypatch.setattr(world, "_here", [Thread(1, [None] * 2, threading.Barrier(1))])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    found = going_on(configuration.resolve({}), Path("runs/a"))
+    assert found == f"{command} --nproc-per-node {local} -m retort train --resume runs/a"
+
+
 def test_a_lost_rank_is_one_line() -> None:
     ranks = world._Ranks(0, 2, None)
     with pytest.raises(RetortError, match="lost another rank.*; go on there"), ranks.watched("go on there"):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     with pytest.raises(RuntimeError, match="a bug"), ranks.watched("go on there"):
         raise RuntimeError("a bug")
+
+
+def test_one_rank_looks_at_the_folder_of_a_new_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tries the lock there, so two ranks at once would take each other for another run."""
+
+    class Second(World):
+        rank, size = 1, 2
+
+        def each(self, work: Callable[[], Any]) -> list[Any]:
+            work()
+            raise UserError("rank 0 refuses")
+
+    monkeypatch.setattr(world, "_here", [Second()])
+    with Claim(tmp_path).take()._lock, pytest.raises(UserError, match="rank 0 refuses"):
+        runner.start(configuration.resolve({}), tmp_path)
+
+
+def test_ranks_go_on_from_the_same_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a network's folder shows one machine fewer checkpoints: then the run is refused."""
+    newest = tmp_path / "checkpoints" / "step-3"
+
+    class Second(World):
+        rank, size = 1, 2
+
+        def each(self, work: Callable[[], Any]) -> list[Any]:
+            own = work()
+            return [(tmp_path, newest) if own is None else own, own]
+
+    newest.with_name("step-2").mkdir(parents=True)
+    configuration.save(configuration.resolve({"data": "countdown"}), tmp_path / "config.json")
+    monkeypatch.setattr(world, "_here", [Second()])
+    with pytest.raises(UserError, match="step-3/manifest.json is missing"):
+        runner.load(tmp_path)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pipeline import models_once
+from trained import make_model_of
 
 from retort import Stop, api, ranks
 from retort import config as configuration
@@ -44,6 +45,8 @@ SHARDED: dict[str, Any] = {"ranks": {"teacher": "sharded", "head": "gathered"}}
 BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning_rate": 1e-2}}
 #: Stands for a student whose head has weights of its own, which the worker makes.
 UNTIED = "untied"
+#: Stands for a student of another tokenizer than the teacher's, both of which the worker makes, with rows for them.
+SPELLING = "spelling"
 SLICED = {"head": "vocabulary"}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
@@ -63,6 +66,9 @@ CASES: dict[str, dict[str, Any]] = {
     "opd, sharded": {"method": {"name": "opd"}, **SHARDED, "eval": {"problems": 5, "samples": 2, "every": 2}},
     "exopd, sharded": {"method": {"name": "exopd"}, **SHARDED},  # a teacher and a base
     "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
+    # A teacher with another tokenizer.
+    "spans": {"student": SPELLING, "method": {"name": "strict_ct"}, "limit": None},
+    "spans_opd": {"student": SPELLING, "method": {"name": "opd"}, "limit": None},
     "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
@@ -112,10 +118,24 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
         settings = configuration.merge(SMALL, CASES[name])
         if settings.get("student") == UNTIED:
             settings["student"] = str(ranks.join().first(lambda: untied(folder / UNTIED, settings.get("data"))))
+        if settings.get("student") == SPELLING:
+            ranks.join().first(lambda: spelling(folder / SPELLING))
+            settings |= {role: str(folder / SPELLING / role) for role in ("student", "teacher")}
+            settings["data"] = str(folder / SPELLING / "data.jsonl")
         run = runner.start(api.assemble(settings), out)
     run.callbacks = (watching,)
     run.go()
     return watching.rows
+
+
+def spelling(folder: Path) -> None:
+    """Two models with two tokenizers, and rows for them; made once."""
+    if (folder / "data.jsonl").exists():
+        return
+    make_model_of(folder / "student", "gemma", seed=1, scale=0.1)
+    make_model_of(folder / "teacher", "byte-level", seed=2, width=24)
+    rows = [{"prompt": prompt} for prompt in ("the quick brown fox", "hello", "a b c", "def f(x):") * 5]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def untied(folder: Path, data: str | None) -> Path:

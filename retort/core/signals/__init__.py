@@ -3,17 +3,25 @@
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
+from retort.core.signals.spans import LONGEST_UNIT, Spans, columns_of, matched, unit_columns
+from retort.core.signals.units import Units
 
 __all__ = [
+    "LONGEST_UNIT",
     "Candidates",
     "Dense",
     "DistributionRows",
     "Factors",
     "Sampled",
     "SignalRows",
+    "Spans",
     "TeacherSignal",
     "TopK",
+    "Units",
     "as_compute",
+    "columns_of",
     "entropy",
     "entropy_lower_bound",
+    "matched",
+    "unit_columns",
 ]

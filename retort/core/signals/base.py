@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort.core.distribution import Distribution
 from retort.core.needs import NeedKind, require_finite
+from retort.core.signals.units import Units
 from retort.errors import SignalError
 
 #: How far a log-prob may be above 0, or a sum of probabilities above 1, by rounding to bf16.
@@ -28,6 +29,8 @@ class SignalRows:
     source: str = "teacher"
     #: Width of the distribution, if there is one.
     vocab: int | None = None
+    #: Whether its numbers are about units of several tokens (`Spans`); else every step is a unit by itself.
+    by_unit: bool = False
 
     def _missing(self, what: str) -> SignalError:
         return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
@@ -69,6 +72,23 @@ class SignalRows:
         """The teacher's last hidden states."""
         raise self._missing("hidden states")
 
+    @property
+    def units(self) -> Units:
+        """The aligned units of tokens in these steps, and the teacher's distribution at the beginning of each."""
+        raise self._missing("aligned units of tokens")
+
+    def over_unit(self, values_N: Tensor) -> Tensor:
+        """The sum over each step's unit, at every step of it, [N]; a step outside of all units keeps its value."""
+        return values_N
+
+    def per_step(self, values_N: Tensor) -> Tensor:
+        """A number of each step's unit, divided evenly over its steps: means over steps count the unit once, [N]."""
+        return values_N
+
+    def first_only(self, values_N: Tensor) -> Tensor:
+        """The values at the first step of each unit, and 0 at its other steps, [N]; others keep their values."""
+        return values_N
+
     def candidates(self, k: int) -> Tensor | None:
         """The first `k` of the student's most likely ids that it scored, [C, K]; None: it can score any ids."""
         return None
@@ -101,6 +121,16 @@ class TeacherSignal:
     def offers(self) -> frozenset[NeedKind]:
         """The kinds of `Need` that this signal meets."""
         raise NotImplementedError
+
+    @property
+    def begins_N(self) -> Tensor | None:
+        """The steps at which a chunk or block may begin, bool [N], on the CPU; None: any."""
+        return None
+
+    @property
+    def block_width(self) -> int:
+        """Columns per step of its logits where they are not the student's ids; chunks and blocks allow for them."""
+        return 0
 
     def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
         """Ids [N, K] of a signal that lists some instead of all, by the need they meet; and whether they are all ids.

@@ -12,6 +12,7 @@ from torch import Tensor
 from retort.core.distribution import WHOLE, Distribution, Shard
 from retort.core.needs import NeedKind, require_finite
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, take_rows
+from retort.core.signals.units import Units
 
 
 def entropy(logp_NV: Tensor) -> Tensor:
@@ -44,6 +45,10 @@ class DistributionRows(SignalRows):
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         return self._distribution.topk(k)
+
+    @cached_property
+    def units(self) -> Units:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return Units.single(self._distribution, self.sampled_logp_N, self.source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -91,7 +91,7 @@ def _decided(passes: Passes, batch: Batch) -> bool:
     kinds = world.each(lambda: {view: _kind(signal) for view, signal in batch.signals.items()})
     states = sum(kind.states for kind in kinds[0].values() if kind is not None)
     whole, parts = exchanged(vocab, width, states, passes.batch_tokens, world.size)
-    reason = f"a pass exchanges at most {_millions(parts)} numbers with slices, {_millions(whole)} with the whole"
+    reason = f"a pass exchanges at most {parts:,.0f} numbers with slices, {whole:,.0f} with the whole"
     on_slices = use.setting == "vocabulary" or parts <= whole
     obstacle = _obstacle(passes, batch, kinds, vocab) if on_slices else None
     if obstacle is not None and use.setting == "vocabulary":
@@ -100,10 +100,6 @@ def _decided(passes: Passes, batch: Batch) -> bool:
     how = "keeps its slice of" if on_slices else "gathers"
     use.note(f"every rank {how} the student's head in the loss of '{batch.method.name}': {obstacle or reason}")
     return on_slices
-
-
-def _millions(numbers: float) -> str:
-    return f"{numbers / 1e6:,.3g} million"
 
 
 def _obstacle(passes: Passes, batch: Batch, kinds: Sequence[Mapping[str, _Kind | None]], vocab: int) -> str | None:

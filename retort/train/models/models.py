@@ -6,10 +6,13 @@ Every model has a name, by which views and settings call it: `student`, `teacher
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from retort.align.pair import align_pair
+from retort.align.spanned import align_spans
+from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.errors import UserError
 from retort.models.in_memory import InMemoryModel
@@ -19,6 +22,7 @@ from retort.ranks import here, local_rank
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.local import LocalTeacher
+from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
 
 
@@ -61,17 +65,19 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
 
 
 def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel) -> LocalTeacher:
-    """Makes a frozen model a teacher of the student, aligned with it.
+    """Makes a frozen model a teacher of the student, aligned with it: by ids, or by units of bytes.
 
     Raises:
-        UserError: Their tokenizers disagree.
+        UserError: A stop is not among the ids of both, or a tokenizer cannot be read.
     """
-    return LocalTeacher(
-        teacher,
-        alignment=align_pair(student, teacher),
-        batch_tokens=config.optimizer.batch_tokens,
-        template_options=config.rollout.template_options,
-    )
+    settings: dict[str, Any] = {
+        "batch_tokens": config.optimizer.batch_tokens,
+        "template_options": config.rollout.template_options,
+    }
+    try:
+        return LocalTeacher(teacher, alignment=align_pair(student, teacher), **settings)
+    except OtherTokenizer:
+        return SpanTeacher(teacher, alignment=align_spans(student, teacher, teacher.name), **settings)
 
 
 def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:

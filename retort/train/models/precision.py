@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from retort.align.pair import Alignment, SameIds, align_pair
+from retort.align.tokens import OtherTokenizer
 from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel, Precision
@@ -41,7 +42,7 @@ def settle(
         The choice, and a sentence on what was measured.
 
     Raises:
-        UserError: Their tokenizers disagree.
+        UserError: A model lacks rows for its tokens.
     """
     # Longer prompts are refused where all are checked.
     usual = [ids for ids in prompts if 0 < len(ids) < student.context]
@@ -74,7 +75,10 @@ def measured(
         the teacher on them, nats.
     """
     width = student.head().width
-    pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
+    try:
+        pair = SameIds(width) if teacher is None else align_pair(student, teacher, with_stops=False)
+    except OtherTokenizer:  # their divergence is not that of two distributions over the same ids
+        pair, teacher = SameIds(width), None
     same = SameIds(pair.vocab)
     generated = min(_GENERATED, student.context - max(len(ids) for ids in prompts[:_COMPLETIONS]))
     requests = [

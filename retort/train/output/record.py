@@ -69,11 +69,17 @@ def _group_metrics(pack: Pack) -> dict[str, float]:
 def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View], rollouts: int) -> dict[str, float]:
     """Means over the prompts of views other than the student's own, as `view/<name>/<what>`.
 
+    Of a teacher with another tokenizer also shares of the completions' bytes: `one_to_one` (a token on both sides),
+    `spans` (units of several), `unread` (in no unit, see docs/tokenizers.md).
+
     `no_context`, `cut` and `shows/<template>` (such as `success`, `failure`, `feedback`) are shares of the rollouts,
     `prompt_tokens` is a mean over those with a context.
     """
     found: dict[str, float] = {}
     for name, signal in signals.items():
+        parts = {what: signal.counts.get(f"bytes_{what}", 0.0) for what in ("one_to_one", "spans", "unread")}
+        if total := sum(parts.values()):
+            found |= {f"view/{name}/{what}": count / total for what, count in parts.items()}
         if views[name].render is None or not signal.counts:
             continue
         left_out = signal.counts.get("no_context", 0.0)

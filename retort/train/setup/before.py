@@ -12,8 +12,10 @@ from typing import Any
 
 from retort.align.chat import Renderer
 from retort.align.pair import align_ids
+from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.config.precedence import flat
+from retort.core.needs import can_meet
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -22,6 +24,7 @@ from retort.models.described import Described, describe
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.ranks import here
+from retort.teachers.spanned import SpanTeacher
 from retort.train.events import tracking
 from retort.train.setup import templates
 
@@ -73,14 +76,39 @@ def check_before_loading(
     first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
-    for other in list(found.values())[1:]:
-        align_ids(found["student"].tokenizer, other.tokenizer)
+    for name, other in list(found.items())[1:]:
+        need_alignment(method, name, found["student"], other)
     config = templates.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
     renders = {role: Renderer(one.tokenizer, config.rollout.template_options) for role, one in found.items()}
     read = templates.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
     notes[first_note:first_note] = paper_settings(config, method)
     return CheckedSettings(config, renders["student"], {role: one.highest for role, one in read.items()})
+
+
+def need_alignment(method: Method, name: str, student: Described, other: Described) -> None:
+    """Refuses a model with another tokenizer than the student's, unless units of bytes are all that is asked of it.
+
+    Raises:
+        UserError: The method compares ids with it, or whole distributions.
+    """
+    try:
+        align_ids(student.tokenizer, other.tokenizer)
+    except OtherTokenizer as error:
+        lacking = needs_ids(method, name)
+        if lacking:
+            raise UserError(f"{lacking}, but {error}") from None
+
+
+def needs_ids(method: Method, name: str) -> str | None:
+    """What a method needs of a model that one with another tokenizer cannot give, as a sentence; None if nothing."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        views = [view for view, own in phase.views.items() if own.model == name]
+        needs = [need for view in views for need in phase.needs(view) if not can_meet(SpanTeacher.capabilities, need)]
+        if needs:
+            return f"method '{phase.name}' needs {min(needs)} of the {name}"
+    return None
 
 
 def _describe(config: Config, role: str, name: str, source: str | InMemoryModel) -> Described:

@@ -1,0 +1,130 @@
+"""A teacher in this process with another tokenizer than the student. Axis letters: see `retort.core`; M its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retort.align.aligned import AlignedTurns, Coverage
+from retort.align.spanned import SpanPair
+from retort.core.head import Head
+from retort.core.needs import NeedKind
+from retort.core.per_token import in_blocks
+from retort.core.rollouts import Group, Pack
+from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, columns_of
+from retort.teachers.base import ScoreRequest
+from retort.teachers.local import LocalTeacher
+
+
+class SpanTeacher(LocalTeacher):
+    """A frozen model with a tokenizer of its own: it reads the bytes that the student generated in its own tokens.
+
+    It gives one number for each unit of tokens that spell the same bytes on both sides, and its distribution where a
+    unit begins. Its prompts are rendered by its own chat template.
+    """
+
+    capabilities: frozenset[NeedKind] = frozenset({"spans", "sampled"})
+
+    def __init__(self, lm: Any, *, alignment: SpanPair, **others: Any) -> None:
+        """Builds the teacher; see `LocalTeacher`."""
+        super().__init__(lm, alignment=alignment, **others)  # type: ignore[arg-type]
+        self.pair = alignment
+
+    def in_own_ids(self) -> LocalTeacher:
+        """The same model for completions in its own ids with its own stop token, such as its own."""
+        return LocalTeacher(
+            self.lm,
+            alignment=self.pair.itself(),
+            batch_tokens=self.batch_tokens,
+            template_options=self.template_options,
+            stage=self.stage,
+        )
+
+    def score(
+        self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
+    ) -> TeacherSignal:
+        """See `Teacher`. The signal keeps hidden states where units begin, and sums of log-probs.
+
+        Raises:
+            SignalError: The teacher cannot read a rollout at all; `docs/tokenizers.md` says what is counted instead.
+        """
+        pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
+        prompts = self.prompts(pack, request.view)
+        turns = [
+            None if ids is None else self.pair.read(rollout.sequence, ids)
+            for rollout, ids in zip(pack.rollouts, prompts.ids, strict=True)
+        ]
+        read = [own for own in turns if own is not None and own.sequence.steps]
+        with self.lm.scoring():
+            hidden_MD = self.lm.all_hidden([own.sequence for own in read], self.batch_tokens)
+            unchanged = head or self._unchanged_head()
+        tokens_M = _joined([own.sequence.actions_A for own in read]).to(hidden_MD.device)
+
+        def logits(index_M: Tensor | slice) -> Tensor:
+            with torch.no_grad(), self.lm.compute():
+                return unchanged().logits(hidden_MD[index_M], self.pair.width)
+
+        logp_M, raw_M = _sampled(Dense(tokens_M, self.name, logits, self.pair.width, temperature))
+        shared = self.pair.shared.student_K.to(tokens_M.device), self.pair.shared.teacher_K.to(tokens_M.device)
+        tokens_N = pack.steps.tokens_N.to(tokens_M.device)
+        unit_N, unit_M = (unit.to(tokens_M.device) for unit in _numbered(turns, pack))
+        columns, begins_N = columns_of(
+            unit_N, unit_M, tokens_N, tokens_M, logp_M, shared, raw_M=raw_M, longest=LONGEST_UNIT
+        )
+        valid_N = prompts.valid_N(pack)
+        return Spans(
+            tokens_N,
+            self.name,
+            lambda index_C: logits(begins_N[index_C]),
+            self.pair.width,
+            temperature,
+            **columns,  # type: ignore[arg-type]
+            shared=shared,
+            stops=(self.pair.student_stops.to(tokens_M.device), self.pair.teacher_stops.to(tokens_M.device)),
+            valid_N=None if valid_N is None else valid_N.to(tokens_M.device),
+            counts=prompts.counts | coverage_counts(turns),
+        )
+
+
+@torch.no_grad()
+def _sampled(dense: Dense) -> tuple[Tensor, Tensor]:
+    """Log-prob, and logit over the temperature, of the teacher's own tokens, [M] each."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for rows in in_blocks(dense, dense.width):
+        logp = rows.sampled_logp_N
+        found.append((logp, logp + rows.distribution.normaliser_C))
+    if not found:
+        return torch.zeros(0), torch.zeros(0)
+    return torch.cat([logp for logp, _ in found]), torch.cat([raw for _, raw in found])
+
+
+def _joined(ids: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(ids)) if ids else torch.zeros(0, dtype=torch.long)
+
+
+def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor, Tensor]:
+    """The unit of every step [N] and of every token of the teacher's [M], numbered through the pack; -1 for none."""
+    steps: list[Tensor] = []
+    tokens: list[Tensor] = []
+    units = 0
+    for own, rollout in zip(turns, pack.rollouts, strict=True):
+        if own is None:
+            steps.append(torch.full((rollout.steps,), -1))
+            continue
+        steps.append(torch.where(own.unit_A >= 0, own.unit_A + units, -1))
+        tokens.append(torch.where(own.unit_B >= 0, own.unit_B + units, -1))
+        units += len(own.student_U)
+    return _joined(steps), _joined(tokens)
+
+
+def coverage_counts(turns: Sequence[AlignedTurns | None]) -> dict[str, float]:
+    """Counts about a batch for the metrics: bytes in 1:1 units, in spans and in none."""
+    total = sum((own.coverage for own in turns if own is not None), Coverage())
+    return {
+        "bytes_one_to_one": float(total.single),
+        "bytes_spans": float(total.spans),
+        "bytes_unread": float(sum(total.lost.values())),
+    }
