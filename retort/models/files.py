@@ -203,15 +203,16 @@ def read_model(
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
         torch.manual_seed(0)
         where = gguf.arguments(location) if file else {"pretrained_model_name_or_path": location}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **where,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that one account lists all mismatches
-            output_loading_info=True,
-        )
+        with gguf.fast_reader() if file else contextlib.nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that one account lists all mismatches
+                output_loading_info=True,
+            )
     model, info = loaded
     if file:
         gguf.without_leftovers(model)

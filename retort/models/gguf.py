@@ -6,18 +6,19 @@ it many seconds each time, so configuration and tokenizer are kept in memory for
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib.util
 import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+from retort.models.gguf_reader import fast_reader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -185,7 +186,7 @@ def _read_once(location: str, _changed: int, _size: int) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoTokenizer
 
     path = Path(location)
-    with _parsed_once():
+    with fast_reader():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         tokenizer = cast("Any", AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
     if _split_rule(header(location).metadata) == _SINGLE_DIGITS:
@@ -196,18 +197,6 @@ def _read_once(location: str, _changed: int, _size: int) -> tuple[Any, Any]:
     if isinstance(context, int):
         tokenizer.model_max_length = context
     return config, tokenizer
-
-
-@contextlib.contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Lets transformers parse a file once within the block: it does so for every part, which takes most of the time."""
-    package: Any = importlib.import_module("gguf")
-    plain = package.GGUFReader
-    package.GGUFReader = lru_cache(maxsize=1)(plain)
-    try:
-        yield
-    finally:
-        package.GGUFReader = plain
 
 
 def _split_rule(metadata: Mapping[str, Any]) -> str | None:
