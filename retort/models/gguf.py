@@ -35,6 +35,8 @@ _PLAIN = ("F32", "F16", "BF16", "F64")
 _GPT2 = "gpt-2"
 #: A rule that transformers does not know, and that is GPT-2's after each digit stands alone.
 _SINGLE_DIGITS = "smollm"
+#: A rule of which transformers leaves out that characters are composed first (NFC), as Qwen's tokenizers do.
+_COMPOSED = "qwen2"
 
 
 @dataclass(frozen=True)
@@ -182,21 +184,45 @@ def _read(location: str) -> tuple[Any, Any]:
 
 @lru_cache(maxsize=4)
 def _read_once(location: str, _changed: int, _size: int) -> tuple[Any, Any]:
-    from tokenizers import pre_tokenizers
     from transformers import AutoConfig, AutoTokenizer
 
     path = Path(location)
     with fast_reader():
         config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
         tokenizer = cast("Any", AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name))
-    if _split_rule(header(location).metadata) == _SINGLE_DIGITS:
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
+    tokenizer = _put_right(tokenizer, _split_rule(header(location).metadata))
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int):
         tokenizer.model_max_length = context
     return config, tokenizer
+
+
+def _put_right(tokenizer: Any, rule: str | None) -> Any:
+    """The tokenizer with the rule of its file, in the class that saves its rules and reads them back.
+
+    The classes of some families (Qwen's, Gemma's) make their own rules whenever a tokenizer is opened, so that what was
+    saved would read text differently.
+    """
+    from tokenizers import normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    rules = tokenizer.backend_tokenizer
+    if rule == _SINGLE_DIGITS:
+        rules.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    if rule == _COMPOSED:
+        rules.normalizer = normalizers.NFC()
+    if type(tokenizer) is PreTrainedTokenizerFast:
+        return tokenizer
+    return PreTrainedTokenizerFast(
+        tokenizer_object=rules,
+        chat_template=tokenizer.chat_template,
+        padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _split_rule(metadata: Mapping[str, Any]) -> str | None:

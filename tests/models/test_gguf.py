@@ -24,6 +24,7 @@ from retort.errors import UserError
 from retort.models import gguf
 from retort.models.described import describe
 from retort.models.files import locate
+from retort.models.gguf_reader import reader_class
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 
@@ -85,10 +86,53 @@ def test_digits_stand_alone_where_the_rule_says_so(tmp_path: Path) -> None:
     assert lm.tokenizer.tokenize("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
+@pytest.mark.parametrize("rule", ["gpt-2", "qwen2", "llama-bpe", "smollm"])
+def test_a_tokenizer_that_is_saved_reads_the_same_again(tmp_path: Path, rule: str) -> None:
+    from transformers import AutoTokenizer
+
+    file = str(write_gguf(tmp_path / "rule.gguf", rule=rule, chat=True))
+    tokenizer: Any = gguf.read_tokenizer(file)
+    gguf.read_config(file).save_pretrained(tmp_path / "saved")  # a family beside it decides how some are opened
+    tokenizer.save_pretrained(tmp_path / "saved")
+    again: Any = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in (*LINES, "12345 e\u0301", "a\n\n\n\tb  12", "<end><think>"):
+        assert again(text).input_ids == tokenizer(text).input_ids, text
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert again.special_tokens_map == tokenizer.special_tokens_map and again.chat_template == tokenizer.chat_template
+    assert (tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids) == (rule == "qwen2")  # as Qwen's own does
+
+
 @pytest.mark.parametrize(("rule", "named"), [("new-rule", "new-rule"), (None, "default")])
 def test_a_rule_that_is_not_followed_is_said(tmp_path: Path, rule: str | None, named: str) -> None:
     (note,) = load(write_gguf(tmp_path / "rule.gguf", rule=rule)).notes
     assert "text is split as GPT-2 does" in note and f"({named})" in note
+
+
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_the_fast_reader_reads_what_the_plain_one_does(file: Path, tmp_path: Path, big_endian: bool) -> None:
+    from gguf import GGUFEndian, GGUFReader, GGUFWriter
+
+    if big_endian:
+        file = tmp_path / "big.gguf"
+        writer = GGUFWriter(file, "qwen3", endianess=GGUFEndian.BIG)
+        writer.add_array("texts", ["", "a", "é\n", "<s>" * 90])
+        writer.add_array("numbers", [1.5, -2.0])
+        writer.add_tensor("weight", torch.arange(6.0).reshape(2, 3).numpy())
+        for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+            write()
+        writer.close()
+    plain, fast = GGUFReader(file), reader_class()(file)
+    assert plain.fields.keys() == fast.fields.keys() and len(plain.fields) > 3
+    for name, field in plain.fields.items():
+        own = fast.fields[name]
+        assert (own.offset, own.data, own.types) == (field.offset, field.data, field.types), name
+        assert [(part.dtype, part.tolist()) for part in own.parts] == [
+            (part.dtype, part.tolist()) for part in field.parts
+        ], name
+    assert plain.tensors
+    for one, other in zip(plain.tensors, fast.tensors, strict=True):
+        assert (one.name, one.tensor_type, one.data_offset) == (other.name, other.tensor_type, other.data_offset)
+        assert one.data.dtype == other.data.dtype and (one.data == other.data).all()
 
 
 def cut(path: Path, to: int) -> Path:
