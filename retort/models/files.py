@@ -99,8 +99,9 @@ def locate(label: str, name: str, source: str | None) -> str:
         raise UserError(f"{label}: {found}")
     if there:
         return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{label}: no such {'file' if path.suffix.lower() == '.gguf' else 'folder'}")
+    file = path.suffix.lower() == ".gguf"
+    if file or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{label}: no such {'file' if file else 'folder'}")
     problem = _wrong_on_hub(name)
     if problem is not None:
         raise UserError(f"{label}: there is no such folder, and {problem}")

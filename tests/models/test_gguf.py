@@ -207,8 +207,9 @@ def test_a_missing_package_names_the_extra(file: Path, monkeypatch: pytest.Monke
 
 
 def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such file"):
-        locate("teacher x", str(tmp_path / "x.gguf"), None)
+    for name in (str(tmp_path / "x.gguf"), "models/x.gguf"):  # the hub is not asked for the second
+        with pytest.raises(UserError, match="no such file"):
+            locate("teacher x", name, None)
 
 
 def test_a_run_reads_both_models_from_files(file: Path, tmp_path: Path, tiny_run: dict[str, Any]) -> None:
