@@ -110,7 +110,7 @@ class Pair:
         theirs = TeacherTokens(
             self.tokens[1], self.logp(teacher, self.tokens[1]), lambda index: teacher[index], teacher.shape[1]
         )
-        given: dict[str, Any] = {"shared": (pairs[:, 0], pairs[:, 1]), "stops": stops, "place_N": first}
+        given: dict[str, Any] = {"shared": (pairs[:, 0], pairs[:, 1]), "stops": stops, "their_first_N": first}
         given |= {"theirs": theirs, **columns, **more}
         return Spans(self.tokens[0], "teacher", lambda rows: teacher[first[rows]], teacher.shape[1], **given)
 

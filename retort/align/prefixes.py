@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from retort.core.signals import PlaceInUnit
+from retort.core.signals import PositionInUnit
 from retort.errors import UserError
 
 __all__ = ["Prefixes"]
@@ -120,7 +120,7 @@ class Prefixes:
         """Whether a token of the student's is whitespace only."""
         return self.student[token].isspace()
 
-    def places(self, own: Sequence[int], theirs: Sequence[int]) -> list[PlaceInUnit | None]:
+    def positions(self, own: Sequence[int], theirs: Sequence[int]) -> list[PositionInUnit | None]:
         """Where the teacher stands at each of the student's tokens of a unit; None: it cannot be compared there.
 
         That is so at a token that spells nothing, at one that ends inside of a later token of the teacher's, and at all
@@ -135,14 +135,14 @@ class Prefixes:
         if text != b"".join(others):
             return [None] * len(own)
         ends, their_ends = (list(accumulate(map(len, side))) for side in (ours, others))
-        found: list[PlaceInUnit | None] = []
+        found: list[PositionInUnit | None] = []
         for piece, end in zip(ours, ends, strict=True):
             begin = end - len(piece)
             at = bisect_right(their_ends, begin)  # the first that ends behind the beginning
             if not piece or (end > their_ends[at] and end < len(text)):
                 found.append(None)
             else:
-                found.append(PlaceInUnit(at, text[their_ends[at] - len(others[at]) : begin], end > their_ends[at]))
+                found.append(PositionInUnit(at, text[their_ends[at] - len(others[at]) : begin], end > their_ends[at]))
         return found
 
     def _longest_in(self, text: bytes) -> int:

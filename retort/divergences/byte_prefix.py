@@ -69,12 +69,12 @@ def byte_prefix(
             return between(context.student, units.teacher)
         table, theirs = prefix_table(units)
         rows = _rows(context, units, table, whitespace)
-        if not rows.places:
+        if not rows.begun:
             return torch.where(torch.zeros_like(context.student_logp_N, dtype=torch.bool), context.student_logp_N, 0.0)
         teacher = theirs.distribution(rows.at_R)
         require_finite("a logit (or the sum of all)", teacher.normaliser_C, units.source)
         logits_RV = context.whole_student.logits_CV[rows.step_R]
-        target_RV = projected(teacher, rows.places, table, theirs, rows.at_R, rows.ids_R)
+        target_RV = projected(teacher, rows.begun, table, theirs, rows.at_R, rows.ids_R)
         t_RV = torch.nn.functional.pad(target_RV[:, :-1], (0, logits_RV.shape[1] - table.residual))
         placed_R = t_RV.sum(-1)
         if divergence == "reverse_kl":
@@ -102,13 +102,13 @@ def stop_bridge() -> Divergence:
         nothing_C = torch.where(torch.zeros_like(logp_C, dtype=torch.bool), logp_C, 0.0)
         if units.shared is None or units.stops is None:
             return nothing_C
-        place_F, theirs = units.their_tokens()
+        their_first_F, theirs = units.their_tokens()
         own_S, their_S = units.stops
         index_G = torch.isin(context.steps.tokens_N[units.first_F], own_S).nonzero().squeeze(-1)
         if not len(index_G):
             return nothing_C
         step_G = units.first_F[index_G]
-        teacher = theirs.distribution(place_F[index_G])
+        teacher = theirs.distribution(their_first_F[index_G])
         require_finite("a logit (or the sum of all)", teacher.normaliser_C, units.source)
         student = Distribution(context.student.logits_CV[step_G], context.student.shard)
         return nothing_C.index_copy(0, step_G, kl_values(stop_or_go(teacher, their_S), stop_or_go(student, own_S)))
@@ -121,47 +121,47 @@ class _Rows:
     """The steps that can be compared.
 
     Attributes:
-        places: The bytes that the teacher has written there, and, where the student's token goes beyond the teacher's,
+        begun: The bytes that the teacher has written there, and, where the student's token goes beyond the teacher's,
             the number of the teacher's tokens up to the end of the unit (0 elsewhere).
         step_R: Index of the step in the block.
         at_R: Index of the teacher's token.
         ids_R: The student's id that was written.
     """
 
-    places: list[tuple[bytes, int]]
+    begun: list[tuple[bytes, int]]
     step_R: Tensor
     at_R: Tensor
     ids_R: Tensor
 
 
 def _rows(context: Context, units: Units, table: PrefixTable, whitespace: bool) -> _Rows:
-    place_F, theirs = units.their_tokens()
+    their_first_F, theirs = units.their_tokens()
     tokens_C = context.steps.tokens_N
     stops: set[int] = set() if units.stops is None else set(units.stops[0].tolist())
     ids: list[int] = tokens_C.tolist()
-    places: list[tuple[bytes, int]] = []
+    begun: list[tuple[bytes, int]] = []
     steps: list[int] = []
     at: list[int] = []
-    columns = (units.first_F, units.own_F, place_F, units.theirs_F)
+    columns = (units.first_F, units.own_F, their_first_F, units.theirs_F)
     index_F = torch.stack(columns).tolist()
     low = min(index_F[2], default=0)
     read: list[int] = theirs.tokens_M[low : max((p + n for p, n in zip(*index_F[2:], strict=True)), default=0)].tolist()
     for first, own, place, others in zip(*index_F, strict=True):
-        found = table.places(ids[first : first + own], read[place - low : place - low + others])
+        found = table.positions(ids[first : first + own], read[place - low : place - low + others])
         for step, here in enumerate(found, first):
             token = ids[step]
             if here is None or token in stops or (not whitespace and table.is_whitespace(token)):
                 continue
-            places.append((here.prefix, others - here.token if here.beyond else 0))
+            begun.append((here.prefix, others - here.token if here.beyond else 0))
             steps.append(step)
             at.append(place + here.token)
     step_R, at_R = (torch.tensor(x, dtype=torch.long, device=tokens_C.device) for x in (steps, at))
-    return _Rows(places, step_R, at_R, tokens_C[step_R])
+    return _Rows(begun, step_R, at_R, tokens_C[step_R])
 
 
 def projected(
     teacher: Distribution,
-    places: list[tuple[bytes, int]],
+    begun: list[tuple[bytes, int]],
     table: PrefixTable,
     theirs: TeacherTokens,
     at_R: Tensor,
@@ -171,7 +171,7 @@ def projected(
 
     Args:
         teacher: The teacher's distribution at each row's token.
-        places: For each row, the bytes of that token that are already written, and the number of the teacher's tokens
+        begun: For each row, the bytes of that token that are already written, and the number of the teacher's tokens
             that the student's written token stands for, where those are several; else 0.
         table: What the teacher's tokens mean.
         theirs: The teacher's tokens.
@@ -179,9 +179,9 @@ def projected(
         ids_R: The student's written ids.
     """
     device = at_R.device
-    target_RV = teacher.p_CV.new_zeros(len(places), table.residual + 1)
+    target_RV = teacher.p_CV.new_zeros(len(begun), table.residual + 1)
     behind: dict[bytes, list[int]] = {}
-    for row, (prefix, _) in enumerate(places):
+    for row, (prefix, _) in enumerate(begun):
         behind.setdefault(prefix, []).append(row)
     for prefix, rows in behind.items():
         index_K = torch.tensor(rows, device=device)
@@ -193,7 +193,7 @@ def projected(
             p_KI = teacher.p_CV[index_K]
         target_RV[index_K] = p_KI.new_zeros(len(rows), table.residual + 1).index_add_(1, meant_I, p_KI)
         for order, row in enumerate(rows):
-            count = places[row][1]
+            count = begun[row][1]
             if count:
                 logp = theirs.total(at_R[row : row + 1], torch.tensor([count], device=device))[0]
                 moved = (logp if pi_K is None else logp - pi_K[order]).exp()

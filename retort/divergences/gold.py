@@ -92,8 +92,8 @@ def _merged(
     """Either side's distribution at the position that counts, and the log-prob of its other tokens of the unit, [F]."""
     last = merge == "bayesian"
     logp_C = context.student_logp_N
-    place_F = units.first_F + units.own_F - 1 if last else units.first_F
-    elsewhere_C = torch.ones_like(logp_C, dtype=torch.bool).index_fill(0, place_F, False)
+    their_first_F = units.first_F + units.own_F - 1 if last else units.first_F
+    elsewhere_C = torch.ones_like(logp_C, dtype=torch.bool).index_fill(0, their_first_F, False)
     rest_F = units.sum(torch.where(elsewhere_C, logp_C, 0.0))
     student = units.student(context.whole_student, last=last)
     teacher = units.teacher_at_last if last else units.teacher

@@ -106,7 +106,7 @@ class TwoTokenizations:
             width,
             shared=(own_S, their_S),
             stops=self.stops,
-            place_N=from_N,
+            their_first_N=from_N,
             theirs=TeacherTokens(their_M, taken_M, lambda index: whole_MV[index], width, prefixes=prefixes),
             **columns,  # pyright: ignore[reportArgumentType]
         )

@@ -198,7 +198,7 @@ def _spans(made: _MadeUp, shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: T
         **columns,  # type: ignore[arg-type]
         shared=(same_S, same_S),
         stops=(stop_E, stop_E),
-        place_N=begins_N,
+        their_first_N=begins_N,
         theirs=TeacherTokens(tokens_M, logp_M, lambda index: logits_MV[index], width, prefixes=lambda: prefixes),
     )
 

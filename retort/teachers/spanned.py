@@ -98,7 +98,7 @@ class SpanTeacher(LocalTeacher):
             **columns,  # type: ignore[arg-type]
             shared=shared,
             stops=(self.pair.student_stops.to(tokens_M.device), self.pair.teacher_stops.to(tokens_M.device)),
-            place_N=begins_N,
+            their_first_N=begins_N,
             theirs=TeacherTokens(tokens_M, logp_M, logits, self.pair.width, temperature, lambda: self.pair.prefixes),
             valid_N=None if valid_N is None else valid_N.to(tokens_M.device),
             counts=prompts.counts | coverage_counts(turns),

@@ -203,9 +203,9 @@ def test_the_worlds_have_every_kind_of_place() -> None:
         table = prefix_table(world.signal().rows(slice(None)).units)[0]
         own, theirs = world.signal(), torch.tensor(world.ids[1])
         for first in own.first_N.nonzero().squeeze(-1).tolist():
-            assert own.place_N is not None
-            place, count = int(own.place_N[first]), int(own.theirs_N[first])
-            found = table.places(
+            assert own.their_first_N is not None
+            place, count = int(own.their_first_N[first]), int(own.theirs_N[first])
+            found = table.positions(
                 world.ids[0][first : first + int(own.own_N[first])], theirs[place : place + count].tolist()
             )
             inside += sum(1 for one in found if one is not None and one.prefix)

@@ -313,7 +313,7 @@ def test_a_merged_number_is_the_units_probability_at_what_was_written() -> None:
 
 def test_a_signal_without_the_teachers_tokens_is_refused_by_methods_that_read_them() -> None:
     pair = Pair()
-    bare = pair.spans(theirs=None, place_N=None)
+    bare = pair.spans(theirs=None, their_first_N=None)
     given_: dict[str, Any] = {"student_logits": pair.logits, "tokens": pair.tokens[0], "rollouts": pair.rollouts[0]}
     with pytest.raises(SignalError, match="no tokens of the teacher's"):
         token_losses("gold", teacher_logits=bare, **given_)

@@ -166,8 +166,8 @@ def equals(made: Made, said: Spans, groups: list[Group], temperature: float = 1.
             assert said.raw_N[steps].tolist() == pytest.approx([unit.raw] * len(steps), abs=1e-10)
             torch.testing.assert_close(said.logits(torch.tensor(steps[:1]))[0], unit.logits_IV[0], rtol=0, atol=1e-10)
             assert said.theirs is not None
-            assert said.place_N is not None
-            every = said.place_N[steps[0]] + torch.arange(len(unit.theirs))
+            assert said.their_first_N is not None
+            every = said.their_first_N[steps[0]] + torch.arange(len(unit.theirs))
             expected = unit.logits_IV / temperature
             found = said.theirs.distribution(every).logits_CV
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
@@ -209,14 +209,14 @@ def test_a_pair_knows_what_the_teachers_tokens_mean_in_the_students(
     said = pair.score(pair.batch())
     assert said.theirs is not None
     assert said.theirs.prefixes is not None
-    assert said.place_N is not None
+    assert said.their_first_N is not None
     table = pair.pair.prefixes
     assert said.theirs.prefixes() is table, "found once"
     compared = 0
     for first in said.first_N.nonzero().squeeze(-1).tolist():
-        place, own, theirs = (int(column[first]) for column in (said.place_N, said.own_N, said.theirs_N))
+        place, own, theirs = (int(column[first]) for column in (said.their_first_N, said.own_N, said.theirs_N))
         ids, read = said.tokens_N[first : first + own], said.theirs.tokens_M[place : place + theirs]
-        found = table.places(ids.tolist(), read.tolist())
+        found = table.positions(ids.tolist(), read.tolist())
         if bool(said.matched_N[first]) and int(ids[0]) not in pair.pair.student_stops.tolist():
             assert found == [(0, b"", False)]
             assert int(table.root_V[read[0]]) == int(ids[0])

@@ -5,7 +5,7 @@ from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
-from retort.core.signals.theirs import PlaceInUnit, PrefixTable, TeacherTokens
+from retort.core.signals.theirs import PositionInUnit, PrefixTable, TeacherTokens
 from retort.core.signals.units import Units
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Dense",
     "DistributionRows",
     "Factors",
-    "PlaceInUnit",
+    "PositionInUnit",
     "PrefixTable",
     "Sampled",
     "SignalRows",

@@ -28,7 +28,7 @@ LONGEST_UNIT = 64
 #: What a teacher with another tokenizer can give.
 SPAN_KINDS: frozenset[NeedKind] = frozenset({"spans", "sampled"})
 
-_COLUMNS = ("unit_N", "own_N", "theirs_N", "logp_N", "matched_N", "raw_N", "place_N")
+_COLUMNS = ("unit_N", "own_N", "theirs_N", "logp_N", "matched_N", "raw_N", "their_first_N")
 
 
 def _none() -> Tensor:
@@ -61,7 +61,7 @@ class Spans(TeacherSignal):
         raw_N: The teacher's logits of its tokens of the unit, divided by the temperature and summed; None where they
             are not known.
         stops: Ids that end a completion, the student's and the teacher's, int64; None where they are not known.
-        place_N: Index of the first of the teacher's tokens of the step's unit in `theirs`, int64; None without that.
+        their_first_N: Index in `theirs` of the first token of the step's unit, int64; None without that.
         theirs: The teacher's own tokens; None where they are not known.
         checked: Part of a signal that was checked, cut between units by the loss core: nothing is checked again.
     """
@@ -77,7 +77,7 @@ class Spans(TeacherSignal):
     shared: tuple[Tensor, Tensor] = field(default_factory=lambda: (_none(), _none()))
     raw_N: Tensor | None = None
     stops: tuple[Tensor, Tensor] | None = None
-    place_N: Tensor | None = None
+    their_first_N: Tensor | None = None
     theirs: TeacherTokens | None = None
     checked: bool = field(default=False, repr=False, kw_only=True)
 
@@ -148,9 +148,11 @@ class Spans(TeacherSignal):
             return held[0][row_C[rows]]
 
         taken = self._taken(lambda column_N: column_N[index_C], logits, self.tokens_N.device, checked=True)
-        if taken.theirs is None or taken.place_N is None:
+        if taken.theirs is None or taken.their_first_N is None:
             return taken
-        return replace(taken, theirs=taken.theirs.held(taken.place_N[taken.first_N], taken.theirs_N[taken.first_N]))
+        return replace(
+            taken, theirs=taken.theirs.held(taken.their_first_N[taken.first_N], taken.theirs_N[taken.first_N])
+        )
 
     def select(self, index_N: Tensor) -> Spans:
         def logits(rows: Tensor | slice) -> Tensor:
@@ -205,7 +207,7 @@ class SpanRows(SignalRows):
         own_F = signal.own_N[index_C][first_F]
         if int(own_F.sum()) != int(inside_C.sum()):
             raise SignalError(f"{self.source}: a block of steps cuts a unit of tokens, which must stay whole")
-        raw_N, place_N = signal.raw_N, signal.place_N
+        raw_N, their_first_N = signal.raw_N, signal.their_first_N
         return Units(
             first_F,
             torch.where(inside_C, first_C.cumsum(0) - 1, -1),
@@ -217,7 +219,7 @@ class SpanRows(SignalRows):
             shared=signal.shared,
             raw_F=None if raw_N is None else raw_N[index_C][first_F],
             stops=signal.stops,
-            place_F=None if place_N is None else place_N[index_C][first_F],
+            their_first_F=None if their_first_N is None else their_first_N[index_C][first_F],
             theirs=signal.theirs,
             source=self.source,
         )
@@ -257,8 +259,8 @@ def matched(
     if not len(student_S):
         return torch.zeros_like(tokens_N, dtype=torch.bool)
     sorted_S, order_S = student_S.sort()
-    place_N = torch.searchsorted(sorted_S, tokens_N).clamp_max(len(sorted_S) - 1)
-    partner_N = torch.where(sorted_S[place_N] == tokens_N, teacher_S[order_S][place_N], -1)
+    index_N = torch.searchsorted(sorted_S, tokens_N).clamp_max(len(sorted_S) - 1)
+    partner_N = torch.where(sorted_S[index_N] == tokens_N, teacher_S[order_S][index_N], -1)
     return (own_N == 1) & (theirs_N == 1) & (partner_N == teacher_ids_N) & (partner_N >= 0)
 
 

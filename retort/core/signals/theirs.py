@@ -15,7 +15,7 @@ from torch import Tensor
 from retort.core.distribution import Distribution, as_compute
 
 
-class PlaceInUnit(NamedTuple):
+class PositionInUnit(NamedTuple):
     """Where the teacher stands at a token of the student's.
 
     Attributes:
@@ -51,7 +51,7 @@ class PrefixTable(Protocol):
         """Whether a token of the student's is whitespace only."""
         ...
 
-    def places(self, own: Sequence[int], theirs: Sequence[int]) -> list[PlaceInUnit | None]:
+    def positions(self, own: Sequence[int], theirs: Sequence[int]) -> list[PositionInUnit | None]:
         """Where the teacher stands at each of the student's tokens of a unit; None: it cannot be compared there."""
         ...
 

@@ -39,7 +39,7 @@ class Units:
             on both sides.
         raw_F: The teacher's logits of its tokens of the unit, summed, where they are known.
         stops: Ids that end a completion, the student's and the teacher's; None where they are not known.
-        place_F: Index of each unit's first token in `theirs`.
+        their_first_F: Index of each unit's first token in `theirs`.
         theirs: The teacher's own tokens, where they are known.
         source: Name of the teacher or view, for messages.
     """
@@ -54,7 +54,7 @@ class Units:
     shared: tuple[Tensor, Tensor] | None
     raw_F: Tensor | None = None
     stops: tuple[Tensor, Tensor] | None = None
-    place_F: Tensor | None = None
+    their_first_F: Tensor | None = None
     theirs: TeacherTokens | None = None
     source: str = "teacher"
 
@@ -103,8 +103,8 @@ class Units:
         """
         if self.shared is None:
             return self.teacher
-        place_F, theirs = self.their_tokens()
-        return self._sound(theirs.distribution(place_F + self.theirs_F - 1))
+        their_first_F, theirs = self.their_tokens()
+        return self._sound(theirs.distribution(their_first_F + self.theirs_F - 1))
 
     def teacher_rest(self, *, last: bool) -> Tensor:
         """The teacher's log-prob of all its tokens of each unit but the first, or but the last, summed, nats, [F].
@@ -114,8 +114,8 @@ class Units:
         """
         if self.shared is None:
             return torch.zeros_like(self.logp_F)
-        place_F, theirs = self.their_tokens()
-        return theirs.total(place_F if last else place_F + 1, self.theirs_F - 1)
+        their_first_F, theirs = self.their_tokens()
+        return theirs.total(their_first_F if last else their_first_F + 1, self.theirs_F - 1)
 
     def their_tokens(self) -> tuple[Tensor, TeacherTokens]:
         """The index of each unit's first token among the teacher's own tokens, [F], and those.
@@ -123,9 +123,9 @@ class Units:
         Raises:
             SignalError: They are not known.
         """
-        if self.place_F is None or self.theirs is None:
+        if self.their_first_F is None or self.theirs is None:
             raise SignalError(f"{self.source}: its signal has no tokens of the teacher's, which this method reads")
-        return self.place_F, self.theirs
+        return self.their_first_F, self.theirs
 
     def _sound(self, found: Distribution) -> Distribution:
         require_finite("a logit (or the sum of all)", found.normaliser_C, self.source)
