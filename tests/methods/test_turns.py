@@ -200,3 +200,33 @@ def test_without_an_outcome_no_rewards_are_needed() -> None:
     assert registry.load("sod", outcome_coef=0.0).needs_rewards is None
     assert registry.load("atod", outcome_start=0.0, outcome_end=0.0).needs_rewards is None
     assert registry.load("sod").needs_rewards is not None
+
+
+# --- tcod ---
+
+
+def test_the_horizon_grows_as_published() -> None:
+    for every, most, start, reached in ((2, 30, 1, 58), (4, 30, 1, 116), (6, 30, 1, 174), (2, 15, 1, 28)):
+        plan = registry.load("tcod", every=every, start=start).rollout.curriculum
+        assert plan is not None
+        turns = [min(plan.horizon(n), most) for n in range(300)]
+        assert turns[0] == start and turns == sorted(turns)
+        assert turns.index(start + 1) == every and turns.index(most) == reached == (most - start) * every
+
+
+def test_every_turn_counts_alike() -> None:
+    toy = Toy()
+    losses = toy.losses(registry.load("tcod", reduction="turns", clip=None))
+    value = losses.terms["reverse"].value
+    plain = [
+        value[(toy.rollouts == rollout) & (toy.turns == turn)].mean()
+        for rollout in range(5)
+        for turn in range(int(toy.turns[toy.rollouts == rollout].max()) + 1)
+    ]
+    torch.testing.assert_close(losses.loss, torch.stack(plain).mean(), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("settings", [{"start": 0}, {"every": 0}])
+def test_a_curriculum_has_a_start_and_a_pace(settings: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="must be at least 1"):
+        registry.load("tcod", **settings)
