@@ -199,9 +199,10 @@ class Turns:
 
     def range(self, values_K: Tensor) -> tuple[Tensor, Tensor]:
         """The least and the largest number of each turn's rollout, [K] both."""
-        ends = (torch.full_like(values_K, float("inf")), torch.full_like(values_K, -float("inf")))
+        rollouts = int(self.rollout_K.max()) + 1 if len(self.rollout_K) else 0
+        start_R = values_K.new_zeros(rollouts)
         low_R, high_R = (
-            end_K.scatter_reduce(0, self.rollout_K, values_K, how) for end_K, how in zip(ends, ("amin", "amax"))
+            start_R.scatter_reduce(0, self.rollout_K, values_K, how, include_self=False) for how in ("amin", "amax")
         )
         return low_R[self.rollout_K], high_R[self.rollout_K]
 

@@ -79,12 +79,14 @@ def atod(
     taught = Share(log_ratio(), _moving(coef_start, coef_end, anneal_steps), weight)
     graded = Share(group_advantage(), _moving(outcome_start, outcome_end, anneal_steps))
     both = advantage_sum(taught, graded) if teaching and grading else None
-    divided = rollout_means if reduction == "rollouts" else tokens
-    terms = tuple(
-        Term(name, score_function(share.advantage, clip=clip, clip_by=both), "teacher", share.weight, share.coef, divided())
-        for name, share, wanted in (("distillation", taught, teaching), ("outcome", graded, grading))
-        if wanted
-    )
+    divided = (rollout_means if reduction == "rollouts" else tokens)()
+
+    def term(name: str, share: Share) -> Term:
+        score = score_function(share.advantage, clip=clip, clip_by=both)
+        return Term(name, score, weight=share.weight, coef=share.coef, denominator=divided)
+
+    named = (("distillation", taught, teaching), ("outcome", graded, grading))
+    terms = tuple(term(name, share) for name, share, wanted in named if wanted)
     alone = {"weighting": "none", "reduction": "tokens"}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),

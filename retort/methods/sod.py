@@ -87,9 +87,7 @@ def sod(
         temperature=temperature,
         terms=terms,
         limits=(
-            Limit(
-                {"weighting": "none", "outcome_coef": 0.0, "clip_low": None, "clip_high": None}, equals=("opd", {})
-            ),
+            Limit({"weighting": "none", "outcome_coef": 0.0, "clip_low": None, "clip_high": None}, equals=("opd", {})),
             Limit({"coef": 0.0}, equals=("rlsd", {"share": 0.0})),
         ),
         recipe={

@@ -46,10 +46,10 @@ def by_step(values_K: Tensor, turns: Turns, epsilon: float, cap: float) -> Tenso
 
 
 class TurnGaps:
-    """Gap and surprise of whole turns, stored before the first update on a batch, and weights made of them.
+    r"""Gap and surprise of whole turns, stored before the first update on a batch, and weights made of them.
 
     A turn is a run of the student's tokens between two replies of the environment. Its gap is the mean of
-    :math:`|\\log p_T - \\log p_{old}|` over its tokens, its surprise the mean of :math:`-\\log p_{old}`; both in nats.
+    :math:`|\log p_T - \log p_{old}|` over its tokens, its surprise the mean of :math:`-\log p_{old}`; both in nats.
     Where the teacher rules a token out, its gap counts as 100 nats.
     """
 

@@ -144,12 +144,13 @@ def test_both_terms_are_the_clipped_surrogate_of_the_sum(
     toy.old = toy.old + torch.linspace(-0.6, 0.6, len(toy.old), dtype=torch.float64)
     losses = toy.losses(method, old_logp=toy.old, step=step)
     parts = advantages(toy, losses.terms["distillation"].weight, *coefs)
-    low, high = settings.get("clip_low", settings.get("clip", 0.2)), settings.get("clip", 0.28 if name == "sod" else 0.2)
+    low, high = (
+        settings.get("clip_low", settings.get("clip", 0.2)),
+        settings.get("clip", 0.28 if name == "sod" else 0.2),
+    )
     high = settings.get("clip_high", high)
     plain_N = surrogate(toy, parts, low, high)
-    ours_N = sum(
-        coef * term.value * term.weight for coef, term in zip(coefs, losses.terms.values(), strict=True)
-    )
+    ours_N = sum(coef * term.value * term.weight for coef, term in zip(coefs, losses.terms.values(), strict=True))
     torch.testing.assert_close(ours_N, plain_N, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(losses.loss, plain_N.mean(), rtol=1e-12, atol=1e-12)
     for one, two in zip(toy.gradients(losses.loss), toy.gradients(plain_N.mean()), strict=True):
