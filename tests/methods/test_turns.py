@@ -16,7 +16,7 @@ from retort.errors import UserError
 from retort.functional import token_losses
 from retort.weights.turns import by_step, relative
 
-#: The papers' numbers of one trajectory: d and h of its turns, and the weights that are printed there (arXiv 2606.27814).
+#: The paper's numbers of two trajectories: d and h of the turns, and the weights that it prints (arXiv 2606.27814).
 ALFWORLD = [(0.101, 0.037), (0.120, 0.013), (0.228, 0.025), (0.022, 0.010), (0.054, 0.022), (0.019, 0.006)]
 ALFWORLD += [(0.138, 0.008)]
 WEBSHOP = [(0.796, 0.063), (0.705, 0.132), (0.913, 0.195), (0.876, 0.158), (0.668, 0.101), (0.696, 0.132)]
