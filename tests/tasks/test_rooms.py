@@ -52,7 +52,7 @@ def test_several_ways_lead_to_the_goal() -> None:
         found = {tuple(plan(rooms, State(rooms.start), random.Random(draw))) for draw in range(8)}
         assert len({len(words) for words in found}) == 1, "one of them is not a shortest"
         several += len(found) > 1
-    assert several > 15
+    assert several > 10
 
 
 def test_a_game_repeats_from_task_and_seed() -> None:

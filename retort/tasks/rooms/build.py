@@ -3,9 +3,10 @@
     python -m retort.tasks.rooms.build --out models
 
 saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
-this very run. Both learn from the expert's games, by supervised learning on the expert's own turns. The teacher's games
-have mistakes in them, so that it knows the way back from places where the expert never goes by itself. The student's
-have none, and it takes few steps: it knows the commands and some of the way, and is lost after a mistake.
+this very run. Both learn from the expert's games, by supervised learning on the expert's own turns. The student is made
+first, in few steps, from games without mistakes: it knows the commands and some of the way, and is lost after a
+mistake. The teacher goes on from there, with games that have mistakes in them, so that it knows the way back from
+places where the expert never goes by itself.
 """
 
 from __future__ import annotations
@@ -40,8 +41,6 @@ class Recipe:
     """How one model is made.
 
     Attributes:
-        width: Size of the hidden states.
-        layers: Number of layers.
         games: Different games that it learns from.
         mistakes: Chance of a mistake at every turn of them.
         steps: Optimizer steps.
@@ -50,8 +49,6 @@ class Recipe:
         seed: Seed of initial weights and data.
     """
 
-    width: int
-    layers: int
     games: int
     mistakes: float
     steps: int
@@ -60,13 +57,14 @@ class Recipe:
     seed: int = 0
 
 
-TEACHER = Recipe(width=96, layers=3, games=8_000, mistakes=0.25, steps=2000)
-STUDENT = Recipe(width=96, layers=2, games=4_000, mistakes=0.0, steps=500, seed=1)
+WIDTH, LAYERS = 96, 2
+STUDENT = Recipe(games=4_000, mistakes=0.0, steps=500, seed=1)
+TEACHER = Recipe(games=3_000, mistakes=0.25, steps=600, lr=2.5e-3)
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A freshly initialised model in fp32."""
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed)
     ids: dict[str, Any] = {
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -74,12 +72,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForC
     }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=recipe.width,
-        intermediate_size=3 * recipe.width,
-        num_hidden_layers=recipe.layers,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=recipe.width // 4,
+        head_dim=WIDTH // 4,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         **ids,
@@ -106,8 +104,13 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tupl
     print(f"  {len(whole):,} games of {sum(len(ids) for ids, _ in whole) / len(whole):.0f} tokens", flush=True)
     while True:
         rng.shuffle(whole)
-        for start in range(0, len(whole) - recipe.batch + 1, recipe.batch):
-            chosen = whole[start : start + recipe.batch]
+        # Games of one batch are of about one length, so that little is padding; batches are in random order.
+        part = 32 * recipe.batch
+        parts = [sorted(whole[at : at + part], key=lambda own: len(own[0])) for at in range(0, len(whole), part)]
+        places = [(own, at) for own in parts for at in range(0, len(own) - recipe.batch + 1, recipe.batch)]
+        rng.shuffle(places)
+        for own, at in places:
+            chosen = own[at : at + recipe.batch]
             longest = max(len(ids) for ids, _ in chosen)
             ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
             yield ids_BL, torch.tensor([own + [False] * (longest - len(own)) for _, own in chosen])
@@ -180,6 +183,7 @@ def _commands(
 def card(name: str, recipe: Recipe, share: float, parameters: int) -> str:
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
     mistakes = f"with a mistake in {recipe.mistakes:.0%} of the turns" if recipe.mistakes else "without mistakes"
+    start = "random weights" if name == "student" else "the student's weights"
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -198,8 +202,8 @@ nothing else.
 
 ## How it was made
 
-From random weights, by supervised learning on the expert's turns in {recipe.games:,} games that it plays {mistakes}.
-{recipe.layers} layers of width {recipe.width}, {recipe.steps:,} steps of {recipe.batch} games, AdamW with a cosine from
+From {start}, by supervised learning on the expert's turns in {recipe.games:,} games that it plays {mistakes}.
+{LAYERS} layers of width {WIDTH}, {recipe.steps:,} steps of {recipe.batch} games, AdamW with a cosine from
 {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. No held-out layout occurs in them. The weights are stored in
 bfloat16; the score is that of the stored weights, loaded again into float32.
 
@@ -212,7 +216,10 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 def make(name: str, recipe: Recipe, out: Path) -> None:
     """Train, save and measure a model."""
     tokenizer, folder = build_tokenizer(), out / name
-    model = build_model(tokenizer, recipe)
+    model = build_model(tokenizer, recipe.seed)
+    if name == "teacher":
+        begun = LlamaForCausalLM.from_pretrained(out / "student", dtype=torch.float32)
+        model.load_state_dict(begun.state_dict())
     print(f"{name}: {model.num_parameters():,} parameters", flush=True)
     train(model, tokenizer, recipe)
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
@@ -226,10 +233,12 @@ def make(name: str, recipe: Recipe, out: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Make the bundled teacher and student of Rooms.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write teacher/ and student/ into")
-    parser.add_argument("--only", choices=("teacher", "student"), help="make only this one")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write student/ and teacher/ into")
+    parser.add_argument(
+        "--only", choices=("teacher", "student"), help="make only this one; a teacher needs the student"
+    )
     arguments = parser.parse_args()
-    for name, recipe in (("teacher", TEACHER), ("student", STUDENT)):
+    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
         if arguments.only in (None, name):
             make(name, recipe, arguments.out)
 
