@@ -20,7 +20,9 @@ from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.envs.base import Environment, Episode, SingleTurn
+from retort.envs.base import Environment, Episode, FailedEpisode, SingleTurn
+from retort.envs.registry import load
+from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 
@@ -57,11 +59,23 @@ class EpisodeSetup:
         environment: The environment that plays the episodes.
         template_options: Options of the chat template for the environment's messages.
         turns: Most turns of the model in an episode; None: as many as its tokens allow.
+        measures: Names of what the environment measures, and of none but these: an episode that ended before it replied
+            has 0 of each. Where there are any, `turns` is measured besides.
     """
 
     environment: Environment = _ONCE
     template_options: TemplateOptions = field(default_factory=TemplateOptions)
     turns: int | None = None
+    measures: tuple[str, ...] = ()
+
+    @staticmethod
+    def named(
+        name: str | None, template_options: TemplateOptions, *, turns: int | None = None, tools: bool = False
+    ) -> EpisodeSetup:
+        """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
+        if name is None:
+            return EpisodeSetup(template_options=template_options)
+        return EpisodeSetup(load(name, tools=tools), template_options, turns, MEASURES)
 
 
 @dataclass(eq=False)
@@ -74,6 +88,8 @@ class _Open:
     completions: list[Completion] = field(default_factory=lambda: [])
     texts: list[str] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
+    measures: dict[str, float] = field(default_factory=lambda: {})
+    feedback: str = ""
     status: Status | None = None
 
     def request(self, sampling: Sampling, context: int) -> Request:
@@ -92,14 +108,16 @@ class _Open:
         self.completions.append(completion)
         self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
         self.sequence = self.sequence.then(completion.ids, decided=True)
-        if completion.status != Status.COMPLETED:
+        if completion.status != Status.COMPLETED and not isinstance(self.episode, FailedEpisode):
             self.status = completion.status
             return
         reply = self.episode.reply(self.texts[-1])
         if reply.reward is not None:
             self.rewards.append(reply.reward)
+        for name, value in reply.measures.items():
+            self.measures[name] = self.measures.get(name, 0.0) + value
         if reply.over:
-            self.status = reply.status
+            self.status, self.feedback = reply.status, reply.feedback
             return
         ids = reply_ids(
             self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, setup.template_options
@@ -108,9 +126,12 @@ class _Open:
         if len(self.completions) == setup.turns or self.room(sampling, engine.context) < 1:
             self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
 
-    def rollout(self, tokenizer: PreTrainedTokenizerBase, source: Literal["student", "teacher"]) -> Rollout:
+    def rollout(
+        self, tokenizer: PreTrainedTokenizerBase, setup: EpisodeSetup, source: Literal["student", "teacher"]
+    ) -> Rollout:
         """The rollout so far."""
         assert self.status is not None
+        measures = dict.fromkeys(setup.measures, 0.0) | self.measures
         several = len(self.completions) > 1
         turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
         prompt_ids: list[int] = self.sequence.prefix.tokens_L.tolist() if several else []
@@ -127,6 +148,8 @@ class _Open:
             source=source,
             text=completion_text(tokenizer, ids, prompt_ids=prompt_ids) if several else self.texts[0],
             reward=sum(self.rewards) if self.rewards else None,
+            feedback=self.feedback,
+            measures=measures | ({"turns": float(len(self.completions))} if measures else {}),
         )
 
 
@@ -161,7 +184,7 @@ def run_episodes(
             requests = [own.request(sampling, engine.context) for own in open_]
             for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
                 own.take(completion, engine, setup, sampling)
-    return [own.rollout(engine.tokenizer, source) for own in episodes]
+    return [own.rollout(engine.tokenizer, setup, source) for own in episodes]
 
 
 def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: contextlib.ExitStack) -> list[_Open]:

@@ -250,6 +250,7 @@ class Run:
             **record.rollout_metrics(batch, version),
             **against_rewards(batch.pack, values, batch.valid.get("teacher")),
             **({"given_up": lost} if lost else {}),
+            **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
         }
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
