@@ -138,6 +138,16 @@ class _Playing:
         status = Status.TRUNCATED if cut else Status.COMPLETED
         return Reply((message,), over, float(reward), status, measures=measures)
 
+    def expert(self) -> list[str]:
+        """Texts that lead from here to a success; none where the environment knows no expert."""
+        expert = getattr(self.game, "expert", None)
+        if expert is None:
+            raise UserError(
+                f"the environment {self.name} has no method `expert`, behind whose turns the student would begin; "
+                "give it one, or set method.curriculum to forward or null"
+            )
+        return list(expert() or [])
+
     def close(self) -> None:
         close = getattr(self.game, "close", None)
         if close is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -21,10 +21,12 @@ from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, FailedEpisode, SingleTurn
+from retort.envs.behind import BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
+from retort.rollout.plan import TurnCurriculum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,6 +78,15 @@ class EpisodeSetup:
         if name is None:
             return EpisodeSetup(template_options=template_options)
         return EpisodeSetup(load(name, tools=tools), template_options, turns, MEASURES)
+
+    def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
+        """The same with the horizon of a curriculum after so many batches."""
+        if curriculum is None:
+            return self
+        horizon = curriculum.horizon(done)
+        if curriculum.kind == "backward":
+            return replace(self, environment=BehindExpert(self.environment, horizon))
+        return replace(self, turns=horizon if self.turns is None else min(horizon, self.turns))
 
 
 @dataclass(eq=False)
@@ -200,6 +211,7 @@ def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: co
             context = task.context
             if episode.prompt is not task.prompt:
                 context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
+                _check_room(episode.prompt, context, engine)
             found.append(_Open(task, episode, context))
     return found
 
@@ -216,6 +228,14 @@ def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:
         raise UserError(
             f"prompt '{prompt.id}': an episode of it has a prompt with the id '{other}', under which it would be taken "
             "for a completion of another prompt; keep the id"
+        )
+
+
+def _check_room(prompt: Prompt, context: TokenSequence, engine: Engine) -> None:
+    if len(context) >= engine.context:
+        raise UserError(
+            f"prompt '{prompt.id}': its environment begins with {len(context):,} tokens, and the model reads "
+            f"{engine.context:,} at most, so no turn has room; use a model that reads more, or shorter observations"
         )
 
 

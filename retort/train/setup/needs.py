@@ -77,9 +77,14 @@ def probe_prompts(
 
 
 def need_play(config: Config, method: Method) -> None:
-    """Refuses completions that others generated where an environment has to reply to the student's turns."""
+    """Refuses a curriculum of turns without an environment, and completions by others where there is one."""
     phases = [method] if method.before is None else [method.before[1], method]
     for phase in phases:
+        if phase.rollout.curriculum is not None and config.environment is None:
+            raise UserError(
+                f"method '{phase.name}' has a curriculum of turns, and single-turn prompts have but one; name an "
+                "environment (rollout.env, `retort envs` lists them), or set method.curriculum=null"
+            )
         others = sorted(set(phase.rollout.sources) - {"student"})
         if config.environment is not None and others:
             whose = "the teacher's" if others[0] == "teacher" else "those of the data"

@@ -112,7 +112,7 @@ class Source:
         shared, longest = self._share(plan, clock, chosen), self.horizon(plan, clock)
         again = [rollout for visit in shared.replay for rollout in self._replayed(visit, clock, longest)]
         rollouts = [
-            *self._by_student(method, shared.student, longest, version),
+            *self._by_student(method, shared.student, longest, version, clock),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
             *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
@@ -229,8 +229,11 @@ class Source:
                 shared.replay.append(visit)
         return shared
 
-    def _by_student(self, method: Method, chosen: Sequence[Visit], longest: int, version: int) -> list[Rollout]:
+    def _by_student(
+        self, method: Method, chosen: Sequence[Visit], longest: int, version: int, clock: Clock
+    ) -> list[Rollout]:
         plan, tasks = method.rollout, list[Task]()
+        setup = self.episodes.within(plan.curriculum, clock.done)
         for visit in chosen:
             context = self._context(visit.prompt)
             for member in range(plan.samples):
@@ -238,7 +241,7 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        generated = self._divided(tasks, lambda own: self._graded(method, self._played(own, sampling)))
+        generated = self._divided(tasks, lambda own: self._graded(method, self._played(own, sampling, setup)))
         if plan.replay is not None:
             size = plan.samples
             groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
@@ -250,9 +253,9 @@ class Source:
         with self.whole():
             return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
 
-    def _played(self, tasks: Sequence[Task], sampling: Sampling) -> list[Rollout]:
-        """The student's completions of some tasks, with whoever replies to it."""
-        return run_episodes(self.engine, tasks, sampling, setup=self.episodes)
+    def _played(self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None) -> list[Rollout]:
+        """The student's completions of some tasks, with whoever replies to it: the run's environment by default."""
+        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes)
 
     def _without_failed(self, rollouts: Sequence[Rollout], clock: Clock) -> list[Rollout]:
         """Leaves out episodes that ended in an error of their environment, and keeps what it said.
