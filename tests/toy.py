@@ -11,6 +11,7 @@ from torch import Tensor
 from retort.core.losses import TokenLosses
 from retort.core.needs import HIDDEN
 from retort.core.signals import Dense, TeacherSignal
+from retort.core.steps import Steps
 from retort.functional import linear_token_losses, token_losses
 from retort.method import Method
 
@@ -20,7 +21,7 @@ REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.0], dtype=torch.float64)
 
 
 class Toy:
-    """Five rollouts of two groups, and models that have nothing to do with each other."""
+    """Five rollouts of two groups, of three turns each, and models that have nothing to do with each other."""
 
     def __init__(self, steps: int = 37, vocab: int = 23, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(seed)
@@ -32,6 +33,8 @@ class Toy:
         self.teacher_head = torch.randn(vocab, 6, generator=draw, dtype=torch.float64).requires_grad_()
         self.tokens = torch.randint(0, vocab, (steps,), generator=draw)
         self.rollouts = torch.arange(steps) * 5 // steps
+        #: Of three steps each, the last one of what is left.
+        self.turns = Steps.of(self.tokens, self.rollouts).position_N // 3
         self.old = (self.logits.detach().log_softmax(-1).gather(-1, self.tokens[:, None])).squeeze(-1) - 0.1
         self._others: dict[str, tuple[Tensor, Tensor]] = {}
 
@@ -95,6 +98,7 @@ class Toy:
             "extra_views": views,
             "tokens": self.tokens[rows],
             "rollouts": number,
+            "turns": self.turns[rows],
             "groups": GROUPS[number],
             "rewards": REWARDS[number],
             **more,
@@ -111,6 +115,7 @@ class Toy:
             "extra_views": self.others(method),
             "tokens": self.tokens,
             "rollouts": self.rollouts,
+            "turns": self.turns,
             "groups": GROUPS,
             "rewards": REWARDS,
             **more,

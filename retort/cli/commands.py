@@ -156,6 +156,10 @@ def _parser() -> argparse.ArgumentParser:
     methods.add_argument("--markdown", action="store_true", help="print the page docs/methods.md")
     methods.set_defaults(run=_methods)
 
+    envs = commands.add_parser("envs", help="list the environments that a student can act in")
+    envs.add_argument("--json", action="store_true", help="print JSON")
+    envs.set_defaults(run=_envs)
+
     settings = commands.add_parser("settings", help="list every setting: default, bounds and meaning")
     settings.add_argument("section", nargs="?", metavar="SECTION", help="rollout, eval, method.gkd, ... or one setting")
     settings.add_argument("--method", help="show the defaults of this method's paper, and the method's own settings")
@@ -358,6 +362,13 @@ def _methods(arguments: argparse.Namespace) -> int:
         asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
         only = ", ".join(next(iter(row["needs"].values())))
         print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
+    return 0
+
+
+def _envs(arguments: argparse.Namespace) -> int:
+    from retort.cli.environments import listed
+
+    print(listed(as_json=arguments.json))
     return 0
 
 

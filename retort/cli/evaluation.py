@@ -16,6 +16,7 @@ from retort.config.synonyms import ours_for
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
+from retort.rewards.environment import ByEnvironment
 from retort.rewards.user import is_user_defined
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events.observe import Observer
@@ -28,7 +29,10 @@ from retort.train.setup.templates import check_rendered, ends, settled
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
-    | {f"rollout.{name}" for name in ("date", "max_new_tokens", "parallel", "rendered", "stop", "thinking")}
+    | {
+        f"rollout.{name}"
+        for name in ("date", "env", "max_new_tokens", "max_turns", "parallel", "rendered", "stop", "thinking", "tools")
+    }
     | {"optimizer.batch_tokens"}
 )
 
@@ -38,7 +42,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 
     Args:
         model: Folder, hub name, or a built-in one such as `countdown:student`.
-        data: `countdown`, `ranking`, `coached`, `bait`, or a data file with answers.
+        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.
@@ -59,9 +63,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         torch.set_num_threads(config.threads)
     notes: list[str] = []
     prompts = eval_prompts(config, data, notes)
-    own = data not in configuration.BUILTIN
+    own, played = data not in configuration.BUILTIN, None if is_user_defined(config.task) else config.environment
     notes += repeats(prompts, "rows of the data") if own else []
-    verifier = grader(config.task if own or is_user_defined(config.task) else data, prompts, "prompts", notes)
+    task = config.task if own or is_user_defined(config.task) else data
+    verifier = grader(task, prompts, "prompts", notes) if played is None else ByEnvironment(played)
     if verifier is None and teacher is None:
         raise UserError(
             f"{data}: no row has an `answer`, so nothing can be graded; add answers, or compare with --teacher"

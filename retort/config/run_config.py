@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from retort import registry
-from retort.align.chat import TemplateOptions
 from retort.config.precedence import flat, leave_open, merge
+from retort.config.rollouts import RolloutSection
 from retort.config.sections import (
     SHORTHANDS,
     CheckpointSection,
@@ -30,6 +29,7 @@ from retort.config.sections import (
 )
 from retort.config.synonyms import ours_for
 from retort.config.toml import overrides, read_toml, value
+from retort.envs.registry import ENVIRONMENTS
 from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.method import Method
@@ -53,7 +53,7 @@ __all__ = [
 
 DEFAULT_METHOD = "eopd"
 #: Data that ships with Retort, each with a recipe of that name.
-BUILTIN = ("countdown", "ranking", "coached", "bait")
+BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -64,57 +64,6 @@ def _task(name: str) -> str:
         problem = f"there is no task '{shortened(name, 100)}', and it is no module:function; {hint}"
         raise PydanticCustomError("task", "{problem}", {"problem": problem})
     return name
-
-
-class RolloutSection(Section):
-    """How the student generates."""
-
-    prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
-    max_new_tokens: int = Field(default=4096, ge=1, description="longest completion, tokens")
-    max_prompt_tokens: int = Field(
-        default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
-    )
-    max_view_tokens: int = Field(
-        default=10240,
-        ge=1,
-        description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
-        "their end, which is counted (`view/<name>/cut`)",
-    )
-    parallel: int = Field(default=256, ge=1, description="completions generated at the same time, at most")
-    stop: list[str] | None = Field(
-        default=None, description="stop tokens; default: those of the student's generation settings"
-    )
-    thinking: bool | None = Field(
-        default=None,
-        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it "
-        "does by itself",
-    )
-    date: str | None = Field(
-        default=None,
-        description="day for chat templates that write today's, e.g. 2026-11-29; default: the day on which the run "
-        "starts, written down so that it reads its prompts the same on any other",
-    )
-    rendered: bool = Field(
-        default=False,
-        description="the data's prompts are rendered already: no chat template is applied to them, and the control "
-        "tokens that they spell count",
-    )
-
-    @field_validator("date", mode="before")
-    @classmethod
-    def _day(cls, value: Any) -> Any:
-        """Accepts a day in ISO 8601 as text, or TOML's own date."""
-        if value is None:
-            return None
-        try:
-            return (value if type(value) is date else datetime.strptime(value, "%Y-%m-%d")).strftime("%Y-%m-%d")
-        except (TypeError, ValueError):
-            raise PydanticCustomError("day", "must be a day such as 2026-11-29") from None
-
-    @property
-    def template_options(self) -> TemplateOptions:
-        """The options with which prompts become ids."""
-        return TemplateOptions(self.thinking, self.date, self.rendered)
 
 
 class Config(Section):
@@ -138,7 +87,7 @@ class Config(Section):
     data: PathOrName | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
-        "prompt or messages; or countdown, ranking, coached, bait, which ship with Retort",
+        "prompt or messages; or countdown, ranking, coached, bait, rooms, which ship with Retort",
     )
     prompt_template: str | None = Field(
         default=None,
@@ -215,6 +164,11 @@ class Config(Section):
     def builtin(self) -> bool:
         """Whether the data is a task that ships with Retort."""
         return self.data in BUILTIN
+
+    @property
+    def environment(self) -> str | None:
+        """The environment of the rollouts: the one that is set, or the data's own."""
+        return self.rollout.env or (self.data if self.data in ENVIRONMENTS else None)
 
     @property
     def model_paths(self) -> dict[str, str]:

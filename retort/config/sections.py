@@ -1,7 +1,8 @@
-"""The sections of a run's settings, but the one of its rollouts: every setting with its default, bounds and words.
+"""The sections of a run's settings, but the one of its rollouts (`retort.config.rollouts`).
 
-Bounds and defaults are stated here (and in `retort.config`) and nowhere else; beyond those bounds every number must be
-one that can be computed with (`retort.method.number_problem`).
+Every setting is here with its default, bounds and words. Bounds and defaults are stated here (and in `retort.config`)
+and nowhere else; beyond those bounds every number must be one that can be computed with
+(`retort.method.number_problem`).
 """
 
 from __future__ import annotations

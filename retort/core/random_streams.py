@@ -31,6 +31,7 @@ Stream = Literal[
     "views",
     "adapter",
     "balance",
+    "environment",
 ]
 
 

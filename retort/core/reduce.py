@@ -24,13 +24,14 @@ class Denominator:
     Attributes:
         kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
             `rollouts` (mean over rollouts of the mean over their steps), `sums` (mean over rollouts of the sum over
-            their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `constant`.
+            their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `turns` (mean
+            over all turns of the mean over their steps), `constant`.
         value: The number, for `constant`.
         by: For the weighted kinds, the stored value that is summed; None for the term's own weight. For `rollouts` and
             `sums`, the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
     """
 
-    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "constant"]
+    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "turns", "constant"]
     value: float = 1.0
     by: str | None = None
 
@@ -55,6 +56,11 @@ def rollout_sums(by: str | None = None) -> Denominator:
     return Denominator("sums", by=by)
 
 
+def turn_means() -> Denominator:
+    """The mean over turns of the mean over their steps: every turn counts alike, also those of a long episode."""
+    return Denominator("turns")
+
+
 def weighted_rollout_means(by: str | None = None) -> Denominator:
     """The mean over rollouts of the mean weighted within each; a weight common to a rollout's steps cancels."""
     return Denominator("weighted_rollouts", by=by)
@@ -71,6 +77,7 @@ def loss_scales(
     counted_N: Tensor,
     rollout_N: Tensor,
     weight_N: Tensor | None = None,
+    turn_N: Tensor | None = None,
 ) -> Tensor:
     """The loss scale of each step of the whole optimizer batch, [N]: one over its denominator.
 
@@ -79,10 +86,15 @@ def loss_scales(
         counted_N: Steps that count, bool.
         rollout_N: Index of the rollout of each step; needed for `rollouts`.
         weight_N: The term's weights over the whole batch; needed for `weighted`.
+        turn_N: Number of the turn of each step, counted over all rollouts; needed for `turns`.
     """
     ones_N = counted_N.double()  # so that one third is exact in a float64 check
     if denominator.kind == "constant":
         return ones_N / denominator.value
+    if denominator.kind == "turns":
+        if turn_N is None:
+            raise ValueError("means of turns need the turns of the whole batch")
+        return _rollout_scales(denominator, ones_N, turn_N, None)
     if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
         return _rollout_scales(denominator, ones_N, rollout_N, weight_N)
     if denominator.kind == "weighted":

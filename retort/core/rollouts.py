@@ -107,6 +107,7 @@ class Rollout:
         reward: The verifier's grade, if it was graded.
         reward_parts: The reward by component.
         feedback: The verifier's words on what is wrong with it, if any; for views that show it to a teacher.
+        measures: What its environment measured besides, by name, such as `success`; empty without one.
     """
 
     prompt: Prompt
@@ -122,6 +123,7 @@ class Rollout:
     reward: float | None = None
     reward_parts: Mapping[str, float] = field(default_factory=lambda: {})
     feedback: str = ""
+    measures: Mapping[str, float] = field(default_factory=lambda: {})
 
     def __post_init__(self) -> None:
         if self.turn_A is not None and len(self.turn_A) != self.steps:

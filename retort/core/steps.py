@@ -122,6 +122,14 @@ class Steps:
             None if self.group_N is None else _numbered(self.group_N[first_R]),
         )
 
+    def turns(self) -> Turns:
+        """The table by turn, in order within each rollout; where no turns are known, a rollout is one turn."""
+        rollout_N = _numbered(self.rollout_N)
+        turn_N = torch.zeros_like(rollout_N) if self.turn_N is None else self.turn_N
+        most = int(turn_N.max()) + 1 if len(turn_N) else 1
+        kept_K, number_N = torch.unique(rollout_N * most + turn_N, return_inverse=True)  # pyright: ignore
+        return Turns(number_N, torch.bincount(number_N), kept_K // most)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
         columns: dict[str, Tensor | None] = {name: getattr(self, name) for name in _COLUMNS}
         changed = {name: None if column_N is None else change(column_N) for name, column_N in columns.items()}
@@ -165,6 +173,38 @@ class Rollouts:
         first_R = self.steps_R.cumsum(0) - self.steps_R
         low, high = (values_N[order[first_R + at_R]] for at_R in (low_R, torch.minimum(low_R + 1, self.steps_R - 1)))
         return torch.lerp(low, high, (rank_R - low_R).to(low.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The turns of a batch that have a step, rollout by rollout and in order.
+
+    Attributes:
+        number_N: Number of each step's turn, counted from 0 without gaps over all rollouts: an index into the others.
+        steps_K: Number of steps of each turn.
+        rollout_K: Number of each turn's rollout, as in `Rollouts`.
+    """
+
+    number_N: Tensor
+    steps_K: Tensor
+    rollout_K: Tensor
+
+    def mean(self, values_N: Tensor) -> Tensor:
+        """Means over each turn's steps, [K]."""
+        return values_N.new_zeros(len(self.steps_K)).index_add_(0, self.number_N, values_N) / self.steps_K
+
+    def first(self, values_K: Tensor) -> Tensor:
+        """The number of each turn's rollout's first turn, [K]."""
+        return values_K[torch.searchsorted(self.rollout_K, self.rollout_K)]
+
+    def range(self, values_K: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the largest number of each turn's rollout, [K] both."""
+        rollouts = int(self.rollout_K.max()) + 1 if len(self.rollout_K) else 0
+        start_R = values_K.new_zeros(rollouts)
+        low_R, high_R = (
+            start_R.scatter_reduce(0, self.rollout_K, values_K, how, include_self=False) for how in ("amin", "amax")
+        )
+        return low_R[self.rollout_K], high_R[self.rollout_K]
 
 
 def quantile(values_N: Tensor, share: float) -> Tensor:

@@ -7,8 +7,8 @@ replies, until it ends the episode. Every environment has to pass `tests/contrac
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from retort.core.rollouts import Message, Prompt, Status
@@ -23,7 +23,9 @@ class Reply:
             last reply are not read.
         over: Whether the episode ends here.
         reward: Reward of the turn; an episode's reward is their sum. None where the environment grades nothing.
-        status: Status of an episode that is over.
+        status: Status of an episode that is over. One that ended with `Status.ERROR` is not learnt from.
+        measures: What else is measured of the turn, by name; an episode's are their sums.
+        feedback: What went wrong, in words, of an episode that is over.
 
     Raises:
         ValueError: There are no messages and the episode goes on; or the reward is no finite number.
@@ -33,6 +35,8 @@ class Reply:
     over: bool = False
     reward: float | None = None
     status: Status = Status.COMPLETED
+    measures: Mapping[str, float] = field(default_factory=lambda: {})
+    feedback: str = ""
 
     def __post_init__(self) -> None:
         if not self.over and not self.messages:
@@ -75,6 +79,26 @@ class Environment(Protocol):
             members: The samples of the prompt that are played; one episode each, in this order.
         """
         ...
+
+
+@dataclass(frozen=True)
+class FailedEpisode:
+    """An episode that could not begin: it ends with `Status.ERROR` after its first turn, whatever that is.
+
+    Attributes:
+        prompt: The prompt that it should have begun with.
+        words: What went wrong.
+    """
+
+    prompt: Prompt
+    words: str
+
+    def reply(self, text: str) -> Reply:
+        """See `Episode`."""
+        return Reply(over=True, status=Status.ERROR, feedback=self.words)
+
+    def close(self) -> None:
+        """See `Episode`."""
 
 
 class SingleTurn:

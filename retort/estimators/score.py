@@ -23,11 +23,12 @@ class ScoreFunction:
     baseline: Baseline | None
     baseline_coef: float
     clip: float | tuple[float, float] | None
+    clip_by: Advantage | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts that it evaluates."""
-        return (self.advantage, *([self.baseline] if self.baseline else []))
+        return (self.advantage, *(part for part in (self.baseline, self.clip_by) if part is not None))
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -85,10 +86,18 @@ class ScoreFunction:
         advantage_N = torch.where(weight_N == 0, torch.zeros_like(advantage_N), advantage_N)
         advantage_N = self._rows(context, view).first_only(advantage_N)
         ratio_N = self._ratio_N(context, view)
+        if self.clip_by is not None:
+            binds_N = self._binds(ratio_N, self.clip_by.at(context, view))
+            return -advantage_N * torch.where(binds_N, ratio_N.clamp(*self._bounds), ratio_N), weight_N.abs()
         value_N = -advantage_N * ratio_N
         if self.clip is not None:
             value_N = torch.maximum(value_N, -advantage_N * ratio_N.clamp(*self._bounds))
         return value_N, weight_N.abs()
+
+    def _binds(self, ratio_N: Tensor, advantage_N: Tensor) -> Tensor:
+        """Whether the clipped loss is the larger one."""
+        low, high = self._bounds
+        return torch.where(advantage_N > 0, ratio_N > high, ratio_N < low)
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -107,9 +116,8 @@ class ScoreFunction:
             ratio_N = self._ratio_N(context, view).detach()
             if self.clip is None:
                 return torch.zeros_like(ratio_N)
-            up_N = self.advantage_N(context, view, term) > 0
-            low, high = self._bounds
-            return torch.where(up_N, ratio_N > high, ratio_N < low).to(ratio_N.dtype)
+            advantage_N = self.clip_by.at(context, view) if self.clip_by else self.advantage_N(context, view, term)
+            return self._binds(ratio_N, advantage_N).to(ratio_N.dtype)
 
         also = {view: needs for part in self.parts for view, needs in part.also.items()}
         return Quantity("clip_fraction", value, self.needs, also)
@@ -121,6 +129,7 @@ def score_function(
     baseline: Baseline | None = None,
     baseline_coef: float = 1.0,
     clip: float | tuple[float, float] | None = None,
+    clip_by: Advantage | None = None,
 ) -> ScoreFunction:
     r"""The estimator :math:`-A_t \rho_t` with :math:`\rho_t = p_S(y_t) / p_{old}(y_t)`, optionally PPO-clipped.
 
@@ -132,7 +141,10 @@ def score_function(
         baseline_coef: 1 in the papers; 0 switches the baseline off.
         clip: PPO's epsilon on both sides, or one for below and one for above 1: the loss is the larger of the plain and
             the clipped one. None: no clip.
+        clip_by: The advantage by which the clip binds, where several terms share one ratio: their sum
+            (`advantage_sum`), so that the sum of the terms is the clipped surrogate of the sum. None: `advantage`.
+            Weights of the term must not be negative then.
     """
     if clip is not None and min(clip if isinstance(clip, tuple) else (clip,)) <= 0:
         raise UserError(f"clip must be positive, or none for no clip; it is {clip}")
-    return ScoreFunction(advantage, baseline, baseline_coef, clip)
+    return ScoreFunction(advantage, baseline, baseline_coef, clip, clip_by if clip is not None else None)

@@ -9,7 +9,7 @@ the tables of all methods are about the same thing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ from retort.models.lm import LanguageModel
 from retort.ranks import Share, here
 from retort.rewards.base import Grader, graded
 from retort.rollout.engines.base import Engine, Sampling
-from retort.rollout.episodes import Task, run_episodes
+from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.record import token_row
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.view import View
@@ -40,7 +40,7 @@ from retort.teachers.view import View
 #: Prompts that are generated for and scored at once: this bounds the memory.
 _BLOCK = 64
 #: Measures that are means of zeros and ones, over tokens or completions.
-_SHARES = ("truncated", "uncertain", "student_uncertain", IN_UNITS)
+_SHARES = ("truncated", "uncertain", "student_uncertain", "success", IN_UNITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,7 @@ class Evaluator:
         template_options: Options passed to chat templates.
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Number of prompts whose first completion is kept token by token.
+        episodes: The environment that replies to the model.
     """
 
     prompts: Sequence[Prompt]
@@ -73,6 +74,7 @@ class Evaluator:
     template_options: TemplateOptions
     threshold: float
     recorded: int = 0
+    episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
 
     @staticmethod
     def from_config(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
@@ -90,6 +92,12 @@ class Evaluator:
             template_options=config.rollout.template_options,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
+            episodes=EpisodeSetup.named(
+                config.environment,
+                config.rollout.template_options,
+                turns=config.rollout.max_turns,
+                tools=config.rollout.tools,
+            ),
         )
 
     def evaluate(
@@ -115,7 +123,7 @@ class Evaluator:
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`. Against a
             teacher with another tokenizer none of these can be measured, but `bytes_in_units`. Against any teacher
             `reverse_kl_per_byte`, where completions are drawn at temperature 1 and `top_p` 1. Both are explained in
-            `retort.evaluate.per_byte`.
+            `retort.evaluate.per_byte`. Of an environment's episodes also `success`, `turns`, `tool_errors`.
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
             completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
@@ -141,6 +149,8 @@ class Evaluator:
                 _tally_parts(parts, [rollout.reward_parts for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
+                for name in own[0].measures:
+                    _tally(tallies, name, [rollout.measures[name] for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
             self._tally_values(tallies, values, pack)
             if teacher is not None:
@@ -177,7 +187,8 @@ class Evaluator:
             for member in range(self.samples):
                 uniform_stream = UniformStream(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, uniform_stream))
-        written = run_episodes(engine, tasks, Sampling(self.max_new_tokens, self.temperature, self.top_p))
+        sampling = Sampling(self.max_new_tokens, self.temperature, self.top_p)
+        written = run_episodes(engine, tasks, sampling, setup=self.episodes)
         return written if self.verifier is None else graded(self.verifier, written)
 
     @torch.no_grad()

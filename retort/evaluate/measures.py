@@ -25,6 +25,9 @@ class Measure(NamedTuple):
 
 #: By their names in `eval.json`, in the order in which they are shown.
 MEASURES: Mapping[str, Measure] = {
+    "success": Measure("episodes that succeed", "", "share"),
+    "turns": Measure("turns", "an episode"),
+    "tool_errors": Measure("invalid calls", "an episode"),
     "length": Measure("length", "tokens"),
     "truncated": Measure("completions cut at the limit", "", "share"),
     "student_entropy": Measure("own entropy", "nats"),

@@ -181,6 +181,7 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor]) 
             counted_N=counted_N[term.name],
             rollout_N=steps.rollout_N,
             weight_N=_summed(term, steps.stored),
+            turn_N=steps.turns().number_N if term.denominator.kind == "turns" else None,
         )
         for term in method.terms
     }
@@ -189,7 +190,7 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor]) 
 def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
     """The weights that a weighted denominator sums, or the stored value that says which steps count."""
     name = term.denominator.by
-    if name is None and term.denominator.kind in ("rollouts", "sums"):
+    if name is None and term.denominator.kind in ("rollouts", "sums", "turns"):
         return None
     name = name or f"{term.name}.weight"
     return stored[name].abs() if name in stored else None

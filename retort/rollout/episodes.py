@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
@@ -20,9 +20,13 @@ from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.envs.base import Environment, Episode, SingleTurn
+from retort.envs.base import Environment, Episode, FailedEpisode, SingleTurn
+from retort.envs.behind import BehindExpert
+from retort.envs.registry import load
+from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
+from retort.rollout.plan import TurnCurriculum
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,11 +61,32 @@ class EpisodeSetup:
         environment: The environment that plays the episodes.
         template_options: Options of the chat template for the environment's messages.
         turns: Most turns of the model in an episode; None: as many as its tokens allow.
+        measures: Names of what the environment measures, and of none but these: an episode that ended before it replied
+            has 0 of each. Where there are any, `turns` is measured besides.
     """
 
     environment: Environment = _ONCE
     template_options: TemplateOptions = field(default_factory=TemplateOptions)
     turns: int | None = None
+    measures: tuple[str, ...] = ()
+
+    @staticmethod
+    def named(
+        name: str | None, template_options: TemplateOptions, *, turns: int | None = None, tools: bool = False
+    ) -> EpisodeSetup:
+        """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
+        if name is None:
+            return EpisodeSetup(template_options=template_options)
+        return EpisodeSetup(load(name, tools=tools), template_options, turns, MEASURES)
+
+    def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
+        """The same with the horizon of a curriculum after so many batches."""
+        if curriculum is None:
+            return self
+        horizon = curriculum.horizon(done)
+        if curriculum.kind == "backward":
+            return replace(self, environment=BehindExpert(self.environment, horizon))
+        return replace(self, turns=horizon if self.turns is None else min(horizon, self.turns))
 
 
 @dataclass(eq=False)
@@ -74,6 +99,8 @@ class _Open:
     completions: list[Completion] = field(default_factory=lambda: [])
     texts: list[str] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
+    measures: dict[str, float] = field(default_factory=lambda: {})
+    feedback: str = ""
     status: Status | None = None
 
     def request(self, sampling: Sampling, context: int) -> Request:
@@ -92,14 +119,16 @@ class _Open:
         self.completions.append(completion)
         self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
         self.sequence = self.sequence.then(completion.ids, decided=True)
-        if completion.status != Status.COMPLETED:
+        if completion.status != Status.COMPLETED and not isinstance(self.episode, FailedEpisode):
             self.status = completion.status
             return
         reply = self.episode.reply(self.texts[-1])
         if reply.reward is not None:
             self.rewards.append(reply.reward)
+        for name, value in reply.measures.items():
+            self.measures[name] = self.measures.get(name, 0.0) + value
         if reply.over:
-            self.status = reply.status
+            self.status, self.feedback = reply.status, reply.feedback
             return
         ids = reply_ids(
             self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, setup.template_options
@@ -108,9 +137,12 @@ class _Open:
         if len(self.completions) == setup.turns or self.room(sampling, engine.context) < 1:
             self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
 
-    def rollout(self, tokenizer: PreTrainedTokenizerBase, source: Literal["student", "teacher"]) -> Rollout:
+    def rollout(
+        self, tokenizer: PreTrainedTokenizerBase, setup: EpisodeSetup, source: Literal["student", "teacher"]
+    ) -> Rollout:
         """The rollout so far."""
         assert self.status is not None
+        measures = dict.fromkeys(setup.measures, 0.0) | self.measures
         several = len(self.completions) > 1
         turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
         prompt_ids: list[int] = self.sequence.prefix.tokens_L.tolist() if several else []
@@ -127,6 +159,8 @@ class _Open:
             source=source,
             text=completion_text(tokenizer, ids, prompt_ids=prompt_ids) if several else self.texts[0],
             reward=sum(self.rewards) if self.rewards else None,
+            feedback=self.feedback,
+            measures=measures | ({"turns": float(len(self.completions))} if measures else {}),
         )
 
 
@@ -161,7 +195,7 @@ def run_episodes(
             requests = [own.request(sampling, engine.context) for own in open_]
             for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
                 own.take(completion, engine, setup, sampling)
-    return [own.rollout(engine.tokenizer, source) for own in episodes]
+    return [own.rollout(engine.tokenizer, setup, source) for own in episodes]
 
 
 def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: contextlib.ExitStack) -> list[_Open]:
@@ -177,6 +211,7 @@ def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: co
             context = task.context
             if episode.prompt is not task.prompt:
                 context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
+                _check_room(episode.prompt, context, engine)
             found.append(_Open(task, episode, context))
     return found
 
@@ -193,6 +228,14 @@ def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:
         raise UserError(
             f"prompt '{prompt.id}': an episode of it has a prompt with the id '{other}', under which it would be taken "
             "for a completion of another prompt; keep the id"
+        )
+
+
+def _check_room(prompt: Prompt, context: TokenSequence, engine: Engine) -> None:
+    if len(context) >= engine.context:
+        raise UserError(
+            f"prompt '{prompt.id}': its environment begins with {len(context):,} tokens, and the model reads "
+            f"{engine.context:,} at most, so no turn has room; use a model that reads more, or shorter observations"
         )
 
 

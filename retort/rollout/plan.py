@@ -81,6 +81,34 @@ class EasyToHard:
 
 
 @dataclass(frozen=True)
+class TurnCurriculum:
+    """A horizon of turns that grows with the run, for episodes of many turns (TCOD, arXiv 2604.24005).
+
+    Attributes:
+        kind: `forward`: the student plays the first turns of an episode, at most so many as the horizon. `backward`: an
+            expert plays all turns of its way but the last ones, so many as the horizon, and the student goes on from
+            there to the end; it needs an environment with an expert.
+        start: The horizon of the first batch, turns.
+        every: Batches from one further turn to the next. (The paper calls this a rate of growth; a larger one grows
+            more slowly.)
+    """
+
+    kind: Literal["forward", "backward"] = "forward"
+    start: int = 1
+    every: int = 2
+
+    def __post_init__(self) -> None:
+        if self.start < 1:
+            raise UserError(f"turn curriculum: start must be at least 1 turn, not {self.start}")
+        if self.every < 1:
+            raise UserError(f"turn curriculum: every must be at least 1 batch, not {self.every}")
+
+    def horizon(self, done: int) -> int:
+        """Turns after so many batches; an episode's end, or the length of the expert's way, limits them."""
+        return self.start + done // self.every
+
+
+@dataclass(frozen=True)
 class RolloutPlan:
     """A plan: the student generates, if asked mixed with completions of the teacher or of the data.
 
@@ -99,6 +127,7 @@ class RolloutPlan:
             limit.
         replay: The replay buffer of the student's completions, if any.
         order: Order of prompts: shuffled anew every time through the data, or by difficulty.
+        curriculum: A horizon of turns that grows, in episodes of many turns.
     """
 
     samples: int = 1
@@ -111,6 +140,7 @@ class RolloutPlan:
     horizon: ScalarOrSchedule | None = None
     replay: Replay | None = None
     order: EasyToHard | None = None
+    curriculum: TurnCurriculum | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -155,4 +185,8 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     replayed = f", replayed from {plan.replay.capacity} visits" if plan.replay else ""
     kind = None if plan.order is None else plan.order.kind
     ordered = "" if kind is None else ", balanced by difficulty" if kind == "balanced" else ", easy to hard"
-    return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{mixed}{replayed}{ordered}"
+    turns = ""
+    if plan.curriculum is not None:
+        whose = "first turns" if plan.curriculum.kind == "forward" else "turns after an expert's"
+        turns = f", {plan.curriculum.start} {whose} and one more every {plan.curriculum.every} batches"
+    return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{mixed}{replayed}{ordered}{turns}"

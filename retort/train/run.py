@@ -220,6 +220,7 @@ class Run:
         """Generates one batch of rollouts, has the teachers score it, and learns from it."""
         self._doing = f"step {self.step + 1}"
         (method, clock), watch = self.prepared.at(self.step), Stopwatch()
+        plan = method.rollout
         before, version = self.source.given_up, self.learner.updates
         with self._safe():
             if clock.done == 0:
@@ -253,6 +254,8 @@ class Run:
             **against_rewards(batch.pack, values, batch.valid.get("teacher")),
             **unit_metrics(batch, values),
             **({"given_up": lost} if lost else {}),
+            **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
+            **({"horizon": plan.curriculum.horizon(clock.done)} if plan.curriculum else {}),
         }
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}

@@ -20,9 +20,11 @@ from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Status
 from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
+from retort.envs.text import TextEpisodes
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
+from retort.tasks.rooms import Rooms
 
 ASKED = Prompt("p", (Message("user", "add 3 and 4"),), answer="7")
 
@@ -61,8 +63,23 @@ class Game:
         self.closed += 1
 
 
-ENVIRONMENTS: dict[str, Callable[[], Environment]] = {"single turn": SingleTurn, "guess": Guess}
-SCRIPTS = [["3", "answer", "7"], ["7"], ["answer"] * 40]
+class AnyRooms(Rooms):
+    """Rooms, also with a task that is not its own."""
+
+    def reset(self, task: str, seed: int) -> str:
+        return super().reset("three 1", seed)
+
+
+ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
+    "single turn": SingleTurn,
+    "guess": Guess,
+    "rooms": lambda: TextEpisodes(AnyRooms, "rooms"),
+}
+SCRIPTS = [
+    ["3", "answer", "7", *["go north", "go east"] * 20],
+    ["7", *["go south", "take red"] * 20],
+    ["answer"] * 40,
+]
 
 
 @pytest.fixture(params=ENVIRONMENTS)

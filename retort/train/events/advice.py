@@ -24,6 +24,12 @@ def advice(metrics: Mapping[str, Any], watches: Iterable[Watch], step: int, alre
             f"step {step}: {metrics['given_up']} completions count as wrong because their comparison with the right "
             "answer did not finish (curve given_up; docs/grading.md)"
         )
+    if metrics.get("episode_errors") and "episode_errors" not in already:
+        already.add("episode_errors")
+        found.append(
+            f"step {step}: {metrics['episode_errors']} episodes ended in an error of their environment and are not "
+            "learnt from (curve episode_errors; docs/rooms.md)"
+        )
     for watch in watches:
         low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
         if low and watch.name not in already:

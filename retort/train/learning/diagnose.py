@@ -65,6 +65,22 @@ def add_positions(means: Means, name: str, values_N: Tensor, position_N: Tensor,
         means.add_sum(f"{name}/from-{first}", float(inside_N.sum()), len(inside_N))
 
 
+#: Turns of an episode that have a curve of their own; later ones are in the last one's.
+TURNS = 32
+
+
+def add_turns(means: Means, name: str, values_N: Tensor, turn_N: Tensor) -> None:
+    """The mean of a curve in each turn of an episode, as `<name>/turn-<number from 1>`; nothing where all have one."""
+    if not len(turn_N) or int(turn_N.max()) == 0:
+        return
+    number_N = turn_N.clamp(max=TURNS - 1)
+    count_K = torch.bincount(number_N)
+    sum_K = torch.zeros(len(count_K), dtype=torch.float64, device=values_N.device)
+    sum_K.index_add_(0, number_N, values_N.double())
+    for turn, (total, count) in enumerate(zip(sum_K.tolist(), count_K.tolist(), strict=True), 1):
+        means.add_sum(f"{name}/turn-{turn}", total, count)
+
+
 def add_noise_floor(means: Means, pack: Pack, rollouts: Sequence[int], student_logp_N: Tensor) -> None:
     """Adds the distance of the trainer's log-probs of generated tokens from the engine's, nats, before any update.
 

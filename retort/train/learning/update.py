@@ -21,7 +21,7 @@ from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, term_values
 from retort.method import Method
 from retort.models.sharding import full
-from retort.train.learning.diagnose import add_noise_floor, add_positions
+from retort.train.learning.diagnose import add_noise_floor, add_positions, add_turns
 from retort.train.learning.passes import Batch, Passes, fill
 from retort.train.learning.rounds import Round, every_value
 from retort.train.learning.spread_head import rounds
@@ -143,10 +143,12 @@ def _gradients(
             logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
         elif len(kept_N):
             logged.add(watched.name, watched.summed_up(kept_N))
+        steps = batch.steps.select(~values_N.isnan() & generated_N)
         if watched.by_position:
             longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
-            position_N = batch.steps.position_N[~values_N.isnan() & generated_N]
-            add_positions(logged, watched.name, kept_N, position_N, longest)
+            add_positions(logged, watched.name, kept_N, steps.position_N, longest)
+        if watched.summed_up is None and steps.turn_N is not None:
+            add_turns(logged, watched.name, kept_N, steps.turn_N)
     return found
 
 

@@ -87,11 +87,11 @@ def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
 
 def located(name: str) -> str:
     """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are."""
-    from retort.tasks import coached, countdown, ranking
+    from retort.tasks import coached, countdown, ranking, rooms
 
     bundled = {
         f"{task.__name__.rpartition('.')[2]}:{role}": path
-        for task in (countdown, ranking, coached)
+        for task in (countdown, ranking, coached, rooms)
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
     return str(bundled[name]()) if name in bundled else name

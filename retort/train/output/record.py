@@ -62,6 +62,8 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
         means.add(f"{prefix}truncated_fraction", float(rollout.status == Status.TRUNCATED))
         if rollout.reward is not None:
             means.add(f"{prefix}reward", rollout.reward)
+        for name, value in rollout.measures.items():
+            means.add(f"{prefix}{name}", value)
         for part, value in rollout.reward_parts.items():
             means.add(f"{prefix}reward/{part}", value)
     found = means.values() | _group_metrics(batch.pack)

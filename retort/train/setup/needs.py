@@ -47,6 +47,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], calle
     Raises:
         UserError: The data cannot be read, or lacks what the method needs.
     """
+    need_play(config, method)
     train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
@@ -73,6 +74,25 @@ def probe_prompts(
         )
     notes.append(f"{len(probe)} of {len(train)} training prompts are kept out for the probes of '{method.name}'")
     return rest, probe
+
+
+def need_play(config: Config, method: Method) -> None:
+    """Refuses a curriculum of turns without an environment, and completions by others where there is one."""
+    phases = [method] if method.before is None else [method.before[1], method]
+    for phase in phases:
+        if phase.rollout.curriculum is not None and config.environment is None:
+            raise UserError(
+                f"method '{phase.name}' has a curriculum of turns, and single-turn prompts have but one; name an "
+                "environment (rollout.env, `retort envs` lists them), or set method.curriculum=null"
+            )
+        others = sorted(set(phase.rollout.sources) - {"student"})
+        if config.environment is not None and others:
+            whose = "the teacher's" if others[0] == "teacher" else "those of the data"
+            remedy = "set cold_start.steps=0" if phase is not method else "choose one that learns from the student's"
+            raise UserError(
+                f"method '{phase.name}' also learns from completions that are {whose}, and in the environment "
+                f"'{config.environment}' only the student plays; {remedy}"
+            )
 
 
 def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:

@@ -17,6 +17,7 @@ from retort.methods._cold_start import with_cold_start
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
+from retort.rollout.episodes import EpisodeSetup
 from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
@@ -192,6 +193,12 @@ def _parties(
         vocab=vocab,
         teacher_generator=_teacher_generator(config, local["teacher"], student) if "teacher" in local else None,
         grader=data.grader,
+        episodes=EpisodeSetup.named(
+            config.environment,
+            config.rollout.template_options,
+            turns=config.rollout.max_turns,
+            tools=config.rollout.tools,
+        ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
     )

@@ -14,6 +14,7 @@ from retort.data import in_template
 from retort.errors import UserError
 from retort.rewards.base import Grader
 from retort.rewards.choose import grader_for
+from retort.rewards.environment import ByEnvironment
 from retort.rewards.verify import NEED_ANSWER
 from retort.train.given.given import CallerObjects
 from retort.train.setup.split import different, overlap, repeats, set_aside
@@ -94,21 +95,22 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
 
 @lru_cache(maxsize=8)  # One split takes solving thousands of puzzles: the result is kept for the session.
 def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
-    from retort.tasks import coached, countdown, ranking
+    from retort.tasks import coached, countdown, ranking, rooms
 
     source = {
         "countdown": countdown.rows,
         "ranking": ranking.rows,
         "coached": coached.rows,
         "bait": coached.bait_rows,
+        "rooms": rooms.rows,
     }[task]
     rows = source("held_out" if split == "held_out" else "train", count)
     return tuple(
         Prompt(
             id=str(row["id"]),
             messages=(Message("user", str(row["prompt"])),),
-            answer=str(row["answer"]),
-            response=str(row["response"]),
+            answer=str(row["answer"]) if "answer" in row else None,
+            response=str(row["response"]) if "response" in row else None,
             privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
             clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
         )
@@ -125,12 +127,15 @@ def graders(
 ) -> tuple[Grader | None, Grader | None]:
     """The graders of training rollouts and of held-out completions: None where no prompt can be graded.
 
-    A verifier of the user's own grades everything. Else, prompts without an answer that their verifier needs are left
-    out of the grading, and a note counts them.
+    A verifier of the user's own grades everything, or else an environment. Where there is neither, prompts without an
+    answer that their verifier needs are left out of the grading, and a note counts them.
     """
     own = (caller_objects or CallerObjects()).verifier(config, train)
     if own is not None:
         return own, own
+    if config.environment is not None:
+        played = ByEnvironment(config.environment)
+        return played, played
     task = config.data if config.builtin else config.task
     evaluated = config.eval.data or config.data
     eval_task = evaluated if evaluated in BUILTIN else config.task

@@ -24,7 +24,7 @@ from retort.ranks import World, here
 from retort.rewards.base import Grader, graded
 from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Engine, Sampling
-from retort.rollout.episodes import Task, run_episodes
+from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.plan import RolloutPlan
 from retort.train.source.cache import RolloutCache, key
 from retort.train.source.order import Visit, easy_to_hard, visits
@@ -56,6 +56,8 @@ class Source:
         vocab: Number of ids that student and teachers share.
         teacher_generator: Generates as the teacher for the student, where there is one.
         grader: Grades rollouts, where any of the data has answers.
+        episodes: The environment that replies to the student.
+        failed: What went wrong, in words, in each episode of the last batch that its environment could not go on with.
         cache: Rollouts of earlier batches; a run sets its own.
         world: The ranks, each of which generates and grades a part of the batch.
         whole: Within it the student can generate without the other ranks; all enter it together.
@@ -73,6 +75,8 @@ class Source:
     vocab: int
     teacher_generator: TeacherGenerator | None = None
     grader: Grader | None = None
+    episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
+    failed: list[str] = field(default_factory=list)
     cache: RolloutCache = field(default_factory=RolloutCache)
     world: World = field(default_factory=here)
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -108,7 +112,7 @@ class Source:
         shared, longest = self._share(plan, clock, chosen), self.horizon(plan, clock)
         again = [rollout for visit in shared.replay for rollout in self._replayed(visit, clock, longest)]
         rollouts = [
-            *self._by_student(method, shared.student, longest, version),
+            *self._by_student(method, shared.student, longest, version, clock),
             *self._by_teacher(method, shared.teacher, longest, clock),
             *again,
             *(self.response_rollout(visit.prompt, visit.epoch, longest) for visit in shared.dataset),
@@ -118,7 +122,7 @@ class Source:
                 f"step {clock.step + 1}: the teacher ended none of its completions within {self.limit} tokens, "
                 "so there is nothing to learn; raise rollout.max_new_tokens"
             )
-        return in_groups(rollouts)
+        return in_groups(self._without_failed(rollouts, clock))
 
     def probed(self, plan: RolloutPlan, probe: Probe, clock: Clock) -> list[Rollout]:
         """Completions of the probe prompts: the data's, or the student's with the same uniform numbers every time."""
@@ -129,7 +133,7 @@ class Source:
             Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
         ]
         sampling = Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p)
-        return self._divided(tasks, lambda own: run_episodes(self.engine, own, sampling))
+        return self._divided(tasks, lambda own: self._played(own, sampling))
 
     def passed(self, plan: RolloutPlan, prompts: Sequence[Prompt], samples: int) -> dict[str, float]:
         """The student's pass rate on some prompts, by the prompt's id; needs a grader."""
@@ -140,7 +144,7 @@ class Source:
             for member in range(samples)
         ]
         grader, sampling = self.grader, Sampling(self.limit, plan.temperature, plan.top_p)
-        generated = self._divided(tasks, lambda own: graded(grader, run_episodes(self.engine, own, sampling)))
+        generated = self._divided(tasks, lambda own: graded(grader, self._played(own, sampling)))
         rewards = [rollout.reward or 0.0 for rollout in generated]
         return {
             prompt.id: sum(reward > 0.5 for reward in rewards[place * samples : (place + 1) * samples]) / samples
@@ -225,8 +229,11 @@ class Source:
                 shared.replay.append(visit)
         return shared
 
-    def _by_student(self, method: Method, chosen: Sequence[Visit], longest: int, version: int) -> list[Rollout]:
+    def _by_student(
+        self, method: Method, chosen: Sequence[Visit], longest: int, version: int, clock: Clock
+    ) -> list[Rollout]:
         plan, tasks = method.rollout, list[Task]()
+        setup = self.episodes.within(plan.curriculum, clock.done)
         for visit in chosen:
             context = self._context(visit.prompt)
             for member in range(plan.samples):
@@ -234,7 +241,7 @@ class Source:
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        generated = self._divided(tasks, lambda own: self._graded(method, run_episodes(self.engine, own, sampling)))
+        generated = self._divided(tasks, lambda own: self._graded(method, self._played(own, sampling, setup)))
         if plan.replay is not None:
             size = plan.samples
             groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
@@ -245,6 +252,25 @@ class Source:
         """What the student writes, by each rank its part of the visits, on all ranks in the order of the tasks."""
         with self.whole():
             return self.world.divide(tasks, write, key=lambda task: (task.prompt.id, task.visit))
+
+    def _played(self, tasks: Sequence[Task], sampling: Sampling, setup: EpisodeSetup | None = None) -> list[Rollout]:
+        """The student's completions of some tasks, with whoever replies to it: the run's environment by default."""
+        return run_episodes(self.engine, tasks, sampling, setup=setup or self.episodes)
+
+    def _without_failed(self, rollouts: Sequence[Rollout], clock: Clock) -> list[Rollout]:
+        """Leaves out episodes that ended in an error of their environment, and keeps what it said.
+
+        Raises:
+            RunError: All of them did.
+        """
+        found = [rollout for rollout in rollouts if rollout.status != Status.ERROR]
+        self.failed = [rollout.feedback for rollout in rollouts if rollout.status == Status.ERROR]
+        if not found:
+            raise RunError(
+                f"step {clock.step + 1}: every episode ended in an error of its environment, so there is nothing to "
+                f"learn; the first: {self.failed[0]}"
+            )
+        return found
 
     def _replayed(self, visit: Visit, clock: Clock, longest: int) -> list[Rollout]:
         """An earlier visit from the replay buffer, instead of a new one to this prompt."""

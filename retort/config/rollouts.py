@@ -1,0 +1,85 @@
+"""The section of a run's settings about its rollouts."""
+
+from __future__ import annotations
+
+from datetime import date, datetime
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, field_validator
+from pydantic_core import PydanticCustomError
+
+from retort.align.chat import TemplateOptions
+from retort.config.sections import Section
+from retort.envs.registry import refuse_unknown
+from retort.errors import UserError
+
+
+def _env(name: str) -> str:
+    try:
+        refuse_unknown(name)
+    except UserError as error:
+        raise PydanticCustomError("env", "{problem}", {"problem": str(error)}) from None
+    return name
+
+
+class RolloutSection(Section):
+    """How the student generates."""
+
+    prompts: int = Field(default=128, ge=1, description="prompts per batch of rollouts")
+    max_new_tokens: int = Field(default=4096, ge=1, description="longest completion, tokens")
+    max_prompt_tokens: int = Field(
+        default=1024, ge=1, description="longest prompt, tokens; a longer one stops the run before it starts"
+    )
+    max_view_tokens: int = Field(
+        default=10240,
+        ge=1,
+        description="longest prompt that a teacher is shown, tokens; in a longer one the privileged texts are cut at "
+        "their end, which is counted (`view/<name>/cut`)",
+    )
+    parallel: int = Field(default=256, ge=1, description="completions generated at the same time, at most")
+    stop: list[str] | None = Field(
+        default=None, description="stop tokens; default: those of the student's generation settings"
+    )
+    thinking: bool | None = Field(
+        default=None,
+        description="passed to chat templates as `enable_thinking`; default: not passed, so that each does what it "
+        "does by itself",
+    )
+    date: str | None = Field(
+        default=None,
+        description="day for chat templates that write today's, e.g. 2026-11-29; default: the day on which the run "
+        "starts, written down so that it reads its prompts the same on any other",
+    )
+    rendered: bool = Field(
+        default=False,
+        description="the data's prompts are rendered already: no chat template is applied to them, and the control "
+        "tokens that they spell count",
+    )
+    env: Annotated[str, AfterValidator(_env)] | None = Field(
+        default=None,
+        description="environment that replies to the student's turns: a name that `retort envs` lists, or one of your "
+        "own as module:name (docs/rooms.md); the data's prompts are then its tasks, and it grades; default: none, or "
+        "the one of data=rooms",
+    )
+    max_turns: int | None = Field(
+        default=None, ge=1, description="most turns of an episode; default: as many as its environment allows"
+    )
+    tools: bool = Field(
+        default=False, description="show the environment's tools to the model, for chat templates that can"
+    )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _day(cls, value: Any) -> Any:
+        """Accepts a day in ISO 8601 as text, or TOML's own date."""
+        if value is None:
+            return None
+        try:
+            return (value if type(value) is date else datetime.strptime(value, "%Y-%m-%d")).strftime("%Y-%m-%d")
+        except (TypeError, ValueError):
+            raise PydanticCustomError("day", "must be a day such as 2026-11-29") from None
+
+    @property
+    def template_options(self) -> TemplateOptions:
+        """The options with which prompts become ids."""
+        return TemplateOptions(self.thinking, self.date, self.rendered)

@@ -1,0 +1,247 @@
+"""Make the bundled teacher and student of Rooms from nothing.
+
+    python -m retort.tasks.rooms.build --out models
+
+saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
+this very run. Both learn from the expert's games, by supervised learning on the expert's own turns. The student is made
+first, in few steps, from games without mistakes: it knows the commands and some of the way, and is lost after a
+mistake. The teacher goes on from there, with games that have mistakes in them, so that it knows the way back from
+places where the expert never goes by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from retort.tasks.rooms.episodes import Turn, games, played, rows, seed_of
+from retort.tasks.rooms.game import Rooms
+from retort.tasks.rooms.tokenizer import ASSISTANT, CONTEXT, EOS, USER, build_tokenizer
+
+MEASURED_GAMES = 200
+LONGEST_COMMAND = 4  # tokens, with the end token
+
+# Axes: B games, L tokens, V words.
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made.
+
+    Attributes:
+        games: Different games that it learns from.
+        mistakes: Chance of a mistake at every turn of them.
+        steps: Optimizer steps.
+        batch: Games per step.
+        lr: Highest learning rate; a cosine decays it to zero.
+        seed: Seed of initial weights and data.
+    """
+
+    games: int
+    mistakes: float
+    steps: int
+    batch: int = 16
+    lr: float = 3e-3
+    seed: int = 0
+
+
+WIDTH, LAYERS = 96, 2
+STUDENT = Recipe(games=4_000, mistakes=0.0, steps=500, seed=1)
+TEACHER = Recipe(games=3_000, mistakes=0.25, steps=600, lr=2.5e-3)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A freshly initialised model in fp32."""
+    torch.manual_seed(seed)
+    ids: dict[str, Any] = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=WIDTH // 4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        **ids,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)
+    return model
+
+
+def encoded(turns: Sequence[Turn], word: dict[str, int]) -> tuple[list[int], list[bool]]:
+    """A game as ids, and which of them are learnt: the commands that are the expert's own, each with its end."""
+    ids, learnt = list[int](), list[bool]()
+    for turn in turns:
+        seen, done = [USER, *turn.observation.split(), ASSISTANT], [*turn.command.split(), EOS]
+        ids += [word[part] for part in (*seen, *done)]
+        learnt += [False] * len(seen) + [turn.experts] * len(done)
+    return ids, learnt
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless batches of ids and of what is learnt of them, [B, L] each, padded on the right."""
+    rng, word = random.Random(recipe.seed), tokenizer.get_vocab()
+    whole = [encoded(played(*game, rng, recipe.mistakes), word) for game in islice(games("train"), recipe.games)]
+    print(f"  {len(whole):,} games of {sum(len(ids) for ids, _ in whole) / len(whole):.0f} tokens", flush=True)
+    while True:
+        rng.shuffle(whole)
+        # Games of one batch are of about one length, so that little is padding; batches are in random order.
+        part = 32 * recipe.batch
+        parts = [sorted(whole[at : at + part], key=lambda own: len(own[0])) for at in range(0, len(whole), part)]
+        places = [(own, at) for own in parts for at in range(0, len(own) - recipe.batch + 1, recipe.batch)]
+        rng.shuffle(places)
+        for own, at in places:
+            chosen = own[at : at + recipe.batch]
+            longest = max(len(ids) for ids, _ in chosen)
+            ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in chosen])
+            yield ids_BL, torch.tensor([own + [False] * (longest - len(own)) for _, own in chosen])
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
+    """Supervised learning: cross-entropy of what is learnt, AdamW, cosine."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05)
+    start, data = time.monotonic(), batches(tokenizer, recipe)
+    for step in range(1, recipe.steps + 1):
+        rate = recipe.lr * min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids_BL, learnt_BL = next(data)
+        chosen_BL = learnt_BL[:, 1:]
+        hidden_ND = model.model(input_ids=ids_BL[:, :-1]).last_hidden_state[chosen_BL]
+        loss = F.cross_entropy(model.lm_head(hidden_ND), ids_BL[:, 1:][chosen_BL])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 100 == 0:
+            spent = time.monotonic() - start
+            print(f"  step {step} of {recipe.steps}, {spent:.0f} s, loss {loss.item():.4f}", flush=True)
+
+
+@torch.no_grad()
+def measure(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = MEASURED_GAMES) -> float:
+    """Share of held-out games that a model wins at temperature 1; the same random numbers every time."""
+    generator, word = torch.Generator().manual_seed(0), tokenizer.get_vocab()
+    words = {token: text for text, token in word.items()}
+    won, contexts, open_ = 0, list[list[int]](), list[Rooms]()
+    for row in rows("held_out", count):
+        open_.append(Rooms())
+        seen = open_[-1].reset(row["prompt"], seed_of(row["id"]))
+        contexts.append([word[part] for part in (USER, *seen.split(), ASSISTANT)])
+    while open_:
+        drawn = _commands(model, contexts, generator, word[EOS])
+        going, kept = list[Rooms](), list[list[int]]()
+        for game, context, ids in zip(open_, contexts, drawn, strict=True):
+            seen, _, over, info = game.step(" ".join(words[token] for token in ids if token != word[EOS]))
+            won += info["success"]
+            if not over:
+                going.append(game)
+                kept.append([*context, *ids, *(word[part] for part in (USER, *seen.split(), ASSISTANT))])
+        open_, contexts = going, kept
+    return won / count
+
+
+def _commands(
+    model: LlamaForCausalLM, contexts: Sequence[list[int]], generator: torch.Generator, end: int
+) -> list[list[int]]:
+    """A turn behind each context, without a cache: contexts are short, and padded on the right."""
+    drawn = [list[int]() for _ in contexts]
+    for _ in range(LONGEST_COMMAND):
+        whole = [[*context, *own] for context, own in zip(contexts, drawn, strict=True)]
+        longest = max(map(len, whole))
+        ids_BL = torch.tensor([ids + [0] * (longest - len(ids)) for ids in whole])
+        last_B = torch.tensor([len(ids) - 1 for ids in whole])
+        hidden_BD = model.model(input_ids=ids_BL).last_hidden_state[torch.arange(len(whole)), last_B]
+        next_B = torch.multinomial(model.lm_head(hidden_BD).softmax(-1), 1, generator=generator)[:, 0].tolist()
+        for own, token in zip(drawn, next_B, strict=True):
+            if end not in own:
+                own.append(token)
+        if all(end in own for own in drawn):
+            break
+    return drawn
+
+
+def card(name: str, recipe: Recipe, share: float, parameters: int) -> str:
+    """The model card, Markdown with the metadata block of the Hugging Face hub."""
+    mistakes = f"with a mistake in {recipe.mistakes:.0%} of the turns" if recipe.mistakes else "without mistakes"
+    start = "random weights" if name == "student" else "the student's weights"
+    return f"""---
+license: apache-2.0
+library_name: transformers
+tags: [agent, on-policy-distillation]
+---
+
+# Rooms {name}
+
+A Llama-style model of {parameters:,} parameters that plays Rooms, a small text game: it reads `at c2 . ways north .
+west blue door . hold blue` and writes `open west blue`. It is the {name} of Retort's built-in environment, and good for
+nothing else.
+
+| of {MEASURED_GAMES} held-out games, temperature 1 | |
+|---|---|
+| won within 16 turns | {share:.1%} |
+
+## How it was made
+
+From {start}, by supervised learning on the expert's turns in {recipe.games:,} games that it plays {mistakes}.
+{LAYERS} layers of width {WIDTH}, {recipe.steps:,} steps of {recipe.batch} games, AdamW with a cosine from
+{recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. No held-out layout occurs in them. The weights are stored in
+bfloat16; the score is that of the stored weights, loaded again into float32.
+
+    python -m retort.tasks.rooms.build --out models
+
+Licence: Apache-2.0. The data are generated, so nothing else is in it.
+"""
+
+
+def make(name: str, recipe: Recipe, out: Path) -> None:
+    """Train, save and measure a model."""
+    tokenizer, folder = build_tokenizer(), out / name
+    model = build_model(tokenizer, recipe.seed)
+    if name == "teacher":
+        begun = LlamaForCausalLM.from_pretrained(out / "student", dtype=torch.float32)
+        model.load_state_dict(begun.state_dict())
+    print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+    train(model, tokenizer, recipe)
+    model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+    tokenizer.save_pretrained(folder)
+    share = measure(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    (folder / "README.md").write_text(card(name, recipe, share, model.num_parameters()), encoding="utf-8")
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{name}: wins {share:.1%}, {size:.1f} MB in {folder}", flush=True)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Make the bundled teacher and student of Rooms.")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write student/ and teacher/ into")
+    parser.add_argument(
+        "--only", choices=("teacher", "student"), help="make only this one; a teacher needs the student"
+    )
+    arguments = parser.parse_args()
+    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
+        if arguments.only in (None, name):
+            make(name, recipe, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
