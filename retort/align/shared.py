@@ -19,7 +19,7 @@ from retort.align.text import decode
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SharedVocabulary", "shared"]
+__all__ = ["SharedVocabulary", "shared", "vocabulary_bytes"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +95,20 @@ def shared(
     return SharedVocabulary(both_K[:, 0].contiguous(), both_K[:, 1].contiguous(), *sizes, ambiguous)
 
 
+def vocabulary_bytes(tokenizer: PreTrainedTokenizerBase, width: int) -> list[bytes]:
+    """The bytes that each of `width` ids spells inside a text; none for control tokens and ids without a token."""
+    found = [b""] * width
+    for token, piece in zip(*_spelt(tokenizer), strict=True):
+        if token < width:
+            found[token] = piece
+    return found
+
+
 def _by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
     """The ids of text tokens by the bytes that they spell."""
     table = piece_table(tokenizer)
-    ids = [token for token in table.tokens if table.is_text(token)]
     spelling = table.spellings[0] if table.spellings else ""
-    spelt = table.spell(ids, spelling) if spelling else _decoded(tokenizer, ids)
+    ids, spelt = _spelt(tokenizer)
     found: dict[bytes, list[int]] = {}
     for token, piece in zip(ids, spelt, strict=True):
         if piece:
@@ -110,6 +118,13 @@ def _by_bytes(tokenizer: PreTrainedTokenizerBase) -> dict[bytes, list[int]]:
             used = [token for token in same if not table.is_single(token, spelling)]
             found[piece] = used or same
     return found
+
+
+def _spelt(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bytes]]:
+    """The ids of text tokens, and the bytes that each spells inside a text; none for a part that cannot be told."""
+    table = piece_table(tokenizer)
+    ids = [token for token in table.tokens if table.is_text(token)]
+    return ids, table.spell(ids, table.spellings[0]) if table.spellings else _decoded(tokenizer, ids)
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[bytes]:

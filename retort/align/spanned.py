@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from retort.align.aligned import AlignedTurns
 from retort.align.pair import SameIds
+from retort.align.prefixes import Prefixes
 from retort.align.reread import TeacherText
-from retort.align.shared import SharedVocabulary, shared
+from retort.align.shared import SharedVocabulary, shared, vocabulary_bytes
 from retort.align.stops import StopMap, StopTokens
 from retort.align.tokens import vocabulary_width
 from retort.core.sequences import TokenSequence
@@ -77,6 +79,17 @@ class SpanPair:
     teacher_stops: Tensor
     name: str
     stops: StopMap = field(default_factory=StopMap)
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """What the teacher's tokens mean in the student's, by their bytes; found when it is first asked for."""
+        own, their = self.teacher_reader.tokenizers
+        return Prefixes(
+            vocabulary_bytes(own, self.vocab),
+            vocabulary_bytes(their, self.width),
+            (self.shared.student_K, self.shared.teacher_K),
+            (self.student_stops, self.teacher_stops),
+        )
 
     def read(self, sequence: TokenSequence, prompt_ids: Sequence[int]) -> AlignedTurns:
         """The student's sequence as the teacher reads it behind its own rendering of the prompt.

@@ -69,7 +69,7 @@ def vocabulary_width(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
-_REMEDY = "Use a teacher of the student's family, or a method for two tokenizers, such as strict_ct, simct or opd"
+_REMEDY = "Use a teacher of the student's family, or a method for two tokenizers"
 
 
 def _differing(ours: dict[str, int], theirs: dict[str, int], width: int) -> list[tuple[int, str | None, str | None]]:

@@ -18,6 +18,7 @@ from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
 from retort.rewards.environment import ByEnvironment
 from retort.rewards.user import is_user_defined
+from retort.teachers.spanned import SpanTeacher
 from retort.train.events.observe import Observer
 from retort.train.models.models import engine, load, local_teacher
 from retort.train.setup.prompts import eval_prompts, grader
@@ -81,6 +82,8 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     other = None if teacher_lm is None else local_teacher(config, lm, teacher_lm)
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer)) if other is None else other.alignment.vocab
     evaluator = Evaluator.from_config(config, prompts, verifier, vocab=vocab)
+    if isinstance(other, SpanTeacher) and not evaluator.as_drawn:
+        observer.note("no divergence from the teacher is given: it is estimated at temperature=1 and top_p=1 only")
     longest, first = 0, prompts[0].id
     for prompt in prompts:
         ids = render(prompt)

@@ -263,6 +263,9 @@ def examination_table(found: Mapping[str, Any]) -> Table:
     table = Table(box=None, padding=(0, 2, 1, 0), show_header=False)
     for check in found["checks"]:
         text = shown(check["saw"])
+        for cells in check.get("table", ()):
+            # Columns of numbers, and a last one of words.
+            text.append("\n" + "".join(f"{visible(cell):>8}" for cell in cells[:-1]) + f"  {visible(cells[-1])}")
         if check["verdict"] != "ok":
             text.append("\nwhy it matters: ", style="dim").append(visible(check["why"]), style="dim")
             if check["remedy"]:

@@ -2,7 +2,9 @@
 
 from retort.divergences.adaptive import akl, todi, total_variation
 from retort.divergences.alpha_beta import ab_values, alpha_beta
+from retort.divergences.byte_prefix import Direction, byte_prefix, stop_bridge
 from retort.divergences.clipped import clipped, clipped_mass, clipped_values
+from retort.divergences.gold import Merge, merged_distance
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
 from retort.divergences.likelihood import negative_log_likelihood
@@ -16,6 +18,8 @@ from retort.divergences.support import SupportChoice, Tail, Weighting, topk_jsd,
 from retort.divergences.units import stop_forward_kl
 
 __all__ = [
+    "Direction",
+    "Merge",
     "Score",
     "Support",
     "SupportChoice",
@@ -24,6 +28,7 @@ __all__ = [
     "ab_values",
     "akl",
     "alpha_beta",
+    "byte_prefix",
     "clipped",
     "clipped_mass",
     "clipped_values",
@@ -35,12 +40,14 @@ __all__ = [
     "k2",
     "k3",
     "kl_values",
+    "merged_distance",
     "negative_log_likelihood",
     "reverse_kl",
     "simct",
     "skew_forward_kl",
     "skew_reverse_kl",
     "sorted_distance",
+    "stop_bridge",
     "stop_forward_kl",
     "strict_shared_kl",
     "teacher_top",

@@ -84,13 +84,13 @@ def stop_forward_kl() -> Divergence:
     def value(context: Context, view: str) -> Tensor:
         units = context.signal(view).units
         own_S, their_S = units.known_stops()
-        student_F2 = _stop_or_go(units.student(context.student), own_S)
-        return units.at_first(kl_values(_stop_or_go(units.teacher, their_S), student_F2))
+        student_F2 = stop_or_go(units.student(context.student), own_S)
+        return units.at_first(kl_values(stop_or_go(units.teacher, their_S), student_F2))
 
     return Divergence("stop_forward_kl", value, frozenset({SPANS}))
 
 
-def _stop_or_go(distribution: Distribution, stops_S: Tensor) -> Tensor:
+def stop_or_go(distribution: Distribution, stops_S: Tensor) -> Tensor:
     """Log-probs [F, 2] of the ids that stop, and of all others, nats."""
     ids_FS = stops_S.expand(len(distribution.logits_CV), -1)
     go_F = distribution.logp_outside(ids_FS, torch.ones_like(ids_FS, dtype=torch.bool))

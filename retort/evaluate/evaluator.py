@@ -18,7 +18,7 @@ from torch import Tensor
 from retort.align.chat import TemplateOptions, render
 from retort.config import Config
 from retort.core.context import Context
-from retort.core.needs import DENSE, can_meet
+from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
@@ -26,6 +26,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
+from retort.evaluate.per_byte import IN_UNITS, against_units, byte_counts, ratios
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
 from retort.ranks import Share, here
@@ -39,7 +40,7 @@ from retort.teachers.view import View
 #: Prompts that are generated for and scored at once: this bounds the memory.
 _BLOCK = 64
 #: Measures that are means of zeros and ones, over tokens or completions.
-_SHARES = ("truncated", "uncertain", "student_uncertain", "success")
+_SHARES = ("truncated", "uncertain", "student_uncertain", "success", IN_UNITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,15 +113,17 @@ class Evaluator:
         Args:
             lm: The model that is evaluated.
             engine: Generates its completions.
-            teacher: The teacher that it is compared with, where that one can give distributions.
+            teacher: The teacher that it is compared with, where that one can give distributions, or scores of units.
             progress: Called with prompts done (at first 0) and prompts in all.
 
         Returns:
             Estimates with value, low and high, where they could be measured: `avg@k`, `pass@k`, `length`, `truncated`,
             `student_entropy` (the writer's own), `student_uncertain` (share of tokens where it exceeds the threshold),
             and against the teacher `reverse_kl`, `uncertain` (share of tokens where the teacher is), and over those
-            tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`.
-            Of an environment's episodes also `success`, `turns`, `tool_errors`.
+            tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`. Against a
+            teacher with another tokenizer none of these can be measured, but `bytes_in_units`. Against any teacher
+            `reverse_kl_per_byte`, where completions are drawn at temperature 1 and `top_p` 1. Both are explained in
+            `retort.evaluate.per_byte`. Of an environment's episodes also `success`, `turns`, `tool_errors`.
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
             completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
@@ -150,6 +153,8 @@ class Evaluator:
                     _tally(tallies, name, [rollout.measures[name] for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
             self._tally_values(tallies, values, pack)
+            if teacher is not None:
+                self._tally_ratios(tallies, ratios(values, byte_counts(pack, lm), as_drawn=self.as_drawn), pack)
             profile.add(values, pack.steps.position_N)
             for index in range(max(0, min(len(block), self.recorded - start))):
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
@@ -163,6 +168,11 @@ class Evaluator:
     def _given_up(self) -> int:
         verifier = self.verifier
         return 0 if verifier is None else sum(here().each(lambda: verifier.given_up))
+
+    @property
+    def as_drawn(self) -> bool:
+        """Whether completions are drawn from the model's own distribution, so that log-ratios estimate a divergence."""
+        return self.temperature == 1.0 and self.top_p == 1.0
 
     def graded(self) -> dict[str, int]:
         """The number of prompts that can be graded, as `graded`, where that is only a part of them."""
@@ -189,13 +199,14 @@ class Evaluator:
         pack, share = Pack.of(list(rollouts)), Share.of(in_groups(rollouts), here())
         asked = in_groups(rollouts)[share.groups]
         own = Pack.of([rollout for group in asked for rollout in group])
+        need = None if teacher is None else _comparable(teacher)
         signals = {}
-        if teacher is not None and can_meet(teacher.capabilities, DENSE):
-            signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({DENSE})))}
+        if teacher is not None and need is not None:
+            signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({need})))}
         was_training = lm.model.training
         lm.model.eval()
         hidden_ND = lm.all_hidden([r.sequence for r in own.rollouts], self.batch_tokens)
-        values = _against_teacher if signals else _alone
+        values = {DENSE: _against_teacher, SPANS: against_units, None: _alone}[need]
         steps = own.steps.to(lm.device)
         with lm.compute():
             found = per_token(Core(values, steps, Clock(), signals, lm.head(), self.vocab), hidden_ND)
@@ -212,6 +223,16 @@ class Evaluator:
             for name, values_N in measures.items():
                 own_N = values_N[inside_N]
                 _tally(tallies, name, own_N[~own_N.isnan()].double().tolist())
+
+    def _tally_ratios(
+        self, tallies: dict[str, tuple[list[float], list[float]]], measures: Mapping[str, Sequence[Tensor]], pack: Pack
+    ) -> None:
+        """Sums the two sides of ratios per prompt."""
+        for name, columns in measures.items():
+            for group in range(int(pack.group_R.max()) + 1):
+                inside_N = pack.steps.group_N == group
+                for tally, column_N in zip(tallies.setdefault(name, ([], [])), columns, strict=True):
+                    tally.append(float(column_N[inside_N].sum()))
 
     def _recorded(
         self, lm: LanguageModel, pack: Pack, index: int, values: Mapping[str, Tensor], reward: float | None
@@ -239,6 +260,11 @@ class Evaluator:
             found = (Estimate.share if name in _SHARES else Estimate.ratio)(sums, counts)
             row[name] = None if found is None else found.within(*bounds(name))
         return {name: value.plain() if isinstance(value, Estimate) else value for name, value in row.items()}
+
+
+def _comparable(teacher: Teacher) -> Need | None:
+    """What a teacher is asked for: its distributions if it has them, else scores of units, else nothing."""
+    return next((need for need in (DENSE, SPANS) if can_meet(teacher.capabilities, need)), None)
 
 
 def _alone(context: Context) -> dict[str, Tensor]:

@@ -37,7 +37,11 @@ MEASURES: Mapping[str, Measure] = {
     "teacher_entropy_uncertain": Measure("teacher's entropy where it is uncertain", "nats"),
     "forward_kl_uncertain": Measure("forward KL where the teacher is uncertain", "nats"),
     "reverse_kl": Measure("reverse KL, all tokens", "nats"),
+    "reverse_kl_per_byte": Measure("reverse KL, from the tokens drawn", "nats per byte"),
+    "bytes_in_units": Measure("bytes that the teacher scores", "", "share"),
 }
+#: Estimates that may fall below what they estimate, and so below 0.
+_SIGNED = ("reverse_kl_per_byte",)
 _PART = "reward/"
 
 
@@ -52,7 +56,7 @@ def bounds(name: str) -> tuple[float, float]:
     """The smallest and largest possible value of a measure; infinite where only its verifier knows them."""
     if name.startswith("pass@") or (name in MEASURES and MEASURES[name].kind == "share"):
         return 0.0, 1.0
-    return (0.0 if name in MEASURES else -math.inf), math.inf
+    return (0.0 if name in MEASURES and name not in _SIGNED else -math.inf), math.inf
 
 
 def ordered(names: Sequence[str]) -> list[str]:

@@ -22,6 +22,10 @@ from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
+from retort.registry import for_two_tokenizers
+
+#: Ends the name of the column with a view's units, see `Units.sizes_C`; only of a teacher with another tokenizer.
+UNITS = "_units"
 
 
 def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
@@ -35,10 +39,7 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> No
             wants = " and ".join(str(need) for need in missing)
             problem = f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}"
             if "spans" in offers[view]:
-                problem += (
-                    " (it has another tokenizer; these serve simct, strict_ct, uld, alm, and methods of the sampled "
-                    "token such as opd, power_opd and vopd)"
-                )
+                problem += f" (it has another tokenizer; these serve {', '.join(for_two_tokenizers())})"
             raise UserError(problem)
 
 
@@ -131,7 +132,8 @@ def recorded_values(
 ) -> Callable[[Context], dict[str, Tensor]]:
     """The function of a chunk that gives the columns of the per-token record only, [C] each, detached.
 
-    These are both sides' log-probs of the sampled token, and what a term's estimator shows (`<term>.advantage`).
+    These are both sides' log-probs of the sampled token, what a term's estimator shows (`<term>.advantage`), and the
+    units of a teacher with another tokenizer (`<view>_units`, see `Units.sizes_C`).
     """
 
     def values(context: Context) -> dict[str, Tensor]:
@@ -140,6 +142,8 @@ def recorded_values(
             if can_meet(kinds, SAMPLED):
                 rows = context.signal(view)  # the log-prob of a unit is spread over its tokens, whose sum it is
                 values[f"{view}_logp"] = rows.per_step(rows.sampled_logp_N)
+                if rows.by_unit:
+                    values[f"{view}{UNITS}"] = rows.units.sizes_C
         for term in method.terms:
             for name, value_C in term.estimator.shown(context, term.against, term.name).items():
                 values[f"{term.name}.{name}"] = value_C

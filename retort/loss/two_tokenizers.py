@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from retort.align.prefixes import Prefixes
 from retort.align.spans import Mode, units
 from retort.core.distribution import Distribution
 from retort.core.reduce import constant
-from retort.core.signals import Spans, as_compute, unit_columns
+from retort.core.signals import Spans, TeacherTokens, as_compute, unit_columns
 from retort.errors import UserError
 from retort.method import Method
 
@@ -30,6 +32,7 @@ class TwoTokenizations:
         shared: The student's and the teacher's ids that are the same bytes, [S] each.
         stops: Ids that end a completion, the student's and the teacher's; None where not given.
         segmentation: The mode of `retort.align.spans.units`.
+        vocabularies: The bytes of each id of either side; None where not given.
     """
 
     tokens: tuple[Tensor, Tensor]
@@ -38,6 +41,7 @@ class TwoTokenizations:
     shared: tuple[Tensor, Tensor]
     stops: tuple[Tensor, Tensor] | None
     segmentation: Mode
+    vocabularies: tuple[Sequence[bytes], Sequence[bytes]] | None = None
 
     @staticmethod
     def of(
@@ -47,6 +51,7 @@ class TwoTokenizations:
         shared: Sequence[tuple[int, int]],
         stops: tuple[Sequence[int], Sequence[int]] | None,
         segmentation: Mode,
+        vocabularies: tuple[Sequence[bytes], Sequence[bytes]] | None = None,
     ) -> TwoTokenizations:
         """Builds it, and checks that all is about the same tokens.
 
@@ -67,10 +72,16 @@ class TwoTokenizations:
         pairs = torch.tensor([[int(one) for one in pair] for pair in shared], dtype=torch.long, device=device)
         own_S, their_S = pairs.reshape(-1, 2).unbind(1)
         ends = None if stops is None else (_ids(stops[0], device), _ids(stops[1], device))
-        return TwoTokenizations(tokens, pieces, (numbers[0], numbers[1]), (own_S, their_S), ends, segmentation)
+        both = numbers[0], numbers[1]
+        return TwoTokenizations(tokens, pieces, both, (own_S, their_S), ends, segmentation, vocabularies)
 
-    def spans(self, teacher_logits: Tensor, temperature: float) -> Spans:
+    def spans(self, teacher_logits: Tensor, temperature: float, vocab: int) -> Spans:
         """The teacher's signal, from its logits [M, V_T].
+
+        Args:
+            teacher_logits: The logits.
+            temperature: Their divisor.
+            vocab: V_S, the number of ids that the student has.
 
         Raises:
             UserError: Logits that do not fit, or bytes of a rollout that differ between the two sides.
@@ -87,6 +98,7 @@ class TwoTokenizations:
         taken_M = Distribution(whole_MV).logp_at(their_M[:, None]).squeeze(-1)
         raw_M = whole_MV.gather(-1, their_M[:, None]).squeeze(-1)
         columns, from_N = unit_columns(self.units(), own_N, their_M, taken_M, (own_S, their_S), teacher_raw_M=raw_M)
+        prefixes = cache(lambda: self.prefixes((vocab, width)))
         return Spans(
             own_N,
             "teacher",
@@ -94,8 +106,36 @@ class TwoTokenizations:
             width,
             shared=(own_S, their_S),
             stops=self.stops,
+            place_N=from_N,
+            theirs=TeacherTokens(their_M, taken_M, lambda index: whole_MV[index], width, prefixes=prefixes),
             **columns,  # pyright: ignore[reportArgumentType]
         )
+
+    def prefixes(self, widths: tuple[int, int]) -> Prefixes:
+        """What the teacher's tokens mean in the student's.
+
+        Args:
+            widths: V_S and V_T.
+
+        Raises:
+            UserError: The bytes of all ids are needed and not given, or are not as many as the ids.
+        """
+        if self.vocabularies is None:
+            if len(self.shared[1]) < widths[1]:
+                raise UserError(
+                    "this method reads the bytes of every token: give vocabularies=(the student's, the teacher's), the "
+                    "bytes of each id, b'' for control tokens"
+                )
+            # All of the teacher's ids are the student's, so only the written tokens are ever spelt.
+            ours, theirs = ([b""] * width for width in widths)
+            for known, ids, spelt in zip((ours, theirs), self.tokens, self.pieces, strict=True):
+                for token, piece in zip(ids.tolist(), spelt, strict=True):
+                    known[token] = piece
+            return Prefixes(ours, theirs, self.shared, self.stops, whole=False)
+        for side, known, width in zip(("student", "teacher"), self.vocabularies, widths, strict=True):
+            if len(known) != width:
+                raise UserError(f"vocabularies have the bytes of {len(known)} {side}'s ids, of which there are {width}")
+        return Prefixes(*self.vocabularies, self.shared, self.stops)
 
     def units(self) -> list[tuple[slice, slice]]:
         """The units of all rollouts, as slices of all tokens of either side."""

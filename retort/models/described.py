@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from retort.align.stops import stop_tokens
+from retort.models import gguf
 from retort.models.files import errors_about, locate, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 
@@ -77,9 +78,12 @@ def describe(
     else:
         location = locate(label, name, source)
         with errors_about(label):
-            config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
-            with contextlib.suppress(OSError):  # many models have none
-                generation = GenerationConfig.from_pretrained(location)
+            if gguf.is_gguf(location):
+                config = gguf.read_config(location)
+            else:
+                config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
+                with contextlib.suppress(OSError):  # many models have none
+                    generation = GenerationConfig.from_pretrained(location)
     if config.get_text_config() is config:  # for a model made of parts, only loading shows which part's stops count
         stop_tokens(tokenizer, generation, config, label=label, override=stop)
     return Described(name, tokenizer, config)

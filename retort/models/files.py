@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from retort.errors import RetortError, UserError
+from retort.models import gguf
 from retort.models.in_memory import InMemoryModel
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ _OTHER_PARTS = re.compile(
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3
 _GGUF = (
-    "holds GGUF files; convert them to safetensors (docs/gguf.md shows the six lines), or better take the folder that "
-    "they were made from"
+    "holds GGUF files; name the file itself ({}) to read it (docs/gguf.md), or better take the folder that it was "
+    "made from"
 )
 #: Seconds in which the hub has to answer whether it has a model.
 _HUB_SECONDS = 10.0
@@ -98,8 +99,9 @@ def locate(label: str, name: str, source: str | None) -> str:
         raise UserError(f"{label}: {found}")
     if there:
         return str(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"{label}: no such folder")
+    file = path.suffix.lower() == ".gguf"
+    if file or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"{label}: no such {'file' if file else 'folder'}")
     problem = _wrong_on_hub(name)
     if problem is not None:
         raise UserError(f"{label}: there is no such folder, and {problem}")
@@ -151,6 +153,8 @@ def read_tokenizer(
         tokenizer: Any = (
             copy.deepcopy(source.tokenizer)
             if isinstance(source, InMemoryModel)
+            else gguf.read_tokenizer(location)
+            if gguf.is_gguf(location)
             else AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
         )
         ids = set(tokenizer.get_vocab().values())
@@ -194,23 +198,28 @@ def read_model(
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
         return held, _weight_notes(label, weights, *_account(held, {}, set()))
     location = locate(label, name, source)
+    file = gguf.is_gguf(location)
     # Random weights (missing ones, where the settings allow it) are the same when a run is resumed.
     with errors_about(label), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
         torch.manual_seed(0)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=trust_remote_code,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that one account lists all mismatches
-            output_loading_info=True,
-        )
+        where = gguf.arguments(location) if file else {"pretrained_model_name_or_path": location}
+        with gguf.fast_reader() if file else contextlib.nullcontext():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **where,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that one account lists all mismatches
+                output_loading_info=True,
+            )
     model, info = loaded
-    return cast("PreTrainedModel", model), _weight_notes(
-        label, weights, *_account(model, info, _dropped(location, model))
-    )
+    if file:
+        gguf.without_leftovers(model)
+    wrong, notes = _account(model, info, set() if file else _dropped(location, model))
+    notes += gguf.notes(location) if file else []
+    return cast("PreTrainedModel", model), _weight_notes(label, weights, wrong, notes)
 
 
 def _weight_notes(label: str, weights: Weights, wrong: list[str], notes: list[str]) -> list[str]:
@@ -290,14 +299,15 @@ def _counted(keys: list[str]) -> str:
 def _wrong_with(path: Path) -> str | None:
     """The reason why a folder cannot be read as a model, as far as its files show."""
     if not path.is_dir():
-        return _GGUF if path.suffix.lower() == ".gguf" else "that is a file; name the folder of the model"
+        return gguf.wrong_with(path) if gguf.is_gguf(str(path)) else "that is a file; name the folder of the model"
     names = {file.name for file in path.iterdir()}
     if not names:
         return "no config.json: that folder is empty"
     if (path / "model" / "config.json").is_file() and not any(name.endswith(".safetensors") for name in names):
         return f"that is the folder of a run, whose student is in {path / 'model'}"
-    if any(name.lower().endswith(".gguf") for name in names) and not any(n.endswith(".safetensors") for n in names):
-        return _GGUF
+    files = sorted(name for name in names if name.lower().endswith(".gguf"))
+    if files and not any(name.endswith(".safetensors") for name in names):
+        return _GGUF.format(files[0])
     if "config.json" not in names:
         return "no config.json in that folder, so it is not a model folder"
     for name in ("config.json", "generation_config.json"):

@@ -60,6 +60,7 @@ class LanguageModel:
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
         sharding: How the weights are spread over ranks, where there are several; shared likewise.
         notes: Notes for the user.
+        rounded: How its weights were rounded in their file, in words; empty where they were not.
     """
 
     model: PreTrainedModel
@@ -77,6 +78,7 @@ class LanguageModel:
     working: WorkingCopy = field(default_factory=WorkingCopy)
     sharding: Sharding = field(default_factory=Sharding)
     notes: list[str] = field(default_factory=lambda: [])
+    rounded: str = ""
 
     @property
     def device(self) -> torch.device:

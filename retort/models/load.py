@@ -9,6 +9,7 @@ import torch
 
 from retort.align.stops import stop_tokens
 from retort.errors import UserError
+from retort.models import gguf
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
@@ -71,6 +72,8 @@ def load_model(
     # which would sample rollouts from another distribution than the one that is scored.
     model.generation_config = GenerationConfig()
     loaded = LanguageModel(model, tokenizer, stops, name, precision, original, notes=notes)
+    if not isinstance(source, InMemoryModel):
+        loaded.rounded = gguf.rounded(source or name)
     with errors_about(label):  # settings may make a model that cannot compute
         check_head(loaded, finite=weights == "refuse")
     choose_batching(loaded)

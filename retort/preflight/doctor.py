@@ -103,6 +103,8 @@ def _tokenizer_check(name: str, ours: object, theirs: object, method: Method) ->
         if isinstance(error, OtherTokenizer) and needs is None:
             return Check(check, "ok", f"{text}; method '{method.name}' compares units of the same bytes", _SPANS_WHY)
         text = f"{text}; {needs}" if needs and text else text
+        if isinstance(error, OtherTokenizer):
+            remedy = f"{remedy}: {', '.join(registry.for_two_tokenizers())}"
         return Check(check, "fatal", text or str(error), _TOKENIZER_WHY, remedy)
     what = f"tokens have other ids for the {name}" if isinstance(shared, IdMap) else "ids are the same token to both"
     return Check(check, "ok", f"{shared.vocab:,} {what}, and probes are cut alike", _TOKENIZER_WHY)

@@ -21,6 +21,7 @@ class Check:
         why: Why it matters.
         remedy: What to do; empty where nothing needs doing.
         values: The numbers behind it.
+        table: Rows of a table that belongs to `saw`, the first of them its head; empty where there is none.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Check:
     why: str
     remedy: str = ""
     values: tuple[tuple[str, float], ...] = ()
+    table: tuple[tuple[str, ...], ...] = ()
 
     @property
     def line(self) -> str:
@@ -71,6 +73,9 @@ class Examination:
     def plain(self) -> dict[str, Any]:
         """The examination as plain values for JSON."""
         rows = [{**asdict(check), "values": dict(check.values)} for check in self.checks]
+        for row in rows:
+            if not row["table"]:
+                del row["table"]
         return {"verdict": self.verdict, "quick": self.quick, "checks": rows}
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 from retort.align.aligned import Coverage
 from retort.align.retokenize import retokenize
-from retort.align.stops import named_stops
+from retort.align.spanned import SpanPair
+from retort.align.stops import StopTokens, named_stops
 from retort.align.text import decode
 from retort.core.sequences import TokenSequence
 from retort.errors import SignalError, UserError
+from retort.models.lm import LanguageModel
 from retort.preflight.findings import Check
 from retort.teachers.spanned import SpanTeacher
 from retort.train.setup.prepare import Prepared
 
 #: Number of rows of the data whose texts are aligned.
 PROBES = 64
+#: Number of shapes of units that are shown.
+SHAPES = 6
 
 
 def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
@@ -24,6 +31,7 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
     )
     pair, student = teacher.pair, prepared.student
     saw = pair.describe(student.tokenizer, teacher.lm.tokenizer)
+    ours, theirs = Counter[int](), Counter[int]()
     found, answered = Coverage(), all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
     for prompt in prepared.source.prompts[:PROBES]:
         try:
@@ -35,6 +43,8 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
             remedy = "see docs/tokenizers.md for what can be aligned"
             return Check("units", "fatal", f"row '{prompt.id}': {error}", why, remedy)
         found = found + read.coverage
+        ours.update(ids)
+        theirs.update(read.sequence.actions_A.tolist())
     total, lost = found.bytes, sum(found.lost.values())
     if not total:
         return Check("units", "ok", f"{saw}; the data has no text to try it on", why)
@@ -44,19 +54,76 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
         f"; of {total:,} bytes of the data's {what} {parts['one_to_one']:.0%} are in units of one token on each side, "
         f"{parts['spans']:.0%} in longer ones, {parts['unread']:.0%} in none"
     )
-    values = (*parts.items(), ("shared", float(len(pair.shared))))
+    lacking = without_counterpart(pair, ours, theirs)
+    saw += (
+        f"; of the tokens there {lacking['student_tokens']:.1%} of the student's and {lacking['teacher_tokens']:.1%} "
+        f"of the teacher's have no counterpart, of the vocabularies {lacking['student_ids']:.0%} and "
+        f"{lacking['teacher_ids']:.0%}"
+    )
+    values = (*parts.items(), ("shared", float(len(pair.shared))), *((f"lacking/{k}", v) for k, v in lacking.items()))
+    values += tuple((f"units/{own}:{other}", float(count)) for (own, other), count in _shapes(found))
+    table = (("units", "share", "student's tokens : teacher's"), *_shape_rows(found))
     if not lost:
-        return Check("units", "ok", saw, why, values=values)
+        return Check("units", "ok", saw, why, values=values, table=table)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.lost.items())
     remedy = "see docs/tokenizers.md; a teacher whose tokenizer knows these characters reads all of it"
-    return Check("units", "warn", f"{saw} ({reasons})", why, remedy, values)
+    return Check("units", "warn", f"{saw} (in none: {reasons} bytes)", why, remedy, values, table)
+
+
+def without_counterpart(pair: SpanPair, ours: Counter[int], theirs: Counter[int]) -> dict[str, float]:
+    """The shares of ids that are no token of the other side: of the vocabularies, and of some tokens.
+
+    Args:
+        pair: The alignment.
+        ours: How often each of the student's ids was seen.
+        theirs: The same of the teacher's.
+    """
+    shared = pair.shared
+    return {
+        "student_ids": shared.student_lacking / max(shared.student_vocab, 1),
+        "teacher_ids": shared.teacher_lacking / max(shared.teacher_vocab, 1),
+        "student_tokens": _outside(ours, shared.student_K.tolist()),
+        "teacher_tokens": _outside(theirs, shared.teacher_K.tolist()),
+    }
+
+
+def _outside(seen: Counter[int], known: Sequence[int]) -> float:
+    inside = set(known)
+    return sum(count for token, count in seen.items() if token not in inside) / max(seen.total(), 1)
+
+
+def _shapes(found: Coverage) -> list[tuple[tuple[int, int], int]]:
+    """Numbers of tokens of a unit on both sides, the most frequent first."""
+    return sorted(found.lengths.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _shape_rows(found: Coverage) -> list[tuple[str, ...]]:
+    total, shapes = sum(found.lengths.values()), _shapes(found)
+    rows = [(f"{count:,}", f"{count / total:.1%}", f"{own}:{other}") for (own, other), count in shapes[:SHAPES]]
+    rest = sum(count for _, count in shapes[SHAPES:])
+    longest = max((max(shape) for shape, _ in shapes[SHAPES:]), default=0)
+    more = (f"{rest:,}", f"{rest / total:.1%}", f"others, of up to {longest} tokens on a side")
+    return [*rows, *([more] if rest else [])]
 
 
 def check_span_stops(prepared: Prepared, teacher: SpanTeacher) -> Check:
     """Shows which tokens end generation on either side: each side reads the other's as its own."""
     why = "a student that never learns to stop generates until it is cut off, and learns from that"
-    ours, theirs = (named_stops(lm.stops, lm.tokenizer) for lm in (prepared.student, teacher.lm))
-    saw = f"the student stops with {ours}, which the teacher reads as its own stop: {theirs}"
+    student, other = prepared.student, teacher.lm
+    controls = teacher.pair.teacher_reader.controls
+
+    def named(lm: LanguageModel, ids: Sequence[int]) -> str:
+        return ", ".join(named_stops(StopTokens(frozenset({token}), token), lm.tokenizer) for token in ids)
+
+    further = sorted(student.stops.ids - {student.stops.primary})
+    read = [f"{named(student, [token])} as {named(other, [controls[token]])}" for token in further]
+    alone = sorted(other.stops.ids - {controls[token] for token in student.stops.ids})
+    saw = (
+        f"the student stops with {named(student, [student.stops.primary])}, which the teacher reads as its own stop: "
+        f"{named(other, [other.stops.primary])}"
+    )
+    saw += f"; it reads {', '.join(read)}" if read else ""
+    saw += f"; no stop of the student's is read as {named(other, alone)}, with which it stops, too" if alone else ""
     return Check("stop token", "ok", saw, why)
 
 

@@ -22,8 +22,10 @@ from retort.evaluate.ranks import auroc
 from retort.loss.terms import watch_values
 from retort.models.lm import Precision
 from retort.preflight.findings import Check, Verdict, worst
+from retort.preflight.supervision import check_supervision, unit_positions
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
+from retort.teachers.spanned import SpanTeacher
 from retort.train.learning.diagnose import engine_gap_N, rollout_means, watching
 from retort.train.models.precision import ABOVE_NOISE
 from retort.train.setup.prepare import Prepared
@@ -102,6 +104,10 @@ def trial_checks(prepared: Prepared) -> list[Check]:
     """Makes all checks on a trial."""
     trial = run_trial(prepared)
     checks = [check_noise_floor(trial), check_stopping(trial)]
+    local = prepared.teachers.models.get("teacher")
+    if isinstance(local, SpanTeacher):
+        found = unit_positions(local, prepared.student.tokenizer, trial.pack.rollouts)
+        checks.append(check_supervision(prepared.method, found))
     return checks if _teacher_view(prepared) is None else [*checks, check_teachability(prepared, trial)]
 
 

@@ -80,6 +80,22 @@ PLOTS = (
         },
         "share",
     ),
+    Curves(
+        "Bytes in units",
+        "share of the completions’ bytes",
+        {
+            "view/teacher/one_to_one": "1:1 units",
+            "view/teacher/spans": "longer units",
+            "view/teacher/unread": "no unit",
+        },
+        "share",
+    ),
+    Curves(
+        "Stopping where the student stopped",
+        "probability, mean over completions",
+        {"stop_probability/student": "student", "stop_probability/teacher": "teacher"},
+        "share",
+    ),
     Curves("Weights on the advantage", "mean factor", {"magnitude": "magnitude", "gate": "gate"}),
     Curves(
         "Groups",
@@ -142,7 +158,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     runs = all_runs(groups)
     split = next(index for index, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
-        *(_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
+        *(_loss(groups), _unit_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
         _times(groups),
     ]
@@ -185,6 +201,18 @@ def _other(key: str) -> Curves:
 def _loss(groups: Sequence[Group]) -> Curves:
     terms = _keys(groups, "loss/")
     return Curves("Loss", "nats per token", {"loss": "all terms"} | {key: key.removeprefix("loss/") for key in terms})
+
+
+def _unit_loss(groups: Sequence[Group]) -> Curves:
+    """The plot of each term's mean in units of one token on each side, and in longer ones."""
+    keys = _keys(groups, "unit_loss/")
+    terms = list(dict.fromkeys(key.removeprefix("unit_loss/").rpartition("/")[0] for key in keys))
+    labels = {
+        f"unit_loss/{term}/{kind}": f"{term}, {words}" if len(terms) > 1 else words
+        for term in terms
+        for kind, words in (("one_to_one", "1:1 units"), ("spans", "longer units"))
+    }
+    return Curves("Loss by kind of unit", "nats per token of the student", labels)
 
 
 def _accuracy(groups: Sequence[Group]) -> Curves:

@@ -64,7 +64,9 @@ def _ranking(groups: Sequence[Group], metric: str) -> str:
 def _headline(group: Group) -> list[str]:
     """Sentences on accuracy and on the distance to the teacher; the one with more to gain comes first."""
     solved = next((name for name in group.metrics() if name.startswith("avg@")), None)
-    gap = _change(group, "reverse_kl", "Reverse KL to the teacher", lambda value: f"{value:.3f}", " nats a token")
+    by_tokens = "reverse_kl" in group.metrics()
+    measured, unit = ("reverse_kl", " nats a token") if by_tokens else ("reverse_kl_per_byte", " nats a byte")
+    gap = _change(group, measured, "Reverse KL to the teacher", lambda value: f"{value:.3f}", unit)
     if solved is None:
         return gap
     found = _change(group, solved, solved, lambda value: percent(value, 1))

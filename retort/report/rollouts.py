@@ -13,6 +13,7 @@ from typing import Any
 
 from retort.report.groups import Group, all_runs
 from retort.report.read import RunFiles, as_list, number, spread
+from retort.report.units import over_unit, units_of
 
 #: Most tokens shown of one rollout.
 MOST_TOKENS = 2000
@@ -157,15 +158,20 @@ def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     tokens = row.get("tokens")
     tokens = [str(token) for token in tokens] if isinstance(tokens, list) else [str(row.get("text", ""))]
-    ids = row.get("ids")
+    ids, values = row.get("ids"), _values(row)
+    units = units_of(row, len(tokens), values)
+    if units:
+        values = _by_unit(values, units)
     found: dict[str, Any] = {
         **_prompt(row),
         "status": str(row.get("status", "")),
         "source": str(row.get("source", "student")),
         "reward": number(row.get("reward")),
         "tokens": tokens[:MOST_TOKENS],
-        "values": {name: values[:MOST_TOKENS] for name, values in _values(row).items()},
+        "values": {name: own[:MOST_TOKENS] for name, own in values.items()},
     }
+    if units:
+        found["units"] = {view: own | {"unit": own["unit"][:MOST_TOKENS]} for view, own in units.items()}
     if isinstance(ids, list) and len(ids) == len(tokens):
         found["ids"] = [number(one) for one in ids[:MOST_TOKENS]]
     if len(tokens) > MOST_TOKENS:
@@ -186,6 +192,18 @@ def _values(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
         gap = [None if t is None or s is None else _short(t - s) for t, s in zip(teacher, student, strict=False)]
         columns = {_GAP: gap, **columns}
     return columns
+
+
+def _by_unit(
+    values: Mapping[str, list[float | None]], units: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[float | None]]:
+    """The columns of a rollout with units: what compares both sides is a unit's, divided evenly over its tokens."""
+    found = dict(values)
+    for view, own in units.items():
+        for name in (f"{view}_logp", *([_GAP] if view == "teacher" else [])):
+            if len(values.get(name, ())) == len(own["unit"]):
+                found[name] = over_unit(values[name], own["unit"])
+    return found
 
 
 def _short(value: object) -> float | None:

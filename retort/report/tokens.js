@@ -24,6 +24,30 @@ const level = (value, column) => {
 };
 // A row's own values of a column: a name such as `constructor` is also one that every object has.
 const valuesOf = (row, name) => (Object.hasOwn(row.values, name) ? row.values[name] : undefined);
+const sizesOf = (unit) => {
+  const sizes = [];
+  unit.forEach((index) => index !== null && (sizes[index] = (sizes[index] ?? 0) + 1));
+  return sizes;
+};
+// The tokens of a row, each with the line break behind it. Those of a unit stand in one box, unless it is one token on
+// each side; those in no unit are marked. Of several views the first is drawn.
+const boxed = (row, spans) => {
+  const own = Object.values(row.units ?? {})[0];
+  if (!own) return spans.flat();
+  const sizes = sizesOf(own.unit);
+  const found = [];
+  let box = null;
+  spans.forEach(([token, ...tail], place) => {
+    const index = own.unit[place];
+    token.classList.toggle("outside", index === null);
+    if (index === null || (sizes[index] === 1 && (own.read?.[index] ?? [""]).length === 1)) return found.push(token, ...tail);
+    const last = own.unit[place + 1] !== index;
+    if (!place || own.unit[place - 1] !== index) found.push((box = make("span", { class: "unit", role: "presentation" })));
+    box.append(token, ...(last ? [] : tail));
+    if (last) found.push(...tail);
+  });
+  return found;
+};
 const mean = (values) => {
   const known = (values ?? []).filter((value) => typeof value === "number");
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : -Infinity;
@@ -72,9 +96,11 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
   const runBox = runs.length > 1 ? select("Run", "run", [option("", "all"), ...runs.map((run) => option(run, run))]) : "";
   const scale = make("span", { class: "scale muted", "aria-hidden": "true" });
   const about = make("p", { class: "muted about" });
+  const drawn = training.some((row) => row.units) ? make("p", { class: "muted about units" }, make("span", { class: "unit", text: "A box" }), " is a unit of several tokens on a side, which has one number on either; ", make("span", { class: "outside", text: "dots" }), " mark what is in no unit: the teacher says nothing about it.") : "";
   view.append(
     make("div", { class: "shade" }, ...(modes.length > 1 ? [select("Show", "mode", modes.map(([value, text]) => option(value, text)))] : []), ...(columns.length ? [select("Shade by", "column", kinds)] : []), scale),
     about,
+    drawn,
     make("div", { class: "shade" }, button("‹", "Earlier ones", -1), slider, button("›", "Later ones", 1), where, runBox, order)
   );
   const blocks = make("div", { class: "blocks" });
@@ -143,7 +169,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       if (!token) span.append("∅");
       return tail ? [span, "\n"] : [span];
     });
-    const box = make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}, token by token` }, ...spans.flat());
+    const box = make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}, token by token` }, ...boxed(row, spans));
     const all = spans.map(([span]) => span);
     const place = (event) => all.indexOf(event.target.closest(".t"));
     box.addEventListener("pointerover", (event) => place(event) >= 0 && look(row, index, place(event), title));
@@ -170,6 +196,28 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", strip(row, one), box, more);
   };
 
+  // The unit that a token is in: the teacher's tokens, and the log-prob of the whole unit on both sides.
+  const unitNumbers = (row, at, view, own) => {
+    const index = own.unit[at];
+    const box = make("div", { class: "of-unit" });
+    if (index === null) {
+      box.append(make("p", { class: "muted", text: `In no unit: the ${view} says nothing about it.` }));
+      return box;
+    }
+    const count = own.unit.filter((one) => one === index).length;
+    const tokens = own.read?.[index];
+    const words = (many) => `${many} token${many === 1 ? "" : "s"}`;
+    box.append(make("p", { class: "muted", text: `Unit of ${words(count)}${tokens ? `; to the ${view} ${words(tokens.length)}:` : ""}` }));
+    if (tokens) box.append(make("p", { class: "read" }, ...tokens.map((text) => make("span", { text: JSON.stringify(text).slice(1, -1) || "∅" }))));
+    const [ours, theirs] = [own.student[index], own.teacher[index]];
+    const ratio = typeof ours === "number" && typeof theirs === "number" ? Number((theirs - ours).toPrecision(4)) : null;
+    const list = make("dl");
+    for (const [label, value] of [["student’s log-prob of it", ours], [`${view}’s log-prob of it`, theirs], [`log-ratio, ${view} − student`, ratio]])
+      list.append(make("div", {}, make("dt", { text: label }), make("dd", { text: shown(value, "nats") })));
+    box.append(list);
+    return box;
+  };
+
   // The numbers of one token, beside the text.
   const look = (row, index, at, title) => {
     blocks.querySelectorAll(".t.on").forEach((token) => {
@@ -188,6 +236,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     details.append(make("p", { class: "token", text: token || "(empty)" }));
     const id = row.ids ? `, id ${row.ids[at]}` : "";
     details.append(make("p", { class: "muted", text: `token ${at + 1} of ${row.tokens.length + (row.more ?? 0)}${id}` }));
+    details.append(...Object.entries(row.units ?? {}).map(([view, own]) => unitNumbers(row, at, view, own)));
     const list = make("dl");
     for (const one of columns) {
       const value = valuesOf(row, one.name)?.[at];

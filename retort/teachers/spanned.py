@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from retort.align.aligned import AlignedTurns, Coverage
+from retort.align.pieces import shown_pieces
 from retort.align.spanned import SpanPair
 from retort.core.head import Head
 from retort.core.needs import NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
-from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, columns_of
+from retort.core.sequences import TokenSequence
+from retort.core.signals import LONGEST_UNIT, SPAN_KINDS, Dense, Spans, TeacherSignal, columns_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 
@@ -26,7 +28,7 @@ class SpanTeacher(LocalTeacher):
     unit begins. Its prompts are rendered by its own chat template.
     """
 
-    capabilities: frozenset[NeedKind] = frozenset({"spans", "sampled"})
+    capabilities: frozenset[NeedKind] = SPAN_KINDS
 
     def __init__(self, lm: Any, *, alignment: SpanPair, **others: Any) -> None:
         """Builds the teacher; see `LocalTeacher`."""
@@ -42,6 +44,18 @@ class SpanTeacher(LocalTeacher):
             template_options=self.template_options,
             stage=self.stage,
         )
+
+    def spelt(self, sequence: TokenSequence) -> list[str]:
+        r"""The texts of the teacher's tokens in the units of a student's sequence, in order.
+
+        A part of a character is shown by its bytes (`\xf0`), a control token by its name. The teacher's context is
+        taken to hold all of it.
+        """
+        own = self.pair.read(sequence, [self.lm.stops.primary])
+        kept_U = (own.student_U <= LONGEST_UNIT) & (own.teacher_U <= LONGEST_UNIT)
+        kept_B = (own.unit_B >= 0) & kept_U[own.unit_B.clamp_min(0)] if len(kept_U) else own.unit_B >= 0
+        ids: list[int] = own.sequence.actions_A[kept_B].tolist()
+        return shown_pieces(self.lm.tokenizer, ids)
 
     def score(
         self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
@@ -84,6 +98,8 @@ class SpanTeacher(LocalTeacher):
             **columns,  # type: ignore[arg-type]
             shared=shared,
             stops=(self.pair.student_stops.to(tokens_M.device), self.pair.teacher_stops.to(tokens_M.device)),
+            place_N=begins_N,
+            theirs=TeacherTokens(tokens_M, logp_M, logits, self.pair.width, temperature, lambda: self.pair.prefixes),
             valid_N=None if valid_N is None else valid_N.to(tokens_M.device),
             counts=prompts.counts | coverage_counts(turns),
         )

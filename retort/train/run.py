@@ -32,6 +32,7 @@ from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import identity
 from retort.train.output.saved import refuse_other_run, state_of
 from retort.train.output.summary import summary
+from retort.train.output.units import unit_metrics
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
@@ -239,7 +240,8 @@ class Run:
             self.control.learn(batch, self.learner)
         self.step += 1
         self._claim.check()
-        for row in record.rows(batch, values, self.step, self.prepared.config.record.rollouts, self.student.tokenizer):
+        count, behind = self.prepared.config.record.rollouts, self.teachers.behind(method)
+        for row in record.rows(batch, values, self.step, count, self.student.tokenizer, behind):
             self.rollouts.append(row)
         scalars = {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
         with watch("probe"):
@@ -249,6 +251,7 @@ class Run:
         generated = {
             **record.rollout_metrics(batch, version),
             **against_rewards(batch.pack, values, batch.valid.get("teacher")),
+            **unit_metrics(batch, values),
             **({"given_up": lost} if lost else {}),
             **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
         }

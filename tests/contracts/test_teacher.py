@@ -16,15 +16,18 @@ from remote import RemoteTeacher
 from torch import Tensor
 
 from retort.align.pair import SameIds
-from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, Need, can_meet, logp_at
+from retort.align.spanned import align_spans
+from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, Need, can_meet, logp_at
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
+from retort.errors import SignalError
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
+from retort.teachers.spanned import SpanTeacher
 from retort.teachers.view import View
 from retort.teachers.views import peers, privileged
 
@@ -43,9 +46,20 @@ class Made:
     def sees(self, view: View) -> View:
         return replace(view, model=self.model, weights=self.weights or frozen())  # type: ignore[arg-type]
 
+    @property
+    def of_units(self) -> bool:
+        """Whether it has no number for ids that were not written, as a teacher with another tokenizer."""
+        return isinstance(self.teacher, SpanTeacher)
+
 
 def local(lm: Any) -> LocalTeacher:
     return LocalTeacher(lm, alignment=SameIds(VOCAB), batch_tokens=16)
+
+
+def of_units(lm: Any) -> SpanTeacher:
+    """As for another tokenizer, with the same one: every token is a unit, and plain passes say its number."""
+    pair = replace(align_spans(lm, lm, "teacher"), width=VOCAB)
+    return SpanTeacher(lm, alignment=pair, batch_tokens=16)
 
 
 def itself(weights: Weights) -> Callable[[Any], Made]:
@@ -58,6 +72,7 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "itself, live": itself(live()),
     "itself, moving": itself(ema(0.5)),
     "itself, trust region": itself(trust_region(0.3)),
+    "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
 }
 #: Of a mixture of two models' logits there are no hidden states, though each has some.
@@ -113,13 +128,13 @@ def ask(
 
 def able(made: Made) -> list[Need]:
     """All that the teacher says it can be asked for."""
-    everything = (SAMPLED, ENTROPY, Need("topk", K), logp_at(K), DENSE, HIDDEN)
+    everything = (SAMPLED, ENTROPY, Need("topk", K), logp_at(K), DENSE, HIDDEN, SPANS)
     return [need for need in everything if can_meet(made.teacher.capabilities, need)]
 
 
 def least(made: Made) -> tuple[Need, ...]:
     """What every teacher can be asked for."""
-    found = (SAMPLED, logp_at(K))
+    found = (SAMPLED, SPANS if made.of_units else logp_at(K))
     assert set(found) <= set(able(made)), "the comparisons below need both"
     return found
 
@@ -136,6 +151,17 @@ def plain(lm: Any, groups: list[Group], temperature: float = 1.0) -> Tensor:
 
 def written(groups: list[Group]) -> Tensor:
     return Pack.of([own for group in groups for own in group]).steps.tokens_N
+
+
+def numbers(made: Made, found: SignalRows, groups: list[Group]) -> list[Tensor]:
+    """What it says of the tokens written, and of ids that it was given."""
+    return [found.sampled_logp_N, *([] if made.of_units else [found.logp_at(given(groups))])]
+
+
+def of_plain(made: Made, expected_NV: Tensor, groups: list[Group]) -> list[Tensor]:
+    """The same by plain passes."""
+    own_N = expected_NV.gather(1, written(groups)[:, None]).squeeze(1)
+    return [own_N, *([] if made.of_units else [expected_NV.gather(1, given(groups))])]
 
 
 def rows(signal: TeacherSignal) -> SignalRows:
@@ -176,6 +202,9 @@ def test_its_capabilities_are_what_it_then_gives(made: Made, lm: Any, request: p
             torch.testing.assert_close(rows(said).topk(K)[1], expected_NV.topk(K).values, **close)
         if need == DENSE:
             torch.testing.assert_close(rows(said).logp_NV, expected_NV, **close)
+        if need == SPANS:
+            torch.testing.assert_close(rows(said).units.logp_F, expected_N, **close)
+            torch.testing.assert_close(rows(said).units.teacher.logp_CV, expected_NV, **close)
         if need == HIDDEN:
             states_ND = said.hidden_states()
             torch.testing.assert_close(lm.head().logits(states_ND, VOCAB).log_softmax(-1), expected_NV, **close)
@@ -186,6 +215,9 @@ def test_it_speaks_of_exactly_the_ids_it_is_given(made: Made, lm: Any) -> None:
     groups = batch(lm)
     ids_NK = given(groups)
     said = made.teacher.score(groups, ScoreRequest(made.sees(View()), frozenset(least(made)), 1.0, ids_NK))
+    if made.of_units:
+        assert not can_meet(said.offers, logp_at(K))
+        return
     assert not isinstance(said, Dense)
     found = rows(said)
     asked_NK = found.candidates(K)
@@ -202,9 +234,9 @@ def test_it_speaks_of_exactly_the_ids_it_is_given(made: Made, lm: Any) -> None:
 def test_the_temperature_is_that_of_its_distributions(made: Made, lm: Any) -> None:
     groups = batch(lm)
     warm = made.teacher.score(groups, ask(made, *least(made), groups=groups, temperature=2.0))
-    ids_NK = given(groups)
-    expected_NK = plain(lm, groups, 2.0).gather(1, ids_NK)
-    torch.testing.assert_close(rows(warm).logp_at(ids_NK), expected_NK, rtol=1e-4, atol=1e-5)
+    expected = of_plain(made, plain(lm, groups, 2.0), groups)
+    for found, other in zip(numbers(made, rows(warm), groups), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
 
 
 def test_steps_without_context_are_marked_and_change_nothing_else(made: Made, lm: Any) -> None:
@@ -216,7 +248,7 @@ def test_steps_without_context_are_marked_and_change_nothing_else(made: Made, lm
     assert said.valid_N.tolist() == [False] * 3 + [True] * 2
     assert said.counts["no_context"] == 1
     alone = in_groups([known])
-    own = made.teacher.score(alone, ask(made, SAMPLED, logp_at(K), groups=alone, view=view))
+    own = made.teacher.score(alone, ask(made, *least(made), groups=alone, view=view))
     assert own.valid_N is None or bool(own.valid_N.all())
     torch.testing.assert_close(rows(said).sampled_logp_N[3:], rows(own).sampled_logp_N)
 
@@ -235,11 +267,9 @@ def test_nothing_that_learns_is_in_what_it_says_and_nothing_is_changed(made: Mad
     groups = batch(lm)
     before = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
     first, second = (rows(made.teacher.score(groups, ask(made, *least(made), groups=groups))) for _ in range(2))
-    ids_NK = given(groups)
-    for found in (first.sampled_logp_N, first.logp_at(ids_NK)):
+    for found, again in zip(numbers(made, first, groups), numbers(made, second, groups), strict=True):
         assert not found.requires_grad
-    assert torch.equal(first.sampled_logp_N, second.sampled_logp_N)
-    assert torch.equal(first.logp_at(ids_NK), second.logp_at(ids_NK))
+        assert torch.equal(found, again)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
 
 
@@ -248,6 +278,10 @@ def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any) -> None
     sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13], decided=True)
     sequence = sequence.then([30, 31]).then([20], decided=True).then([32, 33]).then([11, 2], decided=True)
     groups = in_groups([Rollout(Prompt("p", (Message("user", "3 + 4 ="),)), sequence)])
+    if made.of_units:
+        with pytest.raises(SignalError, match="2 replies of an environment"):
+            made.teacher.score(groups, ask(made, *least(made), groups=groups))
+        return
     said = made.teacher.score(groups, ask(made, *least(made), groups=groups))
     said.check_tokens(torch.tensor([12, 13, 20, 11, 2]))
     ids_NK = given(groups)

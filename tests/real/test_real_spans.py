@@ -6,18 +6,16 @@ fetched anew.
 
 from __future__ import annotations
 
-import os
 import sys
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fetch import NAMES, Unavailable, loaded
+from fetch import NAMES, Unavailable, folder, loaded
 
 from retort.align.pieces import inner_pieces, pieces
 from retort.align.reread import TeacherText
@@ -62,11 +60,6 @@ def tokenizer_of(name: str) -> Any:
         return loaded(name, folder())
     except Unavailable as error:
         return str(error)
-
-
-@lru_cache
-def folder() -> Path:
-    return Path(os.environ.get("RETORT_REAL") or mkdtemp(prefix="retort-real-"))
 
 
 def real(name: str) -> Any:

@@ -120,6 +120,45 @@ def test_what_a_model_wrote_does_nothing(
     assert browser.execute_script("return document.scripts.length") == 2
 
 
+def test_units_of_two_tokenizers_are_boxed_and_told(
+    tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
+) -> None:
+    """The teacher's tokens are text of a model, too: hostile ones are shown and do nothing."""
+    hostile = "".join(ATTACKS)
+    tokens = ["The", " qu", "ick", " fox\n", "\ufffd", "</s>"]
+    sizes = [1, 1, 0, len(ATTACKS), None, 1]
+    units = {"teacher": {"sizes": sizes, "tokens": ["The", " quick", *ATTACKS, hostile]}, hostile: {"sizes": sizes}}
+    columns = {"student_logp": [-1, -0.5, -1.5, -2, -4, -0.25], "teacher_logp": [-1.5, -3, -3, -1, 0, -0.5]}
+    browser = visit(make_run(tmp_path / "run", tokens=tokens, text="".join(tokens), columns=columns, units=units))
+
+    block = browser.find_element(By.CSS_SELECTOR, ".tokens")
+    boxes = block.find_elements(By.CSS_SELECTOR, ".unit")
+    assert [box.get_attribute("textContent") for box in boxes] == [" quick", " fox⏎"]
+    shown = block.find_elements(By.CSS_SELECTOR, ".t")
+    assert ["outside" in (one.get_attribute("class") or "") for one in shown] == [i == 4 for i in range(6)]
+    assert block.get_attribute("textContent") == "".join(tokens).replace("\n", "⏎\n")
+
+    told = {}
+    for place, token in enumerate(shown):
+        ActionChains(browser).move_to_element(token).perform()
+        told[place] = text(browser, ".details .of-unit")
+    assert told[1] == told[2]
+    numbers = ("−2 nats", "−6 nats", "−4 nats")  # the unit's, on both sides, and their log-ratio
+    assert told[1].startswith("Unit of 2 tokens; to the teacher 1 token:")
+    assert all(number in told[1] for number in numbers), told[1]
+    assert f"Unit of 1 token; to the teacher {len(ATTACKS)} tokens" in told[3]
+    assert "document.title = 'attacked'" in told[3]
+    assert "In no unit: the teacher says nothing about it." in told[4]
+    assert browser.title == "eopd · run"
+    assert browser.execute_script("return document.scripts.length") == 2
+    assert browser.execute_script("return document.images.length") == 0
+
+    shown[0].click()
+    block.send_keys(Keys.ARROW_RIGHT)
+    assert "token 2 of" in text(browser, ".details")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 1280
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_the_window_and_follow_the_scheme(

@@ -108,11 +108,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Made]:
 
 @dataclass(frozen=True)
 class Unit:
-    """A unit of one rollout: tokens of both, with the teacher's logits before its first one and its log-probs."""
+    """A unit of one rollout: tokens of both, with the teacher's logits before each of its own and its log-probs."""
 
     own: list[int]
     theirs: list[int]
-    logits_V: Tensor
+    logits_IV: Tensor
     logp: float
     raw: float
 
@@ -137,7 +137,7 @@ def slowly(made: Made, rollout: Rollout, prompt_ids: list[int], temperature: flo
     def unit(own: list[int], others: list[int]) -> Unit:
         chosen = torch.tensor([read[b] for b in others])[:, None]
         sums = [float(rows[others].gather(1, chosen).sum()) for rows in (logp_LV, logits_LV)]
-        return Unit(own, others, logits_LV[others[0]] * temperature, *sums)
+        return Unit(own, others, logits_LV[others] * temperature, *sums)
 
     common = sorted(set(sides[0]) & set(sides[1]))
     cuts = [[(side.index(a), side.index(b)) for a, b in pairwise(common)] for side in sides]
@@ -164,8 +164,18 @@ def equals(made: Made, said: Spans, groups: list[Group], temperature: float = 1.
             assert said.logp_N[steps].tolist() == pytest.approx([unit.logp] * len(steps), abs=1e-10)
             assert said.raw_N is not None
             assert said.raw_N[steps].tolist() == pytest.approx([unit.raw] * len(steps), abs=1e-10)
-            torch.testing.assert_close(said.logits(torch.tensor(steps[:1]))[0], unit.logits_V, rtol=0, atol=1e-10)
+            torch.testing.assert_close(said.logits(torch.tensor(steps[:1]))[0], unit.logits_IV[0], rtol=0, atol=1e-10)
+            assert said.theirs is not None
+            assert said.place_N is not None
+            every = said.place_N[steps[0]] + torch.arange(len(unit.theirs))
+            expected = unit.logits_IV / temperature
+            found = said.theirs.distribution(every).logits_CV
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+            ids_I = said.theirs.tokens_M[every]
+            logp_I = expected.log_softmax(-1).gather(1, ids_I[:, None]).squeeze(1)
+            torch.testing.assert_close(said.theirs.logp_M[every], logp_I, rtol=0, atol=1e-10)
             theirs = made.pair.read(rollout.sequence, prompt_ids).sequence.actions_A[unit.theirs].tolist()
+            assert ids_I.tolist() == theirs
             single = len(unit.own) == len(unit.theirs) == 1
             ours = int(rollout.sequence.actions_A[unit.own[0]])
             assert said.matched_N[steps].tolist() == [single and (ours, theirs[0]) in pairs] * len(steps)
@@ -188,6 +198,32 @@ def test_every_column_is_that_of_slow_passes(made: Callable[..., Made], student:
     said.check_tokens(Pack.of([own for group in groups for own in group]).steps.tokens_N)
     assert int((said.own_N * said.first_N).max()) > 1 or int(said.theirs_N.max()) > 1, "there is a span among them"
     assert said.counts["bytes_one_to_one"] + said.counts["bytes_spans"] > 40
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("gemma", "byte-level"), ("byte-level", "unigram")])
+def test_a_pair_knows_what_the_teachers_tokens_mean_in_the_students(
+    made: Callable[..., Made], student: str, teacher: str
+) -> None:
+    """By the bytes of whole vocabularies; both sides of every unit spell the same."""
+    pair = made(student, teacher)
+    said = pair.score(pair.batch())
+    assert said.theirs is not None
+    assert said.theirs.prefixes is not None
+    assert said.place_N is not None
+    table = pair.pair.prefixes
+    assert said.theirs.prefixes() is table, "found once"
+    compared = 0
+    for first in said.first_N.nonzero().squeeze(-1).tolist():
+        place, own, theirs = (int(column[first]) for column in (said.place_N, said.own_N, said.theirs_N))
+        ids, read = said.tokens_N[first : first + own], said.theirs.tokens_M[place : place + theirs]
+        found = table.places(ids.tolist(), read.tolist())
+        if bool(said.matched_N[first]) and int(ids[0]) not in pair.pair.student_stops.tolist():
+            assert found == [(0, b"", False)]
+            assert int(table.root_V[read[0]]) == int(ids[0])
+        compared += sum(1 for one in found if one is not None)
+    assert compared > 8
+    stops = pair.pair.teacher_stops
+    assert table.root_V[stops].tolist() == [pair.student.stops.primary] * len(stops)
 
 
 def test_a_completion_cut_inside_a_character_is_read_up_to_it(made: Callable[..., Made]) -> None:

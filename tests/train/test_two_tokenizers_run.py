@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,24 @@ import pytest
 import torch
 from train.storage.test_survival import changed, go, lines, weights
 from trained import make_model_of
+from transformers import AutoTokenizer
 
 from retort import Stop
 from retort import config as configuration
+from retort.align.pieces import shown_pieces
+from retort.align.retokenize import retokenize
 from retort.align.tokens import OtherTokenizer
+from retort.core.rollouts import Rollout
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.preflight.doctor import examine
+from retort.preflight.spans import check_units
+from retort.preflight.supervision import check_supervision, unit_positions
+from retort.registry import for_two_tokenizers
+from retort.teachers.spanned import SpanTeacher
 from retort.train import runner
 from retort.train.models import loading
-from retort.train.setup.prepare import prepare
+from retort.train.setup.prepare import Prepared, prepare
 
 PROMPTS = ["the quick brown fox", "hello world", "a b c d e", "def f(x):"]
 
@@ -99,7 +109,7 @@ def test_methods_that_compare_ids_are_refused_before_any_run_loads_a_model(
     with pytest.raises(UserError, match=needs) as refused:
         prepare(configuration.resolve(changed(settings, method=method)))
     assert "\n" not in str(refused.value)
-    assert str(refused.value).endswith("or a method for two tokenizers, such as strict_ct, simct or opd")
+    assert str(refused.value).endswith(f"or a method for two tokenizers: {', '.join(for_two_tokenizers())}")
     assert not isinstance(refused.value, OtherTokenizer)
 
 
@@ -118,4 +128,79 @@ def test_the_doctor_says_what_both_have_in_common(settings: dict[str, Any]) -> N
     refused = examine(configuration.resolve(changed(settings, method={"name": "gkd"})))
     assert refused["tokenizer"].verdict == "fatal"
     assert "method 'gkd' needs" in refused["tokenizer"].saw
-    assert "strict_ct, simct or opd" in refused["tokenizer"].remedy
+    assert refused["tokenizer"].remedy.endswith(f"a method for two tokenizers: {', '.join(for_two_tokenizers())}")
+
+
+def test_the_doctor_counts_units_and_what_each_method_loses(settings: dict[str, Any]) -> None:
+    prepared = prepare(configuration.resolve(changed(settings, method={"name": "strict_ct"})))
+    teacher = prepared.teachers.models["teacher"]
+    assert isinstance(teacher, SpanTeacher)
+    units = check_units(prepared, teacher)
+    values = dict(units.values)
+    shapes = {name.removeprefix("units/"): count for name, count in values.items() if name.startswith("units/")}
+    assert units.table[0][0] == "units"
+    assert [row[2] for row in units.table[1:]] == list(shapes)
+    assert sum(shapes.values()) == sum(float(row[0]) for row in units.table[1:])
+    assert 0 < values["lacking/student_ids"] < 1
+    answer = retokenize(prepared.student.tokenizer, " the fox").ids  # that of all rows
+    partners = set(teacher.pair.shared.student_K.tolist())
+    assert values["lacking/student_tokens"] == sum(token not in partners for token in answer) / len(answer)
+
+    texts = [" the fox", "2+2=4, Größe", "def f(x):\n\treturn"]
+    rollouts = [_written(prepared, text) for text in texts]
+    found = unit_positions(teacher, prepared.student.tokenizer, rollouts)
+    assert found.all_bytes == sum(len(text.encode()) for text in texts)
+    assert found.all_tokens == sum(rollout.steps for rollout in rollouts)
+    check = check_supervision(prepared.method, found)
+    lost = dict(check.values)
+    assert {name.partition("/")[0] for name in lost} == set(for_two_tokenizers())
+    matched = sum(count for ((_, _, same), _), count in found.tokens.items() if same)
+    assert 0 < matched < found.all_tokens
+    assert lost["strict_ct/tokens"] == pytest.approx(1 - matched / found.all_tokens)
+    outside = found.outside[0] / found.all_tokens
+    assert lost["opd/tokens"] == lost["simct/tokens"] == pytest.approx(outside)
+    assert lost["opd/tokens"] <= lost["uld/tokens"] <= lost["strict_ct/tokens"]
+    assert check.table[0] == ("tokens", "bytes", "method")
+
+
+def _written(prepared: Prepared, text: str) -> Rollout:
+    ids = [*retokenize(prepared.student.tokenizer, text).ids, prepared.student.stops.primary]
+    return Rollout(prepared.source.prompts[0], TokenSequence.of([0]).then(ids, decided=True), text=text)
+
+
+def test_a_record_holds_the_units_and_the_teachers_tokens(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The metrics by kind of unit are those of the record, which holds the whole batch here."""
+    own = changed(settings, method={"name": "simct"}, steps=2, record={"rollouts": 4})
+    go(own, tmp_path / "run")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    student = AutoTokenizer.from_pretrained(settings["student"])
+    for step, metrics in enumerate(lines(tmp_path / "run"), 1):
+        losses: dict[str, list[float]] = {"one_to_one": [], "spans": []}
+        stops: list[tuple[float, float]] = []
+        for row in (row for row in rows if row["step"] == step):
+            units, columns = row["units"]["teacher"], row["columns"]
+            assert "teacher_units" not in columns
+            assert len(units["sizes"]) == len(row["ids"])
+            inside = [token for token, size in zip(row["ids"], units["sizes"], strict=True) if size is not None]
+            read, spelt = ("".join(texts) for texts in (units["tokens"], shown_pieces(student, inside)))
+            assert (
+                read == spelt or "\\x" in read + spelt
+            )  # a character may be whole on one side, and in parts on the other
+            assert sum(size or 0 for size in units["sizes"]) == len(units["tokens"])
+            for place, value in enumerate(columns["divergence.value"]):
+                size, here = units["sizes"][place], place
+                while units["sizes"][here] == 0:
+                    here -= 1
+                alone = units["sizes"][here] == 1 and units["sizes"][here + 1 : here + 2] != [0]
+                if size is not None:
+                    losses["one_to_one" if alone else "spans"].append(value)
+            if row["status"] == "completed":
+                stops.append((columns["student_logp"][-1], columns["teacher_logp"][-1]))
+        for kind, values in losses.items():
+            assert metrics[f"unit_loss/divergence/{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-4)
+        every = losses["one_to_one"] + losses["spans"]
+        assert metrics["loss/divergence"] == pytest.approx(sum(every) / len(every), abs=1e-4)
+        for side, found in zip(("student", "teacher"), zip(*stops, strict=True), strict=False):
+            mean = sum(math.exp(logp) for logp in found) / len(found)
+            assert metrics[f"stop_probability/{side}"] == pytest.approx(mean, abs=1e-4)
+        assert ("stop_probability/student" in metrics) == bool(stops)

@@ -3,19 +3,24 @@
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
-from retort.core.signals.spans import LONGEST_UNIT, Spans, columns_of, matched, unit_columns
+from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
+from retort.core.signals.theirs import PlaceInUnit, PrefixTable, TeacherTokens
 from retort.core.signals.units import Units
 
 __all__ = [
     "LONGEST_UNIT",
+    "SPAN_KINDS",
     "Candidates",
     "Dense",
     "DistributionRows",
     "Factors",
+    "PlaceInUnit",
+    "PrefixTable",
     "Sampled",
     "SignalRows",
     "Spans",
     "TeacherSignal",
+    "TeacherTokens",
     "TopK",
     "Units",
     "as_compute",

@@ -17,6 +17,7 @@ from torch import Tensor
 from retort.core.distribution import Distribution
 from retort.core.needs import NeedKind
 from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, check_logps, same_length, take_rows
+from retort.core.signals.theirs import TeacherTokens, runs
 from retort.core.signals.units import Units
 from retort.errors import SignalError
 
@@ -24,7 +25,10 @@ from retort.errors import SignalError
 #: counts them. A block of the loss core holds whole units: 64 steps over 262,000 ids are 67 MB in fp32.
 LONGEST_UNIT = 64
 
-_COLUMNS = ("unit_N", "own_N", "theirs_N", "logp_N", "matched_N", "raw_N")
+#: What a teacher with another tokenizer can give.
+SPAN_KINDS: frozenset[NeedKind] = frozenset({"spans", "sampled"})
+
+_COLUMNS = ("unit_N", "own_N", "theirs_N", "logp_N", "matched_N", "raw_N", "place_N")
 
 
 def _none() -> Tensor:
@@ -57,6 +61,8 @@ class Spans(TeacherSignal):
         raw_N: The teacher's logits of its tokens of the unit, divided by the temperature and summed; None where they
             are not known.
         stops: Ids that end a completion, the student's and the teacher's, int64; None where they are not known.
+        place_N: Index of the first of the teacher's tokens of the step's unit in `theirs`, int64; None without that.
+        theirs: The teacher's own tokens; None where they are not known.
         checked: Part of a signal that was checked, cut between units by the loss core: nothing is checked again.
     """
 
@@ -71,6 +77,8 @@ class Spans(TeacherSignal):
     shared: tuple[Tensor, Tensor] = field(default_factory=lambda: (_none(), _none()))
     raw_N: Tensor | None = None
     stops: tuple[Tensor, Tensor] | None = None
+    place_N: Tensor | None = None
+    theirs: TeacherTokens | None = None
     checked: bool = field(default=False, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -122,7 +130,7 @@ class Spans(TeacherSignal):
 
     @property
     def offers(self) -> frozenset[NeedKind]:
-        return frozenset({"spans", "sampled"})
+        return SPAN_KINDS
 
     def rows(self, index_C: Tensor | slice, vocab: int | None = None) -> SignalRows:
         return SpanRows(self, index_C)
@@ -139,7 +147,10 @@ class Spans(TeacherSignal):
                     held.append(self.logits(begins_F + index_C.indices(self.steps)[0]))
             return held[0][row_C[rows]]
 
-        return self._taken(lambda column_N: column_N[index_C], logits, self.tokens_N.device, checked=True)
+        taken = self._taken(lambda column_N: column_N[index_C], logits, self.tokens_N.device, checked=True)
+        if taken.theirs is None or taken.place_N is None:
+            return taken
+        return replace(taken, theirs=taken.theirs.held(taken.place_N[taken.first_N], taken.theirs_N[taken.first_N]))
 
     def select(self, index_N: Tensor) -> Spans:
         def logits(rows: Tensor | slice) -> Tensor:
@@ -167,7 +178,8 @@ class Spans(TeacherSignal):
         unit_N: Tensor = taken["unit_N"]
         moved_N = unit_N != torch.cat([unit_N.new_full((1,), -2), unit_N[:-1]])[: len(unit_N)]
         taken["unit_N"] = torch.where(unit_N < 0, -1, moved_N.cumsum(0))
-        return replace(self, logits=logits, checked=checked, **taken, **pairs)
+        theirs = None if self.theirs is None else self.theirs.to(device)
+        return replace(self, logits=logits, checked=checked, theirs=theirs, **taken, **pairs)
 
 
 class SpanRows(SignalRows):
@@ -193,7 +205,7 @@ class SpanRows(SignalRows):
         own_F = signal.own_N[index_C][first_F]
         if int(own_F.sum()) != int(inside_C.sum()):
             raise SignalError(f"{self.source}: a block of steps cuts a unit of tokens, which must stay whole")
-        raw_N = signal.raw_N
+        raw_N, place_N = signal.raw_N, signal.place_N
         return Units(
             first_F,
             torch.where(inside_C, first_C.cumsum(0) - 1, -1),
@@ -205,6 +217,8 @@ class SpanRows(SignalRows):
             shared=signal.shared,
             raw_F=None if raw_N is None else raw_N[index_C][first_F],
             stops=signal.stops,
+            place_F=None if place_N is None else place_N[index_C][first_F],
+            theirs=signal.theirs,
             source=self.source,
         )
 
@@ -276,9 +290,7 @@ def unit_columns(
     bounds_F4 = torch.tensor(bounds, dtype=torch.long).reshape(-1, 4).to(device)
 
     def numbered(tokens: Tensor, start_F: Tensor, stop_F: Tensor) -> Tensor:
-        size_F = stop_F - start_F
-        unit_I = torch.repeat_interleave(torch.arange(len(size_F), device=device), size_F)
-        place_I = torch.arange(len(unit_I), device=device) - (size_F.cumsum(0) - size_F - start_F)[unit_I]
+        place_I, unit_I = runs(start_F, stop_F - start_F)
         return torch.full_like(tokens, -1).index_copy(0, place_I, unit_I)
 
     start_F, stop_F, from_F, to_F = bounds_F4.unbind(1)

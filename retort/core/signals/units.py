@@ -6,9 +6,11 @@ inside it is. Where both have one tokenizer, every token is a unit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +18,9 @@ from torch import Tensor
 from retort.core.distribution import Distribution
 from retort.core.needs import require_finite
 from retort.errors import SignalError
+
+if TYPE_CHECKING:
+    from retort.core.signals.theirs import TeacherTokens
 
 
 @dataclass(eq=False)
@@ -34,6 +39,8 @@ class Units:
             on both sides.
         raw_F: The teacher's logits of its tokens of the unit, summed, where they are known.
         stops: Ids that end a completion, the student's and the teacher's; None where they are not known.
+        place_F: Index of each unit's first token in `theirs`.
+        theirs: The teacher's own tokens, where they are known.
         source: Name of the teacher or view, for messages.
     """
 
@@ -47,6 +54,8 @@ class Units:
     shared: tuple[Tensor, Tensor] | None
     raw_F: Tensor | None = None
     stops: tuple[Tensor, Tensor] | None = None
+    place_F: Tensor | None = None
+    theirs: TeacherTokens | None = None
     source: str = "teacher"
 
     @staticmethod
@@ -67,6 +76,15 @@ class Units:
         """F, the number of units."""
         return len(self.first_F)
 
+    @property
+    def sizes_C(self) -> Tensor:
+        """The units as one column [C]: the teacher's tokens of a unit at its first step, 0 at its others, NaN outside.
+
+        It has the dtype of `logp_F`.
+        """
+        begun_C = self.at_first(self.theirs_F.to(self.logp_F.dtype))
+        return begun_C.masked_fill(self.unit_C < 0, math.nan)
+
     @cached_property
     def teacher(self) -> Distribution:
         """The teacher's distribution at the first teacher token of each unit, [F, V_T]; computed once.
@@ -74,15 +92,56 @@ class Units:
         Raises:
             SignalError: A logit is NaN or infinite.
         """
-        found = self.distribution()
+        return self._sound(self.distribution())
+
+    @cached_property
+    def teacher_at_last(self) -> Distribution:
+        """The teacher's distribution at the last teacher token of each unit, [F, V_T]; computed once.
+
+        Raises:
+            SignalError: A logit is NaN or infinite, or the teacher's tokens are not known.
+        """
+        if self.shared is None:
+            return self.teacher
+        place_F, theirs = self.their_tokens()
+        return self._sound(theirs.distribution(place_F + self.theirs_F - 1))
+
+    def teacher_rest(self, *, last: bool) -> Tensor:
+        """The teacher's log-prob of all its tokens of each unit but the first, or but the last, summed, nats, [F].
+
+        Raises:
+            SignalError: The teacher's tokens are not known.
+        """
+        if self.shared is None:
+            return torch.zeros_like(self.logp_F)
+        place_F, theirs = self.their_tokens()
+        return theirs.total(place_F if last else place_F + 1, self.theirs_F - 1)
+
+    def their_tokens(self) -> tuple[Tensor, TeacherTokens]:
+        """The index of each unit's first token among the teacher's own tokens, [F], and those.
+
+        Raises:
+            SignalError: They are not known.
+        """
+        if self.place_F is None or self.theirs is None:
+            raise SignalError(f"{self.source}: its signal has no tokens of the teacher's, which this method reads")
+        return self.place_F, self.theirs
+
+    def _sound(self, found: Distribution) -> Distribution:
         require_finite("a logit (or the sum of all)", found.normaliser_C, self.source)
         return found
 
-    def student(self, distribution: Distribution) -> Distribution:
-        """The student's live distribution at the first step of each unit, [F, V], from that of all steps."""
+    def student(self, distribution: Distribution, *, last: bool = False) -> Distribution:
+        """The student's live distribution at the first step of each unit, [F, V], from that of all steps.
+
+        Args:
+            distribution: That of all steps of the block.
+            last: Take the last step of each unit.
+        """
         if self.count == len(self.unit_C):  # every step begins a unit
             return distribution
-        return Distribution(distribution.logits_CV[self.first_F], distribution.shard)
+        index_F = self.first_F + self.own_F - 1 if last else self.first_F
+        return Distribution(distribution.logits_CV[index_F], distribution.shard)
 
     def sum(self, values_C: Tensor) -> Tensor:
         """Sums over the student's tokens of each unit, [F]."""

@@ -17,6 +17,7 @@ from retort.data import HUB_NAME
 from retort.errors import counted, visible
 from retort.evaluate.measures import measure, ordered
 from retort.method import Method
+from retort.models import gguf
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
 from retort.rollout.plan import plan_summary
@@ -49,11 +50,15 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
         "",
         _trained(method.rollout.sources),
         "",
-        f"- student: {_code(_short(student.name))} ({student.parameters:,} parameters)",
+        f"- student: {_code(_short(student.name))} ({student.parameters:,} parameters{_rounded(student)})",
         *([_adapted(prepared)] if student.adapter else []),
-        *([f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters)"] if teacher else []),
+        *(
+            [f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters{_rounded(teacher)})"]
+            if teacher
+            else []
+        ),
         *[f"- teacher: {text}" for text in self_teachers(method)],
-        *[f"- {who}: {_code(_short(lm.name))}, frozen" for who, lm in beside(prepared).items()],
+        *[f"- {who}: {_code(_short(lm.name))}{_rounded(lm)}, frozen" for who, lm in beside(prepared).items()],
         f"- method: {_code(method.name)} ({_plain_text(standing(method))})",
         f"- settings of the method: {_plain_text(settings) or 'none'}",
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
@@ -112,6 +117,11 @@ def model_licence(name: str) -> tuple[str | None, str]:
     place = Path(located(name))
     if located(name) != name:
         return "apache-2.0", "`apache-2.0`, as Retort's, with which the student comes"
+    if gguf.is_gguf(name):
+        found = gguf.licence(name) or ""
+        if _LICENCE.fullmatch(found):
+            return found, f"{_code(found)}, as the student's file states"
+        return None, "not known: the student's file states none"
     folder = place if place.is_dir() else _cached(name)
     if folder is None:
         return None, "not known here: see the student's page"
@@ -194,6 +204,10 @@ def _code(text: str) -> str:
     fence = "`" * (max((len(run) for run in re.findall("`+", inside)), default=0) + 1)
     edge = " " if inside[:1] == "`" or inside[-1:] == "`" else ""
     return f"{fence}{edge}{inside}{edge}{fence}"
+
+
+def _rounded(lm: LanguageModel) -> str:
+    return f", {lm.rounded}" if lm.rounded else ""
 
 
 def _adapted(prepared: Prepared) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from retort.evaluate.evaluator import Evaluator
+from retort.evaluate.per_byte import PER_BYTE
 from retort.ranks import here
 from retort.teachers.local import LocalTeacher
+from retort.teachers.spanned import SpanTeacher
 from retort.train.models.models import engine
 from retort.train.output import results
 from retort.train.setup.prepare import Prepared
@@ -53,7 +56,10 @@ class Evaluations:
         lm, teacher = self._prepared.teachers.lms.get("teacher"), self._teacher()
         if self._prepared.config.eval.teacher and lm is not None:
             own = teacher.in_own_ids() if isinstance(teacher, LocalTeacher) else teacher
-            self._add(results.TEACHER, self._evaluate(lm, own, progress))
+            vocab = own.alignment.vocab if isinstance(own, LocalTeacher) else None
+            # No student has the measures in the teacher's ids beside which its own would stand.
+            compared = None if isinstance(teacher, SpanTeacher) else own
+            self._add(results.TEACHER, self._evaluate(lm, compared, progress, vocab))
 
     def student(self, progress: Progress, who: str | None = None) -> dict[str, float]:
         """Evaluates the student as it is now.
@@ -73,18 +79,21 @@ class Evaluations:
     def goodness(self, scores: dict[str, float]) -> float | None:
         """The score of the best checkpoint: avg@k, or where nothing can be graded, minus the reverse KL.
 
-        None where there is neither: a self-teacher is not compared under the student's own prompt.
+        That is per token, or per byte of a teacher with another tokenizer. None where there is neither: a self-teacher
+        is not compared under the student's own prompt.
         """
         assert self._evaluator is not None
         if f"avg@{self._evaluator.samples}" in scores:
             return scores[f"avg@{self._evaluator.samples}"]
-        return -scores["reverse_kl"] if "reverse_kl" in scores else None
+        return next((-scores[name] for name in ("reverse_kl", PER_BYTE) if name in scores), None)
 
-    def _evaluate(self, lm: Any, teacher: Any, progress: Progress) -> dict[str, Any]:
+    def _evaluate(self, lm: Any, teacher: Any, progress: Progress, vocab: int | None = None) -> dict[str, Any]:
+        """A row of the table; `vocab`: the number of ids that are the model's tokens, if it is not the student's."""
         assert self._evaluator is not None
-        generator = engine(self._prepared.config, lm, self._evaluator.vocab)
+        evaluator = self._evaluator if vocab is None else replace(self._evaluator, vocab=vocab)
+        generator = engine(self._prepared.config, lm, evaluator.vocab)
         with lm.whole():
-            return self._evaluator.evaluate(lm, generator, teacher=teacher, progress=progress)
+            return evaluator.evaluate(lm, generator, teacher=teacher, progress=progress)
 
     def _add(self, who: str, row: dict[str, Any]) -> None:
         def added() -> dict[str, Any]:

@@ -11,13 +11,23 @@ from retort.core.random_streams import permutation
 from retort.core.rollouts import Pack, Status
 from retort.core.signals import TeacherSignal
 from retort.evaluate.agreement import THRESHOLD
+from retort.loss.terms import UNITS
 from retort.rollout.record import token_row
+from retort.teachers.base import Teacher
 from retort.teachers.view import View
 from retort.train.learning.passes import Batch
+from retort.train.output.units import unit_rows
 from retort.train.storage.metrics import Means
 
 
-def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, tokenizer: Any) -> list[dict[str, Any]]:
+def rows(
+    batch: Batch,
+    values: Mapping[str, Tensor],
+    step: int,
+    count: int,
+    tokenizer: Any,
+    teachers: Mapping[str, Teacher] | None = None,
+) -> list[dict[str, Any]]:
     """Lines of `rollouts.jsonl` for one step; which rollouts is drawn by seed.
 
     Args:
@@ -26,11 +36,19 @@ def rows(batch: Batch, values: Mapping[str, Tensor], step: int, count: int, toke
         step: The step's number, from 1.
         count: Number of rollouts.
         tokenizer: The student's.
+        teachers: The teacher of each view, of which those with another tokenizer add the units (`unit_rows`).
     """
     pack = batch.pack
     chosen = permutation(batch.clock.seed, "record", step, count=len(pack.rollouts))[:count]
-    columns = {name.removeprefix("watch."): values_N for name, values_N in values.items()}
-    return [{"step": step, **token_row(pack, index, columns, tokenizer)} for index in sorted(chosen)]
+    apart = {name for view in batch.method.views if (name := f"{view}{UNITS}") in values}
+    columns = {name.removeprefix("watch."): values_N for name, values_N in values.items() if name not in apart}
+    found: list[dict[str, Any]] = []
+    for index in sorted(chosen):
+        own = {name: values[name][pack.steps_of([index])] for name in apart}
+        units = unit_rows(pack.rollouts[index], own, teachers or {})
+        row = token_row(pack, index, columns, tokenizer)
+        found.append({"step": step, **row, **({"units": units} if units else {})})
+    return found
 
 
 def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from retort.loss.terms import wanted
 from retort.models.adapter import described
+from retort.models.lm import LanguageModel
 from retort.rollout.plan import plan_summary
 from retort.train.output.card import beside, self_teachers, standing
 from retort.train.setup.memory import forecast
@@ -19,9 +20,10 @@ def summary(prepared: Prepared) -> dict[str, str]:
     }
     updates = min(config.optimizer.updates, prepared.source.count * method.rollout.samples) * config.optimizer.epochs
     return {
-        "student": f"{prepared.student.name}, {_count(prepared.student.parameters)} parameters{_learning(prepared)}",
+        "student": f"{prepared.student.name}, {_count(prepared.student.parameters)} parameters"
+        f"{_rounded(student)}{_learning(prepared)}",
         **({"teacher": _teachers(prepared)} if _teachers(prepared) else {}),
-        **{who: f"{lm.name}, frozen" for who, lm in beside(prepared).items()},
+        **{who: f"{lm.name}{_rounded(lm)}, frozen" for who, lm in beside(prepared).items()},
         "method": f"{method.name} ({standing(method)})",
         "settings": ", ".join(f"{name} = {value}" for name, value in method.settings.items()),
         **{f"asked of {view}": text for view, text in needs.items()},
@@ -37,8 +39,12 @@ def summary(prepared: Prepared) -> dict[str, str]:
 
 def _teachers(prepared: Prepared) -> str:
     lm = prepared.teachers.lms.get("teacher")
-    other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters"]
+    other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters{_rounded(lm)}"]
     return "; ".join([*other, *self_teachers(prepared.method)])
+
+
+def _rounded(lm: LanguageModel) -> str:
+    return f", {lm.rounded}" if lm.rounded else ""
 
 
 def _learning(prepared: Prepared) -> str:

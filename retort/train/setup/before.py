@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retort import registry
 from retort.align.chat import Renderer
 from retort.align.pair import align_ids
 from retort.align.tokens import OtherTokenizer
@@ -97,7 +98,7 @@ def need_alignment(method: Method, name: str, student: Described, other: Describ
     except OtherTokenizer as error:
         lacking = needs_ids(method, name)
         if lacking:
-            raise UserError(f"{lacking}, but {error}") from None
+            raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None
 
 
 def needs_ids(method: Method, name: str) -> str | None:

@@ -1,0 +1,201 @@
+"""How much of the student's completions each method learns from, where the teacher has another tokenizer.
+
+A method is not asked, it is run: on a made-up batch that holds every shape of unit which the completions have. A token
+whose logits get no gradient there is one that the method says nothing about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from retort import registry
+from retort.align.pieces import pieces
+from retort.core.rollouts import Rollout
+from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, unit_columns
+from retort.core.steps import Clock
+from retort.loss.one_batch import BatchInputs, OneBatch
+from retort.method import Method
+from retort.preflight.findings import Check
+from retort.teachers.spanned import SpanTeacher
+
+#: Ids of either side in the made-up batch; those below `SHARED` are the same to both.
+VOCAB, SHARED = 64, 32
+#: Completions of the made-up batch, each with every shape, right and wrong ones in turn. A method may pass over a token
+#: because of the numbers or the reward, which is no loss by alignment.
+COPIES = 16
+
+#: A unit: the student's tokens, the teacher's, and whether it is one shared id on both sides.
+Shape = tuple[int, int, bool]
+
+
+@dataclass
+class Positions:
+    """The student's tokens by their place: the shape of their unit, and their index in it.
+
+    Attributes:
+        tokens: Number of tokens at each place.
+        bytes: Number of bytes of the text that they spell.
+        outside: Tokens and bytes in no unit.
+    """
+
+    tokens: Counter[tuple[Shape, int]] = field(default_factory=Counter)
+    bytes: Counter[tuple[Shape, int]] = field(default_factory=Counter)
+    outside: tuple[int, int] = (0, 0)
+
+    @property
+    def all_tokens(self) -> int:
+        """All tokens."""
+        return self.tokens.total() + self.outside[0]
+
+    @property
+    def all_bytes(self) -> int:
+        """All bytes."""
+        return self.bytes.total() + self.outside[1]
+
+    def lost(self, taught: Mapping[Shape, Sequence[bool]]) -> tuple[float, float]:
+        """The shares of tokens and of bytes that get nothing.
+
+        Args:
+            taught: For each shape, whether each of the student's tokens gets a gradient.
+        """
+        tokens, size = self.outside
+        for (shape, index), count in self.tokens.items():
+            if not taught[shape][index]:
+                tokens, size = tokens + count, size + self.bytes[shape, index]
+        return tokens / max(self.all_tokens, 1), size / max(self.all_bytes, 1)
+
+
+def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Sequence[Rollout]) -> Positions:
+    """The positions of the student's tokens in some of its completions.
+
+    Raises:
+        SignalError: The teacher cannot read one.
+    """
+    found, pair = Positions(), teacher.pair
+    partner = dict(zip(pair.shared.student_K.tolist(), pair.shared.teacher_K.tolist(), strict=True))
+    stops = pair.student_stops.tolist()
+    for rollout in rollouts:
+        read = pair.read(rollout.sequence, [teacher.lm.stops.primary])
+        ids, theirs = rollout.action_ids, read.sequence.actions_A.tolist()
+        before = rollout.sequence.tokens_L[: len(rollout.sequence) - len(ids)].tolist()
+        spelt = pieces(student_tokenizer, ids, before, stops=stops)  # type: ignore[arg-type]
+        sizes = [0 if piece.startswith(b"\xff") else len(piece) for piece in spelt]
+        own_U, theirs_U, unit_A = read.student_U.tolist(), read.teacher_U.tolist(), read.unit_A.tolist()
+        index, first_B = 0, {unit: place for place, unit in reversed(list(enumerate(read.unit_B.tolist())))}
+        for place, unit in enumerate(unit_A):
+            index = index + 1 if place and unit == unit_A[place - 1] else 0
+            if unit < 0 or max(own_U[unit], theirs_U[unit]) > LONGEST_UNIT:
+                found.outside = (found.outside[0] + 1, found.outside[1] + sizes[place])
+                continue
+            single = own_U[unit] == theirs_U[unit] == 1
+            matched = single and partner.get(ids[place]) == theirs[first_B[unit]]
+            shape = (own_U[unit], theirs_U[unit], matched)
+            found.tokens[shape, index] += 1
+            found.bytes[shape, index] += sizes[place]
+    return found
+
+
+def taught(method: Method, shapes: Sequence[Shape]) -> dict[Shape, list[bool]]:
+    """For each shape of unit, which of the student's tokens the method's loss has a gradient at.
+
+    Args:
+        method: The method.
+        shapes: Shapes.
+
+    Raises:
+        UserError: The method needs what the made-up batch lacks.
+    """
+    any_draw: list[bool] = _gradient(method, shapes).view(COPIES, -1).any(0).tolist()
+    found: dict[Shape, list[bool]] = {}
+    start = 0
+    for shape in shapes:
+        found[shape] = any_draw[start : start + shape[0]]
+        start += shape[0]
+    return found
+
+
+def _gradient(method: Method, shapes: Sequence[Shape]) -> Tensor:
+    """Whether the loss has a gradient at each step of the made-up batch, bool [N]."""
+    drawn = torch.Generator().manual_seed(0)
+    every = [*shapes] * COPIES
+    tokens_N, tokens_M = (_ids([shape[side] for shape in every], every, drawn) for side in (0, 1))
+    logits_NV, base_NV, logits_MV = (
+        2 * torch.randn(len(own), VOCAB, dtype=torch.float64, generator=drawn) for own in (tokens_N, tokens_N, tokens_M)
+    )
+    number_R = torch.arange(COPIES)
+    rollout_N = number_R.repeat_interleave(len(tokens_N) // COPIES)
+    inputs = BatchInputs(tokens_N, rollouts=rollout_N, groups=0 * number_R, rewards=(number_R % 2).double())
+    batch = OneBatch.from_inputs(method, inputs, Clock(0, 1), None)
+    signals: dict[str, TeacherSignal] = {
+        name: _spans(every, tokens_N, tokens_M, logits_MV)
+        if view.model == "teacher"
+        else Dense.of(base_NV, tokens_N, source=name)
+        for name, view in method.views.items()
+    }
+    logits_NV.requires_grad_()
+    batch.evaluate(logits_NV, None, VOCAB, signals, len(tokens_N), None).loss.backward()
+    assert logits_NV.grad is not None  # the loss reads them
+    return (logits_NV.grad != 0).any(-1)
+
+
+def _ids(sizes: Sequence[int], shapes: Sequence[Shape], drawn: torch.Generator) -> Tensor:
+    """Ids of one side: a matched unit is the id of its index, which both sides have; others are ids of that side."""
+    found: list[int] = []
+    for index, (size, (_, _, matched)) in enumerate(zip(sizes, shapes, strict=True)):
+        others: list[int] = torch.randint(SHARED, VOCAB, (size,), generator=drawn).tolist()
+        found += [index % SHARED] if matched else others
+    return torch.tensor(found)
+
+
+def _spans(shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: Tensor, logits_MV: Tensor) -> Spans:
+    """The teacher's signal of units of some shapes, one after the other."""
+    ends = [list(accumulate(sizes)) for sizes in zip(*(shape[:2] for shape in shapes), strict=True)]
+    units = [(slice(a - own, a), slice(b - other, b)) for a, b, (own, other, _) in zip(*ends, shapes, strict=True)]
+    same_S, ends_S = torch.arange(SHARED), torch.zeros(1).long()
+    logp_M, raw_M = (x.gather(-1, tokens_M[:, None]).squeeze(-1) for x in (logits_MV.log_softmax(-1), logits_MV))
+    columns, begins_N = unit_columns(units, tokens_N, tokens_M, logp_M, (same_S, same_S), teacher_raw_M=raw_M)
+    return Spans(
+        tokens_N,
+        "teacher",
+        lambda rows: logits_MV[begins_N[rows]],
+        VOCAB,
+        **columns,  # type: ignore[arg-type]
+        shared=(same_S, same_S),
+        stops=(ends_S, ends_S),
+    )
+
+
+def check_supervision(method: Method, found: Positions) -> Check:
+    """Shows the share of the student's tokens and bytes that gets nothing from the teacher, method by method.
+
+    Args:
+        method: The run's method.
+        found: The positions of the student's tokens.
+    """
+    why = (
+        "a method that learns only from units of one token on each side says nothing about the others; a token that "
+        "gets nothing is generated as before, also where it is wrong"
+    )
+    if not found.all_tokens:
+        return Check("supervision", "ok", "the student generated no token to try it on", why)
+    shapes = list(dict.fromkeys(shape for shape, _ in found.tokens))
+    methods = {name: registry.load(name) for name in registry.for_two_tokenizers()} | {method.name: method}
+    lost = {name: found.lost(taught(made, shapes)) for name, made in methods.items()}
+    order = sorted(lost, key=lambda name: (lost[name], name))
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name in order:
+        alike.setdefault((f"{lost[name][0]:.1%}", f"{lost[name][1]:.1%}"), []).append(name)
+    tokens, size = (f"{share:.1%}" for share in lost[method.name])
+    saw = (
+        f"with {method.name} {tokens} of the tokens that the student generated get nothing from the teacher, {size} of "
+        f"their bytes ({found.all_tokens:,} tokens, {found.all_bytes:,} bytes); with each method, as its paper sets it:"
+    )
+    values = tuple((f"{name}/{what}", lost[name][i]) for name in order for i, what in enumerate(("tokens", "bytes")))
+    rows = tuple((*shares, ", ".join(names)) for shares, names in alike.items())
+    return Check("supervision", "ok", saw, why, values=values, table=(("tokens", "bytes", "method"), *rows))
