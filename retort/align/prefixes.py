@@ -66,9 +66,13 @@ class Prefixes:
         self._shared, self._stops = shared, stops
         self._inside: dict[bytes, tuple[Tensor, Tensor]] = {}
 
-    @cached_property
+    @property
     def root_V(self) -> Tensor:
         """The student's id that each of the teacher's gives its probability to at a boundary, int64 [V_T]."""
+        return self._root_V
+
+    @cached_property
+    def _root_V(self) -> Tensor:
         root_V = torch.tensor([self._longest_in(piece) for piece in self.teacher], dtype=torch.long)
         own_S, their_S = (ids.cpu() for ids in self._shared)
         root_V[their_S] = own_S

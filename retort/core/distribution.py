@@ -60,6 +60,11 @@ WHOLE = Shard()
 KERNELS: bool | None = {"0": False, "1": True}.get(os.environ.get("RETORT_KERNELS", ""))
 
 
+def as_compute(values: Tensor) -> Tensor:
+    """Casts to the dtype of softmaxes and sums: fp32, or float64 if the input is."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 class _Value(torch.autograd.Function):
     """A number per step whose gradient with respect to the logits is a formula."""
 

@@ -16,16 +16,17 @@ from torch import Tensor
 
 from retort import registry
 from retort.align.pieces import pieces
+from retort.align.prefixes import Prefixes
 from retort.core.rollouts import Rollout
-from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, unit_columns
+from retort.core.signals import LONGEST_UNIT, Dense, Spans, TeacherSignal, TeacherTokens, unit_columns
 from retort.core.steps import Clock
 from retort.loss.one_batch import BatchInputs, OneBatch
 from retort.method import Method
 from retort.preflight.findings import Check
 from retort.teachers.spanned import SpanTeacher
 
-#: Ids of either side in the made-up batch; those below `SHARED` are the same to both.
-VOCAB, SHARED = 64, 32
+#: Ids of the made-up batch that are the same to both sides.
+SHARED = 32
 #: Completions of the made-up batch, each with every shape, right and wrong ones in turn. A method may pass over a token
 #: because of the numbers or the reward, which is no loss by alignment.
 COPIES = 16
@@ -120,54 +121,85 @@ def taught(method: Method, shapes: Sequence[Shape]) -> dict[Shape, list[bool]]:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class _MadeUp:
+    """Made-up tokens of both sides, whose bytes make units of the shapes, and no smaller ones.
+
+    Attributes:
+        ids: The student's and the teacher's ids of each shape.
+        vocabularies: The bytes of all ids of either side. The first `SHARED` are the same to both, and the first of
+            them is the stop.
+    """
+
+    ids: tuple[list[list[int]], list[list[int]]]
+    vocabularies: tuple[list[bytes], list[bytes]]
+
+    @staticmethod
+    def of(shapes: Sequence[Shape]) -> _MadeUp:
+        """Makes them: inside of a unit the student's tokens end before the teacher's first one does."""
+        ids: tuple[list[list[int]], list[list[int]]] = ([], [])
+        known = tuple([b"", *(b"=%d" % token for token in range(1, SHARED))] for _ in range(2))
+        for number, (own, theirs, matched) in enumerate(shapes):
+            text = b"%d:" % number + b"x" * (own + theirs)
+            ends = ([*range(1, own), len(text)], [*range(own, own + theirs - 1), len(text)])
+            for found, pieces_V, side in zip(ids, known, ends, strict=True):
+                if matched:
+                    found.append([1 + number % (SHARED - 1)])
+                    continue
+                found.append(list(range(len(pieces_V), len(pieces_V) + len(side))))
+                pieces_V += [text[begin:end] for begin, end in zip([0, *side[:-1]], side, strict=True)]
+        return _MadeUp(ids, (known[0], known[1]))
+
+    def tokens(self, side: int) -> Tensor:
+        """The ids of one side of the whole batch."""
+        return torch.tensor([token for own in self.ids[side] for token in own]).repeat(COPIES)
+
+
 def _gradient(method: Method, shapes: Sequence[Shape]) -> Tensor:
     """Whether the loss has a gradient at each step of the made-up batch, bool [N]."""
-    drawn = torch.Generator().manual_seed(0)
-    every = [*shapes] * COPIES
-    tokens_N, tokens_M = (_ids([shape[side] for shape in every], every, drawn) for side in (0, 1))
+    made = _MadeUp.of(shapes)
+    tokens_N, tokens_M = made.tokens(0), made.tokens(1)
+    (vocab, width), drawn = map(len, made.vocabularies), torch.Generator().manual_seed(0)
     logits_NV, base_NV, logits_MV = (
-        2 * torch.randn(len(own), VOCAB, dtype=torch.float64, generator=drawn) for own in (tokens_N, tokens_N, tokens_M)
+        2 * torch.randn(len(own), size, dtype=torch.float64, generator=drawn)
+        for own, size in ((tokens_N, vocab), (tokens_N, vocab), (tokens_M, width))
     )
     number_R = torch.arange(COPIES)
     rollout_N = number_R.repeat_interleave(len(tokens_N) // COPIES)
     inputs = BatchInputs(tokens_N, rollouts=rollout_N, groups=0 * number_R, rewards=(number_R % 2).double())
     batch = OneBatch.from_inputs(method, inputs, Clock(0, 1), None)
     signals: dict[str, TeacherSignal] = {
-        name: _spans(every, tokens_N, tokens_M, logits_MV)
+        name: _spans(made, shapes, tokens_N, tokens_M, logits_MV)
         if view.model == "teacher"
         else Dense.of(base_NV, tokens_N, source=name)
         for name, view in method.views.items()
     }
     logits_NV.requires_grad_()
-    batch.evaluate(logits_NV, None, VOCAB, signals, len(tokens_N), None).loss.backward()
+    batch.evaluate(logits_NV, None, vocab, signals, len(tokens_N), None).loss.backward()
     assert logits_NV.grad is not None  # the loss reads them
     return (logits_NV.grad != 0).any(-1)
 
 
-def _ids(sizes: Sequence[int], shapes: Sequence[Shape], drawn: torch.Generator) -> Tensor:
-    """Ids of one side: a matched unit is the id of its index, which both sides have; others are ids of that side."""
-    found: list[int] = []
-    for index, (size, (_, _, matched)) in enumerate(zip(sizes, shapes, strict=True)):
-        others: list[int] = torch.randint(SHARED, VOCAB, (size,), generator=drawn).tolist()
-        found += [index % SHARED] if matched else others
-    return torch.tensor(found)
-
-
-def _spans(shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: Tensor, logits_MV: Tensor) -> Spans:
+def _spans(made: _MadeUp, shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: Tensor, logits_MV: Tensor) -> Spans:
     """The teacher's signal of units of some shapes, one after the other."""
-    ends = [list(accumulate(sizes)) for sizes in zip(*(shape[:2] for shape in shapes), strict=True)]
-    units = [(slice(a - own, a), slice(b - other, b)) for a, b, (own, other, _) in zip(*ends, shapes, strict=True)]
-    same_S, ends_S = torch.arange(SHARED), torch.zeros(1).long()
+    ends = [list(accumulate(sizes)) for sizes in zip(*[shape[:2] for shape in shapes] * COPIES, strict=True)]
+    every = [*shapes] * COPIES
+    units = [(slice(a - own, a), slice(b - other, b)) for a, b, (own, other, _) in zip(*ends, every, strict=True)]
+    same_S, stop_E = torch.arange(SHARED), torch.zeros(1).long()
     logp_M, raw_M = (x.gather(-1, tokens_M[:, None]).squeeze(-1) for x in (logits_MV.log_softmax(-1), logits_MV))
     columns, begins_N = unit_columns(units, tokens_N, tokens_M, logp_M, (same_S, same_S), teacher_raw_M=raw_M)
+    prefixes = Prefixes(*made.vocabularies, (same_S, same_S), (stop_E, stop_E))
+    width = logits_MV.shape[1]
     return Spans(
         tokens_N,
         "teacher",
         lambda rows: logits_MV[begins_N[rows]],
-        VOCAB,
+        width,
         **columns,  # type: ignore[arg-type]
         shared=(same_S, same_S),
-        stops=(ends_S, ends_S),
+        stops=(stop_E, stop_E),
+        place_N=begins_N,
+        theirs=TeacherTokens(tokens_M, logp_M, lambda index: logits_MV[index], width, prefixes=lambda: prefixes),
     )
 
 

@@ -16,7 +16,7 @@ from retort.core.needs import NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
 from retort.core.sequences import TokenSequence
-from retort.core.signals import LONGEST_UNIT, SPAN_KINDS, Dense, Spans, TeacherSignal, columns_of
+from retort.core.signals import LONGEST_UNIT, SPAN_KINDS, Dense, Spans, TeacherSignal, TeacherTokens, columns_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 

@@ -225,7 +225,7 @@ def test_whitespace_counts_only_if_asked_for() -> None:
 
 def test_the_bridge_between_stops() -> None:
     world = World(0)
-    stop = world.losses().terms["stop"].value
+    stop = world.losses().terms["stop"].value.detach()
     place = world.ids[0].index(9)
     q = float(world.teacher[world.ids[1].index(9)].softmax(-1)[STOPS[1]].sum())
     p = float((world.hidden @ world.head.T).detach()[place].softmax(-1)[STOPS[0]].sum())

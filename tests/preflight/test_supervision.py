@@ -21,6 +21,8 @@ FIRST = {MATCHED: [True], SINGLE: [True], WIDE: [True], LONG: [True, False, Fals
         ("strict_ct", STRICT),
         ("simple_ctkd", STRICT),
         ("uld", FIRST),
+        ("gold", EVERYWHERE),  # the later tokens of a unit are factors of its probability
+        ("bpm", EVERYWHERE),
         ("simct", EVERYWHERE),
         ("alm", EVERYWHERE),
         ("opd", EVERYWHERE),

@@ -101,7 +101,7 @@ def test_quantisation_is_named(name: str, kind: str) -> None:
 def test_doctor_on_two_tokenizers(questions: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--student", real("smollm2"), "--teacher", real("gemma3-270m"), "--data", questions, "--method", "simct"]
     assert main(["doctor", *words, *SMALL, "rollout.max_new_tokens=16"]) in (0, 1)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "units of one token on each side" in shown and "<|im_end|>" in shown, shown
 
 

@@ -1,6 +1,7 @@
 """Teacher signals of every kind, and their rows for a chunk of steps."""
 
-from retort.core.signals.base import SignalRows, TeacherSignal, as_compute
+from retort.core.distribution import as_compute
+from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns

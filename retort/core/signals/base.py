@@ -208,11 +208,6 @@ class _HiddenRows(SignalRows):
         return self._signal.hidden_states()
 
 
-def as_compute(values: Tensor) -> Tensor:
-    """Casts to the dtype of softmaxes and sums: fp32, or float64 if the input is."""
-    return values if values.dtype == torch.float64 else values.float()
-
-
 def take_rows(values: Tensor, index: Tensor | slice) -> Tensor:
     """Some rows of a tensor, on the device of the index: a server's numbers are kept on the CPU."""
     return values[index] if isinstance(index, slice) else values[index.to(values.device)].to(index.device)

@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from retort.core.distribution import WHOLE, Distribution, Shard
+from retort.core.distribution import WHOLE, Distribution, Shard, as_compute
 from retort.core.needs import NeedKind, require_finite
-from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, take_rows
+from retort.core.signals.base import SignalRows, TeacherSignal, take_rows
 from retort.core.signals.units import Units
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.core.distribution import Distribution
+from retort.core.distribution import Distribution, as_compute
 from retort.core.needs import NeedKind
-from retort.core.signals.base import SignalRows, TeacherSignal, as_compute, check_logps, same_length, take_rows
+from retort.core.signals.base import SignalRows, TeacherSignal, check_logps, same_length, take_rows
 from retort.core.signals.theirs import TeacherTokens, runs
 from retort.core.signals.units import Units
 from retort.errors import SignalError

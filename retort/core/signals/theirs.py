@@ -12,8 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from retort.core.distribution import Distribution
-from retort.core.signals.base import as_compute
+from retort.core.distribution import Distribution, as_compute
 
 
 class PlaceInUnit(NamedTuple):
