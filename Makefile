@@ -76,8 +76,8 @@ kernels: dev
 # Nothing that it fetches is kept: every call reads the packages anew.
 real: dev
 	$(STAGE) 'pytest -m real'
-	@work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && RETORT_REAL=$$work OMP_NUM_THREADS=1 \
-	  $(BIN)/pytest -m real tests/real $(ARGS)
+	@export RETORT_REAL=$$(mktemp -d) OMP_NUM_THREADS=1 && trap 'rm -rf "$$RETORT_REAL"' EXIT && \
+	  { $(BIN)/python tests/real/fetch.py "$$RETORT_REAL" || true; } && $(PYTEST) -m real tests/real $(ARGS)
 
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs

@@ -1,9 +1,9 @@
 """Methods for two tokenizers on a real pair of models: runs, and what held-out prompts say before and after.
 
-    python benchmarks/two_tokenizers.py train real --student SmolLM2-135M-Instruct --teacher gemma-3-270m \
+    python benchmarks/cross_tokenizer.py train real --student SmolLM2-135M-Instruct --teacher gemma-3-270m \
         --cut SmolLM2-20-layers --data rows.jsonl             # one run for each method, in real/strict_ct and so on
-    python benchmarks/two_tokenizers.py judge real --held-out heldout.jsonl
-    python benchmarks/two_tokenizers.py table real
+    python benchmarks/cross_tokenizer.py judge real --held-out heldout.jsonl
+    python benchmarks/cross_tokenizer.py table real
 
 `train` stops and resumes like `retort train`, which it calls; `--only uld,same` takes some of the runs. `same` is the
 run with one tokenizer: the student with some of its layers cut out (`--cut`) learns from the whole student.

@@ -20,7 +20,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module("two_tokenizers")
+    return importlib.import_module("cross_tokenizer")
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def call(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["two_tokenizers.py", *words])
+    monkeypatch.setattr(sys, "argv", ["cross_tokenizer.py", *words])
     return bench.main()
 
 
