@@ -243,7 +243,7 @@ def _known_rules() -> set[str]:
 def _parts(path: Path, metadata: Mapping[str, Any]) -> str | None:
     """The reason why one of several files that hold a model together cannot be read."""
     count, matched = metadata.get("split.count", 0), _PART.search(path.stem)
-    if count <= 1:
+    if not isinstance(count, int) or count <= 1:
         return None
     whole = f"that is one of {count} files that hold the model together"
     if matched is not None:

@@ -113,7 +113,8 @@ def _sampled(dense: Dense) -> tuple[Tensor, Tensor]:
         logp = rows.sampled_logp_N
         found.append((logp, logp + rows.distribution.normaliser_C))
     if not found:
-        return torch.zeros(0), torch.zeros(0)
+        none = torch.zeros(0, device=dense.tokens_N.device)
+        return none, none
     return torch.cat([logp for logp, _ in found]), torch.cat([raw for _, raw in found])
 
 

@@ -171,6 +171,10 @@ BAD = {
     "cut in the header": (lambda path: cut(write_gguf(path), 4000), "its header cannot be read (EOFError)"),
     "cut in the weights": (lambda path: cut(write_gguf(path), 60_000), "60,000 of "),
     "a vocabulary only": (lambda path: written(path, b"GGUF" + struct.pack("<IQQ", 3, 0, 0)), "holds no weights"),
+    "a text for a number of parts": (
+        lambda path: written(path, b"GGUF" + struct.pack("<IQQQ11sIQ1s", 3, 0, 1, 11, b"split.count", 8, 1, b"2")),
+        "holds no weights",
+    ),
     "a part missing": (split(3, 2), "1 of them are missing (x-00003-of-00003"),
     "all parts": (split(2, 2), "one of 2 files that hold the model together, which transformers does not read"),
     "an unknown family": (lambda path: write_gguf(path, architecture="nonsense"), "nonsense"),

@@ -67,3 +67,9 @@ def test_one_table_of_all_methods() -> None:
         float(row[0].rstrip("%")) for row in check.table[1:]
     )
     assert check_supervision(method, Positions()).saw == "the student generated no token to try it on"
+
+
+def test_no_token_in_any_unit() -> None:
+    check = check_supervision(registry.load("uld"), Positions(outside=(3, 6)))
+    assert check.saw.startswith("with uld 100.0% of the tokens that the student generated get nothing from the teacher")
+    assert {row[:2] for row in check.table[1:]} == {("100.0%", "100.0%")}

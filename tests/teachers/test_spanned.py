@@ -20,7 +20,7 @@ from retort.align.spanned import SpanPair, Unspelt, align_spans
 from retort.core.needs import DENSE, SAMPLED, SPANS
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Spans
+from retort.core.signals import Dense, Spans
 from retort.errors import SignalError
 from retort.models.load import load_model
 from retort.teachers import spanned
@@ -306,6 +306,13 @@ def test_units_that_are_too_long_are_left_out(made: Callable[..., Made], monkeyp
     torch.testing.assert_close(said.logp_N, torch.where(kept, before.logp_N, 0.0), rtol=0, atol=0)
     monkeypatch.setattr(spanned, "LONGEST_UNIT", 0)
     assert pair.score(groups).unit_N.eq(-1).all()
+
+
+def test_what_a_teacher_that_read_nothing_gives_is_on_its_device() -> None:
+    """Or a batch of which it reads nothing would end a run on an accelerator."""
+    none = torch.zeros(0, dtype=torch.long, device="meta")
+    signal = Dense(none, "teacher", lambda _: torch.zeros(0, 5, device="meta"), 5)
+    assert [one.device.type for one in spanned._sampled(signal)] == ["meta", "meta"]
 
 
 def test_the_teacher_reads_its_own_stop_for_the_students(made: Callable[..., Made]) -> None:
