@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from retort.align.chat import Renderer, TemplateOptions, dated
 from retort.align.encode import spelt
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
+from retort.align.text import decode
 from retort.config import Config
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
@@ -227,16 +228,18 @@ def check_prompts(
     if differing:
         notes.append(
             f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "
-            "template"
+            "template, or a beginning of its own"
         )
     return found
 
 
 def _alike(student: Renderer, ours: list[int], teacher: Renderer, theirs: list[int]) -> bool:
-    """Whether student and teacher read the same tokens, which may have other ids for the teacher."""
-    read = ((student, ours), (teacher, theirs))
-    one, other = (render.tokenizer.convert_ids_to_tokens(ids) for render, ids in read) if ours != theirs else ((), ())
-    return one == other
+    """Whether both read the same tokens, which may have other ids for the teacher, or the same text in other tokens."""
+    if ours == theirs:
+        return True
+    read = ((student.tokenizer, ours), (teacher.tokenizer, theirs))
+    one, other = (tokenizer.convert_ids_to_tokens(ids) for tokenizer, ids in read)
+    return one == other or decode(*read[0]) == decode(*read[1])
 
 
 def _first(pair: tuple[int, str]) -> int:

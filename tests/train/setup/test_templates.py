@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 from support import CHATML, make_model, make_tokenizer
+from trained import trained
 
 from retort import api
 from retort import config as configuration
-from retort.align.chat import TemplateOptions
+from retort.align.chat import Renderer, TemplateOptions
 from retort.cli.evaluation import _READ, evaluate  # pyright: ignore[reportPrivateUsage]
 from retort.config import Config
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 from retort.preflight import checks
 from retort.preflight.doctor import examine
@@ -202,3 +204,18 @@ def test_eval_reads_alike_and_says_the_same(
         said = " | ".join(seen.said)
         assert f"stays {day}" in said
         assert "the model's chat template is at fault: it ignores add_generation_prompt" in said
+
+
+def test_one_text_in_two_tokenizers_is_no_other_template() -> None:
+    prompts = [Prompt("0", (Message("user", "the quick brown fox"),))]
+
+    def notes(other: str) -> list[str]:
+        readers = {"student": Renderer(trained("gemma")), "teacher": Renderer(trained(other))}
+        assert readers["student"](prompts[0]) != readers["teacher"](prompts[0])
+        found: list[str] = []
+        templates.check_prompts(Config(), prompts, [], readers, found)
+        return found
+
+    assert not notes("byte-level")
+    prompts[:] = [Prompt("0", (Message("user", "The Quick"),))]
+    assert any("1 of 1 prompts read differently" in note for note in notes("bert"))
