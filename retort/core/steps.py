@@ -127,8 +127,9 @@ class Steps:
         rollout_N = _numbered(self.rollout_N)
         turn_N = torch.zeros_like(rollout_N) if self.turn_N is None else self.turn_N
         most = int(turn_N.max()) + 1 if len(turn_N) else 1
-        kept_K, number_N = torch.unique(rollout_N * most + turn_N, return_inverse=True)  # pyright: ignore
-        return Turns(number_N, torch.bincount(number_N), kept_K // most)
+        number_N = _numbered(rollout_N * most + turn_N)
+        steps_K = torch.bincount(number_N)
+        return Turns(number_N, steps_K, rollout_N.new_zeros(len(steps_K)).index_copy_(0, number_N, rollout_N))
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Steps:
         columns: dict[str, Tensor | None] = {name: getattr(self, name) for name in _COLUMNS}

@@ -134,19 +134,23 @@ class _Rows:
     ids_R: Tensor
 
 
+def _lists(*columns: Tensor) -> tuple[list[int], ...]:
+    return tuple(column.tolist() for column in columns)  # pyright: ignore
+
+
 def _rows(context: Context, units: Units, table: PrefixTable, whitespace: bool) -> _Rows:
     their_first_F, theirs = units.their_tokens()
     tokens_C = context.steps.tokens_N
-    stops: set[int] = set() if units.stops is None else set(units.stops[0].tolist())
-    ids: list[int] = tokens_C.tolist()
+    stops = set[int]() if units.stops is None else set(_lists(units.stops[0])[0])
+    (ids,) = _lists(tokens_C)
     begun: list[tuple[bytes, int]] = []
     steps: list[int] = []
     at: list[int] = []
     columns = (units.first_F, units.own_F, their_first_F, units.theirs_F)
-    index_F = torch.stack(columns).tolist()
-    low = min(index_F[2], default=0)
-    read: list[int] = theirs.tokens_M[low : max((p + n for p, n in zip(*index_F[2:], strict=True)), default=0)].tolist()
-    for first, own, place, others in zip(*index_F, strict=True):
+    firsts, owns, places, counts = _lists(*columns)
+    low = min(places, default=0)
+    (read,) = _lists(theirs.tokens_M[low : max((p + n for p, n in zip(places, counts, strict=True)), default=0)])
+    for first, own, place, others in zip(firsts, owns, places, counts, strict=True):
         found = table.positions(ids[first : first + own], read[place - low : place - low + others])
         for step, here in enumerate(found, first):
             token = ids[step]

@@ -93,7 +93,7 @@ class TeacherTokens:
 
         The logits of other tokens cannot be read.
         """
-        index_I = runs(start_F, count_F)[0].unique()
+        index_I = _distinct(runs(start_F, count_F)[0])
         found: list[Tensor] = []
 
         def logits(wanted_I: Tensor) -> Tensor:
@@ -114,3 +114,7 @@ def runs(start_F: Tensor, count_F: Tensor) -> tuple[Tensor, Tensor]:
     run_I = torch.repeat_interleave(torch.arange(len(count_F), device=count_F.device), count_F)
     order_I = torch.arange(len(run_I), device=count_F.device)
     return order_I - (count_F.cumsum(0) - count_F - start_F)[run_I], run_I
+
+
+def _distinct(index_I: Tensor) -> Tensor:
+    return torch.unique(index_I)  # pyright: ignore
