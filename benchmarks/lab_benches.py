@@ -191,6 +191,8 @@ _ITSELF: Mapping[str, Entry] = {
     "unisd, base": Entry("unisd", {"preset": "base"}, "no component", shown="demonstration"),
     "dopd": Entry("dopd", {}, "its top-128 are nearly half of all ids", run=_BIGGER, shown="hint, to both teachers"),
     "uni_opd": Entry("uni_opd", {}, "8 rollouts a prompt, not 16", run=_BIGGER, shown="nothing"),
+    "sod": Entry("sod", {}, "of one turn, so its weights of turns are 1", run=_BIGGER, shown="nothing"),
+    "atod": Entry("atod", {}, "of one turn, so its weights of turns are 0.75", run=_BIGGER, shown="nothing"),
 }
 #: On the prompts with a misleading suggestion.
 _BAIT: Mapping[str, Any] = {"data": "bait"}

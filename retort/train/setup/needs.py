@@ -47,7 +47,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], calle
     Raises:
         UserError: The data cannot be read, or lacks what the method needs.
     """
-    need_play(config, method)
+    need_play(config, method, notes)
     train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)
     need_responses(method, train, probe)
@@ -76,14 +76,23 @@ def probe_prompts(
     return rest, probe
 
 
-def need_play(config: Config, method: Method) -> None:
-    """Refuses a curriculum of turns without an environment, and completions by others where there is one."""
+def need_play(config: Config, method: Method, notes: list[str]) -> None:
+    """Refuses what no environment plays: an expert's turns without one, and completions by others where there is one.
+
+    A horizon of turns without an environment is noted.
+    """
     phases = [method] if method.before is None else [method.before[1], method]
     for phase in phases:
-        if phase.rollout.curriculum is not None and config.environment is None:
-            raise UserError(
-                f"method '{phase.name}' has a curriculum of turns, and single-turn prompts have but one; name an "
-                "environment (rollout.env, `retort envs` lists them), or set method.curriculum=null"
+        curriculum = phase.rollout.curriculum
+        if curriculum is not None and config.environment is None:
+            if curriculum.kind == "backward":
+                raise UserError(
+                    f"method '{phase.name}' begins behind an expert's turns, which takes an environment that knows "
+                    "one; name it in rollout.env (`retort envs` lists them), or set method.curriculum=forward"
+                )
+            notes.append(
+                f"method '{phase.name}' has a horizon of turns that grows, and without an environment (rollout.env) "
+                "every completion is one turn, so the horizon changes nothing"
             )
         others = sorted(set(phase.rollout.sources) - {"student"})
         if config.environment is not None and others:
