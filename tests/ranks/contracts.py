@@ -169,11 +169,15 @@ class Divide:
 
 
 def teacher(made: Any) -> Any:
-    """Of `test_teacher` it is a function of a model to a `Made`; of `test_sequences` a tuple, of one to a teacher."""
+    """Of `test_teacher` it is a function of a model to a `Made`; of `test_sequences` a tuple, of one to a teacher.
+
+    A signal of units holds functions, which cannot be sent, so its teacher is asked whole on every rank here; runs with
+    one, divided, are compared in `test_ranks`.
+    """
     if isinstance(made, tuple):
         make, *rest = made
         return (lambda lm: DividedTeacher(make(lm)), *rest)
-    return lambda lm: replace(found := made(lm), teacher=DividedTeacher(found.teacher))
+    return lambda lm: found if (found := made(lm)).of_units else replace(found, teacher=DividedTeacher(found.teacher))
 
 
 def engine(made: Any) -> Any:
