@@ -1,7 +1,8 @@
 """Advantages: the factor of each step's policy gradient, from the teacher or from the outcome.
 
 Some exports are helpers and no advantages: `lower_clip` is a bound on the log-ratio, and `graded`, `group_means`,
-`length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made of; a `Share` is one summand.
+`length_bonus`, `members` and `per_rollout` are what advantages from the outcome are made of; `advantage_sum` takes each
+`Summand`.
 """
 
 from retort.advantages.log_ratio import (
@@ -24,10 +25,10 @@ from retort.advantages.outcome import (
     running_advantage,
     stored_advantage,
 )
-from retort.advantages.total import Share, advantage_sum
+from retort.advantages.total import Summand, advantage_sum
 
 __all__ = [
-    "Share",
+    "Summand",
     "advantage_sum",
     "capped_log_ratio",
     "clipped_log_ratio",

@@ -14,35 +14,35 @@ from retort.core.schedules import ScalarOrSchedule
 
 
 @dataclass(frozen=True)
-class Share:
-    """One term's share of a sum: its advantage with the term's own coefficient and weight."""
+class Summand:
+    """One term's summand of a sum: its advantage with the term's own coefficient and weight."""
 
     advantage: Advantage
     coef: ScalarOrSchedule = 1.0
     weight: Weight | None = None
 
     def at(self, context: Context, view: str) -> Tensor:
-        """Coefficient * weight * advantage, nats, [N]; 0 where the weight is 0, also of an infinite advantage."""
-        value_N = context.clock.at(self.coef) * self.advantage.at(context, view)
-        if self.weight is None:
-            return value_N
-        weight_N = self.weight.at(context, view)
-        return torch.where(weight_N == 0, torch.zeros_like(value_N), weight_N * value_N)
+        """Coefficient * weight * advantage, nats, [N]; 0 where either factor is, also of an infinite advantage."""
+        advantage_N, factor = self.advantage.at(context, view), context.clock.at(self.coef)
+        factor_N = torch.full_like(advantage_N, factor)
+        if self.weight is not None:
+            factor_N = factor_N * self.weight.at(context, view)
+        return torch.where(factor_N == 0, torch.zeros_like(advantage_N), factor_N * advantage_N)
 
 
-def advantage_sum(*shares: Share) -> Advantage:
-    """The sum of the advantages of terms against one view, which decides where the clip that they share binds.
+def advantage_sum(*summands: Summand) -> Advantage:
+    """The sum of the advantages of terms against one view, which decides where the clip that they summand binds.
 
     Args:
-        shares: One for each term.
+        summands: One for each term.
     """
 
     def value(context: Context, view: str) -> Tensor:
-        return torch.stack([share.at(context, view) for share in shares]).sum(0)
+        return torch.stack([summand.at(context, view) for summand in summands]).sum(0)
 
-    parts = [part for share in shares for part in (share.advantage, share.weight) if part is not None]
+    parts = [part for summand in summands for part in (summand.advantage, summand.weight) if part is not None]
     return Advantage(
-        " + ".join(share.advantage.name for share in shares),
+        " + ".join(summand.advantage.name for summand in summands),
         value,
         frozenset[Need]().union(*(part.needs for part in parts)),
         {view: needs for part in parts for view, needs in part.also.items()},

@@ -2,9 +2,10 @@
 
 from typing import Literal
 
-from retort.divergences import stop_forward_kl, unit_likelihood
+from retort.divergences import unit_likelihood
 from retort.estimators import pathwise
 from retort.method import Method, Paper, Term, Watch, method
+from retort.methods._stop import stop_terms
 from retort.quantities import matched_tokens, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
 
@@ -51,10 +52,9 @@ def alm(
         >>> losses.loss  # KL of (0.5, 0.5) to (0.25, 0.75); of their hundredth roots at the default
         tensor(0.1438)
     """
-    stop = (Term("stop", pathwise(stop_forward_kl()), coef=stop_coef),) if stop_coef else ()
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        terms=(Term("divergence", pathwise(unit_likelihood(tau, divergence))), *stop),
+        terms=(Term("divergence", pathwise(unit_likelihood(tau, divergence))), *stop_terms(stop_coef)),
         watch=(
             Watch("reverse_kl", sampled_reverse_kl()),
             Watch("matched_tokens", matched_tokens()),

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from retort.advantages import Share, advantage_sum, group_advantage, log_ratio
+from retort.advantages import Summand, advantage_sum, group_advantage, log_ratio
 from retort.core.reduce import rollout_means, tokens
 from retort.core.schedules import Schedule
 from retort.errors import UserError
@@ -76,17 +76,17 @@ def atod(
         raise UserError("method: coef_start, coef_end, outcome_start and outcome_end are all 0, so nothing is learnt")
     turns = TurnGaps()
     weight = turns.gap_or_surprise() if weighting == "turns" else None
-    taught = Share(log_ratio(), _moving(coef_start, coef_end, anneal_steps), weight)
-    graded = Share(group_advantage(), _moving(outcome_start, outcome_end, anneal_steps))
+    taught = Summand(log_ratio(), _moving(coef_start, coef_end, anneal_steps), weight)
+    graded = Summand(group_advantage(), _moving(outcome_start, outcome_end, anneal_steps))
     both = advantage_sum(taught, graded) if teaching and grading else None
     divided = (rollout_means if reduction == "rollouts" else tokens)()
 
-    def term(name: str, share: Share) -> Term:
-        score = score_function(share.advantage, clip=clip, clip_by=both)
-        return Term(name, score, weight=share.weight, coef=share.coef, denominator=divided)
+    def term(name: str, summand: Summand) -> Term:
+        score = score_function(summand.advantage, clip=clip, clip_by=both)
+        return Term(name, score, weight=summand.weight, coef=summand.coef, denominator=divided)
 
     named = (("distillation", taught, teaching), ("outcome", graded, grading))
-    terms = tuple(term(name, share) for name, share, wanted in named if wanted)
+    terms = tuple(term(name, summand) for name, summand, wanted in named if wanted)
     alone = {"weighting": "none", "reduction": "tokens"}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
@@ -96,7 +96,7 @@ def atod(
             Limit({**alone, "outcome_start": 0.0, "outcome_end": 0.0}, equals=("opd", {"clip": 0.2})),
             Limit(
                 {**alone, "coef_start": 0.0, "coef_end": 0.0},
-                equals=("rlsd", {"share": 0.0, "clip_low": 0.2, "clip_high": 0.2}),
+                equals=("rlsd", {"summand": 0.0, "clip_low": 0.2, "clip_high": 0.2}),
             ),
         ),
         recipe={

@@ -1,8 +1,9 @@
 """GOLD: distributions that are merged over aligned units, and compared by their sorted numbers."""
 
-from retort.divergences import Merge, merged_distance, stop_forward_kl
+from retort.divergences import Merge, merged_distance
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._stop import stop_terms
 from retort.quantities import matched_tokens, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
 
@@ -78,10 +79,9 @@ def gold(
         matched_weight=matched_weight,
         unmatched_weight=unmatched_weight,
     )
-    stop = (Term("stop", pathwise(stop_forward_kl()), coef=stop_coef),) if stop_coef else ()
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, on_policy_fraction=on_policy_fraction),
-        terms=(Term("distance", pathwise(distance)), *stop),
+        terms=(Term("distance", pathwise(distance)), *stop_terms(stop_coef)),
         limits=(
             Limit({}, equals=("uld", {"top_k": 1_000_000})),
             Limit({"merge": "bayesian"}, equals=("uld", {"top_k": 1_000_000})),

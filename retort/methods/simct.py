@@ -1,9 +1,10 @@
 """SimCT: a teacher with another tokenizer, on shared ids and the units between them."""
 
 from retort import divergences
-from retort.divergences import Score, stop_forward_kl
+from retort.divergences import Score
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._stop import stop_terms
 from retort.quantities import matched_tokens, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
 
@@ -68,10 +69,9 @@ def simct(
         >>> losses.terms["divergence"].value  # of (0.5, sqrt(0.25 * 0.5)) to (0.25, 0.75), with the sum of each at 1
         tensor([0.2529, 0.0000])
     """
-    stop = (Term("stop", pathwise(stop_forward_kl()), coef=stop_coef),) if stop_coef else ()
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        terms=(Term("divergence", pathwise(divergences.simct(score, gh_threshold))), *stop),
+        terms=(Term("divergence", pathwise(divergences.simct(score, gh_threshold))), *stop_terms(stop_coef)),
         limits=(
             Limit({}, equals=("gkd", {"divergence": "reverse_kl"})),
             Limit({"score": "raw_logit"}, equals=("gkd", {"divergence": "reverse_kl"})),

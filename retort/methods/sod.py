@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from retort.advantages import Share, advantage_sum, group_advantage, log_ratio
+from retort.advantages import Summand, advantage_sum, group_advantage, log_ratio
 from retort.errors import UserError
 from retort.estimators import score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
@@ -14,7 +14,7 @@ from retort.weights.turns import TurnGaps
 @method(
     paper=Paper(
         title="SOD: Step-wise On-policy Distillation for Small Language Model Agents",
-        authors="YoungZ365 and others",
+        authors="{authors of github.com/YoungZ365/SOD}",
         year=2026,
         arxiv="2605.07725",
     ),
@@ -74,13 +74,13 @@ def sod(
     turns = TurnGaps()
     weight = turns.relative_to_first(cap, epsilon) if weighting == "turns" else None
     clip = None if clip_low is None or clip_high is None else (clip_low, clip_high)
-    taught, graded = Share(log_ratio(), coef, weight), Share(group_advantage(), outcome_coef)
-    shares = [share for share in (taught, graded) if share.coef != 0]
-    both = advantage_sum(*shares) if len(shares) > 1 else None
+    taught, graded = Summand(log_ratio(), coef, weight), Summand(group_advantage(), outcome_coef)
+    summands = [summand for summand in (taught, graded) if summand.coef != 0]
+    both = advantage_sum(*summands) if len(summands) > 1 else None
     terms = tuple(
-        Term(name, score_function(share.advantage, clip=clip, clip_by=both), weight=share.weight, coef=share.coef)
-        for name, share in (("distillation", taught), ("outcome", graded))
-        if share.coef != 0
+        Term(name, score_function(summand.advantage, clip=clip, clip_by=both), weight=summand.weight, coef=summand.coef)
+        for name, summand in (("distillation", taught), ("outcome", graded))
+        if summand.coef != 0
     )
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
@@ -88,7 +88,7 @@ def sod(
         terms=terms,
         limits=(
             Limit({"weighting": "none", "outcome_coef": 0.0, "clip_low": None, "clip_high": None}, equals=("opd", {})),
-            Limit({"coef": 0.0}, equals=("rlsd", {"share": 0.0})),
+            Limit({"coef": 0.0}, equals=("rlsd", {"summand": 0.0})),
         ),
         recipe={
             "rollout": {"prompts": 64, "max_prompt_tokens": 2560, "max_new_tokens": 20480},

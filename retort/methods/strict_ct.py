@@ -1,9 +1,10 @@
 """Strict cross-tokenizer distillation: only where both tokenizers agree on a token."""
 
-from retort.divergences import stop_forward_kl, strict_shared_kl
+from retort.divergences import strict_shared_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._stop import stop_terms
 from retort.quantities import matched_tokens, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
 
@@ -55,10 +56,9 @@ def strict_ct(*, top_k: int | None = 16, stop_coef: float = 0.0, samples: int = 
             "method.top_k = 1: renormalised on one id both sides are 1, so nothing would be learnt; raise it, or set "
             "it to null for all shared ids"
         )
-    stop = (Term("stop", pathwise(stop_forward_kl()), coef=stop_coef),) if stop_coef else ()
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        terms=(Term("divergence", pathwise(strict_shared_kl(top_k))), *stop),
+        terms=(Term("divergence", pathwise(strict_shared_kl(top_k))), *stop_terms(stop_coef)),
         limits=(
             Limit({}, equals=("topk_kl", {})),
             Limit({"top_k": None}, equals=("gkd", {"divergence": "reverse_kl"})),

@@ -1,8 +1,9 @@
 """Universal Logit Distillation: sorted probabilities, whatever the ids are."""
 
-from retort.divergences import sorted_distance, stop_forward_kl
+from retort.divergences import sorted_distance
 from retort.estimators import pathwise
 from retort.method import Method, Paper, Term, Watch, method
+from retort.methods._stop import stop_terms
 from retort.quantities import matched_tokens, sampled_reverse_kl, student_entropy
 from retort.rollout.plan import RolloutPlan
 
@@ -43,10 +44,9 @@ def uld(
         >>> losses.loss  # |0.5 - 0.8| + |0.3 - 0.1| + |0.2 - 0.1|
         tensor(0.6000)
     """
-    stop = (Term("stop", pathwise(stop_forward_kl()), coef=stop_coef),) if stop_coef else ()
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
-        terms=(Term("distance", pathwise(sorted_distance(top_k)), coef=coef), *stop),
+        terms=(Term("distance", pathwise(sorted_distance(top_k)), coef=coef), *stop_terms(stop_coef)),
         watch=(
             Watch("reverse_kl", sampled_reverse_kl()),
             Watch("matched_tokens", matched_tokens()),

@@ -20,6 +20,7 @@ from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Status
 from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
+from retort.envs.behind import BehindExpert
 from retort.envs.text import TextEpisodes
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
@@ -74,6 +75,7 @@ ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
     "single turn": SingleTurn,
     "guess": Guess,
     "rooms": lambda: TextEpisodes(AnyRooms, "rooms"),
+    "rooms, behind the expert": lambda: BehindExpert(TextEpisodes(AnyRooms, "rooms"), 3),
 }
 SCRIPTS = [
     ["3", "answer", "7", *["go north", "go east"] * 20],

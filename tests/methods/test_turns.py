@@ -11,6 +11,9 @@ from torch import Tensor, tensor
 from toy import GROUPS, REWARDS, Toy
 
 from retort import registry
+from retort.advantages import Summand
+from retort.core.context import Context
+from retort.core.parts import Advantage
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.functional import token_losses
@@ -231,3 +234,11 @@ def test_every_turn_counts_alike() -> None:
 def test_a_curriculum_has_a_start_and_a_pace(settings: dict[str, int]) -> None:
     with pytest.raises(UserError, match="must be at least 1"):
         registry.load("tcod", **settings)
+
+
+def test_a_coefficient_of_zero_hides_an_infinite_advantage() -> None:
+    ruled_out = Advantage("ruled out", lambda context, view: torch.full((1,), -math.inf))
+    context = Context.from_logits(torch.zeros(1, 2), torch.tensor([0]), {})
+    assert Summand(ruled_out, 0.0).at(context, "teacher").tolist() == [0.0]
+    assert Summand(ruled_out, lambda step, _: 0.0).at(context, "teacher").tolist() == [0.0]
+    assert Summand(ruled_out, 2.0).at(context, "teacher").tolist() == [-math.inf]

@@ -138,17 +138,17 @@ def _gradients(
         values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
         if valid_N is not None:
             values_N.masked_fill_(~valid_N, math.nan)
-        kept_N = values_N[~values_N.isnan() & generated_N]
+        inside_N = ~values_N.isnan() & generated_N
+        kept_N = values_N[inside_N]
         if watched.summed_up is None:
             logged.add_sum(watched.name, float(kept_N.double().sum()), len(kept_N))
         elif len(kept_N):
             logged.add(watched.name, watched.summed_up(kept_N))
-        steps = batch.steps.select(~values_N.isnan() & generated_N)
         if watched.by_position:
             longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
-            add_positions(logged, watched.name, kept_N, steps.position_N, longest)
-        if watched.summed_up is None and steps.turn_N is not None:
-            add_turns(logged, watched.name, kept_N, steps.turn_N)
+            add_positions(logged, watched.name, kept_N, batch.steps.position_N[inside_N], longest)
+        if watched.summed_up is None and batch.steps.turn_N is not None:
+            add_turns(logged, watched.name, kept_N, batch.steps.turn_N[inside_N])
     return found
 
 

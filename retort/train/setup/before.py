@@ -78,7 +78,7 @@ def check_before_loading(
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for name, other in list(found.items())[1:]:
-        need_alignment(method, name, found["student"], other)
+        need_alignment(config, method, name, found["student"], other)
     config = templates.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
     renders = {role: Renderer(one.tokenizer, config.rollout.template_options) for role, one in found.items()}
     read = templates.check_prompts(config, train, held_out, renders, notes)
@@ -87,11 +87,11 @@ def check_before_loading(
     return CheckedSettings(config, renders["student"], {role: one.highest for role, one in read.items()})
 
 
-def need_alignment(method: Method, name: str, student: Described, other: Described) -> None:
+def need_alignment(config: Config, method: Method, name: str, student: Described, other: Described) -> None:
     """Refuses a model with another tokenizer than the student's, unless units of bytes are all that is asked of it.
 
     Raises:
-        UserError: The method compares ids with it, or whole distributions.
+        UserError: The method compares ids with it, or whole distributions; or an environment would reply between turns.
     """
     try:
         align_ids(student.tokenizer, other.tokenizer)
@@ -99,6 +99,11 @@ def need_alignment(method: Method, name: str, student: Described, other: Describ
         lacking = needs_ids(method, name)
         if lacking:
             raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None
+        if config.environment is not None:
+            raise UserError(
+                f"the {name} has another tokenizer than the student, in which the replies of an environment "
+                f"('{config.environment}') cannot be read; use one with the student's tokenizer, or no environment"
+            ) from None
 
 
 def needs_ids(method: Method, name: str) -> str | None:

@@ -1,12 +1,16 @@
-"""A curriculum of turns without an environment."""
+"""What an environment is needed for, and what does not go with one."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
+from trained import trained
 
 from retort import config as configuration
 from retort import registry
 from retort.errors import UserError
+from retort.train.setup.before import need_alignment
 from retort.train.setup.needs import need_play
 
 
@@ -23,3 +27,12 @@ def test_a_horizon_of_turns_is_noted_and_an_experts_turns_are_refused() -> None:
     played = list[str]()
     need_play(configuration.Config(data="rooms"), registry.load("tcod", curriculum="backward"), played)
     assert played == []
+
+
+def test_replies_are_not_read_in_other_tokens_and_the_run_says_so_before_it_loads_a_model() -> None:
+    student, other = (SimpleNamespace(tokenizer=trained(kind)) for kind in ("gemma", "byte-level"))
+    given = (registry.load("opd"), "teacher", student, other)
+    need_alignment(configuration.Config(data="countdown"), *given)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="replies of an environment \\('rooms'\\) cannot be read"):
+        need_alignment(configuration.Config(data="rooms"), *given)  # type: ignore[arg-type]
+    need_alignment(configuration.Config(data="rooms"), registry.load("opd"), "teacher", student, student)  # type: ignore[arg-type]
