@@ -96,7 +96,7 @@ def atod(
             Limit({**alone, "outcome_start": 0.0, "outcome_end": 0.0}, equals=("opd", {"clip": 0.2})),
             Limit(
                 {**alone, "coef_start": 0.0, "coef_end": 0.0},
-                equals=("rlsd", {"summand": 0.0, "clip_low": 0.2, "clip_high": 0.2}),
+                equals=("rlsd", {"share": 0.0, "clip_low": 0.2, "clip_high": 0.2}),
             ),
         ),
         recipe={

@@ -88,7 +88,7 @@ def sod(
         terms=terms,
         limits=(
             Limit({"weighting": "none", "outcome_coef": 0.0, "clip_low": None, "clip_high": None}, equals=("opd", {})),
-            Limit({"coef": 0.0}, equals=("rlsd", {"summand": 0.0})),
+            Limit({"coef": 0.0}, equals=("rlsd", {"share": 0.0})),
         ),
         recipe={
             "rollout": {"prompts": 64, "max_prompt_tokens": 2560, "max_new_tokens": 20480},
