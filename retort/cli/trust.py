@@ -61,11 +61,7 @@ def measure(
         raise UserError("--problems, --places and --candidates must be at least 1")
     folder, _ = checkpoint.find(path)
     config = configuration.read_json(folder / "config.json", method)
-    if config.environment is not None:
-        raise UserError(
-            f"this run's episodes are played in the environment '{config.environment}', and retort trust forces tokens "
-            "in completions of one turn; name a run without an environment"
-        )
+    _need_one_turn(config)
     known = method or registry.load(**config.method)
     if view not in known.views:
         raise UserError(f"view '{view}' is none of method '{known.name}': {', '.join(known.views)}")
@@ -117,6 +113,14 @@ def measure(
     }
     write_text(run.folder / FILE, json.dumps(results, indent=2) + "\n")
     return results
+
+
+def _need_one_turn(config: configuration.Config) -> None:
+    if config.environment is not None:
+        raise UserError(
+            f"this run's episodes are played in the environment '{config.environment}', and retort trust forces tokens "
+            "in completions of one turn; name a run without an environment"
+        )
 
 
 def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:

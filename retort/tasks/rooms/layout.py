@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-COLOURS = ("red", "blue")
+COLOURS: tuple[str, ...] = ("red", "blue")
 DIRECTIONS: Mapping[str, tuple[int, int]] = {"north": (0, -1), "east": (1, 0), "south": (0, 1), "west": (-1, 0)}
 #: Rooms along each side of the grid, by the first word of a task.
 SIZES: Mapping[str, int] = {"three": 3, "four": 4}

@@ -86,7 +86,11 @@ def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
 
 
 def located(name: str) -> str:
-    """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are."""
+    """The folder of a model that ships with Retort, such as `countdown:student`; other names stay as they are.
+
+    Raises:
+        UserError: The model is missing; the message says how to make it.
+    """
     from retort.tasks import coached, countdown, ranking, rooms
 
     bundled = {
@@ -94,7 +98,12 @@ def located(name: str) -> str:
         for task in (countdown, ranking, coached, rooms)
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
-    return str(bundled[name]()) if name in bundled else name
+    if name not in bundled:
+        return name
+    try:
+        return str(bundled[name]())
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 def device_for(config: Config) -> str:
