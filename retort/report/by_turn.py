@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from retort.evaluate.profile import TURNS
 from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import Series, plot
-from retort.train.learning.diagnose import TURNS
 
 #: The part of a run's steps that is averaged at either end of it.
 PART = 0.1
@@ -25,6 +25,11 @@ def is_by_turn(key: str) -> bool:
     """Whether a metric is a curve's mean in one turn: it has its place in a plot by turn."""
     name, found, turn = key.rpartition(_TURN)
     return bool(name and found and turn.isdecimal() and int(turn) > 0)
+
+
+def turn_label(longest: float) -> str:
+    """The label of an axis of turns; the last bin holds all later turns, if there are any."""
+    return f"turn ({TURNS}: and later ones)" if longest == TURNS else "turn"
 
 
 def by_turn_figures(groups: Sequence[Group]) -> str:
@@ -56,8 +61,7 @@ def _by_turn(groups: Sequence[Group], name: str, title: str, unit: str) -> str:
     if not any(len(one.points) > 1 for one in series):
         return ""
     longest = max(turn for one in series for turn, _ in one.points)
-    more = f" ({TURNS}: and later ones)" if longest == TURNS else ""
-    return plot(title, unit, series, x_label=f"turn{more}", x_range=(1, longest), smooth=False, values=False)
+    return plot(title, unit, series, x_label=turn_label(longest), x_range=(1, longest), smooth=False, values=False)
 
 
 def _means(curves: Mapping[str, Points], name: str, *, last: bool) -> dict[float, float]:
