@@ -1,5 +1,5 @@
 // Episodes: the conversation as bubbles, and a bar for each turn above it. Texts are written with textContent, too.
-const gapText = (gap) => (typeof gap === "number" ? `${number(gap, "number")} nats a token` : "");
+const gapText = (gap) => (typeof gap === "number" ? `reverse KL ${number(gap, "number")} nats` : "");
 const inWords = (numbers) => `${numbers.length > 1 ? "turns" : "turn"} ${numbers.join(", ").replace(/, (\d+)$/, numbers.length > 2 ? ", and $1" : " and $1")}`;
 // The gap of a turn that gets the highest bar, the same in all episodes of the page.
 const gapScale = (rows) => {
@@ -30,7 +30,7 @@ const turnBars = (row, scale, go) => {
   });
   const bad = turns.flatMap((turn, index) => (turn.errors ? [index + 1] : []));
   const told = [
-    worst !== undefined && `farthest from the teacher in turn ${worst + 1} (${gapText(turns[worst].gap)})`,
+    worst !== undefined && `farthest from the teacher in turn ${worst + 1} (${gapText(turns[worst].gap)} a token)`,
     bad.length > 0 && `invalid calls in ${inWords(bad)}`,
   ].filter(Boolean).join("; ");
   const sentence = make("p", { class: "muted told", text: told ? `${told[0].toUpperCase()}${told.slice(1)}.` : "" });
@@ -53,7 +53,7 @@ const conversation = (row, tokens, prompt) => {
     const signs = marks.map(([name, text]) => make("span", { class: `tag ${name}`, text }));
     found.push(bubble(["wrote", ...marks.map(([name]) => name)].join(" "), [make("span", { text: facts }), ...signs], tokens(turn, index)));
     const over = index === turns.length - 1 ? ", not read: the episode was over" : "";
-    (turn.said ?? []).forEach((message) => found.push(heard(message, "environment, as ", over)));
+    (turn.said ?? []).forEach((message) => found.push(heard(message, "environment · ", over)));
   });
   return make("div", { class: "conversation" }, ...found);
 };
