@@ -131,7 +131,10 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=_EVAL)
     judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
-    judge.add_argument("--data", default="countdown", help="data with answers; default: the built-in task")
+    judge.add_argument("--data", help="data with answers, or tasks of an environment; default: the built-in task")
+    judge.add_argument(
+        "--env", metavar="NAME", help="environment to play in, as `retort envs` lists them or module:name"
+    )
     judge.add_argument("--teacher", help="model to measure entropies and divergences against")
     judge.add_argument("--json", action="store_true", help="print JSON")
     judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")
@@ -271,14 +274,15 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from retort.cli.evaluation import evaluate
+    from retort.cli.evaluation import evaluate, tasks
     from retort.console.terminal import RichObserver, quiet_libraries
 
+    data, words = tasks(arguments.data, arguments.env, arguments.words)
     quiet_libraries()
     observer = RichObserver(Console(stderr=arguments.json))
     observer.working("reading the data and loading the model")
     try:
-        results = evaluate(arguments.model, arguments.data, arguments.teacher, arguments.words, observer)
+        results = evaluate(arguments.model, data, arguments.teacher, words, observer)
     finally:
         observer.close()
     if arguments.json:

@@ -6,6 +6,8 @@ const gapScale = (rows) => {
   const gaps = rows.flatMap((row) => (row.episode?.turns ?? []).map((turn) => turn.gap ?? 0)).filter((gap) => gap > 0).sort((a, b) => a - b);
   return gaps.length ? gaps[Math.min(gaps.length - 1, Math.floor(0.95 * gaps.length))] : 1;
 };
+// The gap of the turn that is farthest from the teacher; nothing where none is.
+const farthest = (row) => row.episode?.turns[row.episode.worst]?.gap;
 const tags = (episode, index) => {
   const turn = episode.turns[index];
   return [

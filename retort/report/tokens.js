@@ -93,7 +93,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     state.token = null;
     draw();
   });
-  const orders = [option("step", "as written", "step"), option("mean", "most of that shade first"), option("reward", "lowest reward first")];
+  const orders = [option("step", "as written", "step"), option("mean", "most of that shade first"), option("reward", "lowest reward first"), ...(training.some(farthest) ? [option("turn", "farthest turn first")] : [])];
   const order = select("Order", "order", orders);
   const runBox = runs.length > 1 ? select("Run", "run", [option("", "all"), ...runs.map((run) => option(run, run))]) : "";
   const scale = make("span", { class: "scale muted", "aria-hidden": "true" });
@@ -121,6 +121,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     if (state.mode === "held") return (listed = heldOut);
     listed = training.filter((row) => !state.run || row.run === state.run);
     if (state.order === "mean") listed = [...listed].sort((a, b) => mean(valuesOf(b, state.column)) - mean(valuesOf(a, state.column)));
+    if (state.order === "turn") listed = [...listed].sort((a, b) => (farthest(b) ?? 0) - (farthest(a) ?? 0));
     if (state.order === "reward") listed = [...listed].sort((a, b) => (a.reward ?? Infinity) - (b.reward ?? Infinity));
     return listed;
   };

@@ -134,7 +134,11 @@ def test_an_episode_is_a_conversation_whose_worst_turn_stands_out(
     ]
     messages = [["system", "play"], ["assistant", "an expert's"], ["user", hostile]]
     episode = {"tokens": tokens, "turns": turns, "columns": columns, "outcomes": outcomes, "messages": messages}
-    browser = visit(make_run(tmp_path / "run", **episode), width=420)
+    run = make_run(tmp_path / "run", steps=8, **episode)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows[1]["columns"] = {"reverse_kl": [4.0] * len(tokens)}
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser = visit(run, width=420)
 
     heads = [head.text for head in browser.find_elements(By.CSS_SELECTOR, ".bubble .head")]
     assert heads[:2] == ["system", "assistant, in the prompt: not learnt from"]
@@ -148,7 +152,9 @@ def test_an_episode_is_a_conversation_whose_worst_turn_stands_out(
     said = [box.get_attribute("textContent") for box in browser.find_elements(By.CSS_SELECTOR, ".bubble .said")]
     assert said == ["play", "an expert's", hostile, hostile, hostile, "won"]
     boxes = browser.find_elements(By.CSS_SELECTOR, ".bubble .tokens")
-    shown = [[token.get_attribute("textContent") for token in box.find_elements(By.CSS_SELECTOR, ".t")] for box in boxes]
+    shown = [
+        [token.get_attribute("textContent") for token in box.find_elements(By.CSS_SELECTOR, ".t")] for box in boxes
+    ]
     assert shown == [list(ATTACKS), ["go", " on"], ["stop"]]
     assert text(browser, ".told") == (
         "Farthest from the teacher in turn 2 (reverse KL 2.000 nats a token); invalid calls in turn 1."
@@ -163,6 +169,9 @@ def test_an_episode_is_a_conversation_whose_worst_turn_stands_out(
     browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
     assert f"token {len(tokens)} of {len(tokens)}, turn 3" in text(browser, ".details")
     assert browser.switch_to.active_element == boxes[2]
+    orders = next(box for box in browser.find_elements(By.CSS_SELECTOR, "select") if "farthest turn" in box.text)
+    Select(orders).select_by_visible_text("farthest turn first")
+    assert browser.find_element(By.CSS_SELECTOR, ".block h3").text.startswith("Step 5 ")
 
     assert browser.title == "eopd · run"
     assert browser.execute_script("return document.scripts.length") == 2
