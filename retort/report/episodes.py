@@ -15,7 +15,7 @@ from retort.report.read import as_list, as_object, number
 MOST_CHARACTERS = 4000
 
 
-def said(messages: object) -> list[list[str]]:
+def messages_of(messages: object) -> list[list[str]]:
     """Role and text of messages."""
     return [[str(pair[0]), str(pair[1])] for pair in as_list(messages) if isinstance(pair, list) and len(pair) == 2]
 
@@ -80,7 +80,7 @@ def _came(outcomes: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any]:
         return {}
     measures = as_object(outcomes[index].get("measures"))
     found = {
-        "said": [[role, _cut(text)] for role, text in said(outcomes[index].get("messages"))],
+        "said": [[role, _cut(text)] for role, text in messages_of(outcomes[index].get("messages"))],
         "reward": number(outcomes[index].get("reward")),
         "errors": number(measures.get("tool_errors")) or 0,
         "success": bool(number(measures.get("success"))),

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retort.report.episodes import episode_of, said
+from retort.report.episodes import episode_of, messages_of
 from retort.report.groups import Group, all_runs
 from retort.report.read import RunFiles, number, spread
 from retort.report.units import over_unit, units_of
@@ -152,7 +152,7 @@ def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's id and text, and the turns of a conversation: role and text."""
     found: dict[str, Any] = {"id": str(row.get("prompt_id", "")), "prompt": str(row.get("prompt", ""))}
-    turns = said(row.get("messages"))
+    turns = messages_of(row.get("messages"))
     return found | ({"turns": turns} if turns else {})
 
 
