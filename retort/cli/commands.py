@@ -129,13 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    judge = commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=_EVAL)
-    judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
-    judge.add_argument("--data", default="countdown", help="data with answers; default: the built-in task")
-    judge.add_argument("--teacher", help="model to measure entropies and divergences against")
-    judge.add_argument("--json", action="store_true", help="print JSON")
-    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")
-    judge.set_defaults(run=_eval)
+    _add_eval(commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=_EVAL))
 
     report = commands.add_parser("report", help="write the report of a run, or of several runs side by side")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
@@ -268,19 +262,29 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 2 if found.verdict == "fatal" else 0
 
 
+def _add_eval(judge: argparse.ArgumentParser) -> None:
+    """Adds what `retort eval` is called with."""
+    judge.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:student")
+    judge.add_argument("--data", help="data with answers, or tasks of an environment; default: the built-in task")
+    judge.add_argument("--env", metavar="NAME", help="environment to play in, see `retort envs`; or module:name")
+    judge.add_argument("--teacher", help="model to measure entropies and divergences against")
+    judge.add_argument("--json", action="store_true", help="print JSON")
+    judge.add_argument("words", nargs="*", metavar="key=value", help="settings of the section eval, such as samples=16")
+    judge.set_defaults(run=_eval)
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from retort.cli.evaluation import evaluate
+    from retort.cli.evaluation import evaluate, tasks
     from retort.console.terminal import RichObserver, quiet_libraries
 
+    data, words = tasks(arguments.data, arguments.env, arguments.words)
     quiet_libraries()
     observer = RichObserver(Console(stderr=arguments.json))
     observer.working("reading the data and loading the model")
-    try:
-        results = evaluate(arguments.model, arguments.data, arguments.teacher, arguments.words, observer)
-    finally:
-        observer.close()
+    with contextlib.closing(observer):
+        results = evaluate(arguments.model, data, arguments.teacher, words, observer)
     if arguments.json:
         print(json.dumps(results, indent=2))
     else:

@@ -109,6 +109,19 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     }
 
 
+def tasks(data: str | None, env: str | None, words: Sequence[str]) -> tuple[str, list[str]]:
+    """The data and the settings that `--data` and `--env` stand for; an environment's own tasks need no `--data`.
+
+    Raises:
+        UserError: An environment without tasks of its own, and no data.
+    """
+    if env is None:
+        return data or "countdown", list(words)
+    if data is None and env not in configuration.BUILTIN:
+        raise UserError(f"--env {env}: this environment has no tasks of its own; name a file of tasks with --data")
+    return data or env, [f"rollout.env={env}", *words]
+
+
 def _fit(
     config: Config, evaluator: Evaluator, lm: LanguageModel, prompt: tuple[int, str], observer: Observer
 ) -> Evaluator:

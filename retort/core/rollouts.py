@@ -90,6 +90,21 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """What came of one turn of an episode.
+
+    Attributes:
+        messages: What the environment replied. The model read it before its next turn, if it had one.
+        reward: Reward of the turn; None where the environment grades nothing.
+        measures: What else was measured of the turn, by name.
+    """
+
+    messages: tuple[Message, ...] = ()
+    reward: float | None = None
+    measures: Mapping[str, float] = field(default_factory=lambda: {})
+
+
+@dataclass(frozen=True)
 class Rollout:
     """A completion of a prompt, token by token, with the author of every token.
 
@@ -108,6 +123,8 @@ class Rollout:
         reward_parts: The reward by component.
         feedback: The verifier's words on what is wrong with it, if any; for views that show it to a teacher.
         measures: What its environment measured besides, by name, such as `success`; empty without one.
+        outcomes: What came of each turn, in order; a last turn that was cut off has none. For records only: empty for a
+            single turn without an environment, and in rollouts that were kept for later.
     """
 
     prompt: Prompt
@@ -124,6 +141,7 @@ class Rollout:
     reward_parts: Mapping[str, float] = field(default_factory=lambda: {})
     feedback: str = ""
     measures: Mapping[str, float] = field(default_factory=lambda: {})
+    outcomes: tuple[Outcome, ...] = ()
 
     def __post_init__(self) -> None:
         if self.turn_A is not None and len(self.turn_A) != self.steps:
@@ -159,6 +177,7 @@ class Rollout:
             engine_logp_A=None if self.engine_logp_A is None else self.engine_logp_A[:steps],
             status=Status.TRUNCATED,
             text=text,
+            outcomes=() if self.turn_A is None else self.outcomes[: int(self.turn_A[steps - 1])],
         )
 
 

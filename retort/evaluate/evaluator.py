@@ -155,7 +155,7 @@ class Evaluator:
             self._tally_values(tallies, values, pack)
             if teacher is not None:
                 self._tally_ratios(tallies, ratios(values, byte_counts(pack, lm), as_drawn=self.as_drawn), pack)
-            profile.add(values, pack.steps.position_N)
+            profile.add(values, pack.steps.position_N, pack.steps.turn_N)
             for index in range(max(0, min(len(block), self.recorded - start))):
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
             if progress is not None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retort.report.alike import tables
+from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
 from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
@@ -106,7 +107,9 @@ PLOTS = (
     Curves("Clipped", "share of tokens", {"clip_fraction": "clipped"}, "share"),
     Curves("Reward", "mean over training rollouts", {"reward": "reward"}),
     Curves("Episodes that succeed", "share of episodes", {"success": "succeeded"}, "share"),
-    Curves("Turns", "per episode", {"turns": "turns", "tool_errors": "invalid calls"}),
+    Curves("Turns", "per episode", {"turns": "turns"}),
+    Curves("Invalid calls", "per episode", {"tool_errors": "invalid calls"}),
+    Curves("Horizon", "turns of the student", {"horizon": "horizon"}, smooth=False),
     Curves("Broken episodes", "of a step, not learnt from", {"episode_errors": "ended in an error"}, smooth=False),
     Curves("Comparisons given up", "completions of a step, counted as wrong", {"given_up": "given up"}, smooth=False),
     Curves("Length", "tokens per rollout", {"length": "length"}),
@@ -163,16 +166,18 @@ def curves_section(groups: Sequence[Group]) -> str:
         _times(groups),
     ]
     shown = {key for curves in known for key in curves.keys} | {"tokens"}
-    every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))}
+    every = {key for run in runs for key in run.curves if not (key.startswith(("time/", "eval/")) or is_by_turn(key))}
     held_out = _keys(groups, "eval/")
     others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
     main = "".join((_eval_figures if curves is accuracy else _figure)(groups, curves) for curves in known)
-    rest = "".join((_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others)
+    main += by_turn_figures(groups)
+    turns = other_figures(groups)
+    rest = "".join([(_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others] + turns)
     if not main and not rest:
         return ""
-    several = len(others) > 1
+    count = len(others) + len(turns)
     more = (
-        f'<details><summary>{len(others)} more curve{"s" * several}</summary><div class="plots">{rest}</div></details>'
+        f'<details><summary>{count} more curve{"s" * (count > 1)}</summary><div class="plots">{rest}</div></details>'
         if rest
         else ""
     )

@@ -88,7 +88,7 @@ def _asset(name: str) -> str:
 
 
 def _page(groups: Sequence[Group]) -> str:
-    style, script = _asset("page.css"), _asset("plots.js") + _asset("tokens.js")
+    style, script = _asset("page.css"), "".join(map(_asset, ("plots.js", "episodes.js", "tokens.js")))
     title = _title(groups)
     # Only this style and this script may run, and nothing may be loaded, whatever a model wrote.
     policy = (

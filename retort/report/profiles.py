@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retort.report.alike import tables
+from retort.report.by_turn import turn_label
 from retort.report.curves import COLORS
 from retort.report.groups import Group, over_seeds
 from retort.report.plots import Series, plot
@@ -45,6 +46,9 @@ def _figures(groups: Sequence[Group], several: bool) -> str:
             _averages(groups, several, "teacher_entropy", "reverse_kl", "Reverse KL by the teacher’s entropy"),
             _averages(groups, several, "position", "forward_kl", "Forward KL along the completion"),
             _averages(groups, several, "position", "reverse_kl", "Reverse KL along the completion"),
+            _averages(groups, several, "turn", "student_entropy", "Own entropy by turn"),
+            _averages(groups, several, "turn", "forward_kl", "Forward KL by turn"),
+            _averages(groups, several, "turn", "reverse_kl", "Reverse KL by turn"),
         )
     )
 
@@ -147,6 +151,9 @@ def _axis(axis: str, name: str, series: list[Series]) -> dict[str, Any]:
             last = max(x for one in series for x, _ in one.points)
             series.append(Series("as much as the teacher", [(0.0, 0.0), (last, last)], 6, 1))
         return {"x_label": "teacher’s entropy, nats"}
+    if axis == "turn":
+        last = max(x for one in series for x, _ in one.points)
+        return {"x_label": turn_label(last), "x_range": (1, last)}
     places = sorted({x for one in series for x, _ in one.points})
     # Places by themselves, or bins that double every two: either way one step of the axis each.
     return {"x_label": "token of the completion, from 1", "x_ticks": places, "x_names": [f"{x + 1:g}" for x in places]}
@@ -166,7 +173,7 @@ def _curves(runs: Sequence[RunFiles], who: str, axis: str, name: str) -> list[di
     tokens = [[*row, *[0.0] * (len(lower) - len(row))] for row in tokens]
     means = [[*row, *[None] * (len(lower) - len(row))] for row in means]
     pooled = [sum(counts) for counts in zip(*tokens, strict=True)]
-    merged = axis != "position"
+    merged = axis == "teacher_entropy"
     curves: list[dict[float, float]] = [{} for _ in profiles]
     for x, inside in _bins(lower, pooled, FEWEST * len(profiles) if merged else 1, middle=merged):
         for curve, counts, values in zip(curves, tokens, means, strict=True):

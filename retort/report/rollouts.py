@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from retort.report.episodes import episode_of, messages_of
 from retort.report.groups import Group, all_runs
-from retort.report.read import RunFiles, as_list, number, spread
+from retort.report.read import RunFiles, number, spread
 from retort.report.units import over_unit, units_of
 
 #: Most tokens shown of one rollout.
@@ -151,8 +152,8 @@ def _held_out(groups: Sequence[Group]) -> list[dict[str, Any]]:
 def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's id and text, and the turns of a conversation: role and text."""
     found: dict[str, Any] = {"id": str(row.get("prompt_id", "")), "prompt": str(row.get("prompt", ""))}
-    turns = [turn for turn in as_list(row.get("messages")) if isinstance(turn, list) and len(turn) == 2]
-    return found | ({"turns": [[str(role), str(text)] for role, text in turns]} if turns else {})
+    turns = messages_of(row.get("messages"))
+    return found | ({"turns": turns} if turns else {})
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,6 +171,8 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
         "tokens": tokens[:MOST_TOKENS],
         "values": {name: own[:MOST_TOKENS] for name, own in values.items()},
     }
+    if episode := episode_of(row, len(tokens), values):
+        found["episode"] = episode
     if units:
         found["units"] = {view: own | {"unit": own["unit"][:MOST_TOKENS]} for view, own in units.items()}
     if isinstance(ids, list) and len(ids) == len(tokens):

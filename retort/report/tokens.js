@@ -31,18 +31,19 @@ const sizesOf = (unit) => {
 };
 // The tokens of a row, each with the line break behind it. Those of a unit stand in one box, unless it is one token on
 // each side; those in no unit are marked. Of several views the first is drawn.
-const boxed = (row, spans) => {
+const boxed = (row, spans, from = 0) => {
   const own = Object.values(row.units ?? {})[0];
   if (!own) return spans.flat();
   const sizes = sizesOf(own.unit);
   const found = [];
   let box = null;
-  spans.forEach(([token, ...tail], place) => {
+  spans.forEach(([token, ...tail], offset) => {
+    const place = offset + from;
     const index = own.unit[place];
     token.classList.toggle("outside", index === null);
     if (index === null || (sizes[index] === 1 && (own.read?.[index] ?? [""]).length === 1)) return found.push(token, ...tail);
-    const last = own.unit[place + 1] !== index;
-    if (!place || own.unit[place - 1] !== index) found.push((box = make("span", { class: "unit", role: "presentation" })));
+    const last = offset === spans.length - 1 || own.unit[place + 1] !== index;
+    if (!offset || own.unit[place - 1] !== index) found.push((box = make("span", { class: "unit", role: "presentation" })));
     box.append(token, ...(last ? [] : tail));
     if (last) found.push(...tail);
   });
@@ -57,6 +58,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
   const runs = [...new Set(training.map((row) => row.run))];
   const state = { mode: training.length ? "training" : "held", column: first, order: "step", run: "", place: 0, block: 0, token: null };
   const column = () => columns.find((one) => one.name === state.column);
+  const highest = gapScale([...training, ...heldOut.flatMap((problem) => problem.answers)]);
 
   // --- controls ---
   const option = (value, text, chosen) => make("option", { value, text, selected: value === chosen });
@@ -91,7 +93,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     state.token = null;
     draw();
   });
-  const orders = [option("step", "as written", "step"), option("mean", "most of that shade first"), option("reward", "lowest reward first")];
+  const orders = [option("step", "as written", "step"), option("mean", "most of that shade first"), option("reward", "lowest reward first"), ...(training.some(farthest) ? [option("turn", "farthest turn first")] : [])];
   const order = select("Order", "order", orders);
   const runBox = runs.length > 1 ? select("Run", "run", [option("", "all"), ...runs.map((run) => option(run, run))]) : "";
   const scale = make("span", { class: "scale muted", "aria-hidden": "true" });
@@ -109,20 +111,21 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
 
   // --- what is shown ---
   let listed = [];
-  // Short rollouts are shown several at a time, long ones by themselves.
+  // Short rollouts are shown several at a time, long ones and episodes by themselves.
   const page = () => {
     if (state.mode === "held") return listed.slice(state.place, state.place + 1);
     let room = MOST_AT_ONCE;
-    return listed.slice(state.place, state.place + 8).filter((row, index) => (room -= row.tokens.length) >= 0 || index === 0);
+    return listed.slice(state.place, state.place + 8).filter((row, index) => (room -= row.episode ? Infinity : row.tokens.length) >= 0 || index === 0);
   };
   const relist = () => {
     if (state.mode === "held") return (listed = heldOut);
     listed = training.filter((row) => !state.run || row.run === state.run);
     if (state.order === "mean") listed = [...listed].sort((a, b) => mean(valuesOf(b, state.column)) - mean(valuesOf(a, state.column)));
+    if (state.order === "turn") listed = [...listed].sort((a, b) => (farthest(b) ?? 0) - (farthest(a) ?? 0));
     if (state.order === "reward") listed = [...listed].sort((a, b) => (a.reward ?? Infinity) - (b.reward ?? Infinity));
     return listed;
   };
-  const facts = (row) => [row.run && runs.length > 1 && row.run, row.status, row.reward !== null && `reward ${row.reward}`, `${(row.tokens.length + (row.more ?? 0)).toLocaleString("en")} tokens`, row.source !== "student" && `from the ${row.source}`].filter(Boolean).join(" · ");
+  const facts = (row) => [row.run && runs.length > 1 && row.run, row.status, row.reward !== null && `reward ${row.reward}`, `${(row.tokens.length + (row.more ?? 0)).toLocaleString("en")} tokens`, row.episode && `${row.episode.turns.length} turn${row.episode.turns.length === 1 ? "" : "s"}`, row.source !== "student" && `from the ${row.source}`].filter(Boolean).join(" · ");
 
   const strip = (row, one) => {
     const values = valuesOf(row, one?.name);
@@ -169,8 +172,26 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       if (!token) span.append("∅");
       return tail ? [span, "\n"] : [span];
     });
-    const box = make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}, token by token` }, ...boxed(row, spans));
     const all = spans.map(([span]) => span);
+    const box = (from = 0, to = all.length, turn = "") => listen(make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}${turn}, token by token` }, ...boxed(row, spans.slice(from, to), from)), row, index, title, all);
+    const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
+    const head = make("h3", {}, title, make("span", { class: "muted", text: ` ${facts(row)}` }));
+    if (!row.episode) return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", strip(row, one), box(), more);
+    const go = (turn) => {
+      const { from, to } = row.episode.turns[turn];
+      const sizes = all.slice(from, to).map((_, offset) => Math.abs(valuesOf(row, state.column)?.[from + offset] ?? 0));
+      state.token = [row, index, from + sizes.indexOf(Math.max(...sizes)), title];
+      look(...state.token);
+      const token = all[state.token[2]];
+      token.closest(".tokens").focus({ preventScroll: true });
+      token.scrollIntoView({ block: "center" });
+    };
+    const talk = conversation(row, (turn, place) => box(turn.from, turn.to, `, turn ${place + 1}`), prompt);
+    return make("div", { class: "block" }, head, turnBars(row, highest, go), talk, more);
+  };
+
+  // What the pointer and the keys do over a box of tokens; `all` are those of the row, some of which may be in others.
+  const listen = (box, row, index, title, all) => {
     const place = (event) => all.indexOf(event.target.closest(".t"));
     box.addEventListener("pointerover", (event) => place(event) >= 0 && look(row, index, place(event), title));
     box.addEventListener("pointerleave", () => state.token && look(...state.token));
@@ -187,13 +208,14 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       const from = state.token && state.token[0] === row ? state.token[2] : by > 0 ? -1 : all.length;
       state.token = [row, index, Math.max(0, Math.min(all.length - 1, from + by)), title];
       look(...state.token);
-      box.setAttribute("aria-activedescendant", `t-${index}-${state.token[2]}`);
+      const other = all[state.token[2]].closest(".tokens");
+      if (other !== box) other.focus();
+      other.setAttribute("aria-activedescendant", `t-${index}-${state.token[2]}`);
+      const one = column();
       const value = one ? valuesOf(row, one.name)?.[state.token[2]] : null;
       say(`${JSON.stringify(row.tokens[state.token[2]])}${one ? `, ${one.label} ${shown(value, one.unit)}` : ""}`);
     });
-    const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
-    const head = make("h3", {}, title, make("span", { class: "muted", text: ` ${facts(row)}` }));
-    return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", strip(row, one), box, more);
+    return box;
   };
 
   // The unit that a token is in: the teacher's tokens, and the log-prob of the whole unit on both sides.
@@ -234,8 +256,10 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     span?.setAttribute("aria-selected", "true");
     const token = JSON.stringify(row.tokens[at]).slice(1, -1);
     details.append(make("p", { class: "token", text: token || "(empty)" }));
+    const place = (row.episode?.turns ?? []).findIndex(({ from, to }) => from <= at && at < to);
+    const turn = place < 0 ? "" : `, turn ${place + 1}`;
     const id = row.ids ? `, id ${row.ids[at]}` : "";
-    details.append(make("p", { class: "muted", text: `token ${at + 1} of ${row.tokens.length + (row.more ?? 0)}${id}` }));
+    details.append(make("p", { class: "muted", text: `token ${at + 1} of ${row.tokens.length + (row.more ?? 0)}${turn}${id}` }));
     details.append(...Object.entries(row.units ?? {}).map(([view, own]) => unitNumbers(row, at, view, own)));
     const list = make("dl");
     for (const one of columns) {

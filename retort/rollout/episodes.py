@@ -18,7 +18,7 @@ from retort.align.chat import TemplateOptions, render
 from retort.align.replies import reply_ids
 from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
-from retort.core.rollouts import Prompt, Rollout, Status
+from retort.core.rollouts import Outcome, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.envs.base import Environment, Episode, FailedEpisode, SingleTurn
 from retort.envs.behind import BehindExpert
@@ -99,6 +99,7 @@ class _Open:
     completions: list[Completion] = field(default_factory=lambda: [])
     texts: list[str] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
+    outcomes: list[Outcome] = field(default_factory=lambda: [])
     measures: dict[str, float] = field(default_factory=lambda: {})
     feedback: str = ""
     status: Status | None = None
@@ -123,6 +124,7 @@ class _Open:
             self.status = completion.status
             return
         reply = self.episode.reply(self.texts[-1])
+        self.outcomes.append(Outcome(reply.messages, reply.reward, reply.measures))
         if reply.reward is not None:
             self.rewards.append(reply.reward)
         for name, value in reply.measures.items():
@@ -161,6 +163,7 @@ class _Open:
             reward=sum(self.rewards) if self.rewards else None,
             feedback=self.feedback,
             measures=measures | ({"turns": float(len(self.completions))} if measures else {}),
+            outcomes=tuple(self.outcomes) if several or measures else (),
         )
 
 

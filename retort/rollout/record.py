@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from retort.align.text import decode
-from retort.core.rollouts import Pack, Rollout
+from retort.core.rollouts import Message, Outcome, Pack, Rollout
 
 
 def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
@@ -22,21 +22,27 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         tokenizer: Tokenizer of the model that generated it.
 
     Returns:
-        JSON values. `between` is present only where tokens are read between decisions: replies of an environment.
+        JSON values. Present only where there is something to say: `between`, the tokens that are read between decisions
+        (replies of an environment); `measures` and `outcomes` of an episode, the latter turn by turn; and `turns`, the
+        turn of each token, from 0. The messages of an outcome are what the model read before its next turn.
     """
     rollout, index_A = pack.rollouts[index], pack.steps_of([index])
+    bare = rollout.prompt.plain and len(rollout.prompt.messages) == 1
     return {
         "prompt_id": rollout.prompt.id,
         "prompt": rollout.prompt.text,
-        **({} if rollout.prompt.plain else {"messages": [[m.role, m.content] for m in rollout.prompt.messages]}),
+        **({} if bare else {"messages": _said(rollout.prompt.messages)}),
         "text": rollout.text,
         "member": rollout.member,
         "source": rollout.source,
         "status": str(rollout.status),
         "reward": rollout.reward,
+        **({"measures": dict(rollout.measures)} if rollout.measures else {}),
         "ids": rollout.action_ids,
         "tokens": [decode(tokenizer, [token]) for token in rollout.action_ids],
         **({"between": between} if (between := _between(rollout, tokenizer)) else {}),
+        **({"turns": rollout.turn_A.tolist()} if rollout.turn_A is not None else {}),
+        **({"outcomes": [_outcome(own) for own in rollout.outcomes]} if rollout.outcomes else {}),
         "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
     }
 
@@ -50,6 +56,16 @@ def _between(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
             found.append({"before": step, "ids": ids, "text": decode(tokenizer, ids)})
         step += piece.steps
     return found
+
+
+def _outcome(own: Outcome) -> dict[str, Any]:
+    """What came of a turn: what the environment replied, the turn's reward, and its measures that are not 0."""
+    measures = {name: value for name, value in own.measures.items() if value}
+    return {"messages": _said(own.messages), "reward": own.reward, **({"measures": measures} if measures else {})}
+
+
+def _said(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message.role, message.content] for message in messages]
 
 
 def _short(value: float) -> float | None:

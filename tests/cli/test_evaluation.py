@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from retort.cli import main
+from retort.cli.evaluation import tasks
 
 SMALL = ["task=exact", "precision=fp32", "samples=4", "problems=3", "max_new_tokens=5", "top_p=1.0"]
 
@@ -86,3 +87,24 @@ def test_a_length_that_nobody_gave_is_made_to_fit(
     assert main([*words, "problems=1", "samples=1"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "the model's context of 128 holds no more" in shown
+
+
+@pytest.mark.parametrize(
+    ("data", "env", "expected"),
+    [
+        (None, None, ("countdown", ["samples=4"])),
+        ("mine.jsonl", None, ("mine.jsonl", ["samples=4"])),
+        (None, "rooms", ("rooms", ["rollout.env=rooms", "samples=4"])),
+        ("mine.jsonl", "rooms", ("mine.jsonl", ["rollout.env=rooms", "samples=4"])),
+        ("mine.jsonl", "my:Game", ("mine.jsonl", ["rollout.env=my:Game", "samples=4"])),
+    ],
+)
+def test_an_environment_brings_its_own_tasks(
+    data: str | None, env: str | None, expected: tuple[str, list[str]]
+) -> None:
+    assert tasks(data, env, ["samples=4"]) == expected
+
+
+def test_an_environment_without_tasks_needs_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "nowhere", "--env", "my:Game"]) == 2
+    assert "name a file of tasks with --data" in capsys.readouterr().err

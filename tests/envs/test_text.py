@@ -276,7 +276,17 @@ def test_a_run_in_an_environment_of_ones_own(
     assert (steps[0]["tool_errors"], steps[0]["reward"]) == (0, steps[0]["success"])
     assert 1 <= steps[0]["turns"] <= 2
     assert 0 < steps[0]["episode_errors"] < 12
-    table = json.loads((tmp_path / "run" / "eval.json").read_text())["rows"]
+    results = json.loads((tmp_path / "run" / "eval.json").read_text())
+    for name in ("rollouts.jsonl", "answers.jsonl"):
+        recorded = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        several = [row for row in recorded if "turns" in row]
+        assert several, f"no episode of {name} came to its second turn"
+        for row in several:
+            assert (len(row["turns"]), row["turns"][0], row["turns"][-1]) == (len(row["tokens"]), 0, 1)
+            assert row["outcomes"][0]["messages"] == [["user", "add 3"]]
+    for who in ("student before", "student after"):
+        assert results["profile"][who]["by_turn"]["from"] == [1, 2]
+    table = results["rows"]
     assert {row["who"] for row in table} == {"student before", "student after", "teacher"}
     assert all(row["success"]["value"] == row["avg@2"]["value"] for row in table)
 

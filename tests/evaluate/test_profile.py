@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from retort.evaluate.profile import ENTROPY_BINS, Profile, position_bins
+from retort.evaluate.profile import ENTROPY_BINS, TURNS, Profile, position_bins
 
 
 def test_short_answers_have_a_bin_for_every_place() -> None:
@@ -59,3 +59,22 @@ def test_what_was_not_measured_is_not_there_and_what_is_infinite_is_null() -> No
     assert "by_teacher_entropy" not in found
     assert "teacher_entropy" not in found["histogram"]
     assert found["by_position"]["reverse_kl"] == [None]
+
+
+def test_turns_are_averaged_and_the_last_one_holds_all_later_ones() -> None:
+    profile = Profile(longest=4)
+    values = {"reverse_kl": torch.tensor([0.5, 1.5, 2.0, 4.0])}
+    profile.add(values, torch.arange(4), torch.tensor([0, 0, 1, 2]))
+    assert profile.plain()["by_turn"] == {"from": [1, 2, 3], "tokens": [2, 1, 1], "reverse_kl": [1.0, 2.0, 4.0]}
+    turn_N = torch.arange(TURNS + 2)
+    profile = Profile(longest=TURNS + 2)
+    profile.add({"reverse_kl": turn_N.double()}, turn_N, turn_N)
+    found = profile.plain()["by_turn"]
+    assert (len(found["from"]), found["tokens"][-1], found["reverse_kl"][-1]) == (TURNS, 3, TURNS)
+
+
+@pytest.mark.parametrize("turn_N", [None, torch.zeros(2, dtype=torch.long)], ids=["not given", "one turn"])
+def test_completions_of_one_turn_have_no_turns(turn_N: torch.Tensor | None) -> None:
+    profile = Profile(longest=2)
+    profile.add({"reverse_kl": torch.ones(2)}, torch.arange(2), turn_N)
+    assert "by_turn" not in profile.plain()

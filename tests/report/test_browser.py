@@ -120,6 +120,65 @@ def test_what_a_model_wrote_does_nothing(
     assert browser.execute_script("return document.scripts.length") == 2
 
 
+def test_an_episode_is_a_conversation_whose_worst_turn_stands_out(
+    tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
+) -> None:
+    """Text of a model, of an environment and of a prompt is shown as it is, and does nothing."""
+    hostile = "".join(ATTACKS)
+    tokens, turns = [*ATTACKS, "go", " on", "stop"], [0] * len(ATTACKS) + [1, 1, 2]
+    columns = {"reverse_kl": [0.25] * len(ATTACKS) + [3.0, 1.0, 0.5], hostile: [0.5] * len(tokens)}
+    outcomes = [
+        {"messages": [[hostile, hostile]], "reward": 0.0, "measures": {"tool_errors": 1.0}},
+        {"messages": [["tool", hostile]], "reward": 0.0},
+        {"messages": [["user", "won"]], "reward": 1.0, "measures": {"success": 1.0}},
+    ]
+    messages = [["system", "play"], ["assistant", "an expert's"], ["user", hostile]]
+    episode = {"tokens": tokens, "turns": turns, "columns": columns, "outcomes": outcomes, "messages": messages}
+    run = make_run(tmp_path / "run", steps=8, **episode)
+    rows = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    rows[1]["columns"] = {"reverse_kl": [4.0] * len(tokens)}
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser = visit(run, width=420)
+
+    heads = [head.text for head in browser.find_elements(By.CSS_SELECTOR, ".bubble .head")]
+    assert heads[:2] == ["system", "assistant, in the prompt: not learnt from"]
+    assert heads[3] == "turn 1 · reverse KL 0.250 nats\ninvalid call"
+    assert heads[5] == "turn 2 · reverse KL 2.000 nats\nfarthest from the teacher"
+    assert heads[6:] == [
+        "environment · tool",
+        "turn 3 · reverse KL 0.500 nats · reward 1\nsuccess",
+        "environment · user, not read: the episode was over",
+    ]
+    said = [box.get_attribute("textContent") for box in browser.find_elements(By.CSS_SELECTOR, ".bubble .said")]
+    assert said == ["play", "an expert's", hostile, hostile, hostile, "won"]
+    boxes = browser.find_elements(By.CSS_SELECTOR, ".bubble .tokens")
+    shown = [
+        [token.get_attribute("textContent") for token in box.find_elements(By.CSS_SELECTOR, ".t")] for box in boxes
+    ]
+    assert shown == [list(ATTACKS), ["go", " on"], ["stop"]]
+    assert text(browser, ".told") == (
+        "Farthest from the teacher in turn 2 (reverse KL 2.000 nats a token); invalid calls in turn 1."
+    )
+
+    # A turn's bar leads to its tokens, and the arrow keys go on into the next turn.
+    bars = browser.find_elements(By.CSS_SELECTOR, ".bars button")
+    assert [bar.get_attribute("class") for bar in bars] == ["bad", "worst", "good"]
+    bars[1].click()
+    assert f"token {len(ATTACKS) + 1} of {len(tokens)}, turn 2" in text(browser, ".details")
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    assert f"token {len(tokens)} of {len(tokens)}, turn 3" in text(browser, ".details")
+    assert browser.switch_to.active_element == boxes[2]
+    orders = next(box for box in browser.find_elements(By.CSS_SELECTOR, "select") if "farthest turn" in box.text)
+    Select(orders).select_by_visible_text("farthest turn first")
+    assert browser.find_element(By.CSS_SELECTOR, ".block h3").text.startswith("Step 5 ")
+
+    assert browser.title == "eopd · run"
+    assert browser.execute_script("return document.scripts.length") == 2
+    assert browser.execute_script("return document.images.length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
+
+
 def test_units_of_two_tokenizers_are_boxed_and_told(
     tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
 ) -> None:

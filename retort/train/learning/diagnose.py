@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort.core.rollouts import Pack
 from retort.evaluate.agreement import by_prompt
+from retort.evaluate.profile import TURNS
 from retort.evaluate.ranks import auroc
 from retort.method import Method, Watch
 from retort.quantities import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
@@ -63,10 +64,6 @@ def add_positions(means: Means, name: str, values_N: Tensor, position_N: Tensor,
     for first, end in zip(starts, [*starts[1:], longest], strict=True):
         inside_N = values_N[(position_N >= first) & (position_N < end)].double()
         means.add_sum(f"{name}/from-{first}", float(inside_N.sum()), len(inside_N))
-
-
-#: Turns of an episode that have a curve of their own; later ones are in the last one's.
-TURNS = 32
 
 
 def add_turns(means: Means, name: str, values_N: Tensor, turn_N: Tensor) -> None:
