@@ -22,6 +22,8 @@ MEANINGS = {
     "CliffWalkingEnv": ("up", "right", "down", "left"),
     "TaxiEnv": ("south", "north", "east", "west", "pick up", "drop off"),
 }
+#: Colours of the terminal by their codes, but for white and black.
+COLOURS = {31: "red", 32: "green", 33: "yellow", 34: "blue", 35: "magenta", 36: "cyan"}
 _ESCAPE = re.compile(r"\x1b\[([0-9;]*)m")
 
 
@@ -106,8 +108,7 @@ class Gymnasium:
 def _made(name: str) -> Any:
     gymnasium = importlib.import_module("gymnasium")
     try:
-        spec = gymnasium.spec(name)
-        known = gymnasium.make(spec, disable_env_checker=True)
+        known = gymnasium.make(name, disable_env_checker=True)
     except Exception as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"gymnasium makes no environment '{name[:100]}': {type(error).__name__}: {words}") from None
@@ -120,7 +121,7 @@ def _made(name: str) -> Any:
             f"gymnasium's '{name}': its observations are no text, and it cannot be rendered as one; wrap it with an "
             "observation space `Text`, or let it render 'ansi'"
         )
-    return gymnasium.make(spec, render_mode="ansi", disable_env_checker=True)
+    return gymnasium.make(name, render_mode="ansi", disable_env_checker=True)
 
 
 def _actions(game: Any, name: str) -> dict[str, Any] | None:
@@ -140,6 +141,15 @@ def _actions(game: Any, name: str) -> dict[str, Any] | None:
 
 
 def _bare(text: str) -> str:
-    """A rendered text without colours; what stood on a coloured ground is put in square brackets."""
-    marked = _ESCAPE.sub(lambda found: "[" if re.search(r"\b4[0-7]\b", found[1]) else "]" if found[1] == "0" else "", text)
-    return marked
+    """A rendered text with colours in words: `(blue R)`; what stands on a coloured ground is put in square brackets."""
+    parts, closing, at = list[str](), "", 0
+    for found in _ESCAPE.finditer(text):
+        parts += [text[at : found.start()], closing]
+        at, closing = found.end(), ""
+        codes = [int(code) for code in found[1].split(";") if code]
+        ground = any(40 < code <= 47 for code in codes)
+        colour = next((COLOURS[code] for code in codes if code in COLOURS), None)
+        if ground or colour is not None:
+            parts.append("[" if ground else f"({colour} ")
+            closing = "]" if ground else ")"
+    return "".join([*parts, text[at:], closing])

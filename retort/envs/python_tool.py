@@ -40,6 +40,8 @@ TOOL: dict[str, Any] = {
 }
 _FENCE = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
 _HEAD = re.compile(r"<tool_call>|<\|python_tag\|>")
+#: Seconds on the clock per second of processor time that is allowed.
+CLOCK = 10.0
 #: Exit statuses of a program that the kernel ended: SIGKILL and SIGXCPU, of the process or of the one that it waits for.
 _STOPPED = (-9, -24, 128 + 9, 128 + 24)
 _CONFINED = Path(__file__).with_name("confined.py")
@@ -50,7 +52,7 @@ class Limits:
     """Limits of one call and of an episode.
 
     Attributes:
-        seconds: Processor time, and a tenth of the time on the clock.
+        seconds: Processor time; on the clock it may take `CLOCK` times as long.
         memory: Bytes of address space.
         file_size: Bytes of each file that is written, and of the output.
         shown: Characters of the output that the model reads.
@@ -166,7 +168,7 @@ def run(code: str, limits: Limits) -> tuple[str, bool]:
         )
         late = False
         try:
-            process.communicate(code.encode("utf-8", "surrogatepass"), timeout=10 * limits.seconds)
+            process.communicate(code.encode("utf-8", "surrogatepass"), timeout=CLOCK * limits.seconds)
         except subprocess.TimeoutExpired:
             late = True
         finally:
