@@ -5,14 +5,17 @@ A game is compiled when its first episode begins, which takes seconds, and kept 
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ SPARE_TURNS = 10
 #: Seconds that the compilation of a game may take on the clock.
 COMPILE_SECONDS = 300
 _WORDS = re.compile(r"[a-z0-9' -]+")
-_PROMPT = re.compile(r"\n>.*\Z", re.DOTALL)
+#: Behind a text: the prompt with the score, or what the interpreter asks when the game is over.
+_PROMPT = re.compile(r"\n>.*\Z|\n\s*Would you like to RESTART.*\Z", re.DOTALL)
 
 
 def rows(kind: str, first: int) -> Iterator[dict[str, str]]:
@@ -63,6 +67,7 @@ class TextWorld:
         """Begins without a game; `reset` makes one."""
         self._game: Any = None
         self._state: Any = None
+        self._begun = False
         self.max_turns = 0
 
     def reset(self, task: str, seed: int) -> str:
@@ -79,12 +84,18 @@ class TextWorld:
             UserError: There is no such kind, or the game cannot be made.
         """
         textworld = importlib.import_module("textworld")
-        wanted = ("objective", "description", "verbs", "won", "lost", "policy_commands")
-        self._game = textworld.start(_made(*numbered(task, seed)), textworld.EnvInfos(**dict.fromkeys(wanted, True)))
-        self._state = self._game.reset()
+        wanted = dict.fromkeys(("objective", "description", "verbs", "won", "policy_commands"), True)
+        infos = textworld.EnvInfos(**wanted, extras=["walkthrough"])
+        with warnings.catch_warnings():  # that its interpreter does not know these games beforehand
+            warnings.filterwarnings("ignore", "Game .* is not fully supported")
+            self._game = textworld.start(_made(*numbered(task, seed)), infos)
+            self._state = self._game.reset()
+        self._begun = False
         self.max_turns = 2 * len(self.expert()) + SPARE_TURNS
         verbs = ", ".join(sorted(self._state["verbs"]))
-        return f"{_tidy(self._state['objective'])}\n\ncommands begin with: {verbs}\n\n{_tidy(self._state['description'])}"
+        return (
+            f"{_tidy(self._state['objective'])}\n\ncommands begin with: {verbs}\n\n{_tidy(self._state['description'])}"
+        )
 
     def step(self, text: str) -> tuple[str, float, bool, dict[str, Any]]:
         """Plays one turn. The reward is 1 for the turn that wins.
@@ -98,13 +109,15 @@ class TextWorld:
         if not fits or words[0] not in self._state["verbs"]:
             verbs = ", ".join(sorted(self._state["verbs"]))
             return f"that is no command; commands begin with: {verbs}", 0.0, False, {"tool_errors": 1}
+        self._begun = True
         self._state, _, done = self._game.step(command)
         won = bool(self._state["won"])
         return _tidy(self._state["feedback"]), float(won), bool(done), {"success": won, "tool_errors": 0}
 
     def expert(self) -> list[str]:
-        """TextWorld's plan from here; empty where the game is over, or cannot be won any more."""
-        return list(self._state["policy_commands"] or [])
+        """TextWorld's plan from here, or the walkthrough of a game at its beginning; empty where it has neither."""
+        walkthrough = None if self._begun else self._state["extra.walkthrough"]
+        return list(self._state["policy_commands"] or walkthrough or [])
 
     def close(self) -> None:
         """Ends the game."""
@@ -131,15 +144,17 @@ def _arguments(kind: str) -> list[str]:
 
 
 @lru_cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
+def _folder() -> Path:
     """Where games are kept; it goes with the process."""
-    return tempfile.TemporaryDirectory(prefix="retort-textworld-")
+    folder = tempfile.mkdtemp(prefix="retort-textworld-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _made(kind: str, number: int) -> str:
     """The file of a game, compiled by a process whose sets of words are in the same order every time."""
-    file = Path(_folder().name) / f"{kind}-{number}.z8"
+    file = _folder() / f"{kind}-{number}.z8"
     make = Path(sys.executable).with_name("tw-make")
     command = [sys.executable, str(make), *_arguments(kind), "--seed", str(number), "--output", str(file), "--silent"]
     try:

@@ -144,7 +144,9 @@ def played(episode: Episode, texts: Sequence[str]) -> list[Reply]:
     return found
 
 
-def test_an_episode_for_every_member_that_ends_and_says_something_until_then(environment: Environment, asked: Prompt) -> None:
+def test_an_episode_for_every_member_that_ends_and_says_something_until_then(
+    environment: Environment, asked: Prompt
+) -> None:
     episodes = environment.begin_group(asked, [0, 1, 2])
     assert len(episodes) == 3
     for episode, texts in zip(episodes, SCRIPTS, strict=True):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +12,7 @@ from retort import config as configuration
 from retort.core.rollouts import Message, Prompt, Status
 from retort.data import load_prompts
 from retort.envs import actions, registry
-from retort.envs.base import Reply
+from retort.envs.base import FailedEpisode, Reply
 from retort.envs.behind import BehindExpert
 from retort.envs.gym import Gymnasium
 from retort.errors import UserError
@@ -77,7 +74,11 @@ def test_an_environment_makes_its_data(made: None) -> None:
         ("game", "train", "data 'game': name what the environment shall make, as in 'game:small'"),
         ("game:", "train", "data 'game:': name what the environment shall make, as in 'game:small'"),
         ("game:small", "dev", "game:small: has no split 'dev'; it has train and test"),
-        ("missing:x", "train", "needs the package 'nowhere_at_all'; install it with pip install 'retort-distill[games]'"),
+        (
+            "missing:x",
+            "train",
+            "needs the package 'nowhere_at_all'; install it with pip install 'retort-distill[games]'",
+        ),
         ("rooms", "train", "no such file: rooms"),
     ],
 )
@@ -98,7 +99,9 @@ def needed(name: str) -> None:
 
 def begun(name: str, kind: str, number: int = 0) -> Any:
     prompts = load_prompts(f"{name}:{kind}", limit=number + 1)
-    return registry.load(name).begin_group(prompts[number], [0])[0]
+    episode = registry.load(name).begin_group(prompts[number], [0])[0]
+    assert not isinstance(episode, FailedEpisode), episode.words
+    return episode
 
 
 def played(episode: Any, texts: list[str]) -> list[Reply]:
@@ -137,7 +140,8 @@ def test_the_expert_wins_and_is_replayed(name: str, kind: str) -> None:
 
 @pytest.mark.envs
 @pytest.mark.parametrize(
-    ("name", "kind"), [("textworld", "coin_collector-3"), ("minigrid", "BabyAI-GoToLocal-v0"), ("gymnasium", "FrozenLake-v1")]
+    ("name", "kind"),
+    [("textworld", "coin_collector-3"), ("minigrid", "BabyAI-GoToLocal-v0"), ("gymnasium", "FrozenLake-v1")],
 )
 def test_rows_have_different_games_and_a_row_the_same_one(name: str, kind: str) -> None:
     needed(name)
@@ -152,7 +156,8 @@ def test_rows_have_different_games_and_a_row_the_same_one(name: str, kind: str) 
 
 @pytest.mark.envs
 @pytest.mark.parametrize(
-    ("name", "kind"), [("textworld", "coin_collector-3"), ("minigrid", "BabyAI-GoToLocal-v0"), ("gymnasium", "FrozenLake-v1")]
+    ("name", "kind"),
+    [("textworld", "coin_collector-3"), ("minigrid", "BabyAI-GoToLocal-v0"), ("gymnasium", "FrozenLake-v1")],
 )
 @pytest.mark.parametrize("text", ["", "save", "go north. save", "go north then save", "\x00\ud800", "x" * 100_000])
 def test_what_is_no_action_costs_the_turn(name: str, kind: str, text: str) -> None:
@@ -257,7 +262,9 @@ def test_a_problem_is_graded_by_its_own_grader() -> None:
 
 
 @pytest.mark.envs
-@pytest.mark.parametrize("text", ["9**9**9**9", "__import__('time').sleep(600)", "__import__('os')._exit(3)", "(" * 9000])
+@pytest.mark.parametrize(
+    "text", ["9**9**9**9", "__import__('time').sleep(600)", "__import__('os')._exit(3)", "(" * 9000]
+)
 def test_an_answer_that_is_code_neither_hangs_nor_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Countdown's grader evaluates the answer."""
     _, episode = problem("countdown")

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from retort import config as configuration
+from retort.align.chat import TemplateOptions
 from retort.core.rollouts import Message, Prompt, Status
 from retort.envs import python_tool, registry
 from retort.envs.python_tool import TOOL, Limits, Malformed, PythonTool, code_of, run
 from retort.rewards import ByText
 from retort.rollout.episodes import EpisodeSetup
-from retort.align.chat import TemplateOptions
 from retort.train.setup.prompts import graders
 
 ROW = Prompt("row 1", (Message("user", "what is 2 + 3?"),), answer="5")
