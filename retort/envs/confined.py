@@ -1,4 +1,4 @@
-"""Limits on a process that works with what a model wrote. Run by its path, it executes Python from its input under them.
+"""Limits on a process that works with what a model wrote. Run by its path, it executes the Python of its input.
 
     python -s -S -P confined.py SECONDS MEMORY FILE_SIZE < code
 

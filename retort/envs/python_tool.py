@@ -6,6 +6,7 @@ library alone and under limits (`retort.envs.confined`). That bounds accidents. 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -42,7 +43,7 @@ _FENCE = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
 _HEAD = re.compile(r"<tool_call>|<\|python_tag\|>")
 #: Seconds on the clock per second of processor time that is allowed.
 CLOCK = 10.0
-#: Exit statuses of a program that the kernel ended: SIGKILL and SIGXCPU, of the process or of the one that it waits for.
+#: Exit statuses of a program that the kernel ended by SIGKILL or SIGXCPU, itself or the process that it waits for.
 _STOPPED = (-9, -24, 128 + 9, 128 + 24)
 _CONFINED = Path(__file__).with_name("confined.py")
 
@@ -183,10 +184,8 @@ def run(code: str, limits: Limits) -> tuple[str, bool]:
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the program with whatever it started in its session."""
     if hasattr(os, "killpg"):
-        try:
+        with contextlib.suppress(OSError):
             os.killpg(process.pid, 9)
-        except OSError:
-            pass
     process.kill()
     process.wait()
     if process.stdin is not None:
