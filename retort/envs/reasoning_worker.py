@@ -8,6 +8,7 @@ In: {"name", "first", "index"} for a row, with "text" for the score of an answer
 """
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -28,8 +29,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a scorer prints must not be taken for a reply
     try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
+        reasoning_gym: Any = importlib.import_module("reasoning_gym")
+        names: Any = importlib.import_module("reasoning_gym.factory").DATASETS
     except Exception as error:
         _reply(replies, {"error": f"{type(error).__name__}: {error}".splitlines()[0]})
         return
@@ -41,8 +42,8 @@ def main() -> None:
 
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        if asked["name"] not in DATASETS:
-            _reply(replies, {"unknown": sorted(DATASETS)})
+        if asked["name"] not in names:
+            _reply(replies, {"unknown": sorted(names)})
             continue
         own = rows(asked["name"], asked["first"])
         entry = own[asked["index"]]
