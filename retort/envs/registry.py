@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from retort.envs.base import Environment
 from retort.envs.text import TextEpisodes
 from retort.errors import UserError, did_you_mean
 
-__all__ = ["ENVIRONMENTS", "Known", "load", "refuse_unknown"]
+__all__ = ["ENVIRONMENTS", "Known", "load", "makes_rows", "of_data", "refuse_unknown", "rewards", "rows_of"]
 
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
@@ -29,24 +29,80 @@ class Known:
         where: Its class, as `module:name`.
         package: The package that it needs; empty if none.
         extra: The extra of Retort that installs it.
+        rows: A function that makes its data, as `module:name`: from what is named behind the colon, and the number of
+            the first row, it returns a name and a task for each; empty where the data are the user's.
+        example: What may be named behind the colon.
+        rewards: Whether it rewards its episodes; else a verifier does.
     """
 
     summary: str
     where: str
     package: str = ""
     extra: str = ""
+    rows: str = ""
+    example: str = ""
+    rewards: bool = True
 
     @property
     def installed(self) -> bool:
         """Whether the package that it needs is there."""
         return not self.package or importlib.util.find_spec(self.package) is not None
 
+    def require(self, name: str) -> None:
+        """Raises `UserError` where the package that it needs is not there."""
+        if not self.installed:
+            raise UserError(
+                f"the environment '{name}' needs the package '{self.package}'; install it with "
+                f"pip install 'retort-distill[{self.extra}]'"
+            )
+
+
+#: Rows that an environment makes, where no `limit` asks for fewer; and the number of a split's first one.
+ROWS = 1000
+FIRST_ROW = {"train": 0, "test": 1_000_000}
 
 #: By name, as in the setting `rollout.env`.
 ENVIRONMENTS: Mapping[str, Known] = {
     "rooms": Known(
         "Rooms, the built-in text game: find a key, open a door of its colour, enter the goal",
         "retort.tasks.rooms:Rooms",
+    ),
+    "reasoning_gym": Known(
+        "Problems of reasoning-gym with their graders, one turn each: --data reasoning_gym:NAME",
+        "retort.envs.reasoning:ReasoningGym",
+        package="reasoning_gym",
+        extra="reasoning",
+        rows="retort.envs.reasoning:rows",
+        example="countdown",
+    ),
+    "textworld": Known(
+        "Generated games of TextWorld, whose expert is its own plan: --data textworld:KIND",
+        "retort.envs.textworld:TextWorld",
+        package="textworld",
+        extra="textworld",
+        rows="retort.envs.textworld:rows",
+        example="coin_collector-5",
+    ),
+    "minigrid": Known(
+        "MiniGrid and BabyAI in words, whose expert is BabyAI's bot: --data minigrid:LEVEL",
+        "retort.envs.grid:MiniGrid",
+        package="minigrid",
+        extra="minigrid",
+        rows="retort.envs.grid:rows",
+        example="BabyAI-GoToLocal-v0",
+    ),
+    "gymnasium": Known(
+        "Environments of Gymnasium that are text: --data gymnasium:ID",
+        "retort.envs.gym:Gymnasium",
+        package="gymnasium",
+        extra="gymnasium",
+        rows="retort.envs.gym:rows",
+        example="FrozenLake-v1",
+    ),
+    "python": Known(
+        "A Python interpreter as a tool for any data with answers: the task's verifier grades the last turn",
+        "retort.envs.python_tool:PythonTool",
+        rewards=False,
     ),
 }
 
@@ -73,14 +129,13 @@ def load(name: str, *, tools: bool = False) -> Environment:
     """
     refuse_unknown(name)
     known = ENVIRONMENTS.get(name)
-    if known is not None and not known.installed:
-        raise UserError(
-            f"the environment '{name}' needs the package '{known.package}'; install it with "
-            f"pip install 'retort-distill[{known.extra}]'"
-        )
+    if known is not None:
+        known.require(name)
     made = _imported(name if known is None else known.where, name)
     if callable(getattr(made, "begin_group", None)) and not isinstance(made, type):
         return made
+    if known is not None and hasattr(made, "begin_group"):
+        return made(tools=tools)
     if not callable(made):
         raise UserError(
             f"rollout.env = {name}: that is a {type(made).__name__}; name a class with reset and step, or a function "
@@ -88,6 +143,46 @@ def load(name: str, *, tools: bool = False) -> Environment:
         )
     make: Callable[[], Any] = made
     return TextEpisodes(make, name, tools=tools)
+
+
+def of_data(source: str) -> str | None:
+    """The environment that data such as `textworld:simple` belong to; None for other data."""
+    name = source.partition(":")[0]
+    return name if source in ENVIRONMENTS or makes_rows(source) else None
+
+
+def rewards(name: str) -> bool:
+    """Whether an environment rewards its episodes; if not, a verifier grades them."""
+    return name not in ENVIRONMENTS or ENVIRONMENTS[name].rewards
+
+
+def makes_rows(source: str) -> bool:
+    """Whether an environment makes these data."""
+    known = ENVIRONMENTS.get(source.partition(":")[0])
+    return known is not None and bool(known.rows)
+
+
+def rows_of(source: str, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yields the rows that an environment makes, each with its name for messages. Rows of two splits differ.
+
+    Args:
+        source: The environment's name, a colon, and what it shall make: `textworld:simple`.
+        split: `train` or `test`.
+
+    Raises:
+        UserError: The environment is not installed or knows nothing of that name; or the split is another one.
+    """
+    name, _, wanted = source.partition(":")
+    known = ENVIRONMENTS[name]
+    known.require(name)
+    if split not in FIRST_ROW:
+        raise UserError(f"{source}: has no split '{split}'; it has train and test: set split=...")
+    if not wanted:
+        raise UserError(f"data '{source}': name what the environment shall make, as in '{name}:{known.example}'")
+    first = FIRST_ROW[split]
+    make: Callable[[str, int], Any] = _imported(known.rows, name)
+    for number, row in zip(range(first, first + ROWS), make(wanted, first), strict=False):
+        yield f"{source}, row {number}", row
 
 
 def _imported(where: str, name: str) -> Any:

@@ -77,7 +77,8 @@ class EpisodeSetup:
         """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
         if name is None:
             return EpisodeSetup(template_options=template_options)
-        return EpisodeSetup(load(name, tools=tools), template_options, turns, MEASURES)
+        environment = load(name, tools=tools)
+        return EpisodeSetup(environment, template_options, turns, getattr(environment, "measures", MEASURES))
 
     def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches."""

@@ -19,8 +19,10 @@ from retort.align.text import decode
 from retort.core.random_streams import UniformStream, uniforms
 from retort.core.rollouts import Message, Pack, Prompt, Status
 from retort.core.sequences import TokenSequence
+from retort.envs import registry
 from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.envs.behind import BehindExpert
+from retort.envs.reasoning import ReasoningGym, rows
 from retort.envs.text import TextEpisodes
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
@@ -71,11 +73,42 @@ class AnyRooms(Rooms):
         return super().reset("three 1", seed)
 
 
+def of_package(name: str, task: str) -> Callable[[], Environment]:
+    """An environment of another package with a task of its own, in at most 30 turns."""
+
+    def make() -> Environment:
+        episodes = registry.load(name)
+        assert isinstance(episodes, TextEpisodes)
+        game = episodes.make
+
+        class Short:
+            max_turns = 30
+
+            def __init__(self) -> None:
+                self.game = game()
+                self.step = self.game.step
+
+            def reset(self, _: str, seed: int) -> str:
+                return self.game.reset(task, seed)
+
+        return TextEpisodes(Short, name)
+
+    return make
+
+
 ENVIRONMENTS: dict[str, Callable[[], Environment]] = {
     "single turn": SingleTurn,
     "guess": Guess,
     "rooms": lambda: TextEpisodes(AnyRooms, "rooms"),
     "rooms, behind the expert": lambda: BehindExpert(TextEpisodes(AnyRooms, "rooms"), 3),
+    "python": lambda: registry.load("python"),
+}
+#: Those that need a package, by their names in Retort: `make envs`.
+PACKAGES: dict[str, Callable[[], Environment]] = {
+    "reasoning_gym": lambda: registry.load("reasoning_gym"),
+    "textworld": of_package("textworld", "coin_collector-2 1"),
+    "minigrid": of_package("minigrid", "BabyAI-GoToLocal-v0 1"),
+    "gymnasium": of_package("gymnasium", "FrozenLake-v1 1"),
 }
 SCRIPTS = [
     ["3", "answer", "7", *["go north", "go east"] * 20],
@@ -84,9 +117,23 @@ SCRIPTS = [
 ]
 
 
-@pytest.fixture(params=ENVIRONMENTS)
+@pytest.fixture(params=[*ENVIRONMENTS, *(pytest.param(name, marks=pytest.mark.envs) for name in PACKAGES)])
 def environment(request: pytest.FixtureRequest) -> Environment:
-    return ENVIRONMENTS[request.param]()
+    name = request.param
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]()
+    if not registry.ENVIRONMENTS[name].installed:
+        pytest.skip(f"needs the package {registry.ENVIRONMENTS[name].package}; `make envs` installs it")
+    return PACKAGES[name]()
+
+
+@pytest.fixture
+def asked(environment: Environment) -> Prompt:
+    """A row that the environment can play."""
+    if not isinstance(environment, ReasoningGym):
+        return ASKED
+    row = next(rows("basic_arithmetic", 0))
+    return Prompt(row["id"], (Message("user", row["prompt"]),), answer=row["answer"])
 
 
 def played(episode: Episode, texts: Sequence[str]) -> list[Reply]:
@@ -99,11 +146,13 @@ def played(episode: Episode, texts: Sequence[str]) -> list[Reply]:
     return found
 
 
-def test_an_episode_for_every_member_that_ends_and_says_something_until_then(environment: Environment) -> None:
-    episodes = environment.begin_group(ASKED, [0, 1, 2])
+def test_an_episode_for_every_member_that_ends_and_says_something_until_then(
+    environment: Environment, asked: Prompt
+) -> None:
+    episodes = environment.begin_group(asked, [0, 1, 2])
     assert len(episodes) == 3
     for episode, texts in zip(episodes, SCRIPTS, strict=True):
-        assert episode.prompt.id == ASKED.id
+        assert episode.prompt.id == asked.id
         assert episode.prompt.messages
         *between, last = played(episode, texts)
         assert last.over
@@ -111,9 +160,9 @@ def test_an_episode_for_every_member_that_ends_and_says_something_until_then(env
         assert last.status in (Status.COMPLETED, Status.TRUNCATED)
 
 
-def test_episodes_know_nothing_of_each_other_and_repeat(environment: Environment) -> None:
-    alone = [played(environment.begin_group(ASKED, [member])[0], texts) for member, texts in enumerate(SCRIPTS)]
-    episodes = environment.begin_group(ASKED, [0, 1, 2])
+def test_episodes_know_nothing_of_each_other_and_repeat(environment: Environment, asked: Prompt) -> None:
+    alone = [played(environment.begin_group(asked, [member])[0], texts) for member, texts in enumerate(SCRIPTS)]
+    episodes = environment.begin_group(asked, [0, 1, 2])
     together: list[list[Reply]] = [[], [], []]
     for turn in range(40):
         for found, episode, texts in zip(together, episodes, SCRIPTS, strict=True):

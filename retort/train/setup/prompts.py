@@ -11,6 +11,7 @@ from retort.config import BUILTIN, Config
 from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
 from retort.data import in_template
+from retort.envs.registry import rewards
 from retort.errors import UserError
 from retort.rewards.base import Grader
 from retort.rewards.choose import grader_for
@@ -133,7 +134,7 @@ def graders(
     own = (caller_objects or CallerObjects()).verifier(config, train)
     if own is not None:
         return own, own
-    if config.environment is not None:
+    if config.environment is not None and rewards(config.environment):
         played = ByEnvironment(config.environment)
         return played, played
     task = config.data if config.builtin else config.task
