@@ -2,6 +2,7 @@
 
     python benchmarks/lab.py --out runs/lab              # run what is missing, then write docs/lab/lab.md and its plots
     python benchmarks/lab.py --bench itself --out runs/lab-itself    # methods without a bigger teacher: lab-itself.md
+    python benchmarks/lab.py --bench agents --out runs/lab-agents    # episodes of many turns: lab-agents.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -22,8 +23,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import lab_agents_page
 import lab_itself_page
-from lab_benches import BENCHES, FASTER, ITSELF, PAIRED, Bench
+from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, PAIRED, Bench
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -72,6 +74,7 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
                 "after": cells["student after"],
                 "teacher": cells.get("teacher"),
                 "pass_at": table["pass_at"],
+                "profile": table["profile"],
                 "curve": curve,
                 "tokens": tokens,
                 "views": {"no_context": _mean(lines, "view/teacher/no_context")},
@@ -128,9 +131,15 @@ def main() -> None:
     if shown is ITSELF:
         faster = read(list(jobs(FASTER, arguments.out, arguments.only, arguments.seeds)))
         text = lab_itself_page.page(rows, faster, about(shown), wanted, PAIRED)
+    elif shown is AGENTS:
+        text = lab_agents_page.page(rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
+    if shown is AGENTS:
+        lab_agents_page.plots(rows, arguments.docs / "images")
+        print(f"{path} and its plot, from {len(rows)} of {len(own)} runs")
+        raise SystemExit(1 if failed else 0)
     # The paired task is another one, and harder: on the same axes it would press all others into a line.
     plots([row for row in rows if row["method"] not in PAIRED], arguments.docs / "images", shown.name)
     print(f"{path} and its plots, from {len(rows)} of {len(own)} runs")

@@ -1,4 +1,4 @@
-"""The two benches of the lab: who takes part, on what, and with which settings. Nothing is tuned for any method."""
+"""The benches of the lab: who takes part, on what, and with which settings. Nothing is tuned for any method."""
 
 from __future__ import annotations
 
@@ -213,4 +213,28 @@ FASTER = Bench(
     itself,
     folder="rate-5e-4",
 )
-BENCHES: Mapping[str, Bench] = {"outside": OUTSIDE, "itself": ITSELF, "itself-5e-4": FASTER}
+#: Episodes of many turns in the built-in environment: 30 batches of 12 games x 4 episodes.
+_ROOMS: Mapping[str, Any] = {
+    "student": "rooms:student",
+    "teacher": "rooms:teacher",
+    "data": "rooms",
+    "steps": 30,
+    "precision": "fp32",
+    "threads": 1,
+    "rollout": {"prompts": 12, "max_new_tokens": 64, "max_prompt_tokens": 48, "parallel": 512},
+    "optimizer": {**_COUNTDOWN["optimizer"], "warmup": 5},
+    "eval": {"problems": 150, "samples": 2, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 64},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_GROWS = "one more turn every batch, so that the last half of the run has the whole horizon of 16"
+_AGENTS: Mapping[str, Entry] = {
+    "reward alone": Entry("rlsd", _REWARD_ALONE, "`rlsd` with lambda = 0, which is GRPO"),
+    "opd": Entry("opd"),
+    "tcod, forward": Entry("tcod", {"curriculum": "forward", "every": 1}, _GROWS),
+    "tcod, backward": Entry("tcod", {"curriculum": "backward", "every": 1}, "one more turn every batch"),
+    "sod": Entry("sod"),
+    "atod": Entry("atod", {"anneal_steps": 20}, "annealed over 20 of 30 batches; the paper over 80"),
+}
+AGENTS = Bench("lab-agents", _ROOMS, 4, lambda: _AGENTS)
+BENCHES: Mapping[str, Bench] = {"outside": OUTSIDE, "itself": ITSELF, "itself-5e-4": FASTER, "agents": AGENTS}

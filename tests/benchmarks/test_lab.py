@@ -142,3 +142,30 @@ def test_a_run_is_read_and_drawn(lab: ModuleType, tmp_path: Path) -> None:
     lab.plots(rows, tmp_path)
     for name in ("accuracy", "pass-at-k", "entropy"):
         assert "<svg" in (tmp_path / f"lab-{name}.svg").read_text()
+
+
+def _episodes(method: str, seed: int, success: float) -> dict[str, Any]:
+    cells = {"success": 0.4, "turns": 9.0, "tool_errors": 0.5, "reverse_kl": 0.5, "student_entropy": 0.2}
+    by_turn = {"from": [1, 2, 3], "tokens": [900, 600, 2], "reverse_kl": [0.1, 0.25, 7.0]}
+    return {
+        "method": method, "seed": seed, "before": cells, "after": {**cells, "success": success},
+        "teacher": {**cells, "success": 0.9}, "tokens": 5000, "seconds": 30.0,
+        "profile": {"student before": {"by_turn": by_turn}, "student after": {"by_turn": by_turn}},
+    }  # fmt: skip
+
+
+def test_the_page_of_agents_has_success_and_the_divergence_by_turn(lab: ModuleType) -> None:
+    jobs = list(lab.jobs(lab.BENCHES["agents"], Path("runs"), (), 1))
+    assert {"opd", "tcod", "sod", "atod", "rlsd"} == {job.settings["method"]["name"] for job in jobs}
+    for job in jobs:
+        settings = config.resolve(config.recipe("rooms"), job.settings)
+        assert settings.rollout.prompts * job.settings["method"]["samples"] == 48, "as many episodes for everybody"
+    about = {name: {"method": "tcod" if "tcod" in name else name, "note": ""} for name in ("opd", "tcod, forward")}
+    rows = [_episodes("opd", seed, 0.5) for seed in range(3)]
+    rows += [_episodes("tcod, forward", seed, 0.6 + 0.01 * seed) for seed in range(3)]
+    text = sys.modules["lab_agents_page"].page(rows, about, [*about, "sod"])
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| tcod, forward | faithful | 3 | 61.0 ± 2.5 | 21.0 ± 2.5 | 9.0 | 0.50 |")
+    assert any(line.startswith("| student before | 0.100 | 0.250 | – |") for line in lines), "two tokens say nothing"
+    assert "| tcod, forward | 3 | +11.0 [+8.5, +13.5] | +0.0" in text
+    assert "success 90.0 %" in text and "Without a finished run: sod." in text
