@@ -28,6 +28,7 @@ from retort.train.given.arguments import (
     settings_argument,
 )
 from retort.train.given.given import CallerObjects, collect
+from retort.train.setup.default_method import default_method
 from retort.train.surroundings import ordinary
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def distill(
             _only_objects(flags, caller_objects, more)
             run = runner.resume(Path(path), watcher, steps=steps, method=own, caller_objects=caller_objects)
         else:
-            config = _assembled(flags, more, own)
+            config = _assembled(flags, more, own, caller_objects)
             run = runner.start(config, folder_of(config), watcher, method=own, caller_objects=caller_objects)
             check(run)
         run.callbacks = tuple(callbacks)
@@ -154,7 +155,7 @@ def doctor(
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
     objects |= models_argument(models, objects)
     flags, caller_objects = collect(objects, more, verifier)
-    config = _assembled(flags | _present(method=named), more, own)
+    config = _assembled(flags | _present(method=named), more, own, caller_objects)
     with ordinary(), quiet_bars():
         return examine(config, own, quick=quick, caller_objects=caller_objects)
 
@@ -163,7 +164,9 @@ def _present(**values: Any) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
-def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Method | None) -> configuration.Config:
+def _assembled(
+    flags: Mapping[str, Any], settings: Mapping[str, Any], own: Method | None, caller_objects: CallerObjects
+) -> configuration.Config:
     """Builds the configuration from arguments and settings.
 
     Raises:
@@ -178,7 +181,7 @@ def _assembled(flags: Mapping[str, Any], settings: Mapping[str, Any], own: Metho
         for section in sections:
             holder = holder.setdefault(section, {})
         holder[name] = value
-    return assemble(nested, settings, own=own)
+    return assemble(nested, settings, own=own, caller_objects=caller_objects)
 
 
 def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, settings: Mapping[str, Any]) -> None:
@@ -211,8 +214,19 @@ def check(run: runner.Run) -> None:
     run.prepared.notes.extend(one.line for one in findings)
 
 
-def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configuration.Config:
-    """Resolves the configuration of a run; without a named model, on top of the built-in recipe."""
+def assemble(
+    *layers: Mapping[str, Any], own: Method | None = None, caller_objects: CallerObjects | None = None
+) -> configuration.Config:
+    """Resolves the configuration of a run; without a named model, on top of the built-in recipe.
+
+    Args:
+        layers: Nested settings; later ones win.
+        own: A method of the caller's own.
+        caller_objects: The objects behind placeholders in the layers.
+
+    Raises:
+        UserError: See `retort.config.resolve`.
+    """
     layers = tuple(shorthands(layer) for layer in layers)
     named = {key for layer in layers for key in layer}
     below = [] if named & {"student", "teacher", "data"} else [configuration.recipe("countdown")]
@@ -225,6 +239,8 @@ def assemble(*layers: Mapping[str, Any], own: Method | None = None) -> configura
         elif student.partition(":")[0] in configuration.BUILTIN and "templates" in recipe:
             # The models that ship with Retort know no other words than these, whatever else is chosen.
             below = [{"templates": recipe["templates"]}]
+    if own is None:
+        below.append(default_method(layers, caller_objects or CallerObjects()))
     return configuration.resolve(*below, *layers, own=own)
 
 

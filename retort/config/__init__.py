@@ -2,6 +2,7 @@
 
 from retort.config.run_config import (
     BUILTIN,
+    DEFAULT_FOR_TWO_TOKENIZERS,
     DEFAULT_METHOD,
     RECIPES,
     Config,
@@ -18,6 +19,7 @@ from retort.config.run_config import (
 
 __all__ = [
     "BUILTIN",
+    "DEFAULT_FOR_TWO_TOKENIZERS",
     "DEFAULT_METHOD",
     "RECIPES",
     "Config",

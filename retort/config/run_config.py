@@ -38,6 +38,7 @@ from retort.rewards.verify import VERIFIERS
 
 __all__ = [
     "BUILTIN",
+    "DEFAULT_FOR_TWO_TOKENIZERS",
     "DEFAULT_METHOD",
     "Config",
     "keys",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 DEFAULT_METHOD = "eopd"
+#: The same where the teacher has another tokenizer than the student. docs/real.md says why.
+DEFAULT_FOR_TWO_TOKENIZERS = "strict_ct"
 #: Data that ships with Retort, each with a recipe of that name.
 BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms")
 RECIPES = Path(__file__).parent / "recipes"
@@ -101,7 +104,8 @@ class Config(Section):
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": DEFAULT_METHOD},
-        description="name and settings of the method: see `retort settings method`",
+        description="name and settings of the method: see `retort settings method`; where the teacher has another "
+        f"tokenizer than the student, the default is {DEFAULT_FOR_TWO_TOKENIZERS}",
     )
     steps: int | None = Field(default=None, ge=1, description="batches of rollouts; default: once through the data")
     seed: int = Field(default=0, ge=-(2**63), lt=2**63, description="seed of all random streams")

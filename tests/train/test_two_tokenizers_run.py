@@ -11,9 +11,10 @@ import pytest
 import torch
 from train.storage.test_survival import changed, go, lines, weights
 from trained import make_model_of
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from retort import Stop
+import retort
+from retort import Stop, api
 from retort import config as configuration
 from retort.align.pieces import shown_pieces
 from retort.align.retokenize import retokenize
@@ -111,6 +112,32 @@ def test_methods_that_compare_ids_are_refused_before_any_run_loads_a_model(
     assert "\n" not in str(refused.value)
     assert str(refused.value).endswith(f"or a method for two tokenizers: {', '.join(for_two_tokenizers())}")
     assert not isinstance(refused.value, OtherTokenizer)
+
+
+def test_the_default_method_follows_from_the_tokenizers(settings: dict[str, Any], tmp_path: Path) -> None:
+    two = configuration.DEFAULT_FOR_TWO_TOKENIZERS
+    assert two in for_two_tokenizers()
+    prepare(assembled := api.assemble(settings))  # nothing that it asks of the teacher is refused
+    assert assembled.method["name"] == two
+    assert api.assemble(settings, {"method": {"samples": 3}}).method["samples"] == 3
+    assert api.assemble(settings, {"method": {"name": "opd"}}).method["name"] == "opd"
+    one = changed(settings, teacher=str(make_model_of(tmp_path / "teacher", "gemma", seed=3)))
+    for others in (one, changed(settings, teacher=str(tmp_path / "missing")), {"data": settings["data"]}):
+        assert api.assemble(others).method["name"] == configuration.DEFAULT_METHOD
+    with pytest.raises(UserError, match="no model folder at|missing"):
+        prepare(api.assemble(changed(settings, teacher=str(tmp_path / "missing"))))
+
+
+def test_the_default_method_of_models_in_memory(settings: dict[str, Any], tmp_path: Path) -> None:
+    student, teacher = (
+        (AutoModelForCausalLM.from_pretrained(settings[role]), AutoTokenizer.from_pretrained(settings[role]))
+        for role in ("student", "teacher")
+    )
+    others = {name: value for name, value in settings.items() if name not in ("student", "teacher")}
+    out = tmp_path / "run"
+    run = retort.distill(student=student, teacher=teacher, settings=others, steps=1, out=out, quiet=True)
+    assert run.prepared.config.method["name"] == configuration.DEFAULT_FOR_TWO_TOKENIZERS
+    assert lines(out)[0]["view/teacher/one_to_one"] > 0
 
 
 def test_the_doctor_says_what_both_have_in_common(settings: dict[str, Any]) -> None:
