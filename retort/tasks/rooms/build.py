@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from retort.tasks.rooms.episodes import Turn, games, played, rows, seed_of
 from retort.tasks.rooms.game import Rooms
-from retort.tasks.rooms.tokenizer import ASSISTANT, CONTEXT, EOS, USER, build_tokenizer
+from retort.tasks.rooms.tokenizer import ASSISTANT, EOS, USER, build_tokenizer
 
 MEASURED_GAMES = 200
 LONGEST_COMMAND = 4  # tokens, with the end token
@@ -57,9 +57,9 @@ class Recipe:
     seed: int = 0
 
 
-WIDTH, LAYERS = 96, 2
-STUDENT = Recipe(games=4_000, mistakes=0.0, steps=500, seed=1)
-TEACHER = Recipe(games=3_000, mistakes=0.25, steps=600, lr=2.5e-3)
+WIDTH, LAYERS = 128, 4
+STUDENT = Recipe(games=4_000, mistakes=0.0, steps=800, lr=2e-3, seed=1)
+TEACHER = Recipe(games=20_000, mistakes=0.25, steps=4_000, lr=2e-3)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -78,7 +78,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         num_attention_heads=4,
         num_key_value_heads=4,
         head_dim=WIDTH // 4,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=tokenizer.model_max_length,
         tie_word_embeddings=True,
         **ids,
     )
@@ -97,10 +97,18 @@ def encoded(turns: Sequence[Turn], word: dict[str, int]) -> tuple[list[int], lis
     return ids, learnt
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+def demonstrations(
+    tokenizer: PreTrainedTokenizerFast, recipe: Recipe, rng: random.Random
+) -> list[tuple[list[int], list[bool]]]:
+    """The expert's games, as `encoded` makes them."""
+    word = tokenizer.get_vocab()
+    return [encoded(played(*game, rng, recipe.mistakes), word) for game in islice(games("train"), recipe.games)]
+
+
+def batches(
+    whole: list[tuple[list[int], list[bool]]], recipe: Recipe, rng: random.Random
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches of ids and of what is learnt of them, [B, L] each, padded on the right."""
-    rng, word = random.Random(recipe.seed), tokenizer.get_vocab()
-    whole = [encoded(played(*game, rng, recipe.mistakes), word) for game in islice(games("train"), recipe.games)]
     print(f"  {len(whole):,} games of {sum(len(ids) for ids, _ in whole) / len(whole):.0f} tokens", flush=True)
     while True:
         rng.shuffle(whole)
@@ -116,10 +124,10 @@ def batches(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> Iterator[tupl
             yield ids_BL, torch.tensor([own + [False] * (longest - len(own)) for _, own in chosen])
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> None:
-    """Supervised learning: cross-entropy of what is learnt, AdamW, cosine."""
+def train(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
+    """Supervised learning on `batches`: cross-entropy of what is learnt, AdamW, cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.05)
-    start, data = time.monotonic(), batches(tokenizer, recipe)
+    start = time.monotonic()
     for step in range(1, recipe.steps + 1):
         rate = recipe.lr * min(1.0, step / 50) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
         for group in optimizer.param_groups:
@@ -221,7 +229,8 @@ def make(name: str, recipe: Recipe, out: Path) -> None:
         begun = LlamaForCausalLM.from_pretrained(out / "student", dtype=torch.float32)
         model.load_state_dict(begun.state_dict())
     print(f"{name}: {model.num_parameters():,} parameters", flush=True)
-    train(model, tokenizer, recipe)
+    rng = random.Random(recipe.seed)
+    train(model, batches(demonstrations(tokenizer, recipe, rng), recipe, rng), recipe)
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     share = measure(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)

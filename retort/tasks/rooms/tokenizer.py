@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -24,9 +26,14 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer; decoding puts a space between tokens."""
-    words = [PAD, EOS, UNKNOWN, USER, ASSISTANT, *WORDS, *ROOMS]
+def build_tokenizer(own: Sequence[str] = (*WORDS, *ROOMS), context: int = CONTEXT) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer; decoding puts a space between tokens.
+
+    Args:
+        own: The words that it knows.
+        context: Tokens of the longest sequence.
+    """
+    words = [PAD, EOS, UNKNOWN, USER, ASSISTANT, *own]
     tokenizer = Tokenizer(WordLevel({word: token for token, word in enumerate(words)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = Whitespace()
     made = PreTrainedTokenizerFast(
@@ -37,7 +44,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         additional_special_tokens=[USER, ASSISTANT],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=CONTEXT,
+        model_max_length=context,
     )
     made.chat_template = TEMPLATE
     return made
