@@ -54,7 +54,7 @@ __all__ = [
 
 DEFAULT_METHOD = "eopd"
 #: The same where the teacher has another tokenizer than the student. docs/real.md says why.
-DEFAULT_FOR_TWO_TOKENIZERS = "strict_ct"
+DEFAULT_FOR_TWO_TOKENIZERS = "simct"
 #: Data that ships with Retort, each with a recipe of that name.
 BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms")
 RECIPES = Path(__file__).parent / "recipes"
