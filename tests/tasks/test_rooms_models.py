@@ -19,11 +19,7 @@ from retort.tasks.rooms.episodes import games, played
 from retort.tasks.rooms.game import Rooms
 from retort.tasks.rooms.tokenizer import build_tokenizer
 
-#: They are made by `python -m retort.tasks.rooms.build`; remove the mark in the commit that adds them.
-shipped = pytest.mark.skipif(not (MODELS_DIR / "teacher").exists(), reason="the models of Rooms are not shipped yet")
 
-
-@shipped
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_tokenizer_and_config_of_the_bundled_models(name: str) -> None:
     path: Path = {"teacher": teacher_path, "student": student_path}[name]()
@@ -37,7 +33,6 @@ def test_tokenizer_and_config_of_the_bundled_models(name: str) -> None:
     assert "license: apache-2.0" in (path / "README.md").read_text(encoding="utf-8")
 
 
-@shipped
 def test_the_bundled_models_are_small() -> None:
     assert sum(file.stat().st_size for file in MODELS_DIR.rglob("*") if file.is_file()) < 6_000_000
 
@@ -85,7 +80,6 @@ def test_every_word_of_the_game_is_a_token() -> None:
             assert tokenizer.unk_token_id not in tokenizer.encode(text, add_special_tokens=False), text
 
 
-@shipped
 def test_the_teacher_knows_the_way_back_and_the_student_has_to_learn_it() -> None:
     """The expert's command after a mistake, in the likelihood of both; the shares of games won are in the cards."""
     from transformers import AutoModelForCausalLM
