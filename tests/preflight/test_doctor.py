@@ -360,3 +360,10 @@ def test_every_method_can_be_examined(name: str, more: dict[str, Any], tiny_run:
     assert found["noise floor"].verdict == "ok"
     assert found["stopping"].saw
     assert ("teachability" in found) == any(view.model == "teacher" for view in setup.method.views.values())
+
+
+def test_tasks_of_an_environment_do_not_tell_whether_a_teacher_is_loaded() -> None:
+    found = examine(api.assemble({"data": "rooms"}), quick=True)["teacher is loaded"]
+    assert found.verdict == "ok"
+    assert "tasks of an environment" in found.saw
+    assert dict(found.values)["nats_per_token"] > dict(found.values)["uniform_nats"]
