@@ -12,10 +12,11 @@ import pytest
 from retort.core.rollouts import Message, Status
 from retort.data import load_prompts
 from retort.envs import registry, verifiers
-from retort.envs.base import Reply
+from retort.envs.base import FailedEpisode, Reply
 from retort.envs.verifiers_service import MALFORMED, Asked
 from retort.errors import UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore:The 'initial' parameter is deprecated:DeprecationWarning")  # verifiers
 TASKSETS = Path(__file__).with_name("tasksets")
 ADD = {"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
@@ -83,6 +84,7 @@ def begun(tasksets: None) -> Iterator[Any]:
     def begin(kind: str, number: int = 0, members: int = 1, tools: bool = False) -> Any:
         prompt = load_prompts(f"verifiers:{kind}", limit=number + 1)[number]
         made.extend(registry.load("verifiers", tools=tools).begin_group(prompt, range(members)))
+        assert not any(isinstance(episode, FailedEpisode) for episode in made), made
         return made[-members:] if members > 1 else made[-1]
 
     yield begin
