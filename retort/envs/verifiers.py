@@ -1,8 +1,8 @@
 """Environments of verifiers 0.4: `--data verifiers:TASKSET`. The environment's own loop asks for each turn.
 
-A taskset's package gives the tasks, the tools and the rewards; what carries the conversation on is Retort's. The student
-writes a turn where the environment asks its model, and the ids that it wrote stay as they are: the conversation that
-verifiers sends with its next request is compared with what was said, and only its end is taken.
+A taskset's package gives the tasks, the tools and the rewards; what carries the conversation on is Retort's. The
+student writes a turn where the environment asks its model, and the ids that it wrote stay as they are: the conversation
+that verifiers sends with its next request is compared with what was said, and only its end is taken.
 """
 
 from __future__ import annotations

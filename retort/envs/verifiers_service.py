@@ -226,7 +226,10 @@ def _environment(taskset: str, settings: dict[str, str]) -> Any:
     seat = {"harness": {"id": HARNESS}, "runtime": {"type": "subprocess"}, "max_turns": MOST_TURNS}
     config = loaders.resolve_env_config({"taskset": {"id": taskset, **settings}, seats[0]: seat})
     logging.getLogger("verifiers").setLevel(logging.ERROR)  # it warns of every turn that it refuses
-    return loaders.load_environment(config)
+    made = loaders.load_environment(config)
+    if made.taskset.task_type().NEEDS_CONTAINER:
+        raise UserError(f"verifiers:{taskset}: its tasks need a container, and Retort plays on this machine only")
+    return made
 
 
 def _over(episode: Any) -> Over:
