@@ -70,6 +70,9 @@ class Verifiers:
         task = service.task(number % SECOND)
         if task is None:
             raise UserError(f"verifiers: row '{prompt.id}': the taskset {kind} has no task {number % SECOND:,}")
+        if service.has_tools(task) != self.tools:
+            words = "has no tools to offer; leave it out" if self.tools else "has tools: set rollout.tools=true"
+            raise UserError(f"rollout.tools: the taskset {kind} of verifiers {words}")
         sessions = [service.begin(task) for _ in members]
         return [self._begun(prompt, kind, session) for session in sessions]
 
@@ -83,10 +86,6 @@ class Verifiers:
         except ValueError as error:
             session.close()
             return FailedEpisode(prompt, f"verifiers: {kind}: {error}")
-        if bool(asked.tools) != self.tools:
-            session.close()
-            words = "has tools: set rollout.tools=true" if asked.tools else "has no tools to offer; leave it out"
-            raise UserError(f"rollout.tools: the taskset {kind} of verifiers {words}")
         own = replace(prompt, messages=(*prompt.messages[:-1], *begun), tools=tuple(asked.tools) or prompt.tools)
         return _Playing(own, session, asked)
 

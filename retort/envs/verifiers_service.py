@@ -146,6 +146,10 @@ class Service:
                 self._tasks.append(task)
             return self._tasks[index]
 
+    def has_tools(self, task: Any) -> bool:
+        """Whether a task can be given tools, its own or its taskset's."""
+        return bool(task.toolsets(task.config) or self.taskset.toolsets(self.taskset.config))
+
     def begin(self, task: Any) -> Session:
         """Begins an episode of a task."""
         session = Session(self._loop)
