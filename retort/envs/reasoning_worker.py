@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import select
 import sys
 from functools import lru_cache
@@ -40,6 +41,7 @@ def main() -> None:
 
     @lru_cache(maxsize=64)
     def rows(name: str, first: int) -> Any:
+        _seed(first)
         return reasoning_gym.create_dataset(name, seed=first, size=SIZE)
 
     for line in sys.stdin.buffer:
@@ -49,6 +51,7 @@ def main() -> None:
             continue
         try:
             own = rows(asked["name"], asked["first"])
+            _seed(asked["first"] + asked["index"])
             entry = own[asked["index"]]
         except Exception as error:
             _reply(replies, {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
@@ -58,6 +61,13 @@ def main() -> None:
             _reply(replies, {**found, "score": _score(own, entry, asked["text"], clock)})
         else:
             _reply(replies, {**found, "answer": None if entry["answer"] is None else str(entry["answer"])})
+
+
+def _seed(number: int) -> None:
+    """Sets the random numbers of the process, which some generators (`list_functions`) draw from beside their own."""
+    random.seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number % (1 << 32))
 
 
 def _score(rows: Any, entry: Any, text: str, clock: float) -> float | None:
