@@ -116,7 +116,7 @@ def played(episode: Any, texts: list[str]) -> list[Reply]:
 
 
 GAMES = {
-    "textworld": ["simple", "coin_collector-3", "cooking-1"],
+    "textworld": ["simple", "coin_collector-3", "treasure_hunter-3", "cooking-1", "custom-3"],
     "minigrid": ["BabyAI-GoToLocal-v0", "BabyAI-PickupLoc-v0", "BabyAI-UnlockLocal-v0"],
 }
 EXPERTS = [(name, kind) for name, kinds in GAMES.items() for kind in kinds]
