@@ -115,12 +115,14 @@ $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+# pip builds TextWorld's interpreter of games three times: without optimisation, which takes a third of the time.
+JERICHO = -- OPTS=-O0\ -std=gnu99\ -fPIC
 $(VENV)/.envs: $(VENV)/.dev
 	$(BIN)/python -m venv --without-pip build/envs
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  >"$$(build/envs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
-	$(BIN)/python -m pip --python build/envs/bin/python install --quiet --disable-pip-version-check \
-	  textworld==1.7.0 minigrid==3.2.0 gymnasium==1.4.0 reasoning-gym==0.1.25
+	MAKEFLAGS='$(JERICHO)' $(BIN)/python -m pip --python build/envs/bin/python install --quiet --disable-pip-version-check \
+	  textworld==1.7.0 minigrid==3.2.0 gymnasium==1.4.0 reasoning-gym==0.1.25 verifiers==0.4.0
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

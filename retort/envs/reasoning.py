@@ -29,6 +29,10 @@ _ROW = re.compile(r"(?P<name>\w+)-(?P<first>\d+)\+(?P<index>\d+)", re.ASCII)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 #: Characters of an answer that is scored; a longer one is wrong.
 MOST_ANSWER = 10_000
+#: Seconds on the clock that the score of an answer may take; of processor time it may take two.
+CLOCK = 60.0
+#: A text that answers no problem.
+_NO_ANSWER = "zzz"
 
 
 def rows(name: str, first: int) -> Iterator[dict[str, str]]:
@@ -39,16 +43,30 @@ def rows(name: str, first: int) -> Iterator[dict[str, str]]:
         first: Number of the first row, which is the generator's seed.
 
     Raises:
-        UserError: There is no such generator.
+        UserError: There is no such generator; it makes no rows; or its grader takes every answer for right.
     """
     index = 0
     while True:
         found = _worker().ask({"name": name, "first": first, "index": index})
         if "unknown" in found:
             raise UserError(f"reasoning_gym has no generator '{name}'; {did_you_mean(name, found['unknown'])}")
+        if "failed" in found:
+            raise UserError(f"reasoning_gym's generator '{name}' makes no row {first}+{index}: {found['failed']}")
+        if index == 0:
+            _refuse_blind(name, first)
         answer = {} if found["answer"] is None else {"answer": found["answer"]}
         yield {"id": f"{name}-{first}+{index}", "prompt": found["question"], **answer}
         index += 1
+
+
+def _refuse_blind(name: str, first: int) -> None:
+    """Raises `UserError` where a generator's grader does not look at the answer."""
+    found = _worker().ask({"name": name, "first": first, "index": 0, "text": _NO_ANSWER})
+    if (found["score"] or 0.0) >= 1:
+        raise UserError(
+            f"reasoning_gym's grader of '{name}' takes even the answer '{_NO_ANSWER}' for right, so nothing can be "
+            "learnt from its rewards; use another generator"
+        )
 
 
 class ReasoningGym:
@@ -87,7 +105,7 @@ class _Problem:
     def reply(self, text: str) -> Reply:
         answer = _answer(text)
         found = _worker().ask({**self.asked, "text": answer if len(answer) <= MOST_ANSWER else ""})
-        if "unknown" in found or found["question"] not in self.prompt.text:
+        if found.get("question", "\0") not in self.prompt.text:  # unknown, failed, or another
             return FailedEpisode(
                 self.prompt, f"row '{self.prompt.id}': the installed reasoning_gym makes another problem of this id"
             ).reply(text)
@@ -114,7 +132,7 @@ class _Worker:
         # The order of a set of words is part of some generators' problems.
         surroundings = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)],
+            [sys.executable, "-P", str(_WORKER), str(CLOCK)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -4,7 +4,8 @@
 scored in a forked child under limits (`retort.envs.confined`).
 
 In: {"name", "first", "index"} for a row, with "text" for the score of an answer to it. Out: {"question", "answer"} or
-{"question", "score"} (null where it came to no end), or {"unknown": names}; first of all {"ready"} or {"error"}.
+{"question", "score"} (null where it came to no end), or {"unknown": names}, or {"failed": words} where the package
+makes no such row; first of all {"ready"} or {"error"}. The argument is how many seconds a score may take on the clock.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import random
 import select
 import sys
 from functools import lru_cache
@@ -20,12 +22,13 @@ from typing import Any
 
 #: Rows of a data set; row `index` of the data set that begins at `first` follows from their sum in most generators.
 SIZE = 1000
-#: Seconds of processor time, and on the clock, of one score; bytes of address space, and of a file.
-SECONDS, CLOCK, MEMORY, FILE_SIZE = 2, 60.0, 4 << 30, 1 << 20
+#: Seconds of processor time of one score; bytes of address space, and of a file.
+SECONDS, MEMORY, FILE_SIZE = 2, 4 << 30, 1 << 20
 
 
 def main() -> None:
     """Replies to requests until the input ends."""
+    clock = float(sys.argv[1])
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a scorer prints must not be taken for a reply
     try:
@@ -38,6 +41,7 @@ def main() -> None:
 
     @lru_cache(maxsize=64)
     def rows(name: str, first: int) -> Any:
+        _seed(first)
         return reasoning_gym.create_dataset(name, seed=first, size=SIZE)
 
     for line in sys.stdin.buffer:
@@ -45,16 +49,28 @@ def main() -> None:
         if asked["name"] not in names:
             _reply(replies, {"unknown": sorted(names)})
             continue
-        own = rows(asked["name"], asked["first"])
-        entry = own[asked["index"]]
+        try:
+            own = rows(asked["name"], asked["first"])
+            _seed(asked["first"] + asked["index"])
+            entry = own[asked["index"]]
+        except Exception as error:
+            _reply(replies, {"failed": " ".join(f"{type(error).__name__}: {error}".split())[:300]})
+            continue
         found = {"question": str(entry["question"])}
         if "text" in asked:
-            _reply(replies, {**found, "score": _score(own, entry, asked["text"])})
+            _reply(replies, {**found, "score": _score(own, entry, asked["text"], clock)})
         else:
             _reply(replies, {**found, "answer": None if entry["answer"] is None else str(entry["answer"])})
 
 
-def _score(rows: Any, entry: Any, text: str) -> float | None:
+def _seed(number: int) -> None:
+    """Sets the random numbers of the process, which some generators (`list_functions`) draw from beside their own."""
+    random.seed(number)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(number % (1 << 32))
+
+
+def _score(rows: Any, entry: Any, text: str, clock: float) -> float | None:
     """The score of an answer, by a child of this process."""
     read, write = os.pipe()
     child = os.fork()
@@ -62,7 +78,7 @@ def _score(rows: Any, entry: Any, text: str) -> float | None:
         os.close(read)
         _scored(rows, entry, text, write)
     os.close(write)
-    ready, _, _ = select.select([read], [], [], CLOCK)
+    ready, _, _ = select.select([read], [], [], clock)
     said = os.read(read, 64) if ready else b""
     os.close(read)
     with contextlib.suppress(OSError):

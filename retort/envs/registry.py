@@ -99,6 +99,14 @@ ENVIRONMENTS: Mapping[str, Known] = {
         rows="retort.envs.gym:rows",
         example="FrozenLake-v1",
     ),
+    "verifiers": Known(
+        "Environments of verifiers 0.4, driven turn by turn: --data verifiers:TASKSET",
+        "retort.envs.verifiers:Verifiers",
+        package="verifiers",
+        extra="verifiers",
+        rows="retort.envs.verifiers:rows",
+        example="my_taskset",
+    ),
     "python": Known(
         "A Python interpreter as a tool for any data with answers: the task's verifier grades the last turn",
         "retort.envs.python_tool:PythonTool",

@@ -24,6 +24,7 @@ from retort.envs.base import Environment, Episode, Reply, SingleTurn
 from retort.envs.behind import BehindExpert
 from retort.envs.reasoning import ReasoningGym, rows
 from retort.envs.text import TextEpisodes
+from retort.envs.verifiers import Verifiers
 from retort.errors import UserError
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
@@ -109,6 +110,7 @@ PACKAGES: dict[str, Callable[[], Environment]] = {
     "textworld": of_package("textworld", "coin_collector-2 1"),
     "minigrid": of_package("minigrid", "BabyAI-GoToLocal-v0 1"),
     "gymnasium": of_package("gymnasium", "FrozenLake-v1 1"),
+    "verifiers": lambda: registry.load("verifiers"),
 }
 SCRIPTS = [
     ["3", "answer", "7", *["go north", "go east"] * 20],
@@ -124,12 +126,15 @@ def environment(request: pytest.FixtureRequest) -> Environment:
         return ENVIRONMENTS[name]()
     if not registry.ENVIRONMENTS[name].installed:
         pytest.skip(f"needs the package {registry.ENVIRONMENTS[name].package}; `make envs` installs it")
+    request.getfixturevalue("monkeypatch").syspath_prepend(Path(__file__).parents[1] / "envs" / "tasksets")
     return PACKAGES[name]()
 
 
 @pytest.fixture
 def asked(environment: Environment) -> Prompt:
     """A row that the environment can play."""
+    if isinstance(environment, Verifiers):
+        return Prompt("p", (Message("user", "retort_game 0"),))
     if not isinstance(environment, ReasoningGym):
         return ASKED
     row = next(rows("basic_arithmetic", 0))

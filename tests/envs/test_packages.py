@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from retort import config as configuration
 from retort.core.rollouts import Message, Prompt, Status
 from retort.data import load_prompts
-from retort.envs import actions, registry
+from retort.envs import actions, reasoning, registry
 from retort.envs.base import FailedEpisode, Reply
 from retort.envs.behind import BehindExpert
 from retort.envs.gym import Gymnasium
@@ -115,7 +116,7 @@ def played(episode: Any, texts: list[str]) -> list[Reply]:
 
 
 GAMES = {
-    "textworld": ["simple", "coin_collector-3", "cooking-1"],
+    "textworld": ["simple", "coin_collector-3", "treasure_hunter-3", "cooking-1", "custom-3"],
     "minigrid": ["BabyAI-GoToLocal-v0", "BabyAI-PickupLoc-v0", "BabyAI-UnlockLocal-v0"],
 }
 EXPERTS = [(name, kind) for name, kinds in GAMES.items() for kind in kinds]
@@ -177,6 +178,8 @@ def test_what_is_no_action_costs_the_turn(name: str, kind: str, text: str) -> No
         ("gymnasium:CartPole-v1", "its observations are no text, and it cannot be rendered as one"),
         ("gymnasium:Nowhere-v1", "gymnasium makes no environment 'Nowhere-v1'"),
         ("reasoning_gym:countdwn", "reasoning_gym has no generator 'countdwn'; did you mean 'countdown'?"),
+        ("reasoning_gym:composite", "reasoning_gym's generator 'composite' makes no row 0+0: "),
+        ("reasoning_gym:game_of_life_halting", "takes even the answer 'zzz' for right"),
     ],
 )
 def test_what_a_package_does_not_have_is_refused_in_one_line(source: str, message: str) -> None:
@@ -261,12 +264,37 @@ def test_a_problem_is_graded_by_its_own_grader() -> None:
     assert wrong.measures["success"] == 0.0
 
 
+#: Generators whose problems have no answer beside them, only a grader.
+WITHOUT_ANSWERS = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+#: Generators that `rows` refuses, see above.
+REFUSED = {"composite", "game_of_life_halting"}
+
+
+@pytest.mark.envs
+def test_all_generators_make_rows_and_grade_their_own_answers_as_right() -> None:
+    needed("reasoning_gym")
+    names = reasoning._worker().ask({"name": "", "first": 0, "index": 0})["unknown"]
+    assert len(names) == 106
+    without: set[str] = set()
+    for name in sorted({*names} - REFUSED):
+        row = next(reasoning.rows(name, 0))
+        (episode,) = reasoning.ReasoningGym().begin_group(Prompt(row["id"], (Message("user", row["prompt"]),)), [0])
+        if "answer" in row:
+            assert episode.reply(f"<answer>{row['answer']}</answer>").reward == 1.0, name
+        else:
+            without.add(name)
+        assert (episode.reply("zzz").reward or 0.0) < 1, name
+    assert without == WITHOUT_ANSWERS
+
+
 @pytest.mark.envs
 @pytest.mark.parametrize(
     "text", ["9**9**9**9", "__import__('time').sleep(600)", "__import__('os')._exit(3)", "(" * 9000]
 )
 def test_an_answer_that_is_code_neither_hangs_nor_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Countdown's grader evaluates the answer."""
+    monkeypatch.setattr(reasoning, "CLOCK", 5.0)
+    monkeypatch.setattr(reasoning, "_worker", lru_cache(reasoning._Worker))
     _, episode = problem("countdown")
     reply = episode.reply(text)
     assert (reply.over, reply.status, reply.measures["success"]) == (True, Status.COMPLETED, 0.0)
