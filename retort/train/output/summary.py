@@ -31,10 +31,20 @@ def summary(prepared: Prepared) -> dict[str, str]:
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
         "graded by": source.grader.name if source.grader else "nothing (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
+        **({"environment": _environment(prepared)} if config.environment else {}),
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
         "memory": str(forecast(prepared)),
     }
+
+
+def _environment(prepared: Prepared) -> str:
+    """The environment, and what of a run does not follow from its seed."""
+    config = prepared.config
+    waiting = config.rollout.waiting
+    ready = "; turns=ready: an episode goes on when its reply is there, so that runs repeat up to rounding only"
+    late = f"; a reply that takes longer than {waiting.deadline:g} s ends its episode, and is recorded"
+    return f"{config.environment}{ready if waiting.turns == 'ready' else ''}{late if waiting.deadline else ''}"
 
 
 def _teachers(prepared: Prepared) -> str:
