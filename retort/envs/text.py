@@ -102,10 +102,10 @@ class TextEpisodes:
         try:
             game = self.make()
             seen: Any = game.reset(prompt.text, key(0, "environment", prompt.id))
-            own = tuple(getattr(game, "tools", ()))
+            calling = callable(getattr(game, "call", None))
+            own = tuple(getattr(game, "tools", ())) if calling or self.tools else ()
         except Exception as error:
             return FailedEpisode(prompt, f"{self.name}: {raised('reset', error)}")
-        calling = callable(getattr(game, "call", None))
         if calling and not own:
             raise UserError(f"environment {self.name}: it has a method `call` and no `tools`; list the tools there")
         tools = own if self.tools else prompt.tools

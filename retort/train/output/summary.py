@@ -42,9 +42,12 @@ def _environment(prepared: Prepared) -> str:
     """The environment, and what of a run does not follow from its seed."""
     config = prepared.config
     waiting = config.rollout.waiting
-    ready = "; turns=ready: an episode goes on when its reply is there, so that runs repeat up to rounding only"
-    late = f"; a reply that takes longer than {waiting.deadline:g} s ends its episode, and is recorded"
-    return f"{config.environment}{ready if waiting.turns == 'ready' else ''}{late if waiting.deadline else ''}"
+    said = [f"{config.environment}"]
+    if waiting.turns == "ready":
+        said.append("turns=ready: an episode goes on when its reply is there, so that runs repeat up to rounding only")
+    if waiting.deadline is not None:
+        said.append(f"a reply that takes longer than {waiting.deadline:g} s ends its episode, and is recorded")
+    return "; ".join(said)
 
 
 def _teachers(prepared: Prepared) -> str:

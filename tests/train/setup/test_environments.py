@@ -29,6 +29,14 @@ def test_a_horizon_of_turns_is_noted_and_an_experts_turns_are_refused() -> None:
     assert played == []
 
 
+def test_waiting_for_no_environment_is_noted() -> None:
+    for waiting in ({"deadline": 3}, {"turns": "ready"}):
+        for data, count in (("countdown", 1), ("rooms", 0)):
+            config, notes = configuration.resolve({"data": data, "rollout": waiting}), list[str]()
+            need_play(config, registry.load("opd"), notes)
+            assert len(notes) == count
+
+
 def test_replies_are_not_read_in_other_tokens_and_the_run_says_so_before_it_loads_a_model() -> None:
     student, other = (SimpleNamespace(tokenizer=trained(kind)) for kind in ("gemma", "byte-level"))
     given = (registry.load("opd"), "teacher", student, other)

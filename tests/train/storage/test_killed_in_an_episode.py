@@ -89,7 +89,13 @@ def test_a_run_that_was_killed_in_the_middle_of_an_episode_has_the_same_bits(
         "task": None,
         "steps": 4,
         "method": {"name": "opd"},
-        "rollout": {"env": f"{name}:Deadly", "max_new_tokens": 40, "max_prompt_tokens": 128, "deadline": deadline},
+        "rollout": {
+            "env": f"{name}:Deadly",
+            "max_new_tokens": 60,
+            "max_prompt_tokens": 128,
+            "deadline": deadline,
+            "prompts": 10,
+        },
         "eval": {"problems": 2, "samples": 1, "max_new_tokens": 20},
         "checkpoint": {"every": 2},
     }
