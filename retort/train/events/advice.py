@@ -33,8 +33,8 @@ def advice(metrics: Mapping[str, Any], watches: Iterable[Watch], step: int, alre
     if metrics.get("timed_out") and "timed_out" not in already:
         already.add("timed_out")
         found.append(
-            f"step {step}: rollout.deadline ended {metrics['timed_out']:.1%} of the episodes, because their environment "
-            "did not reply in time (curve timed_out; docs/rooms.md)"
+            f"step {step}: rollout.deadline ended {metrics['timed_out']:.1%} of the episodes, whose environment did "
+            "not reply in time (curve timed_out; docs/rooms.md)"
         )
     for watch in watches:
         low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
