@@ -29,7 +29,7 @@ from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 from retort.rollout.plan import TurnCurriculum
-from retort.rollout.waiting import Calls, Waiting
+from retort.rollout.waiting import Calls, Waiting, late, never_begun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -237,9 +237,10 @@ def _asked(
     own: _Open, ask: Callable[[], Reply], calls: Calls, engine: Engine, setup: EpisodeSetup, sampling: Sampling
 ) -> None:
     """Asks for the reply to an episode's last turn, and hears it unless others go on meanwhile."""
-    waiting, turn = setup.waiting, len(own.completions)
-    if waiting.timeouts.has(own.task.uniform_stream, turn, own.sequence):
-        own.hear(waiting.late(turn), engine, setup, sampling)
+    waiting = setup.waiting
+    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.sequence)
+    if words is not None:
+        own.hear(late(words), engine, setup, sampling)
     elif waiting.direct:
         own.hear(ask(), engine, setup, sampling)
     else:
@@ -258,9 +259,9 @@ def _heard(episodes: Sequence[_Open], calls: Calls, engine: Engine, setup: Episo
                 own.hear(future.result(), engine, setup, sampling)
                 continue
             turn = len(own.completions)
-            late = setup.waiting.late(turn)
-            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.sequence, words=late.feedback)
-            own.hear(late, engine, setup, sampling)
+            words = setup.waiting.words(turn)
+            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.sequence, words=words)
+            own.hear(late(words), engine, setup, sampling)
         if any(own.status is None and id(own.episode) not in calls for own in episodes):
             return
 
@@ -288,11 +289,14 @@ def _begun(
 def _group(tasks: Sequence[Task], setup: EpisodeSetup) -> Sequence[Episode]:
     """Begins the episodes of one visit to a prompt; those that fail where that takes too long, now or as recorded."""
     first, members, waiting = tasks[0], [task.member for task in tasks], setup.waiting
-    late = waiting.timeouts.has(first.uniform_stream, 0, first.context)
-    episodes = None if late else waiting.begun(setup.environment, first.prompt, members)
-    if episodes is None and not late:
-        waiting.timeouts.add(first.uniform_stream, 0, first.context, words=waiting.words(0))
-    return waiting.never_begun(first.prompt, members) if episodes is None else episodes
+    words = waiting.timeouts.words(first.uniform_stream, 0, first.context)
+    if words is None:
+        episodes = waiting.begun(setup.environment, first.prompt, members)
+        if episodes is not None:
+            return episodes
+        words = waiting.words(0)
+        waiting.timeouts.add(first.uniform_stream, 0, first.context, words=words)
+    return [never_begun(first.prompt, words) for _ in members]
 
 
 def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:

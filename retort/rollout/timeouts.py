@@ -35,7 +35,7 @@ class Timeouts:
 
     step: Callable[[], int] = lambda: 0
     keep: Callable[[Mapping[str, Any]], None] = _nowhere
-    _known: set[_Key] = field(default_factory=set)
+    _known: dict[_Key, str] = field(default_factory=lambda: {})
 
     def open(
         self, rows: Iterable[Mapping[str, Any]], keep: Callable[[Mapping[str, Any]], None], step: Callable[[], int]
@@ -48,22 +48,22 @@ class Timeouts:
             step: See the attributes.
         """
         self.keep, self.step = keep, step
-        self._known = {(row["step"], row["episode"], row["turn"], row["tokens"]) for row in rows}
+        self._known = {(row["step"], row["episode"], row["turn"], row["tokens"]): row["words"] for row in rows}
 
-    def has(self, stream: UniformStream, turn: int, before: TokenSequence) -> bool:
-        """Whether this turn of an episode is in the record.
+    def words(self, stream: UniformStream, turn: int, before: TokenSequence) -> str | None:
+        """What was said of a turn of an episode that is in the record; None for one that is not.
 
         Args:
             stream: The episode's random numbers, whose key is its name.
             turn: Number of the turn, from 1; 0 for the beginning of the episode.
             before: All tokens up to the end of the turn.
         """
-        return bool(self._known) and self._key(stream, turn, before) in self._known
+        return self._known.get(self._key(stream, turn, before)) if self._known else None
 
     def add(self, stream: UniformStream, turn: int, before: TokenSequence, *, words: str) -> None:
-        """Adds a turn of an episode; the arguments are those of `has`, and what is said of it."""
+        """Adds a turn of an episode; the arguments are those of `words`, and what is said of it."""
         found = self._key(stream, turn, before)
-        self._known.add(found)
+        self._known[found] = words
         self.keep({**dict(zip(("step", "episode", "turn", "tokens"), found, strict=True)), "words": words})
 
     def _key(self, stream: UniformStream, turn: int, before: TokenSequence) -> _Key:

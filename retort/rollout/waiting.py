@@ -19,7 +19,7 @@ from retort.core.rollouts import Prompt, Status
 from retort.envs.base import Environment, Episode, FailedEpisode, Reply
 from retort.rollout.timeouts import Timeouts
 
-__all__ = ["LATE", "Calls", "Waiting", "in_thread"]
+__all__ = ["LATE", "Calls", "Waiting", "in_thread", "late", "never_begun"]
 
 T = TypeVar("T")
 
@@ -61,10 +61,6 @@ class Waiting:
         what = f"reply to turn {turn}" if turn else "begin the episode"
         return f"the environment did not {what} within {self.deadline or 0:g} seconds (rollout.deadline)"
 
-    def late(self, turn: int) -> Reply:
-        """The reply in place of one that did not come in time."""
-        return Reply(over=True, status=Status.TRUNCATED, feedback=self.words(turn), measures={LATE: 1.0})
-
     def begun(self, environment: Environment, prompt: Prompt, members: Sequence[int]) -> Sequence[Episode] | None:
         """Begins the episodes of a prompt; None if that takes longer than the deadline for each of them.
 
@@ -79,9 +75,15 @@ class Waiting:
         begun.add_done_callback(lambda late: None if late.exception() else _close(*late.result()))
         return None
 
-    def never_begun(self, prompt: Prompt, members: Sequence[int]) -> list[Episode]:
-        """Episodes in place of those that did not begin in time: each ends with an error after its first turn."""
-        return [FailedEpisode(prompt, self.words(0), {LATE: 1.0}) for _ in members]
+
+def late(words: str) -> Reply:
+    """The reply in place of one that did not come in time: the episode ends as truncated."""
+    return Reply(over=True, status=Status.TRUNCATED, feedback=words, measures={LATE: 1.0})
+
+
+def never_begun(prompt: Prompt, words: str) -> Episode:
+    """The episode in place of one that did not begin in time: it ends with an error after its first turn."""
+    return FailedEpisode(prompt, words, {LATE: 1.0})
 
 
 class Calls:
