@@ -95,7 +95,7 @@ def turn_calls(
         tools: The tools that the model was shown, in the form of chat templates; they say which arguments are numbers.
     """
     if getattr(tokenizer, "response_template", None) is None:
-        tag = tokenizer.convert_tokens_to_ids(_TAG)
+        tag: Any = tokenizer.convert_tokens_to_ids(_TAG)
         if tag in ids and tokenizer.convert_ids_to_tokens(tag) == _TAG:  # a control token, which the text lacks
             text = _TAG + completion_text(tokenizer, ids[list(ids).index(tag) + 1 :])
         return calls_of(text)
@@ -142,7 +142,7 @@ def misfit(value: Any, schema: Mapping[str, Any], where: str = "the arguments") 
     if allowed is not None and not any(value == one and type(value) is type(one) for one in allowed):
         return f"{where} must be one of {', '.join(json.dumps(one, ensure_ascii=False) for one in allowed)}"
     if isinstance(value, list) and isinstance(schema.get("items"), Mapping):
-        found = (misfit(item, schema["items"], f"{where}[{place}]") for place, item in enumerate(value))
+        found = (misfit(item, schema["items"], f"{where}[{index}]") for index, item in enumerate(value))
         return next((words for words in found if words), None)
     return _of_object(value, schema, where) if isinstance(value, Mapping) else None
 

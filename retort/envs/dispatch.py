@@ -114,7 +114,7 @@ def called(
     """
     known = {str(tool.get("function", tool).get("name")) for tool in tools}
     total, said = Result(()), list[Message]()
-    for place, call in enumerate(calls):
+    for index, call in enumerate(calls):
         words = refused(call, tools)
         if words is None and isinstance(call, Call):
             try:
@@ -125,7 +125,7 @@ def called(
         else:
             own = Result((Message("user", f"error: {words}"),), tool_errors=1)
         name = call.name if call.name in known else "unknown"
-        said.append(tool_message(name, own.messages[0].content, call, turn, place))
+        said.append(tool_message(name, own.messages[0].content, call, turn, index))
         errors = total.tool_errors + own.tool_errors
         total = replace(own, reward=total.reward + own.reward, tool_errors=errors)
         if own.done:
@@ -135,7 +135,7 @@ def called(
     return replace(total, messages=tuple(said))
 
 
-def tool_message(name: str, content: str, call: Call | Malformed, turn: int, place: int = 0) -> Message:
+def tool_message(name: str, content: str, call: Call | Malformed, turn: int, index: int = 0) -> Message:
     """The reply to a call, with the fields that chat templates read.
 
     Args:
@@ -143,8 +143,8 @@ def tool_message(name: str, content: str, call: Call | Malformed, turn: int, pla
         content: What the tool said.
         call: The call; its own id is used, where it has one.
         turn: Number of the turn, from 1.
-        place: Index of the call in the turn.
+        index: Index of the call in the turn.
     """
     own = call.id if isinstance(call, Call) else ""
     # Nine letters and digits: the templates of Mistral refuse other ids.
-    return Message("tool", content, {"name": name, "tool_call_id": own or f"call{turn:03d}{place:02d}"})
+    return Message("tool", content, {"name": name, "tool_call_id": own or f"call{turn:03d}{index:02d}"})
