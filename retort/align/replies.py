@@ -49,15 +49,15 @@ def reply_ids(
             f"{problem}, because its prompts are no conversations; an environment that replies needs a model with a "
             "chat template, and rollout.rendered=false"
         )
-    whole_ids, other_ids = (
-        render(
-            replace(prompt, messages=(*prompt.messages, _TURN, first, *replies[1:])),
-            tokenizer,
-            template_options,
-            split=True,
-        )
-        for first in (replies[0], replace(replies[0], content=f"Retortagain {replies[0].content}"))
-    )
+    try:
+        whole_ids, other_ids = _both(prompt, _TURN, replies, tokenizer, template_options)
+    except UserError as refusal:  # some templates take the reply of a tool only behind a turn that called it
+        if any(reply.role != "tool" for reply in replies):
+            raise
+        try:
+            whole_ids, other_ids = _both(prompt, _calling(replies), replies, tokenizer, template_options)
+        except UserError:
+            raise refusal from None
     if whole_ids == other_ids:
         raise UserError(f"{problem}, because its chat template leaves out turns of the role '{replies[0].role}'")
     before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
@@ -77,3 +77,36 @@ def reply_ids(
             "template does not write there; set rollout.stop to the token that it writes after an assistant's turn"
         )
     return whole_ids[behind:]
+
+
+def _both(
+    prompt: Prompt,
+    turn: Message,
+    replies: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: TemplateOptions,
+) -> tuple[list[int], list[int]]:
+    """The ids of the conversation with a turn and its replies; and those with another first reply."""
+    one, two = (
+        render(
+            replace(prompt, messages=(*prompt.messages, turn, first, *replies[1:])),
+            tokenizer,
+            template_options,
+            split=True,
+        )
+        for first in (replies[0], replace(replies[0], content=f"Retortagain {replies[0].content}"))
+    )
+    return one, two
+
+
+def _calling(replies: Sequence[Message]) -> Message:
+    """A placeholder for a turn that calls the tools whose replies follow."""
+    calls = [
+        {
+            "id": reply.extra.get("tool_call_id", ""),
+            "type": "function",
+            "function": {"name": reply.extra.get("name", ""), "arguments": {}},
+        }
+        for reply in replies
+    ]
+    return Message("assistant", "", {"tool_calls": calls})

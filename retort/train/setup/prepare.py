@@ -198,6 +198,7 @@ def _parties(
             config.rollout.template_options,
             turns=config.rollout.max_turns,
             tools=config.rollout.tools,
+            waiting=config.rollout.waiting,
         ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
