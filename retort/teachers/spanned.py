@@ -163,8 +163,8 @@ def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor,
 
 
 def coverage_counts(turns: Sequence[AlignedTurns | None]) -> dict[str, float]:
-    """Counts about a batch for the metrics: bytes in 1:1 units, in spans and in none."""
-    total = sum((own.coverage for own in turns if own is not None), Coverage())
+    """Counts about a batch for the metrics: bytes in 1:1 units, in spans, and in none or in one that is too long."""
+    total = sum((own.within(LONGEST_UNIT) for own in turns if own is not None), Coverage())
     return {
         "bytes_one_to_one": float(total.single),
         "bytes_spans": float(total.spans),

@@ -303,6 +303,8 @@ def test_units_that_are_too_long_are_left_out(made: Callable[..., Made], monkeyp
     assert said.valid_N is not None
     assert torch.equal(said.valid_N, kept)
     assert said.own_N[~kept].eq(0).all()
+    moved = before.counts["bytes_spans"] - said.counts["bytes_spans"]
+    assert moved == said.counts["bytes_unread"] - before.counts["bytes_unread"] > 0
     torch.testing.assert_close(said.logp_N, torch.where(kept, before.logp_N, 0.0), rtol=0, atol=0)
     monkeypatch.setattr(spanned, "LONGEST_UNIT", 0)
     assert pair.score(groups).unit_N.eq(-1).all()
