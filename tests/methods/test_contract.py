@@ -69,7 +69,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("local_teachability", {"max_segment": 4, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
-    ("tcod", {"reduction": "turns"}),
+    ("tcod", {"reduction": "turns", "kl": "forward"}),
     ("uni_opd", {"calibration": "mask", "balance_scope": "batch", "margin_over": "kept"}),
     ("unisd", {"preset": "sequence_agreement", "cap_quantile": 0.9, "divergence_coef": 2.0}),
     ("unisd", {"preset": "matching_only"}),

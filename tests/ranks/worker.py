@@ -50,7 +50,7 @@ UNTIED = "untied"
 SPELLING = "spelling"
 #: Stands for two models that take turns with an environment.
 PLAYING = "playing"
-WALK: dict[str, Any] = {"student": PLAYING, "data": "rooms", "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
+WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
 SLICED = {"head": "vocabulary"}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
@@ -135,13 +135,11 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
         settings = configuration.merge(SMALL, CASES[name])
         if settings.get("student") == UNTIED:
             settings["student"] = str(ranks.join().first(lambda: untied(folder / UNTIED, settings.get("data"))))
-        if settings.get("student") == SPELLING:
-            ranks.join().first(lambda: spelling(folder / SPELLING))
-            settings |= {role: str(folder / SPELLING / role) for role in ("student", "teacher")}
-            settings["data"] = str(folder / SPELLING / "data.jsonl")
-        if settings.get("student") == PLAYING:
-            ranks.join().first(lambda: playing(folder / PLAYING))
-            settings |= {role: str(folder / PLAYING / role) for role in ("student", "teacher")}
+        for made, make in ((SPELLING, spelling), (PLAYING, playing)):
+            if settings.get("student") == made:
+                ranks.join().first(lambda make=make, made=made: make(folder / made))
+                settings |= {role: str(folder / made / role) for role in ("student", "teacher")}
+                settings["data"] = str(folder / made / "data.jsonl")
         run = runner.start(api.assemble(settings), out)
     run.callbacks = (watching,)
     run.go()
@@ -152,17 +150,22 @@ def spelling(folder: Path) -> None:
     """Two models with two tokenizers, and rows for them; made once."""
     if (folder / "data.jsonl").exists():
         return
-    often_ending(make_model_of(folder / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=20.0)
+    often_ending(make_model_of(folder / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=12.0)
     often_ending(make_model_of(folder / "teacher", "byte-level", seed=2, width=24), TEMPLATES[1], by=1.0)
-    rows = [{"prompt": prompt} for prompt in ("the quick brown fox", "hello", "a b c", "def f(x):") * 5]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, ["the quick brown fox", "hello", "a b c", "def f(x):"] * 5)
 
 
 def playing(folder: Path) -> None:
-    """Two models that speak the words of Rooms; made once."""
-    if not folder.exists():
-        make_player(folder / "student", seed=1)
-        make_player(folder / "teacher", seed=2, hidden_size=24)
+    """Two models that speak the words of Rooms, and rows for them; made once."""
+    if (folder / "data.jsonl").exists():
+        return
+    make_player(folder / "student", seed=1)
+    make_player(folder / "teacher", seed=2, hidden_size=24)
+    write_rows(folder, [f"three {number}" for number in range(20)])
+
+
+def write_rows(folder: Path, prompts: list[str]) -> None:
+    (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def untied(folder: Path, data: str | None) -> Path:

@@ -19,11 +19,12 @@ from retort.train.learning.diagnose import TURNS
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("players")
+    tasks = [{"prompt": f"three {number}"} for number in range(12)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tasks))
     return {
         "student": str(make_player(folder / "student", seed=1)),
         "teacher": str(make_player(folder / "teacher", seed=2, hidden_size=24)),
-        "data": "rooms",
-        "limit": 12,
+        "data": str(folder / "data.jsonl"),
         "precision": "fp32",
         "device": "cpu",
         "checks": "skip",
@@ -104,7 +105,7 @@ def test_a_run_logs_by_turn_what_its_record_says(
 
 def test_a_teacher_with_another_tokenizer_reads_whole_episodes(settings: dict[str, Any], tmp_path: Path) -> None:
     """Each turn's bytes in units of its own, and the stop behind them; the environment's replies are in none."""
-    student = often_ending(make_model_of(tmp_path / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=20.0)
+    student = often_ending(make_model_of(tmp_path / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=12.0)
     teacher = often_ending(make_model_of(tmp_path / "teacher", "byte-level", seed=2, width=24), TEMPLATES[1], by=1.0)
     more = {"student": str(student), "teacher": str(teacher), "steps": 2, "eval": {"problems": 2, "samples": 1}}
     own = configuration.merge(settings, {**more, "method": {"name": "opd"}})
@@ -112,7 +113,8 @@ def test_a_teacher_with_another_tokenizer_reads_whole_episodes(settings: dict[st
     steps, rows = lines(tmp_path / "run", "metrics.jsonl"), lines(tmp_path / "run", "rollouts.jsonl")
     for metrics in (row for row in steps if "grad_norm" in row):
         check_by_hand(metrics, [row for row in rows if row["step"] == metrics["step"]])
-        assert sum(metrics[f"view/teacher/{part}"] for part in ("one_to_one", "spans", "unread")) == pytest.approx(1.0)
+        shares = [metrics[f"view/teacher/{part}"] for part in ("one_to_one", "spans", "unread")]
+        assert sum(shares) == pytest.approx(1.0) and shares[2] < 0.5
         assert metrics["grad_norm"] > 0
     several = [row for row in rows if "turns" in row]
     assert several, "no episode came to its second turn"

@@ -115,6 +115,8 @@ def need_replies(config: Config, name: str, other: Described) -> None:
     tokenizer: Any = other.tokenizer
     asked, said = Prompt("Hi", (Message("user", "Hi"),)), Message("user", "Go on.")
     end = next(iter(turn_end(tokenizer)), tokenizer.eos_token)
+    if end is None:
+        return  # its stop is in its other files: what it cannot read is refused when it first scores
     try:
         reply_ids(asked, (said,), tokenizer.convert_tokens_to_ids(end), tokenizer, config.rollout.template_options)
     except UserError as error:
