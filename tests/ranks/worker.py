@@ -79,7 +79,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
     # A teacher with another tokenizer: each of its distributions at a unit, at all tokens, and between replies.
-    "gold": {"student": SPELLING, "method": {"name": "gold"}, "limit": None},
+    "gold": {"student": SPELLING, "method": {"name": "gold", "on_policy_fraction": 1.0}, "limit": None},
     "bpm": {"student": SPELLING, "method": {"name": "bpm"}, "limit": None},
     "spans_opd": {
         "student": SPELLING,
@@ -150,7 +150,7 @@ def spelling(folder: Path) -> None:
     """Two models with two tokenizers, and rows for them; made once."""
     if (folder / "data.jsonl").exists():
         return
-    often_ending(make_model_of(folder / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=12.0)
+    often_ending(make_model_of(folder / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=8.0)
     often_ending(make_model_of(folder / "teacher", "byte-level", seed=2, width=24), TEMPLATES[1], by=1.0)
     write_rows(folder, ["the quick brown fox", "hello", "a b c", "def f(x):"] * 5)
 

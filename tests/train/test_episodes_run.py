@@ -105,7 +105,7 @@ def test_a_run_logs_by_turn_what_its_record_says(
 
 def test_a_teacher_with_another_tokenizer_reads_whole_episodes(settings: dict[str, Any], tmp_path: Path) -> None:
     """Each turn's bytes in units of its own, and the stop behind them; the environment's replies are in none."""
-    student = often_ending(make_model_of(tmp_path / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=12.0)
+    student = often_ending(make_model_of(tmp_path / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=8.0)
     teacher = often_ending(make_model_of(tmp_path / "teacher", "byte-level", seed=2, width=24), TEMPLATES[1], by=1.0)
     more = {"student": str(student), "teacher": str(teacher), "steps": 2, "eval": {"problems": 2, "samples": 1}}
     own = configuration.merge(settings, {**more, "method": {"name": "opd"}})
