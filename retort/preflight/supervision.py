@@ -82,9 +82,9 @@ def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Se
     partner = dict(zip(pair.shared.student_K.tolist(), pair.shared.teacher_K.tolist(), strict=True))
     stops = pair.student_stops.tolist()
     for rollout in rollouts:
-        read = pair.read(rollout.sequence, [teacher.lm.stops.primary])
+        read = pair.units(rollout.sequence)
         ids, theirs = rollout.action_ids, read.sequence.actions_A.tolist()
-        before = rollout.sequence.tokens_L[: len(rollout.sequence) - len(ids)].tolist()
+        before = rollout.sequence.prefix.tokens_L.tolist()
         spelt = pieces(student_tokenizer, ids, before, stops=stops)  # type: ignore[arg-type]
         sizes = [0 if piece.startswith(b"\xff") else len(piece) for piece in spelt]
         own_U, theirs_U, unit_A = read.student_U.tolist(), read.teacher_U.tolist(), read.unit_A.tolist()

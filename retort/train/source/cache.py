@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.align.chat import Renderer
 from retort.align.text import completion_text
-from retort.core.rollouts import Prompt, Rollout, Status
+from retort.core.rollouts import Message, Outcome, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.rollout.plan import RolloutPlan
@@ -135,6 +135,8 @@ class RolloutCache:
             "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
             "grades": _json_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
         }
+        if any(rollout.outcomes for rollout in rollouts):
+            found["outcomes"] = _json_bytes([[_plain(own) for own in r.outcomes] for r in rollouts])
         return {_PREFIX + name: value for name, value in found.items()}
 
     def restore(self, prompts: Sequence[Prompt], render: Renderer, tensors: Mapping[str, Tensor]) -> None:
@@ -146,6 +148,7 @@ class RolloutCache:
         flat = {"ids": "lengths", "mask": "lengths", "logp": "steps", "turns": "steps"}
         lists = {name: values.tolist() for name, values in tensors.items() if name not in flat}
         grades = json.loads(bytes(lists["grades"]))
+        outcomes = json.loads(bytes(lists["outcomes"])) if "outcomes" in lists else [[]] * len(grades)
         pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
         rollouts: list[Rollout] = []
         for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
@@ -166,6 +169,7 @@ class RolloutCache:
                     reward=reward,
                     reward_parts=parts,
                     feedback=feedback,
+                    outcomes=tuple(_outcome(*own) for own in outcomes[index]),
                 )
             )
         rest = iter(rollouts)
@@ -181,6 +185,16 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
 def _json_bytes(values: list[Any]) -> Tensor:
     """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def _plain(own: Outcome) -> list[Any]:
+    """An outcome as JSON values; `_outcome` is the way back."""
+    said = [[message.role, message.content, dict(message.extra)] for message in own.messages]
+    return [said, own.reward, dict(own.measures)]
+
+
+def _outcome(said: list[list[Any]], reward: float | None, measures: dict[str, float]) -> Outcome:
+    return Outcome(tuple(Message(*message) for message in said), reward, measures)
 
 
 def _turns(rollout: Rollout) -> Tensor:
