@@ -97,6 +97,7 @@ class Evaluator:
                 config.rollout.template_options,
                 turns=config.rollout.max_turns,
                 tools=config.rollout.tools,
+                history=config.rollout.history,
             ),
         )
 
@@ -205,7 +206,7 @@ class Evaluator:
             signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({need})))}
         was_training = lm.model.training
         lm.model.eval()
-        hidden_ND = lm.all_hidden([r.sequence for r in own.rollouts], self.batch_tokens)
+        hidden_ND = lm.all_hidden(own.sequences, self.batch_tokens)
         values = {DENSE: _against_teacher, SPANS: against_units, None: _alone}[need]
         steps = own.steps.to(lm.device)
         with lm.compute():

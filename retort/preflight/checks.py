@@ -376,7 +376,7 @@ def _response_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> li
 def _scored(prepared: Prepared, pack: Pack) -> Tensor:
     """The teacher's log-probs of what it reads, [N], nats."""
     lm = _teacher(prepared)
-    hidden_ND = lm.all_hidden([rollout.sequence for rollout in pack.rollouts], prepared.config.optimizer.batch_tokens)
+    hidden_ND = lm.all_hidden(pack.sequences, prepared.config.optimizer.batch_tokens)
 
     def logits(rows: Tensor | slice) -> Tensor:
         with lm.compute():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retort.align.chat import TemplateOptions, render
-from retort.align.replies import reply_ids
+from retort.align.history import Exchange
 from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
@@ -25,6 +25,7 @@ from retort.envs.behind import BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
+from retort.rollout.conversation import Conversation
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 from retort.rollout.plan import TurnCurriculum
 
@@ -63,22 +64,30 @@ class EpisodeSetup:
         turns: Most turns of the model in an episode; None: as many as its tokens allow.
         measures: Names of what the environment measures, and of none but these: an episode that ended before it replied
             has 0 of each. Where there are any, `turns` is measured besides.
+        history: Number of exchanges that the model reads before each turn, behind the prompt, rendered anew; None: all,
+            in a growing conversation.
     """
 
     environment: Environment = _ONCE
     template_options: TemplateOptions = field(default_factory=TemplateOptions)
     turns: int | None = None
     measures: tuple[str, ...] = ()
+    history: int | None = None
 
     @staticmethod
     def named(
-        name: str | None, template_options: TemplateOptions, *, turns: int | None = None, tools: bool = False
+        name: str | None,
+        template_options: TemplateOptions,
+        *,
+        turns: int | None = None,
+        tools: bool = False,
+        history: int | None = None,
     ) -> EpisodeSetup:
         """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
         if name is None:
             return EpisodeSetup(template_options=template_options)
         environment = load(name, tools=tools)
-        return EpisodeSetup(environment, template_options, turns, getattr(environment, "measures", MEASURES))
+        return EpisodeSetup(environment, template_options, turns, getattr(environment, "measures", MEASURES), history)
 
     def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches."""
@@ -96,7 +105,7 @@ class _Open:
 
     task: Task
     episode: Episode
-    sequence: TokenSequence
+    talk: Conversation
     completions: list[Completion] = field(default_factory=lambda: [])
     texts: list[str] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
@@ -107,20 +116,20 @@ class _Open:
 
     def request(self, sampling: Sampling, context: int) -> Request:
         """The request for the next turn."""
-        turn, room = len(self.completions), self.room(sampling, context)
-        return Request(self.sequence, self.task.uniform_stream.uniforms(turn, count=room))
+        turn, room = len(self.completions), self.room(sampling, context, self.talk.sequence)
+        return Request(self.talk.sequence, self.task.uniform_stream.uniforms(turn, count=room))
 
-    def room(self, sampling: Sampling, context: int) -> int:
-        """Most tokens of the next turn. Whether a prompt leaves room for the first one is checked when it is read."""
+    def room(self, sampling: Sampling, context: int, before: TokenSequence) -> int:
+        """Most tokens of the next turn behind these. That a prompt leaves room for the first one is checked before."""
         left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
-        return min(left, context - len(self.sequence)) if self.completions else left
+        return min(left, context - len(before)) if self.completions else left
 
     def take(self, completion: Completion, engine: Engine, setup: EpisodeSetup, sampling: Sampling) -> None:
         """Takes a generated turn: the environment replies, unless the episode has ended."""
-        before: list[int] = self.sequence.tokens_L.tolist()
+        before: list[int] = self.talk.sequence.tokens_L.tolist()
         self.completions.append(completion)
         self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
-        self.sequence = self.sequence.then(completion.ids, decided=True)
+        self.talk.decide(completion.ids)
         if completion.status != Status.COMPLETED and not isinstance(self.episode, FailedEpisode):
             self.status = completion.status
             return
@@ -133,12 +142,12 @@ class _Open:
         if reply.over:
             self.status, self.feedback = reply.status, reply.feedback
             return
-        ids = reply_ids(
-            self.episode.prompt, reply.messages, completion.ids[-1], engine.tokenizer, setup.template_options
-        )
-        before_reply, self.sequence = self.sequence, self.sequence.then(ids)
-        if len(self.completions) == setup.turns or self.room(sampling, engine.context) < 1:
-            self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
+        exchange, stop = Exchange(self.texts[-1], reply.messages), completion.ids[-1]
+        following = self.talk.replied(exchange, stop, engine.tokenizer, setup.template_options, setup.history)
+        if len(self.completions) == setup.turns or self.room(sampling, engine.context, following.sequence) < 1:
+            self.status = Status.TRUNCATED  # no decision will follow the reply
+            return
+        self.talk.go_on(following)
 
     def rollout(
         self, tokenizer: PreTrainedTokenizerBase, setup: EpisodeSetup, source: Literal["student", "teacher"]
@@ -148,11 +157,12 @@ class _Open:
         measures = dict.fromkeys(setup.measures, 0.0) | self.measures
         several = len(self.completions) > 1
         turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
-        prompt_ids: list[int] = self.sequence.prefix.tokens_L.tolist() if several else []
-        ids: list[int] = self.sequence.actions_A.tolist() if several else []
+        sequences = self.talk.sequences
+        prompt_ids: list[int] = sequences[0].prefix.tokens_L.tolist() if several else []
+        ids = [token for own in self.completions for token in own.ids] if several else []
         return Rollout(
             prompt=self.episode.prompt,
-            sequence=self.sequence,
+            sequences=tuple(sequences),
             turn_A=torch.cat(turns) if several else None,
             engine_logp_A=_joined([own.logp_A for own in self.completions]),
             policy_version=self.completions[0].version,
@@ -165,6 +175,7 @@ class _Open:
             feedback=self.feedback,
             measures=measures | ({"turns": float(len(self.completions))} if measures else {}),
             outcomes=tuple(self.outcomes) if several or measures else (),
+            histories=tuple(self.talk.histories),
         )
 
 
@@ -190,7 +201,7 @@ def run_episodes(
 
     Raises:
         UserError: The environment began other episodes than requested; its messages cannot follow a turn, see
-            `reply_ids`; or see `Engine.generate`.
+            `Conversation.replied`; or see `Engine.generate`.
     """
     setup = setup or EpisodeSetup()
     with contextlib.ExitStack() as stack:
@@ -216,7 +227,7 @@ def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: co
             if episode.prompt is not task.prompt:
                 context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
                 _check_room(episode.prompt, context, engine)
-            found.append(_Open(task, episode, context))
+            found.append(_Open(task, episode, Conversation(episode.prompt, [context])))
     return found
 
 

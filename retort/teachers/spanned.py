@@ -68,8 +68,8 @@ class SpanTeacher(LocalTeacher):
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
         turns = [
-            None if ids is None else self.pair.read(rollout.sequence, ids)
-            for rollout, ids in zip(pack.rollouts, prompts.ids, strict=True)
+            None if ids is None else self.pair.read(sequence, ids)
+            for sequence, ids in zip(pack.sequences, prompts.ids, strict=True)
         ]
         read = [own for own in turns if own is not None and own.sequence.steps]
         with self.lm.scoring():
@@ -127,9 +127,9 @@ def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor,
     steps: list[Tensor] = []
     tokens: list[Tensor] = []
     units = 0
-    for own, rollout in zip(turns, pack.rollouts, strict=True):
+    for own, sequence in zip(turns, pack.sequences, strict=True):
         if own is None:
-            steps.append(torch.full((rollout.steps,), -1))
+            steps.append(torch.full((sequence.steps,), -1))
             continue
         steps.append(torch.where(own.unit_A >= 0, own.unit_A + units, -1))
         tokens.append(torch.where(own.unit_B >= 0, own.unit_B + units, -1))

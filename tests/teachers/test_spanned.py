@@ -387,6 +387,6 @@ def test_a_teacher_in_its_own_ids_is_one_of_ids(made: Callable[..., Made]) -> No
 def test_replies_of_an_environment_are_refused(made: Callable[..., Made]) -> None:
     pair = made("byte-level", "unigram")
     rollout = pair.rollout(pair.spelt(" fox"))
-    turns = replace(rollout, sequence=rollout.sequence.then([5, 6]).then(pair.spelt(" dog"), decided=True))
+    turns = replace(rollout, sequences=(rollout.sequence.then([5, 6]).then(pair.spelt(" dog"), decided=True),))
     with pytest.raises(SignalError, match="1 replies of an environment"):
         pair.score(in_groups([turns]))

@@ -91,7 +91,8 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
     """Refuses a model with another tokenizer than the student's, unless units of bytes are all that is asked of it.
 
     Raises:
-        UserError: The method compares ids with it, or whole distributions; or an environment would reply between turns.
+        UserError: The method compares ids with it, or whole distributions; or an environment would reply within a
+            sequence.
     """
     try:
         align_ids(student.tokenizer, other.tokenizer)
@@ -99,10 +100,11 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
         lacking = needs_ids(method, name)
         if lacking:
             raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None
-        if config.environment is not None:
+        if config.environment is not None and config.rollout.history is None:
             raise UserError(
                 f"the {name} has another tokenizer than the student, in which the replies of an environment "
-                f"('{config.environment}') cannot be read; use one with the student's tokenizer, or no environment"
+                f"('{config.environment}') cannot be read; use one with the student's tokenizer, no environment, or "
+                "rollout.history, with which each turn is a sequence of its own"
             ) from None
 
 

@@ -79,8 +79,10 @@ def probe_prompts(
 def need_play(config: Config, method: Method, notes: list[str]) -> None:
     """Refuses what no environment plays: an expert's turns without one, and completions by others where there is one.
 
-    A horizon of turns without an environment is noted.
+    A horizon of turns, or a history, without an environment is noted.
     """
+    if config.rollout.history is not None and config.environment is None:
+        notes.append("rollout.history changes nothing without an environment (rollout.env): a completion is one turn")
     phases = [method] if method.before is None else [method.before[1], method]
     for phase in phases:
         curriculum = phase.rollout.curriculum

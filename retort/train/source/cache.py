@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.align.chat import Renderer
 from retort.align.text import completion_text
-from retort.core.rollouts import Prompt, Rollout, Status
+from retort.core.rollouts import Message, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.rollout.plan import RolloutPlan
@@ -95,7 +95,7 @@ class RolloutCache:
             mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
             self.completions[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
-                sequence=_behind(render(prompt), torch.tensor(row["ids"]), mask_L),
+                sequences=(_behind(render(prompt), torch.tensor(row["ids"]), mask_L),),
                 turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
                 member=row["member"],
                 status=Status(row["status"]),
@@ -119,11 +119,14 @@ class RolloutCache:
                     "such rollouts cannot be kept in a checkpoint (leave out replay)"
                 )
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
-        generated = [r.sequence.continuation for r in rollouts]
+        generated = [own for r in rollouts for own in (r.sequences[0].continuation, *r.sequences[1:])]
+        several = any(r.splits for r in rollouts)
         found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
             "lengths": torch.tensor([len(own) for own in generated]),
+            **({"rows": torch.tensor([len(r.sequences) for r in rollouts])} if several else {}),
+            **({"histories": _json_bytes([_plain(r.histories) for r in rollouts])} if several else {}),
             "ids": torch.cat([own.tokens_L for own in generated]),
             "mask": torch.cat([own.action_mask_L for own in generated]),
             "turns": torch.cat([_turns(r) for r in rollouts]),
@@ -145,17 +148,20 @@ class RolloutCache:
             return
         flat = {"ids": "lengths", "mask": "lengths", "logp": "steps", "turns": "steps"}
         lists = {name: values.tolist() for name, values in tensors.items() if name not in flat}
-        grades = json.loads(bytes(lists["grades"]))
-        pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
+        grades, count = json.loads(bytes(lists["grades"])), len(lists["steps"])
+        histories = json.loads(bytes(lists["histories"])) if "histories" in lists else [[]] * count
+        ids, masks, logps, turns = (iter(tensors[name].split(lists[sizes])) for name, sizes in flat.items())
         rollouts: list[Rollout] = []
-        for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
+        for index, rows in enumerate(lists.get("rows", [1] * count)):
             prompt, (reward, parts, feedback) = prompts[lists["prompts"][index]], grades[index]
-            before = render(prompt)
-            text = completion_text(render.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
+            before, logp_A, turn_A = render(prompt), next(logps), next(turns)
+            written = [(next(ids), next(masks)) for _ in range(rows)]
+            decided: list[int] = torch.cat([ids_L[mask_L] for ids_L, mask_L in written]).tolist()
+            text = completion_text(render.tokenizer, decided, prompt_ids=before)
             rollouts.append(
                 Rollout(
                     prompt=prompt,
-                    sequence=_behind(before, ids_L, mask_L),
+                    sequences=(_behind(before, *written[0]), *(TokenSequence(*row) for row in written[1:])),
                     turn_A=None if bool((turn_A < 0).any()) else turn_A.clone(),
                     engine_logp_A=logp_A.clone(),
                     policy_version=lists["versions"][index],
@@ -166,6 +172,7 @@ class RolloutCache:
                     reward=reward,
                     reward_parts=parts,
                     feedback=feedback,
+                    histories=tuple(tuple(Message(*own) for own in history) for history in histories[index]),
                 )
             )
         rest = iter(rollouts)
@@ -176,6 +183,11 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
     """The generated tokens, and those read in between, after a prompt that is rendered again."""
     before = TokenSequence.of(prompt_ids)
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
+
+
+def _plain(histories: Sequence[Sequence[Message]]) -> list[list[list[Any]]]:
+    """The messages of histories as JSON values."""
+    return [[[own.role, own.content, dict(own.extra)] for own in history] for history in histories]
 
 
 def _json_bytes(values: list[Any]) -> Tensor:
@@ -189,7 +201,7 @@ def _turns(rollout: Rollout) -> Tensor:
 
 
 def _check_media(rollout: Rollout) -> None:
-    if rollout.sequence.continuation.media:
+    if any(own.continuation.media for own in rollout.sequences):
         raise UserError(
             f"prompt '{rollout.prompt.id}': an image, a sound or a video was shown between the turns of its rollout; "
             "such rollouts cannot be kept for later (leave out replay, or the teacher's kept completions)"
