@@ -150,6 +150,7 @@ class Evaluator:
                 _tally_parts(parts, [rollout.reward_parts for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
+                _tally(tallies, "splits", [float(rollout.splits) for rollout in own])
                 for name in own[0].measures:
                     _tally(tallies, name, [rollout.measures[name] for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
@@ -161,6 +162,8 @@ class Evaluator:
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
+        if not any(tallies["splits"][0]):
+            del tallies["splits"]
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
         lost = self._given_up() - before
         row |= {"given_up": lost} if lost else {}

@@ -390,3 +390,17 @@ def test_replies_of_an_environment_are_refused(made: Callable[..., Made]) -> Non
     turns = replace(rollout, sequences=(rollout.sequence.then([5, 6]).then(pair.spelt(" dog"), decided=True),))
     with pytest.raises(SignalError, match="1 replies of an environment"):
         pair.score(in_groups([turns]))
+
+
+def test_each_sequence_of_an_episode_is_read_by_itself(made: Callable[..., Made]) -> None:
+    """Their signal is that of completions of one turn, whose prompts are those of the sequences."""
+    pair = made("byte-level", "unigram")
+    history, turns = (Message("assistant", " fox"), Message("user", "a b c")), (" fox", " lazy dog")
+    first = pair.rollout(pair.spelt(turns[0]))
+    asked = replace(first.prompt, id="later", messages=(*first.prompt.messages, *history))
+    before = pair.student.tokenizer(asked.text, add_special_tokens=False)["input_ids"]
+    later = Rollout(asked, TokenSequence.of(before).then(pair.spelt(turns[1]), decided=True))
+    episode = Rollout(first.prompt, (first.sequence, later.sequence), histories=(history,))
+    one, two = pair.score(in_groups([episode])), pair.score(in_groups([first, later]))
+    assert torch.equal(one.unit_N, two.unit_N)
+    torch.testing.assert_close(one.rows(slice(None)).sampled_logp_N, two.rows(slice(None)).sampled_logp_N)

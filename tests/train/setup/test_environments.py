@@ -36,3 +36,13 @@ def test_replies_are_not_read_in_other_tokens_and_the_run_says_so_before_it_load
     with pytest.raises(UserError, match="replies of an environment \\('rooms'\\) cannot be read"):
         need_alignment(configuration.Config(data="rooms"), *given)  # type: ignore[arg-type]
     need_alignment(configuration.Config(data="rooms"), registry.load("opd"), "teacher", student, student)  # type: ignore[arg-type]
+    by_turn = configuration.resolve({"data": "rooms", "rollout": {"history": 0}})
+    need_alignment(by_turn, *given)  # type: ignore[arg-type]
+
+
+def test_a_history_without_an_environment_is_said_to_change_nothing() -> None:
+    notes, quiet = list[str](), list[str]()
+    need_play(configuration.resolve({"data": "countdown", "rollout": {"history": 2}}), registry.load("opd"), notes)
+    need_play(configuration.resolve({"data": "rooms", "rollout": {"history": 2}}), registry.load("opd"), quiet)
+    assert len(notes) == 1 and "rollout.history changes nothing" in notes[0]
+    assert quiet == []
