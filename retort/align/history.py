@@ -22,7 +22,7 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Exchange", "anew", "recent", "writes_anew"]
+__all__ = ["Exchange", "anew", "recent", "rewrites_earlier"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def anew(
     return ids
 
 
-def writes_anew(
+def rewrites_earlier(
     prompt: Prompt,
     exchanges: Sequence[Exchange],
     tokenizer: PreTrainedTokenizerBase,

@@ -13,13 +13,13 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["WritesAnewError", "cannot_reply", "leaves_out", "reply_ids"]
+__all__ = ["RewritesEarlierError", "cannot_reply", "leaves_out", "reply_ids"]
 
 #: A placeholder for the model's turn: its own ids are kept as generated, and never rendered again.
 _TURN = Message("assistant", "Retortanswer")
 
 
-class WritesAnewError(UserError):
+class RewritesEarlierError(UserError):
     """A chat template writes what stood before a turn otherwise once a reply follows."""
 
 
@@ -44,7 +44,7 @@ def reply_ids(
         template_options: Options of chat templates.
 
     Raises:
-        WritesAnewError: The chat template rewrites what stood before the turn.
+        RewritesEarlierError: The chat template rewrites what stood before the turn.
         UserError: There is no chat template, or it does not end turns with this token, or refuses or leaves out a
             reply.
     """
@@ -62,7 +62,7 @@ def reply_ids(
         raise UserError(leaves_out(prompt, replies[0]))
     before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
     if whole_ids[: len(before_ids)] != before_ids:
-        raise WritesAnewError(
+        raise RewritesEarlierError(
             f"{problem}, because its chat template writes earlier turns anew when another follows; use a model whose "
             "template only adds to a conversation"
         )

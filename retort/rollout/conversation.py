@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from retort.align.chat import TemplateOptions
-from retort.align.history import Exchange, anew, recent, writes_anew
-from retort.align.replies import WritesAnewError, reply_ids
+from retort.align.history import Exchange, anew, recent, rewrites_earlier
+from retort.align.replies import RewritesEarlierError, reply_ids
 from retort.core.rollouts import Message, Prompt
 from retort.core.sequences import TokenSequence
 
@@ -101,8 +101,8 @@ class Conversation:
         prompt = self.prompt.then(self.histories[-1]) if self.histories else self.prompt
         try:
             ids = reply_ids(prompt, self.exchanges[-1].replies, stop, tokenizer, template_options)
-        except WritesAnewError:
+        except RewritesEarlierError:
             return None
-        if writes_anew(prompt, self.exchanges[self.begun :], tokenizer, template_options):
+        if rewrites_earlier(prompt, self.exchanges[self.begun :], tokenizer, template_options):
             return None
         return self.sequence.then(ids)
