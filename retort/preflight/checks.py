@@ -360,7 +360,7 @@ def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
-            rollouts.append(Rollout(prompt, TokenSequence.of(prompt_ids).then(ids, decided=True)))
+            rollouts.append(Rollout(prompt, (TokenSequence.of(prompt_ids).then(ids, decided=True),)))
     what = "answers" if answered else "prompts"
     return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
 
