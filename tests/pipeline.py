@@ -42,6 +42,8 @@ from retort.train.storage.metrics import Stopwatch
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
 LENGTHS = (7, 3, 1, 12, 5)
 PROMPTS = (0, 0, 1, 2, 3)
+#: Tokens of each turn of the answers that are episodes: three, two, one of which is a single token.
+TURNS: Mapping[int, tuple[int, ...]] = {0: (4, 1, 2), 3: (5, 7)}
 #: Not the first batch, so that dials that move are somewhere between their ends.
 CLOCK = Clock(3, 10)
 
@@ -84,17 +86,24 @@ def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
 
 
-def ragged(setup: Prepared) -> Pack:
-    """Answers of random tokens, the student's and (where the method learns from such) the data's."""
+def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) -> Pack:
+    """Answers of random tokens, the student's and (where the method learns from such) the data's.
+
+    Args:
+        setup: The parts of a run.
+        turns: Tokens of each turn of the answers that are episodes, such as `TURNS`; random tokens reply to a turn.
+    """
     draw, rollouts = torch.Generator().manual_seed(0), list[Rollout]()
     given = "dataset" in setup.method.rollout.sources
     for index, (length, place) in enumerate(zip(LENGTHS, PROMPTS, strict=True)):
         prompt = setup.source.prompts[place]
         ids: list[int] = torch.randint(5, setup.learner.vocab, (length,), generator=draw).tolist()
         logp_A = -3.0 * torch.rand(length, generator=draw)
+        lengths = (turns or {}).get(index, (length,))
         rollout = Rollout(
             prompt,
-            TokenSequence.of(setup.source.render(prompt)).then(ids, decided=True),
+            _conversation(setup.source.render(prompt), ids, lengths),
+            turn_A=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) if turns else None,
             member=index,
             engine_logp_A=logp_A,
             text=setup.student.tokenizer.decode(ids),
@@ -103,6 +112,14 @@ def ragged(setup: Prepared) -> Pack:
         by_data = given and index == len(LENGTHS) - 1
         rollouts.append(replace(rollout, engine_logp_A=None, source="dataset") if by_data else rollout)
     return Pack.of(rollouts)
+
+
+def _conversation(prompt_ids: list[int], ids: list[int], lengths: tuple[int, ...]) -> TokenSequence:
+    """Turns of these lengths, and replies between them, of tokens that the first turn has, too."""
+    found = TokenSequence.of(prompt_ids)
+    for turn, own in enumerate(torch.tensor(ids).split(lengths)):
+        found = (found if turn == 0 else found.then(ids[: 1 + turn])).then(own.tolist(), decided=True)
+    return found
 
 
 def even(setup: Prepared, seed: int) -> Pack:
@@ -177,6 +194,7 @@ def padded_losses(setup: Prepared, pack: Pack) -> TokenLosses:
         teacher_logits=views.pop("teacher", None),
         extra_views=views,
         tokens=pack.steps.tokens_N,
+        turns=pack.steps.turn_N,
         rollouts=pack.steps.rollout_N,
         groups=pack.group_R,
         rewards=torch.tensor([rollout.reward for rollout in pack.rollouts]),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -29,7 +29,8 @@ class Coverage:
         spans: Bytes in longer units.
         lost: Bytes in no unit, by reason: `invalid` (no UTF-8, and what shares a unit with it), `unknown` (the
             teacher's token for unknown text), `unread` (the teacher's tokenizer drops them), `beyond` (behind the
-            teacher's context), `unanchored` (anchor segments only: behind the last unit of one token on each side).
+            teacher's context), `unanchored` (anchor segments only: behind the last unit of one token on each side),
+            `long` (see `AlignedTurns.within`).
         rewritten: The teacher's tokens in units that spell other bytes than those that they stand for, because its
             tokenizer normalises.
         controls: Control tokens of the student's that are one of the teacher's, too, stops among them.
@@ -72,12 +73,14 @@ class AlignedTurns:
         unit_A: Unit of each token that the student decided, int64; -1 where it has none.
         unit_B: Unit of each decided token of the teacher's, int64; -1 where it has none.
         coverage: What is in units and what is not.
+        bytes_A: Bytes of text that each token of the student's spells, int64; 0 for control tokens.
     """
 
     sequence: TokenSequence
     unit_A: Tensor
     unit_B: Tensor
     coverage: Coverage
+    bytes_A: Tensor
 
     @cached_property
     def student_U(self) -> Tensor:
@@ -93,6 +96,20 @@ class AlignedTurns:
     def single_U(self) -> Tensor:
         """Whether a unit is one token on each side, bool."""
         return (self.student_U == 1) & (self.teacher_U == 1)
+
+    def within(self, longest: int) -> Coverage:
+        """The coverage where longer units are left out: their bytes are lost as `long`.
+
+        Args:
+            longest: Most tokens of a unit on either side, at least 1.
+        """
+        long_U = (self.student_U > longest) | (self.teacher_U > longest)
+        if not bool(long_U.any()):
+            return self.coverage
+        long_A = (self.unit_A >= 0) & long_U[self.unit_A.clamp_min(0)]
+        count = int(self.bytes_A[long_A].sum())
+        lost = {**self.coverage.lost, "long": count}
+        return replace(self.coverage, spans=self.coverage.spans - count, lost=lost)
 
 
 class Collected:
@@ -165,7 +182,7 @@ class Collected:
             unit_A[ours], unit_B[theirs] = [unit] * width, [unit] * other
         sequence = TokenSequence(torch.tensor(ids_L, dtype=torch.long), torch.tensor(mask_L, dtype=torch.bool))
         coverage = self._coverage(unit_A, unit_B, lengths)
-        return AlignedTurns(sequence, _indices(unit_A), _indices(unit_B), coverage)
+        return AlignedTurns(sequence, _indices(unit_A), _indices(unit_B), coverage, _indices(self._bytes_A))
 
     def _coverage(self, unit_A: list[int], unit_B: list[int], lengths: Mapping[tuple[int, int], int]) -> Coverage:
         sizes = Counter(unit_A), Counter(unit_B)

@@ -91,19 +91,46 @@ class SpanPair:
             (self.student_stops, self.teacher_stops),
         )
 
-    def read(self, sequence: TokenSequence, prompt_ids: Sequence[int]) -> AlignedTurns:
-        """The student's sequence as the teacher reads it behind its own rendering of the prompt.
+    def read(
+        self, sequence: TokenSequence, prompt_ids: Sequence[int], replies: Sequence[Sequence[int]] = ()
+    ) -> AlignedTurns:
+        """The student's sequence as the teacher reads it: behind and between its own renderings of what was said.
+
+        Args:
+            sequence: The student's.
+            prompt_ids: The teacher's ids of the prompt.
+            replies: The teacher's ids of every reply of an environment, in order.
 
         Raises:
-            SignalError: The sequence has replies of an environment, or images; or the prompt fills the context.
+            SignalError: There are images, or other replies than the sequence has; or the prompt fills the context.
         """
-        replies = sum(not bool(run.action_mask_L[0]) for run in sequence.pieces()) - 1
-        if replies > 0:
+        return self.teacher_reader.read(sequence, [prompt_ids, *replies])
+
+    def units(self, sequence: TokenSequence) -> AlignedTurns:
+        """The same for whoever asks about what was decided alone: the teacher reads one token instead of every context.
+
+        So its own context is taken to hold all of it.
+
+        Raises:
+            SignalError: There are images.
+        """
+        read = sum(not bool(run.action_mask_L[0]) for run in sequence.pieces())
+        return self.teacher_reader.read(sequence, [[int(self.teacher_stops[0])]] * read)
+
+    def turn_ends(self, sequence: TokenSequence) -> list[int]:
+        """The teacher's stop for the student's at the end of every turn that a reply follows, in order.
+
+        Raises:
+            SignalError: Such a turn ends in no stop of the student's.
+        """
+        turns = [run for run in sequence.pieces() if bool(run.action_mask_L[0])]
+        ends = [int(run.tokens_L[-1]) for run in turns[:-1]]
+        if not set(ends) <= set(self.student_stops.tolist()):
             raise SignalError(
-                f"{self.name} has another tokenizer, and a rollout has {replies} replies of an environment, which "
-                "Retort does not render for such a teacher yet; use a teacher with the student's tokenizer"
+                f"{self.name} has another tokenizer, and in a rollout an environment replies to a turn without a stop, "
+                "behind which the teacher's chat template cannot go on"
             )
-        return self.teacher_reader.read(sequence, [prompt_ids])
+        return [self.teacher_reader.controls[end] for end in ends]
 
     def to_student(self, ids: Sequence[int]) -> list[int]:
         """A turn of the teacher's in the student's tokens, with the student's stop.

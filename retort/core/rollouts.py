@@ -142,8 +142,9 @@ class Rollout:
         reward_parts: The reward by component.
         feedback: The verifier's words on what is wrong with it, if any; for views that show it to a teacher.
         measures: What its environment measured besides, by name, such as `success`; empty without one.
-        outcomes: What came of each turn, in order; a last turn that was cut off has none. For records only: empty for a
-            single turn without an environment, and in rollouts that were kept for later.
+        outcomes: What came of each turn, in order; a last turn that was cut off has none. They are for records, and for
+            teachers with another tokenizer, which read the messages of replies in their own. Empty for a single turn
+            without an environment.
         histories: The messages behind the prompt with which each sequence but the first begins.
 
     Raises:

@@ -38,7 +38,7 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
             text = str(prompt.response) if answered else prompt.messages[-1].content
             ids = retokenize(student.tokenizer, text).ids
             sequence = TokenSequence.of([student.stops.primary]).then(ids, decided=True)
-            read = pair.read(sequence, [teacher.lm.stops.primary])
+            read = pair.units(sequence)
         except (SignalError, UserError) as error:
             remedy = "see docs/tokenizers.md for what can be aligned"
             return Check("units", "fatal", f"row '{prompt.id}': {error}", why, remedy)

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from retort.align.aligned import AlignedTurns, Coverage
 from retort.align.pieces import shown_pieces
+from retort.align.replies import reply_ids
 from retort.align.spanned import SpanPair
 from retort.core.head import Head
 from retort.core.needs import NeedKind
 from retort.core.per_token import in_blocks
-from retort.core.rollouts import Group, Pack
+from retort.core.rollouts import Group, Pack, Rollout
 from retort.core.sequences import TokenSequence
 from retort.core.signals import LONGEST_UNIT, SPAN_KINDS, Dense, Spans, TeacherSignal, TeacherTokens, columns_of
+from retort.errors import SignalError, UserError
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
 
@@ -25,7 +27,7 @@ class SpanTeacher(LocalTeacher):
     """A frozen model with a tokenizer of its own: it reads the bytes that the student generated in its own tokens.
 
     It gives one number for each unit of tokens that spell the same bytes on both sides, and its distribution where a
-    unit begins. Its prompts are rendered by its own chat template.
+    unit begins. Its prompts, and what an environment replied between turns, are rendered by its own chat template.
     """
 
     capabilities: frozenset[NeedKind] = SPAN_KINDS
@@ -51,11 +53,39 @@ class SpanTeacher(LocalTeacher):
         A part of a character is shown by its bytes (`\xf0`), a control token by its name. The teacher's context is
         taken to hold all of it.
         """
-        own = self.pair.read(sequence, [self.lm.stops.primary])
+        own = self.pair.units(sequence)
         kept_U = (own.student_U <= LONGEST_UNIT) & (own.teacher_U <= LONGEST_UNIT)
         kept_B = (own.unit_B >= 0) & kept_U[own.unit_B.clamp_min(0)] if len(kept_U) else own.unit_B >= 0
         ids: list[int] = own.sequence.actions_A[kept_B].tolist()
         return shown_pieces(self.lm.tokenizer, ids)
+
+    def replies(self, rollout: Rollout) -> list[list[list[int]]]:
+        """For each sequence of a rollout, the teacher's ids of every reply in it, from the end of the turn before on.
+
+        Raises:
+            SignalError: The rollout does not hold the messages of a reply.
+            UserError: The teacher's chat template cannot go on with one, see `reply_ids`.
+        """
+        found, turn = list[list[list[int]]](), 0
+        for sequence in rollout.sequences:
+            ends = self.pair.turn_ends(sequence)
+            said = [outcome.messages for outcome in rollout.outcomes[turn : turn + len(ends)]]
+            turn += len(ends) + 1
+            if len(said) < len(ends) or not all(said):
+                raise SignalError(
+                    f"prompt '{rollout.prompt.id}': {self.name} has another tokenizer, and a rollout has {len(ends)} "
+                    "replies of an environment without their messages, which the teacher would read in its own tokens"
+                )
+            try:
+                found.append(
+                    [
+                        reply_ids(rollout.prompt, messages, end, self.lm.tokenizer, self.template_options)
+                        for messages, end in zip(said, ends, strict=True)
+                    ]
+                )
+            except UserError as error:
+                raise UserError(f"{self.name}, which has another tokenizer than the student: {error}") from None
+        return found
 
     def score(
         self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
@@ -64,12 +94,19 @@ class SpanTeacher(LocalTeacher):
 
         Raises:
             SignalError: The teacher cannot read a rollout at all; `docs/tokenizers.md` says what is counted instead.
+            UserError: Its chat template cannot go on with a reply of the environment.
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
+        asked = zip(pack.rollouts, prompts.first, strict=True)
+        said = [
+            replies
+            for rollout, ids in asked
+            for replies in ([[]] * len(rollout.sequences) if ids is None else self.replies(rollout))
+        ]
         turns = [
-            None if ids is None else self.pair.read(sequence, ids)
-            for sequence, ids in zip(pack.sequences, prompts.ids, strict=True)
+            None if ids is None else self.pair.read(sequence, ids, replies)
+            for sequence, ids, replies in zip(pack.sequences, prompts.ids, said, strict=True)
         ]
         read = [own for own in turns if own is not None and own.sequence.steps]
         with self.lm.scoring():
@@ -138,8 +175,8 @@ def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor,
 
 
 def coverage_counts(turns: Sequence[AlignedTurns | None]) -> dict[str, float]:
-    """Counts about a batch for the metrics: bytes in 1:1 units, in spans and in none."""
-    total = sum((own.coverage for own in turns if own is not None), Coverage())
+    """Counts about a batch for the metrics: bytes in 1:1 units, in spans, and in none or in one that is too long."""
+    total = sum((own.within(LONGEST_UNIT) for own in turns if own is not None), Coverage())
     return {
         "bytes_one_to_one": float(total.single),
         "bytes_spans": float(total.spans),

@@ -18,10 +18,9 @@ from torch import Tensor
 from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
 from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, Need, can_meet, logp_at
-from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
+from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
-from retort.errors import SignalError
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
@@ -75,6 +74,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
 }
+#: Writes what was said, and a stop behind what the model said.
+TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
 #: Of a mixture of two models' logits there are no hidden states, though each has some.
 WITHOUT_HIDDEN = ("itself, trust region",)
 
@@ -273,16 +274,18 @@ def test_nothing_that_learns_is_in_what_it_says_and_nothing_is_changed(made: Mad
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
 
 
-def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any) -> None:
-    """Three turns: what an environment said in between is context, as it was for the student."""
-    sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13], decided=True)
-    sequence = sequence.then([30, 31]).then([20], decided=True).then([32, 33]).then([11, 2], decided=True)
-    groups = in_groups([Rollout(Prompt("p", (Message("user", "3 + 4 ="),)), sequence)])
-    if made.of_units:
-        with pytest.raises(SignalError, match="2 replies of an environment"):
-            made.teacher.score(groups, ask(made, *least(made), groups=groups))
-        return
+def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three turns: what an environment said in between is context, as it was for the student.
+
+    A teacher of units renders the messages, of which this template makes the very ids that the student read.
+    """
+    monkeypatch.setattr(lm.tokenizer, "chat_template", TURNS)
+    sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13, 2], decided=True)
+    sequence = sequence.then([30, 31]).then([20, 2], decided=True).then([32, 33]).then([11, 2], decided=True)
+    replies = tuple(Outcome((Message("user", lm.tokenizer.decode(ids)),)) for ids in ([30, 31], [32, 33]))
+    groups = in_groups([Rollout(Prompt("p", (Message("user", "3 + 4 ="),)), sequence, outcomes=replies)])
     said = made.teacher.score(groups, ask(made, *least(made), groups=groups))
-    said.check_tokens(torch.tensor([12, 13, 20, 11, 2]))
-    ids_NK = given(groups)
-    torch.testing.assert_close(rows(said).logp_at(ids_NK), plain(lm, groups).gather(1, ids_NK), rtol=1e-4, atol=1e-5)
+    said.check_tokens(torch.tensor([12, 13, 2, 20, 2, 11, 2]))
+    expected = of_plain(made, plain(lm, groups), groups)
+    for found, other in zip(numbers(made, rows(said), groups), expected, strict=True):
+        torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)

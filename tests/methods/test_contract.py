@@ -69,6 +69,7 @@ STEPS: list[tuple[str, dict[str, Any]]] = [
     ("local_teachability", {"max_segment": 4, "shortest": 1}),
     ("opct", {"discount": 0.9}),
     ("opsd", {"top_k": 4, "teacher_weight": 0.5}),
+    ("tcod", {"reduction": "turns", "kl": "forward"}),
     ("uni_opd", {"calibration": "mask", "balance_scope": "batch", "margin_over": "kept"}),
     ("unisd", {"preset": "sequence_agreement", "cap_quantile": 0.9, "divergence_coef": 2.0}),
     ("unisd", {"preset": "matching_only"}),
@@ -349,14 +350,14 @@ def test_a_wider_teacher_gives_its_padding_no_probability(name: str) -> None:
 def test_packs_and_micro_batches_give_what_padding_gives(
     name: str, given: dict[str, Any], tiny_run: dict[str, Any]
 ) -> None:
-    """Ragged answers in one pack, in a few and one by one: loss and gradient are those of padded rows.
+    """Ragged answers and episodes in one pack, in a few and one by one: loss and gradient are those of padded rows.
 
     To fp32's rounding, in which values are stored between passes and the tiny models' norms compute.
     """
     setup = pipeline.prepared(tiny_run, name, **given)
     assert setup.student.packs
     assert setup.student.shared_prefixes
-    pack = pipeline.ragged(setup)
+    pack = pipeline.ragged(setup, pipeline.TURNS)
     plain = pipeline.by_padding(setup, pack)
     largest = max(float(gradient.abs().max()) for gradient in plain.gradients.values())
     assert largest > 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from pipeline import models_once
+from players import TEMPLATES, make_player, often_ending
 from trained import make_model_of
 
 from retort import Stop, api, ranks
@@ -47,6 +48,9 @@ BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning
 UNTIED = "untied"
 #: Stands for a student of another tokenizer than the teacher's, both of which the worker makes, with rows for them.
 SPELLING = "spelling"
+#: Stands for two models that take turns with an environment.
+PLAYING = "playing"
+WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
 SLICED = {"head": "vocabulary"}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
@@ -61,15 +65,28 @@ CASES: dict[str, dict[str, Any]] = {
     "dasd": {"method": {"name": "dasd"}},  # statistics of the whole batch
     "sdpo": {"data": "coached", "method": {"name": "sdpo"}},  # its own teacher, which moves, and rewards
     "unisd": {"data": "coached", "method": {"name": "unisd"}},
-    "rlsd": {"data": "coached", "method": {"name": "rlsd"}},  # rewards of groups
+    # Episodes: weights by turn and rewards of groups; a horizon of turns that grows, behind an expert's.
+    "sod": {**WALK, "method": {"name": "sod", "samples": 2}},
+    "atod": {**WALK, "method": {"name": "atod", "samples": 2}},
+    "tcod": {**WALK, "method": {"name": "tcod", "curriculum": "backward", "reduction": "turns"}},
     "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
-    "opd, sharded": {"method": {"name": "opd"}, **SHARDED, "eval": {"problems": 5, "samples": 2, "every": 2}},
-    "exopd, sharded": {"method": {"name": "exopd"}, **SHARDED},  # a teacher and a base
+    # A teacher and a base; the teacher is evaluated, and the student computes its layers again.
+    "exopd, sharded": {
+        "method": {"name": "exopd"},
+        **SHARDED,
+        "eval": {"problems": 5, "samples": 2, "every": 2},
+        "optimizer": {"gradient_checkpointing": True},
+    },
     "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
-    # A teacher with another tokenizer.
-    "spans": {"student": SPELLING, "method": {"name": "strict_ct"}, "limit": None},
-    "spans_opd": {"student": SPELLING, "method": {"name": "opd"}, "limit": None},
-    "checkpointing": {"method": {"name": "opd"}, "optimizer": {"gradient_checkpointing": True}},
+    # A teacher with another tokenizer: each of its distributions at a unit, at all tokens, and between replies.
+    "gold": {"student": SPELLING, "method": {"name": "gold", "on_policy_fraction": 1.0}, "limit": None},
+    "bpm": {"student": SPELLING, "method": {"name": "bpm"}, "limit": None},
+    "spans_opd": {
+        "student": SPELLING,
+        "method": {"name": "opd"},
+        "limit": None,
+        "rollout": {"env": "players:Walk", "max_new_tokens": 40},
+    },
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
@@ -89,7 +106,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 #: In fp32, where rounding stays far below the tolerance; the others in float64, where there is next to none.
-FP32 = ("opd", "gkd", "arkd", "sdpo", "checkpointing")
+FP32 = ("opd", "gkd", "arkd", "sdpo")
 
 
 class Watching:
@@ -118,10 +135,11 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
         settings = configuration.merge(SMALL, CASES[name])
         if settings.get("student") == UNTIED:
             settings["student"] = str(ranks.join().first(lambda: untied(folder / UNTIED, settings.get("data"))))
-        if settings.get("student") == SPELLING:
-            ranks.join().first(lambda: spelling(folder / SPELLING))
-            settings |= {role: str(folder / SPELLING / role) for role in ("student", "teacher")}
-            settings["data"] = str(folder / SPELLING / "data.jsonl")
+        for made, make in ((SPELLING, spelling), (PLAYING, playing)):
+            if settings.get("student") == made:
+                ranks.join().first(lambda make=make, made=made: make(folder / made))
+                settings |= {role: str(folder / made / role) for role in ("student", "teacher")}
+                settings["data"] = str(folder / made / "data.jsonl")
         run = runner.start(api.assemble(settings), out)
     run.callbacks = (watching,)
     run.go()
@@ -132,10 +150,22 @@ def spelling(folder: Path) -> None:
     """Two models with two tokenizers, and rows for them; made once."""
     if (folder / "data.jsonl").exists():
         return
-    make_model_of(folder / "student", "gemma", seed=1, scale=0.1)
-    make_model_of(folder / "teacher", "byte-level", seed=2, width=24)
-    rows = [{"prompt": prompt} for prompt in ("the quick brown fox", "hello", "a b c", "def f(x):") * 5]
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    often_ending(make_model_of(folder / "student", "gemma", seed=1, scale=0.1), TEMPLATES[0], by=8.0)
+    often_ending(make_model_of(folder / "teacher", "byte-level", seed=2, width=24), TEMPLATES[1], by=1.0)
+    write_rows(folder, ["the quick brown fox", "hello", "a b c", "def f(x):"] * 5)
+
+
+def playing(folder: Path) -> None:
+    """Two models that speak the words of Rooms, and rows for them; made once."""
+    if (folder / "data.jsonl").exists():
+        return
+    make_player(folder / "student", seed=1)
+    make_player(folder / "teacher", seed=2, hidden_size=24)
+    write_rows(folder, [f"three {number}" for number in range(20)])
+
+
+def write_rows(folder: Path, prompts: list[str]) -> None:
+    (folder / "data.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def untied(folder: Path, data: str | None) -> Path:

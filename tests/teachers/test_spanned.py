@@ -18,10 +18,10 @@ from retort.align.pieces import pieces
 from retort.align.retokenize import retokenize
 from retort.align.spanned import SpanPair, Unspelt, align_spans
 from retort.core.needs import DENSE, SAMPLED, SPANS
-from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
+from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, Spans
-from retort.errors import SignalError
+from retort.errors import SignalError, UserError
 from retort.models.load import load_model
 from retort.teachers import spanned
 from retort.teachers.base import ScoreRequest
@@ -303,6 +303,8 @@ def test_units_that_are_too_long_are_left_out(made: Callable[..., Made], monkeyp
     assert said.valid_N is not None
     assert torch.equal(said.valid_N, kept)
     assert said.own_N[~kept].eq(0).all()
+    moved = before.counts["bytes_spans"] - said.counts["bytes_spans"]
+    assert moved == said.counts["bytes_unread"] - before.counts["bytes_unread"] > 0
     torch.testing.assert_close(said.logp_N, torch.where(kept, before.logp_N, 0.0), rtol=0, atol=0)
     monkeypatch.setattr(spanned, "LONGEST_UNIT", 0)
     assert pair.score(groups).unit_N.eq(-1).all()
@@ -384,14 +386,6 @@ def test_a_teacher_in_its_own_ids_is_one_of_ids(made: Callable[..., Made]) -> No
     assert "tokens are the same to both" in pair.pair.describe(pair.student.tokenizer, pair.teacher.lm.tokenizer)
 
 
-def test_replies_of_an_environment_are_refused(made: Callable[..., Made]) -> None:
-    pair = made("byte-level", "unigram")
-    rollout = pair.rollout(pair.spelt(" fox"))
-    turns = replace(rollout, sequences=(rollout.sequence.then([5, 6]).then(pair.spelt(" dog"), decided=True),))
-    with pytest.raises(SignalError, match="1 replies of an environment"):
-        pair.score(in_groups([turns]))
-
-
 def test_each_sequence_of_an_episode_is_read_by_itself(made: Callable[..., Made]) -> None:
     """Their signal is that of completions of one turn, whose prompts are those of the sequences."""
     pair = made("byte-level", "unigram")
@@ -404,3 +398,82 @@ def test_each_sequence_of_an_episode_is_read_by_itself(made: Callable[..., Made]
     one, two = pair.score(in_groups([episode])), pair.score(in_groups([first, later]))
     assert torch.equal(one.unit_N, two.unit_N)
     torch.testing.assert_close(one.rows(slice(None)).sampled_logp_N, two.rows(slice(None)).sampled_logp_N)
+
+
+# --- episodes ---
+
+#: The teacher's template; what an environment replied stands in another form in the student's ids.
+CHAT = (
+    "{% for one in messages %}{{ one.role }}: {{ one.content }}{% if one.role == 'assistant' %}<end>{% endif %}"
+    "{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SAID = ["no, it's 3:45", "Größe? 你好"]
+
+
+def episode(pair: Made, turns: Sequence[str] = (" lazy dog", "the answer is", " x **2")) -> Rollout:
+    """Turns that end in the student's stop, between which an environment replies in ids of the student's."""
+    first, *later = (pair.spelt(turn) for turn in turns)
+    rollout = pair.rollout(first)
+    sequence, turn_A = rollout.sequence, [0] * len(first)
+    for number, (said, ids) in enumerate(zip(SAID, later, strict=False), 1):
+        sequence = sequence.then(retokenize(pair.student.tokenizer, f"? {said} !").ids).then(ids, decided=True)
+        turn_A += [number] * len(ids)
+    outcomes = tuple(Outcome((Message("user", said),)) for said in SAID)
+    return replace(rollout, sequences=(sequence,), turn_A=torch.tensor(turn_A), outcomes=outcomes)
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("byte-level", "unigram"), ("gemma", "byte-level")])
+def test_a_turn_is_scored_behind_the_conversation_in_the_teachers_own_form(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch, student: str, teacher: str
+) -> None:
+    """Each turn's bytes are aligned by themselves; the numbers are those of slow passes over the whole conversation."""
+    pair = made(student, teacher, stop="<end>")
+    tokenizer, stop = pair.teacher.lm.tokenizer, pair.teacher.lm.stops.primary
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT)
+    rollout = episode(pair)
+    said = pair.score(in_groups([rollout, replace(pair.rollout(pair.spelt(" fox"), "hello"))]))
+    conversation = list(pair.teacher.render(rollout.prompt))
+    assert tokenizer.decode(conversation) == f"user: {TEXT}\nassistant: "
+    start, before = 0, rollout.sequence.prefix.read()
+    for number, run in enumerate(rollout.sequence.continuation.pieces()):
+        ids: list[int] = run.tokens_L.tolist()
+        if number % 2:
+            follows = f"\nuser: {SAID[number // 2]}\nassistant: "
+            conversation += tokenizer(follows, add_special_tokens=False)["input_ids"]
+        else:
+            alone = replace(rollout, sequences=(before.then(ids, decided=True),), turn_A=None)
+            units = slowly(pair, alone, conversation)
+            for unit in units:
+                steps = [start + own for own in unit.own]
+                assert said.theirs_N[steps].tolist() == [len(unit.theirs)] * len(steps)
+                assert said.logp_N[steps].tolist() == pytest.approx([unit.logp] * len(steps), abs=1e-10)
+                torch.testing.assert_close(
+                    said.logits(torch.tensor(steps[:1]))[0], unit.logits_IV[0], rtol=0, atol=1e-10
+                )
+            assert len(said.unit_N[start : start + len(ids)].unique()) == len(units) > 1
+            conversation += [*retokenize(tokenizer, pair.student.tokenizer.decode(ids[:-1])).ids, stop]
+            start += len(ids)
+        before = before.then(ids)
+    assert pair.teacher.spelt(rollout.sequence)[-1] == "<end>"
+    for turns in (1, 2):  # a rollout that is cut behind a turn has the replies that it needs
+        steps = int((rollout.turn_A < turns).sum())
+        cut = pair.score(in_groups([rollout.cut(steps, "")]))
+        torch.testing.assert_close(cut.logp_N, said.logp_N[:steps], rtol=0, atol=1e-10)
+
+
+def test_replies_that_cannot_be_read_are_refused_in_one_line(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = made("byte-level", "unigram", stop="<end>")
+    rollout = episode(pair)
+    with pytest.raises(UserError, match="which has another tokenizer than the student: .* no conversations"):
+        pair.score(in_groups([rollout]))
+    monkeypatch.setattr(pair.teacher.lm.tokenizer, "chat_template", CHAT)
+    with pytest.raises(SignalError, match="2 replies of an environment without their messages"):
+        pair.score(in_groups([replace(rollout, outcomes=rollout.outcomes[:1])]))
+    unended = rollout.sequence.then([5]).then(pair.spelt("so"), decided=True)
+    unended = replace(
+        rollout, sequences=(unended.part(0, len(unended) - 1).then([7]).then([8], decided=True),), turn_A=None
+    )
+    with pytest.raises(SignalError, match="replies to a turn without a stop"):
+        pair.score(in_groups([unended]))

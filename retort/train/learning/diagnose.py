@@ -67,9 +67,7 @@ def add_positions(means: Means, name: str, values_N: Tensor, position_N: Tensor,
 
 
 def add_turns(means: Means, name: str, values_N: Tensor, turn_N: Tensor) -> None:
-    """The mean of a curve in each turn of an episode, as `<name>/turn-<number from 1>`; nothing where all have one."""
-    if not len(turn_N) or int(turn_N.max()) == 0:
-        return
+    """The mean of a curve in each turn of episodes, as `<name>/turn-<number from 1>`."""
     number_N = turn_N.clamp(max=TURNS - 1)
     count_K = torch.bincount(number_N)
     sum_K = torch.zeros(len(count_K), dtype=torch.float64, device=values_N.device)

@@ -134,6 +134,9 @@ def _gradients(
     # Curves are about what the student generates; where it never does (data alone), about what it reads.
     alone = "student" in method.rollout.sources
     generated_N = torch.tensor([r.source == "student" or not alone for r in pack.rollouts])[batch.steps.rollout_N]
+    # Decided by the whole batch, because an optimizer step may have no episode of several turns.
+    turn_N = batch.steps.turn_N
+    turn_N = None if turn_N is None or not bool(turn_N.any()) else turn_N
     for watched in batch.watches:
         values_N, valid_N = found[f"watch.{watched.name}"], batch.valid.get(watched.against)
         if valid_N is not None:
@@ -147,8 +150,8 @@ def _gradients(
         if watched.by_position:
             longest = batch.clock.longest or int(batch.steps.position_N.max()) + 1
             add_positions(logged, watched.name, kept_N, batch.steps.position_N[inside_N], longest)
-        if watched.summed_up is None and batch.steps.turn_N is not None:
-            add_turns(logged, watched.name, kept_N, batch.steps.turn_N[inside_N])
+        if watched.summed_up is None and turn_N is not None:
+            add_turns(logged, watched.name, kept_N, turn_N[inside_N])
     return found
 
 

@@ -13,11 +13,13 @@ from typing import Any
 from retort import registry
 from retort.align.chat import Renderer
 from retort.align.pair import align_ids
+from retort.align.replies import reply_ids
+from retort.align.stops import turn_end
 from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.config.precedence import flat
 from retort.core.needs import can_meet
-from retort.core.rollouts import Prompt
+from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import need_peft
@@ -91,8 +93,8 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
     """Refuses a model with another tokenizer than the student's, unless units of bytes are all that is asked of it.
 
     Raises:
-        UserError: The method compares ids with it, or whole distributions; or an environment would reply within a
-            sequence.
+        UserError: The method compares ids with it, or whole distributions; or an environment would reply between turns,
+            with which the model's chat template cannot go on.
     """
     try:
         align_ids(student.tokenizer, other.tokenizer)
@@ -100,12 +102,28 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
         lacking = needs_ids(method, name)
         if lacking:
             raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None
-        if config.environment is not None and config.rollout.history is None:
-            raise UserError(
-                f"the {name} has another tokenizer than the student, in which the replies of an environment "
-                f"('{config.environment}') cannot be read; use one with the student's tokenizer, no environment, or "
-                "rollout.history, with which each turn is a sequence of its own"
-            ) from None
+        if config.environment is not None:
+            need_replies(config, name, other)
+
+
+def need_replies(config: Config, name: str, other: Described) -> None:
+    """Refuses a model in whose chat template no reply can follow a turn.
+
+    Raises:
+        UserError: As said.
+    """
+    tokenizer: Any = other.tokenizer
+    asked, said = Prompt("Hi", (Message("user", "Hi"),)), Message("user", "Go on.")
+    end = next(iter(turn_end(tokenizer)), tokenizer.eos_token)
+    if end is None:
+        return  # its stop is in its other files: what it cannot read is refused when it first scores
+    try:
+        reply_ids(asked, (said,), tokenizer.convert_tokens_to_ids(end), tokenizer, config.rollout.template_options)
+    except UserError as error:
+        raise UserError(
+            f"the {name} has another tokenizer than the student, in which the replies of an environment "
+            f"('{config.environment}') cannot be read: {error}; or use one with the student's tokenizer"
+        ) from None
 
 
 def needs_ids(method: Method, name: str) -> str | None:

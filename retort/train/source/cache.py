@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.align.chat import Renderer
 from retort.align.text import completion_text
-from retort.core.rollouts import Message, Prompt, Rollout, Status
+from retort.core.rollouts import Message, Outcome, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.rollout.plan import RolloutPlan
@@ -126,7 +126,7 @@ class RolloutCache:
             "steps": torch.tensor([r.steps for r in rollouts]),
             "lengths": torch.tensor([len(own) for own in generated]),
             **({"rows": torch.tensor([len(r.sequences) for r in rollouts])} if several else {}),
-            **({"histories": _json_bytes([_plain(r.histories) for r in rollouts])} if several else {}),
+            **({"histories": _json_bytes([[_said(own) for own in r.histories] for r in rollouts])} if several else {}),
             "ids": torch.cat([own.tokens_L for own in generated]),
             "mask": torch.cat([own.action_mask_L for own in generated]),
             "turns": torch.cat([_turns(r) for r in rollouts]),
@@ -138,6 +138,8 @@ class RolloutCache:
             "statuses": torch.tensor([list(Status).index(r.status) for r in rollouts]),
             "grades": _json_bytes([[r.reward, dict(r.reward_parts), r.feedback] for r in rollouts]),
         }
+        if any(rollout.outcomes for rollout in rollouts):
+            found["outcomes"] = _json_bytes([[_plain(own) for own in r.outcomes] for r in rollouts])
         return {_PREFIX + name: value for name, value in found.items()}
 
     def restore(self, prompts: Sequence[Prompt], render: Renderer, tensors: Mapping[str, Tensor]) -> None:
@@ -151,6 +153,7 @@ class RolloutCache:
         grades, count = json.loads(bytes(lists["grades"])), len(lists["steps"])
         histories = json.loads(bytes(lists["histories"])) if "histories" in lists else [[]] * count
         ids, masks, logps, turns = (iter(tensors[name].split(lists[sizes])) for name, sizes in flat.items())
+        outcomes = json.loads(bytes(lists["outcomes"])) if "outcomes" in lists else [[]] * count
         rollouts: list[Rollout] = []
         for index, rows in enumerate(lists.get("rows", [1] * count)):
             prompt, (reward, parts, feedback) = prompts[lists["prompts"][index]], grades[index]
@@ -173,6 +176,7 @@ class RolloutCache:
                     reward_parts=parts,
                     feedback=feedback,
                     histories=tuple(tuple(Message(*own) for own in history) for history in histories[index]),
+                    outcomes=tuple(_outcome(*own) for own in outcomes[index]),
                 )
             )
         rest = iter(rollouts)
@@ -185,14 +189,23 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
 
 
-def _plain(histories: Sequence[Sequence[Message]]) -> list[list[list[Any]]]:
-    """The messages of histories as JSON values."""
-    return [[[own.role, own.content, dict(own.extra)] for own in history] for history in histories]
+def _said(messages: Sequence[Message]) -> list[list[Any]]:
+    """Messages as JSON values."""
+    return [[own.role, own.content, dict(own.extra)] for own in messages]
 
 
 def _json_bytes(values: list[Any]) -> Tensor:
     """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
+
+
+def _plain(own: Outcome) -> list[Any]:
+    """An outcome as JSON values; `_outcome` is the way back."""
+    return [_said(own.messages), own.reward, dict(own.measures)]
+
+
+def _outcome(said: list[list[Any]], reward: float | None, measures: dict[str, float]) -> Outcome:
+    return Outcome(tuple(Message(*message) for message in said), reward, measures)
 
 
 def _turns(rollout: Rollout) -> Tensor:

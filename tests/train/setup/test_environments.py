@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from trained import trained
@@ -29,15 +30,37 @@ def test_a_horizon_of_turns_is_noted_and_an_experts_turns_are_refused() -> None:
     assert played == []
 
 
-def test_replies_are_not_read_in_other_tokens_and_the_run_says_so_before_it_loads_a_model() -> None:
+#: One that only adds to a conversation, and one that shows the user's first turn alone.
+ADDS = "{% for one in messages %}{{ one.content }}{% if one.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+FIRST = ADDS.replace("{{ one.content }}", "{% if one.role == 'assistant' or loop.first %}{{ one.content }}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "refused"), [(ADDS, None), (None, "no conversations"), (FIRST, "leaves out turns")]
+)
+def test_replies_are_read_in_other_tokens_or_the_run_says_why_not_before_it_loads_a_model(
+    monkeypatch: pytest.MonkeyPatch, template: str | None, refused: str | None
+) -> None:
     student, other = (SimpleNamespace(tokenizer=trained(kind)) for kind in ("gemma", "byte-level"))
-    given = (registry.load("opd"), "teacher", student, other)
-    need_alignment(configuration.Config(data="countdown"), *given)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="replies of an environment \\('rooms'\\) cannot be read"):
-        need_alignment(configuration.Config(data="rooms"), *given)  # type: ignore[arg-type]
-    need_alignment(configuration.Config(data="rooms"), registry.load("opd"), "teacher", student, student)  # type: ignore[arg-type]
-    by_turn = configuration.resolve({"data": "rooms", "rollout": {"history": 0}})
-    need_alignment(by_turn, *given)  # type: ignore[arg-type]
+    monkeypatch.setattr(other.tokenizer, "chat_template", template)
+    given: Any = (registry.load("opd"), "teacher", student, other)
+    need_alignment(configuration.Config(data="countdown"), *given)
+    if refused is None:
+        need_alignment(configuration.Config(data="rooms"), *given)
+        return
+    with pytest.raises(
+        UserError, match=f"replies of an environment \\('rooms'\\) cannot be read: .*{refused}"
+    ) as error:
+        need_alignment(configuration.Config(data="rooms"), *given)
+    assert "\n" not in str(error.value)
+
+
+def test_methods_that_compare_ids_are_refused_in_an_environment_too() -> None:
+    student, other = (SimpleNamespace(tokenizer=trained(kind)) for kind in ("gemma", "byte-level"))
+    given: Any = ("teacher", student)
+    with pytest.raises(UserError, match="method 'gkd' needs"):
+        need_alignment(configuration.Config(data="rooms"), registry.load("gkd"), *given, other)
+    need_alignment(configuration.Config(data="rooms"), registry.load("gkd"), *given, student)
 
 
 def test_a_history_without_an_environment_is_said_to_change_nothing() -> None:

@@ -11,7 +11,7 @@ import torch
 from support import group_of, make_tokenizer
 
 from retort.align.chat import Renderer, TemplateOptions
-from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.rollouts import Message, Outcome, Prompt, Rollout
 from retort.rollout.plan import RolloutPlan
 from retort.train.source.cache import RolloutCache
 
@@ -52,6 +52,26 @@ def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None
     again.restore(*setup, cache.tensors(setup[0]))
     assert [[plain(r) for r in visit] for visit in again.visits] == [[plain(r) for r in v] for v in cache.visits]
     assert [len(visit) for visit in again.visits] == [3, 1]
+
+
+def test_replayed_episodes_keep_what_was_replied(setup: Any, tmp_path: Path) -> None:
+    """A teacher with another tokenizer reads it in its own tokens."""
+    cache, again = RolloutCache(tmp_path), RolloutCache(tmp_path)
+    said = Outcome((Message("tool", "2 \u0142", {"name": "add"}), Message("user", "go on")), 0.5, {"success": 1.0})
+    single = kept(setup)[0]
+    several = replace(
+        single,
+        sequences=(single.sequence.then([9]).then([6], decided=True),),
+        turn_A=torch.tensor([0, 0, 1]),
+        engine_logp_A=-torch.ones(3),
+        member=1,
+        outcomes=(said,),
+    )
+    cache.remember([(single, several)], 1)
+    again.restore(*setup, cache.tensors(setup[0]))
+    assert [rollout.outcomes for rollout in again.visits[0]] == [(), (said,)]
+    cache.remember([(single,)], 1)
+    assert "replay/outcomes" not in cache.tensors(setup[0])
 
 
 def test_kept_answers_of_the_teacher_keep_their_grades(setup: Any, tmp_path: Path) -> None:
