@@ -49,15 +49,15 @@ def reply_ids(
             reply.
     """
     problem = cannot_reply(prompt, tokenizer, template_options)
-    whole_ids, other_ids = (
-        render(
-            replace(prompt, messages=(*prompt.messages, _TURN, first, *replies[1:])),
-            tokenizer,
-            template_options,
-            split=True,
-        )
-        for first in (replies[0], replace(replies[0], content=f"Retortagain {replies[0].content}"))
-    )
+    try:
+        whole_ids, other_ids = _both(prompt, _TURN, replies, tokenizer, template_options)
+    except UserError as refusal:  # some templates take the reply of a tool only behind a turn that called it
+        if any(reply.role != "tool" for reply in replies):
+            raise
+        try:
+            whole_ids, other_ids = _both(prompt, _calling(replies), replies, tokenizer, template_options)
+        except UserError:
+            raise refusal from None
     if whole_ids == other_ids:
         raise UserError(leaves_out(prompt, replies[0]))
     before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
@@ -100,3 +100,36 @@ def leaves_out(prompt: Prompt, reply: Message) -> str:
         f"prompt '{prompt.id}': the environment cannot reply to the model, because its chat template leaves out turns "
         f"of the role '{reply.role}'"
     )
+
+
+def _both(
+    prompt: Prompt,
+    turn: Message,
+    replies: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: TemplateOptions,
+) -> tuple[list[int], list[int]]:
+    """The ids of the conversation with a turn and its replies; and those with another first reply."""
+    one, two = (
+        render(
+            replace(prompt, messages=(*prompt.messages, turn, first, *replies[1:])),
+            tokenizer,
+            template_options,
+            split=True,
+        )
+        for first in (replies[0], replace(replies[0], content=f"Retortagain {replies[0].content}"))
+    )
+    return one, two
+
+
+def _calling(replies: Sequence[Message]) -> Message:
+    """A placeholder for a turn that calls the tools whose replies follow."""
+    calls = [
+        {
+            "id": reply.extra.get("tool_call_id", ""),
+            "type": "function",
+            "function": {"name": reply.extra.get("name", ""), "arguments": {}},
+        }
+        for reply in replies
+    ]
+    return Message("assistant", "", {"tool_calls": calls})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import date, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
@@ -12,6 +12,7 @@ from retort.align.chat import TemplateOptions
 from retort.config.sections import Section
 from retort.envs.registry import refuse_unknown
 from retort.errors import UserError
+from retort.rollout.waiting import Waiting
 
 
 def _env(name: str) -> str:
@@ -73,6 +74,18 @@ class RolloutSection(Section):
     tools: bool = Field(
         default=False, description="show the environment's tools to the model, for chat templates that can"
     )
+    turns: Literal["lockstep", "ready"] = Field(
+        default="lockstep",
+        description="lockstep: every episode waits for the replies to all, and a resumed run has the same bits; ready: "
+        "for slow environments, an episode goes on when its own reply is there, the same up to rounding",
+    )
+    deadline: float | None = Field(
+        default=None,
+        gt=0,
+        le=1e6,
+        description="seconds that the environment has for a reply; a later one ends its episode as truncated "
+        "(docs/rooms.md); null: as long as it takes",
+    )
 
     @field_validator("date", mode="before")
     @classmethod
@@ -89,3 +102,8 @@ class RolloutSection(Section):
     def template_options(self) -> TemplateOptions:
         """The options with which prompts become ids."""
         return TemplateOptions(self.thinking, self.date, self.rendered)
+
+    @property
+    def waiting(self) -> Waiting:
+        """How the environment is waited for, with a record of its own of what came too late."""
+        return Waiting(self.deadline, self.turns)

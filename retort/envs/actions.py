@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Any
 
+from retort.align.calls import Call, calls_of
 from retort.align.text import after_thinking
 
 __all__ = ["MOST_ACTION", "action_of", "numbered", "numbered_rows", "tool"]
@@ -29,15 +29,9 @@ def action_of(text: str) -> str:
 
 
 def _called(text: str) -> str:
-    start = text.find('{"')
-    if start < 0:
-        return text
-    try:
-        call, _ = json.JSONDecoder().raw_decode(text[start:])
-    except (ValueError, RecursionError):
-        return text
-    given = call.get("arguments", call.get("parameters"))
-    action = given.get("action") if call.get("name") == "act" and isinstance(given, dict) else None
+    calls = calls_of(text) or calls_of(text[max(0, text.find('{"')) :])
+    call = calls[0] if calls else None
+    action = call.arguments.get("action") if isinstance(call, Call) and call.name == "act" else None
     return action if isinstance(action, str) else text
 
 

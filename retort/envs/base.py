@@ -46,7 +46,11 @@ class Reply:
 
 
 class Episode(Protocol):
-    """One episode, for one rollout."""
+    """One episode, for one rollout.
+
+    It may also have a method `called(text, calls)`, which takes the place of `reply` where the student's turn is read
+    by its tokenizer: `calls` are the calls of tools in it, see `retort.align.calls.turn_calls`.
+    """
 
     @property
     def prompt(self) -> Prompt:
@@ -88,14 +92,16 @@ class FailedEpisode:
     Attributes:
         prompt: The prompt that it should have begun with.
         words: What went wrong.
+        measures: What is measured of it.
     """
 
     prompt: Prompt
     words: str
+    measures: Mapping[str, float] = field(default_factory=lambda: {})
 
     def reply(self, text: str) -> Reply:
         """See `Episode`."""
-        return Reply(over=True, status=Status.ERROR, feedback=self.words)
+        return Reply(over=True, status=Status.ERROR, feedback=self.words, measures=self.measures)
 
     def close(self) -> None:
         """See `Episode`."""

@@ -68,5 +68,9 @@ class _Behind:
     def reply(self, text: str) -> Reply:
         return self.episode.reply(text)
 
+    @property
+    def called(self) -> Callable[..., Reply] | None:
+        return getattr(self.episode, "called", None)
+
     def close(self) -> None:
         self.episode.close()

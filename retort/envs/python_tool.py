@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -19,9 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from retort.align.calls import Call, Malformed, calls_of, refused
 from retort.align.text import after_thinking
 from retort.core.rollouts import Message, Prompt, Status
 from retort.envs.base import Episode, Reply
+from retort.envs.dispatch import tool_message
 from retort.errors import UserError
 
 __all__ = ["TOOL", "Limits", "PythonTool", "code_of", "run"]
@@ -40,7 +41,6 @@ TOOL: dict[str, Any] = {
     },
 }
 _FENCE = re.compile(r"```(?:python|py)[ \t]*\n(.*?)```", re.DOTALL)
-_HEAD = re.compile(r"<tool_call>|<\|python_tag\|>")
 #: Seconds on the clock per second of processor time that is allowed.
 CLOCK = 10.0
 #: Exit statuses of a program that the kernel ended by SIGKILL or SIGXCPU, itself or the process that it waits for.
@@ -101,8 +101,11 @@ class _Session:
     turns: int = 0
 
     def reply(self, text: str) -> Reply:
+        return self.called(text, calls_of(text))
+
+    def called(self, text: str, calls: Sequence[Call | Malformed]) -> Reply:
         self.turns += 1
-        found = code_of(after_thinking(text))
+        found = code_of(after_thinking(text), calls)
         if found is None:
             return Reply(over=True, measures={"tool_errors": 0.0})
         if isinstance(found, Malformed):
@@ -112,42 +115,35 @@ class _Session:
         over = self.turns >= self.limits.turns
         measures = {"tool_errors": float(failed)}
         status = Status.TRUNCATED if over else Status.COMPLETED
-        return Reply((Message(self.role, said),), over, status=status, measures=measures)
+        message = Message(self.role, said)
+        if self.role == "tool":
+            message = tool_message("python", said, calls[0] if calls else Call("python"), self.turns)
+        return Reply((message,), over, status=status, measures=measures)
 
     def close(self) -> None:
         pass
 
 
-@dataclass(frozen=True)
-class Malformed:
-    """A call that cannot be carried out, and why."""
-
-    words: str
-
-
-def code_of(text: str) -> str | Malformed | None:
+def code_of(text: str, calls: Sequence[Call | Malformed] | None = None) -> str | Malformed | None:
     """The code of the call in a turn; None for a turn without one.
 
-    A call is a fenced block of Python (the last one), or JSON with `name` and `arguments` or `parameters`, as Hermes
-    (`<tool_call>`) and Llama 3 write it.
+    A call is a fenced block of Python (the last one), or one of the tool `python` (the first one).
+
+    Args:
+        text: The turn.
+        calls: Its calls, where they are known; else see `calls_of`.
     """
-    fences = _FENCE.findall(text)
-    head = _HEAD.search(text)
-    start = text.find("{", 0 if head is None else head.end())
-    if head is None and not text.lstrip().startswith("{"):
+    calls = calls_of(text) if calls is None else calls
+    if not calls:
+        fences = _FENCE.findall(text)
         return fences[-1] if fences else None
-    try:
-        call, _ = json.JSONDecoder().raw_decode(text[start:] if start >= 0 else "")
-    except (ValueError, RecursionError):
-        return Malformed("the call is not valid JSON") if head is not None else None
-    name, given = call.get("name"), call.get("arguments", call.get("parameters"))
-    if name is None and head is None:
-        return None  # an answer that is JSON
-    if name != "python":
-        return Malformed("there is no such tool; there is: python")
-    if not isinstance(given, dict) or set(given) != {"code"} or not isinstance(given["code"], str):
-        return Malformed('the arguments must be {"code": "..."}')
-    return given["code"]
+    call = calls[0]
+    if isinstance(call, Malformed) and not call.name:
+        return call
+    if call.name != "python":
+        return Malformed(refused(Call(call.name), (TOOL,)) or "")
+    code = call.arguments.get("code") if isinstance(call, Call) and set(call.arguments) == {"code"} else None
+    return code if isinstance(code, str) else Malformed('the arguments must be {"code": "..."}')
 
 
 def run(code: str, limits: Limits) -> tuple[str, bool]:

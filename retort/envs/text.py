@@ -16,15 +16,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, Protocol
 
+from retort.align.calls import Call, Malformed, calls_of
 from retort.core.random_streams import key
 from retort.core.rollouts import Message, Prompt, Status
 from retort.envs.base import Episode, FailedEpisode, Reply
+from retort.envs.dispatch import Raised, Result, called, raised, stepped
 from retort.errors import UserError, quoted
 
 __all__ = ["MEASURES", "MOST_TURNS", "TextEnvironment", "TextEpisodes"]
@@ -42,6 +42,9 @@ class TextEnvironment(Protocol):
 
     * `max_turns`, the most turns of an episode, read after `reset`;
     * `tools`, functions that the model may call, as JSON schemas in the form of chat templates;
+    * `call(name, arguments)`, which plays one call of a tool and returns what `step` returns. It gets only calls of
+      `tools` whose arguments fit their schemas. `step` gets the turns without a call; where there is no `step`, such a
+      turn is told to call a tool;
     * `expert()`, a list of texts that lead from here to a success, where an expert is known;
     * `close()`, called once at the end.
     """
@@ -99,13 +102,22 @@ class TextEpisodes:
         try:
             game = self.make()
             seen: Any = game.reset(prompt.text, key(0, "environment", prompt.id))
-            tools = tuple(getattr(game, "tools", ())) if self.tools else prompt.tools
+            calling = callable(getattr(game, "call", None))
+            own = tuple(getattr(game, "tools", ())) if calling or self.tools else ()
         except Exception as error:
-            return FailedEpisode(prompt, f"{self.name}: reset raised {_words(error)}")
+            return FailedEpisode(prompt, f"{self.name}: {raised('reset', error)}")
+        if calling and not own:
+            raise UserError(f"environment {self.name}: it has a method `call` and no `tools`; list the tools there")
+        tools = own if self.tools else prompt.tools
         if self.tools and not tools:
             raise UserError(f"rollout.tools: the environment {self.name} has no tools to offer; leave it out")
-        messages = (*prompt.messages[:-1], _message(seen, f"environment {self.name}, row '{prompt.id}': reset"))
-        return _Playing(replace(prompt, messages=messages, tools=tools), game, self.name)
+        if not isinstance(seen, str):
+            at = f"environment {self.name}, row '{prompt.id}': reset"
+            raise UserError(f"{at} gave an observation that is no text but {quoted(seen)}; return a str")
+        begun = replace(prompt, messages=(*prompt.messages[:-1], Message("user", seen)), tools=tools)
+        if calling:
+            return _Calling(begun, game, self.name, own=own, role="tool" if self.tools else "user")
+        return _Playing(begun, game, self.name)
 
 
 @dataclass
@@ -113,30 +125,31 @@ class _Playing:
     """An episode in progress."""
 
     prompt: Prompt
-    game: TextEnvironment
+    game: Any
     name: str
     turns: int = 0
 
     def reply(self, text: str) -> Reply:
+        return self._replied(lambda at: stepped(self.game, text, at))
+
+    def _replied(self, play: Callable[[str], Result]) -> Reply:
+        """The reply of the next turn, which a function plays that takes the turn's name."""
         self.turns += 1
         try:
-            found: Any = self.game.step(text)
-            most = int(getattr(self.game, "max_turns", None) or MOST_TURNS)
+            found = play(f"environment {self.name}, row '{self.prompt.id}', turn {self.turns}")
+            most = self._most()
+        except Raised as error:
+            return Reply(over=True, status=Status.ERROR, feedback=f"{self.name}: turn {self.turns}: {error}")
+        over = found.done or self.turns >= most
+        status = Status.TRUNCATED if over and (not found.done or found.truncated) else Status.COMPLETED
+        measures = {"success": float(over and found.success), "tool_errors": found.tool_errors}
+        return Reply(found.messages, over, found.reward, status, measures=measures)
+
+    def _most(self) -> int:
+        try:
+            return int(getattr(self.game, "max_turns", None) or MOST_TURNS)
         except Exception as error:
-            words = f"{self.name}: turn {self.turns}: step raised {_words(error)}"
-            return Reply(over=True, status=Status.ERROR, feedback=words)
-        at = f"environment {self.name}, row '{self.prompt.id}', turn {self.turns}: step"
-        if not isinstance(found, tuple) or len(found) != 4 or not isinstance(found[3], Mapping):
-            raise UserError(f"{at} returned {quoted(found)}; return observation, reward, done and a mapping")
-        seen, reward, done, info = found
-        if not isinstance(reward, Real) or not math.isfinite(reward):
-            raise UserError(f"{at} gave the reward {quoted(reward)}; give a finite number")
-        message, over = _message(seen, at), bool(done) or self.turns >= most
-        errors = info.get("tool_errors", 0)
-        measures = {"success": float(over and bool(info.get("success"))), "tool_errors": float(errors)}
-        cut = over and (not done or bool(info.get("truncated")))
-        status = Status.TRUNCATED if cut else Status.COMPLETED
-        return Reply((message,), over, float(reward), status, measures=measures)
+            raise raised("max_turns", error) from error
 
     def expert(self) -> list[str]:
         """Texts that lead from here to a success; none where the environment knows no expert."""
@@ -154,12 +167,27 @@ class _Playing:
             close()
 
 
-def _message(seen: object, at: str) -> Message:
-    if not isinstance(seen, str):
-        raise UserError(f"{at} gave an observation that is no text but {quoted(seen)}; return a str")
-    return Message("user", seen)
+@dataclass
+class _Calling(_Playing):
+    """An episode in progress whose environment plays calls of its tools.
 
+    Attributes:
+        own: The tools.
+        role: Role of the replies to calls.
+    """
 
-def _words(error: Exception) -> str:
-    said = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    own: tuple[Mapping[str, Any], ...] = ()
+    role: str = "user"
+
+    def reply(self, text: str) -> Reply:
+        return self.called(text, calls_of(text))
+
+    def called(self, text: str, calls: Sequence[Call | Malformed]) -> Reply:
+        """Takes the student's next turn, whose calls are known already."""
+        if calls:
+            return self._replied(lambda at: called(self.game, calls, self.own, turn=self.turns, role=self.role, at=at))
+        if callable(getattr(self.game, "step", None)):
+            return super().reply(text)
+        names = ", ".join(str(tool.get("function", tool).get("name")) for tool in self.own)
+        words = f"error: this turn has no call; call one of the tools: {names}"
+        return self._replied(lambda _: Result((Message("user", words),), tool_errors=1))

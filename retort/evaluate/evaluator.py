@@ -77,8 +77,15 @@ class Evaluator:
     episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
 
     @staticmethod
-    def from_config(config: Config, prompts: Sequence[Prompt], verifier: Grader | None, *, vocab: int) -> Evaluator:
-        """Builds the evaluator that a run's settings describe."""
+    def from_config(
+        config: Config,
+        prompts: Sequence[Prompt],
+        verifier: Grader | None,
+        *,
+        vocab: int,
+        episodes: EpisodeSetup | None = None,
+    ) -> Evaluator:
+        """Builds the evaluator that a run's settings describe, by default with an environment of its own."""
         return Evaluator(
             prompts=prompts,
             verifier=verifier,
@@ -92,12 +99,14 @@ class Evaluator:
             template_options=config.rollout.template_options,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
-            episodes=EpisodeSetup.named(
+            episodes=episodes
+            or EpisodeSetup.named(
                 config.environment,
                 config.rollout.template_options,
                 turns=config.rollout.max_turns,
                 tools=config.rollout.tools,
                 history=config.rollout.history,
+                waiting=config.rollout.waiting,
             ),
         )
 

@@ -1,4 +1,4 @@
-"""From prompts to rollouts: all episodes advance in lock step, turn by turn. Only environments give rewards here.
+"""From prompts to rollouts: by default all episodes advance in lock step, turn by turn. Only environments give rewards.
 
 A single-turn prompt is an episode of one turn in an environment that does not reply.
 """
@@ -6,21 +6,23 @@ A single-turn prompt is an episode of one turn in an environment that does not r
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from retort.align.calls import turn_calls
 from retort.align.chat import TemplateOptions, render
 from retort.align.history import Exchange
 from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
 from retort.core.sequences import TokenSequence
-from retort.envs.base import Environment, Episode, FailedEpisode, SingleTurn
+from retort.envs.base import Environment, Episode, FailedEpisode, Reply, SingleTurn
 from retort.envs.behind import BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
@@ -28,6 +30,7 @@ from retort.errors import UserError
 from retort.rollout.conversation import Conversation
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 from retort.rollout.plan import TurnCurriculum
+from retort.rollout.waiting import Calls, Waiting, late, never_begun
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,6 +69,7 @@ class EpisodeSetup:
             has 0 of each. Where there are any, `turns` is measured besides.
         history: Number of exchanges that the model reads before each turn, behind the prompt, rendered anew; None: all,
             in a growing conversation.
+        waiting: How the environment is waited for.
     """
 
     environment: Environment = _ONCE
@@ -73,6 +77,7 @@ class EpisodeSetup:
     turns: int | None = None
     measures: tuple[str, ...] = ()
     history: int | None = None
+    waiting: Waiting = field(default_factory=Waiting)
 
     @staticmethod
     def named(
@@ -82,12 +87,14 @@ class EpisodeSetup:
         turns: int | None = None,
         tools: bool = False,
         history: int | None = None,
+        waiting: Waiting | None = None,
     ) -> EpisodeSetup:
         """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
         if name is None:
             return EpisodeSetup(template_options=template_options)
-        environment = load(name, tools=tools)
-        return EpisodeSetup(environment, template_options, turns, getattr(environment, "measures", MEASURES), history)
+        environment, waiting = load(name, tools=tools), waiting or Waiting()
+        measures = (*getattr(environment, "measures", MEASURES), *waiting.measures)
+        return EpisodeSetup(environment, template_options, turns, measures, history, waiting)
 
     def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches."""
@@ -124,16 +131,25 @@ class _Open:
         left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
         return min(left, context - len(before)) if self.completions else left
 
-    def take(self, completion: Completion, engine: Engine, setup: EpisodeSetup, sampling: Sampling) -> None:
-        """Takes a generated turn: the environment replies, unless the episode has ended."""
+    def take(self, completion: Completion, engine: Engine) -> Callable[[], Reply] | None:
+        """Takes a generated turn; what asks the environment for its reply, or None where the episode has ended."""
         before: list[int] = self.talk.sequence.tokens_L.tolist()
         self.completions.append(completion)
-        self.texts.append(completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
+        self.texts.append(text := completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
         self.talk.decide(completion.ids)
         if completion.status != Status.COMPLETED and not isinstance(self.episode, FailedEpisode):
             self.status = completion.status
-            return
-        reply = self.episode.reply(self.texts[-1])
+            return None
+        called: Callable[..., Reply] | None = getattr(self.episode, "called", None)
+        if called is None:
+            return partial(self.episode.reply, text)
+        tools = self.episode.prompt.tools
+        return partial(
+            called, text, turn_calls(engine.tokenizer, completion.ids, text=text, prompt_ids=before, tools=tools)
+        )
+
+    def hear(self, reply: Reply, engine: Engine, setup: EpisodeSetup, sampling: Sampling) -> None:
+        """Takes the environment's reply to the last turn."""
         self.outcomes.append(Outcome(reply.messages, reply.reward, reply.measures))
         if reply.reward is not None:
             self.rewards.append(reply.reward)
@@ -142,7 +158,7 @@ class _Open:
         if reply.over:
             self.status, self.feedback = reply.status, reply.feedback
             return
-        exchange, stop = Exchange(self.texts[-1], reply.messages), completion.ids[-1]
+        exchange, stop = Exchange(self.texts[-1], reply.messages), self.completions[-1].ids[-1]
         following = self.talk.replied(exchange, stop, engine.tokenizer, setup.template_options, setup.history)
         if len(self.completions) == setup.turns or self.room(sampling, engine.context, following.sequence) < 1:
             self.status = Status.TRUNCATED  # no decision will follow the reply
@@ -189,6 +205,9 @@ def run_episodes(
 ) -> list[Rollout]:
     """Generates all tasks with the engine, in order; every turn of all open episodes is one call of it.
 
+    With `ready` (see `Waiting`) a call of it continues the episodes whose replies are there: the same rollouts up to
+    rounding, because the random numbers of a turn depend on its rollout and its number alone.
+
     An episode ends when its environment ends it, or truncated when its tokens, its turns or the engine's context are
     used up. Rollouts of one visit to a prompt must be neighbours.
 
@@ -205,22 +224,61 @@ def run_episodes(
     """
     setup = setup or EpisodeSetup()
     with contextlib.ExitStack() as stack:
-        episodes = _begun(engine, tasks, setup, stack)
-        while open_ := [own for own in episodes if own.status is None]:
+        calls = Calls(setup.waiting.deadline)
+        episodes = _begun(engine, tasks, setup, calls, stack)
+        while open_ := [own for own in episodes if own.status is None and id(own.episode) not in calls]:
             requests = [own.request(sampling, engine.context) for own in open_]
             for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
-                own.take(completion, engine, setup, sampling)
+                ask = own.take(completion, engine)
+                if ask is not None:
+                    _asked(own, ask, calls, engine, setup, sampling)
+            _heard(episodes, calls, engine, setup, sampling)
     return [own.rollout(engine.tokenizer, setup, source) for own in episodes]
 
 
-def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: contextlib.ExitStack) -> list[_Open]:
+def _asked(
+    own: _Open, ask: Callable[[], Reply], calls: Calls, engine: Engine, setup: EpisodeSetup, sampling: Sampling
+) -> None:
+    """Asks for the reply to an episode's last turn, and hears it unless others go on meanwhile."""
+    waiting = setup.waiting
+    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.sequence)
+    if words is not None:
+        own.hear(late(words), engine, setup, sampling)
+    elif waiting.direct:
+        own.hear(ask(), engine, setup, sampling)
+    else:
+        calls.ask(id(own.episode), ask)
+        if waiting.turns == "lockstep":
+            _heard([own], calls, engine, setup, sampling)
+
+
+def _heard(episodes: Sequence[_Open], calls: Calls, engine: Engine, setup: EpisodeSetup, sampling: Sampling) -> None:
+    """Waits until an episode can go on, if any is waited for, and hears what was replied; late ones end."""
+    numbered = {id(own.episode): own for own in episodes}
+    while len(calls):
+        for number, future in calls.arrived():
+            own = numbered[number]
+            if future is not None:
+                own.hear(future.result(), engine, setup, sampling)
+                continue
+            turn = len(own.completions)
+            words = setup.waiting.words(turn)
+            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.sequence, words=words)
+            own.hear(late(words), engine, setup, sampling)
+        if any(own.status is None and id(own.episode) not in calls for own in episodes):
+            return
+
+
+def _begun(
+    engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, calls: Calls, stack: contextlib.ExitStack
+) -> list[_Open]:
     """Begins every episode, before its first turn; the stack closes them."""
     found: list[_Open] = []
     for _, group in groupby(tasks, key=lambda task: (task.prompt.id, task.visit)):
         own = list(group)
-        episodes = setup.environment.begin_group(own[0].prompt, [task.member for task in own])
+        episodes = _group(own, setup)
         for episode in episodes:
-            stack.callback(episode.close)
+            stack.callback(calls.close, id(episode), episode)
         _check(own[0].prompt, len(own), episodes)
         for task, episode in zip(own, episodes, strict=True):
             context = task.context
@@ -229,6 +287,19 @@ def _begun(engine: Engine, tasks: Sequence[Task], setup: EpisodeSetup, stack: co
                 _check_room(episode.prompt, context, engine)
             found.append(_Open(task, episode, Conversation(episode.prompt, [context])))
     return found
+
+
+def _group(tasks: Sequence[Task], setup: EpisodeSetup) -> Sequence[Episode]:
+    """Begins the episodes of one visit to a prompt; those that fail where that takes too long, now or as recorded."""
+    first, members, waiting = tasks[0], [task.member for task in tasks], setup.waiting
+    words = waiting.timeouts.words(first.uniform_stream, 0, first.context)
+    if words is None:
+        episodes = waiting.begun(setup.environment, first.prompt, members)
+        if episodes is not None:
+            return episodes
+        words = waiting.words(0)
+        waiting.timeouts.add(first.uniform_stream, 0, first.context, words=words)
+    return [never_begun(first.prompt, words) for _ in members]
 
 
 def _check(prompt: Prompt, members: int, episodes: Sequence[Episode]) -> None:

@@ -74,7 +74,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
-        self.source.open(self.folder)
+        self.source.open(self.folder, lambda: self.step)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from scripted import ScriptedEngine
 from support import make_tokenizer
 
 from retort import config as configuration
+from retort import registry as methods
 from retort.align.chat import render
 from retort.cli import main
 from retort.core.random_streams import UniformStream
@@ -26,6 +28,7 @@ from retort.rewards.base import graded
 from retort.rewards.environment import ByEnvironment
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
+from retort.train.source.source import Source
 
 ROW = Prompt("row 1", (Message("system", "so"), Message("user", "add 3")))
 
@@ -148,7 +151,9 @@ def test_tools_are_offered_where_they_are_asked_for() -> None:
 # --- what episodes make of it ---
 
 
-def play(make: Callable[[], Any], turns: list[str], members: int = 1, tokens: int = 20) -> list[Any]:
+def play(
+    make: Callable[[], Any], turns: list[str], members: int = 1, tokens: int = 20, setup: EpisodeSetup | None = None
+) -> list[Any]:
     tokenizer = make_tokenizer(eos="<|im_end|>", chat=True)
     stop = tokenizer.eos_token_id
 
@@ -160,7 +165,7 @@ def play(make: Callable[[], Any], turns: list[str], members: int = 1, tokens: in
     engine = ScriptedEngine(tokenizer, stop, torch.zeros(len(tokenizer)), context=128, says=says)
     context = TokenSequence.of(render(ROW, tokenizer))
     tasks = [Task(ROW, context, member, UniformStream(0, "rollouts", member)) for member in range(members)]
-    setup = EpisodeSetup(TextEpisodes(make, "mine"), measures=MEASURES)
+    setup = setup or EpisodeSetup(TextEpisodes(make, "mine"), measures=MEASURES)
     return run_episodes(engine, tasks, Sampling(tokens), setup=setup)
 
 
@@ -191,6 +196,22 @@ def test_one_broken_episode_leaves_the_others_as_they_are() -> None:
     assert [rollout.status for rollout in rollouts] == [Status.COMPLETED, Status.ERROR, Status.COMPLETED]
     assert rollouts[1].feedback == "mine: turn 1: step raised LookupError: no such level"
     assert [own.reward for own in graded(ByEnvironment("mine"), rollouts)] == [1.0, 0.0, 1.0]
+
+
+def test_a_method_that_needs_rewards_is_refused_where_the_environment_gives_none() -> None:
+    """Rewards that nobody gave must not count as failures."""
+
+    class Unrewarded:
+        def begin_group(self, prompt: Prompt, members: Any) -> list[Any]:
+            reply = Reply(over=True)
+            return [SimpleNamespace(prompt=prompt, reply=lambda _: reply, close=lambda: None) for _ in members]
+
+    rollouts = play(Counting, ["5"], setup=EpisodeSetup(Unrewarded()))
+    assert (rollouts[0].status, rollouts[0].reward) == (Status.COMPLETED, None)
+    source: Any = SimpleNamespace(grader=ByEnvironment("mine"))
+    with pytest.raises(UserError, match="'mine', row 'row 1': it gave a completion no grade, and method 'sod' learns"):
+        Source._graded(source, methods.load("sod"), rollouts)
+    assert Source._graded(source, methods.load("opd"), rollouts)[0].reward is None
 
 
 # --- by name ---

@@ -30,6 +30,12 @@ def advice(metrics: Mapping[str, Any], watches: Iterable[Watch], step: int, alre
             f"step {step}: {metrics['episode_errors']} episodes ended in an error of their environment and are not "
             "learnt from (curve episode_errors; docs/rooms.md)"
         )
+    if metrics.get("timed_out") and "timed_out" not in already:
+        already.add("timed_out")
+        found.append(
+            f"step {step}: rollout.deadline ended {metrics['timed_out']:.1%} of the episodes, whose environment did "
+            "not reply in time (curve timed_out; docs/rooms.md)"
+        )
     for watch in watches:
         low = watch.alarm_below is not None and metrics.get(watch.name, watch.alarm_below) < watch.alarm_below
         if low and watch.name not in already:

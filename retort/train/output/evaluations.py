@@ -33,7 +33,11 @@ class Evaluations:
         held_out = prepared.held_out
         config, vocab = prepared.config, prepared.learner.vocab
         self._evaluator = (
-            Evaluator.from_config(config, held_out, prepared.eval_grader, vocab=vocab) if held_out else None
+            Evaluator.from_config(
+                config, held_out, prepared.eval_grader, vocab=vocab, episodes=prepared.source.episodes
+            )
+            if held_out
+            else None
         )
         self.results = results.read(folder, self._evaluator, prepared.config)
 

@@ -31,10 +31,23 @@ def summary(prepared: Prepared) -> dict[str, str]:
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
         "graded by": source.grader.name if source.grader else "nothing (the data has no answers)",
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
+        **({"environment": _environment(prepared)} if config.environment else {}),
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
         "memory": str(forecast(prepared)),
     }
+
+
+def _environment(prepared: Prepared) -> str:
+    """The environment, and what of a run does not follow from its seed."""
+    config = prepared.config
+    waiting = config.rollout.waiting
+    said = [f"{config.environment}"]
+    if waiting.turns == "ready":
+        said.append("turns=ready: an episode goes on when its reply is there, so that runs repeat up to rounding only")
+    if waiting.deadline is not None:
+        said.append(f"a reply that takes longer than {waiting.deadline:g} s ends its episode, and is recorded")
+    return "; ".join(said)
 
 
 def _teachers(prepared: Prepared) -> str:

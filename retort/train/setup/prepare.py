@@ -199,6 +199,7 @@ def _parties(
             turns=config.rollout.max_turns,
             tools=config.rollout.tools,
             history=config.rollout.history,
+            waiting=config.rollout.waiting,
         ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,

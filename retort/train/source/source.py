@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,8 @@ from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.plan import RolloutPlan
 from retort.train.source.cache import RolloutCache, key
 from retort.train.source.order import Visit, easy_to_hard, visits
+from retort.train.storage.folder import TIMEOUTS
+from retort.train.storage.metrics import JsonLines
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Source:
         episodes: The environment that replies to the student.
         failed: What went wrong, in words, in each episode of the last batch that its environment could not go on with.
         cache: Rollouts of earlier batches; a run sets its own.
+        late: The record of replies that came too late; a run sets its own.
         world: The ranks, each of which generates and grades a part of the batch.
         whole: Within it the student can generate without the other ranks; all enter it together.
         teacher_whole: The same for the teacher.
@@ -78,6 +82,7 @@ class Source:
     episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
     failed: list[str] = field(default_factory=list)
     cache: RolloutCache = field(default_factory=RolloutCache)
+    late: JsonLines = field(default_factory=lambda: JsonLines(Path(TIMEOUTS)))
     world: World = field(default_factory=here)
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher_whole: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -185,9 +190,21 @@ class Source:
             text=prompt.response,
         )
 
-    def open(self, folder: Path) -> None:
-        """Keeps completions in a run's folder from now on."""
+    def open(self, folder: Path, step: Callable[[], int]) -> None:
+        """Keeps completions, and what its environment said too late, in a run's folder from now on.
+
+        Args:
+            folder: The folder; nothing is written yet.
+            step: Returns the number of steps that the run has done.
+
+        Raises:
+            UserError: The record of late replies in it is damaged.
+        """
         self.cache = RolloutCache(folder)
+        late = folder / TIMEOUTS
+        self.late = JsonLines(late / f"rank-{self.world.rank}.jsonl", own=True)
+        rows = [row for path in sorted(late.glob("*.jsonl")) for row in JsonLines(path).rows()]
+        self.episodes.waiting.timeouts.open(rows, self.late.append, step)
 
     def mark(self) -> Callable[[], None]:
         """Returns a function that restores the present replay buffer."""
@@ -195,7 +212,8 @@ class Source:
         return lambda: self.cache.put(visits)
 
     def go_back(self, step: int) -> None:
-        """Restores the teacher's completions of a step."""
+        """Restores the teacher's completions of a step; what came too late is kept, also behind it."""
+        self.late.cut(sys.maxsize)
         self.cache.go_back(self.prompts, self.render, step)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -23,6 +23,8 @@ from retort.files import read_object, reason, unnameable
 from retort.ranks import World
 
 LOCK = ".lock"
+#: Folder of the records of replies that came too late, one of each rank.
+TIMEOUTS = "timeouts"
 #: Files that a run writes: a folder with one of these is a run, or holds files that a run would replace.
 FILES = (
     "config.json",
@@ -37,6 +39,7 @@ FILES = (
     "trust.json",
     "teacher_rollouts.jsonl",
     "difficulty.jsonl",
+    TIMEOUTS,
     "tensorboard",
     "given-data.jsonl",
     "given-eval-data.jsonl",

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,9 +68,15 @@ class JsonLines:
     Of several ranks only the first one writes; all may read.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Prepares the file without opening it."""
-        self.path = path
+    def __init__(self, path: Path, *, own: bool = False) -> None:
+        """Prepares the file without opening it.
+
+        Args:
+            path: The file.
+            own: It is this rank's own: every rank writes one, in a folder that is made with the first line, and a line
+                is on the disk when `append` returns.
+        """
+        self.path, self.own = path, own
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Writes a line, whole or not at all.
@@ -77,16 +84,20 @@ class JsonLines:
         Raises:
             RunError: The disk is full or the file cannot be written.
         """
-        if not here().leads:
+        if not (here().leads or self.own):
             return
         line = (json.dumps(_finite(row), ensure_ascii=False) + "\n").encode("utf-8", "replace")
         try:
+            if self.own:
+                self.path.parent.mkdir(exist_ok=True)
             with self.path.open("ab", buffering=0) as file:
                 size = file.tell()
                 try:
                     # A disk that fills up takes a part of the line, and refuses the rest.
                     if file.write(line) != len(line):
                         raise OSError(errno.ENOSPC, "No space left on device")
+                    if self.own:
+                        os.fsync(file.fileno())
                 except OSError:
                     with contextlib.suppress(OSError):
                         file.truncate(size)
@@ -109,7 +120,7 @@ class JsonLines:
             UserError: As `rows`.
             RunError: The file cannot be written.
         """
-        if self.path.exists() and here().leads:
+        if self.path.exists() and (here().leads or self.own):
             write_bytes(self.path, b"".join(line + b"\n" for line, row in self._lines() if row["step"] <= step))
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:

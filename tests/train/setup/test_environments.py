@@ -30,6 +30,14 @@ def test_a_horizon_of_turns_is_noted_and_an_experts_turns_are_refused() -> None:
     assert played == []
 
 
+def test_waiting_for_no_environment_is_noted() -> None:
+    for waiting in ({"deadline": 3}, {"turns": "ready"}):
+        for data, count in (("countdown", 1), ("rooms", 0)):
+            config, notes = configuration.resolve({"data": data, "rollout": waiting}), list[str]()
+            need_play(config, registry.load("opd"), notes)
+            assert len(notes) == count
+
+
 #: One that only adds to a conversation, and one that shows the user's first turn alone.
 ADDS = "{% for one in messages %}{{ one.content }}{% if one.role == 'assistant' %}<end>{% endif %}{% endfor %}"
 FIRST = ADDS.replace("{{ one.content }}", "{% if one.role == 'assistant' or loop.first %}{{ one.content }}{% endif %}")
