@@ -97,7 +97,8 @@ def rewrites_earlier(
     """Whether a chat template would write a conversation otherwise than it stands, now that a reply follows.
 
     That is so where the prompt no longer stands at the beginning as it was, or where a turn of the model is not shown
-    in full. Blanks around a turn, and the header before it, do not count.
+    in full. Blanks around a turn, and the header before it, do not count. Of a template that refuses these turns as
+    text nothing is known, and the answer is no.
 
     Args:
         prompt: The prompt as it was rendered.
@@ -111,8 +112,8 @@ def rewrites_earlier(
             as_text(conversation(own.messages), tokenizer, template_options, opened=opened, tools=prompt.tools)
             for own, opened in ((prompt, False), (prompt.then(messages), True))
         )
-    except Exception:  # jinja2's errors, and what the template itself raises; rendering it anew reports them
-        return True
+    except Exception:  # jinja2's errors, and what the template itself raises: it takes no such turns as text
+        return False
     place = len(begun)
     for own in exchanges:
         turn = own.text.strip()
