@@ -241,7 +241,7 @@ def _asked(
 ) -> None:
     """Asks for the reply to an episode's last turn, and hears it unless others go on meanwhile."""
     waiting = setup.waiting
-    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.sequence)
+    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.talk.sequence)
     if words is not None:
         own.hear(late(words), engine, setup, sampling)
     elif waiting.direct:
