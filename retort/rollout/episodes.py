@@ -263,7 +263,7 @@ def _heard(episodes: Sequence[_Open], calls: Calls, engine: Engine, setup: Episo
                 continue
             turn = len(own.completions)
             words = setup.waiting.words(turn)
-            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.sequence, words=words)
+            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.talk.sequence, words=words)
             own.hear(late(words), engine, setup, sampling)
         if any(own.status is None and id(own.episode) not in calls for own in episodes):
             return
