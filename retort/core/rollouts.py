@@ -191,7 +191,7 @@ class Rollout:
         Raises:
             ValueError: There are several.
         """
-        if len(self.sequences) > 1:
+        if len(self.sequences) != 1:
             raise ValueError(f"a rollout of '{self.prompt.id}' has {len(self.sequences)} sequences; read `sequences`")
         return self.sequences[0]
 
