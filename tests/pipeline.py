@@ -177,7 +177,7 @@ def by_padding(setup: Prepared, pack: Pack) -> Step:
 
 def padded_losses(setup: Prepared, pack: Pack) -> TokenLosses:
     """One padded forward pass of every model, and the definition of the losses."""
-    logits, hidden_ND = _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)
+    logits, hidden_ND = _padded(setup.student, [own.tokens_L for own in pack.sequences], pack)
     views: dict[str, Any] = {}
     for name in setup.method.views:
         lm, sequences, valid_N = read_by(setup, name, pack)
@@ -208,7 +208,7 @@ def padded_losses(setup: Prepared, pack: Pack) -> TokenLosses:
 def student_logits(setup: Prepared, pack: Pack) -> Tensor:
     """The student's logits over the shared ids before each token that was decided, [N, V]."""
     with torch.no_grad():
-        return _padded(setup.student, [r.sequence.tokens_L for r in pack.rollouts], pack)[0][:, : setup.learner.vocab]
+        return _padded(setup.student, [own.tokens_L for own in pack.sequences], pack)[0][:, : setup.learner.vocab]
 
 
 def padded_logp(setup: Prepared, pack: Pack) -> Tensor:
@@ -227,7 +227,7 @@ def read_by(setup: Prepared, view: str, pack: Pack) -> tuple[LanguageModel, list
     assert not teacher.alignment.stops, "the tiny models have one tokenizer"
     shown = teacher.prompts(pack, sees)
     prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
-    written = [r.sequence.continuation.tokens_L for r in pack.rollouts]
+    written = [own.continuation.tokens_L for own in pack.sequences]
     sequences = [torch.cat([ids, own]) for ids, own in zip(prompts, written, strict=True)]
     return teacher.lm, sequences, shown.valid_N(pack)
 
@@ -243,8 +243,8 @@ def _padded(lm: LanguageModel, sequences: list[Tensor], pack: Pack) -> tuple[Ten
 
     def rows(all_RLX: Tensor) -> Tensor:
         found: list[Tensor] = []
-        for one_LX, ids, rollout in zip(all_RLX, sequences, pack.rollouts, strict=True):
-            decided_L = rollout.sequence.continuation.action_mask_L
+        for one_LX, ids, sequence in zip(all_RLX, sequences, pack.sequences, strict=True):
+            decided_L = sequence.continuation.action_mask_L
             found.append(one_LX[len(ids) - len(decided_L) - 1 : len(ids) - 1][decided_L])
         return torch.cat(found)
 

@@ -13,10 +13,14 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["reply_ids"]
+__all__ = ["RewritesEarlierError", "cannot_reply", "leaves_out", "reply_ids"]
 
 #: A placeholder for the model's turn: its own ids are kept as generated, and never rendered again.
 _TURN = Message("assistant", "Retortanswer")
+
+
+class RewritesEarlierError(UserError):
+    """A chat template writes what stood before a turn otherwise once a reply follows."""
 
 
 def reply_ids(
@@ -40,15 +44,11 @@ def reply_ids(
         template_options: Options of chat templates.
 
     Raises:
-        UserError: There is no chat template, or it does not end turns with this token, rewrites what stood before the
-            turn, or refuses or leaves out a reply.
+        RewritesEarlierError: The chat template rewrites what stood before the turn.
+        UserError: There is no chat template, or it does not end turns with this token, or refuses or leaves out a
+            reply.
     """
-    problem = f"prompt '{prompt.id}': the environment cannot reply to the model"
-    if template_options.rendered or not tokenizer.chat_template:
-        raise UserError(
-            f"{problem}, because its prompts are no conversations; an environment that replies needs a model with a "
-            "chat template, and rollout.rendered=false"
-        )
+    problem = cannot_reply(prompt, tokenizer, template_options)
     try:
         whole_ids, other_ids = _both(prompt, _TURN, replies, tokenizer, template_options)
     except UserError as refusal:  # some templates take the reply of a tool only behind a turn that called it
@@ -59,10 +59,10 @@ def reply_ids(
         except UserError:
             raise refusal from None
     if whole_ids == other_ids:
-        raise UserError(f"{problem}, because its chat template leaves out turns of the role '{replies[0].role}'")
+        raise UserError(leaves_out(prompt, replies[0]))
     before_ids = render(prompt, tokenizer, template_options, split=True, opened=False)
     if whole_ids[: len(before_ids)] != before_ids:
-        raise UserError(
+        raise RewritesEarlierError(
             f"{problem}, because its chat template writes earlier turns anew when another follows; use a model whose "
             "template only adds to a conversation"
         )
@@ -77,6 +77,29 @@ def reply_ids(
             "template does not write there; set rollout.stop to the token that it writes after an assistant's turn"
         )
     return whole_ids[behind:]
+
+
+def cannot_reply(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions) -> str:
+    """The beginning of a message that an environment cannot reply in a conversation.
+
+    Raises:
+        UserError: There is no chat template.
+    """
+    problem = f"prompt '{prompt.id}': the environment cannot reply to the model"
+    if template_options.rendered or not tokenizer.chat_template:
+        raise UserError(
+            f"{problem}, because its prompts are no conversations; an environment that replies needs a model with a "
+            "chat template, and rollout.rendered=false"
+        )
+    return problem
+
+
+def leaves_out(prompt: Prompt, reply: Message) -> str:
+    """The message that a chat template leaves out a reply."""
+    return (
+        f"prompt '{prompt.id}': the environment cannot reply to the model, because its chat template leaves out turns "
+        f"of the role '{reply.role}'"
+    )
 
 
 def _both(

@@ -32,7 +32,18 @@ _READ = frozenset(
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
     | {
         f"rollout.{name}"
-        for name in ("date", "env", "max_new_tokens", "max_turns", "parallel", "rendered", "stop", "thinking", "tools")
+        for name in (
+            "date",
+            "env",
+            "history",
+            "max_new_tokens",
+            "max_turns",
+            "parallel",
+            "rendered",
+            "stop",
+            "thinking",
+            "tools",
+        )
     }
     | {"optimizer.batch_tokens"}
 )

@@ -65,6 +65,12 @@ class RolloutSection(Section):
     max_turns: int | None = Field(
         default=None, ge=1, description="most turns of an episode; null: as many as its environment allows"
     )
+    history: int | None = Field(
+        default=None,
+        ge=0,
+        description="exchanges that the student reads before each turn, behind the first prompt and rendered anew, so "
+        "that every turn is a sequence of its own (docs/rooms.md); 0: the last reply; null: a growing conversation",
+    )
     tools: bool = Field(
         default=False, description="show the environment's tools to the model, for chat templates that can"
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from itertools import groupby
+from functools import cached_property
+from itertools import accumulate, groupby
 from typing import Any, Literal
 
 import torch
@@ -80,6 +81,19 @@ class Prompt:
         """The bare text: all contents, one after another."""
         return "\n".join(message.content for message in self.messages)
 
+    def then(self, messages: Sequence[Message]) -> Prompt:
+        """The conversation, followed by messages.
+
+        Of two neighbours of the user, the second continues the first after an empty line: many chat templates refuse
+        two in a row.
+        """
+        *before, last = self.messages
+        first = next(iter(messages), None)
+        if first is not None and last.role == first.role == "user" and not (last.extra or first.extra):
+            joined = replace(last, content=f"{last.content}\n\n{first.content}")
+            return replace(self, messages=(*before, joined, *messages[1:]))
+        return replace(self, messages=(*self.messages, *messages))
+
 
 class Status(StrEnum):
     """How a rollout ended."""
@@ -108,9 +122,14 @@ class Outcome:
 class Rollout:
     """A completion of a prompt, token by token, with the author of every token.
 
+    Its decisions are those of its sequences, one sequence after another. A completion, and an episode that is one
+    growing conversation, are one sequence; an episode whose conversation is rendered anew on the way has several. No
+    statistic sees the difference: turns, log-probs, reward and member are of the whole rollout.
+
     Attributes:
         prompt: The prompt that it completes.
-        sequence: All tokens in order, and the action mask: which of them the policy decided.
+        sequences: All tokens in order, and the action mask: which of them the policy decided. A single sequence may be
+            given by itself. Of several, each holds a decision.
         turn_A: Index of the turn of each decided token, int64; None for a single turn.
         engine_logp_A: Log-prob that the rollout engine reported for each decided token, nats; None for data.
         policy_version: Optimizer steps that the student had taken when it generated this.
@@ -126,10 +145,14 @@ class Rollout:
         outcomes: What came of each turn, in order; a last turn that was cut off has none. They are for records, and for
             teachers with another tokenizer, which read the messages of replies in their own. Empty for a single turn
             without an environment.
+        histories: The messages behind the prompt with which each sequence but the first begins.
+
+    Raises:
+        ValueError: Sequences, turns, log-probs and histories are not of one number; or a log-prob is NaN.
     """
 
     prompt: Prompt
-    sequence: TokenSequence
+    sequences: tuple[TokenSequence, ...]
     turn_A: Tensor | None = None
     engine_logp_A: Tensor | None = None
     policy_version: int = 0
@@ -143,8 +166,17 @@ class Rollout:
     feedback: str = ""
     measures: Mapping[str, float] = field(default_factory=lambda: {})
     outcomes: tuple[Outcome, ...] = ()
+    histories: tuple[tuple[Message, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.sequences, TokenSequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            object.__setattr__(self, "sequences", (self.sequences,))
+        if len(self.histories) != len(self.sequences) - 1:
+            raise ValueError(
+                f"{len(self.histories)} histories for {len(self.sequences)} sequences; all but one have one"
+            )
+        if len(self.sequences) > 1 and not all(sequence.steps for sequence in self.sequences):
+            raise ValueError("a rollout of several sequences has one in which nothing is decided; leave it out")
         if self.turn_A is not None and len(self.turn_A) != self.steps:
             raise ValueError(f"{len(self.turn_A)} turns for {self.steps} decided tokens")
         if self.engine_logp_A is not None and len(self.engine_logp_A) != self.steps:
@@ -153,14 +185,49 @@ class Rollout:
             raise ValueError("an engine's log-prob is NaN; leave out those of a rollout that has none")
 
     @property
+    def sequence(self) -> TokenSequence:
+        """The only sequence.
+
+        Raises:
+            ValueError: There are several.
+        """
+        if len(self.sequences) != 1:
+            raise ValueError(f"a rollout of '{self.prompt.id}' has {len(self.sequences)} sequences; read `sequences`")
+        return self.sequences[0]
+
+    @property
     def steps(self) -> int:
         """Number of decision steps (decided tokens)."""
-        return self.sequence.steps
+        return sum(sequence.steps for sequence in self.sequences)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of all sequences, those that are read included."""
+        return sum(map(len, self.sequences))
+
+    @property
+    def splits(self) -> int:
+        """How often its conversation was rendered anew."""
+        return len(self.sequences) - 1
+
+    @property
+    def prefix_ids(self) -> list[int]:
+        """Ids of the tokens before its first decision."""
+        return self.sequences[0].prefix.tokens_L.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+    @property
+    def actions_A(self) -> Tensor:
+        """Ids of the decided tokens, [A], int64."""
+        return torch.cat([sequence.actions_A for sequence in self.sequences])
 
     @property
     def action_ids(self) -> list[int]:
         """Ids of the decided tokens, [A]."""
-        return self.sequence.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return self.actions_A.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+    def prompts(self, first: Prompt) -> list[Prompt]:
+        """The conversation before each sequence, if it began with this prompt (its own, or that of a view)."""
+        return [first, *(first.then(history) for history in self.histories)]
 
     def cut(self, steps: int, text: str) -> Rollout:
         """The rollout up to the first `steps` decisions, as truncated; itself where it has no more.
@@ -171,9 +238,15 @@ class Rollout:
         """
         if self.steps <= steps:
             return self
+        kept, left = list[TokenSequence](), steps
+        for sequence in self.sequences:
+            if left > 0 or not kept:
+                kept.append(sequence.cut(left))
+            left -= sequence.steps
         return replace(
             self,
-            sequence=self.sequence.cut(steps),
+            sequences=tuple(kept),
+            histories=self.histories[: len(kept) - 1],
             turn_A=None if self.turn_A is None else self.turn_A[:steps],
             engine_logp_A=None if self.engine_logp_A is None else self.engine_logp_A[:steps],
             status=Status.TRUNCATED,
@@ -227,15 +300,28 @@ class Pack:
         ordered = {group: tuple(own[member] for member in sorted(own)) for group, own in found.items()}
         return [ordered[group] for group in numbers]
 
+    @cached_property
+    def sequences(self) -> tuple[TokenSequence, ...]:
+        """The sequences of all rollouts, in order; one for each rollout, but where a conversation was rendered anew."""
+        return tuple(sequence for rollout in self.rollouts for sequence in rollout.sequences)
+
+    @property
+    def steps_S(self) -> Tensor:
+        """Number of steps of each of `sequences`, [S], int64."""
+        return torch.tensor([sequence.steps for sequence in self.sequences])
+
+    def sequences_of(self, rollouts: Sequence[int]) -> list[int]:
+        """Places in `sequences` of those of some rollouts, in the order given."""
+        ends = list(accumulate((len(rollout.sequences) for rollout in self.rollouts), initial=0))
+        return [place for rollout in rollouts for place in range(ends[rollout], ends[rollout + 1])]
+
     def steps_of(self, rollouts: Sequence[int]) -> Tensor:
         """Indices in N of the steps of some rollouts, in the order given."""
-        chosen = torch.tensor(rollouts, dtype=torch.long)
-        steps_R = torch.bincount(self.steps.rollout_N, minlength=len(self.rollouts))
-        starts_R = steps_R.cumsum(0) - steps_R
-        steps, starts = steps_R[chosen], starts_R[chosen]
-        # A step's index is its rollout's start in N, plus its offset from its rollout's start among the chosen steps.
-        behind = torch.arange(int(steps.sum())) - torch.repeat_interleave(steps.cumsum(0) - steps, steps)
-        return torch.repeat_interleave(starts, steps) + behind
+        return _places(torch.bincount(self.steps.rollout_N, minlength=len(self.rollouts)), rollouts)
+
+    def steps_in(self, sequences: Sequence[int]) -> Tensor:
+        """Indices in N of the steps of some of `sequences`, in the order given."""
+        return _places(self.steps_S, sequences)
 
     @staticmethod
     def of(rollouts: tuple[Rollout, ...] | list[Rollout]) -> Pack:
@@ -252,7 +338,7 @@ class Pack:
         ]
         turns = [torch.zeros(r.steps, dtype=torch.long) if r.turn_A is None else r.turn_A for r in rollouts]
         steps = Steps(
-            tokens_N=torch.cat([r.sequence.actions_A for r in rollouts]),
+            tokens_N=torch.cat([r.actions_A for r in rollouts]),
             rollout_N=rollout_N,
             position_N=torch.cat([torch.arange(int(steps)) for steps in steps_R]),
             turn_N=torch.cat(turns),
@@ -261,6 +347,16 @@ class Pack:
             engine_logp_N=torch.cat(engine).float(),
         )
         return Pack(tuple(rollouts), steps, group_R)
+
+
+def _places(steps_X: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Indices in N of the steps of some of X neighbours, each of which has so many steps."""
+    chosen_X = torch.tensor(chosen, dtype=torch.long)
+    starts_X = steps_X.cumsum(0) - steps_X
+    steps, starts = steps_X[chosen_X], starts_X[chosen_X]
+    # A step's index is its neighbour's start in N, plus its offset from that start among the chosen steps.
+    behind = torch.arange(int(steps.sum())) - torch.repeat_interleave(steps.cumsum(0) - steps, steps)
+    return torch.repeat_interleave(starts, steps) + behind
 
 
 def _rewards(rollouts: Sequence[Rollout]) -> Tensor:

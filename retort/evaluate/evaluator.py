@@ -105,6 +105,7 @@ class Evaluator:
                 config.rollout.template_options,
                 turns=config.rollout.max_turns,
                 tools=config.rollout.tools,
+                history=config.rollout.history,
                 waiting=config.rollout.waiting,
             ),
         )
@@ -158,6 +159,7 @@ class Evaluator:
                 _tally_parts(parts, [rollout.reward_parts for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
+                _tally(tallies, "splits", [float(rollout.splits) for rollout in own])
                 for name in own[0].measures:
                     _tally(tallies, name, [rollout.measures[name] for rollout in own])
             values, pack = self._compare(lm, teacher, rollouts)
@@ -169,6 +171,8 @@ class Evaluator:
                 answers.append(self._recorded(lm, pack, index * self.samples, values, first[start + index]))
             if progress is not None:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
+        if not any(tallies["splits"][0]):
+            del tallies["splits"]
         row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
         lost = self._given_up() - before
         row |= {"given_up": lost} if lost else {}
@@ -214,7 +218,7 @@ class Evaluator:
             signals = {"teacher": teacher.score(asked, ScoreRequest(View(), frozenset({need})))}
         was_training = lm.model.training
         lm.model.eval()
-        hidden_ND = lm.all_hidden([r.sequence for r in own.rollouts], self.batch_tokens)
+        hidden_ND = lm.all_hidden(own.sequences, self.batch_tokens)
         values = {DENSE: _against_teacher, SPANS: against_units, None: _alone}[need]
         steps = own.steps.to(lm.device)
         with lm.compute():

@@ -28,6 +28,7 @@ MEASURES: Mapping[str, Measure] = {
     "success": Measure("episodes that succeed", "", "share"),
     "turns": Measure("turns", "an episode"),
     "tool_errors": Measure("invalid calls", "an episode"),
+    "splits": Measure("conversations rendered anew", "an episode"),
     "length": Measure("length", "tokens"),
     "truncated": Measure("completions cut at the limit", "", "share"),
     "student_entropy": Measure("own entropy", "nats"),

@@ -51,7 +51,7 @@ def byte_counts(pack: Pack, lm: LanguageModel) -> Tensor:
     for rollout in pack.rollouts:
         ids: list[int] = rollout.action_ids
         try:
-            spelt = pieces(lm.tokenizer, ids, rollout.sequence.prefix.tokens_L.tolist())
+            spelt = pieces(lm.tokenizer, ids, rollout.prefix_ids)
         except SignalError:
             found += [math.nan] * len(ids)
             continue

@@ -286,7 +286,7 @@ def _graded(
             sequence, task = begun[number].then(ids[: rooms[number]], decided=True), tasks[number]
             prompt_ids: list[int] = sequence.prefix.tokens_L.tolist()
             text = completion_text(engine.tokenizer, sequence.actions_A.tolist(), prompt_ids=prompt_ids)
-            whole[number] = Rollout(task.prompt, sequence, member=task.member, visit=task.visit, text=text)
+            whole[number] = Rollout(task.prompt, (sequence,), member=task.member, visit=task.visit, text=text)
         if progress is not None:
             progress(len(whole), len(tasks))
     return [(rollout.reward or 0.0) > 0.5 for rollout in graded(verifier, [whole[n] for n in range(len(tasks))])]

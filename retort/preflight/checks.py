@@ -362,7 +362,7 @@ def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
             ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
-            rollouts.append(Rollout(prompt, TokenSequence.of(prompt_ids).then(ids, decided=True)))
+            rollouts.append(Rollout(prompt, (TokenSequence.of(prompt_ids).then(ids, decided=True),)))
     what = "answers" if answered else "prompts"
     return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
 
@@ -378,7 +378,7 @@ def _response_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> li
 def _scored(prepared: Prepared, pack: Pack) -> Tensor:
     """The teacher's log-probs of what it reads, [N], nats."""
     lm = _teacher(prepared)
-    hidden_ND = lm.all_hidden([rollout.sequence for rollout in pack.rollouts], prepared.config.optimizer.batch_tokens)
+    hidden_ND = lm.all_hidden(pack.sequences, prepared.config.optimizer.batch_tokens)
 
     def logits(rows: Tensor | slice) -> Tensor:
         with lm.compute():

@@ -81,10 +81,10 @@ def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Se
     found, pair = Positions(), teacher.pair
     partner = dict(zip(pair.shared.student_K.tolist(), pair.shared.teacher_K.tolist(), strict=True))
     stops = pair.student_stops.tolist()
-    for rollout in rollouts:
-        read = pair.units(rollout.sequence)
-        ids, theirs = rollout.action_ids, read.sequence.actions_A.tolist()
-        before = rollout.sequence.prefix.tokens_L.tolist()
+    for sequence in (sequence for rollout in rollouts for sequence in rollout.sequences):
+        read = pair.units(sequence)
+        ids, theirs = sequence.actions_A.tolist(), read.sequence.actions_A.tolist()
+        before = sequence.prefix.tokens_L.tolist()
         spelt = pieces(student_tokenizer, ids, before, stops=stops)  # type: ignore[arg-type]
         sizes = [0 if piece.startswith(b"\xff") else len(piece) for piece in spelt]
         own_U, theirs_U, unit_A = read.student_U.tolist(), read.teacher_U.tolist(), read.unit_A.tolist()

@@ -92,7 +92,7 @@ def run_trial(prepared: Prepared) -> Trial:
         return found if view is None else {**found, "reverse_kl": kl.value(context, view)}
 
     student = passes.lm
-    hidden_ND = student.all_hidden([r.sequence for r in pack.rollouts], passes.batch_tokens)
+    hidden_ND = student.all_hidden(pack.sequences, passes.batch_tokens)
     core = Core(every, pack.steps.to(student.device), clock, signals, student.head(), passes.vocab, temperature)
     with student.compute():
         values = per_token(core, hidden_ND)

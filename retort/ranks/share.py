@@ -46,7 +46,7 @@ class Share:
         """
         if world.size == 1:
             return WHOLE_BATCH
-        tokens = [sum(len(rollout.sequence) for rollout in group) for group in groups]
+        tokens = [sum(rollout.tokens for rollout in group) for group in groups]
         bounds = balanced(tokens, world.size)
         own = slice(bounds[world.rank], bounds[world.rank + 1])
         asked = own if own.stop > own.start else slice(0, 1)

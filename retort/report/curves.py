@@ -109,6 +109,7 @@ PLOTS = (
     Curves("Episodes that succeed", "share of episodes", {"success": "succeeded"}, "share"),
     Curves("Turns", "per episode", {"turns": "turns"}),
     Curves("Invalid calls", "per episode", {"tool_errors": "invalid calls"}),
+    Curves("Conversations rendered anew", "per episode", {"splits": "rendered anew"}),
     Curves("Horizon", "turns of the student", {"horizon": "horizon"}, smooth=False),
     Curves("Late replies", "share of episodes", {"timed_out": "ended by the deadline"}, "share", smooth=False),
     Curves("Broken episodes", "of a step, not learnt from", {"episode_errors": "ended in an error"}, smooth=False),

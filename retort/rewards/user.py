@@ -156,7 +156,7 @@ def user_grader(own: UserGrading, name: str, first: Prompt) -> Grader:
     if callable(own):
         return ByText(user_verifier(own, name, first))
     empty = TokenSequence.of([0])
-    tried = ObjectGrader(own, name).grade(tuple(Rollout(first, empty, member=member) for member in range(2)))
+    tried = ObjectGrader(own, name).grade(tuple(Rollout(first, (empty,), member=member) for member in range(2)))
     return ObjectGrader(own, name, explains=any(grade is not None and grade.feedback for grade in tried))
 
 

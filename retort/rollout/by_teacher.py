@@ -64,7 +64,7 @@ class TeacherGenerator:
                 status = ended
                 break
         turn_A = None if rollout.turn_A is None else rollout.turn_A[: sequence.steps]
-        return replace(rollout, sequence=sequence, turn_A=turn_A, engine_logp_A=None, status=status)
+        return replace(rollout, sequences=(sequence,), turn_A=turn_A, engine_logp_A=None, status=status)
 
     def translated(self, ids: Sequence[int], status: Status) -> tuple[list[int], Status]:
         """A turn of the teacher's in the student's ids, with the student's stop.

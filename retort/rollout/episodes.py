@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retort.align.calls import turn_calls
 from retort.align.chat import TemplateOptions, render
-from retort.align.replies import reply_ids
+from retort.align.history import Exchange
 from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Outcome, Prompt, Rollout, Status
@@ -27,6 +27,7 @@ from retort.envs.behind import BehindExpert
 from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
+from retort.rollout.conversation import Conversation
 from retort.rollout.engines.base import Completion, Engine, Request, Sampling
 from retort.rollout.plan import TurnCurriculum
 from retort.rollout.waiting import Calls, Waiting, late, never_begun
@@ -66,6 +67,8 @@ class EpisodeSetup:
         turns: Most turns of the model in an episode; None: as many as its tokens allow.
         measures: Names of what the environment measures, and of none but these: an episode that ended before it replied
             has 0 of each. Where there are any, `turns` is measured besides.
+        history: Number of exchanges that the model reads before each turn, behind the prompt, rendered anew; None: all,
+            in a growing conversation.
         waiting: How the environment is waited for.
     """
 
@@ -73,6 +76,7 @@ class EpisodeSetup:
     template_options: TemplateOptions = field(default_factory=TemplateOptions)
     turns: int | None = None
     measures: tuple[str, ...] = ()
+    history: int | None = None
     waiting: Waiting = field(default_factory=Waiting)
 
     @staticmethod
@@ -82,6 +86,7 @@ class EpisodeSetup:
         *,
         turns: int | None = None,
         tools: bool = False,
+        history: int | None = None,
         waiting: Waiting | None = None,
     ) -> EpisodeSetup:
         """The setup of an environment by its name, see `retort.envs.registry.load`; None for single-turn prompts."""
@@ -89,7 +94,7 @@ class EpisodeSetup:
             return EpisodeSetup(template_options=template_options)
         environment, waiting = load(name, tools=tools), waiting or Waiting()
         measures = (*getattr(environment, "measures", MEASURES), *waiting.measures)
-        return EpisodeSetup(environment, template_options, turns, measures, waiting)
+        return EpisodeSetup(environment, template_options, turns, measures, history, waiting)
 
     def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches."""
@@ -107,7 +112,7 @@ class _Open:
 
     task: Task
     episode: Episode
-    sequence: TokenSequence
+    talk: Conversation
     completions: list[Completion] = field(default_factory=lambda: [])
     texts: list[str] = field(default_factory=lambda: [])
     rewards: list[float] = field(default_factory=lambda: [])
@@ -118,20 +123,20 @@ class _Open:
 
     def request(self, sampling: Sampling, context: int) -> Request:
         """The request for the next turn."""
-        turn, room = len(self.completions), self.room(sampling, context)
-        return Request(self.sequence, self.task.uniform_stream.uniforms(turn, count=room))
+        turn, room = len(self.completions), self.room(sampling, context, self.talk.sequence)
+        return Request(self.talk.sequence, self.task.uniform_stream.uniforms(turn, count=room))
 
-    def room(self, sampling: Sampling, context: int) -> int:
-        """Most tokens of the next turn. Whether a prompt leaves room for the first one is checked when it is read."""
+    def room(self, sampling: Sampling, context: int, before: TokenSequence) -> int:
+        """Most tokens of the next turn behind these. That a prompt leaves room for the first one is checked before."""
         left = sampling.max_new_tokens - sum(len(own.ids) for own in self.completions)
-        return min(left, context - len(self.sequence)) if self.completions else left
+        return min(left, context - len(before)) if self.completions else left
 
     def take(self, completion: Completion, engine: Engine) -> Callable[[], Reply] | None:
         """Takes a generated turn; what asks the environment for its reply, or None where the episode has ended."""
-        before: list[int] = self.sequence.tokens_L.tolist()
+        before: list[int] = self.talk.sequence.tokens_L.tolist()
         self.completions.append(completion)
         self.texts.append(text := completion_text(engine.tokenizer, completion.ids, prompt_ids=before))
-        self.sequence = self.sequence.then(completion.ids, decided=True)
+        self.talk.decide(completion.ids)
         if completion.status != Status.COMPLETED and not isinstance(self.episode, FailedEpisode):
             self.status = completion.status
             return None
@@ -153,16 +158,12 @@ class _Open:
         if reply.over:
             self.status, self.feedback = reply.status, reply.feedback
             return
-        ids = reply_ids(
-            self.episode.prompt,
-            reply.messages,
-            self.completions[-1].ids[-1],
-            engine.tokenizer,
-            setup.template_options,
-        )
-        before_reply, self.sequence = self.sequence, self.sequence.then(ids)
-        if len(self.completions) == setup.turns or self.room(sampling, engine.context) < 1:
-            self.sequence, self.status = before_reply, Status.TRUNCATED  # no decision will follow the reply
+        exchange, stop = Exchange(self.texts[-1], reply.messages), self.completions[-1].ids[-1]
+        following = self.talk.replied(exchange, stop, engine.tokenizer, setup.template_options, setup.history)
+        if len(self.completions) == setup.turns or self.room(sampling, engine.context, following.sequence) < 1:
+            self.status = Status.TRUNCATED  # no decision will follow the reply
+            return
+        self.talk.go_on(following)
 
     def rollout(
         self, tokenizer: PreTrainedTokenizerBase, setup: EpisodeSetup, source: Literal["student", "teacher"]
@@ -172,11 +173,12 @@ class _Open:
         measures = dict.fromkeys(setup.measures, 0.0) | self.measures
         several = len(self.completions) > 1
         turns = [torch.full((len(own.ids),), turn) for turn, own in enumerate(self.completions)]
-        prompt_ids: list[int] = self.sequence.prefix.tokens_L.tolist() if several else []
-        ids: list[int] = self.sequence.actions_A.tolist() if several else []
+        sequences = self.talk.sequences
+        prompt_ids: list[int] = sequences[0].prefix.tokens_L.tolist() if several else []
+        ids = [token for own in self.completions for token in own.ids] if several else []
         return Rollout(
             prompt=self.episode.prompt,
-            sequence=self.sequence,
+            sequences=tuple(sequences),
             turn_A=torch.cat(turns) if several else None,
             engine_logp_A=_joined([own.logp_A for own in self.completions]),
             policy_version=self.completions[0].version,
@@ -189,6 +191,7 @@ class _Open:
             feedback=self.feedback,
             measures=measures | ({"turns": float(len(self.completions))} if measures else {}),
             outcomes=tuple(self.outcomes) if several or measures else (),
+            histories=tuple(self.talk.histories),
         )
 
 
@@ -217,7 +220,7 @@ def run_episodes(
 
     Raises:
         UserError: The environment began other episodes than requested; its messages cannot follow a turn, see
-            `reply_ids`; or see `Engine.generate`.
+            `Conversation.replied`; or see `Engine.generate`.
     """
     setup = setup or EpisodeSetup()
     with contextlib.ExitStack() as stack:
@@ -238,7 +241,7 @@ def _asked(
 ) -> None:
     """Asks for the reply to an episode's last turn, and hears it unless others go on meanwhile."""
     waiting = setup.waiting
-    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.sequence)
+    words = waiting.timeouts.words(own.task.uniform_stream, len(own.completions), own.talk.sequence)
     if words is not None:
         own.hear(late(words), engine, setup, sampling)
     elif waiting.direct:
@@ -260,7 +263,7 @@ def _heard(episodes: Sequence[_Open], calls: Calls, engine: Engine, setup: Episo
                 continue
             turn = len(own.completions)
             words = setup.waiting.words(turn)
-            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.sequence, words=words)
+            setup.waiting.timeouts.add(own.task.uniform_stream, turn, own.talk.sequence, words=words)
             own.hear(late(words), engine, setup, sampling)
         if any(own.status is None and id(own.episode) not in calls for own in episodes):
             return
@@ -282,7 +285,7 @@ def _begun(
             if episode.prompt is not task.prompt:
                 context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
                 _check_room(episode.prompt, context, engine)
-            found.append(_Open(task, episode, context))
+            found.append(_Open(task, episode, Conversation(episode.prompt, [context])))
     return found
 
 

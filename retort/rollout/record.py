@@ -10,6 +10,7 @@ from torch import Tensor
 
 from retort.align.text import decode
 from retort.core.rollouts import Message, Outcome, Pack, Rollout
+from retort.core.sequences import TokenSequence
 
 
 def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
@@ -23,8 +24,9 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
 
     Returns:
         JSON values. Present only where there is something to say: `between`, the tokens that are read between decisions
-        (replies of an environment); `measures` and `outcomes` of an episode, the latter turn by turn; and `turns`, the
-        turn of each token, from 0. The messages of an outcome are what the model read before its next turn.
+        (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
+        of an episode, the latter turn by turn; and `turns`, the turn of each token, from 0. The messages of an outcome
+        are what the model read before its next turn.
     """
     rollout, index_A = pack.rollouts[index], pack.steps_of([index])
     bare = rollout.prompt.plain and len(rollout.prompt.messages) == 1
@@ -41,6 +43,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         "ids": rollout.action_ids,
         "tokens": [decode(tokenizer, [token]) for token in rollout.action_ids],
         **({"between": between} if (between := _between(rollout, tokenizer)) else {}),
+        **({"anew": anew} if (anew := _anew(rollout, tokenizer)) else {}),
         **({"turns": rollout.turn_A.tolist()} if rollout.turn_A is not None else {}),
         **({"outcomes": [_outcome(own) for own in rollout.outcomes]} if rollout.outcomes else {}),
         "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
@@ -48,14 +51,28 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
 
 
 def _between(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
-    """Tokens read after the first decision: the step that each run precedes, its ids and text."""
+    """Tokens read after a sequence's first decision: the step that each run precedes, its ids and text."""
     found, step = list[dict[str, Any]](), 0
-    for piece in rollout.sequence.continuation.pieces():
+    for piece in (piece for sequence in rollout.sequences for piece in sequence.continuation.pieces()):
         if not piece.steps:
-            ids: list[int] = piece.tokens_L.tolist()
-            found.append({"before": step, "ids": ids, "text": decode(tokenizer, ids)})
+            found.append(_read(step, piece, tokenizer))
         step += piece.steps
     return found
+
+
+def _anew(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
+    """What is read before the first decision of each sequence but the first, likewise."""
+    found, step = list[dict[str, Any]](), 0
+    for number, sequence in enumerate(rollout.sequences):
+        if number:
+            found.append(_read(step, sequence.prefix, tokenizer))
+        step += sequence.steps
+    return found
+
+
+def _read(step: int, piece: TokenSequence, tokenizer: Any) -> dict[str, Any]:
+    ids: list[int] = piece.tokens_L.tolist()
+    return {"before": step, "ids": ids, "text": decode(tokenizer, ids)}
 
 
 def _outcome(own: Outcome) -> dict[str, Any]:

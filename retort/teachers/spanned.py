@@ -59,27 +59,33 @@ class SpanTeacher(LocalTeacher):
         ids: list[int] = own.sequence.actions_A[kept_B].tolist()
         return shown_pieces(self.lm.tokenizer, ids)
 
-    def replies(self, rollout: Rollout) -> list[list[int]]:
-        """The teacher's ids of every reply of an environment in a rollout, from the end of the turn before it on.
+    def replies(self, rollout: Rollout) -> list[list[list[int]]]:
+        """For each sequence of a rollout, the teacher's ids of every reply in it, from the end of the turn before on.
 
         Raises:
             SignalError: The rollout does not hold the messages of a reply.
             UserError: The teacher's chat template cannot go on with one, see `reply_ids`.
         """
-        ends = self.pair.turn_ends(rollout.sequence)
-        said = [outcome.messages for outcome in rollout.outcomes[: len(ends)]]
-        if len(said) < len(ends) or not all(said):
-            raise SignalError(
-                f"prompt '{rollout.prompt.id}': {self.name} has another tokenizer, and a rollout has {len(ends)} "
-                "replies of an environment without their messages, which the teacher would read in its own tokens"
-            )
-        try:
-            return [
-                reply_ids(rollout.prompt, messages, end, self.lm.tokenizer, self.template_options)
-                for messages, end in zip(said, ends, strict=True)
-            ]
-        except UserError as error:
-            raise UserError(f"{self.name}, which has another tokenizer than the student: {error}") from None
+        found, turn = list[list[list[int]]](), 0
+        for sequence in rollout.sequences:
+            ends = self.pair.turn_ends(sequence)
+            said = [outcome.messages for outcome in rollout.outcomes[turn : turn + len(ends)]]
+            turn += len(ends) + 1
+            if len(said) < len(ends) or not all(said):
+                raise SignalError(
+                    f"prompt '{rollout.prompt.id}': {self.name} has another tokenizer, and a rollout has {len(ends)} "
+                    "replies of an environment without their messages, which the teacher would read in its own tokens"
+                )
+            try:
+                found.append(
+                    [
+                        reply_ids(rollout.prompt, messages, end, self.lm.tokenizer, self.template_options)
+                        for messages, end in zip(said, ends, strict=True)
+                    ]
+                )
+            except UserError as error:
+                raise UserError(f"{self.name}, which has another tokenizer than the student: {error}") from None
+        return found
 
     def score(
         self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
@@ -92,9 +98,15 @@ class SpanTeacher(LocalTeacher):
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
+        asked = zip(pack.rollouts, prompts.first, strict=True)
+        said = [
+            replies
+            for rollout, ids in asked
+            for replies in ([[]] * len(rollout.sequences) if ids is None else self.replies(rollout))
+        ]
         turns = [
-            None if ids is None else self.pair.read(rollout.sequence, ids, self.replies(rollout))
-            for rollout, ids in zip(pack.rollouts, prompts.ids, strict=True)
+            None if ids is None else self.pair.read(sequence, ids, replies)
+            for sequence, ids, replies in zip(pack.sequences, prompts.ids, said, strict=True)
         ]
         read = [own for own in turns if own is not None and own.sequence.steps]
         with self.lm.scoring():
@@ -152,9 +164,9 @@ def _numbered(turns: Sequence[AlignedTurns | None], pack: Pack) -> tuple[Tensor,
     steps: list[Tensor] = []
     tokens: list[Tensor] = []
     units = 0
-    for own, rollout in zip(turns, pack.rollouts, strict=True):
+    for own, sequence in zip(turns, pack.sequences, strict=True):
         if own is None:
-            steps.append(torch.full((rollout.steps,), -1))
+            steps.append(torch.full((sequence.steps,), -1))
             continue
         steps.append(torch.where(own.unit_A >= 0, own.unit_A + units, -1))
         tokens.append(torch.where(own.unit_B >= 0, own.unit_B + units, -1))

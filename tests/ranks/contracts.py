@@ -147,7 +147,7 @@ def divided_graded(grader: Grader, rollouts: Sequence[Rollout]) -> list[Rollout]
     found = ranks.here().divide(rollouts, lambda part: base.graded(own, part), key=by_visit)
     pairs = list(zip(rollouts, found, strict=True))
     assert all(torch.equal(one.sequence.tokens_L, other.sequence.tokens_L) for one, other in pairs)
-    return [replace(other, sequence=one.sequence) for one, other in pairs]  # equal is what is the same object
+    return [replace(other, sequences=one.sequences) for one, other in pairs]  # equal is what is the same object
 
 
 class Divide:

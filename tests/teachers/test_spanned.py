@@ -386,6 +386,20 @@ def test_a_teacher_in_its_own_ids_is_one_of_ids(made: Callable[..., Made]) -> No
     assert "tokens are the same to both" in pair.pair.describe(pair.student.tokenizer, pair.teacher.lm.tokenizer)
 
 
+def test_each_sequence_of_an_episode_is_read_by_itself(made: Callable[..., Made]) -> None:
+    """Their signal is that of completions of one turn, whose prompts are those of the sequences."""
+    pair = made("byte-level", "unigram")
+    history, turns = (Message("assistant", " fox"), Message("user", "a b c")), (" fox", " lazy dog")
+    first = pair.rollout(pair.spelt(turns[0]))
+    asked = replace(first.prompt, id="later", messages=(*first.prompt.messages, *history))
+    before = pair.student.tokenizer(asked.text, add_special_tokens=False)["input_ids"]
+    later = Rollout(asked, TokenSequence.of(before).then(pair.spelt(turns[1]), decided=True))
+    episode = Rollout(first.prompt, (first.sequence, later.sequence), histories=(history,))
+    one, two = pair.score(in_groups([episode])), pair.score(in_groups([first, later]))
+    assert torch.equal(one.unit_N, two.unit_N)
+    torch.testing.assert_close(one.rows(slice(None)).sampled_logp_N, two.rows(slice(None)).sampled_logp_N)
+
+
 # --- episodes ---
 
 #: The teacher's template; what an environment replied stands in another form in the student's ids.
@@ -405,7 +419,7 @@ def episode(pair: Made, turns: Sequence[str] = (" lazy dog", "the answer is", " 
         sequence = sequence.then(retokenize(pair.student.tokenizer, f"? {said} !").ids).then(ids, decided=True)
         turn_A += [number] * len(ids)
     outcomes = tuple(Outcome((Message("user", said),)) for said in SAID)
-    return replace(rollout, sequence=sequence, turn_A=torch.tensor(turn_A), outcomes=outcomes)
+    return replace(rollout, sequences=(sequence,), turn_A=torch.tensor(turn_A), outcomes=outcomes)
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("byte-level", "unigram"), ("gemma", "byte-level")])
@@ -427,7 +441,7 @@ def test_a_turn_is_scored_behind_the_conversation_in_the_teachers_own_form(
             follows = f"\nuser: {SAID[number // 2]}\nassistant: "
             conversation += tokenizer(follows, add_special_tokens=False)["input_ids"]
         else:
-            alone = replace(rollout, sequence=before.then(ids, decided=True), turn_A=None)
+            alone = replace(rollout, sequences=(before.then(ids, decided=True),), turn_A=None)
             units = slowly(pair, alone, conversation)
             for unit in units:
                 steps = [start + own for own in unit.own]
@@ -459,7 +473,7 @@ def test_replies_that_cannot_be_read_are_refused_in_one_line(
         pair.score(in_groups([replace(rollout, outcomes=rollout.outcomes[:1])]))
     unended = rollout.sequence.then([5]).then(pair.spelt("so"), decided=True)
     unended = replace(
-        rollout, sequence=unended.part(0, len(unended) - 1).then([7]).then([8], decided=True), turn_A=None
+        rollout, sequences=(unended.part(0, len(unended) - 1).then([7]).then([8], decided=True),), turn_A=None
     )
     with pytest.raises(SignalError, match="replies to a turn without a stop"):
         pair.score(in_groups([unended]))

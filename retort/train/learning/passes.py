@@ -92,11 +92,12 @@ class Passes:
     head: HeadUse = field(default_factory=HeadUse)
 
     def micro_batches(self, pack: Pack, rollouts: Sequence[int]) -> list[list[int]]:
-        """Splits rollouts, by their index in the pack, into what fits one forward pass."""
+        """Splits rollouts, by their index in the pack, into sequences (`Pack.sequences`) that fit one forward pass."""
         if not rollouts:
             return []
-        batches = self.lm.batches([pack.rollouts[i].sequence for i in rollouts], self.batch_tokens)
-        return [[rollouts[i] for i in batch] for batch in batches]
+        places = pack.sequences_of(rollouts)
+        batches = self.lm.batches([pack.sequences[i] for i in places], self.batch_tokens)
+        return [[places[i] for i in batch] for batch in batches]
 
     def spare(self, passes: int) -> int:
         """How many more passes the busiest rank makes than this one, which makes so many; asked before the first."""
@@ -107,9 +108,9 @@ class Passes:
         for _ in range(passes):
             self.lm.idle()
 
-    def hidden(self, pack: Pack, rollouts: Sequence[int]) -> Tensor:
-        """The student's hidden states at the steps of some rollouts, [N, D]."""
-        return self.lm.hidden([pack.rollouts[i].sequence for i in rollouts])
+    def hidden(self, pack: Pack, sequences: Sequence[int]) -> Tensor:
+        """The student's hidden states at the steps of some sequences of a pack, [N, D]."""
+        return self.lm.hidden([pack.sequences[i] for i in sequences])
 
     def core(self, batch: Batch, index_N: Tensor, values: Values) -> Core:
         """The loss core for some steps of a batch."""
@@ -126,7 +127,7 @@ class Passes:
             for chosen in self.micro_batches(batch.pack, batch.share.own(range(len(batch.pack.rollouts)))):
                 hidden_ND = self.hidden(batch.pack, chosen)
                 with self.lm.compute():
-                    core = self.core(batch, batch.pack.steps_of(chosen), values)
+                    core = self.core(batch, batch.pack.steps_in(chosen), values)
                     fill(found, batch.pack, chosen, per_token(core, hidden_ND))
         return batch.share.columns(found, len(batch.pack))
 
@@ -143,7 +144,7 @@ class Passes:
         with self.lm.whole():
             for chosen in self.micro_batches(pack, range(len(pack.rollouts))):
                 hidden_ND = self.hidden(pack, chosen)
-                index_N = pack.steps_of(chosen)
+                index_N = pack.steps_in(chosen)
                 with self.lm.compute():
                     core = self.core(bare, index_N, lambda context: {"ids": context.student.topk(k)[0]})
                     ids_NK[index_N] = per_token(core, hidden_ND)["ids"].cpu()
@@ -166,9 +167,9 @@ class Evaluator:
         return self.passes.evaluate(replace(self.batch, steps=steps, clock=clock), values)
 
 
-def fill(found: dict[str, Tensor], pack: Pack, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> None:
-    """Copies the values of some rollouts to their steps."""
-    index_N = pack.steps_of(rollouts)
+def fill(found: dict[str, Tensor], pack: Pack, sequences: Sequence[int], values: Mapping[str, Tensor]) -> None:
+    """Copies the values of some sequences of a pack to their steps."""
+    index_N = pack.steps_in(sequences)
     if not values:
         return
     # One transfer waits for a GPU once.

@@ -24,7 +24,7 @@ class Round:
     """One pass; this rank computes the loss of its own steps alone.
 
     Attributes:
-        own: Rollouts that this rank reads, by their place in the pack; none, where only other ranks have some left.
+        own: Sequences that this rank reads, by their place in the pack; none, where only other ranks have some left.
         own_N: Their steps.
         index_N: The steps whose loss this rank computes.
         chunk: Steps of a chunk of logits; None: as many as are best.
@@ -33,9 +33,9 @@ class Round:
     chunk: int | None = None
 
     def __init__(self, passes: Passes, batch: Batch, own: Sequence[int]) -> None:
-        """Of some rollouts of a batch."""
+        """Of some sequences of a batch."""
         self.passes, self.batch, self.own = passes, batch, own
-        self.own_N = self.index_N = batch.pack.steps_of(own)
+        self.own_N = self.index_N = batch.pack.steps_in(own)
 
     def hidden(self) -> Tensor:
         """The student's hidden states at the rank's own steps, live."""

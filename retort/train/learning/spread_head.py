@@ -127,8 +127,8 @@ def _compared(passes: Passes, batch: Batch) -> Tensor | str:
     Text, the same on all ranks, where something that is computed needs all ids at once.
     """
     lm, world, every = passes.lm, passes.world, every_value(batch)
-    own, few = batch.share.own(range(len(batch.pack.rollouts))), list[int]()
-    while own[len(few) :] and len(batch.pack.steps_of(few)) < _TRIED:
+    own, few = batch.pack.sequences_of(batch.share.own(range(len(batch.pack.rollouts)))), list[int]()
+    while own[len(few) :] and len(batch.pack.steps_in(few)) < _TRIED:
         few.append(own[len(few)])
     with lm.whole():
         head = lm.head().each(Tensor.detach)
@@ -177,16 +177,16 @@ class SlicedRound(Round):
         plan: Sequence[Sequence[int]],
         head: Callable[[], Head] | None = None,
     ) -> None:
-        """Of some rollouts of each rank, which may have none.
+        """Of some sequences of each rank, which may have none.
 
         Args:
             passes: The student.
             batch: The scored rollouts.
-            plan: By rank, rollouts by their place in the pack; the same on all ranks.
+            plan: By rank, sequences by their place in the pack; the same on all ranks.
             head: Gives the rank's rows of the head.
         """
         super().__init__(passes, batch, plan[passes.world.rank])
-        each = [batch.pack.steps_of(own) for own in plan]
+        each = [batch.pack.steps_in(own) for own in plan]
         self.index_N = torch.cat(each)
         self.counts = [len(own_N) for own_N in each]
         self.head = head or passes.lm.own_head

@@ -269,9 +269,9 @@ def _terms(
     )
 
 
-def _not_finite(passes: Passes, batch: Batch, rollouts: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
+def _not_finite(passes: Passes, batch: Batch, sequences: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
     """The error for a loss that is not finite: it names the token, the rollout and the id."""
-    steps = batch.pack.steps_of(rollouts)
+    steps = batch.pack.steps_in(sequences)
     for term in batch.method.terms:
         bad = (~values[f"{term.name}.value"].detach().isfinite()).nonzero()
         if not len(bad):

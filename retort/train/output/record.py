@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from retort.core.random_streams import permutation
-from retort.core.rollouts import Pack, Status
+from retort.core.rollouts import Pack, Rollout, Status
 from retort.core.signals import TeacherSignal
 from retort.evaluate.agreement import THRESHOLD
 from retort.loss.terms import UNITS
@@ -66,9 +66,15 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
             means.add(f"{prefix}{name}", value)
         for part, value in rollout.reward_parts.items():
             means.add(f"{prefix}reward/{part}", value)
-    found = means.values() | _group_metrics(batch.pack)
+    found = means.values() | _group_metrics(batch.pack) | _splits(rollouts)
     replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
+
+
+def _splits(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How often a conversation was rendered anew, a mean over the rollouts; nothing where none was."""
+    splits = sum(rollout.splits for rollout in rollouts)
+    return {"splits": splits / len(rollouts)} if splits else {}
 
 
 def _group_metrics(pack: Pack) -> dict[str, float]:

@@ -94,7 +94,8 @@ def unit_rows(
     for view, teacher in teachers.items():
         if isinstance(teacher, SpanTeacher) and f"{view}{UNITS}" in columns:
             sizes = [None if size != size else int(size) for size in columns[f"{view}{UNITS}"].tolist()]
-            tokens = teacher.spelt(rollout.sequence) if any(size is not None for size in sizes) else []
+            read = rollout.sequences if any(size is not None for size in sizes) else ()
+            tokens = [token for sequence in read for token in teacher.spelt(sequence)]
             # What the teacher's context did not hold comes last.
             found[view] = {"sizes": sizes, "tokens": tokens[: sum(size or 0 for size in sizes)]}
     return found

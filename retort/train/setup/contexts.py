@@ -158,4 +158,4 @@ def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Roll
     # The text is the reference answer, whose words every task knows.
     text = prompt.response or prompt.answer or prompt.text
     note = text if feedback and reward == _WORST else ""
-    return Rollout(prompt, sequence, member=member, text=text, reward=reward, feedback=note)
+    return Rollout(prompt, (sequence,), member=member, text=text, reward=reward, feedback=note)

@@ -79,9 +79,11 @@ def probe_prompts(
 def need_play(config: Config, method: Method, notes: list[str]) -> None:
     """Refuses what no environment plays: an expert's turns without one, and completions by others where there is one.
 
-    A horizon of turns without an environment, and how one is waited for, is noted.
+    A horizon of turns or a history without an environment, and how one is waited for, is noted.
     """
     rollout = config.rollout
+    if config.environment is None and rollout.history is not None:
+        notes.append("rollout.history changes nothing without an environment (rollout.env): a completion is one turn")
     if config.environment is None and (rollout.deadline is not None or rollout.turns != "lockstep"):
         notes.append("rollout.deadline and rollout.turns change nothing without an environment (rollout.env)")
     phases = [method] if method.before is None else [method.before[1], method]

@@ -198,6 +198,7 @@ def _parties(
             config.rollout.template_options,
             turns=config.rollout.max_turns,
             tools=config.rollout.tools,
+            history=config.rollout.history,
             waiting=config.rollout.waiting,
         ),
         whole=student.whole,

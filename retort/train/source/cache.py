@@ -95,7 +95,7 @@ class RolloutCache:
             mask_L = torch.tensor(row.get("mask") or [1] * len(row["ids"])).bool()
             self.completions[prompt.id, row["member"], row["temperature"], row["top_p"]] = Rollout(
                 prompt=prompt,
-                sequence=_behind(render(prompt), torch.tensor(row["ids"]), mask_L),
+                sequences=(_behind(render(prompt), torch.tensor(row["ids"]), mask_L),),
                 turn_A=torch.tensor(row["turns"]) if "turns" in row else None,
                 member=row["member"],
                 status=Status(row["status"]),
@@ -119,11 +119,14 @@ class RolloutCache:
                     "such rollouts cannot be kept in a checkpoint (leave out replay)"
                 )
         logps = [r.engine_logp_A for r in rollouts if r.engine_logp_A is not None]
-        generated = [r.sequence.continuation for r in rollouts]
+        generated = [own for r in rollouts for own in (r.sequences[0].continuation, *r.sequences[1:])]
+        several = any(r.splits for r in rollouts)
         found = {
             "sizes": torch.tensor([len(visit) for visit in self.visits]),
             "steps": torch.tensor([r.steps for r in rollouts]),
             "lengths": torch.tensor([len(own) for own in generated]),
+            **({"rows": torch.tensor([len(r.sequences) for r in rollouts])} if several else {}),
+            **({"histories": _json_bytes([[_said(own) for own in r.histories] for r in rollouts])} if several else {}),
             "ids": torch.cat([own.tokens_L for own in generated]),
             "mask": torch.cat([own.action_mask_L for own in generated]),
             "turns": torch.cat([_turns(r) for r in rollouts]),
@@ -147,18 +150,21 @@ class RolloutCache:
             return
         flat = {"ids": "lengths", "mask": "lengths", "logp": "steps", "turns": "steps"}
         lists = {name: values.tolist() for name, values in tensors.items() if name not in flat}
-        grades = json.loads(bytes(lists["grades"]))
-        outcomes = json.loads(bytes(lists["outcomes"])) if "outcomes" in lists else [[]] * len(grades)
-        pieces = zip(*(tensors[name].split(lists[sizes]) for name, sizes in flat.items()), strict=True)
+        grades, count = json.loads(bytes(lists["grades"])), len(lists["steps"])
+        histories = json.loads(bytes(lists["histories"])) if "histories" in lists else [[]] * count
+        ids, masks, logps, turns = (iter(tensors[name].split(lists[sizes])) for name, sizes in flat.items())
+        outcomes = json.loads(bytes(lists["outcomes"])) if "outcomes" in lists else [[]] * count
         rollouts: list[Rollout] = []
-        for index, (ids_L, mask_L, logp_A, turn_A) in enumerate(pieces):
+        for index, rows in enumerate(lists.get("rows", [1] * count)):
             prompt, (reward, parts, feedback) = prompts[lists["prompts"][index]], grades[index]
-            before = render(prompt)
-            text = completion_text(render.tokenizer, ids_L[mask_L].tolist(), prompt_ids=before)
+            before, logp_A, turn_A = render(prompt), next(logps), next(turns)
+            written = [(next(ids), next(masks)) for _ in range(rows)]
+            decided: list[int] = torch.cat([ids_L[mask_L] for ids_L, mask_L in written]).tolist()
+            text = completion_text(render.tokenizer, decided, prompt_ids=before)
             rollouts.append(
                 Rollout(
                     prompt=prompt,
-                    sequence=_behind(before, ids_L, mask_L),
+                    sequences=(_behind(before, *written[0]), *(TokenSequence(*row) for row in written[1:])),
                     turn_A=None if bool((turn_A < 0).any()) else turn_A.clone(),
                     engine_logp_A=logp_A.clone(),
                     policy_version=lists["versions"][index],
@@ -169,6 +175,7 @@ class RolloutCache:
                     reward=reward,
                     reward_parts=parts,
                     feedback=feedback,
+                    histories=tuple(tuple(Message(*own) for own in history) for history in histories[index]),
                     outcomes=tuple(_outcome(*own) for own in outcomes[index]),
                 )
             )
@@ -182,6 +189,11 @@ def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSe
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
 
 
+def _said(messages: Sequence[Message]) -> list[list[Any]]:
+    """Messages as JSON values."""
+    return [[own.role, own.content, dict(own.extra)] for own in messages]
+
+
 def _json_bytes(values: list[Any]) -> Tensor:
     """Plain values as JSON in a tensor, uint8: a checkpoint holds tensors only."""
     return torch.tensor(list(json.dumps(values).encode()), dtype=torch.uint8)
@@ -189,8 +201,7 @@ def _json_bytes(values: list[Any]) -> Tensor:
 
 def _plain(own: Outcome) -> list[Any]:
     """An outcome as JSON values; `_outcome` is the way back."""
-    said = [[message.role, message.content, dict(message.extra)] for message in own.messages]
-    return [said, own.reward, dict(own.measures)]
+    return [_said(own.messages), own.reward, dict(own.measures)]
 
 
 def _outcome(said: list[list[Any]], reward: float | None, measures: dict[str, float]) -> Outcome:
@@ -203,7 +214,7 @@ def _turns(rollout: Rollout) -> Tensor:
 
 
 def _check_media(rollout: Rollout) -> None:
-    if rollout.sequence.continuation.media:
+    if any(own.continuation.media for own in rollout.sequences):
         raise UserError(
             f"prompt '{rollout.prompt.id}': an image, a sound or a video was shown between the turns of its rollout; "
             "such rollouts cannot be kept for later (leave out replay, or the teacher's kept completions)"

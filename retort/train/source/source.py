@@ -183,7 +183,7 @@ class Source:
         ids = [*ids, self.stops.primary]
         return Rollout(
             prompt=prompt,
-            sequence=TokenSequence.of(prompt_ids).then(ids[:longest], decided=True),
+            sequences=(TokenSequence.of(prompt_ids).then(ids[:longest], decided=True),),
             status=Status.COMPLETED if len(ids) <= longest else Status.TRUNCATED,
             visit=epoch,
             source="dataset",
@@ -355,7 +355,7 @@ class Source:
         """Cuts a rollout to the horizon."""
         if rollout.steps <= longest:
             return rollout
-        before, ids = rollout.sequence.prefix.tokens_L.tolist(), rollout.action_ids[:longest]
+        before, ids = rollout.prefix_ids, rollout.action_ids[:longest]
         return rollout.cut(longest, completion_text(self.engine.tokenizer, ids, prompt_ids=before))
 
 

@@ -77,3 +77,11 @@ def test_methods_that_compare_ids_are_refused_in_an_environment_too() -> None:
     with pytest.raises(UserError, match="method 'gkd' needs"):
         need_alignment(configuration.Config(data="rooms"), registry.load("gkd"), *given, other)
     need_alignment(configuration.Config(data="rooms"), registry.load("gkd"), *given, student)
+
+
+def test_a_history_without_an_environment_is_said_to_change_nothing() -> None:
+    notes, quiet = list[str](), list[str]()
+    need_play(configuration.resolve({"data": "countdown", "rollout": {"history": 2}}), registry.load("opd"), notes)
+    need_play(configuration.resolve({"data": "rooms", "rollout": {"history": 2}}), registry.load("opd"), quiet)
+    assert len(notes) == 1 and "rollout.history changes nothing" in notes[0]
+    assert quiet == []

@@ -351,7 +351,7 @@ def test_a_replayed_answer_is_one_that_was_written_before(tiny_run: dict[str, An
             assert torch.equal(ours.sequence.tokens_L, theirs.sequence.tokens_L)
             assert torch.equal(ours.engine_logp_A, theirs.engine_logp_A)  # type: ignore[arg-type]
             assert torch.equal(ours.sequence.action_mask_L, theirs.sequence.action_mask_L)
-            left, right = (replace(r, sequence=ours.sequence, engine_logp_A=None) for r in (ours, theirs))
+            left, right = (replace(r, sequences=ours.sequences, engine_logp_A=None) for r in (ours, theirs))
             assert left == right
 
 

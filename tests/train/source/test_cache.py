@@ -32,7 +32,7 @@ def kept(setup: Any) -> list[Rollout]:
     written = [
         replace(
             rollout,
-            sequence=context.then([5 + rollout.member, 7], decided=True),
+            sequences=(context.then([5 + rollout.member, 7], decided=True),),
             engine_logp_A=torch.tensor([-0.25, -1.5]),
             text=tokenizer.decode([5 + rollout.member, 7]),
         )
@@ -43,7 +43,7 @@ def kept(setup: Any) -> list[Rollout]:
 
 
 def plain(rollout: Rollout) -> dict[str, Any]:
-    return {**vars(rollout), "sequence": rollout.sequence.tokens_L.tolist(), "engine_logp_A": None, "source": None}
+    return {**vars(rollout), "sequences": rollout.sequence.tokens_L.tolist(), "engine_logp_A": None, "source": None}
 
 
 def test_replayed_rollouts_keep_their_grades(setup: Any, tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_replayed_episodes_keep_what_was_replied(setup: Any, tmp_path: Path) -> 
     single = kept(setup)[0]
     several = replace(
         single,
-        sequence=single.sequence.then([9]).then([6], decided=True),
+        sequences=(single.sequence.then([9]).then([6], decided=True),),
         turn_A=torch.tensor([0, 0, 1]),
         engine_logp_A=-torch.ones(3),
         member=1,
