@@ -134,7 +134,9 @@ def test_more_episodes_than_are_asked_at_once_all_end() -> None:
     assert plain(rollouts) == plain(played(Games([2] * count), members=count))
 
 
-@pytest.mark.parametrize("waiting", [Waiting(turns="ready"), Waiting(LONG), Waiting(LONG, "ready")], ids=str)
+@pytest.mark.parametrize(
+    "waiting", [Waiting(turns="ready"), Waiting(LONG), Waiting(LONG, "ready")], ids=["ready", "deadline", "both"]
+)
 def test_whoever_waits_in_threads_gets_the_same_rollouts_and_errors(waiting: Waiting) -> None:
     assert plain(played(Games([4, 3, 4]), waiting=waiting)) == plain(played(Games([4, 3, 4])))
 
