@@ -38,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
-    *(f"docs/{name}.md" for name in ("log", "methods", "settings")),
+    *(f"docs/{name}.md" for name in ("log", "methods", "real", "settings")),
     *(f"docs/lab/{name}.md" for name in ("lab", "lab-itself", "lab-notes", "cliff")),
 }
 
