@@ -99,6 +99,8 @@ def _shapes(found: Coverage) -> list[tuple[tuple[int, int], int]]:
 
 def _shape_rows(found: Coverage) -> list[tuple[str, ...]]:
     total, shapes = sum(found.lengths.values()), _shapes(found)
+    if not total:
+        return []
     rows = [(f"{count:,}", f"{count / total:.1%}", f"{own}:{other}") for (own, other), count in shapes[:SHAPES]]
     rest = sum(count for _, count in shapes[SHAPES:])
     longest = max((max(shape) for shape, _ in shapes[SHAPES:]), default=0)

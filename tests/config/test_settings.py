@@ -434,7 +434,7 @@ EARLY: dict[str, tuple[list[str], str]] = {
     "stop": (["rollout.stop=['nope']"], "rollout.stop: 'nope'"),
     "device": (["device=cuda"], "torch sees no CUDA device"),
     "template": (["rollout.max_new_tokens=6", "columns.prompt=nothing"], "nothing"),
-    "tokenizers": (["--teacher", "other"], "ids disagree"),
+    "tokenizers": (["--teacher", "other", "method.name=eopd"], "ids disagree"),
     "teacher": (["--teacher", "empty"], "no config.json"),
     "ordinary stop": (["--student", "stops"], "rollout.stop"),
     "nothing": (["rollout.max_new_tokens=6"], "cannot be loaded: SafetensorError"),

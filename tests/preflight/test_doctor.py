@@ -93,7 +93,9 @@ def test_a_tokenizer_that_cannot_be_read_is_not_ok(tiny_run: dict[str, Any], tmp
 
 def test_other_tokenizer(tiny_run: dict[str, Any], model_folder: Callable[..., Path]) -> None:
     other = model_folder(seed=2, words=[*"abcdefgh", "from", "so"])
-    found = examine(api.assemble({**tiny_run, "teacher": str(other)}))
+    nothing = examine(api.assemble({**tiny_run, "teacher": str(other)}), quick=True)["units"]
+    assert dict(nothing.values)["one_to_one"] == dict(nothing.values)["spans"] == 0, "and no shapes to show"
+    found = examine(api.assemble({**tiny_run, "teacher": str(other), "method": {"name": "eopd"}}))
     assert found["tokenizer"].verdict == "fatal"
     assert "different tokenizers" in found["tokenizer"].saw
     assert "teacher of the student's family" in found["tokenizer"].remedy
