@@ -31,7 +31,7 @@ class Summand:
 
 
 def advantage_sum(*summands: Summand) -> Advantage:
-    """The sum of the advantages of terms against one view, which decides where the clip that they summand binds.
+    """The sum of the advantages of terms against one view, which decides where the clip that they share binds.
 
     Args:
         summands: One for each term.

@@ -17,6 +17,7 @@ from functools import cache
 from itertools import count
 from typing import Any
 
+from retort.align.calls import Call, Malformed, calls_of
 from retort.align.text import after_thinking
 from retort.core.rollouts import Message, Prompt, Status
 from retort.envs.actions import numbered, numbered_rows
@@ -28,7 +29,7 @@ __all__ = ["Verifiers", "rows"]
 
 #: The number of a split's first row, where it is not the training split: task n of the split `test` is row SECOND + n.
 SECOND = 1_000_000
-_CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
+_CALL = re.compile(r"<tool_call>.*?(?:</tool_call>|\Z)", re.DOTALL)
 
 
 def rows(kind: str, first: int) -> Iterator[dict[str, str]]:
@@ -100,7 +101,10 @@ class _Playing:
     ids: Iterator[int] = field(default_factory=count)
 
     def reply(self, text: str) -> Reply:
-        self.session.answer(_assistant(text, self.ids) if self.asked.tools else _plain(text))
+        return self.called(text, calls_of(text))
+
+    def called(self, text: str, calls: Sequence[Call | Malformed]) -> Reply:
+        self.session.answer(_assistant(text, calls, self.ids) if self.asked.tools else _plain(text))
         event = self.session.next()
         measures = {"success": 0.0, "tool_errors": 0.0}
         if isinstance(event, Over):
@@ -155,19 +159,18 @@ def _plain(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": said.strip(), **({"reasoning_content": thinking} if thinking else {})}
 
 
-def _assistant(text: str, ids: Iterator[int]) -> dict[str, Any]:
+def _assistant(text: str, calls: Sequence[Call | Malformed], ids: Iterator[int]) -> dict[str, Any]:
     """A turn with its calls as an assistant's message; what is malformed becomes a call that the chat loop refuses."""
-    message, calls = _plain(text), list[dict[str, Any]]()
-    for written in _CALL.findall(message["content"]):
-        try:
-            call = json.loads(written)
-            name, given = str(call["name"]), call.get("arguments", call.get("parameters", {}))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            name, given = MALFORMED, written.strip()
-        arguments = given if isinstance(given, str) else json.dumps(given)
-        calls.append({"id": f"call{next(ids)}", "type": "function", "function": {"name": name, "arguments": arguments}})
-    if calls:
-        message |= {"content": _CALL.sub("", message["content"]).strip() or None, "tool_calls": calls}
+    message = _plain(text)
+    written = [
+        {"name": own.name, "arguments": json.dumps(dict(own.arguments))}
+        if isinstance(own, Call)
+        else {"name": MALFORMED, "arguments": own.words}
+        for own in calls
+    ]
+    if written:
+        made = [{"id": f"call{next(ids)}", "type": "function", "function": own} for own in written]
+        message |= {"content": _CALL.sub("", message["content"]).strip() or None, "tool_calls": made}
     return message
 
 

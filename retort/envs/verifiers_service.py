@@ -308,7 +308,7 @@ def _chat_loop() -> type:
 async def _called(mcp: Any, servers: Any, dispatch: Any, call: dict[str, str]) -> Any:
     """What a tool returns, or what is wrong with the call."""
     if call["name"] == MALFORMED:
-        return "error: the call is not valid JSON"
+        return f"error: {call['arguments']}"
     if call["name"] not in dispatch:
         return f"error: there is no such tool; there are: {', '.join(dispatch)}"
     try:

@@ -58,7 +58,7 @@ def tcod(
         temperature: Temperature of sampling and of both distributions.
 
     Departures: an episode is one growing conversation, where the released code renders each turn anew with the last two
-    pairs of observation and action; its asynchronous replay is left out.
+    pairs of observation and action, as `rollout.history=2` does; its asynchronous replay is left out.
 
     Example:
         >>> student, teacher = tensor([[0.5, 0.5]] * 3).log(), tensor([[0.8, 0.2]] * 3).log()

@@ -67,7 +67,9 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
         return Check("units", "ok", saw, why, values=values, table=table)
     reasons = ", ".join(f"{reason}: {count:,}" for reason, count in found.lost.items())
     remedy = "see docs/tokenizers.md; a teacher whose tokenizer knows these characters reads all of it"
-    return Check("units", "warn", f"{saw} (in none: {reasons} bytes)", why, remedy, values, table)
+    return Check(
+        "units", "warn" if lost < total else "fatal", f"{saw} (in none: {reasons} bytes)", why, remedy, values, table
+    )
 
 
 def without_counterpart(pair: SpanPair, ours: Counter[int], theirs: Counter[int]) -> dict[str, float]:

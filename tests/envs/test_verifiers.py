@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from retort.align.calls import calls_of
 from retort.core.rollouts import Message, Status
 from retort.data import load_prompts
 from retort.envs import registry, verifiers
@@ -28,13 +29,14 @@ def test_a_turn_is_an_assistants_message() -> None:
         "content": "7",
         "reasoning_content": "<think>3 + 4</think>",
     }
-    said = verifiers._assistant(f"so {CALL}<tool_call>add 3", count(5))
+    text = f"so {CALL}<tool_call>add 3"
+    said = verifiers._assistant(text, calls_of(text), count(5))
     assert said["content"] == "so"
     assert said["tool_calls"] == [
         {"id": "call5", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}},
-        {"id": "call6", "type": "function", "function": {"name": MALFORMED, "arguments": "add 3"}},
+        {"id": "call6", "type": "function", "function": {"name": MALFORMED, "arguments": "the call is not valid JSON"}},
     ]
-    assert verifiers._assistant("the answer is 7", count()) == {"role": "assistant", "content": "the answer is 7"}
+    assert verifiers._assistant("the answer is 7", [], count()) == {"role": "assistant", "content": "the answer is 7"}
 
 
 BEGAN = [{"role": "user", "content": "what is 3 + 4?"}]

@@ -95,6 +95,7 @@ def test_other_tokenizer(tiny_run: dict[str, Any], model_folder: Callable[..., P
     other = model_folder(seed=2, words=[*"abcdefgh", "from", "so"])
     nothing = examine(api.assemble({**tiny_run, "teacher": str(other)}), quick=True)["units"]
     assert dict(nothing.values)["one_to_one"] == dict(nothing.values)["spans"] == 0, "and no shapes to show"
+    assert nothing.verdict == "fatal", "there is nothing to learn from"
     found = examine(api.assemble({**tiny_run, "teacher": str(other), "method": {"name": "eopd"}}))
     assert found["tokenizer"].verdict == "fatal"
     assert "different tokenizers" in found["tokenizer"].saw
