@@ -222,7 +222,7 @@ _ROOMS: Mapping[str, Any] = {
     "precision": "fp32",
     "threads": 1,
     "rollout": {"prompts": 12, "max_new_tokens": 64, "max_prompt_tokens": 48, "parallel": 512},
-    "optimizer": {**_COUNTDOWN["optimizer"], "warmup": 5},
+    "optimizer": {**_COUNTDOWN["optimizer"], "learning_rate": 5e-4, "warmup": 5},
     "eval": {"problems": 150, "samples": 2, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 64},
     "checkpoint": {"every": 0},
     "record": {"rollouts": 1},

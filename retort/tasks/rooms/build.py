@@ -3,10 +3,10 @@
     python -m retort.tasks.rooms.build --out models
 
 saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
-this very run. Both learn from the expert's games, by supervised learning on the expert's own turns. The student is made
-first, in few steps, from games without mistakes: it knows the commands and some of the way, and is lost after a
-mistake. The teacher goes on from there, with games that have mistakes in them, so that it knows the way back from
-places where the expert never goes by itself.
+this very run. The teacher is made first, by supervised learning on the expert's own turns: from games without mistakes,
+then from games that have mistakes in them, so that it knows the way back from places where the expert never goes by
+itself. The student goes on from there, and learns to play like somebody careless, who errs at times and, once that has
+happened, most of the time. It is a model that could do better: distillation has to bring back what it has unlearnt.
 """
 
 from __future__ import annotations
@@ -38,28 +38,32 @@ LONGEST_COMMAND = 4  # tokens, with the end token
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is made.
+    """One stage of supervised learning.
 
     Attributes:
         games: Different games that it learns from.
         mistakes: Chance of a mistake at every turn of them.
         steps: Optimizer steps.
+        once_lost: The chance from a game's first mistake on; None: the same.
+        imitated: Whether mistakes are learnt, too; else only the expert's own turns are.
         batch: Games per step.
         lr: Highest learning rate; a cosine decays it to zero.
-        seed: Seed of initial weights and data.
+        seed: Seed of the data, and in a first stage of the initial weights.
     """
 
     games: int
     mistakes: float
     steps: int
+    once_lost: float | None = None
+    imitated: bool = False
     batch: int = 16
-    lr: float = 3e-3
+    lr: float = 2e-3
     seed: int = 0
 
 
 WIDTH, LAYERS = 128, 4
-STUDENT = Recipe(games=4_000, mistakes=0.0, steps=800, lr=2e-3, seed=1)
-TEACHER = Recipe(games=20_000, mistakes=0.25, steps=4_000, lr=2e-3)
+TEACHER = (Recipe(games=4_000, mistakes=0.0, steps=800, seed=1), Recipe(games=20_000, mistakes=0.25, steps=4_000))
+STUDENT = Recipe(games=4_000, mistakes=0.1, once_lost=0.6, imitated=True, steps=250, lr=1e-3, seed=1)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -87,13 +91,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-def encoded(turns: Sequence[Turn], word: dict[str, int]) -> tuple[list[int], list[bool]]:
-    """A game as ids, and which of them are learnt: the commands that are the expert's own, each with its end."""
+def encoded(
+    turns: Sequence[Turn], word: dict[str, int], *, imitated: bool = False
+) -> tuple[list[int], list[bool]]:
+    """A game as ids, and which of them are learnt: the commands, each with its end; mistakes only where imitated."""
     ids, learnt = list[int](), list[bool]()
     for turn in turns:
         seen, done = [USER, *turn.observation.split(), ASSISTANT], [*turn.command.split(), EOS]
         ids += [word[part] for part in (*seen, *done)]
-        learnt += [False] * len(seen) + [turn.experts] * len(done)
+        learnt += [False] * len(seen) + [turn.experts or imitated] * len(done)
     return ids, learnt
 
 
@@ -102,7 +108,11 @@ def demonstrations(
 ) -> list[tuple[list[int], list[bool]]]:
     """The expert's games, as `encoded` makes them."""
     word = tokenizer.get_vocab()
-    return [encoded(played(*game, rng, recipe.mistakes), word) for game in islice(games("train"), recipe.games)]
+    whole = (
+        played(*game, rng, recipe.mistakes, once_lost=recipe.once_lost)
+        for game in islice(games("train"), recipe.games)
+    )
+    return [encoded(turns, word, imitated=recipe.imitated) for turns in whole]
 
 
 def batches(
@@ -188,10 +198,22 @@ def _commands(
     return drawn
 
 
-def card(name: str, recipe: Recipe, share: float, parameters: int) -> str:
+def told(recipe: Recipe) -> str:
+    """What a stage learnt from, in a sentence of the model card."""
+    how = "without mistakes"
+    if recipe.mistakes:
+        then = f", and in {recipe.once_lost:.0%} of those behind the first one" if recipe.once_lost is not None else ""
+        how = f"with a mistake in {recipe.mistakes:.0%} of the turns{then}"
+    whose = "all turns, mistakes included," if recipe.imitated else "the expert's own turns"
+    return (
+        f"By supervised learning on {whose} in {recipe.games:,} games that the expert plays {how}: {recipe.steps:,} steps "
+        f"of {recipe.batch} games, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}."
+    )
+
+
+def card(name: str, start: str, stages: Sequence[Recipe], share: float, parameters: int) -> str:
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
-    mistakes = f"with a mistake in {recipe.mistakes:.0%} of the turns" if recipe.mistakes else "without mistakes"
-    start = "random weights" if name == "student" else "the student's weights"
+    made = "\n".join(f"{number}. {told(stage)}" for number, stage in enumerate(stages, 1))
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -210,10 +232,12 @@ nothing else.
 
 ## How it was made
 
-From {start}, by supervised learning on the expert's turns in {recipe.games:,} games that it plays {mistakes}.
-{LAYERS} layers of width {WIDTH}, {recipe.steps:,} steps of {recipe.batch} games, AdamW with a cosine from
-{recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. No held-out layout occurs in them. The weights are stored in
-bfloat16; the score is that of the stored weights, loaded again into float32.
+{LAYERS} layers of width {WIDTH}, from {start}:
+
+{made}
+
+No held-out layout occurs in the games. The weights are stored in bfloat16; the score is that of the stored weights,
+loaded again into float32.
 
     python -m retort.tasks.rooms.build --out models
 
@@ -221,20 +245,22 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 """
 
 
-def make(name: str, recipe: Recipe, out: Path) -> None:
-    """Train, save and measure a model."""
-    tokenizer, folder = build_tokenizer(), out / name
-    model = build_model(tokenizer, recipe.seed)
-    if name == "teacher":
-        begun = LlamaForCausalLM.from_pretrained(out / "student", dtype=torch.float32)
-        model.load_state_dict(begun.state_dict())
-    print(f"{name}: {model.num_parameters():,} parameters", flush=True)
+def learn(model: LlamaForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> None:
+    """One stage; its weights end rounded to bfloat16, as they are stored."""
     rng = random.Random(recipe.seed)
     train(model, batches(demonstrations(tokenizer, recipe, rng), recipe, rng), recipe)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.copy_(weights.to(torch.bfloat16))
+
+
+def save(name: str, start: str, stages: Sequence[Recipe], model: LlamaForCausalLM, out: Path) -> None:
+    """Save and measure a model, and write its card."""
+    tokenizer, folder = build_tokenizer(), out / name
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     tokenizer.save_pretrained(folder)
     share = measure(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
-    (folder / "README.md").write_text(card(name, recipe, share, model.num_parameters()), encoding="utf-8")
+    (folder / "README.md").write_text(card(name, start, stages, share, model.num_parameters()), encoding="utf-8")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{name}: wins {share:.1%}, {size:.1f} MB in {folder}", flush=True)
 
@@ -242,14 +268,19 @@ def make(name: str, recipe: Recipe, out: Path) -> None:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Make the bundled teacher and student of Rooms.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write student/ and teacher/ into")
-    parser.add_argument(
-        "--only", choices=("teacher", "student"), help="make only this one; a teacher needs the student"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write teacher/ and student/ into")
+    parser.add_argument("--only", choices=("teacher", "student"), help="make only this one; a student needs the teacher")
     arguments = parser.parse_args()
-    for name, recipe in (("student", STUDENT), ("teacher", TEACHER)):
-        if arguments.only in (None, name):
-            make(name, recipe, arguments.out)
+    tokenizer = build_tokenizer()
+    if arguments.only != "student":
+        model = build_model(tokenizer, TEACHER[0].seed)
+        for recipe in TEACHER:
+            learn(model, recipe, tokenizer)
+        save("teacher", "random weights", TEACHER, model, arguments.out)
+    if arguments.only != "teacher":
+        model = LlamaForCausalLM.from_pretrained(arguments.out / "teacher", dtype=torch.float32)
+        learn(model, STUDENT, tokenizer)
+        save("student", "the teacher's weights", [STUDENT], model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def rows(split: Split, count: int | None = None, *, size: str = "three") -> list
     return [{"id": row, "prompt": task} for row, task in chosen]
 
 
-def played(row: str, task: str, rng: random.Random, mistakes: float = 0.0) -> list[Turn]:
+def played(
+    row: str, task: str, rng: random.Random, mistakes: float = 0.0, *, once_lost: float | None = None
+) -> list[Turn]:
     """A game by the expert, who is made to err at times and goes on from wherever that leads.
 
     Args:
@@ -71,6 +73,7 @@ def played(row: str, task: str, rng: random.Random, mistakes: float = 0.0) -> li
         task: Its task.
         rng: Chooses among several shortest ways, and the mistakes.
         mistakes: Chance of a mistake at every turn.
+        once_lost: The chance from the first mistake on; None: the same.
     """
     game, turns, ahead = Rooms(), list[Turn](), list[str]()
     observation, over = game.reset(task, seed_of(row)), False
@@ -78,6 +81,8 @@ def played(row: str, task: str, rng: random.Random, mistakes: float = 0.0) -> li
         if not ahead:
             ahead = plan(*game.position, rng)
         wrong = rng.random() < mistakes
+        if wrong and once_lost is not None:
+            mistakes = once_lost
         command = _mistake(*game.position, rng) if wrong else ahead[0]
         before = game.position[1]
         turns.append(Turn(observation, command, not wrong))
