@@ -229,7 +229,7 @@ _ROOMS: Mapping[str, Any] = {
 }
 _GROWS = "one more turn every batch, so that the last half of the run has the whole horizon of 16"
 _AGENTS: Mapping[str, Entry] = {
-    "reward alone": Entry("rlsd", _REWARD_ALONE, "`rlsd` with lambda = 0, which is GRPO"),
+    "reward alone": Entry("sod", {"coef": 0.0}, "`sod` with a weight of 0 for the teacher, which is GRPO"),
     "opd": Entry("opd"),
     "tcod, forward": Entry("tcod", {"curriculum": "forward", "every": 1}, _GROWS),
     "tcod, backward": Entry("tcod", {"curriculum": "backward", "every": 1}, "one more turn every batch"),
