@@ -106,8 +106,12 @@ class Watch:
 
     def needs_of(self, view: str) -> frozenset[Need]:
         """The curve's optional needs of a view's teacher."""
-        parts = [self.part, *([self.where] if self.where else [])]
-        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in parts))
+        return frozenset[Need]().union(*(part.needs_of(view, self.against) for part in self.parts))
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are evaluated for it."""
+        return (self.part, *([self.where] if self.where else []))
 
 
 @dataclass(frozen=True)
@@ -227,8 +231,17 @@ class Method:
 
     def optional_needs(self, view: str = "teacher", step: int = 0) -> frozenset[Need]:
         """The optional needs of its curves, at a batch of rollouts counted from 0."""
-        due = (watch.needs_of(view) for watch in self.watch if step % watch.every == 0)
+        due = (watch.needs_of(view) for watch in self.watched(step))
         return frozenset[Need]().union(*due) - self.needs(view)
+
+    def watched(self, step: int) -> tuple[Watch, ...]:
+        """Its curves at a batch, counted from 0; without those of a statistic that no term asks for."""
+        known = self.stats.keys()
+        return tuple(
+            watch
+            for watch in self.watch
+            if step % watch.every == 0 and all(stat.name in known for part in watch.parts for stat in part.stats)
+        )
 
     @property
     def stored(self) -> Mapping[str, tuple[Part, str]]:

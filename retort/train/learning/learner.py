@@ -104,9 +104,8 @@ class Learner:
         bare = self.batch(method, groups, signals, clock)
         watches = tuple(
             watch
-            for watch in method.watch
-            if clock.step % watch.every == 0
-            and all(can_meet(signals[view].offers, need) for view in method.views for need in watch.needs_of(view))
+            for watch in method.watched(clock.step)
+            if all(can_meet(signals[view].offers, need) for view in method.views for need in watch.needs_of(view))
         )
         bare = replace(bare, steps=self._with_sentences(method, bare.pack), watches=watches)
         several = self.settings.updates * self.settings.epochs > 1 and method.uses_old_logp
