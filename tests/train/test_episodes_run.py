@@ -73,10 +73,11 @@ def check_by_hand(metrics: dict[str, Any], rows: list[dict[str, Any]]) -> int:
         ({"name": "tcod", "every": 1}, [1, 2, 3], "players:Walk"),
         ({"name": "tcod", "curriculum": "backward", "every": 2, "reduction": "turns"}, [1, 1, 2], "rooms"),
         ({"name": "sod", "samples": 2}, None, "players:Walk"),
+        ({"name": "sod", "samples": 4, "coef": 0.0}, None, "players:Walk"),
         ({"name": "atod", "samples": 2}, None, "players:Walk"),
         ({"name": "eopd", "top_k": 4}, None, "players:Walk"),
     ],
-    ids=["tcod", "tcod, backward", "sod", "atod", "eopd"],
+    ids=["tcod", "tcod, backward", "sod", "sod, reward alone", "atod", "eopd"],
 )
 @pipeline.models_once()
 def test_a_run_logs_by_turn_what_its_record_says(
