@@ -28,7 +28,7 @@ from retort.envs.registry import load
 from retort.envs.text import MEASURES
 from retort.errors import UserError
 from retort.rollout.conversation import Conversation
-from retort.rollout.engines.base import Completion, Engine, Request, Sampling
+from retort.rollout.engines.base import Completion, Engine, Request, Sampling, TurnCache
 from retort.rollout.plan import TurnCurriculum
 from retort.rollout.waiting import Calls, Waiting, late, never_begun
 
@@ -96,6 +96,11 @@ class EpisodeSetup:
         measures = (*getattr(environment, "measures", MEASURES), *waiting.measures)
         return EpisodeSetup(environment, template_options, turns, measures, history, waiting)
 
+    @property
+    def several_turns(self) -> bool:
+        """Whether a turn may follow the first one."""
+        return self.turns != 1 and not isinstance(self.environment, SingleTurn)
+
     def within(self, curriculum: TurnCurriculum | None, done: int) -> EpisodeSetup:
         """The same with the horizon of a curriculum after so many batches."""
         if curriculum is None:
@@ -120,11 +125,13 @@ class _Open:
     measures: dict[str, float] = field(default_factory=lambda: {})
     feedback: str = ""
     status: Status | None = None
+    turn_cache: TurnCache = field(default_factory=TurnCache)
 
-    def request(self, sampling: Sampling, context: int) -> Request:
+    def request(self, sampling: Sampling, context: int, setup: EpisodeSetup) -> Request:
         """The request for the next turn."""
         turn, room = len(self.completions), self.room(sampling, context, self.talk.sequence)
-        return Request(self.talk.sequence, self.task.uniform_stream.uniforms(turn, count=room))
+        uniforms = self.task.uniform_stream.uniforms(turn, count=room)
+        return Request(self.talk.sequence, uniforms, self.turn_cache if setup.several_turns else None)
 
     def room(self, sampling: Sampling, context: int, before: TokenSequence) -> int:
         """Most tokens of the next turn behind these. That a prompt leaves room for the first one is checked before."""
@@ -226,13 +233,18 @@ def run_episodes(
     with contextlib.ExitStack() as stack:
         calls = Calls(setup.waiting.deadline)
         episodes = _begun(engine, tasks, setup, calls, stack)
+        for own in episodes:
+            stack.callback(own.turn_cache.clear)
         while open_ := [own for own in episodes if own.status is None and id(own.episode) not in calls]:
-            requests = [own.request(sampling, engine.context) for own in open_]
+            requests = [own.request(sampling, engine.context, setup) for own in open_]
             for own, completion in zip(open_, engine.generate(requests, sampling), strict=True):
                 ask = own.take(completion, engine)
                 if ask is not None:
                     _asked(own, ask, calls, engine, setup, sampling)
             _heard(episodes, calls, engine, setup, sampling)
+            for own in episodes:
+                if own.status is not None:
+                    own.turn_cache.clear()
     return [own.rollout(engine.tokenizer, setup, source) for own in episodes]
 
 

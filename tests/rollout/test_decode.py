@@ -15,8 +15,9 @@ from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
 from retort.rollout.engines import hf
-from retort.rollout.engines.decode import RoomyLayer, can_decode, decode, roomy_cache
+from retort.rollout.engines.decode import can_decode, decode
 from retort.rollout.engines.hf import HFEngine, Request, Sampling
+from retort.rollout.engines.kv import RoomyLayer, roomy_cache
 from retort.rollout.engines.sample import sample
 
 FAMILIES: list[dict[str, Any]] = [

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -33,6 +33,24 @@ class Sampling:
     top_p: float = 1.0
 
 
+@dataclass(eq=False)
+class TurnCache:
+    """What an engine keeps of one conversation from a turn to the next, so that it need not read all of it again.
+
+    Whoever plays the conversation makes one, hands it over with every request of it, and clears it after the last. An
+    engine that keeps nothing leaves it empty; the completions are the same up to rounding.
+
+    Attributes:
+        state: The engine's own; None where nothing is kept.
+    """
+
+    state: Any = None
+
+    def clear(self) -> None:
+        """Frees what is kept."""
+        self.state = None
+
+
 @dataclass(frozen=True, eq=False)
 class Request:
     """A request for one completion.
@@ -41,10 +59,13 @@ class Request:
         context: Tokens and media that it follows; which of them were decided does not matter.
         uniforms: Random numbers in [0, 1), one per token that may be generated, float64: the only source of randomness.
             A completion is never longer than there are numbers.
+        turn_cache: What is kept of this conversation, where a request that goes on from this one may follow; None where
+            none does. No two requests of one call share it.
     """
 
     context: TokenSequence
     uniforms: Tensor
+    turn_cache: TurnCache | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Completion, Request, Sampling
+from retort.rollout.engines.kept import Conversations, KeptRow
 from retort.rollout.engines.sample import nucleus, sample
 
 if TYPE_CHECKING:
@@ -50,13 +51,15 @@ class HFEngine:
         Args:
             lm: The model.
             vocab: Only ids below this are tokens.
-            max_parallel: Rollouts generated at once.
+            max_parallel: Rollouts generated at once; of as many others, keys and values are kept between turns.
         """
         self.lm = lm
         self.vocab = vocab
         self.max_parallel = max_parallel
         self.version = 0
         self.loops: bool | None = None
+        self.continues: bool | None = None
+        self._conversations = Conversations(max_parallel)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -69,26 +72,37 @@ class HFEngine:
         return self.lm.context
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        """See `Engine`; it uses the live weights, and stores their version."""
+        """See `Engine`; it uses the live weights, and stores their version. What was kept of conversations is freed."""
         self.version = version
+        self._conversations.forget()
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         """See `Engine`."""
         self.lm.check_readable((request.context for request in requests), "a prompt")
         found: dict[int, Completion] = {}
         rooms = [min(sampling.max_new_tokens, len(request.uniforms)) for request in requests]
-        # Neighbours of similar length need least padding.
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
+        kept = [self._conversations.take(request) for request in requests]
+        unread = [
+            len(request.context) - (0 if row is None else row.common(request.context))
+            for request, row in zip(requests, kept, strict=True)
+        ]
+        # Neighbours of similar length need least padding; those that go on are not held up by those that begin.
+        order = sorted(range(len(requests)), key=lambda i: (kept[i] is None, unread[i], len(requests[i].context), i))
         limit = self.lm.together_up_to
         alone = [i for i in order if limit is not None and len(requests[i].context) + rooms[i] > limit]
         others = order if not alone else [i for i in order if i not in set(alone)]
-        batches = [others[start : start + self.max_parallel] for start in range(0, len(others), self.max_parallel)]
+        going, new = [i for i in others if kept[i] is not None], [i for i in others if kept[i] is None]
+        size = self.max_parallel
+        batches = [own[start : start + size] for own in (going, new) for start in range(0, len(own), size)]
         for batch in [*batches, *([i] for i in alone)]:
-            found.update(zip(batch, self._batch([requests[i] for i in batch], sampling), strict=True))
+            own = [kept[i] for i in batch]
+            for i in batch:
+                kept[i] = None
+            found.update(zip(batch, self._batch([requests[i] for i in batch], sampling, own), strict=True))
         return [found[index] for index in range(len(requests))]
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
-        from retort.rollout.engines.decode import can_decode, decode  # loads transformers
+    def _batch(self, requests: Sequence[Request], sampling: Sampling, kept: list[KeptRow | None]) -> list[Completion]:
+        from retort.rollout.engines.decode import can_continue, can_decode, decode  # loads transformers
 
         lm = self.lm
         uniforms = [request.uniforms[: sampling.max_new_tokens] for request in requests]
@@ -106,13 +120,20 @@ class HFEngine:
         try:
             with torch.inference_mode(), lm.compute():
                 self.loops = can_decode(lm) if self.loops is None else self.loops
-                decoded = decode if self.loops else _generate
-                ids_BA, logp_BA = decoded(lm, [r.context for r in requests], draw, self.vocab, longest)
+                talks = any(request.turn_cache is not None for request in requests)
+                if talks and self.continues is None:
+                    self.continues = self.loops and can_continue(lm)
+                turns = self._conversations.turns(requests, kept) if talks and self.continues else None
+                own = ([request.context for request in requests], draw, self.vocab, longest)
+                ids_BA, logp_BA = decode(lm, *own, turns) if self.loops else _generate(lm, *own)
         finally:
             lm.model.train(was_training)
         # Copied outside of inference mode, because autograd must not meet its tensors.
         parts = zip(ids_BA.tolist(), logp_BA.clone(), rooms, strict=True)
-        return [self._cut(ids[:room], logp_A[:room]) for ids, logp_A, room in parts]
+        found = [self._cut(ids[:room], logp_A[:room]) for ids, logp_A, room in parts]
+        if turns is not None:
+            self._conversations.keep(turns, requests, found)
+        return found
 
     def _cut(self, ids: list[int], logp_A: Tensor) -> Completion:
         """Ends a completion after its first stop token."""

@@ -34,7 +34,8 @@ class Forecast:
         loss: A chunk of logits of every model, and what autograd keeps of a block.
         signals: The teachers' signals for a batch of rollouts, kept until it is learnt from.
         copies: The student's weights in bf16, where it learns in fp32 and computes in bf16; freed while it learns.
-        cache: Keys and values during generation of rollouts or held-out completions.
+        cache: Keys and values during generation of rollouts or held-out completions; in episodes of several turns also
+            those of others that wait for their next turn, as many at most as are generated at once.
         loaded: Weights of all models as they are loaded, before ranks share them.
         whole: Of several ranks: the student's whole weights for passes without gradient, or the layers of a teacher
             that generates, beside the slices.
@@ -104,6 +105,7 @@ def forecast(prepared: Prepared) -> Forecast:
     if config.eval.teacher and "teacher" in prepared.lms:
         generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
+    most = config.rollout.parallel * (2 if prepared.source.episodes.several_turns else 1)
     copies, lasting = student.working_bytes()
     if ranks > 1:  # The copies of frozen weights are of gathered ones, and are freed with them.
         copies, lasting = copies + lasting, 0
@@ -117,7 +119,7 @@ def forecast(prepared: Prepared) -> Forecast:
         loss=chunks,
         signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product, ranks),
         copies=copies,
-        cache=max(_cache(lm, min(config.rollout.parallel, count), longest, product) for lm, count in generators),
+        cache=max(_cache(lm, min(most, count), longest, product) for lm, count in generators),
         loaded=_bytes(student) + own + lasting + frozen_loaded,
         **(_gathered(prepared, ranks) if ranks > 1 else {}),
     )
