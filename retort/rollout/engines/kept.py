@@ -94,11 +94,11 @@ class Turns:
                 row.release()
         return unread
 
-    def kept(self, row: int, said: TokenSequence, weights: object = None) -> KeptRow | None:
-        """What was kept of a row, whose context and completion these are; None if nothing was."""
+    def kept(self, row: int, sequence: TokenSequence, weights: object = None) -> KeptRow | None:
+        """What was kept of a row, whose context and completion this is; None if nothing was."""
         found = self.found.get(row)
         if found is not None:
-            found.tokens_L, found.weights = said.tokens_L[:-1], weights
+            found.tokens_L, found.weights = sequence.tokens_L[:-1], weights
         return found
 
     def leave(self, cache: Any, row_B: Tensor, stop_BA: Tensor, stay_B: Tensor | None = None) -> None:

@@ -52,11 +52,11 @@ class RoomyLayer(DynamicLayer):
         self._keys, self._values = self._moved(self._keys, room, beam_idx), self._moved(self._values, room, beam_idx)
         self._show()
 
-    def row(self, place: int, start: int, end: int) -> tuple[Tensor, Tensor] | None:
+    def row(self, index: int, start: int, end: int) -> tuple[Tensor, Tensor] | None:
         """Copies of the keys and values [H, P, D] of one row between two columns; None where the layer has none."""
         if not self.is_initialized:
             return None
-        keys, values = (states[place, :, start:end].clone() for states in (self._keys, self._values))
+        keys, values = (states[index, :, start:end].clone() for states in (self._keys, self._values))
         return keys, values
 
     def fill(self, rows: Sequence[tuple[Tensor, Tensor] | None], counts: Sequence[int], width: int, room: int) -> None:
