@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal, ParamSpec, cast, get_args, get_origin, get_type_hints
@@ -372,7 +373,10 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
             bound = signature.bind(*args, **groups.spread(settings))
             bound.apply_defaults()
             _check_numbers(made, bound.arguments)
-            bare: Method = groups.build(**groups.gathered(bound.arguments))
+            try:
+                bare: Method = groups.build(**groups.gathered(bound.arguments))
+            except UserError as error:
+                raise _about_settings(error, build.__name__) from None
             return replace(
                 bare,
                 made_of=(bare.rollout, bare.terms, bare.views, bare.temperature, bare.controllers),
@@ -389,6 +393,16 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
         return made
 
     return mark
+
+
+#: How a part begins a message of its own: with the name of the function that makes it, which no user of a run knows.
+_FUNCTION = re.compile(r"^\w+: ")
+
+
+def _about_settings(error: UserError, name: str) -> UserError:
+    """The refusal of a method's settings, which names the method in place of a part of it."""
+    text = str(error)
+    return error if text.startswith("method") else UserError(f"method '{name}': {_FUNCTION.sub('', text)}")
 
 
 def groups_of(build: Callable[..., Method]) -> Groups:

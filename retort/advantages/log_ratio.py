@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
+from retort.core.losses import times
 from retort.core.needs import SAMPLED
 from retort.core.parts import Advantage, Quantity, Stat
 from retort.core.schedules import Schedule
@@ -50,7 +51,7 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
     if discount == 0.0:
 
         def plain(context: Context, view: str) -> Tensor:
-            return coef * inner.value(context, view)
+            return times(coef, inner.value(context, view))
 
         return Advantage(f"log_ratio * {coef:g}", plain, inner.needs)
 
@@ -69,7 +70,7 @@ def return_to_go(discount: float = 0.0, coef: float = 1.0) -> Advantage:
     stat = Stat(f"return_to_go({discount:g})", Quantity("log_ratio", once, inner.needs), finish)
 
     def value(context: Context, view: str) -> Tensor:
-        return coef * context.steps.stored[stat.name].to(context.student_logp_N.dtype)
+        return times(coef, context.steps.stored[stat.name].to(context.student_logp_N.dtype))
 
     return Advantage(f"{stat.name} * {coef:g}", value, inner.needs, stats=(stat,))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
+from retort.core.losses import times
 from retort.core.needs import Need
 from retort.core.parts import Advantage, Weight
 from retort.core.schedules import ScalarOrSchedule
@@ -27,7 +28,7 @@ class Summand:
         factor_N = torch.full_like(advantage_N, factor)
         if self.weight is not None:
             factor_N = factor_N * self.weight.at(context, view)
-        return torch.where(factor_N == 0, torch.zeros_like(advantage_N), factor_N * advantage_N)
+        return times(factor_N, advantage_N)
 
 
 def advantage_sum(*summands: Summand) -> Advantage:

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from retort.align.text import decode
+from retort.core.rollouts import Rollout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["sentences"]
+__all__ = ["sentences", "sentences_of"]
 
 #: A sentence ends after its mark (and closing quotes or brackets) where a space follows, and at every line's end.
 _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]+|\n+")
+
+
+def sentences_of(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The sentence of each decided token of a rollout, from 0 and never falling.
+
+    A turn ends a sentence: behind it stands what an environment replied, which is not among the tokens.
+
+    Args:
+        rollout: The rollout.
+        tokenizer: Tokenizer of the model that generated it.
+    """
+    ids = rollout.action_ids
+    turns: list[int] = [0] * len(ids) if rollout.turn_A is None else rollout.turn_A.tolist()  # pyright: ignore
+    found = list[int]()
+    for _, turn in groupby(zip(turns, ids, strict=True), lambda pair: pair[0]):
+        first = found[-1] + 1 if found else 0
+        found += [first + sentence for sentence in sentences([token for _, token in turn], tokenizer)]
+    return found
 
 
 def sentences(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:

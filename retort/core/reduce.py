@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retort.core.losses import TokenLoss
+from retort.core.losses import TokenLoss, times
 
 
 @dataclass(frozen=True)
@@ -134,11 +134,11 @@ def scalar(terms: Mapping[str, TokenLoss], scale_N: Mapping[str, Tensor], coefs:
     `scale_N` are the loss scales of the steps at hand, cut from those of the whole batch: micro-batches add up to the
     batch.
     """
-    losses = [coefs[name] * total(term, scale_N[name]) for name, term in terms.items()]
+    losses = [times(coefs[name], total(term, scale_N[name])) for name, term in terms.items()]
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def total(term: TokenLoss, scale_N: Tensor) -> Tensor:
     """One term's part of the loss, before its coefficient; a step that does not count cannot make it NaN."""
     value_N = torch.where(term.counted_N, term.value_N, torch.zeros_like(term.value_N))
-    return (value_N * term.weight_N.to(value_N.dtype) * scale_N.to(value_N.dtype)).sum()
+    return times(scale_N.to(value_N.dtype), times(term.weight_N.to(value_N.dtype), value_N)).sum()

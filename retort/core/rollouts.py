@@ -95,6 +95,10 @@ class Prompt:
         return replace(self, messages=(*self.messages, *messages))
 
 
+#: The least reward of a right completion, wherever right ones and wrong ones are told apart; from 0 to 1.
+RIGHT_FROM = 0.5
+
+
 class Status(StrEnum):
     """How a rollout ended."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
+from retort.core.losses import times
 from retort.core.needs import DENSE
 from retort.core.parts import Divergence
 from retort.errors import UserError
@@ -48,11 +49,7 @@ def akl(head_mass: float = 0.5) -> Divergence:
         teacher, student = context.signal(view).distribution, context.whole_student
         head_N = head_weights(teacher.p_CV, student.p_CV, head_mass)
         forward_N, reverse_N = student.forward_kl(teacher), student.reverse_kl(teacher)
-        # Selected before the product: infinity times a weight of 0 is not 0.
-        zero = torch.zeros_like(head_N)
-        return head_N * torch.where(head_N > 0, forward_N, zero) + (1 - head_N) * torch.where(
-            head_N < 1, reverse_N, zero
-        )
+        return times(head_N, forward_N) + times(1 - head_N, reverse_N)
 
     return Divergence(f"akl({head_mass:g})", value, frozenset({DENSE}))
 

@@ -18,10 +18,9 @@ from retort.core.distribution import Distribution
 from retort.core.needs import SPANS, require_finite
 from retort.core.parts import Divergence
 from retort.core.signals import PrefixTable, TeacherTokens, Units
-from retort.divergences.jsd import jsd_values
 from retort.divergences.kl import kl_values
 from retort.divergences.units import stop_or_go
-from retort.errors import SignalError
+from retort.errors import SignalError, UserError
 
 Direction = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -54,7 +53,11 @@ def byte_prefix(
     Raises:
         UserError: A teacher's weight outside of (0, 1).
     """
-    jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises the error, with the reason
+    if not 0.0 < teacher_weight < 1.0:
+        raise UserError(
+            f"byte_prefix: teacher_weight must lie strictly between 0 and 1, not {teacher_weight}: jsd vanishes at the "
+            "ends; set divergence=forward_kl (for 0) or divergence=reverse_kl (for 1)"
+        )
 
     def between(student: Distribution, teacher: Distribution) -> Tensor:
         if divergence == "jsd":

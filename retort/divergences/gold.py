@@ -53,11 +53,13 @@ def merged_distance(
     if merge not in ("observed", "bayesian"):
         raise UserError(f"merged_distance: merge must be observed or bayesian, not {merge}")
     if (matched_weight is None) != (unmatched_weight is None):
-        raise UserError("merged_distance: give matched_weight and unmatched_weight, or neither")
+        raise UserError("merged_distance: matched_weight and unmatched_weight: give both, or neither")
     weights = None if matched_weight is None or unmatched_weight is None else (matched_weight, unmatched_weight)
     if weights is not None and min(weights) < 0:
-        raise UserError(f"merged_distance: weights must not be negative: {weights[0]:g} and {weights[1]:g}")
-    jsd_values(torch.zeros(1, 1), torch.zeros(1, 1), teacher_weight)  # raises the error, with the reason
+        given = f"{weights[0]:g} and {weights[1]:g}"
+        raise UserError(f"merged_distance: matched_weight and unmatched_weight must not be negative: {given}")
+    if not 0.0 < teacher_weight < 1.0:
+        raise UserError(f"merged_distance: teacher_weight must lie strictly between 0 and 1, not {teacher_weight}")
 
     def value(context: Context, view: str) -> Tensor:
         units = context.signal(view).units

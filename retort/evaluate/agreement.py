@@ -12,10 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from retort.core.rollouts import RIGHT_FROM
 from retort.evaluate.ranks import auroc
-
-#: Smallest reward of a right completion.
-THRESHOLD = 0.5
 
 
 def average_ranks(values_M: Tensor) -> Tensor:
@@ -71,9 +69,9 @@ def prompt_agreement(scores_M: Tensor, rewards_M: Tensor) -> dict[str, float | N
 
     Args:
         scores_M: Of the teacher: the mean of its log-probs of a completion's tokens, nats.
-        rewards_M: [M]; a completion is right from `THRESHOLD` on.
+        rewards_M: [M]; a completion is right from `RIGHT_FROM` on.
     """
-    right_M = rewards_M >= THRESHOLD
+    right_M = rewards_M >= RIGHT_FROM
     return {
         "spearman": spearman(scores_M, rewards_M),
         "kendall": kendall(scores_M, rewards_M),
@@ -96,7 +94,7 @@ def by_prompt(scores_R: Tensor, rewards_R: Tensor, group_R: Tensor) -> Mapping[s
     found: dict[str, list[float]] = {}
     for group in group_R[known_R].unique():
         own_R = known_R & (group_R == group)
-        right_M = rewards_R[own_R] >= THRESHOLD
+        right_M = rewards_R[own_R] >= RIGHT_FROM
         if bool(right_M.all()) or not bool(right_M.any()):
             continue
         for name, value in prompt_agreement(scores_R[own_R], rewards_R[own_R]).items():

@@ -21,7 +21,7 @@ from retort.core.context import Context
 from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
 from retort.core.random_streams import UniformStream
-from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
+from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
@@ -262,7 +262,7 @@ class Evaluator:
         row: dict[str, Any] = {}
         k = self.samples
         if rewards:
-            right = [sum(reward > 0.5 for reward in own) for own in rewards]
+            right = [sum(reward >= RIGHT_FROM for reward in own) for own in rewards]
             sums, each = [sum(own) for own in rewards], [float(k)] * len(rewards)
             inside = all(0 <= reward <= 1 for own in rewards for reward in own)
             row[f"avg@{k}"] = Estimate.share(sums, each) if inside else Estimate.ratio(sums, each)

@@ -23,7 +23,7 @@ from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.core.needs import DENSE, can_meet
 from retort.core.random_streams import UniformStream, generator, permutation
-from retort.core.rollouts import Pack, Prompt, Rollout, in_groups
+from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
 from retort.errors import UserError
@@ -289,7 +289,8 @@ def _graded(
             whole[number] = Rollout(task.prompt, (sequence,), member=task.member, visit=task.visit, text=text)
         if progress is not None:
             progress(len(whole), len(tasks))
-    return [(rollout.reward or 0.0) > 0.5 for rollout in graded(verifier, [whole[n] for n in range(len(tasks))])]
+    found = graded(verifier, [whole[n] for n in range(len(tasks))])
+    return [(rollout.reward or 0.0) >= RIGHT_FROM for rollout in found]
 
 
 def _ended(sequence: TokenSequence, stops: Set[int]) -> bool:

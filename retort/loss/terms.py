@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retort.core import reduce
 from retort.core.context import Context
-from retort.core.losses import TokenLoss
+from retort.core.losses import TokenLoss, times
 from retort.core.needs import SAMPLED, Need, NeedKind, can_meet
 from retort.core.parts import Part, per_step
 from retort.core.policy import Policy
@@ -85,11 +85,22 @@ def _values_of(terms: Sequence[Term]) -> Callable[[Context], dict[str, Tensor]]:
                 weight_C = context.steps.stored.get(f"{term.name}.weight")
                 weight_C = (term.weight.at(context, term.against) if weight_C is None else weight_C).detach()
             value_C, weight_C = term.estimator.token_loss(context, term.against, term.name, weight_C)
+            if context.clock.at(term.coef) == 0:
+                value_C = _switched_off(value_C, context)
             values[f"{term.name}.value"] = per_step(f"the estimator of term '{term.name}'", value_C, context.steps)
             values[f"{term.name}.weight"] = per_step(f"the weight of term '{term.name}'", weight_C, context.steps)
         return values
 
     return values
+
+
+def _switched_off(value_C: Tensor, context: Context) -> Tensor:
+    """The value of a term whose coefficient is 0: to be seen, with a gradient of 0 even where the value is infinite.
+
+    That gradient exists, so that a step at which all terms are off has a loss to differentiate, too.
+    """
+    live_C = context.student_logp_N if context.student_hidden_ND is None else context.student_hidden_ND.sum(-1)
+    return value_C.detach() + times(0.0, live_C).to(value_C.dtype)
 
 
 def stored_values(method: Method, *, weights_only: bool = False) -> Callable[[Context], dict[str, Tensor]]:

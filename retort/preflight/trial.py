@@ -16,7 +16,7 @@ from torch import Tensor
 from retort.core.context import Context
 from retort.core.needs import can_meet
 from retort.core.per_token import Core, per_token
-from retort.core.rollouts import Pack, Status
+from retort.core.rollouts import RIGHT_FROM, Pack, Status
 from retort.core.steps import Clock
 from retort.evaluate.ranks import auroc
 from retort.loss.terms import watch_values
@@ -215,4 +215,4 @@ def _overlap_at_random(prepared: Prepared, trial: Trial) -> float:
 def _right_from_wrong(trial: Trial) -> float | None:
     rewards_R = torch.tensor([math.nan if r.reward is None else r.reward for r in trial.pack.rollouts])
     means_R = rollout_means(trial.pack, -trial.values["reverse_kl"])
-    return auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
+    return auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R >= RIGHT_FROM)

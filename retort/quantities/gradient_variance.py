@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
+from retort.core.losses import times
 from retort.core.needs import DENSE, Need
 from retort.core.parts import Baseline, Quantity
 
@@ -34,7 +35,7 @@ def gradient_variance(baseline: Baseline | None = None, *, coef: float = 1.0) ->
         banned_NV = may_NV & (teacher.logp_CV == -math.inf)
         advantage_NV = torch.where(may_NV & ~banned_NV, teacher.logp_CV - student.logp_CV, 0.0)
         if baseline is not None:
-            advantage_NV = advantage_NV - coef * baseline.value(context, view).detach()[:, None]
+            advantage_NV = advantage_NV - times(coef, baseline.value(context, view).detach())[:, None]
 
         def total(values_NV: Tensor) -> Tensor:
             return context.student.shard.sum(values_NV.sum(-1))

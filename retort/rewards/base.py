@@ -20,7 +20,7 @@ class Grade:
     """The grade of a completion.
 
     Attributes:
-        reward: From 0 to 1; a completion counts as right from 0.5 on.
+        reward: From 0 to 1; a completion counts as right from `RIGHT_FROM` (0.5) on.
         parts: Further measures by name, recorded as curves and columns `reward/<name>`; not part of the reward.
         feedback: What is wrong with the completion, in words, for methods that show it to a teacher.
     """

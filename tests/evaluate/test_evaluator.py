@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 import retort
+from retort import config as configuration
 from retort.core.signals import entropy
+from retort.evaluate.evaluator import Evaluator
+from retort.rewards.base import ByText
 from retort.train.setup.prepare import prepare
 
 
@@ -29,11 +33,23 @@ def test_a_table_is_about_the_models_and_not_the_losses_temperature(tiny_run: di
     assert before == [before[0]] * 3
 
 
+def test_half_of_the_reward_is_right_for_whoever_asks(tiny_run: dict[str, Any]) -> None:
+    """`docs/python.md`: from 0.5 on a completion counts as right."""
+    sections = {"method": {"name": "opd"}, "eval": {"samples": 2}}
+    with pipeline.models_once():
+        setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))
+    for reward, share in ((0.5, 1.0), (0.49, 0.0)):
+        grader = ByText(lambda prompt, text, reward=reward: reward)
+        evaluator = Evaluator.from_config(setup.config, setup.held_out, grader, vocab=setup.learner.vocab)
+        row = evaluator.evaluate(setup.student, setup.source.engine)
+        assert row["pass_at"] == {"1": share, "2": share}
+        assert row["avg@2"]["value"] == pytest.approx(reward)
+        source = replace(setup.source, grader=grader)
+        assert set(source.passed(setup.method.rollout, setup.source.prompts[:2], 2).values()) == {share}
+
+
 def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict[str, Any]) -> None:
     """By hand, from the model's own logits."""
-    from retort import config as configuration
-    from retort.evaluate.evaluator import Evaluator
-
     sections = {"method": {"name": "temperature"}, "eval": {"temperature": 0.6, "samples": 1}, "record": {"answers": 4}}
     with pipeline.models_once():
         setup = prepare(configuration.resolve(configuration.merge(tiny_run, sections)))

@@ -410,7 +410,8 @@ def test_state_survives_save_and_load(name: str, tiny_run: dict[str, Any], tmp_p
 def everything(folder: Path) -> dict[str, Tensor]:
     """All that a run has moved by its end: weights, the optimizer, and whatever the method remembers."""
     found = checkpoint.load(folder / "checkpoints" / "step-3")
-    return {**found.weights, **{f"adam/{name}": x for name, x in found.optimizer.items()}, **found.parts}
+    adam = {f"adam/{name}": x for name, x in found.optimizer.whole().items()}
+    return {**found.weights.whole(), **adam, **found.parts}
 
 
 def last_lines(folder: Path) -> list[dict[str, Any]]:

@@ -166,3 +166,24 @@ def test_infinity_where_it_means_something_and_within_a_wrapped_method() -> None
             registry.load("local_teachability", settings={"coef": bad})
     with pytest.raises(UserError, match=r"method.coef = inf"):
         registry.load("local_teachability", settings={"coef": math.inf})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("gold", {"matched_weight": 0.3}, "matched_weight and unmatched_weight: give both"),
+        ("gold", {"matched_weight": 0.3, "unmatched_weight": -1.0}, "matched_weight and unmatched_weight must not"),
+        ("gold", {"hybrid": True, "teacher_weight": 1.0}, "teacher_weight must lie"),
+        ("bpm", {"divergence": "jsd", "teacher_weight": 1.0}, "teacher_weight must lie .* set divergence=forward_kl"),
+        ("uld", {"top_k": 0}, "top_k must be"),
+        ("alm", {"tau": 0.5}, "tau must be"),
+        ("strict_ct", {"top_k": 0}, "top_k must be"),
+        ("skew_kl", {"skew": 1.0}, "skew must be"),
+        ("unisd", {"contexts": 10**9}, "contexts must be"),
+        ("power_opd", {"power": 0.0}, "power must be"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else None,
+)
+def test_a_refused_setting_is_named_and_no_function(name: str, settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=f"^method '{name}': {named}"):
+        registry.load(name, **settings)

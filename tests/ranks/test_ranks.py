@@ -74,7 +74,7 @@ def rows(folder: Path, words: str, ranks: int, rank: int = 0) -> list[dict[str, 
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return dict(checkpoint.load(run / "checkpoints" / f"step-{step}").weights)
+    return checkpoint.load(run / "checkpoints" / f"step-{step}").weights.whole()
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

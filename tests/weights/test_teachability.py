@@ -14,8 +14,10 @@ from torch import Tensor
 
 import retort
 from retort import registry
-from retort.align.sentences import sentences
+from retort.align.sentences import sentences, sentences_of
 from retort.core.context import Context
+from retort.core.rollouts import Message, Prompt, Rollout
+from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
 from retort.core.steps import Steps
 from retort.errors import UserError
@@ -269,6 +271,15 @@ class _Characters:
 )
 def test_sentences(pieces: tuple[str, ...], expected: list[int]) -> None:
     assert sentences(range(len(pieces)), _Characters(*pieces)) == expected  # type: ignore[arg-type]
+
+
+def test_a_sentence_ends_where_an_environment_replies() -> None:
+    pieces = _Characters("go", " north", " now.", " Then", " ", "?")
+    sequence = TokenSequence.of([5]).then([0, 1], decided=True).then([5, 5], decided=False).then([2, 3], decided=True)
+    turns = torch.tensor([0, 0, 1, 1])
+    rollout = Rollout(Prompt("a", (Message("user", "?"),)), (sequence,), turn_A=turns)
+    assert sentences_of(rollout, pieces) == [0, 0, 1, 2]  # type: ignore[arg-type]
+    assert sentences_of(replace(rollout, turn_A=None), pieces) == [0, 0, 0, 1]  # type: ignore[arg-type]
 
 
 def test_sentences_of_a_real_tokenizer() -> None:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from retort.core.rollouts import Pack
+from retort.core.rollouts import RIGHT_FROM, Pack
 from retort.evaluate.agreement import by_prompt
 from retort.evaluate.profile import TURNS
 from retort.evaluate.ranks import auroc
@@ -124,5 +124,5 @@ def against_rewards(pack: Pack, values: Mapping[str, Tensor], valid_N: Tensor | 
     scores_R = rollout_means(pack, teacher_N)
     found = {f"teacher_signal/{name}": value for name, value in by_prompt(scores_R, rewards_R, pack.group_R).items()}
     means_R = rollout_means(pack, teacher_N - values["student_logp"])
-    score = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R > 0.5)
+    score = auroc(means_R.masked_fill(rewards_R.isnan(), math.nan), rewards_R >= RIGHT_FROM)
     return found if score is None else {"trajectory_auroc": score, **found}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.sentences import sentences
+from retort.align.sentences import sentences_of
 from retort.config.sections import OptimizerSection
 from retort.core.needs import can_meet
 from retort.core.parts import Part
@@ -165,5 +165,5 @@ class Learner:
         """The steps of a pack, with the sentences of their text if a statistic asks for them."""
         if not any(stat.sentences for stat, _ in method.stats.values()):
             return pack.steps
-        found = [sentences(rollout.action_ids, self.lm.tokenizer) for rollout in pack.rollouts]
+        found = [sentences_of(rollout, self.lm.tokenizer) for rollout in pack.rollouts]
         return replace(pack.steps, sentence_N=torch.tensor([sentence for own in found for sentence in own]))

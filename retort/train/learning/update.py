@@ -13,7 +13,7 @@ from torch import Tensor
 from retort.config.sections import OptimizerSection
 from retort.core import reduce
 from retort.core.definition import Values
-from retort.core.losses import TokenLoss
+from retort.core.losses import TokenLoss, times
 from retort.core.per_token import loss_pass
 from retort.core.random_streams import permutation
 from retort.core.signals import Candidates, Dense, TeacherSignal
@@ -273,8 +273,9 @@ def _not_finite(passes: Passes, batch: Batch, sequences: Sequence[int], values: 
     """The error for a loss that is not finite: it names the token, the rollout and the id."""
     steps = batch.pack.steps_in(sequences)
     for term in batch.method.terms:
-        bad = (~values[f"{term.name}.value"].detach().isfinite()).nonzero()
-        if not len(bad):
+        weight_N, value_N = (values[f"{term.name}.{what}"].detach() for what in ("weight", "value"))
+        bad = (~times(weight_N, value_N).isfinite()).nonzero()
+        if not len(bad) or batch.clock.at(term.coef) == 0:
             continue
         step = int(steps[int(bad[0])])
         rollout = batch.pack.rollouts[int(batch.steps.rollout_N[step])]

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from retort.core.random_streams import permutation
-from retort.core.rollouts import Pack, Rollout, Status
+from retort.core.rollouts import RIGHT_FROM, Pack, Rollout, Status
 from retort.core.signals import TeacherSignal
-from retort.evaluate.agreement import THRESHOLD
 from retort.loss.terms import UNITS
 from retort.rollout.record import token_row
 from retort.teachers.base import Teacher
@@ -81,7 +80,7 @@ def _group_metrics(pack: Pack) -> dict[str, float]:
     """Shares of groups with several graded completions: with a right one; with both kinds, which GRPO learns from."""
     rewards_R, group_R = pack.reward_R, pack.group_R
     groups: list[Tensor] = [rewards_R[group_R == group] for group in group_R.unique()]
-    found = [own_M >= THRESHOLD for own_M in groups if len(own_M) > 1 and not bool(own_M.isnan().any())]
+    found = [own_M >= RIGHT_FROM for own_M in groups if len(own_M) > 1 and not bool(own_M.isnan().any())]
     if not found:
         return {}
     solved = [bool(right_M.any()) for right_M in found]

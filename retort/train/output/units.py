@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.core.losses import times
 from retort.core.rollouts import Pack, Rollout, Status
 from retort.loss.terms import UNITS, counted
 from retort.method import Term
@@ -63,7 +64,7 @@ def unit_metrics(batch: Batch, values: Mapping[str, Tensor]) -> dict[str, float]
 
 
 def _losses(term: Term, values: Mapping[str, Tensor], sizes_N: Tensor, counted_N: Tensor) -> dict[str, float]:
-    loss_N = values[f"{term.name}.value"].double() * values[f"{term.name}.weight"].double()
+    loss_N = times(values[f"{term.name}.weight"].double(), values[f"{term.name}.value"].double())
     kinds = zip(("one_to_one", "spans"), single_steps(sizes_N), strict=True)
     chosen = {kind: loss_N[inside_N & counted_N] for kind, inside_N in kinds}
     return {f"unit_loss/{term.name}/{kind}": float(own.mean()) for kind, own in chosen.items() if len(own)}

@@ -30,6 +30,7 @@ from retort.ranks import here
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events import tracking
 from retort.train.setup import templates
+from retort.train.setup.whole_head import needs_whole_head, refuse_slices
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +77,8 @@ def check_before_loading(
     tracking.need(config.tracker)
     if config.lora.rank:
         need_peft()
+    if config.ranks.head == "vocabulary":
+        refuse_slices(config, needs_whole_head(method))
     first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
@@ -99,6 +102,7 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
     try:
         align_ids(student.tokenizer, other.tokenizer)
     except OtherTokenizer as error:
+        refuse_slices(config, f"the {name} has another tokenizer, and units of bytes are compared by the whole head")
         lacking = needs_ids(method, name)
         if lacking:
             raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None

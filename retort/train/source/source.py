@@ -16,7 +16,7 @@ from retort.align.stops import StopTokens
 from retort.align.text import completion_text
 from retort.controllers import Probe
 from retort.core.random_streams import UniformStream, uniforms
-from retort.core.rollouts import Group, Prompt, Rollout, Status, in_groups
+from retort.core.rollouts import RIGHT_FROM, Group, Prompt, Rollout, Status, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.errors import RunError, UserError
@@ -150,9 +150,9 @@ class Source:
         ]
         grader, sampling = self.grader, Sampling(self.limit, plan.temperature, plan.top_p)
         generated = self._divided(tasks, lambda own: graded(grader, self._played(own, sampling)))
-        rewards = [rollout.reward or 0.0 for rollout in generated]
+        right = [(rollout.reward or 0.0) >= RIGHT_FROM for rollout in generated]
         return {
-            prompt.id: sum(reward > 0.5 for reward in rewards[place * samples : (place + 1) * samples]) / samples
+            prompt.id: sum(right[place * samples : (place + 1) * samples]) / samples
             for place, prompt in enumerate(prompts)
         }
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import killed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -30,23 +29,6 @@ from retort.teachers.view_input import ViewInput
 from retort.train import runner
 from retort.train.output.summary import summary
 from retort.train.setup.memory import forecast
-
-KILLED_AT = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from retort import config
-from retort.train import runner
-from retort.train.events.observe import Silent
-
-class Killer(Silent):
-    def step(self, step, steps, metrics):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-runner.start(config.resolve(json.loads(sys.argv[1])), Path(sys.argv[2]), Killer()).go()
-"""
 
 
 @pytest.fixture
@@ -85,9 +67,7 @@ def test_only_the_adapter_learns_and_is_saved(lora_run: dict[str, Any], tmp_path
 
 def test_kill_9_and_resume_is_bit_identical(lora_run: dict[str, Any], tmp_path: Path) -> None:
     go(lora_run, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED_AT, json.dumps(lora_run), str(tmp_path / "killed")]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert killed(lora_run, tmp_path / "killed", 3) == -signal.SIGKILL
     runner.resume(tmp_path / "killed").go()
     for file in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
         one, two = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)

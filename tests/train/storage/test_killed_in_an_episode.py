@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import killed
 from safetensors.torch import load_file
 
 from retort import config as configuration
@@ -50,15 +49,6 @@ class Deadly(Rooms):
 
     def kill(self):
         os.kill(os.getpid(), signal.SIGKILL)
-"""
-RUN = """
-import json, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from retort import config
-from retort.train import runner
-runner.start(config.resolve(json.loads(sys.argv[1])), Path(sys.argv[2])).go()
 """
 WORDS = ["go", "take", "open", "north", "south", "east", "west"]
 
@@ -106,9 +96,7 @@ def test_a_run_that_was_killed_in_the_middle_of_an_episode_has_the_same_bits(
     if deadline:
         (tmp_path / "hang").write_text("3 1 killed")
     (tmp_path / "kill").write_text("3 2 killed")
-    command = [sys.executable, "-c", RUN, json.dumps(settings), "killed"]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert killed(settings, tmp_path / "killed", None) == -signal.SIGKILL
     assert not list(tmp_path.glob("hang"))
     assert len(lines(tmp_path / "killed", "metrics.jsonl")) == 2
     runner.resume(tmp_path / "killed").go()

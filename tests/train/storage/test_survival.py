@@ -6,14 +6,13 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import killed
 from safetensors.torch import load_file
 
 from retort import config as configuration
@@ -22,23 +21,6 @@ from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.storage import checkpoint
 from retort.train.storage.metrics import JsonLines
-
-KILLED_AT = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from retort import config
-from retort.train import runner
-from retort.train.events.observe import Silent
-
-class Killer(Silent):
-    def step(self, step, steps, metrics):
-        if step == int(sys.argv[3]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-runner.start(config.resolve(json.loads(sys.argv[1])), Path(sys.argv[2]), Killer()).go()
-"""
 
 
 def go(settings: dict[str, Any], folder: Path) -> runner.Run:
@@ -83,9 +65,7 @@ def assert_same(one: Path, two: Path) -> None:
 def test_kill_9_and_resume_is_bit_identical(tiny_run: dict[str, Any], tmp_path: Path, sections: dict[str, Any]) -> None:
     settings = changed(tiny_run, steps=6, eval={"every": 3}, **sections)
     go(settings, tmp_path / "whole")
-    command = [sys.executable, "-c", KILLED_AT, json.dumps(settings), str(tmp_path / "killed"), "5"]
-    died = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr
+    assert killed(settings, tmp_path / "killed", 5) == -signal.SIGKILL
     assert len(lines(tmp_path / "killed")) == 5
     assert checkpoint.newest(tmp_path / "killed" / "checkpoints") == tmp_path / "killed" / "checkpoints" / "step-4"
     runner.resume(tmp_path / "killed").go()
@@ -94,8 +74,7 @@ def test_kill_9_and_resume_is_bit_identical(tiny_run: dict[str, Any], tmp_path: 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     settings = changed(tiny_run, checkpoint={"every": 0})
-    command = [sys.executable, "-c", KILLED_AT, json.dumps(settings), str(tmp_path / "killed"), "2"]
-    subprocess.run(command, capture_output=True, check=False)
+    assert killed(settings, tmp_path / "killed", 2) == -signal.SIGKILL
     with pytest.raises(UserError, match="holds a run already; go on with --resume"):
         runner.start(configuration.resolve(settings), tmp_path / "killed")
     runner.resume(tmp_path / "killed").go()
