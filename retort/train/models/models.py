@@ -78,7 +78,8 @@ def source_of(asked: ServerSection, path: str, name: str, caller_objects: Caller
             timeout=asked.timeout,
             patience=asked.patience,
             concurrency=asked.requests,
-        )
+        ),
+        narrow=asked.payload == "bf16",
     )
 
 
