@@ -5,7 +5,7 @@ Tiny models on the CPU; what each says is compared with plain passes of its mode
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from remote import RemoteTeacher
+from served import connected, in_thread
 from torch import Tensor
 
 from retort.align.pair import SameIds
@@ -26,6 +27,7 @@ from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
+from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.teachers.view import View
 from retort.teachers.views import peers, privileged
@@ -73,6 +75,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "itself, trust region": itself(trust_region(0.3)),
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
+    "served": lambda lm: Made(ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)),
+    "served, of units": lambda lm: Made(of_units(lm.served)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
@@ -81,11 +85,13 @@ WITHOUT_HIDDEN = ("itself, trust region",)
 
 
 @pytest.fixture(scope="module")
-def lm(model_folder: Callable[..., Path]) -> Any:
+def lm(model_folder: Callable[..., Path]) -> Iterator[Any]:
     folder = model_folder(seed=2, padded_to=80)
     found = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
-    found.model.requires_grad_()  # as a student that teaches itself
-    return found
+    with in_thread(found) as url:
+        found.served = connected(url, found)
+        found.model.requires_grad_()  # as a student that teaches itself
+        yield found
 
 
 @pytest.fixture(params=TEACHERS)
@@ -279,7 +285,8 @@ def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any, monkeyp
 
     A teacher of units renders the messages, of which this template makes the very ids that the student read.
     """
-    monkeypatch.setattr(lm.tokenizer, "chat_template", TURNS)
+    for one in (lm, lm.served):
+        monkeypatch.setattr(one.tokenizer, "chat_template", TURNS)
     sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13, 2], decided=True)
     sequence = sequence.then([30, 31]).then([20, 2], decided=True).then([32, 33]).then([11, 2], decided=True)
     replies = tuple(Outcome((Message("user", lm.tokenizer.decode(ids)),)) for ids in ([30, 31], [32, 33]))
