@@ -8,6 +8,7 @@ __all__ = [
     "RetortError",
     "RunError",
     "SignalError",
+    "UnreachableError",
     "UserError",
     "a_kind",
     "counted",
@@ -36,6 +37,10 @@ class RunError(RetortError, RuntimeError):
 
 class SignalError(RunError):
     """A teacher's signal is unusable: not finite, misaligned, or without a quantity that was requested."""
+
+
+class UnreachableError(RunError):
+    """A server that the run needs gave no usable answer for as long as the run waits for one."""
 
 
 #: Least similarity of two names, from 0 to 1, at which one counts as a misspelling of the other: `gdk` of `gkd`.
