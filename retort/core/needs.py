@@ -96,7 +96,10 @@ def can_meet(capabilities: Iterable[Capability], need: Need) -> bool:
 
 def listed(capabilities: Iterable[Capability]) -> str:
     """The capabilities in words, for messages; `nothing` where there are none."""
-    return ", ".join(sorted(f"{has.kind} of {has.k}" if isinstance(has, Need) else has for has in capabilities)) or "nothing"
+    return (
+        ", ".join(sorted(f"{has.kind} of {has.k}" if isinstance(has, Need) else has for has in capabilities))
+        or "nothing"
+    )
 
 
 def require_finite(name: str, values: Tensor, source: str, *, allow_minus_inf: bool = False) -> None:

@@ -118,7 +118,8 @@ def test_several_at_once_come_back_in_order(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://name:word@host", "http://", "http://host:99999", "http://host?key=1", "http://ho st", "http://host#a"]
+    "url",
+    ["http://name:word@host", "http://", "http://host:99999", "http://host?key=1", "http://ho st", "http://host#a"],
 )
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(UserError, match="address"):
