@@ -16,18 +16,30 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 
+class Server:
+    """A server that is starting; its address is waited for when it is first read."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    @cached_property
+    def url(self) -> str:
+        assert self._process.stdout is not None
+        return f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+
+
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[str]:
-    """The address of such a server, for as long as the block lasts."""
+def serving(folder: Path) -> Iterator[Server]:
+    """Such a server, for as long as the block lasts."""
     command = [sys.executable, __file__, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout is not None
-            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+            yield Server(process)
         finally:
             process.kill()
 

@@ -96,8 +96,8 @@ def open_endpoint(
         UserError: The server cannot be a teacher's, has other tokens, or no such model.
         UnreachableError: It does not answer.
     """
+    server = explore(trying, model, vocabulary_width(tokenizer) - 1, _ordinary(tokenizer)[:8])
     ids = _probe(tokenizer)
-    server = explore(trying, model, vocabulary_width(tokenizer) - 1, ids[:3])
     notes = [_offered(server, client.url)]
     said = [(text, tokenized(trying, server.offers.model, text)) for text in PROBES]
     if all(found is None for _, found in said):
@@ -117,8 +117,12 @@ def open_endpoint(
 def _probe(tokenizer: Any) -> list[int]:
     """Ids of a text, of which the server's log-probs tell whether it still has the same weights."""
     ids = [token for text in PROBES for token in encoded(tokenizer, text) or []]
-    ordinary = sorted(token for token in set(tokenizer.get_vocab().values()) if token not in tokenizer.all_special_ids)
-    return [*ids, *ordinary, *ordinary, *ordinary][:_PROBE]
+    return [*_ordinary(tokenizer)[:8], *ids, *_ordinary(tokenizer)][:_PROBE]
+
+
+def _ordinary(tokenizer: Any) -> list[int]:
+    """All ids but those of special tokens, in order."""
+    return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
 
 
 def _offered(server: Completions, url: str) -> str:

@@ -122,7 +122,7 @@ class Completions:
             "prompt": [list(own) for own in prefixes],
             "temperature": 1.0,
             "max_tokens": 1,
-            "logprobs": 1,
+            "logprobs": 0,
             "logprob_token_ids": list(ids),
             "return_tokens_as_token_ids": True,
         }
@@ -156,7 +156,7 @@ class Completions:
                 raise self._wrong(f"it was sent id {token} at place {place}, and answers log-probs of other ids")
             if len(own) < min(top, self.offers.whole or top):
                 raise self._wrong(f"it was asked for {top} ids at place {place}, and names {len(own)}")
-            if top < 0 and len(own) != self.offers.whole:
+            if top < 0 and self.offers.whole and len(own) != self.offers.whole:
                 raise self._wrong(f"it has {self.offers.whole} ids, and names {len(own)} at place {place}")
         return found
 
@@ -243,7 +243,7 @@ def explore(client: Client, model: str | None, highest: int, ordinary: Sequence[
         client: A client of it, with little patience: a refusal is an answer here.
         model: Name of the model at the server; None: its only one.
         highest: The largest id that it must take.
-        ordinary: Three ids to try with.
+        ordinary: Some different ids to try with, three or more.
 
     Raises:
         UserError: It has no such model, or gives no log-probs of the ids that it is sent.
@@ -296,10 +296,13 @@ def _tried(ask: Callable[[], Any]) -> Any:
 
 def _largest_top(server: Completions, ordinary: Sequence[int], highest: int) -> int:
     """The largest k of a top-k that the server gives; more than all ids are not tried, as that may end a server."""
+    pairs = [[ordinary[0], token] for token in ordinary[1:]]
 
     def gives(k: int) -> bool:
-        found = _tried(lambda: server.listed([ordinary[:2]], k))
-        return found is not None and len(found[0][0]) >= k
+        found = _tried(lambda: server.listed(pairs, k))
+        counts = [len(own) for lists in found or [[{}]] for own in lists]
+        # Of two tokens behind the same one, only one is the most likely: besides the other one, that is listed.
+        return min(counts) >= k and max(counts) > 1
 
     return _largest(gives, min(MOST_WHOLE, highest + 1))
 

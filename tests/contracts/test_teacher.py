@@ -75,7 +75,7 @@ def endpoint(offers: str) -> Callable[[Any], Made]:
 
     def make(lm: Any) -> Made:
         if offers not in lm.opened:
-            client = Client(f"{lm.server}/{offers}", patience=0)
+            client = Client(f"{lm.server.url}/{offers}", patience=0)
             lm.opened[offers] = open_endpoint(client, client, lm.tokenizer, lm.stops)
         return Made(EndpointTeacher(lm.opened[offers], alignment=SameIds(VOCAB), batch_tokens=16))
 
