@@ -25,6 +25,7 @@ from retort.config.sections import (
     RanksSection,
     RecordSection,
     Section,
+    ServerSection,
     shorthands,
 )
 from retort.config.synonyms import ours_for
@@ -75,7 +76,8 @@ class Config(Section):
     student: PathOrName | None = Field(default=None, description="the model that learns: folder or hub name")
     teacher: PathOrName | None = Field(
         default=None,
-        description="the model that is learnt from: folder or hub name; null where the student teaches itself",
+        description="the model that is learnt from: folder, hub name or address of a server (docs/teachers.md); null "
+        "where the student teaches itself",
     )
     base: PathOrName | None = Field(
         default=None,
@@ -163,6 +165,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
+    server: ServerSection = ServerSection()
 
     @property
     def builtin(self) -> bool:

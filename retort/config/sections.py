@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from retort.errors import UserError, quoted
 from retort.files import unnameable
 from retort.method import COLDEST, HOTTEST, number_problem, numeric
+from retort.wire import CONCURRENCY, KEY_VARIABLE, PATIENCE, TIMEOUT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
@@ -73,7 +74,7 @@ PathOrName = Annotated[str, BeforeValidator(_path), AfterValidator(_path_or_name
 class ModelSection(Section):
     """A model by its name."""
 
-    path: PathOrName = Field(description="model folder or hub name")
+    path: PathOrName = Field(description="model folder, hub name, or address of a server (docs/teachers.md)")
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -245,6 +246,36 @@ class RanksSection(Section):
     )
     teacher: Literal["replicated", "sharded"] = Field(
         default="replicated", description="frozen models: whole on every rank, or their layers sliced over ranks"
+    )
+
+
+class ServerSection(Section):
+    """How models are asked that a server holds (docs/teachers.md)."""
+
+    timeout: float = Field(default=TIMEOUT, gt=0, le=86_400, description="seconds that one answer may take")
+    patience: float = Field(
+        default=PATIENCE,
+        ge=0,
+        le=1_000_000,
+        description="seconds for which a request that failed is tried again; then the run saves a checkpoint and ends",
+    )
+    requests: int = Field(default=CONCURRENCY, ge=1, le=256, description="requests under way at once")
+    key: str = Field(
+        default=KEY_VARIABLE,
+        pattern="^[A-Za-z_][A-Za-z0-9_]{0,99}$",
+        description="environment variable that holds the server's key, a bearer token; the key itself is written "
+        "nowhere",
+    )
+    check_every: int = Field(
+        default=50,
+        ge=0,
+        description="steps from one check that the server still has the same model to the next; 0: only at the start",
+    )
+    tolerance: float = Field(
+        default=0.02,
+        ge=0,
+        le=100,
+        description="nats by which the log-probs of such a check may differ from those at the start, on average",
     )
 
 

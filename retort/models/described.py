@@ -11,6 +11,7 @@ from retort.align.stops import stop_tokens
 from retort.models import gguf
 from retort.models.files import errors_about, locate, read_tokenizer
 from retort.models.in_memory import InMemoryModel
+from retort.models.server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +51,7 @@ class Described:
 
 def describe(
     name: str,
-    source: str | InMemoryModel | None,
+    source: str | InMemoryModel | Server | None,
     role: str,
     *,
     stop: Sequence[int | str] | None = None,
@@ -60,7 +61,7 @@ def describe(
 
     Args:
         name: The user's name for it, for messages.
-        source: Its location, if not `name`; or a model that the caller holds.
+        source: Its location, if not `name`; or a model that the caller or a server holds.
         role: Role of the model, for messages.
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.

@@ -20,6 +20,7 @@ import torch
 from retort.errors import RetortError, UserError
 from retort.models import gguf
 from retort.models.in_memory import InMemoryModel
+from retort.models.server import Server
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,17 +72,19 @@ def errors_about(label: str, what: str = "cannot be loaded") -> Iterator[None]:
         raise UserError(f"{label}: {what}: {_one_line(error)}") from error
 
 
-def locate(label: str, name: str, source: str | None) -> str:
+def locate(label: str, name: str, source: str | Server | None) -> str:
     """The location for transformers to read a model from, once the files there are checked.
 
     Args:
         label: Role and name of the model.
         name: The user's name for it.
-        source: Its location, if not `name`.
+        source: Its location, if not `name`; of a server's model, the small files.
 
     Raises:
         UserError: The folder does not exist, is not readable, or holds no model that can be read.
     """
+    if isinstance(source, Server):
+        return source.folder.name
     path = Path(source or name).expanduser()
     found: str | None = None
     try:
@@ -135,7 +138,7 @@ def _wrong_on_hub(name: str) -> str | None:
 
 
 def read_tokenizer(
-    name: str, source: str | InMemoryModel | None, role: str, *, trust_remote_code: bool
+    name: str, source: str | InMemoryModel | Server | None, role: str, *, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase:
     """Reads the tokenizer of a model; copies it, where the caller holds it in memory.
 

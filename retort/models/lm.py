@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
+from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
-from retort.models.sharding import Sharding, full
+from retort.models.sharding import Sharding
 from retort.models.working import WorkingCopy
 from retort.ranks import World
 
@@ -63,6 +63,7 @@ class LanguageModel:
         rounded: How its weights were rounded in their file, in words; empty where they were not.
     """
 
+    here: ClassVar[bool] = True  # whether its weights are in this process
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     stops: StopTokens
@@ -126,12 +127,11 @@ class LanguageModel:
 
     def digest(self) -> str:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
-        found = hashlib.sha256()
-        for name, parameter in (self.weights() | self.trainable()).items():
-            flat = full(parameter.detach()).flatten()
-            sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-            found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
-        return found.hexdigest()
+        return sample_digest(self)
+
+    def whole_digest(self) -> str:
+        """A fingerprint of every byte of the weights; about a second per gigabyte."""
+        return whole_digest(self)
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""

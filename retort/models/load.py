@@ -10,10 +10,13 @@ import torch
 from retort.align.stops import stop_tokens
 from retort.errors import UserError
 from retort.models import gguf
+from retort.models.described import describe
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
 from retort.models.randomness import without_randomness
+from retort.models.served import ServedModel
+from retort.models.server import Server
 from retort.models.together import choose_batching
 
 if TYPE_CHECKING:
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
 def load_model(
     name: str,
     *,
-    source: str | InMemoryModel | None = None,
+    source: str | InMemoryModel | Server | None = None,
     role: str,
     precision: Precision,
     device: torch.device,
@@ -36,7 +39,8 @@ def load_model(
 
     Args:
         name: The user's name for it, for messages.
-        source: Its location, if not `name`; or a model that the caller holds, which is copied.
+        source: Its location, if not `name`; or a model that the caller holds, which is copied, or a server, which
+            keeps it.
         role: A student's weights are fp32 and learn; a teacher's are in its precision and do not.
         precision: Precision of products.
         device: Device of the weights.
@@ -52,6 +56,9 @@ def load_model(
 
     label = f"{role} {name}"
     dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
+    if isinstance(source, Server):
+        found = describe(name, source, role, stop=stop)
+        return ServedModel.of(source, found.tokenizer, found.config, device)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     model, notes = read_model(
         name,

@@ -84,7 +84,7 @@ def _tokenizers(config: Config, method: Method | None, caller_objects: CallerObj
     try:
         found = {
             name: read_tokenizer(path, source, name, trust_remote_code=config.trust_remote_code)
-            for name, (path, source) in sources(config.model_paths, caller_objects).items()
+            for name, (path, source) in sources(config.server, config.model_paths, caller_objects).items()
         }
         method = method or registry.load(**config.method)
     except UserError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,31 +39,38 @@ class LocalTeacher(Reader):
             request: The request.
             head: Gives the current head, where its weights move; None: the model's, which must not change.
         """
-        pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
+        pack = Pack.of([rollout for group in groups for rollout in group])
         prompts = self.prompts(pack, request.view)
         with self.lm.scoring():
-            hidden_ND, logits = self._hidden(pack, prompts), self._logits
+            hidden_ND = self._hidden(pack, prompts)
             unchanged = head or self._unchanged_head()
+        dense = self.dense(pack.steps.tokens_N, hidden_ND, request.temperature, unchanged)
         valid_N = prompts.valid_N(pack)
+        dense = replace(dense, valid_N=None if valid_N is None else valid_N.to(self.lm.device), counts=prompts.counts)
+        return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
-        def rows(index_C: Tensor | slice) -> Tensor:
-            return logits(unchanged(), hidden_ND[index_C], temperature)
+    def dense(self, tokens_N: Tensor, hidden_ND: Tensor, temperature: float, head: Callable[[], Head]) -> Dense:
+        """The whole distribution at some steps, of which nothing is computed before it is read.
 
-        dense = Dense(
-            pack.steps.tokens_N.to(self.lm.device),
+        Args:
+            tokens_N: The student's ids that were decided.
+            hidden_ND: The model's hidden states there.
+            temperature: Of the distributions.
+            head: Gives the head.
+        """
+        logits, logits_of = self._logits, self._logits_of
+        return Dense(
+            tokens_N.to(self.lm.device),
             self.name,
-            rows,
+            lambda index_C: logits(head(), hidden_ND[index_C], temperature),
             self.alignment.vocab,
             temperature,
-            valid_N=None if valid_N is None else valid_N.to(self.lm.device),
-            counts=prompts.counts,
             hidden=lambda index_C: hidden_ND[index_C],
             factors=Factors(
                 lambda index_C: hidden_ND[index_C],
-                lambda hidden_CD, ids: self._logits_of(unchanged(), hidden_CD, ids, temperature),
+                lambda hidden_CD, ids: logits_of(head(), hidden_CD, ids, temperature),
             ),
         )
-        return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
 
     def _unchanged_head(self) -> Callable[[], Head]:
         if self.lm.sharding.spreads_head:
@@ -98,7 +106,6 @@ class LocalTeacher(Reader):
             return self.alignment.logits_of(lambda theirs: head.rows(theirs).logits(hidden_CD), ids, temperature)
 
 
-@torch.no_grad()
 def reduced(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None = None) -> TeacherSignal:
     """The smallest signal that meets the needs, computed chunk by chunk.
 
@@ -107,7 +114,14 @@ def reduced(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None 
         needs: The needs.
         student_ids_NK: The ids of a need `logp_at`.
     """
-    kinds, top_k = {need.kind for need in needs}, max((need.k for need in needs if need.kind == "topk"), default=0)
+    found = numbers(dense, needs, student_ids_NK)
+    return signal_from(found, dense, student_ids_NK, whole=kept_ids(needs) >= dense.width)
+
+
+@torch.no_grad()
+def numbers(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None = None) -> dict[str, Tensor]:
+    """The numbers that meet the needs, by name, computed chunk by chunk; see `signal_from`."""
+    kinds, top_k = {need.kind for need in needs}, kept_ids(needs)
     blocks: list[dict[str, Tensor]] = []
     start = 0
     for rows in in_blocks(dense, dense.width):
@@ -121,24 +135,43 @@ def reduced(dense: Dense, needs: frozenset[Need], student_ids_NK: Tensor | None 
             block["at"] = rows.logp_at(student_ids_NK[here].to(dense.tokens_N.device))
         blocks.append(block)
         start = here.stop
-    found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
-    tokens_N, valid_N, counts = dense.tokens_N, dense.valid_N, dense.counts
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def signal_from(
+    found: Mapping[str, Tensor], about: TeacherSignal, student_ids_NK: Tensor | None = None, *, whole: bool = False
+) -> TeacherSignal:
+    """The smallest signal that holds some numbers.
+
+    Args:
+        found: `sampled` [N]; as the needs ask `entropy` [N], `ids` and `logp` [N, K] of the most likely ids, and `at`
+            [N, K], log-probs of the ids of a need `logp_at`.
+        about: A signal about the same steps, of the same source.
+        student_ids_NK: The ids of a need `logp_at`.
+        whole: Whether `ids` are all ids.
+    """
+    tokens_N, valid_N, counts = about.tokens_N, about.valid_N, about.counts
     top = TopK(
         tokens_N,
-        dense.source,
-        ids_NK=found.get("ids", tokens_N.new_empty(dense.steps, 0)),
-        logp_NK=found.get("logp", tokens_N.new_empty(dense.steps, 0, dtype=torch.float32)),
+        about.source,
+        ids_NK=found.get("ids", tokens_N.new_empty(about.steps, 0)),
+        logp_NK=found.get("logp", tokens_N.new_empty(about.steps, 0, dtype=torch.float32)),
         sampled_logp_N=found["sampled"],
         entropy_N=found.get("entropy"),
-        whole=top_k >= dense.width,
+        whole=whole,
         valid_N=valid_N,
         counts=counts,
     )
-    if student_ids_NK is None and (top_k or "entropy" in kinds):
-        return top
+    if student_ids_NK is None and "ids" not in found and "entropy" not in found:
+        return Sampled(tokens_N, about.source, found["sampled"], valid_N=valid_N, counts=counts)
     if student_ids_NK is None:
-        return Sampled(tokens_N, dense.source, found["sampled"], valid_N=valid_N, counts=counts)
+        return top
     ids_NK = student_ids_NK.to(tokens_N.device)
     return Candidates(
-        tokens_N, dense.source, ids_NK, found["at"], found["sampled"], top, valid_N=valid_N, counts=counts
+        tokens_N, about.source, ids_NK, found["at"], found["sampled"], top, valid_N=valid_N, counts=counts
     )
+
+
+def kept_ids(needs: frozenset[Need]) -> int:
+    """The number of the teacher's most likely ids that the needs ask for."""
+    return max((need.k for need in needs if need.kind == "topk"), default=0)

@@ -25,7 +25,7 @@ Item = TypeVar("Item")
 #: Environment variable that holds the key of a server.
 KEY_VARIABLE = "RETORT_TEACHER_KEY"
 #: Seconds that one answer may take, and seconds for which a request that failed is tried again.
-TIMEOUT, PATIENCE = 120.0, 600.0
+TIMEOUT, PATIENCE = 600.0, 600.0
 #: Requests under way at once.
 CONCURRENCY = 4
 #: Seconds for a connection to be made.

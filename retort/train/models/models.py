@@ -14,26 +14,72 @@ from retort.align.pair import align_pair
 from retort.align.spanned import align_spans
 from retort.align.tokens import OtherTokenizer
 from retort.config import Config
+from retort.config.sections import ServerSection
 from retort.errors import UserError
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
+from retort.models.served import ServedModel
+from retort.models.server import Server
 from retort.ranks import here, local_rank
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
+from retort.rollout.engines.served import ServedEngine
 from retort.teachers.local import LocalTeacher
+from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
+from retort.wire import Client, is_url
+
+#: Where a model comes from: a folder or a hub name, an object of the caller's, or a server.
+Source = str | InMemoryModel | Server
 
 
-def sources(paths: Mapping[str, str], caller_objects: CallerObjects) -> dict[str, tuple[str, str | InMemoryModel]]:
-    """Maps each model to its name for messages and its source: a folder, a hub name, or an object.
+def sources(
+    asked: ServerSection, paths: Mapping[str, str], caller_objects: CallerObjects
+) -> dict[str, tuple[str, Source]]:
+    """Maps each model to its name for messages and its source.
 
     Args:
-        paths: Paths, hub names or placeholders by model name.
+        asked: How servers are asked.
+        paths: Paths, hub names, addresses or placeholders by model name.
         caller_objects: The objects behind placeholders.
+
+    Raises:
+        UserError: See `source_of`.
     """
-    return {name: (path, caller_objects.source(path) or located(path)) for name, path in paths.items()}
+    return {name: (path, source_of(asked, path, name, caller_objects)) for name, path in paths.items()}
+
+
+def source_of(asked: ServerSection, path: str, name: str, caller_objects: CallerObjects | None = None) -> Source:
+    """The source of a model: a folder, a hub name, an object, or a server.
+
+    Args:
+        asked: How servers are asked.
+        path: A folder, a hub name, an address, or the placeholder of an object.
+        name: Name of the model.
+        caller_objects: The objects behind placeholders.
+
+    Raises:
+        UserError: A student is to learn on a server, the server does not answer, or a model that ships is missing.
+    """
+    held = (caller_objects or CallerObjects()).source(path)
+    if held is not None or not is_url(path):
+        return held or located(path)
+    if name == "student":
+        raise UserError(
+            f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
+            "name a folder or a hub name"
+        )
+    return Server.at(
+        Client(
+            path,
+            key_variable=asked.key,
+            timeout=asked.timeout,
+            patience=asked.patience,
+            concurrency=asked.requests,
+        )
+    )
 
 
 def load(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> LanguageModel:
@@ -41,19 +87,19 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
 
     Args:
         config: The resolved configuration.
-        path: A folder, a hub name, or the placeholder of an object.
+        path: A folder, a hub name, an address, or the placeholder of an object.
         name: Name of the model; `student` learns, all others are frozen.
         caller_objects: The objects behind placeholders.
 
     Raises:
         UserError: The model cannot be loaded.
     """
-    held = (caller_objects or CallerObjects()).source(path)
+    source = source_of(config.server, path, name, caller_objects)
     device = torch.device(device_for(config))
     as_student = name == "student" or (name == "base" and config.base is None)
     return load_model(
-        path if held is None else held.name,
-        source=held or located(path),
+        path if isinstance(source, str) else source.name,
+        source=source,
         role=name,
         precision=best_precision(device) if config.precision == "auto" else config.precision,
         device=device,
@@ -74,15 +120,17 @@ def local_teacher(config: Config, student: LanguageModel, teacher: LanguageModel
         "batch_tokens": config.optimizer.batch_tokens,
         "template_options": config.rollout.template_options,
     }
+    kind = ServedTeacher if isinstance(teacher, ServedModel) else LocalTeacher
     try:
-        return LocalTeacher(teacher, alignment=align_pair(student, teacher), **settings)
+        return kind(teacher, alignment=align_pair(student, teacher), **settings)
     except OtherTokenizer:
         return SpanTeacher(teacher, alignment=align_spans(student, teacher, teacher.name), **settings)
 
 
 def engine(config: Config, lm: LanguageModel, vocab: int) -> Engine:
     """A rollout engine for a model of the run; only ids below `vocab` are tokens."""
-    return HFEngine(lm, vocab=vocab, max_parallel=config.rollout.parallel)
+    kind = ServedEngine if isinstance(lm, ServedModel) else HFEngine
+    return kind(lm, vocab=vocab, max_parallel=config.rollout.parallel)  # pyright: ignore[reportArgumentType]
 
 
 def located(name: str) -> str:

@@ -22,7 +22,7 @@ from retort.train.setup.prepare import Prepared
 #: Settings that do not change what is learnt or evaluated; paths, because their content counts.
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
-    *("steps", "tracker", "checks", "checkpoint", "record"),
+    *("steps", "tracker", "checks", "checkpoint", "record", "server"),
 )
 #: Settings that change rounding at most.
 ROUNDING = (
@@ -155,23 +155,12 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
 def _model(lm: LanguageModel) -> dict[str, str]:
     """Digests of everything in a model's folder that a run depends on."""
     return {
-        "weights": _weights(lm),
+        "weights": lm.whole_digest(),
         "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
         "tokenizer": _hash(_tokenizer(lm.tokenizer)),
         "chat template": _hash(json.dumps(lm.tokenizer.chat_template)),
         "stop tokens": _hash(f"{lm.stops.primary} {sorted(lm.stops.ids)}"),
     }
-
-
-def _weights(lm: LanguageModel) -> str:
-    """Hex SHA-256 over every byte of the parameters and of the buffers that are saved."""
-    saved = lm.model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in lm.model.named_buffers() if name in saved}
-    found = hashlib.sha256()
-    for name, tensor in (lm.weights() | lm.trainable() | buffers).items():
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def _configuration(values: Any) -> Any:

@@ -26,6 +26,7 @@ from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
+from retort.models.server import Server
 from retort.ranks import here
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events import tracking
@@ -55,7 +56,7 @@ class CheckedSettings:
 def check_before_loading(
     config: Config,
     method: Method,
-    models: Mapping[str, tuple[str, str | InMemoryModel]],
+    models: Mapping[str, tuple[str, str | InMemoryModel | Server]],
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
@@ -137,7 +138,7 @@ def needs_ids(method: Method, name: str) -> str | None:
     return None
 
 
-def _describe(config: Config, role: str, name: str, source: str | InMemoryModel) -> Described:
+def _describe(config: Config, role: str, name: str, source: str | InMemoryModel | Server) -> Described:
     shown = source.name if isinstance(source, InMemoryModel) else name
     stop = config.rollout.stop if role == "student" else None
     return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)

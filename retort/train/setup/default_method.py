@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 from retort.align.pair import align_ids
 from retort.align.tokens import OtherTokenizer
-from retort.config import DEFAULT_FOR_TWO_TOKENIZERS
+from retort.config import DEFAULT_FOR_TWO_TOKENIZERS, merge
+from retort.config.sections import ServerSection
 from retort.errors import UserError
 from retort.models.files import read_tokenizer
 from retort.train.given.given import CallerObjects
@@ -34,10 +36,14 @@ def default_method(layers: Sequence[Mapping[str, Any]], caller_objects: CallerOb
         return {}
     trust = bool(_last(layers, "trust_remote_code"))
     try:
+        asked = ServerSection(**reduce(merge, [dict(layer.get("server") or {}) for layer in layers], {}))
+    except (TypeError, ValueError):  # said where settings are checked
+        asked = ServerSection()
+    try:
         student, teacher = (
             read_tokenizer(name, source, role, trust_remote_code=trust)
             for role, (name, source) in sources(
-                {role: str(path) for role, path in paths.items()}, caller_objects
+                asked, {role: str(path) for role, path in paths.items()}, caller_objects
             ).items()
         )
         align_ids(student, teacher)

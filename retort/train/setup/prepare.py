@@ -130,7 +130,9 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     model_paths = pair.model_paths(config, method, *names[:2])
     device_for(config)
     read = {name: path for name, path in model_paths.items() if name != "base" or path != model_paths["student"]}
-    checked = check_before_loading(config, method, sources(read, caller_objects), data.train, data.held_out, notes)
+    checked = check_before_loading(
+        config, method, sources(config.server, read, caller_objects), data.train, data.held_out, notes
+    )
     loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects)
     local = _aligned(method, loaded, stage, notes)
     note_unknown(method, local, stage, notes)

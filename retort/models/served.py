@@ -1,0 +1,297 @@
+"""A language model on another machine: hidden states come over the wire, and the head once. Axes: `retort.core`.
+
+To everything here it is a `LanguageModel` that does not learn: its tokenizer is here, batches are made here as they
+would be made for a model in this process, and the server computes them as `LanguageModel.hidden` would. In fp32, on
+the same machine, the numbers are the same to the last bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from retort.align.stops import StopTokens
+from retort.core.head import Head
+from retort.core.random_streams import uniforms
+from retort.core.sequences import TokenSequence
+from retort.errors import SignalError, UserError
+from retort.models.lm import LanguageModel
+from retort.models.server import Server, about_of
+from retort.ranks import World
+from retort.wire.protocol import GENERATE, HEAD, HIDDEN, SCORE, About, packed
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+#: What an answer takes besides its numbers, bytes.
+_ENVELOPE = 2**16
+#: Sequences of the probe, and tokens of each.
+_PROBES, _PROBE_TOKENS = 4, 16
+
+
+class _Shell(torch.nn.Module):
+    """Stands where the layers of a model in this process do: it holds the configuration, and no layer."""
+
+    generation_config: Any = None
+
+    def __init__(self, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = config, device, dtype
+
+    @property
+    def base_model(self) -> _Shell:
+        return self
+
+
+@dataclass(eq=False)
+class ServedModel(LanguageModel):
+    """A frozen model that a server holds.
+
+    Attributes:
+        server: The server.
+        scores: What it said of a probe at the start, log-probs in nats; see `verify`.
+    """
+
+    here: ClassVar[bool] = False
+    server: Server = field(kw_only=True)
+    scores: list[float] = field(kw_only=True)
+
+    @staticmethod
+    def of(server: Server, tokenizer: Any, config: Any, device: torch.device) -> ServedModel:
+        """Makes a served model a language model of this process.
+
+        Args:
+            server: The server.
+            tokenizer: Its tokenizer.
+            config: Its configuration of transformers.
+            device: The device on which its numbers are wanted.
+
+        Raises:
+            UserError: The server cannot be asked, or contradicts itself.
+            SignalError: Its answer to a probe is of no use.
+        """
+        about = server.about
+        shell = cast("Any", _Shell(config, device, _DTYPES[about.precision]))
+        made = ServedModel(
+            shell,
+            tokenizer,
+            StopTokens(frozenset({*about.stops, about.stop}), about.stop),
+            server.name,
+            about.precision,
+            cast("Any", None),
+            packs=about.packs,
+            shared_prefixes=about.shared_prefixes,
+            together_up_to=about.together_up_to,
+            rereads_from=about.rereads_from,
+            rounded=about.rounded,
+            server=server,
+            scores=[],
+        )
+        made.scores = made.probe()
+        return made
+
+    @property
+    def about(self) -> About:
+        """The model as the server described it at the start."""
+        return self.server.about
+
+    @property
+    def parameters(self) -> int:
+        return self.about.parameters
+
+    def trainable(self) -> dict[str, Parameter]:
+        return {}
+
+    def weights(self) -> dict[str, Parameter]:
+        """None of them is here."""
+        return {}
+
+    @property
+    def rows(self) -> int:
+        return self.about.rows
+
+    def digest(self) -> str:
+        return self.about.digest
+
+    def whole_digest(self) -> str:
+        return self.about.weights
+
+    def head(self) -> Head:
+        return self._head
+
+    def kept_head(self) -> Head:
+        return self._head
+
+    @cached_property
+    def _head(self) -> Head:
+        about, dtype = self.about, self.model.dtype
+        limit = about.vocab * (about.width + 1) * dtype.itemsize + _ENVELOPE
+        found = self.server.client.get_tensors(HEAD, most_bytes=limit)
+        weight_VD, bias_V = found.get("weight_VD"), found.get("bias_V")
+        wanted = [(weight_VD, (about.vocab, about.width)), *([(bias_V, (about.vocab,))] if bias_V is not None else [])]
+        for own, shape in wanted:
+            if own is None or tuple(own.shape) != shape or not own.is_floating_point() or not own.isfinite().all():
+                raise SignalError(f"{self.name}: the head that it sends is not finite, or not {list(shape)}")
+        assert weight_VD is not None
+        bias_V = None if bias_V is None else bias_V.to(self.device)
+        # A parameter of the model here, as in every other one, so that it is counted where memory is.
+        self.model.head = Parameter(weight_VD.to(self.device), requires_grad=False)
+        return Head(self.model.head, bias_V, about.scale, about.soft_cap)
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Every rank asks by itself; there is nothing to gather."""
+        yield
+
+    def spread_layers(self, world: World) -> None:
+        """Does nothing: its layers are on the server."""
+
+    def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        self.check_readable(sequences)
+        steps, width, dtype = sum(own.steps for own in sequences), self.about.width, self.model.dtype
+        limit = steps * width * dtype.itemsize + _ENVELOPE
+        found = self._ask(HIDDEN, packed(sequences), {}, limit).get("hidden_ND")
+        if found is None or tuple(found.shape) != (steps, width) or found.dtype != dtype:
+            shape = None if found is None else [*found.shape]
+            raise SignalError(f"{self.name}: was asked for {steps} hidden states of {width}, and sent {shape}")
+        if not bool(found.isfinite().all()):
+            raise SignalError(f"{self.name}: a hidden state that it sends is NaN or infinite")
+        return found.to(self.device)
+
+    def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
+        """See `LanguageModel`; each batch is a request."""
+        batches = self.batches(sequences, min(budget, self.about.most_tokens)) if sequences else []
+        found = self.server.client.each(lambda batch: self.hidden([sequences[i] for i in batch]), batches)
+        parts: dict[int, Tensor] = {}
+        for batch, hidden_ND in zip(batches, found, strict=True):
+            parts.update(zip(batch, hidden_ND.split([sequences[i].steps for i in batch]), strict=True))
+        none = torch.zeros(0, self.about.width, dtype=self.model.dtype, device=self.device)
+        return torch.cat([parts[index] for index in range(len(sequences))]) if parts else none
+
+    def score(
+        self,
+        sequences: Sequence[TokenSequence],
+        budget: int,
+        settings: Mapping[str, Any],
+        ids_NK: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Numbers about the decided tokens, reduced by the server; see `retort.teachers.local.numbers`.
+
+        Args:
+            sequences: The sequences.
+            budget: Most tokens of a forward pass.
+            settings: `vocab`, `temperature`, `entropy` (whether it is wanted) and `top_k`.
+            ids_NK: Ids at which log-probs are wanted as `at`.
+
+        Raises:
+            SignalError: The answer is about other tokens, or lacks something.
+        """
+        self.check_readable(sequences)
+        groups = _cut([len(own) for own in sequences], self.about.most_tokens)
+        starts = [0]
+        for group in groups:
+            starts.append(starts[-1] + sum(own.steps for own in sequences[group]))
+
+        def part(number: int) -> dict[str, Tensor]:
+            own, steps = sequences[groups[number]], slice(starts[number], starts[number + 1])
+            sent = packed(own) | ({} if ids_NK is None else {"ids_NK": ids_NK[steps].cpu()})
+            return self._part(own, sent, {**settings, "budget": budget})
+
+        parts = self.server.client.each(part, range(len(groups)))
+        return {name: torch.cat([own[name] for own in parts]).to(self.device) for name in parts[0]}
+
+    def _part(
+        self, sequences: Sequence[TokenSequence], sent: Mapping[str, Tensor], settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """The answer to one request for numbers, once it is known to be about what was asked."""
+        tokens_N = torch.cat([own.actions_A for own in sequences])
+        steps, top_k = len(tokens_N), int(settings["top_k"])
+        kept = min(top_k, int(settings["vocab"]))
+        given = sent["ids_NK"].shape[1] if "ids_NK" in sent else 0
+        shapes: dict[str, tuple[int, ...]] = {"tokens_N": (steps,), "sampled": (steps,)}
+        shapes |= {"entropy": (steps,)} if settings["entropy"] else {}
+        shapes |= {"ids": (steps, kept), "logp": (steps, kept)} if top_k else {}
+        shapes |= {"at": (steps, given)} if given else {}
+        found = self._ask(SCORE, sent, settings, 16 * steps * (4 + kept + given) + _ENVELOPE)
+        for name, shape in shapes.items():
+            own = found.get(name)
+            if own is None or tuple(own.shape) != shape:
+                there = None if own is None else [*own.shape]
+                raise SignalError(f"{self.name}: was asked for {name} {list(shape)}, and sent {there}")
+        if not torch.equal(found["tokens_N"], tokens_N):
+            raise SignalError(f"{self.name}: its answer is about other tokens than it was asked about")
+        ids = found.get("ids")
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < int(settings["vocab"]):
+            raise SignalError(f"{self.name}: it sends ids that are none")
+        return {name: found[name] for name in shapes if name != "tokens_N"}
+
+    def completions(
+        self, sequences: Sequence[TokenSequence], uniforms: Sequence[Tensor], settings: Mapping[str, Any]
+    ) -> dict[str, Tensor]:
+        """Completions that the server generates: `ids_T` end to end, `logp_T`, and `lengths_S`.
+
+        Args:
+            sequences: Contexts.
+            uniforms: Random numbers of each.
+            settings: Of the sampling.
+        """
+        sent = packed([own.read() for own in sequences])
+        sent |= {"uniforms_U": torch.cat(list(uniforms)), "rooms_S": torch.tensor([len(own) for own in uniforms])}
+        return self._ask(GENERATE, sent, settings, 16 * sum(map(len, uniforms)) + _ENVELOPE)
+
+    def probe(self) -> list[float]:
+        """Log-probs that the server gives to the tokens of a few fixed sequences, nats."""
+        vocab = min(self.about.vocab, self.about.rows)
+        ids = [
+            (uniforms(0, "probe", "server", number, count=_PROBE_TOKENS) * vocab).long().tolist()
+            for number in range(_PROBES)
+        ]
+        asked = [TokenSequence.of(own[:1]).then(own[1:], decided=True) for own in ids]
+        settings = {"vocab": vocab, "temperature": 1.0, "entropy": False, "top_k": 0}
+        found = self.score(asked, _PROBES * _PROBE_TOKENS, settings)["sampled"]
+        if not bool(found.isfinite().all()) or bool((found > 1e-3).any()):
+            raise SignalError(f"{self.name}: it gives log-probs that are none (NaN, infinite or above 0)")
+        return [float(own) for own in found]
+
+    def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
+        """Checks that the server still has the model that it had.
+
+        Args:
+            tolerance: Nats by which log-probs of the probe may differ on average.
+            before: What it said of the probe earlier; None: at the start.
+
+        Raises:
+            UserError: It has another one.
+            UnreachableError: It does not answer.
+        """
+        now, then = about_of(self.server.client), list(before or self.scores)
+        apart = [abs(a - b) for a, b in zip(self.probe(), then, strict=True)]
+        if now.digest != self.about.digest or sum(apart) > tolerance * len(apart):
+            raise UserError(
+                f"{self.name}: it has another model than before (its log-probs of a probe are "
+                f"{sum(apart) / len(apart):.2g} nats apart on average, and server.tolerance is {tolerance:g}); start "
+                "it with the model that it had"
+            )
+
+    def _ask(
+        self, path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], limit: int
+    ) -> dict[str, Tensor]:
+        """Asks the server about the weights that it had at the start: it refuses where it has others."""
+        asked = {**settings, "weights": self.about.digest}
+        return self.server.client.post_tensors(path, tensors, asked, most_bytes=limit)
+
+
+def _cut(lengths: Sequence[int], most: int) -> list[slice]:
+    """Neighbouring sequences of at most so many tokens together (or one)."""
+    found, start, filled = list[slice](), 0, 0
+    for number, length in enumerate(lengths):
+        if number > start and filled + length > most:
+            found.append(slice(start, number))
+            start, filled = number, 0
+        filled += length
+    return [*found, slice(start, len(lengths))] if lengths else []

@@ -1,0 +1,103 @@
+"""A model that `retort serve` holds, as a source beside folders and names of the hub: its small files and its words."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pydantic import ValidationError
+
+from retort.errors import UnreachableError, UserError, quoted
+from retort.wire import Client
+from retort.wire.client import MissingPathError
+from retort.wire.protocol import ABOUT, FILES, VERSION, About
+
+#: Seconds for which a server is waited for before a run.
+_FIRST = 5.0
+#: Files that a tokenizer and a configuration are read from; a server can name no other, and none in another folder.
+_FILE = re.compile(r"[A-Za-z0-9_-]+\.(json|jinja|txt|model|tiktoken)")
+
+
+@dataclass(frozen=True, eq=False)
+class Server:
+    """A server that speaks Retort's protocol.
+
+    Attributes:
+        client: Speaks to it.
+        about: Its model, as it describes it.
+        folder: The model's small files, for as long as this object lives.
+    """
+
+    client: Client
+    about: About
+    folder: TemporaryDirectory[str]
+
+    @staticmethod
+    def at(client: Client) -> Server:
+        """Asks a server what it has.
+
+        Raises:
+            UserError: Nothing answers there, or something else than `retort serve` of this protocol.
+        """
+        url = client.url
+        try:
+            about = about_of(client, patience=min(client.patience, _FIRST))
+            files = client.get_json(FILES)
+        except UnreachableError as error:
+            raise UserError(f"{error}; `retort serve MODEL` starts one") from None
+        except MissingPathError:
+            raise UserError(f"{url}: something answers there, but it is no `retort serve`") from None
+        folder = TemporaryDirectory(prefix="retort-")
+        for name, content in _files(url, files).items():
+            (Path(folder.name) / name).write_bytes(content)
+        return Server(client, about, folder)
+
+    @property
+    def name(self) -> str:
+        """Its address, for messages."""
+        return self.client.url
+
+
+def about_of(client: Client, *, patience: float | None = None) -> About:
+    """The description of a server's model.
+
+    Raises:
+        UserError: It is none, or of another version of the protocol.
+    """
+    found = client.get_json(ABOUT, patience=patience)
+    spoken = found.get("protocol") if isinstance(found, dict) else None
+    if spoken != VERSION:
+        raise UserError(
+            f"{client.url}: it speaks version {quoted(spoken)} of Retort's protocol, and this is {VERSION}; "
+            "install the same version of Retort on both sides"
+        )
+    try:
+        return About.model_validate(found, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{client.url}: its description of the model cannot be read: {where}: {first['msg']}") from None
+
+
+def _files(url: str, found: Any) -> dict[str, bytes]:
+    """The files of an answer, by name.
+
+    Raises:
+        UserError: They are none, or would be written elsewhere.
+    """
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{url}: it sends no files of a tokenizer")
+    files: dict[str, bytes] = {}
+    for name, content in found.items():
+        if not _FILE.fullmatch(name) or not isinstance(content, str):
+            raise UserError(f"{url}: it sends a file {quoted(name)}, which no tokenizer has")
+        try:
+            files[name] = base64.b64decode(content, validate=True)
+        except (binascii.Error, ValueError):
+            raise UserError(f"{url}: its file {name} cannot be read") from None
+    return files

@@ -1,0 +1,89 @@
+"""Generation with a model that a server holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from retort.core.rollouts import Status
+from retort.errors import SignalError
+from retort.models.served import ServedModel
+from retort.rollout.engines.base import Completion, Request, Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ServedEngine:
+    """Has a server generate: it gets the random numbers, so completions are those of `HFEngine` in its process."""
+
+    def __init__(self, lm: ServedModel, *, vocab: int, max_parallel: int) -> None:
+        """Builds the engine; see `HFEngine`."""
+        self.lm, self.vocab, self.max_parallel = lm, vocab, max_parallel
+        self.version = 0
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """See `Engine`."""
+        return self.lm.tokenizer
+
+    @property
+    def context(self) -> int:
+        """See `Engine`."""
+        return self.lm.context
+
+    def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
+        """See `Engine`; a served model keeps its weights, and only the version is stored."""
+        self.version = version
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        """See `Engine`.
+
+        Raises:
+            SignalError: The server sends no completions of these requests.
+            UnreachableError: It gave no usable answer within the patience of its client.
+        """
+        self.lm.check_readable((request.context for request in requests), "a prompt")
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
+        batches = [order[start : start + self.max_parallel] for start in range(0, len(order), self.max_parallel)]
+        found = self.lm.server.client.each(lambda batch: self._batch([requests[i] for i in batch], sampling), batches)
+        by_place = {i: own for batch, written in zip(batches, found, strict=True) for i, own in zip(batch, written)}  # noqa: B905
+        return [by_place[place] for place in range(len(requests))]
+
+    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        uniforms = [request.uniforms[: sampling.max_new_tokens] for request in requests]
+        settings = {
+            "vocab": self.vocab,
+            "max_new_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+        }
+        found = self.lm.completions([request.context for request in requests], uniforms, settings)
+        try:
+            lengths: list[int] = found["lengths_S"].tolist()
+            ids, logps = found["ids_T"].long().split(lengths), found["logp_T"].float().split(lengths)
+        except (KeyError, RuntimeError, TypeError):
+            raise self._unusable() from None
+        usable = len(lengths) == len(requests) and all(
+            0 < length <= len(own) for length, own in zip(lengths, uniforms, strict=False)
+        )
+        if not usable or bool(((found["ids_T"] < 0) | (found["ids_T"] >= self.vocab)).any()):
+            raise self._unusable()
+        if not bool(found["logp_T"].isfinite().all()):
+            raise self._unusable()
+        stops = torch.tensor(sorted(self.lm.stops.ids))
+        return [
+            Completion(
+                own.tolist(),
+                logp_A,
+                Status.COMPLETED if bool(torch.isin(own[-1], stops)) else Status.TRUNCATED,
+                self.version,
+            )
+            for own, logp_A in zip(ids, logps, strict=True)
+        ]
+
+    def _unusable(self) -> SignalError:
+        return SignalError(f"{self.lm.name}: what it sends are no completions of these prompts")

@@ -1,0 +1,1 @@
+"""`retort serve`: a model that scores for runs in other processes."""

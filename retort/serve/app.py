@@ -1,0 +1,140 @@
+"""The HTTP of `retort serve`. `fastapi` is part of the extra `serve`, and imported when a server is made."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+import retort
+from retort.errors import RetortError, UserError, shortened, visible
+from retort.serve.scorer import OtherWeightsError, Scorer, TooLargeError
+from retort.wire.protocol import ABOUT, FILES, GENERATE, HEAD, HEALTH, HIDDEN, SCORE, TENSORS
+
+#: Seconds after which a client whose request found no room may come back.
+_LATER = "1"
+#: Bytes of a request for each token: its id, whether it was decided, what else may be said of it.
+_TOKEN_BYTES = 64
+#: Answer of a server whose weights are others than a request is about.
+_CONFLICT = 409
+
+
+def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any:
+    """The application of a server, for `uvicorn`.
+
+    Args:
+        scorer: The model and what it answers.
+        key: Bearer token that every request but `/health` must bring; empty: none.
+        most_waiting: Most requests that wait for their turn; others are answered 429.
+
+    Raises:
+        UserError: The extra `serve` is not installed.
+    """
+    try:
+        from fastapi import FastAPI, Request, Response
+    except ImportError as error:
+        raise UserError(f"retort serve needs the package '{error.name}': pip install 'retort-distill[serve]'") from None
+
+    app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    turns = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # one request at a time, and never in the event loop
+    waiting = 0
+
+    def refusal(status: int, text: str, **headers: str) -> Response:
+        body = json.dumps({"detail": visible(shortened(text, 500))})
+        return Response(body, status, headers, media_type="application/json")
+
+    @app.middleware("http")
+    async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
+        given = request.headers.get("Authorization", "")
+        allowed = not key or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {key}".encode())
+        if not allowed and request.url.path != HEALTH:
+            return refusal(401, "a key is needed")
+        return await go_on(request)
+
+    async def compute(work: Callable[[], bytes], kind: str) -> Response:
+        nonlocal waiting
+        if waiting >= most_waiting:
+            return refusal(429, f"{waiting} requests are waiting", **{"Retry-After": _LATER})
+        waiting += 1
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(turns, work)
+        except OtherWeightsError as error:
+            return refusal(_CONFLICT, str(error))
+        except TooLargeError as error:
+            return refusal(413, str(error))
+        except UserError as error:
+            return refusal(400, str(error))
+        except RetortError as error:
+            return refusal(500, str(error))
+        finally:
+            waiting -= 1
+        return Response(found, media_type=kind)
+
+    async def body_of(request: Request) -> bytes | None:
+        found, limit = bytearray(), scorer.most_tokens * _TOKEN_BYTES + 2**20
+        async for part in request.stream():
+            found += part
+            if len(found) > limit:
+                return None
+        return bytes(found)
+
+    def route(path: str, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> None:
+        async def answer(request: Request) -> Response:
+            if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
+                return refusal(415, f"the body is {TENSORS}: a safetensors file")
+            body = await body_of(request)
+            if body is None:
+                return refusal(413, f"a request has at most {scorer.most_tokens} tokens")
+            return await compute(lambda: _answered(body, work), TENSORS)
+
+        answer.__annotations__ = {"request": Request, "return": Response}  # those here are names of this function
+        app.post(path)(answer)
+
+    def page(path: str, work: Callable[[], bytes], kind: str) -> None:
+        async def answer() -> Response:
+            return await compute(work, kind)
+
+        answer.__annotations__ = {"return": Response}
+        app.get(path)(answer)
+
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "version": retort.__version__, "waiting": waiting}
+
+    health.__annotations__ = {}
+    app.get(HEALTH)(health)
+    page(ABOUT, lambda: scorer.about.model_dump_json().encode(), "application/json")
+    page(FILES, lambda: json.dumps(scorer.files).encode(), "application/json")
+    page(HEAD, lambda: _safetensors(scorer.head()), TENSORS)
+    route(HIDDEN, scorer.hidden)
+    route(SCORE, scorer.score)
+    route(GENERATE, scorer.generate)
+    return app
+
+
+def _answered(body: bytes, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> bytes:
+    """The answer to a request as bytes.
+
+    Raises:
+        UserError: The request cannot be read, or `work` refuses it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        length = int.from_bytes(body[:8], "little")
+        settings = json.loads(json.loads(body[8 : 8 + length])["__metadata__"]["settings"])
+        tensors = load(body)
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError("the body is no safetensors file with the request's settings in its metadata") from None
+    return _safetensors(work(tensors, settings))
+
+
+def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save(dict(tensors))

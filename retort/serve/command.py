@@ -1,0 +1,90 @@
+"""Loads a model and serves it until it is told to stop."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retort import config as configuration
+from retort.errors import UserError, did_you_mean
+from retort.serve.app import application
+from retort.serve.scorer import Scorer
+from retort.train.models.models import load
+from retort.wire import KEY_VARIABLE, is_url
+
+#: Where a server listens unless told otherwise, and most tokens of one request.
+HOST, PORT, MOST_TOKENS = "127.0.0.1", 8000, 131_072
+#: Settings that have a meaning here.
+_READ = ("precision", "device", "attention", "threads", "trust_remote_code", "weights")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: str,
+    words: Sequence[str] = (),
+    *,
+    host: str = HOST,
+    port: int = PORT,
+    most_tokens: int = MOST_TOKENS,
+    say: Callable[[str], Any] = print,
+) -> None:
+    """Serves a model until the process is interrupted.
+
+    Args:
+        model: Folder, hub name, GGUF file, or a built-in model such as `countdown:teacher`.
+        words: Settings as `key=value`: precision, device, attention, threads, trust_remote_code, weights.
+        host: Address to listen at; other than loopback only with a key in the environment (`RETORT_TEACHER_KEY`).
+        port: Port to listen at; 0: any that is free.
+        most_tokens: Most tokens of one request.
+        say: Takes a sentence for whoever started it.
+
+    Raises:
+        UserError: The model cannot be loaded, or the address cannot be used.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if host not in _LOOPBACK and not key:
+        raise UserError(
+            f"--host {host} lets other machines ask this model: put a key into the environment variable "
+            f"{KEY_VARIABLE}, here and where the run is started, or listen at 127.0.0.1 and use an SSH tunnel"
+        )
+    if not 0 <= port < 2**16 or most_tokens < 1:
+        raise UserError("--port is from 0 to 65535, and --max-tokens at least 1")
+    if is_url(model):
+        raise UserError(f"{model} is a server already; name a model folder or a hub name")
+    given = configuration.overrides(list(words))
+    for name in given:
+        if name not in _READ:
+            raise UserError(f"retort serve does not read '{name}'; {did_you_mean(name, _READ)}")
+    config = configuration.resolve(given, with_recipe=False)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    try:
+        import uvicorn
+    except ImportError:
+        raise UserError("retort serve needs the package 'uvicorn': pip install 'retort-distill[serve]'") from None
+    lm = load(config, model, "teacher")
+    name = Path(model).name if Path(model).exists() else model
+    app = application(Scorer(lm, name=name, most_tokens=most_tokens), key=key)
+    for note in lm.notes:
+        say(f"note: {note}")
+    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    _spoken(settings, f"{name} ({lm.precision} on {lm.device.type})", say).run()
+
+
+def _spoken(settings: Any, what: str, say: Callable[[str], Any]) -> Any:
+    """A server that says where it listens once it does."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            for one in self.servers:
+                host, port = one.sockets[0].getsockname()[:2]
+                shown = f"[{host}]" if ":" in host else host
+                say(f"serving {what} at http://{shown}:{port}; stop it with Ctrl-C")
+
+    return Server(settings)
