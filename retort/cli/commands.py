@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import retort
+from retort.cli.serving import add_serve
 from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
 from retort.files import named, reason
 
@@ -112,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=_WORDS)
     train.add_argument("--method", help="name of a method; `retort methods` lists them")
     train.add_argument("--student", help="model folder or hub name")
-    train.add_argument("--teacher", help="model folder or hub name; not needed where the student teaches itself")
+    train.add_argument("--teacher", help="model folder, hub name, or address of a server")
     train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
     train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
     train.add_argument("--out", help="folder of the run; default: a new one in runs/")
@@ -161,6 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     settings.add_argument("--markdown", action="store_true", help="print the page docs/settings.md")
     settings.set_defaults(run=_settings)
 
+    add_serve(commands)
+
     cite = commands.add_parser("cite", help="print the BibTeX of a method's paper")
     cite.add_argument("names", nargs="+", metavar="NAME", help="name of a method")
     cite.set_defaults(run=_cite)
@@ -196,12 +199,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
-    files = [word for word in arguments.words if word.endswith(".toml")]
-    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
-    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data", "out", "steps", "seed")}
-    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if arguments.method is not None:
-        flags["method"] = {"name": arguments.method}
+    files, pairs, flags = _given(arguments, "student", "teacher", "base", "data", "out", "steps", "seed")
     quiet_libraries()
     leads = ranks.join().leads
     observer = RichObserver(lasting_console() if leads else Console(quiet=True))
@@ -230,9 +228,19 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """TOML files, settings as words, and settings by options."""
+    from retort import config
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    given = {name: getattr(arguments, name) for name in names}
+    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    return files, pairs, flags | ({} if arguments.method is None else {"method": {"name": arguments.method}})
+
+
 def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
-    others = [*(set(flags) - {"steps"}), *files, *pairs]
-    if others:
+    if others := [*(set(flags) - {"steps"}), *files, *pairs]:
         raise UserError(
             f"--resume keeps the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
         )
@@ -245,20 +253,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from retort.console.terminal import RichObserver, examination_table, quiet_libraries
     from retort.preflight.doctor import examine
 
-    files = [word for word in arguments.words if word.endswith(".toml")]
-    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
-    given = {name: getattr(arguments, name) for name in ("student", "teacher", "base", "data")}
-    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if arguments.method is not None:
-        flags["method"] = {"name": arguments.method}
+    files, pairs, flags = _given(arguments, "student", "teacher", "base", "data")
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
     RichObserver(Console(stderr=True)).working("loading the models and checking them")
     found = examine(settings, quick=arguments.quick)
-    if arguments.json:
-        print(json.dumps(found.plain(), indent=2))
-    else:
-        Console().print(examination_table(found.plain()))
+    print(json.dumps(found.plain(), indent=2)) if arguments.json else Console().print(examination_table(found.plain()))
     return 2 if found.verdict == "fatal" else 0
 
 

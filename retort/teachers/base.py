@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -74,6 +74,30 @@ class Teacher(Protocol):
 
         Raises:
             SignalError: Its numbers are not finite.
+        """
+        ...
+
+
+@runtime_checkable
+class Remote(Protocol):
+    """A teacher, or the model behind one, that another process holds: it may have been exchanged since it was asked.
+
+    Attributes:
+        scores: What it said of a fixed probe at the start, log-probs in nats.
+    """
+
+    scores: list[float]
+
+    def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
+        """Checks that it is the same model.
+
+        Args:
+            tolerance: Nats by which log-probs of the probe may differ on average.
+            before: What it said of the probe earlier; None: `scores`.
+
+        Raises:
+            UserError: It is another one.
+            UnreachableError: It does not answer.
         """
         ...
 

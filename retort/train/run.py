@@ -14,7 +14,7 @@ from retort.controllers import Probe
 from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
-from retort.errors import RetortError, RunError, UserError
+from retort.errors import RunError, SignalError, UnreachableError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import World, here
@@ -220,9 +220,8 @@ class Run:
         """Generates one batch of rollouts, has the teachers score it, and learns from it."""
         self._doing = f"step {self.step + 1}"
         (method, clock), watch = self.prepared.at(self.step), Stopwatch()
-        plan = method.rollout
-        before, version = self.source.given_up, self.learner.updates
-        with self._safe():
+        plan, before, version = method.rollout, self.source.given_up, self.learner.updates
+        with self._safe((UserError, SignalError, UnreachableError)):
             if clock.done == 0:
                 self.learner.begin()
             with watch("probe"):
@@ -231,9 +230,10 @@ class Run:
                 hard = self._difficulties(method, clock)
             with watch("generate"):
                 groups = self.source.rollouts(method, clock, version, hard)
-        lost = self.source.given_up - before
-        with watch("teacher"):
-            signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
+            lost = self.source.given_up - before
+            with watch("teacher"):
+                self.world.first(lambda: self.teachers.verify(self.step))
+                signals = self._signals(method, groups, self.teachers.wanted(method, self.step))
         with watch("score"):
             batch = self.control.act(self.learner.score(method, groups, signals, clock), self.learner)
         means, values = self.learner.learn(batch, self._rates(method).factor(clock, self.learner.begun), watch)
@@ -376,8 +376,8 @@ class Run:
             self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *arguments))[0] or self._stop
 
     @contextlib.contextmanager
-    def _safe(self, kind: type[RetortError] = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Guards code outside an update: an error of a verifier or callback ends the run, saved after `first`."""
+    def _safe(self, kind: Any = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Guards code outside an update: an error of one of these kinds ends the run, saved after `first`."""
         marks = self.control.mark(), self.source.mark()
         try:
             yield

@@ -17,6 +17,7 @@ from retort.train.run import Run
 from retort.train.setup.prepare import prepare
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import refuse_held, refuse_taken
+from retort.wire import is_url
 
 __all__ = ["Run", "load", "resume", "start"]
 
@@ -135,8 +136,8 @@ def load(
 
 
 def _absolute(path: str | None) -> str | None:
-    """Makes a local path or glob absolute; hub names and built-in data stay as they are."""
-    if path is None or path in configuration.BUILTIN:
+    """Makes a local path or glob absolute; hub names, addresses and built-in data stay as they are."""
+    if path is None or path in configuration.BUILTIN or is_url(path):
         return path
     local = Path(path).expanduser()
     pattern = any(character in path for character in "*?[") and not path.startswith(IN_MEMORY)

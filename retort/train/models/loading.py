@@ -65,10 +65,10 @@ def load_models(
     teacher = load(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
-    if teacher is not None and teacher.precision != chosen:
+    if teacher is not None and teacher.here and teacher.precision != chosen:
         teacher = load(config, paths["teacher"], "teacher", caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
-    attention = _attention(config, pair, render, train, notes)
+    attention = _attention(config, [lm for lm in pair if lm.here], render, train, notes)
     if config.optimizer.gradient_checkpointing:
         student.model.activation_checkpointing_enable({"use_reentrant": False})
         student.model.train()  # transformers checkpoints activations in this mode only; dropout is off all the same.

@@ -101,7 +101,7 @@ def forecast(prepared: Prepared) -> Forecast:
     rollouts = _part(prepared.source.count, ranks) * prepared.method.rollout.samples
     evaluated = config.eval.samples * _part(min(64, len(prepared.held_out)), ranks)
     generators = [(student, max(rollouts, evaluated))]
-    if config.eval.teacher and "teacher" in prepared.lms:
+    if config.eval.teacher and "teacher" in prepared.lms and prepared.lms["teacher"].here:
         generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()

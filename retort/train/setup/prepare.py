@@ -217,7 +217,7 @@ def _parties(
         config=config,
         method=method,
         source=source,
-        teachers=Teachers(models, own, start),
+        teachers=Teachers(models, own, start, config.server.check_every, config.server.tolerance),
         learner=learner,
         held_out=data.held_out,
         eval_grader=data.eval_grader,

@@ -38,7 +38,9 @@ def ask(
     """
     share = Share.of(groups, world)
     asked = groups[share.groups]
-    found = teachers.score(method, asked, needs, lambda k: top_ids(method, asked, k))
+    found: dict[str, TeacherSignal] = {}
+    # An error of one rank's teacher, such as a server that is gone, is raised on all of them.
+    world.each(lambda: found.update(teachers.score(method, asked, needs, lambda k: top_ids(method, asked, k))))
     counts = share.counts([signal.counts for signal in found.values()])
     pairs = zip(found.items(), counts, strict=True)
     return {view: replace(signal, counts=counted) for (view, signal), counted in pairs}

@@ -14,7 +14,11 @@ from retort.train.teaching.teachers import Teachers
 
 def digests(teachers: Teachers) -> dict[str, Any]:
     """Fingerprints of the models that do not learn, by name, and of the student that teaches it: part of a state."""
-    return {"models": {name: lm.digest() for name, lm in teachers.lms.items()}, "start": teachers.start}
+    return {
+        "models": {name: lm.digest() for name, lm in teachers.lms.items()},
+        "remote": {name: remote.scores for name, remote in teachers.remote.items()},
+        "start": teachers.start,
+    }
 
 
 def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, student: LanguageModel) -> None:
@@ -29,6 +33,12 @@ def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, stud
         if then.get(name) != now["models"].get(name):
             role = "base model" if name == "base" else name
             raise UserError(f"{path}: the {role}'s weights changed since this checkpoint; put the same {name} back")
+    for name, scores in state.get("remote", {}).items():
+        if name in teachers.remote:  # one whose folder is here now was compared above
+            try:
+                teachers.remote[name].verify(teachers.tolerance, scores)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
     if state["start"] != now["start"]:
         raise UserError(
             f"{path}: the weights in {student.name} changed since this checkpoint, and the teacher is the "

@@ -14,7 +14,7 @@ from retort.loss.terms import check_needs, check_temperature, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import here
-from retort.teachers.base import Teacher, view_signals
+from retort.teachers.base import Remote, Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 
@@ -27,11 +27,32 @@ class Teachers:
         models: Teachers by the name in a view.
         own: The weights of the student as its own teacher, where some view is of it.
         start: Digest of the student before training, where a self-teacher is that one.
+        every: Steps from one check of the teachers on servers to the next; 0: none.
+        tolerance: Nats by which the log-probs of such a check may differ on average.
     """
 
     models: Mapping[str, Teacher]
     own: OwnWeights | None = None
     start: str | None = None
+    every: int = 0
+    tolerance: float = 0.0
+
+    @property
+    def remote(self) -> dict[str, Remote]:
+        """Those that other processes hold, by name: a teacher, or the model behind one."""
+        behind = {name: (model, getattr(model, "lm", None)) for name, model in self.models.items()}
+        return {name: one for name, both in behind.items() for one in both if isinstance(one, Remote)}
+
+    def verify(self, step: int) -> None:
+        """Checks, at every so many steps, that servers still have the models that they had.
+
+        Raises:
+            UserError: One has another model.
+            UnreachableError: One does not answer.
+        """
+        if step and self.every and step % self.every == 0:
+            for remote in self.remote.values():
+                remote.verify(self.tolerance)
 
     @property
     def lms(self) -> dict[str, LanguageModel]:
