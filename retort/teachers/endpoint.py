@@ -55,7 +55,7 @@ class EndpointTeacher(Reader):
         """See `Teacher`.
 
         Raises:
-            SignalError: The server gives what is no log-prob of what it was sent, or has another model than at first.
+            SignalError: The server gives what is no log-prob of what it was sent.
             UserError: The server refuses a request.
             UnreachableError: The server does not answer.
         """
@@ -63,7 +63,6 @@ class EndpointTeacher(Reader):
         prompts = self.prompts(pack, request.view)
         sequences = self.sequences(pack, prompts)
         rest: dict[str, Any] = {"valid_N": prompts.valid_N(pack), "counts": prompts.counts}
-        self.lm.check_same()
         kinds = {need.kind for need in request.needs}
         exact = "entropy" in kinds and not all(need.or_bound for need in request.needs if need.kind == "entropy")
         if self.lm.server.offers.whole and (request.whole or request.temperature != 1.0 or kinds != {"sampled"}):

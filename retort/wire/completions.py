@@ -236,22 +236,21 @@ _FORMS: Mapping[str, _Form] = {
 }
 
 
-def explore(client: Client, model: str | None, highest: int, ordinary: Sequence[int]) -> Completions:
-    """Finds out what a server of completions offers.
+def explore(client: Client, model: Offers, highest: int, ordinary: Sequence[int]) -> Completions:
+    """Finds out what a server of completions offers, by requests that it may refuse.
 
     Args:
-        client: A client of it, with little patience: a refusal is an answer here.
-        model: Name of the model at the server; None: its only one.
+        client: A client of it.
+        model: The model at the server, see `served_model`.
         highest: The largest id that it must take.
         ordinary: Some different ids to try with, three or more.
 
     Raises:
-        UserError: It has no such model, or gives no log-probs of the ids that it is sent.
+        UserError: It gives no log-probs of the ids that it is sent.
         UnreachableError: It does not answer.
     """
-    offers = _model(client, model)
     for form in _FORMS:
-        server = Completions(client, replace(offers, form=form))
+        server = Completions(client, replace(model, form=form))
         if _tried(lambda own=server: own.listed([ordinary], 0)) is not None:
             break
     else:
@@ -270,15 +269,30 @@ def explore(client: Client, model: str | None, highest: int, ordinary: Sequence[
     return server
 
 
-def _model(client: Client, name: str | None) -> Offers:
-    """The server's model, and its context without the token that is generated besides."""
-    answer = client.get_json("/v1/models")
+def served_model(client: Client, name: str | None) -> Offers:
+    """The server's model, and its context without the token that is generated besides.
+
+    Args:
+        client: A client of it.
+        name: Name of the model at the server; None: its only one.
+
+    Raises:
+        UserError: It is no server of completions, or has no such model.
+        UnreachableError: It does not answer.
+    """
+    try:
+        answer = client.get_json("/v1/models")
+    except MissingPathError:
+        answer = None
     models = answer.get("data") if isinstance(answer, Mapping) else None
     if not isinstance(models, list):
-        raise UserError(f"{client.url}: it lists no models at /v1/models; is it a server of completions?")
+        raise UserError(
+            f"{client.url}: something answers there, but it is neither `retort serve` nor a server of completions "
+            "(/v1/models lists no models)"
+        )
     named = {own["id"]: own for own in models if isinstance(own, Mapping) and isinstance(own.get("id"), str)}
     if name is None and len(named) != 1:
-        raise UserError(f"{client.url}: it has {len(named)} models ({quoted(sorted(named))}); name one")
+        raise UserError(f"{client.url}: it has {len(named)} models ({quoted(sorted(named))}); name one in server.model")
     if name is not None and name not in named:
         raise UserError(f"{client.url}: it has no model {quoted(name)}, but {quoted(sorted(named))}")
     chosen = name or next(iter(named))
