@@ -84,7 +84,7 @@ def locate(label: str, name: str, source: str | Server | None) -> str:
         UserError: The folder does not exist, is not readable, or holds no model that can be read.
     """
     if isinstance(source, Server):
-        return source.folder.name
+        return str(source.folder)
     path = Path(source or name).expanduser()
     found: str | None = None
     try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+import shutil
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any
 
 from pydantic import ValidationError
@@ -39,7 +41,7 @@ class Server:
 
     client: Client
     about: About
-    folder: TemporaryDirectory[str]
+    folder: Path
 
     @staticmethod
     def at(client: Client) -> Server:
@@ -57,10 +59,12 @@ class Server:
             raise UserError(f"{error}; `retort serve MODEL` starts one") from None
         except MissingPathError:
             raise OtherServer(f"{url}: something answers there, but it is no `retort serve`") from None
-        folder = TemporaryDirectory(prefix="retort-")
-        for name, content in _files(url, files).items():
-            (Path(folder.name) / name).write_bytes(content)
-        return Server(client, about, folder)
+        contents = _files(url, files)
+        found = Server(client, about, Path(mkdtemp(prefix="retort-")))
+        weakref.finalize(found, shutil.rmtree, found.folder, ignore_errors=True)
+        for name, content in contents.items():
+            (found.folder / name).write_bytes(content)
+        return found
 
     @property
     def name(self) -> str:

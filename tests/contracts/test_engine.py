@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from scripted import ScriptedEngine
+from served import connected, in_thread
 from support import make_tokenizer
 from torch import Tensor
 
@@ -21,6 +23,7 @@ from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.sample import nucleus
+from retort.rollout.engines.served import ServedEngine
 
 VOCAB = 58
 ROOM = 12
@@ -34,11 +37,13 @@ class Case:
         engine: To be held to the contract.
         stops: Tokens that end a completion.
         logp: Log-probs [A, V] of every id before each of some ids written after a context, as drawn under a sampling.
+        until: Ends what the engine needs.
     """
 
     engine: Engine
     stops: frozenset[int]
     logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
+    until: ExitStack = field(default_factory=ExitStack)
 
 
 def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *, loops: bool) -> Case:
@@ -57,6 +62,13 @@ def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     return Case(engine, frozenset(stops), logp)
 
 
+def served(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Case:
+    case = in_process(model_folder, monkeypatch, loops=True)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    url = case.until.enter_context(in_thread(lm))
+    return replace(case, engine=ServedEngine(connected(url, lm), vocab=VOCAB, max_parallel=3))
+
+
 def scripted(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Case:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
     logits_V[2] = 2.0
@@ -67,13 +79,16 @@ def scripted(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch)
 ENGINES: dict[str, Callable[..., Case]] = {
     "in this process": lambda *more: in_process(*more, loops=True),
     "in this process, by generate": lambda *more: in_process(*more, loops=False),
+    "served": served,
     "scripted": scripted,
 }
 
 
 @pytest.fixture(params=ENGINES)
-def case(request: pytest.FixtureRequest, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Case:
-    return ENGINES[request.param](model_folder, monkeypatch)
+def case(request: pytest.FixtureRequest, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
+    found = ENGINES[request.param](model_folder, monkeypatch)
+    with found.until:
+        yield found
 
 
 def requests(count: int = 7, room: int = ROOM) -> list[Request]:

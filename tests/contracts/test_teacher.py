@@ -14,6 +14,7 @@ import pytest
 import torch
 from completions import serving
 from remote import RemoteTeacher
+from served import connected, in_thread
 from torch import Tensor
 
 from retort.align.pair import SameIds
@@ -23,13 +24,14 @@ from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout,
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
 from retort.errors import SignalError
-from retort.models.endpoint import open_endpoint
+from retort.models.endpoint import Endpoint
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
+from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.teachers.view import View
 from retort.teachers.views import peers, privileged
@@ -75,8 +77,8 @@ def endpoint(offers: str) -> Callable[[Any], Made]:
 
     def make(lm: Any) -> Made:
         if offers not in lm.opened:
-            client = Client(f"{lm.server.url}/{offers}", patience=0)
-            lm.opened[offers] = open_endpoint(client, client, lm.tokenizer, lm.stops)
+            source = Endpoint.at(Client(f"{lm.completions.url}/{offers}", patience=0), None, "", same=True)
+            lm.opened[offers] = source.open(lm.tokenizer, lm.stops)
         return Made(EndpointTeacher(lm.opened[offers], alignment=SameIds(VOCAB), batch_tokens=16))
 
     return make
@@ -92,6 +94,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
     "endpoint, all ids": endpoint("max=-1"),
     "endpoint, some ids": endpoint("max=20,at=16"),
+    "served": lambda lm: Made(ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)),
+    "served, of units": lambda lm: Made(of_units(lm.served)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
@@ -107,9 +111,10 @@ def lm(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     small.model.save_pretrained(shared)
     small.tokenizer.save_pretrained(shared)
     found = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
-    found.model.requires_grad_()  # as a student that teaches itself
     found.opened = {}  # type: ignore[attr-defined]
-    with serving(shared) as found.server:  # type: ignore[attr-defined]
+    with in_thread(found) as url, serving(shared) as found.completions:  # type: ignore[attr-defined]
+        found.served = connected(url, found)
+        found.model.requires_grad_()  # as a student that teaches itself
         yield found
 
 
@@ -314,7 +319,8 @@ def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any, monkeyp
 
     A teacher of units renders the messages, of which this template makes the very ids that the student read.
     """
-    monkeypatch.setattr(lm.tokenizer, "chat_template", TURNS)
+    for one in (lm, lm.served):
+        monkeypatch.setattr(one.tokenizer, "chat_template", TURNS)
     sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13, 2], decided=True)
     sequence = sequence.then([30, 31]).then([20, 2], decided=True).then([32, 33]).then([11, 2], decided=True)
     replies = tuple(Outcome((Message("user", lm.tokenizer.decode(ids)),)) for ids in ([30, 31], [32, 33]))

@@ -17,7 +17,7 @@ from retort.align.pair import SameIds
 from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need, logp_at
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
-from retort.models.endpoint import EndpointModel, open_endpoint
+from retort.models.endpoint import Endpoint, EndpointModel
 from retort.models.load import load_model
 from retort.tasks import countdown
 from retort.teachers.base import ScoreRequest
@@ -46,7 +46,8 @@ def lm() -> Any:
 @pytest.fixture(scope="module")
 def models(servers: dict[str, str], lm: Any) -> dict[str, EndpointModel]:
     clients = {name: Client(url, patience=5) for name, url in servers.items()}
-    return {name: open_endpoint(client, client, lm.tokenizer, lm.stops) for name, client in clients.items()}
+    sources = {name: Endpoint.at(client, None, "", same=True) for name, client in clients.items()}
+    return {name: source.open(lm.tokenizer, lm.stops) for name, source in sources.items()}
 
 
 def groups(lm: Any) -> list[Group]:

@@ -22,7 +22,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.signals import Candidates, TopK, entropy_lower_bound
 from retort.errors import SignalError, UserError
 from retort.loss.terms import check_needs, check_temperature
-from retort.models.endpoint import EndpointModel, open_endpoint
+from retort.models.endpoint import Endpoint, EndpointModel
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest
 from retort.teachers.endpoint import EndpointTeacher
@@ -42,9 +42,12 @@ def lm(model_folder: Callable[..., Path]) -> Iterator[Any]:
         yield found
 
 
+def source(lm: Any, offers: str, model: str | None = None) -> Endpoint:
+    return Endpoint.at(Client(f"{lm.server.url}/{offers}", patience=0), model, "", same=True)
+
+
 def opened(lm: Any, offers: str, model: str | None = None) -> EndpointModel:
-    client = Client(f"{lm.server.url}/{offers}", patience=0)
-    return open_endpoint(client, client, lm.tokenizer, lm.stops, model)
+    return source(lm, offers, model).open(lm.tokenizer, lm.stops)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +113,8 @@ def test_its_tokenizer_is_compared_where_the_server_says(lm: Any) -> None:
     silent = opened(lm, "silent")
     assert any("does not say how it tokenizes" in note for note in silent.notes)
     assert not any("does not say" in note for note in opened(lm, "max=1").notes)
-    client = Client(f"{lm.server.url}/max=1", patience=0)
-    with pytest.raises(UserError, match=r"its tokenizer is another one than you named.*models.NAME.tokenizer"):
-        open_endpoint(client, client, make_tokenizer(renumbered=3), lm.stops)
+    with pytest.raises(UserError, match=r"its tokenizer is not that of the student.*in server.tokenizer"):
+        source(lm, "max=1").open(make_tokenizer(renumbered=3), lm.stops)
 
 
 def test_a_server_that_is_no_teacher_is_refused(lm: Any) -> None:
@@ -232,10 +234,17 @@ def test_a_limited_k_is_part_of_a_capability() -> None:
         ("nan", "as the log-prob of id"),
         ("positive", "gives .*1.5.* as the log-prob of id"),
         ("others", "answers log-probs of other ids"),
-        ("moved", "has it another model now"),
     ],
 )
 def test_answers_that_are_wrong_stop_the_run(lm: Any, some: EndpointModel, fault: str, says: str) -> None:
     server = type(some.server)(Client(f"{lm.server.url}/{fault}", patience=0), some.server.offers)
     with pytest.raises(SignalError, match=says):
         teacher(some, server=server).score(groups([12, 13]), ScoreRequest(View(), frozenset({SAMPLED})))
+
+
+def test_another_model_behind_the_same_address_is_seen(lm: Any, some: EndpointModel) -> None:
+    some.verify(1e-4)
+    moved = replace(some, server=type(some.server)(Client(f"{lm.server.url}/moved", patience=0), some.server.offers))
+    with pytest.raises(UserError, match=r"has another model than before .* nats apart on average"):
+        moved.verify(0.02)
+    moved.verify(0.02, moved.probe())

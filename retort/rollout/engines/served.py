@@ -50,8 +50,10 @@ class ServedEngine:
         order = sorted(range(len(requests)), key=lambda i: (len(requests[i].context), i))
         batches = [order[start : start + self.max_parallel] for start in range(0, len(order), self.max_parallel)]
         found = self.lm.server.client.each(lambda batch: self._batch([requests[i] for i in batch], sampling), batches)
-        by_place = {i: own for batch, written in zip(batches, found, strict=True) for i, own in zip(batch, written)}  # noqa: B905
-        return [by_place[place] for place in range(len(requests))]
+        completions: dict[int, Completion] = {}
+        for batch, own in zip(batches, found, strict=True):
+            completions.update(zip(batch, own, strict=True))
+        return [completions[index] for index in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         uniforms = [request.uniforms[: sampling.max_new_tokens] for request in requests]

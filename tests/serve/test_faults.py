@@ -1,0 +1,146 @@
+"""Runs whose teacher's server fails: they wait, or stop with a checkpoint and one line, and go on from it exactly.
+
+The server is a process of its own that misbehaves as it is told, see `served.Process`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from served import Process
+
+from retort import config as configuration
+from retort.errors import RetortError, UserError
+from retort.train import runner
+from retort.train.storage import checkpoint
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    found = Process(tmp_path_factory.mktemp("server"), model_folder(seed=2, hidden_size=24, padded_to=64))
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def settings(tiny_run: dict[str, Any], server: Process) -> dict[str, Any]:
+    server.fails()
+    return tiny_run | {
+        "teacher": server.url,
+        "method": {"name": "opd"},
+        "steps": 3,
+        "checkpoint": {"every": 0},
+        "eval": {"problems": 0},
+        "checks": "skip",
+        "server": {"patience": 20.0, "timeout": 20.0},
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, bytes]:
+    """The weights of the run that nothing disturbs, once it was made."""
+    return {}
+
+
+def start(settings: dict[str, Any], folder: Path) -> runner.Run:
+    return runner.start(configuration.resolve(settings), folder)
+
+
+def weights(run: runner.Run) -> bytes:
+    return (run.folder / "model" / "model.safetensors").read_bytes()
+
+
+def expected(undisturbed: dict[str, bytes], settings: dict[str, Any], folder: Path) -> bytes:
+    if not undisturbed:
+        undisturbed["opd"] = weights(start(settings, folder).go())
+    return undisturbed["opd"]
+
+
+class FailsAt:
+    """Tells the server how to fail once so many steps are done."""
+
+    def __init__(self, step: int, fail: Callable[[], None]) -> None:
+        self.step, self.fail = step, fail
+
+    def on_step(self, run: runner.Run, metrics: dict[str, Any]) -> None:
+        if run.step == self.step:
+            self.fail()
+
+
+def disturbed(settings: dict[str, Any], folder: Path, fail: Callable[[], None]) -> runner.Run:
+    run = start(settings, folder)
+    run.callbacks = [FailsAt(1, fail)]
+    return run
+
+
+@pytest.mark.parametrize("fault", ["refuse", "429", "500", "503", "cut", "garbage"])
+def test_what_passes_is_waited_for(
+    fault: str, server: Process, settings: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    wanted = expected(undisturbed, settings, tmp_path / "whole")
+    run = disturbed(settings, tmp_path / "run", lambda: server.fails(fault, fault))
+    assert weights(run.go()) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("500", "answers 500"),
+        ("cut", "cannot be connected to|safetensors"),
+        ("drip", "within 1 seconds"),
+        ("short", "was asked for"),
+        ("nan", "NaN|nan"),
+        ("high", "log-prob"),
+    ],
+)
+def test_what_does_not_pass_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(
+    fault: str,
+    words: str,
+    server: Process,
+    settings: dict[str, Any],
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
+) -> None:
+    wanted = expected(undisturbed, settings, tmp_path / "whole")
+    impatient = settings | {"server": {"patience": 0.5, "timeout": 1.0 if fault == "drip" else 20.0}}
+    run = disturbed(impatient, tmp_path / "run", lambda: server.fails(*[fault] * 20))
+    with pytest.raises(RetortError, match=words) as stopped:
+        run.go()
+    line = str(stopped.value)
+    assert "\n" not in line
+    assert "everything is saved at step 1 of 3" in line
+    assert line.endswith(f"retort train --resume {run.folder}")
+    newest = checkpoint.newest(run.folder / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-1"
+    server.fails()
+    assert weights(runner.resume(run.folder).go()) == wanted
+
+
+def test_a_server_killed_in_the_middle_is_waited_for_and_another_model_in_its_place_is_refused(
+    server: Process,
+    settings: dict[str, Any],
+    undisturbed: dict[str, bytes],
+    model_folder: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    wanted = expected(undisturbed, settings, tmp_path / "whole")
+    impatient = settings | {"server": {"patience": 0.3, "timeout": 20.0}}
+    run = disturbed(impatient, tmp_path / "run", lambda: server.fails("kill"))
+    with pytest.raises(RetortError, match="everything is saved at step 1 of 3"):
+        run.go()
+    server.fails()
+    server.again(model_folder(seed=3, hidden_size=24, padded_to=64))
+    with pytest.raises(UserError, match="teacher's weights changed"):
+        runner.resume(run.folder)
+    server.again()
+    assert weights(runner.resume(run.folder).go()) == wanted
+
+    run = disturbed(settings, tmp_path / "other", lambda: server.again(model_folder(seed=3, hidden_size=24)))
+    with pytest.raises(UserError, match="other weights than the run began with.*everything is saved at step 1"):
+        run.go()
+    server.again()
+    assert weights(runner.resume(run.folder).go()) == wanted

@@ -1,0 +1,84 @@
+"""Servers of models for tests: one in a thread of this process, one in a process that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from retort.models.load import load_model
+from retort.models.server import Server
+from retort.serve.app import application
+from retort.serve.scorer import Scorer
+from retort.wire import Client
+
+HERE = Path(__file__).parent
+
+
+@contextlib.contextmanager
+def in_thread(lm: Any, *, key: str = "", most_tokens: int = 4096) -> Iterator[str]:
+    """The address of a server of a model of this process."""
+    import uvicorn
+
+    app = application(Scorer(lm, name="tiny", most_tokens=most_tokens), key=key)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def connected(url: str, lm: Any, **settings: Any) -> Any:
+    """The model behind a server, as a run loads it."""
+    client = Client(url, **{"patience": 5.0, "timeout": 20.0, **settings})
+    return load_model(url, source=Server.at(client), role="teacher", precision="fp32", device=lm.device)
+
+
+class Process:
+    """A process that serves a model folder, and misbehaves as the file `faults` says, one word for each POST.
+
+    `429`, `500`, `503` are answered; `refuse` closes the connection; `cut` breaks off in the body; `drip` sends it a byte
+    at a time; `short` leaves out the last row of each tensor; `nan` and `high` put NaN and 1 into all numbers; `garbage`
+    is no safetensors; `kill` ends the process by signal 9; `-` is an answer as it should be.
+    """
+
+    def __init__(self, folder: Path, model: Path, *, port: int = 0) -> None:
+        self.folder, self.model = folder, model
+        self.start(model, port)
+
+    def start(self, model: Path, port: int) -> None:
+        """Starts it, again if need be, with a model."""
+        (self.folder / "port").unlink(missing_ok=True)
+        command = [sys.executable, str(HERE / "misserving.py"), str(self.folder), str(model), str(port)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+        self.process = subprocess.Popen(command, env=environment)
+        while not (self.folder / "port").exists():
+            assert self.process.poll() is None
+            time.sleep(0.02)
+        self.port = int((self.folder / "port").read_text())
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def again(self, model: Path | None = None) -> None:
+        """Ends it by signal 9 and starts it at the same port, perhaps with another model."""
+        self.end()
+        self.start(model or self.model, self.port)
+
+    def fails(self, *faults: str) -> None:
+        (self.folder / "faults").write_text(" ".join(faults))
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
