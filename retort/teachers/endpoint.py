@@ -42,13 +42,13 @@ class EndpointTeacher(Reader):
     def capabilities(self) -> frozenset[Capability]:
         """See `Teacher`."""
         offers = self.lm.server.offers
+        if offers.whole:
+            return frozenset({"sampled", "dense"})
         found: set[Capability] = {"sampled"}
         if offers.top:
             found |= {Need("topk", offers.top), "entropy_bound"}
         if offers.at:
             found.add(logp_at(offers.at))
-        if offers.whole:
-            found.add("dense")
         return frozenset(found)
 
     def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines.vllm import serving
 
+from retort import config as configuration
 from retort.align.pair import SameIds
 from retort.core.needs import DENSE, ENTROPY, SAMPLED, Need, logp_at
 from retort.core.rollouts import Group, Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
+from retort.errors import UserError
 from retort.models.endpoint import Endpoint, EndpointModel
 from retort.models.load import load_model
 from retort.tasks import countdown
@@ -24,6 +27,7 @@ from retort.teachers.base import ScoreRequest
 from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.view import View
+from retort.train import runner
 from retort.wire import Client
 
 pytestmark = pytest.mark.engines
@@ -109,3 +113,48 @@ def test_the_older_form_says_the_same(models: dict[str, EndpointModel], lm: Any)
     first, second = (one.score(groups(lm), ScoreRequest(View(), needs)).rows(slice(None)) for one in both)
     torch.testing.assert_close(first.sampled_logp_N, second.sampled_logp_N, rtol=0, atol=1e-5)
     torch.testing.assert_close(first.topk(5)[1], second.topk(5)[1], rtol=0, atol=1e-5)
+
+
+RUNS: list[tuple[str, str, dict[str, Any]]] = [
+    ("some", "opd", {}),
+    ("some", "eopd", {"entropy_bound": "use"}),
+    ("some", "vopd", {}),
+    ("whole", "eopd", {}),
+    ("whole", "gkd", {"on_policy_fraction": 1.0}),
+    ("whole", "vopd", {"top_k": None}),
+]
+
+
+@pytest.mark.parametrize(("name", "method", "given"), RUNS, ids=[f"{method}-{name}" for name, method, _ in RUNS])
+def test_a_run_learns_what_it_learns_from_the_same_teacher_here(
+    servers: dict[str, str], tmp_path: Path, name: str, method: str, given: dict[str, Any]
+) -> None:
+    settings: dict[str, Any] = {
+        "method": {"name": method, **given},
+        "steps": 2,
+        "precision": "fp32",
+        "device": "cpu",
+        "attention": "eager",
+        "rollout": {"prompts": 8, "max_new_tokens": 12},
+        "optimizer": {"learning_rate": 1e-4},
+        "eval": {"problems": 0},
+    }
+    far, near = (
+        runner.start(configuration.resolve(settings, {"teacher": teacher}), tmp_path / str(place)).go()
+        for place, teacher in enumerate((servers[name], "countdown:teacher"))
+    )
+    exact = method != "eopd" or name == "whole"  # a gate by a bound opens more rarely
+    if exact:
+        assert [row["loss"] for row in far.metrics] == pytest.approx([row["loss"] for row in near.metrics], abs=1e-4)
+    else:
+        assert far.metrics[0]["gate_open_fraction"] <= near.metrics[0]["gate_open_fraction"]
+        assert "teacher_entropy_bound" in far.metrics[0]
+    kl = "reverse_kl"
+    assert far.metrics[0][kl] == pytest.approx(near.metrics[0][kl], abs=1e-4)
+
+
+def test_what_the_server_does_not_give_is_refused_before_the_run(servers: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"'gkd' needs the whole distribution.*methods that it serves: .*opd"):
+        settings = {"teacher": servers["some"], "method": {"name": "gkd", "on_policy_fraction": 1.0}, "steps": 1}
+        runner.start(configuration.resolve(settings, {"eval": {"problems": 0}}), tmp_path / "run").go()
+    assert not (tmp_path / "run").exists()
