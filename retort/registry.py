@@ -6,11 +6,11 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import retort.methods
-from retort.core.needs import can_meet
+from retort.core.needs import TEMPERATURE, Capability, can_meet
 from retort.core.signals import SPAN_KINDS
 from retort.errors import UserError, did_you_mean, quoted
 from retort.method import Method, groups_of, refuse_truth
@@ -29,10 +29,16 @@ def for_two_tokenizers() -> list[str]:
 
     Other models that they need besides the teacher (`base`) have the student's tokenizer.
     """
-    return [name for name in names() if _by_units(load(name))]
+    return served_by(SPAN_KINDS)
 
 
-def _by_units(made: Method) -> bool:
+def served_by(capabilities: Iterable[Capability]) -> list[str]:
+    """Names of the methods that a teacher with these capabilities can serve, at their default settings, sorted."""
+    able = list(capabilities)
+    return [name for name in names() if _served(load(name), able)]
+
+
+def _served(made: Method, capabilities: Sequence[Capability]) -> bool:
     phases = [made] if made.before is None else [made.before[1], made]
     needs = [
         need
@@ -41,7 +47,8 @@ def _by_units(made: Method) -> bool:
         if view.model == "teacher"
         for need in phase.needs(name)
     ]
-    return bool(needs) and all(can_meet(SPAN_KINDS, need) for need in needs)
+    tempered = any(phase.temperature != 1.0 for phase in phases) and not can_meet(capabilities, TEMPERATURE)
+    return bool(needs) and not tempered and all(can_meet(capabilities, need) for need in needs)
 
 
 def builder(name: str) -> Callable[..., Method]:

@@ -15,7 +15,7 @@ from retort.teachers.base import ScoreRequest, Teacher
 class RemoteTeacher:
     """Says what another teacher says, as far as a server does: of written tokens, and of ids that it is given."""
 
-    capabilities: frozenset[NeedKind] = frozenset({"sampled", "logp_at"})
+    capabilities: frozenset[NeedKind] = frozenset({"sampled", "logp_at", "temperature"})
 
     def __init__(self, behind: Teacher) -> None:
         self.behind = behind

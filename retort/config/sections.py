@@ -270,6 +270,17 @@ class ServerSection(Section):
         description="environment variable that holds the server's key, a bearer token; the key itself is written "
         "nowhere",
     )
+    model: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=1000,
+        description="name of the model at a server of completions (docs/endpoints.md); default: its only one",
+    )
+    tokenizer: PathOrName | None = Field(
+        default=None,
+        description="folder or hub name with the tokenizer and configuration of the model at a server of completions; "
+        "default: the student's",
+    )
     check_every: int = Field(
         default=50,
         ge=0,

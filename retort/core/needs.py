@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,7 +10,9 @@ from torch import Tensor
 
 from retort.errors import SignalError
 
-NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden", "spans"]
+NeedKind = Literal[
+    "text", "sampled", "topk", "logp_at", "entropy", "entropy_bound", "temperature", "dense", "hidden", "spans"
+]
 
 
 @dataclass(frozen=True, order=True)
@@ -19,26 +21,31 @@ class Need:
 
     Attributes:
         kind: `sampled` (log-prob of the sampled token), `topk` (the teacher's own most likely ids), `logp_at`
-            (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `dense` (every
-            log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens, see
-            `retort.core.signals.Spans`), `text`.
+            (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `entropy_bound` (a
+            lower bound of it, from a top-k), `temperature` (all that it gives also at a temperature other than 1),
+            `dense` (every log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens,
+            see `retort.core.signals.Spans`), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
         or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
             for nothing else, so needs that differ in it are equal.
+        or_bound: For `entropy`, whether a lower bound meets it as well; such needs are equal, too.
     """
 
     kind: NeedKind
     k: int = 0
     ids_of: Literal["teacher", "student"] = "teacher"
     or_spans: bool = field(default=False, compare=False)
+    or_bound: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         names = {
             "topk": f"its top-{self.k}",
             "logp_at": f"log-probs of the {self.ids_of}'s top-{self.k}",
             "sampled": "log-prob of the sampled token",
-            "entropy": "entropy",
+            "entropy": "entropy, or a lower bound of it" if self.or_bound else "entropy",
+            "entropy_bound": "a lower bound of its entropy",
+            "temperature": "its numbers at a temperature other than 1",
             "dense": "the whole distribution",
             "hidden": "its last hidden states",
             "spans": "its scores of aligned spans of tokens",
@@ -51,6 +58,10 @@ ENTROPY = Need("entropy")
 DENSE = Need("dense")
 HIDDEN = Need("hidden")
 SPANS = Need("spans")
+TEMPERATURE = Need("temperature")
+
+#: What a teacher can give: a kind of need, or one with the largest k that it can be asked for.
+Capability = NeedKind | Need
 
 
 def logp_at(k: int) -> Need:
@@ -61,14 +72,34 @@ def logp_at(k: int) -> Need:
 #: The needs that a capability meets besides its own. Everything follows from a whole distribution over the student's
 #: ids: there every token is a unit by itself.
 IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {
-    "dense": frozenset({"sampled", "topk", "logp_at", "entropy", "spans"})
+    "dense": frozenset({"sampled", "topk", "logp_at", "entropy", "spans", "temperature"}),
+    "spans": frozenset({"temperature"}),
 }
 
 
-def can_meet(capabilities: frozenset[NeedKind], need: Need) -> bool:
-    """Whether a teacher with these capabilities can meet the need."""
-    kinds = {need.kind, "spans"} if need.or_spans else {need.kind}
-    return any(not kinds.isdisjoint({has, *IMPLIED.get(has, ())}) for has in capabilities)
+def can_meet(capabilities: Iterable[Capability], need: Need) -> bool:
+    """Whether a teacher with these capabilities can meet the need.
+
+    Example:
+        >>> from retort.core.needs import Need, can_meet
+        >>> [can_meet({"sampled", Need("topk", 20)}, Need("topk", k)) for k in (16, 32)]
+        [True, False]
+    """
+    kinds = {need.kind, *(["spans"] if need.or_spans else []), *(["entropy_bound"] if need.or_bound else [])}
+    for has in capabilities:
+        kind = has.kind if isinstance(has, Need) else has
+        enough = not isinstance(has, Need) or need.k <= has.k
+        if enough and not kinds.isdisjoint({kind, *IMPLIED.get(kind, ())}):
+            return True
+    return False
+
+
+def listed(capabilities: Iterable[Capability]) -> str:
+    """The capabilities in words, for messages; `nothing` where there are none."""
+    return (
+        ", ".join(sorted(f"{has.kind} of {has.k}" if isinstance(has, Need) else has for has in capabilities))
+        or "nothing"
+    )
 
 
 def require_finite(name: str, values: Tensor, source: str, *, allow_minus_inf: bool = False) -> None:

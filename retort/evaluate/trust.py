@@ -21,7 +21,7 @@ from torch import Tensor
 from retort.align.chat import Renderer
 from retort.align.stops import StopTokens
 from retort.align.text import completion_text
-from retort.core.needs import DENSE, can_meet
+from retort.core.needs import DENSE, can_meet, listed
 from retort.core.random_streams import UniformStream, generator, permutation
 from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
@@ -156,7 +156,7 @@ def branches(
         UserError: A teacher that cannot hand over its whole distribution, from which tokens are drawn.
     """
     if not can_meet(teacher.capabilities, DENSE):
-        gives = ", ".join(sorted(teacher.capabilities))
+        gives = listed(teacher.capabilities)
         raise UserError(f"trust draws tokens from {DENSE} of the teacher, and {teacher.name} gives only: {gives}")
     spine = _spine(student, prompts, verifier, protocol)
     pack = Pack.of(spine)

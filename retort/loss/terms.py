@@ -15,35 +15,49 @@ from torch import Tensor
 from retort.core import reduce
 from retort.core.context import Context
 from retort.core.losses import TokenLoss, times
-from retort.core.needs import SAMPLED, Need, NeedKind, can_meet
+from retort.core.needs import SAMPLED, TEMPERATURE, Capability, Need, NeedKind, can_meet, listed
 from retort.core.parts import Part, per_step
 from retort.core.policy import Policy
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
 from retort.method import Method, Term, Watch
-from retort.registry import for_two_tokenizers
+from retort.registry import served_by
 
 #: Ends the name of the column with a view's units, see `Units.sizes_C`; only of a teacher with another tokenizer.
 UNITS = "_units"
 
 
-def check_needs(method: Method, offers: Mapping[str, frozenset[NeedKind]]) -> None:
-    """Raises `UserError` unless every view's teacher can meet the method's needs."""
+def check_needs(method: Method, offers: Mapping[str, frozenset[Capability]]) -> None:
+    """Raises `UserError` unless every view's teacher can meet the method's needs.
+
+    The message lists the methods that the teacher serves as it is.
+    """
     for view in method.views:
         if view not in offers:
             raise UserError(f"method '{method.name}' needs a signal for view '{view}', which was not given")
         missing = sorted(need for need in method.needs(view) if not can_meet(offers[view], need))
         if missing:
-            has = ", ".join(sorted(offers[view])) or "nothing"
             wants = " and ".join(str(need) for need in missing)
-            problem = f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {has}"
-            if "spans" in offers[view]:
-                problem += f" (it has another tokenizer; these serve {', '.join(for_two_tokenizers())})"
-            raise UserError(problem)
+            why = "it has another tokenizer" if "spans" in offers[view] else "choose another teacher or one of these"
+            raise UserError(
+                f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {listed(offers[view])} "
+                f"({why}; methods that it serves: {', '.join(served_by(offers[view])) or 'none'})"
+            )
 
 
-def wanted(method: Method, view: str, capabilities: frozenset[NeedKind], step: int = 0) -> frozenset[Need]:
+def check_temperature(method: Method, able: Mapping[str, frozenset[Capability]]) -> None:
+    """Raises `UserError` if the method's distributions have a temperature at which a view's teacher gives nothing."""
+    for view, capabilities in able.items():
+        if method.temperature != 1.0 and method.needs(view) and not can_meet(capabilities, TEMPERATURE):
+            raise UserError(
+                f"method '{method.name}' compares distributions at temperature {method.temperature:g}, and the teacher "
+                f"of '{view}' gives log-probs at 1 only (of the ids that it names, not of all); set "
+                "method.temperature=1"
+            )
+
+
+def wanted(method: Method, view: str, capabilities: frozenset[Capability], step: int = 0) -> frozenset[Need]:
     """The needs to request from a teacher at a step: those of the method, and those of its curves that it can meet."""
     return method.needs(view) | {need for need in method.optional_needs(view, step) if can_meet(capabilities, need)}
 

@@ -1,10 +1,18 @@
 """Entropy-aware OPD: reverse KL everywhere, plus forward KL where the teacher is uncertain."""
 
+from typing import Literal
+
 from retort.advantages import log_ratio
 from retort.divergences import forward_kl, teacher_top
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Unbounded, Watch, method
-from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.quantities import (
+    sampled_reverse_kl,
+    student_entropy,
+    teacher_entropy,
+    teacher_entropy_bound,
+    teacher_top_mass,
+)
 from retort.rollout.plan import RolloutPlan
 from retort.weights import above
 
@@ -28,6 +36,7 @@ def eopd(
     samples: int = 1,
     temperature: float = 1.0,
     top_p: float = 1.0,
+    entropy_bound: Literal["refuse", "use"] = "refuse",
 ) -> Method:
     r"""Sampled reverse KL on every token, plus forward KL on the teacher's top-k where the teacher is uncertain.
 
@@ -49,6 +58,10 @@ def eopd(
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions.
         top_p: Top-p of sampling (the paper: 1, for Llama 0.8).
+        entropy_bound: What to do with a teacher that gives a top-k, from which only a lower bound of its entropy
+            follows (docs/endpoints.md): `refuse` it, or `use` the bound in the gate. The gate then never opens wrongly,
+            but it stays closed at tokens whose entropy is above tau and whose bound is not; the curve
+            `teacher_entropy_bound` says that it is used.
 
     Departures from the released code: the top-k of step t is that of step t (the code takes the one after it); the gate
     is the paper's `>` (code: `>=`); the denominator counts the whole optimizer batch (code: the micro-batch); where the
@@ -60,7 +73,7 @@ def eopd(
         >>> losses.terms["forward"].weight  # entropies of 0.11 and ln 3 = 1.10 nats: one is above 0.8
         tensor([0., 1.])
     """
-    uncertain = above(teacher_entropy(), entropy_threshold)
+    uncertain = above(teacher_entropy(or_bound=entropy_bound == "use"), entropy_threshold)
     reverse = score_function(log_ratio(), clip=clip)
     forward = forward_kl(teacher_top(top_k))
     return Method(
@@ -84,6 +97,7 @@ def eopd(
             Watch("reverse_kl", sampled_reverse_kl()),
             Watch("student_entropy", student_entropy()),
             Watch("teacher_entropy", teacher_entropy()),
+            *([Watch("teacher_entropy_bound", teacher_entropy_bound())] if entropy_bound == "use" else []),
             Watch("gate_open_fraction", uncertain),
             Watch("student_entropy_gated", student_entropy(), where=uncertain),
             Watch("forward_kl_gated", forward, where=uncertain),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from retort.align.stops import stop_tokens
+from retort.align.stops import StopTokens, stop_tokens
 from retort.models import gguf
+from retort.models.endpoint import Endpoint
 from retort.models.files import errors_about, locate, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 from retort.models.server import Server
@@ -25,11 +27,13 @@ class Described:
         name: The user's name for it, for messages.
         tokenizer: Its tokenizer.
         config: Its configuration of transformers.
+        stops: Its stop tokens; None where only loading shows which of its parts' count.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     config: Any
+    stops: StopTokens | None = None
 
     @property
     def context(self) -> int:
@@ -51,7 +55,7 @@ class Described:
 
 def describe(
     name: str,
-    source: str | InMemoryModel | Server | None,
+    source: str | InMemoryModel | Server | Endpoint | None,
     role: str,
     *,
     stop: Sequence[int | str] | None = None,
@@ -71,6 +75,9 @@ def describe(
     """
     from transformers import AutoConfig, GenerationConfig
 
+    if isinstance(source, Endpoint):
+        read = describe(name, source.reads, role, stop=stop, trust_remote_code=trust_remote_code)
+        return replace(read, config=_within(read.config, source.offers.context))
     label = f"{role} {name}"
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     generation: Any = None
@@ -85,9 +92,18 @@ def describe(
                 config = AutoConfig.from_pretrained(location, trust_remote_code=trust_remote_code)
                 with contextlib.suppress(OSError):  # many models have none
                     generation = GenerationConfig.from_pretrained(location)
+    stops = None
     if config.get_text_config() is config:  # for a model made of parts, only loading shows which part's stops count
-        stop_tokens(tokenizer, generation, config, label=label, override=stop)
-    return Described(name, tokenizer, config)
+        stops = stop_tokens(tokenizer, generation, config, label=label, override=stop)
+    return Described(name, tokenizer, config, stops)
+
+
+def _within(config: Any, context: int | None) -> Any:
+    """A configuration with a server's context; where that is not known, as it is."""
+    found = copy.deepcopy(config)
+    if context is not None:
+        found.get_text_config().max_position_embeddings = context
+    return found
 
 
 def context_of(config: Any) -> int:

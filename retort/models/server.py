@@ -25,6 +25,10 @@ _FIRST = 5.0
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(json|jinja|txt|model|tiktoken)")
 
 
+class OtherServer(UserError):
+    """What answers is another kind of server."""
+
+
 @dataclass(frozen=True, eq=False)
 class Server:
     """A server that speaks Retort's protocol.
@@ -50,7 +54,8 @@ class Server:
             narrow: See the attribute.
 
         Raises:
-            UserError: Nothing answers there, or something else than `retort serve` of this protocol.
+            OtherServer: Something else than `retort serve` answers there.
+            UserError: Nothing answers there, or `retort serve` of another protocol.
         """
         url = client.url
         try:
@@ -59,7 +64,7 @@ class Server:
         except UnreachableError as error:
             raise UserError(f"{error}; `retort serve MODEL` starts one") from None
         except MissingPathError:
-            raise UserError(f"{url}: something answers there, but it is no `retort serve`") from None
+            raise OtherServer(f"{url}: something answers there, but it is no `retort serve`") from None
         contents = _files(url, files)
         found = Server(client, about, Path(mkdtemp(prefix="retort-")), narrow)
         weakref.finalize(found, shutil.rmtree, found.folder, ignore_errors=True)

@@ -6,7 +6,13 @@ The formulas behind them are in `extrapolation.py`, which is not exported here.
 """
 
 from retort.quantities.contract import cliff, masses, student_tail, threshold_weight, weight_below_cliff
-from retort.quantities.entropy import sampled_reverse_kl, student_entropy, teacher_entropy, teacher_top_mass
+from retort.quantities.entropy import (
+    sampled_reverse_kl,
+    student_entropy,
+    teacher_entropy,
+    teacher_entropy_bound,
+    teacher_top_mass,
+)
 from retort.quantities.gradient_variance import gradient_variance
 from retort.quantities.log_ratio import engine_gap, log_ratio_size, outside_bound
 from retort.quantities.margin import teacher_margin
@@ -34,6 +40,7 @@ __all__ = [
     "student_tail",
     "student_variance",
     "teacher_entropy",
+    "teacher_entropy_bound",
     "teacher_margin",
     "teacher_top_mass",
     "teacher_variance",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from retort.core.context import Context
@@ -9,13 +11,27 @@ from retort.core.needs import ENTROPY, SAMPLED, Need
 from retort.core.parts import Quantity
 
 
-def teacher_entropy() -> Quantity:
-    """Entropy of the teacher's whole distribution, nats."""
+def teacher_entropy(*, or_bound: bool = False) -> Quantity:
+    """Entropy of the teacher's whole distribution, nats.
+
+    Args:
+        or_bound: Take a lower bound, from a top-k and one bucket for the rest, of a teacher that gives no more.
+    """
 
     def value(context: Context, view: str) -> Tensor:
-        return context.signal(view).entropy_N
+        rows = context.signal(view)
+        return rows.entropy_bound_N if or_bound else rows.entropy_N
 
-    return Quantity("teacher_entropy", value, frozenset({ENTROPY}))
+    return Quantity("teacher_entropy", value, frozenset({replace(ENTROPY, or_bound=or_bound)}))
+
+
+def teacher_entropy_bound() -> Quantity:
+    """The lower bound of a teacher's entropy, nats, where it gives no more than that; to watch."""
+
+    def value(context: Context, view: str) -> Tensor:
+        return context.signal(view).entropy_bound_N
+
+    return Quantity("teacher_entropy_bound", value, frozenset({Need("entropy_bound")}))
 
 
 def student_entropy() -> Quantity:

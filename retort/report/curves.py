@@ -30,6 +30,7 @@ PLOTS = (
     Curves("Forward KL, gate open", "nats per token", {"forward_kl_gated": "forward KL, gated"}),
     Curves("Forward KL", "nats per token", {"forward_kl": "forward KL"}),
     Curves("Entropy", "nats per token", {"student_entropy": "student", "teacher_entropy": "teacher"}),
+    Curves("Teacher’s entropy: a lower bound", "nats per token", {"teacher_entropy_bound": "teacher, at least"}),
     Curves("Student’s entropy, gate open", "nats per token", {"student_entropy_gated": "student, gated"}),
     Curves("Gate open", "share of tokens", {"gate_open_fraction": "gate open"}, "share"),
     Curves("Teacher’s top-k mass", "mean, gate open", {"teacher_topk_mass": "top-k mass"}, "share"),

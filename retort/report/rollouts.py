@@ -36,6 +36,7 @@ class Quantity:
 MODELS, BETWEEN, LOSS = "The models", "Between them", "The loss"
 KNOWN: Mapping[str, Quantity] = {
     "teacher_entropy": Quantity("teacher’s entropy", "nats", MODELS, "how uncertain the teacher was about this token"),
+    "teacher_entropy_bound": Quantity("teacher’s entropy, at least", "nats", MODELS, "a lower bound, from its top-k"),
     "student_entropy": Quantity("student’s entropy", "nats", MODELS, "how uncertain the student was about this token"),
     "teacher_logp": Quantity("teacher’s log-prob", "nats", MODELS, "of the token that was generated"),
     "student_logp": Quantity("student’s log-prob", "nats", MODELS, "of the token that was generated"),

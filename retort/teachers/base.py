@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from retort.core.needs import Need, NeedKind, can_meet
+from retort.core.needs import Capability, Need, NeedKind, can_meet
 from retort.core.rollouts import Group, Pack
 from retort.core.signals import Candidates, TeacherSignal
 from retort.errors import SignalError
@@ -56,8 +56,8 @@ class Teacher(Protocol):
         ...
 
     @property
-    def capabilities(self) -> frozenset[NeedKind]:
-        """The needs that it can meet."""
+    def capabilities(self) -> frozenset[Capability]:
+        """The needs that it can meet: kinds, or a `Need` with the largest k of that kind."""
         ...
 
     def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:

@@ -12,18 +12,22 @@ from typing import Any
 
 import pytest
 import torch
+from completions import serving
 from remote import RemoteTeacher
 from served import connected, in_thread
 from torch import Tensor
 
 from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
-from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, Need, can_meet, logp_at
+from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, TEMPERATURE, Need, can_meet, logp_at
 from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
+from retort.errors import SignalError
+from retort.models.endpoint import Endpoint
 from retort.models.load import load_model
 from retort.teachers.base import ScoreRequest, Teacher
+from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
@@ -31,6 +35,7 @@ from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.teachers.view import View
 from retort.teachers.views import peers, privileged
+from retort.wire import Client
 
 #: Ids of the tiny vocabulary that student and teachers share; the model has more.
 VOCAB, K = 61, 7
@@ -67,6 +72,18 @@ def itself(weights: Weights) -> Callable[[Any], Made]:
     return lambda lm: Made(SelfTeacher(local(lm), OwnWeights(lm, [weights])), "student", weights)
 
 
+def endpoint(offers: str) -> Callable[[Any], Made]:
+    """A teacher behind a server of completions, which has no more ids than the tokenizer, and these offers."""
+
+    def make(lm: Any) -> Made:
+        if offers not in lm.opened:
+            source = Endpoint.at(Client(f"{lm.completions.url}/{offers}", patience=0), None, "", same=True)
+            lm.opened[offers] = source.open(lm.tokenizer, lm.stops)
+        return Made(EndpointTeacher(lm.opened[offers], alignment=SameIds(VOCAB), batch_tokens=16))
+
+    return make
+
+
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
     "itself, frozen": itself(frozen()),
@@ -75,6 +92,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "itself, trust region": itself(trust_region(0.3)),
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
+    "endpoint, all ids": endpoint("max=-1"),
+    "endpoint, some ids": endpoint("max=20,at=16"),
     "served": lambda lm: Made(ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)),
     "served, of units": lambda lm: Made(of_units(lm.served)),
 }
@@ -85,10 +104,15 @@ WITHOUT_HIDDEN = ("itself, trust region",)
 
 
 @pytest.fixture(scope="module")
-def lm(model_folder: Callable[..., Path]) -> Iterator[Any]:
-    folder = model_folder(seed=2, padded_to=80)
+def lm(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder, shared = model_folder(seed=2, padded_to=80), tmp_path_factory.mktemp("shared")
+    small = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
+    small.model.resize_token_embeddings(VOCAB)
+    small.model.save_pretrained(shared)
+    small.tokenizer.save_pretrained(shared)
     found = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
-    with in_thread(found) as url:
+    found.opened = {}  # type: ignore[attr-defined]
+    with in_thread(found) as url, serving(shared) as found.completions:  # type: ignore[attr-defined]
         found.served = connected(url, found)
         found.model.requires_grad_()  # as a student that teaches itself
         yield found
@@ -135,7 +159,7 @@ def ask(
 
 def able(made: Made) -> list[Need]:
     """All that the teacher says it can be asked for."""
-    everything = (SAMPLED, ENTROPY, Need("topk", K), logp_at(K), DENSE, HIDDEN, SPANS)
+    everything = (SAMPLED, ENTROPY, Need("entropy_bound"), Need("topk", K), logp_at(K), DENSE, HIDDEN, SPANS)
     return [need for need in everything if can_meet(made.teacher.capabilities, need)]
 
 
@@ -205,6 +229,12 @@ def test_its_capabilities_are_what_it_then_gives(made: Made, lm: Any, request: p
             torch.testing.assert_close(rows(said).sampled_logp_N, expected_N, **close)
         if need == ENTROPY:
             torch.testing.assert_close(rows(said).entropy_N, -(expected_NV.exp() * expected_NV).sum(-1), **close)
+        if need.kind == "entropy_bound":
+            exact_N = -(expected_NV.exp() * expected_NV).sum(-1)
+            assert bool((rows(said).entropy_bound_N < exact_N).all())
+            assert bool((rows(said).entropy_bound_N > 0.5 * exact_N).all())
+            with pytest.raises(SignalError, match="has no exact entropy"):
+                _ = rows(said).entropy_N
         if need.kind == "topk":
             torch.testing.assert_close(rows(said).topk(K)[1], expected_NV.topk(K).values, **close)
         if need == DENSE:
@@ -240,6 +270,10 @@ def test_it_speaks_of_exactly_the_ids_it_is_given(made: Made, lm: Any) -> None:
 
 def test_the_temperature_is_that_of_its_distributions(made: Made, lm: Any) -> None:
     groups = batch(lm)
+    if not can_meet(made.teacher.capabilities, TEMPERATURE):
+        with pytest.raises(SignalError, match="gives no whole distribution"):
+            made.teacher.score(groups, ask(made, *least(made), groups=groups, temperature=2.0))
+        return
     warm = made.teacher.score(groups, ask(made, *least(made), groups=groups, temperature=2.0))
     expected = of_plain(made, plain(lm, groups, 2.0), groups)
     for found, other in zip(numbers(made, rows(warm), groups), expected, strict=True):

@@ -46,6 +46,11 @@ class SignalRows:
         raise self._missing("entropy")
 
     @property
+    def entropy_bound_N(self) -> Tensor:
+        """The entropy, nats, or where only that is known a lower bound of it."""
+        return self.entropy_N
+
+    @property
     def distribution(self) -> Distribution:
         """The whole distribution."""
         raise self._missing("full distribution")

@@ -105,6 +105,7 @@ class _TopKRows(_ListedRows):
         super().__init__(signal.source, signal.ids_NK[index_C], signal.logp_NK[index_C], signal.whole)
         self._sampled_N = None if signal.sampled_logp_N is None else signal.sampled_logp_N[index_C]
         self._entropy_N = None if signal.entropy_N is None else signal.entropy_N[index_C]
+        self._exact = signal.entropy_exact
 
     @property
     def sampled_logp_N(self) -> Tensor:
@@ -112,6 +113,10 @@ class _TopKRows(_ListedRows):
 
     @property
     def entropy_N(self) -> Tensor:
+        return self._known(self._entropy_N if self._exact else None, "entropy" if self._exact else "exact entropy")
+
+    @property
+    def entropy_bound_N(self) -> Tensor:
         return self._known(self._entropy_N, "entropy")
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
@@ -130,7 +135,8 @@ class TopK(TeacherSignal):
         logp_NK: Log-probs under the whole distribution (not renormalised), nats.
         sampled_logp_N: Log-prob of the sampled token, nats, if requested.
         entropy_N: Entropy of the whole distribution, nats, if requested.
-        entropy_exact: False if the entropy is only a lower bound computed from the top-k and one tail bucket.
+        entropy_exact: False if the entropy is only a lower bound computed from the top-k and one tail bucket. Then it
+            meets the need `entropy_bound`, and is read as `entropy_bound_N` only.
         whole: True if K is the whole vocabulary.
     """
 
@@ -161,7 +167,7 @@ class TopK(TeacherSignal):
         if self.sampled_logp_N is not None:
             kinds.add("sampled")
         if self.entropy_N is not None:
-            kinds.add("entropy")
+            kinds.add("entropy" if self.entropy_exact else "entropy_bound")
         return frozenset(kinds)
 
     def lists(self, width: int) -> Mapping[NeedKind, tuple[Tensor, bool]]:
@@ -204,6 +210,10 @@ class _CandidateRows(_ListedRows):
     @property
     def entropy_N(self) -> Tensor:
         return self._top.entropy_N
+
+    @property
+    def entropy_bound_N(self) -> Tensor:
+        return self._top.entropy_bound_N
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         return self._top.topk(k)

@@ -16,7 +16,7 @@ from retort.models.together import choose_batching
 from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
-from retort.train.models.models import load
+from retort.train.models.models import Frozen, load, load_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Loaded:
 
     config: Config
     student: LanguageModel
-    frozen: Mapping[str, LanguageModel]
+    frozen: Mapping[str, Frozen]
     attention: str | None
     render: Renderer
 
@@ -62,11 +62,12 @@ def load_models(
     student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    teacher = load(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
+    found = load_frozen(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
+    teacher = found if isinstance(found, LanguageModel) else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.here and teacher.precision != chosen:
-        teacher = load(config, paths["teacher"], "teacher", caller_objects)
+        found = teacher = load(config, paths["teacher"], "teacher", caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, [lm for lm in pair if lm.here], render, train, notes)
     if config.optimizer.gradient_checkpointing:
@@ -74,13 +75,14 @@ def load_models(
         student.model.train()  # transformers checkpoints activations in this mode only; dropout is off all the same.
         check_repeats(student)
     notes += _pair_notes(pair)
-    frozen = {} if teacher is None else {"teacher": teacher}
+    notes += found.notes if found is not None and teacher is None else []
+    frozen: dict[str, Frozen] = {} if found is None else {"teacher": found}
     for name, path in paths.items():
         if name not in ("student", "teacher"):
             frozen[name] = (
                 _base(config, student, path, caller_objects)
                 if name == "base"
-                else load(config, path, name, caller_objects)
+                else load_frozen(config, path, name, caller_objects)
             )
             notes += [note for note in frozen[name].notes if note not in notes]
     return Loaded(config, student, frozen, attention, render)
@@ -128,10 +130,10 @@ def _precision(
     return chosen
 
 
-def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> LanguageModel:
+def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> Frozen:
     """Loads the base model; a student with an adapter still holds itself as it was."""
     kept = student.adapter is not None and name == config.student
-    return student.bare() if kept else load(config, name, "base", caller_objects)
+    return student.bare() if kept else load_frozen(config, name, "base", caller_objects)
 
 
 def _attention(

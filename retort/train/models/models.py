@@ -12,27 +12,34 @@ import torch
 
 from retort.align.pair import align_pair
 from retort.align.spanned import align_spans
+from retort.align.stops import StopMap, stop_tokens
 from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.config.sections import ServerSection
 from retort.errors import UserError
+from retort.models.described import describe
+from retort.models.endpoint import Endpoint, EndpointModel
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
 from retort.models.served import ServedModel
-from retort.models.server import Server
+from retort.models.server import OtherServer, Server
 from retort.ranks import here, local_rank
 from retort.rollout.engines.base import Engine
 from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.served import ServedEngine
+from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.local import LocalTeacher
+from retort.teachers.reading import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects
 from retort.wire import Client, is_url
 
-#: Where a model comes from: a folder or a hub name, an object of the caller's, or a server.
-Source = str | InMemoryModel | Server
+#: Where a model comes from: a folder or a hub name, an object of the caller's, or a server of either kind.
+Source = str | InMemoryModel | Server | Endpoint
+#: A model of a run that does not learn.
+Frozen = LanguageModel | EndpointModel
 
 
 def sources(
@@ -48,10 +55,18 @@ def sources(
     Raises:
         UserError: See `source_of`.
     """
-    return {name: (path, source_of(asked, path, name, caller_objects)) for name, path in paths.items()}
+    student = paths["student"]
+    return {name: (path, source_of(asked, path, name, caller_objects, student=student)) for name, path in paths.items()}
 
 
-def source_of(asked: ServerSection, path: str, name: str, caller_objects: CallerObjects | None = None) -> Source:
+def source_of(
+    asked: ServerSection,
+    path: str,
+    name: str,
+    caller_objects: CallerObjects | None = None,
+    *,
+    student: str | None = None,
+) -> Source:
     """The source of a model: a folder, a hub name, an object, or a server.
 
     Args:
@@ -59,6 +74,7 @@ def source_of(asked: ServerSection, path: str, name: str, caller_objects: Caller
         path: A folder, a hub name, an address, or the placeholder of an object.
         name: Name of the model.
         caller_objects: The objects behind placeholders.
+        student: The student's path, whose tokenizer a server of completions has if `server.tokenizer` names no other.
 
     Raises:
         UserError: A student is to learn on a server, the server does not answer, or a model that ships is missing.
@@ -71,16 +87,40 @@ def source_of(asked: ServerSection, path: str, name: str, caller_objects: Caller
             f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
             "name a folder or a hub name"
         )
-    return Server.at(
-        Client(
-            path,
-            key_variable=asked.key,
-            timeout=asked.timeout,
-            patience=asked.patience,
-            concurrency=asked.requests,
-        ),
-        narrow=asked.payload == "bf16",
+    client = Client(
+        path,
+        key_variable=asked.key,
+        timeout=asked.timeout,
+        patience=asked.patience,
+        concurrency=asked.requests,
     )
+    try:
+        return Server.at(client, narrow=asked.payload == "bf16")
+    except OtherServer:
+        reads = source_of(asked, asked.tokenizer or student or "", "tokenizer", caller_objects)
+        if not isinstance(reads, str | InMemoryModel):
+            raise UserError(f"server.tokenizer = {asked.tokenizer}: name a folder or a hub name") from None
+        return Endpoint.at(client, asked.model, reads, same=asked.tokenizer is None)
+
+
+def load_frozen(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> Frozen:
+    """Loads a model that does not learn; one behind a server of completions is opened.
+
+    Args:
+        config: The resolved configuration.
+        path: See `load`.
+        name: Name of the model.
+        caller_objects: The objects behind placeholders.
+
+    Raises:
+        UserError: The model cannot be loaded, or the server cannot be a teacher's.
+    """
+    source = source_of(config.server, path, name, caller_objects, student=config.student)
+    if not isinstance(source, Endpoint):
+        return load(config, path, name, caller_objects)
+    found = describe(path, source, name, trust_remote_code=config.trust_remote_code)
+    stops = found.stops or stop_tokens(found.tokenizer, None, found.config.get_text_config(), label=f"{name} {path}")
+    return source.open(found.tokenizer, stops)
 
 
 def load(config: Config, path: str, name: str, caller_objects: CallerObjects | None = None) -> LanguageModel:
@@ -95,7 +135,9 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
     Raises:
         UserError: The model cannot be loaded.
     """
-    source = source_of(config.server, path, name, caller_objects)
+    source = source_of(config.server, path, name, caller_objects, student=config.student)
+    if isinstance(source, Endpoint):
+        raise UserError(f"{path}: a server of completions has no whole model to give; it can be the teacher of a run")
     device = torch.device(device_for(config))
     as_student = name == "student" or (name == "base" and config.base is None)
     return load_model(
@@ -108,6 +150,40 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
         stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
         weights=config.weights,
+    )
+
+
+def teacher_of(config: Config, student: LanguageModel, model: Frozen, notes: list[str]) -> Reader:
+    """Makes a frozen model a teacher of the student: see `local_teacher`; one behind a server of completions, too.
+
+    Args:
+        config: The resolved configuration.
+        student: The model that learns.
+        model: The model that teaches.
+        notes: Collects notes for the user.
+
+    Raises:
+        UserError: A model behind a server of completions has another tokenizer; or as `local_teacher`.
+    """
+    if not isinstance(model, EndpointModel):
+        return local_teacher(config, student, model)
+    try:
+        alignment = align_pair(student, model)
+    except OtherTokenizer as error:
+        raise UserError(f"{model.name}: {error}; behind a server of completions a teacher needs the same") from None
+    if alignment.stops.merged and not model.server.offers.whole:
+        stop = alignment.stops
+        further = ", ".join(str(student.tokenizer.convert_ids_to_tokens(token)) for token in stop.merged)
+        notes.append(
+            f"{model.name}: its model may also stop with {further}, whose probability the student's stop does not get: "
+            "the server does not give it"
+        )
+        alignment = alignment.with_stops(StopMap(stop.swap, (), stop.into))
+    return EndpointTeacher(
+        model,
+        alignment=alignment,
+        batch_tokens=config.optimizer.batch_tokens,
+        template_options=config.rollout.template_options,
     )
 
 

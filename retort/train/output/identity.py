@@ -16,7 +16,7 @@ from retort.core.rollouts import Prompt
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
-from retort.teachers.local import LocalTeacher
+from retort.teachers.reading import Reader
 from retort.train.setup.prepare import Prepared
 
 #: Settings that do not change what is learnt or evaluated; paths, because their content counts.
@@ -52,9 +52,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
     for role, lm in prepared.lms.items():
         digests |= {f"the {role}'s {what}": digest for what, digest in _model(lm).items()}
     readers = {"student": prepared.source.render}
-    readers |= {
-        role: model.render for role, model in prepared.teachers.models.items() if isinstance(model, LocalTeacher)
-    }
+    readers |= {role: model.render for role, model in prepared.teachers.models.items() if isinstance(model, Reader)}
     for role, render in readers.items():
         digests[f"the prompts as the {role} reads them"] = _rendered(
             [*prepared.source.prompts, *prepared.held_out], render

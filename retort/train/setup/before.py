@@ -24,6 +24,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.models.adapter import need_peft
 from retort.models.described import Described, describe
+from retort.models.endpoint import Endpoint
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.models.server import Server
@@ -57,7 +58,7 @@ class CheckedSettings:
 def check_before_loading(
     config: Config,
     method: Method,
-    models: Mapping[str, tuple[str, str | InMemoryModel | Server]],
+    models: Mapping[str, tuple[str, str | InMemoryModel | Server | Endpoint]],
     train: Sequence[Prompt],
     held_out: Sequence[Prompt],
     notes: list[str],
@@ -142,7 +143,7 @@ def needs_ids(method: Method, name: str) -> str | None:
     return None
 
 
-def _describe(config: Config, role: str, name: str, source: str | InMemoryModel | Server) -> Described:
+def _describe(config: Config, role: str, name: str, source: str | InMemoryModel | Server | Endpoint) -> Described:
     shown = source.name if isinstance(source, InMemoryModel) else name
     stop = config.rollout.stop if role == "student" else None
     return describe(shown, source, role, stop=stop, trust_remote_code=config.trust_remote_code)

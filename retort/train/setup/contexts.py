@@ -12,7 +12,7 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.teachers.local import LocalTeacher
+from retort.teachers.reading import Reader
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 from retort.teachers.view_input import Stage, ViewInput
@@ -52,7 +52,7 @@ def need_context(method: Method, verifier: Grader | None, stage: Stage, notes: l
         ]
 
 
-def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, notes: list[str]) -> None:
+def note_unknown(method: Method, models: Mapping[str, Reader], stage: Stage, notes: list[str]) -> None:
     """Notes views in whose prompts there are words that the teacher's tokenizer does not know.
 
     Args:
@@ -89,7 +89,7 @@ def note_unknown(method: Method, models: Mapping[str, LocalTeacher], stage: Stag
             )
 
 
-def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, notes: list[str]) -> None:
+def need_room(method: Method, models: Mapping[str, Reader], stage: Stage, notes: list[str]) -> None:
     """Refuses a run whose views can show nothing in the room that they have, and notes prompts of which that is so.
 
     Args:
@@ -122,7 +122,7 @@ def need_room(method: Method, models: Mapping[str, LocalTeacher], stage: Stage, 
         notes.append(what)
 
 
-def _ids(model: LocalTeacher, stage: Stage, template: str) -> list[int]:
+def _ids(model: Reader, stage: Stage, template: str) -> list[int]:
     """Ids of a template's own words."""
     text = _PLACES.sub(" ", {**templates({}), **stage.templates}[template])
     return list(model.lm.tokenizer.encode(text, add_special_tokens=False))

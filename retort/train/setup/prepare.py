@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 
@@ -12,15 +13,16 @@ from retort import registry
 from retort.config import Config
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
+from retort.errors import UserError
 from retort.method import Method
 from retort.methods._cold_start import with_cold_start
 from retort.models.lm import LanguageModel
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.episodes import EpisodeSetup
-from retort.teachers.base import Teacher
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
+from retort.teachers.reading import Reader
 from retort.teachers.templates import templates
 from retort.teachers.view_input import Stage
 from retort.train.given.given import CallerObjects
@@ -28,7 +30,7 @@ from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.loading import Loaded, load_models
-from retort.train.models.models import device_for, engine, local_teacher, sources
+from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
@@ -158,11 +160,11 @@ def _method(config: Config, method: Method | None) -> Method:
     return with_cold_start(method, cold.steps, loss=cold.loss, answers=cold.answers, attempts=cold.attempts)
 
 
-def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> dict[str, LocalTeacher]:
+def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> dict[str, Reader]:
     """Makes every model a teacher of the student, over the ids that all of them share."""
     config, student, frozen = loaded.config, loaded.student, loaded.frozen
     lms = {**frozen, "student": student}
-    local = {name: local_teacher(config, student, lm).on(stage) for name, lm in lms.items()}
+    local = {name: teacher_of(config, student, lm, notes).on(stage) for name, lm in lms.items()}
     # No signal may cover an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.for_vocab(vocab) for name, model in local.items()}
@@ -173,15 +175,13 @@ def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> 
     return local
 
 
-def _parties(
-    method: Method, loaded: Loaded, local: Mapping[str, LocalTeacher], data: Data, notes: list[str]
-) -> Prepared:
+def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: Data, notes: list[str]) -> Prepared:
     """Source, teachers and learner."""
     config, student = loaded.config, loaded.student
     own = pair.own_weights(config, method, student)
-    models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
+    models: dict[str, Any] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:
-        models["student"] = SelfTeacher(local["student"], own)
+        models["student"] = SelfTeacher(cast("LocalTeacher", local["student"]), own)
     vocab, optimizer = local["student"].alignment.vocab, config.optimizer
     source = Source(
         prompts=data.train,
@@ -193,7 +193,7 @@ def _parties(
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
-        teacher_generator=_teacher_generator(config, local["teacher"], student) if "teacher" in local else None,
+        teacher_generator=_teacher_generator(method, config, local.get("teacher"), student),
         grader=data.grader,
         episodes=EpisodeSetup.named(
             config.environment,
@@ -226,6 +226,22 @@ def _parties(
     )
 
 
-def _teacher_generator(config: Config, teacher: LocalTeacher, student: LanguageModel) -> TeacherGenerator:
+def _teacher_generator(
+    method: Method, config: Config, teacher: Reader | None, student: LanguageModel
+) -> TeacherGenerator | None:
+    """What generates as the teacher; None where there is none, or one that only scores.
+
+    Raises:
+        UserError: Completions of a teacher that only scores are to be learnt from.
+    """
+    if not isinstance(teacher, LocalTeacher):
+        phases = [method] if method.before is None else [method.before[1], method]
+        wants = next((phase.name for phase in phases if "teacher" in phase.rollout.sources), None)
+        if teacher is not None and wants is not None:
+            raise UserError(
+                f"method '{wants}' learns from completions that the teacher generates, and behind a server of "
+                f"completions ({teacher.name}) it only scores; serve it with `retort serve`"
+            )
+        return None
     generator = engine(config, teacher.lm, teacher.alignment.width)
     return TeacherGenerator(generator, teacher.render, alignment=teacher.alignment, student_stops=student.stops)

@@ -10,7 +10,7 @@ from torch import Tensor
 from retort.core.needs import Need
 from retort.core.rollouts import Group
 from retort.core.signals import TeacherSignal
-from retort.loss.terms import check_needs, wanted
+from retort.loss.terms import check_needs, check_temperature, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import here
@@ -65,7 +65,9 @@ class Teachers:
 
     def check(self, method: Method) -> None:
         """Raises `UserError` unless every view's teacher can give the signals that the method needs."""
-        check_needs(method, {view: teacher.capabilities for view, teacher in self.behind(method).items()})
+        able = {view: teacher.capabilities for view, teacher in self.behind(method).items()}
+        check_needs(method, able)
+        check_temperature(method, able)
 
     def wanted(self, method: Method, step: int = 0) -> dict[str, frozenset[Need]]:
         """The needs of each view at a step: those of the method, and those of its curves that the teacher can meet."""

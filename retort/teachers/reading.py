@@ -1,0 +1,177 @@
+"""How a teacher reads rollouts: its own rendering of each view's prompt, then the student's very tokens.
+
+Axis letters: see `retort.core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from retort.align.chat import Renderer, TemplateOptions, render
+from retort.align.pair import Alignment
+from retort.core.rollouts import Pack, Prompt, Rollout
+from retort.core.sequences import TokenSequence
+from retort.teachers.view import View
+from retort.teachers.view_input import Stage, ViewInput
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts that a teacher reads before the rollouts of a pack.
+
+    Attributes:
+        ids: Prompt ids of each sequence (`Pack.sequences`); None where there is no context.
+        first: Those of the first sequence of each rollout.
+        cut: Number of rollouts with a privileged text cut to fit, or to nothing.
+        shows: Number of rollouts that a template was shown for, by its name.
+    """
+
+    ids: Sequence[list[int] | None]
+    first: Sequence[list[int] | None]
+    cut: int = 0
+    shows: Mapping[str, int] = field(default_factory=lambda: {})
+
+    def valid_N(self, pack: Pack) -> Tensor | None:
+        """See `TeacherSignal.valid_N`."""
+        valid_S = torch.tensor([own is not None for own in self.ids])
+        return None if bool(valid_S.all()) else valid_S.repeat_interleave(pack.steps_S)
+
+    @property
+    def counts(self) -> dict[str, float]:
+        """See `TeacherSignal.counts`."""
+        read = [len(own) for own in self.first if own is not None]
+        shows = {f"shows/{name}": float(count) for name, count in self.shows.items()}
+        return {"no_context": len(self.first) - len(read), "cut": self.cut, "prompt_tokens": sum(read), **shows}
+
+
+class ReadingModel(Protocol):
+    """What is known of a model that reads, wherever it computes."""
+
+    @property
+    def name(self) -> str:
+        """Its path, hub name or address, for messages."""
+        ...
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that it takes, tokens."""
+        ...
+
+    def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
+        """Raises `UserError` if one of these holds media that it cannot read."""
+        ...
+
+    def check_ids(self, ids: Iterable[int], where: str = "a text") -> None:
+        """Raises `UserError` if the model has no row for one of these ids."""
+        ...
+
+
+class Reader:
+    """A model beside a student: what it reads before and in the student's rollouts, in its own ids."""
+
+    def __init__(
+        self,
+        lm: ReadingModel,
+        *,
+        alignment: Alignment,
+        batch_tokens: int,
+        template_options: TemplateOptions | None = None,
+        stage: Stage | None = None,
+    ) -> None:
+        """Builds the reader.
+
+        Args:
+            lm: The model.
+            alignment: The alignment with the student's ids.
+            batch_tokens: Tokens per forward pass.
+            template_options: Options of chat templates.
+            stage: Data that views may read besides a rollout and its siblings.
+        """
+        self.lm: Any = lm
+        self.alignment = alignment
+        self.batch_tokens = batch_tokens
+        self.template_options = template_options or TemplateOptions()
+        self.stage = stage or Stage()
+        self.name = lm.name
+        self.render = Renderer(lm.tokenizer, self.template_options)
+
+    def for_vocab(self, vocab: int) -> Self:
+        """The same for fewer ids of the student's."""
+        return self._changed(alignment=self.alignment.for_vocab(vocab))
+
+    def on(self, stage: Stage) -> Self:
+        """The same with other data for its views."""
+        return self._changed(stage=stage)
+
+    def _changed(self, **changed: Any) -> Self:
+        names = ("alignment", "batch_tokens", "template_options", "stage")
+        return type(self)(self.lm, **{name: getattr(self, name) for name in names} | changed)
+
+    def prompts(self, pack: Pack, view: View) -> Prompts:
+        """The prompts before the rollouts of a pack, as long as the stage and the model's context allow.
+
+        A view's prompt takes the first prompt's place before every sequence of a rollout, and the messages that follow
+        the first prompt there follow the view's.
+        """
+        found, first, cut, shows = list[list[int] | None](), list[list[int] | None](), 0, dict[str, int]()
+        for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
+            view_input = ViewInput(rollout, group, self.stage, shown=set())
+            prompt = view.prompt(view_input)
+            split = view.render is not None
+            ids = None if prompt is None else self._before(rollout, prompt, split=split)
+            if ids is not None and split and not self._fits(rollout, ids):
+                prompt = view_input.shortened(
+                    view.prompt, lambda made, own=rollout: self._fits(own, self._before(own, made, split=True))
+                )
+                ids = None if prompt is None else self._before(rollout, prompt, split=True)
+                cut += 1
+            for name in (view_input.shown or ()) if ids is not None else ():
+                shows[name] = shows.get(name, 0) + 1
+            found += [None] * len(rollout.sequences) if ids is None else ids
+            first.append(None if ids is None else ids[0])
+        return Prompts(found, first, cut, shows)
+
+    def _before(self, rollout: Rollout, prompt: Prompt, *, split: bool) -> list[list[int]]:
+        """The ids before each sequence of a rollout that began with this prompt."""
+        first, *later = rollout.prompts(prompt)
+        # A view, and a conversation, show texts that models generated: tokens that they spell must not end a run.
+        # What was said comes once, so there is no use in caching it.
+        own = (render(prompt, self.lm.tokenizer, self.template_options, split=True) for prompt in later)
+        return [self.render(first, split=split), *own]
+
+    def _fits(self, rollout: Rollout, ids: Sequence[list[int]]) -> bool:
+        """Whether the first prompt is short enough for the stage, and each with its sequence for the model."""
+        sequences = zip(ids, rollout.sequences, strict=True)
+        whole = all(len(own) + len(sequence.continuation) <= self.lm.context for own, sequence in sequences)
+        return whole and len(ids[0]) <= (self.stage.longest or 2**31)
+
+    def sequences(self, pack: Pack, prompts: Prompts) -> list[TokenSequence]:
+        """The sequences that the teacher scores, in its own ids, of those rollouts for which there is a context."""
+        for rollout in pack.rollouts:
+            self.lm.check_media(rollout.sequences, f"the rollout of prompt '{rollout.prompt.id}'")
+        found = zip(pack.sequences, prompts.ids, strict=True)
+        return [self._sequence(sequence, ids) for sequence, ids in found if ids is not None]
+
+    def _sequence(self, sequence: TokenSequence, prompt_ids: list[int]) -> TokenSequence:
+        """The sequence that the teacher scores: its own rendering of the prompt, then the student's very tokens.
+
+        Replies of an environment within a sequence are as the student read them; stops that the student decided are
+        mapped. All ids are the teacher's.
+        """
+        # The student's prompt may hold ids without a row in this model; the teacher renders its own, from text alone.
+        return self.alignment.read(sequence).with_prefix(TokenSequence.of(prompt_ids))
