@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, ParamSpec, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec
 
 from torch import Tensor
 
 from retort.controllers import Controller
 from retort.core.needs import Need
+from retort.core.numbers import Unbounded as Unbounded
+from retort.core.numbers import check_numbers
 from retort.core.options import Groups
 from retort.core.parts import Part, Stat, Weight
 from retort.core.reduce import Denominator, tokens
 from retort.core.schedules import ControllerOutput, ScalarOrSchedule
-from retort.errors import UserError, did_you_mean, quoted
+from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
@@ -28,8 +29,6 @@ P = ParamSpec("P")
 
 #: At temperatures outside of this range, logits in fp32 are infinite or indistinguishable.
 COLDEST, HOTTEST = 1e-6, 1e6
-#: A setting that may be infinite, such as a limit or a threshold; every other number must be finite.
-Unbounded = Annotated[float, "may be infinite"]
 
 
 @dataclass(frozen=True)
@@ -273,86 +272,6 @@ class Method:
         return {stat.name: (stat, view) for part, view in used for stat in part.stats}
 
 
-#: Beyond these, a count can only hang or exhaust the memory, and a number is infinity or 0 in fp32.
-MOST, LARGEST, SMALLEST = 10**9, 1e30, 1e-30
-
-
-def number_problem(number: float, *, tiny: bool = False) -> str | None:
-    """The reason why a setting's number cannot be used, in words; None where it can.
-
-    Infinity is no problem here; each setting decides whether it may be infinite.
-
-    Args:
-        number: The number, of any size.
-        tiny: Allow numbers that are 0 in fp32: a method's clip or discount next to 0 is one of its limits.
-    """
-    if isinstance(number, bool):
-        return None
-    if isinstance(number, int):
-        return f"it must lie within -{MOST} and {MOST}" if abs(number) > MOST else None
-    if math.isnan(number):
-        return "it must be a number"
-    if math.isfinite(number) and abs(number) > LARGEST:
-        return f"it must be at most {LARGEST:g} in size, or it is infinity in fp32"
-    if not tiny and 0 < abs(number) < SMALLEST:
-        return f"it must be 0 or at least {SMALLEST:g} in size, or it is 0 in fp32"
-    return None
-
-
-def numeric(hint: Any) -> bool:
-    """Whether a setting with this annotation is a number, and neither true nor false."""
-    kinds = {hint, *(kind for own in get_args(hint) for kind in (own, *get_args(own)))}
-    return bool(kinds & {int, float}) and bool not in kinds
-
-
-def refuse_truth(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
-    """Raises `UserError` where a numeric setting is given as true or false, which Python takes for 1 and 0."""
-    hints = _hints(build)
-    for name, value in settings.items():
-        if isinstance(value, bool) and numeric(hints.get(name)):
-            raise UserError(f"method.{name} is {str(value).lower()}; give a number")
-
-
-def _hints(build: Callable[..., Method]) -> dict[str, Any]:
-    try:
-        return get_type_hints(build, include_extras=True)
-    except NameError:  # its annotations can be resolved only in its author's module
-        return {}
-
-
-def _check_numbers(build: Callable[..., Method], settings: Mapping[str, Any]) -> None:
-    """Refuses NaN and numbers out of all range in any setting, and infinity in those that are not `Unbounded`."""
-    refuse_truth(build, settings)
-    hints = _hints(build)
-    for name, value in settings.items():
-        for number in _numbers(value):
-            if isinstance(number, float) and math.isnan(number):
-                raise UserError(f"method.{name} is nan; give a number")
-            problem = number_problem(number, tiny=True)
-            if problem is not None:
-                raise UserError(f"method.{name}: {problem} (it is {quoted(number)})")
-            if isinstance(number, float) and math.isinf(number) and name in hints and not _unbounded(hints[name]):
-                raise UserError(f"method.{name} = {number:g}: it must be finite; give a number")
-
-
-def _numbers(value: object) -> Iterator[float]:
-    if isinstance(value, int | float):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from (number for own in cast(Mapping[Any, object], value).values() for number in _numbers(own))
-    elif isinstance(value, list | tuple):
-        yield from (number for own in cast(Sequence[object], value) for number in _numbers(own))
-
-
-def _unbounded(hint: Any) -> bool:
-    """Whether an annotation, or a member of its union, is `Unbounded`; a setting that is no number (a table) may be."""
-    if get_origin(hint) is Annotated:
-        return get_args(hint)[1:] == get_args(Unbounded)[1:]
-    if hint is Any or get_origin(hint) in (Mapping, dict):
-        return True
-    return any(_unbounded(own) for own in get_args(hint))
-
-
 def _by_own_weight(term: Term) -> bool:
     return term.denominator.kind in ("weighted", "weighted_rollouts") and term.denominator.by is None
 
@@ -372,7 +291,7 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
         def made(*args: P.args, **settings: P.kwargs) -> Method:
             bound = signature.bind(*args, **groups.spread(settings))
             bound.apply_defaults()
-            _check_numbers(made, bound.arguments)
+            check_numbers(made, bound.arguments)
             try:
                 bare: Method = groups.build(**groups.gathered(bound.arguments))
             except UserError as error:

@@ -11,9 +11,10 @@ from typing import Any
 
 import retort.methods
 from retort.core.needs import TEMPERATURE, Capability, can_meet
+from retort.core.numbers import refuse_truth
 from retort.core.signals import SPAN_KINDS
 from retort.errors import UserError, did_you_mean, quoted
-from retort.method import Method, groups_of, refuse_truth
+from retort.method import Method, groups_of
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 

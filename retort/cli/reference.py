@@ -17,8 +17,8 @@ from retort import registry
 from retort.config import Config, keys
 from retort.config.precedence import flat
 from retort.config.synonyms import ELSEWHERE, ours_for
+from retort.core.numbers import LARGEST, MOST
 from retort.errors import UserError, did_you_mean
-from retort.method import LARGEST, MOST
 
 #: default: the signature's; paper: how the method's paper trained; start: left to be chosen when a run starts.
 Origin = Literal["default", "paper", "start"]

@@ -24,9 +24,10 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from retort.core.numbers import number_problem, numeric
 from retort.errors import UserError, quoted
 from retort.files import unnameable
-from retort.method import COLDEST, HOTTEST, number_problem, numeric
+from retort.method import COLDEST, HOTTEST
 from retort.wire import CONCURRENCY, KEY_VARIABLE, PATIENCE, TIMEOUT
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

@@ -22,9 +22,9 @@ from retort.cli.reference import chosen, field_for, limits, method_settings, pag
 from retort.config import Config, keys, resolve
 from retort.config.precedence import FOLLOWS, flat
 from retort.config.synonyms import ELSEWHERE, ours_for
+from retort.core.numbers import number_problem
 from retort.core.steps import Clock
 from retort.errors import UserError
-from retort.method import number_problem
 from retort.models.described import Described
 from retort.models.files import _wrong_with
 from retort.train.learning.rates import Rates

@@ -91,9 +91,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return model
 
 
-def encoded(
-    turns: Sequence[Turn], word: dict[str, int], *, imitated: bool = False
-) -> tuple[list[int], list[bool]]:
+def encoded(turns: Sequence[Turn], word: dict[str, int], *, imitated: bool = False) -> tuple[list[int], list[bool]]:
     """A game as ids, and which of them are learnt: the commands, each with its end; mistakes only where imitated."""
     ids, learnt = list[int](), list[bool]()
     for turn in turns:
@@ -109,8 +107,7 @@ def demonstrations(
     """The expert's games, as `encoded` makes them."""
     word = tokenizer.get_vocab()
     whole = (
-        played(*game, rng, recipe.mistakes, once_lost=recipe.once_lost)
-        for game in islice(games("train"), recipe.games)
+        played(*game, rng, recipe.mistakes, once_lost=recipe.once_lost) for game in islice(games("train"), recipe.games)
     )
     return [encoded(turns, word, imitated=recipe.imitated) for turns in whole]
 
@@ -205,10 +202,9 @@ def told(recipe: Recipe) -> str:
         then = f", and in {recipe.once_lost:.0%} of those behind the first one" if recipe.once_lost is not None else ""
         how = f"with a mistake in {recipe.mistakes:.0%} of the turns{then}"
     whose = "all turns, mistakes included," if recipe.imitated else "the expert's own turns"
-    return (
-        f"By supervised learning on {whose} in {recipe.games:,} games that the expert plays {how}: {recipe.steps:,} steps "
-        f"of {recipe.batch} games, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}."
-    )
+    games = f"{recipe.games:,} games that the expert plays {how}"
+    how_long = f"{recipe.steps:,} steps of {recipe.batch} games, AdamW with a cosine from {recipe.lr:g}"
+    return f"By supervised learning on {whose} in {games}: {how_long}, weight decay 0.05, seed {recipe.seed}."
 
 
 def card(name: str, start: str, stages: Sequence[Recipe], share: float, parameters: int) -> str:
@@ -269,7 +265,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Make the bundled teacher and student of Rooms.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write teacher/ and student/ into")
-    parser.add_argument("--only", choices=("teacher", "student"), help="make only this one; a student needs the teacher")
+    parser.add_argument("--only", choices=("teacher", "student"), help="only this one; a student needs the teacher")
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()
     if arguments.only != "student":
