@@ -49,9 +49,9 @@ def connected(url: str, lm: Any, **settings: Any) -> Any:
 class Process:
     """A process that serves a model folder, and misbehaves as the file `faults` says, one word for each POST.
 
-    `429`, `500`, `503` are answered; `refuse` closes the connection; `cut` breaks off in the body; `drip` sends it a byte
-    at a time; `short` leaves out the last row of each tensor; `nan` and `high` put NaN and 1 into all numbers; `garbage`
-    is no safetensors; `kill` ends the process by signal 9; `-` is an answer as it should be.
+    `429`, `500`, `503` are answered; `refuse` closes the connection; `cut` breaks off in the body; `drip` sends it a
+    byte at a time; `short` leaves out the last row of each tensor; `nan` and `high` put NaN and 1 into all numbers;
+    `garbage` is no safetensors; `kill` ends the process by signal 9; `-` is an answer as it should be.
     """
 
     def __init__(self, folder: Path, model: Path, *, port: int = 0) -> None:

@@ -260,6 +260,10 @@ class ServerSection(Section):
         description="seconds for which a request that failed is tried again; then the run saves a checkpoint and ends",
     )
     requests: int = Field(default=CONCURRENCY, ge=1, le=256, description="requests under way at once")
+    payload: Literal["own", "bf16"] = Field(
+        default="own",
+        description="precision in which hidden states travel: the model's own, or bf16, whose noise a note then gives",
+    )
     key: str = Field(
         default=KEY_VARIABLE,
         pattern="^[A-Za-z_][A-Za-z0-9_]{0,99}$",

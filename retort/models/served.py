@@ -93,6 +93,11 @@ class ServedModel(LanguageModel):
             scores=[],
         )
         made.scores = made.probe()
+        if server.narrow and about.precision != "bf16":
+            made.notes.append(
+                f"hidden states of {server.name} travel in bf16 (server.payload): a token's log-prob is "
+                f"{made.noise():.1e} nats from the exact one on average, on a probe"
+            )
         return made
 
     @property
@@ -153,15 +158,16 @@ class ServedModel(LanguageModel):
 
     def hidden(self, sequences: Sequence[TokenSequence]) -> Tensor:
         self.check_readable(sequences)
-        steps, width, dtype = sum(own.steps for own in sequences), self.about.width, self.model.dtype
+        steps, width = sum(own.steps for own in sequences), self.about.width
+        dtype = torch.bfloat16 if self.server.narrow else self.model.dtype
         limit = steps * width * dtype.itemsize + _ENVELOPE
-        found = self._ask(HIDDEN, packed(sequences), {}, limit).get("hidden_ND")
+        found = self._ask(HIDDEN, packed(sequences), {"narrow": self.server.narrow}, limit).get("hidden_ND")
         if found is None or tuple(found.shape) != (steps, width) or found.dtype != dtype:
             shape = None if found is None else [*found.shape]
             raise SignalError(f"{self.name}: was asked for {steps} hidden states of {width}, and sent {shape}")
         if not bool(found.isfinite().all()):
             raise SignalError(f"{self.name}: a hidden state that it sends is NaN or infinite")
-        return found.to(self.device)
+        return found.to(self.device, self.model.dtype)
 
     def all_hidden(self, sequences: Sequence[TokenSequence], budget: int) -> Tensor:
         """See `LanguageModel`; each batch is a request."""
@@ -246,17 +252,31 @@ class ServedModel(LanguageModel):
 
     def probe(self) -> list[float]:
         """Log-probs that the server gives to the tokens of a few fixed sequences, nats."""
-        vocab = min(self.about.vocab, self.about.rows)
-        ids = [
-            (uniforms(0, "probe", "server", number, count=_PROBE_TOKENS) * vocab).long().tolist()
-            for number in range(_PROBES)
-        ]
-        asked = [TokenSequence.of(own[:1]).then(own[1:], decided=True) for own in ids]
+        asked, vocab = self._probes()
         settings = {"vocab": vocab, "temperature": 1.0, "entropy": False, "top_k": 0}
         found = self.score(asked, _PROBES * _PROBE_TOKENS, settings)["sampled"]
         if not bool(found.isfinite().all()) or bool((found > 1e-3).any()):
             raise SignalError(f"{self.name}: it gives log-probs that are none (NaN, infinite or above 0)")
         return [float(own) for own in found]
+
+    def noise(self) -> float:
+        """Mean distance of a log-prob of the probe by hidden states as they travel from the server's own, nats."""
+        asked, vocab = self._probes()
+        hidden_ND = self.all_hidden(asked, _PROBES * _PROBE_TOKENS)
+        with torch.no_grad(), self.compute():
+            logp_NV = self.head().logits(hidden_ND, vocab).float().log_softmax(-1)
+        tokens_N1 = torch.cat([own.actions_A for own in asked])[:, None].to(self.device)
+        exact_N = torch.tensor(self.scores, device=self.device)
+        return float((logp_NV.gather(1, tokens_N1).squeeze(1) - exact_N).abs().mean())
+
+    def _probes(self) -> tuple[list[TokenSequence], int]:
+        """The sequences of the probe, and the number of ids that they are of."""
+        vocab = min(self.about.vocab, self.about.rows)
+        ids = [
+            (uniforms(0, "probe", "server", number, count=_PROBE_TOKENS) * vocab).long().tolist()
+            for number in range(_PROBES)
+        ]
+        return [TokenSequence.of(own[:1]).then(own[1:], decided=True) for own in ids], vocab
 
     def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
         """Checks that the server still has the model that it had.

@@ -37,15 +37,21 @@ class Server:
         client: Speaks to it.
         about: Its model, as it describes it.
         folder: The model's small files, for as long as this object lives.
+        narrow: Whether hidden states travel in bf16 whatever the model's precision is.
     """
 
     client: Client
     about: About
     folder: Path
+    narrow: bool = False
 
     @staticmethod
-    def at(client: Client) -> Server:
+    def at(client: Client, *, narrow: bool = False) -> Server:
         """Asks a server what it has.
+
+        Args:
+            client: Speaks to it.
+            narrow: See the attribute.
 
         Raises:
             OtherServer: Something else than `retort serve` answers there.
@@ -60,7 +66,7 @@ class Server:
         except MissingPathError:
             raise OtherServer(f"{url}: something answers there, but it is no `retort serve`") from None
         contents = _files(url, files)
-        found = Server(client, about, Path(mkdtemp(prefix="retort-")))
+        found = Server(client, about, Path(mkdtemp(prefix="retort-")), narrow)
         weakref.finalize(found, shutil.rmtree, found.folder, ignore_errors=True)
         for name, content in contents.items():
             (found.folder / name).write_bytes(content)

@@ -42,6 +42,10 @@ class _Asked(BaseModel):
     weights: str
 
 
+class _Hidden(_Asked):
+    narrow: bool
+
+
 class _Numbers(_Asked):
     vocab: int = Field(ge=1)
     temperature: float = Field(gt=0)
@@ -111,17 +115,18 @@ class Scorer:
         return {name: own.detach().cpu().contiguous() for name, own in found.items() if own is not None}
 
     def hidden(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
-        """Last hidden states at the decided tokens, `hidden_ND`; all sequences in one pass.
+        """Last hidden states at the decided tokens, `hidden_ND`, all sequences in one pass; in bf16 if `narrow`.
 
         Raises:
             UserError: The request is none, or not of this size or model.
         """
-        self._checked(_Asked, settings)
+        asked = self._checked(_Hidden, settings)
         sequences = self._sequences(tensors)
         if len(self.lm.batches(sequences, self.most_tokens)) > 1:
             raise TooLargeError(f"a request has at most {self.most_tokens} tokens")
         with torch.inference_mode():
-            return {"hidden_ND": self.lm.hidden(sequences).cpu()}
+            hidden_ND = self.lm.hidden(sequences)
+            return {"hidden_ND": (hidden_ND.bfloat16() if asked.narrow else hidden_ND).cpu()}
 
     def score(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
         """Numbers about the decided tokens, see `retort.teachers.local.numbers`, and the tokens, `tokens_N`.

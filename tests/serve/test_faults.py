@@ -18,6 +18,11 @@ from retort.train import runner
 from retort.train.storage import checkpoint
 
 
+def slow(*case: str) -> Any:
+    """One more case of a kind of which `make test` has some."""
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def server(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     found = Process(tmp_path_factory.mktemp("server"), model_folder(seed=2, hidden_size=24, padded_to=64))
@@ -76,7 +81,7 @@ def disturbed(settings: dict[str, Any], folder: Path, fail: Callable[[], None]) 
     return run
 
 
-@pytest.mark.parametrize("fault", ["refuse", "429", "500", "503", "cut", "garbage"])
+@pytest.mark.parametrize("fault", ["refuse", "cut", *(slow(fault) for fault in ("429", "500", "503", "garbage"))])
 def test_what_passes_is_waited_for(
     fault: str, server: Process, settings: dict[str, Any], undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -89,11 +94,11 @@ def test_what_passes_is_waited_for(
     ("fault", "words"),
     [
         ("500", "answers 500"),
-        ("cut", "cannot be connected to|safetensors"),
-        ("drip", "within 1 seconds"),
-        ("short", "was asked for"),
         ("nan", "NaN|nan"),
-        ("high", "log-prob"),
+        slow("cut", "cannot be connected to|safetensors"),
+        slow("drip", "within 1 seconds"),
+        slow("short", "was asked for"),
+        slow("high", "log-prob"),
     ],
 )
 def test_what_does_not_pass_ends_the_run_with_a_checkpoint_from_which_it_goes_on_exactly(
@@ -120,6 +125,7 @@ def test_what_does_not_pass_ends_the_run_with_a_checkpoint_from_which_it_goes_on
     assert weights(runner.resume(run.folder).go()) == wanted
 
 
+@pytest.mark.slow
 def test_a_server_killed_in_the_middle_is_waited_for_and_another_model_in_its_place_is_refused(
     server: Process,
     settings: dict[str, Any],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def test_no_key_and_no_file_of_the_server_stays(
         with pytest.raises(UserError, match="401") as refused:
             run(tiny_run | {"steps": 1}, tmp_path / "other", teacher=url)
         assert "wrong" not in str(refused.value).replace(url, "")
+
+
+def test_states_in_bf16_come_with_a_note_of_their_noise(tiny_run: dict[str, Any], url: str, tmp_path: Path) -> None:
+    settings = tiny_run | {"method": {"name": "gkd"}, "teacher": url, "steps": 1, "server": {"payload": "bf16"}}
+    made = runner.start(configuration.resolve(settings), tmp_path / "run")
+    note = next(note for note in made.prepared.notes if "travel in bf16" in note)
+    noise = float(re.search(r"is (\S+) nats", note)[1])  # type: ignore[index]
+    assert 1e-5 < noise < 1e-1
+    lm = made.teachers.lms["teacher"]
+    assert lm.head().weight_VD.dtype == torch.float32
+    made.go()
 
 
 def test_a_student_cannot_be_served(tiny_run: dict[str, Any], url: str, tmp_path: Path) -> None:
