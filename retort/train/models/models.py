@@ -87,27 +87,15 @@ def source_of(
             f"student = {path}: the weights of a model that learns, or that `retort eval` evaluates, must be here; "
             "name a folder or a hub name"
         )
-<<<<<<< HEAD
     client = Client(
         path,
         key_variable=asked.key,
         timeout=asked.timeout,
         patience=asked.patience,
         concurrency=asked.requests,
-=======
-    return Server.at(
-        Client(
-            path,
-            key_variable=asked.key,
-            timeout=asked.timeout,
-            patience=asked.patience,
-            concurrency=asked.requests,
-        ),
-        narrow=asked.payload == "bf16",
->>>>>>> serve20
     )
     try:
-        return Server.at(client)
+        return Server.at(client, narrow=asked.payload == "bf16")
     except OtherServer:
         reads = source_of(asked, asked.tokenizer or student or "", "tokenizer", caller_objects)
         if not isinstance(reads, str | InMemoryModel):
