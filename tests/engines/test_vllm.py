@@ -115,6 +115,7 @@ def test_the_older_form_says_the_same(models: dict[str, EndpointModel], lm: Any)
     torch.testing.assert_close(first.topk(5)[1], second.topk(5)[1], rtol=0, atol=1e-5)
 
 
+BUILTIN = {"student": "countdown:student", "data": "countdown"}
 RUNS: list[tuple[str, str, dict[str, Any]]] = [
     ("some", "opd", {}),
     ("some", "eopd", {"entropy_bound": "use"}),
@@ -130,6 +131,7 @@ def test_a_run_learns_what_it_learns_from_the_same_teacher_here(
     servers: dict[str, str], tmp_path: Path, name: str, method: str, given: dict[str, Any]
 ) -> None:
     settings: dict[str, Any] = {
+        **BUILTIN,
         "method": {"name": method, **given},
         "steps": 2,
         "precision": "fp32",
@@ -155,6 +157,11 @@ def test_a_run_learns_what_it_learns_from_the_same_teacher_here(
 
 def test_what_the_server_does_not_give_is_refused_before_the_run(servers: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"'gkd' needs the whole distribution.*methods that it serves: .*opd"):
-        settings = {"teacher": servers["some"], "method": {"name": "gkd", "on_policy_fraction": 1.0}, "steps": 1}
+        settings = {
+            **BUILTIN,
+            "teacher": servers["some"],
+            "method": {"name": "gkd", "on_policy_fraction": 1.0},
+            "steps": 1,
+        }
         runner.start(configuration.resolve(settings, {"eval": {"problems": 0}}), tmp_path / "run").go()
     assert not (tmp_path / "run").exists()

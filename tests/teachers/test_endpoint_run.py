@@ -1,4 +1,4 @@
-"""Runs with a teacher behind a server of completions, beside the same runs with the teacher in this process."""
+"""Runs that learn from a teacher behind a server of completions, beside runs with that teacher in this process."""
 
 from __future__ import annotations
 
