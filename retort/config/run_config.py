@@ -25,6 +25,7 @@ from retort.config.sections import (
     RanksSection,
     RecordSection,
     Section,
+    TeachersSection,
     shorthands,
 )
 from retort.config.synonyms import ours_for
@@ -84,8 +85,9 @@ class Config(Section):
     )
     models: dict[str, ModelSection] = Field(
         default_factory=dict,
-        description="further frozen models for methods of your own whose views name them, e.g. "
-        "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
+        description="further frozen models by name, e.g. models.critic.path=DIR: for methods of your own whose views "
+        "name them, or to teach together (teachers.models); models.teacher.path is another way to write teacher, and "
+        "so for student and base",
     )
     data: PathOrName | None = Field(
         default=None,
@@ -163,6 +165,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
+    teachers: TeachersSection = TeachersSection()
 
     @property
     def builtin(self) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retort.errors import SignalError
 
-NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden", "spans"]
+NeedKind = Literal["text", "sampled", "topk", "logp_at", "entropy", "dense", "hidden", "spans", "disagreement"]
 
 
 @dataclass(frozen=True, order=True)
@@ -21,7 +21,7 @@ class Need:
         kind: `sampled` (log-prob of the sampled token), `topk` (the teacher's own most likely ids), `logp_at`
             (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `dense` (every
             log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens, see
-            `retort.core.signals.Spans`), `text`.
+            `retort.core.signals.Spans`), `disagreement` (how far several teachers differ, nats), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
         or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
@@ -42,6 +42,7 @@ class Need:
             "dense": "the whole distribution",
             "hidden": "its last hidden states",
             "spans": "its scores of aligned spans of tokens",
+            "disagreement": "how far several teachers differ",
         }
         return names.get(self.kind, self.kind)
 
@@ -51,6 +52,7 @@ ENTROPY = Need("entropy")
 DENSE = Need("dense")
 HIDDEN = Need("hidden")
 SPANS = Need("spans")
+DISAGREEMENT = Need("disagreement")
 
 
 def logp_at(k: int) -> Need:

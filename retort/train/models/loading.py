@@ -62,11 +62,12 @@ def load_models(
     student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    teacher = load(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
+    first = next((name for name in ("teacher", *config.teachers.models) if name in paths), "teacher")
+    teacher = load(config, paths[first], first, caller_objects) if first in paths else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.precision != chosen:
-        teacher = load(config, paths["teacher"], "teacher", caller_objects)
+        teacher = load(config, paths[first], first, caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, pair, render, train, notes)
     if config.optimizer.gradient_checkpointing:
@@ -74,9 +75,9 @@ def load_models(
         student.model.train()  # transformers checkpoints activations in this mode only; dropout is off all the same.
         check_repeats(student)
     notes += _pair_notes(pair)
-    frozen = {} if teacher is None else {"teacher": teacher}
+    frozen = {} if teacher is None else {first: teacher}
     for name, path in paths.items():
-        if name not in ("student", "teacher"):
+        if name not in ("student", first):
             frozen[name] = (
                 _base(config, student, path, caller_objects)
                 if name == "base"

@@ -99,6 +99,11 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
     try:
         align_ids(student.tokenizer, other.tokenizer)
     except OtherTokenizer as error:
+        if name in config.teachers.models:
+            raise UserError(
+                f"teachers.models: {name} has another tokenizer than the student, and several teachers are put "
+                f"together token by token; leave it out, or make it the only teacher ({error})"
+            ) from None
         lacking = needs_ids(method, name)
         if lacking:
             raise UserError(f"{lacking}, but {error}: {', '.join(registry.for_two_tokenizers())}") from None

@@ -29,6 +29,7 @@ from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, local_teacher, sources
+from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
@@ -149,7 +150,9 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
 
 def _method(config: Config, method: Method | None) -> Method:
     """The caller's or the configuration's method, with the curves and the cold start that the settings ask for."""
-    method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
+    record, several_teach = config.record, bool(config.teachers.models)
+    method = method or registry.load(**config.method)
+    method = watching(method, record.overlap, record.overlap_every, several=several_teach)
     cold = config.cold_start
     if not cold.steps:
         return method
@@ -164,9 +167,10 @@ def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> 
     # No signal may cover an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.for_vocab(vocab) for name, model in local.items()}
-    if "teacher" in frozen:
-        note = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
+    for name in [name for name in ("teacher", *config.teachers.models) if name in frozen]:
+        note = local[name].alignment.describe(student.tokenizer, frozen[name].tokenizer)
         notes += [note] if note else []
+    if "teacher" in frozen:
         pair.refuse_equal(config, method, student, frozen)
     return local
 
@@ -180,6 +184,8 @@ def _parties(
     models: dict[str, Teacher] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:
         models["student"] = SelfTeacher(local["student"], own)
+    if config.teachers.models:
+        models["teacher"] = several(config.teachers, models, [*data.train, *data.probe, *data.held_out], data.full)
     vocab, optimizer = local["student"].alignment.vocab, config.optimizer
     source = Source(
         prompts=data.train,
