@@ -203,6 +203,10 @@ def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, setti
         )
 
 
+#: Checks whose findings are among the notes of a run already.
+_NOTED = ("chat template", "prompts")
+
+
 def check(run: runner.Run) -> None:
     """Makes the quick checks of a run that is about to start.
 
@@ -216,7 +220,7 @@ def check(run: runner.Run) -> None:
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.
-    findings = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
+    findings = [one for one in found.checks if one.verdict != "ok" and one.name.partition(" of ")[0] not in _NOTED]
     run.prepared.notes.extend(one.line for one in findings)
 
 

@@ -52,10 +52,21 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         quick: Leave out the checks that generate.
         before: Checks that were made already.
     """
-    checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
+    checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
         checks += trial_checks(replace(prepared, notes=[]))
     return Examination(tuple(checks), quick)
+
+
+def _quick(prepared: Prepared) -> list[Check]:
+    """The quick checks; what is about a teacher is checked of each of several."""
+    found = quick_checks(prepared)
+    known = {check.name for check in found}
+    for name in prepared.config.teachers.models:
+        alone = prepared.teachers.with_models({"teacher": prepared.teachers.models[name]})
+        own = quick_checks(replace(prepared, teachers=alone))
+        found += [replace(check, name=f"{check.name} of {name}") for check in own if check.name not in known]
+    return found
 
 
 def refuse(examination: Examination) -> None:

@@ -211,10 +211,15 @@ def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
     total, head = 0, prepared.student.kept_head().weight_VD.numel()
     for name, view in prepared.method.views.items():
         lm = prepared.lms.get(view.model)
+        dense = ScoreRequest(view, prepared.method.needs(name)).whole
+        several = prepared.config.teachers.models if view.model == "teacher" else []
+        if several and dense:  # all of them where they are mixed, or compared
+            widths = [prepared.lms[one].model.config.get_text_config().hidden_size for one in several]
+            total += steps * sum(map(int, widths)) * product
+            continue
         if lm is None:  # A remote teacher sends numbers only.
             total += steps * 4 * 64
             continue
-        dense = ScoreRequest(view, prepared.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)

@@ -119,7 +119,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
         UserError: Whatever is wrong, in one line.
     """
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
-    method = _method(config, method)
+    method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     names = pair.named(config, method)
     if config.threads:
@@ -134,8 +134,9 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     checked = check_before_loading(config, method, sources(read, caller_objects), data.train, data.held_out, notes)
     loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects)
     local = _aligned(method, loaded, stage, notes)
-    note_unknown(method, local, stage, notes)
-    need_room(method, local, stage, notes)
+    for readers in _readers(config, local):
+        note_unknown(method, readers, stage, notes)
+        need_room(method, readers, stage, notes)
     prepared = _parties(method, loaded, local, data, notes)
     for name in read:
         checked.check_ids(name, local[name].lm)
@@ -148,7 +149,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     return prepared
 
 
-def _method(config: Config, method: Method | None) -> Method:
+def run_method(config: Config, method: Method | None) -> Method:
     """The caller's or the configuration's method, with the curves and the cold start that the settings ask for."""
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
@@ -173,6 +174,11 @@ def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> 
     if "teacher" in frozen:
         pair.refuse_equal(config, method, student, frozen)
     return local
+
+
+def _readers(config: Config, local: Mapping[str, LocalTeacher]) -> list[Mapping[str, LocalTeacher]]:
+    """Which model reads the views of each name; as many tables as there are teachers."""
+    return [{**local, "teacher": local[name]} for name in config.teachers.models] or [local]
 
 
 def _parties(
