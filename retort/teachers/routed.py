@@ -64,8 +64,7 @@ class RoutedTeacher(SeveralTeachers):
             if mine:
                 place_N[mine_N], there_N[mine_N] = torch.arange(int(mine_N.sum())), len(parts)
                 parts.append(self.teachers[name].score([groups[index] for index in mine], _about(request, mine_N)))
-        found = parts[0] if len(parts) == 1 else joined(parts, there_N, place_N, self.name)
-        return _counted(found, parts, names, teacher_N)
+        return _counted(joined(parts, there_N, place_N, self.name), parts, names, teacher_N)
 
     def _of(self, prompt: Prompt) -> int:
         name = self.route(prompt)

@@ -58,7 +58,7 @@ def joined(
     if all(isinstance(signal, TopK) for signal in signals):
         return _joined_lists([s for s in signals if isinstance(s, TopK)], column, about)
     if all(isinstance(signal, Candidates) for signal in signals):
-        tops = [signal.top for signal in signals if isinstance(signal, Candidates) and signal.top is not None]
+        tops = [top for signal in signals if isinstance(signal, Candidates) and (top := _said(signal)) is not None]
         spoken = all(signal.sampled_logp_N is not None for signal in signals if isinstance(signal, Candidates))
         return Candidates(
             ids_NK=column(lambda own: own.ids_NK),
@@ -91,6 +91,12 @@ def _joined_dense(parts: Sequence[Dense], teacher_N: Tensor, place_N: Tensor, ab
         return found
 
     return Dense(logits=logits, width=width, temperature=parts[0].temperature, **about)
+
+
+def _said(signal: Candidates) -> TopK | None:
+    """What a signal about given ids says besides; None where that is nothing, so that all teachers' have one form."""
+    top = signal.top
+    return None if top is None or not (top.ids_NK.shape[1] or top.entropy_N is not None) else top
 
 
 def _joined_lists(parts: Sequence[TopK], column: Callable[[Callable[[Any], Tensor]], Tensor], about: Any) -> TopK:
