@@ -18,6 +18,7 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
 from retort.models.heads import head_of, own_rows
+from retort.models.quantized import count, plain
 from retort.models.sharding import Sharding, full
 from retort.models.working import WorkingCopy
 from retort.ranks import World
@@ -60,7 +61,7 @@ class LanguageModel:
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
         sharding: How the weights are spread over ranks, where there are several; shared likewise.
         notes: Notes for the user.
-        rounded: How its weights were rounded in their file, in words; empty where they were not.
+        rounded: How its weights were rounded, in words; empty where they were not.
     """
 
     model: PreTrainedModel
@@ -88,7 +89,7 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of its parameters, tied ones counted once, without an adapter's."""
-        return sum(parameter.numel() for parameter in self.weights().values())
+        return sum(count(parameter) for parameter in self.weights().values())
 
     @property
     def trainable_parameters(self) -> int:
@@ -128,9 +129,9 @@ class LanguageModel:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
         found = hashlib.sha256()
         for name, parameter in (self.weights() | self.trainable()).items():
-            flat = full(parameter.detach()).flatten()
-            sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-            found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
+            for flat in (part.flatten() for part in plain(full(parameter.detach()))):
+                sample = flat[:: max(1, len(flat) // 64)].float().cpu()
+                found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
         return found.hexdigest()
 
     def head(self) -> Head:

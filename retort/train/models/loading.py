@@ -16,7 +16,7 @@ from retort.models.together import choose_batching
 from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
-from retort.train.models.models import load
+from retort.train.models.models import bits_of, load
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ def _precision(
 
 def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> LanguageModel:
     """Loads the base model; a student with an adapter still holds itself as it was."""
-    kept = student.adapter is not None and name == config.student
+    kept = student.adapter is not None and name == config.student and bits_of(config, "base") is None
     return student.bare() if kept else load(config, name, "base", caller_objects)
 
 

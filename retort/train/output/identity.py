@@ -16,6 +16,7 @@ from retort.core.rollouts import Prompt
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
+from retort.models.quantized import plain
 from retort.teachers.local import LocalTeacher
 from retort.train.setup.prepare import Prepared
 
@@ -170,7 +171,8 @@ def _weights(lm: LanguageModel) -> str:
     found = hashlib.sha256()
     for name, tensor in (lm.weights() | lm.trainable() | buffers).items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in plain(tensor):
+            found.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

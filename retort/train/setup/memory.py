@@ -15,6 +15,7 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.models.quantized import plain
 from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
@@ -142,7 +143,7 @@ def _part(whole: int, ranks: int) -> int:
 
 
 def _bytes(lm: LanguageModel) -> int:
-    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return sum(part.numel() * part.element_size() for p in lm.model.parameters() for part in plain(p))
 
 
 def _layer_bytes(lm: LanguageModel) -> int:

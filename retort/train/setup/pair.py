@@ -65,7 +65,7 @@ def refuse_several(config: Config, method: Method) -> None:
             "out, or choose a method that asks one (see `retort methods`)"
         )
     for name in several.models:
-        if name not in config.models:
+        if name not in config.further_models:
             raise UserError(
                 f"teachers.models names '{name}', which is no model of the run; give its folder or hub name as "
                 f"models.{name}.path"
@@ -94,18 +94,18 @@ def further(config: Config, method: Method) -> dict[str, str]:
     use = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
     use |= dict.fromkeys(config.teachers.models, (method.name, "teacher"))
     for model, (phase, view) in use.items():
-        if model not in (*SHORTHANDS, *config.models):
+        if model not in (*SHORTHANDS, *config.further_models):
             raise UserError(
                 f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
-                f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
+                f"({did_you_mean(model, [*SHORTHANDS, *config.further_models])}); name it with models.{model}.path"
             )
-    for name, model in config.models.items():
+    for name, path in config.further_models.items():
         if name not in use:
             raise UserError(
-                f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
+                f"models.{name}.path = {path} is given, but no view of method '{method.name}' with these "
                 f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
             )
-    return {name: model.path for name, model in config.models.items()}
+    return config.further_models
 
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:
@@ -155,7 +155,7 @@ def model_paths(config: Config, method: Method, student: str, teacher: str | Non
 def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, LanguageModel]) -> None:
     """Raises `UserError` if models of other names hold the same weights, and nothing would be learnt."""
     teacher, base = frozen["teacher"], frozen.get("base")
-    if (base is None or config.base in (None, config.student)) and not config.models:
+    if (base is None or config.base in (None, config.student)) and not config.further_models:
         refuse_same_weights(method, student, teacher)
     if base is not None and base.digest() == teacher.digest():
         raise same_base(method)
