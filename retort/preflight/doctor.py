@@ -14,7 +14,8 @@ from retort.method import Method
 from retort.models.files import read_tokenizer
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
-from retort.preflight.trial import trial_checks
+from retort.preflight.rounding import rounding_checks
+from retort.preflight.trial import run_trial, trial_checks
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.before import needs_ids
@@ -54,7 +55,8 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
     """
     checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
-        checks += trial_checks(replace(prepared, notes=[]))
+        trial = run_trial(prepared)
+        checks += [*trial_checks(replace(prepared, notes=[]), trial), *rounding_checks(prepared, trial)]
     return Examination(tuple(checks), quick)
 
 

@@ -15,6 +15,8 @@ from retort.models import quantized
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model, refuse_bits
+from retort.preflight.rounding import rounding_checks
+from retort.preflight.trial import run_trial
 from retort.train import runner
 from retort.train.models.models import located
 from retort.train.output.card import card
@@ -82,11 +84,13 @@ def test_it_is_counted_as_what_it_is(models: dict[Any, LanguageModel], folder: P
     assert not any(p.requires_grad for p in lm.model.parameters())
 
 
-def test_what_cannot_be_rounded_is_refused_in_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_rounded_is_refused_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="student x: bits = 8 is for frozen models, and the student learns"):
         refuse_bits("student x", 8, "student", "x")
+    file = tmp_path / "x.gguf"
+    file.touch()
     with pytest.raises(UserError, match="bits = 4 is for whole weights, and a GGUF file has its own"):
-        refuse_bits("teacher x", 4, "teacher", "x.gguf")
+        refuse_bits("teacher x", 4, "teacher", str(file))
     held = InMemoryModel(None, None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="bits = 8 is for models in a folder"):
         refuse_bits("teacher x", 8, "teacher", held)
@@ -101,6 +105,10 @@ def test_a_run_with_a_rounded_teacher_says_so_everywhere_and_resumes(tiny_run: d
     assert "rounded to 8 bits when loaded" in summary(setup)["teacher"]
     assert "rounded to 8 bits when loaded" in card(setup, {}, 1)
     assert forecast(setup).models < forecast(whole).models
+    found = rounding_checks(setup, run_trial(setup))
+    assert [check.name for check in found] == ["rounding of the teacher"]
+    assert 0 < dict(found[0].values)["rounding"] < 1e-2 and "in 8 bits the teacher is" in found[0].saw
+    assert rounding_checks(whole, run_trial(whole)) == []
     digests = [identity(one)["digests"]["the teacher's weights"] for one in (setup, whole)]
     assert digests[0] != digests[1]
     run = runner.start(api.assemble(settings), tmp_path / "run")

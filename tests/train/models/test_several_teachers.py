@@ -68,7 +68,11 @@ def test_the_command_line_and_python_say_the_same() -> None:
     ("method", "more", "complaint"),
     [
         ("sdft", {}, "but method 'sdft' asks no teacher"),
-        ("opd", {"cold_start": {"steps": 1}}, "learns from completions of a teacher, and of several (teachers.models) none is the one"),
+        (
+            "opd",
+            {"cold_start": {"steps": 1}},
+            "learns from completions of a teacher, and of several (teachers.models) none is the one",
+        ),
         ("opd", {"teachers": {"models": ["sums", "other"]}}, "teachers.models names 'other', which is no model of the"),
         ("opd", {"teacher": "x"}, "teacher = x and teachers.models = ['sums', 'others'] are both given"),
         ("opd", {"teachers": {"models": NAMES, "combine": "best"}}, "with samples = 1 there is nothing to compare"),
