@@ -1,4 +1,4 @@
-"""How far frozen models in fewer bits are from themselves as they are in their files. Axis letters: see `retort.core`."""
+"""How far frozen models in fewer bits are from what their files hold. Axis letters: see `retort.core`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FELT = 0.1
 
 
 def rounding_checks(prepared: Prepared, trial: Trial) -> list[Check]:
-    """Measures the rounding of every model in fewer bits, on what the student wrote. The whole model is loaded again."""
+    """Measures the rounding of every model in fewer bits, on what the student wrote; loads the whole model again."""
     found: list[Check] = []
     for name, teacher in prepared.teachers.models.items():
         bits = bits_of(prepared.config, name)
