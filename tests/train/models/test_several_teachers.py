@@ -71,7 +71,7 @@ def test_the_command_line_and_python_say_the_same() -> None:
         (
             "opd",
             {"cold_start": {"steps": 1}},
-            "learns from completions of a teacher, and of several (teachers.models) none is the one",
+            "learns from completions of a teacher, and of several (teachers.models)",
         ),
         ("opd", {"teachers": {"models": ["sums", "other"]}}, "teachers.models names 'other', which is no model of the"),
         ("opd", {"teacher": "x"}, "teacher = x and teachers.models = ['sums', 'others'] are both given"),
