@@ -18,7 +18,7 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
 from retort.models.heads import head_of, own_rows
-from retort.models.quantized import count, plain
+from retort.models.quantized import count, sample
 from retort.models.sharding import Sharding, full
 from retort.models.working import WorkingCopy
 from retort.ranks import World
@@ -129,9 +129,7 @@ class LanguageModel:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
         found = hashlib.sha256()
         for name, parameter in (self.weights() | self.trainable()).items():
-            for flat in (part.flatten() for part in plain(full(parameter.detach()))):
-                sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-                found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
+            found.update(f"{name} {tuple(parameter.shape)} {sample(full(parameter.detach()))}".encode())
         return found.hexdigest()
 
     def head(self) -> Head:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retort.errors import UserError
 
-__all__ = ["Bits", "arguments", "count", "need", "plain", "words"]
+__all__ = ["Bits", "arguments", "count", "need", "plain", "sample", "words"]
 
 #: Bits of a weight.
 Bits = Literal[8, 4]
@@ -72,3 +72,9 @@ def count(weight: Tensor) -> int:
     """Number of weights in a tensor, also where several are kept in one of its elements."""
     state = getattr(weight, "quant_state", None)
     return weight.numel() if state is None else int(torch.Size(state.shape).numel())
+
+
+def sample(weight: Tensor) -> str:
+    """Some numbers of a weight as text, about 64 of each tensor that it is kept in, evenly spread."""
+    flats = [part.flatten() for part in plain(weight)]
+    return " ".join(str(flat[:: max(1, len(flat) // 64)].float().cpu().tolist()) for flat in flats)

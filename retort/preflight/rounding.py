@@ -33,8 +33,8 @@ def rounding_checks(prepared: Prepared, trial: Trial) -> list[Check]:
         config = prepared.config.model_copy(update={"models": plain})
         whole = local_teacher(config, prepared.student, load(config, config.model_paths[name], name))
         groups = in_groups(list(trial.pack.rollouts))
-        both = [_said(one, groups) for one in (whole.for_vocab(prepared.learner.vocab), teacher)]
-        noise = divergence(*both, prepared.learner.vocab)
+        vocab = prepared.learner.vocab
+        noise = divergence(_said(whole.for_vocab(vocab), groups), _said(teacher, groups), vocab)
         found.append(_check(name, bits, noise, trial.mean("reverse_kl") if "reverse_kl" in trial.values else math.nan))
     return found
 

@@ -78,7 +78,8 @@ def _joined_dense(parts: Sequence[Dense], teacher_N: Tensor, place_N: Tensor, ab
 
     def logits(index_C: Tensor | slice) -> Tensor:
         teacher_C, place_C = teacher_N[index_C], place_N[index_C]
-        there: list[int] = teacher_C.unique().tolist()
+        steps: list[int] = torch.bincount(teacher_C, minlength=len(parts)).tolist()  # pyright: ignore
+        there = [number for number, count in enumerate(steps) if count]
         if len(there) <= 1:  # also to the bit what that teacher says alone
             return parts[there[0] if there else 0].logits(place_C)[:, :width]
         found: Tensor | None = None
@@ -138,7 +139,8 @@ class Differing(TeacherSignal):
 
     @property
     def offers(self) -> frozenset[NeedKind]:
-        return self.of.offers | {"disagreement"}
+        also: frozenset[NeedKind] = frozenset({"disagreement"})
+        return self.of.offers | also
 
     @property
     def begins_N(self) -> Tensor | None:
