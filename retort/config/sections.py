@@ -18,8 +18,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -75,7 +77,19 @@ PathOrName = Annotated[str, BeforeValidator(_path), AfterValidator(_path_or_name
 class ModelSection(Section):
     """A model by its name."""
 
-    path: PathOrName = Field(description="model folder, hub name, or address of a server (docs/teachers.md)")
+    path: PathOrName | None = Field(
+        default=None, description="model folder, hub name, or address of a server (docs/teachers.md)"
+    )
+    bits: Literal[8, 4] | None = Field(
+        default=None,
+        description="round the weights of a frozen model to so many bits when it is loaded (the extra `quantized`); "
+        "null: not at all",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was said of the model, and nothing else."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -101,11 +115,17 @@ def shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
         refuse_name(name)
         unknown = sorted(map(str, set(model) - set(ModelSection.model_fields))) if isinstance(model, Mapping) else []
         if unknown:
-            raise UserError(f"unknown key 'models.{name}.{unknown[0]}'; a model has a path: models.{name}.path")
-        if not isinstance(model, Mapping) or "path" not in model:
+            raise UserError(
+                f"unknown key 'models.{name}.{unknown[0]}'; a model has a path and bits: models.{name}.path"
+            )
+        if not isinstance(model, Mapping) or not model:
             raise UserError(f"models.{name}: give its folder or hub name as models.{name}.path, not {quoted(model)}")
         if name not in SHORTHANDS:
             others[name] = model
+            continue
+        besides = {key: value for key, value in model.items() if key != "path"}
+        others |= {name: besides} if besides else {}
+        if model.get("path") is None:
             continue
         own, path = layer.get(name), _path(model["path"])
         if own is not None and _path(own) != path:
@@ -120,6 +140,58 @@ def refuse_name(name: Any) -> None:
     """Raises `UserError` if a text cannot be a model's name."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(f"models: {quoted(name)} cannot be a model's name; use letters, digits, - and _")
+
+
+class TeachersSection(Section):
+    """Several teachers in the place of one, see docs/several-teachers.md."""
+
+    models: list[str] = Field(
+        default_factory=list,
+        description="names of the models in [models] that teach together, in the place of `teacher`; none: one teacher",
+    )
+    combine: Literal["route", "mixture", "product", "best"] = Field(
+        default="route",
+        description="route: each prompt has its teacher, see by; mixture: of each token's distributions the weighted "
+        "mean; product: their weighted geometric mean, renormalised; best: for each prompt the teacher whose log-probs "
+        "of the completions go best with their rewards",
+    )
+    by: str = Field(
+        default="domain",
+        description="of route, what names a prompt's teacher: domain, the column of that name in the data (another "
+        "one by columns.domain=NAME), or a function of a prompt as module:name",
+    )
+    weights: list[float] | None = Field(
+        default=None,
+        description="of mixture and product, a weight for each of models, at least 0, divided by their sum; default: "
+        "all alike",
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> TeachersSection:
+        """Refuses settings that do nothing, or that say nothing."""
+        changed = {name for name in ("combine", "by", "weights") if getattr(self, name) != _default(type(self), name)}
+        problem = None
+        if not self.models and changed:
+            problem = f"{sorted(changed)[0]} does nothing without teachers.models; name two models of [models] there"
+        elif self.models and (len(self.models) < 2 or len(set(self.models)) < len(self.models)):
+            problem = "models must be two different names or more; a single teacher is `teacher`"
+        elif self.by != "domain" and self.combine != "route":
+            problem = f"by is for combine = route, not {self.combine}; leave it out"
+        elif self.by != "domain" and not re.fullmatch(r"[^:]+:[^:]+", self.by):
+            problem = "by must be domain, or a function of a prompt as module:name; map a column by columns.domain=NAME"
+        elif self.weights is not None and self.combine not in ("mixture", "product"):
+            problem = f"weights are for combine = mixture or product, not {self.combine}; leave them out"
+        elif self.weights is not None and (len(self.weights) != len(self.models) or min(self.weights) < 0):
+            problem = f"weights must be {len(self.models)} numbers of at least 0, one for each of models"
+        elif self.weights is not None and not sum(self.weights):
+            problem = "weights must not all be 0"
+        if problem is not None:
+            raise PydanticCustomError("teachers", "{problem}", {"problem": problem})
+        return self
+
+
+def _default(section: type[Section], name: str) -> Any:
+    return section.model_fields[name].get_default(call_default_factory=True)
 
 
 class OptimizerSection(Section):

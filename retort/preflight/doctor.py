@@ -14,7 +14,8 @@ from retort.method import Method
 from retort.models.files import read_tokenizer
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
-from retort.preflight.trial import trial_checks
+from retort.preflight.rounding import rounding_checks
+from retort.preflight.trial import run_trial, trial_checks
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.before import needs_ids
@@ -52,10 +53,22 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         quick: Leave out the checks that generate.
         before: Checks that were made already.
     """
-    checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
+    checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
     if not quick and not any(check.verdict == "fatal" for check in checks):
-        checks += trial_checks(replace(prepared, notes=[]))
+        trial = run_trial(prepared)
+        checks += [*trial_checks(replace(prepared, notes=[]), trial), *rounding_checks(prepared, trial)]
     return Examination(tuple(checks), quick)
+
+
+def _quick(prepared: Prepared) -> list[Check]:
+    """The quick checks; what is about a teacher is checked of each of several."""
+    found = quick_checks(prepared)
+    known = {check.name for check in found}
+    for name in prepared.config.teachers.models:
+        alone = prepared.teachers.with_models({"teacher": prepared.teachers.models[name]})
+        own = quick_checks(replace(prepared, teachers=alone))
+        found += [replace(check, name=f"{check.name} of {name}") for check in own if check.name not in known]
+    return found
 
 
 def refuse(examination: Examination) -> None:
