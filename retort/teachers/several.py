@@ -108,15 +108,15 @@ def as_asked(signal: TeacherSignal, request: ScoreRequest) -> TeacherSignal:
     return reduced(signal, request.needs, request.student_ids_NK)
 
 
-def spoken(names: Sequence[str], shares_NT: Tensor, valid_N: Tensor | None) -> dict[str, float]:
+def spoken(names: Sequence[str], fractions_NT: Tensor, valid_N: Tensor | None) -> dict[str, float]:
     """Counts of the steps at which each teacher spoke, see `TeacherSignal.counts`.
 
     Args:
         names: The teachers.
-        shares_NT: The share of each in a step.
+        fractions_NT: The share of each in a step.
         valid_N: The steps that count; None: all.
     """
-    counted_NT = shares_NT if valid_N is None else shares_NT[valid_N.to(shares_NT.device)]
+    counted_NT = fractions_NT if valid_N is None else fractions_NT[valid_N.to(fractions_NT.device)]
     return {f"spoke/{name}": total for name, total in zip(names, counted_NT.double().sum(0).tolist(), strict=True)}
 
 

@@ -18,7 +18,7 @@ from retort.errors import SignalError
 
 
 def joined(
-    signals: Sequence[TeacherSignal], teacher_N: Tensor, place_N: Tensor, source: str = "teachers"
+    signals: Sequence[TeacherSignal], teacher_N: Tensor, index_N: Tensor, source: str = "teachers"
 ) -> TeacherSignal:
     """One signal whose every step is a step of one of several signals, unchanged.
 
@@ -28,7 +28,7 @@ def joined(
     Args:
         signals: Signals of one kind, over the same ids.
         teacher_N: The signal that each step is of, int64, on the CPU.
-        place_N: The step's place in that signal, int64, on the CPU.
+        index_N: The step's place in that signal, int64, on the CPU.
         source: Name for messages.
 
     Returns:
@@ -39,7 +39,7 @@ def joined(
     """
     device = signals[0].tokens_N.device
     before_T = torch.tensor([0, *(signal.steps for signal in signals[:-1])]).cumsum(0)
-    flat_N = (before_T[teacher_N] + place_N).to(device)
+    flat_N = (before_T[teacher_N] + index_N).to(device)
 
     def column(of: Callable[[Any], Tensor]) -> Tensor:
         return torch.cat([of(signal).to(device) for signal in signals])[flat_N]
@@ -51,7 +51,7 @@ def joined(
         )
     if all(isinstance(signal, Dense) for signal in signals):
         return _joined_dense(
-            [s for s in signals if isinstance(s, Dense)], teacher_N.to(device), place_N.to(device), about
+            [s for s in signals if isinstance(s, Dense)], teacher_N.to(device), index_N.to(device), about
         )
     if all(isinstance(signal, Sampled) for signal in signals):
         return Sampled(logp_N=column(lambda own: own.logp_N), **about)
@@ -73,19 +73,19 @@ def joined(
     raise SignalError(f"{source}: the signals of several teachers must be of one kind, not of several ({kinds})")
 
 
-def _joined_dense(parts: Sequence[Dense], teacher_N: Tensor, place_N: Tensor, about: Mapping[str, Any]) -> Dense:
+def _joined_dense(parts: Sequence[Dense], teacher_N: Tensor, index_N: Tensor, about: Mapping[str, Any]) -> Dense:
     width = min(part.width for part in parts)
 
     def logits(index_C: Tensor | slice) -> Tensor:
-        teacher_C, place_C = teacher_N[index_C], place_N[index_C]
+        teacher_C, own_C = teacher_N[index_C], index_N[index_C]
         steps: list[int] = torch.bincount(teacher_C, minlength=len(parts)).tolist()  # pyright: ignore
         there = [number for number, count in enumerate(steps) if count]
         if len(there) <= 1:  # also to the bit what that teacher says alone
-            return parts[there[0] if there else 0].logits(place_C)[:, :width]
+            return parts[there[0] if there else 0].logits(own_C)[:, :width]
         found: Tensor | None = None
         for number in there:
             mine_C = teacher_C == number
-            own = as_compute(parts[number].logits(place_C[mine_C])[:, :width])
+            own = as_compute(parts[number].logits(own_C[mine_C])[:, :width])
             found = own.new_empty(len(teacher_C), width) if found is None else found
             found[mine_C] = own.to(found.device)
         assert found is not None
