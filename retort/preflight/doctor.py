@@ -11,7 +11,7 @@ from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.files import read_tokenizer
+from retort.models.described import describe
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
 from retort.preflight.rounding import rounding_checks
@@ -96,7 +96,7 @@ def _tokenizers(config: Config, method: Method | None, caller_objects: CallerObj
         return []
     try:
         found = {
-            name: read_tokenizer(path, source, name, trust_remote_code=config.trust_remote_code)
+            name: describe(path, source, name, trust_remote_code=config.trust_remote_code).tokenizer
             for name, (path, source) in sources(config.server, config.model_paths, caller_objects).items()
         }
         method = method or registry.load(**config.method)

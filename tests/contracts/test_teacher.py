@@ -105,6 +105,11 @@ def endpoint(offers: str) -> Callable[[Any], Made]:
     return make
 
 
+def served(lm: Any) -> ServedTeacher:
+    return ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)
+
+
+some_ids = endpoint("max=20,at=16")
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
     "itself, frozen": itself(frozen()),
@@ -114,8 +119,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
     "endpoint, all ids": endpoint("max=-1"),
-    "endpoint, some ids": endpoint("max=20,at=16"),
-    "served": lambda lm: Made(ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)),
+    "endpoint, some ids": some_ids,
+    "served": lambda lm: Made(served(lm)),
     "served, of units": lambda lm: Made(of_units(lm.served)),
     # Of equal teachers, so that plain passes of the one model say what they say together.
     "mixture": lambda lm: Made(MixtureTeacher(two(lm), [1, 3])),
@@ -124,6 +129,10 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "routed": lambda lm: Made(RoutedTeacher(two(lm), by_length)),
     "routed, remote": lambda lm: Made(RoutedTeacher({"a": RemoteTeacher(local(lm)), "b": local(lm)}, by_length)),
     "best": lambda lm: Made(BestTeacher(two(lm))),
+    "mixture, served": lambda lm: Made(MixtureTeacher({"a": served(lm), "b": local(lm)})),
+    "mixture, endpoint": lambda lm: Made(MixtureTeacher({"a": some_ids(lm).teacher, "b": local(lm)})),
+    "routed, endpoint": lambda lm: Made(RoutedTeacher({"a": some_ids(lm).teacher, "b": local(lm)}, by_length)),
+    "best, endpoint": lambda lm: Made(BestTeacher({"a": local(lm), "b": some_ids(lm).teacher})),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
