@@ -15,6 +15,7 @@ from retort.config.precedence import flat, leave_open, merge
 from retort.config.rollouts import RolloutSection
 from retort.config.sections import (
     SHORTHANDS,
+    CacheSection,
     CheckpointSection,
     ColdStartSection,
     EvalSection,
@@ -163,6 +164,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
+    cache: CacheSection = CacheSection()
 
     @property
     def builtin(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.signals import Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
-from retort.teachers.base import ScoreRequest
+from retort.teachers.base import Read, ScoreRequest
 from retort.teachers.view import View
 from retort.teachers.view_input import Stage, ViewInput
 
@@ -53,6 +54,10 @@ class Prompts:
         return {"no_context": len(self.first) - len(read), "cut": self.cut, "prompt_tokens": sum(read), **shows}
 
 
+#: Sequences -> hidden states at their decided tokens, end to end, [N, D].
+States = Callable[[Sequence[TokenSequence]], Tensor]
+
+
 class LocalTeacher:
     """A frozen model in this process; it meets any need but text."""
 
@@ -66,6 +71,7 @@ class LocalTeacher:
         batch_tokens: int,
         template_options: TemplateOptions | None = None,
         stage: Stage | None = None,
+        states: States | None = None,
     ) -> None:
         """Builds the teacher.
 
@@ -75,12 +81,14 @@ class LocalTeacher:
             batch_tokens: Tokens per forward pass.
             template_options: Options of chat templates.
             stage: Data that views may read besides a rollout and its siblings.
+            states: Gives the model's hidden states; None: they are computed.
         """
         self.lm = lm
         self.alignment = alignment
         self.batch_tokens = batch_tokens
         self.template_options = template_options or TemplateOptions()
         self.stage = stage or Stage()
+        self.states = states
         self.name = lm.name
         self.render = Renderer(lm.tokenizer, self.template_options)
 
@@ -96,8 +104,16 @@ class LocalTeacher:
         """The same teacher with other data for its views."""
         return self._changed(stage=stage)
 
+    def with_states(self, states: Callable[[States], States]) -> LocalTeacher:
+        """The same teacher with another way to its hidden states, which is given the one that computes them."""
+        return self._changed(states=states(self.hidden_states))
+
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """The model's last hidden states at the decided tokens of sequences, end to end, [N, D], without gradient."""
+        return self.lm.all_hidden(sequences, self.batch_tokens) if self.states is None else self.states(sequences)
+
     def _changed(self, **changed: Any) -> LocalTeacher:
-        names = ("alignment", "batch_tokens", "template_options", "stage")
+        names = ("alignment", "batch_tokens", "template_options", "stage", "states")
         return type(self)(self.lm, **{name: getattr(self, name) for name in names} | changed)
 
     def score(
@@ -135,6 +151,19 @@ class LocalTeacher:
             ),
         )
         return dense if request.whole else reduced(dense, request.needs, request.student_ids_NK)
+
+    def read(self, groups: Sequence[Group], view: View) -> Read:
+        """See `CacheableTeacher`."""
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        prompts = self.prompts(pack, view)
+        read = [
+            None if ids is None else self._sequence(sequence, ids)
+            for sequence, ids in zip(pack.sequences, prompts.ids, strict=True)
+        ]
+        ends = list(accumulate((len(rollout.sequences) for rollout in pack.rollouts), initial=0))
+        parts = [read[start:end] for start, end in pairwise(ends)]
+        sequences = [None if None in own else tuple(one for one in own if one is not None) for own in parts]
+        return Read(sequences, self.alignment.digest, prompts.counts)
 
     def _unchanged_head(self) -> Callable[[], Head]:
         if self.lm.sharding.spreads_head:
@@ -198,7 +227,7 @@ class LocalTeacher:
             if ids is not None
         ]
         valid_N = prompts.valid_N(pack)
-        hidden_ND = self.lm.all_hidden(sequences, self.batch_tokens)
+        hidden_ND = self.hidden_states(sequences)
         if valid_N is None:
             return hidden_ND
         index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)

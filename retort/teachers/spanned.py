@@ -110,7 +110,7 @@ class SpanTeacher(LocalTeacher):
         ]
         read = [own for own in turns if own is not None and own.sequence.steps]
         with self.lm.scoring():
-            hidden_MD = self.lm.all_hidden([own.sequence for own in read], self.batch_tokens)
+            hidden_MD = self.hidden_states([own.sequence for own in read])
             unchanged = head or self._unchanged_head()
         tokens_M = _joined([own.sequence.actions_A for own in read]).to(hidden_MD.device)
 

@@ -54,7 +54,8 @@ def start(
     }
     # Paths are saved in full: a run may be resumed from another folder than it was started from.
     evaluated = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
-    kept = {**chosen, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
+    cache = config.cache.model_copy(update={"dir": config.cache.dir and str(Path(config.cache.dir).resolve())})
+    kept = {**chosen, "cache": cache, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
     resolved = config.moved(lambda path: str(_absolute(path))).model_copy(update=kept)
     return Run(
         replace(prepared, config=resolved),

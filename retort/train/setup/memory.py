@@ -15,6 +15,7 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.models.stored import StoredModel
 from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
@@ -101,7 +102,7 @@ def forecast(prepared: Prepared) -> Forecast:
     rollouts = _part(prepared.source.count, ranks) * prepared.method.rollout.samples
     evaluated = config.eval.samples * _part(min(64, len(prepared.held_out)), ranks)
     generators = [(student, max(rollouts, evaluated))]
-    if config.eval.teacher and "teacher" in prepared.lms:
+    if config.eval.teacher and "teacher" in prepared.lms and not isinstance(prepared.lms["teacher"], StoredModel):
         generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     copies, lasting = student.working_bytes()
@@ -142,7 +143,7 @@ def _part(whole: int, ranks: int) -> int:
 
 
 def _bytes(lm: LanguageModel) -> int:
-    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return sum(p.numel() * p.element_size() for p in lm.model.parameters() if not p.is_meta)
 
 
 def _layer_bytes(lm: LanguageModel) -> int:

@@ -12,6 +12,7 @@ from retort.config.sections import SHORTHANDS
 from retort.errors import UserError, did_you_mean
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.models.stored import StoredModel
 from retort.teachers.itself import OwnWeights
 from retort.train.setup.prompts import refuse_misspelt
 
@@ -138,6 +139,10 @@ def refuse_same_name(method: Method, student: str, teacher: str) -> None:
 
 def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
     """Raises `UserError` if student and teacher hold the same weights and see the same prompt."""
+    if isinstance(teacher, StoredModel):
+        if _only_same_prompt(method) and student.digest() == teacher.digest():
+            raise _nothing_to_learn(method, "hold the same weights")
+        return
     ours, theirs = student.weights(), teacher.weights()
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return

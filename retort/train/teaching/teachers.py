@@ -17,6 +17,7 @@ from retort.ranks import here
 from retort.teachers.base import Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
+from retort.train.teaching.cached import Cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +28,13 @@ class Teachers:
         models: Teachers by the name in a view.
         own: The weights of the student as its own teacher, where some view is of it.
         start: Digest of the student before training, where a self-teacher is that one.
+        cached: Those of them that are asked through a cache, where the settings name one.
     """
 
     models: Mapping[str, Teacher]
     own: OwnWeights | None = None
     start: str | None = None
+    cached: Cached | None = None
 
     @property
     def lms(self) -> dict[str, LanguageModel]:
@@ -66,11 +69,18 @@ class Teachers:
             student_ids: Gives the student's k most likely ids, for teachers that cannot hand over a whole distribution.
         """
         views = {name: view for name, view in method.views.items() if name in needs}
-        return view_signals(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
+        own = {} if self.cached is None else self.cached.teachers
+        asked = {name: own.get(method.views[name].model, teacher) for name, teacher in self.behind(method).items()}
+        return view_signals(asked, views, groups, needs.__getitem__, method.temperature, student_ids)
 
-    def lags(self) -> dict[str, float]:
-        """The distance of each moving self-teacher from the student, see `OwnWeights.lags`."""
-        return {} if self.own is None else self.own.lags()
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the metrics of a step; all ranks ask for them together.
+
+        They are the distance of each moving self-teacher from the student (`OwnWeights.lags`), and what was found in
+        the cache (`Cached.metrics`).
+        """
+        lags = {} if self.own is None else self.own.lags()
+        return lags if self.cached is None else {**lags, **self.cached.metrics(here())}
 
     def spread(self, *, sharded: bool) -> list[str]:
         """Spreads the teachers over ranks, once the student is; in a single process it does nothing.
@@ -109,4 +119,4 @@ class Teachers:
 
     def with_models(self, models: Mapping[str, Teacher]) -> Teachers:
         """Returns these teachers with some models replaced."""
-        return replace(self, models={**self.models, **models})
+        return replace(self, models={**self.models, **models}, cached=None)
