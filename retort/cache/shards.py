@@ -48,7 +48,7 @@ def save_shard(folder: Path, model: str, entries: Mapping[str, Entry]) -> tuple[
     """
     digests = {key: digest_of(key, entry) for key, entry in entries.items()}
     tensors = {
-        f"{key}.{name}": tensor.detach().cpu().contiguous()
+        f"{key}.{name}": tensor.detach().cpu().contiguous().clone()  # entries share no memory
         for key, entry in entries.items()
         for name, tensor in entry.items()
     }

@@ -120,8 +120,8 @@ class CachedTeacher:
     """A teacher whose signals are stored, one entry for each rollout.
 
     Of signals that keep a whole distribution, the hidden states are stored (`CachedModel.states`). Batches may be cut
-    differently from run to run. What is not stored is asked of the teacher behind it, in whole groups, because views may
-    show siblings.
+    differently from run to run. What is not stored is asked of the teacher behind it, in whole groups, because views
+    may show siblings.
     """
 
     def __init__(self, behind: CacheableTeacher, model: CachedModel, whole: Teacher | None = None) -> None:
@@ -130,8 +130,8 @@ class CachedTeacher:
         Args:
             behind: The teacher.
             model: Its model, and the store.
-            whole: The same teacher with cached hidden states, which is asked for whole distributions; None for a teacher
-                that has none.
+            whole: The same teacher with cached hidden states, which is asked for whole distributions; None for a
+                teacher that has none.
         """
         self.behind, self.model, self.whole = behind, model, whole
 

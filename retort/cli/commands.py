@@ -109,7 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train a student; by default on the built-in task", description=descriptions.TRAIN)
+    train = commands.add_parser(
+        "train", help="train a student; by default on the built-in task", description=descriptions.TRAIN
+    )
     train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
     train.add_argument("--method", help="name of a method; `retort methods` lists them")
     train.add_argument("--student", help="model folder or hub name")
@@ -123,7 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="DIR", help="continue a run: its folder (newest checkpoint) or a checkpoint")
     train.set_defaults(run=_train)
 
-    doctor = commands.add_parser("doctor", help="check models and data before training", description=descriptions.DOCTOR)
+    doctor = commands.add_parser(
+        "doctor", help="check models and data before training", description=descriptions.DOCTOR
+    )
     doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
     for name in ("method", "student", "teacher", "base", "data"):
         doctor.add_argument(f"--{name}", help="as for `retort train`")
@@ -131,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    _add_score(commands.add_parser("score", help="store a teacher's scores of given completions", description=descriptions.SCORE))
+    _add_score(
+        commands.add_parser(
+            "score", help="store a teacher's scores of given completions", description=descriptions.SCORE
+        )
+    )
 
     _add_eval(commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=descriptions.EVAL))
 

@@ -13,8 +13,8 @@ TRAIN = (
 )
 EVAL = "Generates completions of the data's prompts, grades them, and prints avg@k and pass@k with their intervals."
 SCORE = (
-    "Has a teacher score the data's completions (column `response`) for the needs of a method, and stores the scores in "
-    "a cache. `retort train` with the same --cache finds them there, and with cache.only=true needs no teacher."
+    "Has a teacher score the data's completions (column `response`) for the needs of a method, and stores the scores "
+    "in a cache. `retort train` with the same --cache finds them there, and with cache.only=true needs no teacher."
 )
 TRUST = (
     "Forces tokens drawn from the teacher into completions of the student, lets the student continue, and measures how "

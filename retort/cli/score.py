@@ -56,8 +56,8 @@ def score(config: Config, observer: Observer | None = None, *, method: Method | 
     damaged, unsaved = cached.store.take_faults()
     if unsaved:
         raise UserError(
-            f"{counted(unsaved, 'score')} could not be stored in {cached.store.folder}; make room on its disk, and start "
-            "again: what was stored stays"
+            f"{counted(unsaved, 'score')} could not be stored in {cached.store.folder}; make room on its disk, and "
+            "start again: what was stored stays"
         )
     return {
         "completions": len(prompts),
@@ -72,8 +72,8 @@ def score(config: Config, observer: Observer | None = None, *, method: Method | 
 def line(found: dict[str, Any]) -> str:
     """What `score` returns, as a sentence."""
     return visible(
-        f"{counted(found['completions'], 'completion')}: {found['scored']} scores computed, {found['stored_before']} were "
-        f"in the cache; {found['cache']} takes {size_text(found['bytes'])}"
+        f"{counted(found['completions'], 'completion')}: {found['scored']} scores computed, {found['stored_before']} "
+        f"were in the cache; {found['cache']} takes {size_text(found['bytes'])}"
     )
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from retort.config.sections import SHORTHANDS
 from retort.core.rollouts import Prompt
 from retort.data import fingerprint

@@ -15,8 +15,8 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
-from retort.models.stored import StoredModel
 from retort.models.sharding import layers_of
+from retort.models.stored import StoredModel
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
 from retort.train.setup.prepare import Prepared
