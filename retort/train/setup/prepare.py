@@ -36,7 +36,7 @@ from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
-from retort.train.teaching.cached import cached, stored_models
+from retort.train.teaching.cached import cached, hint_at_cache, stored_models
 from retort.train.teaching.teachers import Teachers
 
 
@@ -135,7 +135,8 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     read = {name: path for name, path in model_paths.items() if name != "base" or path != model_paths["student"]}
     located = sources({name: str(stored.get(name, path)) for name, path in read.items()}, caller_objects)
     located = {name: (read[name], source) for name, (_, source) in located.items()}
-    checked = check_before_loading(config, method, located, data.train, data.held_out, notes)
+    with hint_at_cache(config, model_paths):
+        checked = check_before_loading(config, method, located, data.train, data.held_out, notes)
     loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects, stored)
     local = _aligned(method, loaded, stage, notes)
     note_unknown(method, local, stage, notes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +83,24 @@ def _of(teacher: LocalTeacher, model: CachedModel) -> Teacher:
     if isinstance(teacher, SpanTeacher):
         return whole
     return CachedTeacher(whole if isinstance(teacher.lm, StoredModel) else teacher, model, whole)
+
+
+@contextlib.contextmanager
+def hint_at_cache(config: Config, paths: Mapping[str, str]) -> Iterator[None]:
+    """Within, an error of a run with a model that is not there says so where the cache holds scores of that model."""
+    try:
+        yield
+    except UserError as error:
+        folder = config.cache.dir
+        store = None if folder is None else Store(Path(folder), config.cache.limit_bytes)
+        if store is None or config.cache.only or not store.exists:
+            raise
+        absent = [name for name, path in paths.items() if not Path(path).exists() and store.model(path) is not None]
+        if not absent:
+            raise
+        raise UserError(
+            f"{error}; the cache {folder} holds scores of the {absent[0]}: cache.only=true runs from them alone"
+        ) from None
 
 
 def stored_models(config: Config, method: Method, paths: Mapping[str, str]) -> dict[str, Path]:
