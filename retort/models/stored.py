@@ -150,9 +150,12 @@ def load_stored(folder: Path, name: str, role: str, device: torch.device, *, tru
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        layer = model.get_output_embeddings()
+        layer, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        tied = embedding.weight is layer.weight
         for part, tensor in load_file(folder / HEAD, device=str(device)).items():
             setattr(layer, part, torch.nn.Parameter(tensor, requires_grad=False))
+        if tied:
+            embedding.weight = layer.weight
     model.requires_grad_(False).eval()
     primary, *others = (int(i) for i in record["stops"])
     return StoredModel(

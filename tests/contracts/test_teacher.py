@@ -5,6 +5,7 @@ Tiny models on the CPU; what each says is compared with plain passes of its mode
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
+from retort.cache.store import Store
+from retort.cache.teacher import CachedModel, CachedTeacher, Tally
 from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, Need, can_meet, logp_at
 from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
@@ -65,6 +68,13 @@ def itself(weights: Weights) -> Callable[[Any], Made]:
     return lambda lm: Made(SelfTeacher(local(lm), OwnWeights(lm, [weights])), "student", weights)
 
 
+def cached(behind: Any, lm: Any) -> CachedTeacher:
+    """With an empty cache, which the first call fills."""
+    model = CachedModel.of(Store(Path(tempfile.mkdtemp()), 10**9), lm, Tally())
+    whole = behind.with_states(model.states) if isinstance(behind, LocalTeacher) else None
+    return CachedTeacher(behind, model, whole)
+
+
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
     "itself, frozen": itself(frozen()),
@@ -73,6 +83,8 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "itself, trust region": itself(trust_region(0.3)),
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
+    "cached": lambda lm: Made(cached(local(lm), lm)),
+    "remote, cached": lambda lm: Made(cached(RemoteTeacher(local(lm)), lm)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
