@@ -66,18 +66,17 @@ class Index:
 
     def find(self, keys: Sequence[str]) -> dict[str, Held]:
         """Where entries are, by key; those that are nowhere are left out. Their shards count as used now."""
-        found: dict[str, Held] = {}
-        with self._named():
-            for start in range(0, len(keys), _AT_ONCE):
-                some = list(keys[start : start + _AT_ONCE])
-                query = f"select key, shard, digest from entries where key in ({', '.join('?' * len(some))})"
-                found |= {key: Held(shard, digest) for key, shard, digest in self._database.execute(query, some)}
+        found = self._held(keys)
         if found:
             with self._changing() as database:
                 now = _next(database)
                 shards = [(now, name) for name in sorted({own.shard for own in found.values()})]
                 database.executemany("update shards set used = ? where name = ?", shards)
         return found
+
+    def has(self, keys: Sequence[str]) -> set[str]:
+        """Those of some keys that are stored; their shards do not count as used."""
+        return set(self._held(keys))
 
     def add(self, shard: str, model: str, size: int, entries: Mapping[str, str]) -> None:
         """Adds a shard, once its file is there.
@@ -159,6 +158,15 @@ class Index:
                 models.append(fingerprint)
                 total -= size
         return shards, models
+
+    def _held(self, keys: Sequence[str]) -> dict[str, Held]:
+        found: dict[str, Held] = {}
+        with self._named():
+            for start in range(0, len(keys), _AT_ONCE):
+                some = list(keys[start : start + _AT_ONCE])
+                query = f"select key, shard, digest from entries where key in ({', '.join('?' * len(some))})"
+                found |= {key: Held(shard, digest) for key, shard, digest in self._database.execute(query, some)}
+        return found
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:

@@ -99,6 +99,10 @@ class Store:
             found |= loaded
         return found
 
+    def has(self, keys: Sequence[str]) -> set[str]:
+        """Those of some keys that the index knows; nothing is read of them."""
+        return self._index.has(list(dict.fromkeys(keys)))
+
     def put(self, model: str, entries: Mapping[str, Entry]) -> None:
         """Stores entries, and makes room for them where the limit is passed. A full disk is counted, not raised.
 

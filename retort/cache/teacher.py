@@ -124,7 +124,14 @@ class CachedTeacher:
     may show siblings.
     """
 
-    def __init__(self, behind: CacheableTeacher, model: CachedModel, whole: Teacher | None = None) -> None:
+    def __init__(
+        self,
+        behind: CacheableTeacher,
+        model: CachedModel,
+        whole: Teacher | None = None,
+        *,
+        states_only: bool = False,
+    ) -> None:
         """Builds the teacher.
 
         Args:
@@ -132,8 +139,10 @@ class CachedTeacher:
             model: Its model, and the store.
             whole: The same teacher with cached hidden states, which is asked for whole distributions; None for a
                 teacher that has none.
+            states_only: Whether all signals are made of cached hidden states, and none are stored.
         """
         self.behind, self.model, self.whole = behind, model, whole
+        self.states_only = states_only
 
     @property
     def name(self) -> str:
@@ -147,7 +156,7 @@ class CachedTeacher:
 
     def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:
         """See `Teacher`."""
-        if request.whole and self.whole is not None:
+        if self.whole is not None and self._by_states(request):
             return self.whole.score(groups, request)
         read, rollouts = self.behind.read(groups, request.view), [own for group in groups for own in group]
         keys = self._keys(rollouts, read, request)
@@ -163,6 +172,22 @@ class CachedTeacher:
             stored |= self._computed(groups, request, keys, lacking)
         entries = [None if key is None else stored[key] for key in keys]
         return signal_of(entries, [own.actions_A for own in rollouts], self.name, read.counts)
+
+    def missing(self, groups: Sequence[Group], request: ScoreRequest) -> list[Rollout]:
+        """The rollouts of whose scores some are not stored; no model is asked anything."""
+        read, rollouts = self.behind.read(groups, request.view), [own for group in groups for own in group]
+        if self.whole is not None and self._by_states(request):
+            keys = [
+                [states_key(self.model.fingerprint, own) for own in sequences or () if own.steps]
+                for sequences in read.sequences
+            ]
+        else:
+            keys = [[] if key is None else [key] for key in self._keys(rollouts, read, request)]
+        stored = self.model.store.has([key for own in keys for key in own])
+        return [rollout for rollout, own in zip(rollouts, keys, strict=True) if not stored.issuperset(own)]
+
+    def _by_states(self, request: ScoreRequest) -> bool:
+        return request.whole or self.states_only
 
     def _keys(self, rollouts: Sequence[Rollout], read: Read, request: ScoreRequest) -> list[str | None]:
         """The key of each rollout; None where there is no context."""

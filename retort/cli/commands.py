@@ -148,14 +148,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="file; default: report.html in the run's folder, or here for several runs")
     report.set_defaults(run=_report)
 
-    trust = commands.add_parser("trust", help="measure where a teacher can be trusted", description=descriptions.TRUST)
-    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
-    trust.add_argument("--view", default="teacher", help="view of the method; default: %(default)s")
-    trust.add_argument("--problems", type=int, default=64, help="maximum number of prompts; default: %(default)s")
-    trust.add_argument("--places", type=int, default=4, help="positions per completion; default: %(default)s")
-    trust.add_argument("--candidates", type=int, default=2, help="tokens forced per position; default: %(default)s")
-    trust.add_argument("--seed", type=int, help="default: the seed of the run")
-    trust.set_defaults(run=_trust)
+    _add_trust(
+        commands.add_parser("trust", help="measure where a teacher can be trusted", description=descriptions.TRUST)
+    )
 
     methods = commands.add_parser("methods", help="list the methods and their settings")
     methods.add_argument("--json", action="store_true", help="print JSON")
@@ -283,6 +278,17 @@ def _score(arguments: argparse.Namespace) -> int:
         found = score(settings, observer)
     print(json.dumps(found, indent=2) if arguments.json else line(found))
     return 0
+
+
+def _add_trust(trust: argparse.ArgumentParser) -> None:
+    """Adds what `retort trust` is called with."""
+    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    trust.add_argument("--view", default="teacher", help="view of the method; default: %(default)s")
+    trust.add_argument("--problems", type=int, default=64, help="maximum number of prompts; default: %(default)s")
+    trust.add_argument("--places", type=int, default=4, help="positions per completion; default: %(default)s")
+    trust.add_argument("--candidates", type=int, default=2, help="tokens forced per position; default: %(default)s")
+    trust.add_argument("--seed", type=int, help="default: the seed of the run")
+    trust.set_defaults(run=_trust)
 
 
 def _add_eval(judge: argparse.ArgumentParser) -> None:

@@ -9,7 +9,6 @@ from retort.config import Config
 from retort.core.rollouts import Prompt, in_groups
 from retort.errors import UserError, counted, visible
 from retort.method import Method
-from retort.teachers.base import ScoreRequest
 from retort.train.events.observe import Observer, Silent
 from retort.train.setup.memory import size_text
 from retort.train.setup.prepare import Prepared, prepare
@@ -84,15 +83,6 @@ def _score(prepared: Prepared, method: Method, prompts: list[Prompt], observer: 
         observer.phase("scoring the data's completions", start, len(prompts))
         some = prompts[start : start + size]
         groups = in_groups([source.response_rollout(prompt, 0, source.limit) for prompt in some])
-        # A curve is measured every few steps, and a step without it asks for less.
-        steps = {0, 1, *(watch.every for watch in method.watch)}
-        # Where hidden states are stored, they meet all needs at once.
-        asked = {
-            tuple(
-                (view, None if ScoreRequest(method.views[view], own).whole else own) for view, own in needs.items()
-            ): needs
-            for needs in (prepared.teachers.wanted(method, step) for step in sorted(steps))
-        }
-        for needs in asked.values():
+        for needs in prepared.teachers.all_wanted(method):
             prepared.teachers.score(method, groups, needs, partial(prepared.learner.top_ids, method, groups))
     observer.phase("scoring the data's completions", len(prompts), len(prompts))

@@ -15,6 +15,7 @@ from retort.train.events.observe import Observer, Silent
 from retort.train.given.given import CallerObjects
 from retort.train.run import Run
 from retort.train.setup.prepare import prepare
+from retort.train.setup.stored import need_scores
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import refuse_held, refuse_taken
 
@@ -44,6 +45,7 @@ def start(
     join()
     here().first(lambda: refuse_taken(folder))  # it tries the lock, which only one process can have
     prepared = prepare(config, method, caller_objects)
+    need_scores(prepared)
     config = prepared.config  # The resolved settings name no idle teacher.
     # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
     chosen = {

@@ -1,6 +1,6 @@
 """What `torchrun` starts in the test of the cache: the same run without it, with an empty one, and with a full one.
 
-    torchrun --nproc-per-node 2 tests/ranks/caching.py FOLDER
+torchrun --nproc-per-node 2 tests/ranks/caching.py FOLDER
 """
 
 from __future__ import annotations

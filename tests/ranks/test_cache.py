@@ -21,7 +21,9 @@ from test_ranks import command, environment  # noqa: E402
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per", "teacher_cache"))} for row in rows]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("time/", "tokens_per", "teacher_cache"))} for row in rows
+    ]
 
 
 def rates(folder: Path) -> list[float]:

@@ -31,7 +31,7 @@ class Cached:
     """
 
     store: Store
-    teachers: Mapping[str, Teacher]
+    teachers: Mapping[str, CachedTeacher]
     tally: Tally = field(default_factory=Tally)
 
     def metrics(self, world: World) -> dict[str, float]:
@@ -69,7 +69,7 @@ def cached(config: Config, models: Mapping[str, Teacher], student: LanguageModel
             "ranks.teacher=replicated, or leave out cache.dir"
         )
     store, tally = Store(Path(config.cache.dir), config.cache.limit_bytes), Tally()
-    found: dict[str, Teacher] = {}
+    found: dict[str, CachedTeacher] = {}
     for name, teacher in models.items():
         # Of several ranks, each keeps a slice of weights that are the student's, too, and all gather them together.
         if isinstance(teacher, LocalTeacher) and (ranks == 1 or teacher.lm.model is not student.model):
@@ -77,12 +77,10 @@ def cached(config: Config, models: Mapping[str, Teacher], student: LanguageModel
     return Cached(store, found, tally)
 
 
-def _of(teacher: LocalTeacher, model: CachedModel) -> Teacher:
+def _of(teacher: LocalTeacher, model: CachedModel) -> CachedTeacher:
     """A teacher with a cache: of hidden states where no smaller signal will do, else of signals."""
-    whole = teacher.with_states(model.states)
-    if isinstance(teacher, SpanTeacher):
-        return whole
-    return CachedTeacher(whole if isinstance(teacher.lm, StoredModel) else teacher, model, whole)
+    whole, of_units = teacher.with_states(model.states), isinstance(teacher, SpanTeacher)
+    return CachedTeacher(whole if isinstance(teacher.lm, StoredModel) else teacher, model, whole, states_only=of_units)
 
 
 @contextlib.contextmanager

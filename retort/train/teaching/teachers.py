@@ -14,7 +14,7 @@ from retort.loss.terms import check_needs, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import here
-from retort.teachers.base import Teacher, view_signals
+from retort.teachers.base import ScoreRequest, Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train.teaching.cached import Cached
@@ -70,8 +70,20 @@ class Teachers:
         """
         views = {name: view for name, view in method.views.items() if name in needs}
         own = {} if self.cached is None else self.cached.teachers
-        asked = {name: own.get(method.views[name].model, teacher) for name, teacher in self.behind(method).items()}
+        asked = {name: own.get(method.views[name].model, other) for name, other in self.behind(method).items()}
         return view_signals(asked, views, groups, needs.__getitem__, method.temperature, student_ids)
+
+    def all_wanted(self, method: Method) -> list[dict[str, frozenset[Need]]]:
+        """All that `wanted` gives at some step, without what a cache would store alike."""
+        steps = sorted({0, 1, *(watch.every for watch in method.watch)})
+        # Where hidden states are stored, they meet all needs at once.
+        found = {
+            tuple(
+                (view, None if ScoreRequest(method.views[view], own).whole else own) for view, own in needs.items()
+            ): needs
+            for needs in (self.wanted(method, step) for step in steps)
+        }
+        return list(found.values())
 
     def metrics(self) -> dict[str, float]:
         """Numbers for the metrics of a step; all ranks ask for them together.

@@ -178,8 +178,13 @@ def test_what_is_not_stored_is_refused(base: dict[str, Any], tmp_path: Path) -> 
     with pytest.raises(UserError, match="no such folder.* cache.only=true runs from them alone") as caught:
         prepare(configuration.resolve(settings))
     assert "\n" not in str(caught.value)
+    shorter = {"rollout": {"max_new_tokens": 1}}  # it cuts the completions
+    with pytest.raises(UserError, match="is not loaded .* the cache does not hold: .*; store it with `retort score`"):
+        run(settings, tmp_path / "need", shorter, ONLY)
+    assert not (tmp_path / "need").exists(), "it is refused before it begins"
+    on_policy = {**settings, "method": {"name": "opd"}}
     with pytest.raises(UserError, match="is not loaded .*its scores of .* are not in the cache; `retort score"):
-        run(settings, tmp_path / "need", {"method": {"name": "opd"}}, ONLY)
+        run(on_policy, tmp_path / "need", ONLY)
     with pytest.raises(UserError, match="completions of method 'cold_start_sft' are a teacher's"):
         prepare(configuration.resolve(settings, ONLY, {"cold_start": {"steps": 1}}))
     checked = examine(configuration.resolve(settings, ONLY, {"checks": "warn"}))
