@@ -135,12 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    _add_score(
-        commands.add_parser(
-            "score", help="store a teacher's scores of given completions", description=descriptions.SCORE
-        )
-    )
-
+    score = commands.add_parser("score", help="store a teacher's scores for other runs", description=descriptions.SCORE)
+    _add_score(score)
     _add_eval(commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=descriptions.EVAL))
 
     report = commands.add_parser("report", help="write the report of a run, or of several runs side by side")
@@ -148,9 +144,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", help="file; default: report.html in the run's folder, or here for several runs")
     report.set_defaults(run=_report)
 
-    _add_trust(
-        commands.add_parser("trust", help="measure where a teacher can be trusted", description=descriptions.TRUST)
-    )
+    trust = commands.add_parser("trust", help="measure where a teacher can be trusted", description=descriptions.TRUST)
+    _add_trust(trust)
 
     methods = commands.add_parser("methods", help="list the methods and their settings")
     methods.add_argument("--json", action="store_true", help="print JSON")
@@ -181,10 +176,9 @@ def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[
     files = [word for word in arguments.words if word.endswith(".toml")]
     pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
     flags: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if arguments.method is not None:
-        flags["method"] = {"name": arguments.method}
-    if getattr(arguments, "cache", None) is not None:
-        flags["cache"] = {"dir": arguments.cache}
+    cache = getattr(arguments, "cache", None)
+    flags |= {} if arguments.method is None else {"method": {"name": arguments.method}}
+    flags |= {} if cache is None else {"cache": {"dir": cache}}
     return files, flags, pairs
 
 
