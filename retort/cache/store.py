@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -84,6 +85,9 @@ class Store:
         found: dict[str, dict[str, Tensor]] = {}
         for shard, entries in shards.items():
             path = self._path(shard)
+            if not _own_name(shard):
+                self._index.drop(shard)
+                continue
             loaded = load_entries(path, {key: own.digest for key, own in entries.items()})
             if loaded is None:
                 # It is gone where another process made room; else its header is damaged.
@@ -155,7 +159,8 @@ class Store:
         Raises:
             UserError: Several have it.
         """
-        found = [path for one in self._index.named(names_of(name)) if (path := self.folder / MODELS / one).is_dir()]
+        own = [one for one in self._index.named(names_of(name)) if _own_name(one)]
+        found = [path for one in own if (path := self.folder / MODELS / one).is_dir()]
         if len(found) > 1:
             raise UserError(
                 f"the cache {self.folder} holds the scores of {len(found)} different models that were all called "
@@ -168,9 +173,15 @@ class Store:
 
     def _make_room(self) -> None:
         shards, models = self._index.over(self.limit)
-        for path in [*map(self._path, shards), *(self.folder / MODELS / one for one in models)]:
+        paths = [self._path(one) for one in shards if _own_name(one)]
+        for path in [*paths, *(self.folder / MODELS / one for one in models if _own_name(one))]:
             with contextlib.suppress(OSError):
                 remove(path)
+
+
+def _own_name(name: str) -> bool:
+    """Whether a name in an index is one that a cache gives: another would be a path out of the cache's folder."""
+    return re.fullmatch(r"[0-9a-f]{32}", name) is not None
 
 
 def names_of(name: str) -> list[str]:

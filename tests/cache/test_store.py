@@ -221,6 +221,29 @@ def test_what_a_living_process_has_not_finished_stays(tmp_path: Path) -> None:
         assert (left.exists(), held.exists()) == (False, True)
 
 
+def test_an_index_from_elsewhere_reaches_nothing_outside_of_the_cache(tmp_path: Path) -> None:
+    """Caches are handed on, and an index is text of somebody's."""
+    outside = [tmp_path / "outside", tmp_path / "outside.safetensors"]
+    outside[0].mkdir()
+    outside[1].write_text("kept")
+    store = Store(tmp_path / "cache", 10)
+    store.put("m", entries("a"))
+    with sqlite3.connect(tmp_path / "cache" / FILE) as database:
+        database.execute("insert into shards values ('../../outside', 'm', 99, 0)")
+        database.execute("insert into entries values ('b', '../../outside', 'x')")
+        database.execute("insert into models values ('../../outside', 99)")
+        database.execute("insert into names values ('large', '../../outside')")
+    database.close()
+    assert store.model("large") is None
+    assert store.get(["b"]) == {}
+    with sqlite3.connect(tmp_path / "cache" / FILE) as database:
+        database.execute("insert into shards values ('../../outside', 'm', 99, 0)")
+    database.close()
+    store.put("m", entries("bb"))
+    assert store.size == 0
+    assert all(path.exists() for path in outside)
+
+
 def test_a_row_without_its_shard_is_repaired(tmp_path: Path) -> None:
     store = Store(tmp_path, LARGE)
     store.put("m", entries("a", "bb"))
