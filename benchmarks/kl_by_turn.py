@@ -26,10 +26,14 @@ from retort.train.models.models import engine, load
 from retort.train.setup.prompts import eval_prompts
 
 
-@torch.no_grad()
 def reverse_kl_A(rollout: Rollout, student: LanguageModel, teacher: LanguageModel) -> torch.Tensor:
     """KL(student || teacher) at every token that the student decided, nats, [A]."""
-    ids_L, decided_L = rollout.sequence.tokens_L[None], rollout.sequence.action_mask_L
+    return torch.cat([_of_sequence(sequence, student, teacher) for sequence in rollout.sequences])
+
+
+@torch.no_grad()
+def _of_sequence(sequence: TokenSequence, student: LanguageModel, teacher: LanguageModel) -> torch.Tensor:
+    ids_L, decided_L = sequence.tokens_L[None], sequence.action_mask_L
     logp_LV, other_LV = (lm.model(input_ids=ids_L).logits[0].float().log_softmax(-1) for lm in (student, teacher))
     kl_L = (logp_LV.exp() * (logp_LV - other_LV)).sum(-1)
     return kl_L[:-1][decided_L[1:]]

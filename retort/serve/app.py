@@ -41,39 +41,15 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
         raise UserError(f"retort serve needs the package '{error.name}': pip install 'retort-distill[serve]'") from None
 
     app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    turns = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # one request at a time, and never in the event loop
-    waiting = 0
-
-    def refusal(status: int, text: str, **headers: str) -> Response:
-        body = json.dumps({"detail": visible(shortened(text, 500))})
-        return Response(body, status, headers, media_type="application/json")
+    compute = _Turns(most_waiting)
 
     @app.middleware("http")
     async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
         given = request.headers.get("Authorization", "")
         allowed = not key or hmac.compare_digest(given.encode("utf-8", "replace"), f"Bearer {key}".encode())
         if not allowed and request.url.path != HEALTH:
-            return refusal(401, "a key is needed")
+            return _refusal(401, "a key is needed")
         return await go_on(request)
-
-    async def compute(work: Callable[[], bytes], kind: str) -> Response:
-        nonlocal waiting
-        if waiting >= most_waiting:
-            return refusal(429, f"{waiting} requests are waiting", **{"Retry-After": _LATER})
-        waiting += 1
-        try:
-            found = await asyncio.get_running_loop().run_in_executor(turns, work)
-        except OtherWeightsError as error:
-            return refusal(_CONFLICT, str(error))
-        except TooLargeError as error:
-            return refusal(413, str(error))
-        except UserError as error:
-            return refusal(400, str(error))
-        except RetortError as error:
-            return refusal(500, str(error))
-        finally:
-            waiting -= 1
-        return Response(found, media_type=kind)
 
     async def body_of(request: Request) -> bytes | None:
         found, limit = bytearray(), scorer.most_tokens * _TOKEN_BYTES + 2**20
@@ -86,10 +62,10 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
     def route(path: str, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> None:
         async def answer(request: Request) -> Response:
             if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
-                return refusal(415, f"the body is {TENSORS}: a safetensors file")
+                return _refusal(415, f"the body is {TENSORS}: a safetensors file")
             body = await body_of(request)
             if body is None:
-                return refusal(413, f"a request has at most {scorer.most_tokens} tokens")
+                return _refusal(413, f"a request has at most {scorer.most_tokens} tokens")
             return await compute(lambda: _answered(body, work), TENSORS)
 
         answer.__annotations__ = {"request": Request, "return": Response}  # those here are names of this function
@@ -103,7 +79,7 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
         app.get(path)(answer)
 
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "version": retort.__version__, "waiting": waiting}
+        return {"status": "ok", "version": retort.__version__, "waiting": compute.waiting}
 
     health.__annotations__ = {}
     app.get(HEALTH)(health)
@@ -114,6 +90,47 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
     route(SCORE, scorer.score)
     route(GENERATE, scorer.generate)
     return app
+
+
+class _Turns:
+    """Computes one request at a time, in a thread of its own, while the event loop goes on.
+
+    Attributes:
+        waiting: Number of requests that are computed or wait for it.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.waiting, self._most = 0, most
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+
+    async def __call__(self, work: Callable[[], bytes], kind: str) -> Any:
+        """The answer that some work gives, of a type; or the refusal of what it raises."""
+        from fastapi import Response
+
+        if self.waiting >= self._most:
+            return _refusal(429, f"{self.waiting} requests are waiting", **{"Retry-After": _LATER})
+        self.waiting += 1
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except OtherWeightsError as error:
+            return _refusal(_CONFLICT, str(error))
+        except TooLargeError as error:
+            return _refusal(413, str(error))
+        except UserError as error:
+            return _refusal(400, str(error))
+        except RetortError as error:
+            return _refusal(500, str(error))
+        finally:
+            self.waiting -= 1
+        return Response(found, media_type=kind)
+
+
+def _refusal(status: int, text: str, **headers: str) -> Any:
+    """An answer that says on one line why there is no other."""
+    from fastapi import Response
+
+    body = json.dumps({"detail": visible(shortened(text, 500))})
+    return Response(body, status, headers, media_type="application/json")
 
 
 def _answered(body: bytes, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> bytes:

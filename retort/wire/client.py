@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -88,7 +89,7 @@ class Client:
             ) from None
         self.url = _checked(url).rstrip("/")
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
-        self._key_variable = key_variable
+        self._key_variable, self._given_up = key_variable, threading.Event()
         key = os.environ.get(key_variable, "").strip()
         if not key.isascii() or not key.isprintable():
             raise UserError(f"the key in {key_variable} is none: it holds what a header cannot; set it anew")
@@ -159,13 +160,19 @@ class Client:
         """
         if min(len(items), self.concurrency) < 2:
             return [work(item) for item in items]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            try:
-                return [future.result() for future in futures]
-            finally:
-                for future in futures:
-                    future.cancel()
+        try:
+            with ThreadPoolExecutor(self.concurrency) as pool:
+                futures = [pool.submit(work, item) for item in items]
+                try:
+                    return [future.result() for future in futures]
+                except BaseException:  # an interruption, too: the others are tried no more
+                    self._given_up.set()
+                    raise
+                finally:
+                    for future in futures:
+                        future.cancel()
+        finally:
+            self._given_up.clear()  # all threads have ended
 
     def close(self) -> None:
         """Closes all connections."""
@@ -198,10 +205,10 @@ class Client:
 
         def spent(state: Any) -> bool:
             failed_at.append(time.monotonic())
-            return failed_at[-1] - failed_at[0] + wait(state) > patience
+            return self._given_up.is_set() or failed_at[-1] - failed_at[0] + wait(state) > patience
 
         passing = tenacity.retry_if_exception_type(_PassingError)
-        attempts = tenacity.Retrying(retry=passing, wait=wait, stop=spent, reraise=True)
+        attempts = tenacity.Retrying(retry=passing, wait=wait, stop=spent, sleep=self._rest, reraise=True)
         try:
             return attempts(lambda: read(self._once(method, path, content, headers, most_bytes)))
         except _PassingError as error:
@@ -209,6 +216,10 @@ class Client:
             raise UnreachableError(
                 f"{self.url}: {error} ({tried}); look at the server, and start it again as it was if it is gone"
             ) from None
+
+    def _rest(self, seconds: float) -> None:
+        """Waits between two attempts, unless `each` gives up meanwhile."""
+        self._given_up.wait(seconds)
 
     def _once(
         self, method: str, path: str, content: bytes | None, headers: Mapping[str, str], most_bytes: int

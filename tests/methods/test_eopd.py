@@ -8,6 +8,7 @@ from torch import Tensor
 
 from retort.core.signals import TopK, entropy, entropy_lower_bound
 from retort.divergences import forward_kl, kl_values
+from retort.errors import UserError
 from retort.estimators import pathwise
 from retort.functional import token_losses
 from retort.method import Method, Term
@@ -166,3 +167,25 @@ def test_uncertain_teachers_destabilise_the_sampled_term_and_eopd_repairs_it() -
     repaired = _flips(uncertain, load("eopd"))
     assert high > 10 * low
     assert repaired < 0.5 * high
+
+
+def test_a_bound_opens_the_gate_more_rarely_and_never_wrongly() -> None:
+    steps, k, tau = 64, 3, 1.0
+    logits = 2 * torch.randn(steps, 12, generator=torch.Generator().manual_seed(3))
+    logp, ids = logits.log_softmax(-1).topk(k)
+    tokens = ids[:, 0]
+    bound = TopK(tokens, "teacher", ids, logp, logp[:, 0], entropy_lower_bound(logp), entropy_exact=False)
+    settings = {"entropy_threshold": tau, "top_k": k}
+    used = (
+        token_losses(
+            load("eopd", entropy_bound="use", **settings), student_logits=logits, teacher_logits=bound, tokens=tokens
+        )
+        .terms["forward"]
+        .weight
+    )
+    exact = token_losses(load("eopd", **settings), student_logits=logits, teacher_logits=logits, tokens=tokens)
+    assert torch.equal(used, (entropy_lower_bound(logp) > tau).to(used.dtype))
+    assert bool((used <= exact.terms["forward"].weight).all())
+    assert 0 < float(used.sum()) < float(exact.terms["forward"].weight.sum())
+    with pytest.raises(UserError, match="'eopd' needs entropy from 'teacher'.*entropy_bound"):
+        token_losses(load("eopd", **settings), student_logits=logits, teacher_logits=bound, tokens=tokens)

@@ -12,6 +12,7 @@ from completions import Server, serving
 from retort import config as configuration
 from retort.errors import UserError
 from retort.train import runner
+from retort.train.output.summary import summary
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_bound_of_the_entropy_is_refused_or_flagged(tiny_run: dict[str, Any], 
     )
     assert all(row["teacher_entropy_bound"] > 0 for row in found.metrics)
     assert not any("teacher_entropy" in row for row in found.metrics)
-    assert "a lower bound of its entropy" in found.setup["asked of teacher"]
+    assert "a lower bound of its entropy" in summary(found.prepared)["asked of teacher"]
 
 
 def test_what_only_a_model_in_this_process_can_do_is_refused(

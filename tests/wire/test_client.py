@@ -117,6 +117,21 @@ def test_several_at_once_come_back_in_order(server: Server) -> None:
     assert found == [f"/{number}" for number in range(9)]
 
 
+def test_when_one_fails_for_good_the_others_are_not_tried_any_longer(server: Server) -> None:
+    server.fails(*["503"] * 1000)
+    client = Client(server.url, concurrency=2, patience=10_000)
+
+    def work(number: int) -> object:
+        if number:
+            return client.get_json("/x")
+        time.sleep(0.3)  # the other one is waiting for its next attempt by now
+        raise UserError("no more")
+
+    with pytest.raises(UserError, match="no more"):
+        client.each(work, [0, 1])
+    assert 0 < len(server.asked) < 20
+
+
 @pytest.mark.parametrize(
     "url",
     ["http://name:word@host", "http://", "http://host:99999", "http://host?key=1", "http://ho st", "http://host#a"],

@@ -13,6 +13,7 @@ from retort.errors import UserError, did_you_mean
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.teachers.itself import OwnWeights
+from retort.train.models.models import Frozen
 from retort.train.setup.prompts import refuse_misspelt
 
 
@@ -109,7 +110,7 @@ def model_paths(config: Config, method: Method, student: str, teacher: str | Non
     return found | others
 
 
-def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, LanguageModel]) -> None:
+def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, Frozen]) -> None:
     """Raises `UserError` if models of other names hold the same weights, and nothing would be learnt."""
     teacher, base = frozen["teacher"], frozen.get("base")
     if (base is None or config.base in (None, config.student)) and not config.models:
@@ -136,7 +137,7 @@ def refuse_same_name(method: Method, student: str, teacher: str) -> None:
         raise _nothing_to_learn(method, "are the same model")
 
 
-def refuse_same_weights(method: Method, student: LanguageModel, teacher: LanguageModel) -> None:
+def refuse_same_weights(method: Method, student: LanguageModel, teacher: Frozen) -> None:
     """Raises `UserError` if student and teacher hold the same weights and see the same prompt."""
     if not teacher.here:
         if _only_same_prompt(method) and student.digest() == teacher.digest():
