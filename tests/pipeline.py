@@ -34,7 +34,7 @@ from retort.teachers.local import LocalTeacher
 from retort.train.learning.control import Control
 from retort.train.learning.passes import Batch
 from retort.train.learning.update import Update, learn
-from retort.train.models import loading
+from retort.train.models import loading, models
 from retort.train.setup.pair import teacher_use
 from retort.train.setup.prepare import Prepared, prepare
 from retort.train.storage.metrics import Stopwatch
@@ -268,5 +268,6 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
         return replace(_models[key], model=copy.deepcopy(_models[key].model), sharding=Sharding())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loading, "load", once)
+        for module in (loading, models):
+            patch.setattr(module, "load", once)
         yield

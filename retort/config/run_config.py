@@ -15,6 +15,7 @@ from retort.config.precedence import flat, leave_open, merge
 from retort.config.rollouts import RolloutSection
 from retort.config.sections import (
     SHORTHANDS,
+    CacheSection,
     CheckpointSection,
     ColdStartSection,
     EvalSection,
@@ -26,10 +27,10 @@ from retort.config.sections import (
     RecordSection,
     Section,
     ServerSection,
-    TeachersSection,
     shorthands,
 )
 from retort.config.synonyms import ours_for
+from retort.config.teachers import TeachersSection
 from retort.config.toml import overrides, read_toml, value
 from retort.envs.registry import of_data
 from retort.errors import UserError, did_you_mean, quoted, shortened
@@ -169,6 +170,7 @@ class Config(Section):
     ranks: RanksSection = RanksSection()
     server: ServerSection = ServerSection()
     teachers: TeachersSection = TeachersSection()
+    cache: CacheSection = CacheSection()
 
     @property
     def builtin(self) -> bool:

@@ -142,58 +142,6 @@ def refuse_name(name: Any) -> None:
         raise UserError(f"models: {quoted(name)} cannot be a model's name; use letters, digits, - and _")
 
 
-class TeachersSection(Section):
-    """Several teachers in the place of one, see docs/several-teachers.md."""
-
-    models: list[str] = Field(
-        default_factory=list,
-        description="names of the models in [models] that teach together, in the place of `teacher`; none: one teacher",
-    )
-    combine: Literal["route", "mixture", "product", "best"] = Field(
-        default="route",
-        description="route: each prompt has its teacher, see by; mixture: of each token's distributions the weighted "
-        "mean; product: their weighted geometric mean, renormalised; best: for each prompt the teacher whose log-probs "
-        "of the completions go best with their rewards",
-    )
-    by: str = Field(
-        default="domain",
-        description="of route, what names a prompt's teacher: domain, the column of that name in the data (another "
-        "one by columns.domain=NAME), or a function of a prompt as module:name",
-    )
-    weights: list[float] | None = Field(
-        default=None,
-        description="of mixture and product, a weight for each of models, at least 0, divided by their sum; default: "
-        "all alike",
-    )
-
-    @model_validator(mode="after")
-    def _fits(self) -> TeachersSection:
-        """Refuses settings that do nothing, or that say nothing."""
-        changed = {name for name in ("combine", "by", "weights") if getattr(self, name) != _default(type(self), name)}
-        problem = None
-        if not self.models and changed:
-            problem = f"{sorted(changed)[0]} does nothing without teachers.models; name two models of [models] there"
-        elif self.models and (len(self.models) < 2 or len(set(self.models)) < len(self.models)):
-            problem = "models must be two different names or more; a single teacher is `teacher`"
-        elif self.by != "domain" and self.combine != "route":
-            problem = f"by is for combine = route, not {self.combine}; leave it out"
-        elif self.by != "domain" and not re.fullmatch(r"[^:]+:[^:]+", self.by):
-            problem = "by must be domain, or a function of a prompt as module:name; map a column by columns.domain=NAME"
-        elif self.weights is not None and self.combine not in ("mixture", "product"):
-            problem = f"weights are for combine = mixture or product, not {self.combine}; leave them out"
-        elif self.weights is not None and (len(self.weights) != len(self.models) or min(self.weights) < 0):
-            problem = f"weights must be {len(self.models)} numbers of at least 0, one for each of models"
-        elif self.weights is not None and not sum(self.weights):
-            problem = "weights must not all be 0"
-        if problem is not None:
-            raise PydanticCustomError("teachers", "{problem}", {"problem": problem})
-        return self
-
-
-def _default(section: type[Section], name: str) -> Any:
-    return section.model_fields[name].get_default(call_default_factory=True)
-
-
 class OptimizerSection(Section):
     """How the student learns. AdamW on fp32 master weights."""
 
@@ -365,6 +313,32 @@ class ServerSection(Section):
         le=100,
         description="nats by which the log-probs of such a check may differ from those at the start, on average",
     )
+
+
+class CacheSection(Section):
+    """A cache of teachers' scores on disk, which runs share, see docs/cache.md."""
+
+    dir: PathOrName | None = Field(
+        default=None, description="folder of the cache, which is made where there is none; null: no cache"
+    )
+    limit: float = Field(
+        default=100.0, gt=0, description="gigabytes that the cache may take; what was used longest ago makes room"
+    )
+    only: bool = Field(
+        default=False,
+        description="load no teacher: all scores come from the cache, and one that is not there ends the run",
+    )
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that the cache may take."""
+        return int(self.limit * 1e9)
+
+    @model_validator(mode="after")
+    def _only_with_a_folder(self) -> CacheSection:
+        if self.only and self.dir is None:
+            raise PydanticCustomError("cache", "only=true takes scores from a cache, and none is named; give cache.dir")
+        return self
 
 
 class CheckpointSection(Section):

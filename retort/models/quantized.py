@@ -44,7 +44,7 @@ def arguments(bits: Bits, dtype: torch.dtype, device: torch.device) -> dict[str,
 
         how: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     else:
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig  # pyright: ignore[reportMissingImports]
         from transformers import TorchAoConfig
 
         how = TorchAoConfig(Int8WeightOnlyConfig())

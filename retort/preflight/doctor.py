@@ -12,6 +12,7 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.described import describe
+from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
 from retort.preflight.rounding import rounding_checks
@@ -54,9 +55,12 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         before: Checks that were made already.
     """
     checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
-    if not quick and not any(check.verdict == "fatal" for check in checks):
-        trial = run_trial(prepared)
-        checks += [*trial_checks(replace(prepared, notes=[]), trial), *rounding_checks(prepared, trial)]
+    absent = any(isinstance(lm, StoredModel) for lm in prepared.lms.values())
+    if not quick and not absent and not any(check.verdict == "fatal" for check in checks):
+        # Without a cache: what a doctor's completions score is of no use to a run.
+        own = replace(prepared, notes=[], teachers=prepared.teachers.with_models({}))
+        trial = run_trial(own)
+        checks += [*trial_checks(own, trial), *rounding_checks(own, trial)]
     return Examination(tuple(checks), quick)
 
 

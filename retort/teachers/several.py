@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -61,6 +63,12 @@ class SeveralTeachers:
         if all("dense" in own for own in each):
             return frozenset({"dense", "disagreement"})
         return shared(each, self.listed)
+
+    def of(self, teachers: Mapping[str, Teacher]) -> Self:
+        """Others under the same names, put together in the same way."""
+        made = copy(self)
+        made.teachers = {name: teachers[name] for name in self.teachers}
+        return made
 
     def score(self, groups: Sequence[Group], request: ScoreRequest) -> TeacherSignal:
         """See `Teacher`. Where their disagreement is asked for, every teacher scores every rollout."""

@@ -5,6 +5,7 @@ Tiny models on the CPU; what each says is compared with plain passes of its mode
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
+from retort.cache.store import Store
+from retort.cache.teacher import CachedModel, CachedTeacher, Tally
 from retort.core.needs import (
     DENSE,
     DISAGREEMENT,
@@ -75,6 +78,10 @@ def local(lm: Any) -> LocalTeacher:
     return LocalTeacher(lm, alignment=SameIds(VOCAB), batch_tokens=16)
 
 
+def served(lm: Any) -> ServedTeacher:
+    return ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)
+
+
 def of_units(lm: Any) -> SpanTeacher:
     """As for another tokenizer, with the same one: every token is a unit, and plain passes say its number."""
     pair = replace(align_spans(lm, lm, "teacher"), width=VOCAB)
@@ -105,8 +112,11 @@ def endpoint(offers: str) -> Callable[[Any], Made]:
     return make
 
 
-def served(lm: Any) -> ServedTeacher:
-    return ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)
+def cached(behind: Any, lm: Any) -> CachedTeacher:
+    """With an empty cache, which the first call fills."""
+    model = CachedModel.of(Store(Path(tempfile.mkdtemp()), 10**9), lm, Tally())
+    whole = behind.with_states(model.states) if isinstance(behind, LocalTeacher) else None
+    return CachedTeacher(behind, model, whole)
 
 
 some_ids = endpoint("max=20,at=16")
@@ -133,6 +143,11 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "mixture, endpoint": lambda lm: Made(MixtureTeacher({"a": some_ids(lm).teacher, "b": local(lm)})),
     "routed, endpoint": lambda lm: Made(RoutedTeacher({"a": some_ids(lm).teacher, "b": local(lm)}, by_length)),
     "best, endpoint": lambda lm: Made(BestTeacher({"a": local(lm), "b": some_ids(lm).teacher})),
+    "cached": lambda lm: Made(cached(local(lm), lm)),
+    "remote, cached": lambda lm: Made(cached(RemoteTeacher(local(lm)), lm)),
+    "served, cached": lambda lm: Made(cached(served(lm), lm.served)),
+    "mixture, cached": lambda lm: Made(MixtureTeacher({"a": cached(local(lm), lm), "b": local(lm)})),
+    "routed, cached": lambda lm: Made(RoutedTeacher({"a": cached(local(lm), lm), "b": local(lm)}, by_length)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"

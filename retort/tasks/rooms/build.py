@@ -195,7 +195,7 @@ def _commands(
     return drawn
 
 
-def told(recipe: Recipe) -> str:
+def described(recipe: Recipe) -> str:
     """What a stage learnt from, in a sentence of the model card."""
     how = "without mistakes"
     if recipe.mistakes:
@@ -209,7 +209,7 @@ def told(recipe: Recipe) -> str:
 
 def card(name: str, start: str, stages: Sequence[Recipe], share: float, parameters: int) -> str:
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
-    made = "\n".join(f"{number}. {told(stage)}" for number, stage in enumerate(stages, 1))
+    made = "\n".join(f"{number}. {described(stage)}" for number, stage in enumerate(stages, 1))
     return f"""---
 license: apache-2.0
 library_name: transformers

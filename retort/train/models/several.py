@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
-from retort.config.sections import TeachersSection
+from retort.config.teachers import TeachersSection
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, did_you_mean, quoted
 from retort.rewards.base import Grader

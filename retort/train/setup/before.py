@@ -84,7 +84,7 @@ def check_before_loading(
     if config.ranks.head == "vocabulary":
         refuse_slices(config, needs_whole_head(method))
     for role, (name, source) in models.items():
-        if (bits := bits_of(config, role)) is not None:
+        if (bits := bits_of(config, role)) is not None and not config.cache.only:
             refuse_bits(f"{role} {name}", bits, role, source)
     first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)

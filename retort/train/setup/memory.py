@@ -145,7 +145,8 @@ def _part(whole: int, ranks: int) -> int:
 
 
 def _bytes(lm: LanguageModel) -> int:
-    return sum(part.numel() * part.element_size() for p in lm.model.parameters() for part in plain(p))
+    parts = (part for p in lm.model.parameters() if not p.is_meta for part in plain(p))
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _layer_bytes(lm: LanguageModel) -> int:
