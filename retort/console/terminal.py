@@ -238,9 +238,16 @@ def _cell(cell: Mapping[str, Any] | None, form: str) -> str:
 
 
 def quiet_libraries() -> None:
-    """Keeps the progress bars and advice of libraries out of ours."""
+    """Keeps the progress bars and advice of libraries out of ours.
+
+    Among it is what torchao says when it is imported, which transformers does wherever it is installed: which of its
+    kernels this machine does not run (models in fewer bits do without them), and what it asks of torch.
+    """
+    import logging as standard
     import warnings
 
+    for name in ("torchao", "torch.utils._pytree"):
+        standard.getLogger(name).setLevel(standard.ERROR)
     from transformers.utils import logging
 
     logging.set_verbosity_error()

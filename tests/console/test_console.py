@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from rich.console import Console
 
 from retort import config as configuration
 from retort.cli import main
-from retort.console.terminal import RichObserver
+from retort.console.terminal import RichObserver, quiet_libraries
 from retort.errors import RunError
 from retort.report.groups import leaves
 from retort.train import runner
@@ -145,3 +146,11 @@ def test_cite_takes_several(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cite", "opd", "eopd"]) == 0
     assert capsys.readouterr().out.count("@") == 2
     assert main(["cite", "opd", "eodp"]) == 2
+
+
+def test_what_torchao_says_when_it_is_imported_is_no_news_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    quiet_libraries()
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).warning("Failed to load a kernel of another machine")
+        logging.getLogger(name).error("this is broken")
+    assert [record.getMessage() for record in caplog.records] == ["this is broken"] * 2
