@@ -9,7 +9,8 @@ from typing import Any
 from retort.core.needs import DENSE, NeedKind
 from retort.core.rollouts import Group
 from retort.core.signals import Candidates, Sampled, TeacherSignal
-from retort.teachers.base import ScoreRequest, Teacher
+from retort.teachers.base import Read, ScoreRequest
+from retort.teachers.view import View
 
 
 class RemoteTeacher:
@@ -17,10 +18,13 @@ class RemoteTeacher:
 
     capabilities: frozenset[NeedKind] = frozenset({"sampled", "logp_at", "temperature"})
 
-    def __init__(self, behind: Teacher) -> None:
+    def __init__(self, behind: Any) -> None:
         self.behind = behind
         self.name = f"{behind.name}, far away"
         self.asked: list[ScoreRequest] = []
+
+    def read(self, groups: Sequence[Group], view: View) -> Read:
+        return self.behind.read(groups, view)
 
     def score(self, groups: Sequence[Group], ask: ScoreRequest) -> TeacherSignal:
         """Plain numbers on the CPU, whatever `behind` computes on; of no step without context."""

@@ -7,6 +7,7 @@ knows nothing of ids itself. W is the width of the teacher's logits that are rea
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -43,6 +44,11 @@ class Alignment(Protocol):
     @property
     def stops(self) -> StopMap:
         """The teacher's reading of the student's stop, in the student's ids."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """A text that is the same for alignments that do the same."""
         ...
 
     def read(self, sequence: TokenSequence) -> TokenSequence:
@@ -114,6 +120,11 @@ class SameIds:
         """See `Alignment`."""
         return self.vocab
 
+    @property
+    def digest(self) -> str:
+        """See `Alignment`."""
+        return f"same ids {self.vocab} {_stops_text(self.stops)}"
+
     def read(self, sequence: TokenSequence) -> TokenSequence:
         """See `Alignment`."""
         return sequence.mapped(self.stops.swap)
@@ -165,6 +176,12 @@ class IdMap:
     def vocab(self) -> int:
         """See `Alignment`."""
         return len(self.theirs_V)
+
+    @property
+    def digest(self) -> str:
+        """See `Alignment`."""
+        ids = hashlib.blake2b(self.theirs_V.numpy().tobytes(), digest_size=16).hexdigest()
+        return f"ids {ids} of {self.width} {_stops_text(self.stops)}"
 
     def read(self, sequence: TokenSequence) -> TokenSequence:
         """See `Alignment`."""
@@ -293,6 +310,10 @@ def _renumbered(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBa
         if encoded(teacher, probe) != (None if ids is None else [found[i] for i in ids]):
             return None
     return found
+
+
+def _stops_text(stops: StopMap) -> str:
+    return f"stops {sorted(stops.swap.items())} {list(stops.merged)} {stops.into}"
 
 
 def _stopped(logits_CV: Tensor, stops: StopMap, temperature: float) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import textwrap
+from typing import Any
 
 import retort.methods
 from retort import registry
@@ -26,6 +28,38 @@ def page() -> str:
     made = [registry.load(name) for name in registry.names()]
     examples = _markdown((inspect.getdoc(retort.methods) or "").partition("\n\n")[2])
     return "\n\n".join([_HEAD.rstrip(), examples, table(links=True), *(_entry(method) for method in made)]) + "\n"
+
+
+def listed(*, as_json: bool) -> str:
+    """Name, summary, paper, settings and needs of every method, as text or as JSON."""
+    rows: list[dict[str, Any]] = []
+    for name in registry.names():
+        made = registry.load(name)
+        rows.append(
+            {
+                "name": name,
+                "summary": made.summary,
+                "status": made.status,
+                "settings": made.settings,
+                "needs": {view: [str(need) for need in sorted(made.needs(view))] for view in made.views},
+                "paper": made.paper.title if made.paper else None,
+                "arxiv": made.paper.arxiv if made.paper else None,
+            }
+        )
+    if as_json:
+        return json.dumps(rows, indent=2)
+    lines: list[str] = []
+    for row in rows:
+        where = f"arXiv {row['arxiv']}" if row["arxiv"] else "no arXiv id"
+        asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
+        only = ", ".join(next(iter(row["needs"].values())))
+        lines += [
+            f"{row['name']}  ({row['status']}; {where})\n    {row['summary']}",
+            f"    paper:    {row['paper']}",
+            f"    settings: {', '.join(f'{key}={value}' for key, value in row['settings'].items())}",
+            f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n",
+        ]
+    return "\n".join(lines)
 
 
 def table(*, links: bool = False) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import retort
+from retort.cli import descriptions
 from retort.cli.serving import add_serve
 from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
 from retort.files import named, reason
@@ -85,7 +86,7 @@ def _instead(option: str, words: list[str]) -> str:
     from retort.config.synonyms import ours_for
 
     known = _options(_parser(), words)
-    takes_words = bool({"train", "doctor"} & set(words))
+    takes_words = bool({"train", "doctor", "score"} & set(words))
     ours = ours_for(option, list(keys())) if takes_words and f"--{option.lstrip('-')}" not in known else None
     return did_you_mean(option, known) if ours is None else f"{ours}; settings are words: key=value"
 
@@ -105,46 +106,47 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="retort", description=_RETORT)
+    parser = _Parser(prog="retort", description=descriptions.RETORT)
     parser.add_argument("--version", action="version", version=f"retort {retort.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
-    train = commands.add_parser("train", help="train a student; by default on the built-in task", description=_TRAIN)
-    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=_WORDS)
+    train = commands.add_parser(
+        "train", help="train a student; by default on the built-in task", description=descriptions.TRAIN
+    )
+    train.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
     train.add_argument("--method", help="name of a method; `retort methods` lists them")
     train.add_argument("--student", help="model folder or hub name")
     train.add_argument("--teacher", help="model folder, hub name, or address of a server")
     train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
     train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
+    train.add_argument("--cache", metavar="DIR", help="cache of the teacher's scores (docs/cache.md)")
     train.add_argument("--out", help="folder of the run; default: a new one in runs/")
     train.add_argument("--steps", type=int, help="number of steps; a step is one batch of rollouts")
     train.add_argument("--seed", type=int, help="seed of all random numbers")
     train.add_argument("--resume", metavar="DIR", help="continue a run: its folder (newest checkpoint) or a checkpoint")
     train.set_defaults(run=_train)
 
-    doctor = commands.add_parser("doctor", help="check models and data before training", description=_DOCTOR)
-    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=_WORDS)
+    doctor = commands.add_parser(
+        "doctor", help="check models and data before training", description=descriptions.DOCTOR
+    )
+    doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
     for name in ("method", "student", "teacher", "base", "data"):
         doctor.add_argument(f"--{name}", help="as for `retort train`")
     doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` also makes")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    _add_eval(commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=_EVAL))
+    score = commands.add_parser("score", help="store a teacher's scores for other runs", description=descriptions.SCORE)
+    _add_score(score)
+    _add_eval(commands.add_parser("eval", help="evaluate a model: avg@k and pass@k", description=descriptions.EVAL))
 
     report = commands.add_parser("report", help="write the report of a run, or of several runs side by side")
     report.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of runs")
     report.add_argument("--out", help="file; default: report.html in the run's folder, or here for several runs")
     report.set_defaults(run=_report)
 
-    trust = commands.add_parser("trust", help="measure where a teacher can be trusted", description=_TRUST)
-    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
-    trust.add_argument("--view", default="teacher", help="view of the method; default: %(default)s")
-    trust.add_argument("--problems", type=int, default=64, help="maximum number of prompts; default: %(default)s")
-    trust.add_argument("--places", type=int, default=4, help="positions per completion; default: %(default)s")
-    trust.add_argument("--candidates", type=int, default=2, help="tokens forced per position; default: %(default)s")
-    trust.add_argument("--seed", type=int, help="default: the seed of the run")
-    trust.set_defaults(run=_trust)
+    trust = commands.add_parser("trust", help="measure where a teacher can be trusted", description=descriptions.TRUST)
+    _add_trust(trust)
 
     methods = commands.add_parser("methods", help="list the methods and their settings")
     methods.add_argument("--json", action="store_true", help="print JSON")
@@ -170,26 +172,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_RETORT = (
-    "On-policy distillation of language models: the student generates completions, the teacher scores every token of "
-    "them, and the student learns from the difference."
-)
-_WORDS = "settings: a TOML file, or words such as optimizer.learning_rate=1e-5; later ones win"
-_TRAIN = (
-    "Trains a student. Without arguments it runs the built-in task, in minutes on a laptop. With --student, --teacher "
-    "and --data it takes any causal language models of transformers. `retort settings` lists all settings."
-)
-_EVAL = "Generates completions of the data's prompts, grades them, and prints avg@k and pass@k with their intervals."
-_TRUST = (
-    "Forces tokens drawn from the teacher into completions of the student, lets the student continue, and measures how "
-    "well teacher entropy, student entropy and position predict that the completion ends right. Writes trust.json into "
-    "the run's folder, and the report again."
-)
-_DOCTOR = (
-    "Checks student, teacher and data as `retort train` would load them (without arguments: the built-in task), lets "
-    "the student generate a few completions, and says what it found, why it matters and what to do. The exit code is 2 "
-    "if a check is fatal."
-)
+def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The TOML files, the options of these names, and the words that a command was given."""
+    from retort import config
+
+    files = [word for word in arguments.words if word.endswith(".toml")]
+    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
+    flags: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    cache = getattr(arguments, "cache", None)
+    flags |= {} if arguments.method is None else {"method": {"name": arguments.method}}
+    flags |= {} if cache is None else {"cache": {"dir": cache}}
+    return files, flags, pairs
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -199,7 +192,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
-    files, pairs, flags = _given(arguments, "student", "teacher", "base", "data", "out", "steps", "seed")
+    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data", "out", "steps", "seed")
     quiet_libraries()
     leads = ranks.join().leads
     observer = RichObserver(lasting_console() if leads else Console(quiet=True))
@@ -228,17 +221,6 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
-    """TOML files, settings as words, and settings by options."""
-    from retort import config
-
-    files = [word for word in arguments.words if word.endswith(".toml")]
-    pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
-    given = {name: getattr(arguments, name) for name in names}
-    flags: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    return files, pairs, flags | ({} if arguments.method is None else {"method": {"name": arguments.method}})
-
-
 def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
     if others := [*(set(flags) - {"steps"}), *files, *pairs]:
         raise UserError(
@@ -253,13 +235,53 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from retort.console.terminal import RichObserver, examination_table, quiet_libraries
     from retort.preflight.doctor import examine
 
-    files, pairs, flags = _given(arguments, "student", "teacher", "base", "data")
+    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data")
     quiet_libraries()
     settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
     RichObserver(Console(stderr=True)).working("loading the models and checking them")
     found = examine(settings, quick=arguments.quick)
     print(json.dumps(found.plain(), indent=2)) if arguments.json else Console().print(examination_table(found.plain()))
     return 2 if found.verdict == "fatal" else 0
+
+
+def _add_score(score: argparse.ArgumentParser) -> None:
+    """Adds what `retort score` is called with."""
+    score.add_argument("data", metavar="DATA", help="file, folder, glob or hub name (docs/data.md)")
+    score.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
+    for name in ("method", "student", "teacher", "base"):
+        score.add_argument(f"--{name}", help="as for `retort train`")
+    score.add_argument("--cache", metavar="DIR", help="folder of the cache (cache.dir)")
+    score.add_argument("--json", action="store_true", help="print JSON")
+    score.set_defaults(run=_score)
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from retort import api, config
+    from retort.cli.score import line, score
+    from retort.console.terminal import RichObserver, quiet_libraries
+
+    files, flags, pairs = _given(arguments, "student", "teacher", "base", "data")
+    quiet_libraries()
+    settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
+    observer = RichObserver(Console(stderr=True))
+    observer.working("reading the data and loading the models")
+    with contextlib.closing(observer):
+        found = score(settings, observer)
+    print(json.dumps(found, indent=2) if arguments.json else line(found))
+    return 0
+
+
+def _add_trust(trust: argparse.ArgumentParser) -> None:
+    """Adds what `retort trust` is called with."""
+    trust.add_argument("run_folder", metavar="RUN", help="folder of a run, or one of its checkpoints")
+    trust.add_argument("--view", default="teacher", help="view of the method; default: %(default)s")
+    trust.add_argument("--problems", type=int, default=64, help="maximum number of prompts; default: %(default)s")
+    trust.add_argument("--places", type=int, default=4, help="positions per completion; default: %(default)s")
+    trust.add_argument("--candidates", type=int, default=2, help="tokens forced per position; default: %(default)s")
+    trust.add_argument("--seed", type=int, help="default: the seed of the run")
+    trust.set_defaults(run=_trust)
 
 
 def _add_eval(judge: argparse.ArgumentParser) -> None:
@@ -333,39 +355,14 @@ def _trust(arguments: argparse.Namespace) -> int:
 
 
 def _methods(arguments: argparse.Namespace) -> int:
-    from retort import registry
-    from retort.cli.catalogue import page
+    from retort.cli.catalogue import listed, page
 
     if arguments.markdown:
         if arguments.json:
             raise UserError("--markdown writes the whole page; give it alone, or leave it out")
         print(page(), end="")
         return 0
-    rows: list[dict[str, Any]] = []
-    for name in registry.names():
-        made = registry.load(name)
-        rows.append(
-            {
-                "name": name,
-                "summary": made.summary,
-                "status": made.status,
-                "settings": made.settings,
-                "needs": {view: [str(need) for need in sorted(made.needs(view))] for view in made.views},
-                "paper": made.paper.title if made.paper else None,
-                "arxiv": made.paper.arxiv if made.paper else None,
-            }
-        )
-    if arguments.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    for row in rows:
-        where = f"arXiv {row['arxiv']}" if row["arxiv"] else "no arXiv id"
-        print(f"{row['name']}  ({row['status']}; {where})\n    {row['summary']}")
-        print(f"    paper:    {row['paper']}")
-        print(f"    settings: {', '.join(f'{key}={value}' for key, value in row['settings'].items())}")
-        asked = [f"of {view}: {', '.join(of_it)}" for view, of_it in row["needs"].items()]
-        only = ", ".join(next(iter(row["needs"].values())))
-        print(f"    needs:    {only if len(asked) == 1 else '; '.join(asked)}\n")
+    print(listed(as_json=arguments.json))
     return 0
 
 

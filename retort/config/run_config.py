@@ -15,6 +15,7 @@ from retort.config.precedence import flat, leave_open, merge
 from retort.config.rollouts import RolloutSection
 from retort.config.sections import (
     SHORTHANDS,
+    CacheSection,
     CheckpointSection,
     ColdStartSection,
     EvalSection,
@@ -166,6 +167,7 @@ class Config(Section):
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
     server: ServerSection = ServerSection()
+    cache: CacheSection = CacheSection()
 
     @property
     def builtin(self) -> bool:

@@ -295,6 +295,32 @@ class ServerSection(Section):
     )
 
 
+class CacheSection(Section):
+    """A cache of teachers' scores on disk, which runs share, see docs/cache.md."""
+
+    dir: PathOrName | None = Field(
+        default=None, description="folder of the cache, which is made where there is none; null: no cache"
+    )
+    limit: float = Field(
+        default=100.0, gt=0, description="gigabytes that the cache may take; what was used longest ago makes room"
+    )
+    only: bool = Field(
+        default=False,
+        description="load no teacher: all scores come from the cache, and one that is not there ends the run",
+    )
+
+    @property
+    def limit_bytes(self) -> int:
+        """Bytes that the cache may take."""
+        return int(self.limit * 1e9)
+
+    @model_validator(mode="after")
+    def _only_with_a_folder(self) -> CacheSection:
+        if self.only and self.dir is None:
+            raise PydanticCustomError("cache", "only=true takes scores from a cache, and none is named; give cache.dir")
+        return self
+
+
 class CheckpointSection(Section):
     """When the run is saved."""
 

@@ -16,6 +16,7 @@ from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.adapter import Adapter
+from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
 from retort.models.sharding import Sharding
@@ -132,6 +133,11 @@ class LanguageModel:
     def whole_digest(self) -> str:
         """A fingerprint of every byte of the weights; about a second per gigabyte."""
         return whole_digest(self)
+
+    @property
+    def arithmetic(self) -> str:
+        """How its hidden states are computed besides weights and configuration: in which precision and attention."""
+        return f"{self.precision} {self.model.config._attn_implementation}"
 
     def head(self) -> Head:
         """The output head, with the scale or soft-cap that the family applies to its logits."""
@@ -388,13 +394,3 @@ class _Bare(LanguageModel):
     def compute(self) -> Iterator[None]:
         with self.without_adapter(), super().compute():
             yield
-
-
-def token_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices of sequences, shortest first, cut into batches of at most `budget` tokens, padding included (or one)."""
-    batches: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (lengths[i], i)):
-        if not batches or (len(batches[-1]) + 1) * lengths[index] > budget:
-            batches.append([])
-        batches[-1].append(index)
-    return batches

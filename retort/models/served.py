@@ -126,6 +126,13 @@ class ServedModel(LanguageModel):
     def whole_digest(self) -> str:
         return self.about.weights
 
+    @property
+    def arithmetic(self) -> str:
+        # The weights are what the server says that they are: its numbers never stand for those of a model that was read
+        # here, nor those that were rounded on their way for others.
+        travels = "bf16" if self.server.narrow else "own"
+        return f"served {self.about.precision} {self.about.attention}, sent in {travels}"
+
     def head(self) -> Head:
         return self._head
 

@@ -20,6 +20,7 @@ from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, Sampled
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
+from retort.models.stored import StoredModel
 from retort.preflight.findings import Check
 from retort.preflight.spans import check_span_stops, check_span_templates, check_units
 from retort.ranks import local_size
@@ -350,7 +351,7 @@ def _read(prepared: Prepared) -> Callable[[Any], Any]:
 def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
     """Some of the data as rollouts: the responses if there are any, else the prompts themselves."""
     local = _local(prepared)
-    if local is None:
+    if local is None or isinstance(local.lm, StoredModel):
         return None
     rollouts: list[Rollout] = []
     answered = all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
@@ -363,8 +364,7 @@ def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
             rollouts.append(Rollout(prompt, (TokenSequence.of(prompt_ids).then(ids, decided=True),)))
-    what = "answers" if answered else "prompts"
-    return (Pack.of(rollouts), f"{what} of the data") if rollouts else None
+    return (Pack.of(rollouts), f"{'answers' if answered else 'prompts'} of the data") if rollouts else None
 
 
 def _response_ids(prompt_ids: list[int], response: str, lm: LanguageModel) -> list[int]:

@@ -12,6 +12,7 @@ from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
 from retort.models.files import read_tokenizer
+from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
 from retort.preflight.trial import trial_checks
@@ -53,8 +54,10 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         before: Checks that were made already.
     """
     checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
-    if not quick and not any(check.verdict == "fatal" for check in checks):
-        checks += trial_checks(replace(prepared, notes=[]))
+    absent = any(isinstance(lm, StoredModel) for lm in prepared.lms.values())
+    if not quick and not absent and not any(check.verdict == "fatal" for check in checks):
+        # Without a cache: what a doctor's completions score is of no use to a run.
+        checks += trial_checks(replace(prepared, notes=[], teachers=prepared.teachers.with_models({})))
     return Examination(tuple(checks), quick)
 
 

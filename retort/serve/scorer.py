@@ -79,6 +79,7 @@ class Scorer:
             version=retort.__version__,
             name=name,
             precision=lm.precision,
+            attention=str(lm.model.config._attn_implementation),
             vocab=head.width,
             rows=lm.rows,
             width=head.weight_VD.shape[1],

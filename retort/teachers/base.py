@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retort.core.needs import Capability, Need, NeedKind, can_meet
 from retort.core.rollouts import Group, Pack
+from retort.core.sequences import TokenSequence
 from retort.core.signals import Candidates, TeacherSignal
 from retort.errors import SignalError
 from retort.teachers.view import View
@@ -99,6 +100,30 @@ class Remote(Protocol):
             UserError: It is another one.
             UnreachableError: It does not answer.
         """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """What a teacher reads of some rollouts before it scores them.
+
+    Attributes:
+        sequences: By rollout, its sequences as the teacher reads them, in its own ids; None where there is no context.
+        interpretation: What else its numbers depend on besides its model and the request, as a text: how its ids are
+            the student's.
+        counts: See `TeacherSignal.counts`.
+    """
+
+    sequences: Sequence[tuple[TokenSequence, ...] | None]
+    interpretation: str
+    counts: Mapping[str, float]
+
+
+class CacheableTeacher(Teacher, Protocol):
+    """A teacher that can tell what it would read, so that its scores can be stored (`retort.cache`)."""
+
+    def read(self, groups: Sequence[Group], view: View) -> Read:
+        """What it reads of some rollouts; nothing is computed with its model."""
         ...
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,11 +13,15 @@ from retort.core.head import Head
 from retort.core.needs import Need, NeedKind
 from retort.core.per_token import in_blocks
 from retort.core.rollouts import Group, Pack
+from retort.core.sequences import TokenSequence
 from retort.core.signals import Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
 from retort.teachers.reading import Prompts, Reader
+
+#: Sequences -> hidden states at their decided tokens, end to end, [N, D].
+States = Callable[[Sequence[TokenSequence]], Tensor]
 
 
 class LocalTeacher(Reader):
@@ -25,9 +30,31 @@ class LocalTeacher(Reader):
     capabilities: frozenset[NeedKind] = frozenset({"dense", "hidden"})
     lm: LanguageModel
 
+    def __init__(self, lm: LanguageModel, *, states: States | None = None, **settings: Any) -> None:
+        """Builds the teacher.
+
+        Args:
+            lm: The model.
+            states: Gives the model's hidden states; None: they are computed.
+            settings: See `Reader`.
+        """
+        super().__init__(lm, **settings)
+        self.states = states
+
     def in_own_ids(self) -> LocalTeacher:
         """The same teacher for completions in its own ids with its own stop token, such as its own."""
         return self._changed(alignment=self.alignment.itself())
+
+    def with_states(self, states: Callable[[States], States]) -> Self:
+        """The same teacher with another way to its hidden states, which is given the one that computes them."""
+        return self._changed(states=states(self.hidden_states))
+
+    def hidden_states(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """The model's last hidden states at the decided tokens of sequences, end to end, [N, D], without gradient."""
+        return self.lm.all_hidden(sequences, self.batch_tokens) if self.states is None else self.states(sequences)
+
+    def _changed(self, **changed: Any) -> Self:
+        return super()._changed(**{"states": self.states, **changed})
 
     def score(
         self, groups: Sequence[Group], request: ScoreRequest, *, head: Callable[[], Head] | None = None
@@ -89,7 +116,7 @@ class LocalTeacher(Reader):
     def _hidden(self, pack: Pack, prompts: Prompts) -> Tensor:
         """Hidden states at every step, [N, D]; zeros where there is no context."""
         valid_N = prompts.valid_N(pack)
-        hidden_ND = self.lm.all_hidden(self.sequences(pack, prompts), self.batch_tokens)
+        hidden_ND = self.hidden_states(self.sequences(pack, prompts))
         if valid_N is None:
             return hidden_ND
         index_N = valid_N.nonzero().squeeze(-1).to(hidden_ND.device)

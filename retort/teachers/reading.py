@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from retort.align.chat import Renderer, TemplateOptions, render
 from retort.align.pair import Alignment
-from retort.core.rollouts import Pack, Prompt, Rollout
+from retort.core.rollouts import Group, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
+from retort.teachers.base import Read
 from retort.teachers.view import View
 from retort.teachers.view_input import Stage, ViewInput
 
@@ -166,6 +168,19 @@ class Reader:
             self.lm.check_media(rollout.sequences, f"the rollout of prompt '{rollout.prompt.id}'")
         found = zip(pack.sequences, prompts.ids, strict=True)
         return [self._sequence(sequence, ids) for sequence, ids in found if ids is not None]
+
+    def read(self, groups: Sequence[Group], view: View) -> Read:
+        """See `CacheableTeacher`."""
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        prompts = self.prompts(pack, view)
+        read = [
+            None if ids is None else self._sequence(sequence, ids)
+            for sequence, ids in zip(pack.sequences, prompts.ids, strict=True)
+        ]
+        ends = list(accumulate((len(rollout.sequences) for rollout in pack.rollouts), initial=0))
+        parts = [read[start:end] for start, end in pairwise(ends)]
+        sequences = [None if None in own else tuple(one for one in own if one is not None) for own in parts]
+        return Read(sequences, self.alignment.digest, prompts.counts)
 
     def _sequence(self, sequence: TokenSequence, prompt_ids: list[int]) -> TokenSequence:
         """The sequence that the teacher scores: its own rendering of the prompt, then the student's very tokens.

@@ -19,8 +19,9 @@ from retort.core.rollouts import Group, Pack, Rollout
 from retort.core.sequences import TokenSequence
 from retort.core.signals import LONGEST_UNIT, SPAN_KINDS, Dense, Spans, TeacherSignal, TeacherTokens, columns_of
 from retort.errors import SignalError, UserError
-from retort.teachers.base import ScoreRequest
-from retort.teachers.local import LocalTeacher
+from retort.teachers.base import Read, ScoreRequest
+from retort.teachers.local import LocalTeacher, Prompts
+from retort.teachers.view import View
 
 
 class SpanTeacher(LocalTeacher):
@@ -98,19 +99,10 @@ class SpanTeacher(LocalTeacher):
         """
         pack, temperature = Pack.of([rollout for group in groups for rollout in group]), request.temperature
         prompts = self.prompts(pack, request.view)
-        asked = zip(pack.rollouts, prompts.first, strict=True)
-        said = [
-            replies
-            for rollout, ids in asked
-            for replies in ([[]] * len(rollout.sequences) if ids is None else self.replies(rollout))
-        ]
-        turns = [
-            None if ids is None else self.pair.read(sequence, ids, replies)
-            for sequence, ids, replies in zip(pack.sequences, prompts.ids, said, strict=True)
-        ]
+        turns = self._turns(pack, prompts)
         read = [own for own in turns if own is not None and own.sequence.steps]
         with self.lm.scoring():
-            hidden_MD = self.lm.all_hidden([own.sequence for own in read], self.batch_tokens)
+            hidden_MD = self.hidden_states([own.sequence for own in read])
             unchanged = head or self._unchanged_head()
         tokens_M = _joined([own.sequence.actions_A for own in read]).to(hidden_MD.device)
 
@@ -140,6 +132,28 @@ class SpanTeacher(LocalTeacher):
             valid_N=None if valid_N is None else valid_N.to(tokens_M.device),
             counts=prompts.counts | coverage_counts(turns),
         )
+
+    def read(self, groups: Sequence[Group], view: View) -> Read:
+        """See `CacheableTeacher`. Its own tokens of a sequence are decided where they are of the student's bytes."""
+        pack = Pack.of([rollout for group in groups for rollout in group])
+        prompts = self.prompts(pack, view)
+        turns = iter(self._turns(pack, prompts))
+        parts = [[next(turns) for _ in rollout.sequences] for rollout in pack.rollouts]
+        sequences = [None if None in own else tuple(one.sequence for one in own if one is not None) for own in parts]
+        return Read(sequences, "units of bytes", prompts.counts)
+
+    def _turns(self, pack: Pack, prompts: Prompts) -> list[AlignedTurns | None]:
+        """Each sequence as the teacher reads it; None where there is no context."""
+        asked = zip(pack.rollouts, prompts.first, strict=True)
+        said = [
+            replies
+            for rollout, ids in asked
+            for replies in ([[]] * len(rollout.sequences) if ids is None else self.replies(rollout))
+        ]
+        return [
+            None if ids is None else self.pair.read(sequence, ids, replies)
+            for sequence, ids, replies in zip(pack.sequences, prompts.ids, said, strict=True)
+        ]
 
 
 @torch.no_grad()

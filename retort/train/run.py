@@ -257,7 +257,7 @@ class Run:
             **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
             **({"horizon": plan.curriculum.horizon(clock.done)} if plan.curriculum else {}),
         }
-        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.lags()
+        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:

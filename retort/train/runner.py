@@ -15,6 +15,7 @@ from retort.train.events.observe import Observer, Silent
 from retort.train.given.given import CallerObjects
 from retort.train.run import Run
 from retort.train.setup.prepare import prepare
+from retort.train.setup.stored import need_scores
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import refuse_held, refuse_taken
 from retort.wire import is_url
@@ -45,6 +46,7 @@ def start(
     join()
     here().first(lambda: refuse_taken(folder))  # it tries the lock, which only one process can have
     prepared = prepare(config, method, caller_objects)
+    need_scores(prepared)
     config = prepared.config  # The resolved settings name no idle teacher.
     # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
@@ -55,7 +57,8 @@ def start(
     }
     # Paths are saved in full: a run may be resumed from another folder than it was started from.
     evaluated = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
-    kept = {**chosen, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
+    cache = config.cache.model_copy(update={"dir": config.cache.dir and str(Path(config.cache.dir).resolve())})
+    kept = {**chosen, "cache": cache, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
     resolved = config.moved(lambda path: str(_absolute(path))).model_copy(update=kept)
     return Run(
         replace(prepared, config=resolved),

@@ -34,6 +34,7 @@ class About(BaseModel):
         version: Version of Retort.
         name: The model's name, for messages.
         precision: Of its weights and products, and so of its hidden states.
+        attention: Its implementation of attention.
         vocab: Rows of the head.
         rows: Rows of the embedding.
         width: Of a hidden state.
@@ -53,6 +54,7 @@ class About(BaseModel):
     version: str = Field(max_length=100)
     name: str = Field(max_length=1000)
     precision: Literal["fp32", "bf16"]
+    attention: str = Field(max_length=100)
     vocab: int = Field(ge=1, lt=2**31)
     rows: int = Field(ge=1, lt=2**31)
     width: int = Field(ge=1, lt=2**24)

@@ -100,3 +100,16 @@ def test_fewer_ids_are_the_first_ones_or_refused() -> None:
     assert ALIGNMENTS["id map"].for_vocab(6).vocab == 6
     with pytest.raises(UserError, match="share only 5 ids, and a teacher that has other ids .* is about all 6"):
         ALIGNMENTS["id map"].for_vocab(5)
+
+
+def test_the_digest_is_the_same_for_alignments_that_do_the_same() -> None:
+    again = {
+        "same ids": SameIds(6),
+        "same ids, other stops": SameIds(6, StopMap({4: 2, 2: 4}, (3,), 2)),
+        "id map": IdMap(OTHER.clone(), 6),
+        "id map, other stops": IdMap(OTHER.clone(), 6, STOPS),
+        "id map, one id lacking": IdMap(LACKING.clone(), 7),
+    }
+    assert {name: own.digest for name, own in again.items()} == {name: own.digest for name, own in ALIGNMENTS.items()}
+    assert len({own.digest for own in ALIGNMENTS.values()}) == len(ALIGNMENTS)
+    assert SameIds(5).digest != SameIds(6).digest

@@ -5,6 +5,7 @@ Tiny models on the CPU; what each says is compared with plain passes of its mode
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
+from retort.cache.store import Store
+from retort.cache.teacher import CachedModel, CachedTeacher, Tally
 from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, TEMPERATURE, Need, can_meet, logp_at
 from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
@@ -62,6 +65,10 @@ def local(lm: Any) -> LocalTeacher:
     return LocalTeacher(lm, alignment=SameIds(VOCAB), batch_tokens=16)
 
 
+def served(lm: Any) -> ServedTeacher:
+    return ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)
+
+
 def of_units(lm: Any) -> SpanTeacher:
     """As for another tokenizer, with the same one: every token is a unit, and plain passes say its number."""
     pair = replace(align_spans(lm, lm, "teacher"), width=VOCAB)
@@ -84,6 +91,13 @@ def endpoint(offers: str) -> Callable[[Any], Made]:
     return make
 
 
+def cached(behind: Any, lm: Any) -> CachedTeacher:
+    """With an empty cache, which the first call fills."""
+    model = CachedModel.of(Store(Path(tempfile.mkdtemp()), 10**9), lm, Tally())
+    whole = behind.with_states(model.states) if isinstance(behind, LocalTeacher) else None
+    return CachedTeacher(behind, model, whole)
+
+
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
     "itself, frozen": itself(frozen()),
@@ -94,8 +108,11 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
     "endpoint, all ids": endpoint("max=-1"),
     "endpoint, some ids": endpoint("max=20,at=16"),
-    "served": lambda lm: Made(ServedTeacher(lm.served, alignment=SameIds(VOCAB), batch_tokens=16)),
+    "served": lambda lm: Made(served(lm)),
     "served, of units": lambda lm: Made(of_units(lm.served)),
+    "cached": lambda lm: Made(cached(local(lm), lm)),
+    "remote, cached": lambda lm: Made(cached(RemoteTeacher(local(lm)), lm)),
+    "served, cached": lambda lm: Made(cached(served(lm), lm.served)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"

@@ -14,7 +14,7 @@ from retort import config as configuration
 from retort.core.random_streams import uniforms
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
-from retort.models.lm import token_batches
+from retort.models.batches import token_batches
 from retort.models.load import load_model
 from retort.rollout.engines.hf import HFEngine, Request, Sampling, nucleus
 from retort.train import runner

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from retort.align.chat import Renderer
 from retort.config import Config
 from retort.core.rollouts import Prompt
+from retort.errors import UserError
 from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
 from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
+from retort.models.stored import load_stored
 from retort.models.together import choose_batching
 from retort.train.given.given import CallerObjects
 from retort.train.models import precision
@@ -45,6 +48,7 @@ def load_models(
     train: Sequence[Prompt],
     notes: list[str],
     caller_objects: CallerObjects,
+    stored: Mapping[str, Path] | None = None,
 ) -> Loaded:
     """Loads every model that a run names.
 
@@ -55,14 +59,20 @@ def load_models(
         train: Training prompts; some are used for measuring.
         notes: Collects notes for the user.
         caller_objects: The objects behind placeholders among the paths.
+        stored: Folders of what a cache holds of frozen models that are not to be loaded, by model name.
 
     Raises:
         UserError: A model cannot be loaded, or used as the settings ask.
     """
+    stored = stored or {}
     student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    found = load_frozen(config, paths["teacher"], "teacher", caller_objects) if "teacher" in paths else None
+    found = (
+        load_frozen(config, paths["teacher"], "teacher", caller_objects)
+        if "teacher" in paths and "teacher" not in stored
+        else None
+    )
     teacher = found if isinstance(found, LanguageModel) else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
@@ -78,7 +88,9 @@ def load_models(
     notes += found.notes if found is not None and teacher is None else []
     frozen: dict[str, Frozen] = {} if found is None else {"teacher": found}
     for name, path in paths.items():
-        if name not in ("student", "teacher"):
+        if name in stored:
+            frozen[name] = _stored(config, stored[name], path, name, student, notes)
+        elif name not in ("student", "teacher"):
             frozen[name] = (
                 _base(config, student, path, caller_objects)
                 if name == "base"
@@ -86,6 +98,28 @@ def load_models(
             )
             notes += [note for note in frozen[name].notes if note not in notes]
     return Loaded(config, student, frozen, attention, render)
+
+
+def _stored(
+    config: Config, folder: Path, path: str, name: str, student: LanguageModel, notes: list[str]
+) -> LanguageModel:
+    """What a cache holds of a model that is not loaded.
+
+    Raises:
+        UserError: Its scores are of another precision.
+    """
+    device = student.device
+    found = load_stored(folder, path, name, device, trust_remote_code=config.trust_remote_code)
+    if not found.elsewhere and found.precision != student.precision:
+        raise UserError(
+            f"the scores of the {name} {path} in the cache were computed in {found.precision}, and this run is in "
+            f"{student.precision}; set precision={found.precision}"
+        )
+    notes.append(
+        f"the {name} {path} is not loaded: its scores come from the cache (weights {found.fingerprint[:12]}), and "
+        "held-out completions are not compared with it"
+    )
+    return found
 
 
 def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from retort.evaluate.evaluator import Evaluator
 from retort.evaluate.per_byte import PER_BYTE
+from retort.models.stored import StoredModel
 from retort.ranks import here
 from retort.teachers.local import LocalTeacher
 from retort.teachers.spanned import SpanTeacher
@@ -58,7 +59,7 @@ class Evaluations:
     def teacher(self, progress: Progress) -> None:
         """Evaluates the teacher, where there is one and the settings ask for it."""
         lm, teacher = self._prepared.teachers.lms.get("teacher"), self._teacher()
-        if self._prepared.config.eval.teacher and lm is not None:
+        if self._prepared.config.eval.teacher and lm is not None and not isinstance(lm, StoredModel):
             own = teacher.in_own_ids() if isinstance(teacher, LocalTeacher) else teacher
             vocab = own.alignment.vocab if isinstance(own, LocalTeacher) else None
             # No student has the measures in the teacher's ids beside which its own would stand.
@@ -109,4 +110,5 @@ class Evaluations:
     def _teacher(self) -> Any:
         """The teacher that completions are compared with, where some view of the method is of it."""
         needed = any(view.model == "teacher" for view in self._prepared.method.views.values())
-        return self._prepared.teachers.models["teacher"] if needed else None
+        absent = isinstance(self._prepared.teachers.lms.get("teacher"), StoredModel)
+        return self._prepared.teachers.models["teacher"] if needed and not absent else None

@@ -15,14 +15,14 @@ from retort.config.sections import SHORTHANDS
 from retort.core.rollouts import Prompt
 from retort.data import fingerprint
 from retort.errors import UserError
-from retort.models.lm import LanguageModel
+from retort.models.fingerprint import digests_of
 from retort.teachers.reading import Reader
 from retort.train.setup.prepare import Prepared
 
 #: Settings that do not change what is learnt or evaluated; paths, because their content counts.
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
-    *("steps", "tracker", "checks", "checkpoint", "record", "server"),
+    *("steps", "tracker", "checks", "checkpoint", "record", "server", "cache"),
 )
 #: Settings that change rounding at most.
 ROUNDING = (
@@ -35,8 +35,6 @@ ROUNDING = (
 )
 #: Digests that may differ between versions of transformers.
 _BY_VERSION = ("configuration", "tokenizer")
-#: Keys of a model's configuration that say where or with what it was loaded.
-_LOADED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation", "use_cache")
 
 
 def identity(prepared: Prepared) -> dict[str, Any]:
@@ -50,7 +48,7 @@ def identity(prepared: Prepared) -> dict[str, Any]:
 
     digests: dict[str, str] = {}
     for role, lm in prepared.lms.items():
-        digests |= {f"the {role}'s {what}": digest for what, digest in _model(lm).items()}
+        digests |= {f"the {role}'s {what}": digest for what, digest in digests_of(lm).items()}
     readers = {"student": prepared.source.render}
     readers |= {role: model.render for role, model in prepared.teachers.models.items() if isinstance(model, Reader)}
     for role, render in readers.items():
@@ -150,39 +148,8 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
             yield f"{before}{name}", json.dumps(value, default=str)
 
 
-def _model(lm: LanguageModel) -> dict[str, str]:
-    """Digests of everything in a model's folder that a run depends on."""
-    return {
-        "weights": lm.whole_digest(),
-        "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
-        "tokenizer": _hash(_tokenizer(lm.tokenizer)),
-        "chat template": _hash(json.dumps(lm.tokenizer.chat_template)),
-        "stop tokens": _hash(f"{lm.stops.primary} {sorted(lm.stops.ids)}"),
-    }
-
-
-def _configuration(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {str(name): _configuration(value) for name, value in values.items() if name not in _LOADED}
-    return values
-
-
-def _tokenizer(tokenizer: Any) -> str:
-    names = json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return names + json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    rendered = json.loads(backend.to_str())
-    # Calls of the tokenizer set these.
-    return names + json.dumps({**rendered, "padding": None, "truncation": None}, sort_keys=True)
-
-
 def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], list[int]]) -> str:
     found = hashlib.sha256()
     for prompt in prompts:
         found.update(f"{render(prompt)}\n".encode())
     return found.hexdigest()
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -144,7 +144,7 @@ def _part(whole: int, ranks: int) -> int:
 
 
 def _bytes(lm: LanguageModel) -> int:
-    return sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return sum(p.numel() * p.element_size() for p in lm.model.parameters() if not p.is_meta)
 
 
 def _layer_bytes(lm: LanguageModel) -> int:

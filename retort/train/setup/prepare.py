@@ -17,6 +17,7 @@ from retort.errors import UserError
 from retort.method import Method
 from retort.methods._cold_start import with_cold_start
 from retort.models.lm import LanguageModel
+from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.episodes import EpisodeSetup
@@ -37,6 +38,7 @@ from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
+from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
 
 
@@ -131,11 +133,16 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     need_groups(config, len(data.train))
     model_paths = pair.model_paths(config, method, *names[:2])
     device_for(config)
+    stored = stored_models(config, method, model_paths)
     read = {name: path for name, path in model_paths.items() if name != "base" or path != model_paths["student"]}
-    checked = check_before_loading(
-        config, method, sources(config.server, read, caller_objects), data.train, data.held_out, notes
-    )
-    loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects)
+    with hint_at_cache(config, model_paths):
+        places = {name: str(stored.get(name, path)) for name, path in read.items()}
+        located = {
+            name: (read[name], source) for name, (_, source) in sources(config.server, places, caller_objects).items()
+        }
+        refuse_unknown_weights(config, located)
+        checked = check_before_loading(config, method, located, data.train, data.held_out, notes)
+    loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects, stored)
     local = _aligned(method, loaded, stage, notes)
     note_unknown(method, local, stage, notes)
     need_room(method, local, stage, notes)
@@ -217,7 +224,14 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
         config=config,
         method=method,
         source=source,
-        teachers=Teachers(models, own, start, config.server.check_every, config.server.tolerance),
+        teachers=Teachers(
+            models,
+            own,
+            start,
+            config.server.check_every,
+            config.server.tolerance,
+            cached(config, models, student, here().size),
+        ),
         learner=learner,
         held_out=data.held_out,
         eval_grader=data.eval_grader,

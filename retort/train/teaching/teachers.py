@@ -14,9 +14,10 @@ from retort.loss.terms import check_needs, check_temperature, wanted
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import here
-from retort.teachers.base import Remote, Teacher, view_signals
+from retort.teachers.base import Remote, ScoreRequest, Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
+from retort.train.teaching.cached import Cached
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,7 @@ class Teachers:
         start: Digest of the student before training, where a self-teacher is that one.
         every: Steps from one check of the teachers on servers to the next; 0: none.
         tolerance: Nats by which the log-probs of such a check may differ on average.
+        cached: Those of them that are asked through a cache, where the settings name one.
     """
 
     models: Mapping[str, Teacher]
@@ -36,6 +38,7 @@ class Teachers:
     start: str | None = None
     every: int = 0
     tolerance: float = 0.0
+    cached: Cached | None = None
 
     @property
     def remote(self) -> dict[str, Remote]:
@@ -89,11 +92,30 @@ class Teachers:
             student_ids: Gives the student's k most likely ids, for teachers that cannot hand over a whole distribution.
         """
         views = {name: view for name, view in method.views.items() if name in needs}
-        return view_signals(self.behind(method), views, groups, needs.__getitem__, method.temperature, student_ids)
+        own = {} if self.cached is None else self.cached.teachers
+        asked = {name: own.get(method.views[name].model, other) for name, other in self.behind(method).items()}
+        return view_signals(asked, views, groups, needs.__getitem__, method.temperature, student_ids)
 
-    def lags(self) -> dict[str, float]:
-        """The distance of each moving self-teacher from the student, see `OwnWeights.lags`."""
-        return {} if self.own is None else self.own.lags()
+    def all_wanted(self, method: Method) -> list[dict[str, frozenset[Need]]]:
+        """All that `wanted` gives at some step, without what a cache would store alike."""
+        steps = sorted({0, 1, *(watch.every for watch in method.watch)})
+        # Where hidden states are stored, they meet all needs at once.
+        found = {
+            tuple(
+                (view, None if ScoreRequest(method.views[view], own).whole else own) for view, own in needs.items()
+            ): needs
+            for needs in (self.wanted(method, step) for step in steps)
+        }
+        return list(found.values())
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for the metrics of a step; all ranks ask for them together.
+
+        They are the distance of each moving self-teacher from the student (`OwnWeights.lags`), and what was found in
+        the cache (`Cached.metrics`).
+        """
+        lags = {} if self.own is None else self.own.lags()
+        return lags if self.cached is None else {**lags, **self.cached.metrics(here())}
 
     def spread(self, *, sharded: bool) -> list[str]:
         """Spreads the teachers over ranks, once the student is; in a single process it does nothing.
@@ -132,4 +154,4 @@ class Teachers:
 
     def with_models(self, models: Mapping[str, Teacher]) -> Teachers:
         """Returns these teachers with some models replaced."""
-        return replace(self, models={**self.models, **models})
+        return replace(self, models={**self.models, **models}, cached=None)
