@@ -98,6 +98,7 @@ class Prepared:
         Raises:
             UserError: A family that cannot be spread.
         """
+        self.teachers.listen(say)
         self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
 
