@@ -26,6 +26,7 @@ from retort.train.given.arguments import (
     path_argument,
     refuse_twice,
     settings_argument,
+    teachers_argument,
 )
 from retort.train.given.given import CallerObjects, collect
 from retort.train.setup.default_method import default_method
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 def distill(
     *,
     student: Model | None = None,
-    teacher: Model | None = None,
+    teacher: Model | Mapping[str, Model] | None = None,
     base: Model | None = None,
     models: Mapping[str, Model] | None = None,
     data: Data | None = None,
@@ -64,7 +65,9 @@ def distill(
     Args:
         student: Model folder, hub name, or a pair `(model, tokenizer)` of transformers. A model of yours is not
             changed: a copy of it learns, which is `run.student.model`, and in `run.folder / "model"`.
-        teacher: The same; not for methods in which the student teaches itself.
+        teacher: The same; not for methods in which the student teaches itself. Or several by name, such as
+            `{"maths": ..., "code": ...}`, which teach together as the settings
+            `teachers` say (docs/several-teachers.md).
         base: The same, of a second frozen model, for methods that ask one; by default the student as it was before
             training.
         models: The same, of further frozen models by name, for methods of your own whose views name them.
@@ -98,9 +101,11 @@ def distill(
     """
     check_callbacks(callbacks)
     more, (named, own), path = settings_argument(settings), method_argument(method), path_argument("resume", resume)
+    teacher, models, several = teachers_argument(teacher, models)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
     objects |= models_argument(models, objects)
     flags, caller_objects = collect(objects, more, verifier)
+    flags |= several if path is None else {}
     flags |= _present(method=named, out=path_argument("out", out), steps=steps, seed=seed)
     join()
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
@@ -121,7 +126,7 @@ def distill(
 def doctor(
     *,
     student: Model | None = None,
-    teacher: Model | None = None,
+    teacher: Model | Mapping[str, Model] | None = None,
     base: Model | None = None,
     models: Mapping[str, Model] | None = None,
     data: Data | None = None,
@@ -152,10 +157,11 @@ def doctor(
         UserError: A setting that does not exist or has the wrong type. What is wrong with models and data is a finding.
     """
     more, (named, own) = settings_argument(settings), method_argument(method)
+    teacher, models, several = teachers_argument(teacher, models)
     objects = {"student": student, "teacher": teacher, "base": base, "data": data, "eval.data": eval_data}
     objects |= models_argument(models, objects)
     flags, caller_objects = collect(objects, more, verifier)
-    config = _assembled(flags | _present(method=named), more, own, caller_objects)
+    config = _assembled(flags | several | _present(method=named), more, own, caller_objects)
     with ordinary(), quiet_bars():
         return examine(config, own, quick=quick, caller_objects=caller_objects)
 
@@ -197,6 +203,10 @@ def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, setti
         )
 
 
+#: Checks whose findings are among the notes of a run already.
+_NOTED = ("chat template", "prompts")
+
+
 def check(run: runner.Run) -> None:
     """Makes the quick checks of a run that is about to start.
 
@@ -210,7 +220,7 @@ def check(run: runner.Run) -> None:
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.
-    findings = [one for one in found.checks if one.verdict != "ok" and one.name not in ("chat template", "prompts")]
+    findings = [one for one in found.checks if one.verdict != "ok" and one.name.partition(" of ")[0] not in _NOTED]
     run.prepared.notes.extend(one.line for one in findings)
 
 

@@ -14,7 +14,7 @@ from retort.cache.entries import entries_of, signal_of
 from retort.cache.keys import signal_key, states_key
 from retort.cache.shards import Entry
 from retort.cache.store import Store
-from retort.core.needs import NeedKind
+from retort.core.needs import Capability
 from retort.core.rollouts import Group, Rollout
 from retort.core.sequences import TokenSequence
 from retort.core.signals import TeacherSignal
@@ -150,7 +150,7 @@ class CachedTeacher:
         return self.behind.name
 
     @property
-    def capabilities(self) -> frozenset[NeedKind]:
+    def capabilities(self) -> frozenset[Capability]:
         """See `Teacher`."""
         return self.behind.capabilities
 

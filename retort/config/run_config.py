@@ -30,6 +30,7 @@ from retort.config.sections import (
     shorthands,
 )
 from retort.config.synonyms import ours_for
+from retort.config.teachers import TeachersSection
 from retort.config.toml import overrides, read_toml, value
 from retort.envs.registry import of_data
 from retort.errors import UserError, did_you_mean, quoted, shortened
@@ -87,8 +88,9 @@ class Config(Section):
     )
     models: dict[str, ModelSection] = Field(
         default_factory=dict,
-        description="further frozen models for methods of your own whose views name them, e.g. "
-        "models.critic.path=DIR; models.teacher.path is another way to write teacher, and so for student and base",
+        description="further frozen models by name, e.g. models.critic.path=DIR: for methods of your own whose views "
+        "name them, or to teach together (teachers.models); models.teacher.path is another way to write teacher, and "
+        "so for student and base",
     )
     data: PathOrName | None = Field(
         default=None,
@@ -167,6 +169,7 @@ class Config(Section):
     record: RecordSection = RecordSection()
     ranks: RanksSection = RanksSection()
     server: ServerSection = ServerSection()
+    teachers: TeachersSection = TeachersSection()
     cache: CacheSection = CacheSection()
 
     @property
@@ -180,15 +183,21 @@ class Config(Section):
         return self.rollout.env or (None if self.data is None else of_data(self.data))
 
     @property
+    def further_models(self) -> dict[str, str]:
+        """Folder or hub name of every model without a setting of its own."""
+        return {name: str(model.path) for name, model in self.models.items() if name not in SHORTHANDS}
+
+    @property
     def model_paths(self) -> dict[str, str]:
         """Folder or hub name of every named model; student, teacher and base first."""
         own = {name: location for name in SHORTHANDS if (location := getattr(self, name)) is not None}
-        return own | {name: model.path for name, model in self.models.items()}
+        return own | self.further_models
 
     def moved(self, where: Callable[[str], str]) -> Config:
         """Returns the settings with every model's path changed by `where`."""
         own = {name: where(location) for name, location in self.model_paths.items() if name in SHORTHANDS}
-        others = {name: ModelSection(path=where(model.path)) for name, model in self.models.items()}
+        paths = {name: where(location) for name, location in self.further_models.items()}
+        others = {name: model.model_copy(update={"path": paths.get(name)}) for name, model in self.models.items()}
         return self.model_copy(update={**own, "models": others})
 
     def set_by_user(self, key: str) -> bool:
@@ -237,6 +246,9 @@ def resolve(*layers: Mapping[str, Any], own: Method | None = None, with_recipe: 
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = merge(merged, shorthands(layer))
+    for named, model in merged.get("models", {}).items():
+        if named not in SHORTHANDS and model.get("path") is None:
+            raise UserError(f"models.{named}: give its folder or hub name as models.{named}.path")
     chosen = merged.get("method", {})
     if not isinstance(chosen, Mapping):
         raise UserError(f"method: give a name, or a table with name and settings (it is {quoted(chosen)})")

@@ -18,8 +18,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -75,7 +77,19 @@ PathOrName = Annotated[str, BeforeValidator(_path), AfterValidator(_path_or_name
 class ModelSection(Section):
     """A model by its name."""
 
-    path: PathOrName = Field(description="model folder, hub name, or address of a server (docs/teachers.md)")
+    path: PathOrName | None = Field(
+        default=None, description="model folder, hub name, or address of a server (docs/teachers.md)"
+    )
+    bits: Literal[8, 4] | None = Field(
+        default=None,
+        description="round the weights of a frozen model to so many bits when it is loaded (the extra `quantized`); "
+        "null: not at all",
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was said of the model, and nothing else."""
+        return {name: value for name, value in handler(self).items() if value is not None}
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -101,11 +115,17 @@ def shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
         refuse_name(name)
         unknown = sorted(map(str, set(model) - set(ModelSection.model_fields))) if isinstance(model, Mapping) else []
         if unknown:
-            raise UserError(f"unknown key 'models.{name}.{unknown[0]}'; a model has a path: models.{name}.path")
-        if not isinstance(model, Mapping) or "path" not in model:
+            raise UserError(
+                f"unknown key 'models.{name}.{unknown[0]}'; a model has a path and bits: models.{name}.path"
+            )
+        if not isinstance(model, Mapping) or not model:
             raise UserError(f"models.{name}: give its folder or hub name as models.{name}.path, not {quoted(model)}")
         if name not in SHORTHANDS:
             others[name] = model
+            continue
+        besides = {key: value for key, value in model.items() if key != "path"}
+        others |= {name: besides} if besides else {}
+        if model.get("path") is None:
             continue
         own, path = layer.get(name), _path(model["path"])
         if own is not None and _path(own) != path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,17 @@ from torch import Tensor
 from retort.errors import SignalError
 
 NeedKind = Literal[
-    "text", "sampled", "topk", "logp_at", "entropy", "entropy_bound", "temperature", "dense", "hidden", "spans"
+    "text",
+    "sampled",
+    "topk",
+    "logp_at",
+    "entropy",
+    "entropy_bound",
+    "temperature",
+    "dense",
+    "hidden",
+    "spans",
+    "disagreement",
 ]
 
 
@@ -24,7 +35,7 @@ class Need:
             (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `entropy_bound` (a
             lower bound of it, from a top-k), `temperature` (all that it gives also at a temperature other than 1),
             `dense` (every log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens,
-            see `retort.core.signals.Spans`), `text`.
+            see `retort.core.signals.Spans`), `disagreement` (how far several teachers differ, nats), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
         or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
@@ -49,6 +60,7 @@ class Need:
             "dense": "the whole distribution",
             "hidden": "its last hidden states",
             "spans": "its scores of aligned spans of tokens",
+            "disagreement": "how far several teachers differ",
         }
         return names.get(self.kind, self.kind)
 
@@ -59,6 +71,7 @@ DENSE = Need("dense")
 HIDDEN = Need("hidden")
 SPANS = Need("spans")
 TEMPERATURE = Need("temperature")
+DISAGREEMENT = Need("disagreement")
 
 #: What a teacher can give: a kind of need, or one with the largest k that it can be asked for.
 Capability = NeedKind | Need
@@ -92,6 +105,35 @@ def can_meet(capabilities: Iterable[Capability], need: Need) -> bool:
         if enough and not kinds.isdisjoint({kind, *IMPLIED.get(kind, ())}):
             return True
     return False
+
+
+def shared(each: Sequence[Iterable[Capability]], kinds: Iterable[NeedKind]) -> frozenset[Capability]:
+    """What every one of several teachers can be asked for, each kind with the largest k that all of them allow.
+
+    Args:
+        each: The capabilities of each teacher.
+        kinds: The kinds that are looked for.
+
+    Example:
+        >>> from retort.core.needs import Need, shared
+        >>> shared([{"dense"}, {Need("topk", 20)}], ["sampled", "topk"])
+        frozenset({Need(kind='topk', k=20, ids_of='teacher', or_spans=False, or_bound=False)})
+    """
+    found = set[Capability]()
+    for kind in kinds:
+        most = [_most(capabilities, kind) for capabilities in each]
+        if None in most:
+            continue
+        k = min(own for own in most if own is not None)
+        ids_of: Literal["teacher", "student"] = "student" if kind == "logp_at" else "teacher"
+        found.add(kind if k == math.inf else Need(kind, int(k), ids_of))
+    return frozenset(found)
+
+
+def _most(capabilities: Iterable[Capability], kind: NeedKind) -> float | None:
+    """The largest k of a kind, infinite where there is no limit; None where it cannot be asked for."""
+    able = [has.k if isinstance(has, Need) else math.inf for has in capabilities if can_meet([has], Need(kind))]
+    return max(able, default=None)
 
 
 def listed(capabilities: Iterable[Capability]) -> str:

@@ -45,8 +45,8 @@ def gopd(
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of all distributions.
 
-    Departures from the released code: lambda = 1 is the same formula and not a branch of its own; routing between two
-    teachers is not offered here.
+    Departures from the released code: lambda = 1 is the same formula and not a branch of its own. Its two teachers by
+    domain are settings of the run (`teachers`).
 
     Example:
         >>> student, teacher, base = (tensor([[p, 1 - p]] * 2).log() for p in (2 / 3, 0.8, 0.5))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from retort.models.quantized import plain, sample
 from retort.models.sharding import full
 
 
@@ -14,9 +15,7 @@ def sample_digest(lm: Any) -> str:
     """Hex SHA-256 over names, shapes and a sample of each of a `LanguageModel`'s weights."""
     found = hashlib.sha256()
     for name, parameter in (lm.weights() | lm.trainable()).items():
-        flat = full(parameter.detach()).flatten()
-        sample = flat[:: max(1, len(flat) // 64)].float().cpu()
-        found.update(f"{name} {tuple(parameter.shape)} {sample.tolist()}".encode())
+        found.update(f"{name} {tuple(parameter.shape)} {sample(full(parameter.detach()))}".encode())
     return found.hexdigest()
 
 
@@ -27,5 +26,6 @@ def whole_digest(lm: Any) -> str:
     found = hashlib.sha256()
     for name, tensor in (lm.weights() | lm.trainable() | buffers).items():
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in plain(tensor):
+            found.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -20,6 +20,7 @@ import torch
 from retort.errors import RetortError, UserError
 from retort.models import gguf
 from retort.models.in_memory import InMemoryModel
+from retort.models.quantized import plain
 from retort.models.server import Server
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def read_model(
     attention: str | None,
     trust_remote_code: bool,
     weights: Weights = "refuse",
+    quantised: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Reads a model whose weights are those of its files, and returns it with notes for the user.
 
@@ -189,6 +191,7 @@ def read_model(
         attention: Attention implementation of transformers; None for its default.
         trust_remote_code: Run code that comes with the model.
         weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
+        quantised: Further arguments of `from_pretrained`, to round the weights.
 
     Raises:
         UserError: It cannot be read, or its weights do not fit it.
@@ -205,11 +208,13 @@ def read_model(
     # Random weights (missing ones, where the settings allow it) are the same when a run is resumed.
     with errors_about(label), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
+        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)  # what rounds weights is compiled by it
         torch.manual_seed(0)
         where = gguf.arguments(location) if file else {"pretrained_model_name_or_path": location}
         with gguf.fast_reader() if file else contextlib.nullcontext():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **where,
+                **(quantised or {}),
                 dtype=dtype,
                 attn_implementation=attention,
                 trust_remote_code=trust_remote_code,
@@ -283,7 +288,7 @@ def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset(
 def _not_finite(model: Any, besides: set[str]) -> list[str]:
     """Names of tensors that hold NaN or infinity."""
     found, seen = list[str](), set[int]()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in ((name, part) for name, kept in model.state_dict().items() for part in plain(kept)):
         if name in besides or not tensor.is_floating_point() or not tensor.numel() or tensor.data_ptr() in seen:
             continue
         seen.add(tensor.data_ptr())  # tied tensors are checked once

@@ -19,6 +19,7 @@ from retort.models.adapter import Adapter
 from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
+from retort.models.quantized import count
 from retort.models.sharding import Sharding
 from retort.models.working import WorkingCopy
 from retort.ranks import World
@@ -54,14 +55,13 @@ class LanguageModel:
         shared_prefixes: Whether sequences with the same prompt share it in a packed row.
         together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are computed alone.
             None: any may.
-        rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: it never
-            does, as a causal model should.
+        rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: never.
         tried: Lengths in its settings beyond which all of that was tried.
         adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
         sharding: How the weights are spread over ranks, where there are several; shared likewise.
         notes: Notes for the user.
-        rounded: How its weights were rounded in their file, in words; empty where they were not.
+        rounded: How its weights were rounded, in words; empty where they were not.
     """
 
     here: ClassVar[bool] = True  # whether its weights are in this process
@@ -90,7 +90,7 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of its parameters, tied ones counted once, without an adapter's."""
-        return sum(parameter.numel() for parameter in self.weights().values())
+        return sum(count(parameter) for parameter in self.weights().values())
 
     @property
     def trainable_parameters(self) -> int:

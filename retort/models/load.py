@@ -9,8 +9,9 @@ import torch
 
 from retort.align.stops import stop_tokens
 from retort.errors import UserError
-from retort.models import gguf
+from retort.models import gguf, quantized
 from retort.models.described import describe
+from retort.models.endpoint import Endpoint
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
@@ -34,6 +35,7 @@ def load_model(
     stop: Sequence[int | str] | None = None,
     trust_remote_code: bool = False,
     weights: Weights = "refuse",
+    bits: quantized.Bits | None = None,
 ) -> LanguageModel:
     """Loads a model folder or hub name; only safetensors weights are read.
 
@@ -48,6 +50,7 @@ def load_model(
         stop: Stop tokens instead of the model's own.
         trust_remote_code: Run code that comes with the model.
         weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
+        bits: Round the weights of a frozen model to so many bits; None: not at all.
 
     Raises:
         UserError: It is not found, is no causal language model, has foreign weights, or has no usable stop token.
@@ -56,6 +59,8 @@ def load_model(
 
     label = f"{role} {name}"
     dtype = torch.float32 if role == "student" or precision == "fp32" else torch.bfloat16
+    if bits is not None:
+        refuse_bits(label, bits, role, source or name)
     if isinstance(source, Server):
         found = describe(name, source, role, stop=stop)
         return ServedModel.of(source, found.tokenizer, found.config, device)
@@ -68,6 +73,7 @@ def load_model(
         attention=attention,
         trust_remote_code=trust_remote_code,
         weights=weights,
+        quantised=None if bits is None else quantized.arguments(bits, dtype, device),
     )
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
@@ -80,11 +86,28 @@ def load_model(
     model.generation_config = GenerationConfig()
     loaded = LanguageModel(model, tokenizer, stops, name, precision, original, notes=notes)
     if not isinstance(source, InMemoryModel):
-        loaded.rounded = gguf.rounded(source or name)
+        loaded.rounded = gguf.rounded(source or name) if bits is None else quantized.words(bits)
     with errors_about(label):  # settings may make a model that cannot compute
         check_head(loaded, finite=weights == "refuse")
     choose_batching(loaded)
     return loaded
+
+
+def refuse_bits(label: str, bits: quantized.Bits, role: str, source: str | InMemoryModel | Server | Endpoint) -> None:
+    """Raises `UserError` if a model's weights cannot be rounded to so many bits."""
+    if role == "student":
+        raise UserError(f"{label}: bits = {bits} is for frozen models, and the student learns in fp32; leave it out")
+    if isinstance(source, Server | Endpoint):
+        raise UserError(
+            f"{label}: bits = {bits} is for weights that are loaded here, and a server holds these; leave it out"
+        )
+    if isinstance(source, InMemoryModel):
+        raise UserError(
+            f"{label}: bits = {bits} is for models in a folder, and this one is given as it is; give a path"
+        )
+    if gguf.is_gguf(source):
+        raise UserError(f"{label}: bits = {bits} is for whole weights, and a GGUF file has its own; leave it out")
+    quantized.need(bits, label)
 
 
 def check_head(lm: LanguageModel, *, finite: bool = True) -> None:

@@ -11,11 +11,12 @@ from retort.align.tokens import OtherTokenizer
 from retort.config import Config
 from retort.errors import UserError
 from retort.method import Method
-from retort.models.files import read_tokenizer
+from retort.models.described import describe
 from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
-from retort.preflight.trial import trial_checks
+from retort.preflight.rounding import rounding_checks
+from retort.preflight.trial import run_trial, trial_checks
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.before import needs_ids
@@ -53,12 +54,25 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         quick: Leave out the checks that generate.
         before: Checks that were made already.
     """
-    checks = [*before, *([] if before else _alike(prepared)), *quick_checks(prepared)]
+    checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
     absent = any(isinstance(lm, StoredModel) for lm in prepared.lms.values())
     if not quick and not absent and not any(check.verdict == "fatal" for check in checks):
         # Without a cache: what a doctor's completions score is of no use to a run.
-        checks += trial_checks(replace(prepared, notes=[], teachers=prepared.teachers.with_models({})))
+        own = replace(prepared, notes=[], teachers=prepared.teachers.with_models({}))
+        trial = run_trial(own)
+        checks += [*trial_checks(own, trial), *rounding_checks(own, trial)]
     return Examination(tuple(checks), quick)
+
+
+def _quick(prepared: Prepared) -> list[Check]:
+    """The quick checks; what is about a teacher is checked of each of several."""
+    found = quick_checks(prepared)
+    known = {check.name for check in found}
+    for name in prepared.config.teachers.models:
+        alone = prepared.teachers.with_models({"teacher": prepared.teachers.models[name]})
+        own = quick_checks(replace(prepared, teachers=alone))
+        found += [replace(check, name=f"{check.name} of {name}") for check in own if check.name not in known]
+    return found
 
 
 def refuse(examination: Examination) -> None:
@@ -86,7 +100,7 @@ def _tokenizers(config: Config, method: Method | None, caller_objects: CallerObj
         return []
     try:
         found = {
-            name: read_tokenizer(path, source, name, trust_remote_code=config.trust_remote_code)
+            name: describe(path, source, name, trust_remote_code=config.trust_remote_code).tokenizer
             for name, (path, source) in sources(config.server, config.model_paths, caller_objects).items()
         }
         method = method or registry.load(**config.method)

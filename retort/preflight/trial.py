@@ -100,9 +100,9 @@ def run_trial(prepared: Prepared) -> Trial:
     return Trial(pack, named, k, student.precision)
 
 
-def trial_checks(prepared: Prepared) -> list[Check]:
-    """Makes all checks on a trial."""
-    trial = run_trial(prepared)
+def trial_checks(prepared: Prepared, trial: Trial | None = None) -> list[Check]:
+    """Makes all checks on a trial, one that was made already or a new one."""
+    trial = trial or run_trial(prepared)
     checks = [check_noise_floor(trial), check_stopping(trial)]
     local = prepared.teachers.models.get("teacher")
     if isinstance(local, SpanTeacher):

@@ -6,6 +6,7 @@ The formulas behind them are in `extrapolation.py`, which is not exported here.
 """
 
 from retort.quantities.contract import cliff, masses, student_tail, threshold_weight, weight_below_cliff
+from retort.quantities.disagreement import teacher_disagreement
 from retort.quantities.entropy import (
     sampled_reverse_kl,
     student_entropy,
@@ -39,6 +40,7 @@ __all__ = [
     "student_entropy",
     "student_tail",
     "student_variance",
+    "teacher_disagreement",
     "teacher_entropy",
     "teacher_entropy_bound",
     "teacher_margin",

@@ -59,6 +59,7 @@ PLOTS = (
     ),
     Curves("Teacher’s pull among the top-k in common", "nats, 0 is agreement", {"overlap_advantage": "advantage"}),
     Curves("Entropy gap", "nats per token", {"entropy_gap": "entropy gap"}),
+    Curves("How far the teachers differ", "nats per token", {"teacher_disagreement": "Jensen-Shannon divergence"}),
     Curves("Moving teacher’s distance", "of the student’s norm", {"teacher_lag": "distance"}),
     Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
     Curves(
@@ -138,6 +139,7 @@ POSITIONS = (
     ("overlap_mass", "Student’s mass in common, by position in the completion", "probability"),
     ("overlap_advantage", "Teacher’s pull, by position in the completion", "nats, 0 is agreement"),
     ("entropy_gap", "Entropy gap, by position in the completion", "nats per token"),
+    ("teacher_disagreement", "How far the teachers differ, by position in the completion", "nats per token"),
     ("overlap_teacher_mass", "Teacher’s mass in common, by position in the completion", "probability"),
 )
 
@@ -165,6 +167,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     split = next(index for index, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
         *(_loss(groups), _unit_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
+        _spoken(groups),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
         _times(groups),
     ]
@@ -221,6 +224,13 @@ def _unit_loss(groups: Sequence[Group]) -> Curves:
         for kind, words in (("one_to_one", "1:1 units"), ("spans", "longer units"))
     }
     return Curves("Loss by kind of unit", "nats per token of the student", labels)
+
+
+def _spoken(groups: Sequence[Group]) -> Curves:
+    """The plot of how often each of several teachers spoke."""
+    shares = {key: key.removeprefix("teacher_share/") for key in _keys(groups, "teacher_share/")}
+    keys = {**shares, "teacher_share_undecided": "no reward decided"}
+    return Curves("How often each teacher spoke", "share of tokens", keys, "share")
 
 
 def _accuracy(groups: Sequence[Group]) -> Curves:

@@ -15,7 +15,7 @@ from torch import Tensor
 from retort.core.needs import Capability, Need, NeedKind, can_meet
 from retort.core.rollouts import Group, Pack
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Candidates, TeacherSignal
+from retort.core.signals import TeacherSignal
 from retort.errors import SignalError
 from retort.teachers.view import View
 
@@ -163,7 +163,7 @@ def view_signals(
         own_NK = ids_NK[:, : counts[name]] if ids_NK is not None and counts[name] else None
         signal = teachers[name].score(groups, ScoreRequest(view, asked[name], temperature, own_NK))
         signal.check_tokens(tokens_N)
-        if isinstance(signal, Candidates) and own_NK is not None:
+        if own_NK is not None:
             signal.check_ids(own_NK)
         for need in sorted(asked[name]):
             if not can_meet(signal.offers, need):

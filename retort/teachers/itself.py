@@ -241,16 +241,17 @@ def mix(signals: Sequence[TeacherSignal], coefs: Sequence[float]) -> Dense:
         each = iter(logits)
         mixed_CV = as_compute(next(each)) * coefs[0]
         for logits_CV, share in zip(each, coefs[1:], strict=True):
-            mixed_CV = mixed_CV.add_(as_compute(logits_CV), alpha=share)
+            mixed_CV = mixed_CV.add_(as_compute(logits_CV).to(mixed_CV.device), alpha=share)
         return mixed_CV
 
     factors = [part.factors for part in parts if part.factors is not None]
+    widths = [factor.states(slice(0, 0)).shape[-1] for factor in factors]
 
     def states(rows: Tensor | slice) -> Tensor:
-        return torch.cat([factor.states(rows) for factor in factors], -1)  # of one model, so of one width
+        return torch.cat([factor.states(rows) for factor in factors], -1)
 
     def logits_of(states_CS: Tensor, ids: slice) -> Tensor:
-        each = zip(factors, states_CS.chunk(len(factors), -1), strict=True)
+        each = zip(factors, states_CS.split(widths, -1), strict=True)
         return mixed(factor.logits(own_CD, ids) for factor, own_CD in each)
 
     return replace(

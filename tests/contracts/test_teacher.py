@@ -22,7 +22,18 @@ from retort.align.pair import SameIds
 from retort.align.spanned import align_spans
 from retort.cache.store import Store
 from retort.cache.teacher import CachedModel, CachedTeacher, Tally
-from retort.core.needs import DENSE, ENTROPY, HIDDEN, SAMPLED, SPANS, TEMPERATURE, Need, can_meet, logp_at
+from retort.core.needs import (
+    DENSE,
+    DISAGREEMENT,
+    ENTROPY,
+    HIDDEN,
+    SAMPLED,
+    SPANS,
+    TEMPERATURE,
+    Need,
+    can_meet,
+    logp_at,
+)
 from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, SignalRows, TeacherSignal
@@ -33,7 +44,9 @@ from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
+from retort.teachers.mixture import MixtureTeacher
 from retort.teachers.moving import Weights, ema, frozen, live, trust_region
+from retort.teachers.routed import BestTeacher, RoutedTeacher
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.teachers.view import View
@@ -75,6 +88,14 @@ def of_units(lm: Any) -> SpanTeacher:
     return SpanTeacher(lm, alignment=pair, batch_tokens=16)
 
 
+def two(lm: Any) -> dict[str, Teacher]:
+    return {"a": local(lm), "b": local(lm)}
+
+
+def by_length(prompt: Prompt) -> str:
+    return "a" if len(prompt.text) < 5 else "b"
+
+
 def itself(weights: Weights) -> Callable[[Any], Made]:
     return lambda lm: Made(SelfTeacher(local(lm), OwnWeights(lm, [weights])), "student", weights)
 
@@ -98,6 +119,7 @@ def cached(behind: Any, lm: Any) -> CachedTeacher:
     return CachedTeacher(behind, model, whole)
 
 
+some_ids = endpoint("max=20,at=16")
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
     "itself, frozen": itself(frozen()),
@@ -107,12 +129,25 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "of units": lambda lm: Made(of_units(lm)),
     "remote": lambda lm: Made(RemoteTeacher(local(lm))),
     "endpoint, all ids": endpoint("max=-1"),
-    "endpoint, some ids": endpoint("max=20,at=16"),
+    "endpoint, some ids": some_ids,
     "served": lambda lm: Made(served(lm)),
     "served, of units": lambda lm: Made(of_units(lm.served)),
+    # Of equal teachers, so that plain passes of the one model say what they say together.
+    "mixture": lambda lm: Made(MixtureTeacher(two(lm), [1, 3])),
+    "mixture, remote": lambda lm: Made(MixtureTeacher({"a": RemoteTeacher(local(lm)), "b": local(lm)})),
+    "product": lambda lm: Made(MixtureTeacher(two(lm), [1, 3], mean="geometric")),
+    "routed": lambda lm: Made(RoutedTeacher(two(lm), by_length)),
+    "routed, remote": lambda lm: Made(RoutedTeacher({"a": RemoteTeacher(local(lm)), "b": local(lm)}, by_length)),
+    "best": lambda lm: Made(BestTeacher(two(lm))),
+    "mixture, served": lambda lm: Made(MixtureTeacher({"a": served(lm), "b": local(lm)})),
+    "mixture, endpoint": lambda lm: Made(MixtureTeacher({"a": some_ids(lm).teacher, "b": local(lm)})),
+    "routed, endpoint": lambda lm: Made(RoutedTeacher({"a": some_ids(lm).teacher, "b": local(lm)}, by_length)),
+    "best, endpoint": lambda lm: Made(BestTeacher({"a": local(lm), "b": some_ids(lm).teacher})),
     "cached": lambda lm: Made(cached(local(lm), lm)),
     "remote, cached": lambda lm: Made(cached(RemoteTeacher(local(lm)), lm)),
     "served, cached": lambda lm: Made(cached(served(lm), lm.served)),
+    "mixture, cached": lambda lm: Made(MixtureTeacher({"a": cached(local(lm), lm), "b": local(lm)})),
+    "routed, cached": lambda lm: Made(RoutedTeacher({"a": cached(local(lm), lm), "b": local(lm)}, by_length)),
 }
 #: Writes what was said, and a stop behind what the model said.
 TURNS = "{% for one in messages %}{{ one.content }} {% if one.role == 'assistant' %}<eos> {% endif %}{% endfor %}"
@@ -176,8 +211,8 @@ def ask(
 
 def able(made: Made) -> list[Need]:
     """All that the teacher says it can be asked for."""
-    everything = (SAMPLED, ENTROPY, Need("entropy_bound"), Need("topk", K), logp_at(K), DENSE, HIDDEN, SPANS)
-    return [need for need in everything if can_meet(made.teacher.capabilities, need)]
+    kinds = (SAMPLED, ENTROPY, Need("entropy_bound"), Need("topk", K), logp_at(K), DENSE, HIDDEN, SPANS, DISAGREEMENT)
+    return [need for need in kinds if can_meet(made.teacher.capabilities, need)]
 
 
 def least(made: Made) -> tuple[Need, ...]:
@@ -256,6 +291,8 @@ def test_its_capabilities_are_what_it_then_gives(made: Made, lm: Any, request: p
             torch.testing.assert_close(rows(said).topk(K)[1], expected_NV.topk(K).values, **close)
         if need == DENSE:
             torch.testing.assert_close(rows(said).logp_NV, expected_NV, **close)
+        if need == DISAGREEMENT:
+            torch.testing.assert_close(rows(said).disagreement_N, torch.zeros(len(expected_N)), **close)
         if need == SPANS:
             torch.testing.assert_close(rows(said).units.logp_F, expected_N, **close)
             torch.testing.assert_close(rows(said).units.teacher.logp_CV, expected_NV, **close)

@@ -25,7 +25,7 @@ from torch import Tensor
 from retort import ranks
 from retort.cli import main as command
 from retort.core.rollouts import Group, Message, Prompt, Rollout
-from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
+from retort.core.signals import Candidates, Dense, Differing, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError, UserError
 from retort.rewards import Grade, Grader, base
 from retort.rewards.user import user_grader
@@ -66,6 +66,8 @@ class DividedTeacher:
 def plain(signal: TeacherSignal, mine: slice) -> TeacherSignal | dict[str, Any]:
     """The rank's own steps of a signal, with nothing that cannot be sent."""
     own = signal.select(torch.arange(signal.steps)[mine])
+    if isinstance(own, Differing):
+        return {"of": plain(own.of, slice(None)), "disagreement_N": own.disagreement_N}
     if not isinstance(own, Dense):
         return own
     try:
@@ -82,6 +84,10 @@ def plain(signal: TeacherSignal, mine: slice) -> TeacherSignal | dict[str, Any]:
 def joined(parts: Sequence[Any]) -> TeacherSignal:
     """One signal about the steps of all parts."""
     first = parts[0]
+    if isinstance(first, dict) and "of" in first:
+        return Differing.beside(
+            joined([part["of"] for part in parts]), torch.cat([part["disagreement_N"] for part in parts])
+        )
     if isinstance(first, dict):
         whole = {
             n: v if v is None or isinstance(v, str | float) else torch.cat([p[n] for p in parts])

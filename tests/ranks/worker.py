@@ -21,6 +21,7 @@ from trained import make_model_of
 
 from retort import Stop, api, ranks
 from retort import config as configuration
+from retort.core.rollouts import Prompt
 from retort.models.sharding import full
 from retort.train import runner
 from retort.train.models.models import located
@@ -52,6 +53,11 @@ SPELLING = "spelling"
 PLAYING = "playing"
 WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
 SLICED = {"head": "vocabulary"}
+#: Teachers of one student.
+TWO: dict[str, Any] = {
+    "method": {"name": "opd"},
+    "models": {"a": {"path": "countdown:teacher"}, "b": {"path": "countdown:student"}},
+}
 #: One for each estimator, statistic, controller and kind of self-teacher.
 CASES: dict[str, dict[str, Any]] = {
     "opd": {"method": {"name": "opd"}, "record": {"gradient_variance_every": 2}},
@@ -87,6 +93,11 @@ CASES: dict[str, dict[str, Any]] = {
         "limit": None,
         "rollout": {"env": "players:Walk", "max_new_tokens": 40},
     },
+    # Several teachers: of a batch's prompts a rank may have none for one whose layers it shares; who is best is found
+    # on the rank of a group; a product of slices of the vocabulary.
+    "routed, sharded": {**TWO, "teachers": {"models": ["a", "b"], "by": "worker:by_length"}, **SHARDED},
+    "best": {**TWO, "method": {"name": "opd", "samples": 3}, "teachers": {"models": ["a", "b"], "combine": "best"}},
+    "product_sliced": {**TWO, "teachers": {"models": ["a", "b"], "combine": "product"}, "ranks": SLICED},
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
@@ -144,6 +155,11 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
     run.callbacks = (watching,)
     run.go()
     return watching.rows
+
+
+def by_length(prompt: Prompt) -> str:
+    """The teacher of a prompt: nearly always the same one."""
+    return "a" if len(prompt.text) % 5 else "b"
 
 
 def spelling(folder: Path) -> None:

@@ -4,6 +4,7 @@ from retort.core.distribution import as_compute
 from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
+from retort.core.signals.several import Differing, all_valid, arithmetic, disagreement, joined, listed
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
 from retort.core.signals.theirs import PositionInUnit, PrefixTable, TeacherTokens
 from retort.core.signals.units import Units
@@ -13,6 +14,7 @@ __all__ = [
     "SPAN_KINDS",
     "Candidates",
     "Dense",
+    "Differing",
     "DistributionRows",
     "Factors",
     "PositionInUnit",
@@ -24,10 +26,15 @@ __all__ = [
     "TeacherTokens",
     "TopK",
     "Units",
+    "all_valid",
+    "arithmetic",
     "as_compute",
     "columns_of",
+    "disagreement",
     "entropy",
     "entropy_lower_bound",
+    "joined",
+    "listed",
     "matched",
     "unit_columns",
 ]

@@ -31,6 +31,8 @@ class SignalRows:
     vocab: int | None = None
     #: Whether its numbers are about units of several tokens (`Spans`); else every step is a unit by itself.
     by_unit: bool = False
+    #: How far several teachers differ, [C], see `Differing`.
+    differ_N: Tensor | None = None
 
     def _missing(self, what: str) -> SignalError:
         return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
@@ -76,6 +78,13 @@ class SignalRows:
     def hidden_ND(self) -> Tensor:
         """The teacher's last hidden states."""
         raise self._missing("hidden states")
+
+    @property
+    def disagreement_N(self) -> Tensor:
+        """How far several teachers differ, nats."""
+        if self.differ_N is None:
+            raise self._missing("disagreement of several teachers")
+        return self.differ_N
 
     @property
     def units(self) -> Units:
@@ -179,6 +188,9 @@ class TeacherSignal:
 
     def _valid(self, index: Tensor | slice) -> Tensor | None:
         return None if self.valid_N is None else take_rows(self.valid_N, index)
+
+    def check_ids(self, ids_NK: Tensor) -> None:
+        """Raises `SignalError` if it was given ids to score and is about others; most signals are about all ids."""
 
     def check_valid(self) -> None:
         """Raises `SignalError` unless `valid_N` is a bool per step."""

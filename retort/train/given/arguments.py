@@ -11,7 +11,14 @@ from retort.config.sections import SHORTHANDS, refuse_name
 from retort.errors import UserError, quoted
 from retort.method import Method
 
-__all__ = ["method_argument", "models_argument", "path_argument", "refuse_twice", "settings_argument"]
+__all__ = [
+    "method_argument",
+    "models_argument",
+    "path_argument",
+    "refuse_twice",
+    "settings_argument",
+    "teachers_argument",
+]
 
 #: Settings whose argument has another name.
 _ARGUMENTS = {"task": "verifier", "eval.data": "eval_data"}
@@ -92,6 +99,30 @@ def models_argument(models: Any, besides: Mapping[str, Any]) -> dict[str, Any]:
         if name in SHORTHANDS and besides.get(name) is not None:
             raise UserError(f"{name} is given twice, as an argument and in models; leave one of them out")
     return {name if name in SHORTHANDS else f"models.{name}.path": model for name, model in models.items()}
+
+
+def teachers_argument(teacher: Any, models: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """Splits a teacher that is a mapping of several by name from one that is a single model.
+
+    Args:
+        teacher: The argument `teacher`.
+        models: The argument `models`.
+
+    Returns:
+        A single teacher or None, all models by name, and the setting that names the teachers.
+
+    Raises:
+        UserError: A name is given in both arguments, or is that of another model.
+    """
+    if not isinstance(teacher, Mapping):
+        return teacher, models, {}
+    others = models if isinstance(models, Mapping) else {}
+    for name in teacher:
+        refuse_name(name)
+        if name in (*others, *SHORTHANDS):
+            raise UserError(f"teacher: the name '{name}' is another model's; give each of several teachers its own")
+    named = {**others, **teacher} if models is None or isinstance(models, Mapping) else models
+    return None, named, {"teachers.models": list(teacher)}
 
 
 def refuse_twice(flags: Mapping[str, Any], own: Method | None, settings: Mapping[str, Any]) -> None:

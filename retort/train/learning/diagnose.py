@@ -18,20 +18,28 @@ from retort.evaluate.agreement import by_prompt
 from retort.evaluate.profile import TURNS
 from retort.evaluate.ranks import auroc
 from retort.method import Method, Watch
-from retort.quantities import entropy_gap, overlap_advantage, overlap_mass, overlap_ratio, overlap_teacher_mass
+from retort.quantities import (
+    entropy_gap,
+    overlap_advantage,
+    overlap_mass,
+    overlap_ratio,
+    overlap_teacher_mass,
+    teacher_disagreement,
+)
 from retort.train.storage.metrics import Means
 
 #: Tokens of a position chunk, as in the paper; shorter completions are cut into four.
 CHUNK_TOKENS = 1024
 
 
-def watching(method: Method, k: int, every: int) -> Method:
+def watching(method: Method, k: int, every: int, *, several: bool = False) -> Method:
     """Adds the diagnostics to a method's curves; a name that the method uses already stays its own.
 
     Args:
         method: The method of the run.
         k: Candidates of either side (the paper: 16); 0 for no diagnostics.
         every: Batches of rollouts from one measurement to the next.
+        several: Whether there are several teachers, who may differ.
     """
     views = [name for name, view in method.views.items() if view.model == "teacher"]
     if k == 0 or not views:
@@ -42,6 +50,7 @@ def watching(method: Method, k: int, every: int) -> Method:
         "overlap_mass": overlap_mass(k),
         "overlap_teacher_mass": overlap_teacher_mass(k),
         "entropy_gap": entropy_gap(),
+        **({"teacher_disagreement": teacher_disagreement()} if several else {}),
     }
     taken = {watch.name for watch in method.watch}
     added = [

@@ -19,7 +19,7 @@ from retort.core.definition import Values
 from retort.core.head import Head
 from retort.core.per_token import Core, chunk_rows, loss_pass
 from retort.core.shard import VocabShard
-from retort.core.signals import Candidates, Dense, Sampled, TeacherSignal, TopK
+from retort.core.signals import Candidates, Dense, Differing, Sampled, TeacherSignal, TopK
 from retort.core.steps import Steps
 from retort.errors import SignalError, UserError
 from retort.models.sharding import bounds
@@ -302,13 +302,20 @@ def _kind(signal: TeacherSignal) -> _Kind | None:
             return None
         states_NS = signal.factors.states(slice(0, 0))
         return _Kind(("dense", states_NS.shape[1], states_NS.dtype), states_NS.shape[1])
-    if type(signal) not in (Sampled, TopK, Candidates):
+    if type(signal) not in (Sampled, TopK, Candidates, Differing):
         return None
-    form: list[Any] = [type(signal).__name__]
+    form, states = list[Any]([type(signal).__name__]), 0
     for name in _columns(signal):
         found = getattr(signal, name)
-        form.append((name, _kind(found) if isinstance(found, TeacherSignal) else (found.shape[1:], found.dtype)))
-    return _Kind(tuple(form))
+        if not isinstance(found, TeacherSignal):
+            form.append((name, (found.shape[1:], found.dtype)))
+            continue
+        inner = _kind(found)
+        if inner is None:
+            return None
+        form.append((name, inner))
+        states += inner.states
+    return _Kind(tuple(form), states)
 
 
 def _columns(signal: TeacherSignal) -> list[str]:

@@ -19,7 +19,7 @@ from retort.models.together import choose_batching
 from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
-from retort.train.models.models import Frozen, load, load_frozen
+from retort.train.models.models import Frozen, bits_of, load, load_frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,16 +68,14 @@ def load_models(
     student = load(config, paths["student"], "student", caller_objects)
     _adapt(config, student)
     rehearse_export(student)
-    found = (
-        load_frozen(config, paths["teacher"], "teacher", caller_objects)
-        if "teacher" in paths and "teacher" not in stored
-        else None
-    )
+    teaching = [name for name in ("teacher", *config.teachers.models) if name in paths and name not in stored]
+    first = teaching[0] if teaching else ""
+    found = load_frozen(config, paths[first], first, caller_objects) if teaching else None
     teacher = found if isinstance(found, LanguageModel) else None
     chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.here and teacher.precision != chosen:
-        found = teacher = load(config, paths["teacher"], "teacher", caller_objects)
+        found = teacher = load(config, paths[first], first, caller_objects)
     pair = [lm for lm in (student, teacher) if lm is not None]
     attention = _attention(config, [lm for lm in pair if lm.here], render, train, notes)
     if config.optimizer.gradient_checkpointing:
@@ -86,11 +84,11 @@ def load_models(
         check_repeats(student)
     notes += _pair_notes(pair)
     notes += found.notes if found is not None and teacher is None else []
-    frozen: dict[str, Frozen] = {} if found is None else {"teacher": found}
+    frozen: dict[str, Frozen] = {} if found is None else {first: found}
     for name, path in paths.items():
         if name in stored:
             frozen[name] = _stored(config, stored[name], path, name, student, notes)
-        elif name not in ("student", "teacher"):
+        elif name not in ("student", first):
             frozen[name] = (
                 _base(config, student, path, caller_objects)
                 if name == "base"
@@ -166,7 +164,7 @@ def _precision(
 
 def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> Frozen:
     """Loads the base model; a student with an adapter still holds itself as it was."""
-    kept = student.adapter is not None and name == config.student
+    kept = student.adapter is not None and name == config.student and bits_of(config, "base") is None
     return student.bare() if kept else load_frozen(config, name, "base", caller_objects)
 
 

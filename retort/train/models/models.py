@@ -22,6 +22,7 @@ from retort.models.endpoint import Endpoint, EndpointModel
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, best_precision
 from retort.models.load import load_model
+from retort.models.quantized import Bits
 from retort.models.served import ServedModel
 from retort.models.server import OtherServer, Server
 from retort.ranks import here, local_rank
@@ -150,7 +151,23 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
         stop=config.rollout.stop if as_student else None,
         trust_remote_code=config.trust_remote_code,
         weights=config.weights,
+        bits=bits_of(config, name),
     )
+
+
+def bits_of(config: Config, name: str) -> Bits | None:
+    """The bits to which a model's weights are rounded; None: not at all.
+
+    Raises:
+        UserError: The layers of such a model would be spread over ranks.
+    """
+    bits = config.models[name].bits if name in config.models else None
+    if bits is not None and config.ranks.teacher == "sharded" and here().size > 1:
+        raise UserError(
+            f"models.{name}.bits = {bits} with ranks.teacher = sharded: rounded weights cannot be spread over ranks; "
+            "set ranks.teacher=replicated, or leave bits out"
+        )
+    return bits
 
 
 def teacher_of(config: Config, student: LanguageModel, model: Frozen, notes: list[str]) -> Reader:

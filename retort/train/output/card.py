@@ -57,6 +57,7 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
             if teacher
             else []
         ),
+        *([f"- teacher: {_plain_text(prepared.teachers.models['teacher'].name)}"] if config.teachers.models else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
         *[f"- {who}: {_code(_short(lm.name))}{_rounded(lm)}, frozen" for who, lm in beside(prepared).items()],
         f"- method: {_code(method.name)} ({_plain_text(standing(method))})",

@@ -110,5 +110,5 @@ class Evaluations:
     def _teacher(self) -> Any:
         """The teacher that completions are compared with, where some view of the method is of it."""
         needed = any(view.model == "teacher" for view in self._prepared.method.views.values())
-        absent = isinstance(self._prepared.teachers.lms.get("teacher"), StoredModel)
+        absent = any(isinstance(lm, StoredModel) for lm in self._prepared.teachers.lms.values())
         return self._prepared.teachers.models["teacher"] if needed and not absent else None

@@ -99,8 +99,11 @@ def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View]
 
     `no_context`, `cut` and `shows/<template>` (such as `success`, `failure`, `feedback`) are shares of the rollouts,
     `prompt_tokens` is a mean over those with a context.
+
+    Of several teachers `teacher_share/<name>`, the share of the tokens at which each spoke, and of those that no reward
+    decided `teacher_share_undecided`.
     """
-    found: dict[str, float] = {}
+    found = _spoken(signals)
     for name, signal in signals.items():
         parts = {what: signal.counts.get(f"bytes_{what}", 0.0) for what in ("one_to_one", "spans", "unread")}
         if total := sum(parts.values()):
@@ -116,3 +119,18 @@ def view_metrics(signals: Mapping[str, TeacherSignal], views: Mapping[str, View]
         if rollouts > left_out and "prompt_tokens" in signal.counts:
             found[f"view/{name}/prompt_tokens"] = signal.counts["prompt_tokens"] / (rollouts - left_out)
     return found
+
+
+def _spoken(signals: Mapping[str, TeacherSignal]) -> dict[str, float]:
+    """How often each of several teachers spoke, over all views of them."""
+    counts = [signal.counts for signal in signals.values()]
+    total: dict[str, float] = {}
+    for name, count in ((name, count) for own in counts for name, count in own.items()):
+        if name.startswith("spoke/"):
+            total[name.removeprefix("spoke/")] = total.get(name.removeprefix("spoke/"), 0.0) + count
+    tokens = sum(total.values())
+    if not tokens:
+        return {}
+    found = {f"teacher_share/{name}": count / tokens for name, count in total.items()}
+    undecided = [own["undecided"] for own in counts if "undecided" in own]
+    return found | ({"teacher_share_undecided": sum(undecided) / tokens} if undecided else {})

@@ -53,7 +53,8 @@ def _environment(prepared: Prepared) -> str:
 def _teachers(prepared: Prepared) -> str:
     lm = prepared.teachers.lms.get("teacher")
     other = [] if lm is None else [f"{lm.name}, {_count(lm.parameters)} parameters{_rounded(lm)}"]
-    return "; ".join([*other, *self_teachers(prepared.method)])
+    together = [prepared.teachers.models["teacher"].name] if prepared.config.teachers.models else []
+    return "; ".join([*together, *other, *self_teachers(prepared.method)])
 
 
 def _rounded(lm: LanguageModel) -> str:

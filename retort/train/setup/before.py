@@ -27,10 +27,12 @@ from retort.models.described import Described, describe
 from retort.models.endpoint import Endpoint
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel
+from retort.models.load import refuse_bits
 from retort.models.server import Server
 from retort.ranks import here
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events import tracking
+from retort.train.models.models import bits_of
 from retort.train.setup import templates
 from retort.train.setup.whole_head import needs_whole_head, refuse_slices
 
@@ -81,6 +83,9 @@ def check_before_loading(
         need_peft()
     if config.ranks.head == "vocabulary":
         refuse_slices(config, needs_whole_head(method))
+    for role, (name, source) in models.items():
+        if (bits := bits_of(config, role)) is not None and not config.cache.only:
+            refuse_bits(f"{role} {name}", bits, role, source)
     first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
@@ -104,6 +109,11 @@ def need_alignment(config: Config, method: Method, name: str, student: Described
     try:
         align_ids(student.tokenizer, other.tokenizer)
     except OtherTokenizer as error:
+        if name in config.teachers.models:
+            raise UserError(
+                f"teachers.models: {name} has another tokenizer than the student, and several teachers are put "
+                f"together token by token; leave it out, or make it the only teacher ({error})"
+            ) from None
         refuse_slices(config, f"the {name} has another tokenizer, and units of bytes are compared by the whole head")
         lacking = needs_ids(method, name)
         if lacking:

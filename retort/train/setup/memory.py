@@ -15,6 +15,7 @@ import torch
 
 from retort.core.per_token import BLOCK_ELEMENTS, chunk_rows
 from retort.models.lm import LanguageModel
+from retort.models.quantized import plain
 from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
@@ -144,7 +145,8 @@ def _part(whole: int, ranks: int) -> int:
 
 
 def _bytes(lm: LanguageModel) -> int:
-    return sum(p.numel() * p.element_size() for p in lm.model.parameters() if not p.is_meta)
+    parts = (part for p in lm.model.parameters() if not p.is_meta for part in plain(p))
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def _layer_bytes(lm: LanguageModel) -> int:
@@ -213,10 +215,17 @@ def _signals(prepared: Prepared, steps: int, product: int, ranks: int) -> int:
     total, head = 0, prepared.student.kept_head().weight_VD.numel()
     for name, view in prepared.method.views.items():
         lm = prepared.lms.get(view.model)
+        dense = ScoreRequest(view, prepared.method.needs(name)).whole
+        several = prepared.config.teachers.models if view.model == "teacher" else []
+        if several and dense:  # all of them where they are mixed, or compared
+            widths = [
+                prepared.lms[one].model.config.get_text_config().hidden_size for one in several if one in prepared.lms
+            ]
+            total += steps * sum(map(int, widths)) * product
+            continue
         if lm is None:  # A remote teacher sends numbers only.
             total += steps * 4 * 64
             continue
-        dense = ScoreRequest(view, prepared.method.needs(name)).whole
         width = int(lm.model.config.get_text_config().hidden_size)
         sides = sides_of(view.weights)
         total += steps * (width * product * len(sides) if dense else 4 * 64)

@@ -34,14 +34,55 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
     Raises:
         UserError: A teacher of the user's own would do nothing.
     """
-    if config.teacher is None or teacher_use(method) is not None:
+    if config.teachers.models:
+        refuse_several(config, method)
+    elif config.teacher is None or teacher_use(method) is not None:
+        return config
+    if config.teacher is None:
         return config
     if config.builtin and config.teacher == recipe(str(config.data)).get("teacher"):
         return config.model_copy(update={"teacher": None})
+    if config.teachers.models:
+        raise UserError(
+            f"teacher = {config.teacher} and teachers.models = {config.teachers.models} are both given; leave one out"
+        )
     raise UserError(
         f"teacher = {config.teacher} is given, but method '{method.name}' teaches itself; leave it out, or choose a "
         "method that asks a teacher (see `retort methods`)"
     )
+
+
+def refuse_several(config: Config, method: Method) -> None:
+    """Refuses several teachers where they have no meaning.
+
+    Raises:
+        UserError: No view asks a teacher; a name is no model's; teachers would generate; or the best by reward is to be
+            found of a single completion.
+    """
+    several = config.teachers
+    if not any(view.model == "teacher" for view in method.views.values()):
+        raise UserError(
+            f"teachers.models = {several.models} are given, but method '{method.name}' asks no teacher; leave them "
+            "out, or choose a method that asks one (see `retort methods`)"
+        )
+    for name in several.models:
+        if name not in config.further_models:
+            raise UserError(
+                f"teachers.models names '{name}', which is no model of the run; give its folder or hub name as "
+                f"models.{name}.path"
+            )
+    for phase in [method] if method.before is None else [method.before[1], method]:
+        if "teacher" in phase.rollout.sources:
+            remedy = "cold_start.answers=dataset" if phase is not method else "method.on_policy_fraction=1"
+            raise UserError(
+                f"method '{phase.name}' learns from completions of a teacher, and of several (teachers.models) none is "
+                f"the one that generates; set {remedy}, or give a single teacher"
+            )
+    if several.combine == "best" and method.rollout.samples < 2:
+        raise UserError(
+            "teachers.combine = best compares the rewards of a prompt's completions, and with samples = 1 there is "
+            "nothing to compare; set method.samples to 2 or more, or use combine = route"
+        )
 
 
 def further(config: Config, method: Method) -> dict[str, str]:
@@ -52,19 +93,20 @@ def further(config: Config, method: Method) -> dict[str, str]:
     """
     phases = [method] if method.before is None else [method.before[1], method]
     use = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    use |= dict.fromkeys(config.teachers.models, (method.name, "teacher"))
     for model, (phase, view) in use.items():
-        if model not in (*SHORTHANDS, *config.models):
+        if model not in (*SHORTHANDS, *config.further_models):
             raise UserError(
                 f"view '{view}' of method '{phase}' is of a model '{model}', which the run does not have "
-                f"({did_you_mean(model, [*SHORTHANDS, *config.models])}); name it with models.{model}.path"
+                f"({did_you_mean(model, [*SHORTHANDS, *config.further_models])}); name it with models.{model}.path"
             )
-    for name, model in config.models.items():
+    for name, path in config.further_models.items():
         if name not in use:
             raise UserError(
-                f"models.{name}.path = {model.path} is given, but no view of method '{method.name}' with these "
+                f"models.{name}.path = {path} is given, but no view of method '{method.name}' with these "
                 f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
             )
-    return {name: model.path for name, model in config.models.items()}
+    return config.further_models
 
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:
@@ -72,7 +114,8 @@ def named(config: Config, method: Method) -> tuple[str, str | None, str]:
     use = teacher_use(method)
     if config.data is not None:
         refuse_misspelt(config.data)
-    for name in ("student", "teacher", "data") if use else ("student", "data"):
+    asked = use is not None and not config.teachers.models
+    for name in ("student", "teacher", "data") if asked else ("student", "data"):
         if getattr(config, name) is None:
             given = "--student, --teacher and --data" if use else "--student and --data"
             alone = "" if use else f" (the student of method '{method.name}' teaches itself)"
@@ -113,7 +156,7 @@ def model_paths(config: Config, method: Method, student: str, teacher: str | Non
 def refuse_equal(config: Config, method: Method, student: LanguageModel, frozen: Mapping[str, Frozen]) -> None:
     """Raises `UserError` if models of other names hold the same weights, and nothing would be learnt."""
     teacher, base = frozen["teacher"], frozen.get("base")
-    if (base is None or config.base in (None, config.student)) and not config.models:
+    if (base is None or config.base in (None, config.student)) and not config.further_models:
         refuse_same_weights(method, student, teacher)
     if base is not None and base.digest() == teacher.digest():
         raise same_base(method)

@@ -32,6 +32,7 @@ from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
+from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
@@ -123,7 +124,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
         UserError: Whatever is wrong, in one line.
     """
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
-    method = _method(config, method)
+    method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     names = pair.named(config, method)
     if config.threads:
@@ -145,8 +146,9 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
         checked = check_before_loading(config, method, located, data.train, data.held_out, notes)
     loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects, stored)
     local = _aligned(method, loaded, stage, notes)
-    note_unknown(method, local, stage, notes)
-    need_room(method, local, stage, notes)
+    for readers in _readers(config, local):
+        note_unknown(method, readers, stage, notes)
+        need_room(method, readers, stage, notes)
     prepared = _parties(method, loaded, local, data, notes)
     for name in read:
         checked.check_ids(name, local[name].lm)
@@ -159,9 +161,11 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     return prepared
 
 
-def _method(config: Config, method: Method | None) -> Method:
+def run_method(config: Config, method: Method | None) -> Method:
     """The caller's or the configuration's method, with the curves and the cold start that the settings ask for."""
-    method = watching(method or registry.load(**config.method), config.record.overlap, config.record.overlap_every)
+    record, several_teach = config.record, bool(config.teachers.models)
+    method = method or registry.load(**config.method)
+    method = watching(method, record.overlap, record.overlap_every, several=several_teach)
     cold = config.cold_start
     if not cold.steps:
         return method
@@ -176,11 +180,17 @@ def _aligned(method: Method, loaded: Loaded, stage: Stage, notes: list[str]) -> 
     # No signal may cover an id that one of the models lacks.
     vocab = min(model.alignment.vocab for model in local.values())
     local = {name: model.for_vocab(vocab) for name, model in local.items()}
-    if "teacher" in frozen:
-        note = local["teacher"].alignment.describe(student.tokenizer, frozen["teacher"].tokenizer)
+    for name in [name for name in ("teacher", *config.teachers.models) if name in frozen]:
+        note = local[name].alignment.describe(student.tokenizer, frozen[name].tokenizer)
         notes += [note] if note else []
+    if "teacher" in frozen:
         pair.refuse_equal(config, method, student, frozen)
     return local
+
+
+def _readers(config: Config, local: Mapping[str, Reader]) -> list[Mapping[str, Reader]]:
+    """Which model reads the views of each name; as many tables as there are teachers."""
+    return [{**local, "teacher": local[name]} for name in config.teachers.models] or [local]
 
 
 def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: Data, notes: list[str]) -> Prepared:
@@ -190,6 +200,8 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
     models: dict[str, Any] = {name: model for name, model in local.items() if name != "student"}
     if own is not None:
         models["student"] = SelfTeacher(cast("LocalTeacher", local["student"]), own)
+    if config.teachers.models:
+        models["teacher"] = several(config.teachers, models, [*data.train, *data.probe, *data.held_out], data.full)
     vocab, optimizer = local["student"].alignment.vocab, config.optimizer
     source = Source(
         prompts=data.train,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from retort.cache.teacher import CachedTeacher
 from retort.core.needs import Need
 from retort.core.rollouts import Group, Rollout, in_groups
 from retort.errors import UserError
@@ -38,7 +39,7 @@ def _need(teachers: Teachers, method: Method, groups: list[Group], needs: Mappin
     for view, own in needs.items():
         teacher = teachers.cached.teachers.get(method.views[view].model)
         lm = teachers.lms.get(method.views[view].model)
-        if teacher is None or not isinstance(lm, StoredModel):
+        if not isinstance(teacher, CachedTeacher) or not isinstance(lm, StoredModel):
             continue
         request = ScoreRequest(method.views[view], own, method.temperature)
         missing: list[Rollout] = teacher.missing(groups, request)

@@ -18,6 +18,7 @@ from retort.models.stored import StoredModel
 from retort.ranks import World
 from retort.teachers.base import Teacher
 from retort.teachers.local import LocalTeacher
+from retort.teachers.several import SeveralTeachers
 from retort.teachers.spanned import SpanTeacher
 from retort.train.models.models import Source
 
@@ -28,12 +29,12 @@ class Cached:
 
     Attributes:
         store: The store that they share.
-        teachers: By name, those that are asked through it.
+        teachers: By name, those that are asked through it; several together, where it serves one of them.
         tally: What was found in it.
     """
 
     store: Store
-    teachers: Mapping[str, CachedTeacher]
+    teachers: Mapping[str, Teacher]
     tally: Tally = field(default_factory=Tally)
 
     def metrics(self, world: World) -> dict[str, float]:
@@ -71,11 +72,14 @@ def cached(config: Config, models: Mapping[str, Teacher], student: LanguageModel
             "ranks.teacher=replicated, or leave out cache.dir"
         )
     store, tally = Store(Path(config.cache.dir), config.cache.limit_bytes), Tally()
-    found: dict[str, CachedTeacher] = {}
+    found: dict[str, Teacher] = {}
     for name, teacher in models.items():
         # Of several ranks, each keeps a slice of weights that are the student's, too, and all gather them together.
         if isinstance(teacher, LocalTeacher) and (ranks == 1 or teacher.lm.model is not student.model):
             found[name] = _of(teacher, CachedModel.of(store, teacher.lm, tally))
+    for name, teacher in models.items():
+        if isinstance(teacher, SeveralTeachers) and not found.keys().isdisjoint(teacher.teachers):
+            found[name] = teacher.of({**teacher.teachers, **found})
     return Cached(store, found, tally)
 
 

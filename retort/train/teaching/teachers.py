@@ -17,6 +17,7 @@ from retort.ranks import here
 from retort.teachers.base import Remote, ScoreRequest, Teacher, view_signals
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
+from retort.teachers.several import SeveralTeachers
 from retort.train.teaching.cached import Cached
 
 
@@ -145,7 +146,11 @@ class Teachers:
             lm.spread_layers(world)
         if not any(lm.sharding.in_step for lm in self.lms.values()):
             return ["ranks.teacher = sharded changes nothing: this run has no frozen model of its own to spread"]
-        kept = [name for name, own in self.models.items() if not isinstance(own, LocalTeacher | SelfTeacher)]
+        kept = [
+            name
+            for name, own in self.models.items()
+            if not isinstance(own, LocalTeacher | SelfTeacher | SeveralTeachers)
+        ]
         return [f"every rank asks {name} by itself: only frozen models that Retort loads are spread" for name in kept]
 
     def tensors(self) -> dict[str, Tensor]:
