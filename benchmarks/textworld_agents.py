@@ -5,9 +5,9 @@
     python benchmarks/textworld_agents.py train runs/textworld    # one run for each method; stops and resumes
     python benchmarks/textworld_agents.py table runs/textworld    # Markdown
 
-The expert is TextWorld's own plan. The student sees few of its games, all without a mistake. The teacher goes on from
-the student's weights with more games, in which the expert is made to err at times, so that it knows the way back. No
-game that is held out is among them. The models are not shipped.
+The expert is TextWorld's own plan. The teacher learns from its games, in which it is made to err at times, so that the
+teacher knows the way back. The student goes on from there with games of somebody careless, mistakes included, as in the
+built-in environment. No game that is held out is among them. The models are not shipped.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ KIND = "coin_collector-4"
 GAMES, HELD_OUT, FIRST_HELD_OUT = 60, 30, 1_000_000
 #: Times that each game is played for the clones; mistakes differ.
 PLAYED = 4
-STUDENT = Recipe(games=8, mistakes=0.0, steps=60, batch=4, lr=2e-3, seed=1)
-TEACHER = Recipe(games=GAMES, mistakes=0.25, steps=250, batch=4, lr=2e-3)
+TEACHER = Recipe(games=GAMES, mistakes=0.25, steps=300, batch=4)
+STUDENT = Recipe(games=GAMES, mistakes=0.2, once_lost=0.7, imitated=True, steps=60, batch=4, lr=1e-3, seed=1)
 CONTEXT = 2048
 METHODS: dict[str, dict[str, Any]] = {
     "opd": {"name": "opd", "samples": 4},
@@ -56,8 +56,8 @@ TRAINING: dict[str, Any] = {
 Turn = tuple[str, str, bool]  # what was seen, what was done, and whether the expert did it
 
 
-def play(task: str, rng: random.Random, mistakes: float) -> list[Turn]:
-    """A game by the expert, who is made to err at times and goes on from wherever that leads."""
+def play(task: str, rng: random.Random, mistakes: float, once_lost: float | None = None) -> list[Turn]:
+    """A game by the expert, who is made to err at times, more often behind a first mistake if `once_lost` says so."""
     game, turns, over = TextWorld(), list[Turn](), False
     seen = game.reset(task, 0)
     try:
@@ -67,6 +67,8 @@ def play(task: str, rng: random.Random, mistakes: float) -> list[Turn]:
                 break
             wrong = [f"go {side}" for side in ("north", "east", "south", "west") if f"go {side}" != way[0]]
             erring = rng.random() < mistakes
+            if erring and once_lost is not None:
+                mistakes = once_lost
             command = rng.choice(wrong) if erring else way[0]
             turns.append((seen, command, not erring))
             seen, _, over, _ = game.step(command)
@@ -80,13 +82,15 @@ def words(tokenizer: Any, text: str) -> list[str]:
     return [word for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
-def encoded(tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-    """A game as ids, and which of them are learnt: the expert's own commands, each with its end."""
+def encoded(
+    tokenizer: PreTrainedTokenizerFast, turns: Sequence[Turn], *, imitated: bool
+) -> tuple[list[int], list[bool]]:
+    """A game as ids, and which of them are learnt: the commands, each with its end; mistakes only where imitated."""
     vocab, ids, learnt = tokenizer.get_vocab(), list[int](), list[bool]()
     for seen, command, experts in turns:
         read, done = [USER, *words(tokenizer, seen), ASSISTANT], [*words(tokenizer, command), EOS]
         ids += [vocab.get(word, vocab[UNKNOWN]) for word in (*read, *done)]
-        learnt += [False] * len(read) + [experts] * len(done)
+        learnt += [False] * len(read) + [experts or imitated] * len(done)
     return ids[:CONTEXT], learnt[:CONTEXT]
 
 
@@ -94,15 +98,20 @@ def make(folder: Path) -> int:
     """Makes rows, tokenizer and both models."""
     start, rng = time.monotonic(), random.Random(0)
     tasks = [f"{KIND} {number}" for number in range(GAMES)]
-    games: dict[str, list[list[Turn]]] = {}
+    every, careless = list[list[Turn]](), list[list[Turn]]()
     for done, task in enumerate(tasks, 1):
-        games[task] = [play(task, rng, 0.0 if own == 0 else TEACHER.mistakes) for own in range(PLAYED)]
+        every += [play(task, rng, 0.0 if own == 0 else TEACHER.mistakes) for own in range(PLAYED)]
+        careless += [play(task, rng, STUDENT.mistakes, STUDENT.once_lost) for _ in range(PLAYED)]
         if done % 10 == 0:
             print(f"{done} of {len(tasks)} games, {time.monotonic() - start:.0f} s", flush=True)
-    every = [turns for own in games.values() for turns in own]
     plain = build_tokenizer([])
     known = sorted(
-        {word for turns in every for seen, command, _ in turns for word in words(plain, f"{seen} {command}")}
+        {
+            word
+            for turns in (*every, *careless)
+            for seen, command, _ in turns
+            for word in words(plain, f"{seen} {command}")
+        }
     )
     tokenizer = build_tokenizer(known, CONTEXT)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,10 +119,9 @@ def make(folder: Path) -> int:
         rows = [{"id": f"{KIND}-{n}", "prompt": f"{KIND} {n}"} for n in range(first, first + count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.set_num_threads(1)
-    model = build_model(tokenizer, STUDENT.seed)
-    few = [games[task][0] for task in tasks[: STUDENT.games]]
-    for name, recipe, chosen in (("student", STUDENT, few), ("teacher", TEACHER, every)):
-        shown = [encoded(tokenizer, turns) for turns in chosen]
+    model = build_model(tokenizer, TEACHER.seed)
+    for name, recipe, chosen in (("teacher", TEACHER, every), ("student", STUDENT, careless)):
+        shown = [encoded(tokenizer, turns, imitated=recipe.imitated) for turns in chosen]
         train(model, batches(shown, recipe, random.Random(recipe.seed)), recipe)
         _save(model, tokenizer, folder / name)
     print(f"{folder}: models of {model.num_parameters():,} parameters in {time.monotonic() - start:.0f} s")

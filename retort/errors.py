@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterable
 
 __all__ = [
+    "FROM_OUTSIDE",
     "RetortError",
     "RunError",
     "SignalError",
@@ -42,6 +43,9 @@ class SignalError(RunError):
 class UnreachableError(RunError):
     """A server that the run needs gave no usable answer for as long as the run waits for one."""
 
+
+#: Errors whose cause lies outside a run: its settings and data, an answer of a teacher's, a server that is gone.
+FROM_OUTSIDE = (UserError, SignalError, UnreachableError)
 
 #: Least similarity of two names, from 0 to 1, at which one counts as a misspelling of the other: `gdk` of `gkd`.
 _NEAR = 0.66

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -158,6 +158,10 @@ class EndpointModel:
         ids = _probe(self.tokenizer, self.context)
         (lists,) = self.server.listed([ids], 0)
         return [own[token] for own, token in zip(lists, ids[1:], strict=True)]
+
+    def listen(self, say: Callable[[str], object]) -> None:
+        """See `retort.teachers.base.Remote`."""
+        self.server.client.say = say
 
     def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
         """Checks that the server still has the model that it had; see `retort.teachers.base.Remote`.

@@ -8,7 +8,7 @@ the same machine, the numbers are the same to the last bit.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, cast
@@ -284,6 +284,10 @@ class ServedModel(LanguageModel):
             for number in range(_PROBES)
         ]
         return [TokenSequence.of(own[:1]).then(own[1:], decided=True) for own in ids], vocab
+
+    def listen(self, say: Callable[[str], object]) -> None:
+        """See `retort.teachers.base.Remote`."""
+        self.server.client.say = say
 
     def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
         """Checks that the server still has the model that it had.

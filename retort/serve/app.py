@@ -20,6 +20,8 @@ from retort.wire.protocol import ABOUT, FILES, GENERATE, HEAD, HEALTH, HIDDEN, S
 _LATER = "1"
 #: Bytes of a request for each token: its id, whether it was decided, what else may be said of it.
 _TOKEN_BYTES = 64
+#: Makes an answer of a request's tensors and settings.
+Work = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 #: Answer of a server whose weights are others than a request is about.
 _CONFLICT = 409
 
@@ -51,22 +53,9 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
             return _refusal(401, "a key is needed")
         return await go_on(request)
 
-    async def body_of(request: Request) -> bytes | None:
-        found, limit = bytearray(), scorer.most_tokens * _TOKEN_BYTES + 2**20
-        async for part in request.stream():
-            found += part
-            if len(found) > limit:
-                return None
-        return bytes(found)
-
-    def route(path: str, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> None:
+    def route(path: str, work: Work) -> None:
         async def answer(request: Request) -> Response:
-            if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
-                return _refusal(415, f"the body is {TENSORS}: a safetensors file")
-            body = await body_of(request)
-            if body is None:
-                return _refusal(413, f"a request has at most {scorer.most_tokens} tokens")
-            return await compute(lambda: _answered(body, work), TENSORS)
+            return await _posted(request, work, compute, scorer.most_tokens)
 
         answer.__annotations__ = {"request": Request, "return": Response}  # those here are names of this function
         app.post(path)(answer)
@@ -90,6 +79,19 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
     route(SCORE, scorer.score)
     route(GENERATE, scorer.generate)
     return app
+
+
+async def _posted(request: Any, work: Work, compute: _Turns, most_tokens: int) -> Any:
+    """The answer to a request with a body, or the refusal of one that is too long or of another type."""
+    if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
+        return _refusal(415, f"the body is {TENSORS}: a safetensors file")
+    found, limit = bytearray(), most_tokens * _TOKEN_BYTES + 2**20
+    async for part in request.stream():
+        found += part
+        if len(found) > limit:
+            return _refusal(413, f"a request has at most {most_tokens} tokens")
+    body = bytes(found)
+    return await compute(lambda: _answered(body, work), TENSORS)
 
 
 class _Turns:
@@ -133,7 +135,7 @@ def _refusal(status: int, text: str, **headers: str) -> Any:
     return Response(body, status, headers, media_type="application/json")
 
 
-def _answered(body: bytes, work: Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]) -> bytes:
+def _answered(body: bytes, work: Work) -> bytes:
     """The answer to a request as bytes.
 
     Raises:

@@ -89,6 +89,10 @@ class Remote(Protocol):
 
     scores: list[float]
 
+    def listen(self, say: Callable[[str], object]) -> None:
+        """Has `say` take a line for the user where the other process is waited for."""
+        ...
+
     def verify(self, tolerance: float, before: Sequence[float] | None = None) -> None:
         """Checks that it is the same model.
 

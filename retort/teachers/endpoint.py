@@ -22,7 +22,7 @@ from retort.errors import SignalError
 from retort.models.endpoint import EndpointModel
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import reduced
-from retort.teachers.reading import Reader
+from retort.teachers.reader import Reader
 from retort.wire.completions import Listed
 
 #: Ids from which a lower bound of the entropy is computed, where no top-k is asked for besides.

@@ -18,7 +18,7 @@ from retort.core.signals import Candidates, Dense, Factors, Sampled, TeacherSign
 from retort.errors import SignalError
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
-from retort.teachers.reading import Prompts, Reader
+from retort.teachers.reader import Prompts, Reader
 
 #: Sequences -> hidden states at their decided tokens, end to end, [N, D].
 States = Callable[[Sequence[TokenSequence]], Tensor]

@@ -14,7 +14,7 @@ from retort.controllers import Probe
 from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
-from retort.errors import RunError, SignalError, UnreachableError, UserError
+from retort.errors import FROM_OUTSIDE, RunError, UserError
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.ranks import World, here
@@ -221,7 +221,7 @@ class Run:
         self._doing = f"step {self.step + 1}"
         (method, clock), watch = self.prepared.at(self.step), Stopwatch()
         plan, before, version = method.rollout, self.source.given_up, self.learner.updates
-        with self._safe((UserError, SignalError, UnreachableError)):
+        with self._safe():
             if clock.done == 0:
                 self.learner.begin()
             with watch("probe"):
@@ -376,7 +376,7 @@ class Run:
             self._stop = self.world.each(lambda: call(self.callbacks, hook, self, *arguments))[0] or self._stop
 
     @contextlib.contextmanager
-    def _safe(self, kind: Any = UserError, first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    def _safe(self, kind: Any = FROM_OUTSIDE, first: Callable[[], None] = lambda: None) -> Iterator[None]:
         """Guards code outside an update: an error of one of these kinds ends the run, saved after `first`."""
         marks = self.control.mark(), self.source.mark()
         try:

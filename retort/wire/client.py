@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -33,6 +34,8 @@ CONCURRENCY = 4
 _CONNECT = 10.0
 #: Seconds before the second attempt, and most seconds between two; a random share is added, so that clients part.
 _FIRST_WAIT, _LONGEST_WAIT = 0.2, 20.0
+#: Least seconds between two lines for the user about waiting.
+_SILENT = 300.0
 #: Largest answer that is read, bytes.
 _MOST_BYTES = 2**30
 #: Answers that may be others a little later: too early, too many requests, and faults of a server or of one before it.
@@ -51,6 +54,9 @@ class Client:
 
     A connection that is refused or breaks off, a time-out, and the answers 408, 425, 429 and 5xx are tried again, at
     growing intervals with a random part (`Retry-After` counts as the least), until `patience` is used up.
+
+    Attributes:
+        say: Takes a line for the user where a request has to be made again; at most one in five minutes.
 
     Example:
         >>> from retort.wire import Client
@@ -90,6 +96,8 @@ class Client:
         self.url = _checked(url).rstrip("/")
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
         self._key_variable, self._given_up = key_variable, threading.Event()
+        self.say: Callable[[str], object] = lambda text: None
+        self._told = -math.inf
         key = os.environ.get(key_variable, "").strip()
         if not key.isascii() or not key.isprintable():
             raise UserError(f"the key in {key_variable} is none: it holds what a header cannot; set it anew")
@@ -209,6 +217,7 @@ class Client:
 
         passing = tenacity.retry_if_exception_type(_PassingError)
         attempts = tenacity.Retrying(retry=passing, wait=wait, stop=spent, sleep=self._rest, reraise=True)
+        attempts.before_sleep = self._tell
         try:
             return attempts(lambda: read(self._once(method, path, content, headers, most_bytes)))
         except _PassingError as error:
@@ -216,6 +225,13 @@ class Client:
             raise UnreachableError(
                 f"{self.url}: {error} ({tried}); look at the server, and start it again as it was if it is gone"
             ) from None
+
+    def _tell(self, state: Any) -> None:
+        """Says that a request failed and is made again, unless that was said a little while ago."""
+        now = time.monotonic()
+        if now - self._told >= _SILENT:  # two threads may both say so, which does no harm
+            self._told = now
+            self.say(f"{self.url}: {state.outcome.exception()}; it is asked again for up to {self.patience:g} seconds")
 
     def _rest(self, seconds: float) -> None:
         """Waits between two attempts, unless `each` gives up meanwhile."""

@@ -76,3 +76,14 @@ def test_what_only_a_model_in_this_process_can_do_is_refused(
     with pytest.raises(UserError, match=r"it has no model 'big'"):
         run(tiny_run, tmp_path / "d", address, {"name": "opd"}, server={"model": "big"})
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_scores_of_weights_that_nobody_names_are_not_stored(
+    tiny_run: dict[str, Any], tmp_path: Path, server: Server
+) -> None:
+    address, cache = f"{server.url}/max=20", tmp_path / "cache"
+    with pytest.raises(UserError, match=r"teacher = http.*does not say which weights it has.*`retort serve`") as caught:
+        run(tiny_run, tmp_path / "refused", address, {"name": "opd"}, cache={"dir": str(cache)})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "refused").exists(), "nothing was begun"
+    assert not cache.exists()

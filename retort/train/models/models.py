@@ -31,7 +31,7 @@ from retort.rollout.engines.hf import HFEngine
 from retort.rollout.engines.served import ServedEngine
 from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.local import LocalTeacher
-from retort.teachers.reading import Reader
+from retort.teachers.reader import Reader
 from retort.teachers.served import ServedTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.given.given import CallerObjects

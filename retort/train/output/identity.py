@@ -16,7 +16,7 @@ from retort.core.rollouts import Prompt
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.models.fingerprint import digests_of
-from retort.teachers.reading import Reader
+from retort.teachers.reader import Reader
 from retort.train.setup.prepare import Prepared
 
 #: Settings that do not change what is learnt or evaluated; paths, because their content counts.

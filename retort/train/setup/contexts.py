@@ -12,7 +12,7 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.method import Method
 from retort.rewards.base import Grader
-from retort.teachers.reading import Reader
+from retort.teachers.reader import Reader
 from retort.teachers.templates import templates
 from retort.teachers.view import View
 from retort.teachers.view_input import Stage, ViewInput

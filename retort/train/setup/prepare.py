@@ -23,7 +23,7 @@ from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.episodes import EpisodeSetup
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
-from retort.teachers.reading import Reader
+from retort.teachers.reader import Reader
 from retort.teachers.templates import templates
 from retort.teachers.view_input import Stage
 from retort.train.given.given import CallerObjects
@@ -99,6 +99,7 @@ class Prepared:
         Raises:
             UserError: A family that cannot be spread.
         """
+        self.teachers.listen(say)
         self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
 

@@ -58,6 +58,11 @@ class Teachers:
             for remote in self.remote.values():
                 remote.verify(self.tolerance)
 
+    def listen(self, say: Callable[[str], object]) -> None:
+        """Has the user told where a server is waited for."""
+        for remote in self.remote.values():
+            remote.listen(say)
+
     @property
     def lms(self) -> dict[str, LanguageModel]:
         """The frozen models in this process, by name."""

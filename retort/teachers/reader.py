@@ -56,7 +56,7 @@ class Prompts:
         return {"no_context": len(self.first) - len(read), "cut": self.cut, "prompt_tokens": sum(read), **shows}
 
 
-class ReadingModel(Protocol):
+class RenderingModel(Protocol):
     """What is known of a model that reads, wherever it computes."""
 
     @property
@@ -88,7 +88,7 @@ class Reader:
 
     def __init__(
         self,
-        lm: ReadingModel,
+        lm: RenderingModel,
         *,
         alignment: Alignment,
         batch_tokens: int,
