@@ -36,8 +36,8 @@ KIND = "coin_collector-4"
 GAMES, HELD_OUT, FIRST_HELD_OUT = 60, 30, 1_000_000
 #: Times that each game is played for the clones; mistakes differ.
 PLAYED = 4
-TEACHER = Recipe(games=GAMES, mistakes=0.25, steps=300, batch=4)
-STUDENT = Recipe(games=GAMES, mistakes=0.2, once_lost=0.7, imitated=True, steps=60, batch=4, lr=1e-3, seed=1)
+TEACHER = Recipe(games=GAMES, mistakes=0.25, steps=600, batch=4)
+STUDENT = Recipe(games=GAMES, mistakes=0.3, once_lost=0.8, imitated=True, steps=120, batch=4, lr=1e-3, seed=1)
 CONTEXT = 2048
 METHODS: dict[str, dict[str, Any]] = {
     "opd": {"name": "opd", "samples": 4},
