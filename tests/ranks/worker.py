@@ -11,12 +11,14 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pipeline import models_once
 from players import TEMPLATES, make_player, often_ending
+from served import Process
 from trained import make_model_of
 
 from retort import Stop, api, ranks
@@ -49,9 +51,12 @@ BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning
 UNTIED = "untied"
 #: Stands for a student of another tokenizer than the teacher's, both of which the worker makes, with rows for them.
 SPELLING = "spelling"
+#: Stands for the address of a server with the built-in teacher, a process that the worker starts.
+SERVED = "served"
 #: Stands for two models that take turns with an environment.
 PLAYING = "playing"
 WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
+ASKING = {"student": "countdown:student", "teacher": SERVED, "data": "countdown"}
 SLICED = {"head": "vocabulary"}
 #: Teachers of one student.
 TWO: dict[str, Any] = {
@@ -98,6 +103,9 @@ CASES: dict[str, dict[str, Any]] = {
     "routed, sharded": {**TWO, "teachers": {"models": ["a", "b"], "by": "worker:by_length"}, **SHARDED},
     "best": {**TWO, "method": {"name": "opd", "samples": 3}, "teachers": {"models": ["a", "b"], "combine": "best"}},
     "product_sliced": {**TWO, "teachers": {"models": ["a", "b"], "combine": "product"}, "ranks": SLICED},
+    # Every rank asks a server about its own rollouts: for numbers, and for hidden states.
+    "served": {**ASKING, "method": {"name": "eopd"}, "server": {"check_every": 2}},
+    "served_whole": {**ASKING, "method": {"name": "gkd"}},
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
@@ -117,7 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 #: In fp32, where rounding stays far below the tolerance; the others in float64, where there is next to none.
-FP32 = ("opd", "gkd", "arkd", "sdpo")
+FP32 = ("opd", "gkd", "arkd", "sdpo", "served", "served_whole")
 
 
 class Watching:
@@ -133,6 +141,22 @@ class Watching:
         norm = math.sqrt(sum(float(x.square().sum()) for x in weights))
         self.rows.append({**row, "weights_sum": float(sum(x.sum() for x in weights)), "weights_norm": norm})
         return Stop("enough") if run.step == self.stop else None
+
+
+@contextlib.contextmanager
+def with_server(settings: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
+    """The settings with the address of a server, where they name one; it lives for as long as the run."""
+    if settings.get("teacher") != SERVED:
+        yield settings
+        return
+    world = ranks.join()
+    folder.mkdir(exist_ok=True)
+    server = Process(folder, located("countdown:teacher")) if world.leads else None
+    try:
+        yield settings | {"teacher": world.agree(server and server.url)}
+    finally:
+        if server is not None:
+            server.end()
 
 
 def job(words: str, folder: Path) -> list[dict[str, Any]]:
@@ -151,7 +175,12 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
                 ranks.join().first(lambda make=make, made=made: make(folder / made))
                 settings |= {role: str(folder / made / role) for role in ("student", "teacher")}
                 settings["data"] = str(folder / made / "data.jsonl")
-        run = runner.start(api.assemble(settings), out)
+        with with_server(settings, folder / f"{name} server") as known:
+            return watched(runner.start(api.assemble(known), out), watching)
+    return watched(run, watching)
+
+
+def watched(run: runner.Run, watching: Watching) -> list[dict[str, Any]]:
     run.callbacks = (watching,)
     run.go()
     return watching.rows
