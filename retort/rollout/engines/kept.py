@@ -112,7 +112,7 @@ class Turns:
         """
         last_B, done_B = stop_BA.int().argmax(1).tolist(), stop_BA.any(1).tolist()
         own = [place for place, row in enumerate(row_B.tolist()) if done_B[place] and self.wanted[row]]
-        rows = [self.found.setdefault(row_B[place].item(), KeptRow([])) for place in own]
+        rows = [self.found.setdefault(int(row_B[place]), KeptRow([])) for place in own]
         # The stop token was generated, not read: what was kept ends before it.
         ends = [self._width + last_B[place] for place in own]
         starts = [self._width - self._lengths[int(row_B[place])] for place in own]

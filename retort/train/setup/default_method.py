@@ -11,6 +11,7 @@ from retort.align.tokens import OtherTokenizer
 from retort.config import DEFAULT_FOR_TWO_TOKENIZERS, merge
 from retort.config.sections import ServerSection
 from retort.errors import UserError
+from retort.models.endpoint import Endpoint
 from retort.models.files import read_tokenizer
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
@@ -41,7 +42,9 @@ def default_method(layers: Sequence[Mapping[str, Any]], caller_objects: CallerOb
         asked = ServerSection()
     try:
         student, teacher = (
-            read_tokenizer(name, source, role, trust_remote_code=trust)
+            read_tokenizer(
+                name, source.reads if isinstance(source, Endpoint) else source, role, trust_remote_code=trust
+            )
             for role, (name, source) in sources(
                 asked, {role: str(path) for role, path in paths.items()}, caller_objects
             ).items()
