@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, ParamSpec
 
@@ -295,7 +295,7 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
             try:
                 bare: Method = groups.build(**groups.gathered(bound.arguments))
             except UserError as error:
-                raise _about_settings(error, build.__name__) from None
+                raise _about_settings(error, build.__name__, signature.parameters) from None
             return replace(
                 bare,
                 made_of=(bare.rollout, bare.terms, bare.views, bare.temperature, bare.controllers),
@@ -315,13 +315,15 @@ def method(*, paper: Paper, status: Status) -> Callable[[Callable[P, Method]], C
 
 
 #: How a part begins a message of its own: with the name of the function that makes it, which no user of a run knows.
-_FUNCTION = re.compile(r"^\w+: ")
+_FUNCTION = re.compile(r"^(\w+): ")
 
 
-def _about_settings(error: UserError, name: str) -> UserError:
-    """The refusal of a method's settings, which names the method in place of a part of it."""
+def _about_settings(error: UserError, name: str, settings: Container[str]) -> UserError:
+    """The refusal of a method's settings, which names the method in place of a part of it that is no setting."""
     text = str(error)
-    return error if text.startswith("method") else UserError(f"method '{name}': {_FUNCTION.sub('', text)}")
+    part = _FUNCTION.match(text)
+    own = text if part is None or part[1] in settings else text[part.end() :]
+    return error if text.startswith("method") else UserError(f"method '{name}': {own}")
 
 
 def groups_of(build: Callable[..., Method]) -> Groups:

@@ -130,7 +130,8 @@ def kept(margin_N: Tensor, steps: Steps, max_segment: int, find: Callable[[Tenso
     for rows_A in torch.tensor_split(order_N, ends[:-1].cpu()):
         if not len(rows_A):
             continue
-        sentence_A = None if steps.sentence_N is None else steps.sentence_N[rows_A]
+        sentence_N = steps.turn_N if steps.sentence_N is None else steps.sentence_N  # a turn ends a sentence
+        sentence_A = None if sentence_N is None else sentence_N[rows_A]
         segment_A = segments(len(rows_A), sentence_A, max_segment).to(margin_N.device)
         count = int(segment_A[-1]) + 1
         total = torch.zeros(count, dtype=torch.float64, device=margin_N.device)

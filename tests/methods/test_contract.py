@@ -280,6 +280,7 @@ def test_paper_defaults() -> None:
     """Pinned: the defaults are the papers'."""
     assert registry.defaults("eopd") == {
         "entropy_threshold": 0.8,
+        "entropy_bound": "refuse",  # no paper's: what to do with a bound in place of the entropy
         "top_k": 16,
         "forward_coef": 1.0,
         "clip": 0.2,

@@ -508,7 +508,7 @@ def test_an_id_in_two_pairs_is_refused() -> None:
     ("name", "lacks"), [("gkd", "whole distribution"), ("eopd", "top-16"), ("local_teachability", "the student's top")]
 )
 def test_methods_that_need_more_than_spans_are_refused(name: str, lacks: str) -> None:
-    with pytest.raises(UserError, match=f"needs .*{lacks}.*another tokenizer; these serve .*opd.*simct"):
+    with pytest.raises(UserError, match=f"needs .*{lacks}.*another tokenizer; methods that it serves: .*opd.*simct"):
         Pair().losses(name)
 
 

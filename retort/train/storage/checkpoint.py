@@ -36,7 +36,7 @@ from retort.train.storage.slices import Stored, save_slices
 #: other formats are refused, so no code need know how they looked. One that names no format is of the first.
 FORMAT = 2
 #: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
-_KEYS = ("updates", "begun", "best", "data", "models", "start", "precision", "advised", "run")
+_KEYS = ("updates", "begun", "best", "data", "models", "remote", "start", "precision", "advised", "run")
 _NAME = re.compile(r"step-(\d+)$")
 #: What holds tensors: files of these names that one process wrote, or folders that several ranks wrote.
 _GROUPS = ("weights", "optimizer", "parts")

@@ -33,7 +33,7 @@ def refuse_others(path: Path, state: Mapping[str, Any], teachers: Teachers, stud
         if then.get(name) != now["models"].get(name):
             role = "base model" if name == "base" else name
             raise UserError(f"{path}: the {role}'s weights changed since this checkpoint; put the same {name} back")
-    for name, scores in state.get("remote", {}).items():
+    for name, scores in state["remote"].items():
         if name in teachers.remote:  # one whose folder is here now was compared above
             try:
                 teachers.remote[name].verify(teachers.tolerance, scores)
