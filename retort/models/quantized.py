@@ -62,7 +62,7 @@ def plain(weight: Tensor) -> list[Tensor]:
     state = getattr(weight, "quant_state", None)  # of bitsandbytes
     if state is not None:
         return [weight.detach(), state.absmax]
-    if hasattr(weight, "__tensor_flatten__") and hasattr(weight, "dequantize"):  # of torchao
+    if type(weight).__module__.startswith("torchao."):  # a slice of several ranks has parts too, but is one tensor
         names: list[str] = weight.__tensor_flatten__()[0]  # type: ignore[operator]
         return [getattr(weight, name).detach() for name in names]
     return [weight.detach()]
