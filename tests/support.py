@@ -103,6 +103,17 @@ def make_model(
     return folder
 
 
+def make_narrower(folder: Path, source: Path, width: int) -> Path:
+    """The model of a folder with this many rows of embeddings, and its tokenizer, in another folder."""
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.resize_token_embeddings(width)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
 def group_of(prompt: Prompt, texts: Sequence[str]) -> Group:
     """Rollouts of these texts to a prompt, for whoever looks at nothing but texts."""
     sequence = TokenSequence.of([0]).then([1], decided=True)

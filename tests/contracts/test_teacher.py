@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 import torch
 from completions import serving
 from remote import RemoteTeacher
@@ -157,11 +158,8 @@ WITHOUT_HIDDEN = ("itself, trust region",)
 
 @pytest.fixture(scope="module")
 def lm(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    folder, shared = model_folder(seed=2, padded_to=80), tmp_path_factory.mktemp("shared")
-    small = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
-    small.model.resize_token_embeddings(VOCAB)
-    small.model.save_pretrained(shared)
-    small.tokenizer.save_pretrained(shared)
+    folder = model_folder(seed=2, padded_to=80)
+    shared = support.make_narrower(tmp_path_factory.mktemp("shared"), folder, VOCAB)
     found = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
     found.opened = {}  # type: ignore[attr-defined]
     with in_thread(found) as url, serving(shared) as found.completions:  # type: ignore[attr-defined]

@@ -264,8 +264,9 @@ def main(folder: Path) -> int:
     torch.set_num_threads(1)
     world, divide = ranks.join(), Divide()
     sys.path[:0] = [str(CONTRACTS)]
-    made = support.make_model  # transformers writes a model on the first rank alone
+    made, narrower = support.make_model, support.make_narrower  # transformers writes a model on the first rank alone
     support.make_model = lambda folder, **given: world.first(lambda: made(folder, **given))
+    support.make_narrower = lambda *given: world.first(lambda: narrower(*given))
     words = [
         "-x",
         "-m",
