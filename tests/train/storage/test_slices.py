@@ -24,7 +24,16 @@ from retort.ranks import ONE, here, world
 from retort.train.storage import checkpoint, slices
 
 STATE: dict[str, Any] = {
-    **{"updates": 1, "begun": 0, "best": None, "data": "", "models": {}, "start": None, "precision": "fp32"},
+    **{
+        "updates": 1,
+        "begun": 0,
+        "best": None,
+        "data": "",
+        "models": {},
+        "remote": {},
+        "start": None,
+        "precision": "fp32",
+    },
     **{"advised": [], "run": {"settings": {}, "digests": {}, "versions": {}}},
 }
 #: The first dimension of one is divided by no number of ranks, of one is less than they are.
