@@ -25,6 +25,7 @@ from retort.errors import SignalError, UserError
 from retort.models.lm import LanguageModel
 from retort.models.server import Server, about_of
 from retort.ranks import World
+from retort.wire.batches import neighbours
 from retort.wire.protocol import GENERATE, HEAD, HIDDEN, SCORE, About, packed
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -205,7 +206,7 @@ class ServedModel(LanguageModel):
             SignalError: The answer is about other tokens, or lacks something.
         """
         self.check_readable(sequences)
-        groups = _cut([len(own) for own in sequences], self.about.most_tokens)
+        groups = neighbours([len(own) for own in sequences], self.about.most_tokens)
         starts = [0]
         for group in groups:
             starts.append(starts[-1] + sum(own.steps for own in sequences[group]))
@@ -315,14 +316,3 @@ class ServedModel(LanguageModel):
         """Asks the server about the weights that it had at the start: it refuses where it has others."""
         asked = {**settings, "weights": self.about.digest}
         return self.server.client.post_tensors(path, tensors, asked, most_bytes=limit)
-
-
-def _cut(lengths: Sequence[int], most: int) -> list[slice]:
-    """Neighbouring sequences of at most so many tokens together (or one)."""
-    found, start, filled = list[slice](), 0, 0
-    for number, length in enumerate(lengths):
-        if number > start and filled + length > most:
-            found.append(slice(start, number))
-            start, filled = number, 0
-        filled += length
-    return [*found, slice(start, len(lengths))] if lengths else []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from retort.errors import SignalError, UserError, quoted
+from retort.wire.batches import neighbours
 from retort.wire.client import Client, MissingPathError
 
 #: The log-probs that a server gave before one token: some ids and their log-probs.
@@ -80,8 +81,8 @@ class Completions:
             UserError: The server refuses the request.
         """
         width = self.offers.whole or 1 if top < 0 else top + 1
-        batches = _batches([len(ids) * width for ids in sequences])
-        answers = self.client.each(lambda batch: self._listed([sequences[i] for i in batch], top), batches)
+        batches = neighbours([len(ids) * width for ids in sequences], _MOST_NUMBERS)
+        answers = self.client.each(lambda batch: self._listed(sequences[batch], top), batches)
         return [own for answer in answers for own in answer]
 
     def _listed(self, sequences: Sequence[Sequence[int]], top: int) -> list[list[Listed]]:
@@ -185,17 +186,6 @@ class Completions:
 
 #: Prefixes of one request.
 _TOGETHER = 64
-
-
-def _batches(sizes: Sequence[int]) -> list[range]:
-    """Neighbours that go into one request, by the numbers that they make."""
-    found, start, total = list[range](), 0, 0
-    for place, size in enumerate(sizes):
-        if place > start and total + size > _MOST_NUMBERS:
-            found.append(range(start, place))
-            start, total = place, 0
-        total += size
-    return [*found, range(start, len(sizes))] if sizes else []
 
 
 @dataclass(frozen=True)
