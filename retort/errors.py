@@ -44,8 +44,12 @@ class UnreachableError(RunError):
     """A server that the run needs gave no usable answer for as long as the run waits for one."""
 
 
+class BudgetSpentError(RunError):
+    """The calls, tokens or money that the user allowed a run to spend on a model that talks are used up."""
+
+
 #: Errors whose cause lies outside a run: its settings and data, an answer of a teacher's, a server that is gone.
-FROM_OUTSIDE = (UserError, SignalError, UnreachableError)
+FROM_OUTSIDE = (UserError, SignalError, UnreachableError, BudgetSpentError)
 
 #: Least similarity of two names, from 0 to 1, at which one counts as a misspelling of the other: `gdk` of `gkd`.
 _NEAR = 0.66
