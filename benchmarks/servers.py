@@ -27,7 +27,7 @@ SURROUNDINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
 }
 #: Seconds for a server to start.
-PATIENCE = 300
+PATIENCE = 900
 
 
 def surroundings() -> dict[str, str]:

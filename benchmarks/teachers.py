@@ -6,10 +6,10 @@
 
 Every server is a process of its own on this machine, with one thread, as each client has. The parts:
 
-* `wire`: a model with Qwen3's vocabulary of 151,936 and random weights. Each kind of number that a method may ask for,
+* `wire`: a model with a vocabulary of 65,536 and random weights. Each kind of number that a method may ask for,
   from the model in this process, from `retort serve` and from vLLM, in turns. Bytes are counted by a relay between
   client and server, HTTP's own included; the timed requests go without it.
-* `clients`: 1, 2 and 4 processes at once, which do nothing but have one `retort serve` of that model score.
+* `clients`: 1, 2 and 4 processes at once that have one `retort serve` of that model score, and do nothing else.
 * `runs`: real `retort train` processes with the built-in pair, 1, 2 and 4 at once, with a teacher each or with one
   `retort serve` for all.
 * `noise`: the built-in teacher on its student's completions: how far the log-probs of a server, or of rounded weights,
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -55,7 +56,8 @@ from scored_work import (
 
 from retort.tasks import countdown
 
-#: The teacher of `wire` and `clients`: width and layers. The student is not used.
+#: The teacher of `wire` and `clients`: number of ids; width and layers. The student is not used.
+VOCAB = 65_536
 SHAPES = {"student": (64, 1), "teacher": (512, 4)}
 #: Prompts, completions of each, and tokens of either.
 SIZES = (4, 2, 32)
@@ -68,7 +70,7 @@ COUNTS = (1, 2, 4)
 def model_folder(folder: Path) -> str:
     """The teacher with a large vocabulary; made on first use."""
     if not (folder / "teacher" / "config.json").exists():
-        large_vocabulary.build_pair(folder, shapes=SHAPES)
+        large_vocabulary.build_pair(folder, vocab=VOCAB, shapes=SHAPES)
     return str(folder / "teacher")
 
 
@@ -167,50 +169,60 @@ def compared(kind: str, work: Work, near: Any, far: Sequence[Far], rounds: int) 
 def clients(arguments: argparse.Namespace) -> str:
     """Several processes that only have one server score."""
     folder, rows = model_folder(arguments.models), list[list[Any]]()
-    with servers.ours(folder, "precision=fp32", "device=cpu") as server:
-        for kind in SHARED:
-            alone = 0.0
-            for count in COUNTS:
-                each = at_once(server.url, kind, count, arguments.rounds)
-                rate = sum(each)
-                alone = alone or rate
-                rows.append([kind, count, 1000 / measure.median(each), rate, f"{rate / alone:.2f}"])
+    with servers.ours(folder, "precision=fp32", "device=cpu") as server, Clients(server.url, max(COUNTS)) as all_:
+        rates: dict[tuple[str, int], list[list[float]]] = {}
+        for _ in range(arguments.rounds):
+            for kind, count in itertools.product(SHARED, COUNTS):
+                rates.setdefault((kind, count), []).append(all_.score(kind, count))
+    for (kind, count), found in rates.items():
+        together = measure.median([sum(own) for own in found])
+        alone = measure.median([sum(own) for own in rates[kind, 1]])
+        each = measure.median([1000 / rate for own in found for rate in own])
+        rows.append([kind, count, each, together, f"{together / alone:.2f}"])
     return measure.markdown(("asked for", "clients", "ms/token, each", "tokens/s, together", "of one alone"), rows)
 
 
-def at_once(url: str, kind: str, count: int, rounds: int) -> list[float]:
-    """Tokens per second of each of several clients that begin together and do the same."""
-    words = [sys.executable, str(Path(__file__).resolve()), "--worker", url, kind, str(rounds)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    each: list[Any] = [subprocess.Popen(words, env=servers.surroundings(), **pipes) for _ in range(count)]
-    try:
-        for process in each:
+class Clients:
+    """Processes that have one server score, when they are told to."""
+
+    def __init__(self, url: str, count: int) -> None:
+        words = [sys.executable, str(Path(__file__).resolve()), "--worker", url]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        self.each: list[Any] = [subprocess.Popen(words, env=servers.surroundings(), **pipes) for _ in range(count)]
+
+    def __enter__(self) -> Clients:
+        for process in self.each:
             if process.stdout.readline() != "ready\n":
-                raise SystemExit(f"a client of {url} ended before it had begun")
-        for process in each:
-            process.stdin.write("go\n")
-            process.stdin.flush()
-        return [float(process.stdout.readline()) for process in each]
-    finally:
-        for process in each:
+                raise SystemExit("a client ended before it had begun")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.each:
             process.kill()
             process.communicate()
 
+    def score(self, kind: str, count: int) -> list[float]:
+        """Tokens per second of the first so many, which begin together and do the same once."""
+        for process in self.each[:count]:
+            process.stdin.write(f"{kind}\n")
+            process.stdin.flush()
+        return [float(process.stdout.readline()) for process in self.each[:count]]
 
-def worker(url: str, kind: str, rounds: int) -> None:
-    """One client: says that it is ready, waits to be told to go, and says how many tokens a second were scored."""
+
+def worker(url: str) -> None:
+    """One client: scores what it is told to by lines, and says how many tokens a second that were."""
     from retort.models.server import about_of
     from retort.wire import Client
 
-    torch.set_num_threads(1)
     vocab = about_of(Client(url)).vocab
     teacher, work = served(url, vocab), random_work(vocab, *SIZES)
-    numbers(teacher, work, kind)
+    for kind in SHARED:
+        numbers(teacher, work, kind)
     print("ready", flush=True)
-    sys.stdin.readline()
-    spent = Spent.by(lambda: [own for _ in range(rounds) for own in numbers(teacher, work, kind)])
-    print(rounds * work.steps / spent.wall, flush=True)
-    sys.stdin.readline()  # until it is ended, so that its end takes nothing from the others
+    for line in sys.stdin:
+        kind = line.strip()
+        spent = Spent.by(lambda kind=kind: numbers(teacher, work, kind))
+        print(work.steps / spent.wall, flush=True)
 
 
 def runs(arguments: argparse.Namespace) -> str:
@@ -328,11 +340,11 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--vllm", help="an interpreter that has vLLM")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "retort-teachers")
     parser.add_argument("--json", type=Path, default=None)
-    parser.add_argument("--worker", nargs=3, metavar=("URL", "KIND", "ROUNDS"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", metavar="URL", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
     torch.set_num_threads(1)
     if arguments.worker:
-        worker(arguments.worker[0], arguments.worker[1], int(arguments.worker[2]))
+        worker(arguments.worker)
         return
     about, tables = measure.machine("cpu", 1), dict[str, str]()
     for part in arguments.parts:

@@ -96,5 +96,6 @@ def test_clients_of_one_server_are_processes_that_score(
     folder = str(model_folder(seed=3, hidden_size=24))
     with bench.servers.ours(folder, "precision=fp32", "device=cpu") as server:
         before = server.cpu()
-        assert len(bench.teachers.at_once(server.url, bench.teachers.SHARED[0], 2, 1)) == 2
+        with bench.teachers.Clients(server.url, 2) as clients:
+            assert [len(clients.score(kind, 2)) for kind in bench.teachers.SHARED] == [2, 2]
         assert server.cpu() > before
