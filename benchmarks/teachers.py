@@ -1,4 +1,4 @@
-"""A teacher on a server: bytes and time for each scored token, several runs that share it, and noise floors.
+"""A teacher on a server: bytes and time for each scored token, several clients that share it, and noise floors.
 
     python benchmarks/teachers.py                            # all parts; some minutes
     python benchmarks/teachers.py --parts wire --rounds 9
@@ -10,8 +10,6 @@ Every server is a process of its own on this machine, with one thread, as each c
   from the model in this process, from `retort serve` and from vLLM, in turns. Bytes are counted by a relay between
   client and server, HTTP's own included; the timed requests go without it.
 * `clients`: 1, 2 and 4 processes at once that have one `retort serve` of that model score, and do nothing else.
-* `runs`: real `retort train` processes with the built-in pair, 1, 2 and 4 at once, with a teacher each or with one
-  `retort serve` for all.
 * `noise`: the built-in teacher on its student's completions: how far the log-probs of a server, or of rounded weights,
   are from those of the model in fp32 in this process. Rows of 8 and 4 bits need the extra `quantized`.
 """
@@ -21,7 +19,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import subprocess
 import sys
@@ -63,7 +60,7 @@ SHAPES = {"student": (64, 1), "teacher": (512, 4)}
 SIZES = (4, 2, 32)
 #: Kinds that `clients` ask for: with the first the server multiplies with the head, with the second the client does.
 SHARED = tuple(KINDS)[1], tuple(KINDS)[4]
-#: Clients or runs at once.
+#: Clients at once.
 COUNTS = (1, 2, 4)
 
 
@@ -225,58 +222,6 @@ def worker(url: str) -> None:
         print(work.steps / spent.wall, flush=True)
 
 
-def runs(arguments: argparse.Namespace) -> str:
-    """Several real runs, with a teacher each or with one for all, in turns."""
-    found: dict[tuple[int, str], list[list[float]]] = {}
-    with servers.ours("countdown:teacher", "precision=fp32", "device=cpu") as server:
-        for _ in range(arguments.repeats):
-            for count in COUNTS:
-                for name, teacher in ((WAYS[0], "countdown:teacher"), (WAYS[1], server.url)):
-                    found.setdefault((count, name), []).extend(trained(teacher, count, arguments.steps))
-    rows = list[list[Any]]()
-    for count in COUNTS:
-        middle = {name: [measure.median(own) for own in zip(*found[count, name], strict=True)] for name in WAYS}
-        for name in WAYS:
-            teacher, step = middle[name]
-            ratio = f"{step / middle[WAYS[0]][1]:.2f}"
-            rows.append([count, name, 1e6 * teacher, 1e6 * step, count / step, ratio])
-    return measure.markdown(RUNS, rows)
-
-
-WAYS = "a teacher each", "one server"
-RUNS = (
-    "runs at once", "with", "microseconds/token, teacher", "microseconds/token, step", "tokens/s, together",
-    "of a teacher each",
-)  # fmt: skip
-
-
-def trained(teacher: str, count: int, steps: int) -> list[list[float]]:
-    """Seconds per token of each of several runs: of the teacher, and of the whole step."""
-    words = [sys.executable, "-m", "retort", "train", "--student", "countdown:student", "--data", "countdown"]
-    words += ["--teacher", teacher, "--method", "eopd", "--steps", str(steps), "eval.problems=0", "precision=fp32"]
-    words += ["device=cpu", "threads=1", "checkpoint.every=0", "record.rollouts=0"]
-    with tempfile.TemporaryDirectory(prefix="retort-teachers-") as folder:
-        outs = [Path(folder) / str(place) for place in range(count)]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        each = [
-            subprocess.Popen([*words, "--out", str(out), f"seed={place}"], env=servers.surroundings(), **quiet)
-            for place, out in enumerate(outs)
-        ]
-        for process in each:
-            problem = process.communicate()[1]
-            if process.returncode:
-                raise SystemExit(problem[-2000:])
-        return [per_token(out / "metrics.jsonl") for out in outs]
-
-
-def per_token(path: Path) -> list[float]:
-    """Seconds per token, teacher and step, without the first quarter: the runs do not begin at the same moment."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    counted = rows[len(rows) // 4 :]
-    tokens = sum(row["tokens"] for row in counted)
-    return [sum(row[name] for row in counted) / tokens for name in ("time/teacher", "time/step")]
-
-
 # Noise.
 
 
@@ -327,7 +272,7 @@ def shown(value: float) -> str:
     return f"{value:.1e}" if value else "0"
 
 
-PARTS = {"wire": wire, "clients": clients, "runs": runs, "noise": noise}
+PARTS = {"wire": wire, "clients": clients, "noise": noise}
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -335,8 +280,6 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), default=list(PARTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="of each of `runs`")
-    parser.add_argument("--repeats", type=int, default=1, help="of all `runs`")
     parser.add_argument("--vllm", help="an interpreter that has vLLM")
     parser.add_argument("--models", type=Path, default=Path(tempfile.gettempdir()) / "retort-teachers")
     parser.add_argument("--json", type=Path, default=None)

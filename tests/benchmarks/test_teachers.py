@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,14 +78,6 @@ def test_noise_is_that_of_the_distributions(bench: SimpleNamespace, lm: Any, url
     mean, largest, kl, _ = rounded
     assert mean < largest
     assert kl < mean
-
-
-def test_the_first_steps_of_runs_are_not_counted(bench: SimpleNamespace, tmp_path: Path) -> None:
-    rows = [{"tokens": 10, "time/teacher": 1.0, "time/step": 9.0}] + [
-        {"tokens": 20, "time/teacher": 2.0, "time/step": 4.0} for _ in range(3)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert bench.teachers.per_token(tmp_path / "metrics.jsonl") == [0.1, 0.2]
 
 
 @pytest.mark.slow
