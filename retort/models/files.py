@@ -22,6 +22,7 @@ from retort.models import gguf
 from retort.models.in_memory import InMemoryModel
 from retort.models.quantized import plain
 from retort.models.server import Server
+from retort.models.weight_files import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -243,20 +244,11 @@ def _weight_notes(label: str, weights: Weights, wrong: list[str], notes: list[st
 def _dropped(location: str, model: Any) -> set[str]:
     """Names of tensors in a model's files that transformers silently leaves out."""
     from safetensors import safe_open
-    from transformers.utils.hub import cached_file
 
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     patterns.append(_OTHER_PARTS)  # with `inv_freq`, which transformers drops where a model computes it
-    # In the cache of the hub, too, the weights lie beside the settings.
-    config = cached_file(
-        location,
-        "config.json",
-        local_files_only=True,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
     names = set[str]()
-    for file in Path(config).parent.glob("*.safetensors") if config is not None else ():
+    for file in weight_files(location):
         with safe_open(file, framework="pt") as weights:
             names.update(weights.keys())
     return {name for name in names if any(pattern.search(name) for pattern in patterns)}

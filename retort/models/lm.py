@@ -19,6 +19,7 @@ from retort.models.adapter import Adapter
 from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
+from retort.models.offload import Offload
 from retort.models.quantized import count
 from retort.models.sharding import Sharding
 from retort.models.working import WorkingCopy
@@ -59,7 +60,7 @@ class LanguageModel:
         tried: Lengths in its settings beyond which all of that was tried.
         adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
-        sharding: How the weights are spread over ranks, where there are several; shared likewise.
+        sharding, offload: How the weights are spread over several ranks, and when they are here; shared likewise.
         notes: Notes for the user.
         rounded: How its weights were rounded, in words; empty where they were not.
     """
@@ -79,13 +80,14 @@ class LanguageModel:
     adapter: Adapter | None = None
     working: WorkingCopy = field(default_factory=WorkingCopy)
     sharding: Sharding = field(default_factory=Sharding)
+    offload: Offload = field(default_factory=Offload)
     notes: list[str] = field(default_factory=lambda: [])
     rounded: str = ""
 
     @property
     def device(self) -> torch.device:
-        """The device of the weights."""
-        return self.model.device
+        """The device of the weights, also while they are away."""
+        return self.offload.device or self.model.device
 
     @property
     def parameters(self) -> int:
@@ -128,11 +130,13 @@ class LanguageModel:
 
     def digest(self) -> str:
         """A fingerprint of the weights: their names and shapes, and a sample of each."""
-        return sample_digest(self)
+        with self.offload.present():
+            return sample_digest(self)
 
     def whole_digest(self) -> str:
         """A fingerprint of every byte of the weights; about a second per gigabyte."""
-        return whole_digest(self)
+        with self.offload.present():
+            return whole_digest(self)
 
     @property
     def arithmetic(self) -> str:
@@ -155,7 +159,7 @@ class LanguageModel:
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Within, every rank holds all weights, for passes without gradient; all ranks enter it together."""
-        with self.sharding.whole():
+        with self.offload.kept(), self.sharding.whole():
             try:
                 yield
             finally:
@@ -364,7 +368,7 @@ class LanguageModel:
         parts: dict[int, Tensor] = {}
         batches = self.batches(sequences, budget) if sequences else []
         spare = self.sharding.spare(len(batches))
-        with torch.inference_mode():
+        with torch.inference_mode(), self.offload.kept():
             for batch in batches:
                 own = [sequences[i] for i in batch]
                 hidden_ND = self.hidden(own)

@@ -315,8 +315,8 @@ def check_memory(prepared: Prepared) -> Check:
     if share < TIGHT:
         return Check("memory", "ok", saw, why, values=values)
     remedy = (
-        "lower optimizer.batch_tokens (activations), rollout.parallel (the cache) or rollout.max_new_tokens; "
-        "optimizer.gradient_checkpointing=true keeps a tenth of the activations"
+        "lower optimizer.batch_tokens (activations), rollout.parallel (the cache) or rollout.max_new_tokens; have the "
+        "teacher leave (models.teacher.offload); optimizer.gradient_checkpointing=true keeps a tenth of the activations"
     )
     return Check("memory", "warn" if share < TOO_MUCH else "fatal", saw, why, remedy, values)
 

@@ -60,6 +60,18 @@ PLOTS = (
     Curves("Teacher’s pull among the top-k in common", "nats, 0 is agreement", {"overlap_advantage": "advantage"}),
     Curves("Entropy gap", "nats per token", {"entropy_gap": "entropy gap"}),
     Curves("How far the teachers differ", "nats per token", {"teacher_disagreement": "Jensen-Shannon divergence"}),
+    Curves(
+        "Teacher’s scores that the cache had",
+        "share of sequences",
+        {"teacher_cache/hit_rate": "found"},
+        "share",
+    ),
+    Curves(
+        "Faults of the cache",
+        "sequences of a step, computed anew",
+        {"teacher_cache/damaged": "damaged", "teacher_cache/unsaved": "not stored"},
+        smooth=False,
+    ),
     Curves("Moving teacher’s distance", "of the student’s norm", {"teacher_lag": "distance"}),
     Curves("Rollout engine against trainer", "nats per token", {"noise_floor": "noise floor"}),
     Curves(

@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from retort import config as configuration
-from retort.controllers import Probe
-from retort.core.rollouts import Group, in_groups
+from retort.core.rollouts import Group
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import FROM_OUTSIDE, RunError, UserError
@@ -25,14 +23,14 @@ from retort.train.events.observe import Observer, Silent
 from retort.train.events.tracking import Tracker, open_tracker
 from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
-from retort.train.learning.diagnose import against_rewards
+from retort.train.learning.probes import Probes
 from retort.train.learning.rates import Rates
 from retort.train.output import export, record, results
+from retort.train.output.batch_metrics import batch_metrics
 from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import identity
 from retort.train.output.saved import refuse_other_run, state_of
 from retort.train.output.summary import summary
-from retort.train.output.units import unit_metrics
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
@@ -76,6 +74,7 @@ class Run:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
         self.source.open(self.folder, lambda: self.step)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
+        self.probes = Probes(self.control, self.source.probed, self.learner, self._signals)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
@@ -155,9 +154,11 @@ class Run:
         if not evaluations:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
         self._evaluate_first(evaluations)
+        with self._safe():
+            self.probes.catch_up(*self.prepared.at(self.step))
 
         while self.step < self.prepared.steps and not self._ended():
-            metrics, scores = self._one_step(), None
+            metrics, scores = self._one_step(tracker), None
             if evaluations.due(self.step):
                 with self._safe(first=lambda known=metrics: self._log(known, tracker)):
                     scores = self._evaluate_now(evaluations)
@@ -216,16 +217,16 @@ class Run:
             self._claim.release()
             raise
 
-    def _one_step(self) -> dict[str, Any]:
-        """Generates one batch of rollouts, has the teachers score it, and learns from it."""
+    def _one_step(self, tracker: Tracker) -> dict[str, Any]:
+        """Generates one batch of rollouts, has the teachers score it, and learns from it; returns its metrics."""
         self._doing = f"step {self.step + 1}"
         (method, clock), watch = self.prepared.at(self.step), Stopwatch()
-        plan, before, version = method.rollout, self.source.given_up, self.learner.updates
+        before, version = self.source.given_up, self.learner.updates
         with self._safe():
             if clock.done == 0:
                 self.learner.begin()
             with watch("probe"):
-                probed = self.control.probe(method, clock, partial(self._probed, method)) if clock.done == 0 else {}
+                probed = self.probes.due(method, clock) if clock.done == 0 else self.probes.take_late()
                 clock = replace(clock, controller_outputs=self.control.controller_outputs(method))
                 hard = self._difficulties(method, clock)
             with watch("generate"):
@@ -244,31 +245,27 @@ class Run:
         count, behind = self.prepared.config.record.rollouts, self.teachers.behind(method)
         for row in record.rows(batch, values, self.step, count, self.student.tokenizer, behind):
             self.rollouts.append(row)
-        scalars = {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
-        with watch("probe"):
-            probed |= self.control.probe(method, replace(clock, step=self.step), partial(self._probed, method))
-        times = watch.values()
-        speed = {"tokens": len(batch.pack), "tokens_per_second": len(batch.pack) / times["time/step"]}
-        generated = {
-            **record.rollout_metrics(batch, version),
-            **against_rewards(batch.pack, values, batch.valid.get("teacher")),
-            **unit_metrics(batch, values),
-            **({"given_up": lost} if lost else {}),
-            **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
-            **({"horizon": plan.curriculum.horizon(clock.done)} if plan.curriculum else {}),
-        }
-        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
-        return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
+        metrics = {"step": self.step, **means.values()}
+        metrics |= batch_metrics(batch, values, version, self.source, lost)
+        metrics |= record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
+        metrics |= {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
+        metrics |= probed
+
+        def timed() -> dict[str, Any]:
+            times = watch.values()
+            speed = {"tokens": len(batch.pack), "tokens_per_second": len(batch.pack) / times["time/step"]}
+            return {**metrics, **speed, **times}
+
+        def without_probe() -> None:  # The step is learnt: it is logged and saved, and probed when the run goes on.
+            self.probes.owed = True
+            self._log(timed(), tracker)
+
+        with self._safe(first=without_probe), watch("probe"):
+            metrics |= self.probes.due(method, replace(clock, step=self.step))
+        return timed()
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
         return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
-
-    def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
-        """Means of a probe's values over all tokens of the completions of its held-out prompts."""
-        groups = in_groups(self.source.probed(method.rollout, probe, clock))
-        needs = frozenset(need for part in probe.parts.values() for need in part.needs)
-        signals = self._signals(method, groups, {probe.against: needs} if needs else {})
-        return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)
 
     def _rates(self, method: Method) -> Rates:
         """The learning rates of a method of the run; a cold start may have one of its own."""
@@ -312,6 +309,7 @@ class Run:
             return self._saved
         weights, tensors, counts = self.learner.tensors()
         state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
+        state["owes_probe"] = self.probes.owed
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
         self.world.first(self._claim.check)
         self._saved = checkpoint.save(folder, checkpoint.Checkpoint(self.step, weights, tensors, state, parts))
@@ -329,7 +327,7 @@ class Run:
         self.source.restore(found.parts)
         self.teachers.restore(found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
-        self._advised = set(found.state["advised"])
+        self._advised, self.probes.owed = set(found.state["advised"]), found.state.get("owes_probe", False)
         if self.prepared.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.prepared.steps} lies before it")
         self.origin = self._saved = path

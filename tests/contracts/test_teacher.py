@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from retort.core.signals import Dense, SignalRows, TeacherSignal
 from retort.errors import SignalError
 from retort.models.endpoint import Endpoint
 from retort.models.load import load_model
+from retort.models.offload import InFiles, Room
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.endpoint import EndpointTeacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
@@ -120,9 +122,15 @@ def cached(behind: Any, lm: Any) -> CachedTeacher:
     return CachedTeacher(behind, model, whole)
 
 
+def offloaded(lm: Any) -> LocalTeacher:
+    """The same model, whose weights are in its files between passes."""
+    return local(lm.away)
+
+
 some_ids = endpoint("max=20,at=16")
 TEACHERS: dict[str, Callable[[Any], Made]] = {
     "local": lambda lm: Made(local(lm)),
+    "offloaded": lambda lm: Made(offloaded(lm)),
     "itself, frozen": itself(frozen()),
     "itself, live": itself(live()),
     "itself, moving": itself(ema(0.5)),
@@ -140,6 +148,7 @@ TEACHERS: dict[str, Callable[[Any], Made]] = {
     "routed": lambda lm: Made(RoutedTeacher(two(lm), by_length)),
     "routed, remote": lambda lm: Made(RoutedTeacher({"a": RemoteTeacher(local(lm)), "b": local(lm)}, by_length)),
     "best": lambda lm: Made(BestTeacher(two(lm))),
+    "mixture, offloaded": lambda lm: Made(MixtureTeacher({"a": offloaded(lm), "b": local(lm)})),
     "mixture, served": lambda lm: Made(MixtureTeacher({"a": served(lm), "b": local(lm)})),
     "mixture, endpoint": lambda lm: Made(MixtureTeacher({"a": some_ids(lm).teacher, "b": local(lm)})),
     "routed, endpoint": lambda lm: Made(RoutedTeacher({"a": some_ids(lm).teacher, "b": local(lm)}, by_length)),
@@ -161,6 +170,8 @@ def lm(model_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     folder = model_folder(seed=2, padded_to=80)
     shared = support.make_narrower(tmp_path_factory.mktemp("shared"), folder, VOCAB)
     found = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
+    away = found.away = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))  # type: ignore[attr-defined]
+    away.offload.begin(away.model, [away.head().weight_VD], "disk", partial(InFiles, "teacher", str(folder)), Room())
     found.opened = {}  # type: ignore[attr-defined]
     with in_thread(found) as url, serving(shared) as found.completions:  # type: ignore[attr-defined]
         found.served = connected(url, found)
@@ -371,7 +382,7 @@ def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any, monkeyp
 
     A teacher of units renders the messages, of which this template makes the very ids that the student read.
     """
-    for one in (lm, lm.served):
+    for one in (lm, lm.served, lm.away):
         monkeypatch.setattr(one.tokenizer, "chat_template", TURNS)
     sequence = TokenSequence.of(lm.tokenizer("3 + 4 =")["input_ids"]).then([12, 13, 2], decided=True)
     sequence = sequence.then([30, 31]).then([20, 2], decided=True).then([32, 33]).then([11, 2], decided=True)

@@ -13,7 +13,12 @@ import pytest
 from served import Process
 
 from retort import config as configuration
+from retort.controllers.off_policy import adaptive_share
+from retort.divergences import reverse_kl
 from retort.errors import RetortError, UserError
+from retort.estimators import pathwise
+from retort.method import Method, Term
+from retort.rollout.plan import Replay, RolloutPlan
 from retort.train import runner
 from retort.train.storage import checkpoint
 
@@ -150,3 +155,43 @@ def test_a_server_killed_in_the_middle_is_waited_for_and_another_model_in_its_pl
         run.go()
     server.again()
     assert weights(runner.resume(run.folder).go()) == wanted
+
+
+def probed_method() -> Method:
+    """It goes by a probe of the teacher after every second step."""
+    share = adaptive_share(reverse_kl(), every=2, prompts=4, margin=-100.0, rise=0.25)
+    return Method(
+        name="probed",
+        rollout=RolloutPlan(on_policy_fraction=share.read("share"), replay=Replay(capacity=6)),
+        terms=(Term("reverse", pathwise(reverse_kl())),),
+        controllers=(share,),
+    )
+
+
+def test_a_server_that_is_gone_when_a_step_is_learnt_and_probed_costs_neither_the_step_nor_the_probe(
+    server: Process, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    del settings["method"]
+    impatient = settings | {"server": {"patience": 0.3, "timeout": 20.0}, "steps": 4}
+    method = probed_method()
+    whole = runner.start(configuration.resolve(impatient, own=method), tmp_path / "whole", method=method).go()
+    run = runner.start(configuration.resolve(impatient, own=method), tmp_path / "run", method=method)
+    measure = run.probes.measure
+
+    def measured(method: Method, probe: Any, clock: Any) -> dict[str, float]:
+        if clock.step == 2:
+            server.end()
+        return measure(method, probe, clock)
+
+    run.probes.measure = measured  # type: ignore[method-assign]
+    with pytest.raises(RetortError, match="cannot be connected to.*everything is saved at step 2 of 4, go on with"):
+        run.go()
+    assert [row["step"] for row in run.metrics] == [1, 2] and "probe/off_policy.loss" not in run.metrics[1]
+    server.again()
+    resumed = runner.resume(run.folder, method=method).go()
+    assert weights(resumed) == weights(whole)
+    assert resumed.metrics[2]["probe/off_policy.loss"] == whole.metrics[1]["probe/off_policy.loss"]
+    kept = ("loss", "grad_norm", "control/off_policy.share")
+    assert [[row[name] for name in kept] for row in resumed.metrics] == [
+        [row[name] for name in kept] for row in whole.metrics
+    ]

@@ -194,7 +194,7 @@ def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any],
     far = replace(setup, teachers=setup.teachers.with_models(remote))
     clock = replace(pipeline.CLOCK, longest=source.limit)
     runs = [Run(own, tmp_path) for own in (far, setup)]
-    found, expected = (run.control.probe(method, clock, partial(run._probed, method)) for run in runs)
+    found, expected = (run.control.probe(method, clock, partial(run.probes.measure, method)) for run in runs)
     assert found.keys() == {"probe/looks.margin"}
     assert found == pytest.approx(expected, rel=1e-5)
 

@@ -12,6 +12,7 @@ from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
+from retort.models.offload import Room
 from retort.models.randomness import check_repeats
 from retort.models.rehearsal import rehearse_export
 from retort.models.stored import load_stored
@@ -20,6 +21,7 @@ from retort.train.given.given import CallerObjects
 from retort.train.models import precision
 from retort.train.models.attention import quickest
 from retort.train.models.models import Frozen, bits_of, load, load_frozen
+from retort.train.models.offloading import offloaded, storage_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,17 +86,20 @@ def load_models(
         check_repeats(student)
     notes += _pair_notes(pair)
     notes += found.notes if found is not None and teacher is None else []
-    frozen: dict[str, Frozen] = {} if found is None else {first: found}
+    room, frozen = Room(), dict[str, Frozen]()
+    if found is not None:
+        frozen[first] = offloaded(config, paths[first], first, found, room, caller_objects)
     for name, path in paths.items():
         if name in stored:
             frozen[name] = _stored(config, stored[name], path, name, student, notes)
         elif name not in ("student", first):
-            frozen[name] = (
+            own = (
                 _base(config, student, path, caller_objects)
                 if name == "base"
                 else load_frozen(config, path, name, caller_objects)
             )
-            notes += [note for note in frozen[name].notes if note not in notes]
+            frozen[name] = offloaded(config, path, name, own, room, caller_objects)
+            notes += [note for note in own.notes if note not in notes]
     return Loaded(config, student, frozen, attention, render)
 
 
@@ -163,8 +168,17 @@ def _precision(
 
 
 def _base(config: Config, student: LanguageModel, name: str, caller_objects: CallerObjects) -> Frozen:
-    """Loads the base model; a student with an adapter still holds itself as it was."""
+    """Loads the base model; a student with an adapter still holds itself as it was.
+
+    Raises:
+        UserError: The weights of such a one would leave, too.
+    """
     kept = student.adapter is not None and name == config.student and bits_of(config, "base") is None
+    if kept and storage_of(config, "base") is not None:
+        raise UserError(
+            f"base {name}: models.base.offload is for a model with weights of its own, and this is the student "
+            "without its adapter; leave it out"
+        )
     return student.bare() if kept else load_frozen(config, name, "base", caller_objects)
 
 

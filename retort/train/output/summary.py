@@ -58,7 +58,8 @@ def _teachers(prepared: Prepared) -> str:
 
 
 def _rounded(lm: LanguageModel) -> str:
-    return f", {lm.rounded}" if lm.rounded else ""
+    """How its weights were rounded, and where they wait."""
+    return "".join(f", {words}" for words in (lm.rounded, lm.offload.words) if words)
 
 
 def _learning(prepared: Prepared) -> str:

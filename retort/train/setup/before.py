@@ -33,6 +33,7 @@ from retort.ranks import here
 from retort.teachers.spanned import SpanTeacher
 from retort.train.events import tracking
 from retort.train.models.models import bits_of
+from retort.train.models.offloading import refuse_offload
 from retort.train.setup import templates
 from retort.train.setup.whole_head import needs_whole_head, refuse_slices
 
@@ -86,6 +87,7 @@ def check_before_loading(
     for role, (name, source) in models.items():
         if (bits := bits_of(config, role)) is not None and not config.cache.only:
             refuse_bits(f"{role} {name}", bits, role, source)
+    refuse_offload(config, {"base": models["student"], **models})
     first_note = len(notes)
     config = fit_steps(config, method, len(train), notes)
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}

@@ -41,6 +41,8 @@ class Forecast:
         whole: Of several ranks: the student's whole weights for passes without gradient, or the layers of a teacher
             that generates, beside the slices.
         gathered: Of several ranks: embedding, head and two layers with their gradients, gathered while learning.
+        offloaded: Of models that leave the device between their passes, the largest, and its cache if it generates: one
+            is there at a time.
         ranks: Number of ranks; all else is that of one of them.
     """
 
@@ -55,13 +57,16 @@ class Forecast:
     loaded: int
     whole: int = 0
     gathered: int = 0
+    offloaded: int = 0
     ranks: int = 1
 
     @property
     def peak(self) -> int:
-        """The peak in bytes: learning and generation do not happen at once."""
+        """The peak in bytes: learning, scoring by a model that then leaves, and generation do not happen at once."""
         learning = self.gathered + self.head + self.activations + self.loss
-        return self.models + self.training + max(learning + self.signals, self.whole + self.copies + self.cache)
+        scoring = self.offloaded + self.copies + self.loss if self.offloaded else 0
+        generating = self.whole + self.copies + self.cache
+        return self.models + self.training + max(max(learning, scoring) + self.signals, generating)
 
     def __str__(self) -> str:
         names = {
@@ -75,8 +80,9 @@ class Forecast:
             "cache": "the KV cache of generation",
             "whole": "whole weights to generate with",
             "gathered": "layers and head gathered to learn",
+            "offloaded": "the largest model that is there for its passes only",
         }
-        optional = ("copies", "whole", "gathered")
+        optional = ("copies", "whole", "gathered", "offloaded")
         sizes = {text: getattr(self, name) for name, text in names.items()}
         shown = {text: sizes[text] for name, text in names.items() if name not in optional or sizes[text]}
         parts = ", ".join(f"{text} {size_text(size)}" for text, size in shown.items())
@@ -107,6 +113,7 @@ def forecast(prepared: Prepared) -> Forecast:
         generators.append((prepared.lms["teacher"], evaluated))
     longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
     most = config.rollout.parallel * (2 if prepared.source.episodes.several_turns else 1)
+    caches = {id(lm): _cache(lm, min(most, count), longest, product) for lm, count in generators}
     copies, lasting = student.working_bytes()
     if ranks > 1:  # The copies of frozen weights are of gathered ones, and are freed with them.
         copies, lasting = copies + lasting, 0
@@ -120,8 +127,9 @@ def forecast(prepared: Prepared) -> Forecast:
         loss=chunks,
         signals=_signals(prepared, rollouts * config.rollout.max_new_tokens, product, ranks),
         copies=copies,
-        cache=max(_cache(lm, min(most, count), longest, product) for lm, count in generators),
+        cache=max(caches.values()),
         loaded=_bytes(student) + own + lasting + frozen_loaded,
+        offloaded=max(lm.offload.bytes + (caches.get(id(lm), 0) if lm.offload.storage else 0) for lm in lms),
         **(_gathered(prepared, ranks) if ranks > 1 else {}),
     )
 

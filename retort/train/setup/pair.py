@@ -182,14 +182,17 @@ def refuse_same_name(method: Method, student: str, teacher: str) -> None:
 
 def refuse_same_weights(method: Method, student: LanguageModel, teacher: Frozen) -> None:
     """Raises `UserError` if student and teacher hold the same weights and see the same prompt."""
-    if not teacher.here:
+    if not isinstance(teacher, LanguageModel) or not teacher.here:
         if _only_same_prompt(method) and student.digest() == teacher.digest():
             raise _nothing_to_learn(method, "hold the same weights")
         return
     ours, theirs = student.weights(), teacher.weights()
     if not _only_same_prompt(method) or [p.shape for p in ours.values()] != [p.shape for p in theirs.values()]:
         return
-    if all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True)):
+    with teacher.offload.present():
+        theirs = teacher.weights()
+        equal = all(torch.equal(p.detach().to(q.dtype), q) for p, q in zip(ours.values(), theirs.values(), strict=True))
+    if equal:
         raise _nothing_to_learn(method, "hold the same weights")
 
 

@@ -407,7 +407,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     assert not {p.id for p in setup.source.probe} & {p.id for p in setup.source.prompts}
     run = Run(setup, tmp_path)
     clock = Clock(1, 4, seed=setup.config.seed, longest=setup.source.limit)
-    found = run.control.probe(setup.method, clock, partial(run._probed, setup.method))["probe/length.entropy"]
+    found = run.control.probe(setup.method, clock, partial(run.probes.measure, setup.method))["probe/length.entropy"]
     assert run.control.controller_outputs(setup.method)["length.horizon"] == 4
     # By hand: write with the same luck, and average over tokens.
     entropies: list[float] = []
