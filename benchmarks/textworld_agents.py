@@ -5,9 +5,9 @@
     python benchmarks/textworld_agents.py train runs/textworld    # one run for each method; stops and resumes
     python benchmarks/textworld_agents.py table runs/textworld    # Markdown
 
-The expert is TextWorld's own plan. The teacher learns from its games, in which it is made to err at times, so that the
-teacher knows the way back. The student goes on from there with games of somebody careless, mistakes included, as in the
-built-in environment. No game that is held out is among them. The models are not shipped.
+The expert is TextWorld's own plan. The teacher learns from its games, and then from games in which it is made to err at
+times, so that it knows the way back. The student goes on from there with games of somebody careless, mistakes
+included, as in the built-in environment. No game that is held out is among them. The models are not shipped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ KIND = "coin_collector-4"
 GAMES, HELD_OUT, FIRST_HELD_OUT = 60, 30, 1_000_000
 #: Times that each game is played for the clones; mistakes differ.
 PLAYED = 4
-TEACHER = Recipe(games=GAMES, mistakes=0.25, steps=600, batch=4)
+TEACHER = (
+    Recipe(games=GAMES, mistakes=0.0, steps=100, batch=4),
+    Recipe(games=GAMES, mistakes=0.25, steps=300, batch=4),
+)
 STUDENT = Recipe(games=GAMES, mistakes=0.3, once_lost=0.8, imitated=True, steps=120, batch=4, lr=1e-3, seed=1)
 CONTEXT = 2048
 METHODS: dict[str, dict[str, Any]] = {
@@ -98,9 +101,10 @@ def make(folder: Path) -> int:
     """Makes rows, tokenizer and both models."""
     start, rng = time.monotonic(), random.Random(0)
     tasks = [f"{KIND} {number}" for number in range(GAMES)]
-    every, careless = list[list[Turn]](), list[list[Turn]]()
+    clean, every, careless = list[list[Turn]](), list[list[Turn]](), list[list[Turn]]()
     for done, task in enumerate(tasks, 1):
-        every += [play(task, rng, 0.0 if own == 0 else TEACHER.mistakes) for own in range(PLAYED)]
+        clean.append(play(task, rng, TEACHER[0].mistakes))
+        every += [clean[-1], *(play(task, rng, TEACHER[1].mistakes) for _ in range(1, PLAYED))]
         careless += [play(task, rng, STUDENT.mistakes, STUDENT.once_lost) for _ in range(PLAYED)]
         if done % 10 == 0:
             print(f"{done} of {len(tasks)} games, {time.monotonic() - start:.0f} s", flush=True)
@@ -119,8 +123,9 @@ def make(folder: Path) -> int:
         rows = [{"id": f"{KIND}-{n}", "prompt": f"{KIND} {n}"} for n in range(first, first + count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.set_num_threads(1)
-    model = build_model(tokenizer, TEACHER.seed)
-    for name, recipe, chosen in (("teacher", TEACHER, every), ("student", STUDENT, careless)):
+    model = build_model(tokenizer, TEACHER[0].seed)
+    stages = (("teacher", TEACHER[0], clean), ("teacher", TEACHER[1], every), ("student", STUDENT, careless))
+    for name, recipe, chosen in stages:
         shown = [encoded(tokenizer, turns, imitated=recipe.imitated) for turns in chosen]
         train(model, batches(shown, recipe, random.Random(recipe.seed)), recipe)
         _save(model, tokenizer, folder / name)
