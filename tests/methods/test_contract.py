@@ -30,7 +30,7 @@ from retort.train.storage import checkpoint
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
 NOT_ZERO = {
-    **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd"), "the reward gives the direction, whatever the teacher says"),
+    **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd", "ropd"), "the reward gives the direction, whatever the teacher says"),
     "atod": "the reward has a term of its own",
     "sod": "the reward has a term of its own",
     "dasd": "its advantage holds the verifier's, whatever the teacher says",
@@ -45,6 +45,7 @@ WHOLE_BATCH = {
     "sdft": "the first tokens of half an answer are not those of the answer, and are not in the denominator",
     "pw_opsd": "a relative position in half an answer is another one",
     "rlsd": "rewards are whitened over a group, which a half may cut",
+    "ropd": "as rlsd",
     "sod": "as rlsd, and a half may end within a turn",
     "atod": "as sod",
     "egrsd": "entropies are divided by the largest of the batch, and answers longer than all others earn no bonus",
