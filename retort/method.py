@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec
 from torch import Tensor
 
 from retort.controllers import Controller
+from retort.core.grading import RubricPlan
 from retort.core.needs import Need
 from retort.core.numbers import Unbounded as Unbounded
 from retort.core.numbers import check_numbers
@@ -21,7 +22,6 @@ from retort.core.reduce import Denominator, tokens
 from retort.core.schedules import ControllerOutput, ScalarOrSchedule
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator
-from retort.rewards.plan import RubricPlan
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 

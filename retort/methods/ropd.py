@@ -3,13 +3,13 @@
 from typing import Literal
 
 from retort.advantages import group_advantage
+from retort.core.grading import RubricPlan
 from retort.core.reduce import rollout_means, tokens
 from retort.divergences import reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise, score_function
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.quantities import student_entropy
-from retort.rewards.plan import RubricPlan
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
 from retort.weights import truncated_rollout_ratio
@@ -89,9 +89,7 @@ def ropd(
         temperature=temperature,
         terms=terms,
         grading=rubric,
-        limits=(
-            Limit({"normalisation": "sample", "clip_high": 0.28, "truncation": None}, ("rlsd", {"share": 0.0})),
-        ),
+        limits=(Limit({"normalisation": "sample", "clip_high": 0.28, "truncation": None}, ("rlsd", {"share": 0.0})),),
         recipe={
             "rollout": {"prompts": 32, "max_prompt_tokens": 2048, "max_new_tokens": 8192},
             "optimizer": {"learning_rate": 1e-6, "schedule": "constant", "updates": 4},

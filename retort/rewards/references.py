@@ -11,11 +11,11 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort.chat import Asker, ChatRequest, Failure, Question, Unusable
+from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, quoted, shortened
 from retort.files import write_text
-from retort.rewards.plan import RubricPlan
-from retort.rewards.rubric_protocol import judged_text
+from retort.rewards.rubric_protocol import graded_text
 
 __all__ = ["AskedReferences", "References", "StoredReferences", "prompt_digest", "store_references"]
 
@@ -175,7 +175,7 @@ def seed_of(*words: object) -> int:
 
 
 def _each_once(texts: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(judged_text(text) for text in texts))
+    return list(dict.fromkeys(graded_text(text) for text in texts))
 
 
 def _read(text: str) -> str:

@@ -38,7 +38,9 @@ def rubric_score(points: Sequence[float], verdicts: Sequence[bool | int]) -> flo
     if not points:
         raise UserError("rubric_score: a rubric has at least one criterion, and points are empty")
     if len(points) != len(verdicts):
-        raise UserError(f"rubric_score: {counted(len(verdicts), 'verdict')} for {counted(len(points), 'criterion', 'criteria')}")
+        raise UserError(
+            f"rubric_score: {counted(len(verdicts), 'verdict')} for {counted(len(points), 'criterion', 'criteria')}"
+        )
     if not all(0 < own < float("inf") for own in points):
         raise UserError(f"rubric_score: points must be positive numbers, not {list(points)}")
     if not all(own in (0, 1) for own in verdicts):

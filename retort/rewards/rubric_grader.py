@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from retort.chat import Asker, Failure, Question
+from retort.core import grading as measured
+from retort.core.grading import RubricPlan
 from retort.core.rollouts import Group, Prompt
 from retort.errors import shortened, visible
-from retort.rewards import plan as measured
 from retort.rewards.base import Grade, Grader
-from retort.rewards.plan import RubricPlan
 from retort.rewards.references import References, seed_of
 from retort.rewards.rubric import Rubric
 from retort.rewards.rubric_protocol import (
     CATEGORIES,
     Pooled,
-    judged_text,
+    graded_text,
     pool,
     rubric_question,
     verdicts_question,
@@ -113,7 +113,7 @@ class RubricGrader(Grader):
         cases: list[_Case | Failure] = [
             answers
             if isinstance(answers, Failure)
-            else _Case(group, answers, [judged_text(rollout.text) for rollout in group])
+            else _Case(group, answers, [graded_text(rollout.text) for rollout in group])
             for group, answers in zip(groups, found, strict=True)
         ]
         cases = self._stage(cases, self._rubric_questions, _with_rubric)
@@ -213,9 +213,7 @@ def _passed(rubric: Rubric, verdicts: Sequence[bool]) -> dict[str, float]:
     found: dict[str, float] = {}
     for category in CATEGORIES:
         own = [
-            holds
-            for criterion, holds in zip(rubric.criteria, verdicts, strict=True)
-            if criterion.category == category
+            holds for criterion, holds in zip(rubric.criteria, verdicts, strict=True) if criterion.category == category
         ]
         if own:
             found[f"{measured.PASSED}{category}"] = sum(own) / len(own)

@@ -16,9 +16,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from retort.chat import ChatRequest, Question, Unusable
+from retort.core.grading import RubricPlan
 from retort.core.rollouts import Message, Prompt
 from retort.errors import counted, quoted, shortened, visible
-from retort.rewards.plan import RubricPlan
 from retort.rewards.rubric import Rubric
 
 RUBRIC, VERDICTS = "retort.rubric.v1", "retort.verdicts.v1"
@@ -99,7 +99,7 @@ class Pooled:
     text: str
 
 
-def judged_text(text: str) -> str:
+def graded_text(text: str) -> str:
     """The part of an answer that is judged: what follows the last `</think>`, or all where nothing follows it.
 
     Args:

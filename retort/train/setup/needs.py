@@ -148,7 +148,7 @@ def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Promp
         )
     lacking = [prompt.id for prompt in train if prompt.answer is None]
     some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
-    wants = method.needs_rewards
+    wants = method.needs_rewards if method.grading is None else None  # else a judge grades: see `grading`
     if wants is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"

@@ -1,4 +1,4 @@
-"""How a method wants the training rollouts of a run to be graded, where the task's own grader is not what it learns from."""
+"""How a method wants its training rollouts to be graded, where it does not learn from the task's own grader."""
 
 from __future__ import annotations
 
