@@ -76,7 +76,7 @@ def serve(
 
 def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
     """The application of a judge by rules, and what it is."""
-    return rules.application(model, key=key), f"the judge {model}"
+    return rules.application(model, rules.rules_of(model), key=key), f"the judge {model}"
 
 
 def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:

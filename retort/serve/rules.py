@@ -119,17 +119,17 @@ def reply(rules: Rules, messages: list[Spoken], seed: int) -> str:
     raise UserError("the document is of no kind that is known here")
 
 
-def application(name: str, *, key: str = "") -> Any:
+def application(name: str, rules: Rules, *, key: str = "") -> Any:
     """The application of a judge by rules, for `uvicorn`.
 
     Args:
-        name: As `rules_of`.
+        name: The model's name in requests, such as `rules:countdown`.
+        rules: What is known of the task.
         key: Bearer token that every request but `/health` must bring; empty: none.
 
     Raises:
-        UserError: There are no such rules, or the extra `serve` is not installed.
+        UserError: The extra `serve` is not installed.
     """
-    rules = rules_of(name)
     try:
         from fastapi import FastAPI, Request, Response
     except ImportError as error:

@@ -42,7 +42,8 @@ Where the teacher's answers agree, what they agree on may weigh more; where they
 - has a category: "task" (does it do what was asked), "quality" (what a reader sees of the answer) or "reasoning" (is \
 the thinking sound);
 - has points, a whole number: 5 decides, 4 tells answers apart strongly, 2 supports, 1 is routine or format, 3 is \
-rare. Normally one or two criteria have 4 or 5 points; where the gap is in one thing, they hold more than half of all points.
+rare. Normally one or two criteria have 4 or 5 points; where the gap is in one thing, they hold more than half of \
+all points.
 
 At least one criterion of many points asks whether what was asked for is answered, in the form that was asked for. \
 Choose the points so that the student's answers would earn less than half of them on average, if they are the \
