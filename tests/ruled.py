@@ -1,9 +1,14 @@
-"""An asker in this process that the rules of Countdown answer, with replies that a test may spoil."""
+"""Judges by rules for tests: in this process, with replies that a test may spoil, and as a server in a thread."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any, TypeVar
 
 from support import group_of
 
@@ -13,7 +18,7 @@ from retort.core.rollouts import Group, Message, Prompt
 from retort.rewards.base import Grader
 from retort.rewards.references import AskedReferences
 from retort.rewards.rubric_grader import RubricGrader
-from retort.serve.rules import Spoken, reply, rules_of
+from retort.serve.rules import RULES, Rules, Spoken, application, reply
 from retort.teachers.templates import templates
 
 T = TypeVar("T")
@@ -25,7 +30,7 @@ RIGHT, CLOSE, WRONG = "12 - 3 = 9 , 9 * 5 = 45", "12 - 3 = 8 , 9 * 5 = 45", "not
 
 
 class Ruled:
-    """See above.
+    """An asker that the rules of Countdown answer.
 
     Attributes:
         asked: Every request, in order.
@@ -43,7 +48,7 @@ class Ruled:
         request = question.request
         self.asked.append(request)
         messages = [Spoken(role="user", content=message.content) for message in request.messages]
-        text = self._spoil(request, reply(rules_of("rules:countdown"), messages, request.seed))
+        text = self._spoil(request, reply(RULES["countdown"], messages, request.seed))
         if isinstance(text, Failure):
             return text
         try:
@@ -63,3 +68,58 @@ def rubric_grader(
 def answers(*texts: str) -> Group:
     """A group of these completions to `PROMPT`."""
     return group_of(PROMPT, texts)
+
+
+def _sum(text: str) -> int | None:
+    found = re.fullmatch(r"(\d+) \+ (\d+) =", text)
+    return None if found is None else int(found[1]) + int(found[2])
+
+
+#: Rules for the sums of the tests' small data file, which tell the completions of random models apart.
+SUMS = Rules(
+    (
+        ("right", "It is the sum.", "task", 5),
+        ("number", "There is a number in it.", "task", 2),
+        ("short", "It has at most five words.", "quality", 1),
+        ("even", "It has an even number of characters.", "reasoning", 1),
+    ),
+    _sum,
+    lambda total, text: [
+        text.strip() == str(total),
+        bool(re.search(r"\d", text)),
+        len(text.split()) <= 5,
+        len(text) % 2 == 0,
+    ],
+    lambda total, seed: str(total),
+)
+
+
+@contextlib.contextmanager
+def in_thread(rules: Rules = RULES["countdown"], name: str = "rules:countdown") -> Iterator[str]:
+    """The address of a judge by rules in a thread of this process."""
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(application(name, rules), port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@cache
+def sums_url() -> str:
+    """The address of a judge of `SUMS`, which serves until the tests end."""
+    return _KEPT.enter_context(in_thread(SUMS, "rules:sums"))
+
+
+_KEPT = contextlib.ExitStack()
+
+
+def judged(settings: dict[str, Any], method: Any) -> dict[str, Any]:
+    """Settings of a run on the tests' small data file, with the judge that a method learns from."""
+    return settings if method.grading is None else {**settings, "judge": {"model": sums_url()}}
