@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from retort.chat.asking import ATTEMPTS
@@ -54,15 +54,19 @@ class JudgeSection(Section):
     )
     budget_calls: int | None = Field(
         default=None,
+        ge=1,
         description="most calls of the run, which saves a checkpoint and ends before one more; null: no limit",
     )
     budget_tokens: int | None = Field(
         default=None,
+        ge=1,
         description="most tokens that are read and generated; the run ends before a call may exceed it; null: no limit",
     )
     budget_money: float | None = Field(
         default=None,
-        description="most money, in the currency of the prices; the run ends before a call may exceed it; null: no limit",
+        gt=0,
+        description="most money, in the currency of the prices; the run ends before a call may exceed it; null: no "
+        "limit",
     )
     price_prompt: float | None = Field(
         default=None, ge=0, description="price of a million tokens that are read; null: not said"
@@ -76,29 +80,13 @@ class JudgeSection(Section):
         "the model is asked",
     )
 
-    @model_validator(mode="after")
-    def _fits(self) -> JudgeSection:
-        """Refuses settings that do nothing, and budgets that allow nothing."""
-        given = {name: value for name, value in vars(self).items() if value != _default(type(self), name)}
-        problem = next(
-            (
-                f"{name} = {given[name]:g} allows nothing; give a number above 0, or none for no limit"
-                for name in ("budget_calls", "budget_tokens", "budget_money")
-                if name in given and given[name] <= 0
-            ),
-            None,
-        )
-        only_served = sorted(set(given) & {"name", "key", "timeout", "patience", "requests"})
-        unpriced = self.price_prompt is None or self.price_completion is None
-        if problem is None and given and self.model is None and self.replay is None:
-            problem = f"{sorted(given)[0]} does nothing without a model; set model, or replay"
-        elif problem is None and self.model is not None and not is_url(self.model) and only_served:
-            problem = f"{only_served[0]} is for a model at an address, and {self.model} is none; leave it out"
-        elif problem is None and self.budget_money is not None and unpriced:
-            problem = "budget_money needs price_prompt and price_completion, prices of a million tokens"
-        if problem is not None:
-            raise PydanticCustomError("judge", "{problem}", {"problem": problem})
-        return self
+    @field_validator("budget_calls", "budget_tokens", "budget_money", mode="before")
+    @classmethod
+    def _allows_something(cls, value: Any) -> Any:
+        """Refuses a budget of 0 with its own words: some mean no limit by it."""
+        if type(value) in (int, float) and value == 0:
+            raise PydanticCustomError("budget", "a budget of 0 allows nothing; give more, or none for no limit")
+        return value
 
     def moved(self, where: Callable[[str], str], models: Collection[str]) -> JudgeSection:
         """The section with its paths changed by `where`; addresses, and names of the run's models, stay."""
@@ -148,7 +136,3 @@ def raised(section: JudgeSection, changed: Mapping[str, Any]) -> JudgeSection:
     except ValidationError as error:
         first = error.errors()[0]
         raise UserError(f"{'.'.join(['judge', *map(str, first['loc'])])}: {first['msg']}") from None
-
-
-def _default(section: type[Section], name: str) -> Any:
-    return section.model_fields[name].get_default(call_default_factory=True)

@@ -14,6 +14,7 @@ from retort.chat.base import ChatModel
 from retort.chat.endpoint import ChatEndpoint
 from retort.chat.record import Record, again_after
 from retort.config import Config
+from retort.config.judge import JudgeSection
 from retort.errors import UserError, quoted
 from retort.models.fingerprint import digests_of, fingerprint_of
 from retort.models.lm import LanguageModel
@@ -25,7 +26,7 @@ from retort.train.models.models import engine, load
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
-__all__ = ["FILE", "asker", "open_record", "talks"]
+__all__ = ["FILE", "asker", "check_settings", "open_record", "talks"]
 
 #: The record of a run: what was asked and answered.
 FILE = "judge.jsonl"
@@ -63,6 +64,27 @@ def asker(
         return None
     model = _model(config, asked.model, models or {}, caller_objects, say)
     return Asking(model, attempts=asked.attempts, budget=asked.budget, prices=asked.prices)
+
+
+def check_settings(config: Config) -> None:
+    """Refuses settings of the section that do nothing, or that lack another one.
+
+    Raises:
+        UserError: What does nothing, or what is missing.
+    """
+    asked, given = config.judge, [name for name in _SETTINGS if config.set_by_user(f"judge.{name}")]
+    given = [name for name in given if getattr(config.judge, name) != getattr(_DEFAULTS, name)]
+    if asked.model is None and asked.replay is None and given:
+        raise UserError(f"judge.{given[0]} does nothing without a model; set judge.model, or judge.replay")
+    served = next((name for name in ("name", "key", "timeout", "patience", "requests") if name in given), None)
+    if served is not None and asked.model is not None and not is_url(asked.model):
+        raise UserError(f"judge.{served} is for a model at an address, and {asked.model} is none; leave it out")
+    if asked.budget_money is not None and None in (asked.price_prompt, asked.price_completion):
+        raise UserError("judge.budget_money needs judge.price_prompt and judge.price_completion, of a million tokens")
+
+
+_DEFAULTS = JudgeSection()
+_SETTINGS = tuple(JudgeSection.model_fields)
 
 
 def _model(

@@ -31,7 +31,7 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
-from retort.train.models.judge import asker
+from retort.train.models.judge import asker, check_settings
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
@@ -132,6 +132,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
+    check_settings(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
