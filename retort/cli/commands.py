@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--student", help="model folder or hub name")
     train.add_argument("--teacher", help="model folder, hub name, or address of a server")
     train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
+    train.add_argument("--judge", metavar="URL|PATH", help="model that is asked in conversation (docs/judges.md)")
     train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
     train.add_argument("--cache", metavar="DIR", help="cache of the teacher's scores (docs/cache.md)")
     train.add_argument("--out", help="folder of the run; default: a new one in runs/")
@@ -130,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="check models and data before training", description=descriptions.DOCTOR
     )
     doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
-    for name in ("method", "student", "teacher", "base", "data"):
+    for name in ("method", "student", "teacher", "base", "judge", "data"):
         doctor.add_argument(f"--{name}", help="as for `retort train`")
     doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` also makes")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -179,9 +180,10 @@ def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[
     files = [word for word in arguments.words if word.endswith(".toml")]
     pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
     flags: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    cache = getattr(arguments, "cache", None)
+    cache, judge = getattr(arguments, "cache", None), getattr(arguments, "judge", None)
     flags |= {} if arguments.method is None else {"method": {"name": arguments.method}}
     flags |= {} if cache is None else {"cache": {"dir": cache}}
+    flags |= {} if judge is None else {"judge": {"model": judge}}
     return files, flags, pairs
 
 
@@ -198,9 +200,9 @@ def _train(arguments: argparse.Namespace) -> int:
     observer = RichObserver(lasting_console() if leads else Console(quiet=True))
     try:
         if arguments.resume is not None:
-            _only_steps(flags, files, pairs)
+            changed = _changed(flags, files, pairs)
             observer.working("reading the run and loading its models")
-            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps)
+            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps, changed=changed)
         else:
             settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
             observer.working("reading the data and loading the models")
@@ -221,11 +223,18 @@ def _train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
-    if others := [*(set(flags) - {"steps"}), *files, *pairs]:
-        raise UserError(
-            f"--resume keeps the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
-        )
+def _changed(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a resumed run is given besides its steps.
+
+    Raises:
+        UserError: One may not be changed.
+    """
+    from retort.config.judge import refuse_others
+    from retort.config.precedence import flat
+
+    changed = flat(pairs)
+    refuse_others([*(set(flags) - {"steps"}), *files, *changed])
+    return changed
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

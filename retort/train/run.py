@@ -27,6 +27,7 @@ from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
+from retort.train.models.judge import open_record
 from retort.train.output import export, record, results
 from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import identity
@@ -194,7 +195,13 @@ class Run:
         if not self.world.leads:
             self._claim.take()
             self.source.go_back(self.step)
+        if self.prepared.asker is not None:
+            self.world.each(self._open_record)
         self.new = False
+
+    def _open_record(self) -> None:
+        assert self.prepared.asker is not None
+        open_record(self.prepared.asker, self.folder, lambda: self.step)
 
     def _open(self) -> None:
         self._claim.take(make=self.new)
@@ -258,6 +265,7 @@ class Run:
             **({"horizon": plan.curriculum.horizon(clock.done)} if plan.curriculum else {}),
         }
         shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
+        shown |= {} if self.prepared.asker is None else self.prepared.asker.metrics()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:

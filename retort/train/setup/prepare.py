@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 
 from retort import registry
+from retort.chat.asking import Asking
 from retort.config import Config
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
@@ -30,6 +31,7 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
+from retort.train.models.judge import asker, check_settings
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
@@ -57,6 +59,7 @@ class Prepared:
         eval_grader: Grades completions of these, where any has an answer.
         attention: The attention implementation; None for each model's own default.
         notes: Notes for the user before the run starts.
+        asker: Asks a model that only talks, where the settings name one.
     """
 
     config: Config
@@ -68,6 +71,7 @@ class Prepared:
     eval_grader: Grader | None
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
+    asker: Asking | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -100,6 +104,8 @@ class Prepared:
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        if self.asker is not None:
+            self.asker.listen(say)
         self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
 
@@ -126,6 +132,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
+    check_settings(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -149,7 +156,8 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     for readers in _readers(config, local):
         note_unknown(method, readers, stage, notes)
         need_room(method, readers, stage, notes)
-    prepared = _parties(method, loaded, local, data, notes)
+    asking = asker(loaded.config, loaded.frozen, caller_objects, say=notes.append)
+    prepared = _parties(method, loaded, local, data, notes, asking)
     for name in read:
         checked.check_ids(name, local[name].lm)
     check_texts(method, data.train, loaded.student, list(prepared.lms.values()), prepared.learner.vocab)
@@ -193,7 +201,14 @@ def _readers(config: Config, local: Mapping[str, Reader]) -> list[Mapping[str, R
     return [{**local, "teacher": local[name]} for name in config.teachers.models] or [local]
 
 
-def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: Data, notes: list[str]) -> Prepared:
+def _parties(
+    method: Method,
+    loaded: Loaded,
+    local: Mapping[str, Reader],
+    data: Data,
+    notes: list[str],
+    asking: Asking | None,
+) -> Prepared:
     """Source, teachers and learner."""
     config, student = loaded.config, loaded.student
     own = pair.own_weights(config, method, student)
@@ -250,6 +265,7 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
         eval_grader=data.eval_grader,
         attention=loaded.attention,
         notes=notes,
+        asker=asking,
     )
 
 
