@@ -74,6 +74,11 @@ class JudgeSection(Section):
     price_completion: float | None = Field(
         default=None, ge=0, description="price of a million tokens that are generated; null: not said"
     )
+    references: PathOrName | None = Field(
+        default=None,
+        description="file with the teacher's answers, made by `retort references`, for methods that draw rubrics from "
+        "them; null: the judge is asked for them",
+    )
     replay: PathOrName | None = Field(
         default=None,
         description="judge.jsonl of another run (or its folder), from which alone questions are answered; null: "
@@ -90,13 +95,10 @@ class JudgeSection(Section):
 
     def moved(self, where: Callable[[str], str], models: Collection[str]) -> JudgeSection:
         """The section with its paths changed by `where`; addresses, and names of the run's models, stay."""
-        model, replay = self.model, self.replay
+        model = self.model
         elsewhere = model is None or model in models or is_url(model)
-        changed = {
-            "model": model if elsewhere else where(str(model)),
-            "replay": None if replay is None else where(replay),
-        }
-        return self.model_copy(update=changed)
+        files = {name: where(path) for name in ("references", "replay") if (path := getattr(self, name)) is not None}
+        return self.model_copy(update={"model": model if elsewhere else where(str(model)), **files})
 
     @property
     def budget(self) -> Budget:

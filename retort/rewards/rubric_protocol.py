@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -16,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError
 
 from retort.chat import ChatRequest, Question, Unusable
+from retort.chat.fence import as_json
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Message, Prompt
 from retort.errors import counted, quoted, shortened, visible
@@ -28,8 +28,6 @@ LEAST, MOST = 4, 12
 CATEGORIES = ("task", "quality", "reasoning")
 #: Characters of the longest answer that is read.
 MOST_TEXT = 1_000_000
-#: Unicode categories that a reader obeys instead of showing: control, format, surrogates, ends of lines.
-_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -210,9 +208,18 @@ def read_verdicts(text: str, rubric: Rubric, count: int) -> list[list[bool]]:
 
 
 def line_of(document: BaseModel) -> str:
-    """A document as one line of JSON, in which no character ends a line or hides."""
-    text = json.dumps(document.model_dump(), ensure_ascii=False)
-    return "".join(json.dumps(one)[1:-1] if unicodedata.category(one) in _UNSEEN else one for one in text)
+    """A document as one line of JSON, in which no character ends a line, hides, or is a control token."""
+    return _json(document.model_dump())
+
+
+def _json(value: Any) -> str:
+    if isinstance(value, str):
+        return as_json(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{as_json(name)}: {_json(own)}" for name, own in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_json, value)) + "]"
+    return json.dumps(value)
 
 
 def document_in(message: str) -> dict[str, Any] | None:

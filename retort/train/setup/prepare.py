@@ -38,6 +38,7 @@ from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
+from retort.train.setup.grading import rubric_grader
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
@@ -230,6 +231,7 @@ def _parties(
         vocab=vocab,
         teacher_generator=_teacher_generator(method, config, local.get("teacher"), student),
         grader=data.grader,
+        rubric_grader=rubric_grader(config, method, data.train, asking, data.full),
         episodes=EpisodeSetup.named(
             config.environment,
             config.rollout.template_options,
