@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import retort
 from retort.cli import descriptions
+from retort.cli.references import add_references
 from retort.cli.serving import add_serve
 from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
 from retort.files import named, reason
@@ -166,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.set_defaults(run=_settings)
 
     add_serve(commands)
+    add_references(commands)
 
     cite = commands.add_parser("cite", help="print the BibTeX of a method's paper")
     cite.add_argument("names", nargs="+", metavar="NAME", help="name of a method")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +20,14 @@ from retort.rewards.rubric_protocol import graded_text
 __all__ = ["AskedReferences", "References", "StoredReferences", "prompt_digest", "store_references"]
 
 FORMAT = "retort.references.v1"
+#: Prompts that a teacher is asked about before its answers are written down.
+_AT_ONCE = 64
+#: (prompts done, of how many).
+Progress = Callable[[int, int], object]
+
+
+def _quiet(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 class References(Protocol):
@@ -104,7 +112,9 @@ class StoredReferences(References):
         """
         self._path = path
         try:
-            head, *lines = path.read_text(encoding="utf-8").splitlines()
+            # Behind the last end of a line is what was being written when somebody was interrupted.
+            self._whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+            head, *lines = self._whole.split("\n")
             found = _Head.model_validate_json(head)
             rows = [_Row.model_validate_json(line) for line in lines]
         except OSError as error:
@@ -120,9 +130,17 @@ class StoredReferences(References):
             )
         self._answers = {row.prompt: _each_once(row.answers) for row in rows}
 
+    def has(self, prompt: Prompt) -> bool:
+        """Whether it has answers to a prompt."""
+        return prompt_digest(prompt) in self._answers
+
+    def cut(self) -> None:
+        """Cuts what is not whole off the end of the file."""
+        write_text(self._path, self._whole + "\n")
+
     def need(self, prompts: Sequence[Prompt]) -> None:
         """See `References`."""
-        lacking = [prompt.id for prompt in prompts if prompt_digest(prompt) not in self._answers]
+        lacking = [prompt.id for prompt in prompts if not self.has(prompt)]
         if lacking:
             raise UserError(
                 f"judge.references = {self._path}: {len(lacking)} of {len(prompts)} prompts have no answer in it "
@@ -135,31 +153,49 @@ class StoredReferences(References):
         return [self._answers.get(prompt_digest(prompt), none) for prompt in prompts]
 
 
-def store_references(path: Path, prompts: Sequence[Prompt], asker: Asker, plan: RubricPlan, seed: int = 0) -> int:
+def store_references(
+    path: Path, prompts: Sequence[Prompt], asker: Asker, plan: RubricPlan, *, seed: int = 0, progress: Progress = _quiet
+) -> int:
     """Asks a teacher for its answers to prompts and writes them to a file, for `StoredReferences`.
 
+    A file of the same teacher that is there already is added to: whoever was interrupted calls it again.
+
     Args:
-        path: The file, which must not be there yet.
+        path: The file.
         prompts: The prompts; one to which the teacher has no usable answer is left out.
         asker: Asks the teacher.
         plan: How often each prompt is asked, and how.
         seed: Seed of the teacher's answers.
+        progress: Told how many prompts are done, and of how many.
 
     Returns:
-        Number of prompts that were left out.
+        Number of prompts without an answer.
 
     Raises:
-        UserError: The file is there already.
+        UserError: The file that is there is none of references, of another teacher, or cannot be written.
+        BudgetSpentError: The budget is used up; what was answered is in the file.
     """
-    if path.exists():
-        raise UserError(f"{path} is there already; name another file")
-    found = AskedReferences(asker, plan, seed).of(prompts)
-    lines = [_Head(format=FORMAT, teacher=asker.fingerprint).model_dump()]
-    for prompt, answers in zip(prompts, found, strict=True):
-        if not isinstance(answers, Failure):
-            lines.append(_Row(prompt=prompt_digest(prompt), id=prompt.id, answers=answers).model_dump())
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-    return len(prompts) - len(lines) + 1
+    try:
+        if not path.exists():
+            write_text(path, json.dumps(_Head(format=FORMAT, teacher=asker.fingerprint).model_dump()) + "\n")
+        stored = StoredReferences(path, asker.fingerprint)
+        stored.cut()
+        wanted = [prompt for prompt in prompts if not stored.has(prompt)]
+        asked, failed = AskedReferences(asker, plan, seed), 0
+        for start in range(0, len(wanted), _AT_ONCE):
+            progress(start, len(wanted))
+            some = wanted[start : start + _AT_ONCE]
+            for prompt, answers in zip(some, asked.of(some), strict=True):
+                if isinstance(answers, Failure):
+                    failed += 1
+                    continue
+                row = _Row(prompt=prompt_digest(prompt), id=prompt.id, answers=answers)
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row.model_dump()) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    progress(len(wanted), len(wanted))
+    return failed
 
 
 def prompt_digest(prompt: Prompt) -> str:

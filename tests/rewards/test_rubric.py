@@ -271,9 +271,15 @@ def test_references_from_a_file_are_those_of_their_teacher_alone(tmp_path: Path)
     other = Prompt("other", (Message("user", "8 from 3 5 :"),))
     with pytest.raises(UserError, match="1 of 2 prompts have no answer in it.*'other' first"):
         stored.need([PROMPT, other])
-    with pytest.raises(UserError, match="there already"):
-        store_references(path, [PROMPT], Ruled(), plan)
-    path.write_text(path.read_text()[:-20])
+    path.write_text(path.read_text() + '{"prompt": "half a li')
+    asker = Ruled()
+    assert store_references(path, [PROMPT, other], asker, plan) == 0
+    assert {request.messages[0].content for request in asker.asked} == {other.text}, "the first is there already"
+    both = StoredReferences(path, Ruled.fingerprint)
+    both.need([PROMPT, other])
+    with pytest.raises(UserError, match="of another teacher"):
+        store_references(path, [], type("Other", (Ruled,), {"fingerprint": "other"})(), plan)
+    path.write_text("{}\n" + path.read_text())
     with pytest.raises(UserError, match="no file of references"):
         StoredReferences(path, Ruled.fingerprint)
     with pytest.raises(UserError, match="No such file"):
