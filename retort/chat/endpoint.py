@@ -139,18 +139,20 @@ class ChatEndpoint:
     def chat(self, requests: Sequence[ChatRequest], heard: Heard | None = None) -> list[ChatReply | Failure]:
         """See `ChatModel`."""
         found: dict[int, ChatReply | Failure] = {}
+        # A server that was given up is tried once, not for as long as the patience lasts.
+        first = 0.0 if self._breaker.open else None
         self._breaker.half_open()
 
-        def one(number: int) -> None:
-            answer = self._answer(requests[number])
+        def one(number: int, patience: float | None = None) -> None:
+            answer = self._answer(requests[number], patience)
             with self._hearing:  # those who keep answers need not know of threads
                 found[number] = answer
                 if heard is not None:
                     heard(number, answer)
 
         numbers = range(len(requests))
-        if len(requests) > 1 and (self._breaker.suspicious or not self._options(requests[0]) <= self._takes.known):
-            one(0)  # alone: the others profit from what it finds out
+        if requests and (self._breaker.suspicious or not self._options(requests[0]) <= self._takes.known):
+            one(0, first)  # alone: the others profit from what it finds out
             numbers = numbers[1:]
         self.client.each(one, numbers)
         return [found[number] for number in range(len(requests))]
@@ -183,7 +185,7 @@ class ChatEndpoint:
         if isinstance(answer, Failure) and answer.reason == "http":
             raise UserError(f"{answer.message}; the model is {quoted(self.model)}, and {there}: see judge.name")
 
-    def _answer(self, request: ChatRequest) -> ChatReply | Failure:
+    def _answer(self, request: ChatRequest, patience: float | None) -> ChatReply | Failure:
         """The answer to one request."""
         if self._breaker.open:
             return Failure(
@@ -192,7 +194,7 @@ class ChatEndpoint:
                 asked=False,
             )
         try:
-            answer = self._asked(request)
+            answer = self._asked(request, patience)
         except UnreachableError as error:
             self._breaker.note(False)
             return Failure(error.reason, str(error))
@@ -212,7 +214,7 @@ class ChatEndpoint:
         schema = set() if request.schema is None else {_schema_name(request.schema)}
         return ({"max_tokens", "temperature", "seed"} | schema) - self._takes.left_out
 
-    def _asked(self, request: ChatRequest) -> ChatReply | Failure:
+    def _asked(self, request: ChatRequest, patience: float | None = None) -> ChatReply | Failure:
         """The answer of the server, in the form of request that it takes.
 
         Raises:
@@ -221,11 +223,11 @@ class ChatEndpoint:
         """
         options = self._options(request)
         if options <= self._takes.known:
-            return self._once(request, options)
+            return self._once(request, options, patience)
         with self._exploring:
             options = self._options(request)  # another thread may have found out
             try:
-                answer = self._once(request, options)
+                answer = self._once(request, options, patience)
             except RefusedError as error:
                 if error.status not in _OTHER_FORM:
                     raise
@@ -266,7 +268,7 @@ class ChatEndpoint:
         self.say(f"{self.name}: it does not take {names}, and is asked without from now on")
         return options - left_out, answer
 
-    def _once(self, request: ChatRequest, options: set[str]) -> ChatReply | Failure:
+    def _once(self, request: ChatRequest, options: set[str], patience: float | None = None) -> ChatReply | Failure:
         """One request with the options that the server is thought to take."""
         body: dict[str, Any] = {
             "model": self.model,
@@ -278,7 +280,7 @@ class ChatEndpoint:
         if request.schema is not None and _schema_name(request.schema) in options:
             schema = {"name": request.purpose, "schema": request.schema, "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        answer = self.client.post_json(_PATH, body, most_bytes=_MOST_BYTES)
+        answer = self.client.post_json(_PATH, body, patience=patience, most_bytes=_MOST_BYTES)
         return self._read(request, answer)
 
     def _read(self, request: ChatRequest, answer: Any) -> ChatReply | Failure:
