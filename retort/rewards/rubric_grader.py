@@ -60,8 +60,6 @@ class RubricGrader(Grader):
     part: all its rewards are 0, so that its advantages are, and `judge/fallback` counts it.
     """
 
-    name = "rubric"
-
     def __init__(
         self,
         asker: Asker,
@@ -84,6 +82,11 @@ class RubricGrader(Grader):
         """
         self._asker, self._plan, self._references, self._seed = asker, plan, references, seed
         self._templates, self._verifier = templates, verifier
+
+    @property
+    def name(self) -> str:
+        """See `Grader`."""
+        return "rubric"
 
     @property
     def given_up(self) -> int:
