@@ -6,6 +6,7 @@ The rewards of these runs are what the server answers, so weights are the same o
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from chatting import MODEL, ChatServer
 
 from retort import config as configuration
-from retort.chat import ChatRequest, Failure, Question
+from retort.chat import ChatRequest, Failure, Question, Unusable
 from retort.chat.asking import Asking
 from retort.chat.fence import between
 from retort.cli.commands import main
@@ -26,6 +27,13 @@ from retort.train import runner
 from retort.train.runner import Run
 
 KEY = "sk-very-secret-0123456789"
+
+
+def digest(text: str) -> str:
+    try:
+        return json.loads(text)["digest"]
+    except ValueError:
+        raise Unusable("it is no JSON") from None
 
 
 class ByAnswers:
@@ -45,7 +53,7 @@ class ByAnswers:
     def grade(self, group: Group) -> list[Grade | None]:
         texts = [between(f"{own.prompt.text} {own.text}") for own in group]
         requests = [ChatRequest("grade", (Message("user", text),), 32) for text in texts]
-        found = self.asker.ask([Question(request, lambda text: json.loads(text)["digest"]) for request in requests])
+        found = self.asker.ask([Question(request, digest) for request in requests])
         failed = any(isinstance(own, Failure) for own in found)
         return [Grade(0.0 if failed or isinstance(own, Failure) else int(own[:4], 16) / 2**16) for own in found]
 
@@ -57,12 +65,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
     made.end()
 
 
-@pytest.fixture
-def settings(
-    server: ChatServer, model_folder: Callable[..., Path], prompts_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Any]:
-    server.fails()
-    monkeypatch.setenv("RETORT_JUDGE_KEY", KEY)
+@pytest.fixture(scope="module")
+def base(server: ChatServer, model_folder: Callable[..., Path], prompts_file: Path) -> Iterator[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RETORT_JUDGE_KEY", KEY)
+        yield settings_of(server, model_folder, prompts_file)
+
+
+def settings_of(server: ChatServer, model_folder: Callable[..., Path], prompts_file: Path) -> dict[str, Any]:
     return {
         "student": str(model_folder(seed=1)),
         "data": str(prompts_file),
@@ -78,6 +88,20 @@ def settings(
         "checkpoint": {"every": 1},
         "judge": {"model": server.url, "patience": 0.0, "requests": 2},
     }
+
+
+@pytest.fixture(scope="module")
+def whole(base: dict[str, Any], server: ChatServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    server.fails()
+    run = started(base, tmp_path_factory.mktemp("run") / "whole").go()
+    (run.folder / "asked").write_text(str(len(server.asked)))
+    return run
+
+
+@pytest.fixture
+def settings(base: dict[str, Any], server: ChatServer, whole: Run) -> dict[str, Any]:
+    server.fails()
+    return base
 
 
 def asking(run: Run) -> Run:
@@ -101,23 +125,18 @@ def exchanges(run: Path) -> list[dict[str, Any]]:
     return [row for row in rows if "messages" in row]
 
 
-@pytest.fixture
-def whole(settings: dict[str, Any], tmp_path: Path) -> Run:
-    return started(settings, tmp_path / "whole").go()
-
-
 def test_every_exchange_is_on_record_and_the_key_is_nowhere(
     whole: Run, server: ChatServer, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     rows = exchanges(whole.folder)
-    assert len(rows) == len(server.asked)
+    assert len(rows) == int((whole.folder / "asked").read_text())
     assert {row["step"] for row in rows} == {1, 2, 3}
     assert all(row["text"] and row["prompt_tokens"] == 7 for row in rows)
     assert sum(row["judge/calls"] for row in whole.metrics) == len(rows)
     server.fails(*["key"] * 4, "401", "-")
     with pytest.raises(UserError, match="RETORT_JUDGE_KEY"):
         started(settings, tmp_path / "refused").go()
-    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    files = [file for folder in (tmp_path, whole.folder) for file in folder.rglob("*") if file.is_file()]
     assert len(files) > 10
     assert not [file for file in files if KEY.encode() in file.read_bytes()]
 
@@ -125,7 +144,6 @@ def test_every_exchange_is_on_record_and_the_key_is_nowhere(
 def test_a_run_from_the_record_alone_has_the_same_weights(
     whole: Run, server: ChatServer, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    server.fails()
     again = started(settings, tmp_path / "again", model=None, patience=120.0, requests=4, replay=str(whole.folder)).go()
     assert same(whole, again)
     assert server.asked == []
@@ -138,7 +156,6 @@ def test_a_run_from_the_record_alone_has_the_same_weights(
 def test_a_run_that_ends_anywhere_goes_on_and_pays_once(
     whole: Run, server: ChatServer, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    server.fails()
     with pytest.raises(BudgetSpentError, match=r"judge.budget_calls = 11.*--resume"):
         started(settings, tmp_path / "ended", budget_calls=11).go()
     assert len(server.asked) == 11
@@ -155,9 +172,9 @@ def test_a_run_that_ends_anywhere_goes_on_and_pays_once(
 def test_a_server_that_dies_and_comes_back(server: ChatServer, settings: dict[str, Any], tmp_path: Path) -> None:
     server.fails(*["-"] * 9, "kill")
     run = started(settings, tmp_path / "dead").go()
-    server.process.wait()
+    server.process.wait(timeout=60)
     rows = exchanges(run.folder)
-    assert [row["reason"] for row in rows if "reason" in row][0] == "unreachable"
+    assert next(row["reason"] for row in rows if "reason" in row) == "unreachable"
     assert len([row for row in rows if row["calls"] == 0]) > 0, "after some failures nobody is asked"
     assert run.metrics[2]["judge/unusable"] == 8
     assert same(run, started(settings, tmp_path / "again", replay=str(run.folder)).go()), "failures are on record, too"
@@ -169,7 +186,8 @@ def test_a_server_that_dies_and_comes_back(server: ChatServer, settings: dict[st
 def test_a_damaged_record_or_another_model_is_one_line(
     whole: Run, server: ChatServer, settings: dict[str, Any], tmp_path: Path
 ) -> None:
-    file = whole.folder / "judge.jsonl"
+    shutil.copytree(whole.folder, tmp_path / "whole")
+    file = tmp_path / "whole" / "judge.jsonl"
     good = file.read_bytes()
     file.write_bytes(good.replace(b'"text"', b'"test"', 1))
     with pytest.raises(UserError, match="exchange 1 is not one"):
@@ -185,7 +203,7 @@ def test_a_damaged_record_or_another_model_is_one_line(
     file.write_bytes(good)
     server.fails(models="other-judge")
     with pytest.raises(UserError, match="another model"):
-        asking(runner.resume(whole.folder, steps=4)).go()
+        asking(runner.resume(tmp_path / "whole", steps=4)).go()
     assert file.read_bytes() == good
 
 
