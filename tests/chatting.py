@@ -17,11 +17,13 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 MODEL = "judge-1"
+LOCK = threading.Lock()
 
 
 def answer_to(messages: list[dict[str, Any]]) -> str:
@@ -42,10 +44,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        faults = self.words("faults")
-        (self.folder / "faults").write_text(" ".join(faults[1:]))
-        with (self.folder / "asked").open("a") as log:
-            log.write(json.dumps({"path": self.path, **body}) + "\n")
+        with LOCK:
+            faults = self.words("faults")
+            (self.folder / "faults").write_text(" ".join(faults[1:]))
+            with (self.folder / "asked").open("a") as log:
+                log.write(json.dumps({"path": self.path, **body}) + "\n")
         self.answer(body, faults[0] if faults else "-")
 
     def words(self, name: str) -> list[str]:
