@@ -421,5 +421,5 @@ def last_lines(folder: Path) -> list[dict[str, Any]]:
     """What was logged and recorded of the last step, without what depends on the clock or was paid for before."""
     found = [json.loads((folder / name).read_text().splitlines()[-1]) for name in ("metrics.jsonl", "rollouts.jsonl")]
     timed = ("time/", "tokens_per_second")
-    timed += ("judge/calls", "judge/prompt_tokens", "judge/completion_tokens")  # what was answered is not asked again
-    return [{key: value for key, value in row.items() if not key.startswith(timed)} for row in found]
+    asked = ("judge/calls", "judge/prompt_tokens", "judge/completion_tokens", "judge/unusable")  # not asked again
+    return [{key: value for key, value in row.items() if not key.startswith(timed + asked)} for row in found]
