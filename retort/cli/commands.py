@@ -193,6 +193,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from retort import api, config, ranks
+    from retort.config.judge import changed_by
     from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
@@ -202,7 +203,7 @@ def _train(arguments: argparse.Namespace) -> int:
     observer = RichObserver(lasting_console() if leads else Console(quiet=True))
     try:
         if arguments.resume is not None:
-            changed = _changed(flags, files, pairs)
+            changed = changed_by(pairs, *(set(flags) - {"steps"}), *files)
             observer.working("reading the run and loading its models")
             run = runner.resume(named(arguments.resume), observer, steps=arguments.steps, changed=changed)
         else:
@@ -223,20 +224,6 @@ def _train(arguments: argparse.Namespace) -> int:
         highlight=False,
     )
     return 0
-
-
-def _changed(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a resumed run is given besides its steps.
-
-    Raises:
-        UserError: One may not be changed.
-    """
-    from retort.config.judge import refuse_others
-    from retort.config.precedence import flat
-
-    changed = flat(pairs)
-    refuse_others([*(set(flags) - {"steps"}), *files, *changed])
-    return changed
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pydantic import Field, ValidationError, field_validator
@@ -11,11 +11,12 @@ from pydantic_core import PydanticCustomError
 from retort.chat.asking import ATTEMPTS
 from retort.chat.budget import Budget, Prices
 from retort.chat.endpoint import KEY_VARIABLE, PATIENCE, TIMEOUT
+from retort.config.precedence import flat
 from retort.config.sections import PathOrName, Section
 from retort.errors import UserError
 from retort.wire import CONCURRENCY, is_url
 
-__all__ = ["RAISED", "JudgeSection", "raised", "refuse_others"]
+__all__ = ["RAISED", "JudgeSection", "changed_by", "raised"]
 
 #: Settings that may be changed where a run is resumed: what it may spend.
 RAISED = ("judge.budget_calls", "judge.budget_tokens", "judge.budget_money")
@@ -111,14 +112,23 @@ class JudgeSection(Section):
         return Prices(self.price_prompt or 0.0, self.price_completion or 0.0)
 
 
-def refuse_others(names: Iterable[str]) -> None:
-    """Raises `UserError` if one of some settings may not be changed where a run is resumed."""
-    others = sorted(set(names) - set(RAISED))
-    if others:
+def changed_by(settings: Mapping[str, Any], *others: str) -> dict[str, Any]:
+    """The settings, by full name, that a resumed run may be given.
+
+    Args:
+        settings: What it is given, nested or by full name.
+        others: Further names of what it is given.
+
+    Raises:
+        UserError: One may not be changed.
+    """
+    found = flat(settings)
+    if others := sorted({*found, *others} - set(RAISED)):
         raise UserError(
             "--resume keeps the settings of the run; only --steps may be given besides, and judge.budget_calls, "
             f"_tokens or _money, not {others[0]}"
         )
+    return found
 
 
 def raised(section: JudgeSection, changed: Mapping[str, Any]) -> JudgeSection:
@@ -131,8 +141,7 @@ def raised(section: JudgeSection, changed: Mapping[str, Any]) -> JudgeSection:
     Raises:
         UserError: One may not be changed, or its value is none.
     """
-    refuse_others(changed)
-    values = {name.rpartition(".")[2]: value for name, value in changed.items()}
+    values = {name.rpartition(".")[2]: value for name, value in changed_by(changed).items()}
     try:
         return JudgeSection.model_validate({**section.model_dump(), **values})
     except ValidationError as error:

@@ -27,7 +27,6 @@ from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.rates import Rates
-from retort.train.models.judge import open_record
 from retort.train.output import export, record, results
 from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import identity
@@ -37,7 +36,7 @@ from retort.train.output.units import unit_metrics
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
-from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
+from retort.train.storage.folder import Claim, NoClaim, refuse_files
 from retort.train.storage.metrics import JsonLines, Stopwatch
 from retort.train.teaching.asking import Needs, ask
 
@@ -191,17 +190,11 @@ class Run:
         if self._claim.held:
             return
         self.world.first(self._open)
-        refuse_unshared(self.folder, self.world)
+        self.prepared.open(self.folder, lambda: self.step)
         if not self.world.leads:
             self._claim.take()
             self.source.go_back(self.step)
-        if self.prepared.asker is not None:
-            self.world.each(self._open_record)
         self.new = False
-
-    def _open_record(self) -> None:
-        assert self.prepared.asker is not None
-        open_record(self.prepared.asker, self.folder, lambda: self.step)
 
     def _open(self) -> None:
         self._claim.take(make=self.new)
@@ -264,8 +257,7 @@ class Run:
             **({"episode_errors": len(self.source.failed)} if self.source.failed else {}),
             **({"horizon": plan.curriculum.horizon(clock.done)} if plan.curriculum else {}),
         }
-        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
-        shown |= {} if self.prepared.asker is None else self.prepared.asker.metrics()
+        shown = record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.prepared.metrics()
         return {"step": self.step, **means.values(), **generated, **shown, **scalars, **probed, **speed, **times}
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:

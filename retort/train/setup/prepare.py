@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -31,7 +32,7 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
-from retort.train.models.judge import asker, check_settings
+from retort.train.models.judge import asker, check_settings, open_record
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
@@ -42,6 +43,7 @@ from retort.train.setup.grading import rubric_grader
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
+from retort.train.storage.folder import refuse_unshared
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
 
@@ -109,6 +111,25 @@ class Prepared:
             self.asker.listen(say)
         self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
+
+    def open(self, folder: Path, step: Callable[[], int]) -> None:
+        """Has kept in a run's folder what is asked of a model; all ranks call it.
+
+        Args:
+            folder: The folder, which rank 0 has claimed.
+            step: Returns the number of steps that the run has done.
+
+        Raises:
+            UserError: A rank does not see the folder, or the record in it is damaged.
+        """
+        refuse_unshared(folder, here())
+        asking = self.asker
+        if asking is not None:
+            here().each(lambda: open_record(asking, folder, step))
+
+    def metrics(self) -> dict[str, float]:
+        """Of a step: what the teachers counted, and what was spent on a model that is asked."""
+        return self.teachers.metrics() | ({} if self.asker is None else self.asker.metrics())
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
