@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retort import config as configuration
+from retort.config.judge import RAISED
+from retort.config.precedence import flat
 from retort.config.sections import shorthands
 from retort.console.progress import quiet_bars, watching
 from retort.errors import UserError
@@ -85,8 +87,9 @@ def distill(
         settings: Further settings, nested as in a TOML file, e.g. `{"optimizer": {"learning_rate": 1e-5}}`. A
             setting that contradicts an argument is refused.
         callbacks: Objects with methods of `retort.Callback`, called in this order.
-        resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides,
-            callbacks, and again what was an object before: `method`, models, `verifier`.
+        resume: Folder of a run to go on with, or one of its checkpoints; then only `steps` may be given besides, a
+            higher budget (`settings={"judge": {"budget_calls": 500}}`), callbacks, and again what was an object before:
+            `method`, models, `verifier`.
         observer: Receives progress, notes and tables, instead of what is printed by default.
         quiet: Print nothing. By default a run says on standard error what it does, in a notebook below the cell.
 
@@ -110,8 +113,10 @@ def distill(
     join()
     with ordinary(), watching(observer, quiet=quiet) as watcher, quiet_bars():
         if path is not None:
-            _only_objects(flags, caller_objects, more)
-            run = runner.resume(Path(path), watcher, steps=steps, method=own, caller_objects=caller_objects)
+            changed = flat(more)
+            _only_objects(flags, caller_objects, set(changed) - set(RAISED))
+            given = {"steps": steps, "changed": changed, "method": own, "caller_objects": caller_objects}
+            run = runner.resume(Path(path), watcher, **given)
         else:
             config = _assembled(flags, more, own, caller_objects)
             run = runner.start(config, folder_of(config), watcher, method=own, caller_objects=caller_objects)
@@ -190,7 +195,7 @@ def _assembled(
     return assemble(nested, settings, own=own, caller_objects=caller_objects)
 
 
-def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, settings: Mapping[str, Any]) -> None:
+def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, settings: Collection[str]) -> None:
     """Raises `UserError` where a run that is resumed is given settings."""
     objects = {*(text for text in caller_objects.models), *(rows.label for rows in caller_objects.rows.values())}
     others = [key for key, value in flags.items() if key != "steps" and str(value) not in objects]
@@ -198,8 +203,9 @@ def _only_objects(flags: Mapping[str, Any], caller_objects: CallerObjects, setti
         others = [key for key in others if key != "task"]
     if others or settings:
         raise UserError(
-            "resume goes on with the settings of the run; only steps may be given besides, and again what was given as "
-            f"an object ({(others or ['settings'])[0]} is neither)"
+            "resume goes on with the settings of the run; only steps may be given besides, a budget "
+            "(judge.budget_calls, _tokens or _money), and again what was given as an object "
+            f"({(others or ['settings'])[0]} is neither)"
         )
 
 

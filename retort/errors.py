@@ -3,9 +3,11 @@
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import Literal
 
 __all__ = [
     "FROM_OUTSIDE",
+    "BudgetSpentError",
     "RetortError",
     "RunError",
     "SignalError",
@@ -41,7 +43,16 @@ class SignalError(RunError):
 
 
 class UnreachableError(RunError):
-    """A server that the run needs gave no usable answer for as long as the run waits for one."""
+    """A server that the run needs gave no usable answer for as long as the run waits for one.
+
+    Attributes:
+        reason: Of the last attempt: `unreachable` (no connection), `timeout`, or `http` (an error of the server's).
+    """
+
+    def __init__(self, text: str, reason: Literal["unreachable", "timeout", "http"] = "unreachable") -> None:
+        """Takes the line for the user, and the reason."""
+        super().__init__(text)
+        self.reason: Literal["unreachable", "timeout", "http"] = reason
 
 
 class BudgetSpentError(RunError):

@@ -12,6 +12,7 @@ from typing import Any, Literal, ParamSpec
 from torch import Tensor
 
 from retort.controllers import Controller
+from retort.core.grading import RubricPlan
 from retort.core.needs import Need
 from retort.core.numbers import Unbounded as Unbounded
 from retort.core.numbers import check_numbers
@@ -138,6 +139,7 @@ class Method:
         before: Another method, and for how many steps it is run first (`retort.methods._cold_start`).
         recipe: The paper's training settings, as sections of a run's configuration; used where the user gives none.
         adam_variance: Whether to log the gradient's variance that Adam's moments imply (`adam_variance`).
+        grading: How a judge grades the training rollouts; None: the task's own grader does.
         name, settings, paper, status, summary, made_of: Filled in by the `method` decorator.
     """
 
@@ -151,6 +153,7 @@ class Method:
     before: tuple[int, Method] | None = None
     recipe: Mapping[str, Any] = field(default_factory=lambda: {})
     adam_variance: bool = False
+    grading: RubricPlan | None = None
     name: str = "custom"
     settings: Mapping[str, Any] = field(default_factory=lambda: {})
     paper: Paper | None = None
@@ -165,7 +168,7 @@ class Method:
         if len(set(names)) != len(names):
             raise UserError(f"method {self.name} has two terms of one name: {names}")
         for term in self.terms:
-            if term.against not in self.views:
+            if term.against not in self.views and (self.views or term.needs):  # a reward needs no view
                 raise UserError(
                     f"term '{term.name}' is against view '{term.against}'; {did_you_mean(term.against, self.views)}"
                 )

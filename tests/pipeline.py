@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from ruled import judged
 from torch import Tensor
 
 from retort import config as configuration
@@ -85,8 +86,9 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Prepared
 
 
 def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """Settings without the teacher that a method does not ask."""
-    return {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
+    """Settings without the teacher that a method does not ask, and with the judge that it does."""
+    asked = {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
+    return judged(asked, method)
 
 
 def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) -> Pack:

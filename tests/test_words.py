@@ -48,10 +48,15 @@ SAY = {
 #: Plain verbs, which a heading may use.
 PLAIN = {"said", "says", "tells", "told", "write", "writes", "written"}
 _FILE = "writes a file"
+_ASKED = "a model that grades is the field's LLM as a judge; the section of settings is named so, and its file"
 _IN_PLACE = "tensors are exchanged in place, as PyTorch says it"
 #: Names that keep such a word, with the reason.
 KEPT = {
     "retort.api:write_report": _FILE,
+    "retort.config.judge": _ASKED,
+    "retort.config.judge:JudgeSection": _ASKED,
+    "retort.config.run_config:Config.judge": _ASKED,
+    "retort.train.models.judge": _ASKED,
     "retort.files:write_bytes": _FILE,
     "retort.files:write_text": _FILE,
     "retort.train.output.export:write_model": _FILE,

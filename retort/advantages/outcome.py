@@ -80,7 +80,9 @@ def length_bonus(coef: float) -> Shape:
     return shaped
 
 
-def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | None = None) -> Advantage:
+def group_advantage(
+    *, std: bool = True, scope: Scope = "group", shape: Shape | None = None, population: bool = False
+) -> Advantage:
     r"""GRPO's advantage of a rollout, the same at all its steps: :math:`(r_i - \bar r_G) / (\sigma_G + 10^{-6})`.
 
     0 in a group of one, and in one whose rewards are all equal. The deviation is that of a sample (n - 1).
@@ -89,8 +91,9 @@ def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | 
         std: Whether to divide by the deviation; Dr. GRPO does not.
         scope: The rollouts of the mean and deviation: those of the prompt, or of the batch.
         shape: A function applied to the rewards first, see `length_bonus`.
+        population: Whether the deviation is that of the population (n) instead.
     """
-    name = f"group_advantage({'std' if std else 'mean'}, {scope})"
+    name = f"group_advantage({('population' if population else 'std') if std else 'mean'}, {scope})"
 
     def number(rollouts: Rollouts, steps: Steps, clock: Clock) -> Tensor:
         reward_R = graded(rollouts)
@@ -100,8 +103,10 @@ def group_advantage(*, std: bool = True, scope: Scope = "group", shape: Shape | 
         above_R = reward_R - group_means(reward_R, group_R)
         if not std:
             return above_R
-        count_R = torch.bincount(group_R)[group_R]
-        spread_R = group_means(above_R**2, group_R) * count_R / (count_R - 1).clamp_min(1)
+        spread_R = group_means(above_R**2, group_R)
+        if not population:
+            count_R = torch.bincount(group_R)[group_R]
+            spread_R = spread_R * count_R / (count_R - 1).clamp_min(1)
         return above_R / (spread_R.sqrt() + 1e-6)
 
     return stored_advantage(per_rollout(name, number, groups=scope == "group"))

@@ -13,9 +13,9 @@ from retort.core.rollouts import Message
 
 T = TypeVar("T")
 
-#: Why there is no usable answer: nobody answered, too late, an error of the server, no text, text without an end, a
-#: refusal to answer, or text in another form than was asked for.
-Reason = Literal["unreachable", "timeout", "http", "empty", "cut", "refused", "form"]
+#: Why there is no usable answer: nobody answered, too late, an error of the server, a conversation longer than the
+#: model's context, no text, text without an end, a refusal to answer, or text in another form than was asked for.
+Reason = Literal["unreachable", "timeout", "http", "long", "empty", "cut", "refused", "form"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,20 @@ class Failure:
     Attributes:
         reason: One of a few words, for counts.
         message: What happened, one line for the user, made safe to print.
+        prompt_tokens: As `ChatReply`, where tokens were spent all the same.
+        completion_tokens: As `ChatReply`.
+        asked: Whether a request was made at all.
     """
 
     reason: Reason
     message: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    asked: bool = True
+
+
+#: Takes the number of a request and its answer, as soon as that is there; one call at a time, from any thread.
+Heard = Callable[[int, ChatReply | Failure], object]
 
 
 class ChatModel(Protocol):
@@ -82,8 +92,16 @@ class ChatModel(Protocol):
         """Digest of which model this is: of its weights, or of address and name where weights are out of reach."""
         ...
 
-    def chat(self, requests: Sequence[ChatRequest]) -> list[ChatReply | Failure]:
-        """Answers each request, in order; an answer depends only on its own request. Never raises because of one."""
+    def chat(self, requests: Sequence[ChatRequest], heard: Heard | None = None) -> list[ChatReply | Failure]:
+        """Answers each request, in order; an answer depends only on its own request, and never raises because of it.
+
+        Args:
+            requests: What is asked.
+            heard: Takes each answer when it comes, in any order: an answer that was paid for outlives what comes later.
+
+        Raises:
+            UserError: Nobody can be asked at all: the key is refused, or there is no such model.
+        """
         ...
 
 

@@ -41,7 +41,7 @@ def listed(*, as_json: bool) -> str:
                 "summary": made.summary,
                 "status": made.status,
                 "settings": made.settings,
-                "needs": {view: [str(need) for need in sorted(made.needs(view))] for view in made.views},
+                "needs": _needs(made),
                 "paper": made.paper.title if made.paper else None,
                 "arxiv": made.paper.arxiv if made.paper else None,
             }
@@ -81,13 +81,19 @@ def _paper(method: Method) -> str:
     return f"[{paper.title}]({paper.url})" if paper.url else paper.title
 
 
+def _needs(method: Method) -> dict[str, list[str]]:
+    """What a method asks of the teacher behind each view, and of a judge."""
+    found = {view: [str(need) for need in sorted(method.needs(view))] for view in method.views}
+    return found if method.grading is None else {**found, "judge": ["rubrics", "verdicts"]}
+
+
 def _entry(method: Method) -> str:
     text = inspect.getdoc(registry.builder(method.name)) or ""
     before, found, after = text.partition("\nArgs:\n")
     _, _, rest = after.partition("\n\n")
     paper = method.paper
     where = f"{paper.title} ({paper.year})" if paper else "no paper"
-    needs = [f"from `{view}`: {', '.join(map(str, sorted(method.needs(view)))) or 'nothing'}" for view in method.views]
+    needs = [f"from `{view}`: {', '.join(words) or 'nothing'}" for view, words in _needs(method).items()]
     parts = [f"## {method.name}", f"{where}; {_paper(method)}. Status: **{method.status}**. Needs {'; '.join(needs)}."]
     parts += [_markdown(before.strip()), *([_settings(method)] if found else []), _markdown(rest.strip())]
     return "\n\n".join(part for part in parts if part)

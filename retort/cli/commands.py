@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import retort
 from retort.cli import descriptions
+from retort.cli.references import add_references
 from retort.cli.serving import add_serve
 from retort.errors import RetortError, UserError, did_you_mean, shortened, visible
 from retort.files import named, reason
@@ -118,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--student", help="model folder or hub name")
     train.add_argument("--teacher", help="model folder, hub name, or address of a server")
     train.add_argument("--base", help="second frozen model of some methods; default: the student before training")
+    train.add_argument("--judge", metavar="URL|PATH", help="model that is asked in conversation (docs/judges.md)")
     train.add_argument("--data", help="file, folder, glob or hub name (docs/data.md)")
     train.add_argument("--cache", metavar="DIR", help="cache of the teacher's scores (docs/cache.md)")
     train.add_argument("--out", help="folder of the run; default: a new one in runs/")
@@ -130,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
         "doctor", help="check models and data before training", description=descriptions.DOCTOR
     )
     doctor.add_argument("words", nargs="*", metavar="CONFIG.toml|key=value", help=descriptions.WORDS)
-    for name in ("method", "student", "teacher", "base", "data"):
+    for name in ("method", "student", "teacher", "base", "judge", "data"):
         doctor.add_argument(f"--{name}", help="as for `retort train`")
     doctor.add_argument("--quick", action="store_true", help="only the checks that `retort train` also makes")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -165,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     settings.set_defaults(run=_settings)
 
     add_serve(commands)
+    add_references(commands)
 
     cite = commands.add_parser("cite", help="print the BibTeX of a method's paper")
     cite.add_argument("names", nargs="+", metavar="NAME", help="name of a method")
@@ -179,9 +182,10 @@ def _given(arguments: argparse.Namespace, *names: str) -> tuple[list[str], dict[
     files = [word for word in arguments.words if word.endswith(".toml")]
     pairs = config.overrides([word for word in arguments.words if not word.endswith(".toml")])
     flags: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    cache = getattr(arguments, "cache", None)
+    cache, judge = getattr(arguments, "cache", None), getattr(arguments, "judge", None)
     flags |= {} if arguments.method is None else {"method": {"name": arguments.method}}
     flags |= {} if cache is None else {"cache": {"dir": cache}}
+    flags |= {} if judge is None else {"judge": {"model": judge}}
     return files, flags, pairs
 
 
@@ -189,6 +193,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from retort import api, config, ranks
+    from retort.config.judge import changed_by
     from retort.console.terminal import RichObserver, lasting_console, quiet_libraries
     from retort.train import runner
 
@@ -198,9 +203,9 @@ def _train(arguments: argparse.Namespace) -> int:
     observer = RichObserver(lasting_console() if leads else Console(quiet=True))
     try:
         if arguments.resume is not None:
-            _only_steps(flags, files, pairs)
+            changed = changed_by(pairs, *(set(flags) - {"steps"}), *files)
             observer.working("reading the run and loading its models")
-            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps)
+            run = runner.resume(named(arguments.resume), observer, steps=arguments.steps, changed=changed)
         else:
             settings = api.assemble(*[config.read_toml(named(file)) for file in files], flags, pairs)
             observer.working("reading the data and loading the models")
@@ -219,13 +224,6 @@ def _train(arguments: argparse.Namespace) -> int:
         highlight=False,
     )
     return 0
-
-
-def _only_steps(flags: dict[str, Any], files: list[str], pairs: dict[str, Any]) -> None:
-    if others := [*(set(flags) - {"steps"}), *files, *pairs]:
-        raise UserError(
-            f"--resume keeps the settings of the run; only --steps may be given besides, not {sorted(others)[0]}"
-        )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -17,7 +17,10 @@ _SERVE = (
 def add_serve(commands: Any) -> None:
     """Adds the command to the parsers of all commands."""
     serve = commands.add_parser("serve", help="serve a model as a teacher to runs elsewhere", description=_SERVE)
-    serve.add_argument("model", help="model folder, hub name, or a built-in model such as countdown:teacher")
+    serve.add_argument(
+        "model",
+        help="model folder, hub name, a built-in model such as countdown:teacher, or a judge by rules: rules:countdown",
+    )
     serve.add_argument("--host", help="address to listen at; default: 127.0.0.1")
     serve.add_argument("--port", type=int, help="port to listen at, 0 for any that is free; default: 8000")
     serve.add_argument("--max-tokens", type=int, dest="most_tokens", help="most tokens of a request; default: 131072")

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from retort import registry
+from retort.config.judge import JudgeSection
 from retort.config.precedence import flat, leave_open, merge
 from retort.config.rollouts import RolloutSection
 from retort.config.sections import (
@@ -171,6 +172,7 @@ class Config(Section):
     server: ServerSection = ServerSection()
     teachers: TeachersSection = TeachersSection()
     cache: CacheSection = CacheSection()
+    judge: JudgeSection = JudgeSection()
 
     @property
     def builtin(self) -> bool:

@@ -111,6 +111,37 @@ PLOTS = (
         {"stop_probability/student": "student", "stop_probability/teacher": "teacher"},
         "share",
     ),
+    Curves(
+        "Criteria that hold",
+        "share of a category’s criteria",
+        {"judge/passed/task": "task", "judge/passed/quality": "quality", "judge/passed/reasoning": "reasoning"},
+        "share",
+    ),
+    Curves(
+        "Scores by the rubric",
+        "share of the points",
+        {
+            "judge/score": "student",
+            "judge/teacher_score": "teacher, mean",
+            "judge/teacher_score_min": "teacher, lowest",
+            "judge/teacher_score_max": "teacher, highest",
+        },
+        "share",
+    ),
+    Curves(
+        "Where the rubric fails",
+        "share of groups",
+        {"judge/teacher_below_student": "teacher below student", "judge/fallback": "no usable verdict"},
+        "share",
+        smooth=False,
+    ),
+    Curves(
+        "Does the rubric tell right from wrong?",
+        "AUC against the verifier, 0.5 is random",
+        {"judge/auc": "all completions", "judge/auc_by_prompt": "of one prompt"},
+    ),
+    Curves("Criteria of a rubric", "per prompt", {"judge/criteria": "criteria"}),
+    Curves("Teacher’s answers behind a rubric", "different ones, per prompt", {"judge/references": "answers"}),
     Curves("Weights on the advantage", "mean factor", {"magnitude": "magnitude", "gate": "gate"}),
     Curves(
         "Groups",

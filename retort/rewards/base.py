@@ -23,11 +23,13 @@ class Grade:
         reward: From 0 to 1; a completion counts as right from `RIGHT_FROM` (0.5) on.
         parts: Further measures by name, recorded as curves and columns `reward/<name>`; not part of the reward.
         feedback: What is wrong with the completion, in words, for methods that show it to a teacher.
+        measures: What was measured while it was graded, by the names of the curves.
     """
 
     reward: float
     parts: Mapping[str, float] = field(default_factory=lambda: {})
     feedback: str | None = None
+    measures: Mapping[str, float] = field(default_factory=lambda: {})
 
 
 class Grader(Protocol):
@@ -64,23 +66,37 @@ class Grader(Protocol):
         """
         ...
 
+    def grade_all(self, groups: Sequence[Group]) -> list[list[Grade | None]]:
+        """Returns the grades of all groups of a batch, in order; one that waits for others grades them at once.
+
+        Raises:
+            UserError: As `grade`.
+        """
+        return [self.grade(group) for group in groups]
+
 
 def graded(grader: Grader, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Returns the rollouts of one batch with their grades, in order.
 
     Args:
-        grader: Called once for each group.
+        grader: Called once, with all groups.
         rollouts: The rollouts of one visit to a prompt are neighbours.
 
     Raises:
         UserError: As `Grader.grade`.
     """
     grader.start_batch()
-    found = [grade for group in in_groups(rollouts) for grade in grader.grade(group)]
+    found = [grade for grades in grader.grade_all(in_groups(rollouts)) for grade in grades]
     return [
         rollout
         if grade is None
-        else replace(rollout, reward=grade.reward, reward_parts=grade.parts, feedback=grade.feedback or "")
+        else replace(
+            rollout,
+            reward=grade.reward,
+            reward_parts=grade.parts,
+            feedback=grade.feedback or "",
+            measures={**rollout.measures, **grade.measures},
+        )
         for rollout, grade in zip(rollouts, found, strict=True)
     ]
 

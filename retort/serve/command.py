@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from retort import config as configuration
+from retort.config import Config
 from retort.errors import UserError, did_you_mean
+from retort.serve import rules
 from retort.serve.app import application
 from retort.serve.scorer import Scorer
 from retort.train.models.models import load
@@ -35,7 +37,8 @@ def serve(
     """Serves a model until the process is interrupted.
 
     Args:
-        model: Folder, hub name, GGUF file, or a built-in model such as `countdown:teacher`.
+        model: Folder, hub name, GGUF file, a built-in model such as `countdown:teacher`, or a judge by rules such as
+            `rules:countdown`.
         words: Settings as `key=value`: precision, device, attention, threads, trust_remote_code, weights.
         host: Address to listen at; other than loopback only with a key in the environment (`RETORT_TEACHER_KEY`).
         port: Port to listen at; 0: any that is free.
@@ -66,13 +69,24 @@ def serve(
         import uvicorn
     except ImportError:
         raise UserError("retort serve needs the package 'uvicorn': pip install 'retort-distill[serve]'") from None
+    app, what = (_by_rules if model.startswith(rules.PREFIX) else _of_model)(config, model, key, most_tokens, say)
+    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
+    _spoken(settings, what, say).run()
+
+
+def _by_rules(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
+    """The application of a judge by rules, and what it is."""
+    return rules.application(model, rules.rules_of(model), key=key), f"the judge {model}"
+
+
+def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Callable[[str], Any]) -> tuple[Any, str]:
+    """The application of a model, which is loaded, and what it is."""
     lm = load(config, model, "teacher")
-    name = Path(model).name if Path(model).exists() else model
-    app = application(Scorer(lm, name=name, most_tokens=most_tokens), key=key)
     for note in lm.notes:
         say(f"note: {note}")
-    settings = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False, server_header=False)
-    _spoken(settings, f"{name} ({lm.precision} on {lm.device.type})", say).run()
+    name = Path(model).name if Path(model).exists() else model
+    app = application(Scorer(lm, name=name, most_tokens=most_tokens), key=key)
+    return app, f"{name} ({lm.precision} on {lm.device.type})"
 
 
 def _spoken(settings: Any, what: str, say: Callable[[str], Any]) -> Any:

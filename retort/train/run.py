@@ -34,7 +34,7 @@ from retort.train.output.summary import summary
 from retort.train.setup.prepare import Prepared
 from retort.train.source import difficulty
 from retort.train.storage import checkpoint
-from retort.train.storage.folder import Claim, NoClaim, refuse_files, refuse_unshared
+from retort.train.storage.folder import Claim, NoClaim, refuse_files
 from retort.train.storage.metrics import JsonLines, Stopwatch
 from retort.train.teaching.asking import Needs, ask
 
@@ -191,7 +191,7 @@ class Run:
         if self._claim.held:
             return
         self.world.first(self._open)
-        refuse_unshared(self.folder, self.world)
+        self.prepared.open(self.folder, lambda: self.step)
         if not self.world.leads:
             self._claim.take()
             self.source.go_back(self.step)
@@ -247,7 +247,7 @@ class Run:
             self.rollouts.append(row)
         metrics = {"step": self.step, **means.values()}
         metrics |= batch_metrics(batch, values, version, self.source, lost)
-        metrics |= record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.teachers.metrics()
+        metrics |= record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.prepared.metrics()
         metrics |= {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
         metrics |= probed
 

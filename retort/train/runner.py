@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from retort import config as configuration
 from retort.config import Config
+from retort.config.judge import raised
 from retort.errors import UserError
 from retort.method import Method
 from retort.ranks import here, join
@@ -58,7 +61,15 @@ def start(
     # Paths are saved in full: a run may be resumed from another folder than it was started from.
     evaluated = config.eval.model_copy(update={"data": _absolute(config.eval.data)})
     cache = config.cache.model_copy(update={"dir": config.cache.dir and str(Path(config.cache.dir).resolve())})
-    kept = {**chosen, "cache": cache, "data": _absolute(config.data), "eval": evaluated, "out": str(folder)}
+    judge = config.judge.moved(lambda path: str(_absolute(path)), config.model_paths)
+    kept = {
+        **chosen,
+        "judge": judge,
+        "cache": cache,
+        "data": _absolute(config.data),
+        "eval": evaluated,
+        "out": str(folder),
+    }
     resolved = config.moved(lambda path: str(_absolute(path))).model_copy(update=kept)
     return Run(
         replace(prepared, config=resolved),
@@ -74,6 +85,7 @@ def resume(
     observer: Observer | None = None,
     *,
     steps: int | None = None,
+    changed: Mapping[str, Any] | None = None,
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
 ) -> Run:
@@ -85,6 +97,7 @@ def resume(
         path: The folder of a run, or of one of its checkpoints.
         observer: Receives progress, notes and tables.
         steps: A new number of steps; schedules that end with the run then end with the new one.
+        changed: What the run may spend, where that is changed: settings by full name, see `retort.config.judge.RAISED`.
         method: The caller's own method, if the run was started with one.
         caller_objects: The objects that it was started with; its folder keeps the rows of data among them.
 
@@ -95,7 +108,7 @@ def resume(
         raise UserError(f"steps must be at least 1, not {steps}")
     join()
     here().first(lambda: refuse_held(checkpoint.find(path)[0]))
-    return load(path, observer, steps=steps, method=method, caller_objects=caller_objects)
+    return load(path, observer, steps=steps, changed=changed, method=method, caller_objects=caller_objects)
 
 
 def load(
@@ -103,6 +116,7 @@ def load(
     observer: Observer | None = None,
     *,
     steps: int | None = None,
+    changed: Mapping[str, Any] | None = None,
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
 ) -> Run:
@@ -112,6 +126,7 @@ def load(
         path: As in `resume`, as are all arguments.
         observer: As in `resume`.
         steps: As in `resume`.
+        changed: As in `resume`.
         method: As in `resume`.
         caller_objects: As in `resume`.
 
@@ -123,6 +138,8 @@ def load(
     before = config.steps or 0
     if steps is not None:
         config = config.model_copy(update={"steps": steps})
+    if changed:
+        config = config.model_copy(update={"judge": raised(config.judge, changed)})
     caller_objects = (caller_objects or CallerObjects()).again(config, folder)
     if chosen is not None:
         checkpoint.verify(chosen)  # A damaged checkpoint is refused before minutes are spent on loading models.

@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 from urllib.parse import urlsplit
 
 from retort.errors import UnreachableError, UserError, quoted, shortened, visible
@@ -21,6 +21,7 @@ from retort.errors import UnreachableError, UserError, quoted, shortened, visibl
 if TYPE_CHECKING:
     from torch import Tensor
 
+_Reason = Literal["unreachable", "timeout", "http"]
 T = TypeVar("T")
 Item = TypeVar("Item")
 
@@ -40,6 +41,8 @@ _SILENT = 300.0
 _MOST_BYTES = 2**30
 #: Answers that may be others a little later: too early, too many requests, and faults of a server or of one before it.
 _LATER = (408, 425, 429, 500, 502, 503, 504)
+#: Least characters of a key that is looked for in texts.
+_SECRET = 8
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TENSORS = "application/octet-stream"
 
@@ -93,12 +96,12 @@ class Client:
             raise UserError(
                 f"{url} is a server, which needs the package '{error.name}': pip install 'retort-distill[remote]'"
             ) from None
-        self.url = _checked(url).rstrip("/")
+        self.url = _checked(url, key_variable).rstrip("/")
         self.timeout, self.patience, self.concurrency = timeout, patience, concurrency
         self._key_variable, self._given_up = key_variable, threading.Event()
         self.say: Callable[[str], object] = lambda text: None
         self._told = -math.inf
-        key = os.environ.get(key_variable, "").strip()
+        key = self._key = os.environ.get(key_variable, "").strip()
         if not key.isascii() or not key.isprintable():
             raise UserError(f"the key in {key_variable} is none: it holds what a header cannot; set it anew")
         self._http = httpx2.Client(
@@ -126,14 +129,14 @@ class Client:
         """
         return self._answer("GET", path, None, {}, read=_json, patience=patience)
 
-    def post_json(self, path: str, body: Any, *, patience: float | None = None) -> Any:
-        """The JSON that the server answers to some JSON; see `get_json`.
+    def post_json(self, path: str, body: Any, *, patience: float | None = None, most_bytes: int = _MOST_BYTES) -> Any:
+        """The JSON that the server answers to some JSON; see `get_json`, and `post_tensors` for `most_bytes`.
 
         The request may be made several times, so it must change nothing on the server.
         """
         headers = {"Content-Type": "application/json"}
         content = json.dumps(body, allow_nan=False).encode()
-        return self._answer("POST", path, content, headers, read=_json, patience=patience)
+        return self._answer("POST", path, content, headers, read=_json, patience=patience, most_bytes=most_bytes)
 
     def get_tensors(self, path: str, *, most_bytes: int = _MOST_BYTES) -> dict[str, Tensor]:
         """The tensors at a path, sent as safetensors; see `post_tensors`."""
@@ -182,6 +185,11 @@ class Client:
         finally:
             self._given_up.clear()  # all threads have ended
 
+    def without_key(self, text: str) -> str:
+        """A text of the server's without the key that it was sent: some repeat it where they refuse it."""
+        # Short ones are no secrets: servers without keys are given any word.
+        return text.replace(self._key, f"[the key in {self._key_variable}]") if len(self._key) >= _SECRET else text
+
     def close(self) -> None:
         """Closes all connections."""
         self._http.close()
@@ -223,7 +231,9 @@ class Client:
         except _PassingError as error:
             tried = f"after {len(failed_at)} attempts" if len(failed_at) > 1 else "at the first attempt"
             raise UnreachableError(
-                f"{self.url}: {error} ({tried}); look at the server, and start it again as it was if it is gone"
+                f"{self.url}: {self.without_key(str(error))} ({tried}); look at the server, and start it again as it "
+                "was if it is gone",
+                error.reason,
             ) from None
 
     def _tell(self, state: Any) -> None:
@@ -251,13 +261,13 @@ class Client:
                 for part in answer.iter_bytes():
                     found += part
                     if time.monotonic() > ends:
-                        raise _PassingError(f"no whole answer within {self.timeout:g} seconds")
+                        raise _PassingError(f"no whole answer within {self.timeout:g} seconds", "timeout")
                     if len(found) > limit:
                         break
         except httpx2.TimeoutException:
-            raise _PassingError(f"no answer within {self.timeout:g} seconds") from None
+            raise _PassingError(f"no answer within {self.timeout:g} seconds", "timeout") from None
         except httpx2.TransportError as error:
-            raise _PassingError(_words(error)) from None
+            raise _PassingError(_words(error), "unreachable") from None
         except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError) as error:
             raise UserError(f"{self.url}: {_words(error)}") from None
         if answer.status_code == 200:
@@ -268,32 +278,48 @@ class Client:
 
     def _refused(self, path: str, answer: Any, body: bytes) -> NoReturn:
         """Raises what an answer other than 200 means."""
-        said, status = _said(body), answer.status_code
+        said, status = _said(body, self.without_key), answer.status_code
         if status in _LATER:
-            raise _PassingError(f"it answers {status}{said}", _seconds(answer.headers.get("Retry-After")))
+            raise _PassingError(f"it answers {status}{said}", after=_seconds(answer.headers.get("Retry-After")))
         if status in (401, 403):
-            raise UserError(
-                f"{self.url}: it answers {status}{said}; put its key into the environment variable {self._key_variable}"
+            raise RefusedError(
+                f"{self.url}: it answers {status}{said}; put its key into the environment variable "
+                f"{self._key_variable}",
+                status,
             )
         if 300 <= status < 400:
             raise UserError(f"{self.url}: it sends elsewhere ({status}); name the address that answers itself")
-        kind = MissingPathError if status in (404, 405, 501) else UserError
-        raise kind(f"{self.url}{path}: it answers {status}{said}")
+        kind = MissingPathError if status in (404, 405, 501) else RefusedError
+        raise kind(f"{self.url}{path}: it answers {status}{said}", status)
 
 
-class MissingPathError(UserError):
+class RefusedError(UserError):
+    """The server refuses a request.
+
+    Attributes:
+        status: What it answered, such as 400.
+    """
+
+    def __init__(self, text: str, status: int = 0) -> None:
+        """Takes the line for the user, and the status."""
+        super().__init__(text)
+        self.status = status
+
+
+class MissingPathError(RefusedError):
     """The server knows no such path: it is one of another kind."""
 
 
 class _PassingError(Exception):
-    """A failure that may pass, and the seconds after which the server wants to be asked again."""
+    """A failure that may pass, its reason, and the seconds after which the server wants to be asked again."""
 
-    def __init__(self, text: str, after: float = 0.0) -> None:
+    def __init__(self, text: str, reason: _Reason = "http", after: float = 0.0) -> None:
         super().__init__(text)
+        self.reason: _Reason = reason
         self.after = after
 
 
-def _checked(url: str) -> str:
+def _checked(url: str, key_variable: str) -> str:
     """The address as it is.
 
     Raises:
@@ -307,7 +333,7 @@ def _checked(url: str) -> str:
         raise UserError(f"{quoted(url)}: no address of a server; write it as http://HOST:PORT") from None
     if parts.username is not None or parts.password is not None:
         raise UserError(
-            f"an address with a name or a key in it would be written into files; put it into {KEY_VARIABLE}"
+            f"an address with a name or a key in it would be written into files; put it into {key_variable}"
         )
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         wrong = "no address of a server"
@@ -341,7 +367,7 @@ def _words(error: Exception) -> str:
     return "it cannot be connected to" + (f": {shortened(text, 200)}" if text else "")
 
 
-def _said(body: bytes) -> str:
+def _said(body: bytes, without_key: Callable[[str], str]) -> str:
     """What a server says about a refusal, for a message: hostile text, so one short line of it."""
     try:
         found = json.loads(body)
@@ -350,7 +376,7 @@ def _said(body: bytes) -> str:
     for name in ("detail", "error", "message"):
         if isinstance(found, Mapping) and name in found:
             found = found[name]
-    return f": {visible(shortened(found, 200))}" if isinstance(found, str) and found else ""
+    return f": {visible(shortened(without_key(found), 200))}" if isinstance(found, str) and found else ""
 
 
 def _seconds(header: str | None) -> float:

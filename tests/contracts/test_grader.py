@@ -8,6 +8,8 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
+from ruled import PROMPT as COUNTDOWN
+from ruled import rubric_grader
 from support import group_of
 
 from retort.core.rollouts import Group, Message, Prompt
@@ -68,6 +70,7 @@ GRADERS: dict[str, tuple[Callable[[], Grader], Prompt]] = {
     "a function that returns a Grade": (lambda: user_grader(verdict, "verdict", SUM), SUM),
     "an object that compares siblings": (lambda: user_grader(Shortest(), "shortest", SUM), SUM),
     "a class of the protocol": (Ranked, SUM),
+    "a rubric": (rubric_grader, replace(COUNTDOWN, response="12 - 3 = 9 , 9 * 5 = 45")),
 }
 pytestmark = pytest.mark.parametrize("kind", GRADERS)
 
@@ -134,8 +137,11 @@ def test_a_batch_is_graded_group_by_group(kind: str) -> None:
     assert [one.reward for one in found] == [None if grade is None else grade.reward for grade in grades]
     assert [dict(one.reward_parts) for one in found] == [dict(grade.parts) if grade else {} for grade in grades]
     assert [one.feedback for one in found] == [(grade and grade.feedback) or "" for grade in grades]
-    assert [replace(one, reward=None, reward_parts={}, feedback="") for one in found] == [*group, *again]
-    assert graded(grader, []) == []
+    assert [dict(one.measures) for one in found] == [dict(grade.measures) if grade else {} for grade in grades]
+    plain = [replace(one, reward=None, reward_parts={}, feedback="", measures={}) for one in found]
+    assert plain == [*group, *again]
+    assert grader.grade_all([group, again]) == [grader.grade(group), grader.grade(again)]
+    assert graded(grader, []) == [] == grader.grade_all([])
 
 
 def test_what_is_given_up_is_counted(kind: str) -> None:

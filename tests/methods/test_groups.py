@@ -19,7 +19,7 @@ from retort.methods.uni_opd import Balance, Margin, uni_opd
 from retort.methods.unisd import Agreement, Contrastive, unisd
 from retort.train.given.arguments import refuse_twice
 
-GROUPED = ("peer_opd", "uni_opd", "unisd")
+GROUPED = ("peer_opd", "ropd", "uni_opd", "unisd")
 
 
 @pytest.mark.parametrize("name", registry.names())

@@ -10,6 +10,7 @@ import pytest
 
 from retort.tasks.countdown import check, rows
 from retort.tasks.countdown.problems import Problem, problems, solutions, split_of
+from retort.tasks.countdown.rules import CRITERIA, answer, problem_of, verdicts
 
 PROMPT = "45 from 3 5 12 :"
 
@@ -176,3 +177,62 @@ def test_bad_arguments_are_named() -> None:
         rows("held_out", 10**9)
     with pytest.raises(ValueError, match="numbers"):
         rows("held_out", 1, numbers=9)
+
+
+def spoilt(text: str, draw: random.Random) -> str:
+    """An answer with one token replaced, left out or there twice."""
+    words = text.split()
+    place = draw.randrange(len(words))
+    words[place : place + 1] = draw.choice(
+        [[], [draw.choice("+-*=,")], [str(draw.randrange(30))], [words[place]] * 2, [draw.choice(words)]]
+    )
+    return " ".join(words)
+
+
+def test_all_criteria_hold_for_right_answers_and_for_no_others() -> None:
+    draw, seen = random.Random(0), set[tuple[bool, ...]]()
+    for problem in draw.sample(problems("train"), 200):
+        right = answer(problem, draw.randrange(1000))
+        for text in (right, *(spoilt(right, draw) for _ in range(20)), spoilt(spoilt(right, draw), draw)):
+            found = verdicts(problem, text)
+            assert len(found) == len(CRITERIA)
+            assert all(found) == check(problem.prompt, text), text
+            seen.add(tuple(found))
+    for place, (name, *_) in enumerate(CRITERIA):
+        assert {own[place] for own in seen} == {True, False}, f"{name} tells nothing apart"
+
+
+@pytest.mark.parametrize(
+    ("text", "holds"),
+    [
+        ("12 - 3 = 9 , 9 * 5 = 45", "form given arithmetic all target"),
+        ("12 - 3 = 9 , 9 * 5 = 46", "form given all"),
+        ("12 - 3 = 9", "form given arithmetic"),
+        ("9 * 5 = 45", "form arithmetic target"),
+        ("so 12 - 3 = 9 , 9 * 5 = 45", "given arithmetic all target"),
+        ("45", ""),
+        ("", ""),
+        ("12 - 3 = 9 , 9 * 5 = 45" + " " * 1000, ""),
+    ],
+)
+def test_criteria_by_hand(text: str, holds: str) -> None:
+    found = verdicts(Problem((3, 5, 12), 45), text)
+    assert " ".join(name for (name, *_), own in zip(CRITERIA, found, strict=True) if own) == holds
+
+
+@pytest.mark.parametrize("text", [PROMPT, " 45  from 3 5 12: ", "45 from 12 5 3 :"])
+def test_a_problem_is_read_from_its_prompt(text: str) -> None:
+    found = problem_of(text)
+    assert found is not None and (found.target, sorted(found.numbers)) == (45, [3, 5, 12])
+
+
+@pytest.mark.parametrize("text", ["", "45", "45 from 3 :", "say 45 from 3 5 :", PROMPT + " 12 - 3 = 9", "4" * 2000])
+def test_what_states_no_problem_has_none(text: str) -> None:
+    assert problem_of(text) is None
+
+
+def test_an_answer_is_right_and_there_are_several() -> None:
+    problem = Problem((1, 2, 3), 6)
+    found = {answer(problem, seed) for seed in range(20)}
+    assert len(found) > 3 and all(check(problem.prompt, text) for text in found)
+    assert answer(Problem((1, 1), 50), 0) == ""

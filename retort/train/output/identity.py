@@ -23,6 +23,10 @@ from retort.train.setup.prepare import Prepared
 FREE = (
     *(*SHORTHANDS, "models", "data", "eval.data", "out"),
     *("steps", "tracker", "checks", "checkpoint", "record", "server", "cache"),
+    # Whose answers count is in the record of them; the form of the questions is not free.
+    *(f"judge.{name}" for name in ("model", "name", "key", "timeout", "patience", "requests", "replay")),
+    *("judge.budget_calls", "judge.budget_tokens", "judge.budget_money", "judge.price_prompt"),
+    "judge.price_completion",
 )
 #: Settings that change rounding at most.
 ROUNDING = (

@@ -15,6 +15,7 @@ from retort.rollout.record import token_row
 from retort.teachers.base import Teacher
 from retort.teachers.view import View
 from retort.train.learning.passes import Batch
+from retort.train.output.graded import against_verifier
 from retort.train.output.units import unit_rows
 from retort.train.storage.metrics import Means
 
@@ -65,7 +66,7 @@ def rollout_metrics(batch: Batch, version: int) -> dict[str, float]:
             means.add(f"{prefix}{name}", value)
         for part, value in rollout.reward_parts.items():
             means.add(f"{prefix}reward/{part}", value)
-    found = means.values() | _group_metrics(batch.pack) | _splits(rollouts)
+    found = means.values() | _group_metrics(batch.pack) | _splits(rollouts) | against_verifier(batch.pack)
     replayed = sum(r.source == "student" and r.policy_version != version for r in rollouts)
     return found | {"replayed_fraction": replayed / len(rollouts)} if replayed else found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retort.config import Config
 from retort.loss.terms import wanted
 from retort.models.adapter import described
 from retort.models.lm import LanguageModel
@@ -30,12 +31,17 @@ def summary(prepared: Prepared) -> dict[str, str]:
         **({"before it": f"{method.before[1].name}, {method.before[0]} batches"} if method.before else {}),
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
         "graded by": source.grader.name if source.grader else "nothing (the data has no answers)",
+        **({"rewards": f"points of a rubric, by {_rubricator(config)}"} if source.rubric_grader else {}),
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
         **({"environment": _environment(prepared)} if config.environment else {}),
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
         "memory": str(forecast(prepared)),
     }
+
+
+def _rubricator(config: Config) -> str:
+    return f"the record {config.judge.replay}" if config.judge.replay else str(config.judge.model)
 
 
 def _environment(prepared: Prepared) -> str:

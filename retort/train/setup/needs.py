@@ -13,6 +13,7 @@ from retort.method import Method
 from retort.rewards.base import Grader
 from retort.train.given.given import CallerObjects
 from retort.train.setup import templates
+from retort.train.setup.grading import need_rubricator
 from retort.train.setup.prompts import graders, read_prompts
 from retort.train.setup.split import set_aside
 
@@ -47,6 +48,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], calle
     Raises:
         UserError: The data cannot be read, or lacks what the method needs.
     """
+    need_rubricator(config, method)
     need_play(config, method, notes)
     train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)
@@ -148,7 +150,7 @@ def need_verifier(method: Method, verifier: Grader | None, train: Sequence[Promp
         )
     lacking = [prompt.id for prompt in train if prompt.answer is None]
     some = f", and {len(lacking)} of {len(train)} have none ('{lacking[0]}' first)" if lacking else ""
-    wants = method.needs_rewards
+    wants = method.needs_rewards if method.grading is None else None  # else a judge grades: see `grading`
     if wants is not None and verifier is None:
         raise UserError(
             f"method '{method.name}' learns from rewards ({wants}), which takes an `answer` in every row of the data"

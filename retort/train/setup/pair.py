@@ -101,12 +101,12 @@ def further(config: Config, method: Method) -> dict[str, str]:
                 f"({did_you_mean(model, [*SHORTHANDS, *config.further_models])}); name it with models.{model}.path"
             )
     for name, path in config.further_models.items():
-        if name not in use:
+        if name not in use and name != config.judge.model:
             raise UserError(
                 f"models.{name}.path = {path} is given, but no view of method '{method.name}' with these "
                 f"settings is of a model '{name}'; leave it out, or choose a method that asks it"
             )
-    return config.further_models
+    return {name: path for name, path in config.further_models.items() if name in use}
 
 
 def named(config: Config, method: Method) -> tuple[str, str | None, str]:

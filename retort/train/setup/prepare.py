@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from retort import registry
+from retort.chat.asking import Asking
 from retort.config import Config
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
@@ -30,15 +32,18 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
+from retort.train.models.judge import asker, check_settings, open_record
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
+from retort.train.setup.grading import rubric_grader
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
+from retort.train.storage.folder import refuse_unshared
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
 
@@ -57,6 +62,7 @@ class Prepared:
         eval_grader: Grades completions of these, where any has an answer.
         attention: The attention implementation; None for each model's own default.
         notes: Notes for the user before the run starts.
+        asker: Asks a model that only talks, where the settings name one.
     """
 
     config: Config
@@ -68,6 +74,7 @@ class Prepared:
     eval_grader: Grader | None
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
+    asker: Asking | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -100,8 +107,29 @@ class Prepared:
             UserError: A family that cannot be spread.
         """
         self.teachers.listen(say)
+        if self.asker is not None:
+            self.asker.listen(say)
         self.learner.spread(say)
         self.notes.extend(self.teachers.spread(sharded=self.config.ranks.teacher == "sharded"))
+
+    def open(self, folder: Path, step: Callable[[], int]) -> None:
+        """Has kept in a run's folder what is asked of a model; all ranks call it.
+
+        Args:
+            folder: The folder, which rank 0 has claimed.
+            step: Returns the number of steps that the run has done.
+
+        Raises:
+            UserError: A rank does not see the folder, or the record in it is damaged.
+        """
+        refuse_unshared(folder, here())
+        asking = self.asker
+        if asking is not None:
+            here().each(lambda: open_record(asking, folder, step))
+
+    def metrics(self) -> dict[str, float]:
+        """Of a step: what the teachers counted, and what was spent on a model that is asked."""
+        return self.teachers.metrics() | ({} if self.asker is None else self.asker.metrics())
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
@@ -126,6 +154,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     caller_objects, notes = caller_objects or CallerObjects(), list[str]()
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
+    check_settings(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -149,7 +178,8 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     for readers in _readers(config, local):
         note_unknown(method, readers, stage, notes)
         need_room(method, readers, stage, notes)
-    prepared = _parties(method, loaded, local, data, notes)
+    asking = asker(loaded.config, loaded.frozen, caller_objects, say=notes.append)
+    prepared = _parties(method, loaded, local, data, notes, asking)
     for name in read:
         checked.check_ids(name, local[name].lm)
     check_texts(method, data.train, loaded.student, list(prepared.lms.values()), prepared.learner.vocab)
@@ -193,7 +223,14 @@ def _readers(config: Config, local: Mapping[str, Reader]) -> list[Mapping[str, R
     return [{**local, "teacher": local[name]} for name in config.teachers.models] or [local]
 
 
-def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: Data, notes: list[str]) -> Prepared:
+def _parties(
+    method: Method,
+    loaded: Loaded,
+    local: Mapping[str, Reader],
+    data: Data,
+    notes: list[str],
+    asking: Asking | None,
+) -> Prepared:
     """Source, teachers and learner."""
     config, student = loaded.config, loaded.student
     own = pair.own_weights(config, method, student)
@@ -215,6 +252,7 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
         vocab=vocab,
         teacher_generator=_teacher_generator(method, config, local.get("teacher"), student),
         grader=data.grader,
+        rubric_grader=rubric_grader(config, method, data.train, asking, data.full),
         episodes=EpisodeSetup.named(
             config.environment,
             config.rollout.template_options,
@@ -250,6 +288,7 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
         eval_grader=data.eval_grader,
         attention=loaded.attention,
         notes=notes,
+        asker=asking,
     )
 
 

@@ -59,6 +59,7 @@ class Source:
         vocab: Number of ids that student and teachers share.
         teacher_generator: Generates as the teacher for the student, where there is one.
         grader: Grades rollouts, where any of the data has answers.
+        rubric_grader: Grades them for methods that learn from a rubric (`Method.grading`).
         episodes: The environment that replies to the student.
         failed: What went wrong, in words, in each episode of the last batch that its environment could not go on with.
         cache: Rollouts of earlier batches; a run sets its own.
@@ -79,6 +80,7 @@ class Source:
     vocab: int
     teacher_generator: TeacherGenerator | None = None
     grader: Grader | None = None
+    rubric_grader: Grader | None = None
     episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
     failed: list[str] = field(default_factory=list)
     cache: RolloutCache = field(default_factory=RolloutCache)
@@ -260,6 +262,8 @@ class Source:
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
         generated = self._divided(tasks, lambda own: self._graded(method, self._played(own, sampling, setup)))
+        if method.grading is not None:
+            method.grading.check(generated)
         if plan.replay is not None:
             size = plan.samples
             groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
@@ -340,13 +344,14 @@ class Source:
         return self._graded(method, [found[index] for index in range(len(wanted))])
 
     def _graded(self, method: Method, rollouts: list[Rollout]) -> list[Rollout]:
-        if self.grader is None:
+        grader = self.grader if method.grading is None else self.rubric_grader
+        if grader is None:
             return rollouts
-        found, wants = graded(self.grader, rollouts), method.needs_rewards
+        found, wants = graded(grader, rollouts), method.needs_rewards
         lacking = next((rollout for rollout in found if rollout.reward is None), None)
         if wants is not None and lacking is not None:
             raise UserError(
-                f"verifier '{self.grader.name}', row '{lacking.prompt.id}': it gave a completion no grade, and method "
+                f"verifier '{grader.name}', row '{lacking.prompt.id}': it gave a completion no grade, and method "
                 f"'{method.name}' learns from rewards ({wants}); grade every one, or choose a method without rewards"
             )
         return found

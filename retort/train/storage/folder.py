@@ -40,6 +40,7 @@ FILES = (
     "teacher_rollouts.jsonl",
     "difficulty.jsonl",
     TIMEOUTS,
+    "judge.jsonl",
     "tensorboard",
     "given-data.jsonl",
     "given-eval-data.jsonl",

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,16 @@ class JsonLines:
         """
         if self.path.exists() and (here().leads or self.own):
             write_bytes(self.path, b"".join(line + b"\n" for line, row in self._lines() if row["step"] <= step))
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes other rows in the place of all; a half-written last line is gone, too.
+
+        Raises:
+            RunError: The file cannot be written; what was there before is untouched.
+        """
+        if here().leads or self.own:
+            lines = [json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows]
+            write_bytes(self.path, "".join(lines).encode("utf-8", "replace"))
 
     def _lines(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Lines as bytes, each with its row: a line may end in the middle of a character."""
