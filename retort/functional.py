@@ -12,7 +12,7 @@ from retort.core.losses import TokenLosses
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import UserError
-from retort.loss.one_batch import BatchInputs, OneBatch, as_head
+from retort.loss.one_batch import BatchInputs, Confidences, OneBatch, as_head
 from retort.loss.two_tokenizers import TwoTokenizations
 from retort.method import Method
 from retort.registry import load
@@ -33,6 +33,7 @@ def token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
+    confidences: Confidences | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, Tensor | TeacherSignal] | None = None,
     student_hidden: Tensor | None = None,
@@ -60,6 +61,8 @@ def token_losses(
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: Log-probs that the rollout engine reported, nats, [N]; NaN where it reported none.
+        confidences: How sure each of K teachers said to be, 0 to 100, in the order of their views: [K] for all
+            rollouts, or [R, K]; None or NaN where one said nothing. For methods that weigh teachers by it.
         longest: The longest completion allowed, tokens; for methods that reward short ones. By default, the longest of
             the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
@@ -78,7 +81,7 @@ def token_losses(
         UserError: Shapes that do not fit, ids outside the vocabulary, or an input that the method needs is missing.
         SignalError: A teacher's signal is misaligned or not finite.
     """
-    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_logits", student_logits, 2)
     if student_hidden is not None:
@@ -106,6 +109,7 @@ def linear_token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
+    confidences: Confidences | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, tuple[Tensor, Tensor | Head] | TeacherSignal] | None = None,
     step: int = 0,
@@ -129,6 +133,7 @@ def linear_token_losses(
         rewards: As in `token_losses`.
         old_logp: As in `token_losses`.
         engine_logp: As in `token_losses`.
+        confidences: As in `token_losses`.
         longest: As in `token_losses`.
         extra_views: Further views: pairs of hidden states and head, or a `TeacherSignal`.
         step: As in `token_losses`.
@@ -142,7 +147,7 @@ def linear_token_losses(
         UserError: As in `token_losses`.
         SignalError: As in `token_losses`.
     """
-    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_hidden", student_hidden, 2)
     views: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})

@@ -32,6 +32,7 @@ Stream = Literal[
     "adapter",
     "balance",
     "environment",
+    "written",
 ]
 
 

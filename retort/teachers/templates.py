@@ -24,11 +24,19 @@ TEMPLATES: Mapping[str, str] = {
     "failure": "An earlier attempt that failed; do not repeat its mistakes:\n<failed>\n{text}\n</failed>",
     "feedback": "What was found wrong with your earlier attempt:\n<feedback>\n{text}\n</feedback>",
     "example": "Another problem, solved:\n<problem>\n{prompt}\n</problem>\n<response>\n{text}\n</response>",
+    "expert": "You are expert {text} of several who discuss this question.",
+    "discussion": "What the experts have said:\n<discussion>\n{text}\n</discussion>",
+    "debate_first": "Give your own answer, worked out step by step. The discussion with the other experts follows.",
+    "debate_again": "Weigh what was said and give your answer anew, worked out step by step. You need not agree.",
+    "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
     "closing": "Now answer the original question in your own words, working it out step by step.",
 }
 
 #: Placeholders that a template must hold.
-_NEEDED: Mapping[str, tuple[str, ...]] = {"frame": ("prompt", "sections"), "closing": ()}
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "frame": ("prompt", "sections"),
+    **dict.fromkeys(("closing", "debate_first", "debate_again", "confidence"), ()),
+}
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 
 

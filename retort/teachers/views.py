@@ -137,5 +137,10 @@ def peers(
     return _view(render, model, weights, rewards=True)
 
 
+def without_thoughts(text: str) -> str:
+    """A text without its `<think>` blocks; one that is still open ends it."""
+    return _THOUGHTS.sub("", text).strip()
+
+
 def _shown(rollout: Rollout, thoughts: bool) -> str:
-    return rollout.text if thoughts else _THOUGHTS.sub("", rollout.text).strip()
+    return rollout.text if thoughts else without_thoughts(rollout.text)
