@@ -26,7 +26,7 @@ from retort.loss.terms import batch_scales, check_needs, counted, hidden_values,
 from retort.method import Method
 from retort.registry import load
 
-#: How sure K teachers say to be, 0 to 100: of all rollouts, [K], or of each, [R, K]; None or NaN where one says nothing.
+#: How sure K teachers say to be, 0 to 100: of all rollouts, [K], or of each, [R, K]; None or NaN: one says nothing.
 Confidences = Tensor | Sequence[float | None] | Sequence[Sequence[float | None]]
 
 

@@ -142,6 +142,19 @@ class Reader:
             first.append(own[0])
         return Prompts(found, first, cut, shows)
 
+    def shown(self, view: View, prompt: Prompt, visit: int, room: int) -> list[int] | None:
+        """The ids of a view's prompt before anything is written; None where there is no context, or no room for it.
+
+        Args:
+            view: The view; of one that shows rollouts there is nothing to show.
+            prompt: The prompt.
+            visit: The visit to it.
+            room: Tokens that a completion may have.
+        """
+        sequence = TokenSequence.of(self.render(prompt)).then([0] * room, decided=True)
+        rollout = Rollout(prompt, (sequence,), visit=visit)
+        return self._prompts_of(rollout, (rollout,), view).first[0]
+
     def _prompts_of(self, rollout: Rollout, group: Group, view: View) -> Prompts:
         """The prompts before the sequences of one rollout."""
         view_input = ViewInput(rollout, group, self.stage, shown=set())

@@ -81,7 +81,7 @@ def teacher_share(
         temperature: The weights are of confidences (`debate_weights`), at this temperature; None: they are `fixed`.
 
     Raises:
-        UserError: Weights that are not one for each teacher, or not positive.
+        UserError: Weights that are not one for each teacher, or a weight or temperature that is not positive.
     """
     prior = [1.0] * len(views) if fixed is None else [float(own) for own in fixed]
     if len(prior) != len(views) or not all(own > 0 and math.isfinite(own) for own in prior):
@@ -89,6 +89,8 @@ def teacher_share(
             f"weights must be {len(views)} positive numbers, one for each teacher, not {list(fixed or ())}; a teacher "
             "without weight is left out with a smaller `teachers`"
         )
+    if temperature is not None and not temperature > 0:
+        raise UserError(f"weights_temperature must be positive, not {temperature}")
     place = list(views).index(view)
 
     def said(steps: Steps) -> Tensor:

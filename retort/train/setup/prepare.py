@@ -226,6 +226,7 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
         ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
+        shown=local["student"].shown,
     )
     learner = Learner(
         Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),

@@ -45,8 +45,8 @@ def writers(
     for name, phase in names.items():
         if name == "teacher" and config.teachers.models:
             raise UserError(
-                f"the teacher of method '{phase}' writes before it scores, and of several (teachers.models) none is the "
-                "one that writes; give a single teacher"
+                f"the teacher of method '{phase}' writes before it scores, and of several (teachers.models) none is "
+                "the one that writes; give a single teacher"
             )
         reader = readers[name]
         if not isinstance(reader, LocalTeacher):
