@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -33,9 +34,9 @@ def token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
-    confidences: Confidences | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, Tensor | TeacherSignal] | None = None,
+    confidences: Confidences | None = None,
     student_hidden: Tensor | None = None,
     step: int = 0,
     total_steps: int | None = None,
@@ -61,11 +62,11 @@ def token_losses(
         old_logp: The student's log-probs of `tokens` before the first update on this batch, nats, [N]. Without it the
             batch counts as strictly on-policy.
         engine_logp: Log-probs that the rollout engine reported, nats, [N]; NaN where it reported none.
-        confidences: How sure each of K teachers said to be, 0 to 100, in the order of their views: [K] for all
-            rollouts, or [R, K]; None or NaN where one said nothing. For methods that weigh teachers by it.
         longest: The longest completion allowed, tokens; for methods that reward short ones. By default, the longest of
             the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
+        confidences: How sure each of K teachers said to be, 0 to 100, in the order of their views: [K] for all
+            rollouts, or [R, K]; None or NaN where one said nothing. For methods that weigh teachers by it.
         student_hidden: The student's last hidden states [N, D], for methods that compare them; the teacher's are then
             given with its logits, as `Dense.of(logits, tokens, hidden_ND=...)`.
         step: Batches of rollouts done, for schedules.
@@ -81,7 +82,8 @@ def token_losses(
         UserError: Shapes that do not fit, ids outside the vocabulary, or an input that the method needs is missing.
         SignalError: A teacher's signal is misaligned or not finite.
     """
-    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, confidences)
+    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = replace(inputs, confidences=confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_logits", student_logits, 2)
     if student_hidden is not None:
@@ -109,9 +111,9 @@ def linear_token_losses(
     rewards: Tensor | None = None,
     old_logp: Tensor | None = None,
     engine_logp: Tensor | None = None,
-    confidences: Confidences | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, tuple[Tensor, Tensor | Head] | TeacherSignal] | None = None,
+    confidences: Confidences | None = None,
     step: int = 0,
     total_steps: int | None = None,
     state: Mapping[str, Tensor] | None = None,
@@ -133,9 +135,9 @@ def linear_token_losses(
         rewards: As in `token_losses`.
         old_logp: As in `token_losses`.
         engine_logp: As in `token_losses`.
-        confidences: As in `token_losses`.
         longest: As in `token_losses`.
         extra_views: Further views: pairs of hidden states and head, or a `TeacherSignal`.
+        confidences: As in `token_losses`.
         step: As in `token_losses`.
         total_steps: As in `token_losses`.
         state: As in `token_losses`.
@@ -147,7 +149,8 @@ def linear_token_losses(
         UserError: As in `token_losses`.
         SignalError: As in `token_losses`.
     """
-    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp, confidences)
+    inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = replace(inputs, confidences=confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_hidden", student_hidden, 2)
     views: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})

@@ -114,7 +114,7 @@ def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) 
         )
         by_data = given and index == len(LENGTHS) - 1
         rollouts.append(replace(rollout, engine_logp_A=None, source="dataset") if by_data else rollout)
-    groups = setup.teachers.written(setup.method, in_groups(rollouts))
+    groups = setup.teachers.with_passages(setup.method, in_groups(rollouts))
     return Pack.of([rollout for group in groups for rollout in group])
 
 

@@ -15,7 +15,7 @@ class Passage:
     """One text of one author.
 
     Attributes:
-        of: Name of the kind of text, such as `debate`; see `retort.teachers.written.Written`.
+        of: Name of the kind of text, such as `debate`; see `retort.teachers.drafts.Draft`.
         author: Place of the author among those of that kind, from 0.
         model: Name of the model that wrote it.
         round: The round, from 0.

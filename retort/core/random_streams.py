@@ -32,7 +32,7 @@ Stream = Literal[
     "adapter",
     "balance",
     "environment",
-    "written",
+    "passages",
 ]
 
 

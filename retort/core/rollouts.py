@@ -151,7 +151,7 @@ class Rollout:
             teachers with another tokenizer, which read the messages of replies in their own. Empty for a single turn
             without an environment.
         histories: The messages behind the prompt with which each sequence but the first begins.
-        written: Texts that models wrote before a teacher scores it, for views that show them.
+        passages: Texts that models wrote before a teacher scores it, for views that show them.
 
     Raises:
         ValueError: Sequences, turns, log-probs and histories are not of one number; or a log-prob is NaN.
@@ -173,7 +173,7 @@ class Rollout:
     measures: Mapping[str, float] = field(default_factory=lambda: {})
     outcomes: tuple[Outcome, ...] = ()
     histories: tuple[tuple[Message, ...], ...] = ()
-    written: tuple[Passage, ...] = ()
+    passages: tuple[Passage, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.sequences, TokenSequence):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -238,7 +238,7 @@ class Rollout:
 
     def apart(self) -> list[Rollout]:
         """Its sequences as rollouts of their own, each to the conversation before it; their text is not known."""
-        if len(self.sequences) == 1 and all(own.sequence is None for own in self.written):
+        if len(self.sequences) == 1 and all(own.sequence is None for own in self.passages):
             return [self]
         bare = replace(self, sequences=self.sequences[:1], histories=(), turn_A=None, engine_logp_A=None, text="")
         return [
@@ -246,7 +246,7 @@ class Rollout:
                 bare,
                 prompt=prompt,
                 sequences=(sequence,),
-                written=tuple(own for own in self.written if own.sequence in (None, place)),
+                passages=tuple(own for own in self.passages if own.sequence in (None, place)),
             )
             for place, (prompt, sequence) in enumerate(zip(self.prompts(self.prompt), self.sequences, strict=True))
         ]
@@ -367,7 +367,7 @@ class Pack:
             group_N=group_R[rollout_N],
             reward_N=None if bool(reward_R.isnan().any()) else reward_R[rollout_N],
             engine_logp_N=torch.cat(engine).float(),
-            confidence_NK=confidence_NK([(r.written, [own.steps for own in r.sequences]) for r in rollouts]),
+            confidence_NK=confidence_NK([(r.passages, [own.steps for own in r.sequences]) for r in rollouts]),
         )
         return Pack(tuple(rollouts), steps, group_R)
 

@@ -251,7 +251,7 @@ def finish_stats(
             for other, valid_N in (valid or {}).items()
             if valid_N is not None and stat.part is not None and stat.part.needs_of(other, view)
         ]
-        here = steps.with_stored(stored | _said(stat.says, valid or {}, steps))
+        here = steps.with_stored(stored | _contexts(stat.contexts, valid or {}, steps))
         if requested:
             index_N = torch.stack(requested).all(0).nonzero().squeeze(-1)
             values_N, here = values_N[index_N], here.select(index_N)
@@ -264,11 +264,11 @@ def finish_stats(
     return stored
 
 
-def _said(views: Sequence[str], valid: Mapping[str, Tensor | None], steps: Steps) -> dict[str, Tensor]:
-    """Of some views, at which steps they say something, as `says.<view>`, bool [N]."""
+def _contexts(views: Sequence[str], valid: Mapping[str, Tensor | None], steps: Steps) -> dict[str, Tensor]:
+    """Of some views, at which steps they say something, as `context.<view>`, bool [N]."""
     found, everywhere_N = {view: valid.get(view) for view in views}, torch.ones_like(steps.tokens_N, dtype=torch.bool)
     return {
-        f"says.{view}": everywhere_N if valid_N is None else valid_N.to(everywhere_N.device)
+        f"context.{view}": everywhere_N if valid_N is None else valid_N.to(everywhere_N.device)
         for view, valid_N in found.items()
     }
 

@@ -100,7 +100,7 @@ def views(
     by_confidence = debate.weights == "confidence"
     if not (debate.transcript or by_confidence):
         return {name: View(model=name, leaves_out=leaves_out) for name in names}
-    written = debate_of(
+    draft = debate_of(
         names,
         rounds=debate.rounds,
         temperature=debate.temperature,
@@ -110,7 +110,7 @@ def views(
         per=per,
     )
     return {
-        name: debated(name, place, written, shown=debate.transcript, leaves_out=leaves_out)
+        name: debated(name, place, draft, shown=debate.transcript, leaves_out=leaves_out)
         for place, name in enumerate(names)
     }
 

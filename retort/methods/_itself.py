@@ -18,7 +18,7 @@ Shown = tuple[Literal["solution", "answer", "hint", "outcome", "demonstration", 
 
 
 def itself(
-    teacher: Whose, shows: Shown, weights: Follow, update_rate: float, writes: Mapping[str, Any] | None = None
+    teacher: Whose, shows: Shown, weights: Follow, update_rate: float, rationale: Mapping[str, Any] | None = None
 ) -> View:
     """The student, or a run's teacher, that sees more than the prompt.
 
@@ -29,7 +29,7 @@ def itself(
         shows: Columns of the data that it sees.
         weights: How its weights follow the student's.
         update_rate: Update rate of an average.
-        writes: How it writes what it makes of them first, see `reasoned`; None: it does not.
+        rationale: How it writes what it makes of them first, see `reasoned`; None: it does not.
 
     Raises:
         UserError: It would see nothing more.
@@ -38,4 +38,4 @@ def itself(
         raise UserError("method.shows is empty: a teacher that sees what the student sees has nothing to teach it")
     follow = {"frozen": moving.frozen, "live": moving.live, "ema": lambda: moving.ema(update_rate)}[weights]
     who: dict[str, Any] = {"model": "teacher"} if teacher == "outside" else {"weights": follow()}
-    return privileged(*shows, **who) if writes is None else reasoned(*shows, **who, **writes)
+    return privileged(*shows, **who) if rationale is None else reasoned(*shows, **who, **rationale)

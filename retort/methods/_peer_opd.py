@@ -53,11 +53,11 @@ class Peers:
             temperature: Temperature at which it writes sentences.
         """
         settings = {name: value for name, value in vars(self).items() if not name.startswith("summary")}
-        written = None
+        draft = None
         if self.summaries and self.summary == "written":
             by = {**who, "weights": live()} if _mixed(who) else who
-            written = summaries(**by, temperature=temperature, max_new_tokens=self.summary_tokens)
-        return peers(**settings, summary=partial(summary_of, written=written), written=written, **who)
+            draft = summaries(**by, temperature=temperature, max_new_tokens=self.summary_tokens)
+        return peers(**settings, summary=partial(summary_of, draft=draft), draft=draft, **who)
 
 
 def _mixed(who: Mapping[str, Any]) -> bool:

@@ -79,7 +79,7 @@ def sdft(
     chosen = clipped(None, w, None if top_k is None else teacher_top(top_k))
     return Method(
         rollout=RolloutPlan(
-            samples=samples, temperature=temperature, written_under="teacher" if generate_from_teacher else None
+            samples=samples, temperature=temperature, prompt_view="teacher" if generate_from_teacher else None
         ),
         views={"teacher": itself(teacher, shows, weights, update_rate)},
         temperature=temperature,

@@ -26,7 +26,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
     Returns:
         JSON values. Present only where there is something to say: `between`, the tokens that are read between decisions
         (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
-        of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `written`, the texts that
+        of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `passages`, the texts that
         models wrote for the teachers. The messages of an outcome
         are what the model read before its next turn.
     """
@@ -48,7 +48,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         **({"anew": anew} if (anew := _anew(rollout, tokenizer)) else {}),
         **({"turns": rollout.turn_A.tolist()} if rollout.turn_A is not None else {}),
         **({"outcomes": [_outcome(own) for own in rollout.outcomes]} if rollout.outcomes else {}),
-        **({"written": [_passage(own) for own in rollout.written]} if rollout.written else {}),
+        **({"passages": [_passage(own) for own in rollout.passages]} if rollout.passages else {}),
         "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
     }
 

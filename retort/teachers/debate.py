@@ -12,10 +12,10 @@ from typing import Literal
 from retort.core.passages import Passage
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
+from retort.teachers.drafts import Author, Draft, Turn
 from retort.teachers.view import View
 from retort.teachers.view_input import ViewInput
 from retort.teachers.views import without_thoughts
-from retort.teachers.written import Author, Turn, Written
 
 _CONFIDENCE = re.compile(r"<<\s*CONFIDENCE\s*=\s*(\d{1,3})\s*>>", re.IGNORECASE)
 
@@ -31,7 +31,7 @@ def teacher_names(count: int) -> tuple[str, ...]:
     return ("teacher", *(f"teacher_{number}" for number in range(2, count + 1)))
 
 
-def said_confidence(text: str) -> float | None:
+def read_confidence(text: str) -> float | None:
     """The number of the last tag `<<CONFIDENCE=N>>` in a text, 0 to 100; None without one. Prose does not count."""
     found = [int(own) for own in _CONFIDENCE.findall(text) if int(own) <= 100]
     return float(found[-1]) if found else None
@@ -70,7 +70,7 @@ def debate(
     max_new_tokens: int | None = None,
     confidence: bool = True,
     per: Literal["visit", "step"] = "visit",
-) -> Written:
+) -> Draft:
     """A debate: all models answer the prompt at once, and then answer again, with all that was said before in sight.
 
     Args:
@@ -89,7 +89,7 @@ def debate(
         asked = [before, view_input.plain("expert", str(turn.author + 1)), request]
         return view_input.framed([*asked, view_input.plain("confidence") if confidence else ""], closing="")
 
-    return Written(
+    return Draft(
         "debate",
         tuple(Author(name) for name in models),
         ask,
@@ -98,27 +98,25 @@ def debate(
         top_p=top_p,
         max_new_tokens=max_new_tokens,
         per=per,
-        confidence=said_confidence if confidence else None,
+        confidence=read_confidence if confidence else None,
     )
 
 
-def debated(
-    model: str, place: int, written: Written, *, shown: bool, leaves_out: Callable[[Rollout], bool] | None
-) -> View:
+def debated(model: str, index: int, draft: Draft, *, shown: bool, leaves_out: Callable[[Rollout], bool] | None) -> View:
     """The view of one teacher who took part in a debate; no context where nobody said anything.
 
     Args:
         model: Name of the model.
-        place: Its place among the experts, from 0.
-        written: The debate.
+        index: Its place among the experts, from 0.
+        draft: The debate.
         shown: Whether the transcript is shown; else the student's own prompt is read, and only the weights are of the
             debate.
         leaves_out: See `View`.
     """
 
     def render(view_input: ViewInput) -> Prompt | None:
-        said = view_input.section("discussion", transcript(written.of(view_input.rollout)))
-        return view_input.framed([view_input.plain("expert", str(place + 1)), said]) if said else None
+        said = view_input.section("discussion", transcript(draft.of(view_input.rollout)))
+        return view_input.framed([view_input.plain("expert", str(index + 1)), said]) if said else None
 
-    by_step = written.per == "step"
-    return View(render if shown else None, model, written=written, by_step=shown and by_step, leaves_out=leaves_out)
+    by_step = draft.per == "step"
+    return View(render if shown else None, model, draft=draft, by_step=shown and by_step, leaves_out=leaves_out)

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from retort.core.passages import Passage
 from retort.core.rollouts import Prompt
+from retort.teachers.drafts import Author, Draft, Turn
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.view import View
 from retort.teachers.view_input import ViewInput
 from retort.teachers.views import without_thoughts
-from retort.teachers.written import Author, Turn, Written
 
 
 def reasoned(
@@ -44,13 +44,13 @@ def reasoned(
         return None if shown is None else view_input.framed([*shown, view_input.plain("reason")], closing="")
 
     author = Author(model, weights or frozen())
-    written = Written("rationale", (author,), ask, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+    draft = Draft("rationale", (author,), ask, temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
 
     def render(view_input: ViewInput) -> Prompt | None:
         shown = sections(view_input)
         if shown is None:
             return None
-        notes = [without_thoughts(own.text) for own in written.of(view_input.rollout)]
+        notes = [without_thoughts(own.text) for own in draft.of(view_input.rollout)]
         return view_input.framed([*shown, *(view_input.section("rationale", text) for text in notes)])
 
-    return View(render, model, weights or frozen(), columns, written=written)
+    return View(render, model, weights or frozen(), columns, draft=draft)

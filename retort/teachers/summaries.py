@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from retort.core.passages import Passage
 from retort.core.rollouts import Prompt, Rollout
+from retort.teachers.drafts import Author, Draft, Turn
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.view_input import ViewInput
 from retort.teachers.views import without_thoughts
-from retort.teachers.written import Author, Turn, Written
 
 _SUMMARY = re.compile(r"<summary>(.*?)</summary>", re.DOTALL | re.IGNORECASE)
 #: Characters of a text that stand for it where it has no summary.
@@ -30,7 +30,7 @@ def summaries(
     *,
     temperature: float = 1.0,
     max_new_tokens: int | None = None,
-) -> Written:
+) -> Draft:
     """A sentence about each rollout, written by a teacher that is shown it.
 
     Args:
@@ -44,7 +44,7 @@ def summaries(
         attempt = view_input.section("attempt", without_thoughts(view_input.rollout.text))
         return view_input.framed([attempt, view_input.plain("summarise")], closing="") if attempt else None
 
-    return Written(
+    return Draft(
         "summary",
         (Author(model, weights or frozen()),),
         ask,
@@ -54,7 +54,7 @@ def summaries(
     )
 
 
-def summary_of(rollout: Rollout, written: Written | None) -> str:
+def summary_of(rollout: Rollout, draft: Draft | None) -> str:
     """The sentence about a rollout: what was written about it, or without that its own `excerpt`."""
-    texts = [] if written is None else [excerpt(own.text) for own in written.of(rollout)]
+    texts = [] if draft is None else [excerpt(own.text) for own in draft.of(rollout)]
     return next((text for text in texts if text), "") or excerpt(rollout.text)

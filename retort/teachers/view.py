@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
+from retort.teachers.drafts import Draft
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.view_input import ViewInput
-from retort.teachers.written import Written
 
 #: Renders the prompt of a teacher; None where there is nothing to show, so that the rollout is left out.
 Render = Callable[[ViewInput], Prompt | None]
@@ -28,7 +28,7 @@ class View:
         weights: Weights of a student that teaches itself, see `retort.teachers.moving`; other models never move.
         columns: Columns of the data that it shows; a row without one of them has no context.
         rewards: Whether it reads the grades of the rollouts.
-        written: Texts that it shows and that models write before.
+        draft: Texts that it shows and that models write before.
         by_step: Whether each sequence of a rollout has a prompt of its own, rendered from the conversation before it;
             else the one prompt takes the place of the first one everywhere.
         leaves_out: Says of a rollout whether its teacher is not to be asked about it; None: it always is.
@@ -39,7 +39,7 @@ class View:
     weights: Weights = field(default_factory=frozen)
     columns: tuple[str, ...] = ()
     rewards: bool = False
-    written: Written | None = None
+    draft: Draft | None = None
     by_step: bool = False
     leaves_out: Callable[[Rollout], bool] | None = None
 
@@ -50,7 +50,7 @@ class View:
     @property
     def models(self) -> tuple[str, ...]:
         """Names of all models that it takes: the one that scores, and those that write."""
-        writing = () if self.written is None else tuple(author.model for author in self.written.authors)
+        writing = () if self.draft is None else tuple(author.model for author in self.draft.authors)
         return tuple(dict.fromkeys((self.model, *writing)))
 
     @staticmethod

@@ -9,10 +9,10 @@ from typing import Literal
 
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
+from retort.teachers.drafts import Draft
 from retort.teachers.moving import Weights
 from retort.teachers.view import Render, View
 from retort.teachers.view_input import ViewInput
-from retort.teachers.written import Written
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
@@ -100,7 +100,7 @@ def peers(
     choice: Literal["graded", "random"] = "graded",
     summaries: int = 0,
     summary: Callable[[Rollout], str] | None = None,
-    written: Written | None = None,
+    draft: Draft | None = None,
     model: str = "student",
     weights: Weights | None = None,
 ) -> View:
@@ -121,7 +121,7 @@ def peers(
         summaries: Number of further siblings, the first ones in order, of which a sentence is shown, behind the first
             success.
         summary: Gives that sentence; needed where there are any.
-        written: Texts that `summary` reads and that models write before.
+        draft: Texts that `summary` reads and that models write before.
         model: The model that scores.
         weights: Weights of a student that teaches itself.
     """
@@ -147,7 +147,7 @@ def peers(
             sections.append(view_input.section("feedback", view_input.rollout.feedback))
         return view_input.framed(sections) if sections else None
 
-    return replace(_view(render, model, weights, rewards=True), written=written)
+    return replace(_view(render, model, weights, rewards=True), draft=draft)
 
 
 def without_thoughts(text: str) -> str:

@@ -229,7 +229,7 @@ class Run:
                 clock = replace(clock, controller_outputs=self.control.controller_outputs(method))
                 hard = self._difficulties(method, clock)
             with watch("generate"):
-                groups = self.teachers.written(method, self.source.rollouts(method, clock, version, hard))
+                groups = self.teachers.with_passages(method, self.source.rollouts(method, clock, version, hard))
             lost = self.source.given_up - before
             with watch("teacher"):
                 self.world.first(lambda: self.teachers.verify(self.step))
@@ -265,7 +265,7 @@ class Run:
 
     def _probed(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """Means of a probe's values over all tokens of the completions of its held-out prompts."""
-        groups = self.teachers.written(method, in_groups(self.source.probed(method.rollout, probe, clock)))
+        groups = self.teachers.with_passages(method, in_groups(self.source.probed(method.rollout, probe, clock)))
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
         signals = self._signals(method, groups, {probe.against: needs} if needs else {})
         return self.learner.averages(self.learner.batch(method, groups, signals, clock), probe.parts, probe.against)

@@ -94,7 +94,7 @@ def teacher_share(
     place = list(views).index(view)
 
     def said(steps: Steps) -> Tensor:
-        return torch.stack([steps.stored[f"says.{other}"] for other in views], -1).double()
+        return torch.stack([steps.stored[f"context.{other}"] for other in views], -1).double()
 
     def share(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
         said_NK = said(steps)
@@ -110,8 +110,8 @@ def teacher_share(
         return said(steps).amax(-1)
 
     stats = (
-        Stat(f"debate.{view}", None, share, says=tuple(views)),
-        Stat(SOMEBODY, None, somebody, says=tuple(views)),
+        Stat(f"debate.{view}", None, share, contexts=tuple(views)),
+        Stat(SOMEBODY, None, somebody, contexts=tuple(views)),
     )
 
     def value(context: Context, against: str) -> Tensor:

@@ -11,28 +11,28 @@ from retort.core.passages import Passage
 from retort.core.rollouts import Message, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
-from retort.teachers.debate import debate, debated, repeats, repetition, said_confidence, transcript
+from retort.teachers.debate import debate, debated, read_confidence, repeats, repetition, transcript
+from retort.teachers.drafts import Author, Draft, Turn, blind
 from retort.teachers.moving import live, trust_region
 from retort.teachers.rationale import reasoned
 from retort.teachers.summaries import excerpt, summaries, summary_of
 from retort.teachers.view_input import ViewInput
-from retort.teachers.written import Author, Turn, Written, blind
 
 PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What is 3 + 4?")), privileged={"solution": "7"})
 
 
-def rollout(text: str = "the student said so", written: tuple[Passage, ...] = ()) -> Rollout:
+def rollout(text: str = "the student said so", passages: tuple[Passage, ...] = ()) -> Rollout:
     sequence = TokenSequence.of([5]).then([6, 7], decided=True)
-    return Rollout(PROMPT, (sequence,), text=text, written=written)
+    return Rollout(PROMPT, (sequence,), text=text, passages=passages)
 
 
 def said(author: int, number: int, text: str, confidence: float | None = None) -> Passage:
     return Passage("debate", author, f"teacher_{author}", number, text, confidence=confidence)
 
 
-def asked(written: Written, passages: list[Passage], turn: Turn, of: Rollout | None = None) -> str:
+def asked(draft: Draft, passages: list[Passage], turn: Turn, of: Rollout | None = None) -> str:
     own = blind(of or rollout())
-    prompt = written.ask(ViewInput(own, (own,)), passages, turn)
+    prompt = draft.ask(ViewInput(own, (own,)), passages, turn)
     assert prompt is not None
     return prompt.messages[-1].content
 
@@ -50,7 +50,7 @@ def asked(written: Written, passages: list[Passage], turn: Turn, of: Rollout | N
     ],
 )
 def test_the_last_tag_counts_and_prose_does_not(text: str, confidence: float | None) -> None:
-    assert said_confidence(text) == confidence
+    assert read_confidence(text) == confidence
 
 
 def test_repetition_is_the_share_of_runs_of_words_that_were_there_before() -> None:
@@ -77,11 +77,11 @@ def test_a_rollout_that_repeats_itself_has_no_context_under_any_view_of_a_debate
 
 
 def test_the_first_round_sees_nobody_and_later_ones_see_all_earlier_ones() -> None:
-    written = debate(["teacher", "teacher_2"], rounds=2)
-    first = asked(written, [], Turn(1, 0, last=False))
+    draft = debate(["teacher", "teacher_2"], rounds=2)
+    first = asked(draft, [], Turn(1, 0, last=False))
     assert "expert 2" in first
     assert "<discussion>" not in first
-    again = asked(written, [said(0, 0, "seven it is"), said(1, 0, "rather eight")], Turn(0, 1, last=True))
+    again = asked(draft, [said(0, 0, "seven it is"), said(1, 0, "rather eight")], Turn(0, 1, last=True))
     assert "[Expert 1, round 1]\nseven it is" in again
     assert "[Expert 2, round 1]\nrather eight" in again
     assert "expert 1" in again
@@ -95,7 +95,7 @@ def test_what_the_student_wrote_is_not_even_in_the_input_of_a_debate() -> None:
     own = blind(rollout("a secret of the student"))
     assert own.text == ""
     assert own.steps == 0
-    assert own.written == ()
+    assert own.passages == ()
     assert own.reward is None
     assert "secret" not in asked(debate(["teacher"]), [], Turn(0, 0, last=False), rollout("a secret of the student"))
 
@@ -106,12 +106,12 @@ def test_a_transcript_has_no_thoughts_and_nobody_who_said_nothing() -> None:
 
 
 def test_each_teacher_is_told_who_it_is_and_nothing_is_shown_where_nothing_was_said() -> None:
-    written = debate(["teacher", "teacher_2"])
-    view = debated("teacher_2", 1, written, shown=True, leaves_out=None)
+    draft = debate(["teacher", "teacher_2"])
+    view = debated("teacher_2", 1, draft, shown=True, leaves_out=None)
     assert view.models == ("teacher_2", "teacher")
-    silent = rollout(written=(said(0, 0, " "),))
+    silent = rollout(passages=(said(0, 0, " "),))
     assert view.prompt(ViewInput(silent, (silent,))) is None
-    spoken = rollout(written=(said(0, 0, "seven"), Passage("other", 0, "m", 0, "hidden")))
+    spoken = rollout(passages=(said(0, 0, "seven"), Passage("other", 0, "m", 0, "hidden")))
     prompt = view.prompt(ViewInput(spoken, (spoken,)))
     assert prompt is not None
     assert prompt.messages[0] == PROMPT.messages[0]
@@ -119,12 +119,12 @@ def test_each_teacher_is_told_who_it_is_and_nothing_is_shown_where_nothing_was_s
     assert "expert 2" in text
     assert "seven" in text
     assert "hidden" not in text
-    off = debated("teacher", 0, written, shown=False, leaves_out=None)
+    off = debated("teacher", 0, draft, shown=False, leaves_out=None)
     assert off.prompt(ViewInput(spoken, (spoken,))) is PROMPT
 
 
 def test_confidences_reach_the_table_of_steps_by_rollout_and_by_sequence() -> None:
-    one = rollout(written=(said(0, 0, "x", 10.0), said(0, 1, "x", 95.0), said(1, 1, "x", 90.0)))
+    one = rollout(passages=(said(0, 0, "x", 10.0), said(0, 1, "x", 95.0), said(1, 1, "x", 90.0)))
     none = rollout()
     pack = Pack.of([one, none])
     table = pack.steps.confidence_NK
@@ -137,7 +137,7 @@ def test_confidences_reach_the_table_of_steps_by_rollout_and_by_sequence() -> No
         one,
         sequences=(*one.sequences, later),
         histories=((Message("user", "and?"),),),
-        written=(replace(said(0, 0, "x", 20.0), sequence=0), replace(said(0, 0, "x", 30.0), sequence=1)),
+        passages=(replace(said(0, 0, "x", 20.0), sequence=0), replace(said(0, 0, "x", 30.0), sequence=1)),
     )
     table = Pack.of([both]).steps.confidence_NK
     assert table is not None
@@ -145,13 +145,13 @@ def test_confidences_reach_the_table_of_steps_by_rollout_and_by_sequence() -> No
 
 
 def test_the_sequences_of_an_episode_apart_have_their_own_conversation_and_passages() -> None:
-    first = rollout(written=(replace(said(0, 0, "one"), sequence=0), replace(said(0, 0, "two"), sequence=1)))
+    first = rollout(passages=(replace(said(0, 0, "one"), sequence=0), replace(said(0, 0, "two"), sequence=1)))
     later = TokenSequence.of([5, 6]).then([8], decided=True)
     episode = replace(
         first, sequences=(*first.sequences, later), histories=((Message("assistant", "7"), Message("user", "and?")),)
     )
     parts = episode.apart()
-    assert [own.written[0].text for own in parts] == ["one", "two"]
+    assert [own.passages[0].text for own in parts] == ["one", "two"]
     assert [own.prompt.messages[-1].content for own in parts] == ["What is 3 + 4?", "and?"]
     assert [own.steps for own in parts] == [2, 1]
     assert all(own.text == "" for own in parts), "what the student wrote is not known of a part"
@@ -159,11 +159,11 @@ def test_the_sequences_of_an_episode_apart_have_their_own_conversation_and_passa
 
 def test_a_rationale_is_asked_for_with_the_solution_in_sight_and_shown_behind_it() -> None:
     view = reasoned("solution", max_new_tokens=9)
-    written = view.written
-    assert written is not None
-    assert written.max_new_tokens == 9
-    assert "7" in asked(written, [], Turn(0, 0, last=True))
-    noted = rollout(written=(Passage("rationale", 0, "student", 0, "three and four make it"),))
+    draft = view.draft
+    assert draft is not None
+    assert draft.max_new_tokens == 9
+    assert "7" in asked(draft, [], Turn(0, 0, last=True))
+    noted = rollout(passages=(Passage("rationale", 0, "student", 0, "three and four make it"),))
     prompt = view.prompt(ViewInput(noted, (noted,)))
     assert prompt is not None
     text = prompt.messages[-1].content
@@ -175,17 +175,17 @@ def test_a_rationale_is_asked_for_with_the_solution_in_sight_and_shown_behind_it
     lacking = replace(bare, prompt=replace(PROMPT, privileged={}))
     own = ViewInput(lacking, (lacking,))
     assert view.prompt(own) is None
-    assert written.ask(own, [], Turn(0, 0, last=True)) is None
+    assert draft.ask(own, [], Turn(0, 0, last=True)) is None
 
 
 def test_a_sentence_about_a_sibling_is_its_own_summary_or_its_beginning_or_what_was_written() -> None:
     assert excerpt("<think>hm</think> long <summary> short </summary>") == "short"
     assert excerpt("x" * 400) == "x" * 300
-    written = summaries("student")
+    draft = summaries("student")
     of = rollout("long text", (Passage("summary", 0, "student", 0, "<summary>it tried</summary> bye"),))
-    assert summary_of(of, written) == "it tried"
+    assert summary_of(of, draft) == "it tried"
     assert summary_of(of, None) == "long text"
-    assert summary_of(rollout("long text"), written) == "long text"
+    assert summary_of(rollout("long text"), draft) == "long text"
 
 
 def test_who_cannot_write_is_refused() -> None:

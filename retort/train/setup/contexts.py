@@ -150,7 +150,7 @@ def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) ->
 
 def _with_passages(rollout: Rollout, view: View) -> Rollout:
     """A rollout for which the texts that a view shows are written, in the words of the reference answer."""
-    return rollout if view.written is None else replace(rollout, written=view.written.example(rollout.text))
+    return rollout if view.draft is None else replace(rollout, passages=view.draft.example(rollout.text))
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:

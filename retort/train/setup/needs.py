@@ -99,7 +99,7 @@ def need_play(config: Config, method: Method, notes: list[str]) -> None:
                 f"method '{phase.name}' has a horizon of turns that grows, and without an environment (rollout.env) "
                 "every completion is one turn, so the horizon changes nothing"
             )
-        if config.environment is not None and phase.rollout.written_under is not None:
+        if config.environment is not None and phase.rollout.prompt_view is not None:
             raise UserError(
                 f"method '{phase.name}' has completions written under the prompt of a view, which an environment "
                 f"('{config.environment}') does not show; switch that off, or leave out rollout.env"
@@ -121,7 +121,7 @@ def need_play(config: Config, method: Method, notes: list[str]) -> None:
 
 def _by_step(method: Method) -> bool:
     """Whether texts are written about each turn of an episode."""
-    return any(view.written is not None and view.written.per == "step" for view in method.views.values())
+    return any(view.draft is not None and view.draft.per == "step" for view in method.views.values())
 
 
 def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:

@@ -210,7 +210,7 @@ def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWe
     phases = [method] if method.before is None else [method.before[1], method]
     views = [view for phase in phases for view in phase.views.values()]
     wanted = [view.weights for view in views if view.model == "student"]
-    authors = [author for view in views if view.written is not None for author in view.written.authors]
+    authors = [author for view in views if view.draft is not None for author in view.draft.authors]
     wanted += [author.weights for author in authors if author.model == "student"]
     if not wanted:
         return None

@@ -39,7 +39,7 @@ from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
-from retort.train.teaching.authors import writers
+from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
 
@@ -246,7 +246,7 @@ def _parties(method: Method, loaded: Loaded, local: Mapping[str, Reader], data: 
             config.server.check_every,
             config.server.tolerance,
             cached(config, models, student, here().size),
-            writers(config, method, local, own, local["student"].stage),
+            drafting(config, method, local, own, local["student"].stage),
         ),
         learner=learner,
         held_out=data.held_out,

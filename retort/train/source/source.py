@@ -274,7 +274,7 @@ class Source:
 
     def _before(self, method: Method, visit: Visit, longest: int) -> TokenSequence:
         """What the student reads before it writes: its own prompt, or that of the view that the plan names."""
-        under, ids = method.rollout.written_under, None
+        under, ids = method.rollout.prompt_view, None
         if under is not None:
             assert self.shown is not None  # `prepare` gives it.
             ids = self.shown(method.views[under], visit.prompt, visit.epoch, longest)
@@ -282,7 +282,7 @@ class Source:
 
     def _own(self, plan: RolloutPlan, rollouts: list[Rollout]) -> list[Rollout]:
         """Completions behind the student's own prompt, whatever it read when it wrote them."""
-        if plan.written_under is None:
+        if plan.prompt_view is None:
             return rollouts
         return [
             replace(own, sequences=(own.sequence.with_prefix(self._context(own.prompt)),), engine_logp_A=None)

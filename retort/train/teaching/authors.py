@@ -16,12 +16,12 @@ from retort.teachers.moving import Weights
 from retort.teachers.reader import Reader
 from retort.teachers.view_input import Stage
 from retort.train.models.models import engine
-from retort.train.teaching.writers import Writer, Writers
+from retort.train.teaching.drafting import Drafter, Drafting
 
 
-def writers(
+def drafting(
     config: Config, method: Method, readers: Mapping[str, Reader], own: OwnWeights | None, stage: Stage
-) -> Writers | None:
+) -> Drafting | None:
     """Who writes for the views of a method; None where no view shows a text that is written.
 
     A model that also scores is not loaded again.
@@ -37,11 +37,11 @@ def writers(
         UserError: A model that is to write only scores, or is several at once.
     """
     phases = [method] if method.before is None else [method.before[1], method]
-    views = [(phase.name, view.written) for phase in phases for view in phase.views.values()]
-    names = {author.model: phase for phase, written in views if written is not None for author in written.authors}
+    views = [(phase.name, view.draft) for phase in phases for view in phase.views.values()]
+    names = {author.model: phase for phase, draft in views if draft is not None for author in draft.authors}
     if not names:
         return None
-    found: dict[str, Writer] = {}
+    found: dict[str, Drafter] = {}
     for name, phase in names.items():
         if name == "teacher" and config.teachers.models:
             raise UserError(
@@ -55,8 +55,8 @@ def writers(
                 f"({reader.name}) it only scores; serve it with `retort serve`"
             )
         within = _as_it_was(own, reader.lm) if name == "student" and own is not None else _frozen(reader.lm)
-        found[name] = Writer(engine(config, reader.lm, reader.alignment.width), reader.render, within)
-    return Writers(found, stage, config.rollout.max_new_tokens)
+        found[name] = Drafter(engine(config, reader.lm, reader.alignment.width), reader.render, within)
+    return Drafting(found, stage, config.rollout.max_new_tokens)
 
 
 def _frozen(lm: LanguageModel) -> Callable[[Weights], AbstractContextManager[None]]:

@@ -25,7 +25,7 @@ from retort.ranks import World
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.train import runner
 from retort.train.setup.prepare import Prepared, prepare
-from retort.train.teaching.writers import Writers
+from retort.train.teaching.drafting import Drafting
 
 
 class Heard:
@@ -60,18 +60,18 @@ def groups(setup: Prepared, words: str = "7 + 2", visit: int = 0) -> list[Group]
 
 
 def texts(found: Sequence[Group]) -> list[list[tuple[Passage, ...]]]:
-    return [[rollout.written for rollout in group] for group in found]
+    return [[rollout.passages for rollout in group] for group in found]
 
 
-def writers(setup: Prepared) -> Writers:
-    assert setup.teachers.writers is not None
-    return setup.teachers.writers
+def drafting(setup: Prepared) -> Drafting:
+    assert setup.teachers.drafting is not None
+    return setup.teachers.drafting
 
 
 def test_all_teachers_speak_in_every_round_and_siblings_share_one_debate(debaters: Prepared) -> None:
-    found = debaters.teachers.written(debaters.method, groups(debaters))
+    found = debaters.teachers.with_passages(debaters.method, groups(debaters))
     for group in found:
-        first, second = (rollout.written for rollout in group)
+        first, second = (rollout.passages for rollout in group)
         assert first == second
         assert [(own.author, own.model, own.round) for own in first] == [
             (0, "teacher", 0),
@@ -79,24 +79,24 @@ def test_all_teachers_speak_in_every_round_and_siblings_share_one_debate(debater
             (0, "teacher", 1),
             (1, "teacher_2", 1),
         ]
-    assert len({group[0].written for group in found}) == 3, "each prompt has a debate of its own"
-    again = debaters.teachers.written(debaters.method, groups(debaters, visit=1))
+    assert len({group[0].passages for group in found}) == 3, "each prompt has a debate of its own"
+    again = debaters.teachers.with_passages(debaters.method, groups(debaters, visit=1))
     assert texts(again) != texts(found), "so has each visit"
 
 
 def test_a_text_depends_on_its_own_prompt_alone_and_on_no_word_of_the_student(debaters: Prepared) -> None:
     whole, method = groups(debaters), debaters.method
-    found = debaters.teachers.written(method, whole)
-    assert debaters.teachers.written(method, whole[::-1]) == found[::-1]
-    assert [debaters.teachers.written(method, [own])[0] for own in whole] == found
+    found = debaters.teachers.with_passages(method, whole)
+    assert debaters.teachers.with_passages(method, whole[::-1]) == found[::-1]
+    assert [debaters.teachers.with_passages(method, [own])[0] for own in whole] == found
     others = groups(debaters, "no 9 no 9")
-    assert texts(debaters.teachers.written(method, others)) == texts(found)
+    assert texts(debaters.teachers.with_passages(method, others)) == texts(found)
 
 
 def test_no_token_of_the_student_is_in_what_the_debaters_read(debaters: Prepared) -> None:
-    heard = {name: replace(own, engine=Heard(own.engine)) for name, own in writers(debaters).writers.items()}
-    own = replace(writers(debaters), writers=heard)
-    own.write(debaters.method, groups(debaters, "7 7 7 7 7 7 7 7"))
+    heard = {name: replace(own, engine=Heard(own.engine)) for name, own in drafting(debaters).drafters.items()}
+    own = replace(drafting(debaters), drafters=heard)
+    own.passages(debaters.method, groups(debaters, "7 7 7 7 7 7 7 7"))
     ids = debaters.student.tokenizer.encode("7 7 7 7 7 7 7 7", add_special_tokens=False)
     read = [request.context.tokens_L.tolist() for one in heard.values() for request in one.engine.seen]
     assert len(read) == 3 * 2 * 2, "prompts, teachers, rounds"
@@ -121,14 +121,14 @@ def test_two_ranks_write_what_one_writes(debaters: Prepared) -> None:
             return own
 
     def run(rank: int) -> None:
-        found[rank] = replace(writers(debaters), world=Thread(rank)).write(debaters.method, groups(debaters))  # type: ignore[call-overload]
+        found[rank] = replace(drafting(debaters), world=Thread(rank)).passages(debaters.method, groups(debaters))  # type: ignore[call-overload]
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    alone = debaters.teachers.written(debaters.method, groups(debaters))
+    alone = debaters.teachers.with_passages(debaters.method, groups(debaters))
     assert texts(found[0] or []) == texts(found[1] or []) == texts(alone)
 
 
@@ -138,7 +138,7 @@ def test_a_run_records_what_was_said_and_how_sure_each_teacher_was(tiny_run: dic
     with pipeline.models_once():
         runner.start(configuration.resolve(configuration.merge(settings, more)), tmp_path).go()
     row = json.loads((tmp_path / "rollouts.jsonl").read_text().splitlines()[0])
-    assert [(own["model"], own["round"]) for own in row["written"]] == [("teacher", 0), ("teacher_2", 0)]
+    assert [(own["model"], own["round"]) for own in row["passages"]] == [("teacher", 0), ("teacher_2", 0)]
     metrics = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     assert metrics["weight"] == pytest.approx(0.5)
     assert metrics["view/teacher/shows/discussion"] > 0
@@ -150,7 +150,7 @@ def test_a_self_teacher_writes_with_the_weights_with_which_it_scores(
     tiny_run: dict[str, Any], weights: str, moves: bool
 ) -> None:
     setup = pipeline.prepared(tiny_run, "opsd", reason_first=True, weights=weights)
-    before = texts(setup.teachers.written(setup.method, groups(setup)))
+    before = texts(setup.teachers.with_passages(setup.method, groups(setup)))
     assert all(len(own) == 1 and own[0].model == "student" for group in before for own in group)
     with torch.no_grad():
         for number, parameter in enumerate(setup.student.trainable().values()):
@@ -158,15 +158,15 @@ def test_a_self_teacher_writes_with_the_weights_with_which_it_scores(
             parameter += torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
     assert setup.teachers.own is not None
     setup.teachers.own.moved(1)
-    now = texts(setup.teachers.written(setup.method, groups(setup)))
+    now = texts(setup.teachers.with_passages(setup.method, groups(setup)))
     assert (now != before) is moves
 
 
 def test_a_rationale_is_in_the_prompt_that_the_teacher_reads(tiny_run: dict[str, Any]) -> None:
     setup = pipeline.prepared(tiny_run, "opsd", reason_first=True)
-    (one, *_) = setup.teachers.written(setup.method, groups(setup))
-    said = replace(one[0], written=(replace(one[0].written[0], text="9 9 9"),))
-    bare = replace(said, written=())
+    (one, *_) = setup.teachers.with_passages(setup.method, groups(setup))
+    said = replace(one[0], passages=(replace(one[0].passages[0], text="9 9 9"),))
+    bare = replace(said, passages=())
     teacher: Any = setup.teachers.models["student"]
     view = setup.method.views["teacher"]
     with_it, without = (len(teacher.local.read([(own,)], view).sequences[0][0]) for own in (said, bare))
@@ -219,8 +219,8 @@ def test_teachers_debate_every_turn_of_an_episode(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     for row in rows:
         turns = max(row.get("turns", [0])) + 1
-        assert sorted({said.get("step") for said in row["written"]}) == list(range(turns))
-        assert len(row["written"]) == 2 * turns
+        assert sorted({said.get("step") for said in row["passages"]}) == list(range(turns))
+        assert len(row["passages"]) == 2 * turns
     assert any(max(row["turns"]) > 0 for row in rows)
 
 

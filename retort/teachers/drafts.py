@@ -1,7 +1,7 @@
 """Texts that must be written before a view can be rendered: a debate, a rationale, a summary.
 
-A `Written` says who writes what, from which prompt; a run has the models write it, and hands the passages to the views
-with the rollout (`Rollout.written`), so that what renders a prompt stays a pure function. The passages depend only on
+A `Draft` says who writes what, from which prompt; a run has the models write it, and hands the passages to the views
+with the rollout (`Rollout.passages`), so that what renders a prompt stays a pure function. The passages depend only on
 weights, the seed, the visit to a prompt and the place of the passage, so a run that goes on writes them again alike.
 """
 
@@ -61,12 +61,12 @@ Ask = Callable[[ViewInput, Sequence[Passage], Turn], Prompt | None]
 
 
 @dataclass(frozen=True)
-class Written:
+class Draft:
     """Texts that models write before a teacher scores.
 
     Attributes:
         name: Name of this kind of text; random streams are keyed by it. Views that are to show the same texts hold one
-            and the same `Written`.
+            and the same `Draft`.
         authors: Who writes. In a round all of them write at once, and see earlier rounds only.
         ask: Renders an author's prompt.
         rounds: Number of rounds.
@@ -109,7 +109,7 @@ class Written:
 
     def of(self, rollout: Rollout) -> tuple[Passage, ...]:
         """What was written for a rollout, in order."""
-        return tuple(own for own in rollout.written if own.of == self.name)
+        return tuple(own for own in rollout.passages if own.of == self.name)
 
     def passage(self, turn: Turn, text: str, *, completed: bool = True) -> Passage:
         """What an author wrote in its turn."""
