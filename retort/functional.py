@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from retort.core.losses import TokenLosses
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import UserError
-from retort.loss.one_batch import BatchInputs, OneBatch, as_head
+from retort.loss.one_batch import BatchInputs, Confidences, OneBatch, as_head
 from retort.loss.two_tokenizers import TwoTokenizations
 from retort.method import Method
 from retort.registry import load
@@ -35,6 +36,7 @@ def token_losses(
     engine_logp: Tensor | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, Tensor | TeacherSignal] | None = None,
+    confidences: Confidences | None = None,
     student_hidden: Tensor | None = None,
     step: int = 0,
     total_steps: int | None = None,
@@ -63,6 +65,8 @@ def token_losses(
         longest: The longest completion allowed, tokens; for methods that reward short ones. By default, the longest of
             the batch.
         extra_views: Further views by name: logits [N, V'] or a `TeacherSignal`.
+        confidences: How sure each of K teachers said to be, 0 to 100, in the order of their views: [K] for all
+            rollouts, or [R, K]; None or NaN where one said nothing. For methods that weigh teachers by it.
         student_hidden: The student's last hidden states [N, D], for methods that compare them; the teacher's are then
             given with its logits, as `Dense.of(logits, tokens, hidden_ND=...)`.
         step: Batches of rollouts done, for schedules.
@@ -79,6 +83,7 @@ def token_losses(
         SignalError: A teacher's signal is misaligned or not finite.
     """
     inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = replace(inputs, confidences=confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_logits", student_logits, 2)
     if student_hidden is not None:
@@ -108,6 +113,7 @@ def linear_token_losses(
     engine_logp: Tensor | None = None,
     longest: int | None = None,
     extra_views: Mapping[str, tuple[Tensor, Tensor | Head] | TeacherSignal] | None = None,
+    confidences: Confidences | None = None,
     step: int = 0,
     total_steps: int | None = None,
     state: Mapping[str, Tensor] | None = None,
@@ -131,6 +137,7 @@ def linear_token_losses(
         engine_logp: As in `token_losses`.
         longest: As in `token_losses`.
         extra_views: Further views: pairs of hidden states and head, or a `TeacherSignal`.
+        confidences: As in `token_losses`.
         step: As in `token_losses`.
         total_steps: As in `token_losses`.
         state: As in `token_losses`.
@@ -143,6 +150,7 @@ def linear_token_losses(
         SignalError: As in `token_losses`.
     """
     inputs = BatchInputs(tokens, mask, turns, rollouts, groups, rewards, old_logp, engine_logp)
+    inputs = replace(inputs, confidences=confidences)
     batch = OneBatch.from_inputs(method, inputs, Clock(step, total_steps, longest=longest), state)
     batch.check_rows("student_hidden", student_hidden, 2)
     views: dict[str, tuple[Tensor, Tensor | Head] | TeacherSignal] = dict(extra_views or {})

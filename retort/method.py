@@ -179,7 +179,17 @@ class Method:
                     raise UserError(f"term '{term.name}' also asks view '{view}'; {did_you_mean(view, self.views)}")
         if not COLDEST <= self.temperature <= HOTTEST:
             raise UserError(f"temperature must be positive, {COLDEST:g} to {HOTTEST:g}, not {self.temperature}")
+        under = self.rollout.prompt_view
+        if under is not None and under not in self.views:
+            raise UserError(f"the rollout plan is written under view '{under}'; {did_you_mean(under, self.views)}")
+        if under is not None and (self.views[under].rewards or self.views[under].draft is not None):
+            raise UserError(f"the rollout plan is written under view '{under}', which shows what is written later")
         own = [term.name for term in self.terms if term.estimator.uses_old_logp]
+        if own and under is not None:
+            raise UserError(
+                f"term '{own[0]}' is a policy gradient, which holds only for completions of the student's own prompt, "
+                f"but the rollout plan has them written under view '{under}'; use pathwise(...), or leave that out"
+            )
         if own and (self.rollout.replay is not None or "teacher" in self.rollout.sources):
             others = "the teacher's" if "teacher" in self.rollout.sources else "old ones"
             raise UserError(

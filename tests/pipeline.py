@@ -86,9 +86,11 @@ def prepared(settings: Mapping[str, Any], method: str, **given: Any) -> Prepared
 
 
 def for_method(settings: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """Settings without the teacher that a method does not ask, and with the judge that it does."""
-    asked = {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
-    return judged(asked, method)
+    """Settings without the teacher that a method does not ask, with the further ones and the judge that it does."""
+    found = {name: value for name, value in settings.items() if name != "teacher" or teacher_use(method) is not None}
+    asked = {model for view in method.views.values() for model in view.models}
+    more = {name: {"path": settings["student"]} for name in sorted(asked) if name.startswith("teacher_")}
+    return judged(found | ({"models": more} if more else {}), method)
 
 
 def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) -> Pack:
@@ -116,7 +118,8 @@ def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) 
         )
         by_data = given and index == len(LENGTHS) - 1
         rollouts.append(replace(rollout, engine_logp_A=None, source="dataset") if by_data else rollout)
-    return Pack.of(rollouts)
+    groups = setup.teachers.with_passages(setup.method, in_groups(rollouts))
+    return Pack.of([rollout for group in groups for rollout in group])
 
 
 def _conversation(prompt_ids: list[int], ids: list[int], lengths: tuple[int, ...]) -> TokenSequence:

@@ -83,6 +83,7 @@ def _score(prepared: Prepared, method: Method, prompts: list[Prompt], observer: 
         observer.phase("scoring the data's completions", start, len(prompts))
         some = prompts[start : start + size]
         groups = in_groups([source.response_rollout(prompt, 0, source.limit) for prompt in some])
+        groups = prepared.teachers.with_passages(method, groups)
         for needs in prepared.teachers.all_wanted(method):
             prepared.teachers.score(method, groups, needs, partial(prepared.learner.top_ids, method, groups))
     observer.phase("scoring the data's completions", len(prompts), len(prompts))

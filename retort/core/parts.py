@@ -32,6 +32,7 @@ class Stat:
         sentences: Whether it needs the sentences.
         rewards: Whether it needs rewards.
         groups: Whether it compares the rollouts of one prompt.
+        contexts: Views of which it reads where they have a context: `steps.stored["context.<view>"]`, bool [N].
     """
 
     name: str
@@ -40,6 +41,7 @@ class Stat:
     sentences: bool = False
     rewards: bool = False
     groups: bool = False
+    contexts: tuple[str, ...] = ()
 
 
 def per_step(what: str, values_N: Tensor, steps: Steps) -> Tensor:

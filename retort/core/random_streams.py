@@ -33,6 +33,7 @@ Stream = Literal[
     "balance",
     "environment",
     "chat",
+    "passages",
 ]
 
 

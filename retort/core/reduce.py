@@ -25,15 +25,19 @@ class Denominator:
         kind: `tokens` (all counted steps), `weighted` (the sum of the weights: of a gate, the open steps),
             `rollouts` (mean over rollouts of the mean over their steps), `sums` (mean over rollouts of the sum over
             their steps), `weighted_rollouts` (mean over rollouts of the weighted mean over their steps), `turns` (mean
-            over all turns of the mean over their steps), `constant`.
+            over all turns of the mean over their steps), `turn_sums` (mean over rollouts of the sum over their turns of
+            the mean over a turn's steps), `constant`.
         value: The number, for `constant`.
         by: For the weighted kinds, the stored value that is summed; None for the term's own weight. For `rollouts` and
             `sums`, the stored value that is 0 at steps, and so in rollouts, that do not count; None if all do.
+        among: For `rollouts`, `turns` and `turn_sums`, the stored value that is not 0 in the rollouts (or turns) that
+            the mean is over, those of other terms included; None: those in which this term counts a step.
     """
 
-    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "turns", "constant"]
+    kind: Literal["tokens", "weighted", "rollouts", "sums", "weighted_rollouts", "turns", "turn_sums", "constant"]
     value: float = 1.0
     by: str | None = None
+    among: str | None = None
 
 
 def tokens() -> Denominator:
@@ -46,9 +50,12 @@ def weighted(by: str | None = None) -> Denominator:
     return Denominator("weighted", by=by)
 
 
-def rollout_means(by: str | None = None) -> Denominator:
-    """The mean over rollouts of the mean over their steps; steps where the stored value `by` is 0 do not count."""
-    return Denominator("rollouts", by=by)
+def rollout_means(by: str | None = None, among: str | None = None) -> Denominator:
+    """The mean over rollouts of the mean over their steps; steps where the stored value `by` is 0 do not count.
+
+    With `among`, over the rollouts in which that stored value is not 0, whether or not the term counts a step there.
+    """
+    return Denominator("rollouts", by=by, among=among)
 
 
 def rollout_sums(by: str | None = None) -> Denominator:
@@ -56,9 +63,17 @@ def rollout_sums(by: str | None = None) -> Denominator:
     return Denominator("sums", by=by)
 
 
-def turn_means() -> Denominator:
-    """The mean over turns of the mean over their steps: every turn counts alike, also those of a long episode."""
-    return Denominator("turns")
+def turn_means(among: str | None = None) -> Denominator:
+    """The mean over turns of the mean over their steps: every turn counts alike, also those of a long episode.
+
+    `among` as in `rollout_means`.
+    """
+    return Denominator("turns", among=among)
+
+
+def turn_sums(among: str | None = None) -> Denominator:
+    """The mean over rollouts of the sum over turns of the mean over a turn's steps; `among` as in `rollout_means`."""
+    return Denominator("turn_sums", among=among)
 
 
 def weighted_rollout_means(by: str | None = None) -> Denominator:
@@ -78,6 +93,7 @@ def loss_scales(
     rollout_N: Tensor,
     weight_N: Tensor | None = None,
     turn_N: Tensor | None = None,
+    among_N: Tensor | None = None,
 ) -> Tensor:
     """The loss scale of each step of the whole optimizer batch, [N]: one over its denominator.
 
@@ -86,17 +102,23 @@ def loss_scales(
         counted_N: Steps that count, bool.
         rollout_N: Index of the rollout of each step; needed for `rollouts`.
         weight_N: The term's weights over the whole batch; needed for `weighted`.
-        turn_N: Number of the turn of each step, counted over all rollouts; needed for `turns`.
+        turn_N: Number of the turn of each step, counted over all rollouts; needed for `turns` and `turn_sums`.
+        among_N: Not 0 at steps of the rollouts that the mean is over; None: those of counted steps.
     """
     ones_N = counted_N.double()  # so that one third is exact in a float64 check
     if denominator.kind == "constant":
         return ones_N / denominator.value
-    if denominator.kind == "turns":
+    if denominator.kind in ("turns", "turn_sums"):
         if turn_N is None:
             raise ValueError("means of turns need the turns of the whole batch")
-        return _rollout_scales(denominator, ones_N, turn_N, None)
+        over = _rollout_scales(denominator, ones_N, turn_N, None)  # holds one over the number of turns
+        units_N = turn_N if denominator.kind == "turns" else rollout_N
+        return over * _count(ones_N, turn_N) / _count(ones_N if among_N is None else among_N, units_N)
     if denominator.kind in ("rollouts", "sums", "weighted_rollouts"):
-        return _rollout_scales(denominator, ones_N, rollout_N, weight_N)
+        own = _rollout_scales(denominator, ones_N, rollout_N, weight_N)
+        if among_N is None:
+            return own
+        return own * _count(own, rollout_N) / _count(among_N, rollout_N)
     if denominator.kind == "weighted":
         if weight_N is None:
             raise ValueError("a weighted denominator needs the weights of the whole batch")
@@ -126,6 +148,11 @@ def _rollout_scales(
         return ones_N / rollouts
     steps_N = steps_R[rollout_N]
     return torch.where(steps_N > 0, ones_N / (torch.where(steps_N > 0, steps_N, 1.0) * rollouts), 0.0)
+
+
+def _count(values_N: Tensor, number_N: Tensor) -> Tensor:
+    """How many numbers there are with a value that is not 0, at least 1."""
+    return (torch.bincount(number_N[values_N != 0]) > 0).sum().double().clamp_min(1)
 
 
 def scalar(terms: Mapping[str, TokenLoss], scale_N: Mapping[str, Tensor], coefs: Mapping[str, float]) -> Tensor:

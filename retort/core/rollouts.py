@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from retort.core.passages import Passage, confidence_NK
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Steps
 
@@ -150,6 +151,7 @@ class Rollout:
             teachers with another tokenizer, which read the messages of replies in their own. Empty for a single turn
             without an environment.
         histories: The messages behind the prompt with which each sequence but the first begins.
+        passages: Texts that models wrote before a teacher scores it, for views that show them.
 
     Raises:
         ValueError: Sequences, turns, log-probs and histories are not of one number; or a log-prob is NaN.
@@ -171,6 +173,7 @@ class Rollout:
     measures: Mapping[str, float] = field(default_factory=lambda: {})
     outcomes: tuple[Outcome, ...] = ()
     histories: tuple[tuple[Message, ...], ...] = ()
+    passages: tuple[Passage, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.sequences, TokenSequence):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -232,6 +235,21 @@ class Rollout:
     def prompts(self, first: Prompt) -> list[Prompt]:
         """The conversation before each sequence, if it began with this prompt (its own, or that of a view)."""
         return [first, *(first.then(history) for history in self.histories)]
+
+    def apart(self) -> list[Rollout]:
+        """Its sequences as rollouts of their own, each to the conversation before it; their text is not known."""
+        if len(self.sequences) == 1 and all(own.sequence is None for own in self.passages):
+            return [self]
+        bare = replace(self, sequences=self.sequences[:1], histories=(), turn_A=None, engine_logp_A=None, text="")
+        return [
+            replace(
+                bare,
+                prompt=prompt,
+                sequences=(sequence,),
+                passages=tuple(own for own in self.passages if own.sequence in (None, place)),
+            )
+            for place, (prompt, sequence) in enumerate(zip(self.prompts(self.prompt), self.sequences, strict=True))
+        ]
 
     def cut(self, steps: int, text: str) -> Rollout:
         """The rollout up to the first `steps` decisions, as truncated; itself where it has no more.
@@ -349,6 +367,7 @@ class Pack:
             group_N=group_R[rollout_N],
             reward_N=None if bool(reward_R.isnan().any()) else reward_R[rollout_N],
             engine_logp_N=torch.cat(engine).float(),
+            confidence_NK=confidence_NK([(r.passages, [own.steps for own in r.sequences]) for r in rollouts]),
         )
         return Pack(tuple(rollouts), steps, group_R)
 

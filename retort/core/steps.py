@@ -63,6 +63,8 @@ class Steps:
         reward_N: Reward of the step's rollout, float64; None unless all rollouts were graded.
         engine_logp_N: The rollout engine's log-prob of the token, nats; NaN where it gave none; None without an engine.
         sentence_N: Index of the sentence within its rollout; None where no text is known.
+        confidence_NK: How sure each of K teachers says to be of its answer to the prompt, 0 to 100, [N, K], float64;
+            NaN where it says nothing; None where none does.
         stored: Values of the whole batch taken before its first update (`old_logp`, baselines, statistics), [N] each,
             detached, by name.
     """
@@ -75,6 +77,7 @@ class Steps:
     reward_N: Tensor | None = None
     engine_logp_N: Tensor | None = None
     sentence_N: Tensor | None = None
+    confidence_NK: Tensor | None = None
     stored: Mapping[str, Tensor] = field(default_factory=lambda: {})
 
     @staticmethod

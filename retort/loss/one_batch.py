@@ -5,7 +5,8 @@ Axis letters: see `retort.core`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,6 +26,9 @@ from retort.loss.terms import batch_scales, check_needs, counted, hidden_values,
 from retort.method import Method
 from retort.registry import load
 
+#: How sure K teachers say to be, 0 to 100: of all rollouts, [K], or of each, [R, K]; None or NaN: one says nothing.
+Confidences = Tensor | Sequence[float | None] | Sequence[Sequence[float | None]]
+
 
 @dataclass(frozen=True)
 class BatchInputs:
@@ -38,6 +42,7 @@ class BatchInputs:
     rewards: Tensor | None = None
     old_logp: Tensor | None = None
     engine_logp: Tensor | None = None
+    confidences: Confidences | None = None
 
     def check(self) -> None:
         """Raises `UserError` where an input does not fit the tokens."""
@@ -56,7 +61,7 @@ class BatchInputs:
             raise UserError(f"rollouts count from 0; one is {int(self.rollout_N.min())}")
         for name, values in {"old_logp": self.old_logp, "engine_logp": self.engine_logp}.items():
             _check_own_logp(name, values, self.mask)
-        count = int(self.rollout_N.max()) + 1 if len(tokens) else 0
+        count = self._rollouts
         for name, values in {"groups": self.groups, "rewards": self.rewards}.items():
             if values is not None and values.shape not in ((count,), tokens.shape):
                 raise UserError(
@@ -67,6 +72,11 @@ class BatchInputs:
     def rollout_N(self) -> Tensor:
         """Index of each step's rollout, [N]; one rollout by default."""
         return torch.zeros_like(self.tokens) if self.rollouts is None else self.rollouts
+
+    @property
+    def _rollouts(self) -> int:
+        """R, the number of rollouts."""
+        return int(self.rollout_N.max()) + 1 if len(self.tokens) else 0
 
     @property
     def kept_N(self) -> Tensor:
@@ -80,7 +90,7 @@ class BatchInputs:
         rollout_N, rewards, groups = self.rollout_N, self.rewards, self.groups
         cut: Callable[[Tensor | None], Tensor | None] = lambda values: None if values is None else values[kept_N]  # noqa: E731
         reward_N = cut(None if rewards is None else _per_step(rewards, rollout_N))
-        return Steps.of(
+        table = Steps.of(
             self.tokens[kept_N],
             rollout_N[kept_N],
             turn_N=cut(self.turns),
@@ -89,6 +99,9 @@ class BatchInputs:
             engine_logp_N=None if self.engine_logp is None else self.engine_logp.detach()[kept_N],
             stored={} if self.old_logp is None else {"old_logp": self.old_logp.detach()[kept_N]},
         )
+        if self.confidences is None:
+            return table
+        return replace(table, confidence_NK=confidence_RK(self.confidences, self._rollouts)[table.rollout_N])
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,6 +270,32 @@ def _check_own_logp(name: str, values: Tensor | None, mask: Tensor | None) -> No
         raise UserError(
             f"{name} holds {float(kept[bad][0]):g}, which is no log-prob of a generated token; give finite nats"
         )
+
+
+def confidence_RK(given: Confidences, rollouts: int) -> Tensor:
+    """The confidences of K teachers about each of R rollouts, [R, K], float64; NaN where one says nothing.
+
+    Raises:
+        UserError: They are neither [K] nor [R, K].
+    """
+    values = given
+    if not isinstance(values, Tensor):
+        try:
+            rows = [[_nan(own) for own in row] if isinstance(row, Sequence) else _nan(row) for row in values]
+            values = torch.tensor(rows, dtype=torch.float64)
+        except (TypeError, ValueError):
+            raise UserError("confidences must be numbers, [K] or [R, K], None where a teacher says nothing") from None
+    values = values.detach().double()
+    whole = values.expand(rollouts, -1) if values.ndim == 1 else values
+    if whole.ndim != 2 or len(whole) != rollouts or not whole.shape[1]:
+        raise UserError(
+            f"confidences must be [K] or [R, K] with R = {rollouts}, one for each teacher, not {tuple(values.shape)}"
+        )
+    return whole
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)
 
 
 def _per_step(values: Tensor, rollout_N: Tensor) -> Tensor:

@@ -206,7 +206,8 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor]) 
             counted_N=counted_N[term.name],
             rollout_N=steps.rollout_N,
             weight_N=_summed(term, steps.stored),
-            turn_N=steps.turns().number_N if term.denominator.kind == "turns" else None,
+            turn_N=steps.turns().number_N if term.denominator.kind in ("turns", "turn_sums") else None,
+            among_N=None if term.denominator.among is None else steps.stored[term.denominator.among],
         )
         for term in method.terms
     }
@@ -215,7 +216,7 @@ def batch_scales(method: Method, steps: Steps, counted_N: Mapping[str, Tensor]) 
 def _summed(term: Term, stored: Mapping[str, Tensor]) -> Tensor | None:
     """The weights that a weighted denominator sums, or the stored value that says which steps count."""
     name = term.denominator.by
-    if name is None and term.denominator.kind in ("rollouts", "sums", "turns"):
+    if name is None and term.denominator.kind in ("rollouts", "sums", "turns", "turn_sums"):
         return None
     name = name or f"{term.name}.weight"
     return stored[name].abs() if name in stored else None
@@ -250,7 +251,7 @@ def finish_stats(
             for other, valid_N in (valid or {}).items()
             if valid_N is not None and stat.part is not None and stat.part.needs_of(other, view)
         ]
-        here = steps.with_stored(stored)
+        here = steps.with_stored(stored | _contexts(stat.contexts, valid or {}, steps))
         if requested:
             index_N = torch.stack(requested).all(0).nonzero().squeeze(-1)
             values_N, here = values_N[index_N], here.select(index_N)
@@ -261,6 +262,15 @@ def finish_stats(
             finished = finished.new_zeros(len(steps)).index_copy_(0, index_N, finished)
         stored[name] = finished
     return stored
+
+
+def _contexts(views: Sequence[str], valid: Mapping[str, Tensor | None], steps: Steps) -> dict[str, Tensor]:
+    """Of some views, at which steps they say something, as `context.<view>`, bool [N]."""
+    found, everywhere_N = {view: valid.get(view) for view in views}, torch.ones_like(steps.tokens_N, dtype=torch.bool)
+    return {
+        f"context.{view}": everywhere_N if valid_N is None else valid_N.to(everywhere_N.device)
+        for view, valid_N in found.items()
+    }
 
 
 def losses(

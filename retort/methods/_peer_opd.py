@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from retort.divergences import Tail
 from retort.method import Unbounded
 from retort.methods._siblings import Divergence as Kind
+from retort.teachers.moving import live
+from retort.teachers.summaries import summaries, summary_of
+from retort.teachers.view import View
+from retort.teachers.views import peers
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,10 @@ class Peers:
         feedback: Condition for the verifier's words on the rollout (code; the paper speaks of peers only).
         thoughts: Show a sibling's `<think>` block, too.
         choice: `random` is the paper's control: as many siblings in the same words, whatever their rewards.
+        summaries: Number of further siblings of which a sentence is shown, right or wrong, after the first success.
+        summary: Where that sentence is from: an `excerpt` of the sibling, what it marks as `<summary>` or else its
+            first 300 characters (code); or `written` by the teacher, who is shown the sibling before it scores.
+        summary_tokens: Longest sentence that is written, tokens; null: as long as a completion may be.
     """
 
     successes: int = 2
@@ -31,6 +41,29 @@ class Peers:
     feedback: Literal["never", "without_success", "always"] = "without_success"
     thoughts: bool = True
     choice: Literal["graded", "random"] = "graded"
+    summaries: int = 0
+    summary: Literal["excerpt", "written"] = "excerpt"
+    summary_tokens: int | None = None
+
+    def view(self, who: Mapping[str, Any], temperature: float) -> View:
+        """The view of a teacher who is shown them.
+
+        Args:
+            who: Its `model` and `weights`.
+            temperature: Temperature at which it writes sentences.
+        """
+        settings = {name: value for name, value in vars(self).items() if not name.startswith("summary")}
+        draft = None
+        if self.summaries and self.summary == "written":
+            by = {**who, "weights": live()} if _mixed(who) else who
+            draft = summaries(**by, temperature=temperature, max_new_tokens=self.summary_tokens)
+        return peers(**settings, summary=partial(summary_of, draft=draft), draft=draft, **who)
+
+
+def _mixed(who: Mapping[str, Any]) -> bool:
+    """Whether a teacher mixes logits of two models, so that it cannot write."""
+    weights = who.get("weights")
+    return weights is not None and weights.kind == "trust_region"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from retort.rollout.plan import RolloutPlan
         year=2026,
         arxiv="2601.18734",
     ),
-    status="partial",
+    status="faithful",
 )
 def opsd(
     *,
@@ -32,6 +32,8 @@ def opsd(
     weights: Follow = "frozen",
     update_rate: float = 0.001,
     shows: Shown = ("solution",),
+    reason_first: bool = False,
+    reason_tokens: int | None = None,
     samples: int = 1,
     temperature: float = 1.1,
     top_p: float = 0.95,
@@ -56,6 +58,10 @@ def opsd(
         weights: Weights of the teacher: `frozen` (recommended by the authors), `ema`, or `live`.
         update_rate: Update rate of `ema`: 1 minus the decay (0.999).
         shows: Columns of the data that the teacher sees; rows without are left out.
+        reason_first: Whether the teacher first writes what it makes of them, once for each visit to a prompt and
+            without seeing a rollout, and has that in sight, too. It writes with its own weights, as a completion is
+            sampled.
+        reason_tokens: Longest such text, tokens (paper: 4096); null: as long as a completion may be.
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions.
         top_p: Top-p of sampling.
@@ -63,9 +69,6 @@ def opsd(
     Defaults are those of the paper's third version as the follow-ups restate it (PW-OPSD, PAINT): forward KL with a
     clip of 0.05 and a learning rate of 5e-6. The first release of the code had the Jensen-Shannon divergence
     (`teacher_weight` 0.5), no clip, and 2e-4.
-
-    Not here: `reason_first`, where the teacher first generates a rationale that is added to what it sees. For a frozen
-    teacher that can be done before the run: put it into a column (`hint`) and name that in `shows`.
 
     Departures: sampling is not cut to 20 ids; the average starts at the student before training (code: after its first
     step); student and teacher get the same chat template (the paper's numbers are from a student without one). The
@@ -84,10 +87,11 @@ def opsd(
     exact = pathwise(clipped(kl_clip, teacher_weight, support))
     sampled = score_function(log_ratio())
     cut = () if estimator == "sampled" else (Watch("clipped_mass", clipped_mass(kl_clip, teacher_weight, support)),)
+    writes = {"temperature": temperature, "top_p": top_p, "max_new_tokens": reason_tokens}
     plain = {"kl_clip": None, "temperature": 1.0}
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
-        views={"teacher": itself(teacher, shows, weights, update_rate)},
+        views={"teacher": itself(teacher, shows, weights, update_rate, writes if reason_first else None)},
         temperature=temperature,
         terms=(Term("divergence", exact if estimator == "exact" else sampled),),
         limits=(

@@ -10,7 +10,6 @@ from retort.methods._siblings import Teacher, disagreement, who
 from retort.methods._siblings import ratios as importance
 from retort.quantities import sampled_reverse_kl, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
-from retort.teachers.views import peers as shown_peers
 
 __all__ = ["Divergence", "Peers", "Ratios", "peer_opd"]
 
@@ -56,9 +55,9 @@ def peer_opd(
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions.
 
-    Departures from the released code: its variants with one-sentence summaries of siblings, with the peers of other
-    prompts, and with the loss averaged over paragraphs (which changes nothing where the ratios are 1) are not offered;
-    the words around what is shown are Retort's (`templates`).
+    Departures from the released code: its variants with the peers of other prompts, and with the loss averaged over
+    paragraphs (which changes nothing where the ratios are 1) are not offered; the words around what is shown are
+    Retort's (`templates`). A `trust_region`, which mixes logits, has the student as it is write summaries.
 
     Example:
         >>> student, teacher = tensor([[0.5, 0.5]] * 4).log(), tensor([[0.9, 0.1]] * 4).log()
@@ -68,12 +67,12 @@ def peer_opd(
         >>> losses.loss  # four tokens of 0.1017 over two rollouts; the mean over tokens is 0.1017
         tensor(0.2035)
     """
-    if peers.successes < 0 or peers.failures < 0:
-        raise UserError("method.successes and method.failures must not be negative")
-    if peers.successes == peers.failures == 0 and peers.feedback == "never":
+    if min(peers.successes, peers.failures, peers.summaries) < 0:
+        raise UserError("method.successes, method.failures and method.summaries must not be negative")
+    if peers.successes == peers.failures == peers.summaries == 0 and peers.feedback == "never":
         raise UserError("method.successes and method.failures are 0 and feedback is never shown: nothing to learn from")
     ratio = importance(ratios.student, ratios.engine)
-    view = shown_peers(**vars(peers), **who(teacher, update_rate))
+    view = peers.view(who(teacher, update_rate), temperature)
     loss = disagreement(divergence.kind, divergence.teacher_weight, divergence.top_k, divergence.tail)
     denominator = tokens() if reduction == "token_mean" else rollout_sums()
     return Method(

@@ -77,7 +77,7 @@ def run_trial(prepared: Prepared) -> Trial:
     teachers.check(method)
     trial = replace(source, count=min(TRIAL_PROMPTS, len(source.prompts)), cache=RolloutCache())
     clock = Clock(0, 1, seed=prepared.config.seed, longest=source.limit)
-    groups = trial.rollouts(method, clock, 0)
+    groups = teachers.with_passages(method, trial.rollouts(method, clock, 0))
     pack = Pack.of([rollout for group in groups for rollout in group])
     signals = teachers.score(method, groups, teachers.wanted(method), partial(prepared.learner.top_ids, method, groups))
     offers = {view: signal.offers for view, signal in signals.items()}

@@ -128,6 +128,8 @@ class RolloutPlan:
         replay: The replay buffer of the student's completions, if any.
         order: Order of prompts: shuffled anew every time through the data, or by difficulty.
         curriculum: A horizon of turns that grows, in episodes of many turns.
+        prompt_view: The view whose prompt the student reads while it writes; its completion then follows its own
+            prompt, as if it had read that. None: it reads its own.
     """
 
     samples: int = 1
@@ -141,6 +143,7 @@ class RolloutPlan:
     replay: Replay | None = None
     order: EasyToHard | None = None
     curriculum: TurnCurriculum | None = None
+    prompt_view: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -189,4 +192,6 @@ def plan_summary(plan: RolloutPlan, prompts: int) -> str:
     if plan.curriculum is not None:
         whose = "first turns" if plan.curriculum.kind == "forward" else "turns after an expert's"
         turns = f", {plan.curriculum.start} {whose} and one more every {plan.curriculum.every} batches"
-    return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{mixed}{replayed}{ordered}{turns}"
+    under = "" if plan.prompt_view is None else f", written under the prompt of view '{plan.prompt_view}'"
+    told = f"{mixed}{replayed}{ordered}{turns}{under}"
+    return f"{prompts} prompts x {plan.samples} at temperature {plan.temperature:g}{told}"

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from retort.align.text import decode
+from retort.core.passages import Passage
 from retort.core.rollouts import Message, Outcome, Pack, Rollout
 from retort.core.sequences import TokenSequence
 
@@ -25,7 +26,8 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
     Returns:
         JSON values. Present only where there is something to say: `between`, the tokens that are read between decisions
         (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
-        of an episode, the latter turn by turn; and `turns`, the turn of each token, from 0. The messages of an outcome
+        of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `passages`, the texts that
+        models wrote for the teachers. The messages of an outcome
         are what the model read before its next turn.
     """
     rollout, index_A = pack.rollouts[index], pack.steps_of([index])
@@ -46,6 +48,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         **({"anew": anew} if (anew := _anew(rollout, tokenizer)) else {}),
         **({"turns": rollout.turn_A.tolist()} if rollout.turn_A is not None else {}),
         **({"outcomes": [_outcome(own) for own in rollout.outcomes]} if rollout.outcomes else {}),
+        **({"passages": [_passage(own) for own in rollout.passages]} if rollout.passages else {}),
         "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
     }
 
@@ -79,6 +82,13 @@ def _outcome(own: Outcome) -> dict[str, Any]:
     """What came of a turn: what the environment replied, the turn's reward, and its measures that are not 0."""
     measures = {name: value for name, value in own.measures.items() if value}
     return {"messages": _said(own.messages), "reward": own.reward, **({"measures": measures} if measures else {})}
+
+
+def _passage(own: Passage) -> dict[str, Any]:
+    """A text that was written for the teachers: what it is, its author, and what else is known."""
+    about = {"confidence": own.confidence, "step": own.sequence}
+    known = {name: value for name, value in about.items() if value is not None}
+    return {"of": own.of, "model": own.model, "round": own.round, "text": own.text, **known}
 
 
 def _said(messages: Sequence[Message]) -> list[list[str]]:

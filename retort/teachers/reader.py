@@ -128,25 +128,47 @@ class Reader:
         """The prompts before the rollouts of a pack, as long as the stage and the model's context allow.
 
         A view's prompt takes the first prompt's place before every sequence of a rollout, and the messages that follow
-        the first prompt there follow the view's.
+        the first prompt there follow the view's. A view by step has a prompt for each sequence.
         """
         found, first, cut, shows = list[list[int] | None](), list[list[int] | None](), 0, dict[str, int]()
         for rollout, group in zip(pack.rollouts, pack.groups(), strict=True):
-            view_input = ViewInput(rollout, group, self.stage, shown=set())
-            prompt = view.prompt(view_input)
-            split = view.render is not None
-            ids = None if prompt is None else self._before(rollout, prompt, split=split)
-            if ids is not None and split and not self._fits(rollout, ids):
-                prompt = view_input.shortened(
-                    view.prompt, lambda made, own=rollout: self._fits(own, self._before(own, made, split=True))
-                )
-                ids = None if prompt is None else self._before(rollout, prompt, split=True)
-                cut += 1
-            for name in (view_input.shown or ()) if ids is not None else ():
+            parts = rollout.apart() if view.by_step else [rollout]
+            read = [self._prompts_of(part, group, view) for part in parts]
+            own = [ids for part in read for ids in part.ids]
+            cut += any(part.cut for part in read)
+            for name in {name for part in read for name in part.shows}:
                 shows[name] = shows.get(name, 0) + 1
-            found += [None] * len(rollout.sequences) if ids is None else ids
-            first.append(None if ids is None else ids[0])
+            found += own
+            first.append(own[0])
         return Prompts(found, first, cut, shows)
+
+    def shown(self, view: View, prompt: Prompt, visit: int, room: int) -> list[int] | None:
+        """The ids of a view's prompt before anything is written; None where there is no context, or no room for it.
+
+        Args:
+            view: The view; of one that shows rollouts there is nothing to show.
+            prompt: The prompt.
+            visit: The visit to it.
+            room: Tokens that a completion may have.
+        """
+        sequence = TokenSequence.of(self.render(prompt)).then([0] * room, decided=True)
+        rollout = Rollout(prompt, (sequence,), visit=visit)
+        return self._prompts_of(rollout, (rollout,), view).first[0]
+
+    def _prompts_of(self, rollout: Rollout, group: Group, view: View) -> Prompts:
+        """The prompts before the sequences of one rollout."""
+        view_input = ViewInput(rollout, group, self.stage, shown=set())
+        prompt, cut = view.prompt(view_input), 0
+        split = view.render is not None
+        ids = None if prompt is None else self._before(rollout, prompt, split=split)
+        if ids is not None and split and not self._fits(rollout, ids):
+            prompt = view_input.shortened(
+                view.prompt, lambda made: self._fits(rollout, self._before(rollout, made, split=True))
+            )
+            ids = None if prompt is None else self._before(rollout, prompt, split=True)
+            cut = 1
+        own: list[list[int] | None] = [None] * len(rollout.sequences) if ids is None else [*ids]
+        return Prompts(own, own[:1], cut, dict.fromkeys((view_input.shown or ()) if ids is not None else (), 1))
 
     def _before(self, rollout: Rollout, prompt: Prompt, *, split: bool) -> list[list[int]]:
         """The ids before each sequence of a rollout that began with this prompt."""

@@ -26,6 +26,19 @@ TEMPLATES: Mapping[str, str] = {
     "failure": "An earlier attempt that failed; do not repeat its mistakes:\n<failed>\n{text}\n</failed>",
     "feedback": "What was found wrong with your earlier attempt:\n<feedback>\n{text}\n</feedback>",
     "example": "Another problem, solved:\n<problem>\n{prompt}\n</problem>\n<response>\n{text}\n</response>",
+    "expert": "You are expert {text} of several who discuss this question.",
+    "discussion": "What the experts have said:\n<discussion>\n{text}\n</discussion>",
+    "debate_first": "Give your own answer, worked out step by step. The discussion with the other experts follows.",
+    "debate_again": "Weigh what was said and give your answer anew, worked out step by step. You need not agree.",
+    "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
+    "reason": "Explain in your own words how this leads to the answer, and why each step holds.",
+    "rationale": "What you noted about this:\n<notes>\n{text}\n</notes>",
+    "summarise": "Sum up the attempt in a single sentence: what it tried and how it ended. Write it as "
+    "<summary>...</summary>.",
+    "attempt": "An attempt at this question:\n<attempt>\n{text}\n</attempt>",
+    "summary": "Another attempt, in a sentence:\n<summary>\n{text}\n</summary>",
+    "induce": "Do not answer the question. Write a short instruction that tells how to answer questions like these.",
+    "instruction": "An instruction for questions like this:\n<instruction>\n{text}\n</instruction>",
     "closing": "Now answer the original question in your own words, working it out step by step.",
     "rubric": """\
 You write a grading rubric for one question. Below is a document, one line of JSON: the question, some answers of a \
@@ -69,7 +82,10 @@ Reply with JSON alone, one entry for each answer, in the order of their numbers,
 }
 
 #: Placeholders that a template must hold.
-_NEEDED: Mapping[str, tuple[str, ...]] = {"frame": ("prompt", "sections"), "closing": ()}
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    "frame": ("prompt", "sections"),
+    **dict.fromkeys(("closing", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()),
+}
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 
 

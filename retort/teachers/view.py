@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from retort.core.rollouts import Prompt
+from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
+from retort.teachers.drafts import Draft
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.view_input import ViewInput
 
@@ -27,6 +28,10 @@ class View:
         weights: Weights of a student that teaches itself, see `retort.teachers.moving`; other models never move.
         columns: Columns of the data that it shows; a row without one of them has no context.
         rewards: Whether it reads the grades of the rollouts.
+        draft: Texts that it shows and that models write before.
+        by_step: Whether each sequence of a rollout has a prompt of its own, rendered from the conversation before it;
+            else the one prompt takes the place of the first one everywhere.
+        leaves_out: Says of a rollout whether its teacher is not to be asked about it; None: it always is.
     """
 
     render: Render | None = None
@@ -34,10 +39,19 @@ class View:
     weights: Weights = field(default_factory=frozen)
     columns: tuple[str, ...] = ()
     rewards: bool = False
+    draft: Draft | None = None
+    by_step: bool = False
+    leaves_out: Callable[[Rollout], bool] | None = None
 
     def __post_init__(self) -> None:
         if self.model != "student" and self.weights != frozen():
             raise UserError(f"a view of the {self.model} cannot have moving weights ({self.weights.kind})")
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of all models that it takes: the one that scores, and those that write."""
+        writing = () if self.draft is None else tuple(author.model for author in self.draft.authors)
+        return tuple(dict.fromkeys((self.model, *writing)))
 
     @staticmethod
     def same_prompt() -> View:
@@ -52,5 +66,7 @@ class View:
     def prompt(self, view_input: ViewInput) -> Prompt | None:
         """The prompt that the teacher reads; None where there is no context."""
         if any(not view_input.prompt.shown(column) for column in self.columns):
+            return None
+        if self.leaves_out is not None and self.leaves_out(view_input.rollout):
             return None
         return view_input.prompt if self.render is None else self.render(view_input)

@@ -68,14 +68,25 @@ class ViewInput:
             self.shown.add(template)
         return fill(self.stage.templates[template], text=kept, prompt=self.cut(prompt))
 
-    def framed(self, sections: Sequence[str]) -> Prompt | None:
-        """The student's prompt with sections around its last turn; None if they are all empty. Earlier turns stay."""
+    def plain(self, template: str, text: str = "") -> str:
+        """A template with words of our own, which are never cut."""
+        return fill(self.stage.templates[template], text=text)
+
+    def framed(self, sections: Sequence[str], closing: str = "closing") -> Prompt | None:
+        """The student's prompt with sections around its last turn; None if they are all empty. Earlier turns stay.
+
+        Args:
+            sections: Texts in their templates.
+            closing: Name of the template that comes last; empty for none.
+        """
         sections = [section for section in sections if section.strip()]
         if not sections:
             return None
         *before, last = self.prompt.messages
         words = self.stage.templates
-        content = fill(words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words["closing"])
+        content = fill(
+            words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words.get(closing, "")
+        )
         return replace(self.prompt, messages=(*before, replace(last, content=content)))
 
     def shortened(self, render: Callable[[ViewInput], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:

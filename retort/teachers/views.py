@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
+from retort.teachers.drafts import Draft
 from retort.teachers.moving import Weights
 from retort.teachers.view import Render, View
 from retort.teachers.view_input import ViewInput
@@ -96,6 +98,9 @@ def peers(
     failure_when: Literal["always", "without_success"] = "always",
     thoughts: bool = True,
     choice: Literal["graded", "random"] = "graded",
+    summaries: int = 0,
+    summary: Callable[[Rollout], str] | None = None,
+    draft: Draft | None = None,
     model: str = "student",
     weights: Weights | None = None,
 ) -> View:
@@ -113,6 +118,10 @@ def peers(
         failure_when: When to show failures.
         thoughts: Whether a sibling's `<think>` block is shown, too.
         choice: `random` is a control: as many siblings in the same templates, but drawn from all of them.
+        summaries: Number of further siblings, the first ones in order, of which a sentence is shown, behind the first
+            success.
+        summary: Gives that sentence; needed where there are any.
+        draft: Texts that `summary` reads and that models write before.
         model: The model that scores.
         weights: Weights of a student that teaches itself.
     """
@@ -129,13 +138,22 @@ def peers(
             drawn = sorted(others, key=lambda other: view_input.uniform("peer", other.member))
             right, wrong = drawn[: len(right)], drawn[len(right) : len(right) + len(wrong)]
         sections = [view_input.section("success", _shown(other, thoughts)) for other in right]
+        if summary is not None and summaries:
+            whole = {other.member for other in (*right, *wrong)}
+            rest = [other for other in others if other.member not in whole][:summaries]
+            sections[1:1] = [view_input.section("summary", summary(other)) for other in rest]
         sections += [view_input.section("failure", _shown(other, thoughts)) for other in wrong]
         if view_input.rollout.feedback and (feedback == "always" or (feedback == "without_success" and not right)):
             sections.append(view_input.section("feedback", view_input.rollout.feedback))
         return view_input.framed(sections) if sections else None
 
-    return _view(render, model, weights, rewards=True)
+    return replace(_view(render, model, weights, rewards=True), draft=draft)
+
+
+def without_thoughts(text: str) -> str:
+    """A text without its `<think>` blocks; one that is still open ends it."""
+    return _THOUGHTS.sub("", text).strip()
 
 
 def _shown(rollout: Rollout, thoughts: bool) -> str:
-    return rollout.text if thoughts else _THOUGHTS.sub("", rollout.text).strip()
+    return rollout.text if thoughts else without_thoughts(rollout.text)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from retort import config as configuration
-from retort.core.rollouts import Group
+from retort.controllers import Probe
+from retort.core.rollouts import Group, in_groups
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import FROM_OUTSIDE, RunError, UserError
@@ -74,7 +75,7 @@ class Run:
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
         self.source.open(self.folder, lambda: self.step)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
-        self.probes = Probes(self.control, self.source.probed, self.learner, self._signals)
+        self.probes = Probes(self.control, self._completions, self.learner, self._signals)
         self._lines = JsonLines(self.folder / "metrics.jsonl")
         self.rollouts = JsonLines(self.folder / "rollouts.jsonl")
         self.results: dict[str, Any] = {}
@@ -90,11 +91,6 @@ class Run:
         self._identity = identity(self.prepared)
         self._go_on = going_on(self.prepared.config, self.folder)
         self.prepared.spread(lambda text: self.observer.note(text))
-
-    @property
-    def setup(self) -> Prepared:
-        """The same as `prepared`, under its older name."""
-        return self.prepared
 
     @property
     def updates(self) -> int:
@@ -230,7 +226,7 @@ class Run:
                 clock = replace(clock, controller_outputs=self.control.controller_outputs(method))
                 hard = self._difficulties(method, clock)
             with watch("generate"):
-                groups = self.source.rollouts(method, clock, version, hard)
+                groups = self.teachers.with_passages(method, self.source.rollouts(method, clock, version, hard))
             lost = self.source.given_up - before
             with watch("teacher"):
                 self.world.first(lambda: self.teachers.verify(self.step))
@@ -266,6 +262,9 @@ class Run:
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
         return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
+
+    def _completions(self, method: Method, probe: Probe, clock: Clock) -> list[Group]:
+        return self.teachers.with_passages(method, in_groups(self.source.probed(method.rollout, probe, clock)))
 
     def _rates(self, method: Method) -> Rates:
         """The learning rates of a method of the run; a cold start may have one of its own."""

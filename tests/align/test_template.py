@@ -31,8 +31,8 @@ def test_a_template_has_one_place(template: str) -> None:
 
 def test_a_run_trains_and_judges_in_it(tiny_run: dict[str, Any], tmp_path: Path) -> None:
     settings = configuration.merge(tiny_run, {"prompt_template": "3 {prompt} 7"})
-    plain = runner.start(configuration.resolve(tiny_run), tmp_path / "plain").setup
-    put = runner.start(configuration.resolve(settings), tmp_path / "put").setup
+    plain = runner.start(configuration.resolve(tiny_run), tmp_path / "plain").prepared
+    put = runner.start(configuration.resolve(settings), tmp_path / "put").prepared
     for mine, theirs in ((put.source.prompts, plain.source.prompts), (put.held_out, plain.held_out)):
         assert [prompt.text for prompt in mine] == [f"3 {prompt.text} 7" for prompt in theirs]
         assert len(mine) > 0

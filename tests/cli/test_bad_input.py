@@ -301,7 +301,7 @@ def test_unlabelled_training_prompts_and_a_labelled_evaluation_file(
     assert "avg@2" in run.results["rows"][0]
     sections["eval"] = {"data": str(prompts_file), "problems": 0}  # type: ignore[assignment]
     none = runner.start(configuration.resolve(configuration.merge(tiny_run, sections)), tmp_path / "none")
-    assert none.setup.held_out == []
+    assert none.prepared.held_out == []
 
 
 def test_a_missing_tracker_package_is_said_before_anything_is_judged(

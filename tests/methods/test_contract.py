@@ -55,6 +55,7 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
+    **dict.fromkeys(("mad_opd", "mt_opd", "opad"), "a half is divided by its own rollouts"),
 }
 
 #: Further settings in which a step is checked through the pipeline of a run: those with something of the whole batch.

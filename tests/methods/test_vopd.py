@@ -281,6 +281,6 @@ def test_measuring_the_variance_of_a_step_changes_nothing(tiny_run: dict[str, An
     assert len(plots["Gradient’s variance over all weights"]["series"]) == 2
     assert len(plots["Gradient’s variance at a token"]["series"]) == 2
     assert "batch_gradient_variance" not in (tmp_path / "0" / "metrics.jsonl").read_text()
-    theirs = dict(runs[2].setup.student.model.named_parameters())
-    for parameter, value in runs[0].setup.student.model.named_parameters():
+    theirs = dict(runs[2].prepared.student.model.named_parameters())
+    for parameter, value in runs[0].prepared.student.model.named_parameters():
         assert torch.equal(value, theirs[parameter]), parameter

@@ -178,10 +178,10 @@ def test_a_family_is_packed_only_if_that_changes_nothing(tmp_path: Path, family:
 
 def test_a_run_says_that_it_pads(tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     packed = runner.start(configuration.resolve(tiny_run), tmp_path / "packed")
-    assert not any("padded" in note for note in packed.setup.notes)
+    assert not any("padded" in note for note in packed.prepared.notes)
     monkeypatch.setattr(load_module, "choose_batching", lambda lm: None)
     padded = runner.start(configuration.resolve(tiny_run), tmp_path / "padded")
-    assert sum("padded" in note for note in padded.setup.notes) == 1
+    assert sum("padded" in note for note in padded.prepared.notes) == 1
     losses = [run.go() and (run.folder / "metrics.jsonl").read_text().splitlines() for run in (packed, padded)]
     for one, two in zip(*losses, strict=True):
         loss_one, loss_two = (float(line.split('"loss": ')[1].split(",")[0]) for line in (one, two))

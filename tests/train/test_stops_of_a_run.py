@@ -65,7 +65,7 @@ def test_what_is_exported_stops_where_the_run_stopped(
     make_model(tmp_path / "student", seed=1, chat=True)
     make_model(tmp_path / "teacher", seed=2, chat=True)
     found = run(tmp_path, **({} if stop is None else {"stop": stop}))
-    setup, folder = found.setup, tmp_path / "run" / "model"
+    setup, folder = found.prepared, tmp_path / "run" / "model"
     again = loaded(folder)
     assert again.stops == setup.student.stops
     ids = [setup.student.stops.primary, *sorted(setup.student.stops.ids - {setup.student.stops.primary})]

@@ -7,16 +7,15 @@ from functools import partial
 
 from retort.controllers import Probe
 from retort.core.needs import Need
-from retort.core.rollouts import Group, Rollout, in_groups
+from retort.core.rollouts import Group
 from retort.core.signals import TeacherSignal
 from retort.core.steps import Clock
 from retort.method import Method
-from retort.rollout.plan import RolloutPlan
 from retort.train.learning.control import Control
 from retort.train.learning.learner import Learner
 
-#: Gives the completions of a probe, in the way of a method's rollouts.
-Completions = Callable[[RolloutPlan, Probe, Clock], list[Rollout]]
+#: Gives the completions of a probe, in the way of a method's rollouts, with all texts that its views show.
+Completions = Callable[[Method, Probe, Clock], Sequence[Group]]
 #: Has the teachers score some groups: the method, the groups, and what is asked of each view.
 Signals = Callable[[Method, Sequence[Group], Mapping[str, frozenset[Need]]], dict[str, TeacherSignal]]
 
@@ -58,7 +57,7 @@ class Probes:
 
     def measure(self, method: Method, probe: Probe, clock: Clock) -> dict[str, float]:
         """Means of a probe's values over all tokens of the completions of its held-out prompts."""
-        groups = in_groups(self._completions(method.rollout, probe, clock))
+        groups = self._completions(method, probe, clock)
         needs = frozenset(need for part in probe.parts.values() for need in part.needs)
         signals = self._signals(method, groups, {probe.against: needs} if needs else {})
         batch = self._learner.batch(method, groups, signals, clock)

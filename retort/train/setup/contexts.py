@@ -143,8 +143,14 @@ def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) ->
         for own in (_WORST, _BEST):
             for others in ((_BEST, _BEST), (_WORST, _WORST), (_BEST, _WORST)):
                 rewards = [own, *(others[member % 2] for member in range(1, method.rollout.samples))]
-                group = tuple(_rollout(prompt, place, reward, feedback) for place, reward in enumerate(rewards))
+                made = (_rollout(prompt, place, reward, feedback) for place, reward in enumerate(rewards))
+                group = tuple(_with_passages(rollout, view) for rollout in made)
                 yield ViewInput(group[0], group, stage)
+
+
+def _with_passages(rollout: Rollout, view: View) -> Rollout:
+    """A rollout for which the texts that a view shows are written, in the words of the reference answer."""
+    return rollout if view.draft is None else replace(rollout, passages=view.draft.example(rollout.text))
 
 
 def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:

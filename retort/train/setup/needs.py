@@ -101,6 +101,16 @@ def need_play(config: Config, method: Method, notes: list[str]) -> None:
                 f"method '{phase.name}' has a horizon of turns that grows, and without an environment (rollout.env) "
                 "every completion is one turn, so the horizon changes nothing"
             )
+        if config.environment is not None and phase.rollout.prompt_view is not None:
+            raise UserError(
+                f"method '{phase.name}' has completions written under the prompt of a view, which an environment "
+                f"('{config.environment}') does not show; switch that off, or leave out rollout.env"
+            )
+        if config.environment is not None and rollout.history is None and _by_step(phase):
+            raise UserError(
+                f"method '{phase.name}' has the teachers debate every turn of an episode, which takes turns that are "
+                "read anew; set rollout.history to the number of earlier turns that are shown"
+            )
         others = sorted(set(phase.rollout.sources) - {"student"})
         if config.environment is not None and others:
             whose = "the teacher's" if others[0] == "teacher" else "those of the data"
@@ -109,6 +119,11 @@ def need_play(config: Config, method: Method, notes: list[str]) -> None:
                 f"method '{phase.name}' also learns from completions that are {whose}, and in the environment "
                 f"'{config.environment}' only the student plays; {remedy}"
             )
+
+
+def _by_step(method: Method) -> bool:
+    """Whether texts are written about each turn of an episode."""
+    return any(view.draft is not None and view.draft.per == "step" for view in method.views.values())
 
 
 def need_responses(method: Method, train: Sequence[Prompt], probe: Sequence[Prompt]) -> None:

@@ -20,7 +20,7 @@ from retort.train.setup.prompts import refuse_misspelt
 def teacher_use(method: Method) -> str | None:
     """Describes what a run needs a teacher for; None if it needs none."""
     for phase in [method] if method.before is None else [method.before[1], method]:
-        view = next((name for name, view in phase.views.items() if view.model == "teacher"), None)
+        view = next((name for name, view in phase.views.items() if "teacher" in view.models), None)
         if view is not None:
             return f"view '{view}' of method '{phase.name}' is of a teacher"
         if "teacher" in phase.rollout.sources:
@@ -92,7 +92,8 @@ def further(config: Config, method: Method) -> dict[str, str]:
         UserError: A view names a model that the settings do not, or the settings one that no view names.
     """
     phases = [method] if method.before is None else [method.before[1], method]
-    use = {view.model: (phase.name, name) for phase in phases for name, view in phase.views.items()}
+    views = [(phase.name, name, view) for phase in phases for name, view in phase.views.items()]
+    use = {model: (phase, name) for phase, name, view in views for model in view.models}
     use |= dict.fromkeys(config.teachers.models, (method.name, "teacher"))
     for model, (phase, view) in use.items():
         if model not in (*SHORTHANDS, *config.further_models):
@@ -126,7 +127,7 @@ def named(config: Config, method: Method) -> tuple[str, str | None, str]:
 
 def base_name(config: Config, method: Method, student: str, teacher: str | None) -> str | None:
     """The path of the base model, where the method has a view of one."""
-    if not any(view.model == "base" for view in method.views.values()):
+    if not any("base" in view.models for view in method.views.values()):
         if config.base is not None:
             raise UserError(
                 f"base = {config.base} is given, but method '{method.name}' with these settings asks no base model "
@@ -210,7 +211,10 @@ def _nothing_to_learn(method: Method, how: str) -> UserError:
 def own_weights(config: Config, method: Method, student: LanguageModel) -> OwnWeights | None:
     """The weights of the student as its own teacher, if some phase of the run asks it."""
     phases = [method] if method.before is None else [method.before[1], method]
-    wanted = [view.weights for phase in phases for view in phase.views.values() if view.model == "student"]
+    views = [view for phase in phases for view in phase.views.values()]
+    wanted = [view.weights for view in views if view.model == "student"]
+    authors = [author for view in views if view.draft is not None for author in view.draft.authors]
+    wanted += [author.weights for author in authors if author.model == "student"]
     if not wanted:
         return None
     again = any(controller.again and controller.observes for phase in phases for controller in phase.controllers)

@@ -44,6 +44,7 @@ from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
 from retort.train.storage.folder import refuse_unshared
+from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
 
@@ -263,6 +264,7 @@ def _parties(
         ),
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
+        shown=local["student"].shown,
     )
     learner = Learner(
         Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
@@ -282,6 +284,7 @@ def _parties(
             config.server.check_every,
             config.server.tolerance,
             cached(config, models, student, here().size),
+            drafting(config, method, local, own, local["student"].stage),
         ),
         learner=learner,
         held_out=data.held_out,

@@ -100,7 +100,7 @@ def refuse_views(config: Config, method: Method) -> None:
         UserError: A view would change a rendered prompt; the message names it.
     """
     phases = [method] if method.before is None else [method.before[1], method]
-    shown = [name for phase in phases for name, view in phase.views.items() if view.render is not None]
+    shown = [name for phase in phases for name, view in phase.views.items() if view.render or view.draft]
     if config.rollout.rendered and shown:
         raise UserError(
             f"rollout.rendered: the view '{shown[0]}' of method '{method.name}' adds to the user's message, which "

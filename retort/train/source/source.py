@@ -27,6 +27,7 @@ from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import EpisodeSetup, Task, run_episodes
 from retort.rollout.plan import RolloutPlan
+from retort.teachers.view import View
 from retort.train.source.cache import RolloutCache, key
 from retort.train.source.order import Visit, easy_to_hard, visits
 from retort.train.storage.folder import TIMEOUTS
@@ -67,6 +68,8 @@ class Source:
         world: The ranks, each of which generates and grades a part of the batch.
         whole: Within it the student can generate without the other ranks; all enter it together.
         teacher_whole: The same for the teacher.
+        shown: Gives the ids of a view's prompt as the student reads it, of a prompt, its visit and the tokens that a
+            completion may have; None where there is no context.
     """
 
     prompts: Sequence[Prompt]
@@ -88,6 +91,7 @@ class Source:
     world: World = field(default_factory=here)
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher_whole: Callable[[], AbstractContextManager[None]] = nullcontext
+    shown: Callable[[View, Prompt, int, int], list[int] | None] | None = None
 
     @property
     def given_up(self) -> int:
@@ -255,13 +259,15 @@ class Source:
         plan, tasks = method.rollout, list[Task]()
         setup = self.episodes.within(plan.curriculum, clock.done)
         for visit in chosen:
-            context = self._context(visit.prompt)
+            context = self._before(method, visit, longest)
             for member in range(plan.samples):
                 uniform = UniformStream(self.seed, "rollouts", visit.epoch, visit.prompt.id, member)
                 tasks.append(Task(visit.prompt, context, member, uniform, visit.epoch))
         self.engine.update(version)
         sampling = Sampling(longest, plan.temperature, plan.top_p)
-        generated = self._divided(tasks, lambda own: self._graded(method, self._played(own, sampling, setup)))
+        generated = self._divided(
+            tasks, lambda own: self._graded(method, self._own(plan, self._played(own, sampling, setup)))
+        )
         if method.grading is not None:
             method.grading.check(generated)
         if plan.replay is not None:
@@ -269,6 +275,23 @@ class Source:
             groups = [tuple(generated[start : start + size]) for start in range(0, len(generated), size)]
             self.cache.remember(groups, plan.replay.capacity)
         return generated
+
+    def _before(self, method: Method, visit: Visit, longest: int) -> TokenSequence:
+        """What the student reads before it writes: its own prompt, or that of the view that the plan names."""
+        under, ids = method.rollout.prompt_view, None
+        if under is not None:
+            assert self.shown is not None  # `prepare` gives it.
+            ids = self.shown(method.views[under], visit.prompt, visit.epoch, longest)
+        return self._context(visit.prompt) if ids is None else TokenSequence.of(ids)
+
+    def _own(self, plan: RolloutPlan, rollouts: list[Rollout]) -> list[Rollout]:
+        """Completions behind the student's own prompt, whatever it read when it wrote them."""
+        if plan.prompt_view is None:
+            return rollouts
+        return [
+            replace(own, sequences=(own.sequence.with_prefix(self._context(own.prompt)),), engine_logp_A=None)
+            for own in rollouts
+        ]
 
     def _divided(self, tasks: Sequence[Task], write: Callable[[Sequence[Task]], list[Rollout]]) -> list[Rollout]:
         """What the student writes, by each rank its part of the visits, on all ranks in the order of the tasks."""

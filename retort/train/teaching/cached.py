@@ -151,6 +151,13 @@ def stored_models(config: Config, method: Method, paths: Mapping[str, str]) -> d
             f"the completions of method '{generates}' are a teacher's, which cache.only=true does not load; set "
             "cache.only=false, or learn from the data's completions"
         )
+    views = [(phase.name, view) for phase in phases for view in phase.views.values() if view.draft is not None]
+    writes = next((name for name, view in views if set(view.models) - {"student"}), None)
+    if writes is not None:
+        raise UserError(
+            f"the teachers of method '{writes}' write before they score, and cache.only=true does not load them; set "
+            "cache.only=false"
+        )
     store, found = Store(Path(config.cache.dir), config.cache.limit_bytes), dict[str, Path]()
     for name, path in paths.items():
         if path == paths["student"]:

@@ -19,6 +19,7 @@ from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.several import SeveralTeachers
 from retort.train.teaching.cached import Cached
+from retort.train.teaching.drafting import Drafting
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,7 @@ class Teachers:
         every: Steps from one check of the teachers on servers to the next; 0: none.
         tolerance: Nats by which the log-probs of such a check may differ on average.
         cached: Those of them that are asked through a cache, where the settings name one.
+        drafting: Who writes the texts that views show; None where no view shows any.
     """
 
     models: Mapping[str, Teacher]
@@ -40,6 +42,7 @@ class Teachers:
     every: int = 0
     tolerance: float = 0.0
     cached: Cached | None = None
+    drafting: Drafting | None = None
 
     @property
     def remote(self) -> dict[str, Remote]:
@@ -81,6 +84,10 @@ class Teachers:
     def wanted(self, method: Method, step: int = 0) -> dict[str, frozenset[Need]]:
         """The needs of each view at a step: those of the method, and those of its curves that the teacher can meet."""
         return {view: wanted(method, view, own.capabilities, step) for view, own in self.behind(method).items()}
+
+    def with_passages(self, method: Method, groups: Sequence[Group]) -> list[Group]:
+        """The groups of a batch with the texts that the method's views show; all ranks ask for them together."""
+        return list(groups) if self.drafting is None else self.drafting.passages(method, groups)
 
     def score(
         self,
