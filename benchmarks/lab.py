@@ -3,6 +3,7 @@
     python benchmarks/lab.py --out runs/lab              # run what is missing, then write docs/lab/lab.md and its plots
     python benchmarks/lab.py --bench itself --out runs/lab-itself    # methods without a bigger teacher: lab-itself.md
     python benchmarks/lab.py --bench agents --out runs/lab-agents    # episodes of many turns: lab-agents.md
+    python benchmarks/lab.py --bench judges --out runs/lab-judges    # a judge instead of log-probs: lab-judges.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -14,6 +15,7 @@ method is given its paper's defaults, but for what `lab_benches` says. Intervals
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -25,7 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lab_agents_page
 import lab_itself_page
-from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, PAIRED, Bench
+import lab_judges_page
+import servers
+from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, Bench
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -33,8 +37,8 @@ from runs import Job, run_all
 from retort import registry
 
 
-def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int) -> Iterator[Job]:
-    """All runs, seed by seed, so that an early end leaves whole comparisons."""
+def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = "") -> Iterator[Job]:
+    """All runs, seed by seed, so that an early end leaves whole comparisons; `judge` is the address of theirs."""
     for seed in range(seeds):
         for name, entry in bench.entries().items():
             if only and name not in only and entry.method not in only:
@@ -43,6 +47,8 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int) -> Iterator[J
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
             judged = {**bench.base["eval"], "teacher": seed == 0 and entry.method == "opd"}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
+            if registry.load(entry.method).grading is not None:
+                settings["judge"] = {"model": judge}
             yield Job(bench.name, name, seed, folder, settings)
 
 
@@ -107,6 +113,14 @@ def _values(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: cell["value"] for name, cell in row.items() if isinstance(cell, Mapping)}
 
 
+def _run(bench: Bench, arguments: argparse.Namespace) -> list[str]:
+    """Runs what is not finished, with the bench's judge at hand; returns what went wrong."""
+    with servers.ours(bench.judge) if bench.judge else contextlib.nullcontext() as judge:
+        url = judge.url if judge else ""
+        todo = list(jobs(bench, arguments.out, arguments.only, arguments.seeds, url))
+        return run_all(todo, arguments.jobs, arguments.nice)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -121,8 +135,7 @@ def main() -> None:
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bench = BENCHES[arguments.bench]
-    todo = list(jobs(bench, arguments.out, arguments.only, arguments.seeds))
-    failed = [] if arguments.report else run_all(todo, arguments.jobs, arguments.nice)
+    failed = [] if arguments.report else _run(bench, arguments)
     # Two benches share a page, so what the other one has finished is shown as well.
     shown = ITSELF if bench is FASTER else bench
     own = list(jobs(shown, arguments.out, arguments.only, arguments.seeds))
@@ -133,6 +146,8 @@ def main() -> None:
         text = lab_itself_page.page(rows, faster, about(shown), wanted, PAIRED)
     elif shown is AGENTS:
         text = lab_agents_page.page(rows, about(shown), wanted)
+    elif shown is JUDGES:
+        text = lab_judges_page.page(rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")

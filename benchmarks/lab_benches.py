@@ -41,6 +41,7 @@ class Bench:
         base: Settings that all its runs share.
         samples: Rollouts per prompt, of every method that lets one choose.
         entries: Who takes part, by name; controls first.
+        judge: What `retort serve` serves for those of its runs that ask a judge; empty if none does.
     """
 
     name: str
@@ -48,19 +49,21 @@ class Bench:
     samples: int
     entries: Callable[[], Mapping[str, Entry]]
     folder: str = ""
+    judge: str = ""
 
 
 def needs_more(method: str) -> bool:
     """Whether a method needs rewards or a teacher that is shown more than the student, so more than bare prompts."""
     made = registry.load(method)
-    return made.needs_rewards is not None or any(view.render is not None for view in made.views.values())
+    shown = any(view.render is not None for view in made.views.values())
+    return made.grading is None and (made.needs_rewards is not None or shown)
 
 
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
     for method in registry.names():
-        if needs_more(method):
+        if needs_more(method) or registry.load(method).grading is not None:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
         found.update(own or {method: Entry(method)})
@@ -236,5 +239,41 @@ _AGENTS: Mapping[str, Entry] = {
     "sod": Entry("sod"),
     "atod": Entry("atod", {"anneal_steps": 20}, "annealed over 20 of 30 batches; the paper over 80"),
 }
+#: Texts alone against log-probs: who talks here is a judge by rules, which solves the problems, too.
+_TALK: Mapping[str, Any] = {name: value for name, value in _COUNTDOWN.items() if name != "teacher"}
+_TALKERS: Mapping[str, Entry] = {
+    "reward alone": Entry("rlsd", _REWARD_ALONE, "`rlsd` with lambda = 0, which is GRPO", rewards="the verifier's"),
+    "ropd": Entry("ropd", {}, "4 rollouts a prompt, not 8", rewards="the judge's points"),
+    "ropd, as the paper": Entry(
+        "ropd",
+        {"normalisation": "population", "reduction": "rollouts"},
+        "advantages over the deviation of their group, the mean over completions; likewise 4 rollouts",
+        rewards="the judge's points",
+    ),
+    "the teacher's texts alone": Entry(
+        "rlsd",
+        _REWARD_ALONE,
+        "39 batches of a cold start on right answers (likelihood), one each to 256 prompts; the last is `reward alone`",
+        run={
+            "cold_start": {"steps": 39, "loss": "sft", "answers": "dataset"},
+            "rollout": {**_COUNTDOWN["rollout"], "prompts": 256},
+        },
+        rewards="no",
+    ),
+    "opd": Entry("opd", run={"teacher": "countdown:teacher"}, rewards="no; the log-probs of a model"),
+}
 AGENTS = Bench("lab-agents", _ROOMS, 4, lambda: _AGENTS)
-BENCHES: Mapping[str, Bench] = {"outside": OUTSIDE, "itself": ITSELF, "itself-5e-4": FASTER, "agents": AGENTS}
+JUDGES = Bench(
+    "lab-judges",
+    {**_TALK, "eval": {**_COUNTDOWN["eval"], "every": 10}},
+    4,
+    lambda: _TALKERS,
+    judge="rules:countdown",
+)
+BENCHES: Mapping[str, Bench] = {
+    "outside": OUTSIDE,
+    "itself": ITSELF,
+    "itself-5e-4": FASTER,
+    "agents": AGENTS,
+    "judges": JUDGES,
+}

@@ -115,15 +115,20 @@ def _name(name: str, about: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def _cells(found: Rows, columns: Columns) -> list[str]:
-    cells = []
-    for _, value, digits in columns:
-        values = [number for row in found if (number := _known(value, row)) is not None]
-        interval = Estimate.over_runs(values) if len(values) >= WEAK else None  # of two it would be noise
-        # Seeds that agree to the last digit (all at 0 %) show no spread, which is no certainty.
-        half = f" ± {interval.high - interval.value:.{digits}f}" if interval and interval.high > interval.low else ""
-        cells.append(f"{statistics.mean(values):.{digits}f}{half}" if values else "–")
+    cells = [
+        spread([number for row in found if (number := _known(value, row)) is not None], digits)
+        for _, value, digits in columns
+    ]
     # Of the same work, the fastest run was disturbed least.
     return [*cells, f"{min(row['seconds'] for row in found):.0f}"]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean over seeds, and half of its 95 % interval where there are enough of them."""
+    interval = Estimate.over_runs(values) if len(values) >= WEAK else None  # of two it would be noise
+    # Seeds that agree to the last digit (all at 0 %) show no spread, which is no certainty.
+    half = f" ± {interval.high - interval.value:.{digits}f}" if interval and interval.high > interval.low else ""
+    return f"{statistics.mean(values):.{digits}f}{half}" if values else "–"
 
 
 def _known(value: Callable[[Mapping[str, Any]], float | None], row: Mapping[str, Any]) -> float | None:
