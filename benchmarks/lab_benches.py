@@ -241,8 +241,15 @@ _AGENTS: Mapping[str, Entry] = {
 }
 #: Texts alone against log-probs: who talks here is a judge by rules, which solves the problems, too.
 _TALK: Mapping[str, Any] = {name: value for name, value in _COUNTDOWN.items() if name != "teacher"}
+_WITH_TEACHER: Mapping[str, Any] = {"teacher": "countdown:teacher"}
 _TALKERS: Mapping[str, Entry] = {
-    "reward alone": Entry("rlsd", _REWARD_ALONE, "`rlsd` with lambda = 0, which is GRPO", rewards="the verifier's"),
+    "reward alone": Entry(
+        "sod",
+        {"coef": 0.0},
+        "`sod` with a weight of 0 for the teacher, which is GRPO",
+        _WITH_TEACHER,
+        rewards="the verifier's",
+    ),
     "ropd": Entry("ropd", {}, "4 rollouts a prompt, not 8", rewards="the judge's points"),
     "ropd, as the paper": Entry(
         "ropd",
@@ -251,16 +258,17 @@ _TALKERS: Mapping[str, Entry] = {
         rewards="the judge's points",
     ),
     "the teacher's texts alone": Entry(
-        "rlsd",
-        _REWARD_ALONE,
+        "sod",
+        {"coef": 0.0},
         "39 batches of a cold start on right answers (likelihood), one each to 256 prompts; the last is `reward alone`",
         run={
+            **_WITH_TEACHER,
             "cold_start": {"steps": 39, "loss": "sft", "answers": "dataset"},
             "rollout": {**_COUNTDOWN["rollout"], "prompts": 256},
         },
         rewards="no",
     ),
-    "opd": Entry("opd", run={"teacher": "countdown:teacher"}, rewards="no; the log-probs of a model"),
+    "opd": Entry("opd", run=_WITH_TEACHER, rewards="no; the log-probs of a model"),
 }
 AGENTS = Bench("lab-agents", _ROOMS, 4, lambda: _AGENTS)
 JUDGES = Bench(
