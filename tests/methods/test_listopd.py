@@ -128,6 +128,8 @@ def test_where_the_expected_gradient_vanishes(ratio: str, expected: float) -> No
         ).terms["reverse"]
         (live.softmax(-1).detach() * found.value * found.weight).sum().backward()
         logits -= 2.0 * live.grad  # type: ignore[operator]
+        if live.grad.abs().max() < 1e-9:  # type: ignore[union-attr]
+            break
     assert logits.softmax(-1)[0].item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -218,7 +220,7 @@ def test_a_run_draws_the_prediction(tmp_path: Path, hold: bool) -> None:
         method={"name": "listopd", "hold": hold, "reward_weight": 6.0},
         steps=2,
         out=str(tmp_path / "run"),
-        settings={"rollout": {"prompts": 16}, "eval": {"problems": 8, "samples": 2}},
+        settings={"rollout": {"prompts": 6}, "eval": {"problems": 2, "samples": 1}},
     )
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
