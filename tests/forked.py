@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Mapping
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +25,20 @@ def killed(settings: Mapping[str, Any], folder: Path, step: int | None) -> int:
         folder: Its folder.
         step: The step; None where something else is to kill it.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_BEFOREHAND)
-    process = context.Process(target=_run, args=(dict(settings), str(folder), step, os.getcwd()))
+    process = server().Process(target=_run, args=(dict(settings), str(folder), step, os.getcwd()))
     process.start()
     process.join(600)
     if process.exitcode is None:
         process.kill()
         raise AssertionError("the run hangs")
     return process.exitcode
+
+
+def server() -> ForkServerContext:
+    """The context of processes that are forked from the server, which is started with the first of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_BEFOREHAND)
+    return context
 
 
 def _run(settings: dict[str, Any], folder: str, step: int | None, here: str) -> None:

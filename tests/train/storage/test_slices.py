@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from forked import server
 from torch import Tensor, distributed
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from retort.errors import RunError, UserError
 from retort.models.sharding import full
@@ -155,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints that one process, two and three ranks wrote, after each of them read those of all."""
     folder = tmp_path_factory.mktemp("slices")
     saved(folder / "one", 1)
-    spawn(process, args=(folder,), nprocs=3)
+    start_processes(process, args=(folder,), nprocs=3, start_method=server().get_start_method())
     return folder
 
 
