@@ -1,15 +1,10 @@
-"""What `torchrun` starts in the test of the cache: the same run without it, with an empty one, and with a full one.
-
-torchrun --nproc-per-node 2 tests/ranks/caching.py FOLDER
-"""
+"""A job of `worker.py` for the test of the cache: the same run without it, with an empty one, and with a full one."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from worker import SHARDED, SMALL
 
 from retort import api, ranks
@@ -24,8 +19,11 @@ ADAPTED: dict[str, Any] = {"method": {"name": "exopd"}, "lora": {"rank": 4}, "st
 
 
 def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    ranks.join()
+    """Makes the runs in a folder.
+
+    Args:
+        folder: Of them all, and of the cache.
+    """
     cache = {"cache": {"dir": str(folder / "cache")}}
     jobs = {"plain": MIXED, "empty": {**MIXED, **cache}, "full": {**MIXED, **cache}, "adapted": {**ADAPTED, **cache}}
     for name, settings in jobs.items():
@@ -34,7 +32,3 @@ def main(folder: Path) -> None:
         runner.start(api.assemble(configuration.merge(SMALL, {**MIXED, **cache, **SHARDED})), folder / "sharded")
     except UserError as error:
         (folder / f"refused-{ranks.here().rank}.txt").write_text(str(error))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

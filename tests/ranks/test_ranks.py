@@ -29,7 +29,7 @@ pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from worker import CASES, SMALL  # noqa: E402
+from worker import CACHING, CASES, SMALL  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
 ALIKE = [name for name in CASES if not name.startswith("plain")]
@@ -102,7 +102,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name, (rank, step, moment) in KILLED.items():
         killed(folder, name, rank, step, moment)
-    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+2")
+    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+1", CACHING)
 
 
 def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:
@@ -129,7 +129,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, one: Path, two: Path) -> Pat
     """Runs on three ranks, in which batches of four prompts do not divide; one goes on with a run of two and of one."""
     folder = tmp_path_factory.mktemp("three")
     shutil.copytree(two / "sdpo+", folder / "sdpo+")
-    work(1, folder, "sdpo+4")
+    work(1, folder, "sdpo+2")
     return work(3, folder, *THREE, "sdpo+")
 
 
@@ -156,7 +156,8 @@ def same(one: Path, other: Path, name: str, ranks: int) -> None:
                     assert own[metric] == value or value != value, metric
             for metric in ("loss", "grad_norm"):
                 assert own[metric] == pytest.approx(whole[metric], rel=TOLERANCE), metric
-    assert apart(weights(one / name, 5), weights(other / name, 5)) < TOLERANCE
+    assert len(alone) == configuration.merge(SMALL, CASES[name])["steps"]
+    assert apart(weights(one / name, len(alone)), weights(other / name, len(alone))) < TOLERANCE
     exported = [load_file(folder / name / "model" / "model.safetensors") for folder in (one, other)]
     assert apart(*exported) < TOLERANCE
 
@@ -178,7 +179,8 @@ def test_the_folder_is_the_same(one: Path, two: Path) -> None:
     for name in ("judged", "skew_kl", "lora"):
         here, there = one / name, two / name
         assert files(here) == files(there)
-        slices = list((there / "checkpoints" / "step-5" / "weights").iterdir())
+        last = f"step-{len(rows(two, name, 2))}"
+        slices = list((there / "checkpoints" / last / "weights").iterdir())
         assert sorted(path.name[:11] for path in slices) == ["shard-00001", "shard-00002"]
         for kind in ("metrics.jsonl", "rollouts.jsonl"):
             assert len((here / kind).read_text().splitlines()) == len((there / kind).read_text().splitlines())
@@ -212,11 +214,38 @@ def test_a_killed_rank_ends_the_other_and_nothing_is_lost(two: Path, name: str) 
 
 def test_another_number_of_ranks_goes_on(one: Path, three: Path) -> None:
     """Two ranks, then one process, then three ranks."""
-    assert checkpoint.newest(three / "sdpo+" / "checkpoints") == three / "sdpo+" / "checkpoints" / "step-5"
-    for whole, own in zip(rows(one, "sdpo", 1)[4:], rows(three, "sdpo+", 3), strict=True):
+    assert checkpoint.newest(three / "sdpo+" / "checkpoints") == three / "sdpo+" / "checkpoints" / "step-3"
+    for whole, own in zip(rows(one, "sdpo", 1)[2:], rows(three, "sdpo+", 3), strict=True):
         assert own["loss"] == pytest.approx(whole["loss"], rel=TOLERANCE)
         assert own["grad_norm"] == pytest.approx(whole["grad_norm"], rel=TOLERANCE)
-    assert apart(weights(one / "sdpo", 5), weights(three / "sdpo+", 5)) < TOLERANCE
+    assert apart(weights(one / "sdpo", 3), weights(three / "sdpo+", 3)) < TOLERANCE
+
+
+def test_two_ranks_share_a_cache(two: Path) -> None:
+    """Every rank reads and writes one cache, and a run with it is the run without it, see `caching.py`."""
+    folder = two / CACHING
+    plain = load_file(folder / "plain" / "model" / "model.safetensors")
+    for name in ("empty", "full"):
+        found = load_file(folder / name / "model" / "model.safetensors")
+        assert all(torch.equal(found[key], values) for key, values in plain.items()), name
+        assert lines(folder / name) == lines(folder / "plain")
+    assert rates(folder / "empty")[0] == 0.0
+    assert rates(folder / "full") == [1.0, 1.0, 1.0]
+    assert rates(folder / "adapted")[0] == 0.0
+    for rank in range(2):
+        assert "set ranks.teacher=replicated, or leave out cache.dir" in (folder / f"refused-{rank}.txt").read_text()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """What was logged, without what depends on the clock and on the cache."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    other = ("time/", "tokens_per", "teacher_cache")
+    return [{key: value for key, value in row.items() if not key.startswith(other)} for row in found]
+
+
+def rates(folder: Path) -> list[float]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["teacher_cache/hit_rate"] for row in found]
 
 
 def test_contracts_hold_where_ranks_divide_the_work(tmp_path: Path) -> None:

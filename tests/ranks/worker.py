@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node 2 tests/ranks/worker.py FOLDER JOB...
 
-A job is the name of a case; `NAME+2` stops after step 2, and `NAME+` or `NAME+4` goes on with a run that was stopped.
+A job is the name of a case; `NAME+1` stops after step 1, and `NAME+` or `NAME+2` goes on with a run that was stopped;
+`caching` makes the runs of `caching.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import math
 import sys
@@ -28,9 +30,9 @@ from retort.models.sharding import full
 from retort.train import runner
 from retort.train.models.models import located
 
-#: Two updates of a batch, each of several packs.
+#: Two updates of a batch, each of several packs. What moves from step to step is seen in the second and the third.
 SMALL: dict[str, Any] = {
-    "steps": 5,
+    "steps": 3,
     "seed": 3,
     "limit": 40,
     "precision": "fp32",
@@ -47,6 +49,10 @@ SMALL: dict[str, Any] = {
 SHARDED: dict[str, Any] = {"ranks": {"teacher": "sharded", "head": "gathered"}}
 #: Steps so large that whoever writes with the weights of an earlier step is found out.
 BF16: dict[str, Any] = {"precision": "bf16", "steps": 2, "optimizer": {"learning_rate": 1e-2}}
+#: For what depends on how many steps there are: replay, controllers and curricula.
+LONGER: dict[str, Any] = {"steps": 5}
+#: Rollouts of a group, half as many as the papers take: groups that ranks divide, and that hold right and wrong ones.
+FOUR: dict[str, Any] = {"samples": 4}
 #: Stands for a student whose head has weights of its own, which the worker makes.
 UNTIED = "untied"
 #: Stands for a student of another tokenizer than the teacher's, both of which the worker makes, with rows for them.
@@ -70,16 +76,16 @@ CASES: dict[str, dict[str, Any]] = {
     "gkd": {"method": {"name": "gkd"}},  # a mixture of rollouts and the data's responses
     "vopd": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}},  # the teacher writes first
     "exopd": {"method": {"name": "exopd"}},  # a base model
-    "arkd": {"method": {"name": "arkd"}},  # a controller that learns
+    "arkd": {"method": {"name": "arkd"}, **LONGER},  # a controller that learns
     # Replay; it needs all ids at once, so nobody takes the slices that the rule would choose.
-    "skew_kl": {"method": {"name": "skew_kl"}, "ranks": {"head": "auto"}},
-    "dasd": {"method": {"name": "dasd"}},  # statistics of the whole batch
-    "sdpo": {"data": "coached", "method": {"name": "sdpo"}},  # its own teacher, which moves, and rewards
+    "skew_kl": {"method": {"name": "skew_kl"}, "ranks": {"head": "auto"}, **LONGER},
+    "dasd": {"method": {"name": "dasd", **FOUR}},  # statistics of the whole batch
+    "sdpo": {"data": "coached", "method": {"name": "sdpo", **FOUR}},  # its own teacher, which moves, and rewards
     "unisd": {"data": "coached", "method": {"name": "unisd"}},
     # Episodes: weights by turn and rewards of groups; a horizon of turns that grows, behind an expert's.
     "sod": {**WALK, "method": {"name": "sod", "samples": 2}},
     "atod": {**WALK, "method": {"name": "atod", "samples": 2}},
-    "tcod": {**WALK, "method": {"name": "tcod", "curriculum": "backward", "reduction": "turns"}},
+    "tcod": {**WALK, "method": {"name": "tcod", "curriculum": "backward", "reduction": "turns"}, **LONGER},
     "lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}},  # whose base model is the student without it
     # A teacher and a base; the teacher is evaluated, and the student computes its layers again.
     "exopd, sharded": {
@@ -109,7 +115,7 @@ CASES: dict[str, dict[str, Any]] = {
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
-    "sliced_untied": {"student": UNTIED, "method": {"name": "sdpo"}, "data": "coached", "ranks": SLICED},
+    "sliced_untied": {"student": UNTIED, "method": {"name": "sdpo", **FOUR}, "data": "coached", "ranks": SLICED},
     "sliced_lora": {
         "student": UNTIED,
         "teacher": "countdown:teacher",
@@ -123,6 +129,8 @@ CASES: dict[str, dict[str, Any]] = {
     "plain_bf16_lora": {"method": {"name": "exopd"}, "lora": {"rank": 4}, **BF16},
 }
 
+#: The job that is no case: the runs of `caching.py`, in a folder of this name.
+CACHING = "caching"
 
 #: In fp32, where rounding stays far below the tolerance; the others in float64, where there is next to none.
 FP32 = ("opd", "gkd", "arkd", "sdpo", "served", "served_whole")
@@ -232,6 +240,9 @@ def main(folder: Path, jobs: list[str]) -> None:
     torch.set_num_threads(1)
     world = ranks.join()
     for words in jobs:
+        if words == CACHING:
+            importlib.import_module(CACHING).main(folder / CACHING)
+            continue
         name = words.partition("+")[0]
         dtype = None if name in FP32 else torch.float64
         with contextlib.nullcontext() if name.startswith("plain") else models_once(dtype):  # plain: as a user has it
