@@ -13,6 +13,7 @@ import contextlib
 import os
 import platform
 import re
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -29,6 +30,8 @@ _VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 #: Messages of gloo, nccl and the store about a rank that is gone.
 _GONE = re.compile("gloo|nccl|connection (was )?(closed|reset|refused)|timed out|timeout|broken pipe|tcpstore", re.I)
 _SPOKEN = "retort/spoken"
+#: How long a process stays after its last exchange, seconds; a thread needs far less, also on a busy machine.
+_LETTING_GO = 0.1
 
 
 class World:
@@ -258,7 +261,14 @@ def _same_versions(world: World) -> None:
 
 
 def _leave() -> None:
+    """Ends the group, and waits until its threads have let go of the tensors that they sent last.
+
+    A mesh of devices keeps the group alive behind this, and torch's caches keep the mesh, so gloo's threads are not
+    ended here. One that is the last to let go of a tensor of Python's asks for the interpreter; if that has ended in
+    the meantime, C++ aborts the process ("terminate called without an active exception").
+    """
     from torch import distributed
 
     if distributed.is_initialized():
         distributed.destroy_process_group()
+        time.sleep(_LETTING_GO)
