@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from support import make_model
+from support import make_model, tiny_settings
 
 torch.set_num_threads(1)
 # A shell that starts a job in the background tells it to ignore this one; tests send it to themselves.
@@ -57,20 +57,16 @@ def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def models_kept() -> Iterator[None]:
+    """The runs of a module read models from the same files once: see `pipeline.models_kept`."""
+    import pipeline
+
+    with pipeline.models_kept():
+        yield
+
+
 @pytest.fixture
 def tiny_run(model_folder: Callable[..., Path], prompts_file: Path) -> dict[str, Any]:
-    """Settings of a run of a second or two: random models on real arithmetic."""
-    return {
-        "student": str(model_folder(seed=1)),
-        "teacher": str(model_folder(seed=2, hidden_size=24, padded_to=64)),
-        "data": str(prompts_file),
-        "task": "exact",
-        "precision": "fp32",
-        "device": "cpu",
-        "checks": "warn",  # random weights, and meant to be
-        "steps": 4,
-        "rollout": {"prompts": 4, "max_new_tokens": 6, "max_prompt_tokens": 32},
-        "optimizer": {"learning_rate": 1e-2, "updates": 2, "batch_tokens": 64},
-        "eval": {"problems": 4, "samples": 2, "top_p": 1.0, "max_new_tokens": 6},
-        "checkpoint": {"every": 2},
-    }
+    """Settings of a run of a second or two: see `support.tiny_settings`."""
+    return tiny_settings(model_folder, prompts_file)

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from retort.functional import token_losses
 from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.models.sharding import Sharding
+from retort.models.working import WorkingCopy
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train.learning.control import Control
@@ -38,6 +40,7 @@ from retort.train.models import loading, models
 from retort.train.setup.pair import teacher_use
 from retort.train.setup.prepare import Prepared, prepare
 from retort.train.storage.metrics import Stopwatch
+from retort.wire import is_url
 
 #: Tokens of each answer. Ragged, with one that is a single token, and a second answer to the first prompt.
 LENGTHS = (7, 3, 1, 12, 5)
@@ -271,3 +274,47 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
         for module in (loading, models):
             patch.setattr(module, "load", once)
         yield
+
+
+@contextlib.contextmanager
+def models_kept() -> Iterator[None]:
+    """Within, runs read a model from the same unchanged files with the same settings once, and take copies after that.
+
+    For tests of whole runs that are about something else than loading. Objects, servers, other devices than the CPU and
+    rounded weights are loaded as ever.
+    """
+    load = loading.load
+
+    def kept(config: Any, name: str, role: Any, given: Any = None) -> LanguageModel:
+        key = _kept_by(config, name, role, given)
+        if key is None:
+            return load(config, name, role, given)
+        found = _kept.pop(key, None) or load(config, name, role, given)
+        _kept[key] = found  # the last one is the one that was asked for last
+        for old in list(_kept)[:-_KEEP]:
+            del _kept[old]
+        own = {"sharding": Sharding(), "working": WorkingCopy(), "notes": [*found.notes], "tried": [*found.tried]}
+        return replace(found, model=copy.deepcopy(found.model), **own)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (loading, models):
+            patch.setattr(module, "load", kept)
+        yield
+
+
+#: What `models_kept` keeps, at most so many.
+_kept: dict[tuple[Any, ...], LanguageModel] = {}
+_KEEP = 16
+
+
+def _kept_by(config: Any, name: str, role: Any, given: Any) -> tuple[Any, ...] | None:
+    """All that a loaded model depends on; None where it is not to be kept."""
+    if is_url(name) or (given is not None and given.source(name) is not None) or role in config.models:
+        return None
+    folder, device = Path(models.located(name)), models.device_for(config)
+    if device != "cpu" or not folder.is_dir():
+        return None
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
+    stop = tuple(config.rollout.stop or ()) if role in ("student", "base") else ()
+    settings = (config.precision, config.attention, stop, config.trust_remote_code, config.weights, config.base)
+    return (name, role, str(folder.resolve()), *files, *settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,24 @@ def make_narrower(folder: Path, source: Path, width: int) -> Path:
     model.save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+def tiny_settings(model_folder: Callable[..., Path], prompts_file: Path) -> dict[str, Any]:
+    """Settings of a run of a second or two: random models on real arithmetic."""
+    return {
+        "student": str(model_folder(seed=1)),
+        "teacher": str(model_folder(seed=2, hidden_size=24, padded_to=64)),
+        "data": str(prompts_file),
+        "task": "exact",
+        "precision": "fp32",
+        "device": "cpu",
+        "checks": "warn",  # random weights, and meant to be
+        "steps": 4,
+        "rollout": {"prompts": 4, "max_new_tokens": 6, "max_prompt_tokens": 32},
+        "optimizer": {"learning_rate": 1e-2, "updates": 2, "batch_tokens": 64},
+        "eval": {"problems": 4, "samples": 2, "top_p": 1.0, "max_new_tokens": 6},
+        "checkpoint": {"every": 2},
+    }
 
 
 def group_of(prompt: Prompt, texts: Sequence[str]) -> Group:

@@ -15,6 +15,8 @@ from retort import config as configuration
 from retort.train import runner
 from retort.train.learning.diagnose import TURNS
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from support import make_model
 import retort
 from retort.models.load import load_model
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 def loaded(folder: Path) -> Any:
     return load_model(str(folder), role="student", precision="fp32", device=torch.device("cpu"))

@@ -31,6 +31,8 @@ from retort.train import runner
 from retort.train.models import loading
 from retort.train.setup.prepare import Prepared, prepare
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 PROMPTS = ["the quick brown fox", "hello world", "a b c d e", "def f(x):"]
 
 

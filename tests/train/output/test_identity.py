@@ -32,9 +32,10 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step, with models, data and held-out data of its own."""
+    tmp_path = tmp_path_factory.mktemp("original")
     for who, seed in (("student", 1), ("teacher", 2)):
         make_model(tmp_path / who, seed=seed, chat=True)
     for name, first in (("data", 0), ("held", 5)):
@@ -43,6 +44,7 @@ def run(tmp_path: Path) -> Path:
     settings = {
         **{who: str(tmp_path / who) for who in ("student", "teacher")},
         "data": str(tmp_path / "data.jsonl"),
+        "task": "exact",
         "steps": 1,
         "precision": "fp32",
         "rollout": {"prompts": 4, "max_new_tokens": 4},
@@ -50,6 +52,15 @@ def run(tmp_path: Path) -> Path:
     }
     runner.start(configuration.resolve(settings), tmp_path / "run").go()
     return tmp_path
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> Path:
+    """A copy of all that, whose settings name the copies."""
+    copy = Path(shutil.copytree(original, tmp_path / "copy"))
+    file = copy / "run" / "config.json"
+    file.write_text(file.read_text().replace(str(original), str(copy)))
+    return copy
 
 
 def edited(file: Path, **changes: Any) -> None:

@@ -19,6 +19,8 @@ from retort.train.models.models import local_teacher
 from retort.train.setup.contexts import need_context
 from retort.train.setup.prepare import Prepared, prepare
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 def prepared(settings: dict[str, Any], **method: Any) -> Prepared:
     bare = pipeline.for_method(settings, registry.load(**method))

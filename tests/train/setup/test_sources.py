@@ -41,6 +41,8 @@ from retort.train.source.cache import FILE, RolloutCache
 from retort.train.source.order import easy_to_hard
 from retort.train.storage import checkpoint
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 def changed(settings: dict[str, Any], **sections: Any) -> dict[str, Any]:
     return configuration.merge(settings, sections)

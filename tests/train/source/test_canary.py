@@ -19,6 +19,8 @@ from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.train import runner
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 #: A word of the tiny tokenizer's that no prompt and no answer has.
 CANARY = "add"
 READS_THE_ROW = [

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import killed
 from train.storage.test_survival import assert_same, changed, go
 
 from retort import config as configuration
@@ -27,6 +28,8 @@ from retort.train.events.observe import Silent
 from retort.train.output import export
 from retort.train.storage.folder import FILES, LOCK, Claim, refuse_taken
 from retort.train.storage.metrics import JsonLines
+
+pytestmark = pytest.mark.usefixtures("models_kept")
 
 SMALL = ["task=exact", "checks=warn", "precision=fp32", "steps=4", "rollout.prompts=4", "rollout.max_new_tokens=6"]
 SMALL += ["eval.problems=4", "eval.samples=2", "eval.max_new_tokens=6", "rollout.max_prompt_tokens=32"]
@@ -269,10 +272,10 @@ def test_the_second_process_is_told_who_is_at_work(
     assert run.step >= 1
 
 
-def test_a_killed_process_leaves_no_lock(at_work: tuple[subprocess.Popen[str], Path]) -> None:
-    process, out = at_work
-    process.kill()
-    process.wait()
+def test_a_killed_process_leaves_no_lock(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "live"
+    assert killed(tiny_run, out, 1) == -signal.SIGKILL
+    assert (out / LOCK).exists()
     Claim(out).take().release()
 
 

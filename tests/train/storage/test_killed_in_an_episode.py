@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from retort import config as configuration
 from retort.train import runner
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 #: Rooms that hang or kill the process in a turn of a step, once: the file that asks for it is taken away before.
 ROOMS = """
 import os

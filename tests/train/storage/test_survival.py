@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from forked import killed
 from safetensors.torch import load_file
+from support import tiny_settings
 
 from retort import config as configuration
 from retort.errors import RunError, UserError
@@ -21,6 +23,8 @@ from retort.train import runner
 from retort.train.events.observe import Silent
 from retort.train.storage import checkpoint
 from retort.train.storage.metrics import JsonLines
+
+pytestmark = pytest.mark.usefixtures("models_kept")
 
 
 def go(settings: dict[str, Any], folder: Path) -> runner.Run:
@@ -122,16 +126,23 @@ def test_steps_can_be_extended(tiny_run: dict[str, Any], tmp_path: Path) -> None
         assert torch.equal(tensor, weights(tmp_path / "short")[name])
 
 
-def test_steps_before_the_checkpoint_are_refused(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    go(tiny_run, tmp_path / "run")
+def test_steps_before_the_checkpoint_are_refused(finished: Path) -> None:
     with pytest.raises(UserError, match="is at step 4 already"):
-        runner.resume(tmp_path / "run", steps=2)
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 4
+        runner.resume(finished, steps=2)
+    assert json.loads((finished / "config.json").read_text())["steps"] == 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[..., Path], prompts_file: Path) -> Path:
+    """The run that `tiny_run` makes when nothing disturbs it; it is only read."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    go(tiny_settings(model_folder, prompts_file), folder)
+    return folder
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_saves_and_says_how_to_go_on(
-    tiny_run: dict[str, Any], tmp_path: Path, number: signal.Signals
+    tiny_run: dict[str, Any], tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:
     class Interrupter(Silent):
         def step(self, step: int, steps: int, metrics: object) -> None:
@@ -142,16 +153,15 @@ def test_interruption_saves_and_says_how_to_go_on(
     with pytest.raises(RunError, match=r"at step [12] of 4; everything is saved, go on with: retort train --resume"):
         run.go()
     runner.resume(tmp_path / "cut").go()
-    go(tiny_run, tmp_path / "whole")
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert_same(whole, tmp_path / "cut")
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
 def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_serves(
-    tiny_run: dict[str, Any], tmp_path: Path, name: str, harm: str
+    finished: Path, name: str, harm: str
 ) -> None:
-    folder = _run_once(tiny_run, tmp_path)
+    folder = finished
     file = folder / "checkpoints" / "step-4" / name
     content = file.read_bytes()
     if harm == "truncate":
@@ -170,21 +180,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_previous_one_serves(
     assert checkpoint.load(folder / "checkpoints" / "step-2").step == 2
 
 
-_DONE: dict[str, Path] = {}
+@pytest.fixture
+def finished(whole: Path, tmp_path: Path) -> Path:
+    """A copy of that run, to be damaged."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
 
 
-def _run_once(settings: dict[str, Any], tmp_path: Path) -> Path:
-    """A finished run, made once and copied for every test that damages it."""
-    import shutil
-
-    if "run" not in _DONE:
-        go(settings, tmp_path / "original")
-        _DONE["run"] = Path(shutil.copytree(tmp_path / "original", tmp_path.parent / "finished-run"))
-    return Path(shutil.copytree(_DONE["run"], tmp_path / "run"))
-
-
-def test_resume_from_the_previous_checkpoint_reaches_the_same_end(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    folder = _run_once(tiny_run, tmp_path)
+def test_resume_from_the_previous_checkpoint_reaches_the_same_end(finished: Path) -> None:
+    folder = finished
     wanted = weights(folder)
     (folder / "checkpoints" / "step-4" / "weights.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="weights.safetensors is truncated or was changed"):
@@ -195,7 +198,7 @@ def test_resume_from_the_previous_checkpoint_reaches_the_same_end(tiny_run: dict
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(
-    tiny_run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: dict[str, Any], tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = checkpoint.save_file, [0]
 
@@ -213,8 +216,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(
     assert left == ["step-2"]
     monkeypatch.undo()
     runner.resume(tmp_path / "run").go()
-    go(tiny_run, tmp_path / "whole")
-    assert_same(tmp_path / "whole", tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
@@ -245,8 +247,8 @@ def test_checkpoints_kept_are_the_newest_and_the_best(tiny_run: dict[str, Any], 
     assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-4", "step-5"]
 
 
-def test_a_finished_run_is_not_overwritten(tiny_run: dict[str, Any], tmp_path: Path) -> None:
-    folder = _run_once(tiny_run, tmp_path)
+def test_a_finished_run_is_not_overwritten(tiny_run: dict[str, Any], finished: Path) -> None:
+    folder = finished
     with pytest.raises(UserError, match="holds a run already; go on with --resume"):
         runner.start(configuration.resolve(tiny_run), folder)
 
@@ -295,7 +297,7 @@ def test_line_separators_inside_text_do_not_cut_a_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interruption_while_judging_says_how_to_go_on(
-    tiny_run: dict[str, Any], tmp_path: Path, number: signal.Signals
+    tiny_run: dict[str, Any], tmp_path: Path, whole: Path, number: signal.Signals
 ) -> None:
     class Interrupter(Silent):
         def phase(self, text: str, done: int, total: int) -> None:
@@ -305,15 +307,12 @@ def test_interruption_while_judging_says_how_to_go_on(
     with pytest.raises(RunError, match=r"at step 0 of 4; everything is saved, go on with: retort train --resume"):
         run.go()
     runner.resume(tmp_path / "cut").go()
-    go(tiny_run, tmp_path / "whole")
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    assert_same(whole, tmp_path / "cut")
 
 
 def test_another_teacher_or_student_is_not_resumed_with(
     model_folder: Callable[..., Path], tiny_run: dict[str, Any], tmp_path: Path
 ) -> None:
-    import shutil
-
     for role, message in (("teacher", "the teacher's weights changed"), ("student", "is another model")):
         own = Path(shutil.copytree(tiny_run[role], tmp_path / role))
         go(changed(tiny_run, **{role: str(own)}), tmp_path / f"run-{role}")

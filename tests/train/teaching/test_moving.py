@@ -42,6 +42,8 @@ from retort.train.setup.memory import forecast
 from retort.train.setup.pair import own_weights, without_idle_teacher
 from retort.train.setup.prepare import prepare
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 
 def hinted(scene: ViewInput) -> Prompt:
     """What the teacher sees: more than the student."""

@@ -15,6 +15,8 @@ from retort.cli.score import score
 from retort.errors import UserError
 from retort.train import runner
 
+pytestmark = pytest.mark.usefixtures("models_kept")
+
 NAMES, RATE = ["sums", "others"], "teacher_cache/hit_rate"
 
 
