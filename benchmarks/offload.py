@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-STEPS = 7
+STEPS = 5
 
 
 def teacher(folder: Path) -> None:
@@ -70,6 +70,7 @@ def one(place: str, folder: str) -> None:
         "eval": {"problems": 0},
         "checks": "skip",
         "attention": "sdpa",
+        "rollout": {"prompts": 8, "max_new_tokens": 24},
         "models": {"teacher": {"offload": place}},
     }
     with tempfile.TemporaryDirectory() as out:

@@ -44,7 +44,7 @@ def die_in_step(step: int, share: float) -> None:
             if last and calls >= share * last:
                 die()
 
-    def counted(run: Run) -> dict[str, Any]:
+    def counted(run: Run, *arguments: Any) -> dict[str, Any]:
         nonlocal calls, last
         if run.step + 1 == step - 1:
             sys.setprofile(count)
@@ -52,7 +52,7 @@ def die_in_step(step: int, share: float) -> None:
             calls, last = 0, calls
         elif run.step + 1 > step:
             die()
-        return one_step(run)
+        return one_step(run, *arguments)
 
     Run._one_step = counted
 
