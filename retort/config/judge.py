@@ -123,10 +123,11 @@ def changed_by(settings: Mapping[str, Any], *others: str) -> dict[str, Any]:
         UserError: One may not be changed.
     """
     found = flat(settings)
-    if others := sorted({*found, *others} - set(RAISED)):
+    refused = sorted({*found, *others} - set(RAISED))
+    if refused:
         raise UserError(
             "--resume keeps the settings of the run; only --steps may be given besides, and judge.budget_calls, "
-            f"_tokens or _money, not {others[0]}"
+            f"_tokens or _money, not {refused[0]}"
         )
     return found
 

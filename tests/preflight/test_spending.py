@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from retort.chat.budget import Budget, Prices
+from retort.core.grading import RubricPlan
+from retort.preflight.rubrics import rubric_purposes
 from retort.preflight.spending import Forecast, Purpose, forecast, spending_check
 
 #: As `ropd`: a rubric for each group, and its rollouts verified one by one; references are there for a tenth.
@@ -52,3 +54,14 @@ def test_a_budget_that_suffices_is_well() -> None:
     check = spending_check(forecast(320, 8, ASKED), Budget(calls=4000), steps=10, who="some model")
     assert check.verdict == "ok"
     assert check.saw.startswith("some model: about 3,010 calls")
+
+
+@pytest.mark.parametrize(("per_call", "calls", "each"), [(None, 1, 12), (1, 12, 1), (5, 3, 4)])
+def test_a_rubric_asks_for_answers_once_and_for_verdicts_in_so_many_calls(
+    per_call: int | None, calls: int, each: int
+) -> None:
+    plan = RubricPlan(references=4, per_call=per_call)
+    reference, rubric, verdicts = rubric_purposes(plan, samples=8, question=10, answer=100, visits=4)
+    assert (reference.calls, rubric.calls, verdicts.calls) == (1, 1, calls), "each prompt is come to four times"
+    assert rubric.prompt_tokens - (verdicts.prompt_tokens - each * 100) == 12 * 100 - 700
+    assert verdicts.completion_tokens == each * 40
