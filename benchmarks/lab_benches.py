@@ -56,11 +56,30 @@ def needs_more(method: str) -> bool:
     return made.needs_rewards is not None or any(view.render is not None for view in made.views.values())
 
 
+def asks_several(method: str) -> bool:
+    """Whether a method asks models besides student, teacher and base."""
+    known = {"student", "teacher", "base"}
+    return any(model not in known for view in registry.load(method).views.values() for model in view.models)
+
+
+def several() -> dict[str, Entry]:
+    """Every method that asks several teachers, and each of these teachers alone."""
+    second: Mapping[str, Any] = {"models": {"teacher_2": {"path": "coached:student"}}}
+    found = {
+        "gkd, JSD, first teacher": Entry("gkd", {"on_policy_fraction": 1.0, "temperature": 1.0}, shown="nothing"),
+        "mt_opd": Entry("mt_opd", {"temperature": 1.0, "top_p": 1.0}, "whole sampling", second, shown="nothing"),
+        "mad_opd": Entry("mad_opd", _WHOLE, "whole sampling; no tags, so equal weights", second, shown="a debate"),
+        "opad": Entry("opad", _WHOLE, "of one turn, so it is `mad_opd`", second, shown="a debate"),
+    }
+    rest = [name for name in registry.names() if asks_several(name) and name not in found]
+    return found | {name: Entry(name, run=second) for name in rest}
+
+
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
     for method in registry.names():
-        if needs_more(method):
+        if needs_more(method) or asks_several(method):
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
         found.update(own or {method: Entry(method)})
@@ -71,7 +90,7 @@ def itself() -> dict[str, Entry]:
     """Every method that the other bench leaves out, and its variants; before them the controls."""
     found = dict(_CONTROLS)
     for method in registry.names():
-        if needs_more(method):
+        if needs_more(method) and not asks_several(method):
             own = {name: entry for name, entry in _ITSELF.items() if entry.method == method}
             found.update(own or {method: Entry(method)})
     return {**found, **_PAIRED}
@@ -203,6 +222,9 @@ _PAIRED: Mapping[str, Entry] = {
 #: On prompts that cannot be compared with the others'.
 PAIRED = frozenset(_PAIRED)
 
+#: Sampling that cuts nothing off, for models that know a few words.
+_WHOLE: Mapping[str, Any] = {"temperature": 1.0, "top_p": 1.0, "debate_temperature": 1.0, "debate_top_p": 1.0}
+SEVERAL = Bench("lab-several", {**_COACHED, "teacher": "coached:teacher"}, 8, several)
 OUTSIDE = Bench("lab", _COUNTDOWN, 4, outside)
 ITSELF = Bench("lab-itself", _COACHED, 8, itself)
 #: The same at the learning rate of the task's recipe, for a section of the same page.
@@ -237,4 +259,10 @@ _AGENTS: Mapping[str, Entry] = {
     "atod": Entry("atod", {"anneal_steps": 20}, "annealed over 20 of 30 batches; the paper over 80"),
 }
 AGENTS = Bench("lab-agents", _ROOMS, 4, lambda: _AGENTS)
-BENCHES: Mapping[str, Bench] = {"outside": OUTSIDE, "itself": ITSELF, "itself-5e-4": FASTER, "agents": AGENTS}
+BENCHES: Mapping[str, Bench] = {
+    "outside": OUTSIDE,
+    "itself": ITSELF,
+    "itself-5e-4": FASTER,
+    "agents": AGENTS,
+    "several": SEVERAL,
+}

@@ -1,7 +1,8 @@
 """Templates of the texts that a teacher is shown. A run replaces any of them by name (`[templates]`).
 
 `frame` takes the prompt's own last turn as `{prompt}`, the sections one after another as `{sections}`, and `{closing}`.
-A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`.
+A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`, and
+`speech`, of one expert in a discussion, who that was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TEMPLATES: Mapping[str, str] = {
     "example": "Another problem, solved:\n<problem>\n{prompt}\n</problem>\n<response>\n{text}\n</response>",
     "expert": "You are expert {text} of several who discuss this question.",
     "discussion": "What the experts have said:\n<discussion>\n{text}\n</discussion>",
+    "speech": "[{prompt}]\n{text}",
     "debate_first": "Give your own answer, worked out step by step. The discussion with the other experts follows.",
     "debate_again": "Weigh what was said and give your answer anew, worked out step by step. You need not agree.",
     "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
@@ -43,7 +45,9 @@ TEMPLATES: Mapping[str, str] = {
 #: Placeholders that a template must hold.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "frame": ("prompt", "sections"),
-    **dict.fromkeys(("closing", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()),
+    **dict.fromkeys(
+        ("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()
+    ),
 }
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 

@@ -25,7 +25,12 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(lab: ModuleType, tmp_path: Path) -> None:
     outside, itself = (lab.BENCHES[name] for name in ("outside", "itself"))
     taking_part = {bench.name: {e.method for e in bench.entries().values()} for bench in (outside, itself)}
-    assert taking_part["lab"] | taking_part["lab-itself"] == set(registry.names())
+    several = {entry.method for entry in lab.BENCHES["several"].entries().values()}
+    assert taking_part["lab"] | taking_part["lab-itself"] | several == set(registry.names())
+    assert several - {"gkd"} == {"mad_opd", "mt_opd", "opad"}
+    assert (several - {"gkd"}).isdisjoint(taking_part["lab"] | taking_part["lab-itself"])
+    for job in lab.jobs(lab.BENCHES["several"], tmp_path, (), 1):
+        config.resolve(config.recipe("coached"), job.settings)
     assert taking_part["lab"].isdisjoint({"opsd", "sdpo", "rlsd", "opct", "uni_opd", "dopd"})
     assert taking_part["lab"] & taking_part["lab-itself"] == {"opd", "gkd"}  # controls
     for bench, task in ((outside, "countdown"), (itself, "coached")):
