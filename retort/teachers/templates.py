@@ -37,17 +37,13 @@ TEMPLATES: Mapping[str, str] = {
     "<summary>...</summary>.",
     "attempt": "An attempt at this question:\n<attempt>\n{text}\n</attempt>",
     "summary": "Another attempt, in a sentence:\n<summary>\n{text}\n</summary>",
-    "induce": "Do not answer the question. Write a short instruction that tells how to answer questions like these.",
-    "instruction": "An instruction for questions like this:\n<instruction>\n{text}\n</instruction>",
     "closing": "Now answer the original question in your own words, working it out step by step.",
 }
 
 #: Placeholders that a template must hold.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "frame": ("prompt", "sections"),
-    **dict.fromkeys(
-        ("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()
-    ),
+    **dict.fromkeys(("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise"), ()),
 }
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 

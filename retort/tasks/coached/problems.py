@@ -52,8 +52,6 @@ TEMPLATES: Mapping[str, str] = {
     "summarise": "",
     "attempt": "example {text} ;",
     "summary": "maybe {text} ;",
-    "induce": "",
-    "instruction": "maybe {text} ;",
     "closing": "",
 }
 
