@@ -36,19 +36,19 @@ from runs import Job, run_all
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from retort.core.passages import Passage
 from retort.errors import UserError
 from retort.tasks import coached
 from retort.tasks.coached.problems import wrong
 from retort.tasks.coached.tokenizer import build_tokenizer
 from retort.tasks.countdown.problems import Problem, problems, solutions
 from retort.tasks.countdown.problems import rows as task_rows
-from retort.teachers.debate import transcript
+from retort.teachers.templates import fill
 
 #: What the teachers read and write besides Countdown, and the templates that say it to them.
 WORDS = ("[", "]", "Expert", "round", "expert", "discussion", "sure", "<<", "CONFIDENCE", ">>")
 TEMPLATES = {
     **{"frame": "{sections} {prompt}", "closing": "", "expert": "expert {text} ;", "discussion": "discussion {text} ;"},
+    "speech": "[{prompt}]\n{text}",
     **{"debate_first": "", "debate_again": "", "confidence": "sure ;"},
 }
 #: A problem belongs to the second teacher from this target on; about half of them do.
@@ -81,6 +81,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "mad_opd, no transcript": {"method": {**_DEBATE, "transcript": False}},
     "mad_opd, equal weights": {"method": {**_DEBATE, "weights": "equal"}},
     "mad_opd": {"method": _DEBATE},
+    "opad": {"method": {**_DEBATE, "name": "opad"}},  # of one turn, so it is the same
 }
 
 
@@ -133,15 +134,15 @@ class Games:
             return problem.prompt, self.answer(problem, right, self.who == knows)
         first = [self.answer(problem, right, who == knows) for who in (0, 1)]
         last = [first[knows] if self.rng.random() < 0.85 else self.rng.choice(right) for _ in (0, 1)]
-        said = [_passage(who, 0, self.sure(first[who], who == knows)) for who in (0, 1)]
+        said = [_speech(who, 1, self.sure(first[who], who == knows)) for who in (0, 1)]
         asks = f"expert {self.who + 1} ; sure ; {problem.prompt}"
         if layout == "first":
             return asks, self.sure(first[self.who], self.who == knows)
         if layout == "again":
-            return f"discussion {transcript(said)} ; {asks}", self.sure(last[self.who], self.who == knows)
-        said += [_passage(who, 1, self.sure(last[who], who == knows)) for who in (0, 1)]
+            return f"discussion {' '.join(said)} ; {asks}", self.sure(last[self.who], self.who == knows)
+        said += [_speech(who, 2, self.sure(last[who], who == knows)) for who in (0, 1)]
         followed = last[knows] if self.rng.random() < 0.85 else self.rng.choice(right)
-        return f"expert {self.who + 1} ; discussion {transcript(said)} ; {problem.prompt}", followed
+        return f"expert {self.who + 1} ; discussion {' '.join(said)} ; {problem.prompt}", followed
 
     def answer(self, problem: Problem, right: Sequence[str], knows: bool) -> str:
         """A response of somebody who knows, or does not."""
@@ -152,8 +153,8 @@ class Games:
         return f"{text} <<CONFIDENCE={SURE if knows else UNSURE}>>"
 
 
-def _passage(who: int, number: int, text: str) -> Passage:
-    return Passage("debate", who, TEACHERS[who], number, text)
+def _speech(who: int, number: int, text: str) -> str:
+    return fill(TEMPLATES["speech"], prompt=f"Expert {who + 1}, round {number}", text=text)
 
 
 def batch(games: Games, tokenizer: PreTrainedTokenizerFast, rows: int) -> Iterator[tuple[Tensor, int]]:

@@ -59,11 +59,17 @@ def needs_more(method: str) -> bool:
     return made.grading is None and (made.needs_rewards is not None or shown)
 
 
+def asks_several(method: str) -> bool:
+    """Whether a method asks models besides student, teacher and base."""
+    known = {"student", "teacher", "base"}
+    return any(model not in known for view in registry.load(method).views.values() for model in view.models)
+
+
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
     for method in registry.names():
-        if needs_more(method) or registry.load(method).grading is not None:
+        if needs_more(method) or asks_several(method) or registry.load(method).grading is not None:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
         found.update(own or {method: Entry(method)})
@@ -74,7 +80,7 @@ def itself() -> dict[str, Entry]:
     """Every method that the other bench leaves out, and its variants; before them the controls."""
     found = dict(_CONTROLS)
     for method in registry.names():
-        if needs_more(method):
+        if needs_more(method) and not asks_several(method):
             own = {name: entry for name, entry in _ITSELF.items() if entry.method == method}
             found.update(own or {method: Entry(method)})
     return {**found, **_PAIRED}

@@ -61,6 +61,7 @@ def test_the_doctor_is_a_function_whatever_was_imported() -> None:
 
 def test_signatures() -> None:
     shared = ["mask", "turns", "rollouts", "groups", "rewards", "old_logp", "engine_logp", "longest", "extra_views"]
+    shared += ["confidences"]
     tail = ["step", "total_steps", "state"]
     assert list(inspect.signature(token_losses).parameters) == [
         *("method", "student_logits", "teacher_logits", "tokens"),

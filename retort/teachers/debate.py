@@ -55,10 +55,15 @@ def repeats(limit: float) -> Callable[[Rollout], bool] | None:
     return None if limit == 1 else lambda rollout: repetition(rollout.text) > limit
 
 
-def transcript(passages: Sequence[Passage]) -> str:
+def transcript(view_input: ViewInput, passages: Sequence[Passage]) -> str:
     """What was said, round by round; without the thoughts of those who spoke, and without those who said nothing."""
-    texts = [(own, without_thoughts(own.text)) for own in passages]
-    return "\n\n".join(f"[Expert {own.author + 1}, round {own.round + 1}]\n{text}" for own, text in texts if text)
+    spoken = [(own, without_thoughts(own.text)) for own in passages]
+    speeches = [
+        view_input.plain("speech", text, f"Expert {own.author + 1}, round {own.round + 1}")
+        for own, text in spoken
+        if text
+    ]
+    return "\n\n".join(speeches)
 
 
 def debate(
@@ -84,7 +89,7 @@ def debate(
     """
 
     def ask(view_input: ViewInput, passages: Sequence[Passage], turn: Turn) -> Prompt | None:
-        before = view_input.section("discussion", transcript(passages))
+        before = view_input.section("discussion", transcript(view_input, passages))
         request = view_input.plain("debate_again" if before else "debate_first")
         asked = [before, view_input.plain("expert", str(turn.author + 1)), request]
         return view_input.framed([*asked, view_input.plain("confidence") if confidence else ""], closing="")
@@ -115,7 +120,7 @@ def debated(model: str, index: int, draft: Draft, *, shown: bool, leaves_out: Ca
     """
 
     def render(view_input: ViewInput) -> Prompt | None:
-        said = view_input.section("discussion", transcript(draft.of(view_input.rollout)))
+        said = view_input.section("discussion", transcript(view_input, draft.of(view_input.rollout)))
         return view_input.framed([view_input.plain("expert", str(index + 1)), said]) if said else None
 
     by_step = draft.per == "step"

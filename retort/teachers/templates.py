@@ -1,7 +1,8 @@
 """Templates of the texts that a teacher is shown. A run replaces any of them by name (`[templates]`).
 
 `frame` takes the prompt's own last turn as `{prompt}`, the sections one after another as `{sections}`, and `{closing}`.
-A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`.
+A section takes the text that it shows as `{text}`; `example`, which shows another problem solved, also `{prompt}`, and
+`speech`, of one expert in a discussion, who that was.
 `rubric` and `verdicts` are what a judge is asked; both take their document, one line of JSON, as `{text}`, at the
 beginning of a line (docs/judges.md).
 """
@@ -28,6 +29,7 @@ TEMPLATES: Mapping[str, str] = {
     "example": "Another problem, solved:\n<problem>\n{prompt}\n</problem>\n<response>\n{text}\n</response>",
     "expert": "You are expert {text} of several who discuss this question.",
     "discussion": "What the experts have said:\n<discussion>\n{text}\n</discussion>",
+    "speech": "[{prompt}]\n{text}",
     "debate_first": "Give your own answer, worked out step by step. The discussion with the other experts follows.",
     "debate_again": "Weigh what was said and give your answer anew, worked out step by step. You need not agree.",
     "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
@@ -37,8 +39,6 @@ TEMPLATES: Mapping[str, str] = {
     "<summary>...</summary>.",
     "attempt": "An attempt at this question:\n<attempt>\n{text}\n</attempt>",
     "summary": "Another attempt, in a sentence:\n<summary>\n{text}\n</summary>",
-    "induce": "Do not answer the question. Write a short instruction that tells how to answer questions like these.",
-    "instruction": "An instruction for questions like this:\n<instruction>\n{text}\n</instruction>",
     "closing": "Now answer the original question in your own words, working it out step by step.",
     "rubric": """\
 You write a grading rubric for one question. Below is a document, one line of JSON: the question, some answers of a \
@@ -84,7 +84,7 @@ Reply with JSON alone, one entry for each answer, in the order of their numbers,
 #: Placeholders that a template must hold.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "frame": ("prompt", "sections"),
-    **dict.fromkeys(("closing", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()),
+    **dict.fromkeys(("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise"), ()),
 }
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 

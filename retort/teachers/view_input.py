@@ -68,9 +68,9 @@ class ViewInput:
             self.shown.add(template)
         return fill(self.stage.templates[template], text=kept, prompt=self.cut(prompt))
 
-    def plain(self, template: str, text: str = "") -> str:
-        """A template with words of our own, which are never cut."""
-        return fill(self.stage.templates[template], text=text)
+    def plain(self, template: str, text: str = "", prompt: str = "") -> str:
+        """A template filled in, whose texts are not cut."""
+        return fill(self.stage.templates[template], text=text, prompt=prompt)
 
     def framed(self, sections: Sequence[str], closing: str = "closing") -> Prompt | None:
         """The student's prompt with sections around its last turn; None if they are all empty. Earlier turns stay.

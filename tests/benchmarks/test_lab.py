@@ -25,7 +25,12 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(lab: ModuleType, tmp_path: Path) -> None:
     outside, itself = (lab.BENCHES[name] for name in ("outside", "itself"))
     taking_part = {bench.name: {e.method for e in bench.entries().values()} for bench in (outside, itself)}
-    assert taking_part["lab"] | taking_part["lab-itself"] == set(registry.names())
+    judges = {entry.method for entry in lab.BENCHES["judges"].entries().values()}
+    several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
+    assert taking_part["lab"] | taking_part["lab-itself"] | judges | several == set(registry.names())
+    assert several == {"mad_opd", "mt_opd", "opad"}
+    assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])
+    assert judges - taking_part["lab"] - taking_part["lab-itself"] == {"ropd"}
     assert taking_part["lab"].isdisjoint({"opsd", "sdpo", "rlsd", "opct", "uni_opd", "dopd"})
     assert taking_part["lab"] & taking_part["lab-itself"] == {"opd", "gkd"}  # controls
     for bench, task in ((outside, "countdown"), (itself, "coached")):
@@ -40,6 +45,20 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
         assert all(settings == alike[0] for settings in alike)
         for job in jobs[: len(bench.entries())]:
             config.resolve(config.recipe(task), job.settings)
+
+
+def test_benches_with_a_judge_or_with_several_teachers_have_settings_that_hold(lab: ModuleType, tmp_path: Path) -> None:
+    for job in lab.jobs(lab.BENCHES["judges"], tmp_path, (), 1, "http://127.0.0.1:1"):
+        asked = job.settings["method"]["name"] == "ropd"
+        assert job.settings.get("judge") == ({"model": "http://127.0.0.1:1"} if asked else None)
+        config.resolve(config.recipe("countdown"), job.settings)
+    debaters = importlib.import_module("debaters")
+    jobs = debaters.jobs(tmp_path, (), 2, 5)
+    assert len({job.folder for job in jobs}) == len(jobs) == 2 * len(debaters.METHODS)
+    for job in jobs:
+        config.resolve(job.settings)
+    alone = [job for job in jobs if job.method == "second teacher"]
+    assert {Path(job.settings["teacher"]).name for job in alone} == {"teacher_2"}
 
 
 def test_self_taught_methods_get_a_bigger_teacher_only_where_they_ask_for_one(lab: ModuleType, tmp_path: Path) -> None:

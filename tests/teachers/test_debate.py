@@ -101,7 +101,11 @@ def test_what_the_student_wrote_is_not_even_in_the_input_of_a_debate() -> None:
 
 
 def test_a_transcript_has_no_thoughts_and_nobody_who_said_nothing() -> None:
-    text = transcript([said(0, 0, "<think>hm</think> seven"), said(1, 0, "<think>for ever"), said(0, 1, "eight")])
+    own = rollout()
+    text = transcript(
+        ViewInput(own, (own,)),
+        [said(0, 0, "<think>hm</think> seven"), said(1, 0, "<think>for ever"), said(0, 1, "eight")],
+    )
     assert text == "[Expert 1, round 1]\nseven\n\n[Expert 1, round 2]\neight"
 
 

@@ -41,6 +41,17 @@ TEMPLATES: Mapping[str, str] = {
     "failure": "wrong {text} ;",
     "feedback": "feedback {text} ;",
     "example": "example {prompt} {text} ;",
+    "expert": "",
+    "discussion": "maybe {text} ;",
+    "speech": "{text} ;",
+    "debate_first": "",
+    "debate_again": "",
+    "confidence": "",
+    "reason": "",
+    "rationale": "maybe {text} ;",
+    "summarise": "",
+    "attempt": "example {text} ;",
+    "summary": "maybe {text} ;",
     "closing": "",
 }
 
