@@ -153,14 +153,13 @@ def jobs(folder: Path, only: Sequence[str]) -> list[Job]:
 def table(folder: Path) -> str:
     """Success, turns and the divergence by turn, before and after."""
     lines: list[list[Any]] = []
-    for job in jobs(folder, ()):
-        if not job.finished:
-            continue
+    for job in (own for own in jobs(folder, ()) if own.finished):
+        anchors = not lines
         found = json.loads((job.folder / "eval.json").read_text())
         rows = {row["who"]: row for row in found["rows"]}
         seconds = sum(json.loads(line)["time/step"] for line in (job.folder / "metrics.jsonl").read_text().splitlines())
         for who, row in rows.items():
-            if who != "student after" and lines:
+            if who != "student after" and not anchors:
                 continue
             by_turn = found["profile"].get(who, {}).get("by_turn", {}).get("reverse_kl", [])
             shown = ", ".join("–" if value is None else f"{value:.2f}" for value in by_turn[:8])
