@@ -168,15 +168,22 @@ def clients(arguments: argparse.Namespace) -> str:
     folder, rows = model_folder(arguments.models), list[list[Any]]()
     with servers.ours(folder, "precision=fp32", "device=cpu") as server, Clients(server.url, max(COUNTS)) as all_:
         rates: dict[tuple[str, int], list[list[float]]] = {}
+        busy = dict.fromkeys(itertools.product(SHARED, COUNTS), 0.0)
         for _ in range(arguments.rounds):
-            for kind, count in itertools.product(SHARED, COUNTS):
+            for kind, count in busy:
+                before = server.cpu()
                 rates.setdefault((kind, count), []).append(all_.score(kind, count))
+                busy[kind, count] += server.cpu() - before
     for (kind, count), found in rates.items():
         together = measure.median([sum(own) for own in found])
         alone = measure.median([sum(own) for own in rates[kind, 1]])
         each = measure.median([1000 / rate for own in found for rate in own])
-        rows.append([kind, count, each, together, f"{together / alone:.2f}"])
-    return measure.markdown(("asked for", "clients", "ms/token, each", "tokens/s, together", "of one alone"), rows)
+        work = 1000 * busy[kind, count] / (arguments.rounds * count * SIZES[0] * SIZES[1] * SIZES[2])
+        rows.append([kind, count, each, together, f"{together / alone:.2f}", work])
+    return measure.markdown(CLIENTS, rows)
+
+
+CLIENTS = "asked for", "clients", "ms/token, each", "tokens/s, together", "of one alone", "CPU ms/token, server"
 
 
 class Clients:
