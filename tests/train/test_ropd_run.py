@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chatting import ChatServer
 from ruled import SUMS, in_thread
 
 from retort import config as configuration
-from retort.errors import UnreachableError, UserError
+from retort.errors import BudgetSpentError, UnreachableError, UserError
 from retort.serve.rules import Rules
 from retort.train import runner
 
@@ -125,6 +126,38 @@ def test_a_judge_that_mostly_fails_ends_the_run_in_a_line(settings: Settings, tm
     )
     assert "\n" not in said and "everything is saved at step 0 of 2" in said
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not metrics(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChatServer]:
+    """A process that answers every question, by JSON of another schema."""
+    found = ChatServer(tmp_path_factory.mktemp("chat"))
+    yield found
+    found.end()
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("-", "form: criteria: Field required"), ("french", "form"), ("cut", "cut"), ("empty", "empty"), ("500", "http")],
+)
+def test_nonsense_is_never_a_reward(
+    settings: Settings, server: ChatServer, fault: str, reason: str, tmp_path: Path
+) -> None:
+    """The teacher's answers come, two for each of four prompts; whoever should draw a rubric says something else."""
+    server.fails(*["-"] * 8, *[fault] * 20)
+    run = runner.start(settings(server.url), tmp_path / "run")
+    with pytest.raises(UnreachableError, match=f"for 4 of 4 groups.*; the last: {reason}"):
+        run.go()
+
+
+def test_a_budget_ends_the_run_which_goes_on_with_a_higher_one(
+    settings: Settings, whole: Path, url: str, tmp_path: Path
+) -> None:
+    run = runner.start(settings(url, judge={"budget_calls": 20}), tmp_path / "run")
+    with pytest.raises(BudgetSpentError, match="saved at step 1 of 2"):
+        run.go()
+    runner.resume(tmp_path / "run", changed={"judge.budget_calls": 100}).go()
+    assert weights(tmp_path / "run") == weights(whole)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
