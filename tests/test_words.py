@@ -45,8 +45,8 @@ SAY = {
     "writes": "generates (a model)",
     "written": "generated (by a model)",
 }
-#: Plain verbs, which a heading may use.
-PLAIN = {"said", "says", "tells", "told", "write", "writes", "written"}
+#: Plain verbs, which a heading may use, and the field's noun for a model that grades (LLM as a judge).
+PLAIN = {"said", "says", "tells", "told", "write", "writes", "written", "judge", "judges"}
 _FILE = "writes a file"
 _ASKED = "a model that grades is the field's LLM as a judge; the section of settings is named so, and its file"
 _IN_PLACE = "tensors are exchanged in place, as PyTorch says it"
