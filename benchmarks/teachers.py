@@ -61,7 +61,7 @@ SIZES = (4, 2, 32)
 #: Kinds that `clients` ask for: with the first the server multiplies with the head, with the second the client does.
 SHARED = tuple(KINDS)[1], tuple(KINDS)[4]
 #: Clients at once.
-COUNTS = (1, 2, 4)
+COUNTS: tuple[int, ...] = (1, 2, 4)
 
 
 def model_folder(folder: Path) -> str:
