@@ -139,8 +139,8 @@ def load(config: Config, path: str, name: str, caller_objects: CallerObjects | N
     source = source_of(config.server, path, name, caller_objects, student=config.student)
     if isinstance(source, Endpoint):
         raise UserError(
-            f"{path}: a server of completions has no whole model to give, only scores as the teacher of a run; serve the "
-            "model with `retort serve`, or name its folder"
+            f"{path}: a server of completions has no whole model to give, only scores as the teacher of a run; serve "
+            "the model with `retort serve`, or name its folder"
         )
     device = torch.device(device_for(config))
     as_student = name == "student" or (name == "base" and config.base is None)
