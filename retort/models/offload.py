@@ -11,6 +11,7 @@ generated token is a pass, too, and would read the model again.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from torch.nn import Parameter
 from retort.errors import UserError
 from retort.models.weight_files import weight_files
 
+#: Bytes at whose multiples a weight begins in memory, as torch has it: products may be computed otherwise elsewhere.
+_ALIGNED = 64
 #: Where the weights of a frozen model wait: in the memory of the host, or in the model's own files.
 Storage = Literal["cpu", "disk"]
 
@@ -182,6 +185,11 @@ class _Kept:
     key: str
     dtype: torch.dtype
     device: torch.device
+    shape: torch.Size
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class InFiles:
@@ -208,7 +216,7 @@ class InFiles:
         for file, key in keys:
             # A name in the files may have a prefix of the family's, such as that of the text model of a larger one.
             if key == name or key.endswith(f".{name}"):
-                place = _Kept(file, key, weight.dtype, weight.device)
+                place = _Kept(file, key, weight.dtype, weight.device, weight.shape)
                 if _same(_of(place, files), weight):
                     return place
         raise UserError(
@@ -223,8 +231,16 @@ class InFiles:
             UserError: A file was changed since the model was loaded, or is gone.
         """
         with self._opened() as files:
-            for place in self._places:
-                yield _of(place, files)
+            if not self._places or self._places[0].device.type != "cpu":
+                yield from (_of(place, files) for place in self._places)
+                return
+            # In one piece of memory, which goes back to the system when they leave; small ones may stay in the heap.
+            sizes = [place.bytes for place in self._places]
+            starts = [0, *itertools.accumulate(-(-size // _ALIGNED) * _ALIGNED for size in sizes)]
+            whole = torch.empty(starts[-1], dtype=torch.uint8)
+            for place, start, size in zip(self._places, starts, sizes, strict=False):
+                own = whole[start : start + size].view(place.dtype).view(place.shape)
+                yield own.copy_(files[place.file].get_tensor(place.key))
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Mapping[Path, Any]]:
