@@ -242,7 +242,7 @@ def test_what_can_be_called_is_a_function_whatever_else_it_has() -> None:
 
 def test_a_method_that_learns_from_rewards_needs_a_grade_for_every_completion() -> None:
     group = list(group_of(PROMPT, ["1", "2"]))
-    method: Any = SimpleNamespace(name="rlsd", needs_rewards="advantage")
+    method: Any = SimpleNamespace(name="rlsd", needs_rewards="advantage", grading=None)
     source: Any = SimpleNamespace(grader=ObjectGrader(Says([1.0, None]), "mine"))
     with pytest.raises(
         UserError, match="verifier 'mine', row 'row-1': it gave a completion no grade, and method 'rlsd'"

@@ -202,12 +202,15 @@ def test_a_judge_that_is_killed_ends_the_run_which_goes_on_to_the_same_weights(
         assert process.stdout is not None
         return process, int(re.search(r":(\d+);", process.stdout.readline())[1])  # type: ignore[index]
 
+    def killed(process: subprocess.Popen[str]) -> None:
+        process.kill()
+        process.communicate()
+
     process, port = served(0)
 
     class Killer:
         def on_step(self, run: Any, row: Any) -> None:
-            process.kill()
-            process.wait()
+            killed(process)
 
     folder = tmp_path / "run"
     asked = settings(f"http://127.0.0.1:{port}", **countdown)
@@ -220,6 +223,5 @@ def test_a_judge_that_is_killed_ends_the_run_which_goes_on_to_the_same_weights(
     try:
         runner.resume(folder).go()
     finally:
-        process.kill()
-        process.wait()
+        killed(process)
     assert weights(folder) == weights(tmp_path / "whole")
