@@ -92,7 +92,8 @@ def debate(
         before = view_input.section("discussion", transcript(view_input, passages))
         request = view_input.plain("debate_again" if before else "debate_first")
         asked = [before, view_input.plain("expert", str(turn.author + 1)), request]
-        return view_input.framed([*asked, view_input.plain("confidence") if confidence else ""], closing="")
+        framed = view_input.framed([*asked, view_input.plain("confidence") if confidence else ""], closing="")
+        return framed or view_input.prompt  # of templates without words nothing is left but the question
 
     return Draft(
         "debate",

@@ -11,12 +11,13 @@ from retort.core.passages import Passage
 from retort.core.rollouts import Message, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
+from retort.tasks.coached import TEMPLATES as COACHED
 from retort.teachers.debate import debate, debated, read_confidence, repeats, repetition, transcript
 from retort.teachers.drafts import Author, Draft, Turn, blind
 from retort.teachers.moving import live, trust_region
 from retort.teachers.rationale import reasoned
 from retort.teachers.summaries import excerpt, summaries, summary_of
-from retort.teachers.view_input import ViewInput
+from retort.teachers.view_input import Stage, ViewInput
 
 PROMPT = Prompt("p", (Message("system", "Be brief."), Message("user", "What is 3 + 4?")), privileged={"solution": "7"})
 
@@ -89,6 +90,16 @@ def test_the_first_round_sees_nobody_and_later_ones_see_all_earlier_ones() -> No
     assert "<<CONFIDENCE=N>>" in first
     assert "<<CONFIDENCE=N>>" in again
     assert "CONFIDENCE" not in asked(debate(["teacher"], confidence=False), [], Turn(0, 0, last=True))
+
+
+def test_with_templates_without_words_the_question_alone_is_asked() -> None:
+    own = blind(rollout())
+    words = ViewInput(own, (own,), Stage(COACHED))
+    written = debate(["teacher"])
+    assert written.ask(words, [], Turn(0, 0, last=False)) is PROMPT
+    again = written.ask(words, [said(0, 0, "3 + 4 = 7")], Turn(0, 1, last=True))
+    assert again is not None
+    assert again.messages[-1].content == "maybe 3 + 4 = 7 ; What is 3 + 4?"
 
 
 def test_what_the_student_wrote_is_not_even_in_the_input_of_a_debate() -> None:

@@ -42,7 +42,7 @@ TEMPLATES: Mapping[str, str] = {
     "feedback": "feedback {text} ;",
     "example": "example {prompt} {text} ;",
     "expert": "",
-    "discussion": "maybe {text} ;",
+    "discussion": "maybe {text}",
     "speech": "{text} ;",
     "debate_first": "",
     "debate_again": "",
