@@ -22,7 +22,7 @@ from retort.chat.fence import between
 from retort.cli.commands import main
 from retort.core.rollouts import Group, Message, Prompt
 from retort.errors import BudgetSpentError, UserError
-from retort.rewards.base import Grade
+from retort.rewards.base import Grade, Grader
 from retort.train import runner
 from retort.train.runner import Run
 
@@ -36,19 +36,18 @@ def digest(text: str) -> str:
         raise Unusable("it is no JSON") from None
 
 
-class ByAnswers:
+class ByAnswers(Grader):
     """A grader whose reward is a number that the asked model gives; a group with a failure gets none but zeros."""
-
-    name, explains, given_up = "answers", False, 0
 
     def __init__(self, asker: Asking) -> None:
         self.asker = asker
 
+    @property
+    def name(self) -> str:
+        return "answers"
+
     def can_grade(self, prompt: Prompt) -> bool:
         return True
-
-    def start_batch(self) -> None:
-        return
 
     def grade(self, group: Group) -> list[Grade | None]:
         texts = [between(f"{own.prompt.text} {own.text}") for own in group]
