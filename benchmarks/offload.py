@@ -2,7 +2,7 @@
 
     python benchmarks/offload.py
 
-A student of 1 million parameters learns from a teacher of random weights, of 160 million. Each run is a process of its
+A student of 1 million parameters learns from a teacher of random weights, of 131 million. Each run is a process of its
 own. Printed are seconds of the teacher's part of a step, the median, and the memory of the process (resident, without
 the pages of files) when a step was learnt, and at its peak.
 """
