@@ -29,7 +29,8 @@ def prepared(settings: dict[str, Any], **method: Any) -> Prepared:
 
 def coached(data: str, **method: Any) -> Prepared:
     small = {"data": data, "eval": {"problems": 0}, "steps": 2}
-    return prepare(api.assemble({**small, "method": method}))
+    more = pipeline.for_method({"student": "coached:student"}, registry.load(**method)).get("models", {})
+    return prepare(api.assemble({**small, "method": method, **({"models": more} if more else {})}))
 
 
 @pytest.mark.parametrize("name", ["sdpo", "peer_opd"])
