@@ -326,7 +326,7 @@ class Run:
         self.source.restore(found.parts)
         self.teachers.restore(found.parts)
         self.best = tuple(found.state["best"]) if found.state["best"] else None
-        self._advised, self.probes.owed = set(found.state["advised"]), found.state.get("owes_probe", False)
+        self._advised, self.probes.owed = set(found.state["advised"]), found.state["owes_probe"]
         if self.prepared.steps < self.step:
             raise UserError(f"{path} is at step {self.step} already; --steps {self.prepared.steps} lies before it")
         self.origin = self._saved = path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.delitem(sys.modules, "teachers", raising=False)  # a folder of tests has the same name
     return SimpleNamespace(**{name: importlib.import_module(name) for name in ("servers", "scored_work", "teachers")})
 
 

@@ -17,7 +17,12 @@ from retort.method import Method
 
 NAMES = registry.names()
 #: Methods whose loss depends on which turn a token is of.
-READ_TURNS: list[tuple[str, dict[str, Any]]] = [("sod", {}), ("atod", {}), ("tcod", {"reduction": "turns"})]
+READ_TURNS: list[tuple[str, dict[str, Any]]] = [
+    ("sod", {}),
+    ("atod", {}),
+    ("opad", {}),
+    ("tcod", {"reduction": "turns"}),
+]
 #: In the toy's turns of three tokens, the last one is what the environment replied.
 REPLY = 2
 

@@ -19,7 +19,7 @@ from retort.methods.uni_opd import Balance, Margin, uni_opd
 from retort.methods.unisd import Agreement, Contrastive, unisd
 from retort.train.given.arguments import refuse_twice
 
-GROUPED = ("peer_opd", "ropd", "uni_opd", "unisd")
+GROUPED = ("mad_opd", "mt_opd", "opad", "peer_opd", "ropd", "uni_opd", "unisd")
 
 
 @pytest.mark.parametrize("name", registry.names())
@@ -35,7 +35,7 @@ def test_the_single_settings_are_those_that_there_were() -> None:
     words += "contrastive_coef contrastive_margin matching_coef divergence_coef cap cap_quantile samples temperature"
     assert set(registry.defaults("unisd")) == set(words.split())
     words = "successes failures failure_when threshold feedback thoughts choice divergence teacher_weight top_k tail "
-    words += "reduction teacher update_rate ratio_cap truncation samples temperature"
+    words += "reduction teacher update_rate ratio_cap truncation samples temperature summaries summary summary_tokens"
     assert set(registry.defaults("peer_opd")) == set(words.split())
     words = "balance balance_scope calibration margin margin_gap margin_scope margin_direction margin_retained "
     words += "margin_over gap_limit clip_low clip_high success_threshold reduction difficulty samples temperature"

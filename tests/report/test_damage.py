@@ -170,7 +170,7 @@ def test_a_state_that_was_written_wrongly_is_refused_though_its_digest_fits(fini
     place = finished / "checkpoints" / "step-2"
     good = json.loads((place / "state.json").read_text())
     changes: list[Any] = [
-        {name: odd} for name in ("step", "updates", "best", "advised", "data", "run") for odd in (3.5, {})
+        {name: odd} for name in ("step", "updates", "best", "advised", "data", "run", "owes_probe") for odd in (3.5, {})
     ]
     for changed in [*changes, {"run": {"settings": 1}}, {"models": 3.5}, {"best": [1]}, {"step": 10**400}]:
         written = json.dumps({**good, **changed}).encode()

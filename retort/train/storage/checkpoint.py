@@ -34,9 +34,9 @@ from retort.train.storage.slices import Stored, save_slices
 #: The format of what is written here. Raise it whenever a run could not go on from an earlier checkpoint with the
 #: numbers it would have had: a tensor or a key of `state.json` is new, gone, or means something else. Checkpoints of
 #: other formats are refused, so no code need know how they looked. One that names no format is of the first.
-FORMAT = 2
+FORMAT = 3
 #: Keys of `state.json` besides `step` and `format` that every checkpoint of this format has.
-_KEYS = ("updates", "begun", "best", "data", "models", "remote", "start", "precision", "advised", "run")
+_KEYS = ("updates", "begun", "best", "data", "models", "remote", "start", "precision", "advised", "run", "owes_probe")
 _NAME = re.compile(r"step-(\d+)$")
 #: What holds tensors: files of these names that one process wrote, or folders that several ranks wrote.
 _GROUPS = ("weights", "optimizer", "parts")
@@ -261,6 +261,8 @@ def _odd(path: Path, state: Mapping[str, Any]) -> str | None:
     advised, run = state["advised"], state["run"]
     if not isinstance(advised, list) or not all(isinstance(name, str) for name in advised):
         return "does not say which advice was given"
+    if type(state["owes_probe"]) is not bool:
+        return "does not say whether a probe is owed"
     if not isinstance(state["models"], Mapping):
         return "does not say which models it was made with"
     parts = [run.get(name) for name in ("settings", "digests", "versions")] if isinstance(run, Mapping) else [None]

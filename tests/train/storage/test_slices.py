@@ -35,7 +35,7 @@ STATE: dict[str, Any] = {
         "start": None,
         "precision": "fp32",
     },
-    **{"advised": [], "run": {"settings": {}, "digests": {}, "versions": {}}},
+    **{"owes_probe": False, "advised": [], "run": {"settings": {}, "digests": {}, "versions": {}}},
 }
 #: The first dimension of one is divided by no number of ranks, of one is less than they are.
 SHAPES = {"embedding": (7, 3), "norm": (5,), "head": (1, 4), "cube": (2, 3, 2)}
