@@ -187,7 +187,10 @@ def test_a_checkpoint_of_another_format_is_refused_whoever_reads_it(
     (place / "weights.safetensors").unlink()  # another format may have other files
     for state, said in [
         ({name: value for name, value in good.items() if name not in ("format", "run")}, "is of format 1, and"),
-        ({**good, "format": 3}, f"is of format 3, and .* that wrote it \\('{retort.__version__}'\\)$"),
+        (
+            {**good, "format": checkpoint.FORMAT + 1},
+            f"is of format {checkpoint.FORMAT + 1}, and .* that wrote it \\('{retort.__version__}'\\)$",
+        ),
         ({**good, "format": "\x1b[2J\n"}, r"is of format '\\x1b\[2J\\n', and"),
         ({**good, "format": True}, "is of format True, and"),
     ]:
