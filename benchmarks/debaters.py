@@ -36,11 +36,13 @@ from runs import Job, run_all
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from retort.align.text import decode
 from retort.errors import UserError
 from retort.tasks import coached
 from retort.tasks.coached.problems import wrong
 from retort.tasks.coached.tokenizer import build_tokenizer
-from retort.tasks.countdown.problems import Problem, problems, solutions
+from retort.tasks.countdown.build import sample
+from retort.tasks.countdown.problems import Problem, check, problems, solutions
 from retort.tasks.countdown.problems import rows as task_rows
 from retort.teachers.templates import fill
 
@@ -55,8 +57,10 @@ TEMPLATES = {
 SECOND_FROM = 25
 SURE, UNSURE = 90, 30
 CONTEXT = 256
-HELD_OUT = 200
+HELD_OUT, SAMPLES = 200, 8
 TEACHERS = ("teacher", "teacher_2")
+#: Their names where each prompt has its own.
+ROUTED = ("first", "second")
 
 TRAINING: dict[str, Any] = {
     **{"steps": 40, "precision": "fp32", "threads": 1, "task": "countdown", "templates": TEMPLATES},
@@ -65,7 +69,7 @@ TRAINING: dict[str, Any] = {
         **{"learning_rate": 5e-4, "schedule": "cosine", "warmup": 5, "beta2": 0.98, "weight_decay": 0.0},
         **{"updates": 1, "batch_tokens": 16384, "grad_clip": 1.0},
     },
-    "eval": {"problems": HELD_OUT, "samples": 8, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 14},
+    "eval": {"problems": HELD_OUT, "samples": SAMPLES, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 14},
     "checkpoint": {"every": 0},
     "record": {"rollouts": 1},
 }
@@ -77,7 +81,7 @@ METHODS: Mapping[str, Mapping[str, Any]] = {
     "first teacher": {"method": _ONE},
     "second teacher": {"method": _ONE, "teacher": "teacher_2"},
     "mt_opd": {"method": {"name": "mt_opd", **_ALL}},
-    "routed": {"method": _ONE, "teachers": {"models": list(TEACHERS), "combine": "route"}},
+    "routed": {"method": _ONE, "teachers": {"models": list(ROUTED), "combine": "route"}},
     "mad_opd, no transcript": {"method": {**_DEBATE, "transcript": False}},
     "mad_opd, equal weights": {"method": {**_DEBATE, "weights": "equal"}},
     "mad_opd": {"method": _DEBATE},
@@ -200,7 +204,7 @@ def make(folder: Path, recipe: Recipe) -> int:
     tokenizer, start = vocabulary(), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     for name, split, count in (("rows", "train", None), ("held-out", "held_out", HELD_OUT)):
-        rows = [{**row, "domain": TEACHERS[half(int(row["answer"]))]} for row in task_rows(split, count)]
+        rows = [{**row, "domain": ROUTED[half(int(row["answer"]))]} for row in task_rows(split, count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     _save(grown(coached.student_path(), tokenizer, recipe.seed), tokenizer, folder / "student")
     for who, name in enumerate(TEACHERS):
@@ -225,7 +229,7 @@ def jobs(folder: Path, only: Sequence[str], seeds: int, steps: int) -> list[Job]
             if only and name not in only:
                 continue
             first = str(folder / own.get("teacher", "teacher"))
-            judged = {**TRAINING["eval"], "data": str(folder / "held-out.jsonl"), "teacher": "method" in own}
+            judged = {**TRAINING["eval"], "data": str(folder / "held-out.jsonl"), "teacher": False}
             settings = {
                 **{**TRAINING, **own, "steps": steps},
                 **{"student": str(folder / "student"), "teacher": first, "data": str(folder / "rows.jsonl")},
@@ -233,7 +237,9 @@ def jobs(folder: Path, only: Sequence[str], seeds: int, steps: int) -> list[Job]
             }
             if "teachers" in own:
                 del settings["teacher"]
-                settings["models"]["teacher"] = {"path": first}
+                settings["models"] = {
+                    one: {"path": str(folder / other)} for one, other in zip(ROUTED, TEACHERS, strict=True)
+                }
             elif own["method"].get("teachers") == 1:
                 del settings["models"]
             place = folder / "runs" / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
@@ -241,32 +247,36 @@ def jobs(folder: Path, only: Sequence[str], seeds: int, steps: int) -> list[Job]
     return found
 
 
-def halves(folder: Path, who: str) -> list[float]:
-    """Share of right responses of one model to the problems of each half, and to all."""
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    own = [(half(int(row["prompt"].split()[0])), row["reward"]) for row in rows if row["who"] == who]
-    parts = [[reward for place, reward in own if place in kept] for kept in ((0,), (1,), (0, 1))]
-    return [100 * statistics.mean(part) for part in parts] if all(parts) else []
+def halves(path: Path) -> list[float]:
+    """Share of right responses of a model to the problems of each half, and to all, in %; sampled alike for all."""
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    prompts = [row["prompt"] for row in task_rows("held_out", HELD_OUT)]
+    encoded = torch.tensor(tokenizer(prompts).input_ids).repeat_interleave(SAMPLES, 0)
+    drawn = sample(model, encoded, torch.Generator().manual_seed(0)).tolist()
+    right: tuple[list[bool], list[bool]] = ([], [])
+    for at, tokens in enumerate(drawn):
+        prompt, end = prompts[at // SAMPLES], tokenizer.eos_token_id
+        text = decode(tokenizer, tokens[: tokens.index(end) if end in tokens else 0])  # no end is wrong
+        right[half(int(prompt.split()[0]))].append(check(prompt, text))
+    return [100 * statistics.mean(part) for part in (*right, right[0] + right[1])]
 
 
 def table(folder: Path, seeds: int, steps: int) -> str:
-    """Right responses by half, with the spread over seeds."""
+    """Right responses by half, with the spread over seeds; the models themselves first."""
     done = [job for job in jobs(folder, (), seeds, steps) if job.finished]
-    lines: list[list[Any]] = []
-    for who, name in (("teacher", "first teacher"), ("teacher", "second teacher"), ("student before", "mt_opd")):
-        found = [halves(job.folder, who) for job in done if job.method == name]
-        if any(found):
-            label = who if who != "teacher" else f"the {name} itself"
-            lines.append([label, "–", *_cells([own for own in found if own]), "–"])
+    anchors = (("student before", "student"), ("the first teacher itself", "teacher"))
+    lines: list[list[Any]] = [
+        [label, "–", *_cells([halves(folder / name)]), "–"]
+        for label, name in (*anchors, ("the second teacher itself", "teacher_2"))
+    ]
     for name in METHODS:
         own = [job for job in done if job.method == name]
         if own:
             spent = [sum(line["time/step"] for line in _lines(job.folder)) for job in own]
-            lines.append(
-                [name, len(own), *_cells([halves(job.folder, "student after") for job in own]), f"{min(spent):.0f}"]
-            )
-    header = ["", "seeds", "first half, %", "second half, %", "all, %", "seconds"]
-    return measure.markdown(header, lines)
+            cells = _cells([halves(job.folder / "model") for job in own])
+            lines.append([name, len(own), *cells, f"{min(spent):.0f}"])
+    return measure.markdown(["", "seeds", "first half, %", "second half, %", "all, %", "seconds"], lines)
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
