@@ -26,7 +26,7 @@ from retort.train.models.models import engine, load
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
-__all__ = ["FILE", "asker", "check_settings", "open_record", "talks"]
+__all__ = ["FILE", "asker", "check_settings", "open_record", "step_metrics", "talks"]
 
 #: The record of a run: what was asked and answered.
 FILE = "judge.jsonl"
@@ -161,6 +161,23 @@ def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     if own.path.exists():
         own.replace([again_after(row, done) for row in own.rows()])
     asking.open(rows, own.append, lambda: step() + 1, ways=here().size)
+
+
+def step_metrics(asking: Asking) -> dict[str, float]:
+    """What all ranks together spent in a step, for its metrics; all of them call it.
+
+    Each then knows what the others were answered, so that a prompt that comes to another rank later is not asked about
+    once more.
+
+    Args:
+        asking: Who is asked.
+    """
+    total: dict[str, float] = {}
+    for news, own in here().each(lambda: (asking.record.news(), asking.metrics())):
+        asking.record.learn(news)
+        for name, value in own.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _files(path: Path) -> list[Path]:
