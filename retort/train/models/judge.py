@@ -21,12 +21,13 @@ from retort.models.lm import LanguageModel
 from retort.models.stored import StoredModel
 from retort.ranks import here
 from retort.rollout.chat import LocalChat
+from retort.rollout.engines.hf import HFEngine
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import engine, load
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
-__all__ = ["FILE", "asker", "check_settings", "open_record", "step_metrics", "talks"]
+__all__ = ["FILE", "asker", "check_settings", "loaded_judge", "open_record", "step_metrics", "talks"]
 
 #: The record of a run: what was asked and answered.
 FILE = "judge.jsonl"
@@ -139,6 +140,13 @@ def talks(config: Config, lm: LanguageModel) -> LocalChat:
         fingerprint=fingerprint_of(lm, digests_of(lm)),
         batch=config.rollout.parallel,
     )
+
+
+def loaded_judge(asking: Asking | None) -> LanguageModel | None:
+    """The model of this process that is asked; None where there is none, or another process answers."""
+    model = None if asking is None else asking.model
+    engine_of = model.engine if isinstance(model, LocalChat) else None
+    return engine_of.lm if isinstance(engine_of, HFEngine) else None
 
 
 def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
