@@ -82,3 +82,20 @@ class Process:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+
+
+class Judge:
+    """A process with the judge by rules of Countdown, as a user starts it; it is none of the ranks that need it."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-u", "-m", "retort", "serve", "rules:countdown", "--port", "0"]
+        ranked = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in ranked}
+        environment |= {"PYTHONPATH": str(HERE.parent)}
+        self.process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        self.url = self.process.stdout.readline().partition(" at ")[2].partition(";")[0]
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()

@@ -56,6 +56,7 @@ class Record:
         self._keep: Callable[[Mapping[str, Any]], None] = lambda row: None
         self._replies: dict[str, ChatReply | Failure] = {}
         self._failures: dict[tuple[str, int], Failure] = {}
+        self._news: dict[str, ChatReply | Failure] = {}
         self._lock = threading.Lock()
         for row in rows:
             self._index(row)
@@ -132,6 +133,19 @@ class Record:
             self._keep(row)
             self._index(row)
             self.spent += _cost(row)
+            if not isinstance(answer, Failure) or answer.reason not in PASSING:
+                self._news[key] = answer
+
+    def news(self) -> dict[str, ChatReply | Failure]:
+        """Returns the answers of the model that were added since this was called last, by digest of the request."""
+        with self._lock:
+            news, self._news = self._news, {}
+        return news
+
+    def learn(self, answers: Mapping[str, ChatReply | Failure]) -> None:
+        """Takes answers that another record keeps, and whose cost is counted there."""
+        with self._lock:
+            self._replies |= {key: answer for key, answer in answers.items() if key not in self._replies}
 
     def unusable(self, key: str, failure: Failure) -> None:
         """Adds why an answer that is in the record could not be used."""

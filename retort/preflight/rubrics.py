@@ -1,4 +1,4 @@
-"""What a run that learns from rubrics will ask its judge, before the first call."""
+"""What a run will have models write beside its rollouts: questions to a judge, and texts that teachers show."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from retort.core.grading import RubricPlan
 from retort.preflight.findings import Check
 from retort.preflight.spending import Purpose, forecast, spending_check
 from retort.train.setup.prepare import Prepared
+from retort.train.setup.writing import question_tokens, rubric_requests, writings
 
-__all__ = ["rubric_purposes", "rubric_spending"]
-
-#: Tokens of the words around a document, of a rubric, and of the verdicts on one answer: as long as they usually are.
-_WORDS, _RUBRIC, _VERDICT = 500, 700, 40
+__all__ = ["draft_checks", "rubric_purposes", "rubric_spending"]
 
 
 def rubric_purposes(
@@ -25,13 +23,10 @@ def rubric_purposes(
         answer: Tokens of an answer, the student's or the teacher's.
         visits: How often a prompt is come to in the run, on average; the teacher answers it once.
     """
-    pooled = plan.references + samples
-    calls = -(-pooled // (plan.per_call or pooled))
-    each = pooled / calls
+    once, *others = rubric_requests(plan, samples=samples, question=question, answer=answer)
     return [
-        Purpose("reference", plan.references / max(1.0, visits), 0.0, question, answer),
-        Purpose("rubric", 1.0, 0.0, _WORDS + question + pooled * answer, _RUBRIC),
-        Purpose("verdicts", calls, 0.0, _WORDS + question + _RUBRIC + each * answer, each * _VERDICT),
+        Purpose(once.kind, once.calls / max(1.0, visits), 0.0, once.prompt, once.usual),
+        *(Purpose(own.kind, own.calls, 0.0, own.prompt, own.usual) for own in others),
     ]
 
 
@@ -41,11 +36,29 @@ def rubric_spending(prepared: Prepared) -> list[Check]:
     if plan is None or source.rubric_grader is None:
         return []
     samples, groups = prepared.method.rollout.samples, prepared.steps * source.count
-    some = source.prompts[:64]
-    question = sum(len(source.render(prompt)) for prompt in some) / len(some)
-    visits = groups / len(source.prompts)
+    question, visits = question_tokens(prepared), groups / len(source.prompts)
     asked = rubric_purposes(plan, samples=samples, question=question, answer=source.limit, visits=visits)
     prices = config.judge.prices
     found = forecast(groups, samples, asked, prices)
     who = str(config.judge.model or config.judge.replay)
     return [spending_check(found, config.judge.budget, prices, steps=prepared.steps, who=who)]
+
+
+def draft_checks(prepared: Prepared) -> list[Check]:
+    """How much models write in a step before the teachers score, for methods whose views show such texts."""
+    kinds = {view.draft.name for view in prepared.method.views.values() if view.draft is not None}
+    found = [own for own in writings(prepared) if own.kind in kinds]
+    if not found:
+        return []
+    who = "; ".join(f"{own.kind}: {own.texts:,} by {own.model}, up to {own.longest:,} tokens each" for own in found)
+    texts, tokens = sum(own.texts for own in found), sum(own.texts * own.longest for own in found)
+    own = prepared.source.count * prepared.method.rollout.samples * prepared.source.limit
+    return [
+        Check(
+            "texts before scoring",
+            "ok",
+            f"{texts:,} a step ({who}): up to {tokens / own:.3g} times the tokens of the student's rollouts",
+            "they are generated in every step before a teacher scores, and take the time of as many rollouts",
+            values=(("texts", float(texts)), ("tokens", float(tokens)), ("ratio", tokens / own)),
+        )
+    ]

@@ -59,3 +59,12 @@ const conversation = (row, tokens, prompt) => {
   });
   return make("div", { class: "conversation" }, ...found);
 };
+
+// What models wrote before the teachers scored, closed at first.
+const passages = (row) => {
+  if (!row.passages) return "";
+  const many = row.passages.length > 1;
+  const summary = make("summary", { text: `${row.passages.length} text${many ? "s" : ""} that ${many ? "were" : "was"} written before scoring` });
+  const found = row.passages.map(({ about, text }) => bubble("heard", [about], make("div", { class: "said", text: text || "∅" })));
+  return make("details", { class: "passages" }, summary, make("div", { class: "conversation" }, ...found));
+};

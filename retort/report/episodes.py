@@ -20,7 +20,8 @@ def messages_of(messages: object) -> list[list[str]]:
     return [[str(pair[0]), str(pair[1])] for pair in as_list(messages) if isinstance(pair, list) and len(pair) == 2]
 
 
-def _cut(text: str) -> str:
+def cut_text(text: str) -> str:
+    """A text as long as it is shown, with the number of characters that are left out."""
     more = len(text) - MOST_CHARACTERS
     return f"{text[:MOST_CHARACTERS]} … {more:,} more characters" if more > 0 else text
 
@@ -80,7 +81,7 @@ def _came(outcomes: Sequence[Mapping[str, Any]], index: int) -> dict[str, Any]:
         return {}
     measures = as_object(outcomes[index].get("measures"))
     found = {
-        "said": [[role, _cut(text)] for role, text in messages_of(outcomes[index].get("messages"))],
+        "said": [[role, cut_text(text)] for role, text in messages_of(outcomes[index].get("messages"))],
         "reward": number(outcomes[index].get("reward")),
         "errors": number(measures.get("tool_errors")) or 0,
         "success": bool(number(measures.get("success"))),

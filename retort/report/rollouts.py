@@ -13,6 +13,7 @@ from typing import Any
 
 from retort.report.episodes import episode_of, messages_of
 from retort.report.groups import Group, all_runs
+from retort.report.passages import passages_of
 from retort.report.read import RunFiles, number, spread
 from retort.report.units import over_unit, units_of
 
@@ -174,6 +175,8 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     if episode := episode_of(row, len(tokens), values):
         found["episode"] = episode
+    if passages := passages_of(row):
+        found["passages"] = passages
     if units:
         found["units"] = {view: own | {"unit": own["unit"][:MOST_TOKENS]} for view, own in units.items()}
     if isinstance(ids, list) and len(ids) == len(tokens):

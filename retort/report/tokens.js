@@ -176,7 +176,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     const box = (from = 0, to = all.length, turn = "") => listen(make("div", { class: "tokens", tabindex: 0, role: "listbox", "aria-label": `${title}, ${row.id}${turn}, token by token` }, ...boxed(row, spans.slice(from, to), from)), row, index, title, all);
     const more = row.more ? make("p", { class: "muted", text: `… ${row.more.toLocaleString("en")} more tokens` }) : "";
     const head = make("h3", {}, title, make("span", { class: "muted", text: ` ${facts(row)}` }));
-    if (!row.episode) return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", strip(row, one), box(), more);
+    if (!row.episode) return make("div", { class: "block" }, head, prompt ? promptBox(row) : "", passages(row), strip(row, one), box(), more);
     const go = (turn) => {
       const { from, to } = row.episode.turns[turn];
       const sizes = all.slice(from, to).map((_, offset) => Math.abs(valuesOf(row, state.column)?.[from + offset] ?? 0));
@@ -187,7 +187,7 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       token.scrollIntoView({ block: "center" });
     };
     const talk = conversation(row, (turn, place) => box(turn.from, turn.to, `, turn ${place + 1}`), prompt);
-    return make("div", { class: "block" }, head, turnBars(row, highest, go), talk, more);
+    return make("div", { class: "block" }, head, turnBars(row, highest, go), passages(row), talk, more);
   };
 
   // What the pointer and the keys do over a box of tokens; `all` are those of the row, some of which may be in others.

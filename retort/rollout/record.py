@@ -86,7 +86,7 @@ def _outcome(own: Outcome) -> dict[str, Any]:
 
 def _passage(own: Passage) -> dict[str, Any]:
     """A text that was written for the teachers: what it is, its author, and what else is known."""
-    about = {"confidence": own.confidence, "step": own.sequence}
+    about = {"confidence": own.confidence, "step": own.sequence, "cut": None if own.completed else True}
     known = {name: value for name, value in about.items() if value is not None}
     return {"of": own.of, "model": own.model, "round": own.round, "text": own.text, **known}
 

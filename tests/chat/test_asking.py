@@ -264,3 +264,14 @@ def test_metrics_say_what_was_spent_since_the_last_time() -> None:
     assert found["judge/money"] == 10
     assert (found["judge/unusable"], found["judge/unusable/form"]) == (1, 1)
     assert asking.metrics() == {}
+
+
+def test_what_one_record_was_answered_another_knows_and_does_not_pay_for() -> None:
+    """Ranks tell each other after every step; what failed on the way to the model is asked for again."""
+    one, other = (Asking(Scripted(gone=[GONE]), attempts=1) for _ in range(2))
+    assert one.ask([question(), question("gone")])[0] == 7
+    other.record.learn(one.record.news())
+    assert one.record.news() == {}
+    assert other.ask([question(), question("gone")])[0] == 7
+    assert isinstance(other.model, Scripted) and [own.purpose for own in other.model.asked] == ["gone"]
+    assert other.record.spent.calls == 1 and list(other.record.news()) == []

@@ -236,6 +236,23 @@ def test_two_ranks_share_a_cache(two: Path) -> None:
         assert "set ranks.teacher=replicated, or leave out cache.dir" in (folder / f"refused-{rank}.txt").read_text()
 
 
+def test_two_ranks_ask_a_judge_what_one_process_asks(one: Path, two: Path) -> None:
+    """Each has a record of its own, and no question is in both, also where a prompt comes to the other rank later."""
+    whole = exchanges(one / "ropd" / "judge.jsonl")
+    mine, other = (exchanges(two / "ropd" / name) for name in ("judge.jsonl", "judge-rank-1.jsonl"))
+    assert mine and other and mine | other == whole and not mine.keys() & other.keys()
+    steps = [{step for step, _ in own.values()} for own in (mine, other)]
+    assert steps == [{1, 2, 3}, {1, 2, 3}]
+
+
+def exchanges(path: Path) -> dict[str, tuple[int, str]]:
+    """Step and answer by question; the digests in the record depend on the server's address."""
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    asked = {json.dumps([row[name] for name in ("messages", "seed", "purpose")]): row for row in found}
+    assert len(asked) == len(found)
+    return {question: (row["step"], row["text"]) for question, row in asked.items()}
+
+
 def lines(folder: Path) -> list[dict[str, Any]]:
     """What was logged, without what depends on the clock and on the cache."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

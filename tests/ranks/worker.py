@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from pipeline import models_once
 from players import TEMPLATES, make_player, often_ending
-from served import Process
+from served import Judge, Process
 from trained import make_model_of
 
 from retort import Stop, api, ranks
@@ -59,6 +59,8 @@ UNTIED = "untied"
 SPELLING = "spelling"
 #: Stands for the address of a server with the built-in teacher, a process that the worker starts.
 SERVED = "served"
+#: Stands for the address of a judge by rules, a process that the worker starts.
+JUDGED = "judged"
 #: Stands for two models that take turns with an environment.
 PLAYING = "playing"
 WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
@@ -112,6 +114,21 @@ CASES: dict[str, dict[str, Any]] = {
     # Every rank asks a server about its own rollouts: for numbers, and for hidden states.
     "served": {**ASKING, "method": {"name": "eopd"}, "server": {"check_every": 2}},
     "served_whole": {**ASKING, "method": {"name": "gkd"}},
+    # Every rank asks a judge about its own groups. The prompts come to other ranks in the third step, and what the
+    # judge answered before is known there.
+    "ropd": {
+        "data": "countdown",
+        "limit": 8,
+        "judge": {"model": JUDGED},
+        "method": {"name": "ropd", **FOUR, "references": 2},
+    },
+    # Two teachers, one of them the student as it was, write before they score; their layers are sliced.
+    "mad_opd": {
+        **SHARDED,
+        "data": "coached",
+        "models": {"teacher_2": {"path": "coached:student"}},
+        "method": {"name": "mad_opd", "samples": 2, "debate": {"tokens": 12}},
+    },
     # Each rank its slice of the vocabulary.
     "sliced": {"method": {"name": "opd"}, "ranks": SLICED, "record": {"gradient_variance_every": 2}},
     "sliced_jsd": {"method": {"name": "gkd"}, "ranks": SLICED},
@@ -154,14 +171,17 @@ class Watching:
 @contextlib.contextmanager
 def with_server(settings: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
     """The settings with the address of a server, where they name one; it lives for as long as the run."""
-    if settings.get("teacher") != SERVED:
+    judged, taught = settings.get("judge", {}).get("model") == JUDGED, settings.get("teacher") == SERVED
+    if not judged and not taught:
         yield settings
         return
     world = ranks.join()
     folder.mkdir(exist_ok=True)
-    server = Process(folder, located("countdown:teacher")) if world.leads else None
+    start = Judge if judged else lambda: Process(folder, located("countdown:teacher"))
+    server = start() if world.leads else None
     try:
-        yield settings | {"teacher": world.agree(server and server.url)}
+        url = world.agree(server and server.url)
+        yield settings | ({"judge": {"model": url}} if judged else {"teacher": url})
     finally:
         if server is not None:
             server.end()

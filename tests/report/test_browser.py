@@ -179,6 +179,32 @@ def test_an_episode_is_a_conversation_whose_worst_turn_stands_out(
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
 
 
+def test_what_was_written_before_scoring_is_read_and_does_nothing(
+    tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
+) -> None:
+    """A debate, closed at first: who wrote what in which round, and how sure it says to be."""
+    hostile = "".join(ATTACKS)
+    debate = [
+        {"of": "debate", "model": "teacher", "round": 0, "text": hostile, "confidence": 80.0},
+        {"of": hostile, "model": hostile, "round": 1, "text": "It is 9.", "step": 1, "cut": True},
+        {"of": "debate", "model": "teacher", "round": 2, "text": ""},
+    ]
+    browser = visit(make_run(tmp_path / "run", steps=8, passages=debate), width=420)
+    box = browser.find_element(By.CSS_SELECTOR, ".block .passages")
+    assert box.text == "3 texts that were written before scoring"
+    box.find_element(By.CSS_SELECTOR, "summary").send_keys(Keys.ENTER)
+    heads = [head.get_attribute("textContent") for head in box.find_elements(By.CSS_SELECTOR, ".head")]
+    about = f"{hostile} · {hostile} · round 2 · before turn 2 · cut at its longest length"
+    assert heads == ["debate · teacher · round 1 · 80 % sure", about, "debate · teacher · round 3"]
+    said = box.find_elements(By.CSS_SELECTOR, ".said")
+    assert [one.get_attribute("textContent") for one in said] == [hostile, "It is 9.", "∅"]
+    assert said[0].is_displayed()
+    assert browser.title == "eopd · run"
+    assert browser.execute_script("return document.scripts.length") == 2
+    assert browser.execute_script("return document.images.length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 420
+
+
 def test_units_of_two_tokenizers_are_boxed_and_told(
     tmp_path: Path, make_run: MakeRun, visit: Callable[..., webdriver.Chrome]
 ) -> None:

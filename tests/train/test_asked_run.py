@@ -76,7 +76,7 @@ def settings_of(server: ChatServer, model_folder: Callable[..., Path], prompts_f
         "student": str(model_folder(seed=1)),
         "data": str(prompts_file),
         "task": "exact",
-        "method": {"name": "rlsd", "samples": 4},
+        "method": {"name": "ropd", "samples": 4},
         "precision": "fp32",
         "device": "cpu",
         "checks": "skip",
@@ -106,7 +106,7 @@ def settings(base: dict[str, Any], server: ChatServer, whole: Run) -> dict[str, 
 def asking(run: Run) -> Run:
     """A run whose rewards are those of the model that it asks."""
     assert run.prepared.asker is not None
-    run.source.grader = ByAnswers(run.prepared.asker)
+    run.source.rubric_grader = ByAnswers(run.prepared.asker)
     return run
 
 
@@ -225,7 +225,7 @@ def test_a_model_that_does_not_exist_ends_the_command(
     settings: dict[str, Any], server: ChatServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["student", "data", "task", "checks", "device"]
-    arguments = ["train", "--judge", server.url, "judge.name=gone", "--out", str(tmp_path / "run"), "--method", "rlsd"]
+    arguments = ["train", "--judge", server.url, "judge.name=gone", "--out", str(tmp_path / "run"), "--method", "ropd"]
     assert main([*arguments, *(f"{name}={settings[name]}" for name in words)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("retort: ")]
     assert f"'gone', and it has ['{MODEL}']" in line

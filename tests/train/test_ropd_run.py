@@ -177,6 +177,14 @@ def test_nobody_is_named(settings: Settings, tmp_path: Path) -> None:
         runner.start(settings(None), tmp_path / "run")
 
 
+@pytest.mark.parametrize("judge", ["model", "replay"])
+def test_a_judge_whom_nobody_asks(settings: Settings, url: str, tmp_path: Path, judge: str) -> None:
+    given = {"model": url} if judge == "model" else {"model": None, "replay": str(tmp_path)}
+    config = settings(url, judge=given).model_copy(update={"method": {"name": "rlsd"}})
+    with pytest.raises(UserError, match=f"judge.{judge} = .* is given, but method 'rlsd' asks no judge; leave it out"):
+        runner.start(config, tmp_path / "run")
+
+
 def test_in_an_environment_it_is_refused(settings: Settings, url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in the environment 'rooms' there are turns"):
         runner.start(settings(url, data="rooms", student="rooms:student"), tmp_path / "run")

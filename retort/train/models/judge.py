@@ -21,12 +21,13 @@ from retort.models.lm import LanguageModel
 from retort.models.stored import StoredModel
 from retort.ranks import here
 from retort.rollout.chat import LocalChat
+from retort.rollout.engines.hf import HFEngine
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import engine, load
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
-__all__ = ["FILE", "asker", "check_settings", "open_record", "talks"]
+__all__ = ["FILE", "asker", "check_settings", "loaded_judge", "open_record", "step_metrics", "talks"]
 
 #: The record of a run: what was asked and answered.
 FILE = "judge.jsonl"
@@ -141,6 +142,13 @@ def talks(config: Config, lm: LanguageModel) -> LocalChat:
     )
 
 
+def loaded_judge(asking: Asking | None) -> LanguageModel | None:
+    """The model of this process that is asked; None where there is none, or another process answers."""
+    model = None if asking is None else asking.model
+    engine_of = model.engine if isinstance(model, LocalChat) else None
+    return engine_of.lm if isinstance(engine_of, HFEngine) else None
+
+
 def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     """Keeps what is asked in a run's folder from now on, and brings this rank's file to the step.
 
@@ -161,6 +169,23 @@ def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     if own.path.exists():
         own.replace([again_after(row, done) for row in own.rows()])
     asking.open(rows, own.append, lambda: step() + 1, ways=here().size)
+
+
+def step_metrics(asking: Asking) -> dict[str, float]:
+    """What all ranks together spent in a step, for its metrics; all of them call it.
+
+    Each then knows what the others were answered, so that a prompt that comes to another rank later is not asked about
+    once more.
+
+    Args:
+        asking: Who is asked.
+    """
+    total: dict[str, float] = {}
+    for news, own in here().each(lambda: (asking.record.news(), asking.metrics())):
+        asking.record.learn(news)
+        for name, value in own.items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def _files(path: Path) -> list[Path]:

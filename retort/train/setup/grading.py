@@ -16,18 +16,25 @@ from retort.rewards.references import AskedReferences, References, StoredReferen
 from retort.rewards.rubric_grader import RubricGrader
 from retort.teachers.templates import templates
 
-__all__ = ["need_rubricator", "rubric_grader"]
+__all__ = ["need_judge", "rubric_grader"]
 
 
-def need_rubricator(config: Config, method: Method) -> None:
-    """Refuses a method that learns from a rubric where nobody is named who draws it.
+def need_judge(config: Config, method: Method) -> None:
+    """Refuses a method that learns from a rubric where nobody is named who draws it, and a judge whom nobody asks.
 
     Raises:
-        UserError: There is no judge, or completions are turns in an environment.
+        UserError: There is no judge, or one that the method does not ask; completions are turns in an environment.
     """
+    judge = config.judge.model or config.judge.replay
     if method.grading is None:
+        if judge is not None:
+            named = "judge.model" if config.judge.model else "judge.replay"
+            raise UserError(
+                f"{named} = {judge} is given, but method '{method.name}' asks no judge; leave it out, or choose a "
+                "method that learns from a rubric, such as ropd"
+            )
         return
-    if config.judge.model is None and config.judge.replay is None:
+    if judge is None:
         raise UserError(
             f"method '{method.name}' learns from a rubric, which a model that talks draws and applies; name it with "
             "--judge (an address such as http://127.0.0.1:8000, or a model folder; see docs/judges.md)"

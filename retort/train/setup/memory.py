@@ -19,7 +19,9 @@ from retort.models.quantized import plain
 from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
+from retort.train.models.judge import loaded_judge
 from retort.train.setup.prepare import Prepared
+from retort.train.setup.writing import writings
 
 
 @dataclass(frozen=True)
@@ -27,16 +29,17 @@ class Forecast:
     """Bytes by part.
 
     Attributes:
-        models: Weights of all models, the copies of a student that teaches itself, and those in bf16 of weights under
-            an adapter.
+        models: Weights of all models (a judge of this process is one), the copies of a student that teaches itself, and
+            those in bf16 of weights under an adapter.
         training: Gradients and two moments of Adam, fp32; a second gradient where their variance is measured.
         head: Gradients of head and embeddings while they are formed, before they are added up.
         activations: Activations of the largest micro-batch, kept for its backward pass.
         loss: A chunk of logits of every model, and what autograd keeps of a block.
         signals: The teachers' signals for a batch of rollouts, kept until it is learnt from.
         copies: The student's weights in bf16, where it learns in fp32 and computes in bf16; freed while it learns.
-        cache: Keys and values during generation of rollouts or held-out completions; in episodes of several turns also
-            those of others that wait for their next turn, as many at most as are generated at once.
+        cache: Keys and values during generation, of the largest there is: of rollouts, held-out completions, texts that
+            views show, or a judge's answers; in episodes of several turns also those of others that wait for their
+            next turn, as many at most as are generated at once.
         loaded: Weights of all models as they are loaded, before ranks share them.
         whole: Of several ranks: the student's whole weights for passes without gradient, or the layers of a teacher
             that generates, beside the slices.
@@ -108,12 +111,7 @@ def forecast(prepared: Prepared) -> Forecast:
     chunks = rows * prepared.learner.vocab * (4 + product * len(frozen)) + 6 * 4 * BLOCK_ELEMENTS
     rollouts = _part(prepared.source.count, ranks) * prepared.method.rollout.samples
     evaluated = config.eval.samples * _part(min(64, len(prepared.held_out)), ranks)
-    generators = [(student, max(rollouts, evaluated))]
-    if config.eval.teacher and "teacher" in prepared.lms and prepared.lms["teacher"].here:
-        generators.append((prepared.lms["teacher"], evaluated))
-    longest = config.rollout.max_new_tokens + _prompt_tokens(prepared)
-    most = config.rollout.parallel * (2 if prepared.source.episodes.several_turns else 1)
-    caches = {id(lm): _cache(lm, min(most, count), longest, product) for lm, count in generators}
+    caches = _caches(prepared, max(rollouts, evaluated), evaluated, product, ranks)
     copies, lasting = student.working_bytes()
     if ranks > 1:  # The copies of frozen weights are of gathered ones, and are freed with them.
         copies, lasting = copies + lasting, 0
@@ -157,6 +155,31 @@ def _bytes(lm: LanguageModel) -> int:
     return sum(part.numel() * part.element_size() for part in parts)
 
 
+def _caches(prepared: Prepared, written: int, evaluated: int, product: int, ranks: int) -> dict[int, int]:
+    """Bytes of the largest cache of each model that generates, by the model's `id`.
+
+    Args:
+        prepared: The parts of the run.
+        written: Completions of the student at once.
+        evaluated: Completions of a model that is evaluated.
+        product: Bytes of a number.
+        ranks: Number of ranks.
+    """
+    config, student = prepared.config, prepared.student
+    longest, parallel = config.rollout.max_new_tokens + _prompt_tokens(prepared), config.rollout.parallel
+    most = parallel * (2 if prepared.source.episodes.several_turns else 1)
+    generators = [(student, min(most, written), longest)]
+    if config.eval.teacher and "teacher" in prepared.lms and prepared.lms["teacher"].here:
+        generators.append((prepared.lms["teacher"], min(most, evaluated), longest))
+    for own in writings(prepared):
+        if own.lm is not None:
+            generators.append((own.lm, min(parallel, _part(own.at_once, ranks)), own.prompt + own.longest))
+    found: dict[int, int] = {}
+    for lm, count, tokens in generators:
+        found[id(lm)] = max(found.get(id(lm), 0), _cache(lm, count, tokens, product))
+    return found
+
+
 def _layer_bytes(lm: LanguageModel) -> int:
     return sum(p.numel() * p.element_size() for layer in layers_of(lm.model) for p in layer.parameters())
 
@@ -164,19 +187,24 @@ def _layer_bytes(lm: LanguageModel) -> int:
 def _frozen(prepared: Prepared, ranks: int) -> tuple[int, int]:
     """Bytes of frozen models that a rank keeps, and of these models as they are loaded."""
     models = {id(lm.model): lm for lm in prepared.lms.values() if lm.model is not prepared.student.model}
+    sliced, judge = list(models.values()), loaded_judge(prepared.asker)
+    if judge is not None and judge.model is not prepared.student.model:
+        models[id(judge.model)] = judge  # which every rank has whole, and asks by itself
     loaded = sum(map(_bytes, models.values()))
     if prepared.config.ranks.teacher != "sharded":
         return loaded, loaded
-    layers = sum(map(_layer_bytes, models.values()))
+    layers = sum(map(_layer_bytes, sliced))
     return loaded - layers + _part(layers, ranks), loaded
 
 
 def _gathered(prepared: Prepared, ranks: int) -> dict[str, int]:
     """What several ranks gather: see `Forecast.whole` and `Forecast.gathered`."""
     student, config = prepared.student, prepared.config
-    teacher, layer = prepared.lms.get("teacher"), _layer_bytes(student) // max(1, len(layers_of(student.model)))
-    writes = config.eval.teacher or any("teacher" in method.rollout.sources for _, method in prepared.phases)
-    of_teacher = _layer_bytes(teacher) if teacher and writes and config.ranks.teacher == "sharded" else 0
+    layer = _layer_bytes(student) // max(1, len(layers_of(student.model)))
+    sources = any("teacher" in method.rollout.sources for _, method in prepared.phases)
+    names = {own.model for own in writings(prepared)} | ({"teacher"} if config.eval.teacher or sources else set())
+    generate = [lm for name, lm in prepared.lms.items() if name in names and lm is not student]
+    of_teacher = max(map(_layer_bytes, generate), default=0) if config.ranks.teacher == "sharded" else 0
     embedding: Any = student.model.get_input_embeddings()
     return {
         "whole": max(_bytes(student), of_teacher),

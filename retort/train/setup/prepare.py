@@ -32,7 +32,7 @@ from retort.train.given.given import CallerObjects
 from retort.train.learning.diagnose import watching
 from retort.train.learning.learner import Learner
 from retort.train.learning.passes import HeadUse, Passes
-from retort.train.models.judge import asker, check_settings, open_record
+from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
@@ -129,8 +129,8 @@ class Prepared:
             here().each(lambda: open_record(asking, folder, step))
 
     def metrics(self) -> dict[str, float]:
-        """Of a step: what the teachers counted, and what was spent on a model that is asked."""
-        return self.teachers.metrics() | ({} if self.asker is None else self.asker.metrics())
+        """Of a step: what the teachers counted, and what was spent on a model that is asked; all ranks call it."""
+        return self.teachers.metrics() | ({} if self.asker is None else step_metrics(self.asker))
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
