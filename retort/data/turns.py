@@ -94,4 +94,3 @@ def _free(name: str, taken: set[str]) -> str:
         name = f"step-{name}"
     taken.add(name)
     return name
-

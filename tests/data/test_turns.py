@@ -101,7 +101,9 @@ def test_ids_stay_unique() -> None:
 
 def test_two_turns_of_the_assistant_in_a_row_are_refused() -> None:
     first, *rest = TOOLACE["conversations"]
-    with pytest.raises(UserError, match=r"row 'x': two turns .* \(the second is '\[add\(a=2, b=2\)\]'\).*join them") as own:
+    with pytest.raises(
+        UserError, match=r"row 'x': two turns .* \(the second is '\[add\(a=2, b=2\)\]'\).*join them"
+    ) as own:
         steps({"id": "x", "conversations": [first, {"from": "gpt", "value": "Let me see."}, *rest]})
     assert "\n" not in str(own.value)
 
