@@ -52,8 +52,8 @@ def unisd(
 
     Departures: likeness is the cosine of the texts' words (tf-idf), in the code of the embeddings of a sentence model;
     the teacher writes the instructions of `induced` contexts itself, before it scores; no two contexts of a rollout
-    are alike, and where the data have too few other problems there is no context. The log-probs of contexts are at
-    `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide as they are. The teacher
+    show the same problem, and where the data have too few others there is no context. The log-probs of contexts are
+    at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide as they are. The teacher
     moves under LoRA, too, which in the code it does not. The map from disagreement to a is the code's; the paper has
     none.
 

@@ -35,7 +35,7 @@ TEMPLATES: Mapping[str, str] = {
     "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
     "reason": "Explain in your own words how this leads to the answer, and why each step holds.",
     "rationale": "What you noted about this:\n<notes>\n{text}\n</notes>",
-    "induce": "Do not answer yet. From these examples, tell in your own words how problems of this kind are solved well.",
+    "induce": "Do not answer yet. From these examples, tell in your own words how such problems are solved well.",
     "instruction": "How problems of this kind are solved:\n<instruction>\n{text}\n</instruction>",
     "summarise": "Sum up the attempt in a single sentence: what it tried and how it ended. Write it as "
     "<summary>...</summary>.",

@@ -1,4 +1,4 @@
-"""Which other problems a view shows: drawn at random, or the most alike; and instructions that are written from them."""
+"""Which other problems a view shows: drawn at random, or the most alike; and instructions from them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ POOL = [
 
 def scene(prompt: Prompt = OWN, pool: list[Prompt] = POOL, member: int = 0, visit: int = 0) -> ViewInput:
     sequence = TokenSequence.of([5]).then([6], decided=True)
-    rollouts = tuple(Rollout(prompt, sequence, member=place, visit=visit, text="mine") for place in range(2))
+    rollouts = tuple(Rollout(prompt, (sequence,), member=place, visit=visit, text="mine") for place in range(2))
     return ViewInput(rollouts[member], rollouts, Stage(pool=pool))
 
 
