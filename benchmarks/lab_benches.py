@@ -196,7 +196,12 @@ _ITSELF: Mapping[str, Entry] = {
     "egrsd, no gate": Entry("egrsd", {"gate": 0.0}, "likewise the bonus; gamma = 0", shown="solution"),
     "cl_egrsd": Entry("cl_egrsd", {}, "likewise the bonus", shown="solution"),
     "dasd": Entry("dasd", {"context": "solution"}, "the answer alone is in the prompt", shown="solution"),
-    "unisd": Entry("unisd", {}, "all components (`star`)", shown="a demonstration, a wrong response, other problems"),
+    "unisd": Entry(
+        "unisd",
+        {"context": "random"},
+        "all components (`star`)",
+        shown="a demonstration, a wrong response, other problems",
+    ),
     "unisd, base": Entry("unisd", {"preset": "base"}, "no component", shown="demonstration"),
     "dopd": Entry("dopd", {}, "its top-128 are nearly half of all ids", run=_BIGGER, shown="hint, to both teachers"),
     "uni_opd": Entry("uni_opd", {}, "8 rollouts a prompt, not 16", run=_BIGGER, shown="nothing"),

@@ -159,6 +159,11 @@ class Config(Section):
         description="templates around the texts that a teacher is shown, by name, e.g. templates.hint='Hint: {text}'; "
         "the names and defaults are in docs/views.md",
     )
+    data_turns: Literal["last", "each"] = Field(
+        default="last",
+        description="what is learnt of a conversation with several turns of the assistant: its last turn, or each, as "
+        "prompts of their own with the given turns before them; eval.data and held-out rows are never split",
+    )
     split: str = Field(default="train", description="split of a hub data set that prompts are read from")
     limit: int | None = Field(default=None, ge=1, description="use only so many rows of the data, the first; null: all")
     rollout: RolloutSection = RolloutSection()

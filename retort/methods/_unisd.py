@@ -15,13 +15,16 @@ from retort.errors import UserError
 from retort.estimators import match_hidden, pathwise
 from retort.method import Term, Unbounded, Watch
 from retort.quantities import stored_quantity
-from retort.teachers.moving import ema, frozen
+from retort.teachers.induced import induced
+from retort.teachers.moving import Weights, ema, frozen
+from retort.teachers.others import MostAlike, at_random
 from retort.teachers.view import View
 from retort.teachers.views import examples, privileged
 from retort.weights.agreement import Spread, agreement
 
 Level = Literal["none", "token", "sequence"]
 Divided = Literal["steps", "weights"]
+Context = Literal["random", "retrieved", "induced"]
 Preset = Literal[
     "base",
     "token_agreement",
@@ -65,7 +68,10 @@ class Agreement:
         level: Unit that a is measured on and holds for.
         spread: Spread of the K log-probs: their variance or their range.
         contexts: K.
-        demonstrations: Other problems, solved, in each auxiliary context.
+        context: What each of them shows: other problems, solved, drawn at `random`, or `retrieved`, whose texts are
+            most like the prompt; or an instruction that the teacher writes from problems drawn at random (`induced`).
+        demonstrations: Other problems, solved, in each auxiliary context, or that an instruction is written from.
+        instruction_tokens: Longest instruction, tokens; null: as long as a completion may be.
         gamma: Strength of disagreement; 0 is a = 1.
         divided_by: `steps` or `weights` of the rollout. Null: weights for tokens, as published; steps for sequences,
             because there the published weight cancels and does nothing.
@@ -74,7 +80,9 @@ class Agreement:
     level: Level | None = field(default=None, metadata={"setting": "agreement"})
     spread: Spread = "variance"
     contexts: int | None = None
+    context: Context | None = None
     demonstrations: int = 1
+    instruction_tokens: int | None = None
     gamma: float | None = None
     divided_by: Divided | None = None
 
@@ -111,6 +119,7 @@ class Components:
 
     agreement: Level = "none"
     contexts: int = 3
+    context: Context = "random"
     gamma: float = 0.01
     update_rate: float = 0.0
     update_every: int = 10
@@ -123,6 +132,7 @@ class Components:
 
 _STAR = Components(
     agreement="token",
+    context="retrieved",
     gamma=0.001,
     update_rate=0.02,
     contrastive_coef=0.01,
@@ -162,6 +172,7 @@ def components(
     changed: dict[str, Any] = {
         "agreement": agreement.level,
         "contexts": agreement.contexts,
+        "context": agreement.context,
         "gamma": agreement.gamma,
         "update_rate": teacher.rate,
         "update_every": teacher.every,
@@ -183,15 +194,30 @@ def components(
     return found
 
 
-def views(on: Components, demonstrations: int) -> dict[str, View]:
-    """The teacher's, that of the wrong example, and the auxiliary ones; all have the same weights."""
+def views(on: Components, settings: Agreement, temperature: float) -> dict[str, View]:
+    """The teacher's, that of the wrong example, and the auxiliary ones; all have the same weights.
+
+    Args:
+        on: What is switched on.
+        settings: What the auxiliary ones show.
+        temperature: Temperature at which instructions are written.
+    """
     weights = ema(on.update_rate, on.update_every) if on.update_rate else frozen()
     found = {"teacher": privileged("demonstration", weights=weights)}
     if on.contrastive_coef:
         found["wrong"] = privileged("wrong", weights=weights)
-    for place, name in enumerate(_auxiliary(on)):
-        found[name] = examples(demonstrations, place, weights=weights)
-    return found
+    return found | dict(zip(_auxiliary(on), _contexts(on, settings, weights, temperature), strict=True))
+
+
+def _contexts(on: Components, settings: Agreement, weights: Weights, temperature: float) -> list[View]:
+    places, count = range(len(_auxiliary(on))), settings.demonstrations
+    if not places:
+        return []
+    if on.context == "induced":
+        longest = settings.instruction_tokens
+        return induced(len(places), count, weights=weights, temperature=temperature, max_new_tokens=longest)
+    choose = at_random if on.context == "random" else MostAlike(count * len(places))
+    return [examples(count, place, choose=choose, weights=weights) for place in places]
 
 
 def terms(on: Components, divergence: Divergence, settings: Agreement) -> tuple[Term, ...]:

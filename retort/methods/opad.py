@@ -33,8 +33,9 @@ def opad(
     in nats. A step is a turn of the student, :math:`s_m` the conversation before it, which the teachers debate without
     the turn itself. Long episodes do not thin out a step's gradient: each keeps its own 1/|a_m|. Steps come from
     episodes of an environment, whose turns must be sequences of their own (set `rollout.history`), or from histories
-    that are given: a row of data whose `messages` hold earlier turns is one step. With steps that are whole rollouts it
-    is `mad_opd`.
+    that are given: a row whose `messages` hold earlier turns is one step, its next turn, and with `data_turns = each`
+    every turn of the assistant in a row is a step of its own, after the given turns before it. With steps that are
+    whole rollouts it is `mad_opd`.
 
     Args:
         teachers: K; the models `teacher`, `teacher_2` and so on.
@@ -47,8 +48,9 @@ def opad(
         top_p: Top-p of sampling.
         loss_temperature: Temperature of all distributions.
 
-    Departures: as `mad_opd`. Splitting a trajectory into rows is left to the data; repetition is looked for in the
-    whole episode, in the code in a step.
+    Departures: as `mad_opd`. The steps of a given conversation are shuffled like any other prompts; in the code they
+    stay together, and in the paper's equation their losses add up. Repetition is looked for in the whole episode, in
+    the code in a step.
 
     Example:
         >>> student, one, two = (tensor([[p, 1 - p]] * 3).log() for p in (0.5, 0.9, 0.2))

@@ -55,8 +55,9 @@ def peer_opd(
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions.
 
-    Departures from the released code: its variants with the peers of other prompts, and with the loss averaged over
-    paragraphs (which changes nothing where the ratios are 1) are not offered; the words around what is shown are
+    Departures from the released code: its variants with the peers of other prompts, and with the loss of a token
+    replaced by the mean over its paragraph, are not offered. The latter leaves the sum over a rollout as it is, so that
+    it changes nothing where the ratios are 1, as in the first update of a batch. The words around what is shown are
     Retort's (`templates`). A `trust_region`, which mixes logits, has the student as it is write summaries.
 
     Example:

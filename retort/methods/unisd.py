@@ -17,7 +17,7 @@ __all__ = ["Agreement", "Average", "Contrastive", "Divergence", "unisd"]
         arxiv="2605.06597",
         url="https://github.com/Ahren09/UniSD",
     ),
-    status="partial",
+    status="faithful",
 )
 def unisd(
     *,
@@ -50,10 +50,12 @@ def unisd(
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of all distributions.
 
-    Departures: the auxiliary contexts are drawn at random, not retrieved, so that on few rows two may be alike;
-    their log-probs are at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide
-    as they are. The teacher moves under LoRA, too, which in the code it does not. The map from disagreement to a is
-    the code's; the paper has none.
+    Departures: likeness is the cosine of the texts' words (tf-idf), in the code of the embeddings of a sentence model;
+    the teacher writes the instructions of `induced` contexts itself, before it scores; no two contexts of a rollout
+    show the same problem, and where the data have too few others there is no context. The log-probs of contexts are
+    at `temperature`, in the code at 1; weights of a rollout that add up to less than 1 divide as they are. The teacher
+    moves under LoRA, too, which in the code it does not. The map from disagreement to a is the code's; the paper has
+    none.
 
     Example:
         >>> logits, apart = tensor([[0.5, 0.5]] * 2).log(), tensor([[0.5, 0.5], [0.9, 0.1]]).log()
@@ -77,7 +79,7 @@ def unisd(
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature),
         temperature=temperature,
-        views=views(on, agreement.demonstrations),
+        views=views(on, agreement, temperature),
         terms=terms(on, divergence, agreement),
         limits=(
             Limit(off, equals=base),

@@ -35,6 +35,8 @@ TEMPLATES: Mapping[str, str] = {
     "confidence": "End with a line <<CONFIDENCE=N>>, where N, a whole number from 0 to 100, says how sure you are.",
     "reason": "Explain in your own words how this leads to the answer, and why each step holds.",
     "rationale": "What you noted about this:\n<notes>\n{text}\n</notes>",
+    "induce": "Do not answer yet. From these examples, tell in your own words how such problems are solved well.",
+    "instruction": "How problems of this kind are solved:\n<instruction>\n{text}\n</instruction>",
     "summarise": "Sum up the attempt in a single sentence: what it tried and how it ended. Write it as "
     "<summary>...</summary>.",
     "attempt": "An attempt at this question:\n<attempt>\n{text}\n</attempt>",
@@ -84,7 +86,9 @@ Reply with JSON alone, one entry for each answer, in the order of their numbers,
 #: Placeholders that a template must hold.
 _NEEDED: Mapping[str, tuple[str, ...]] = {
     "frame": ("prompt", "sections"),
-    **dict.fromkeys(("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise"), ()),
+    **dict.fromkeys(
+        ("closing", "expert", "debate_first", "debate_again", "confidence", "reason", "summarise", "induce"), ()
+    ),
 }
 _PLACEHOLDER = re.compile(r"\{(prompt|sections|closing|text)\}")
 

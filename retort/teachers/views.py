@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
 from retort.teachers.drafts import Draft
 from retort.teachers.moving import Weights
+from retort.teachers.others import Choose, at_random
 from retort.teachers.view import Render, View
 from retort.teachers.view_input import ViewInput
 
@@ -50,12 +51,20 @@ def clean(model: str = "student", weights: Weights | None = None) -> View:
     return _view(render, model, weights, ("clean",))
 
 
-def examples(count: int, index: int = 0, *, model: str = "student", weights: Weights | None = None) -> View:
-    """The prompt with other problems of the training data, solved; they are drawn anew for every visit.
+def examples(
+    count: int,
+    index: int = 0,
+    *,
+    choose: Choose = at_random,
+    model: str = "student",
+    weights: Weights | None = None,
+) -> View:
+    """The prompt with other problems of the training data, solved.
 
     Args:
         count: Number of problems. No context where the data have fewer others with a `demonstration` or a `response`.
-        index: Number of this view, where a method has several of them: each draws its own problems.
+        index: Number of this view, where a method has several of them: each shows its own problems.
+        choose: Chooses them: `retort.teachers.others.at_random`, anew for every visit, or its `MostAlike`.
         model: The model that scores.
         weights: Weights of a student that teaches itself.
 
@@ -66,27 +75,14 @@ def examples(count: int, index: int = 0, *, model: str = "student", weights: Wei
         raise UserError(f"a view of examples needs at least 1, not {count}")
 
     def render(view_input: ViewInput) -> Prompt | None:
-        pool = view_input.stage.pool
-        chosen: dict[str, Prompt] = {}
-        for attempt in range(20 * count):  # a few rows may have nothing to show
-            if not pool or len(chosen) == count:
-                break
-            # Drawn by visit, not by rollout: siblings get the same prompt, which is computed once.
-            other = pool[int(_first_of(view_input).uniform("example", index, attempt) * len(pool))]
-            if other.id != view_input.prompt.id and other.shown("demonstration"):
-                chosen[other.id] = other
-        if len(chosen) < count:
-            return None
-        return view_input.framed(
-            [view_input.section("example", other.shown("demonstration") or "", other.text) for other in chosen.values()]
-        )
+        return view_input.framed(solved(view_input, choose(view_input, count, index)))
 
     return _view(render, model, weights)
 
 
-def _first_of(view_input: ViewInput) -> ViewInput:
-    """The input of the first of its siblings, so that random draws are the same for all of them."""
-    return replace(view_input, rollout=view_input.group[0]) if view_input.group else view_input
+def solved(view_input: ViewInput, others: Sequence[Prompt]) -> list[str]:
+    """Other problems with their solutions, each in its template."""
+    return [view_input.section("example", other.shown("demonstration") or "", other.text) for other in others]
 
 
 def peers(

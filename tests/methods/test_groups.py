@@ -32,6 +32,7 @@ def test_few_arguments_are_grouped_and_single_settings_stay(name: str) -> None:
 
 def test_the_single_settings_are_those_that_there_were() -> None:
     words = "preset teacher_weight agreement spread contexts demonstrations gamma divided_by update_rate update_every "
+    words += "context instruction_tokens "
     words += "contrastive_coef contrastive_margin matching_coef divergence_coef cap cap_quantile samples temperature"
     assert set(registry.defaults("unisd")) == set(words.split())
     words = "successes failures failure_when threshold feedback thoughts choice divergence teacher_weight top_k tail "

@@ -121,7 +121,8 @@ def test_failures_are_drawn_by_the_rollout_and_thoughts_can_be_left_out() -> Non
 
 
 def test_examples_are_of_other_prompts_and_the_same_for_siblings() -> None:
-    pool = [replace(PROMPT, id=f"q{n}", response=f"solved {n}") for n in range(9)]
+    asked = [(*PROMPT.messages[:-1], Message("user", f"another question, {n}")) for n in range(9)]
+    pool = [replace(PROMPT, id=f"q{n}", messages=asked[n], response=f"solved {n}") for n in range(9)]
     stage = Stage(pool=[PROMPT, *pool])
     one, two = written(0), written(1)
     found = examples(3).prompt(scene(one, two, stage=stage))

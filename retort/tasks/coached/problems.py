@@ -49,6 +49,8 @@ TEMPLATES: Mapping[str, str] = {
     "confidence": "",
     "reason": "",
     "rationale": "maybe {text} ;",
+    "induce": "",
+    "instruction": "maybe {text} ;",
     "summarise": "",
     "attempt": "example {text} ;",
     "summary": "maybe {text} ;",

@@ -10,7 +10,7 @@ from pathlib import Path
 from retort.config import BUILTIN, Config
 from retort.core.random_streams import permutation
 from retort.core.rollouts import Message, Prompt
-from retort.data import in_template
+from retort.data import each_turn, in_template
 from retort.envs.registry import rewards
 from retort.errors import UserError
 from retort.rewards.base import Grader
@@ -24,7 +24,24 @@ from retort.train.setup.split import different, overlap, repeats, set_aside
 def read_prompts(
     config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to learn from, and those held out to be evaluated on."""
+    """Prompts to learn from, and those held out to be evaluated on.
+
+    Rows are held out whole, before they are split into steps.
+    """
+    train, held_out = _apart(config, data, notes, caller_objects)
+    if config.data_turns == "each":
+        train = each_turn(train, notes)
+    evaluated = config.eval.data or data
+    if not (config.builtin and evaluated in BUILTIN):  # Retort's own tasks keep their problems apart.
+        notes += overlap(train, held_out)
+    # No template is around the prompts of Retort's own tasks.
+    return _in_template(config, train), held_out if evaluated in BUILTIN else _in_template(config, held_out)
+
+
+def _apart(
+    config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Rows to learn from and rows held out, in no template yet."""
     wanted = config.eval.problems
     if config.builtin and config.prompt_template is not None:
         raise UserError(f"prompt_template is for data of your own; the prompts of '{data}' are what its models know")
@@ -37,13 +54,11 @@ def read_prompts(
         return prompts, []
     evaluated = config.eval.data or (data if config.builtin else None)
     if evaluated is not None:
-        held_out = eval_prompts(config, evaluated, notes, caller_objects)
+        held_out = _eval_rows(config, evaluated, notes, caller_objects)
         if not config.builtin:
             notes += repeats(prompts, "training rows")
         if evaluated not in BUILTIN:
             notes += repeats(held_out, "rows of eval.data")
-        if not (config.builtin and evaluated in BUILTIN):  # Retort's own tasks keep their problems apart.
-            notes += overlap(prompts, held_out)
         return prompts, held_out
     # Held out of the same file: never more than a fifth of it, chosen by seed, never trained on.
     order = permutation(config.seed, "holdout", count=len(prompts))
@@ -64,6 +79,11 @@ def eval_prompts(
     config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None = None
 ) -> list[Prompt]:
     """The prompts to evaluate on: held-out problems of the built-in task, or a file, or rows that were given."""
+    rows = _eval_rows(config, data, notes, caller_objects)
+    return rows if data in BUILTIN else _in_template(config, rows)
+
+
+def _eval_rows(config: Config, data: str, notes: list[str], caller_objects: CallerObjects | None) -> list[Prompt]:
     if data in BUILTIN:
         return builtin_prompts(data, "held_out", config.eval.problems)
     return _load(config, "eval.data", data, config.eval.problems, notes, caller_objects)
@@ -80,7 +100,10 @@ def _load(
     config: Config, setting: str, data: str, limit: int | None, notes: list[str], caller_objects: CallerObjects | None
 ) -> list[Prompt]:
     refuse_misspelt(data)
-    prompts = (caller_objects or CallerObjects()).prompts(config, setting, data, limit, notes)
+    return (caller_objects or CallerObjects()).prompts(config, setting, data, limit, notes)
+
+
+def _in_template(config: Config, prompts: list[Prompt]) -> list[Prompt]:
     return prompts if config.prompt_template is None else in_template(prompts, config.prompt_template)
 
 
