@@ -11,6 +11,7 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort.chat import Asker, ChatRequest, Failure, Question, Unusable
+from retort.chat.record import PASSING
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, quoted, shortened
@@ -43,7 +44,11 @@ class References(Protocol):
 
 
 class AskedReferences(References):
-    """Asks the teacher, once for each prompt: its answers do not depend on when it is asked."""
+    """Asks the teacher, once for each prompt: its answers do not depend on when it is asked.
+
+    Answers that did not come because of a failure on the way are asked for at the next visit to the prompt: else a run
+    that is resumed, which remembers nothing of it, would take another course.
+    """
 
     def __init__(self, asker: Asker, plan: RubricPlan, seed: int) -> None:
         """Takes whom to ask, how often and how, and the run's seed."""
@@ -55,6 +60,7 @@ class AskedReferences(References):
 
     def of(self, prompts: Sequence[Prompt]) -> list[list[str] | Failure]:
         """See `References`; of a prompt that the teacher answered at least once, the answers that there are."""
+        some: dict[str, list[str]] = {}
         keys = [prompt_digest(prompt) for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known}
         count = self._plan.references
@@ -63,11 +69,17 @@ class AskedReferences(References):
         for place, key in enumerate(missing):
             own = answers[place * count : (place + 1) * count]
             texts = _each_once([text for text in own if not isinstance(text, Failure)])
+            failures = [one for one in own if isinstance(one, Failure)]
             if texts:
-                self._known[key] = texts
+                settled = all(one.reason not in PASSING for one in failures)
+                (self._known if settled else some)[key] = texts
             else:
-                failed[key] = next(one for one in own if isinstance(one, Failure))
-        return [failed[key] if key in failed else self._known[key] for key in keys]
+                failed[key] = failures[0]
+        return [failed[key] if key in failed else some.get(key) or self._known[key] for key in keys]
+
+    def settled(self, prompt: Prompt) -> bool:
+        """Whether the teacher was heard as often as it is asked about a prompt, and said something usable."""
+        return prompt_digest(prompt) in self._known
 
     def _question(self, prompt: Prompt, number: int) -> Question[str]:
         plan = self._plan
@@ -162,14 +174,15 @@ def store_references(
 
     Args:
         path: The file.
-        prompts: The prompts; one to which the teacher has no usable answer is left out.
+        prompts: The prompts; one to which the teacher has no usable answer is left out, and so is one to which some
+            answers did not come because of a failure on the way.
         asker: Asks the teacher.
         plan: How often each prompt is asked, and how.
         seed: Seed of the teacher's answers.
         progress: Told how many prompts are done, and of how many.
 
     Returns:
-        Number of prompts without an answer.
+        Number of prompts that were left out.
 
     Raises:
         UserError: The file that is there is none of references, of another teacher, or cannot be written.
@@ -186,7 +199,7 @@ def store_references(
             progress(start, len(wanted))
             some = wanted[start : start + _AT_ONCE]
             for prompt, answers in zip(some, asked.of(some), strict=True):
-                if isinstance(answers, Failure):
+                if isinstance(answers, Failure) or not asked.settled(prompt):
                     failed += 1
                     continue
                 row = _Row(prompt=prompt_digest(prompt), id=prompt.id, answers=answers)

@@ -261,6 +261,26 @@ def test_a_document_is_one_line_and_keeps_every_text(text: str) -> None:
         assert line.isprintable()
 
 
+def test_answers_that_were_lost_on_the_way_are_asked_for_at_the_next_visit(tmp_path: Path) -> None:
+    lost = [True]
+
+    def spoil(request: ChatRequest, text: str) -> str | Failure:
+        return Failure("timeout", "too late") if lost[0] and len(judge.asked) % 4 else text
+
+    judge = Ruled(spoil)
+    asked = AskedReferences(judge, RubricPlan(reference_temperature=1.0), 0)
+    (few,) = asked.of([PROMPT])
+    assert len(few) == 1, "the visit itself has what came"
+    assert store_references(tmp_path / "r.jsonl", [PROMPT], judge, RubricPlan()) == 1
+    assert not StoredReferences(tmp_path / "r.jsonl", judge.fingerprint).has(PROMPT)
+    lost[0] = False
+    assert asked.of([PROMPT]) == AskedReferences(Ruled(), RubricPlan(), 0).of([PROMPT])
+    count = len(judge.asked)
+    asked.of([PROMPT])
+    assert len(judge.asked) == count, "and then never again"
+    assert store_references(tmp_path / "r.jsonl", [PROMPT], judge, RubricPlan()) == 0
+
+
 def test_references_from_a_file_are_those_of_their_teacher_alone(tmp_path: Path) -> None:
     path, plan = tmp_path / "references.jsonl", RubricPlan(references=3)
     assert store_references(path, [PROMPT], Ruled(), plan) == 0
