@@ -12,7 +12,7 @@ from retort.align.tokens import vocabulary_width
 from retort.chat.asking import Asking
 from retort.chat.base import ChatModel
 from retort.chat.endpoint import ChatEndpoint
-from retort.chat.record import Record, again_after
+from retort.chat.record import Record, again_after, given_up_after
 from retort.config import Config
 from retort.config.judge import JudgeSection
 from retort.errors import UserError, quoted
@@ -144,7 +144,8 @@ def talks(config: Config, lm: LanguageModel) -> LocalChat:
 def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     """Keeps what is asked in a run's folder from now on, and brings this rank's file to the step.
 
-    Answers behind the step stay, for they were paid for; failures behind it do not count.
+    Answers behind the step stay, for they were paid for; failures behind it do not count, nor do the last answers to
+    questions that were given up.
 
     Args:
         asking: Who is asked.
@@ -157,9 +158,11 @@ def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     """
     rank, done = here().rank, step()
     own = JsonLines(folder / (FILE if rank == 0 else f"judge-rank-{rank}.jsonl"), own=True)
-    rows = [again_after(row, done) for path in _files(folder / FILE) for row in _rows(path)]
+    found = [row for path in _files(folder / FILE) for row in _rows(path)]
+    given_up = given_up_after(found, done, asking.attempts)
+    rows = [again_after(row, done, given_up) for row in found]
     if own.path.exists():
-        own.replace([again_after(row, done) for row in own.rows()])
+        own.replace([again_after(row, done, given_up) for row in own.rows()])
     asking.open(rows, own.append, lambda: step() + 1, ways=here().size)
 
 
