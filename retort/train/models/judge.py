@@ -18,11 +18,13 @@ from retort.config.judge import JudgeSection
 from retort.errors import UserError, quoted
 from retort.models.fingerprint import digests_of, fingerprint_of
 from retort.models.lm import LanguageModel
+from retort.models.offload import Room
 from retort.models.stored import StoredModel
 from retort.ranks import here
 from retort.rollout.chat import LocalChat
 from retort.train.given.given import CallerObjects
-from retort.train.models.models import engine, load
+from retort.train.models.models import engine, load, source_of
+from retort.train.models.offloading import offloaded, refuse_offload
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
@@ -116,7 +118,20 @@ def _model(
     lm = models.get(named)
     if lm is not None and not isinstance(lm, LanguageModel):
         raise UserError(f"judge.model = {named}: that model only scores ({path}); give its address as judge.model")
-    return talks(config, lm if lm is not None else load(config, path, "judge", caller_objects))
+    return talks(config, lm if lm is not None else _loaded(config, named, path, caller_objects or CallerObjects()))
+
+
+def _loaded(config: Config, named: str, path: str, given: CallerObjects) -> LanguageModel:
+    """A model that nobody but the judge takes, as the settings of its name say, where it has one.
+
+    Raises:
+        UserError: It cannot be loaded so.
+    """
+    name = named if named in config.models else "judge"
+    refuse_offload(config, {name: (path, source_of(config.server, path, name, given, student=config.student))})
+    lm = load(config, path, name, given)
+    offloaded(config, path, name, lm, Room(), given)
+    return lm
 
 
 def talks(config: Config, lm: LanguageModel) -> LocalChat:
