@@ -16,7 +16,7 @@ from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
 from retort.errors import UserError, quoted, shortened
 from retort.files import write_text
-from retort.rewards.rubric_protocol import graded_text
+from retort.rewards.rubric_protocol import graded_text, need_text
 
 __all__ = ["AskedReferences", "References", "StoredReferences", "prompt_digest", "store_references"]
 
@@ -185,9 +185,11 @@ def store_references(
         Number of prompts that were left out.
 
     Raises:
-        UserError: The file that is there is none of references, of another teacher, or cannot be written.
+        UserError: The file that is there is none of references, of another teacher, or cannot be written; or a prompt
+            has tools.
         BudgetSpentError: The budget is used up; what was answered is in the file.
     """
+    need_text(prompts)
     try:
         if not path.exists():
             write_text(path, json.dumps(_Head(format=FORMAT, teacher=asker.fingerprint).model_dump()) + "\n")

@@ -14,6 +14,7 @@ from retort.method import Method
 from retort.rewards.base import Grader
 from retort.rewards.references import AskedReferences, References, StoredReferences
 from retort.rewards.rubric_grader import RubricGrader
+from retort.rewards.rubric_protocol import need_text
 from retort.teachers.templates import templates
 
 __all__ = ["need_rubricator", "rubric_grader"]
@@ -52,11 +53,12 @@ def rubric_grader(
         verifier: The task's own grader, whose grades are recorded beside, where there is one.
 
     Raises:
-        UserError: The file of references is of another teacher, damaged, or lacks a prompt.
+        UserError: The file of references is of another teacher, damaged, or lacks a prompt; or a prompt has tools.
     """
     plan = method.grading
     if plan is None or asker is None:
         return None
+    need_text(prompts)
     references = _references(config, plan, asker)
     references.need(prompts)
     return RubricGrader(asker, plan, references, templates(config.templates), seed=config.seed, verifier=verifier)
