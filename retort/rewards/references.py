@@ -14,7 +14,7 @@ from retort.chat import Asker, ChatRequest, Failure, Question, Unusable
 from retort.chat.record import PASSING
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
-from retort.errors import UserError, quoted, shortened
+from retort.errors import UserError, quoted, shortened, visible
 from retort.files import write_text
 from retort.rewards.rubric_protocol import graded_text, need_text
 
@@ -91,12 +91,13 @@ class AskedReferences(References):
 
 
 class _Head(BaseModel):
-    """The first line of a file of references."""
+    """The first line of a file of references: whose answers they are, as a digest and for people."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: str
     teacher: str
+    name: str = ""
 
 
 class _Row(BaseModel):
@@ -112,12 +113,13 @@ class _Row(BaseModel):
 class StoredReferences(References):
     """Answers from a file that `store_references` made."""
 
-    def __init__(self, path: Path, teacher: str) -> None:
+    def __init__(self, path: Path, teacher: str, name: str = "") -> None:
         """Reads a file.
 
         Args:
             path: The file, JSON lines.
             teacher: Fingerprint of the teacher whose answers are wanted.
+            name: Its name, for messages.
 
         Raises:
             UserError: The file cannot be read, is damaged, or holds the answers of another teacher.
@@ -136,9 +138,10 @@ class StoredReferences(References):
         if found.format != FORMAT:
             raise UserError(f"judge.references = {path}: its format is {quoted(found.format, 40)}, not {FORMAT}")
         if found.teacher != teacher:
+            theirs, ours = found.name or found.teacher[:12], name or teacher[:12]
             raise UserError(
-                f"judge.references = {path}: its answers are of another teacher ({shortened(found.teacher, 40)}) than "
-                f"the one of this run ({shortened(teacher, 40)}); make the file anew, or name that teacher"
+                f"judge.references = {path}: its answers are of another teacher ({visible(shortened(theirs, 200))}) "
+                f"than the one of this run ({visible(shortened(ours, 200))}); make the file anew, or name that teacher"
             )
         self._answers = {row.prompt: _each_once(row.answers) for row in rows}
 
@@ -166,7 +169,14 @@ class StoredReferences(References):
 
 
 def store_references(
-    path: Path, prompts: Sequence[Prompt], asker: Asker, plan: RubricPlan, *, seed: int = 0, progress: Progress = _quiet
+    path: Path,
+    prompts: Sequence[Prompt],
+    asker: Asker,
+    plan: RubricPlan,
+    *,
+    name: str = "",
+    seed: int = 0,
+    progress: Progress = _quiet,
 ) -> int:
     """Asks a teacher for its answers to prompts and writes them to a file, for `StoredReferences`.
 
@@ -178,6 +188,7 @@ def store_references(
             answers did not come because of a failure on the way.
         asker: Asks the teacher.
         plan: How often each prompt is asked, and how.
+        name: The teacher's name, for people who read the file.
         seed: Seed of the teacher's answers.
         progress: Told how many prompts are done, and of how many.
 
@@ -192,8 +203,9 @@ def store_references(
     need_text(prompts)
     try:
         if not path.exists():
-            write_text(path, json.dumps(_Head(format=FORMAT, teacher=asker.fingerprint).model_dump()) + "\n")
-        stored = StoredReferences(path, asker.fingerprint)
+            head = _Head(format=FORMAT, teacher=asker.fingerprint, name=name)
+            write_text(path, json.dumps(head.model_dump()) + "\n")
+        stored = StoredReferences(path, asker.fingerprint, name)
         stored.cut()
         wanted = [prompt for prompt in prompts if not stored.has(prompt)]
         asked, failed = AskedReferences(asker, plan, seed), 0

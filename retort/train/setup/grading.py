@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retort.chat import Asker
+from retort.chat.asking import Asking
 from retort.config import Config
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
@@ -41,7 +41,7 @@ def need_rubricator(config: Config, method: Method) -> None:
 
 
 def rubric_grader(
-    config: Config, method: Method, prompts: Sequence[Prompt], asker: Asker | None, verifier: Grader | None
+    config: Config, method: Method, prompts: Sequence[Prompt], asker: Asking | None, verifier: Grader | None
 ) -> Grader | None:
     """The grader by rubric of a run; None for methods that want none.
 
@@ -64,7 +64,7 @@ def rubric_grader(
     return RubricGrader(asker, plan, references, templates(config.templates), seed=config.seed, verifier=verifier)
 
 
-def _references(config: Config, plan: RubricPlan, asker: Asker) -> References:
+def _references(config: Config, plan: RubricPlan, asker: Asking) -> References:
     if config.judge.references is None:
         return AskedReferences(asker, plan, config.seed)
-    return StoredReferences(Path(config.judge.references), asker.fingerprint)
+    return StoredReferences(Path(config.judge.references), asker.fingerprint, asker.name)
