@@ -134,8 +134,8 @@ def need_text(prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         if prompt.tools or any("tool_calls" in message.extra for message in prompt.messages):
             raise UserError(
-                f"row '{prompt.id}': it has tools or calls of tools, which a judge is not told of, so that it would grade "
-                "by half of the question; leave such rows out, or choose a method whose teacher scores tokens"
+                f"row '{prompt.id}': it has tools or calls of tools, which a judge is not told of, so that it would "
+                "grade by half of the question; leave such rows out, or choose a method whose teacher scores tokens"
             )
 
 

@@ -185,7 +185,9 @@ def test_in_an_environment_it_is_refused(settings: Settings, url: str, tmp_path:
 def test_a_file_of_references_of_another_teacher_is_refused(settings: Settings, url: str, tmp_path: Path) -> None:
     file = tmp_path / "references.jsonl"
     file.write_text('{"format": "retort.references.v1", "teacher": "0123", "name": "gpt at https://api.example.com"}\n')
-    with pytest.raises(UserError, match=r"\(gpt at https://api.example.com\) than the one .*\(rules:sums at http://127"):
+    with pytest.raises(
+        UserError, match=r"\(gpt at https://api.example.com\) than the one .*\(rules:sums at http://127"
+    ):
         runner.start(settings(url, judge={"references": str(file)}), tmp_path / "run")
 
 
