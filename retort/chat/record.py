@@ -173,8 +173,8 @@ def given_up_after(rows: Iterable[Mapping[str, Any]], step: int, attempts: int) 
         attempts: How often a question is asked.
     """
     own = [row for row in rows if row.get("step", 0) > step]
-    useless = {row.get("key") for row in own if "messages" not in row or row.get("reason") == "refused"}
-    last = {row["key"] for row in own if "messages" in row and row.get("attempt", 0) >= attempts - 1}
+    useless = {str(row.get("key")) for row in own if "messages" not in row or row.get("reason") == "refused"}
+    last = {str(row["key"]) for row in own if "messages" in row and row.get("attempt", 0) >= attempts - 1}
     return useless & last
 
 
