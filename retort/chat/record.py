@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from retort.chat.base import ChatReply, ChatRequest, Failure
 from retort.chat.budget import Spent
 from retort.errors import UserError
 
-__all__ = ["Record", "again_after", "digest_of"]
+__all__ = ["Record", "again_after", "digest_of", "given_up_after"]
 
 #: Failures that lie with the way to a model; the same question may be answered at another time.
 PASSING = ("unreachable", "timeout", "http")
@@ -164,10 +164,32 @@ class Record:
             self._replies[key] = Failure(row["reason"], row["message"], *tokens)
 
 
-def again_after(row: Mapping[str, Any], step: int) -> Mapping[str, Any]:
-    """The row of a record, as a run that goes on after a step takes it: what failed on the way is asked again."""
-    passing = "messages" in row and row.get("reason") in PASSING
-    return {**row, "void": True} if passing and row["step"] > step else row
+def again_after(row: Mapping[str, Any], step: int, given_up: Collection[str] = ()) -> Mapping[str, Any]:
+    """The row of a record, as a run that goes on after a step takes it: what failed on the way is asked again.
+
+    Args:
+        row: The row.
+        step: Number of steps that are done.
+        given_up: Keys of answers that are asked for again, too (`given_up_after`).
+    """
+    again = "messages" in row and (row.get("reason") in PASSING or row["key"] in given_up)
+    return {**row, "void": True} if again and row["step"] > step else row
+
+
+def given_up_after(rows: Iterable[Mapping[str, Any]], step: int, attempts: int) -> set[str]:
+    """Keys of the last answers to questions that were given up behind a step, as no answer to them could be used.
+
+    A run that goes on asks for each of these once more: a model that was mended would not be heard otherwise.
+
+    Args:
+        rows: Of a record.
+        step: Number of steps that are done.
+        attempts: How often a question is asked.
+    """
+    own = [row for row in rows if row.get("step", 0) > step]
+    useless = {str(row.get("key")) for row in own if "messages" not in row or row.get("reason") == "refused"}
+    last = {str(row["key"]) for row in own if "messages" in row and row.get("attempt", 0) >= attempts - 1}
+    return useless & last
 
 
 def _cost(row: Mapping[str, Any]) -> Spent:

@@ -58,7 +58,7 @@ def _references(arguments: argparse.Namespace) -> int:
         observer.phase("asking for answers", done, total)
 
     try:
-        failed = store_references(path, prompts, asking, plan, seed=settings.seed, progress=progress)
+        failed = store_references(path, prompts, asking, plan, name=asking.name, seed=settings.seed, progress=progress)
     finally:
         observer.close()
     left = f"; {counted(failed, 'prompt')} without a usable answer, ask again" if failed else ""

@@ -49,10 +49,6 @@ class JudgeSection(Section):
     attempts: int = Field(
         default=ATTEMPTS, ge=1, le=100, description="how often a question is asked until its answer can be read"
     )
-    max_tokens: int = Field(default=4096, ge=1, description="longest answer, tokens, thoughts included")
-    temperature: float = Field(
-        default=0.0, ge=0, le=100, description="temperature of answers, unless a method says another; 0: most likely"
-    )
     budget_calls: int | None = Field(
         default=None,
         ge=1,

@@ -23,6 +23,7 @@ class Passage:
         completed: Whether it ended by itself, and not at the longest length.
         confidence: How sure its author says to be, 0 to 100; None where it says nothing, or is not asked.
         sequence: The sequence of the rollout that it is about; None for all of them.
+        authors: Number of authors of that kind, those who wrote nothing included.
     """
 
     of: str
@@ -33,13 +34,19 @@ class Passage:
     completed: bool = True
     confidence: float | None = None
     sequence: int | None = None
+    authors: int = 1
 
 
 def confidence_SK(passages: Sequence[Passage], sequences: int) -> Tensor:
-    """What each of K authors says last about each sequence of a rollout, 0 to 100, [S, K], float64; NaN for nothing."""
-    count = 1 + max((own.author for own in passages), default=-1)
+    """What each of K authors says last about each sequence of a rollout, 0 to 100, [S, K], float64; NaN for nothing.
+
+    Texts of a kind in which nobody says how sure it is do not count.
+    """
+    kinds = {own.of for own in passages if own.confidence is not None}
+    said = [own for own in passages if own.of in kinds]
+    count = max((max(own.authors, 1 + own.author) for own in said), default=0)
     found_SK = torch.full((sequences, count), math.nan, dtype=torch.float64)
-    for own in sorted(passages, key=lambda passage: passage.round):
+    for own in sorted(said, key=lambda passage: passage.round):
         about = slice(None) if own.sequence is None else own.sequence
         found_SK[about, own.author] = math.nan if own.confidence is None else own.confidence
     return found_SK

@@ -11,11 +11,12 @@ from typing import Protocol
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from retort.chat import Asker, ChatRequest, Failure, Question, Unusable
+from retort.chat.record import PASSING
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
-from retort.errors import UserError, quoted, shortened
+from retort.errors import UserError, quoted, shortened, visible
 from retort.files import write_text
-from retort.rewards.rubric_protocol import graded_text
+from retort.rewards.rubric_protocol import graded_text, need_text
 
 __all__ = ["AskedReferences", "References", "StoredReferences", "prompt_digest", "store_references"]
 
@@ -43,7 +44,11 @@ class References(Protocol):
 
 
 class AskedReferences(References):
-    """Asks the teacher, once for each prompt: its answers do not depend on when it is asked."""
+    """Asks the teacher, once for each prompt: its answers do not depend on when it is asked.
+
+    Answers that did not come because of a failure on the way are asked for at the next visit to the prompt: else a run
+    that is resumed, which remembers nothing of it, would take another course.
+    """
 
     def __init__(self, asker: Asker, plan: RubricPlan, seed: int) -> None:
         """Takes whom to ask, how often and how, and the run's seed."""
@@ -55,6 +60,7 @@ class AskedReferences(References):
 
     def of(self, prompts: Sequence[Prompt]) -> list[list[str] | Failure]:
         """See `References`; of a prompt that the teacher answered at least once, the answers that there are."""
+        some: dict[str, list[str]] = {}
         keys = [prompt_digest(prompt) for prompt in prompts]
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in self._known}
         count = self._plan.references
@@ -63,11 +69,17 @@ class AskedReferences(References):
         for place, key in enumerate(missing):
             own = answers[place * count : (place + 1) * count]
             texts = _each_once([text for text in own if not isinstance(text, Failure)])
+            failures = [one for one in own if isinstance(one, Failure)]
             if texts:
-                self._known[key] = texts
+                settled = all(one.reason not in PASSING for one in failures)
+                (self._known if settled else some)[key] = texts
             else:
-                failed[key] = next(one for one in own if isinstance(one, Failure))
-        return [failed[key] if key in failed else self._known[key] for key in keys]
+                failed[key] = failures[0]
+        return [failed[key] if key in failed else some.get(key) or self._known[key] for key in keys]
+
+    def settled(self, prompt: Prompt) -> bool:
+        """Whether the teacher was heard as often as it is asked about a prompt, and said something usable."""
+        return prompt_digest(prompt) in self._known
 
     def _question(self, prompt: Prompt, number: int) -> Question[str]:
         plan = self._plan
@@ -79,12 +91,13 @@ class AskedReferences(References):
 
 
 class _Head(BaseModel):
-    """The first line of a file of references."""
+    """The first line of a file of references: whose answers they are, as a digest and for people."""
 
     model_config = ConfigDict(extra="forbid")
 
     format: str
     teacher: str
+    name: str = ""
 
 
 class _Row(BaseModel):
@@ -100,12 +113,13 @@ class _Row(BaseModel):
 class StoredReferences(References):
     """Answers from a file that `store_references` made."""
 
-    def __init__(self, path: Path, teacher: str) -> None:
+    def __init__(self, path: Path, teacher: str, name: str = "") -> None:
         """Reads a file.
 
         Args:
             path: The file, JSON lines.
             teacher: Fingerprint of the teacher whose answers are wanted.
+            name: Its name, for messages.
 
         Raises:
             UserError: The file cannot be read, is damaged, or holds the answers of another teacher.
@@ -124,9 +138,10 @@ class StoredReferences(References):
         if found.format != FORMAT:
             raise UserError(f"judge.references = {path}: its format is {quoted(found.format, 40)}, not {FORMAT}")
         if found.teacher != teacher:
+            theirs, ours = found.name or found.teacher[:12], name or teacher[:12]
             raise UserError(
-                f"judge.references = {path}: its answers are of another teacher ({shortened(found.teacher, 40)}) than "
-                f"the one of this run ({shortened(teacher, 40)}); make the file anew, or name that teacher"
+                f"judge.references = {path}: its answers are of another teacher ({visible(shortened(theirs, 200))}) "
+                f"than the one of this run ({visible(shortened(ours, 200))}); make the file anew, or name that teacher"
             )
         self._answers = {row.prompt: _each_once(row.answers) for row in rows}
 
@@ -154,7 +169,14 @@ class StoredReferences(References):
 
 
 def store_references(
-    path: Path, prompts: Sequence[Prompt], asker: Asker, plan: RubricPlan, *, seed: int = 0, progress: Progress = _quiet
+    path: Path,
+    prompts: Sequence[Prompt],
+    asker: Asker,
+    plan: RubricPlan,
+    *,
+    name: str = "",
+    seed: int = 0,
+    progress: Progress = _quiet,
 ) -> int:
     """Asks a teacher for its answers to prompts and writes them to a file, for `StoredReferences`.
 
@@ -162,23 +184,28 @@ def store_references(
 
     Args:
         path: The file.
-        prompts: The prompts; one to which the teacher has no usable answer is left out.
+        prompts: The prompts; one to which the teacher has no usable answer is left out, and so is one to which some
+            answers did not come because of a failure on the way.
         asker: Asks the teacher.
         plan: How often each prompt is asked, and how.
+        name: The teacher's name, for people who read the file.
         seed: Seed of the teacher's answers.
         progress: Told how many prompts are done, and of how many.
 
     Returns:
-        Number of prompts without an answer.
+        Number of prompts that were left out.
 
     Raises:
-        UserError: The file that is there is none of references, of another teacher, or cannot be written.
+        UserError: The file that is there is none of references, of another teacher, or cannot be written; or a prompt
+            has tools.
         BudgetSpentError: The budget is used up; what was answered is in the file.
     """
+    need_text(prompts)
     try:
         if not path.exists():
-            write_text(path, json.dumps(_Head(format=FORMAT, teacher=asker.fingerprint).model_dump()) + "\n")
-        stored = StoredReferences(path, asker.fingerprint)
+            head = _Head(format=FORMAT, teacher=asker.fingerprint, name=name)
+            write_text(path, json.dumps(head.model_dump()) + "\n")
+        stored = StoredReferences(path, asker.fingerprint, name)
         stored.cut()
         wanted = [prompt for prompt in prompts if not stored.has(prompt)]
         asked, failed = AskedReferences(asker, plan, seed), 0
@@ -186,7 +213,7 @@ def store_references(
             progress(start, len(wanted))
             some = wanted[start : start + _AT_ONCE]
             for prompt, answers in zip(some, asked.of(some), strict=True):
-                if isinstance(answers, Failure):
+                if isinstance(answers, Failure) or not asked.settled(prompt):
                     failed += 1
                     continue
                 row = _Row(prompt=prompt_digest(prompt), id=prompt.id, answers=answers)

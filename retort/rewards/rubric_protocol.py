@@ -18,7 +18,7 @@ from retort.chat import ChatRequest, Question, Unusable
 from retort.chat.fence import as_json
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Message, Prompt
-from retort.errors import counted, quoted, shortened, visible
+from retort.errors import UserError, counted, quoted, shortened, visible
 from retort.rewards.rubric import Rubric
 
 RUBRIC, VERDICTS = "retort.rubric.v1", "retort.verdicts.v1"
@@ -123,6 +123,20 @@ def pool(group: str, teacher: Sequence[str], student: Sequence[str]) -> list[Poo
         return hashlib.sha256(words.encode("utf-8", "surrogatepass")).digest()
 
     return sorted(answers, key=place)
+
+
+def need_text(prompts: Sequence[Prompt]) -> None:
+    """Refuses prompts of which a judge would read a part only: it is told texts.
+
+    Raises:
+        UserError: A prompt has tools, or a turn that calls one.
+    """
+    for prompt in prompts:
+        if prompt.tools or any("tool_calls" in message.extra for message in prompt.messages):
+            raise UserError(
+                f"row '{prompt.id}': it has tools or calls of tools, which a judge is not told of, so that it would "
+                "grade by half of the question; leave such rows out, or choose a method whose teacher scores tokens"
+            )
 
 
 def rubric_question(
@@ -242,11 +256,12 @@ def _turns(prompt: Prompt) -> list[Turn]:
 
 
 def _read(text: str, kind: type[Model]) -> Model:
-    """Reads a JSON object from an answer, which may stand in a fence or among words.
+    """Reads a JSON object from an answer, which may stand in a fence, among words, or behind thoughts.
 
     Raises:
         Unusable: There is none, or it has another form.
     """
+    text = text if text.lstrip().startswith("{") else graded_text(text)  # a draft among thoughts is no answer
     first, last = text.find("{"), text.rfind("}")
     if not 0 <= first < last or len(text) > MOST_TEXT:
         raise Unusable("the answer holds no JSON object")

@@ -114,7 +114,8 @@ class Draft:
     def passage(self, turn: Turn, text: str, *, completed: bool = True) -> Passage:
         """What an author wrote in its turn."""
         sure = self.confidence(text) if self.confidence is not None and turn.last else None
-        return Passage(self.name, turn.author, self.authors[turn.author].model, turn.round, text, completed, sure)
+        model, count = self.authors[turn.author].model, len(self.authors)
+        return Passage(self.name, turn.author, model, turn.round, text, completed, sure, authors=count)
 
     def example(self, text: str) -> tuple[Passage, ...]:
         """Passages that all say one thing, for checks before a run."""

@@ -122,6 +122,22 @@ def test_what_is_no_answer_is_refused(text: str) -> None:
             read(text)
 
 
+def test_an_answer_behind_thoughts_is_read_and_a_draft_in_them_is_not() -> None:
+    draft, final = json.dumps(rubric(1, 1, 1, 1)), json.dumps(rubric(5, 4, 2, 1))
+    for text in (f"<think>{draft}</think>\n{final}", f"Let me see: {draft}\n</think>```json\n{final}\n```"):
+        assert read_rubric(text).points == [5, 4, 2, 1]
+    spelt = rubric(5, 4, 2, 1, text="It ends its thoughts with </think> {once}.")
+    assert read_rubric(json.dumps(spelt)).points == [5, 4, 2, 1]
+
+
+def test_a_prompt_with_tools_is_refused_as_a_judge_would_read_half_of_it(tmp_path: Path) -> None:
+    called = Message("assistant", "", {"tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]})
+    for prompt in (replace(PROMPT, tools=({"name": "add"},)), replace(PROMPT, messages=(called, *PROMPT.messages))):
+        with pytest.raises(UserError, match="row 'countdown-45': it has tools"):
+            store_references(tmp_path / "r.jsonl", [prompt], Ruled(), RubricPlan())
+    assert not (tmp_path / "r.jsonl").exists()
+
+
 def test_thoughts_are_not_judged() -> None:
     assert graded_text("<think>a</think> b </think> c") == "c"
     assert graded_text("<think>a</think> ") == "<think>a</think> "
@@ -259,6 +275,26 @@ def test_a_document_is_one_line_and_keeps_every_text(text: str) -> None:
         texts = read.get("student_answers") or [own["text"] for own in read["answers"]]
         assert text in texts
         assert line.isprintable()
+
+
+def test_answers_that_were_lost_on_the_way_are_asked_for_at_the_next_visit(tmp_path: Path) -> None:
+    lost = [True]
+
+    def spoil(request: ChatRequest, text: str) -> str | Failure:
+        return Failure("timeout", "too late") if lost[0] and len(judge.asked) % 4 else text
+
+    judge = Ruled(spoil)
+    asked = AskedReferences(judge, RubricPlan(reference_temperature=1.0), 0)
+    (few,) = asked.of([PROMPT])
+    assert not isinstance(few, Failure) and len(few) == 1, "the visit itself has what came"
+    assert store_references(tmp_path / "r.jsonl", [PROMPT], judge, RubricPlan()) == 1
+    assert not StoredReferences(tmp_path / "r.jsonl", judge.fingerprint).has(PROMPT)
+    lost[0] = False
+    assert asked.of([PROMPT]) == AskedReferences(Ruled(), RubricPlan(), 0).of([PROMPT])
+    count = len(judge.asked)
+    asked.of([PROMPT])
+    assert len(judge.asked) == count, "and then never again"
+    assert store_references(tmp_path / "r.jsonl", [PROMPT], judge, RubricPlan()) == 0
 
 
 def test_references_from_a_file_are_those_of_their_teacher_alone(tmp_path: Path) -> None:

@@ -159,6 +159,15 @@ def test_confidences_reach_the_table_of_steps_by_rollout_and_by_sequence() -> No
     assert table.tolist() == [[20.0], [20.0], [30.0]]
 
 
+def test_a_teacher_that_never_writes_has_a_confidence_too_and_other_texts_have_none() -> None:
+    draft = debate(["teacher", "teacher_2", "teacher_3"], rounds=1)
+    alone = draft.passage(Turn(0, 0, last=True), "seven <<CONFIDENCE=90>>")
+    summary = summaries("student").passage(Turn(0, 0, last=True), "it tried")
+    table = Pack.of([rollout(passages=(alone, summary))]).steps.confidence_NK
+    assert table is not None
+    assert table[0].nan_to_num(-1).tolist() == [90.0, -1.0, -1.0], "all of them weigh the same, and the run goes on"
+
+
 def test_the_sequences_of_an_episode_apart_have_their_own_conversation_and_passages() -> None:
     first = rollout(passages=(replace(said(0, 0, "one"), sequence=0), replace(said(0, 0, "two"), sequence=1)))
     later = TokenSequence.of([5, 6]).then([8], decided=True)

@@ -251,3 +251,26 @@ def test_a_model_of_this_process_is_asked(
         {**settings, "steps": 1}, tmp_path / "again", model=None, patience=120.0, requests=4, replay=str(run.folder)
     )
     assert same(run, replayed.go())
+
+
+def test_settings_of_a_model_that_only_judges_count(
+    settings: dict[str, Any], model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = str(model_folder(seed=3, chat=True))
+
+    def asker(**more: Any) -> Any:
+        judge = {"judge": {"model": "critic"}, "models": {"critic": {"path": folder, **more}}}
+        return runner.start(configuration.resolve({**settings, **judge}), tmp_path / "run").prepared.asker
+
+    judge = asker(offload="disk").model
+    lm = judge.engine.lm
+    assert lm.offload.storage == "disk"
+    reads = lm.offload.reads
+    (said,) = judge.chat([ChatRequest("trial", (Message("user", "What is 1 + 2?"),), max_tokens=4)])
+    assert said.completion_tokens > 1
+    assert lm.offload.reads == reads + 1, "once for the whole answer"
+    assert not lm.offload.here
+    with pytest.raises(UserError, match="critic .*: offload = cpu changes nothing in a run on a CPU"):
+        asker(offload="cpu")
+    with pytest.raises(UserError, match="critic .*: offload = disk is for whole weights, and bits rounds these"):
+        asker(bits=8, offload="disk")

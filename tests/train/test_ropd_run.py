@@ -192,8 +192,10 @@ def test_in_an_environment_it_is_refused(settings: Settings, url: str, tmp_path:
 
 def test_a_file_of_references_of_another_teacher_is_refused(settings: Settings, url: str, tmp_path: Path) -> None:
     file = tmp_path / "references.jsonl"
-    file.write_text('{"format": "retort.references.v1", "teacher": "somebody"}\n')
-    with pytest.raises(UserError, match="of another teacher .somebody."):
+    file.write_text('{"format": "retort.references.v1", "teacher": "0123", "name": "gpt at https://api.example.com"}\n')
+    with pytest.raises(
+        UserError, match=r"\(gpt at https://api.example.com\) than the one .*\(rules:sums at http://127"
+    ):
         runner.start(settings(url, judge={"references": str(file)}), tmp_path / "run")
 
 
@@ -233,3 +235,19 @@ def test_a_judge_that_is_killed_ends_the_run_which_goes_on_to_the_same_weights(
     finally:
         killed(process)
     assert weights(folder) == weights(tmp_path / "whole")
+
+
+def test_a_judge_that_was_mended_is_asked_once_more(settings: Settings, whole: Path, tmp_path: Path) -> None:
+    """Its useless answers are in the record, from which the run would have failed again for ever."""
+    broken = [True]
+    rules = replace(SUMS, answer=lambda total, seed: "" if broken[0] else str(total))
+    with judging(rules) as found:
+        run = runner.start(settings(found), tmp_path / "run")
+        with pytest.raises(UnreachableError, match="the last: empty.*saved at step 0 of 2"):
+            run.go()
+        broken[0] = False
+        runner.resume(tmp_path / "run").go()
+        assert weights(tmp_path / "run") == weights(whole)
+        again = runner.start(settings(None, judge={"replay": str(tmp_path / "run")}), tmp_path / "again")
+        again.go()
+    assert weights(tmp_path / "again") == weights(whole)

@@ -94,11 +94,12 @@ class HFEngine:
         going, new = [i for i in others if kept[i] is not None], [i for i in others if kept[i] is None]
         size = self.max_parallel
         batches = [own[start : start + size] for own in (going, new) for start in range(0, len(own), size)]
-        for batch in [*batches, *([i] for i in alone)]:
-            own = [kept[i] for i in batch]
-            for i in batch:
-                kept[i] = None
-            found.update(zip(batch, self._batch([requests[i] for i in batch], sampling, own), strict=True))
+        with self.lm.offload.kept():  # else a model whose weights wait elsewhere is read again for each token
+            for batch in [*batches, *([i] for i in alone)]:
+                own = [kept[i] for i in batch]
+                for i in batch:
+                    kept[i] = None
+                found.update(zip(batch, self._batch([requests[i] for i in batch], sampling, own), strict=True))
         return [found[index] for index in range(len(requests))]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling, kept: list[KeptRow | None]) -> list[Completion]:

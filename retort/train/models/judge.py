@@ -12,18 +12,20 @@ from retort.align.tokens import vocabulary_width
 from retort.chat.asking import Asking
 from retort.chat.base import ChatModel
 from retort.chat.endpoint import ChatEndpoint
-from retort.chat.record import Record, again_after
+from retort.chat.record import Record, again_after, given_up_after
 from retort.config import Config
 from retort.config.judge import JudgeSection
 from retort.errors import UserError, quoted
 from retort.models.fingerprint import digests_of, fingerprint_of
 from retort.models.lm import LanguageModel
+from retort.models.offload import Room
 from retort.models.stored import StoredModel
 from retort.ranks import here
 from retort.rollout.chat import LocalChat
 from retort.rollout.engines.hf import HFEngine
 from retort.train.given.given import CallerObjects
-from retort.train.models.models import engine, load
+from retort.train.models.models import engine, load, source_of
+from retort.train.models.offloading import offloaded, refuse_offload
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
@@ -117,7 +119,20 @@ def _model(
     lm = models.get(named)
     if lm is not None and not isinstance(lm, LanguageModel):
         raise UserError(f"judge.model = {named}: that model only scores ({path}); give its address as judge.model")
-    return talks(config, lm if lm is not None else load(config, path, "judge", caller_objects))
+    return talks(config, lm if lm is not None else _loaded(config, named, path, caller_objects or CallerObjects()))
+
+
+def _loaded(config: Config, named: str, path: str, given: CallerObjects) -> LanguageModel:
+    """A model that nobody but the judge takes, as the settings of its name say, where it has one.
+
+    Raises:
+        UserError: It cannot be loaded so.
+    """
+    name = named if named in config.models else "judge"
+    refuse_offload(config, {name: (path, source_of(config.server, path, name, given, student=config.student))})
+    lm = load(config, path, name, given)
+    offloaded(config, path, name, lm, Room(), given)
+    return lm
 
 
 def talks(config: Config, lm: LanguageModel) -> LocalChat:
@@ -152,7 +167,8 @@ def loaded_judge(asking: Asking | None) -> LanguageModel | None:
 def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     """Keeps what is asked in a run's folder from now on, and brings this rank's file to the step.
 
-    Answers behind the step stay, for they were paid for; failures behind it do not count.
+    Answers behind the step stay, for they were paid for; failures behind it do not count, nor do the last answers to
+    questions that were given up.
 
     Args:
         asking: Who is asked.
@@ -165,9 +181,11 @@ def open_record(asking: Asking, folder: Path, step: Callable[[], int]) -> None:
     """
     rank, done = here().rank, step()
     own = JsonLines(folder / (FILE if rank == 0 else f"judge-rank-{rank}.jsonl"), own=True)
-    rows = [again_after(row, done) for path in _files(folder / FILE) for row in _rows(path)]
+    found = [row for path in _files(folder / FILE) for row in _rows(path)]
+    given_up = given_up_after(found, done, asking.attempts)
+    rows = [again_after(row, done, given_up) for row in found]
     if own.path.exists():
-        own.replace([again_after(row, done) for row in own.rows()])
+        own.replace([again_after(row, done, given_up) for row in own.rows()])
     asking.open(rows, own.append, lambda: step() + 1, ways=here().size)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retort.chat import Asker
+from retort.chat.asking import Asking
 from retort.config import Config
 from retort.core.grading import RubricPlan
 from retort.core.rollouts import Prompt
@@ -14,6 +14,7 @@ from retort.method import Method
 from retort.rewards.base import Grader
 from retort.rewards.references import AskedReferences, References, StoredReferences
 from retort.rewards.rubric_grader import RubricGrader
+from retort.rewards.rubric_protocol import need_text
 from retort.teachers.templates import templates
 
 __all__ = ["need_judge", "rubric_grader"]
@@ -47,7 +48,7 @@ def need_judge(config: Config, method: Method) -> None:
 
 
 def rubric_grader(
-    config: Config, method: Method, prompts: Sequence[Prompt], asker: Asker | None, verifier: Grader | None
+    config: Config, method: Method, prompts: Sequence[Prompt], asker: Asking | None, verifier: Grader | None
 ) -> Grader | None:
     """The grader by rubric of a run; None for methods that want none.
 
@@ -59,17 +60,18 @@ def rubric_grader(
         verifier: The task's own grader, whose grades are recorded beside, where there is one.
 
     Raises:
-        UserError: The file of references is of another teacher, damaged, or lacks a prompt.
+        UserError: The file of references is of another teacher, damaged, or lacks a prompt; or a prompt has tools.
     """
     plan = method.grading
     if plan is None or asker is None:
         return None
+    need_text(prompts)
     references = _references(config, plan, asker)
     references.need(prompts)
     return RubricGrader(asker, plan, references, templates(config.templates), seed=config.seed, verifier=verifier)
 
 
-def _references(config: Config, plan: RubricPlan, asker: Asker) -> References:
+def _references(config: Config, plan: RubricPlan, asker: Asking) -> References:
     if config.judge.references is None:
         return AskedReferences(asker, plan, config.seed)
-    return StoredReferences(Path(config.judge.references), asker.fingerprint)
+    return StoredReferences(Path(config.judge.references), asker.fingerprint, asker.name)
