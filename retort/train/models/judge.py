@@ -29,7 +29,7 @@ from retort.train.models.offloading import offloaded, refuse_offload
 from retort.train.storage.metrics import JsonLines
 from retort.wire import is_url
 
-__all__ = ["FILE", "asker", "check_settings", "loaded_judge", "open_record", "step_metrics", "talks"]
+__all__ = ["FILE", "asked_model", "asker", "check_settings", "open_record", "step_metrics", "talks"]
 
 #: The record of a run: what was asked and answered.
 FILE = "judge.jsonl"
@@ -157,7 +157,7 @@ def talks(config: Config, lm: LanguageModel) -> LocalChat:
     )
 
 
-def loaded_judge(asking: Asking | None) -> LanguageModel | None:
+def asked_model(asking: Asking | None) -> LanguageModel | None:
     """The model of this process that is asked; None where there is none, or another process answers."""
     model = None if asking is None else asking.model
     engine_of = model.engine if isinstance(model, LocalChat) else None

@@ -17,10 +17,10 @@ from retort.rewards.rubric_grader import RubricGrader
 from retort.rewards.rubric_protocol import need_text
 from retort.teachers.templates import templates
 
-__all__ = ["need_judge", "rubric_grader"]
+__all__ = ["need_rubricator", "rubric_grader"]
 
 
-def need_judge(config: Config, method: Method) -> None:
+def need_rubricator(config: Config, method: Method) -> None:
     """Refuses a method that learns from a rubric where nobody is named who draws it, and a judge whom nobody asks.
 
     Raises:

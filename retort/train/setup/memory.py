@@ -19,7 +19,7 @@ from retort.models.quantized import plain
 from retort.models.sharding import layers_of
 from retort.teachers.base import ScoreRequest
 from retort.teachers.itself import sides_of
-from retort.train.models.judge import loaded_judge
+from retort.train.models.judge import asked_model
 from retort.train.setup.prepare import Prepared
 from retort.train.setup.writing import writings
 
@@ -187,7 +187,7 @@ def _layer_bytes(lm: LanguageModel) -> int:
 def _frozen(prepared: Prepared, ranks: int) -> tuple[int, int]:
     """Bytes of frozen models that a rank keeps, and of these models as they are loaded."""
     models = {id(lm.model): lm for lm in prepared.lms.values() if lm.model is not prepared.student.model}
-    sliced, judge = list(models.values()), loaded_judge(prepared.asker)
+    sliced, judge = list(models.values()), asked_model(prepared.asker)
     if judge is not None and judge.model is not prepared.student.model:
         models[id(judge.model)] = judge  # which every rank has whole, and asks by itself
     loaded = sum(map(_bytes, models.values()))

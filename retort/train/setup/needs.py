@@ -13,7 +13,7 @@ from retort.method import Method
 from retort.rewards.base import Grader
 from retort.train.given.given import CallerObjects
 from retort.train.setup import templates
-from retort.train.setup.grading import need_judge
+from retort.train.setup.grading import need_rubricator
 from retort.train.setup.prompts import graders, read_prompts
 from retort.train.setup.split import set_aside
 
@@ -48,7 +48,7 @@ def read_data(config: Config, method: Method, data: str, notes: list[str], calle
     Raises:
         UserError: The data cannot be read, or lacks what the method needs.
     """
-    need_judge(config, method)
+    need_rubricator(config, method)
     need_play(config, method, notes)
     train, held_out = read_prompts(config, data, notes, caller_objects)
     train, probe = probe_prompts(config, method, train, notes)

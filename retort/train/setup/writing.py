@@ -13,10 +13,10 @@ from retort.method import Method
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.hf import HFEngine
 from retort.teachers.drafts import Draft
-from retort.train.models.judge import loaded_judge
+from retort.train.models.judge import asked_model
 from retort.train.setup.prepare import Prepared
 
-__all__ = ["JudgeRequest", "Writing", "question_tokens", "rubric_requests", "writings"]
+__all__ = ["GroupQuestion", "Writing", "question_tokens", "rubric_requests", "writings"]
 
 #: Tokens of the words around a document, of a rubric, and of the verdicts on one answer: as long as they usually are.
 _WORDS, _RUBRIC, _VERDICT = 500, 700, 40
@@ -46,7 +46,7 @@ class Writing:
 
 
 @dataclass(frozen=True)
-class JudgeRequest:
+class GroupQuestion:
     """A kind of question about a group of rollouts.
 
     Attributes:
@@ -66,7 +66,7 @@ class JudgeRequest:
 
 def rubric_requests(
     plan: RubricPlan, *, samples: int, question: float, answer: float, reference: float | None = None
-) -> list[JudgeRequest]:
+) -> list[GroupQuestion]:
     """What is asked about a group of rollouts: references, rubric, verdicts.
 
     Args:
@@ -82,9 +82,9 @@ def rubric_requests(
     each = pooled / calls
     rubric, verdicts = _WORDS + question + answers, _WORDS + question + _RUBRIC + answers / calls
     return [
-        JudgeRequest("reference", plan.references, question, reference, plan.reference_tokens),
-        JudgeRequest("rubric", 1, rubric, _RUBRIC, plan.rubric_tokens),
-        JudgeRequest("verdicts", calls, verdicts, each * _VERDICT, plan.verdict_tokens),
+        GroupQuestion("reference", plan.references, question, reference, plan.reference_tokens),
+        GroupQuestion("rubric", 1, rubric, _RUBRIC, plan.rubric_tokens),
+        GroupQuestion("verdicts", calls, verdicts, each * _VERDICT, plan.verdict_tokens),
     ]
 
 
@@ -137,7 +137,7 @@ def _units(prepared: Prepared, method: Method, draft: Draft) -> int:
 
 def _judged(prepared: Prepared) -> Iterator[Writing]:
     """What a judge of this process answers; one behind an address takes no memory here."""
-    plan, judge = prepared.method.grading, loaded_judge(prepared.asker)
+    plan, judge = prepared.method.grading, asked_model(prepared.asker)
     if plan is None or judge is None:
         return
     visits, context = prepared.source.count, judge.context
