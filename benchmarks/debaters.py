@@ -63,7 +63,7 @@ TEACHERS = ("teacher", "teacher_2")
 ROUTED = ("first", "second")
 
 TRAINING: dict[str, Any] = {
-    **{"steps": 40, "precision": "fp32", "threads": 1, "task": "countdown", "templates": TEMPLATES},
+    **{"steps": 25, "precision": "fp32", "threads": 1, "task": "countdown", "templates": TEMPLATES},
     "rollout": {"prompts": 64, "max_new_tokens": 14, "max_prompt_tokens": 8, "parallel": 4096},
     "optimizer": {
         **{"learning_rate": 5e-4, "schedule": "cosine", "warmup": 5, "beta2": 0.98, "weight_decay": 0.0},
