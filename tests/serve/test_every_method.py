@@ -39,7 +39,11 @@ def weights(settings: dict[str, Any], folder: Path) -> bytes:
 @pipeline.models_once()
 def test_a_step_is_the_local_one_to_the_last_bit(name: str, tiny_run: dict[str, Any], url: str, tmp_path: Path) -> None:
     settings = tiny_run | {"method": {"name": name}, "steps": 1, "eval": {"problems": 0}, "checks": "skip"}
-    local, served = weights(settings, tmp_path / "local"), weights(settings | {"teacher": url}, tmp_path / "served")
+    settings = pipeline.for_method(settings, registry.load(name))  # a second teacher where it asks for one
+    everybody = {"teacher": url} | ({"models": {"teacher_2": {"path": url}}} if "models" in settings else {})
+    if "models" in settings:
+        settings["models"] = {"teacher_2": {"path": settings["teacher"]}}
+    local, served = weights(settings, tmp_path / "local"), weights(settings | everybody, tmp_path / "served")
     assert served == local
     learnt = load_model(str(tmp_path / "local" / "model"), role="student", precision="fp32", device=torch.device("cpu"))
     before = load_model(tiny_run["student"], role="student", precision="fp32", device=torch.device("cpu"))
