@@ -175,8 +175,9 @@ def clients(arguments: argparse.Namespace) -> str:
                 rates.setdefault((kind, count), []).append(all_.score(kind, count))
                 busy[kind, count] += server.cpu() - before
     for (kind, count), found in rates.items():
-        together = measure.median([sum(own) for own in found])
-        alone = measure.median([sum(own) for own in rates[kind, 1]])
+        # All begin together and the slowest ends last: rates of clients that wait in turn do not add up.
+        together = measure.median([count * min(own) for own in found])
+        alone = measure.median([min(own) for own in rates[kind, 1]])
         each = measure.median([1000 / rate for own in found for rate in own])
         work = 1000 * busy[kind, count] / (arguments.rounds * count * SIZES[0] * SIZES[1] * SIZES[2])
         rows.append([kind, count, each, together, f"{together / alone:.2f}", work])
