@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
+from served import answering
 from support import group_of
 
 from retort.chat import ChatRequest, Failure, Question, Unusable
@@ -97,18 +96,8 @@ SUMS = Rules(
 @contextlib.contextmanager
 def in_thread(rules: Rules = RULES["countdown"], name: str = "rules:countdown") -> Iterator[str]:
     """The address of a judge by rules in a thread of this process."""
-    import uvicorn
-
-    server = uvicorn.Server(uvicorn.Config(application(name, rules), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.005)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with answering(application(name, rules)) as url:
+        yield url
 
 
 @cache

@@ -25,11 +25,17 @@ HERE = Path(__file__).parent
 @contextlib.contextmanager
 def in_thread(lm: Any, *, key: str = "", most_tokens: int = 4096) -> Iterator[str]:
     """The address of a server of a model of this process."""
+    with answering(application(Scorer(lm, name="tiny", most_tokens=most_tokens), key=key)) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def answering(app: Any) -> Iterator[str]:
+    """The address of an application in a thread of this process, which does not keep the process alive."""
     import uvicorn
 
-    app = application(Scorer(lm, name="tiny", most_tokens=most_tokens), key=key)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
