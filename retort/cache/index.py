@@ -11,10 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from retort.errors import UserError
 from retort.files import reason
 
 FILE = "index.sqlite"
+#: Held by a process while it opens the index.
+_LOCK = "index.lock"
 #: Seconds that a process waits for another one that is changing the index.
 _PATIENCE = 120.0
 #: Number of keys in one query; SQLite allows some thousands.
@@ -55,10 +59,12 @@ class Index:
         with self._named():
             # The caller's transactions are explicit: sqlite3 begins none by itself.
             self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
-            self._database.execute("pragma journal_mode = wal")
+            # SQLite does not wait where two processes set the mode of a new file at once: the second has an error.
+            with FileLock(folder / _LOCK, timeout=_PATIENCE):
+                self._database.execute("pragma journal_mode = wal")
+                self._database.executescript(_TABLES)
             # A process that is killed loses nothing; of a power cut the last rows may be lost, which shards replace.
             self._database.execute("pragma synchronous = normal")
-            self._database.executescript(_TABLES)
 
     def close(self) -> None:
         """Closes the index."""
@@ -185,7 +191,7 @@ class Index:
         """Turns errors of SQLite into one line."""
         try:
             yield
-        except sqlite3.OperationalError as error:
+        except (sqlite3.OperationalError, OSError, Timeout) as error:
             raise UserError(
                 f"the cache's index {self.path} cannot be used: {reason(error)}; it must be on a disk of this machine "
                 "that can be written (cache.dir)"

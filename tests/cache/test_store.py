@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
@@ -187,6 +188,39 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
     assert all(bool((own["logp"] == float(key[1:].split(".")[0])).all()) for key, own in found.items() if key in keys)
     assert store.take_faults() == (0, 0)
     assert store.size == sum(path.stat().st_size for path in shards(store))
+
+
+#: Opens new caches at the moment at which another process opens them: each waits for the other's line before each.
+OPENER = """
+import sys
+from pathlib import Path
+from retort.cache.store import Store
+for number in range(int(sys.argv[2])):
+    print(number, flush=True)
+    sys.stdin.readline()
+    Store(Path(sys.argv[1]) / str(number), 10**9).size
+"""
+
+
+def test_two_processes_open_a_new_cache_at_once(tmp_path: Path) -> None:
+    count, words = 40, [sys.executable, "-c", OPENER, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen([*words, str(count)], env=environment, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True)
+        for _ in range(2)
+    ]
+    for _ in range(count):
+        for one in both:
+            assert one.stdout is not None
+            if not one.stdout.readline():
+                pytest.fail(one.communicate()[1])
+        for one in both:
+            assert one.stdin is not None
+            one.stdin.write("\n")
+            one.stdin.flush()
+    for one in both:
+        assert one.communicate(timeout=120)[1] == ""
+        assert one.returncode == 0
 
 
 @pytest.mark.parametrize("after", [1, 3])
