@@ -23,7 +23,9 @@ def conversation(messages: Sequence[Message], contents: Sequence[str] | None = N
     """
     if contents is None:
         return [message.as_dict() for message in messages]
-    return [{**message.as_dict(), "content": text} for message, text in zip(messages, contents, strict=True)]
+    return [
+        {**message.as_dict(), "content": message.parts(text)} for message, text in zip(messages, contents, strict=True)
+    ]
 
 
 def inner_texts(prompt: Prompt) -> list[str]:

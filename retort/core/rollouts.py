@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.passages import Passage, confidence_NK
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Steps
@@ -31,15 +32,28 @@ class Message:
         content: Text of the turn; empty for a turn that only calls tools.
         extra: Other fields of the turn that a chat template may read, JSON values by their names there: `tool_calls`,
             `tool_call_id`, `name`, `reasoning_content`, ...
+        images: The images in it, in order; of a turn that has any, `content` holds one `PLACEHOLDER`
+            (`retort.core.images`) where each of them stands.
     """
 
     role: str
     content: str
     extra: Mapping[str, Any] = field(default_factory=lambda: {}, hash=False)
+    images: tuple[PromptImage, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The turn as chat templates read it."""
-        return {"role": self.role, "content": self.content, **self.extra}
+        """The turn as chat templates read it; the content of one with images is a list of parts."""
+        return {"role": self.role, "content": self.parts(self.content), **self.extra}
+
+    def parts(self, content: str) -> str | list[dict[str, str]]:
+        """Another text in place of the turn's own, as chat templates read it: of a turn with images a list of parts."""
+        if not self.images:
+            return content
+        texts = content.split(PLACEHOLDER)
+        found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
+        for text in texts[1:]:
+            found += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+        return found
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,7 @@ class Prompt:
             too.
         domain: Free label, for metrics by domain.
         tools: The functions that the model may call, as JSON schemas; a chat template renders them.
+        teacher_images: Images that only a teacher may see, such as the prompt's own with a box drawn in.
     """
 
     id: str
@@ -69,6 +84,12 @@ class Prompt:
     clean: tuple[Message, ...] | None = None
     domain: str = ""
     tools: tuple[Mapping[str, Any], ...] = ()
+    teacher_images: tuple[PromptImage, ...] = ()
+
+    @property
+    def images(self) -> tuple[PromptImage, ...]:
+        """All images of its messages, in order."""
+        return tuple(image for message in self.messages for image in message.images)
 
     def shown(self, column: str) -> str | None:
         """The text of a column that a view may show; `demonstration` falls back to the given response."""

@@ -18,12 +18,14 @@ class Media:
 
     Attributes:
         digest: Digest of its content: two with the same digest are the same.
-        position: Index in L of the first of its placeholder tokens.
-        payload: The output of a model's processor; never gathered, never saved.
+        position: Index in L of the first of the tokens that stand for it.
+        length: Number of these neighbouring tokens.
+        payload: The content: of an image, a `retort.core.images.PromptImage`. It is never saved.
     """
 
     digest: str
     position: int
+    length: int = 1
     payload: Any = field(default=None, compare=False, repr=False)
 
     def moved(self, by: int) -> Media:
@@ -182,8 +184,15 @@ class TokenSequence:
         return replace(self, tokens_L=tokens_L)
 
     def part(self, start: int, end: int) -> TokenSequence:
-        """Neighbouring tokens, with the media among them."""
-        media = tuple(own.moved(-start) for own in self.media if start <= own.position < end)
+        """Neighbouring tokens, with the media among them.
+
+        Raises:
+            ValueError: It would cut the tokens of an image in two.
+        """
+        within = [own for own in self.media if own.position < end and own.position + own.length > start]
+        if any(own.position < start or own.position + own.length > end for own in within):
+            raise ValueError(f"tokens {start} to {end} cut the tokens of an image in two")
+        media = tuple(own.moved(-start) for own in within)
         found = object.__new__(TokenSequence)  # a continuation begins with a decision, which no whole sequence does
         for name, value in (
             ("tokens_L", self.tokens_L[start:end]),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from retort.align.images import ImageTokens
 from retort.align.stops import StopTokens
 from retort.core.head import Head
 from retort.core.sequences import TokenSequence
@@ -63,6 +64,7 @@ class LanguageModel:
         sharding, offload: How the weights are spread over several ranks, and when they are here; shared likewise.
         notes: Notes for the user.
         rounded: How its weights were rounded, in words; empty where they were not.
+        image_tokens: How images are written into its prompts; None for a model of text alone.
     """
 
     here: ClassVar[bool] = True  # whether its weights are in this process
@@ -83,6 +85,7 @@ class LanguageModel:
     offload: Offload = field(default_factory=Offload)
     notes: list[str] = field(default_factory=lambda: [])
     rounded: str = ""
+    image_tokens: ImageTokens | None = None
 
     @property
     def device(self) -> torch.device:
