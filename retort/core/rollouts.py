@@ -106,7 +106,8 @@ class Prompt:
         *before, last = self.messages
         first = next(iter(messages), None)
         if first is not None and last.role == first.role == "user" and not (last.extra or first.extra):
-            joined = replace(last, content=f"{last.content}\n\n{first.content}")
+            both = (*last.images, *first.images)
+            joined = replace(last, content=f"{last.content}\n\n{first.content}", images=both)
             return replace(self, messages=(*before, joined, *messages[1:]))
         return replace(self, messages=(*self.messages, *messages))
 
