@@ -181,6 +181,7 @@ def read_model(
     trust_remote_code: bool,
     weights: Weights = "refuse",
     quantised: Mapping[str, Any] | None = None,
+    images: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Reads a model whose weights are those of its files, and returns it with notes for the user.
 
@@ -193,11 +194,12 @@ def read_model(
         trust_remote_code: Run code that comes with the model.
         weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
         quantised: Further arguments of `from_pretrained`, to round the weights.
+        images: Whether it reads images, too.
 
     Raises:
         UserError: It cannot be read, or its weights do not fit it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     label = f"{role} {name}"
     if isinstance(source, InMemoryModel):
@@ -206,6 +208,7 @@ def read_model(
         return held, _weight_notes(label, weights, *_account(held, {}, set()))
     location = locate(label, name, source)
     file = gguf.is_gguf(location)
+    kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
     # Random weights (missing ones, where the settings allow it) are the same when a run is resumed.
     with errors_about(label), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
@@ -213,7 +216,7 @@ def read_model(
         torch.manual_seed(0)
         where = gguf.arguments(location) if file else {"pretrained_model_name_or_path": location}
         with gguf.fast_reader() if file else contextlib.nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 **where,
                 **(quantised or {}),
                 dtype=dtype,
