@@ -35,6 +35,8 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(mtp|vision_tower|vision_model|visual|vision_encoder|multi_modal_projector|image_newline|audio_tower"
     r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
 )
+#: The same for a model that reads images.
+_PARTS = re.compile(r"(^|\.)(mtp|audio_tower|audio_encoder|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$")
 #: Files that a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3
@@ -229,7 +231,8 @@ def read_model(
     model, info = loaded
     if file:
         gguf.without_leftovers(model)
-    wrong, notes = _account(model, info, set() if file else _dropped(location, model))
+    others = _PARTS if images else _OTHER_PARTS
+    wrong, notes = _account(model, info, set() if file else _dropped(location, model, others), others)
     notes += gguf.notes(location) if file else []
     return cast("PreTrainedModel", model), _weight_notes(label, weights, wrong, notes)
 
@@ -244,12 +247,12 @@ def _weight_notes(label: str, weights: Weights, wrong: list[str], notes: list[st
     return [note if note.startswith(label) else f"{label}: {note}" for note in notes]
 
 
-def _dropped(location: str, model: Any) -> set[str]:
+def _dropped(location: str, model: Any, others: re.Pattern[str]) -> set[str]:
     """Names of tensors in a model's files that transformers silently leaves out."""
     from safetensors import safe_open
 
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    patterns.append(_OTHER_PARTS)  # with `inv_freq`, which transformers drops where a model computes it
+    patterns.append(others)  # with `inv_freq`, which transformers drops where a model computes it
     names = set[str]()
     for file in weight_files(location):
         with safe_open(file, framework="pt") as weights:
@@ -257,11 +260,13 @@ def _dropped(location: str, model: Any) -> set[str]:
     return {name for name in names if any(pattern.search(name) for pattern in patterns)}
 
 
-def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset()) -> tuple[list[str], list[str]]:
+def _account(
+    model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset(), parts: re.Pattern[str] = _OTHER_PARTS
+) -> tuple[list[str], list[str]]:
     """Faults of a model's weights, and notes on facts that are no faults."""
     wrong, notes = list[str](), list[str]()
     surplus = set(map(str, info.get("unexpected_keys", ())))
-    others = {key for key in surplus if _OTHER_PARTS.search(key)} | dropped
+    others = {key for key in surplus if parts.search(key)} | dropped
     shapes = {str(key): (tuple(there), tuple(here)) for key, there, here in info.get("mismatched_keys", ())}
     missing = sorted(set(map(str, info.get("missing_keys", ()))) - shapes.keys())
     if missing:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,20 +64,30 @@ def packed(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
     placed, position = list[Any](), row.position_T[None]
     if lm.vision is not None and any(own.media for own in sequences):
         placed, position = _in_row(lm, sequences, row)
-    with lm.compute(), given_to_layers(row):
-        hidden_1TD = _states(lm, row.tokens_T[None], placed, position)
+    with lm.compute():
+        hidden_1TD = _states(lm, row.tokens_T[None], placed, position, given_to_layers(row))
     return hidden_1TD[0].index_select(0, row.decided_N)
 
 
-def _states(lm: LanguageModel, ids_RL: Tensor, placed: Sequence[Placed], position: Tensor | None) -> Tensor:
-    """Hidden states [R, L, D] of rows with images."""
+def _states(
+    lm: LanguageModel,
+    ids_RL: Tensor,
+    placed: Sequence[Placed],
+    position: Tensor | None,
+    within: AbstractContextManager[None] | None = None,
+) -> Tensor:
+    """Hidden states [R, L, D] of rows with images; `within` surrounds the text model, but not the vision tower."""
+    within = contextlib.nullcontext() if within is None else within
     more: dict[str, Any] = {"use_cache": False}
     if position is not None:
         more["position_ids"] = position.to(lm.device)
     if lm.vision is None or not placed:
-        return lm.model.base_model(input_ids=ids_RL, **more).last_hidden_state
+        with within:
+            return lm.model.base_model(input_ids=ids_RL, **more).last_hidden_state
     with lm.offload.present():
-        return lm.vision.joined(ids_RL, placed, **more).last_hidden_state
+        features = lm.vision.features([own.media.payload for own in placed])
+        with within:
+            return lm.vision.joined(ids_RL, placed, features, **more).last_hidden_state
 
 
 def _read(sequence: TokenSequence, end: int) -> TokenSequence:

@@ -205,20 +205,19 @@ class Vision:
                 )
         return [found[index] for index in range(len(images))]
 
-    def joined(self, ids_RL: Tensor, placed: Sequence[Placed], **more: Any) -> Any:
+    def joined(self, ids_RL: Tensor, placed: Sequence[Placed], features: Sequence[Features], **more: Any) -> Any:
         """One pass of the base model over rows that hold images.
 
         Args:
             ids_RL: Ids of the rows.
-            placed: The images in them.
+            placed: The images in them, row by row and in order.
+            features: Of each of these images.
             more: Further arguments of the base model.
         """
-        placed = sorted(placed, key=lambda own: (own.row, own.position))
-        found = self.features([own.media.payload for own in placed])
-        layers = len(found[0].deeper)
+        layers = len(features[0].deeper)
         output = SimpleNamespace(
-            pooler_output=[own.pooled_TD for own in found],
-            deepstack_features=[[own.deeper[layer] for own in found] for layer in range(layers)],
+            pooler_output=[own.pooled_TD for own in features],
+            deepstack_features=[[own.deeper[layer] for own in features] for layer in range(layers)],
         )
         with self._shown(ids_RL, placed) as shown_RL:
             return self.model.base_model(
