@@ -45,6 +45,16 @@ def with_images(lm: LanguageModel, before: int, images: Sequence[PromptImage], b
     return TokenSequence.of(ids, tuple(media)).then(text(behind), decided=True)
 
 
+def tried_contexts(lm: LanguageModel) -> tuple[TokenSequence, TokenSequence]:
+    """Two contexts with images to try decoding with, the second longer."""
+    one, two = _images()
+    return with_images(lm, 2, [one], 3, 1).read(), with_images(lm, 3, [two, one], 5, 2).read()
+
+
+def _images() -> list[PromptImage]:
+    return [made_up(*size, seed=seed) for seed, size in enumerate(_SIZES)]
+
+
 def choose_images(lm: LanguageModel) -> None:
     """Sets, by trying, how sequences with images may be computed together; after `choose_batching`.
 
@@ -56,7 +66,7 @@ def choose_images(lm: LanguageModel) -> None:
     """
     vision = lm.vision
     assert vision is not None
-    one, two = (made_up(*size, seed=seed) for seed, size in enumerate(_SIZES))
+    one, two = _images()
     vision.check_counts([one, two])
     sequences = [
         with_images(lm, 3, [one], 6, 1),
