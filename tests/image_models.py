@@ -149,7 +149,9 @@ def _qwen(kind: str, vision: dict[str, Any], text: dict[str, Any]) -> Callable[[
 def images_only(kind: Any) -> Any:
     """A class of processors without its video part, under its own name: that part needs torchvision."""
     parts = [name for name in kind.get_attributes() if "video" not in name]
-    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts), "__module__": kind.__module__})
+    return type(
+        kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: parts), "__module__": kind.__module__}
+    )
 
 
 _PATCHES = {"patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2}

@@ -36,7 +36,9 @@ _OTHER_PARTS = re.compile(
     r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
 )
 #: The same for a model that reads images.
-_PARTS = re.compile(r"(^|\.)(mtp|audio_tower|audio_encoder|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$")
+_PARTS = re.compile(
+    r"(^|\.)(mtp|audio_tower|audio_encoder|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
+)
 #: Files that a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3

@@ -1,4 +1,4 @@
-"""Passes of a language model over sequences: alone (the definition), padded, or packed. Axes: `retort.core`."""
+"""Passes of a `LanguageModel` over sequences: alone (the definition), padded, or packed. Axes: `retort.core`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from retort.core.sequences import TokenSequence
 
 if TYPE_CHECKING:
-    from retort.models.lm import LanguageModel
     from retort.models.packing import Row
     from retort.models.vision import Placed
 
 
-def alone(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
+def alone(lm: Any, sequences: Sequence[TokenSequence]) -> Tensor:
     """Hidden states [N, D] of the decided tokens, every sequence alone and no longer than its last decision needs."""
     found: list[Tensor] = []
     for sequence in sequences:
@@ -36,7 +35,7 @@ def alone(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
     return torch.cat(found)
 
 
-def padded(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
+def padded(lm: Any, sequences: Sequence[TokenSequence]) -> Tensor:
     """The same, in rows of equal length."""
     # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
     ids_RL = pad_sequence([own.tokens_L for own in sequences], batch_first=True).to(lm.device)
@@ -55,7 +54,7 @@ def padded(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
     return hidden_RLD[:, :-1][mask_RL[:, 1:]]
 
 
-def packed(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
+def packed(lm: Any, sequences: Sequence[TokenSequence]) -> Tensor:
     """The same, end to end in one row."""
     from retort.models.packing import Row  # loads transformers
     from retort.models.packing import packed as given_to_layers
@@ -70,7 +69,7 @@ def packed(lm: LanguageModel, sequences: Sequence[TokenSequence]) -> Tensor:
 
 
 def _states(
-    lm: LanguageModel,
+    lm: Any,
     ids_RL: Tensor,
     placed: Sequence[Placed],
     position: Tensor | None,
@@ -96,8 +95,8 @@ def _read(sequence: TokenSequence, end: int) -> TokenSequence:
     return TokenSequence(sequence.tokens_L[:end], sequence.action_mask_L[:end], whole)
 
 
-def _in_row(lm: LanguageModel, sequences: Sequence[TokenSequence], row: Row) -> tuple[list[Placed], Tensor]:
-    """The images in a packed row, and the positions of its tokens, [1, T], or [axes, 1, T] where the family has axes."""
+def _in_row(lm: Any, sequences: Sequence[TokenSequence], row: Row) -> tuple[list[Placed], Tensor]:
+    """The images in a packed row, and the positions of its tokens, [1, T], or [axes, 1, T] where there are axes."""
     from retort.models.vision import Placed
 
     assert lm.vision is not None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from retort.core.images import PromptImage
 from retort.core.sequences import Media, TokenSequence
@@ -86,12 +85,12 @@ def choose_images(lm: LanguageModel) -> None:
             lm.shared_prefixes = shares
         if lm.packs and shares:
             same_ND = lm.alone(same).float()
-            lm.shared_prefixes = alike(lm, lambda: lm.packed([*same, sequences[2]]), torch.cat([same_ND, lm.alone([sequences[2]])]))
+            lm.shared_prefixes = alike(
+                lm, lambda: lm.packed([*same, sequences[2]]), torch.cat([same_ND, lm.alone([sequences[2]])])
+            )
     if not lm.packs:
         lm.shared_prefixes = False
     if not vision.joins:
         lm.notes.append(
             f"{lm.name}: sequences with images are computed one at a time: together, that family would change them"
         )
-
-

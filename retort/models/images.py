@@ -145,7 +145,7 @@ class ImageProcessing:
             tokenizer: The model's own, which has a template where the processor has none.
         """
         own = self.processor.tokenizer
-        own.chat_template = getattr(self.processor, "chat_template", None) or tokenizer.chat_template
+        own.chat_template = self.processor.chat_template or tokenizer.chat_template
         return own
 
     def settings(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -226,6 +227,12 @@ class LanguageModel:
         nothing = torch.stack([x.sum() for x in (hidden_11D, *parts)]).sum() * 0.0
         if nothing.requires_grad:
             nothing.backward()
+
+    def save_tokens(self, folder: Path) -> None:
+        """Saves the tokenizer, and the processor of a model that reads images, beside a model."""
+        self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.processing.save(folder)
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:

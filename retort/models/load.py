@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retort.align.images import ImageTokens
 from retort.align.stops import stop_tokens
 from retort.errors import UserError
 from retort.models import gguf, quantized
 from retort.models.described import describe
 from retort.models.endpoint import Endpoint
-from retort.models.files import Weights, errors_about, locate, read_model, read_tokenizer
-from retort.models.image_text import Unreadable, read_processor, reads_images
+from retort.models.files import Weights, errors_about, read_model, read_tokenizer
+from retort.models.image_text import Unreadable, find_processor
 from retort.models.image_trials import choose_images
 from retort.models.images import ImageProcessing
 from retort.models.in_memory import InMemoryModel
@@ -68,7 +69,7 @@ def load_model(
     if isinstance(source, Server):
         found = describe(name, source, role, stop=stop)
         return ServedModel.of(source, found.tokenizer, found.config, device)
-    images, processing, reason = _images(label, name, source, trust_remote_code)
+    seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     model, notes = read_model(
         name,
@@ -79,9 +80,10 @@ def load_model(
         trust_remote_code=trust_remote_code,
         weights=weights,
         quantised=None if bits is None else quantized.arguments(bits, dtype, device),
-        images=images,
+        images=seen is not None,
     )
-    tokenizer = tokenizer if processing is None else processing.adopt(tokenizer)
+    if isinstance(seen, ImageProcessing):
+        tokenizer = seen.adopt(tokenizer)
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
     model.requires_grad_(role == "student")
@@ -97,41 +99,21 @@ def load_model(
     with errors_about(label):  # settings may make a model that cannot compute
         check_head(loaded, finite=weights == "refuse")
     choose_batching(loaded)
-    if images:
-        reason = _see(loaded, processing, reason)
-    if reason:
-        loaded.image_tokens = Unreadable(reason)
+    if seen is not None:
+        loaded.image_tokens = seen if isinstance(seen, Unreadable) else _with_images(loaded, seen)
     return loaded
 
 
-def _images(
-    label: str, name: str, source: str | InMemoryModel | None, trust_remote_code: bool
-) -> tuple[bool, ImageProcessing | None, str]:
-    """Whether a model reads images, and its processor, or the reason why that cannot be used: text needs none."""
-    if isinstance(source, InMemoryModel):
-        return False, None, ""
-    location = locate(label, name, source)
-    if gguf.is_gguf(location) or not reads_images(location, trust_remote_code=trust_remote_code):
-        return False, None, ""
+def _with_images(lm: LanguageModel, processing: ImageProcessing) -> ImageTokens:
+    """Gives a model its images, once it is tried that it reads them; text needs none, so it stays without otherwise."""
     try:
-        return True, read_processor(label, location, trust_remote_code=trust_remote_code), ""
-    except UserError as error:
-        return True, None, str(error)
-
-
-def _see(lm: LanguageModel, processing: ImageProcessing | None, reason: str) -> str:
-    """Gives a model its images, once it is tried that it reads them; returns the reason where it does not."""
-    if processing is None:
-        return reason
-    try:
-        lm.vision = Vision(lm.model, processing)
         with errors_about(lm.name, "its images cannot be read"):
+            lm.vision = Vision(lm.model, processing)
             choose_images(lm)
     except UserError as error:
         lm.vision = None
-        return str(error)
-    lm.image_tokens = processing
-    return ""
+        return Unreadable(str(error))
+    return processing
 
 
 def refuse_bits(label: str, bits: quantized.Bits, role: str, source: str | InMemoryModel | Server | Endpoint) -> None:

@@ -105,10 +105,29 @@ class Vision:
         base = self.model.base_model
         return [*(p for part in self.modules().values() for p in part.parameters()), *base.parameters(recurse=False)]
 
+    def names(self) -> set[str]:
+        """Names of all layers in `modules`, as the whole model calls them."""
+        inside = {id(module) for part in self.modules().values() for module in part.modules()}
+        return {name for name, module in self.model.named_modules() if id(module) in inside}
+
+    def freeze(self) -> None:
+        """Freezes what makes the features of images: vision tower and projector.
+
+        Raises:
+            UserError: The family does not keep them apart from its text model.
+        """
+        if not self.modules():
+            raise UserError(
+                f"optimizer.vision = frozen: {type(self.model).__name__} does not keep its vision tower apart from its "
+                "text model; leave it out"
+            )
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+
     @property
     def learns(self) -> bool:
         """Whether a parameter of the tower or the projector learns."""
-        return any(parameter.requires_grad for parameter in self.parameters())
+        return not self.modules() or any(parameter.requires_grad for parameter in self.parameters())
 
     def check(self, sequences: Sequence[TokenSequence], where: str) -> None:
         """Checks that the tokens of all images are those that this model's processor makes.
@@ -141,7 +160,8 @@ class Vision:
         for image in images:
             arrays = self.processing.arrays([image])
             kinds.setdefault(
-                tuple((n, *x.shape, *(x.flatten().tolist() if x.numel() <= 8 else ())) for n, x in arrays.items()), image
+                tuple((n, *x.shape, *(x.flatten().tolist() if x.numel() <= 8 else ())) for n, x in arrays.items()),
+                image,
             )
             if len(kinds) >= most:
                 break
@@ -314,5 +334,3 @@ def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None
 def _named(function: Any) -> set[str]:
     """Names of a function's arguments."""
     return set(inspect.signature(cast("Any", function)).parameters)
-
-

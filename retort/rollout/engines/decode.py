@@ -44,13 +44,13 @@ def can_decode(lm: LanguageModel) -> bool:
         and model._supports_default_dynamic_cache()
         and "past_key_values" in _arguments(lm)
     )
-    if not as_usual or not _decodes_as_it_scores(lm, *_texts(lm, 2, 5)):
+    if not as_usual or not _decodes_as_it_scores(lm, _texts(lm, 2, 5)):
         return False
-    if lm.vision is not None and not (lm.vision.joins and _decodes_as_it_scores(lm, *tried_contexts(lm))):
+    if lm.vision is not None and not (lm.vision.joins and _decodes_as_it_scores(lm, tried_contexts(lm))):
         return False
     # On both sides of every length after which the model may compute differently.
     lengths = [] if lm.together_up_to is not None else lm.tried
-    return all(_decodes_as_it_scores(lm, *_texts(lm, max(1, length // 2), length + 3)) for length in lengths)
+    return all(_decodes_as_it_scores(lm, _texts(lm, max(1, length // 2), length + 3)) for length in lengths)
 
 
 def can_continue(lm: LanguageModel) -> bool:
@@ -58,17 +58,19 @@ def can_continue(lm: LanguageModel) -> bool:
 
     Tried by conversations of two turns, with replies of other lengths, against the same tokens scored at once.
     """
-    return keeps_every_token(lm) and _decodes_as_it_scores(lm, *_texts(lm, 2, 5), replies=(2, 4, 1))
+    return keeps_every_token(lm) and _decodes_as_it_scores(lm, _texts(lm, 2, 5), replies=(2, 4, 1))
 
 
-def _texts(lm: LanguageModel, shorter: int, longer: int) -> list[TokenSequence]:
+def _texts(lm: LanguageModel, shorter: int, longer: int) -> tuple[TokenSequence, TokenSequence]:
     vocab = lm.head().width
-    return [TokenSequence.of([(7 * index + length) % vocab for index in range(length)]) for length in (shorter, longer)]
+    ids = ([(7 * index + length) % vocab for index in range(length)] for length in (shorter, longer))
+    return TokenSequence.of(next(ids)), TokenSequence.of(next(ids))
 
 
 def _decodes_as_it_scores(
-    lm: LanguageModel, short: TokenSequence, long: TokenSequence, replies: Sequence[int] = ()
+    lm: LanguageModel, texts: tuple[TokenSequence, TokenSequence], replies: Sequence[int] = ()
 ) -> bool:
+    short, long = texts
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
     contexts, turns = [short, long, long], Turns([None] * 3, [True] * 3) if replies else None

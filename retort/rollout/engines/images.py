@@ -50,4 +50,3 @@ class Images:
     def read(self, *, input_ids: Tensor, **more: Any) -> Any:
         """The pass over the contexts."""
         return self.vision.joined(input_ids, self.placed, self.features, **more)
-
