@@ -105,8 +105,8 @@ class Config(Section):
     )
     task: Annotated[str, AfterValidator(_task)] | None = Field(
         default=None,
-        description="how completions are graded: countdown, ranking, coached, bait, shapes, math, exact, or a verifier of "
-        "your own as module:function; default: math-verify where the data has answers",
+        description="how completions are graded: countdown, ranking, coached, bait, shapes, math, exact, or a verifier "
+        "of your own as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": DEFAULT_METHOD},

@@ -15,7 +15,7 @@ import argparse
 import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +141,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForCondit
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
+        image_token_index=tokenizer.get_vocab()[IMAGE],
         image_seq_length=IMAGE_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
@@ -312,14 +312,15 @@ def described(recipe: Recipe) -> str:
     )
     return (
         f"By supervised learning on right responses beside {pictures}: {recipe.steps:,} steps of {recipe.batch} "
-        f"problems, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. A section with a hint "
-        f"or a solution stood before {recipe.hinted:.0%} of the questions, {recipe.blurred:.0%} of the pictures were "
-        f"pixelated, and what was asked for was shaded in {recipe.shaded:.0%}."
+        f"problems, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. A section with a "
+        f"hint or a solution stood before {recipe.hinted:.0%} of the questions, {recipe.blurred:.0%} of the pictures "
+        f"were pixelated, and what was asked for was shaded in {recipe.shaded:.0%}."
     )
 
 
 def card(name: str, start: str, recipe: Recipe, score: Score, parameters: int) -> str:
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
+    small = int(SIDE * PIXELATED)
     return f"""---
 license: apache-2.0
 library_name: transformers
@@ -336,7 +337,7 @@ and good for nothing else.
 | on {HELD_OUT_ROWS} held-out problems, {SAMPLES} samples each, temperature 1 | |
 |---|---|
 | right | {score.right:.1%} |
-| right, with pictures pixelated to {int(SIDE * PIXELATED)} times {int(SIDE * PIXELATED)} pixels | {score.pixelated:.1%} |
+| right, with pictures pixelated to {small} times {small} pixels | {score.pixelated:.1%} |
 | the answer is what the note suggests | {score.noted:.1%} |
 | the likeliest answer is another one when the picture is pixelated | {score.changed:.1%} |
 

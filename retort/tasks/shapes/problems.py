@@ -204,8 +204,8 @@ def rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[dict[
 
     Returns:
         One dict per row with ``id``, ``prompt`` (with a placeholder for the picture), ``images`` (the picture),
-        ``teacher_images`` (the picture with what is asked for shaded), ``answer`` and ``response`` (a right one); and as
-        privileged texts ``hint`` (the picture in words) and ``solution`` (a right response).
+        ``teacher_images`` (the picture with what is asked for shaded), ``answer`` and ``response`` (a right one); and
+        as privileged texts ``hint`` (the picture in words) and ``solution`` (a right response).
 
     Raises:
         ValueError: The split is unknown, or has fewer rows than are wanted.

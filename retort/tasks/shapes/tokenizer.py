@@ -37,7 +37,11 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 #: Sections before a prompt, as templates: what the recipe's `[templates]` says. The models know no others.
-TEMPLATES: Mapping[str, str] = {"frame": "{sections} {prompt}", "hint": "hint {text} ;", "solution": "solution {text} ;"}
+TEMPLATES: Mapping[str, str] = {
+    "frame": "{sections} {prompt}",
+    "hint": "hint {text} ;",
+    "solution": "solution {text} ;",
+}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -60,7 +64,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor() -> LlavaProcessor:
-    """The tokenizer, and beside it what makes pixel values of pictures: any picture becomes `SIDE` pixels wide and high.
+    """The tokenizer, and what makes pixel values of pictures: any picture becomes `SIDE` pixels wide and high.
 
     The vision tower puts one vector before those of the patches, which the model drops: `default` says so.
     """
