@@ -53,8 +53,7 @@ def pixelate(image: Image | PromptImage, ratio: float = 0.1) -> Image | PromptIm
         >>> small.size, small.mode, small.getpixel((0, 0)), small.getpixel((19, 9))
         ((20, 10), 'L', 36, 219)
     """
-    if not (math.isfinite(ratio) and 0.0 < ratio <= 1.0):
-        raise UserError(f"pixelate: ratio must lie above 0 and at most at 1, not {ratio}")
+    check_ratio(ratio)
     if isinstance(image, PromptImage):
         return PromptImage.of(pixelate(image.decoded(), ratio))
     from PIL.Image import Resampling
@@ -214,6 +213,12 @@ class Changed:
             while len(self._made) > 1 and sum(map(_size, self._made.values())) > self.keep:
                 self._made.popitem(last=False)
         return found
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises `UserError` for a ratio that `pixelate` does not take."""
+    if not (math.isfinite(ratio) and 0.0 < ratio <= 1.0):
+        raise UserError(f"pixelate: ratio must lie above 0 and at most at 1, not {ratio}")
 
 
 def _size(image: PromptImage) -> int:

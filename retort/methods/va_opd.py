@@ -72,9 +72,7 @@ def va_opd(
         >>> losses.terms["distillation"].weight  # one token of five is in Hi, and has half of the weight
         tensor([0.5000, 0.1250, 0.1250, 0.1250, 0.1250])
     """
-    visual = VisualWeights(
-        temperature=weight_temperature, high_share=high_share, high_weight=high_weight, poor=_POOR
-    )
+    visual = VisualWeights(temperature=weight_temperature, high_share=high_share, high_weight=high_weight, poor=_POOR)
     # Weights of a prompt add up to 1, so their sum is the number of prompts.
     over = weighted(f"{visual.name}.weight")
     rollout_weight = stored_quantity(f"{visual.name}.rollout")
@@ -101,7 +99,11 @@ def va_opd(
             Watch("visual_advantage", stored_quantity(f"{visual.name}.advantage"), against=_POOR),
             Watch("visual_high_share", stored_quantity(f"{visual.name}.high_share"), against=_POOR),
             Watch("visual_high_zero", visual.without_advantage(), where=visual.high(), against=_POOR),
-            Watch("rollout_weight_min", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.min())),
-            Watch("rollout_weight_max", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.max())),
+            Watch(
+                "rollout_weight_min", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.min())
+            ),
+            Watch(
+                "rollout_weight_max", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.max())
+            ),
         ),
     )

@@ -11,7 +11,7 @@ from retort.core.rollouts import Prompt
 from retort.teachers.moving import Weights
 from retort.teachers.view import View
 from retort.teachers.view_input import ViewInput
-from retort.views import Changed, pixelate
+from retort.views import Changed, check_ratio, pixelate
 
 __all__ = ["changed_images", "pixelated", "privileged_images"]
 
@@ -49,7 +49,11 @@ def pixelated(ratio: float = 0.1, *, model: str = "teacher", weights: Weights | 
         ratio: See `retort.views.pixelate`.
         model: As in `changed_images`.
         weights: As in `changed_images`.
+
+    Raises:
+        UserError: As `retort.views.pixelate` for the ratio.
     """
+    check_ratio(ratio)
     return changed_images(partial(pixelate, ratio=ratio), model=model, weights=weights)
 
 
