@@ -25,7 +25,7 @@ def reads_images(name: str) -> bool:
 def as_text() -> Iterator[None]:
     """Within, a view that shows a poorer image shows the column `clean` instead: another prompt of the same row.
 
-    What a run does with such a method is then tried on models of text, as what it does with any other: teachers' passes,
+    What a run does with such a method is then tried on models of text, as with any other: the passes of teachers,
     statistics, weights, packs and micro-batches know nothing of images.
     """
     with pytest.MonkeyPatch.context() as patch:

@@ -29,10 +29,8 @@ from retort.train.setup.templates import check_rendered, ends, settled
 #: Settings that have a meaning here.
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
-    | {
-        f"eval.{name}"
-        for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "pixelated", "threshold")
-    }
+    | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
+    | {"eval.pixelated"}
     | {
         f"rollout.{name}"
         for name in (

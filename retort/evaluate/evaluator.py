@@ -25,9 +25,9 @@ from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, Status, in_g
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
-from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED, Pixelated
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.per_byte import IN_UNITS, against_units, byte_counts, ratios
+from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED, Pixelated
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
 from retort.ranks import Share, here

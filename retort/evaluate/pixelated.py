@@ -1,7 +1,7 @@
 """What a model answers without the details of an image: the same prompts with their images pixelated.
 
-Each completion is drawn again with the same random numbers. So what changes in it is owed to the image, and a model that
-guesses answers as before.
+Each completion is drawn again with the same random numbers. So what changes in it is owed to the image, and a model
+that guesses answers as before.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from retort.views import Changed, pixelate
 
 __all__ = ["CHANGED", "ORIGINAL", "PIXELATED", "Pixelated"]
 
-#: Measures of prompts with an image: right completions as they are and pixelated, and completions that are another text.
+#: Measures of prompts with an image: completions that are right as it is and pixelated, and those that change.
 ORIGINAL, PIXELATED, CHANGED = "right_original", "right_pixelated", "changed_pixelated"
 
 

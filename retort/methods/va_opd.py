@@ -8,7 +8,7 @@ from retort.quantities import stored_quantity, student_entropy, teacher_entropy
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.image_views import pixelated
 from retort.teachers.view import View
-from retort.weights.visual import VisualWeights
+from retort.weights.visual import VisualWeights, least, most
 
 _POOR = "pixelated"
 
@@ -99,11 +99,7 @@ def va_opd(
             Watch("visual_advantage", stored_quantity(f"{visual.name}.advantage"), against=_POOR),
             Watch("visual_high_share", stored_quantity(f"{visual.name}.high_share"), against=_POOR),
             Watch("visual_high_zero", visual.without_advantage(), where=visual.high(), against=_POOR),
-            Watch(
-                "rollout_weight_min", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.min())
-            ),
-            Watch(
-                "rollout_weight_max", rollout_weight, against=_POOR, summed_up=lambda weight_N: float(weight_N.max())
-            ),
+            Watch("rollout_weight_min", rollout_weight, against=_POOR, summed_up=least),
+            Watch("rollout_weight_max", rollout_weight, against=_POOR, summed_up=most),
         ),
     )

@@ -80,6 +80,16 @@ def high_group(values_N: Tensor, rollouts: Rollouts, share: float) -> Tensor:
     return rank_N < count_R[rollouts.number_N]
 
 
+def least(values_N: Tensor) -> float:
+    """The smallest of some numbers, as the curve of a step."""
+    return float(values_N.min())
+
+
+def most(values_N: Tensor) -> float:
+    """The largest of some numbers, as the curve of a step."""
+    return float(values_N.max())
+
+
 class VisualWeights:
     """The weight of each token in a prompt's loss; its parts share the statistics behind it."""
 

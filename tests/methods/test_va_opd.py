@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,14 @@ from imaged import asked
 from torch import Tensor, tensor
 
 from retort.core.losses import TokenLosses
+from retort.core.rollouts import Rollout
+from retort.core.sequences import TokenSequence
+from retort.core.signals import Dense
 from retort.core.steps import Steps
 from retort.errors import UserError
 from retort.functional import linear_token_losses, token_losses
 from retort.registry import load
+from retort.teachers.view_input import ViewInput
 from retort.weights.visual import high_group, sibling_weights, visual_advantage
 
 VOCAB = 7
@@ -152,7 +157,7 @@ def test_the_divergence_of_a_coin() -> None:
 
 def test_siblings_in_another_order_have_the_same_weights() -> None:
     order = [3, 1, 0, 2, 4, 7, 5, 6]
-    rows = torch.cat([(ROLLOUTS == rollout).nonzero().squeeze(-1) for rollout in order])
+    rows = torch.cat([(rollout == ROLLOUTS).nonzero().squeeze(-1) for rollout in order])
     moved = token_losses(
         load("va_opd"),
         student_logits=STUDENT[rows],
@@ -173,13 +178,10 @@ def test_the_pixelated_view_is_no_target_and_gets_no_gradient() -> None:
     assert ours.abs().max() > 0
     assert theirs is None and its is None
     # Only what it says of the token that was drawn counts: the other ids may be anything.
-    other = POOR.log_softmax(-1).clone()
-    mass = 1 - other.gather(-1, TOKENS[:, None]).exp()
-    rest = torch.rand(other.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = POOR.log_softmax(-1).gather(-1, TOKENS[:, None])
+    rest = torch.rand(POOR.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rest.scatter_(-1, TOKENS[:, None], 0.0)
-    moved = (
-        (rest / rest.sum(-1, keepdim=True) * mass).log().scatter(-1, TOKENS[:, None], other.gather(-1, TOKENS[:, None]))
-    )
+    moved = (rest / rest.sum(-1, keepdim=True) * (1 - drawn.exp())).log().scatter(-1, TOKENS[:, None], drawn)
     torch.testing.assert_close(losses(poor=moved).loss, losses().loss)
 
 
@@ -213,10 +215,6 @@ def test_a_weight_of_one_leaves_out_the_low_group() -> None:
 
 
 def test_prompts_without_an_image_are_left_out_and_others_stay_as_they_are() -> None:
-    from dataclasses import replace
-
-    from retort.core.signals import Dense
-
     has = tensor([GROUPS[int(rollout)] != 2 for rollout in ROLLOUTS])
     said = replace(Dense.of(POOR.masked_fill(~has[:, None], 0.0), TOKENS), valid_N=has)
     found = losses(poor=said).terms["distillation"]  # type: ignore[arg-type]
@@ -282,10 +280,6 @@ def test_a_chunk_at_a_time_is_the_whole_batch() -> None:
 
 
 def test_the_teacher_reads_the_image_and_the_pixelated_one() -> None:
-    from retort.core.rollouts import Rollout
-    from retort.core.sequences import TokenSequence
-    from retort.teachers.view_input import ViewInput
-
     method, prompt = load("va_opd", ratio=0.5), asked()
     rollout = Rollout(prompt, (TokenSequence.of([0]).then([0], decided=True),))
     shown = {name: view.prompt(ViewInput(rollout, (rollout,))) for name, view in method.views.items()}
