@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from retort.align.images import ImageTokens
 from retort.align.stops import StopTokens, stop_tokens
 from retort.models import gguf
 from retort.models.endpoint import Endpoint
@@ -28,12 +29,14 @@ class Described:
         tokenizer: Its tokenizer.
         config: Its configuration of transformers.
         stops: Its stop tokens; None where only loading shows which of its parts' count.
+        image_tokens: How images are written into its prompts; None for a model of text alone.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     config: Any
     stops: StopTokens | None = None
+    image_tokens: ImageTokens | None = None
 
     @property
     def context(self) -> int:

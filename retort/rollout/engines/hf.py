@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
@@ -70,6 +71,11 @@ class HFEngine:
     def context(self) -> int:
         """See `Engine`."""
         return self.lm.context
+
+    @property
+    def image_tokens(self) -> ImageTokens | None:
+        """See `Engine`."""
+        return self.lm.image_tokens
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; it uses the live weights, and stores their version. What was kept of conversations is freed."""

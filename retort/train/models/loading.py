@@ -33,7 +33,7 @@ class Loaded:
         student: The model that learns.
         frozen: All other models by name.
         attention: The attention implementation; None for each model's own default.
-        render: Maps a prompt to ids, as the student reads it.
+        render: Renders a prompt as the student reads it.
     """
 
     config: Config
@@ -57,7 +57,7 @@ def load_models(
     Args:
         config: The resolved configuration.
         paths: Paths or hub names by model name; the base may be that of the student.
-        render: Maps a prompt to ids, as the student reads it.
+        render: Renders a prompt as the student reads it.
         train: Training prompts; some are used for measuring.
         notes: Collects notes for the user.
         caller_objects: The objects behind placeholders among the paths.
@@ -74,7 +74,7 @@ def load_models(
     first = teaching[0] if teaching else ""
     found = load_frozen(config, paths[first], first, caller_objects) if teaching else None
     teacher = found if isinstance(found, LanguageModel) else None
-    chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
+    chosen = _precision(config, student, teacher, [render(prompt).ids for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.here and teacher.precision != chosen:
         found = teacher = load(config, paths[first], first, caller_objects)
