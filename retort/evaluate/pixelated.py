@@ -6,16 +6,23 @@ that guesses answers as before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from retort.align.text import after_thinking
 from retort.core.rollouts import RIGHT_FROM, Prompt, Rollout
 from retort.views import Changed, pixelate
 
-__all__ = ["CHANGED", "ORIGINAL", "PIXELATED", "Pixelated"]
+__all__ = ["CHANGED", "ORIGINAL", "PIXELATED", "Pixelated", "final_answer"]
 
-#: Measures of prompts with an image: completions that are right as it is and pixelated, and those that change.
+#: Measures of prompts with an image: completions that are right as it is and pixelated, and those whose
+#: answer changes.
 ORIGINAL, PIXELATED, CHANGED = "right_original", "right_pixelated", "changed_pixelated"
+#: Characters at the end of a completion that are searched for its answer.
+_TAIL = 1000
+_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_MARK = re.compile(r"\banswer\b(?:\s+is\b)?[\s:=*]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +60,8 @@ class Pixelated:
         return rollouts[place * self.samples : (place + 1) * self.samples]
 
     def _compared(self, before: Sequence[Rollout], after: Sequence[Rollout]) -> dict[str, list[float]]:
-        changed = [float(_said(one) != _said(other)) for one, other in zip(before, after, strict=True)]
+        pairs = ((final_answer(one.text), final_answer(other.text)) for one, other in zip(before, after, strict=True))
+        changed = [float(one != other) for one, other in pairs]
         found = {CHANGED: changed}
         for name, own in ((ORIGINAL, before), (PIXELATED, after)):
             known = [float(rollout.reward >= RIGHT_FROM) for rollout in own if rollout.reward is not None]
@@ -61,6 +69,18 @@ class Pixelated:
         return found
 
 
-def _said(rollout: Rollout) -> str:
-    """A completion's text, for comparison."""
-    return " ".join(rollout.text.split())
+def final_answer(text: str) -> str:
+    r"""The answer that a completion ends in, so far as it marks one; else all its text behind the thoughts.
+
+    It is what stands in the last `\boxed{...}`, or behind the last word `answer`. White space, case and a full stop at
+    the end make no difference.
+
+    Example:
+        >>> from retort.evaluate.pixelated import final_answer
+        >>> final_answer("It is in row 2. The answer is: Blue."), final_answer("so \\boxed{ 4 }"), final_answer("A cat ")
+        ('blue', '4', 'a cat')
+    """
+    end = after_thinking(text).strip()[-_TAIL:]
+    boxed = _BOXED.findall(end)
+    found = boxed[-1] if boxed else _MARK.split(end)[-1]
+    return " ".join((found or end).split()).rstrip(".").rstrip().casefold()
