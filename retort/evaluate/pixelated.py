@@ -77,7 +77,7 @@ def final_answer(text: str) -> str:
 
     Example:
         >>> from retort.evaluate.pixelated import final_answer
-        >>> final_answer("It is in row 2. The answer is: Blue."), final_answer("so \\boxed{ 4 }"), final_answer("A cat ")
+        >>> final_answer("It is in row 2. The answer is: Blue."), final_answer("\\boxed{ 4 }"), final_answer("A cat ")
         ('blue', '4', 'a cat')
     """
     end = after_thinking(text).strip()[-_TAIL:]
