@@ -124,8 +124,8 @@ def blank(image: Image | PromptImage, colour: tuple[int, int, int] | None = None
     if colour is not None:
         return _in_mode(images.new("RGB", image.size, colour), image)
     smooth = _smooth(image)
-    mean = tuple(round(value) for value in Stat(smooth).mean)
-    return _in_mode(images.new(smooth.mode, image.size, mean if len(mean) > 1 else mean[0]), image)
+    mean = [round(value) for value in Stat(smooth).mean]
+    return _in_mode(images.new(smooth.mode, image.size, tuple(mean) if len(mean) > 1 else mean[0]), image)
 
 
 @overload

@@ -70,8 +70,8 @@ def high_group(values_N: Tensor, rollouts: Rollouts, share: float) -> Tensor:
         share: Above 0 and at most 1.
     """
     exact = Fraction(str(share))
-    lengths: list[int] = rollouts.steps_R.tolist()
-    count_R = rollouts.steps_R.new_tensor([max(1, math.ceil(exact * length)) for length in lengths])
+    count_R = torch.tensor([max(1, math.ceil(exact * int(length))) for length in rollouts.steps_R.cpu()])
+    count_R = count_R.to(rollouts.steps_R.device)
     order = torch.argsort(values_N, descending=True, stable=True)
     order = order[torch.argsort(rollouts.number_N[order], stable=True)]
     first_R = rollouts.steps_R.cumsum(0) - rollouts.steps_R
