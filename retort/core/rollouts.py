@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retort.core.images import PLACEHOLDER, PromptImage
+from retort.core.images import PromptImage, parts_of
 from retort.core.passages import Passage, confidence_NK
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Steps
@@ -47,13 +47,7 @@ class Message:
 
     def parts(self, content: str) -> str | list[dict[str, str]]:
         """Another text in place of the turn's own, as chat templates read it: of a turn with images a list of parts."""
-        if not self.images:
-            return content
-        texts = content.split(PLACEHOLDER)
-        found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
-        for text in texts[1:]:
-            found += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        return found
+        return parts_of(content) if self.images else content
 
 
 @dataclass(frozen=True)
