@@ -273,12 +273,17 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
             _models[key] = load(config, name, role, given)
             if dtype is not None:
                 _models[key].model.to(dtype)  # type: ignore[call-overload]
-        return replace(_models[key], model=copy.deepcopy(_models[key].model), sharding=Sharding())
+        return _copied(_models[key], sharding=Sharding())
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (loading, models):
             patch.setattr(module, "load", once)
         yield
+
+
+def _copied(lm: LanguageModel, **own: Any) -> LanguageModel:
+    model = copy.deepcopy(lm.model)
+    return replace(lm, model=model, vision=None if lm.vision is None else lm.vision.on(model), **own)
 
 
 @contextlib.contextmanager
@@ -299,7 +304,7 @@ def models_kept() -> Iterator[None]:
         for old in list(_kept)[:-_KEEP]:
             del _kept[old]
         own = {"sharding": Sharding(), "working": WorkingCopy(), "notes": [*found.notes], "tried": [*found.tried]}
-        return replace(found, model=copy.deepcopy(found.model), **own)
+        return _copied(found, **own)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (loading, models):
