@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from image_models import FAMILIES, make_image_model
+from image_models import FAMILIES
 from PIL import Image
 
 from retort.align.chat import rendered
@@ -29,19 +29,6 @@ from retort.rollout.engines.decode import can_decode
 from retort.rollout.engines.hf import HFEngine
 
 WIDE, TALL = made_up(40, 24, 0), made_up(20, 70, 3)
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Makes a model folder of a family, once."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = make_image_model(tmp_path_factory.mktemp(family), family)
-        return made[family]
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +173,19 @@ def test_completions_of_images_are_the_same_in_any_batch_and_by_generate(
         logp_AV = (logits_AV / 1.3).log_softmax(-1)
         scored_A = logp_AV.gather(1, torch.tensor(one.ids)[:, None]).squeeze(1)
         torch.testing.assert_close(one.logp_A, scored_A, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["idefics3", "qwen2_vl"])
+def test_a_completion_may_follow_an_image_at_once(image_lm: Callable[[str], LanguageModel], family: str) -> None:
+    lm = image_lm(family)
+    context = batch(lm)[2].prefix
+    assert context.media[-1].position + context.media[-1].length == len(context)
+    engine = HFEngine(lm, vocab=lm.head().width, max_parallel=2)
+    found = engine.generate([Request(context, uniforms(0, "rollouts", 1, count=8))], Sampling(8))[0]
+    with torch.no_grad():
+        logp_AV = lm.head().logits(lm.alone([context.then(found.ids, decided=True)])).log_softmax(-1)
+    scored_A = logp_AV.gather(1, torch.tensor(found.ids)[:, None]).squeeze(1)
+    torch.testing.assert_close(found.logp_A, scored_A, rtol=1e-4, atol=1e-4)
 
 
 def test_an_image_is_encoded_once_for_all_rollouts_of_its_prompt(image_folder: Callable[[str], Path]) -> None:
@@ -333,7 +333,9 @@ def test_without_pillow_text_is_read_and_an_image_is_one_line(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "PIL" else found(name, *more))
-    refused(loaded(image_folder("llava"), role="teacher"), r"images need Pillow: pip install 'retort-distill\[vision\]'")
+    refused(
+        loaded(image_folder("llava"), role="teacher"), r"images need Pillow: pip install 'retort-distill\[vision\]'"
+    )
 
 
 def test_without_a_processor_text_is_read_and_an_image_is_one_line(
