@@ -34,7 +34,7 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
     bare = rollout.prompt.plain and len(rollout.prompt.messages) == 1
     return {
         "prompt_id": rollout.prompt.id,
-        "prompt": rollout.prompt.text,
+        "prompt": rollout.prompt.readable,
         **({} if bare else {"messages": _said(rollout.prompt.messages)}),
         "text": rollout.text,
         "member": rollout.member,
@@ -92,7 +92,7 @@ def _passage(own: Passage) -> dict[str, Any]:
 
 
 def _said(messages: Sequence[Message]) -> list[list[str]]:
-    return [[message.role, message.content] for message in messages]
+    return [[message.role, message.readable] for message in messages]
 
 
 def _short(value: float) -> float | None:
