@@ -18,6 +18,7 @@ from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
+from retort.report.images import with_images
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
 from retort.report.words import escape, path
@@ -93,7 +94,7 @@ def _page(groups: Sequence[Group]) -> str:
     # Only this style and this script may run, and nothing may be loaded, whatever a model wrote.
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
+    ) + ("; img-src data:" if with_images(groups) else "")
     sections = (
         result_section(groups),
         profiles_section(groups),
