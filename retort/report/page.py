@@ -14,11 +14,11 @@ from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
 from retort.report.groups import Group, all_runs, grouped, leaves, method_name
+from retort.report.images import with_images
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
-from retort.report.images import with_images
 from retort.report.rollouts import rollouts_section
 from retort.report.trust import trust_section
 from retort.report.words import escape, path

@@ -153,14 +153,15 @@ const tokensView = ({ columns, training, held_out: heldOut, first, images = {} }
   };
 
   // The images of a prompt beside it; a tooltip and the text for those who do not see say which one it is.
-  const pictures = (digests, whose) =>
+  const pictures = (digests, whose, caption = "") =>
     (digests ?? []).map((digest, index) => {
       const words = `${whose} ${index + 1} of ${digests.length}`;
       const source = Object.hasOwn(images, digest) ? images[digest] : null;
-      return source ? make("img", { src: source, alt: words, title: words }) : make("span", { class: "muted", text: `[${words}: no thumbnail]` });
+      const seen = source ? make("img", { src: source, alt: words, title: words }) : make("span", { class: "muted", text: `[${words}: no thumbnail]` });
+      return make("figure", {}, seen, ...(caption ? [make("figcaption", { class: "muted", text: caption })] : []));
     });
   const withImages = (row, box) => {
-    const found = [...pictures(row.images, "image"), ...pictures(row.teacher_images, "image for the teacher alone")];
+    const found = [...pictures(row.images, "image"), ...pictures(row.teacher_images, "image for the teacher alone", "teacher only")];
     return found.length ? make("div", { class: "seen" }, make("div", { class: "pictures" }, ...found), box) : box;
   };
 

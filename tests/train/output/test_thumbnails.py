@@ -32,7 +32,9 @@ def seen(image: PromptImage, *more: PromptImage) -> Prompt:
     return Prompt("seen", (message,), plain=True, teacher_images=more)
 
 
-@pytest.mark.parametrize(("size", "shown"), [((600, 300), (256, 128)), ((300, 900), (85, 256)), ((256, 256), (256, 256))])
+@pytest.mark.parametrize(
+    ("size", "shown"), [((600, 300), (256, 128)), ((300, 900), (85, 256)), ((256, 256), (256, 256))]
+)
 def test_a_large_image_becomes_a_small_file(size: tuple[int, int], shown: tuple[int, int]) -> None:
     kind, content = small(noise(size))
     assert kind == "jpg" and len(content) <= MOST_BYTES and Image.open(io.BytesIO(content)).size == shown
@@ -43,7 +45,9 @@ def test_a_tiny_image_stays_sharp() -> None:
     image.putpixel((0, 0), (255, 0, 0))
     kind, content = small(PromptImage.of(image))
     found = Image.open(io.BytesIO(content))
-    assert kind == "png" and found.size == (126, 84) and set(found.get_flattened_data()) == {(255, 0, 0), (255, 255, 255)}
+    assert (
+        kind == "png" and found.size == (126, 84) and set(found.get_flattened_data()) == {(255, 0, 0), (255, 255, 255)}
+    )
 
 
 def test_those_of_recorded_rollouts_are_kept_and_never_replaced(tmp_path: Path) -> None:
