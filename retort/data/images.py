@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MAX_IMAGE_PIXELS", "ImageFolder", "ImageReader", "spelt"]
 
-#: Most pixels of an image; more are refused before they are decoded (three bytes each in memory).
+#: Most pixels of an image; more are refused before they are decoded (four bytes each in memory, and copies).
 MAX_IMAGE_PIXELS = 50_000_000
 #: Most bytes of an encoded image.
 _MOST_BYTES = 2**28
