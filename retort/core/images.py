@@ -73,6 +73,15 @@ class PromptImage:
         return upright(opened(self.encoded()))
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A text with placeholders as the parts that chat templates read: what stands between them, and images."""
+    texts = text.split(PLACEHOLDER)
+    found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
+    for after in texts[1:]:
+        found += [{"type": "image"}, *([{"type": "text", "text": after}] if after else [])]
+    return found
+
+
 def digest_of(encoded: bytes) -> str:
     """The digest of encoded bytes."""
     return hashlib.sha256(encoded).hexdigest()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from retort.core.images import PLACEHOLDER, PromptImage, in_words
+from retort.core.images import PromptImage, in_words, parts_of
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,7 @@ class Message:
 
     def parts(self, content: str) -> str | list[dict[str, str]]:
         """Another text in place of the turn's own, as chat templates read it: of a turn with images a list of parts."""
-        if not self.images:
-            return content
-        texts = content.split(PLACEHOLDER)
-        found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
-        for text in texts[1:]:
-            found += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        return found
+        return parts_of(content) if self.images else content
 
 
 def joined(one: Message, other: Message) -> Message:
