@@ -228,7 +228,7 @@ def store_references(
 def prompt_digest(prompt: Prompt) -> str:
     """A digest of what a model reads of a prompt, whatever its row is called."""
     read = json.dumps([message.as_dict() for message in prompt.messages], sort_keys=True)
-    return hashlib.sha256(read.encode()).hexdigest()
+    return hashlib.sha256("".join([read, *(image.digest for image in prompt.images)]).encode()).hexdigest()
 
 
 def seed_of(*words: object) -> int:
