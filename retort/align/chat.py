@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
 from retort.align.images import ImageTokens, context_of
@@ -26,6 +27,11 @@ __all__ = ["Renderer", "TemplateOptions", "as_text", "dated", "render", "rendere
 _KEPT = 2**20
 #: The call by which a template reads the time: a function that transformers provides, and a format.
 _NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+#: A text to try a template with.
+_ASKED = "Retortasks"
+#: By tokenizer its chat template, and whether that shows lists of parts alone.
+_PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -207,11 +213,37 @@ def as_text(
         arguments["chat_template"] = _on_day(
             tokenizer.get_chat_template(tools=arguments.get("tools")), template_options.date
         )
+    if reads_parts_alone(tokenizer):
+        turns = [{**turn, "content": _in_parts(turn["content"])} for turn in turns]
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **arguments
     )
     return str(text)
+
+
+def reads_parts_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template leaves out a turn that is a text, and shows one that is a list of parts.
+
+    Those of many image-text models do. It is found by trying, once for each template.
+    """
+    template = str(tokenizer.chat_template)
+    known = _PARTS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = template, not _shows(tokenizer, _ASKED) and _shows(tokenizer, _in_parts(_ASKED))
+        _PARTS[tokenizer] = known
+    return known[1]
+
+
+def _shows(tokenizer: PreTrainedTokenizerBase, content: Any) -> bool:
+    try:
+        return _ASKED in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    except Exception:  # jinja2's errors, and what the template itself raises
+        return False
+
+
+def _in_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def dated(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -55,7 +55,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 
     Args:
         model: Folder, hub name, or a built-in one such as `countdown:student`.
-        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, or a data file with answers.
+        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, `shapes`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.

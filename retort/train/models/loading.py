@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retort.align.chat import Renderer
 from retort.config import Config
@@ -141,11 +142,14 @@ def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:
 
 
 def _adapt(config: Config, student: LanguageModel) -> None:
-    """Adds the adapter that the settings name to the student."""
-    lora = config.lora
+    """Adds the adapter that the settings name to the student, or freezes what is not to learn."""
+    lora, vision = config.lora, config.optimizer.vision
+    if vision == "frozen" and student.vision is not None:
+        student.vision.freeze()
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-        add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+        arguments: dict[str, Any] = {"targets": lora.targets, "rslora": lora.rslora, "seed": config.seed}
+        add_adapter(student, rank=lora.rank, alpha=alpha, vision=vision == "trained", **arguments)
 
 
 def _precision(
