@@ -1,7 +1,7 @@
 """A step on prompts with images, through the pipeline of a run: packs give what one sequence at a time gives.
 
-A method reads rows of a table and signals, so its numbers must not depend on what the prompts hold. These are methods of
-all kinds of signals and views, on a random image-text model.
+A method reads rows of a table and signals, so its numbers must not depend on what the prompts hold. These are methods
+of all kinds of signals and views, on a random image-text model.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_an_evaluation_says_what_the_model_owes_to_the_image(again: bool, seeing
     given = {"eval": {"problems": 3, "samples": 2, "pixelated": again}}
     setup = pipeline.prepared({**seeing_run, **given}, "opd")
     prompts = setup.source.prompts[:3]
-    evaluator = Evaluator.from_config(setup.config, prompts, setup.eval_grader, vocab=setup.learner.vocab)
+    evaluator = Evaluator.from_config(setup.config, prompts, setup.source.grader, vocab=setup.learner.vocab)
     row = evaluator.evaluate(setup.student, models.engine(setup.config, setup.student, evaluator.vocab))
     assert ({ORIGINAL, PIXELATED, CHANGED} <= row.keys()) == again
     if again:
