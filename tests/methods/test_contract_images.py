@@ -6,13 +6,11 @@ of all kinds of signals and views, on a random image-text model.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pipeline
 import pytest
-from image_models import make_image_model
-from imaged import picture
+from imaged import seeing
 
 from retort.evaluate.evaluator import Evaluator
 from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED
@@ -35,26 +33,11 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
 def seeing_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a run on images: two random models, and rows with one image, with two, and with one for a teacher."""
     folder = tmp_path_factory.mktemp("seeing")
-    for seed in range(6):
-        (folder / f"{seed}.png").write_bytes(picture(seed).encoded())
-    rows = [
-        {
-            "prompt": f"colour {place} ?",
-            "images": [f"{place}.png", f"{place + 1}.png"][: 1 + place % 2],
-            "teacher_images": [f"{5 - place}.png"],
-            "answer": "red",
-            "hint": "warm",
-        }
-        for place in range(5)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for seed, name in enumerate(("student", "teacher")):
-        (folder / name).mkdir()
-        make_image_model(folder / name, "llava", seed=seed)
+    seeing(folder)
     return {
         "student": str(folder / "student"),
         "teacher": str(folder / "teacher"),
-        "data": str(folder / "rows.jsonl"),
+        "data": str(folder / "data.jsonl"),
         "task": "exact",
         "precision": "fp32",
         "device": "cpu",
