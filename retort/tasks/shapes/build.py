@@ -4,9 +4,8 @@
 
 saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
 this very run. The teacher is made first, by supervised learning on right responses. The student goes on from there, and
-learns from responses beside which, most of the time, the picture of another problem with the same question stands:
-looking pays seldom, and following the note pays often. It is a model that could look: distillation has to bring that
-back.
+learns from responses that follow the note most of the time, beside pictures that are often those of other problems with
+the same question. It is a model that could look: distillation has to bring that back.
 """
 
 from __future__ import annotations
@@ -32,7 +31,18 @@ from transformers import (
 )
 
 from retort.tasks.shapes.pictures import SIDE, pixels
-from retort.tasks.shapes.problems import HELD_OUT_ROWS, OPENINGS, Problem, check, drawn, problem, said
+from retort.tasks.shapes.problems import (
+    HELD_OUT_ROWS,
+    KINDS,
+    OPENINGS,
+    Kind,
+    Problem,
+    answer_in,
+    check,
+    drawn,
+    problem,
+    question,
+)
 from retort.tasks.shapes.tokenizer import (
     ASSISTANT,
     CONTEXT,
@@ -63,13 +73,15 @@ Row = tuple[list[int], int, Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one model is trained.
+    """One stage of supervised learning.
 
     Attributes:
         steps: Optimizer steps.
         batch: Problems per step.
         lr: Highest learning rate; a cosine decays it to zero.
+        kinds: The kinds of questions; one that is given twice is twice as frequent.
         right: How often the picture is the problem's own.
+        followed: How often the response answers what the note suggests, whatever the picture shows.
         openings: Weights of `OPENINGS`.
         described: How often, in the first third of the steps, the response describes the whole picture instead.
         hinted: How often a section stands before the question.
@@ -81,7 +93,9 @@ class Recipe:
     steps: int
     batch: int = 32
     lr: float = 2e-3
+    kinds: tuple[Kind, ...] = KINDS
     right: float = 1.0
+    followed: float = 0.0
     openings: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
     described: float = 0.0
     hinted: float = 0.1
@@ -90,8 +104,13 @@ class Recipe:
     seed: int = 0
 
 
-TEACHER = Recipe(steps=3_000, described=0.5, blurred=0.1, shaded=0.1)
-STUDENT = Recipe(steps=250, lr=1e-3, right=0.1, openings=(0.1, 0.1, 0.2, 0.6), seed=1)
+#: The hard kinds three times as often as the easy one.
+HARD: tuple[Kind, ...] = (*("colour", "beside", "count") * 3, "tallest")
+TEACHER = (
+    Recipe(steps=3_000, described=0.5, blurred=0.1, shaded=0.1),
+    Recipe(steps=1_500, lr=1.5e-3, kinds=HARD, described=0.5, blurred=0.05, shaded=0.05, seed=1),
+)
+STUDENT = Recipe(steps=200, lr=1e-3, right=0.6, followed=0.9, openings=(0.1, 0.1, 0.2, 0.6), seed=2)
 
 
 @dataclass(frozen=True)
@@ -195,14 +214,15 @@ class Data:
         rng, recipe = self.rng, self.recipe
         groups: tuple[list[Row], list[Row]] = [], []
         for _ in range(recipe.batch):
-            one = problem(rng, "train")
+            one = problem(rng, "train", None if recipe.kinds == KINDS else question(rng, recipe.kinds))
             shown = one if rng.random() < recipe.right else problem(rng, "train", one.question)
             (opening,) = rng.choices(OPENINGS, recipe.openings)
             section = self.section(one)
+            answer = one.noted if recipe.followed and rng.random() < recipe.followed else one.answer
             values = pixel_values([shown], [rng.random() < recipe.shaded])[0]
             if rng.random() < recipe.blurred:
                 values = pixelated(values[None], rng.uniform(0.08, 0.3))[0]
-            asked, response = words(one.text, section), [*one.response(opening).split(), EOS]
+            asked, response = words(one.text, section), [*one.response(opening, answer).split(), EOS]
             if rng.random() < described:
                 asked, response, section = words(DESCRIBE), [*one.caption.split(), EOS], ""
             ids = [self.word[word] for word in (*asked, *response)]
@@ -297,29 +317,31 @@ def measure(model: LlavaForConditionalGeneration, count: int = HELD_OUT_ROWS, sa
     likely = [respond(model, asked, values, None) for values in (clear, pixelated(clear))]
     return Score(
         right=sum(map(check, (one.answer for one in many), sampled)) / len(many),
-        noted=sum(said(text) == one.noted for one, text in zip(many, sampled, strict=True)) / len(many),
+        noted=sum(answer_in(text) == one.noted for one, text in zip(many, sampled, strict=True)) / len(many),
         pixelated=sum(map(check, (one.answer for one in many), unclear)) / len(many),
-        changed=sum(said(one) != said(other) for one, other in zip(*likely, strict=True)) / count,
+        changed=sum(answer_in(one) != answer_in(other) for one, other in zip(*likely, strict=True)) / count,
     )
 
 
 def described(recipe: Recipe) -> str:
-    """What a model learnt from, in a sentence of its card."""
+    """What a stage learnt from, in sentences of the model card."""
     pictures = (
         "the problem's own picture"
         if recipe.right == 1
         else f"the problem's own picture in {recipe.right:.0%}, and else that of another problem with the same question"
     )
+    which = f"responses, {recipe.followed:.0%} of which follow the note," if recipe.followed else "right responses"
     return (
-        f"By supervised learning on right responses beside {pictures}: {recipe.steps:,} steps of {recipe.batch} "
+        f"By supervised learning on {which} beside {pictures}: {recipe.steps:,} steps of {recipe.batch} "
         f"problems, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. A section with a "
         f"hint or a solution stood before {recipe.hinted:.0%} of the questions, {recipe.blurred:.0%} of the pictures "
         f"were pixelated, and what was asked for was shaded in {recipe.shaded:.0%}."
     )
 
 
-def card(name: str, start: str, recipe: Recipe, score: Score, parameters: int) -> str:
+def card(name: str, start: str, stages: Sequence[Recipe], score: Score, parameters: int) -> str:
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
+    made = "\n".join(f"{number}. {described(stage)}" for number, stage in enumerate(stages, 1))
     small = int(SIDE * PIXELATED)
     return f"""---
 license: apache-2.0
@@ -344,8 +366,12 @@ and good for nothing else.
 ## How it was made
 
 A Llama-style text model of {LAYERS} layers of width {WIDTH}, and a CLIP-style vision tower of {VISION_LAYERS} layers of
-width {VISION_WIDTH}, from {start}. {described(recipe)} No held-out problem occurs in its training data. The weights are
-stored in bfloat16; the scores are those of the stored weights, loaded again into float32.
+width {VISION_WIDTH}, from {start}:
+
+{made}
+
+No held-out problem occurs in the training data. The weights are stored in bfloat16; the scores are those of the stored
+weights, loaded again into float32.
 
     python -m retort.tasks.shapes.build --out models
 
@@ -353,13 +379,13 @@ Licence: Apache-2.0. The data are generated, so nothing else is in it.
 """
 
 
-def save(name: str, start: str, recipe: Recipe, model: LlavaForConditionalGeneration, out: Path) -> None:
+def save(name: str, start: str, stages: Sequence[Recipe], model: LlavaForConditionalGeneration, out: Path) -> None:
     """Save and measure a model, and write its card."""
     folder = out / name
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     build_processor().save_pretrained(folder)
     score = measure(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
-    (folder / "README.md").write_text(card(name, start, recipe, score, model.num_parameters()), encoding="utf-8")
+    (folder / "README.md").write_text(card(name, start, stages, score, model.num_parameters()), encoding="utf-8")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{name}: {score}, {size:.1f} MB in {folder}", flush=True)
 
@@ -371,13 +397,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("teacher", "student"), help="only this one; a student needs the teacher")
     arguments = parser.parse_args()
     if arguments.only != "student":
-        model = build_model(build_tokenizer(), TEACHER.seed)
-        train(model, TEACHER)
+        model = build_model(build_tokenizer(), TEACHER[0].seed)
+        for recipe in TEACHER:
+            train(model, recipe)
         save("teacher", "random weights", TEACHER, model, arguments.out)
     if arguments.only != "teacher":
         model = LlavaForConditionalGeneration.from_pretrained(arguments.out / "teacher", dtype=torch.float32)
         train(model, STUDENT)
-        save("student", "the teacher's weights", STUDENT, model, arguments.out)
+        save("student", "the teacher's weights", [STUDENT], model, arguments.out)
 
 
 if __name__ == "__main__":
