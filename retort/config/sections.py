@@ -186,6 +186,11 @@ class OptimizerSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: a tenth of their memory, more time"
     )
+    vision: Literal["auto", "trained", "frozen"] = Field(
+        default="auto",
+        description="vision tower and projector of a student that reads images: auto trains them, but puts an adapter "
+        "into the text model only",
+    )
 
 
 class LoraSection(Section):

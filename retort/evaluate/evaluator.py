@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.chat import TemplateOptions, render
+from retort.align.chat import TemplateOptions, rendered
 from retort.config import Config
 from retort.core.context import Context
 from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, Status, in_groups
-from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
@@ -196,7 +195,7 @@ class Evaluator:
         """The model's answers to some prompts, graded where somebody grades."""
         tasks: list[Task] = []
         for prompt in prompts:
-            context = TokenSequence.of(render(prompt, engine.tokenizer, self.template_options))
+            context = rendered(prompt, engine.tokenizer, self.template_options, engine.image_tokens)
             for member in range(self.samples):
                 uniform_stream = UniformStream(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, uniform_stream))

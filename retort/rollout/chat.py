@@ -10,7 +10,6 @@ from retort.chat.base import ChatReply, ChatRequest, Failure, Heard
 from retort.chat.record import digest_of
 from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Status
-from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.rollout.engines.base import Engine, Request, Sampling
 
@@ -63,7 +62,7 @@ class LocalChat:
                 sampling = Sampling(max(len(own.uniforms) for _, own in part), temperature)
                 completions = self.engine.generate([own for _, own in part], sampling)
                 for (number, own), completion in zip(part, completions, strict=True):
-                    before: list[int] = own.context.tokens_L.tolist()
+                    before = own.context.ids
                     text = completion_text(self.engine.tokenizer, completion.ids, prompt_ids=before)
                     ended = completion.status == Status.COMPLETED
                     add(number, ChatReply(text, len(before), len(completion.ids), ended=ended))
@@ -75,12 +74,14 @@ class LocalChat:
         try:
             plain = len(request.messages) == 1  # which a model without a chat template reads as bare text
             prompt = Prompt(id=f"{request.purpose} {digest[:8]}", messages=request.messages, plain=plain)
-            ids = self.render(prompt, split=True)
+            context = self.render(prompt, split=True)
         except UserError as error:  # its template refuses the conversation
             return Failure("form", str(error), asked=False)
-        room = min(request.max_tokens, self.engine.context - len(ids))
+        room = min(request.max_tokens, self.engine.context - len(context))
         if room < 1:
-            problem = f"the conversation has {len(ids)} tokens, and the context of {self.name} {self.engine.context}"
+            problem = (
+                f"the conversation has {len(context)} tokens, and the context of {self.name} {self.engine.context}"
+            )
             return Failure("long", problem, asked=False)
         numbers = uniforms(request.seed, "chat", digest, count=room)
-        return Request(TokenSequence.of(ids), numbers)
+        return Request(context, numbers)

@@ -73,7 +73,7 @@ def note_unknown(method: Method, models: Mapping[str, Reader], stage: Stage, not
             if prompt is None:
                 continue
             seen += 1
-            if model.render(prompt).count(unknown) > model.render(group.prompt).count(unknown):
+            if model.render(prompt).ids.count(unknown) > model.render(group.prompt).ids.count(unknown):
                 found += 1
                 used |= shown
         if found:
