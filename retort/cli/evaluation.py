@@ -30,6 +30,7 @@ from retort.train.setup.templates import check_rendered, ends, settled
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
+    | {"eval.pixelated"}
     | {
         f"rollout.{name}"
         for name in (

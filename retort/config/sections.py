@@ -270,6 +270,11 @@ class EvalSection(Section):
         default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
     )
     teacher: bool = Field(default=True, description="evaluate the teacher, too, once")
+    pixelated: bool = Field(
+        default=True,
+        description="answer prompts with an image again with the image pixelated: right answers, and answers that "
+        "change; this takes as long as the answers themselves",
+    )
     threshold: float = Field(
         default=0.8, ge=0, description="nats of entropy above which a model counts as uncertain in the tables"
     )
