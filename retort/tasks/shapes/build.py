@@ -276,33 +276,28 @@ def respond(
     generator: torch.Generator | None,
 ) -> list[str]:
     """A response to each problem, with the pictures that are given: sampled, or without a generator the likeliest."""
-    tokenizer, lengths = build_tokenizer(), dict[int, list[int]]()
-    for index, one in enumerate(asked):
-        lengths.setdefault(len(words(one.text)), []).append(index)
-    found = [""] * len(asked)
-    for _, alike in sorted(lengths.items()):
-        ids_BL = torch.tensor([tokenizer.convert_tokens_to_ids(words(asked[index].text)) for index in alike])
-        for index, ids in zip(alike, _sampled(model, ids_BL, values[alike], generator).tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else 0  # no end is wrong
-            found[index] = " ".join(tokenizer.convert_ids_to_tokens(ids[:end]))
-    return found
-
-
-def _sampled(
-    model: LlavaForConditionalGeneration, ids_BL: Tensor, values: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """The tokens behind prompts of one length, [B, A]."""
-    state = model(input_ids=ids_BL, pixel_values=values, use_cache=True, logits_to_keep=1)
-    drawn_BA: list[Tensor] = []
+    tokenizer = build_tokenizer()
+    prompts = [tokenizer.convert_tokens_to_ids(words(one.text)) for one in asked]
+    longest, end = max(map(len, prompts)), tokenizer.get_vocab()[EOS]
+    ids_BL = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    real_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    state = model(input_ids=ids_BL, attention_mask=real_BL, pixel_values=values, use_cache=True, logits_to_keep=1)
+    drawn_BA = torch.empty(len(prompts), 0, dtype=torch.long)
     while True:
-        logits_BV = state.logits[:, -1]
-        if generator is None:
-            drawn_BA.append(logits_BV.argmax(-1, keepdim=True))
-        else:
-            drawn_BA.append(torch.multinomial(logits_BV.softmax(-1), 1, generator=generator))
-        if len(drawn_BA) == MAX_NEW_TOKENS:
-            return torch.cat(drawn_BA, 1)
-        state = model(input_ids=drawn_BA[-1], past_key_values=state.past_key_values, use_cache=True)
+        likely_BV = state.logits[:, -1].softmax(-1)
+        next_B1 = (
+            likely_BV.argmax(-1, keepdim=True)
+            if generator is None
+            else torch.multinomial(likely_BV, 1, generator=generator)
+        )
+        drawn_BA = torch.cat([drawn_BA, next_B1], 1)
+        if drawn_BA.shape[1] == MAX_NEW_TOKENS or (drawn_BA == end).any(1).all():
+            break
+        real_BL = torch.cat([real_BL, torch.ones_like(next_B1)], 1)
+        cache = state.past_key_values
+        state = model(input_ids=next_B1, attention_mask=real_BL, past_key_values=cache, use_cache=True)
+    whole = [ids[: ids.index(end)] if end in ids else [] for ids in drawn_BA.tolist()]  # no end is wrong
+    return [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in whole]
 
 
 def measure(model: LlavaForConditionalGeneration, count: int = HELD_OUT_ROWS, samples: int = SAMPLES) -> Score:
@@ -331,11 +326,17 @@ def described(recipe: Recipe) -> str:
         else f"the problem's own picture in {recipe.right:.0%}, and else that of another problem with the same question"
     )
     which = f"responses, {recipe.followed:.0%} of which follow the note," if recipe.followed else "right responses"
+    often = "; the hard kinds of questions three times as often as the easy one" if recipe.kinds == HARD else ""
+    first = (
+        f" In the first third, {recipe.described:.0%} of the responses described the picture."
+        if recipe.described
+        else ""
+    )
     return (
-        f"By supervised learning on {which} beside {pictures}: {recipe.steps:,} steps of {recipe.batch} "
+        f"By supervised learning on {which} beside {pictures}{often}: {recipe.steps:,} steps of {recipe.batch} "
         f"problems, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. A section with a "
         f"hint or a solution stood before {recipe.hinted:.0%} of the questions, {recipe.blurred:.0%} of the pictures "
-        f"were pixelated, and what was asked for was shaded in {recipe.shaded:.0%}."
+        f"were pixelated, and what was asked for was shaded in {recipe.shaded:.0%}.{first}"
     )
 
 
