@@ -48,7 +48,7 @@ class Recipe:
 
 
 #: The hard kinds three times as often as the easy one.
-HARD: tuple[Kind, ...] = (*("colour", "beside", "count") * 3, "tallest")
+HARD: tuple[Kind, ...] = (*KINDS[:3] * 3, "tallest")
 TEACHER = (
     Recipe(steps=3_000, described=0.5, blurred=0.1, shaded=0.1),
     Recipe(steps=1_500, lr=1.5e-3, kinds=HARD, described=0.5, blurred=0.05, shaded=0.05, seed=1),
