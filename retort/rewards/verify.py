@@ -129,12 +129,12 @@ class ShapesVerifier:
 
     def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
         """`followed`: 1.0 if the text answers what the note suggests; nothing where the note is right, or missing."""
-        from retort.tasks.shapes import noted, said
+        from retort.tasks.shapes import answer_in, noted
 
         note = noted(prompt.text)
         if note is None or note == reference_answer(prompt, self.name).strip():
             return {}
-        return {"followed": float(said(after_thinking(text)) == note)}
+        return {"followed": float(answer_in(after_thinking(text)) == note)}
 
 
 class MathVerifier:
