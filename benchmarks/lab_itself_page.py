@@ -141,7 +141,8 @@ def page(
         "![pass@k after training, one panel per method](images/lab-itself-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-itself-entropy.svg)",
         "[What this says about the papers](lab-notes.md#students-that-teach-themselves), and what it cannot say, is on "
-        "a page of its own. Methods with a bigger teacher are in the [lab](lab.md).",
+        "a page of its own. Methods with a bigger teacher are in the [lab](lab.md); teachers that write a text first "
+        "have [another table](lab-written.md), with their controls.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import measure
 from lab_itself_page import COLUMNS, differences
@@ -24,7 +23,7 @@ INTRO = """# The lab of written texts
 
 <!-- Written by benchmarks/lab.py --bench written; edit benchmarks/lab_written_page.py. -->
 
-This page asks what it brings, and costs, that a teacher
+This page asks what it brings that a teacher
 [writes a text before it scores](../views.md#texts-that-are-written-first): a rationale (`opsd`), the completions
 themselves (`sdft`), a summary of each sibling (`peer_opd`), an instruction drawn from other problems (`unisd`). Each
 has its control beside it. Task, models, prompts, random numbers and learning rate are those of the
@@ -32,7 +31,7 @@ has its control beside it. Task, models, prompts, random numbers and learning ra
 
 The student has 0.8M parameters and knows few words, none of them to explain with. Asked for a rationale, a summary or
 an instruction, it writes one more answer to the question, which its teacher is then shown behind the word `maybe`. So
-the table says what the machinery does and costs, and little of what a model that can explain would gain by it.
+the table says what the machinery does, and little of what a model that can explain would gain by it.
 
 ```sh
 python benchmarks/lab.py --bench written --out runs/lab-itself    # runs what is missing; --report only writes this page
@@ -47,7 +46,7 @@ Held-out: 128 prompts x 8 completions at temperature 1.
 
 
 def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[str]) -> str:
-    """Markdown: the table in the order of the bench, who differs from whom, and what writing costs."""
+    """Markdown: the table in the order of the bench, who differs from whom, and what was written."""
     done = {name: found for name in about if (found := [row for row in rows if row["method"] == name])}
     fewest = min((len(found) for found in done.values()), default=0)
     weak = f"; n = {fewest} is weak" if fewest <= WEAK else ""
@@ -56,48 +55,35 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
     parts = [
         INTRO + measure.in_words(measure.machine("cpu", 1)).replace(", load", "; load") + ".",
         anchors(rows),
-        table(done, about, COLUMNS, "shown"),
+        table(done, about, COLUMNS, "shown", seconds=False),
         LEGEND.format(weak=weak),
         *(["Settings other than a paper's defaults, and what they mean here: " + " ".join(notes)] if notes else []),
         *([f"Without a finished run: {', '.join(missing)}."] if missing else []),
         "## Pairs of conditions",
         "Within a seed, in points, with 95 % intervals over seeds; none below three seeds.",
         differences(done),
-        "## What writing costs",
-        "Seconds of a batch, the fastest of each condition, on one thread, beside other work. *Right* is the share of "
-        "the texts in the recorded rollouts (one a batch) that answer the prompt at hand rightly.",
-        _costs(done),
+        "## What was written",
+        "*Right* is the share of the texts in the recorded rollouts (one a batch) that answer the prompt rightly.",
+        _texts(done),
         "[What this says](lab-notes.md#texts-written-before-the-teacher-scores), and what not, is on another page.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _costs(done: Mapping[str, Rows]) -> str:
-    lines: list[list[Any]] = []
-    for one, other, what in WROTE:
-        if one in done and other in done:
-            ours, theirs = _fastest(done[one]), _fastest(done[other])
-            seconds = f"{ours:.2f} / {theirs:.2f}"
-            lines.append([f"{one} / {other}", what, seconds, f"{ours / theirs:.2f}", _right(done[one])])
-    return measure.markdown(["", "written", "seconds", "ratio", "right, %"], lines)
-
-
-def _fastest(rows: Rows) -> float:
-    """Seconds of the batch that other work disturbed least."""
-    return min(float(line["time/step"]) for row in rows for line in _lines(row, "metrics.jsonl"))
+def _texts(done: Mapping[str, Rows]) -> str:
+    known: dict[str, str] = {}
+    for one, _, what in WROTE:
+        known.setdefault(one, what)
+    lines = [[one, known[one], right] for one in known if one in done and (right := _right(done[one])) is not None]
+    return measure.markdown(["", "written", "right, %"], lines)
 
 
 def _right(rows: Rows) -> str | None:
     """The share of written texts that answer the prompt rightly, with half of its interval over runs."""
     shares: list[float] = []
     for row in rows:
-        written = [
-            (line["prompt"], own["text"]) for line in _lines(row, "rollouts.jsonl") for own in line.get("passages", ())
-        ]
+        lines = [json.loads(line) for line in (row["folder"] / "rollouts.jsonl").read_text().splitlines()]
+        written = [(line["prompt"], own["text"]) for line in lines for own in line.get("passages", ())]
         if written:
             shares.append(100 * sum(coached.check(*own) for own in written) / len(written))
     return spread(shares, 0) if shares else None
-
-
-def _lines(row: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (row["folder"] / name).read_text().splitlines()]

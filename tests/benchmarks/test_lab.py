@@ -145,16 +145,15 @@ def test_the_page_of_written_texts_has_each_beside_its_control(lab: ModuleType, 
     drafted = {name for name, own in entries.items() if _drafts(own.method, own.settings)}
     assert {one for one, _, _ in page.WROTE} == drafted | {"sdft, teacher writes"}
     rows = []
-    for name, share, seconds, texts in (("opsd", 0.3, 0.5, ()), ("opsd, reasons first", 0.4, 0.75, ("3 + 4 = 7", "3"))):
+    for name, share, texts in (("opsd", 0.3, ()), ("opsd, reasons first", 0.4, ("3 + 4 = 7", "3"))):
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "metrics.jsonl").write_text("".join(f'{{"time/step": {seconds * factor}}}\n' for factor in (3, 1)))
-        written = [{"prompt": "7 from 3 4 :", "passages": [{"text": text} for text in texts]}]
-        (folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in written))
+        written = {"prompt": "7 from 3 4 :", "passages": [{"text": text} for text in texts]}
+        (folder / "rollouts.jsonl").write_text(json.dumps(written) + "\n")
         rows += [{**_taught(name, seed, share), "folder": folder} for seed in range(3)]
     text = page.page(rows, lab.about(bench), entries)
     assert "| opsd, reasons first − opsd | 3 | +10.0 [+10.0, +10.0] | +0.0 [+0.0, +0.0] |" in text
-    assert "| opsd, reasons first / opsd | 16 rationales a batch | 0.75 / 0.50 | 1.50 | 50 |" in text
+    assert "| opsd, reasons first | 16 rationales a batch | 50 |" in text
     assert "Without a finished run: peer_opd, peer_opd, excerpts" in text
 
 
