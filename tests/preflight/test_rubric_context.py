@@ -15,7 +15,7 @@ from retort.chat.asking import Asking
 from retort.chat.endpoint import ChatEndpoint
 from retort.cli import main
 from retort.preflight.doctor import examine
-from retort.preflight.judge_context import judge_context
+from retort.preflight.rubric_context import rubric_context
 from retort.rewards import Criterion, Rubric
 from retort.rewards.references import store_references
 from retort.rewards.rubric_protocol import Pooled, line_of, rubric_question, verdicts_question
@@ -48,7 +48,7 @@ def settings(model_folder: Callable[..., Path], prompts_file: Path, models_kept:
 
 
 def values(prepared: Prepared) -> dict[str, float]:
-    (found,) = judge_context(prepared)
+    (found,) = rubric_context(prepared)
     return dict(found.values)
 
 
@@ -96,7 +96,7 @@ def test_the_longest_request_has_answers_and_rubric_at_full_length(large: Prepar
     for kind, length in found.items():
         # Quotation marks around a text are two tokens, around none one; six answers have some.
         assert values(large)[f"{kind}/most"] == pytest.approx(length + own[kind], abs=6)
-    assert judge_context(large)[0].verdict == "ok"
+    assert rubric_context(large)[0].verdict == "ok"
 
 
 def test_fewer_answers_in_a_call_are_less_to_read(settings: Settings, large: Prepared) -> None:
@@ -149,9 +149,9 @@ def test_a_judge_that_holds_short_requests_only_is_a_warning(settings: Settings)
 
 
 def test_nothing_is_known_of_a_judge_at_an_address(large: Prepared) -> None:
-    assert judge_context(replace(large, asker=Asking(ChatEndpoint("http://127.0.0.1:9", model="m")))) == []
+    assert rubric_context(replace(large, asker=Asking(ChatEndpoint("http://127.0.0.1:9", model="m")))) == []
 
 
 def test_methods_without_a_judge_have_none(settings: Settings) -> None:
     given = {**settings(128), "method": {"name": "rlsd", "share": 0.0}, "judge": {}}
-    assert judge_context(prepare(api.assemble(given))) == []
+    assert rubric_context(prepare(api.assemble(given))) == []

@@ -26,7 +26,7 @@ from retort.rollout.chat import LocalChat
 from retort.teachers.templates import templates
 from retort.train.setup.prepare import Prepared
 
-__all__ = ["Needed", "judge_context"]
+__all__ = ["Needed", "rubric_context"]
 
 _NAME = "context of the judge"
 _WHY = "nothing is learnt from a group of which one request, or the answer to it, does not fit into the context"
@@ -61,7 +61,7 @@ class Needed:
     most: int
 
 
-def judge_context(prepared: Prepared) -> list[Check]:
+def rubric_context(prepared: Prepared) -> list[Check]:
     """Compares the context with the shortest and the longest that a run may ask; nothing is generated.
 
     Args:
