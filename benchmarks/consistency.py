@@ -30,7 +30,6 @@ from runs import Job, run_all
 from retort.config import merge, recipe
 from retort.console.terminal import quiet_libraries
 from retort.core.rollouts import Prompt
-from retort.core.sequences import TokenSequence
 from retort.divergences import negative_log_likelihood
 from retort.estimators import pathwise
 from retort.files import write_text
@@ -140,7 +139,7 @@ def answers(path: Path) -> None:
     for number, row in chosen:
         prompt = Prompt(row["id"], (Message("user", row["clean"]),))
         uniform_stream = UniformStream(0, "evaluation", "answers", number)
-        tasks.append(Task(prompt, TokenSequence.of(render(prompt)), 0, uniform_stream))
+        tasks.append(Task(prompt, render(prompt), 0, uniform_stream))
     written = run_episodes(HFEngine(lm, vocab=lm.head().width, max_parallel=2048), tasks, Sampling(longest))
     lines = [
         json.dumps({"id": f"{row['id']}-{number}", "prompt": row["prompt"], "response": rollout.text})

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from retort import config as configuration
-from retort.align.chat import render
+from retort.align.chat import rendered
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import Rollout
 from retort.core.sequences import TokenSequence
@@ -44,9 +44,7 @@ def played(student: LanguageModel, games: int, seed: int) -> list[Rollout]:
     config = configuration.resolve(configuration.recipe("rooms"), {"seed": seed, "eval": {"problems": games}})
     prompts = eval_prompts(config, "rooms", [])
     tasks = [
-        Task(
-            prompt, TokenSequence.of(render(prompt, student.tokenizer)), 0, UniformStream(seed, "evaluation", prompt.id)
-        )
+        Task(prompt, rendered(prompt, student.tokenizer), 0, UniformStream(seed, "evaluation", prompt.id))
         for prompt in prompts
     ]
     setup = EpisodeSetup.named("rooms", config.rollout.template_options)

@@ -5,6 +5,7 @@
     python benchmarks/lab.py --bench agents --out runs/lab-agents    # episodes of many turns: lab-agents.md
     python benchmarks/lab.py --bench judges --out runs/lab-judges    # a judge instead of log-probs: lab-judges.md
     python benchmarks/lab.py --bench written --out runs/lab-itself   # teachers that write first: lab-written.md
+    python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -29,9 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import lab_agents_page
 import lab_itself_page
 import lab_judges_page
+import lab_shapes_page
 import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, WRITTEN, Bench
+from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -153,6 +155,8 @@ def main() -> None:
         text = lab_judges_page.page(rows, about(shown), wanted)
     elif shown is WRITTEN:
         text = lab_written_page.page(rows, about(shown), wanted)
+    elif shown is SHAPES:
+        text = lab_shapes_page.page(rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")

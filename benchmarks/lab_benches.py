@@ -65,6 +65,11 @@ def asks_several(method: str) -> bool:
     return any(model not in known for view in registry.load(method).views.values() for model in view.models)
 
 
+def reads_images(method: str) -> bool:
+    """Whether a method compares images, of which the prompts of these tasks have none."""
+    return any(view.images is not None for view in registry.load(method).views.values())
+
+
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
@@ -80,7 +85,7 @@ def itself() -> dict[str, Entry]:
     """Every method that the other bench leaves out, and its variants; before them the controls."""
     found = dict(_CONTROLS)
     for method in registry.names():
-        if needs_more(method) and not asks_several(method):
+        if needs_more(method) and not asks_several(method) and not reads_images(method):
             own = {name: entry for name, entry in _ITSELF.items() if entry.method == method}
             found.update(own or {method: Entry(method)})
     return {**found, **_PAIRED}
@@ -333,6 +338,34 @@ JUDGES = Bench(
     lambda: _TALKERS,
     judge="rules:countdown",
 )
+#: Pictures of shapes: 40 batches of 64 prompts x 4 rollouts, as the task's recipe has them but for what all share.
+_SHAPES: Mapping[str, Any] = {
+    "student": "shapes:student",
+    "teacher": "shapes:teacher",
+    "data": "shapes",
+    "steps": 40,
+    "precision": "fp32",
+    "threads": 1,
+    "rollout": {"prompts": 64, "max_new_tokens": 28, "max_prompt_tokens": 40, "parallel": 512},
+    "optimizer": {**_COUNTDOWN["optimizer"], "learning_rate": 5e-4, "warmup": 5},
+    "eval": {"problems": 200, "samples": 4, "top_p": 1.0, "temperature": 1.0, "max_new_tokens": 28, "every": 20},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_EVEN = {"temperature": 1.0}
+_LOOKERS: Mapping[str, Entry] = {
+    "opd": Entry("opd"),
+    "gkd, reverse KL": Entry(
+        "gkd",
+        {"divergence": "reverse_kl", "on_policy_fraction": 1.0, **_EVEN},
+        "the divergence of `va_opd`, all tokens alike",
+    ),
+    "gkd": Entry("gkd", {"on_policy_fraction": 1.0, **_EVEN}, "JSD, on the student's rollouts alone, at temperature 1"),
+    "va_opd": Entry(
+        "va_opd", {**_EVEN, "top_p": 1.0}, "sampled at temperature 1, as all others", shown="both pictures"
+    ),
+}
+SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -340,4 +373,5 @@ BENCHES: Mapping[str, Bench] = {
     "written": WRITTEN,
     "agents": AGENTS,
     "judges": JUDGES,
+    "shapes": SHAPES,
 }

@@ -100,7 +100,7 @@ def written_work(prompts: int, longest: int = 12) -> Work:
     contexts = list[tuple[Prompt, TokenSequence]]()
     for row in countdown.rows("train", prompts):
         prompt = Prompt(str(row["id"]), (Message("user", str(row["prompt"])),))
-        contexts.append((prompt, TokenSequence.of(render(prompt))))
+        contexts.append((prompt, render(prompt)))
     asked = [Request(own, torch.rand(longest, generator=draw, dtype=torch.float64)) for _, own in contexts]
     written = HFEngine(lm, vocab=lm.head().width, max_parallel=len(asked)).generate(asked, Sampling(longest))
     return Work.of(contexts, [own.ids for own in written], lm.head().width)

@@ -81,10 +81,10 @@ def coached_student(groups: int, samples: int) -> Case:
     assert view.render is not None
     prompts, answers = list[list[int]](), list[list[list[int]]]()
     for prompt in builtin_prompts("coached", "train", groups):
-        rollout = Rollout(prompt, TokenSequence.of(render(prompt)))
+        rollout = Rollout(prompt, (render(prompt),))
         shown = view.render(ViewInput(rollout, (), Stage(templates(config.templates))))
         assert shown is not None
-        prompts.append(render(shown))
+        prompts.append(render(shown).ids)
         own = lm.tokenizer(str(prompt.response), add_special_tokens=False)["input_ids"]
         answers.append([own] * samples)
     sequences = grouped(prompts, answers)

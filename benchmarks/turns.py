@@ -23,7 +23,7 @@ import measure
 import torch
 
 from retort import config as configuration
-from retort.align.chat import render
+from retort.align.chat import rendered
 from retort.align.stops import StopTokens
 from retort.core.random_streams import UniformStream, uniforms
 from retort.core.sequences import TokenSequence
@@ -45,7 +45,7 @@ def rooms(games: int) -> tuple[LanguageModel, Callable[[HFEngine], Played]]:
     lm = load(config, "rooms:student", "student")
     setup = EpisodeSetup.named("rooms", config.rollout.template_options)
     tasks = [
-        Task(prompt, TokenSequence.of(render(prompt, lm.tokenizer)), 0, UniformStream(0, "evaluation", prompt.id))
+        Task(prompt, rendered(prompt, lm.tokenizer), 0, UniformStream(0, "evaluation", prompt.id))
         for prompt in eval_prompts(config, "rooms", [])
     ]
 

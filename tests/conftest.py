@@ -69,6 +69,15 @@ def models_kept() -> Iterator[None]:
 
 
 @pytest.fixture
+def images_as_text() -> Iterator[None]:
+    """Methods that compare images are tried on models of text: see `imaged.as_text`."""
+    import imaged
+
+    with imaged.as_text():
+        yield
+
+
+@pytest.fixture
 def tiny_run(model_folder: Callable[..., Path], prompts_file: Path) -> dict[str, Any]:
     """Settings of a run of a second or two: see `support.tiny_settings`."""
     return tiny_settings(model_folder, prompts_file)

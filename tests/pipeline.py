@@ -109,7 +109,7 @@ def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) 
         lengths = (turns or {}).get(index, (length,))
         rollout = Rollout(
             prompt,
-            _conversation(setup.source.render(prompt), ids, lengths),
+            _conversation(setup.source.render(prompt).ids, ids, lengths),
             turn_A=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) if turns else None,
             member=index,
             engine_logp_A=logp_A,
@@ -135,7 +135,7 @@ def even(setup: Prepared, seed: int) -> Pack:
     draw = torch.Generator().manual_seed(seed)
     given = setup.source.prompts
     prompts = [given[place] for place in torch.randint(len(given), (4,), generator=draw).tolist()]
-    tokens_RL = torch.tensor([setup.source.render(prompt) for prompt in prompts])  # all of one length
+    tokens_RL = torch.tensor([setup.source.render(prompt).ids for prompt in prompts])  # all of one length
     acted_L = torch.arange(tokens_RL.shape[1] + 3) >= tokens_RL.shape[1]
     for _ in range(3):
         with torch.no_grad():
@@ -234,7 +234,7 @@ def read_by(setup: Prepared, view: str, pack: Pack) -> tuple[LanguageModel, list
     assert isinstance(teacher, LocalTeacher)
     assert not teacher.alignment.stops, "the tiny models have one tokenizer"
     shown = teacher.prompts(pack, sees)
-    prompts = [torch.tensor([0] if ids is None else ids) for ids in shown.ids]
+    prompts = [torch.tensor([0] if own is None else own.ids) for own in shown.contexts]
     written = [own.continuation.tokens_L for own in pack.sequences]
     sequences = [torch.cat([ids, own]) for ids, own in zip(prompts, written, strict=True)]
     return teacher.lm, sequences, shown.valid_N(pack)

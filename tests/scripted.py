@@ -24,7 +24,7 @@ class ScriptedEngine:
         self, tokenizer: Any, stop: int, logits_V: Tensor, *, context: int = 128, says: Callable[[Request], Any] = bool
     ) -> None:
         self.tokenizer, self.stop, self.logits_V, self.context, self.says = tokenizer, stop, logits_V, context, says
-        self.version = 0
+        self.version, self.image_tokens = 0, None
         self.asked: list[list[Request]] = []
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -9,21 +9,29 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from retort.align.encode import Spelt, filled, ordinary, spelt, split_open
+from retort.align.images import ImageTokens, context_of
 from retort.align.turns import changed, conversation, inner_texts, unshown, with_inner
 from retort.core.rollouts import Message, Prompt
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Renderer", "TemplateOptions", "as_text", "dated", "render"]
+__all__ = ["Renderer", "TemplateOptions", "as_text", "dated", "render", "rendered"]
 
 #: Ids that a renderer caches: some 40 MB of Python integers.
 _KEPT = 2**20
 #: The call by which a template reads the time: a function that transformers provides, and a format.
 _NOW = re.compile(r"""strftime_now\(\s*("[^"\\]*"|'[^'\\]*')\s*\)""")
+
+#: A text to try a template with.
+_ASKED = "Retortasks"
+#: By tokenizer its chat template, and whether that shows lists of parts alone.
+_PARTS: WeakKeyDictionary[Any, tuple[str, bool]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def render(
     split: bool = False,
     opened: bool = True,
 ) -> list[int]:
-    """The ids of a prompt, up to where the model's completion begins.
+    """The ids of a prompt, up to where the model's completion begins; each of its images is a single placeholder.
 
     With a chat template: the conversation, and the beginning of the assistant's turn. Without one, a plain prompt is
         the bare text with the special tokens that this tokenizer puts before a text, but without an end-of-text token
@@ -108,43 +116,74 @@ def _ids(
     return ids
 
 
+def rendered(
+    prompt: Prompt,
+    tokenizer: PreTrainedTokenizerBase,
+    template_options: TemplateOptions = _AS_IT_STANDS,
+    image_tokens: ImageTokens | None = None,
+    *,
+    split: bool = False,
+) -> TokenSequence:
+    """A prompt as a model reads it, with the tokens that stand for its images.
+
+    Args:
+        prompt: See `render`.
+        tokenizer: See `render`.
+        template_options: See `render`.
+        image_tokens: How the model writes images; None for one of text alone.
+        split: See `render`.
+
+    Raises:
+        UserError: See `render` and `retort.align.images.context_of`.
+    """
+    ids = render(prompt, tokenizer, template_options, split=split)
+    return context_of(prompt, ids, image_tokens, tokenizer.name_or_path or "the model")
+
+
 class Renderer:
-    """`render` with one tokenizer and a cache of what it rendered.
+    """Renders prompts as one model reads them, images included, with a cache of what it rendered.
 
     A run comes back to every prompt in each epoch. The cache is bounded: prompts beyond its size are rendered every
     time.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions = _AS_IT_STANDS) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template_options: TemplateOptions = _AS_IT_STANDS,
+        image_tokens: ImageTokens | None = None,
+    ) -> None:
         """Begins with an empty cache.
 
         Args:
             tokenizer: Tokenizer of the model that continues.
             template_options: See `render`.
+            image_tokens: How the model writes images; None for one of text alone.
         """
         self.tokenizer = tokenizer
         self.template_options = template_options
-        self._found: dict[tuple[tuple[Message, ...], str, bool, bool], list[int]] = {}
+        self.image_tokens = image_tokens
+        self._found: dict[tuple[tuple[Message, ...], str, bool, bool], TokenSequence] = {}
         self._kept = 0
 
-    def __call__(self, prompt: Prompt, *, split: bool = False) -> list[int]:
-        """The ids of a prompt; not to be changed.
+    def __call__(self, prompt: Prompt, *, split: bool = False) -> TokenSequence:
+        """A prompt as the model reads it.
 
         Args:
             prompt: The prompt.
             split: See `render`; for texts that models generated, which must not end a run.
 
         Raises:
-            UserError: See `render`.
+            UserError: See `rendered`.
         """
         key = (prompt.messages, json.dumps(prompt.tools), prompt.plain, split)
-        ids = self._found.get(key)
-        if ids is None:
-            ids = render(prompt, self.tokenizer, self.template_options, split=split)
-            if self._kept + len(ids) <= _KEPT:
-                self._found[key] = ids
-                self._kept += len(ids)
-        return ids
+        context = self._found.get(key)
+        if context is None:
+            context = rendered(prompt, self.tokenizer, self.template_options, self.image_tokens, split=split)
+            if self._kept + len(context) <= _KEPT:
+                self._found[key] = context
+                self._kept += len(context)
+        return context
 
 
 def as_text(
@@ -174,11 +213,37 @@ def as_text(
         arguments["chat_template"] = _on_day(
             tokenizer.get_chat_template(tools=arguments.get("tools")), template_options.date
         )
+    if reads_parts_alone(tokenizer):
+        turns = [{**turn, "content": _in_parts(turn["content"])} for turn in turns]
     # As text: the ids come as a list or as a BatchEncoding, depending on the version of transformers.
     text = tokenizer.apply_chat_template(
         [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=opened, **arguments
     )
     return str(text)
+
+
+def reads_parts_alone(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat template leaves out a turn that is a text, and shows one that is a list of parts.
+
+    Those of many image-text models do. It is found by trying, once for each template.
+    """
+    template = str(tokenizer.chat_template)
+    known = _PARTS.get(tokenizer)
+    if known is None or known[0] != template:
+        known = template, not _shows(tokenizer, _ASKED) and _shows(tokenizer, _in_parts(_ASKED))
+        _PARTS[tokenizer] = known
+    return known[1]
+
+
+def _shows(tokenizer: PreTrainedTokenizerBase, content: Any) -> bool:
+    try:
+        return _ASKED in str(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
+    except Exception:  # jinja2's errors, and what the template itself raises
+        return False
+
+
+def _in_parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def dated(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from retort.align.text import control_tokens, decode
+from retort.core.images import PLACEHOLDER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +104,8 @@ def filled(
     marks = {name: f"{_MARK}{chr(_FIRST + offset)}" for offset, name in enumerate(names)}
     marked = template([pattern.sub(lambda found: marks[found[0]], content) for content in contents])
     # A control token that template and content spell together would count as well.
-    if pattern.findall(marked) != pattern.findall(template(["x" for _ in contents])):
+    other = [f"x{PLACEHOLDER * content.count(PLACEHOLDER)}" for content in contents]
+    if pattern.findall(marked) != pattern.findall(template(other)):
         raise Spelt(names[0])
 
     def pieces(spelling: Callable[[str], str]) -> list[tuple[bool, str]]:

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from retort.align.chat import TemplateOptions, as_text, render
+from retort.align.chat import TemplateOptions, as_text, rendered
 from retort.align.encode import spelt
+from retort.align.images import ImageTokens
 from retort.align.replies import cannot_reply, leaves_out
 from retort.align.text import after_thinking
 from retort.align.turns import conversation
 from retort.core.rollouts import Message, Prompt
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,8 +65,9 @@ def anew(
     history: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
     template_options: TemplateOptions,
-) -> list[int]:
-    """The ids of a prompt and the messages behind it, up to where the model's next turn begins.
+    image_tokens: ImageTokens | None = None,
+) -> TokenSequence:
+    """A prompt and the messages behind it as a model reads them, up to where its next turn begins.
 
     A control token that a message spells is text, if need be with a blank in it.
 
@@ -73,19 +76,20 @@ def anew(
         history: The messages behind it, a reply to the model at their end.
         tokenizer: The model's tokenizer.
         template_options: Options of chat templates.
+        image_tokens: How the model writes images; None for one of text alone.
 
     Raises:
         UserError: There is no chat template, or it refuses or leaves out a message.
     """
     cannot_reply(prompt, tokenizer, template_options)
     whole, last = prompt.then(history), history[-1]
-    ids = render(whole, tokenizer, template_options, split=True)
+    context = rendered(whole, tokenizer, template_options, image_tokens, split=True)
     other = prompt.then([*history[:-1], Message(last.role, f"Retortagain {last.content}", last.extra)])
     if as_text(conversation(whole.messages), tokenizer, template_options, tools=prompt.tools) == as_text(
         conversation(other.messages), tokenizer, template_options, tools=prompt.tools
     ):
         raise UserError(leaves_out(prompt, last))
-    return ids
+    return context
 
 
 def rewrites_earlier(

@@ -51,19 +51,19 @@ def context_of(prompt: Prompt, ids: Sequence[int], image_tokens: ImageTokens | N
                 "leave that row out"
             )
         return TokenSequence.of(ids)
+    written = [image_tokens.ids(image) for image in images]
     count = ids.count(image_tokens.placeholder)
     if count != len(images):
         raise UserError(
             f"prompt '{prompt.id}': the chat template of {name} writes {count} placeholders for {len(images)} images; "
             "each image needs one"
         )
-    found, media, left = list[int](), list[Media](), iter(images)
+    found, media, left = list[int](), list[Media](), iter(zip(images, written, strict=True))
     for token in ids:
         if token != image_tokens.placeholder:
             found.append(token)
             continue
-        image = next(left)
-        own = image_tokens.ids(image)
+        image, own = next(left)
         media.append(Media(image.digest, len(found), len(own), image))
         found += own
     return TokenSequence.of(found, tuple(media))

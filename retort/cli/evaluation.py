@@ -30,6 +30,7 @@ from retort.train.setup.templates import check_rendered, ends, settled
 _READ = frozenset(
     {"attention", "device", "precision", "seed", "split", "task", "threads", "trust_remote_code", "weights"}
     | {f"eval.{name}" for name in ("problems", "samples", "temperature", "top_p", "max_new_tokens", "threshold")}
+    | {"eval.pixelated"}
     | {
         f"rollout.{name}"
         for name in (
@@ -54,7 +55,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 
     Args:
         model: Folder, hub name, or a built-in one such as `countdown:student`.
-        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, or a data file with answers.
+        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, `shapes`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.
@@ -89,7 +90,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     teacher_lm = None if teacher is None else load(config, teacher, "teacher")
     models = {"model": lm} | ({} if teacher_lm is None else {"teacher": teacher_lm})
     config = settled(config, {who: model.tokenizer for who, model in models.items()}, notes)
-    render = Renderer(lm.tokenizer, config.rollout.template_options)
+    render = Renderer(lm.tokenizer, config.rollout.template_options, lm.image_tokens)
     notes += [*check_rendered(prompts, {"model": render}), *ends({"model": render})[1]]
     for note in [*notes, *lm.notes, *(teacher_lm.notes if teacher_lm is not None else [])]:
         observer.note(note)
@@ -100,9 +101,9 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         observer.note("no divergence from the teacher is given: it is estimated at temperature=1 and top_p=1 only")
     longest, first = 0, prompts[0].id
     for prompt in prompts:
-        ids = render(prompt)
-        lm.check_ids(ids, f"row '{prompt.id}': its prompt")
-        longest, first = max((longest, first), (len(ids), prompt.id))
+        context = render(prompt)
+        lm.check_readable([context], f"row '{prompt.id}': its prompt")
+        longest, first = max((longest, first), (len(context), prompt.id))
     evaluator = _fit(config, evaluator, lm, (longest, first), observer)
     row = evaluator.evaluate(
         lm,

@@ -60,7 +60,7 @@ DEFAULT_METHOD = "eopd"
 #: The same where the teacher has another tokenizer than the student. docs/real.md says why.
 DEFAULT_FOR_TWO_TOKENIZERS = "simct"
 #: Data that ships with Retort, each with a recipe of that name.
-BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms")
+BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms", "shapes")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -96,7 +96,7 @@ class Config(Section):
     data: PathOrName | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
-        "prompt or messages; or countdown, ranking, coached, bait, rooms, which ship with Retort",
+        "prompt or messages; or countdown, ranking, coached, bait, rooms, shapes, which ship with Retort",
     )
     prompt_template: str | None = Field(
         default=None,
@@ -105,8 +105,8 @@ class Config(Section):
     )
     task: Annotated[str, AfterValidator(_task)] | None = Field(
         default=None,
-        description="how completions are graded: countdown, ranking, coached, bait, math, exact, or a verifier of your "
-        "own as module:function; default: math-verify where the data has answers",
+        description="how completions are graded: countdown, ranking, coached, bait, shapes, math, exact, or a verifier "
+        "of your own as module:function; default: math-verify where the data has answers",
     )
     method: dict[str, Any] = Field(
         default_factory=lambda: {"name": DEFAULT_METHOD},

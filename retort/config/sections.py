@@ -186,6 +186,11 @@ class OptimizerSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: a tenth of their memory, more time"
     )
+    vision: Literal["auto", "trained", "frozen"] = Field(
+        default="auto",
+        description="vision tower and projector of a student that reads images: auto trains them, but puts an adapter "
+        "into the text model only",
+    )
 
 
 class LoraSection(Section):
@@ -265,6 +270,11 @@ class EvalSection(Section):
         default=0, ge=0, description="steps between evaluations during the run; 0: only before and after"
     )
     teacher: bool = Field(default=True, description="evaluate the teacher, too, once")
+    pixelated: bool = Field(
+        default=True,
+        description="answer prompts with an image again with the image pixelated: right answers, and answers that "
+        "change; this takes as long as the answers themselves",
+    )
     threshold: float = Field(
         default=0.8, ge=0, description="nats of entropy above which a model counts as uncertain in the tables"
     )

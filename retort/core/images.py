@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 #: The character of a message's text in whose place an image stands: Unicode's object replacement character.
 PLACEHOLDER = "\ufffc"
+#: What people, graders and models that read text alone see in its place.
+IN_WORDS = "[image]"
+#: The formats that are read, by their names in Pillow. Others are refused, since some of them start programs.
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 @dataclass(frozen=True)
@@ -69,13 +73,22 @@ class PromptImage:
         return upright(opened(self.encoded()))
 
 
+def parts_of(text: str) -> list[dict[str, str]]:
+    """A text with placeholders as the parts that chat templates read: what stands between them, and images."""
+    texts = text.split(PLACEHOLDER)
+    found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
+    for after in texts[1:]:
+        found += [{"type": "image"}, *([{"type": "text", "text": after}] if after else [])]
+    return found
+
+
 def digest_of(encoded: bytes) -> str:
     """The digest of encoded bytes."""
     return hashlib.sha256(encoded).hexdigest()
 
 
 def opened(encoded: bytes) -> Image:
-    """Opens encoded bytes, as Pillow does.
+    """Opens encoded bytes of one of `FORMATS`, as Pillow does.
 
     Raises:
         UserError: Pillow is missing.
@@ -84,16 +97,27 @@ def opened(encoded: bytes) -> Image:
         from PIL import Image
     except ImportError:
         raise UserError("images need Pillow: pip install 'retort-distill[vision]'") from None
-    return Image.open(io.BytesIO(encoded))
+    Image.init()
+    return Image.open(io.BytesIO(encoded), formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def upright(image: Image) -> Image:
-    """An image in RGB, turned as its EXIF data say; what is transparent lies on white."""
+    """An image in RGB, turned as its EXIF data say; what is transparent lies on white.
+
+    Greys of 16 bits keep the upper 8 of them. Pillow's own conversion would make nearly all of them white.
+    """
     from PIL import Image, ImageOps
 
     turned = ImageOps.exif_transpose(image)
+    if turned.mode.startswith("I;16"):
+        return turned.point(lambda grey: grey / 256).convert("L").convert("RGB")
     if turned.mode in ("RGBA", "LA", "PA") or "transparency" in turned.info:
         over = turned.convert("RGBA")
         white = Image.new("RGBA", over.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, over).convert("RGB")
     return turned.convert("RGB")
+
+
+def in_words(text: str) -> str:
+    """A text with words in place of each `PLACEHOLDER`."""
+    return text.replace(PLACEHOLDER, IN_WORDS)

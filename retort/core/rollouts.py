@@ -17,43 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retort.core.images import PLACEHOLDER, PromptImage
+from retort.core.images import PromptImage
+from retort.core.messages import Message, joined
 from retort.core.passages import Passage, confidence_NK
 from retort.core.sequences import TokenSequence
 from retort.core.steps import Steps
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a conversation.
-
-    Attributes:
-        role: Role of the speaker.
-        content: Text of the turn; empty for a turn that only calls tools.
-        extra: Other fields of the turn that a chat template may read, JSON values by their names there: `tool_calls`,
-            `tool_call_id`, `name`, `reasoning_content`, ...
-        images: The images in it, in order; of a turn that has any, `content` holds one `PLACEHOLDER`
-            (`retort.core.images`) where each of them stands.
-    """
-
-    role: str
-    content: str
-    extra: Mapping[str, Any] = field(default_factory=lambda: {}, hash=False)
-    images: tuple[PromptImage, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """The turn as chat templates read it; the content of one with images is a list of parts."""
-        return {"role": self.role, "content": self.parts(self.content), **self.extra}
-
-    def parts(self, content: str) -> str | list[dict[str, str]]:
-        """Another text in place of the turn's own, as chat templates read it: of a turn with images a list of parts."""
-        if not self.images:
-            return content
-        texts = content.split(PLACEHOLDER)
-        found: list[dict[str, str]] = [{"type": "text", "text": texts[0]}] if texts[0] else []
-        for text in texts[1:]:
-            found += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
-        return found
 
 
 @dataclass(frozen=True)
@@ -94,7 +62,7 @@ class Prompt:
     def shown(self, column: str) -> str | None:
         """The text of a column that a view may show; `demonstration` falls back to the given response."""
         if column == "clean":
-            return None if self.clean is None else "\n".join(message.content for message in self.clean)
+            return None if self.clean is None else "\n".join(message.readable for message in self.clean)
         given = {"answer": self.answer, "response": self.response, **self.privileged}
         return given.get(column) or (self.response if column == "demonstration" else None)
 
@@ -102,6 +70,11 @@ class Prompt:
     def text(self) -> str:
         """The bare text: all contents, one after another."""
         return "\n".join(message.content for message in self.messages)
+
+    @property
+    def readable(self) -> str:
+        """Its text for people and graders: words stand where an image does."""
+        return "\n".join(message.readable for message in self.messages)
 
     def then(self, messages: Sequence[Message]) -> Prompt:
         """The conversation, followed by messages.
@@ -112,8 +85,7 @@ class Prompt:
         *before, last = self.messages
         first = next(iter(messages), None)
         if first is not None and last.role == first.role == "user" and not (last.extra or first.extra):
-            joined = replace(last, content=f"{last.content}\n\n{first.content}")
-            return replace(self, messages=(*before, joined, *messages[1:]))
+            return replace(self, messages=(*before, joined(last, first), *messages[1:]))
         return replace(self, messages=(*self.messages, *messages))
 
 

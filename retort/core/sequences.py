@@ -78,6 +78,11 @@ class TokenSequence:
         """L, the number of tokens."""
         return len(self.tokens_L)
 
+    @property
+    def ids(self) -> list[int]:
+        """Ids of all tokens, in order."""
+        return self.tokens_L.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
     @cached_property
     def steps(self) -> int:
         """Number of decisions, A."""

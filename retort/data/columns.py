@@ -13,7 +13,10 @@ __all__ = ["COLUMNS", "PRIVILEGED", "Seen", "check_mapping", "lookup", "no_promp
 #: Columns of texts that only a teacher may see.
 PRIVILEGED = ("solution", "hint", "outcome", "demonstration", "wrong")
 #: The columns that Retort knows; a note names any other column of a file.
-COLUMNS = ("prompt", "messages", "system", "tools", "id", "answer", "response", "clean", "domain", *PRIVILEGED)
+COLUMNS = (
+    *("prompt", "messages", "system", "tools", "id", "answer", "response", "clean", "domain", "images"),
+    *("teacher_images", *PRIVILEGED),
+)
 
 #: Names of the prompt in other data sets; an error suggests them, and they are never guessed.
 _PROMPTS = ("problem", "question", "instruction", "query", "input", "text")

@@ -1,13 +1,16 @@
-"""Conversations in the formats of data sets: OpenAI's messages, ShareGPT's turns, text parts, tool calls, JSON text."""
+"""Conversations in the formats of data sets: OpenAI's messages, ShareGPT's turns, parts, tool calls, JSON text."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
+from retort.core.images import PromptImage
 from retort.core.rollouts import Message
+from retort.data.image_parts import IMAGE_PARTS, RowImages, with_images
 from retort.data.media import check_media
 from retort.data.values import decode, json_value, parsed, strict_json, text
 from retort.errors import UserError, a_kind, did_you_mean, quoted
@@ -62,16 +65,17 @@ def _is_turn(item: Any) -> bool:
     )
 
 
-def conversation(where: str, value: Any, name: str = "messages") -> tuple[Message, ...]:
+def conversation(where: str, value: Any, images: RowImages, name: str = "messages") -> tuple[Message, ...]:
     """The turns of a conversation, at least one; the caller checks who speaks last.
 
     Args:
         where: The row, for messages.
         value: A list of {role, content} or {from, value}, or JSON text of one.
+        images: The images of the row, which parts without an image of their own take in order.
         name: The column, for messages.
 
     Raises:
-        UserError: It is something else; a turn has an unknown role, or holds something besides text.
+        UserError: It is something else; a turn has an unknown role, or holds something besides text and images.
     """
     value = parsed(where, name, value)
     if not isinstance(value, Sequence) or isinstance(value, str | bytes | bytearray):
@@ -79,10 +83,10 @@ def conversation(where: str, value: Any, name: str = "messages") -> tuple[Messag
         raise UserError(f"{where}: '{name}' is {a_kind(value)}; expected {kinds}{decode(value)}")
     if not value:
         raise UserError(f"{where}: '{name}' is empty; expected a list with at least one {{role, content}}")
-    return tuple(_turn(f"{where}, message {index}", item) for index, item in enumerate(value))
+    return tuple(_turn(f"{where}, message {index}", item, images) for index, item in enumerate(value))
 
 
-def _turn(at: str, item: Any) -> Message:
+def _turn(at: str, item: Any, images: RowImages) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(f"{at}: is {a_kind(item)}; expected {{role, content}}")
     check_media(at, item)
@@ -100,33 +104,49 @@ def _turn(at: str, item: Any) -> Message:
     if "function_call" in given:  # OpenAI's older form of a single call
         calls += _named_calls(at, given.pop("function_call"))
     extra = {**({"tool_calls": calls} if calls else {}), **given}
-    words = _words(at, content, silent=bool(calls))
-    if role == "user" and not words.strip():
+    found = Message(role, "", {key: json_value(at, key, value) for key, value in extra.items()})
+    texts, own = _parts(at, content, images, silent=bool(calls))
+    found = with_images(at, found, texts, own) if own else replace(found, content=texts[0])
+    if role == "user" and not found.content.strip():
         raise UserError(f"{at}: the user's message is empty")
-    return Message(role, words, {key: json_value(at, key, value) for key, value in extra.items()})
+    return found
 
 
 def _take(given: dict[str, Any], names: Sequence[str]) -> Any:
     return next((given.pop(name) for name in names if name in given), None)
 
 
-def _words(at: str, content: Any, *, silent: bool) -> str:
-    """A turn's text. Its parts become lines of their own; a turn of tool calls may have none."""
+def _parts(at: str, content: Any, images: RowImages, *, silent: bool) -> tuple[list[str], list[PromptImage]]:
+    """The texts before, between and behind a turn's images, and these; a turn of tool calls may have no text.
+
+    Neighbouring parts of text become lines of their own. Nothing is put between a text and an image.
+    """
     if content is None and silent:
-        return ""
-    if isinstance(content, list):
-        content = "\n".join(_part(at, part) for part in content)
-    if not isinstance(content, str):
-        raise UserError(f"{at}: content is {a_kind(content)}; this version reads text only{decode(content)}")
-    return text(at, "content", content)
+        return [""], []
+    if not isinstance(content, list):
+        if not isinstance(content, str):
+            raise UserError(f"{at}: content is {a_kind(content)}; expected text, or a list of parts{decode(content)}")
+        return [text(at, "content", content)], []
+    runs: list[list[str]] = [[]]
+    found: list[PromptImage] = []
+    for number, part in enumerate(cast("list[Any]", content)):
+        own = _part(f"{at}, part {number}", part, images)
+        if isinstance(own, str):
+            runs[-1].append(own)
+        else:
+            found.append(own)
+            runs.append([])
+    return [text(at, "content", "\n".join(run)) for run in runs], found
 
 
-def _part(at: str, part: Any) -> str:
+def _part(at: str, part: Any, images: RowImages) -> str | PromptImage:
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     words = part.get("text") if isinstance(part, Mapping) else None
     if kind in _TEXT_PARTS and isinstance(words, str):
         return words
-    raise UserError(f"{at}: content holds a part of type {quoted(kind)}; this version reads text only")
+    if kind in IMAGE_PARTS:
+        return images.part(at, part)
+    raise UserError(f"{at}: content holds a part of type {quoted(kind)}; parts of text and of images are read")
 
 
 def _calls(at: str, value: Any) -> list[Any]:

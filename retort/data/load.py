@@ -7,12 +7,15 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
+from retort.core.images import PLACEHOLDER
 from retort.core.rollouts import Message, Prompt
 from retort.data.columns import COLUMNS, check_mapping
+from retort.data.images import Place
 from retort.data.rows import RowReader
-from retort.data.sources import Row, rows_of
+from retort.data.sources import PlacedRow, Row, rows_of, undecoded
 from retort.data.values import without_nulls
 from retort.errors import UserError, a_kind, did_you_mean
 
@@ -35,6 +38,10 @@ def in_template(prompts: Sequence[Prompt], template: str) -> list[Prompt]:
     if template.count(_PLACEHOLDER) != 1:
         raise UserError(
             f"prompt_template = {template!r}: it must hold {_PLACEHOLDER} once, where the prompt's text goes"
+        )
+    if PLACEHOLDER in template and any(prompt.images for prompt in prompts):
+        raise UserError(
+            f"prompt_template = {template!r}: holds the character U+FFFC, which stands for an image itself; remove it"
         )
 
     def put(prompt: Prompt) -> Prompt:
@@ -60,7 +67,9 @@ def load_prompts(
     `id` (default: the number of the row, from 0), `answer`, `response` and `domain`. Only a teacher may see
     `solution`, `hint`, `outcome` (how a solution ends), `demonstration`, `wrong` (a response that is wrong) and
     `clean` (a text or a list of messages: the prompt without the text that must not change the answer). ShareGPT's
-    `conversations` and Alpaca's `instruction`, `input`, `output` are recognised by their columns.
+    `conversations` and Alpaca's `instruction`, `input`, `output` are recognised by their columns. `images` (or `image`)
+    holds the images of the prompt, and `teacher_images` those that only a teacher may see; paths begin in the folder of
+    the file. Images need Pillow (the extra `vision`).
 
     Args:
         source: A path ending in .jsonl, .ndjson, .json, .csv, .tsv (also compressed: .gz, .bz2, .xz, .zst) or
@@ -96,7 +105,8 @@ def prompts_from_rows(
     """Reads prompts from Python rows: a list of dicts, a `datasets.Dataset`, any iterable of mappings.
 
     Args:
-        rows: Mappings like the rows of a file, see `load_prompts`. They are not changed.
+        rows: Mappings like the rows of a file, see `load_prompts`. They are not changed. Paths of images begin in the
+            working directory.
         where: Name of the rows in messages: "data, row 3".
         limit: As for `load_prompts`.
         columns: As for `load_prompts`.
@@ -109,7 +119,9 @@ def prompts_from_rows(
         UserError: One line that names the row and the remedy.
     """
     remarks: list[str] = []
-    prompts = _read(numbered(rows, where), where, limit, columns, remarks)
+    place = Place(Path.cwd())
+    placed = ((at, row, place) for at, row in numbered(rows, where))
+    prompts = _read(placed, where, limit, columns, remarks)
     if notes is not None:
         notes += [f"{where}: {note}" for note in remarks]
     return prompts
@@ -129,7 +141,7 @@ def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
     if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
         raise UserError(f"{where}: is {a_kind(rows)}; give a list of mappings, one for each row")
     arrow = hasattr(rows, "features")
-    for number, row in enumerate(rows):
+    for number, row in enumerate(undecoded(rows) if arrow else rows):
         at = f"{where}, row {number}"
         if not isinstance(row, Mapping):
             raise UserError(f'{at}: is {a_kind(row)}; each row must be a mapping such as {{"prompt": "..."}}')
@@ -137,7 +149,7 @@ def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
 
 
 def _read(
-    rows: Iterable[Row], source: str, limit: int | None, columns: Mapping[str, str] | None, notes: list[str]
+    rows: Iterable[PlacedRow], source: str, limit: int | None, columns: Mapping[str, str] | None, notes: list[str]
 ) -> list[Prompt]:
     columns = dict(columns or {})
     for name in columns:
@@ -148,11 +160,11 @@ def _read(
     reader = RowReader(columns)
     found: list[tuple[str | None, Prompt]] = []
     used: dict[str, str] = {}
-    for where, row in islice(rows, limit):
+    for where, row, place in islice(rows, limit):
         if not found:
             check_mapping(where, row, columns)
         try:
-            name, prompt = reader(where, row)
+            name, prompt = reader(where, row, place)
         except RecursionError:
             raise UserError(f"{where}: is nested too deeply; no prompt needs that") from None
         if name is not None:
@@ -198,9 +210,12 @@ def fingerprint(prompts: Iterable[Prompt]) -> str:
             content.append([_content(message) for message in prompt.clean])
         if prompt.tools:
             content.append({"tools": prompt.tools})
+        if prompt.teacher_images:
+            content.append({"teacher_images": [image.digest for image in prompt.teacher_images]})
         digest.update(json.dumps(content).encode() + b"\n")
     return digest.hexdigest()
 
 
 def _content(message: Message) -> list[Any]:
-    return [message.role, message.content, *([message.extra] if message.extra else [])]
+    images = [{"images": [image.digest for image in message.images]}] if message.images else []
+    return [message.role, message.content, *([message.extra] if message.extra else []), *images]

@@ -1,4 +1,4 @@
-"""Refuses images, sounds and videos in columns of their own: this version reads text only."""
+"""Refuses sounds and videos, and images where none are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 
-__all__ = ["check_media"]
+__all__ = ["check_media", "holds_something"]
 
 #: Columns, and keys of a turn, in which data sets keep media; case does not matter.
 _ENDS = ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls")
@@ -19,12 +19,12 @@ _STORED = ({"bytes", "path"}, {"array", "path", "sampling_rate"})
 
 
 def check_media(where: str, row: Mapping[Any, Any], read: set[str] | frozenset[str] = frozenset()) -> None:
-    """Refuses a row or a turn that holds an image, a sound or a video beside its text.
+    """Refuses a row or a turn that holds a sound, a video, or an image in a place from which none is read.
 
     Args:
         where: Name of the row or the turn, for messages.
         row: Its cells by their names.
-        read: Names of cells that are read as text, whatever they are called.
+        read: Names of cells that are read, whatever they are called.
 
     Raises:
         UserError: It holds one. A cell that is null, empty or a number holds none.
@@ -33,22 +33,26 @@ def check_media(where: str, row: Mapping[Any, Any], read: set[str] | frozenset[s
         if name in read:
             continue
         named = isinstance(name, str) and name.lower() in _COLUMNS
-        if _is_media(value) or (named and _is_something(value)):
+        if _is_media(value) or (named and holds_something(value)):
             raise UserError(
-                f"{where}: {quoted(name)} holds what is no text (an image, a sound or a film), and this version reads "
-                "text only; leave such rows out, or drop the column if the prompts make sense without it"
+                f"{where}: {quoted(name)} holds an image, a sound or a film that is not read; map the column of images "
+                "(columns.images=...), or put them into parts of the messages; leave other such rows out, or drop the "
+                "column if the prompts make sense without it"
             )
 
 
-def _is_something(value: Any) -> bool:
+def holds_something(value: Any) -> bool:
+    """Whether a cell holds something that may be an image; null, blank and empty ones and numbers do not."""
     if value is None or isinstance(value, bool | int | float):
         return False
     if isinstance(value, Mapping):
-        return any(map(_is_something, value.values()))
-    if isinstance(value, str | bytes):
+        return any(map(holds_something, value.values()))
+    if isinstance(value, str):
         return bool(value.strip())
+    if isinstance(value, bytes | bytearray | memoryview):
+        return True  # no bytes are a file that was left empty
     if isinstance(value, Sequence):
-        return any(map(_is_something, value))
+        return any(map(holds_something, value))
     return str(value) not in ("<NA>", "NaT")  # pandas' marks of a missing cell
 
 

@@ -5,18 +5,23 @@ from __future__ import annotations
 import difflib
 import glob
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from retort.data.images import Place
 from retort.data.text_files import PACKED, Row, json_file, json_lines, table
 from retort.data.values import short, without_nulls
 from retort.envs import registry
 from retort.errors import UserError, shortened
 from retort.files import named
 
-__all__ = ["Row", "rows_of"]
+__all__ = ["PlacedRow", "Row", "rows_of", "undecoded"]
+
+#: A row, and the folder of the images that it names.
+PlacedRow = tuple[str, Mapping[str, Any], Place]
 
 # owner/name or owner/name:configuration, as in openai/gsm8k:main
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -25,8 +30,8 @@ HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<con
 _SPLIT = re.compile(r"(?<![A-Za-z])(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
 
 
-def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
-    """Yields the rows of a source.
+def rows_of(source: str, split: str, notes: list[str]) -> Iterator[PlacedRow]:
+    """Yields the rows of a source, each with the folder of the images that it names.
 
     Args:
         source: A file, a glob, a folder, a name of the hub, or what an environment makes (`textworld:simple`).
@@ -37,7 +42,7 @@ def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
         UserError: There is no such source, its kind is unknown, or it cannot be read.
     """
     if registry.makes_rows(source):
-        return registry.rows_of(source, split)
+        return _placed(registry.rows_of(source, split), Place(None))
     path = _path(source)
     if path.is_dir():
         return _folder(source, path, split, notes)
@@ -48,7 +53,11 @@ def rows_of(source: str, split: str, notes: list[str]) -> Iterator[Row]:
     hub = HUB_NAME.fullmatch(source)
     if hub is None or path.suffix.lower() in (*READERS, *PACKED, ".txt"):
         raise UserError(f"no such file: {source}{_nearest_file(path)}")
-    return _hub_rows(source, hub["path"], hub["config"], split)
+    return _placed(_hub_rows(source, hub["path"], hub["config"], split), Place(None, _hub_folders(hub["path"])))
+
+
+def _placed(rows: Iterable[Row], place: Place) -> Iterator[PlacedRow]:
+    return ((where, row, place) for where, row in rows)
 
 
 def _path(source: str) -> Path:
@@ -77,14 +86,14 @@ def _kind(path: Path) -> str | None:
     return kind if kind in READERS and not (packed and kind == ".parquet") else None
 
 
-def _file(source: str, path: Path) -> Iterator[Row]:
+def _file(source: str, path: Path) -> Iterator[PlacedRow]:
     kind = _kind(path)
     if kind is None:
         ending = "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED else path.suffix
         raise UserError(f"{source}: unknown kind of file '{ending}'; known: {_known()}")
     if not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{source} is a pipe or a device; write its rows to a file and name that")
-    return READERS[kind](path)
+    return _placed(READERS[kind](path), Place(path.parent))
 
 
 def _known() -> str:
@@ -115,8 +124,31 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _of_arrow(where: str, rows: Iterable[Any]) -> Iterator[Row]:
-    for number, row in enumerate(rows):
+    for number, row in enumerate(undecoded(rows)):
         yield f"{where}, row {number}", {name: without_nulls(value) for name, value in row.items()}
+
+
+def undecoded(rows: Any) -> Iterable[Any]:
+    """The rows of a data set of `datasets` with images and sounds as they are stored: encoded bytes, or a path.
+
+    So an image is checked before it is decoded, and is the same whether the data set would decode it or not.
+    """
+    features = getattr(rows, "features", None)
+    stored = _stored(features)
+    if stored == features:
+        return rows
+    return (stored.decode_example(row) for table in rows.with_format("arrow") for row in table.to_pylist())
+
+
+def _stored(feature: Any) -> Any:
+    """A feature of `datasets` whose images, sounds and videos are left as they are stored."""
+    if isinstance(feature, dict):
+        return type(feature)({name: _stored(inside) for name, inside in feature.items()})
+    if isinstance(feature, list):
+        return [_stored(inside) for inside in feature]
+    if hasattr(feature, "decode"):
+        return replace(feature, decode=False)
+    return replace(feature, feature=_stored(feature.feature)) if hasattr(feature, "feature") else feature
 
 
 #: Readers of files, by the ending of the name in small letters.
@@ -132,7 +164,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 # ------------------------------------------------------------------------------------------------------- several files
 
 
-def _together(source: str, files: list[Path]) -> Iterator[Row]:
+def _together(source: str, files: list[Path]) -> Iterator[PlacedRow]:
     """The rows of several files in the order of their names, so that runs repeat."""
     for path in files:
         yield from _file(source if len(files) == 1 else str(path), path)
@@ -149,11 +181,11 @@ def _matching(source: str, path: Path) -> list[Path]:
     return files
 
 
-def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[Row]:
+def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[PlacedRow]:
     if (path / "dataset_dict.json").is_file():
-        return _saved_rows(source, path, split)
+        return _placed(_saved_rows(source, path, split), Place(path))
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _saved_rows(source, path, None)
+        return _placed(_saved_rows(source, path, None), Place(path))
     inside = sorted(one for one in path.iterdir() if not one.name.startswith((".", "_")))
     files = [one for one in inside if _kind(one) and one.is_file()]
     if not files:
@@ -205,3 +237,14 @@ def _hub_rows(source: str, path: str, config: str | None, split: str) -> Iterato
             f"{source}: no such file, and it cannot be loaded from the hub with split '{split}': {short(error)}{hint}"
         ) from None
     return _of_arrow(f"{source} ({split})", rows)
+
+
+def _hub_folders(name: str) -> tuple[Path, ...]:
+    """The folders in which `datasets` keeps the files of a data set of the hub."""
+    datasets = _datasets()
+    from huggingface_hub import constants
+
+    return (
+        Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}",
+        Path(datasets.config.DOWNLOADED_DATASETS_PATH),
+    )

@@ -20,7 +20,7 @@ def each_turn(prompts: Sequence[Prompt], notes: list[str] | None = None) -> list
 
     The steps of a conversation follow one another in its order. Their ids are that of the row, a colon and the number
     of the step, from 1; a row with a single step keeps its id. System turns, tools and the domain are those of the row.
-    Its other columns (`answer`, `clean`, and what only a teacher may see) say something of its last step and stay with
+    Its other columns (`answer`, `clean`, and what only a teacher may see, images among it) say something of its last step and stay with
     that. A turn that calls tools is no response in words, so its step has none. A turn of the assistant that nobody
     has asked for, at the beginning, is no step.
 
@@ -58,7 +58,7 @@ def _steps(prompt: Prompt, taken: set[str], counts: Counter[str]) -> Iterator[Pr
     if twice is not None:
         raise UserError(
             f"row '{prompt.id}': two turns of the assistant follow each other (the second is "
-            f"{quoted(prompt.messages[twice].content, 40)}), so it is not clear which step that is; join them, or set "
+            f"{quoted(prompt.messages[twice].readable, 40)}), so it is not clear which step that is; join them, or set "
             "data_turns = last"
         )
     asked = [place for place in places if any(turn.role not in _SILENT for turn in prompt.messages[:place])]
@@ -77,12 +77,16 @@ def _steps(prompt: Prompt, taken: set[str], counts: Counter[str]) -> Iterator[Pr
             response=_words(turn, counts),
             privileged={},
             clean=None,
+            teacher_images=(),
         )
     yield replace(prompt, id=_free(f"{prompt.id}:{len(asked) + 1}", taken))
 
 
 def _words(turn: Message, counts: Counter[str]) -> str | None:
     """A given turn as a response; None where it is none in words."""
+    if turn.images:
+        counts["the given turn holds an image, so there is no response in words"] += 1
+        return None
     if "tool_calls" in turn.extra:
         counts["the given turn calls a tool, so there is no response in words"] += 1
         return None

@@ -11,7 +11,7 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 
-__all__ = ["decode", "json_value", "optional", "parsed", "plain", "short", "strict_json", "text", "without_nulls"]
+__all__ = ["decode", "json_value", "listed", "optional", "parsed", "plain", "short", "strict_json", "text", "without_nulls"]
 
 
 def text(where: str, name: str, given: str) -> str:
@@ -93,6 +93,8 @@ def _as_written(numbers: Any, given: Any) -> Any:
 def without_nulls(value: Any) -> Any:
     """A cell of an Arrow table without the nulls in its structures: Arrow gives each the keys of all of them."""
     if isinstance(value, Mapping):
+        if value.keys() == {"bytes", "path"}:  # an image or a sound, as `datasets` stores it
+            return value
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
@@ -152,6 +154,17 @@ def parsed(where: str, name: str, value: Any) -> Any:
         python = "[{'" in value or "{'" in value[:2]
         remedy = "it is in Python's notation; write it with json.dumps" if python else short(error)
         raise UserError(f"{where}: '{name}' is text that is not JSON ({remedy}): {quoted(value, 40)}") from None
+
+
+def listed(value: Any) -> Any:
+    """A cell that may be a list, also as JSON text of one, as tables hold it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            found = strict_json(value)
+        except (ValueError, RecursionError):
+            return value
+        return found if isinstance(found, list) else value
+    return value
 
 
 def short(error: BaseException) -> str:

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retort.align.chat import TemplateOptions, render
+from retort.align.chat import TemplateOptions, rendered
 from retort.config import Config
 from retort.core.context import Context
 from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
 from retort.core.random_streams import UniformStream
 from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, Status, in_groups
-from retort.core.sequences import TokenSequence
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
 from retort.evaluate.passk import Estimate, pass_at_k
 from retort.evaluate.per_byte import IN_UNITS, against_units, byte_counts, ratios
+from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED, Pixelated
 from retort.evaluate.profile import Profile
 from retort.models.lm import LanguageModel
 from retort.ranks import Share, here
@@ -40,7 +40,7 @@ from retort.teachers.view import View
 #: Prompts that are generated for and scored at once: this bounds the memory.
 _BLOCK = 64
 #: Measures that are means of zeros and ones, over tokens or completions.
-_SHARES = ("truncated", "uncertain", "student_uncertain", "success", IN_UNITS)
+_SHARES = ("truncated", "uncertain", "student_uncertain", "success", IN_UNITS, ORIGINAL, PIXELATED, CHANGED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +60,7 @@ class Evaluator:
         threshold: Nats of entropy above which a model counts as uncertain.
         recorded: Number of prompts whose first completion is kept token by token.
         episodes: The environment that replies to the model.
+        pixelated: Whether prompts with an image are answered again with the image pixelated.
     """
 
     prompts: Sequence[Prompt]
@@ -75,6 +76,7 @@ class Evaluator:
     threshold: float
     recorded: int = 0
     episodes: EpisodeSetup = field(default_factory=EpisodeSetup)
+    pixelated: bool = False
 
     @staticmethod
     def from_config(
@@ -99,6 +101,7 @@ class Evaluator:
             template_options=config.rollout.template_options,
             threshold=config.eval.threshold,
             recorded=config.record.answers,
+            pixelated=config.eval.pixelated,
             episodes=episodes
             or EpisodeSetup.named(
                 config.environment,
@@ -133,7 +136,8 @@ class Evaluator:
             tokens alone `forward_kl_uncertain`, `student_entropy_uncertain`, `teacher_entropy_uncertain`. Against a
             teacher with another tokenizer none of these can be measured, but `bytes_in_units`. Against any teacher
             `reverse_kl_per_byte`, where completions are drawn at temperature 1 and `top_p` 1. Both are explained in
-            `retort.evaluate.per_byte`. Of an environment's episodes also `success`, `turns`, `tool_errors`.
+            `retort.evaluate.per_byte`. Of an environment's episodes also `success`, `turns`, `tool_errors`. Of prompts
+            with an image `right_original`, `right_pixelated`, `changed_pixelated` (`retort.evaluate.pixelated`).
             And what the verifier measures besides (`Grade.parts`), as `reward/<part>`: means over samples, as `avg@k`.
             Besides: `pass_at`, pass@k for k = 1, 2, 4, ...; `profile`, see `Profile.plain`; `answers`, the first
             completion of each of the first `recorded` prompts, token by token; and `given_up`, the number of
@@ -145,11 +149,12 @@ class Evaluator:
         tallies: dict[str, tuple[list[float], list[float]]] = {}
         parts: dict[str, list[float]] = {}
         profile, answers = Profile(self.max_new_tokens), list[dict[str, Any]]()
+        again = Pixelated(lambda own: self._shared(engine, own), self.samples) if self.pixelated else None
         if progress is not None:
             progress(0, len(self.prompts))
         for start in range(0, len(self.prompts), _BLOCK):
             block = self.prompts[start : start + _BLOCK]
-            rollouts = here().divide(block, lambda own: self._answers(engine, own), key=id)
+            rollouts = self._shared(engine, block)
             for index in range(len(block)):
                 own = rollouts[index * self.samples : (index + 1) * self.samples]
                 known = [rollout.reward for rollout in own if rollout.reward is not None]
@@ -162,6 +167,9 @@ class Evaluator:
                 _tally(tallies, "splits", [float(rollout.splits) for rollout in own])
                 for name in own[0].measures:
                     _tally(tallies, name, [rollout.measures[name] for rollout in own])
+            for found in [] if again is None else again.measures(block, rollouts):
+                for name, numbers in found.items():
+                    _tally(tallies, name, numbers)
             values, pack = self._compare(lm, teacher, rollouts)
             self._tally_values(tallies, values, pack)
             if teacher is not None:
@@ -192,11 +200,15 @@ class Evaluator:
         count = 0 if self.verifier is None else sum(map(self.verifier.can_grade, self.prompts))
         return {"graded": count} if 0 < count < len(self.prompts) else {}
 
+    def _shared(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The same, divided between the ranks."""
+        return here().divide(prompts, lambda own: self._answers(engine, own), key=id)
+
     def _answers(self, engine: Engine, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The model's answers to some prompts, graded where somebody grades."""
         tasks: list[Task] = []
         for prompt in prompts:
-            context = TokenSequence.of(render(prompt, engine.tokenizer, self.template_options))
+            context = rendered(prompt, engine.tokenizer, self.template_options, engine.image_tokens)
             for member in range(self.samples):
                 uniform_stream = UniformStream(self.seed, "evaluation", prompt.id, member)
                 tasks.append(Task(prompt, context, member, uniform_stream))

@@ -206,7 +206,7 @@ def _spine(student: Student, prompts: Sequence[Prompt], verifier: Grader, protoc
     for prompt in prompts:
         for member in range(protocol.samples):
             uniform_stream = UniformStream(protocol.seed, "evaluation", "spine", prompt.id, member)
-            tasks.append(Task(prompt, TokenSequence.of(student.render(prompt)), member, uniform_stream))
+            tasks.append(Task(prompt, student.render(prompt), member, uniform_stream))
     written = run_episodes(student.engine, tasks, Sampling(longest, protocol.temperature))
     return graded(verifier, written)
 

@@ -1,5 +1,6 @@
 """DOPD: two teachers with a hint, one of them the student itself, divide the tokens between them."""
 
+from functools import partial
 from typing import Literal
 
 from retort.core.reduce import rollout_means, tokens
@@ -9,6 +10,7 @@ from retort.estimators import pathwise
 from retort.method import Limit, Method, Paper, Term, Watch, method
 from retort.quantities import student_entropy
 from retort.rollout.plan import RolloutPlan
+from retort.teachers.image_views import privileged_images
 from retort.teachers.moving import live
 from retort.teachers.views import privileged
 from retort.weights.privilege import AGREED, STUDENT, TEACHER, VAGUE, Regimes
@@ -34,7 +36,7 @@ def dopd(
     tail: Literal["bucket", "renormalised"] = "bucket",
     trim: float = 0.05,
     routing: Literal["regimes", "none"] = "regimes",
-    hint: Literal["hint", "solution", "answer", "demonstration"] = "hint",
+    hint: Literal["hint", "solution", "answer", "demonstration", "images"] = "hint",
     reduction: Literal["rollouts", "tokens"] = "rollouts",
     samples: int = 4,
     temperature: float = 1.0,
@@ -64,14 +66,15 @@ def dopd(
         trim: Share of the largest values that each mean leaves out. The paper drops the top 5% and then normalises in
             the batch in a way that it does not tell; no further normalisation is a reconstruction.
         routing: `none`: the Jensen-Shannon divergence to the teacher with the hint at every token.
-        hint: The column that both are shown; the paper found whole solutions worse than no hint.
+        hint: The column that both are shown; the paper found whole solutions worse than no hint. `images`: the row's
+            images for a teacher alone (`teacher_images`); the paper has boxes with labels in words, which `hint` holds.
         reduction: `tokens`: all tokens count alike.
         samples: Rollouts per prompt.
         temperature: Temperature of sampling and of both distributions; the paper does not say.
         top_p: Top-p of sampling.
 
-    Where all gaps are equal none is below their mean: with a teacher that is the student, all tokens get JS. Images are
-    left out. A rollout without a hint is left out of the loss.
+    Where all gaps are equal none is below their mean: with a teacher that is the student, all tokens get JS. A rollout
+    without a hint is left out of the loss.
 
     Example:
         >>> student, teacher, itself = (tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.5, 0.9, 0.6))
@@ -87,9 +90,10 @@ def dopd(
     firm = pathwise(jsd(0.5))
     by_teacher = pathwise(topk_kl("reverse", top_k, "teacher" if support == "mixed" else "student", tail))
     by_itself = pathwise(topk_kl("reverse", top_k, "student", tail))
+    shown = privileged_images if hint == "images" else partial(privileged, hint)
     regime = Regimes(trim=trim, student=_ITSELF)
     agreed, vague, teacher, itself = (regime.weight(number) for number in (AGREED, VAGUE, TEACHER, STUDENT))
-    limit = Limit({"routing": "none", "reduction": "tokens"}, equals=("gkd", {"temperature": 1.0}))
+    adam = {"learning_rate": 5e-6, "schedule": "cosine", "updates": 1}
     if routing == "none":
         terms, views, curves = (Term("teacher_firm", firm, denominator=over),), {}, ()
     else:
@@ -99,7 +103,7 @@ def dopd(
             Term("student_weak", by_itself, _ITSELF, weight=vague, coef=weak_coef, denominator=over),
             Term("student_light", by_itself, _ITSELF, weight=itself, coef=light_coef, denominator=over),
         )
-        views = {_ITSELF: privileged(hint, weights=live())}
+        views = {_ITSELF: shown(model="student", weights=live())}
         curves = (
             *(Watch(f"{term.name}_fraction", term.weight, against=term.against) for term in terms if term.weight),
             Watch("privileged_gap", regime.gap()),
@@ -107,13 +111,9 @@ def dopd(
     return Method(
         rollout=RolloutPlan(samples=samples, temperature=temperature, top_p=top_p),
         temperature=temperature,
-        views={"teacher": privileged(hint, model="teacher"), **views},
+        views={"teacher": shown(model="teacher"), **views},
         terms=terms,
-        limits=(limit,),
-        recipe={
-            "rollout": {"prompts": 128},
-            "optimizer": {"learning_rate": 5e-6, "schedule": "cosine", "updates": 1},
-            "steps": 200,
-        },
+        limits=(Limit({"routing": "none", "reduction": "tokens"}, equals=("gkd", {"temperature": 1.0})),),
+        recipe={"rollout": {"prompts": 128}, "optimizer": adam, "steps": 200},
         watch=(Watch("student_entropy", student_entropy()), *curves),
     )

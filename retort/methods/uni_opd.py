@@ -63,9 +63,10 @@ def uni_opd(
         temperature: Temperature of sampling and of both distributions.
 
     Departure from the released code: it zeroes what is left out but divides by the whole batch. A token ruled out
-    is 100 nats in g. Teachers by domain are settings of the run (`teachers`). Left out: images. The odds of
-    `difficulty` are reconstructed. Defaults are those of the main experiments on text, not of the code (scope of the
-    batch, margin 0, right ones up).
+    is 100 nats in g. Teachers by domain are settings of the run (`teachers`). The odds of `difficulty` are
+    reconstructed. Defaults are those of the main experiments on text, not of the code (scope of the batch, margin 0,
+    right ones up). With images, which teachers see as the student does, the paper has `margin_direction=correct_up` and
+    `margin=0`.
 
     Example:
         >>> logits, given = tensor([[0.5, 0.5]] * 2).log(), {"rollouts": tensor([0, 1]), "groups": tensor([0, 0])}

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from retort.align.images import ImageTokens
 from retort.align.stops import StopTokens, stop_tokens
 from retort.models import gguf
 from retort.models.endpoint import Endpoint
 from retort.models.files import errors_about, locate, read_tokenizer
+from retort.models.image_text import find_processor
+from retort.models.images import ImageProcessing
 from retort.models.in_memory import InMemoryModel
 from retort.models.server import Server
 
@@ -28,12 +31,14 @@ class Described:
         tokenizer: Its tokenizer.
         config: Its configuration of transformers.
         stops: Its stop tokens; None where only loading shows which of its parts' count.
+        image_tokens: How images are written into its prompts; None for a model of text alone.
     """
 
     name: str
     tokenizer: PreTrainedTokenizerBase
     config: Any
     stops: StopTokens | None = None
+    image_tokens: ImageTokens | None = None
 
     @property
     def context(self) -> int:
@@ -79,7 +84,12 @@ def describe(
         read = describe(name, source.reads, role, stop=stop, trust_remote_code=trust_remote_code)
         return replace(read, config=_within(read.config, source.offers.context))
     label = f"{role} {name}"
+    seen = None
+    if not isinstance(source, Server):
+        seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
+    if isinstance(seen, ImageProcessing):
+        tokenizer = seen.adopt(tokenizer)
     generation: Any = None
     if isinstance(source, InMemoryModel):
         config, generation = source.model.config, source.model.generation_config
@@ -95,7 +105,7 @@ def describe(
     stops = None
     if config.get_text_config() is config:  # for a model made of parts, only loading shows which part's stops count
         stops = stop_tokens(tokenizer, generation, config, label=label, override=stop)
-    return Described(name, tokenizer, config, stops)
+    return Described(name, tokenizer, config, stops, seen)
 
 
 def _within(config: Any, context: int | None) -> Any:

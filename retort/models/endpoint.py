@@ -117,6 +117,11 @@ class EndpointModel:
     notes: list[str] = field(default_factory=lambda: [])
 
     @property
+    def image_tokens(self) -> None:
+        """None: it is sent token ids only."""
+        return None
+
+    @property
     def context(self) -> int:
         """The longest sequence that it scores, tokens."""
         return self.server.offers.context or 2**31

@@ -35,6 +35,10 @@ _OTHER_PARTS = re.compile(
     r"(^|\.)(mtp|vision_tower|vision_model|visual|vision_encoder|multi_modal_projector|image_newline|audio_tower"
     r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
 )
+#: The same for a model that reads images.
+_PARTS = re.compile(
+    r"(^|\.)(mtp|audio_tower|audio_encoder|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
+)
 #: Files that a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
 _NAMED = 3
@@ -181,6 +185,7 @@ def read_model(
     trust_remote_code: bool,
     weights: Weights = "refuse",
     quantised: Mapping[str, Any] | None = None,
+    images: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """Reads a model whose weights are those of its files, and returns it with notes for the user.
 
@@ -193,11 +198,12 @@ def read_model(
         trust_remote_code: Run code that comes with the model.
         weights: The treatment of weights that are missing, left over, of the wrong shape or not finite.
         quantised: Further arguments of `from_pretrained`, to round the weights.
+        images: Whether it reads images, too.
 
     Raises:
         UserError: It cannot be read, or its weights do not fit it.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     label = f"{role} {name}"
     if isinstance(source, InMemoryModel):
@@ -206,6 +212,7 @@ def read_model(
         return held, _weight_notes(label, weights, *_account(held, {}, set()))
     location = locate(label, name, source)
     file = gguf.is_gguf(location)
+    kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
     # Random weights (missing ones, where the settings allow it) are the same when a run is resumed.
     with errors_about(label), torch.random.fork_rng([]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check of shapes reports it
@@ -213,7 +220,7 @@ def read_model(
         torch.manual_seed(0)
         where = gguf.arguments(location) if file else {"pretrained_model_name_or_path": location}
         with gguf.fast_reader() if file else contextlib.nullcontext():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 **where,
                 **(quantised or {}),
                 dtype=dtype,
@@ -226,7 +233,8 @@ def read_model(
     model, info = loaded
     if file:
         gguf.without_leftovers(model)
-    wrong, notes = _account(model, info, set() if file else _dropped(location, model))
+    others = _PARTS if images else _OTHER_PARTS
+    wrong, notes = _account(model, info, set() if file else _dropped(location, model, others), others)
     notes += gguf.notes(location) if file else []
     return cast("PreTrainedModel", model), _weight_notes(label, weights, wrong, notes)
 
@@ -241,12 +249,12 @@ def _weight_notes(label: str, weights: Weights, wrong: list[str], notes: list[st
     return [note if note.startswith(label) else f"{label}: {note}" for note in notes]
 
 
-def _dropped(location: str, model: Any) -> set[str]:
+def _dropped(location: str, model: Any, others: re.Pattern[str]) -> set[str]:
     """Names of tensors in a model's files that transformers silently leaves out."""
     from safetensors import safe_open
 
     patterns = [re.compile(pattern) for pattern in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
-    patterns.append(_OTHER_PARTS)  # with `inv_freq`, which transformers drops where a model computes it
+    patterns.append(others)  # with `inv_freq`, which transformers drops where a model computes it
     names = set[str]()
     for file in weight_files(location):
         with safe_open(file, framework="pt") as weights:
@@ -254,11 +262,13 @@ def _dropped(location: str, model: Any) -> set[str]:
     return {name for name in names if any(pattern.search(name) for pattern in patterns)}
 
 
-def _account(model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset()) -> tuple[list[str], list[str]]:
+def _account(
+    model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset(), parts: re.Pattern[str] = _OTHER_PARTS
+) -> tuple[list[str], list[str]]:
     """Faults of a model's weights, and notes on facts that are no faults."""
     wrong, notes = list[str](), list[str]()
     surplus = set(map(str, info.get("unexpected_keys", ())))
-    others = {key for key in surplus if _OTHER_PARTS.search(key)} | dropped
+    others = {key for key in surplus if parts.search(key)} | dropped
     shapes = {str(key): (tuple(there), tuple(here)) for key, there, here in info.get("mismatched_keys", ())}
     missing = sorted(set(map(str, info.get("missing_keys", ()))) - shapes.keys())
     if missing:

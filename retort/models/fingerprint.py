@@ -21,7 +21,8 @@ def digests_of(lm: LanguageModel) -> dict[str, str]:
     """
     if isinstance(lm, StoredModel):
         return dict(lm.digests)
-    return {
+    images = {} if lm.vision is None else {"processor": _hash(lm.vision.processing.settings())}
+    return images | {
         "weights": lm.whole_digest(),
         "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),
         "tokenizer": _hash(_tokenizer(lm.tokenizer)),
@@ -49,6 +50,8 @@ def _tokenizer(tokenizer: Any) -> str:
 def fingerprint_of(lm: LanguageModel, digests: Mapping[str, str]) -> str:
     """A fingerprint of all that a model's hidden states depend on: weights, configuration, precision, attention.
 
+    Of one that reads images its processor, too.
+
     Args:
         lm: The model.
         digests: Its `digests_of`, which take about a second per gigabyte.
@@ -59,6 +62,7 @@ def fingerprint_of(lm: LanguageModel, digests: Mapping[str, str]) -> str:
     if isinstance(lm, StoredModel):
         return lm.fingerprint
     named = [digests["weights"], digests["configuration"], lm.arithmetic]
+    named += [digests["processor"]] if "processor" in digests else []
     return hashlib.blake2b(json.dumps(named).encode(), digest_size=16).hexdigest()
 
 

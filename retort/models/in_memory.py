@@ -14,12 +14,15 @@ from retort.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_PAIR = "give a model of transformers with its tokenizer, as a pair: (model, tokenizer)"
+_PAIR = (
+    "give a model of transformers with its tokenizer, as a pair: (model, tokenizer); one that reads images with its "
+    "processor: (model, processor)"
+)
 
 
 @dataclass(frozen=True, eq=False)
 class InMemoryModel:
-    """A model and its tokenizer. Neither is changed: a run trains, casts and moves only a copy.
+    """A model and its tokenizer, or its processor of images. None is changed: a run trains and moves only a copy.
 
     The weights of a model that does not learn are shared with the caller's where dtype and device allow, so they cost
     no memory twice. The caller must not change them during the run.
@@ -27,6 +30,7 @@ class InMemoryModel:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    processor: Any = None
 
     @staticmethod
     def from_pair(role: str, given: Any) -> InMemoryModel:
@@ -42,12 +46,14 @@ class InMemoryModel:
             alone = f"a {type(given).__name__}" if len(pair) == 1 else f"{len(pair)} things"
             raise UserError(f"{role} is {alone}; {_PAIR}, or name a folder or a model of the hub")
         model, tokenizer = pair
+        processor = tokenizer if hasattr(tokenizer, "image_processor") and hasattr(tokenizer, "tokenizer") else None
+        tokenizer = tokenizer if processor is None else processor.tokenizer
         if not isinstance(model, PreTrainedModel):
             merge = "; merge its adapter first (merge_and_unload)" if hasattr(model, "merge_and_unload") else ""
             raise UserError(f"{role}: its model is a {type(model).__name__}{merge}; {_PAIR}")
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise UserError(f"{role}: its tokenizer is a {type(tokenizer).__name__}; {_PAIR}")
-        held = InMemoryModel(model, tokenizer)
+        held = InMemoryModel(model, tokenizer, processor)
         problem = held._problem()
         if problem is not None:
             raise UserError(f"{role} {held.name}: {problem}")

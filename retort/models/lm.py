@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from retort.align.images import ImageTokens
 from retort.align.stops import StopTokens
 from retort.core.head import Head
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
+from retort.models import forward
 from retort.models.adapter import Adapter
 from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
@@ -23,6 +24,7 @@ from retort.models.heads import head_of, own_rows
 from retort.models.offload import Offload
 from retort.models.quantized import count
 from retort.models.sharding import Sharding
+from retort.models.vision import Vision
 from retort.models.working import WorkingCopy
 from retort.ranks import World
 
@@ -65,6 +67,7 @@ class LanguageModel:
         notes: Notes for the user.
         rounded: How its weights were rounded, in words; empty where they were not.
         image_tokens: How images are written into its prompts; None for a model of text alone.
+        vision: How it reads images; None for a model of text alone.
     """
 
     here: ClassVar[bool] = True  # whether its weights are in this process
@@ -86,6 +89,7 @@ class LanguageModel:
     notes: list[str] = field(default_factory=lambda: [])
     rounded: str = ""
     image_tokens: ImageTokens | None = None
+    vision: Vision | None = None
 
     @property
     def device(self) -> torch.device:
@@ -224,6 +228,12 @@ class LanguageModel:
         if nothing.requires_grad:
             nothing.backward()
 
+    def save_tokens(self, folder: Path) -> None:
+        """Saves the tokenizer, and the processor of a model that reads images, beside a model."""
+        self.tokenizer.save_pretrained(folder)
+        if self.vision is not None:
+            self.vision.processing.save(folder)
+
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Restores, for the block, the model before it learnt: a frozen teacher that takes no memory.
@@ -273,7 +283,8 @@ class LanguageModel:
         """Hidden states and logits of a few tokens, in which all weights take part."""
         ids_RL = (torch.arange(16, device=self.device)[None] * 7 + 1) % self.rows
         hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
-        return torch.cat([hidden_RLD.float(), self.head().logits(hidden_RLD).float()], dim=-1)
+        found = torch.cat([hidden_RLD.float(), self.head().logits(hidden_RLD).float()], dim=-1).flatten()
+        return found if self.vision is None else torch.cat([found, self.vision.probe()])
 
     @torch.no_grad()
     def working_bytes(self) -> tuple[int, int]:
@@ -294,6 +305,8 @@ class LanguageModel:
         limit = self.together_up_to
         if limit is not None and any(len(sequence) > limit for sequence in sequences):
             return self.alone(sequences)
+        if self.vision is not None and not self.vision.joins and any(sequence.media for sequence in sequences):
+            return self.alone(sequences)
         return self.packed(sequences) if self.packs else self.padded(sequences)
 
     def check_readable(self, sequences: Iterable[TokenSequence], where: str = "a text") -> None:
@@ -303,8 +316,11 @@ class LanguageModel:
         self.check_ids((int(sequence.tokens_L.max()) for sequence in sequences if len(sequence)), where)
 
     def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
-        """Raises `UserError` if one of these holds media; `where` names them."""
-        if any(sequence.media for sequence in sequences):
+        """Raises `UserError` if one of these holds media that the model does not read; `where` names them."""
+        found = [sequence for sequence in sequences if sequence.media]
+        if found and self.vision is not None:
+            self.vision.check(found, where)
+        elif found:
             raise UserError(
                 f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "
                 "leave that out of the data"
@@ -323,34 +339,15 @@ class LanguageModel:
 
     def alone(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, every sequence alone and no longer than its last decision needs: the definition."""
-        found: list[Tensor] = []
-        for sequence in sequences:
-            end = max(sequence.end - 1, 1)
-            with self.compute():
-                ids_1L = sequence.tokens_L[None, :end].to(self.device)
-                hidden_LD = self.model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
-            found.append(hidden_LD[sequence.action_mask_L[1 : end + 1].to(self.device)])
-        return torch.cat(found)
+        return forward.alone(self, sequences)
 
     def padded(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, in rows of equal length."""
-        # Padding is on the right and attention is causal, so no padding is ever attended to by a real token.
-        ids_RL = pad_sequence([own.tokens_L for own in sequences], batch_first=True).to(self.device)
-        mask_RL = pad_sequence([own.action_mask_L for own in sequences], batch_first=True).to(self.device)
-        with self.compute():
-            hidden_RLD = self.model.base_model(input_ids=ids_RL, use_cache=False).last_hidden_state
-        return hidden_RLD[:, :-1][mask_RL[:, 1:]]
+        return forward.padded(self, sequences)
 
     def packed(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """The same, end to end in one row."""
-        from retort.models.packing import Row, packed  # loads transformers
-
-        row = Row.of(sequences, share=self.shared_prefixes, device=self.device)
-        with self.compute(), packed(row):
-            hidden_1TD = self.model.base_model(
-                input_ids=row.tokens_T[None], position_ids=row.position_T[None], use_cache=False
-            ).last_hidden_state
-        return hidden_1TD[0].index_select(0, row.decided_N)
+        return forward.packed(self, sequences)
 
     def batches(self, sequences: Sequence[TokenSequence], budget: int) -> list[list[int]]:
         """Indices of sequences, cut into batches for which at most `budget` tokens are computed (or one sequence)."""

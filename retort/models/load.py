@@ -7,18 +7,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from retort.align.images import ImageTokens
 from retort.align.stops import stop_tokens
 from retort.errors import UserError
 from retort.models import gguf, quantized
 from retort.models.described import describe
 from retort.models.endpoint import Endpoint
 from retort.models.files import Weights, errors_about, read_model, read_tokenizer
+from retort.models.image_text import Unreadable, find_processor
+from retort.models.image_trials import choose_images
+from retort.models.images import ImageProcessing
 from retort.models.in_memory import InMemoryModel
 from retort.models.lm import LanguageModel, Precision
 from retort.models.randomness import without_randomness
 from retort.models.served import ServedModel
 from retort.models.server import Server
 from retort.models.together import choose_batching
+from retort.models.vision import Vision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +69,7 @@ def load_model(
     if isinstance(source, Server):
         found = describe(name, source, role, stop=stop)
         return ServedModel.of(source, found.tokenizer, found.config, device)
+    seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     model, notes = read_model(
         name,
@@ -74,7 +80,10 @@ def load_model(
         trust_remote_code=trust_remote_code,
         weights=weights,
         quantised=None if bits is None else quantized.arguments(bits, dtype, device),
+        images=seen is not None,
     )
+    if isinstance(seen, ImageProcessing):
+        tokenizer = seen.adopt(tokenizer)
     model.to(device)  # type: ignore[arg-type]
     _wrap_attention(model)
     model.requires_grad_(role == "student")
@@ -90,7 +99,21 @@ def load_model(
     with errors_about(label):  # settings may make a model that cannot compute
         check_head(loaded, finite=weights == "refuse")
     choose_batching(loaded)
+    if seen is not None:
+        loaded.image_tokens = seen if isinstance(seen, Unreadable) else _with_images(loaded, seen)
     return loaded
+
+
+def _with_images(lm: LanguageModel, processing: ImageProcessing) -> ImageTokens:
+    """Gives a model its images, once it is tried that it reads them; text needs none, so it stays without otherwise."""
+    try:
+        with errors_about(lm.name, "its images cannot be read"):
+            lm.vision = Vision(lm.model, processing)
+            choose_images(lm)
+    except UserError as error:
+        lm.vision = None
+        return Unreadable(str(error))
+    return processing
 
 
 def refuse_bits(label: str, bits: quantized.Bits, role: str, source: str | InMemoryModel | Server | Endpoint) -> None:
@@ -146,6 +169,8 @@ def use_attention(lm: LanguageModel, name: str) -> bool:
         return False
     _wrap_attention(lm.model)
     choose_batching(lm)
+    if lm.vision is not None:
+        choose_images(lm)
     return True
 
 

@@ -27,6 +27,7 @@ def add_adapter(
     alpha: float,
     targets: Sequence[str] = (ALL_LINEAR,),
     rslora: bool = False,
+    vision: bool = False,
     seed: int = 0,
 ) -> None:
     r"""Puts a LoRA adapter (Hu et al. 2021, arXiv 2106.09685) into a model, and freezes all else.
@@ -40,6 +41,7 @@ def add_adapter(
         targets: Names of layers, or their ends (`q_proj`); `all-linear` is every linear layer but the head, which is
             `lm_head` in most families.
         rslora: Whether s = alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732).
+        vision: Whether layers of a vision tower and its projector are among the targets.
         seed: The run's seed; A is drawn from a stream of its own.
 
     Raises:
@@ -53,7 +55,7 @@ def add_adapter(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- peft divides it, so a fraction works, too
         lora_dropout=0.0,
-        target_modules=_targets(lm, targets),
+        target_modules=_targets(lm, targets, vision=vision),
         use_rslora=rslora,
         bias="none",
         task_type="CAUSAL_LM",
@@ -85,16 +87,18 @@ def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> st
     return shortened(" ".join(str(error).split()), 300)
 
 
-def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
-    """The targets for `peft`, which accepts `all-linear` only alone."""
+def _targets(lm: LanguageModel, targets: Sequence[str], *, vision: bool) -> str | list[str]:
+    """The targets for `peft`, which accepts `all-linear` only alone; whole names where a vision tower is left out."""
     model: Any = lm.model
     ends = {"the head": model.get_output_embeddings(), "the embedding": model.get_input_embeddings()}
-    known = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    outside = set[str]() if vision or lm.vision is None else lm.vision.names()
+    inside = [name for name, _ in model.named_modules() if name not in outside]
+    known = [name for name in inside if isinstance(model.get_submodule(name), torch.nn.Linear)]
     linear = [name for name in known if model.get_submodule(name) is not ends["the head"]]
     tied = ends["the head"].weight is ends["the embedding"].weight
     chosen: list[str] = []
     for target in targets:
-        named = [name for name, _ in model.named_modules() if name == target or name.endswith(f".{target}")]
+        named = [name for name in inside if name == target or name.endswith(f".{target}")]
         if target != ALL_LINEAR and not named:
             short = sorted({name.rpartition(".")[2] for name in known})
             raise UserError(f"lora.targets: {lm.name} has no layer '{target}'; {did_you_mean(target, short)}")
@@ -104,5 +108,5 @@ def _targets(lm: LanguageModel, targets: Sequence[str]) -> str | list[str]:
                     f"lora.targets: '{target}' is {what} of {lm.name}, tied to the other end of the model: merged, an "
                     "adapter on one would change both; leave it out"
                 )
-        chosen += linear if target == ALL_LINEAR else [target]
-    return ALL_LINEAR if list(targets) == [ALL_LINEAR] else chosen
+        chosen += linear if target == ALL_LINEAR else named if outside else [target]
+    return ALL_LINEAR if list(targets) == [ALL_LINEAR] and not outside else chosen

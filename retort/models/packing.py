@@ -54,6 +54,15 @@ class Run:
     length: int
 
 
+@dataclass(frozen=True)
+class Laid:
+    """The tokens of a sequence that a row holds: from `start` to before `end`, of the sequence `index`."""
+
+    index: int
+    start: int
+    end: int
+
+
 def runs(lengths: Sequence[int]) -> list[Run]:
     """The runs of equal lengths in a row."""
     found, start = list[Run](), 0
@@ -72,6 +81,7 @@ class Row:
         position_T: Position of each token in its own sequence.
         decided_N: Index in the row of the token before every decided one, sequences in the order they were given in.
         parts: The sequences, as attention sees them.
+        laid: Which tokens of which sequence the row holds, in order.
         index_F: Index in the row of every token of every sequence; None where these are the row itself.
         first_T: Index in F of a token's first occurrence; None with `index_F`.
     """
@@ -80,6 +90,7 @@ class Row:
     position_T: Tensor
     decided_N: Tensor
     parts: list[Run]
+    laid: list[Laid]
     index_F: Tensor | None = None
     first_T: Tensor | None = None
 
@@ -93,7 +104,7 @@ class Row:
         ends = [int(decided_A[-1]) if len(decided_A) else 1 for decided_A in decided_at]
         order = sorted(range(len(sequences)), key=lambda i: (ends[i], i))
         prompts: dict[object, int] = {}
-        ids, position, index, first, starts = list[Tensor](), list[range](), list[range](), list[range](), {}
+        index, first, starts, laid = list[range](), list[range](), dict[int, int](), list[Laid]()
         wide = full = 0  # tokens of the row, and of all sequences, so far
         for i in order:
             end, starts[i] = ends[i], full
@@ -103,18 +114,18 @@ class Row:
                 start = prompts.setdefault(sequences[i].prefix_key, wide)
                 fresh = prompt if start != wide else 0
                 index.append(range(start, start + fresh))
-            ids.append(sequences[i].tokens_L[fresh:end])
-            position.append(range(fresh, end))
+            laid.append(Laid(i, fresh, end))
             index.append(range(wide, wide + end - fresh))
             first.append(range(full + fresh, full + end))
             wide, full = wide + end - fresh, full + end
         index_F = _joined(index)
         decided = [decided_A + (starts[i] - 1) for i, decided_A in enumerate(decided_at)]
         return Row(
-            torch.cat(ids).to(device),
-            _joined(position).to(device),
+            torch.cat([sequences[own.index].tokens_L[own.start : own.end] for own in laid]).to(device),
+            _joined([range(own.start, own.end) for own in laid]).to(device),
             index_F[torch.cat(decided)].to(device),
             runs([ends[i] for i in order]),
+            laid,
             index_F.to(device) if wide < full else None,
             _joined(first).to(device) if wide < full else None,
         )

@@ -38,6 +38,6 @@ def rehearse_export(lm: LanguageModel) -> None:
             lm.model.save_pretrained(folder, state_dict={})
         finally:
             lm.model.generation_config = bare
-        lm.tokenizer.save_pretrained(folder)
+        lm.save_tokens(Path(folder))
         if lm.adapter is not None:
             lm.adapter.save(Path(folder) / "adapter")

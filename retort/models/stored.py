@@ -17,6 +17,8 @@ from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.files import flush, parse_object, write_text
 from retort.models.files import errors_about, read_tokenizer
+from retort.models.image_text import find_processor
+from retort.models.images import ImageProcessing
 from retort.models.lm import LanguageModel, Precision
 
 if TYPE_CHECKING:
@@ -110,7 +112,7 @@ def save_stored(lm: LanguageModel, folder: Path, digests: Mapping[str, str], fin
         folder / HEAD,
     )
     lm.model.config.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
+    lm.save_tokens(folder)
     record = {
         "fingerprint": fingerprint,
         "name": lm.name,
@@ -157,11 +159,16 @@ def load_stored(folder: Path, name: str, role: str, device: torch.device, *, tru
     if record is None:
         raise UserError(f"{label}: {folder / RECORD} is missing or damaged; remove that folder, and score again")
     tokenizer = read_tokenizer(name, str(folder), role, trust_remote_code=trust_remote_code)
+    seen = find_processor(label, name, str(folder), trust_remote_code=trust_remote_code)
+    if isinstance(seen, ImageProcessing):
+        tokenizer = seen.adopt(tokenizer)
     precision: Precision = "bf16" if record["precision"] == "bf16" else "fp32"
     with errors_about(f"{label}: what the cache keeps of it"):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            images = seen is not None
+            kind = transformers.AutoModelForImageTextToText if images else transformers.AutoModelForCausalLM
+            model: Any = kind.from_config(config, trust_remote_code=trust_remote_code)
         layer, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         tied = embedding.weight is layer.weight
         for part, tensor in load_file(folder / HEAD, device=str(device)).items():
@@ -181,5 +188,6 @@ def load_stored(folder: Path, name: str, role: str, device: torch.device, *, tru
         digests={str(what): str(digest) for what, digest in record["digests"].items()},
         fingerprint=record["fingerprint"],
         sample=record["sample"],
+        image_tokens=seen,
         elsewhere=record.get("elsewhere") is True,
     )

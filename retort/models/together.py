@@ -48,9 +48,9 @@ def choose_batching(lm: LanguageModel) -> None:
     sequences = [_decided(tokens_L) for tokens_L in ids_T.split([3, 9, 9, 5])]
     with torch.no_grad():
         alone_ND = lm.alone(sequences).float()
-        if not _alike(lm, lambda: lm.padded(sequences), alone_ND):
+        if not alike(lm, lambda: lm.padded(sequences), alone_ND):
             lm.together_up_to = 0
-        lm.packs = _alike(lm, lambda: lm.packed(sequences), alone_ND)
+        lm.packs = alike(lm, lambda: lm.packed(sequences), alone_ND)
         if lm.packs:
             lm.shared_prefixes = _shares(lm, ids_T, [5, 4, 6, 2, 9])
         for length in dict.fromkeys(length for _, length in switches(lm.model.config.get_text_config())):
@@ -67,10 +67,10 @@ def _try_beyond(lm: LanguageModel, length: int) -> None:
         ids_T = (torch.arange(sum(sizes)) * 7 + 1) % lm.head().width
         sequences = [_decided(tokens_L) for tokens_L in ids_T.split(sizes)]
         alone_ND = lm.alone(sequences).float()
-        padded = _alike(lm, lambda: lm.padded(sequences), alone_ND)
-        packed = lm.packs and _alike(lm, lambda: lm.packed(sequences), alone_ND)
+        padded = alike(lm, lambda: lm.padded(sequences), alone_ND)
+        packed = lm.packs and alike(lm, lambda: lm.packed(sequences), alone_ND)
         begun_ND = lm.alone([sequences[1].part(0, switch - 2)])
-        same_start = _alike(lm, lambda: begun_ND, alone_ND[2 : 2 + len(begun_ND)])
+        same_start = alike(lm, lambda: begun_ND, alone_ND[2 : 2 + len(begun_ND)])
         if not padded:
             lm.together_up_to = length if lm.together_up_to is None else min(lm.together_up_to, length)
         elif lm.packs and not packed:
@@ -90,7 +90,7 @@ def _shares(lm: LanguageModel, ids_T: Tensor, sizes: Sequence[int]) -> bool:
     alone_ND = lm.alone(sequences).float()
     before, lm.shared_prefixes = lm.shared_prefixes, True
     try:
-        return _alike(lm, lambda: lm.packed(sequences), alone_ND)
+        return alike(lm, lambda: lm.packed(sequences), alone_ND)
     finally:
         lm.shared_prefixes = before
 
@@ -100,7 +100,8 @@ def _decided(tokens_L: Tensor, behind: int = 1) -> TokenSequence:
     return TokenSequence(tokens_L, torch.arange(len(tokens_L)) >= behind)
 
 
-def _alike(lm: LanguageModel, compute: Callable[[], Tensor], alone_ND: Tensor) -> bool:
+def alike(lm: LanguageModel, compute: Callable[[], Tensor], alone_ND: Tensor) -> bool:
+    """Whether a way of computing gives the hidden states [N, D] of sequences alone, to rounding."""
     try:
         found_ND = compute().float()
     except Exception:  # a family may fail in any way on restarting positions and a mask it cannot read

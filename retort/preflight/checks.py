@@ -153,7 +153,7 @@ def check_chat_templates(prepared: Prepared) -> Check:
     local = _local(prepared)
     assert local is not None
     try:
-        mine, other = prepared.source.render(_CONVERSATION), local.render(_CONVERSATION)
+        mine, other = prepared.source.render(_CONVERSATION).ids, local.render(_CONVERSATION).ids
         if isinstance(local, SpanTeacher):
             return check_span_templates(prepared, local, mine, other, why)
         other = local.alignment.to_student(other)
@@ -203,7 +203,7 @@ def check_prompts(prepared: Prepared) -> Check:
 
 def _shown(prompt: Prompt, readers: Mapping[str, Renderer]) -> str:
     """A prompt as each model reads it, once where all read the same."""
-    ids = {who: render(prompt) for who, render in readers.items()}
+    ids = {who: render(prompt).ids for who, render in readers.items()}
     same = len({tuple(readers[who].tokenizer.convert_ids_to_tokens(own)) for who, own in ids.items()}) == 1
     whom = {"both" if len(ids) > 1 else "the student": ids["student"]} if same else ids
     texts = [
@@ -356,7 +356,7 @@ def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
     rollouts: list[Rollout] = []
     answered = all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
     for prompt in prepared.source.prompts[:PROBES]:
-        prompt_ids = local.render(prompt)
+        prompt_ids = local.render(prompt).ids
         if answered:
             ids = _response_ids(prompt_ids, str(prompt.response), _teacher(prepared))
         else:

@@ -15,8 +15,8 @@ from retort.models.described import describe
 from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
-from retort.preflight.rubric_context import rubric_context
 from retort.preflight.rounding import rounding_checks
+from retort.preflight.rubric_context import rubric_context
 from retort.preflight.rubrics import draft_checks, rubric_spending
 from retort.preflight.trial import run_trial, trial_checks
 from retort.train.given.given import CallerObjects

@@ -143,6 +143,22 @@ PLOTS = (
     Curves("Criteria of a rubric", "per prompt", {"judge/criteria": "criteria"}),
     Curves("Teacher’s answers behind a rubric", "different ones, per prompt", {"judge/references": "answers"}),
     Curves("Weights on the advantage", "mean factor", {"magnitude": "magnitude", "gate": "gate"}),
+    Curves("Visual advantage", "nats per token", {"visual_advantage": "teacher’s gain by the image"}),
+    Curves(
+        "Where the visual advantage lies",
+        "share",
+        {
+            "visual_high_share": "of the advantage, in the high group",
+            "visual_high_zero": "of the high group without any",
+        },
+        "share",
+    ),
+    Curves(
+        "Weights of rollouts",
+        "share of a prompt’s loss",
+        {"rollout_weight_max": "largest", "rollout_weight_min": "smallest"},
+        "share",
+    ),
     Curves(
         "Groups",
         "share of groups",
@@ -174,6 +190,18 @@ PLOTS = (
     ),
     Curves("Learning rate", "", {"lr": "learning rate"}, smooth=False),
     Curves("Throughput", "student tokens per second", {"tokens_per_second": "tokens per second"}),
+)
+
+#: Of held-out prompts with an image; see `retort.evaluate.pixelated`.
+IMAGES = Curves(
+    "Held-out prompts with an image",
+    "share of completions",
+    {
+        "eval/right_original": "right",
+        "eval/right_pixelated": "right, image pixelated",
+        "eval/changed_pixelated": "changed by pixelating",
+    },
+    "share",
 )
 
 #: Curves that are also averaged by the position in the completion: name, title, unit.
@@ -209,7 +237,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     runs = all_runs(groups)
     split = next(index for index, curves in enumerate(PLOTS) if curves.title == "Length")
     known = [
-        *(_loss(groups), _unit_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), *PLOTS[split:]),
+        *(_loss(groups), _unit_loss(groups), *PLOTS[:split], accuracy := _accuracy(groups), IMAGES, *PLOTS[split:]),
         _spoken(groups),
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
         _times(groups),
@@ -218,7 +246,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     every = {key for run in runs for key in run.curves if not (key.startswith(("time/", "eval/")) or is_by_turn(key))}
     held_out = _keys(groups, "eval/")
     others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
-    main = "".join((_eval_figures if curves is accuracy else _figure)(groups, curves) for curves in known)
+    main = "".join((_eval_figures if curves in (accuracy, IMAGES) else _figure)(groups, curves) for curves in known)
     main += by_turn_figures(groups)
     turns = other_figures(groups)
     rest = "".join([(_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others] + turns)

@@ -44,6 +44,10 @@ KNOWN: Mapping[str, Quantity] = {
     _GAP: Quantity(_GAP, "nats", BETWEEN, "positive where the teacher likes the token better than the student does"),
     "reverse_kl": Quantity("reverse KL", "nats", BETWEEN, "estimated from the token alone where it can be negative"),
     "forward_kl": Quantity("forward KL", "nats", BETWEEN, "high where the student rules out what the teacher expects"),
+    "visual_advantage": Quantity(
+        "visual advantage", "nats", BETWEEN, "what the teacher’s log-prob of this token gains by the image’s details"
+    ),
+    "rollout_weight_min": Quantity("rollout’s weight", "", LOSS, "its share of its prompt’s loss"),
     "forward_kl_gated": Quantity("forward KL, gate open", "nats", BETWEEN, "as the method measures it"),
     "gate_open_fraction": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
     "gate": Quantity("gate", "", LOSS, "1 where the teacher counts as uncertain"),
@@ -55,10 +59,10 @@ _ENDINGS: Mapping[str, tuple[str, str]] = {
     "weight": ("", "what multiplies this term at this token"),
     "value": ("nats", "this term at this token, before its weight"),
 }
-#: Columns that repeat another one on some tokens only.
-_LEFT_OUT = ("student_entropy_gated",)
+#: Columns that repeat another one, on some tokens only or throughout, and those of a whole batch.
+_LEFT_OUT = ("student_entropy_gated", "visual_high_zero", "visual_high_share", "rollout_weight_max")
 #: Shaded at first: the first of these that there is.
-_FIRST = (_GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy")
+_FIRST = ("visual_advantage", _GAP, "reverse_kl", "forward_kl", "teacher_entropy", "student_entropy")
 
 
 def quantity(name: str) -> Quantity:

@@ -34,8 +34,8 @@ def verifier_for(task: str | None, prompts: Sequence[Prompt]) -> Verifier | None
     """The verifier of a task.
 
     Args:
-        task: `countdown`, `ranking`, `coached`, `bait`, `math`, `exact`, or `module:function`; None means `math` if
-            every prompt has an answer, else no verifier.
+        task: `countdown`, `ranking`, `coached`, `bait`, `shapes`, `math`, `exact`, or `module:function`; None means
+            `math` if every prompt has an answer, else no verifier.
         prompts: The prompts whose completions are graded; `math` and `exact` need an answer in each.
 
     Returns:

@@ -10,7 +10,6 @@ from retort.align.pair import Alignment
 from retort.align.spanned import Unspelt
 from retort.align.stops import StopTokens
 from retort.core.rollouts import Rollout, Status
-from retort.core.sequences import TokenSequence
 from retort.errors import SignalError
 from retort.rollout.engines.base import Engine, Sampling
 from retort.rollout.episodes import Task, run_episodes
@@ -41,7 +40,7 @@ class TeacherGenerator:
 
         They have no log-probs of an engine, because those would be the teacher's.
         """
-        own = [replace(task, context=TokenSequence.of(self.render(task.prompt))) for task in tasks]
+        own = [replace(task, context=self.render(task.prompt)) for task in tasks]
         generated = run_episodes(self.engine, own, sampling, source="teacher")
         return [self.as_read(task, rollout) for task, rollout in zip(tasks, generated, strict=True)]
 

@@ -63,7 +63,7 @@ class LocalChat:
                 sampling = Sampling(max(len(own.uniforms) for _, own in part), temperature)
                 completions = self.engine.generate([own for _, own in part], sampling)
                 for (number, own), completion in zip(part, completions, strict=True):
-                    before: list[int] = own.context.tokens_L.tolist()
+                    before = own.context.ids
                     text = completion_text(self.engine.tokenizer, completion.ids, prompt_ids=before)
                     ended = completion.status == Status.COMPLETED
                     add(number, ChatReply(text, len(before), len(completion.ids), ended=ended))
@@ -77,21 +77,23 @@ class LocalChat:
         """
         return len(self._read(request, digest_of(self.fingerprint, request)))
 
-    def _read(self, request: ChatRequest, digest: str) -> list[int]:
+    def _read(self, request: ChatRequest, digest: str) -> TokenSequence:
         plain = len(request.messages) == 1  # which a model without a chat template reads as bare text
         prompt = Prompt(id=f"{request.purpose} {digest[:8]}", messages=request.messages, plain=plain)
-        return list(self.render(prompt, split=True))
+        return self.render(prompt, split=True)
 
     def _request(self, request: ChatRequest) -> Request | Failure:
         """The request of the engine; a failure where the model cannot read the conversation."""
         digest = digest_of(self.fingerprint, request)
         try:
-            ids = self._read(request, digest)
+            context = self._read(request, digest)
         except UserError as error:  # its template refuses the conversation
             return Failure("form", str(error), asked=False)
-        room = min(request.max_tokens, self.engine.context - len(ids))
+        room = min(request.max_tokens, self.engine.context - len(context))
         if room < 1:
-            problem = f"the conversation has {len(ids)} tokens, and the context of {self.name} {self.engine.context}"
+            problem = (
+                f"the conversation has {len(context)} tokens, and the context of {self.name} {self.engine.context}"
+            )
             return Failure("long", problem, asked=False)
         numbers = uniforms(request.seed, "chat", digest, count=room)
-        return Request(TokenSequence.of(ids), numbers)
+        return Request(context, numbers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from retort.align.chat import TemplateOptions
 from retort.align.history import Exchange, anew, recent, rewrites_earlier
+from retort.align.images import ImageTokens
 from retort.align.replies import RewritesEarlierError, reply_ids
 from retort.core.rollouts import Message, Prompt
 from retort.core.sequences import TokenSequence
@@ -39,6 +40,7 @@ class Conversation:
         histories: See `Rollout`.
         exchanges: The turns that were replied to, and the replies.
         begun: Number of exchanges before the last sequence.
+        image_tokens: How the model writes images; None for one of text alone.
     """
 
     prompt: Prompt
@@ -46,6 +48,7 @@ class Conversation:
     histories: list[tuple[Message, ...]] = field(default_factory=lambda: [])
     exchanges: list[Exchange] = field(default_factory=lambda: [])
     begun: int = 0
+    image_tokens: ImageTokens | None = None
 
     @property
     def sequence(self) -> TokenSequence:
@@ -83,7 +86,7 @@ class Conversation:
             if grown is not None:
                 return Following(grown)
         shown = recent(self.exchanges, history, tokenizer)
-        return Following(TokenSequence.of(anew(self.prompt, shown, tokenizer, template_options)), shown)
+        return Following(anew(self.prompt, shown, tokenizer, template_options, self.image_tokens), shown)
 
     def go_on(self, following: Following) -> None:
         """Makes this what the next turn is added to."""

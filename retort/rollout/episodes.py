@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from retort.align.calls import turn_calls
-from retort.align.chat import TemplateOptions, render
+from retort.align.chat import TemplateOptions, rendered
 from retort.align.history import Exchange
 from retort.align.text import completion_text
 from retort.core.random_streams import UniformStream
@@ -295,9 +295,11 @@ def _begun(
         for task, episode in zip(own, episodes, strict=True):
             context = task.context
             if episode.prompt is not task.prompt:
-                context = TokenSequence.of(render(episode.prompt, engine.tokenizer, setup.template_options))
+                own_prompt, images = episode.prompt, engine.image_tokens
+                context = rendered(own_prompt, engine.tokenizer, setup.template_options, images)
                 _check_room(episode.prompt, context, engine)
-            found.append(_Open(task, episode, Conversation(episode.prompt, [context])))
+            talk = Conversation(episode.prompt, [context], image_tokens=engine.image_tokens)
+            found.append(_Open(task, episode, talk))
     return found
 
 

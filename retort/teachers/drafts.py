@@ -13,7 +13,6 @@ from typing import Literal
 
 from retort.core.passages import Passage
 from retort.core.rollouts import Prompt, Rollout
-from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.teachers.moving import Weights, frozen
 from retort.teachers.view_input import ViewInput
@@ -124,5 +123,5 @@ class Draft:
 
 def blind(rollout: Rollout) -> Rollout:
     """A rollout of which nothing that was generated is known: the prompt, and who it is."""
-    context = TokenSequence.of(rollout.prefix_ids)
+    context = rollout.sequences[0].prefix
     return Rollout(rollout.prompt, (context,), member=rollout.member, visit=rollout.visit)

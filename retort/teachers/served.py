@@ -37,9 +37,9 @@ class ServedTeacher(LocalTeacher):
         if prompts.valid_N(pack) is not None:
             return super().score(groups, request, head=head)
         sequences = [
-            self._sequence(sequence, ids)
-            for sequence, ids in zip(pack.sequences, prompts.ids, strict=True)
-            if ids is not None
+            self._sequence(sequence, context)
+            for sequence, context in zip(pack.sequences, prompts.contexts, strict=True)
+            if context is not None
         ]
         vocab, top_k = self.alignment.vocab, kept_ids(request.needs)
         settings = {

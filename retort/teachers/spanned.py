@@ -147,12 +147,12 @@ class SpanTeacher(LocalTeacher):
         asked = zip(pack.rollouts, prompts.first, strict=True)
         said = [
             replies
-            for rollout, ids in asked
-            for replies in ([[]] * len(rollout.sequences) if ids is None else self.replies(rollout))
+            for rollout, context in asked
+            for replies in ([[]] * len(rollout.sequences) if context is None else self.replies(rollout))
         ]
         return [
-            None if ids is None else self.pair.read(sequence, ids, replies)
-            for sequence, ids, replies in zip(pack.sequences, prompts.ids, said, strict=True)
+            None if context is None else self.pair.read(sequence, context.ids, replies)
+            for sequence, context, replies in zip(pack.sequences, prompts.contexts, said, strict=True)
         ]
 
 

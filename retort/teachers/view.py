@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from retort.core.rollouts import Prompt, Rollout
 from retort.errors import UserError
@@ -31,6 +32,8 @@ class View:
         draft: Texts that it shows and that models write before.
         by_step: Whether each sequence of a rollout has a prompt of its own, rendered from the conversation before it;
             else the one prompt takes the place of the first one everywhere.
+        images: The images of a row that it shows: the prompt's `own`, changed, or those for a `teacher` alone
+            (`Prompt.teacher_images`); a row without any has no context. None: the prompt's own as they are, if any.
         leaves_out: Says of a rollout whether its teacher is not to be asked about it; None: it always is.
     """
 
@@ -41,6 +44,7 @@ class View:
     rewards: bool = False
     draft: Draft | None = None
     by_step: bool = False
+    images: Literal["own", "teacher"] | None = None
     leaves_out: Callable[[Rollout], bool] | None = None
 
     def __post_init__(self) -> None:
@@ -63,9 +67,15 @@ class View:
         """The view of the student's own prompt, scored by the base model."""
         return View(model="base")
 
+    def can_show(self, prompt: Prompt) -> bool:
+        """Whether a row has all that the view shows of it: texts, and images."""
+        if any(not prompt.shown(column) for column in self.columns):
+            return False
+        return bool({None: True, "own": prompt.images, "teacher": prompt.teacher_images}[self.images])
+
     def prompt(self, view_input: ViewInput) -> Prompt | None:
         """The prompt that the teacher reads; None where there is no context."""
-        if any(not view_input.prompt.shown(column) for column in self.columns):
+        if not self.can_show(view_input.prompt):
             return None
         if self.leaves_out is not None and self.leaves_out(view_input.rollout):
             return None

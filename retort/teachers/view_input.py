@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from retort.core.images import PLACEHOLDER
 from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Rollout
 from retort.teachers.templates import TEMPLATES, fill
@@ -60,7 +61,11 @@ class ViewInput:
         return text if self.limit is None else text.lstrip()[: self.limit]
 
     def section(self, template: str, text: str, prompt: str = "") -> str:
-        """A text in a template; an empty text gives an empty section."""
+        """A text in a template; an empty text gives an empty section.
+
+        Where an image stands in such a text, of another problem or of a model's, nothing is shown.
+        """
+        text, prompt = text.replace(PLACEHOLDER, ""), prompt.replace(PLACEHOLDER, "")
         kept = self.cut(text)
         if not kept.strip():
             return ""

@@ -115,7 +115,7 @@ def test_a_renderer_renders_each_prompt_once_and_keeps_no_more_than_it_may(monke
     renderer = chat_module.Renderer(tokenizer())
     for _ in range(2):
         for prompt in prompts:
-            assert renderer(prompt) == render(prompt, tokenizer())
+            assert renderer(prompt).ids == render(prompt, tokenizer())
     assert asked == ["0", "1", "1"]  # two ids each: room for one
     # What a prompt is known by is what is shown of it, not its name.
-    assert renderer(Prompt("0", (Message("user", "world"),))) != renderer(prompts[0])
+    assert renderer(Prompt("0", (Message("user", "world"),))).ids != renderer(prompts[0]).ids

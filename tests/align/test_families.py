@@ -175,8 +175,8 @@ def test_prompts_that_were_rendered_before_are_found_and_can_be_asked_for(name: 
         check_rendered([*fine, before], {"student": Renderer(tokenizer)})
     # Asked for, the ids are those of the conversation; and not two beginnings, or none.
     taken = Renderer(tokenizer, TemplateOptions(rendered=True))
-    assert taken(before) == own_ids(tokenizer, TALKS[talk])
-    assert taken(prompt(("user", text.removeprefix(bos)), plain=True)) == own_ids(tokenizer, TALKS[talk])
+    assert taken(before).ids == own_ids(tokenizer, TALKS[talk])
+    assert taken(prompt(("user", text.removeprefix(bos)), plain=True)).ids == own_ids(tokenizer, TALKS[talk])
     assert check_rendered([before], {"student": taken}) == []
     with pytest.raises(UserError, match=r"prompt 'row' is a conversation.*rollout.rendered"):
         taken(prompt(*TALKS[talk]))

@@ -36,7 +36,7 @@ def test_a_run_trains_and_judges_in_it(tiny_run: dict[str, Any], tmp_path: Path)
     for mine, theirs in ((put.source.prompts, plain.source.prompts), (put.held_out, plain.held_out)):
         assert [prompt.text for prompt in mine] == [f"3 {prompt.text} 7" for prompt in theirs]
         assert len(mine) > 0
-    assert put.source.render(put.source.prompts[0]) != plain.source.render(plain.source.prompts[0])
+    assert put.source.render(put.source.prompts[0]).ids != plain.source.render(plain.source.prompts[0]).ids
 
 
 def test_the_built_in_task_has_its_own_words() -> None:

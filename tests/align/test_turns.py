@@ -85,8 +85,8 @@ def test_a_renderer_tells_prompts_apart_by_their_tools_and_calls(made: Any) -> N
     user, called, told = PROMPT.messages
     other = replace(called, extra={"tool_calls": [{**CALL, "function": {"name": "sub", "arguments": {}}}]})
     prompts = [PROMPT, replace(PROMPT, tools=()), replace(PROMPT, messages=(user, other, told))]
-    assert len({tuple(renderer(prompt)) for prompt in prompts}) == 3
-    assert [renderer(prompt) for prompt in prompts] == [render(prompt, made) for prompt in prompts]
+    assert len({tuple(renderer(prompt).ids) for prompt in prompts}) == 3
+    assert [renderer(prompt).ids for prompt in prompts] == [render(prompt, made) for prompt in prompts]
 
 
 @pytest.mark.parametrize("place", ["content", "tool name", "argument", "key", "description"])

@@ -29,7 +29,9 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     taking_part = {bench.name: {e.method for e in bench.entries().values()} for bench in (outside, itself)}
     judges = {entry.method for entry in lab.BENCHES["judges"].entries().values()}
     several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
-    assert taking_part["lab"] | taking_part["lab-itself"] | judges | several == set(registry.names())
+    looking = {entry.method for entry in lab.BENCHES["shapes"].entries().values()}
+    assert taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking == set(registry.names())
+    assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
     assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])
     assert judges - taking_part["lab"] - taking_part["lab-itself"] == {"ropd"}
@@ -61,6 +63,34 @@ def test_benches_with_a_judge_or_with_several_teachers_have_settings_that_hold(l
         config.resolve(job.settings)
     alone = [job for job in jobs if job.method == "second teacher"]
     assert {Path(job.settings["teacher"]).name for job in alone} == {"teacher_2"}
+
+
+def test_the_page_of_images_has_who_looks(lab: ModuleType, tmp_path: Path) -> None:
+    jobs = list(lab.jobs(lab.BENCHES["shapes"], tmp_path, (), 3))
+    assert len({job.folder for job in jobs}) == len(jobs) == 3 * 4
+    assert {job.settings["data"] for job in jobs} == {"shapes"}
+    for job in jobs:
+        registry.load(**job.settings["method"])
+        assert job.settings["method"]["samples"] == 4
+    about = lab.about(lab.BENCHES["shapes"])
+    rows = [_looked("opd", seed, 0.5, 0.3) for seed in range(3)]
+    rows += [_looked("va_opd", seed, 0.6 + 0.01 * seed, 0.5) for seed in range(3)]
+    text = sys.modules["lab_shapes_page"].page(rows, about, [*about])
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert table[1].startswith("| `va_opd` | faithful | 3 | 61.0 ± 2.5 | 16.0 ± 2.5 | 40.0 | 50.0 | 10.0 |")
+    assert table[2].startswith("| `opd` | faithful | 3 | 50.0 | 5.0 | 40.0 | 30.0 | 10.0 |")
+    assert "| va_opd | 3 | +11.0 [+8.5, +13.5] | +0.0" in text and "+20.0" in text
+    assert "Student before: right 45.0 %, on pixelated pictures 40.0 %, changed 10.0 %." in text
+    assert "Without a finished run: gkd, gkd, reverse KL." in text
+
+
+def _looked(method: str, seed: int, right: float, changed: float) -> dict[str, Any]:
+    before = {"right_original": 0.45, "right_pixelated": 0.4, "changed_pixelated": 0.1}
+    after = {**before, "right_original": right, "changed_pixelated": changed}
+    return {
+        "method": method, "seed": seed, "before": before, "after": after, "teacher": None, "tokens": 9000,
+        "seconds": 20.0,
+    }  # fmt: skip
 
 
 def test_self_taught_methods_get_a_bigger_teacher_only_where_they_ask_for_one(lab: ModuleType, tmp_path: Path) -> None:

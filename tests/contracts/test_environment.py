@@ -391,7 +391,7 @@ def test_an_episode_of_three_turns_is_learnt_from_like_any_rollout(
     setup = pipeline.prepared(settings, "eopd")
     prompts = [replace(own, answer="99") for own in setup.source.prompts[:2]]  # never guessed
     asked = [
-        Task(own, TokenSequence.of(setup.source.render(own)), member, UniformStream(0, "rollouts", own.id, member))
+        Task(own, TokenSequence.of(setup.source.render(own).ids), member, UniformStream(0, "rollouts", own.id, member))
         for own in prompts
         for member in range(2)
     ]

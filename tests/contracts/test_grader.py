@@ -60,7 +60,7 @@ class Ranked(Grader):
 
 
 def of_task(name: str) -> tuple[Callable[[], Grader], Prompt]:
-    built_in = name in ("countdown", "ranking", "coached", "bait")
+    built_in = name in ("countdown", "ranking", "coached", "bait", "shapes")
     return lambda: ByText(VERIFIERS[name]()), builtin_prompts(name, "train", 1)[0] if built_in else SUM
 
 

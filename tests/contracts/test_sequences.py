@@ -153,7 +153,7 @@ def test_a_teacher_behind_another_prompt_reads_what_stands_between(lm: LanguageM
     shown = Prompt("q", (Message("user", "so the answer is 3 ="),))
     view = View(render=lambda scene: shown)
     teacher = local(lm)
-    sequence = rollout.sequence.with_prefix(TokenSequence.of(teacher.render(shown)))
+    sequence = rollout.sequence.with_prefix(TokenSequence.of(teacher.render(shown).ids))
     said = teacher.score([(rollout,)], ScoreRequest(view, frozenset({SAMPLED})))
     found_N = said.rows(slice(None)).sampled_logp_N
     expected_N = own_logp(lm, [sequence]).gather(1, said.tokens_N[:, None]).squeeze(1)
@@ -178,7 +178,7 @@ def test_the_room_of_a_view_is_what_the_whole_continuation_leaves(lm: LanguageMo
     long = rollout.sequence.prefix.then([7], decided=True).then([30] * (lm.context - 20)).then([8], decided=True)
     shown = Prompt("q", (Message("user", "so " * 30),))
     pack = Pack.of([Rollout(rollout.prompt, long)])
-    read = local(lm).prompts(pack, View(render=lambda scene: shown)).ids[0]
+    read = local(lm).prompts(pack, View(render=lambda scene: shown)).contexts[0]
     assert read is None or len(read) + len(long.continuation) <= lm.context
 
 
@@ -214,8 +214,8 @@ class Reads:
     def __init__(self, lm: LanguageModel) -> None:
         self.tokenizer = lm.tokenizer
 
-    def __call__(self, prompt: Prompt) -> list[int]:
-        return self.tokenizer(TEXT)["input_ids"]
+    def __call__(self, prompt: Prompt) -> TokenSequence:
+        return TokenSequence.of(self.tokenizer(TEXT)["input_ids"])
 
 
 def setup_of(lm: LanguageModel, prompts: Sequence[Prompt]) -> tuple[Sequence[Prompt], Any]:

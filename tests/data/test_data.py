@@ -93,7 +93,7 @@ def test_columns_are_mapped(file: Path) -> None:
         (b'{"messages": []}\n', ["line 1", "at least one"]),
         (b'{"messages": ["hi"]}\n', ["line 1, message 0", "is a str"]),
         (b'{"messages": [{"role": "usr", "content": "a"}]}\n', ["message 0", "'usr'", "did you mean 'user'?"]),
-        (b'{"messages": [{"role": "user", "content": [1]}]}\n', ["message 0", "text only"]),
+        (b'{"messages": [{"role": "user", "content": [1]}]}\n', ["message 0, part 0", "of text and of images"]),
         (b'{"messages": [{"role": "user", "content": " "}]}\n', ["message 0", "empty"]),
         (b'{"messages": [{"role": "user"}]}\n', ["message 0", "NoneType"]),
         (

@@ -32,8 +32,6 @@ _Picture.__module__ = "PIL.PngImagePlugin"
 @pytest.mark.parametrize(
     ("row", "columns", "place"),
     [
-        ({"prompt": "<image>\nWhat is it?", "image": "000/1.jpg"}, {}, "row 0: 'image'"),
-        ({"conversations": [{"from": "human", "value": "<image>"}], "image": "1.jpg"}, {}, "row 0: 'image'"),
         ({"prompt": "What is it?", "Images": [None, {"url": "x"}]}, {}, "row 0: 'Images'"),
         ({"prompt": "What is it?", "audio": b"RIFF"}, {}, "row 0: 'audio'"),
         ({"prompt": "What is it?", "video": {"path": "a.mp4"}}, {}, "row 0: 'video'"),
@@ -42,10 +40,12 @@ _Picture.__module__ = "PIL.PngImagePlugin"
         ({"prompt": "What is it?", "shown": [_Picture()]}, {}, "row 0: 'shown'"),
         ({"messages": [{**TURN, "images": ["1.jpg"]}]}, {}, "row 0, message 0: 'images'"),
         ({"asked": {"text": "What is it?", "image": "1.jpg"}}, {"prompt": "asked.text"}, "row 0, 'asked': 'image'"),
+        ({"prompt": "What is it?", "image": "1.jpg"}, {"images": "shown"}, "row 0: 'image'"),
     ],
 )
-def test_what_is_no_text_is_not_left_out_in_silence(row: dict[str, Any], columns: dict[str, str], place: str) -> None:
-    with pytest.raises(UserError, match="reads text only; leave such rows out, or drop the column") as refused:
+def test_what_is_not_read_is_not_left_out_in_silence(row: dict[str, Any], columns: dict[str, str], place: str) -> None:
+    row = row | {column: None for column in columns.values() if "." not in column}
+    with pytest.raises(UserError, match=r"map the column of images \(columns.images=...\).*; leave other such rows out, or drop the column") as refused:
         _read(row, **columns)
     assert place in str(refused.value)
 
@@ -72,7 +72,7 @@ def test_a_column_that_is_read_as_text_may_have_any_name() -> None:
         ({"prompt": "x", "clean": b"4"}, "'clean' is bytes"),
         (
             {"messages": [{"role": "user", "content": b"x"}]},
-            "content is bytes; this version reads text only: make text",
+            "content is bytes; expected text, or a list of parts: make text",
         ),
         ({"messages": [5]}, "message 0: is an int"),
         ({"chosen": [TURN], "rejected": [TURN]}, "columns.messages=chosen"),

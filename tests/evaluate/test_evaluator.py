@@ -58,7 +58,7 @@ def test_entropies_are_at_temperature_1_however_answers_are_drawn(tiny_run: dict
     assert len(row["answers"]) == len(setup.held_out)
     found: list[float] = []
     for prompt, answer in zip(setup.held_out, row["answers"], strict=True):
-        ids = setup.source.render(prompt)
+        ids = setup.source.render(prompt).ids
         written = setup.student.tokenizer.convert_tokens_to_ids([token.strip() for token in answer["tokens"]])
         with torch.no_grad():
             logits = setup.student.model(input_ids=torch.tensor([[*ids, *written]])).logits[0, len(ids) - 1 : -1]

@@ -81,7 +81,7 @@ def by_hand(pair: Made, said: dict[str, list[int]]) -> tuple[Estimate | None, li
             logits = pair.student.model(input_ids=torch.tensor([[*before, *ids]])).logits[0, len(before) - 1 : -1]
         logp = logits[:, : pair.pair.vocab].log_softmax(-1)[range(len(ids)), ids]
         rollout = Rollout(prompt, TokenSequence.of(before).then(ids, decided=True), member=0)
-        units = slowly(pair, rollout, pair.teacher.render(prompt))
+        units = slowly(pair, rollout, pair.teacher.render(prompt).ids)
         sums.append(sum(float(logp[unit.own].sum()) - unit.logp for unit in units))
         inside.append(float(sum(lengths[step] for unit in units for step in unit.own)))
         whole.append(float(sum(lengths)))

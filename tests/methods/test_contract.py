@@ -27,6 +27,8 @@ from retort.teachers.local import reduced
 from retort.train import runner
 from retort.train.storage import checkpoint
 
+pytestmark = pytest.mark.usefixtures("images_as_text")
+
 NAMES = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
 NOT_ZERO = {
@@ -55,6 +57,7 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
+    "va_opd": "siblings are compared, and a half may end within a rollout",
     **dict.fromkeys(("mad_opd", "mt_opd", "opad"), "a half is divided by its own rollouts"),
 }
 

@@ -123,9 +123,9 @@ def test_in_a_run_the_student_answers_the_prompt_of_the_data_and_the_teacher_rea
     pack = pipeline.ragged(setup)
     teacher = setup.teachers.behind(setup.method)["teacher"]
     assert isinstance(teacher, SelfTeacher)
-    read = teacher.local.prompts(pack, setup.method.views["teacher"]).ids
+    read = teacher.local.prompts(pack, setup.method.views["teacher"]).contexts
     assert any(rollout.prompt.clean != rollout.prompt.messages for rollout in pack.rollouts)
-    for rollout, ids in zip(pack.rollouts, read, strict=True):
+    for rollout, context in zip(pack.rollouts, read, strict=True):
         assert rollout.prompt.clean is not None
-        assert rollout.sequence.prefix.tokens_L.tolist() == setup.source.render(rollout.prompt)
-        assert ids == setup.source.render(Prompt("x", rollout.prompt.clean))
+        assert rollout.sequence.prefix.tokens_L.tolist() == setup.source.render(rollout.prompt).ids
+        assert context.ids == setup.source.render(Prompt("x", rollout.prompt.clean)).ids

@@ -13,6 +13,7 @@ from talks import ASKED, READING, REPLIES, TURNS, first_steps, played, said, wor
 from retort.align.chat import render
 from retort.align.replies import reply_ids
 from retort.core.rollouts import Group, Message, Pack, Prompt, Status
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.ranks import Share
 from retort.ranks.world import World
@@ -153,8 +154,8 @@ def test_several_sequences_come_back_from_a_checkpoint_as_they_were(tmp_path: An
         def __init__(self) -> None:
             self.tokenizer = tokenizer
 
-        def __call__(self, prompt: Prompt) -> list[int]:
-            return render(prompt, tokenizer, READING)
+        def __call__(self, prompt: Prompt) -> TokenSequence:
+            return TokenSequence.of(render(prompt, tokenizer, READING))
 
     visits = [(played(tokenizer, history=1), replace(played(tokenizer), member=1)), (played(tokenizer, history=0),)]
     cache, again, reads = RolloutCache(tmp_path), RolloutCache(tmp_path), Reads()

@@ -35,6 +35,7 @@ def weights(settings: dict[str, Any], folder: Path) -> bytes:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("images_as_text")
 @pytest.mark.parametrize("name", NAMES)
 @pipeline.models_once()
 def test_a_step_is_the_local_one_to_the_last_bit(name: str, tiny_run: dict[str, Any], url: str, tmp_path: Path) -> None:

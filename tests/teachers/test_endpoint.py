@@ -104,7 +104,7 @@ def test_what_a_server_offers_is_found_by_trying(
 def test_whatever_the_form_the_written_token_has_its_log_prob(lm: Any, address: str) -> None:
     own = teacher(opened(lm, address))
     said = own.score(groups([12, 13, 2]), ScoreRequest(View(), frozenset({SAMPLED})))
-    prompt = own.render(Prompt("p", (Message("user", "3 + 4 ="),)))
+    prompt = own.render(Prompt("p", (Message("user", "3 + 4 ="),))).ids
     expected = plain(lm, prompt, [12, 13, 2]).gather(1, torch.tensor([[12], [13], [2]])).squeeze(1)
     torch.testing.assert_close(said.rows(slice(None)).sampled_logp_N, expected, **CLOSE)
 
@@ -135,7 +135,7 @@ def test_a_bound_of_the_entropy_comes_from_the_same_top_k(lm: Any, some: Endpoin
     said = own.score(groups([12, 13, 2]), ScoreRequest(View(), needs))
     assert isinstance(said, TopK)
     assert not said.entropy_exact
-    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))), [12, 13, 2])
+    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))).ids, [12, 13, 2])
     torch.testing.assert_close(said.rows(slice(None)).topk(K)[1], expected_NV.topk(K).values, **CLOSE)
     assert torch.equal(said.rows(slice(None)).topk(K)[0], expected_NV.topk(K).indices)
     bound_N = entropy_lower_bound(expected_NV.topk(20).values)
@@ -147,13 +147,13 @@ def test_ids_of_the_students_need_no_top_k(lm: Any) -> None:
     ids_NK = torch.tensor([[3, 9, 4], [59, 0, 2], [5, 6, 7]])
     said = own.score(groups([12, 13, 2]), ScoreRequest(View(), frozenset({logp_at(3)}), 1.0, ids_NK))
     assert isinstance(said, Candidates)
-    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))), [12, 13, 2])
+    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))).ids, [12, 13, 2])
     torch.testing.assert_close(said.logp_NK, expected_NV.gather(1, ids_NK), **CLOSE)
 
 
 def test_another_stop_and_other_ids_are_read_in_both_directions(lm: Any, some: EndpointModel) -> None:
     """The student's 5 is the teacher's 2 and the other way round; and all ids of the student's are turned round."""
-    prompt = teacher(some).render(Prompt("p", (Message("user", "3 + 4 ="),)))
+    prompt = teacher(some).render(Prompt("p", (Message("user", "3 + 4 ="),))).ids
     needs, ids_NK = frozenset({logp_at(2), Need("topk", K)}), torch.tensor([[5, 2], [9, 5]])
     swapped = teacher(some, alignment=SameIds(60, StopMap({5: 2, 2: 5})))
     said = swapped.score(groups([12, 5]), ScoreRequest(View(), needs, 1.0, ids_NK)).rows(slice(None), 60)
@@ -172,7 +172,7 @@ def test_ids_that_the_student_lacks_leave_a_shorter_list(lm: Any, some: Endpoint
     own = teacher(some, alignment=SameIds(20))
     said = own.score(groups([12, 13]), ScoreRequest(View(), frozenset({Need("topk", 20)})))
     ids_NK, logp_NK = said.rows(slice(None)).topk(20)
-    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))), [12, 13])
+    expected_NV = plain(lm, own.render(Prompt("p", (Message("user", "3 + 4 ="),))).ids, [12, 13])
     for ids, logp, row in zip(ids_NK.tolist(), logp_NK.tolist(), expected_NV.topk(20).indices.tolist(), strict=True):
         known = [i for i in row if i < 20]
         assert ids[: len(known)] == known
@@ -204,7 +204,7 @@ def test_a_temperature_takes_the_whole_distribution(lm: Any, some: EndpointModel
     whole = teacher(opened(lm, "max=-1"))
     check_temperature(registry.load("opd", temperature=0.7), {"teacher": whole.capabilities})
     said = whole.score(groups([12, 13]), ScoreRequest(View(), frozenset({SAMPLED}), 0.7))
-    logits = plain(lm, whole.render(Prompt("p", (Message("user", "3 + 4 ="),))), [12, 13]) / 0.7
+    logits = plain(lm, whole.render(Prompt("p", (Message("user", "3 + 4 ="),))).ids, [12, 13]) / 0.7
     expected = logits.log_softmax(-1).gather(1, torch.tensor([[12], [13]])).squeeze(1)
     torch.testing.assert_close(said.rows(slice(None)).sampled_logp_N, expected, **CLOSE)
 

@@ -152,7 +152,7 @@ def equals(made: Made, said: Spans, groups: list[Group], temperature: float = 1.
     start, seen = 0, 0
     pairs = set(zip(made.pair.shared.student_K.tolist(), made.pair.shared.teacher_K.tolist(), strict=True))
     for rollout in (own for group in groups for own in group):
-        prompt_ids = made.teacher.render(rollout.prompt)
+        prompt_ids = made.teacher.render(rollout.prompt).ids
         units = slowly(made, rollout, prompt_ids, temperature)
         free = set(range(rollout.steps))
         for unit in units:
@@ -432,7 +432,7 @@ def test_a_turn_is_scored_behind_the_conversation_in_the_teachers_own_form(
     monkeypatch.setattr(tokenizer, "chat_template", CHAT)
     rollout = episode(pair)
     said = pair.score(in_groups([rollout, replace(pair.rollout(pair.spelt(" fox"), "hello"))]))
-    conversation = list(pair.teacher.render(rollout.prompt))
+    conversation = list(pair.teacher.render(rollout.prompt).ids)
     assert tokenizer.decode(conversation) == f"user: {TEXT}\nassistant: "
     start, before = 0, rollout.sequence.prefix.read()
     for number, run in enumerate(rollout.sequence.continuation.pieces()):

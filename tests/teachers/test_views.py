@@ -193,12 +193,13 @@ def test_too_long_a_context_is_cut_at_the_end_of_the_privileged_text_and_counted
     long = answered(lm, "3 + 4 =", [12], solution="1 2 3 4 5 6 7 8 9")
     prompts = told(lm, longest=8).prompts(Pack.of([long]), privileged("solution"))
     assert prompts.cut == 1
-    assert prompts.ids[0] is not None
-    assert len(prompts.ids[0]) <= 8
+    assert prompts.contexts[0] is not None
+    read = prompts.contexts[0].ids
+    assert len(read) <= 8
     ids = lm.tokenizer("1 2 3 4 3 + 4 =")["input_ids"]
-    assert prompts.ids[0] == ids[: len(prompts.ids[0])] or prompts.ids[0][-4:] == ids[-4:]
+    assert read == ids[: len(read)] or read[-4:] == ids[-4:]
     # Where not even the bare frame fits, there is no context.
-    assert told(lm, longest=2).prompts(Pack.of([long]), privileged("solution")).ids == [None]
+    assert told(lm, longest=2).prompts(Pack.of([long]), privileged("solution")).contexts == [None]
 
 
 def test_what_the_teacher_reads_is_the_privileged_text_the_question_and_then_the_students_own_tokens(lm: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 
@@ -96,6 +97,11 @@ class Engine(Protocol):
     @property
     def context(self) -> int:
         """The longest sequence, context and completion together, tokens."""
+        ...
+
+    @property
+    def image_tokens(self) -> ImageTokens | None:
+        """How images are written into the model's prompts; None for a model of text alone."""
         ...
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:

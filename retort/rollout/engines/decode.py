@@ -17,7 +17,9 @@ from torch.nn import functional
 from transformers import GenerationMixin
 
 from retort.core.sequences import TokenSequence
+from retort.models.image_trials import tried_contexts
 from retort.models.lm import LanguageModel
+from retort.rollout.engines.images import Images
 from retort.rollout.engines.kept import Turns
 from retort.rollout.engines.kv import keeps_every_token, roomy_cache
 
@@ -29,23 +31,26 @@ _LEAVE = 1 / 8
 
 
 def can_decode(lm: LanguageModel) -> bool:
-    """Whether this loop decodes the model correctly.
+    """Whether this loop decodes the model correctly, with images where it reads them.
 
     A family may prepare its inputs in a way of its own, or keep a state outside of the cache. The first shows on its
     class, the second by a trial: three completions, two of them of one prompt, that end one by one, against the same
     tokens scored at once.
     """
     model, usual = (cast("Any", kind) for kind in (type(lm.model), GenerationMixin))
+    # A model that reads images prepares them, which the trial with images shows to be done here, too.
     as_usual = (
-        model.prepare_inputs_for_generation is usual.prepare_inputs_for_generation
+        (lm.vision is not None or model.prepare_inputs_for_generation is usual.prepare_inputs_for_generation)
         and model._supports_default_dynamic_cache()
         and "past_key_values" in _arguments(lm)
     )
-    if not as_usual or not _decodes_as_it_scores(lm, 2, 5):
+    if not as_usual or not _decodes_as_it_scores(lm, _texts(lm, 2, 5)):
+        return False
+    if lm.vision is not None and not (lm.vision.joins and _decodes_as_it_scores(lm, tried_contexts(lm))):
         return False
     # On both sides of every length after which the model may compute differently.
     lengths = [] if lm.together_up_to is not None else lm.tried
-    return all(_decodes_as_it_scores(lm, max(1, length // 2), length + 3) for length in lengths)
+    return all(_decodes_as_it_scores(lm, _texts(lm, max(1, length // 2), length + 3)) for length in lengths)
 
 
 def can_continue(lm: LanguageModel) -> bool:
@@ -53,15 +58,21 @@ def can_continue(lm: LanguageModel) -> bool:
 
     Tried by conversations of two turns, with replies of other lengths, against the same tokens scored at once.
     """
-    return keeps_every_token(lm) and _decodes_as_it_scores(lm, 2, 5, replies=(2, 4, 1))
+    return keeps_every_token(lm) and _decodes_as_it_scores(lm, _texts(lm, 2, 5), replies=(2, 4, 1))
 
 
-def _decodes_as_it_scores(lm: LanguageModel, shorter: int, longer: int, replies: Sequence[int] = ()) -> bool:
+def _texts(lm: LanguageModel, shorter: int, longer: int) -> tuple[TokenSequence, TokenSequence]:
+    vocab = lm.head().width
+    ids = ([(7 * index + length) % vocab for index in range(length)] for length in (shorter, longer))
+    return TokenSequence.of(next(ids)), TokenSequence.of(next(ids))
+
+
+def _decodes_as_it_scores(
+    lm: LanguageModel, texts: tuple[TokenSequence, TokenSequence], replies: Sequence[int] = ()
+) -> bool:
+    short, long = texts
     vocab, stop = lm.head().width, lm.stops.primary
     other = next(token for token in range(vocab) if token not in lm.stops.ids)
-    short, long = (
-        TokenSequence.of([(7 * index + length) % vocab for index in range(length)]) for length in (shorter, longer)
-    )
     contexts, turns = [short, long, long], Turns([None] * 3, [True] * 3) if replies else None
     completions_BA = torch.tensor([[stop, stop, stop, stop], [other, stop, stop, stop], [other, other, other, stop]])
     written = [completion[: completion.index(stop) + 1] for completion in completions_BA.tolist()]
@@ -111,6 +122,7 @@ def decode(
     """
     # Rows with the same context read it together, and separate when the first token is sampled.
     asked_B, different = read_once(contexts)
+    images = Images.of(lm, different)
     ids_BL, mask_BL = left_padded(different, lm)
     rows, width = len(contexts), ids_BL.shape[1]
     stops = torch.tensor(sorted(lm.stops.ids), device=lm.device)
@@ -122,11 +134,13 @@ def decode(
     asked_B = asked_B.to(lm.device)
     # Without padding no mask has to be made or read at all.
     mask_BL = None if bool(mask_BL.all()) else functional.pad(mask_BL, (0, longest), value=1)
-    ids_BL, position_BL = ids_BL[:, -unread:], _positions(mask_BL, len(different), width, lm.device)[:, -unread:]
+    position_BL = _positions(mask_BL, len(different), width, lm.device) if images is None else images.position_BL
+    ids_BL, position_BL = ids_BL[:, -unread:], position_BL[..., -unread:]
     row_B = torch.arange(rows, device=lm.device)
     live_B = torch.ones(rows, dtype=torch.bool, device=lm.device)
     for step in range(longest):
-        hidden_BD = lm.model.base_model(
+        read = lm.model.base_model if images is None or step else images.read
+        hidden_BD = read(
             input_ids=ids_BL,
             attention_mask=None if mask_BL is None else mask_BL[:, : width + step],
             past_key_values=cache,
@@ -135,7 +149,7 @@ def decode(
         ).last_hidden_state[:, -1]
         if step == 0 and len(different) < rows:
             cache.reorder_cache(asked_B)
-            hidden_BD, position_BL = hidden_BD[asked_B], position_BL[asked_B]
+            hidden_BD, position_BL = hidden_BD[asked_B], position_BL[..., asked_B, :]
             mask_BL = None if mask_BL is None else mask_BL[asked_B]
         token_B, logp_B = draw(head.logits(hidden_BD, vocab), row_B, step)
         found_BA[row_B, step], logp_BA[row_B, step] = token_B, logp_B
@@ -149,9 +163,9 @@ def decode(
                 cache.reorder_cache(kept)
             else:
                 turns.leave(cache, row_B, torch.isin(found_BA[row_B, : step + 1], stops), kept)
-            row_B, token_B, live_B, position_BL = row_B[kept], token_B[kept], live_B[kept], position_BL[kept]
+            row_B, token_B, live_B, position_BL = row_B[kept], token_B[kept], live_B[kept], position_BL[..., kept, :]
             mask_BL = None if mask_BL is None else mask_BL[kept]
-        ids_BL, position_BL = token_B[:, None], position_BL[:, -1:] + 1
+        ids_BL, position_BL = token_B[:, None], position_BL[..., -1:] + 1
     if turns is not None:
         turns.leave(cache, row_B, torch.isin(found_BA[row_B], stops))
     return found_BA.cpu(), logp_BA.cpu()

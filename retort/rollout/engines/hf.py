@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.core.sequences import TokenSequence
 from retort.models.lm import LanguageModel
@@ -30,9 +32,9 @@ class _ForcedDraw:
     `generate` would draw from the global random state, in an order that depends on the batch.
     """
 
-    def __init__(self, draw: Draw, rows: int, vocab: int, device: torch.device) -> None:
+    def __init__(self, draw: Draw, row_B: Tensor, vocab: int) -> None:
         self.draw = draw
-        self.row_B = torch.arange(rows, device=device)
+        self.row_B = row_B
         self.vocab = vocab
         self.logps: list[Tensor] = []
 
@@ -70,6 +72,11 @@ class HFEngine:
     def context(self) -> int:
         """See `Engine`."""
         return self.lm.context
+
+    @property
+    def image_tokens(self) -> ImageTokens | None:
+        """See `Engine`."""
+        return self.lm.image_tokens
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; it uses the live weights, and stores their version. What was kept of conversations is freed."""
@@ -148,12 +155,37 @@ def _generate(
     lm: LanguageModel, contexts: Sequence[TokenSequence], draw: Draw, vocab: int, longest: int
 ) -> tuple[Tensor, Tensor]:
     """`decode` by transformers' own `generate`, for families whose inputs only it knows how to prepare."""
-    from transformers import GenerationConfig, LogitsProcessorList
-
     from retort.rollout.engines.decode import left_padded
 
+    if any(context.media for context in contexts):
+        parts = [_generate_with_images(lm, context, draw, row, vocab, longest) for row, context in enumerate(contexts)]
+        return torch.stack([ids_A for ids_A, _ in parts]), torch.stack([logp_A for _, logp_A in parts])
     ids_BL, mask_BL = left_padded(contexts, lm)
-    given = _ForcedDraw(draw, len(contexts), vocab, lm.device)
+    given = _ForcedDraw(draw, torch.arange(len(contexts), device=lm.device), vocab)
+    out_BL = _forced(lm, given, longest, input_ids=ids_BL, attention_mask=mask_BL)
+    return out_BL[:, ids_BL.shape[1] :].cpu(), torch.stack(given.logps, dim=1).cpu()
+
+
+def _generate_with_images(
+    lm: LanguageModel, context: TokenSequence, draw: Draw, row: int, vocab: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Ids and log-probs [A] of one row of a batch, whose images the model's own forward reads."""
+    given = _ForcedDraw(draw, torch.tensor([row], device=lm.device), vocab)
+    assert lm.vision is not None
+    if context.media:
+        with lm.vision.own_inputs(context) as inputs:
+            out_1L = _forced(lm, given, longest, **inputs)
+    else:
+        out_1L = _forced(lm, given, longest, input_ids=context.tokens_L[None].to(lm.device))
+    ids_A, logp_A = out_1L[0, len(context) :].cpu(), torch.cat(given.logps).cpu()
+    room = longest - len(ids_A)
+    return functional.pad(ids_A, (0, room), value=lm.stops.primary), functional.pad(logp_A, (0, room))
+
+
+def _forced(lm: LanguageModel, given: _ForcedDraw, longest: int, **inputs: Any) -> Tensor:
+    """What `generate` returns, prompts included, where every token is drawn by `given`."""
+    from transformers import GenerationConfig, LogitsProcessorList
+
     config = GenerationConfig(
         do_sample=False,
         max_new_tokens=longest,
@@ -161,10 +193,4 @@ def _generate(
         pad_token_id=lm.stops.primary,
     )
     generate: Any = lm.model.generate
-    out_BL = generate(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([given]),
-    )
-    return out_BL[:, ids_BL.shape[1] :].cpu(), torch.stack(given.logps, dim=1).cpu()
+    return generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([given]))

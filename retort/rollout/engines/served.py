@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from retort.align.images import ImageTokens
 from retort.core.rollouts import Status
 from retort.errors import SignalError
 from retort.models.served import ServedModel
@@ -34,6 +35,11 @@ class ServedEngine:
     def context(self) -> int:
         """See `Engine`."""
         return self.lm.context
+
+    @property
+    def image_tokens(self) -> ImageTokens | None:
+        """See `Engine`."""
+        return self.lm.image_tokens
 
     def update(self, version: int, weights: Mapping[str, Tensor] | None = None) -> None:
         """See `Engine`; a served model keeps its weights, and only the version is stored."""

@@ -150,7 +150,7 @@ def talks(config: Config, lm: LanguageModel) -> LocalChat:
     vocab = min(lm.head().width, vocabulary_width(lm.tokenizer))
     return LocalChat(
         engine(config, lm, vocab),
-        Renderer(lm.tokenizer, replace(config.rollout.template_options, rendered=False)),
+        Renderer(lm.tokenizer, replace(config.rollout.template_options, rendered=False), lm.image_tokens),
         name=lm.name,
         fingerprint=fingerprint_of(lm, digests_of(lm)),
         batch=config.rollout.parallel,

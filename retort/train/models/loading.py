@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from retort.align.chat import Renderer
 from retort.config import Config
@@ -33,7 +34,7 @@ class Loaded:
         student: The model that learns.
         frozen: All other models by name.
         attention: The attention implementation; None for each model's own default.
-        render: Maps a prompt to ids, as the student reads it.
+        render: Renders a prompt as the student reads it.
     """
 
     config: Config
@@ -57,7 +58,7 @@ def load_models(
     Args:
         config: The resolved configuration.
         paths: Paths or hub names by model name; the base may be that of the student.
-        render: Maps a prompt to ids, as the student reads it.
+        render: Renders a prompt as the student reads it.
         train: Training prompts; some are used for measuring.
         notes: Collects notes for the user.
         caller_objects: The objects behind placeholders among the paths.
@@ -74,7 +75,7 @@ def load_models(
     first = teaching[0] if teaching else ""
     found = load_frozen(config, paths[first], first, caller_objects) if teaching else None
     teacher = found if isinstance(found, LanguageModel) else None
-    chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
+    chosen = _precision(config, student, teacher, [render(prompt).ids for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.here and teacher.precision != chosen:
         found = teacher = load(config, paths[first], first, caller_objects)
@@ -141,11 +142,14 @@ def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:
 
 
 def _adapt(config: Config, student: LanguageModel) -> None:
-    """Adds the adapter that the settings name to the student."""
-    lora = config.lora
+    """Adds the adapter that the settings name to the student, or freezes what is not to learn."""
+    lora, vision = config.lora, config.optimizer.vision
+    if vision == "frozen" and student.vision is not None:
+        student.vision.freeze()
     if lora.rank:
         alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-        add_adapter(student, rank=lora.rank, alpha=alpha, targets=lora.targets, rslora=lora.rslora, seed=config.seed)
+        arguments: dict[str, Any] = {"targets": lora.targets, "rslora": lora.rslora, "seed": config.seed}
+        add_adapter(student, rank=lora.rank, alpha=alpha, vision=vision == "trained", **arguments)
 
 
 def _precision(

@@ -236,11 +236,11 @@ def located(name: str) -> str:
     Raises:
         UserError: The model is missing; the message says how to make it.
     """
-    from retort.tasks import coached, countdown, ranking, rooms
+    from retort.tasks import coached, countdown, ranking, rooms, shapes
 
     bundled = {
         f"{task.__name__.rpartition('.')[2]}:{role}": path
-        for task in (countdown, ranking, coached, rooms)
+        for task in (countdown, ranking, coached, rooms, shapes)
         for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
     }
     if name not in bundled:

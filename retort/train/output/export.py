@@ -66,7 +66,7 @@ def _write(
             with _with_stops(student):
                 student.model.generation_config = student.saved_generation
                 student.model.save_pretrained(temporary, state_dict=weights)
-                student.tokenizer.save_pretrained(temporary)
+                student.save_tokens(temporary)
             write_text(temporary / "README.md", card(prepared, results, step))
     except Exception as error:  # A tokenizer that meets a full disk raises a plain Exception.
         if not isinstance(error, OSError | SafetensorError) and not disk_full(error):

@@ -13,6 +13,7 @@ import torch
 
 from retort.config.sections import SHORTHANDS
 from retort.core.rollouts import Prompt
+from retort.core.sequences import TokenSequence
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.models.fingerprint import digests_of
@@ -152,8 +153,11 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, st
             yield f"{before}{name}", json.dumps(value, default=str)
 
 
-def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], list[int]]) -> str:
+def _rendered(prompts: Iterable[Prompt], render: Callable[[Prompt], TokenSequence]) -> str:
     found = hashlib.sha256()
     for prompt in prompts:
-        found.update(f"{render(prompt)}\n".encode())
+        context = render(prompt)
+        found.update(f"{context.ids}\n".encode())
+        for own in context.media:  # a line of text alone stays as it is
+            found.update(f"{own.digest} {own.position}\n".encode())
     return found.hexdigest()

@@ -94,7 +94,9 @@ def check_before_loading(
     for name, other in list(found.items())[1:]:
         need_alignment(config, method, name, found["student"], other)
     config = templates.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
-    renders = {role: Renderer(one.tokenizer, config.rollout.template_options) for role, one in found.items()}
+    renders = {
+        role: Renderer(one.tokenizer, config.rollout.template_options, one.image_tokens) for role, one in found.items()
+    }
     read = templates.check_prompts(config, train, held_out, renders, notes)
     config = fit_lengths(config, found, read, notes)
     notes[first_note:first_note] = paper_settings(config, method)

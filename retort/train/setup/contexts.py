@@ -73,7 +73,7 @@ def note_unknown(method: Method, models: Mapping[str, Reader], stage: Stage, not
             if prompt is None:
                 continue
             seen += 1
-            if model.render(prompt).count(unknown) > model.render(group.prompt).count(unknown):
+            if model.render(prompt).ids.count(unknown) > model.render(group.prompt).ids.count(unknown):
                 found += 1
                 used |= shown
         if found:
@@ -138,7 +138,7 @@ def _shows(method: Method, view: View, verifier: Grader | None, stage: Stage) ->
 
 def _example_groups(method: Method, view: View, feedback: bool, stage: Stage) -> Iterator[ViewInput]:
     """Rollouts to a few prompts: right and wrong ones among siblings that are all right, all wrong, or both."""
-    fit = [prompt for prompt in stage.pool if all(prompt.shown(column) for column in view.columns)]
+    fit = [prompt for prompt in stage.pool if view.can_show(prompt)]
     for prompt in _spread(fit):
         for own in (_WORST, _BEST):
             for others in ((_BEST, _BEST), (_WORST, _WORST), (_BEST, _WORST)):

@@ -193,3 +193,26 @@ def need_columns(method: Method, train: Sequence[Prompt], notes: list[str]) -> N
                     f"{len(lacking)} of {len(train)} training prompts, '{lacking[0].id}' first, have no `{column}` "
                     f"for view '{name}': their rollouts are not learnt from"
                 )
+        if view.images is not None:
+            _need_images(method, name, train, notes)
+
+
+#: What an image view of either kind needs of a row, in words, and the column that holds it.
+_IMAGES = {"own": ("image", "images"), "teacher": ("image for the teacher alone", "teacher_images")}
+
+
+def _need_images(method: Method, name: str, train: Sequence[Prompt], notes: list[str]) -> None:
+    """The same of the images that a view shows."""
+    view = method.views[name]
+    what, column = _IMAGES[view.images or "own"]
+    lacking = [prompt for prompt in train if not view.can_show(prompt)]
+    if len(lacking) == len(train):
+        raise UserError(
+            f"method '{method.name}' shows its teacher images (view '{name}'), and no training prompt has an {what}; "
+            f"give data with a column `{column}`, or choose a method that needs none, such as opd"
+        )
+    if lacking:
+        notes.append(
+            f"{len(lacking)} of {len(train)} training prompts, '{lacking[0].id}' first, have no {what} for view "
+            f"'{name}': their rollouts are not learnt from"
+        )

@@ -40,6 +40,7 @@ from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.grading import rubric_grader
+from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
@@ -183,6 +184,7 @@ def prepare(
         checked = check_before_loading(config, method, located, data.train, data.held_out, notes)
     loaded = load_models(checked.config, model_paths, checked.render, data.train, notes, caller_objects, stored)
     local = _aligned(method, loaded, stage, notes)
+    check_images(loaded.student, local, [*data.train, *data.probe, *data.held_out])
     for readers in _readers(config, local):
         note_unknown(method, readers, stage, notes)
         need_room(method, readers, stage, notes)

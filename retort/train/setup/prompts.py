@@ -119,7 +119,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
 
 @lru_cache(maxsize=8)  # One split takes solving thousands of puzzles: the result is kept for the session.
 def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
-    from retort.tasks import coached, countdown, ranking, rooms
+    from retort.tasks import coached, countdown, ranking, rooms, shapes
 
     source = {
         "countdown": countdown.rows,
@@ -127,16 +127,18 @@ def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
         "coached": coached.rows,
         "bait": coached.bait_rows,
         "rooms": rooms.rows,
+        "shapes": shapes.rows,
     }[task]
     rows = source("held_out" if split == "held_out" else "train", count)
     return tuple(
         Prompt(
             id=str(row["id"]),
-            messages=(Message("user", str(row["prompt"])),),
+            messages=(Message("user", str(row["prompt"]), images=row.get("images", ())),),
             answer=str(row["answer"]) if "answer" in row else None,
             response=str(row["response"]) if "response" in row else None,
             privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
             clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
+            teacher_images=row.get("teacher_images", ()),
         )
         for row in rows
     )

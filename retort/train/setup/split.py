@@ -16,13 +16,14 @@ Content = tuple[tuple[str, ...], ...]
 def content(prompt: Prompt) -> Content:
     """The content of a prompt: roles and texts of its messages, with composed characters and single spaces, and tools.
 
-    Case counts (`x` and `X` may be two unknowns), and so does a system message. Columns besides the prompt do not, nor
+    Case counts (`x` and `X` may be two unknowns), and so do a system message and each image. Columns besides the prompt do not, nor
     does whether it was given as text or as messages.
     """
 
     def turn(message: Message) -> tuple[str, ...]:
         words = " ".join(unicodedata.normalize("NFC", message.content).split())
-        return (message.role, words, *([json.dumps(message.extra, sort_keys=True)] if message.extra else []))
+        extra = [json.dumps(message.extra, sort_keys=True)] if message.extra else []
+        return (message.role, words, *extra, *(image.digest for image in message.images))
 
     tools = [("tools", json.dumps(prompt.tools, sort_keys=True))] if prompt.tools else []
     return (*map(turn, prompt.messages), *tools)

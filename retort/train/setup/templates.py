@@ -125,7 +125,7 @@ def check_rendered(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -
     notes = [] if template_options.rendered else _spelt(prompts, tokenizer, template_options)
     for role, render in readers.items():
         bos = render.tokenizer.bos_token_id
-        doubled = 0 if bos is None else sum(render(prompt)[:2] == [bos, bos] for prompt in prompts)
+        doubled = 0 if bos is None else sum(render(prompt).ids[:2] == [bos, bos] for prompt in prompts)
         if doubled:
             notes.append(
                 f"{doubled} of {len(prompts)} prompts begin with two beginning-of-text tokens for the {role}: its chat "
@@ -218,13 +218,13 @@ def check_prompts(
                 f"{allowed}; raise that, or drop the row"
             )
         for role, read in readers.items():
-            ids, most = read(prompt), found[role]
-            differing += role == "teacher" and not _alike(readers["student"], ours, read, ids)
+            theirs, most = read(prompt), found[role]
+            differing += role == "teacher" and not _alike(readers["student"], ours.ids, read, theirs.ids)
             if index < len(train):
-                most.train = max(most.train, (len(ids), prompt.id), key=_first)
+                most.train = max(most.train, (len(theirs), prompt.id), key=_first)
             else:
-                most.held_out = max(most.held_out, (len(ids), prompt.id), key=_first)
-            most.highest = max(most.highest, (max(ids, default=-1), prompt.id), key=_first)
+                most.held_out = max(most.held_out, (len(theirs), prompt.id), key=_first)
+            most.highest = max(most.highest, (max(theirs.ids, default=-1), prompt.id), key=_first)
     if differing:
         notes.append(
             f"{differing} of {len(prompts)} prompts read differently to student and teacher: each sees its own chat "

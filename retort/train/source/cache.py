@@ -84,7 +84,7 @@ class RolloutCache:
 
         Args:
             prompts: The run's training prompts.
-            render: Maps a prompt to ids, as the student reads it.
+            render: Renders a prompt as the student reads it.
             step: Number of batches done.
         """
         self.file.cut(step)
@@ -160,7 +160,7 @@ class RolloutCache:
             before, logp_A, turn_A = render(prompt), next(logps), next(turns)
             written = [(next(ids), next(masks)) for _ in range(rows)]
             decided: list[int] = torch.cat([ids_L[mask_L] for ids_L, mask_L in written]).tolist()
-            text = completion_text(render.tokenizer, decided, prompt_ids=before)
+            text = completion_text(render.tokenizer, decided, prompt_ids=before.ids)
             rollouts.append(
                 Rollout(
                     prompt=prompt,
@@ -183,9 +183,8 @@ class RolloutCache:
         self.visits.extend(tuple(next(rest) for _ in range(size)) for size in lists["sizes"])
 
 
-def _behind(prompt_ids: Sequence[int], ids_L: Tensor, mask_L: Tensor) -> TokenSequence:
+def _behind(before: TokenSequence, ids_L: Tensor, mask_L: Tensor) -> TokenSequence:
     """The generated tokens, and those read in between, after a prompt that is rendered again."""
-    before = TokenSequence.of(prompt_ids)
     return TokenSequence(torch.cat([before.tokens_L, ids_L]), torch.cat([before.action_mask_L, mask_L]), before.media)
 
 

@@ -55,7 +55,7 @@ class Source:
         limit: Tokens of the longest completion.
         seed: The seed of the run.
         engine: Generates as the student.
-        render: Maps a prompt to ids, as the student reads it.
+        render: Renders a prompt as the student reads it.
         stops: Where the student's completions end.
         vocab: Number of ids that student and teachers share.
         teacher_generator: Generates as the teacher for the student, where there is one.
@@ -68,7 +68,7 @@ class Source:
         world: The ranks, each of which generates and grades a part of the batch.
         whole: Within it the student can generate without the other ranks; all enter it together.
         teacher_whole: The same for the teacher.
-        shown: Gives the ids of a view's prompt as the student reads it, of a prompt, its visit and the tokens that a
+        shown: Gives a view's prompt as the student reads it, of a prompt, its visit and the tokens that a
             completion may have; None where there is no context.
     """
 
@@ -91,7 +91,7 @@ class Source:
     world: World = field(default_factory=here)
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
     teacher_whole: Callable[[], AbstractContextManager[None]] = nullcontext
-    shown: Callable[[View, Prompt, int, int], list[int] | None] | None = None
+    shown: Callable[[View, Prompt, int, int], TokenSequence | None] | None = None
 
     @property
     def given_up(self) -> int:
@@ -141,7 +141,7 @@ class Source:
         if probe.source == "dataset":
             return [self.response_rollout(prompt, 0, self.limit) for prompt in prompts]
         tasks = [
-            Task(prompt, self._context(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
+            Task(prompt, self.render(prompt), 0, UniformStream(self.seed, "probe", prompt.id)) for prompt in prompts
         ]
         sampling = Sampling(self.horizon(plan, clock), plan.temperature, plan.top_p)
         return self._divided(tasks, lambda own: self._played(own, sampling))
@@ -150,7 +150,7 @@ class Source:
         """The student's pass rate on some prompts, by the prompt's id; needs a grader."""
         assert self.grader is not None  # checked by `prepare`
         tasks = [
-            Task(prompt, self._context(prompt), member, UniformStream(self.seed, "difficulty", prompt.id, member))
+            Task(prompt, self.render(prompt), member, UniformStream(self.seed, "difficulty", prompt.id, member))
             for prompt in prompts
             for member in range(samples)
         ]
@@ -173,9 +173,9 @@ class Source:
             UserError: The response spells a control token of the student, or holds an id that not all models have.
         """
         assert prompt.response is not None  # checked by `prepare`
-        prompt_ids = self.render(prompt)
+        context = self.render(prompt)
         try:
-            ids = response_ids(prompt_ids, prompt.response, self.engine.tokenizer)
+            ids = response_ids(context.ids, prompt.response, self.engine.tokenizer)
         except Spelt as error:
             raise UserError(
                 f"row '{prompt.id}': its response spells the control token {error.token!r}, which the student's "
@@ -189,7 +189,7 @@ class Source:
         ids = [*ids, self.stops.primary]
         return Rollout(
             prompt=prompt,
-            sequences=(TokenSequence.of(prompt_ids).then(ids[:longest], decided=True),),
+            sequences=(context.then(ids[:longest], decided=True),),
             status=Status.COMPLETED if len(ids) <= longest else Status.TRUNCATED,
             visit=epoch,
             source="dataset",
@@ -229,9 +229,6 @@ class Source:
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Restores `tensors`, and ignores those of other parts."""
         self.cache.restore(self.prompts, self.render, tensors)
-
-    def _context(self, prompt: Prompt) -> TokenSequence:
-        return TokenSequence.of(self.render(prompt))
 
     def _share(self, plan: RolloutPlan, clock: Clock, chosen: Sequence[Visit]) -> _Shared:
         """Assigns visits to models by one uniform number per visit: a growing share only adds to the student's."""
@@ -278,18 +275,18 @@ class Source:
 
     def _before(self, method: Method, visit: Visit, longest: int) -> TokenSequence:
         """What the student reads before it writes: its own prompt, or that of the view that the plan names."""
-        under, ids = method.rollout.prompt_view, None
+        under, context = method.rollout.prompt_view, None
         if under is not None:
             assert self.shown is not None  # `prepare` gives it.
-            ids = self.shown(method.views[under], visit.prompt, visit.epoch, longest)
-        return self._context(visit.prompt) if ids is None else TokenSequence.of(ids)
+            context = self.shown(method.views[under], visit.prompt, visit.epoch, longest)
+        return self.render(visit.prompt) if context is None else context
 
     def _own(self, plan: RolloutPlan, rollouts: list[Rollout]) -> list[Rollout]:
         """Completions behind the student's own prompt, whatever it read when it wrote them."""
         if plan.prompt_view is None:
             return rollouts
         return [
-            replace(own, sequences=(own.sequence.with_prefix(self._context(own.prompt)),), engine_logp_A=None)
+            replace(own, sequences=(own.sequence.with_prefix(self.render(own.prompt)),), engine_logp_A=None)
             for own in rollouts
         ]
 
@@ -360,7 +357,7 @@ class Source:
             for visit, member in (wanted[index] for index in open_):
                 epoch = "kept" if plan.keep else visit.epoch
                 uniform = UniformStream(self.seed, "teacher", epoch, visit.prompt.id, member, attempt)
-                tasks.append(Task(visit.prompt, self._context(visit.prompt), member, uniform, visit.epoch))
+                tasks.append(Task(visit.prompt, self.render(visit.prompt), member, uniform, visit.epoch))
             assert self.teacher_generator is not None  # A plan with the teacher's completions asks for a teacher.
             generated = self.teacher_generator.generate(tasks, Sampling(room, plan.temperature, plan.top_p))
             found.update(zip(open_, generated, strict=True))

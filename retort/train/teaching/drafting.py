@@ -114,17 +114,17 @@ class Drafting:
         found: list[Passage | None] = [None] * len(units)
         asked, requests = list[int](), list[Request]()
         for place, (unit, earlier) in enumerate(units):
-            ids = self._prompt(drafter, draft, turn, unit, earlier)
-            if ids is not None:
+            context = self._prompt(drafter, draft, turn, unit, earlier)
+            if context is not None:
                 key = (draft.name, *unit.key, turn.round, turn.author)
-                room = min(longest, drafter.engine.context - len(ids))
+                room = min(longest, drafter.engine.context - len(context))
                 asked.append(place)
-                requests.append(Request(TokenSequence.of(ids), uniforms(self.stage.seed, "passages", *key, count=room)))
+                requests.append(Request(context, uniforms(self.stage.seed, "passages", *key, count=room)))
         if not requests:
             return found
         completions = drafter.engine.generate(requests, Sampling(longest, draft.temperature, draft.top_p))
         for place, request, own in zip(asked, requests, completions, strict=True):
-            read: list[int] = request.context.tokens_L.tolist()
+            read = request.context.ids
             text = completion_text(drafter.engine.tokenizer, own.ids, prompt_ids=read)
             found[place] = draft.passage(turn, text, completed=own.status == Status.COMPLETED)
         return found
@@ -136,19 +136,18 @@ class Drafting:
         turn: Turn,
         unit: _Unit,
         earlier: Sequence[Passage],
-    ) -> list[int] | None:
+    ) -> TokenSequence | None:
         """What the author reads; None where it is not asked, or where there is no room for a word of its own."""
         view_input = ViewInput(unit.rollout, unit.group, self.stage)
         longest, context = draft.max_new_tokens or self.longest, drafter.engine.context
 
-        def read(prompt: Prompt) -> list[int]:
+        def read(prompt: Prompt) -> TokenSequence:
             # It may show what models generated: tokens that these texts spell must stay text.
             return drafter.render(prompt, split=True)
 
         def fits(prompt: Prompt) -> bool:
-            ids = read(prompt)
             # Half of the context is for what it writes, unless it needs less.
-            return len(ids) <= min(context - min(longest, context // 2), self.stage.longest or 2**31)
+            return len(read(prompt)) <= min(context - min(longest, context // 2), self.stage.longest or 2**31)
 
         prompt = draft.ask(view_input, earlier, turn)
         if prompt is not None and not fits(prompt):

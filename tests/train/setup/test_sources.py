@@ -135,13 +135,15 @@ def test_the_teacher_scores_its_own_answers_as_it_wrote_them(two_dialects: dict[
     heard: list[float] = []
     for rollout in rollouts:
         read = rollout.sequence.prefix.tokens_L.tolist()
-        assert read == setup.source.render(rollout.prompt) != setup.source.teacher_generator.render(rollout.prompt)
+        assert (
+            read == setup.source.render(rollout.prompt).ids != setup.source.teacher_generator.render(rollout.prompt).ids
+        )
         assert rollout.engine_logp_A is None
         ends = [token in setup.student.stops.ids for token in rollout.action_ids]
         assert ends == [False] * (len(ends) - 1) + [rollout.status == Status.COMPLETED]
         # What the engine says when it writes with these very numbers: that is what the teacher must say when it reads.
         uniform_stream = uniforms(setup.config.seed, "teacher", 0, rollout.prompt.id, rollout.member, 0, count=6)
-        request = _request(setup.source.teacher_generator.render(rollout.prompt), uniform_stream)
+        request = _request(setup.source.teacher_generator.render(rollout.prompt).ids, uniform_stream)
         (own,) = setup.source.teacher_generator.engine.generate([request], Sampling(6))
         assert setup.source.teacher_generator.translated(own.ids, own.status) == (rollout.action_ids, rollout.status)
         heard += own.logp_A.tolist()
@@ -414,7 +416,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     # By hand: write with the same luck, and average over tokens.
     entropies: list[float] = []
     for prompt in setup.source.probe:
-        request = _request(setup.source.render(prompt), uniforms(setup.config.seed, "probe", prompt.id, count=2))
+        request = _request(setup.source.render(prompt).ids, uniforms(setup.config.seed, "probe", prompt.id, count=2))
         (own,) = setup.source.engine.generate([request], Sampling(2, 1.0, 0.95))
         sequence = request.context.then(own.ids, decided=True)
         with torch.no_grad():
@@ -510,7 +512,7 @@ def test_difficulty_is_measured_before_training_and_kept(tiny_run: dict[str, Any
     setup = setup_of(tiny_run, method, eval={"problems": 0})
 
     def untrained(prompt: Prompt) -> list[str]:
-        before = setup.source.render(prompt)
+        before = setup.source.render(prompt).ids
         requests = [_request(before, uniforms(0, "difficulty", prompt.id, member, count=6)) for member in range(4)]
         written = setup.source.engine.generate(requests, Sampling(6))
         return [setup.student.tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in written]

@@ -58,7 +58,7 @@ def config_of(settings: dict[str, Any], folder: Callable[..., str], ours: str, t
 
 
 def text(setup: Prepared, row: int = 0) -> str:
-    return str(setup.student.tokenizer.decode(setup.source.render(setup.source.prompts[row])))
+    return str(setup.student.tokenizer.decode(setup.source.render(setup.source.prompts[row]).ids))
 
 
 def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], folder: Callable[..., str]) -> None:
@@ -67,7 +67,7 @@ def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], fo
         setup = prepare(config_of(tiny_run, folder, THINKING, CHATML, rollout={"thinking": thinking}))
         ends[thinking] = text(setup).endswith("the answer is")
         teacher = setup.teachers.models["teacher"].render(setup.source.prompts[0])  # type: ignore[attr-defined]
-        assert not setup.student.tokenizer.decode(teacher).endswith("the answer is")
+        assert not setup.student.tokenizer.decode(teacher.ids).endswith("the answer is")
         way = "off" if thinking is False else "on"
         said = f"is {way} for the student, unknown to the teacher's template"
         assert [said in note for note in setup.notes].count(True) == 1
@@ -84,7 +84,7 @@ def test_thinking_is_not_passed_unless_set_and_said(tiny_run: dict[str, Any], fo
 def test_doctor_shows_a_prompt_on_one_line(tiny_run: dict[str, Any], folder: Callable[..., str]) -> None:
     setup = prepare(config_of(tiny_run, folder, CHATML, CHATML))
     check = checks.check_prompts(setup)
-    count = len(setup.source.render(setup.source.prompts[0]))
+    count = len(setup.source.render(setup.source.prompts[0]).ids)
     assert f"row '{setup.source.prompts[0].id}' is {count} ids to both: \"<|im_start|>" in check.saw
     assert "<|im_end|>" in check.saw
     assert "\n" not in check.saw
@@ -157,7 +157,7 @@ def test_prompts_that_were_rendered_before_are_refused_or_taken(
     setup = prepare(config_of(tiny_run, folder, template, CHATML, **data, rollout={"rendered": True}))
     for row, given in enumerate(("1 + 2", RENDERED, "3 + 4")):
         for read in (setup.source.render, setup.teachers.models["teacher"].render):  # type: ignore[attr-defined]
-            assert read(setup.source.prompts[row]) == setup.student.tokenizer.encode(given)
+            assert read(setup.source.prompts[row]).ids == setup.student.tokenizer.encode(given)
     assert checks.check_prompt_ends(setup).verdict == "ok"
 
 

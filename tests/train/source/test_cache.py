@@ -27,7 +27,7 @@ def setup() -> Any:
 def kept(setup: Any) -> list[Rollout]:
     """Rollouts with every kind of grade: a whole one, a plain one, none."""
     rollouts = group_of(PROMPT, ["a", "b", "c"])
-    context = rollouts[0].sequence.of(setup[1](PROMPT))
+    context = setup[1](PROMPT)
     tokenizer = setup[1].tokenizer
     written = [
         replace(

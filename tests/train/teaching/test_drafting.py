@@ -53,7 +53,7 @@ def groups(setup: Prepared, words: str = "7 + 2", visit: int = 0) -> list[Group]
 
     def rollout(place: int, member: int) -> Rollout:
         prompt = setup.source.prompts[place]
-        sequence = TokenSequence.of(setup.source.render(prompt)).then(ids, decided=True)
+        sequence = TokenSequence.of(setup.source.render(prompt).ids).then(ids, decided=True)
         return Rollout(prompt, (sequence,), member=member, visit=visit, text=words, reward=float(member))
 
     return [tuple(rollout(place, member) for member in range(2)) for place in range(3)]
@@ -181,14 +181,14 @@ def test_completions_written_under_the_teachers_prompt_follow_the_students_own(t
     view = setup.method.views["teacher"]
     for group in found:
         for rollout in group:
-            own = source.render(rollout.prompt)
+            own = source.render(rollout.prompt).ids
             assert rollout.prefix_ids == own
             assert rollout.engine_logp_A is None
             assert source.shown is not None
             under = source.shown(view, rollout.prompt, rollout.visit, source.limit)
             assert under is not None
             assert len(under) > len(own)
-            assert any(request.context.tokens_L.tolist() == under for request in heard.seen)
+            assert any(request.context.tokens_L.tolist() == under.ids for request in heard.seen)
     plain = pipeline.prepared(tiny_run, "sdft", samples=2, shows=("solution",))
     others = plain.source.rollouts(plain.method, Clock(), 0)
     assert [r.action_ids for g in found for r in g] != [r.action_ids for g in others for r in g]
