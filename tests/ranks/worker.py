@@ -12,8 +12,8 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ import torch
 from image_models import make_image_model
 from pipeline import models_once
 from players import TEMPLATES, make_player, often_ending
-from served import Judge, Process
 from trained import make_model_of
 
 from retort import Stop, api, ranks
@@ -61,10 +60,12 @@ UNTIED = "untied"
 SPELLING = "spelling"
 #: Stands for two models that read images, and data with images, which the worker makes.
 SEEING = "seeing"
-#: Stands for the address of a server with the built-in teacher, a process that the worker starts.
+#: Stands for the address of a server with the built-in teacher, a process of its own.
 SERVED = "served"
-#: Stands for the address of a judge by rules, a process that the worker starts.
+#: Stands for the address of a judge by rules, a process of its own.
 JUDGED = "judged"
+#: The variables of the environment that hold these addresses.
+ADDRESSES = {SERVED: "RANKS_SERVED", JUDGED: "RANKS_JUDGED"}
 #: Stands for two models that take turns with an environment.
 PLAYING = "playing"
 WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
@@ -175,23 +176,11 @@ class Watching:
         return Stop("enough") if run.step == self.stop else None
 
 
-@contextlib.contextmanager
-def with_server(settings: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """The settings with the address of a server, where they name one; it lives for as long as the run."""
-    judged, taught = settings.get("judge", {}).get("model") == JUDGED, settings.get("teacher") == SERVED
-    if not judged and not taught:
-        yield settings
-        return
-    world = ranks.join()
-    folder.mkdir(exist_ok=True)
-    start = Judge if judged else lambda: Process(folder, located("countdown:teacher"))
-    server = start() if world.leads else None
-    try:
-        url = world.agree(server and server.url)
-        yield settings | ({"judge": {"model": url}} if judged else {"teacher": url})
-    finally:
-        if server is not None:
-            server.end()
+def addressed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the address of a server, where they name one; the tests start it, and say in `ADDRESSES`."""
+    if settings.get("judge", {}).get("model") == JUDGED:
+        return settings | {"judge": {"model": os.environ[ADDRESSES[JUDGED]]}}
+    return settings | ({"teacher": os.environ[ADDRESSES[SERVED]]} if settings.get("teacher") == SERVED else {})
 
 
 def job(words: str, folder: Path) -> list[dict[str, Any]]:
@@ -210,8 +199,7 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
                 ranks.join().first(lambda make=make, made=made: make(folder / made))
                 settings |= {role: str(folder / made / role) for role in ("student", "teacher")}
                 settings["data"] = str(folder / made / "data.jsonl")
-        with with_server(settings, folder / f"{name} server") as known:
-            return watched(runner.start(api.assemble(known), out), watching)
+        run = runner.start(api.assemble(addressed(settings)), out)
     return watched(run, watching)
 
 
