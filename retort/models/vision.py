@@ -328,6 +328,11 @@ class Vision:
         return torch.cat([part.float().flatten() for part in (found.pooled_TD, *found.deeper)])
 
 
+def tower_of(vision: Vision | None) -> list[Parameter]:
+    """All parameters that make features of images; none of a model of text alone."""
+    return [] if vision is None else vision.parameters()
+
+
 def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None) -> list[Placed]:
     """The images of sequences that are rows of a batch, each moved by its shift."""
     return [
