@@ -188,7 +188,9 @@ def _path(at: str, value: str, place: Place) -> Path:
         )
     path = (place.folder or Path()).absolute() / path
     if place.within is not None and not any(path.resolve().is_relative_to(own.resolve()) for own in place.within):
-        raise UserError(f"{at}: {value} lies outside of the data set; a data set of the hub may name only its own files")
+        raise UserError(
+            f"{at}: {value} lies outside of the data set; a data set of the hub may name only its own files"
+        )
     return path
 
 
@@ -247,5 +249,7 @@ def _unknown(encoded: bytes, error: Exception) -> str:
     if type(error).__name__ == "DecompressionBombError":
         return f"the image has far more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller"
     start = encoded[:4096]
-    other = next((words for pattern, words in _OTHERS if pattern.match(start)), "its format is not known, or it is broken")
+    other = next(
+        (words for pattern, words in _OTHERS if pattern.match(start)), "its format is not known, or it is broken"
+    )
     return f"{other}; save it in one of the formats {', '.join(FORMATS)}"
