@@ -106,13 +106,8 @@ class Prepared:
             say: Takes what is decided later, one sentence each.
 
         Raises:
-            UserError: A family that cannot be spread, or images.
+            UserError: A family that cannot be spread.
         """
-        if here().size > 1 and any(prompt.images for prompt in self.source.prompts):
-            raise UserError(
-                f"the data hold images, and ranks cannot share the vision tower of {self.student.name} yet; train in "
-                "one process, without torchrun"
-            )
         self.teachers.listen(say)
         if self.asker is not None:
             self.asker.listen(say)
