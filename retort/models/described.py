@@ -82,7 +82,8 @@ def describe(
 
     if isinstance(source, Endpoint):
         read = describe(name, source.reads, role, stop=stop, trust_remote_code=trust_remote_code)
-        return replace(read, config=_within(read.config, source.offers.context))
+        # Such a server is sent ids alone, whatever images the model behind the tokenizer reads.
+        return replace(read, config=_within(read.config, source.offers.context), image_tokens=None)
     label = f"{role} {name}"
     seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)

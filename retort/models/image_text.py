@@ -58,12 +58,12 @@ def find_processor(
     try:
         if isinstance(source, InMemoryModel):
             return None if source.processor is None else _of(label, copy.deepcopy(source.processor))
-        location, served = locate(label, name, source), isinstance(source, Server)
-        trust_remote_code = trust_remote_code and not served
+        location, server = locate(label, name, source), source if isinstance(source, Server) else None
+        trust_remote_code = trust_remote_code and server is None
         config = None if gguf.is_gguf(location) else _config(location, trust_remote_code)
         if config is None or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return None
-        if served and not source.about.images:
+        if server is not None and not server.about.images:
             raise _CannotError(f"{label}: it reads no images there; its server says why when it starts")
         if not any(_settings(location, name) for name in _FILES):
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -212,6 +212,8 @@ class Scorer:
         """The sequences of a request, which the model can read."""
         try:
             found = unpacked(tensors, self._shown)
+        except UserError:  # an image that is not held
+            raise
         except ValueError as error:
             raise UserError(str(error)) from None
         longest = max(map(len, found), default=0)
