@@ -4,6 +4,7 @@
     python benchmarks/lab.py --bench itself --out runs/lab-itself    # methods without a bigger teacher: lab-itself.md
     python benchmarks/lab.py --bench agents --out runs/lab-agents    # episodes of many turns: lab-agents.md
     python benchmarks/lab.py --bench judges --out runs/lab-judges    # a judge instead of log-probs: lab-judges.md
+    python benchmarks/lab.py --bench written --out runs/lab-itself   # teachers that write first: lab-written.md
     python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
@@ -30,8 +31,9 @@ import lab_agents_page
 import lab_itself_page
 import lab_judges_page
 import lab_shapes_page
+import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, SHAPES, Bench
+from lab_benches import AGENTS, BENCHES, FASTER, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -86,6 +88,7 @@ def read(todo: Sequence[Job]) -> list[dict[str, Any]]:
                 "curve": curve,
                 "tokens": tokens,
                 "views": {"no_context": _mean(lines, "view/teacher/no_context")},
+                "folder": job.folder,
                 "seconds": sum(float(line["time/step"]) for line in lines),
             }
         )
@@ -150,11 +153,16 @@ def main() -> None:
         text = lab_agents_page.page(rows, about(shown), wanted)
     elif shown is JUDGES:
         text = lab_judges_page.page(rows, about(shown), wanted)
+    elif shown is WRITTEN:
+        text = lab_written_page.page(rows, about(shown), wanted)
     elif shown is SHAPES:
         text = lab_shapes_page.page(rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
+    if shown is WRITTEN:
+        print(f"{path}, from {len(rows)} of {len(own)} runs")
+        raise SystemExit(1 if failed else 0)
     if shown is AGENTS:
         lab_agents_page.plots(rows, arguments.docs / "images")
         print(f"{path} and its plot, from {len(rows)} of {len(own)} runs")

@@ -187,14 +187,38 @@ _CONTROLS: Mapping[str, Entry] = {
 _ITSELF: Mapping[str, Entry] = {
     "opsd": Entry("opsd", shown="solution"),
     "opsd, no clip": Entry("opsd", {"kl_clip": None}, "the plain forward KL", shown="solution"),
+    "opsd, reasons first": Entry(
+        "opsd",
+        {"reason_first": True},
+        "a rationale for each visit to a prompt",
+        shown="solution, and what it wrote about it",
+    ),
     "pw_opsd": Entry("pw_opsd", shown="solution"),
     "sdft": Entry("sdft", {}, "leaves out the first 3 tokens of 12, the paper of hundreds", shown="demonstration"),
+    "sdft, teacher writes": Entry(
+        "sdft",
+        {"generate_from_teacher": True},
+        "completions are written with the demonstration in sight; likewise the first 3 tokens",
+        shown="demonstration",
+    ),
     "sdpo": Entry("sdpo", {}, "its top-100 are more than a third of all ids", shown="a right sibling, else feedback"),
     "peer_opd": Entry(
         "peer_opd", {}, "likewise its top-100", shown="two right siblings and a wrong one, else feedback"
     ),
     "peer_opd, no failures": Entry(
         "peer_opd", {"failures": 0}, "likewise its top-100", shown="two right siblings, else feedback"
+    ),
+    "peer_opd, excerpts": Entry(
+        "peer_opd",
+        {"summaries": 2},
+        "likewise its top-100; excerpts are whole completions here",
+        shown="as `peer_opd`, and excerpts of two further siblings",
+    ),
+    "peer_opd, summaries": Entry(
+        "peer_opd",
+        {"summaries": 2, "summary": "written"},
+        "likewise its top-100; a summary of each rollout",
+        shown="as `peer_opd`, and what it wrote about two further siblings",
     ),
     "rlsd": Entry("rlsd", shown="solution"),
     "egrsd": Entry("egrsd", {}, "its bonus for short completions is nearly constant here", shown="solution"),
@@ -203,9 +227,21 @@ _ITSELF: Mapping[str, Entry] = {
     "dasd": Entry("dasd", {"context": "solution"}, "the answer alone is in the prompt", shown="solution"),
     "unisd": Entry(
         "unisd",
-        {"context": "random"},
+        {},
         "all components (`star`)",
+        shown="a demonstration, a wrong response, the problems most alike",
+    ),
+    "unisd, random": Entry(
+        "unisd",
+        {"context": "random"},
+        "all components, contexts drawn at random",
         shown="a demonstration, a wrong response, other problems",
+    ),
+    "unisd, induced": Entry(
+        "unisd",
+        {"context": "induced"},
+        "all components; three instructions for each visit to a prompt",
+        shown="a demonstration, a wrong response, what it wrote about other problems",
     ),
     "unisd, base": Entry("unisd", {"preset": "base"}, "no component", shown="demonstration"),
     "dopd": Entry("dopd", {}, "its top-128 are nearly half of all ids", run=_BIGGER, shown="hint, to both teachers"),
@@ -232,6 +268,14 @@ FASTER = Bench(
     itself,
     folder="rate-5e-4",
 )
+#: Who writes a text before it scores, beside who does the same without.
+_WRITTEN = (
+    *("opsd", "opsd, reasons first", "sdft", "sdft, teacher writes"),
+    *("peer_opd", "peer_opd, excerpts", "peer_opd, summaries"),
+    *("unisd, base", "unisd, random", "unisd", "unisd, induced"),
+)
+#: The same runs as those of the bench before, for a table of their own.
+WRITTEN = Bench("lab-written", _COACHED, 8, lambda: {name: _ITSELF[name] for name in _WRITTEN})
 #: Episodes of many turns in the built-in environment: 30 batches of 12 games x 4 episodes.
 _ROOMS: Mapping[str, Any] = {
     "student": "rooms:student",
@@ -326,6 +370,7 @@ BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
     "itself-5e-4": FASTER,
+    "written": WRITTEN,
     "agents": AGENTS,
     "judges": JUDGES,
     "shapes": SHAPES,

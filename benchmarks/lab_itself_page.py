@@ -21,10 +21,18 @@ PAIRS: Sequence[tuple[str, str, str]] = (
     ("cl_egrsd", "egrsd", "does its look ahead?"),
     ("dasd", CONTROL, "does the directed log-ratio?"),
     ("opsd, no clip", "opsd", "what does OPSD's clip cost or save?"),
+    ("opsd, reasons first", "opsd", "does writing a rationale first help?"),
     ("pw_opsd", "opsd", "does weighing late tokens up help?"),
     ("sdft", "opsd, no clip", "a demonstration, moving, late tokens; against a solution, frozen, all tokens"),
+    ("sdft, teacher writes", "sdft", "do completions written with the demonstration in sight help?"),
     ("peer_opd", "sdpo", "do two right siblings and a wrong one beat one right?"),
     ("peer_opd", "peer_opd, no failures", "does the wrong one?"),
+    ("peer_opd, summaries", "peer_opd, excerpts", "do sentences that it writes help over excerpts?"),
+    ("peer_opd, summaries", "peer_opd", "do they help over nothing?"),
+    ("peer_opd, excerpts", "peer_opd", "do excerpts of two further siblings?"),
+    ("unisd, random", "unisd, base", "do UniSD's components add up, with contexts at random?"),
+    ("unisd", "unisd, random", "do the problems most alike help over random ones?"),
+    ("unisd, induced", "unisd, random", "do instructions?"),
     ("unisd", "unisd, base", "do UniSD's components add up?"),
     ("uni_opd", "opd, bigger teacher", "do balance and margin help a bigger teacher?"),
     ("dopd", "opd, bigger teacher", "do hints and routing?"),
@@ -133,7 +141,8 @@ def page(
         "![pass@k after training, one panel per method](images/lab-itself-pass-at-k.svg)",
         "![own entropy against the step, one panel per method](images/lab-itself-entropy.svg)",
         "[What this says about the papers](lab-notes.md#students-that-teach-themselves), and what it cannot say, is on "
-        "a page of its own. Methods with a bigger teacher are in the [lab](lab.md).",
+        "a page of its own. Methods with a bigger teacher are in the [lab](lab.md); teachers that write a text first "
+        "have [another table](lab-written.md), with their controls.",
     ]
     return "\n\n".join(parts) + "\n"
 

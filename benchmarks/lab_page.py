@@ -77,16 +77,22 @@ def page(rows: Rows, about: Mapping[str, Mapping[str, str]], wanted: Iterable[st
     return "\n\n".join(parts) + "\n"
 
 
-def table(done: Mapping[str, Rows], about: Mapping[str, Mapping[str, str]], columns: Columns, *told: str) -> str:
+def table(
+    done: Mapping[str, Rows],
+    about: Mapping[str, Mapping[str, str]],
+    columns: Columns,
+    *told: str,
+    seconds: bool = True,
+) -> str:
     """A row per method: what it is, what is told about it in words, and what was measured."""
-    header = ["method", "status", *told, "seeds", *(title for title, _, _ in columns), "seconds"]
+    header = ["method", "status", *told, "seeds", *(title for title, _, _ in columns), *["seconds"][: int(seconds)]]
     cells = [
         [
             _name(name, about),
             registry.load(about[name]["method"]).status,
             *(about[name][what] for what in told),
             len(rows),
-            *_cells(rows, columns),
+            *_cells(rows, columns)[: len(columns) + int(seconds)],
         ]
         for name, rows in done.items()
     ]

@@ -38,6 +38,21 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
 
 
 @pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the folder of an image-text model of a family, once; see `image_models`."""
+    from image_models import make_image_model
+
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = make_image_model(tmp_path_factory.mktemp(family), family)
+        return made[family]
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def prompts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data file with answers and given responses."""
     path = tmp_path_factory.mktemp("data") / "prompts.jsonl"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from image_models import make_image_model
 from PIL import Image
 
 from retort import registry
@@ -50,3 +53,27 @@ def asked(text: str = "which colour ?", *, images: int = 1, more: int = 0) -> Pr
     turn = Message("user", f"{PLACEHOLDER * images}{text}", images=own)
     teacher = tuple(picture(100 + seed) for seed in range(more))
     return dataclasses.replace(Prompt("1", (turn,), plain=False), teacher_images=teacher)
+
+
+def seeing(folder: Path, rows: int = 5) -> None:
+    """Two random models that read images, `student` and `teacher`, and `data.jsonl`.
+
+    Its rows have one image or two, one for a teacher alone, an answer and a hint.
+    """
+    folder.mkdir(exist_ok=True)
+    for seed in range(rows + 1):
+        (folder / f"{seed}.png").write_bytes(picture(seed).encoded())
+    lines = [
+        {
+            "prompt": f"colour {place} ?",
+            "images": [f"{place}.png", f"{place + 1}.png"][: 1 + place % 2],
+            "teacher_images": [f"{rows - place}.png"],
+            "answer": "red",
+            "hint": "warm",
+        }
+        for place in range(rows)
+    ]
+    for seed, name in enumerate(("student", "teacher")):
+        (folder / name).mkdir()
+        make_image_model(folder / name, "llava", seed=seed)
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

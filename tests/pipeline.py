@@ -109,7 +109,7 @@ def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) 
         lengths = (turns or {}).get(index, (length,))
         rollout = Rollout(
             prompt,
-            _conversation(setup.source.render(prompt).ids, ids, lengths),
+            _conversation(setup.source.render(prompt), ids, lengths),
             turn_A=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)) if turns else None,
             member=index,
             engine_logp_A=logp_A,
@@ -122,9 +122,8 @@ def ragged(setup: Prepared, turns: Mapping[int, tuple[int, ...]] | None = None) 
     return Pack.of([rollout for group in groups for rollout in group])
 
 
-def _conversation(prompt_ids: list[int], ids: list[int], lengths: tuple[int, ...]) -> TokenSequence:
-    """Turns of these lengths, and replies between them, of tokens that the first turn has, too."""
-    found = TokenSequence.of(prompt_ids)
+def _conversation(found: TokenSequence, ids: list[int], lengths: tuple[int, ...]) -> TokenSequence:
+    """A prompt, turns of these lengths after it, and replies between them, of tokens that the first turn has, too."""
     for turn, own in enumerate(torch.tensor(ids).split(lengths)):
         found = (found if turn == 0 else found.then(ids[: 1 + turn])).then(own.tolist(), decided=True)
     return found
@@ -273,12 +272,17 @@ def models_once(dtype: torch.dtype | None = None) -> Iterator[None]:
             _models[key] = load(config, name, role, given)
             if dtype is not None:
                 _models[key].model.to(dtype)  # type: ignore[call-overload]
-        return replace(_models[key], model=copy.deepcopy(_models[key].model), sharding=Sharding())
+        return _copied(_models[key], sharding=Sharding())
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (loading, models):
             patch.setattr(module, "load", once)
         yield
+
+
+def _copied(lm: LanguageModel, **own: Any) -> LanguageModel:
+    model = copy.deepcopy(lm.model)
+    return replace(lm, model=model, vision=None if lm.vision is None else lm.vision.on(model), **own)
 
 
 @contextlib.contextmanager
@@ -299,7 +303,7 @@ def models_kept() -> Iterator[None]:
         for old in list(_kept)[:-_KEEP]:
             del _kept[old]
         own = {"sharding": Sharding(), "working": WorkingCopy(), "notes": [*found.notes], "tried": [*found.tried]}
-        return replace(found, model=copy.deepcopy(found.model), **own)
+        return _copied(found, **own)
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (loading, models):

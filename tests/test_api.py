@@ -17,6 +17,8 @@ import numpy
 import pandas
 import pytest
 import torch
+from encoded_images import data_url, encoded
+from PIL import Image
 
 import retort
 from retort import config as configuration
@@ -383,6 +385,25 @@ def test_a_table_with_times_is_kept_as_it_is_read() -> None:
     for columns in ({}, {"answer": "a"}):
         first, second = (prompts_from_rows(found, columns=columns) for found in (rows.rows, kept))
         assert fingerprint(first) == fingerprint(second)
+
+
+def test_rows_with_images_are_kept_as_they_are_read() -> None:
+    import datasets
+
+    red, drawn = encoded(), Image.new("LA", (3, 2), (9, 100))
+    stored = datasets.Dataset.from_list([{"prompt": "x", "image": {"bytes": red, "path": None}}])
+    decoded = stored.cast_column("image", datasets.Image())
+    part = {"type": "image", "image": drawn}
+    listed = [
+        {"prompt": "x", "images": [red, drawn, {"bytes": red, "path": "a.png"}, data_url(red)]},
+        {"messages": [{"role": "user", "content": [part, {"type": "image"}]}], "images": bytearray(red)},
+    ]
+    for given in (listed, stored, decoded):
+        rows = Rows.from_iterable("data", given, None)
+        kept = [json.loads(line) for line in rows.content.splitlines()]
+        first, second = prompts_from_rows(given), prompts_from_rows(kept)
+        assert fingerprint(first) == fingerprint(second) and all(prompt.images for prompt in second)
+        assert Rows(kept).content == rows.content
 
 
 def test_columns_whose_names_are_no_text_are_not_used_and_are_kept() -> None:

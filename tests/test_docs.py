@@ -39,7 +39,10 @@ UNCOMPUTED = {
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{name}.md" for name in ("log", "methods", "real", "settings")),
-    *(f"docs/lab/{name}.md" for name in ("lab", "lab-itself", "lab-agents", "lab-judges", "lab-notes", "cliff")),
+    *(
+        f"docs/lab/{name}.md"
+        for name in ("lab", "lab-itself", "lab-written", "lab-agents", "lab-judges", "lab-notes", "cliff")
+    ),
 }
 
 

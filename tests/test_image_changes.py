@@ -43,7 +43,7 @@ def test_size_and_mode_stay_and_the_image_is_not_changed(name: str, mode: str, s
 @pytest.mark.parametrize(("size", "ratio"), [((40, 30), 0.1), ((37, 23), 0.1), ((5, 9), 0.1), ((40, 30), 0.25)])
 def test_pixelation_is_bilinear_down_and_nearest_up(mode: str, size: tuple[int, int], ratio: float) -> None:
     image = gradient(mode, size)
-    sides = tuple(max(1, int(side * ratio)) for side in size)
+    sides = (max(1, int(size[0] * ratio)), max(1, int(size[1] * ratio)))
     small = image.resize(sides, Image.Resampling.BILINEAR)
     found = pixelate(image, ratio)
     for x in range(size[0]):
@@ -94,7 +94,7 @@ def test_a_crop_keeps_its_part_in_place() -> None:
     found = crop(image, (0.5, 0.0, 1.0, 1.0))
     half = (20, 0, 40, 40)
     assert found.crop(half).tobytes() == image.crop(half).tobytes()
-    assert len(found.crop((0, 0, 20, 40)).getcolors()) == 1
+    assert len(found.crop((0, 0, 20, 40)).getcolors() or ()) == 1
     assert crop(image, (0.0, 0.0, 1.0, 1.0)).tobytes() == image.tobytes()
     assert crop(image, (0.999, 0.999, 1.0, 1.0)).getpixel((39, 39)) == image.getpixel((39, 39))
 

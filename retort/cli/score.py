@@ -36,7 +36,7 @@ def score(config: Config, observer: Observer | None = None, *, method: Method | 
         raise UserError("retort score stores scores in a cache; name its folder: --cache DIR")
     if config.cache.only:
         raise UserError("cache.only=true loads no teacher, and retort score has one score; leave it out")
-    prepared = prepare(config, method)
+    prepared = prepare(config, method, asks=False)
     for note in prepared.notes:
         observer.note(note)
     cached = prepared.teachers.cached

@@ -65,7 +65,7 @@ def measure(
     known = method or registry.load(**config.method)
     if view not in known.views:
         raise UserError(f"view '{view}' is none of method '{known.name}': {', '.join(known.views)}")
-    run = load(path, observer or Silent(), method=method)
+    run = load(path, observer or Silent(), method=method, asks=False)
     prepared = run.prepared
     prompts, source = _prompts(run, view, problems)
     verifier = prepared.eval_grader if source == HELD_OUT else prepared.source.grader

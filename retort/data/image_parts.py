@@ -8,7 +8,8 @@ from typing import Any
 
 from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.rollouts import Message
-from retort.errors import UserError, counted
+from retort.data.media import holds_something
+from retort.errors import UserError, counted, quoted
 
 __all__ = ["IMAGE_PARTS", "RowImages", "with_images"]
 
@@ -49,9 +50,11 @@ class RowImages:
         Raises:
             UserError: There is no such image, or what it holds cannot be read.
         """
-        inside = {key: value for key, value in part.items() if key not in _ABOUT and value is not None}
+        inside = {key: value for key, value in part.items() if key not in _ABOUT and holds_something(value)}
         if inside:
             return self._read(at, inside)
+        if part.get("type") != "image":
+            raise UserError(f"{at}: a part of type {quoted(part.get('type'))} holds no image")
         number = part.get("index")
         if number is None:
             number, self._next = self._next, self._next + 1
@@ -76,8 +79,8 @@ class RowImages:
             left = len(self._column) - len(self._taken)
             if left:
                 raise UserError(
-                    f"{where}: {counted(left, 'image')} of the column 'images' have no placeholder in the messages; write "
-                    "a part of type image for each"
+                    f"{where}: {counted(left, 'image')} of the column 'images' have no placeholder in the messages; "
+                    "write a part of type image for each"
                 )
             return tuple(messages)
         counts = [message.content.count(_WRITTEN) * (message.role != "assistant") for message in messages]

@@ -22,9 +22,9 @@ from retort.files import unnameable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_IMAGE_PIXELS", "ImageReader", "Place", "shown_size", "spelt"]
+__all__ = ["MAX_IMAGE_PIXELS", "ImageFolder", "ImageReader", "shown_size", "spelt"]
 
-#: Most pixels of an image; more are refused before they are decoded (three bytes each in memory).
+#: Most pixels of an image; more are refused before they are decoded (four bytes each in memory, and copies).
 MAX_IMAGE_PIXELS = 50_000_000
 #: How many times as long as the other a side may be: some processors scale the shorter one to hundreds of pixels.
 _MOST_LONGER = 200
@@ -48,15 +48,15 @@ _OTHERS = (
 
 
 @dataclass(frozen=True)
-class Place:
+class ImageFolder:
     """The folder of the files that rows name as images.
 
     Attributes:
-        folder: Folder in which relative paths begin; None where there is none.
+        path: Where relative paths begin; None where there is none.
         within: Folders that hold every file that may be named; None where any file may be, as in the user's own data.
     """
 
-    folder: Path | None
+    path: Path | None
     within: tuple[Path, ...] | None = None
 
 
@@ -68,31 +68,31 @@ class ImageReader:
         self._files: dict[Path, PromptImage] = {}
         self._digests: dict[str, PromptImage] = {}
 
-    def __call__(self, at: str, value: Any, place: Place) -> PromptImage:
+    def __call__(self, at: str, value: Any, folder: ImageFolder) -> PromptImage:
         """Reads one image.
 
         Args:
             at: Name of the image, for messages.
             value: A path, bytes, a data URL, an image of Pillow, or a mapping that holds one of these.
-            place: The folder of paths.
+            folder: The folder of paths.
 
         Raises:
             UserError: It is something else, or an address; or the file is missing, broken, empty, animated, of an
                 unknown format, or too large.
         """
         if isinstance(value, Mapping):
-            return self._mapping(at, value, place)
+            return self._mapping(at, value, folder)
         if isinstance(value, bytes | bytearray | memoryview):
             return self._bytes(at, bytes(value))
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         if isinstance(value, str):
-            return self._text(at, value, place)
+            return self._text(at, value, folder)
         if _is_pillow(value):
             return self._bytes(at, _as_png(at, value))
         raise UserError(f"{at}: is {a_kind(value)}; expected a path, bytes, a data URL or an image of Pillow")
 
-    def _mapping(self, at: str, value: Mapping[Any, Any], place: Place) -> PromptImage:
+    def _mapping(self, at: str, value: Mapping[Any, Any], folder: ImageFolder) -> PromptImage:
         key = next((key for key in _KEYS if value.get(key) is not None), None)
         if key is None:
             keys = ", ".join(map(str, value)) or "none"
@@ -100,9 +100,9 @@ class ImageReader:
         own = value[key]
         if key in _BASE64 and isinstance(own, str):
             return self._bytes(at, _from_base64(at, own[found.end() :] if (found := _DATA_URL.match(own)) else own))
-        return self(at, own, place)
+        return self(at, own, folder)
 
-    def _text(self, at: str, value: str, place: Place) -> PromptImage:
+    def _text(self, at: str, value: str, folder: ImageFolder) -> PromptImage:
         found = _DATA_URL.match(value)
         if found is not None:
             if not found["about"].lower().endswith(";base64"):
@@ -113,7 +113,7 @@ class ImageReader:
                 f"{at}: {shortened(value, 120)} is an address, and Retort fetches no images; save the image to a file "
                 "and name its path"
             )
-        return self._file(at, _path(at, value, place))
+        return self._file(at, _path(at, value, folder))
 
     def _file(self, at: str, path: Path) -> PromptImage:
         if path not in self._files:
@@ -178,18 +178,18 @@ def _as_png(at: str, image: Image) -> bytes:
     return found
 
 
-def _path(at: str, value: str, place: Place) -> Path:
+def _path(at: str, value: str, folder: ImageFolder) -> Path:
     problem = unnameable(value)
     if problem is not None:
         raise UserError(f"{at}: {quoted(value, 60)}: {problem}")
     path = Path(value)
-    if not path.is_absolute() and place.folder is None:
+    if not path.is_absolute() and folder.path is None:
         raise UserError(
             f"{at}: {value} names a file, and a data set of the hub must hold its images itself; save both on disk and "
             "give the folder"
         )
-    path = (place.folder or Path()).absolute() / path
-    if place.within is not None and not any(path.resolve().is_relative_to(own.resolve()) for own in place.within):
+    path = (folder.path or Path()).absolute() / path
+    if folder.within is not None and not any(path.resolve().is_relative_to(own.resolve()) for own in folder.within):
         raise UserError(
             f"{at}: {value} lies outside of the data set; a data set of the hub may name only its own files"
         )

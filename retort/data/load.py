@@ -13,9 +13,9 @@ from typing import Any
 from retort.core.images import PLACEHOLDER
 from retort.core.rollouts import Message, Prompt
 from retort.data.columns import COLUMNS, check_mapping
-from retort.data.images import Place
+from retort.data.images import ImageFolder
 from retort.data.rows import RowReader
-from retort.data.sources import PlacedRow, Row, rows_of, undecoded
+from retort.data.sources import Row, RowInFolder, rows_of, undecoded
 from retort.data.values import without_nulls
 from retort.errors import UserError, a_kind, did_you_mean
 
@@ -119,8 +119,8 @@ def prompts_from_rows(
         UserError: One line that names the row and the remedy.
     """
     remarks: list[str] = []
-    place = Place(Path.cwd())
-    placed = ((at, row, place) for at, row in numbered(rows, where))
+    folder = ImageFolder(Path.cwd())
+    placed = ((at, row, folder) for at, row in numbered(rows, where))
     prompts = _read(placed, where, limit, columns, remarks)
     if notes is not None:
         notes += [f"{where}: {note}" for note in remarks]
@@ -149,7 +149,7 @@ def numbered(rows: Iterable[Any], where: str) -> Iterator[Row]:
 
 
 def _read(
-    rows: Iterable[PlacedRow], source: str, limit: int | None, columns: Mapping[str, str] | None, notes: list[str]
+    rows: Iterable[RowInFolder], source: str, limit: int | None, columns: Mapping[str, str] | None, notes: list[str]
 ) -> list[Prompt]:
     columns = dict(columns or {})
     for name in columns:
@@ -160,11 +160,11 @@ def _read(
     reader = RowReader(columns)
     found: list[tuple[str | None, Prompt]] = []
     used: dict[str, str] = {}
-    for where, row, place in islice(rows, limit):
+    for where, row, folder in islice(rows, limit):
         if not found:
             check_mapping(where, row, columns)
         try:
-            name, prompt = reader(where, row, place)
+            name, prompt = reader(where, row, folder)
         except RecursionError:
             raise UserError(f"{where}: is nested too deeply; no prompt needs that") from None
         if name is not None:

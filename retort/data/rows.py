@@ -12,7 +12,7 @@ from retort.core.rollouts import Message, Prompt
 from retort.data.columns import PRIVILEGED, Seen, lookup, no_prompt
 from retort.data.conversations import LAST_ROLES, as_conversation, conversation, read_tools
 from retort.data.image_parts import RowImages
-from retort.data.images import ImageReader, Place
+from retort.data.images import ImageFolder, ImageReader
 from retort.data.media import check_media, holds_something
 from retort.data.values import listed, optional, plain, text
 from retort.errors import UserError
@@ -50,13 +50,13 @@ class RowReader:
         self._answers = self._responses = False
         self._read_image = ImageReader()
 
-    def __call__(self, where: str, row: Mapping[str, Any], place: Place) -> tuple[str | None, Prompt]:
+    def __call__(self, where: str, row: Mapping[str, Any], folder: ImageFolder) -> tuple[str | None, Prompt]:
         """Returns the row's own id, if it has one, and the prompt, named by the row's number where it has none.
 
         Args:
             where: The row, for messages.
             row: Its cells by column.
-            place: The folder of the images that it names.
+            folder: The folder of the images that it names.
 
         Raises:
             UserError: One line that names the row and the remedy.
@@ -64,7 +64,7 @@ class RowReader:
         number = self.rows
         self.rows += 1
         self.seen.row(row)
-        images = self._row_images(where, row, place)
+        images = self._row_images(where, row, folder)
         asked = self._row_prompt(where, row, images)
         name, system = self._words(where, row, "id"), self._words(where, row, "system")
         tools = read_tools(where, self._cell(row, "tools"))
@@ -80,36 +80,36 @@ class RowReader:
             clean=self._clean(where, row, system, messages, images),
             domain=self._words(where, row, "domain") or "",
             tools=tools,
-            teacher_images=tuple(self._images(where, row, "teacher_images", place)),
+            teacher_images=tuple(self._images(where, row, "teacher_images", folder)),
         )
         self._only_read_media(where, row, messages)
         self._answers |= prompt.answer is not None
         self._responses |= prompt.response is not None
         return name, prompt
 
-    def _row_images(self, where: str, row: Mapping[str, Any], place: Place) -> RowImages:
+    def _row_images(self, where: str, row: Mapping[str, Any], folder: ImageFolder) -> RowImages:
         """The images of the prompt; a column `image` counts as `images` where that is neither there nor mapped."""
-        found = self._images(where, row, "images", place)
+        found = self._images(where, row, "images", folder)
         given = self.columns.get("images", "images") in row
         if "images" not in self.columns and "image" in row and "image" not in self.columns.values():
-            single = self._images(where, row, "image", place)
+            single = self._images(where, row, "image", folder)
             if found and single:
                 raise UserError(
                     f"{where}: the columns 'images' and 'image' both hold images; map the one that is meant "
                     "(columns.images=...), and leave the other out"
                 )
             found, given = found or single, True
-        return RowImages(lambda at, value: self._read_image(at, value, place), found, given=given)
+        return RowImages(lambda at, value: self._read_image(at, value, folder), found, given=given)
 
-    def _images(self, where: str, row: Mapping[str, Any], ours: str, place: Place) -> list[PromptImage]:
+    def _images(self, where: str, row: Mapping[str, Any], ours: str, folder: ImageFolder) -> list[PromptImage]:
         theirs = self.columns.get(ours, ours)
         if not holds_something(plain(lookup(row, theirs))):
             return []
         value = listed(self._cell(row, ours))
         at = f"{where}, '{theirs}'"
         if isinstance(value, list):
-            return [self._read_image(f"{at}, item {number}", item, place) for number, item in enumerate(value)]
-        return [self._read_image(at, value, place)]
+            return [self._read_image(f"{at}, item {number}", item, folder) for number, item in enumerate(value)]
+        return [self._read_image(at, value, folder)]
 
     def _only_read_media(self, where: str, row: Mapping[str, Any], messages: tuple[Message, ...]) -> None:
         """Refuses media that are not read, also in structures that something is read from."""

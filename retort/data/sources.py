@@ -11,17 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from retort.data.images import Place
+from retort.data.images import ImageFolder
 from retort.data.text_files import PACKED, Row, json_file, json_lines, table
 from retort.data.values import short, without_nulls
 from retort.envs import registry
 from retort.errors import UserError, shortened
 from retort.files import named
 
-__all__ = ["PlacedRow", "Row", "rows_of", "undecoded"]
+__all__ = ["Row", "RowInFolder", "rows_of", "undecoded"]
 
 #: A row, and the folder of the images that it names.
-PlacedRow = tuple[str, Mapping[str, Any], Place]
+RowInFolder = tuple[str, Mapping[str, Any], ImageFolder]
 
 # owner/name or owner/name:configuration, as in openai/gsm8k:main
 HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -30,7 +30,7 @@ HUB_NAME = re.compile(r"(?P<path>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<con
 _SPLIT = re.compile(r"(?<![A-Za-z])(train|test|validation|valid|val|dev|eval)(?![A-Za-z])", re.IGNORECASE)
 
 
-def rows_of(source: str, split: str, notes: list[str]) -> Iterator[PlacedRow]:
+def rows_of(source: str, split: str, notes: list[str]) -> Iterator[RowInFolder]:
     """Yields the rows of a source, each with the folder of the images that it names.
 
     Args:
@@ -42,7 +42,7 @@ def rows_of(source: str, split: str, notes: list[str]) -> Iterator[PlacedRow]:
         UserError: There is no such source, its kind is unknown, or it cannot be read.
     """
     if registry.makes_rows(source):
-        return _placed(registry.rows_of(source, split), Place(None))
+        return _in_folder(registry.rows_of(source, split), ImageFolder(None))
     path = _path(source)
     if path.is_dir():
         return _folder(source, path, split, notes)
@@ -53,11 +53,13 @@ def rows_of(source: str, split: str, notes: list[str]) -> Iterator[PlacedRow]:
     hub = HUB_NAME.fullmatch(source)
     if hub is None or path.suffix.lower() in (*READERS, *PACKED, ".txt"):
         raise UserError(f"no such file: {source}{_nearest_file(path)}")
-    return _placed(_hub_rows(source, hub["path"], hub["config"], split), Place(None, _hub_folders(hub["path"])))
+    return _in_folder(
+        _hub_rows(source, hub["path"], hub["config"], split), ImageFolder(None, _hub_folders(hub["path"]))
+    )
 
 
-def _placed(rows: Iterable[Row], place: Place) -> Iterator[PlacedRow]:
-    return ((where, row, place) for where, row in rows)
+def _in_folder(rows: Iterable[Row], folder: ImageFolder) -> Iterator[RowInFolder]:
+    return ((where, row, folder) for where, row in rows)
 
 
 def _path(source: str) -> Path:
@@ -86,14 +88,14 @@ def _kind(path: Path) -> str | None:
     return kind if kind in READERS and not (packed and kind == ".parquet") else None
 
 
-def _file(source: str, path: Path) -> Iterator[PlacedRow]:
+def _file(source: str, path: Path) -> Iterator[RowInFolder]:
     kind = _kind(path)
     if kind is None:
         ending = "".join(path.suffixes[-2:]) if path.suffix.lower() in PACKED else path.suffix
         raise UserError(f"{source}: unknown kind of file '{ending}'; known: {_known()}")
     if not path.is_file():  # reading a pipe would wait for ever
         raise UserError(f"{source} is a pipe or a device; write its rows to a file and name that")
-    return _placed(READERS[kind](path), Place(path.parent))
+    return _in_folder(READERS[kind](path), ImageFolder(path.parent))
 
 
 def _known() -> str:
@@ -164,7 +166,7 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 # ------------------------------------------------------------------------------------------------------- several files
 
 
-def _together(source: str, files: list[Path]) -> Iterator[PlacedRow]:
+def _together(source: str, files: list[Path]) -> Iterator[RowInFolder]:
     """The rows of several files in the order of their names, so that runs repeat."""
     for path in files:
         yield from _file(source if len(files) == 1 else str(path), path)
@@ -181,11 +183,11 @@ def _matching(source: str, path: Path) -> list[Path]:
     return files
 
 
-def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[PlacedRow]:
+def _folder(source: str, path: Path, split: str, notes: list[str]) -> Iterator[RowInFolder]:
     if (path / "dataset_dict.json").is_file():
-        return _placed(_saved_rows(source, path, split), Place(path))
+        return _in_folder(_saved_rows(source, path, split), ImageFolder(path))
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _placed(_saved_rows(source, path, None), Place(path))
+        return _in_folder(_saved_rows(source, path, None), ImageFolder(path))
     inside = sorted(one for one in path.iterdir() if not one.name.startswith((".", "_")))
     files = [one for one in inside if _kind(one) and one.is_file()]
     if not files:

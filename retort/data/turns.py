@@ -20,9 +20,9 @@ def each_turn(prompts: Sequence[Prompt], notes: list[str] | None = None) -> list
 
     The steps of a conversation follow one another in its order. Their ids are that of the row, a colon and the number
     of the step, from 1; a row with a single step keeps its id. System turns, tools and the domain are those of the row.
-    Its other columns (`answer`, `clean`, and what only a teacher may see, images among it) say something of its last step and stay with
-    that. A turn that calls tools is no response in words, so its step has none. A turn of the assistant that nobody
-    has asked for, at the beginning, is no step.
+    Its other columns (`answer`, `clean`, and what only a teacher may see, images among it) say something of its last
+    step and stay with that. A turn that calls tools is no response in words, so its step has none. A turn of the
+    assistant that nobody has asked for, at the beginning, is no step.
 
     Args:
         prompts: Prompts as `retort.data.load_prompts` reads them, whose messages end before the last turn.

@@ -11,7 +11,18 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 
-__all__ = ["decode", "json_value", "listed", "optional", "parsed", "plain", "short", "strict_json", "text", "without_nulls"]
+__all__ = [
+    "decode",
+    "json_value",
+    "listed",
+    "optional",
+    "parsed",
+    "plain",
+    "short",
+    "strict_json",
+    "text",
+    "without_nulls",
+]
 
 
 def text(where: str, name: str, given: str) -> str:

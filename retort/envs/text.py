@@ -101,7 +101,7 @@ class TextEpisodes:
     def _begun(self, prompt: Prompt) -> Episode:
         try:
             game = self.make()
-            seen: Any = game.reset(prompt.text, key(0, "environment", prompt.id))
+            seen: Any = game.reset(prompt.readable, key(0, "environment", prompt.id))
             calling = callable(getattr(game, "call", None))
             own = tuple(getattr(game, "tools", ())) if calling or self.tools else ()
         except Exception as error:

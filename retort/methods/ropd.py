@@ -80,7 +80,8 @@ def ropd(
     score = score_function(advantage, clip=None if clip_low is None or clip_high is None else (clip_low, clip_high))
     weight = None if truncation is None else truncated_rollout_ratio(truncation)
     over = rollout_means() if reduction == "rollouts" else tokens()
-    terms = (Term("rubric", score, weight=weight, denominator=over),)
+    view = "base" if kl_coef else "teacher"  # the one that there is: a reward needs nothing of it
+    terms = (Term("rubric", score, view, weight=weight, denominator=over),)
     if kl_coef:
         terms += (Term("reference", pathwise(reverse_kl()), "base", coef=kl_coef, denominator=over),)
     return Method(
@@ -97,7 +98,7 @@ def ropd(
             "steps": 500,
         },
         watch=(
-            Watch("student_entropy", student_entropy(), against="base" if kl_coef else "teacher"),
-            Watch("clip_fraction", score.clipped("rubric"), against="base" if kl_coef else "teacher"),
+            Watch("student_entropy", student_entropy(), against=view),
+            Watch("clip_fraction", score.clipped("rubric"), against=view),
         ),
     )

@@ -182,13 +182,17 @@ class LanguageModel:
         with self.sharding.whole_state(self.model) as state:
             yield state
 
+    @property
+    def _apart(self) -> list[Parameter]:
+        return [] if self.vision is None else self.vision.parameters()
+
     def spread(self, world: World) -> None:
         """Spreads the weights over ranks, each of which keeps a slice; whoever holds parameters asks for them anew.
 
         Raises:
             UserError: A family that cannot be spread.
         """
-        self.sharding.spread(self.model, world, self.name)
+        self.sharding.spread(self.model, world, self.name, self._apart)
         if self.adapter is not None:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self.whole(), torch.no_grad(), self.compute():  # a first pass, which also settles who is whose parent
@@ -202,7 +206,7 @@ class LanguageModel:
         """
         if world.size == 1 or self.sharding.on:
             return
-        self.sharding.spread_layers(self.model, world, self.name)
+        self.sharding.spread_layers(self.model, world, self.name, self._apart)
         with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
             self._probe()
 

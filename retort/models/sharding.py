@@ -12,6 +12,8 @@ the pass. It scores in lock step, too. Axes: see `retort.core`.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,6 +36,7 @@ class Sharding:
         self._entered = 0
         self._world: World = ONE
         self._only_layers = False
+        self._apart: list[Parameter] = []
 
     @property
     def on(self) -> bool:
@@ -59,13 +62,14 @@ class Sharding:
         """How many more passes the busiest rank makes with a frozen model than this one; 0 where none waits."""
         return max(self._world.each(lambda: passes)) - passes if self.in_step else 0
 
-    def spread(self, model: Any, world: World, name: str) -> None:
+    def spread(self, model: Any, world: World, name: str, apart: Sequence[Parameter] = ()) -> None:
         """Spreads a model's weights over all ranks; optimizers and lists of its parameters are to be made anew.
 
         Args:
             model: Of transformers; changed in place.
             world: The ranks.
             name: Of the model, for messages.
+            apart: Parameters that stay whole on every rank, because ranks use them differently often (a vision tower).
 
         Raises:
             UserError: A family with parameters that lie neither in its base model nor in its head.
@@ -85,9 +89,10 @@ class Sharding:
                 f"{name}: {type(model).__name__} keeps '{outside[0]}' beside its layers and its head, where several "
                 "ranks cannot share it; train it in one process"
             )
-        for layer in layers_of(model):
+        for layer in layers_of(model, apart):
             fully_shard(layer, mesh=mesh)
-        fully_shard(base, mesh=mesh)
+        fully_shard(base, mesh=mesh, ignored_params=set(apart) or None)
+        self._apart, self._world = list(apart), world
         if tied:
             self._tied = (embedding, head)
             self._tie()
@@ -99,13 +104,14 @@ class Sharding:
             module.set_gradient_divide_factor(1.0)  # a loss is divided by what the whole batch counts already
             module.set_force_sum_reduction_for_comms(True)
 
-    def spread_layers(self, model: Any, world: World, name: str) -> None:
+    def spread_layers(self, model: Any, world: World, name: str, apart: Sequence[Parameter] = ()) -> None:
         """Spreads the layers of a frozen model over all ranks; its embedding, head and the rest stay whole on each.
 
         Args:
             model: Of transformers; changed in place.
             world: The ranks.
             name: Of the model, for messages.
+            apart: See `spread`.
 
         Raises:
             UserError: A family that does not say what its layers are, or whose layers share parameters.
@@ -115,7 +121,7 @@ class Sharding:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        layers = layers_of(model)
+        layers = layers_of(model, apart)
         why = _no_layers(model, layers)
         if why:
             raise UserError(
@@ -130,6 +136,19 @@ class Sharding:
         # The base model has nothing of its own to exchange; it tells layers which of them comes next.
         fully_shard(model.base_model, mesh=mesh, ignored_params=outside)
         self._modules, self._world, self._only_layers = list(layers), world, True
+
+    def sum_gradients(self) -> None:
+        """Sums, over all ranks, the gradients of what is whole on each; those of slices are summed already."""
+        from torch import distributed
+
+        learning = [own for own in self._apart if own.requires_grad]
+        if not learning:
+            return
+        given = [own.new_zeros(own.shape) if own.grad is None else own.grad for own in learning]
+        flat = torch.cat([gradient.flatten() for gradient in given])
+        distributed.all_reduce(flat)
+        for own, part in zip(learning, flat.split([own.numel() for own in learning]), strict=True):
+            own.grad = part.view(own.shape).clone()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
@@ -177,12 +196,14 @@ class Sharding:
             head._parameters["weight"] = embedding._parameters["weight"]
 
 
-def layers_of(model: Any) -> list[Module]:
-    """The blocks that a family says are not to be split, spread or not."""
+def layers_of(model: Any, apart: Sequence[Parameter] = ()) -> list[Module]:
+    """The blocks that a family says are not to be split, spread or not; without those that hold what is apart."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
     found = [m for m in model.base_model.modules() if kinds & {kind.__name__ for kind in type(m).__mro__}]
     inside = {id(module) for outer in found for module in outer.modules() if module is not outer}
-    return [module for module in found if id(module) not in inside]
+    left_out = {id(own) for own in apart}
+    alone = [module for module in found if not any(id(p) in left_out for p in module.parameters())]
+    return [module for module in alone if id(module) not in inside]
 
 
 def _no_layers(model: Any, layers: Sequence[Module]) -> str | None:
@@ -202,6 +223,33 @@ def full(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def clip(parameters: Sequence[Parameter], limit: float) -> float:
+    """Scales gradients down to a total norm, and returns the norm before. Some may be slices, others whole.
+
+    Args:
+        parameters: The parameters that learn.
+        limit: The largest norm.
+    """
+    kinds = of_one_kind(parameters)
+    if len(kinds) == 1:
+        return float(full(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+    gradients = [[own.grad for own in kind if own.grad is not None] for kind in kinds]
+    norm = math.hypot(*(float(full(torch.nn.utils.get_total_norm(own))) for own in gradients))
+    if math.isfinite(norm):
+        for gradient in itertools.chain(*gradients):
+            slice_of(gradient).mul_(min(1.0, limit / (norm + 1e-6)))
+    return norm
+
+
+def of_one_kind(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """Parameters that are whole on this rank, and those of which it keeps a slice: few functions take both at once."""
+    from torch.distributed.tensor import DTensor
+
+    slices: list[Parameter] = [own for own in parameters if isinstance(own, DTensor)]
+    whole = [own for own in parameters if not isinstance(own, DTensor)]
+    return [kind for kind in (slices, whole) if kind]
 
 
 def like(parameter: Parameter | Tensor, tensor: Tensor) -> Tensor:

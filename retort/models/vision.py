@@ -94,6 +94,12 @@ class Vision:
         self._positions = Bounded(KEPT_NUMBERS, lambda own: own.numel())
         self._counted: dict[object, int] = {}
 
+    def on(self, model: Any) -> Vision:
+        """The same for a copy of the model."""
+        found = Vision(model, self.processing)
+        found.joins = self.joins
+        return found
+
     def modules(self) -> dict[str, Module]:
         """The parts of the model beside its text model and its head: vision tower, projector, ..., by name."""
         base, embedding = self.model.base_model, self.model.get_input_embeddings()

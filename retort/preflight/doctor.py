@@ -16,6 +16,7 @@ from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
 from retort.preflight.rounding import rounding_checks
+from retort.preflight.rubric_context import rubric_context
 from retort.preflight.rubrics import draft_checks, rubric_spending
 from retort.preflight.trial import run_trial, trial_checks
 from retort.train.given.given import CallerObjects
@@ -56,7 +57,7 @@ def examine_setup(prepared: Prepared, *, quick: bool = False, before: Sequence[C
         before: Checks that were made already.
     """
     checks = [*before, *([] if before else _alike(prepared)), *_quick(prepared)]
-    checks += [*draft_checks(prepared), *rubric_spending(prepared)]
+    checks += [*draft_checks(prepared), *rubric_context(prepared), *rubric_spending(prepared)]
     absent = any(isinstance(lm, StoredModel) for lm in prepared.lms.values())
     if not quick and not absent and not any(check.verdict == "fatal" for check in checks):
         # Without a cache: what a doctor's completions score is of no use to a run.

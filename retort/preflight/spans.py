@@ -35,7 +35,7 @@ def check_units(prepared: Prepared, teacher: SpanTeacher) -> Check:
     found, answered = Coverage(), all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
     for prompt in prepared.source.prompts[:PROBES]:
         try:
-            text = str(prompt.response) if answered else prompt.messages[-1].content
+            text = str(prompt.response) if answered else prompt.messages[-1].readable
             ids = retokenize(student.tokenizer, text).ids
             sequence = TokenSequence.of([student.stops.primary]).then(ids, decided=True)
             read = pair.units(sequence)

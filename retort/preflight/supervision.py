@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +32,47 @@ SHARED = 32
 #: because of the numbers or the reward, which is no loss by alignment.
 COPIES = 16
 
-#: A unit: the student's tokens, the teacher's, and whether it is one shared id on both sides.
-Shape = tuple[int, int, bool]
+#: The shared ids of the made-up batch that stop, and that are whitespace only.
+STOP, BLANK = 0, 1
+
+
+class Shape(NamedTuple):
+    """A unit, as far as it matters what each of its tokens is.
+
+    Attributes:
+        student: Number of the student's tokens.
+        teacher: Number of the teacher's tokens.
+        matched: Whether it is one shared id on both sides.
+        ends: Where the student's tokens end, and where the teacher's do, in order: numbers whose order alone counts.
+            None: all of the student's but the last end inside of the teacher's first.
+        blank: Which of the student's tokens are whitespace only; empty: none.
+        rewritten: Whether the two sides spell different bytes.
+    """
+
+    student: int
+    teacher: int
+    matched: bool
+    ends: tuple[tuple[int, ...], tuple[int, ...]] | None = None
+    blank: tuple[bool, ...] = ()
+    rewritten: bool = False
+
+    @staticmethod
+    def of(ours: Sequence[bytes], theirs: Sequence[bytes], matched: bool) -> Shape:
+        """The shape of a unit by what its tokens spell."""
+        blank = tuple(piece.isspace() for piece in ours) if any(piece.isspace() for piece in ours) else ()
+        sizes = len(ours), len(theirs), matched
+        if matched or b"".join(ours) != b"".join(theirs):
+            return Shape(*sizes, blank=blank, rewritten=not matched)
+        ends = [list(accumulate(map(len, side))) for side in (ours, theirs)]
+        order = {end: place for place, end in enumerate(sorted({0, *ends[0], *ends[1]}))}
+        return Shape(*sizes, (tuple(order[end] for end in ends[0]), tuple(order[end] for end in ends[1])), blank)
+
+    @property
+    def layout(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The ends."""
+        own, other = self.student, self.teacher
+        last = own + other
+        return self.ends or ((*range(1, own), last), (*range(own, last - 1), last))
 
 
 @dataclass
@@ -79,6 +119,7 @@ def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Se
         SignalError: The teacher cannot read one.
     """
     found, pair = Positions(), teacher.pair
+    table = pair.prefixes
     partner = dict(zip(pair.shared.student_K.tolist(), pair.shared.teacher_K.tolist(), strict=True))
     stops = pair.student_stops.tolist()
     for sequence in (sequence for rollout in rollouts for sequence in rollout.sequences):
@@ -87,18 +128,32 @@ def unit_positions(teacher: SpanTeacher, student_tokenizer: object, rollouts: Se
         before = sequence.prefix.tokens_L.tolist()
         spelt = pieces(student_tokenizer, ids, before, stops=stops)  # type: ignore[arg-type]
         sizes = [0 if piece.startswith(b"\xff") else len(piece) for piece in spelt]
-        own_U, theirs_U, unit_A = read.student_U.tolist(), read.teacher_U.tolist(), read.unit_A.tolist()
-        index, first_B = 0, {unit: place for place, unit in reversed(list(enumerate(read.unit_B.tolist())))}
+        unit_A, index = read.unit_A.tolist(), 0
+        own_U, theirs_U = _by_unit(ids, unit_A), _by_unit(theirs, read.unit_B.tolist())
+        shape_U = {
+            unit: Shape.of(
+                [table.student[token] for token in own],
+                [table.teacher[token] for token in theirs_U[unit]],
+                len(own) == len(theirs_U[unit]) == 1 and partner.get(own[0]) == theirs_U[unit][0],
+            )
+            for unit, own in own_U.items()
+        }
         for place, unit in enumerate(unit_A):
             index = index + 1 if place and unit == unit_A[place - 1] else 0
-            if unit < 0 or max(own_U[unit], theirs_U[unit]) > LONGEST_UNIT:
+            if unit < 0 or max(shape_U[unit][:2]) > LONGEST_UNIT:
                 found.outside = (found.outside[0] + 1, found.outside[1] + sizes[place])
                 continue
-            single = own_U[unit] == theirs_U[unit] == 1
-            matched = single and partner.get(ids[place]) == theirs[first_B[unit]]
-            shape = (own_U[unit], theirs_U[unit], matched)
-            found.tokens[shape, index] += 1
-            found.bytes[shape, index] += sizes[place]
+            found.tokens[shape_U[unit], index] += 1
+            found.bytes[shape_U[unit], index] += sizes[place]
+    return found
+
+
+def _by_unit(ids: Sequence[int], units: Sequence[int]) -> dict[int, list[int]]:
+    """The ids of each unit."""
+    found: dict[int, list[int]] = {}
+    for token, unit in zip(ids, units, strict=True):
+        if unit >= 0:
+            found.setdefault(unit, []).append(token)
     return found
 
 
@@ -118,19 +173,18 @@ def taught(method: Method, shapes: Sequence[Shape]) -> dict[Shape, list[bool]]:
     found: dict[Shape, list[bool]] = {}
     start = 0
     for shape in shapes:
-        found[shape] = any_draw[start : start + shape[0]]
-        start += shape[0]
+        found[shape] = any_draw[start : start + shape.student]
+        start += shape.student
     return found
 
 
 @dataclass(frozen=True, eq=False)
 class _MadeUp:
-    """Made-up tokens of both sides, whose bytes make units of the shapes, and no smaller ones.
+    """Made-up tokens of both sides, whose bytes make units of the shapes.
 
     Attributes:
         ids: The student's and the teacher's ids of each shape.
-        vocabularies: The bytes of all ids of either side. The first `SHARED` are the same to both, and the first of
-            them is the stop.
+        vocabularies: The bytes of all ids of either side. The first `SHARED` are the same to both.
     """
 
     ids: tuple[list[list[int]], list[list[int]]]
@@ -138,23 +192,37 @@ class _MadeUp:
 
     @staticmethod
     def of(shapes: Sequence[Shape]) -> _MadeUp:
-        """Makes them: inside of a unit the student's tokens end before the teacher's first one does."""
+        """Makes them."""
         ids: tuple[list[list[int]], list[list[int]]] = ([], [])
-        known = tuple([b"", *(b"=%d" % token for token in range(1, SHARED))] for _ in range(2))
-        for number, (own, theirs, matched) in enumerate(shapes):
-            text = b"%d:" % number + b"x" * (own + theirs)
-            ends = ([*range(1, own), len(text)], [*range(own, own + theirs - 1), len(text)])
-            for found, pieces_V, side in zip(ids, known, ends, strict=True):
-                if matched:
-                    found.append([1 + number % (SHARED - 1)])
+        first = {STOP: b"", BLANK: b" "}
+        known = tuple([first.get(token, b"=%d" % token) for token in range(SHARED)] for _ in range(2))
+        for number, shape in enumerate(shapes):
+            parts = _parts(shape, number)
+            for found, pieces_V, ends in zip(ids, known, shape.layout, strict=True):
+                if shape.matched:
+                    found.append([BLANK if any(shape.blank) else 2 + number % (SHARED - 2)])
                     continue
-                found.append(list(range(len(pieces_V), len(pieces_V) + len(side))))
-                pieces_V += [text[begin:end] for begin, end in zip([0, *side[:-1]], side, strict=True)]
+                found.append(list(range(len(pieces_V), len(pieces_V) + len(ends))))
+                begins = [0, *ends[:-1]]
+                pieces_V += [b"".join(parts[begin:end]) for begin, end in zip(begins, ends, strict=True)]
+            if shape.rewritten:
+                known[1][-1] += b"~"
         return _MadeUp(ids, (known[0], known[1]))
 
     def tokens(self, side: int) -> Tensor:
         """The ids of one side of the whole batch."""
         return torch.tensor([token for own in self.ids[side] for token in own]).repeat(COPIES)
+
+
+def _parts(shape: Shape, number: int) -> list[bytes]:
+    """What stands between two neighbouring ends of a unit, of either side; the unit's number makes it unlike others."""
+    own_ends, _ = shape.layout
+    blank = shape.blank or (False,) * shape.student
+    owner = [next(place for place, end in enumerate(own_ends) if part < end) for part in range(own_ends[-1])]
+    return [
+        b" " * (number + 1) + b"\t" * (part + 1) if blank[place] else b"<%d.%d>" % (number, part)
+        for part, place in enumerate(owner)
+    ]
 
 
 def _gradient(method: Method, shapes: Sequence[Shape]) -> Tensor:
@@ -186,7 +254,7 @@ def _spans(made: _MadeUp, shapes: Sequence[Shape], tokens_N: Tensor, tokens_M: T
     """The teacher's signal of units of some shapes, one after the other."""
     ends = [list(accumulate(sizes)) for sizes in zip(*[shape[:2] for shape in shapes] * COPIES, strict=True)]
     every = [*shapes] * COPIES
-    units = [(slice(a - own, a), slice(b - other, b)) for a, b, (own, other, _) in zip(*ends, every, strict=True)]
+    units = [(slice(a - own, a), slice(b - other, b)) for a, b, (own, other, *_) in zip(*ends, every, strict=True)]
     same_S, stop_E = torch.arange(SHARED), torch.zeros(1).long()
     logp_M, raw_M = (x.gather(-1, tokens_M[:, None]).squeeze(-1) for x in (logits_MV.log_softmax(-1), logits_MV))
     columns, begins_N = unit_columns(units, tokens_N, tokens_M, logp_M, (same_S, same_S), teacher_raw_M=raw_M)

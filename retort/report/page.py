@@ -14,6 +14,7 @@ from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
 from retort.report.groups import Group, all_runs, grouped, leaves, method_name
+from retort.report.images import with_images
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
@@ -93,7 +94,7 @@ def _page(groups: Sequence[Group]) -> str:
     # Only this style and this script may run, and nothing may be loaded, whatever a model wrote.
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    )
+    ) + ("; img-src data:" if with_images(groups) else "")
     sections = (
         result_section(groups),
         profiles_section(groups),

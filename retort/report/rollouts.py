@@ -13,6 +13,7 @@ from typing import Any
 
 from retort.report.episodes import episode_of, messages_of
 from retort.report.groups import Group, all_runs
+from retort.report.images import embedded, images_of
 from retort.report.passages import passages_of
 from retort.report.read import RunFiles, number, spread
 from retort.report.units import over_unit, units_of
@@ -89,6 +90,8 @@ def rollouts_section(groups: Sequence[Group]) -> str:
     answers = [answer for problem in held_out for answer in problem["answers"]]
     columns = _columns([*training, *answers])
     data = {"columns": columns, "training": training, "held_out": held_out, "first": _first(columns)}
+    if images := embedded(runs, [*training, *held_out]):
+        data["images"] = images
     words = f"{len(training):,} of {recorded:,} recorded rollouts, spread evenly over the run" if training else ""
     words += f"; each cut after {MOST_TOKENS:,} tokens" if any(row.get("more") for row in [*training, *answers]) else ""
     also = (
@@ -159,7 +162,7 @@ def _prompt(row: Mapping[str, Any]) -> dict[str, Any]:
     """A prompt's id and text, and the turns of a conversation: role and text."""
     found: dict[str, Any] = {"id": str(row.get("prompt_id", "")), "prompt": str(row.get("prompt", ""))}
     turns = messages_of(row.get("messages"))
-    return found | ({"turns": turns} if turns else {})
+    return found | images_of(row) | ({"turns": turns} if turns else {})
 
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,7 +54,7 @@ const mean = (values) => {
   return known.length ? known.reduce((sum, value) => sum + value, 0) / known.length : -Infinity;
 };
 
-const tokensView = ({ columns, training, held_out: heldOut, first }) => {
+const tokensView = ({ columns, training, held_out: heldOut, first, images = {} }) => {
   const runs = [...new Set(training.map((row) => row.run))];
   const state = { mode: training.length ? "training" : "held", column: first, order: "step", run: "", place: 0, block: 0, token: null };
   const column = () => columns.find((one) => one.name === state.column);
@@ -152,11 +152,24 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
     return svg;
   };
 
+  // The images of a prompt beside it; a tooltip and the text for those who do not see say which one it is.
+  const pictures = (digests, whose, caption = "") =>
+    (digests ?? []).map((digest, index) => {
+      const words = `${whose} ${index + 1} of ${digests.length}`;
+      const source = Object.hasOwn(images, digest) ? images[digest] : null;
+      const seen = source ? make("img", { src: source, alt: words, title: words }) : make("span", { class: "muted", text: `[${words}: no thumbnail]` });
+      return make("figure", {}, seen, ...(caption ? [make("figcaption", { class: "muted", text: caption })] : []));
+    });
+  const withImages = (row, box) => {
+    const found = [...pictures(row.images, "image"), ...pictures(row.teacher_images, "image for the teacher alone", "teacher only")];
+    return found.length ? make("div", { class: "seen" }, make("div", { class: "pictures" }, ...found), box) : box;
+  };
+
   // A conversation with who says what; a bare prompt is text alone.
   const promptBox = (row) => {
-    if (!row.turns) return make("div", { class: "prompt", text: row.prompt });
+    if (!row.turns) return withImages(row, make("div", { class: "prompt", text: row.prompt }));
     const turns = row.turns.map(([role, text]) => make("div", { class: "turn" }, make("span", { class: "role", text: role }), make("span", { text })));
-    return make("div", { class: "prompt" }, ...turns);
+    return withImages(row, make("div", { class: "prompt" }, ...turns));
   };
 
   const block = (row, title, index, prompt) => {
@@ -186,7 +199,8 @@ const tokensView = ({ columns, training, held_out: heldOut, first }) => {
       token.closest(".tokens").focus({ preventScroll: true });
       token.scrollIntoView({ block: "center" });
     };
-    const talk = conversation(row, (turn, place) => box(turn.from, turn.to, `, turn ${place + 1}`), prompt);
+    const said = conversation(row, (turn, place) => box(turn.from, turn.to, `, turn ${place + 1}`), prompt);
+    const talk = prompt ? withImages(row, said) : said;
     return make("div", { class: "block" }, head, turnBars(row, highest, go), passages(row), talk, more);
   };
 

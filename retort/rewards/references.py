@@ -38,6 +38,10 @@ class References(Protocol):
         """Returns the answers to each prompt, each once and without thoughts; or why there are none."""
         ...
 
+    def known(self, prompt: Prompt) -> list[str] | None:
+        """Returns the answers to a prompt as far as nobody has to be asked; None where somebody has."""
+        ...
+
     def need(self, prompts: Sequence[Prompt]) -> None:
         """Raises `UserError` if it is known that there are no answers to one of the prompts."""
         ...
@@ -54,6 +58,10 @@ class AskedReferences(References):
         """Takes whom to ask, how often and how, and the run's seed."""
         self._asker, self._plan, self._seed = asker, plan, seed
         self._known: dict[str, list[str]] = {}
+
+    def known(self, prompt: Prompt) -> list[str] | None:
+        """See `References`."""
+        return self._known.get(prompt_digest(prompt))
 
     def need(self, prompts: Sequence[Prompt]) -> None:
         """See `References`: whether the teacher answers is not known before."""
@@ -153,6 +161,10 @@ class StoredReferences(References):
         """Cuts what is not whole off the end of the file."""
         write_text(self._path, self._whole + "\n")
 
+    def known(self, prompt: Prompt) -> list[str] | None:
+        """See `References`."""
+        return self._answers.get(prompt_digest(prompt))
+
     def need(self, prompts: Sequence[Prompt]) -> None:
         """See `References`."""
         lacking = [prompt.id for prompt in prompts if not self.has(prompt)]
@@ -228,7 +240,7 @@ def store_references(
 def prompt_digest(prompt: Prompt) -> str:
     """A digest of what a model reads of a prompt, whatever its row is called."""
     read = json.dumps([message.as_dict() for message in prompt.messages], sort_keys=True)
-    return hashlib.sha256(read.encode()).hexdigest()
+    return hashlib.sha256("".join([read, *(image.digest for image in prompt.images)]).encode()).hexdigest()
 
 
 def seed_of(*words: object) -> int:

@@ -89,6 +89,11 @@ class RubricGrader(Grader):
         return "rubric"
 
     @property
+    def references(self) -> References:
+        """The teacher's answers."""
+        return self._references
+
+    @property
     def given_up(self) -> int:
         """As of the task's grader."""
         return 0 if self._verifier is None else self._verifier.given_up

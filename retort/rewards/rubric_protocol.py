@@ -129,9 +129,14 @@ def need_text(prompts: Sequence[Prompt]) -> None:
     """Refuses prompts of which a judge would read a part only: it is told texts.
 
     Raises:
-        UserError: A prompt has tools, or a turn that calls one.
+        UserError: A prompt has an image, tools, or a turn that calls one.
     """
     for prompt in prompts:
+        if prompt.images:
+            raise UserError(
+                f"row '{prompt.id}': it holds an image, which a judge does not see, so that it would grade by half of "
+                "the question; leave such rows out, or choose a method whose teacher scores tokens"
+            )
         if prompt.tools or any("tool_calls" in message.extra for message in prompt.messages):
             raise UserError(
                 f"row '{prompt.id}': it has tools or calls of tools, which a judge is not told of, so that it would "

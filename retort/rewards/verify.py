@@ -67,7 +67,7 @@ class CountdownVerifier:
         """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.countdown import check
 
-        return float(check(prompt.text, after_thinking(text)))
+        return float(check(prompt.readable, after_thinking(text)))
 
 
 class RankingVerifier:
@@ -79,7 +79,7 @@ class RankingVerifier:
         """Returns 1.0 if the text is a well-formed response to the prompt, else 0.0."""
         from retort.tasks.ranking import check
 
-        return float(check(prompt.text, after_thinking(text)))
+        return float(check(prompt.readable, after_thinking(text)))
 
 
 class CoachedVerifier:
@@ -91,13 +91,13 @@ class CoachedVerifier:
         """Returns 1.0 if the text is a right response to the prompt, else 0.0."""
         from retort.tasks.coached import check
 
-        return float(check(prompt.text, after_thinking(text)))
+        return float(check(prompt.readable, after_thinking(text)))
 
     def feedback(self, prompt: Prompt, text: str) -> str:
         """What is wrong with the text, such as `step 2 : no 7`; empty if nothing is."""
         from retort.tasks.coached import feedback
 
-        return feedback(prompt.text, after_thinking(text))
+        return feedback(prompt.readable, after_thinking(text))
 
 
 class BaitVerifier(CoachedVerifier):
@@ -109,7 +109,11 @@ class BaitVerifier(CoachedVerifier):
         """`followed`: 1.0 if the text is the suggestion, token for token; nothing where the prompt has none."""
         from retort.tasks.coached import bait, followed
 
-        return {} if bait(prompt.text) is None else {"followed": float(followed(prompt.text, after_thinking(text)))}
+        return (
+            {}
+            if bait(prompt.readable) is None
+            else {"followed": float(followed(prompt.readable, after_thinking(text)))}
+        )
 
 
 class ShapesVerifier:
@@ -125,12 +129,12 @@ class ShapesVerifier:
 
     def parts(self, prompt: Prompt, text: str) -> Mapping[str, float]:
         """`followed`: 1.0 if the text answers what the note suggests; nothing where the note is right, or missing."""
-        from retort.tasks.shapes import noted, said
+        from retort.tasks.shapes import answer_in, noted
 
         note = noted(prompt.text)
         if note is None or note == reference_answer(prompt, self.name).strip():
             return {}
-        return {"followed": float(said(after_thinking(text)) == note)}
+        return {"followed": float(answer_in(after_thinking(text)) == note)}
 
 
 class MathVerifier:

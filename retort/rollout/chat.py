@@ -10,6 +10,7 @@ from retort.chat.base import ChatReply, ChatRequest, Failure, Heard
 from retort.chat.record import digest_of
 from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Status
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.rollout.engines.base import Engine, Request, Sampling
 
@@ -68,13 +69,24 @@ class LocalChat:
                     add(number, ChatReply(text, len(before), len(completion.ids), ended=ended))
         return [found[number] for number in range(len(requests))]
 
+    def length(self, request: ChatRequest) -> int:
+        """Returns the tokens that a conversation takes of the model's context.
+
+        Raises:
+            UserError: The model's chat template refuses the conversation.
+        """
+        return len(self._read(request, digest_of(self.fingerprint, request)))
+
+    def _read(self, request: ChatRequest, digest: str) -> TokenSequence:
+        plain = len(request.messages) == 1  # which a model without a chat template reads as bare text
+        prompt = Prompt(id=f"{request.purpose} {digest[:8]}", messages=request.messages, plain=plain)
+        return self.render(prompt, split=True)
+
     def _request(self, request: ChatRequest) -> Request | Failure:
         """The request of the engine; a failure where the model cannot read the conversation."""
         digest = digest_of(self.fingerprint, request)
         try:
-            plain = len(request.messages) == 1  # which a model without a chat template reads as bare text
-            prompt = Prompt(id=f"{request.purpose} {digest[:8]}", messages=request.messages, plain=plain)
-            context = self.render(prompt, split=True)
+            context = self._read(request, digest)
         except UserError as error:  # its template refuses the conversation
             return Failure("form", str(error), asked=False)
         room = min(request.max_tokens, self.engine.context - len(context))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retort.align.text import decode
 from retort.core.passages import Passage
-from retort.core.rollouts import Message, Outcome, Pack, Rollout
+from retort.core.rollouts import Message, Outcome, Pack, Prompt, Rollout
 from retort.core.sequences import TokenSequence
 
 
@@ -24,7 +24,8 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         tokenizer: Tokenizer of the model that generated it.
 
     Returns:
-        JSON values. Present only where there is something to say: `between`, the tokens that are read between decisions
+        JSON values. Present only where there is something to say: `images` and `teacher_images`, their digests;
+        `between`, the tokens that are read between decisions
         (replies of an environment); `anew`, the prompts with which further sequences begin; `measures` and `outcomes`
         of an episode, the latter turn by turn; `turns`, the turn of each token, from 0; and `passages`, the texts that
         models wrote for the teachers. The messages of an outcome
@@ -34,8 +35,9 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
     bare = rollout.prompt.plain and len(rollout.prompt.messages) == 1
     return {
         "prompt_id": rollout.prompt.id,
-        "prompt": rollout.prompt.text,
+        "prompt": rollout.prompt.readable,
         **({} if bare else {"messages": _said(rollout.prompt.messages)}),
+        **_digests(rollout.prompt),
         "text": rollout.text,
         "member": rollout.member,
         "source": rollout.source,
@@ -51,6 +53,12 @@ def token_row(pack: Pack, index: int, columns: Mapping[str, Tensor], tokenizer: 
         **({"passages": [_passage(own) for own in rollout.passages]} if rollout.passages else {}),
         "columns": {name: [_short(x) for x in values_N[index_A].tolist()] for name, values_N in columns.items()},
     }
+
+
+def _digests(prompt: Prompt) -> dict[str, list[str]]:
+    """Digests of a prompt's images, in order, and of those that only a teacher sees; each only if there are any."""
+    found = {"images": prompt.images, "teacher_images": prompt.teacher_images}
+    return {name: [image.digest for image in images] for name, images in found.items() if images}
 
 
 def _between(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
@@ -92,7 +100,7 @@ def _passage(own: Passage) -> dict[str, Any]:
 
 
 def _said(messages: Sequence[Message]) -> list[list[str]]:
-    return [[message.role, message.content] for message in messages]
+    return [[message.role, message.readable] for message in messages]
 
 
 def _short(value: float) -> float | None:

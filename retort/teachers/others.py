@@ -31,7 +31,7 @@ def at_random(view_input: ViewInput, count: int, index: int) -> list[Prompt]:
         index: Number of the view, from 0.
     """
     pool, first = view_input.stage.pool, _first_of(view_input)
-    taken: dict[tuple[str, str | None], Prompt] = {}
+    taken: dict[tuple[tuple[str, ...], str | None], Prompt] = {}
     for view in range(index + 1):
         before = len(taken)
         for attempt in range(_ATTEMPTS * count):  # a few rows may have nothing to show
@@ -75,7 +75,7 @@ class _Index:
 
     def __init__(self, pool: Sequence[Prompt], most: int) -> None:
         self.pool, self.most = pool, most
-        self._found: dict[tuple[str, str], list[Prompt]] = {}
+        self._found: dict[tuple[str, tuple[str, ...]], list[Prompt]] = {}
         counts = [_counted(prompt) for prompt in pool]
         self.places = {word: place for place, word in enumerate(dict.fromkeys(w for own in counts for w in own))}
         sizes = torch.tensor([len(own) for own in counts], dtype=torch.long)
@@ -90,7 +90,7 @@ class _Index:
 
     def others(self, prompt: Prompt) -> list[Prompt]:
         """The problems most like a prompt, without itself and without copies."""
-        key = (prompt.id, prompt.text)
+        key = (prompt.id, _asked(prompt))
         if key not in self._found:
             self._found[key] = self._nearest(prompt)
         return self._found[key]
@@ -108,7 +108,7 @@ class _Index:
     def _nearest(self, prompt: Prompt) -> list[Prompt]:
         # Rounded, so that sums in another order are ties still.
         order = self.likeness(prompt).round(decimals=9).sort(descending=True, stable=True).indices
-        found: dict[tuple[str, str | None], Prompt] = {}
+        found: dict[tuple[tuple[str, ...], str | None], Prompt] = {}
         for place in order.tolist():
             if len(found) == self.most:
                 break
@@ -122,16 +122,21 @@ class _Index:
 
 
 def _counted(prompt: Prompt) -> Counter[str]:
-    return Counter(_WORDS.findall(prompt.text.lower()))
+    return Counter(_WORDS.findall(prompt.readable.lower()))
 
 
 def _is_other(other: Prompt, prompt: Prompt) -> bool:
     """Whether it is another problem, and one with something to show; a copy would give the prompt's own solution."""
-    return other.id != prompt.id and other.text != prompt.text and bool(other.shown("demonstration"))
+    return other.id != prompt.id and _asked(other) != _asked(prompt) and bool(other.shown("demonstration"))
 
 
-def _texts(other: Prompt) -> tuple[str, str | None]:
-    return other.text, other.shown("demonstration")
+def _texts(other: Prompt) -> tuple[tuple[str, ...], str | None]:
+    return _asked(other), other.shown("demonstration")
+
+
+def _asked(prompt: Prompt) -> tuple[str, ...]:
+    """What tells problems apart: the text, and the images."""
+    return (prompt.text, *(image.digest for image in prompt.images))
 
 
 def _first_of(view_input: ViewInput) -> ViewInput:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from retort.core.images import PLACEHOLDER
+from retort.core.images import in_words
 from retort.core.random_streams import uniforms
 from retort.core.rollouts import Prompt, Rollout
 from retort.teachers.templates import TEMPLATES, fill
@@ -61,11 +61,7 @@ class ViewInput:
         return text if self.limit is None else text.lstrip()[: self.limit]
 
     def section(self, template: str, text: str, prompt: str = "") -> str:
-        """A text in a template; an empty text gives an empty section.
-
-        Where an image stands in such a text, of another problem or of a model's, nothing is shown.
-        """
-        text, prompt = text.replace(PLACEHOLDER, ""), prompt.replace(PLACEHOLDER, "")
+        """A text in a template; an empty text gives an empty section."""
         kept = self.cut(text)
         if not kept.strip():
             return ""
@@ -89,9 +85,10 @@ class ViewInput:
             return None
         *before, last = self.prompt.messages
         words = self.stage.templates
-        content = fill(
-            words["frame"], prompt=last.content, sections="\n\n".join(sections), closing=words.get(closing, "")
-        )
+        frame, around, end = words["frame"], "\n\n".join(sections), words.get(closing, "")
+        if last.images:  # Only the turn's own text says where they stand: what models wrote may spell that character.
+            frame, around, end = map(in_words, (frame, around, end))
+        content = fill(frame, prompt=last.content, sections=around, closing=end)
         return replace(self.prompt, messages=(*before, replace(last, content=content)))
 
     def shortened(self, render: Callable[[ViewInput], Prompt | None], fits: Callable[[Prompt], bool]) -> Prompt | None:

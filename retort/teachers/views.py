@@ -82,7 +82,7 @@ def examples(
 
 def solved(view_input: ViewInput, others: Sequence[Prompt]) -> list[str]:
     """Other problems with their solutions, each in its template."""
-    return [view_input.section("example", other.shown("demonstration") or "", other.text) for other in others]
+    return [view_input.section("example", other.shown("demonstration") or "", other.readable) for other in others]
 
 
 def peers(

@@ -26,7 +26,7 @@ from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.probes import Probes
 from retort.train.learning.rates import Rates
-from retort.train.output import export, record, results
+from retort.train.output import export, record, results, thumbnails
 from retort.train.output.batch_metrics import batch_metrics
 from retort.train.output.evaluations import Evaluations
 from retort.train.output.identity import identity
@@ -239,8 +239,11 @@ class Run:
         self.step += 1
         self._claim.check()
         count, behind = self.prepared.config.record.rollouts, self.teachers.behind(method)
-        for row in record.rows(batch, values, self.step, count, self.student.tokenizer, behind):
+        recorded = record.rows(batch, values, self.step, count, self.student.tokenizer, behind)
+        for row in recorded:
             self.rollouts.append(row)
+        if self.world.leads:
+            thumbnails.keep(self.folder, recorded, [own.prompt for own in batch.pack.rollouts])
         metrics = {"step": self.step, **means.values()}
         metrics |= batch_metrics(batch, values, version, self.source, lost)
         metrics |= record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.prepared.metrics()

@@ -119,6 +119,7 @@ def load(
     changed: Mapping[str, Any] | None = None,
     method: Method | None = None,
     caller_objects: CallerObjects | None = None,
+    asks: bool = True,
 ) -> Run:
     """Loads a run as `resume` does, only to read it; another process may be at work in it.
 
@@ -129,6 +130,7 @@ def load(
         changed: As in `resume`.
         method: As in `resume`.
         caller_objects: As in `resume`.
+        asks: Whether its judge is asked, see `prepare`.
 
     Raises:
         UserError: No run there, or a damaged checkpoint.
@@ -143,7 +145,8 @@ def load(
     caller_objects = (caller_objects or CallerObjects()).again(config, folder)
     if chosen is not None:
         checkpoint.verify(chosen)  # A damaged checkpoint is refused before minutes are spent on loading models.
-    run = Run(prepare(config, method, caller_objects), folder, observer or Silent(), caller_objects=caller_objects)
+    prepared = prepare(config, method, caller_objects, asks=asks)
+    run = Run(prepared, folder, observer or Silent(), caller_objects=caller_objects)
     if chosen is not None:
         run.restore(chosen)
         if steps is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -163,6 +165,30 @@ def test_the_page_of_self_taught_methods_compares_within_seeds(lab: ModuleType) 
     faster = [_taught("reward alone", 0, 0.1), _taught("opct", 0, 0.6)]
     section = page.page(rows, faster, about, about, ["opct"]).split("## At a learning rate of 5e-4")[1]
     assert "| reward alone | faithful | 1 | 10.0 | −10.0 |".replace("−", "-") in section and "opct" not in section
+
+
+def test_the_page_of_written_texts_has_each_beside_its_control(lab: ModuleType, tmp_path: Path) -> None:
+    bench, page = lab.BENCHES["written"], sys.modules["lab_written_page"]
+    entries, runs = bench.entries(), {job.method: job for job in lab.jobs(bench, tmp_path, (), 1)}
+    shared = {job.method: job for job in lab.jobs(lab.BENCHES["itself"], tmp_path, (), 1)}
+    assert all(shared[name] == dataclasses.replace(job, condition="lab-itself") for name, job in runs.items())
+    drafted = {name for name, own in entries.items() if _drafts(own.method, own.settings)}
+    assert {one for one, _, _ in page.WROTE} == drafted | {"sdft, teacher writes"}
+    rows = []
+    for name, share, texts in (("opsd", 0.3, ()), ("opsd, reasons first", 0.4, ("3 + 4 = 7", "3"))):
+        folder = tmp_path / name
+        folder.mkdir()
+        written = {"prompt": "7 from 3 4 :", "passages": [{"text": text} for text in texts]}
+        (folder / "rollouts.jsonl").write_text(json.dumps(written) + "\n")
+        rows += [{**_taught(name, seed, share), "folder": folder} for seed in range(3)]
+    text = page.page(rows, lab.about(bench), entries)
+    assert "| opsd, reasons first − opsd | 3 | +10.0 [+10.0, +10.0] | +0.0 [+0.0, +0.0] |" in text
+    assert "| opsd, reasons first | 16 rationales a batch | 50 |" in text
+    assert "Without a finished run: peer_opd, peer_opd, excerpts" in text
+
+
+def _drafts(method: str, settings: Mapping[str, Any]) -> bool:
+    return any(view.draft is not None for view in registry.load(method, **settings).views.values())
 
 
 def test_rewards_in_words(lab: ModuleType) -> None:

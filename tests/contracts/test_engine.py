@@ -19,6 +19,8 @@ from retort.core.random_streams import uniforms
 from retort.core.rollouts import Status
 from retort.core.sequences import Media, TokenSequence
 from retort.errors import UserError
+from retort.models.image_trials import with_images
+from retort.models.images import made_up
 from retort.models.load import load_model
 from retort.rollout.engines.base import Engine, Request, Sampling
 from retort.rollout.engines.hf import HFEngine
@@ -37,19 +39,34 @@ class Case:
         engine: To be held to the contract.
         stops: Tokens that end a completion.
         logp: Log-probs [A, V] of every id before each of some ids written after a context, as drawn under a sampling.
+        seen: Contexts with images, of which the first two differ in nothing else; empty for a model of text alone.
         until: Ends what the engine needs.
     """
 
     engine: Engine
     stops: frozenset[int]
     logp: Callable[[TokenSequence, list[int], Sampling], Tensor]
+    seen: tuple[TokenSequence, ...] = ()
     until: ExitStack = field(default_factory=ExitStack)
 
 
-def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *, loops: bool) -> Case:
+def in_process(model_folder: Callable[..., Path], *_: Any, loops: bool) -> Case:
+    return by_hf(model_folder(seed=5), loops=loops)
+
+
+def of_images(_: Any, image_folder: Callable[[str], Path], *, loops: bool) -> Case:
+    case = by_hf(image_folder("qwen3_vl"), loops=loops)
+    lm: Any = case.engine.lm  # type: ignore[attr-defined]
+    images = [made_up(40, 24, 0), made_up(40, 24, 1), made_up(20, 70, 2)]
+    shown = [[images[0]], [images[1]], [images[2], images[0]], [images[0]]]
+    contexts = [with_images(lm, 2, own, 1, 4).read().then([9, 5 + n // 2]) for n, own in enumerate(shown)]
+    return replace(case, seen=tuple(contexts))
+
+
+def by_hf(folder: Path, *, loops: bool) -> Case:
     stops = list(range(2, VOCAB, 9))
     cpu = torch.device("cpu")
-    lm = load_model(str(model_folder(seed=5)), role="student", precision="fp32", device=cpu, stop=stops)
+    lm = load_model(str(folder), role="student", precision="fp32", device=cpu, stop=stops)
     engine = HFEngine(lm, vocab=VOCAB, max_parallel=3)
     engine.loops = loops
 
@@ -62,14 +79,14 @@ def in_process(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     return Case(engine, frozenset(stops), logp)
 
 
-def served(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Case:
-    case = in_process(model_folder, monkeypatch, loops=True)
+def served(model_folder: Callable[..., Path], *_: Any) -> Case:
+    case = in_process(model_folder, loops=True)
     lm: Any = case.engine.lm  # type: ignore[attr-defined]
     url = case.until.enter_context(in_thread(lm))
     return replace(case, engine=ServedEngine(connected(url, lm), vocab=VOCAB, max_parallel=3))
 
 
-def scripted(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Case:
+def scripted(*_: Any) -> Case:
     logits_V = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
     logits_V[2] = 2.0
     engine = ScriptedEngine(make_tokenizer(), 2, logits_V)
@@ -79,14 +96,16 @@ def scripted(model_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch)
 ENGINES: dict[str, Callable[..., Case]] = {
     "in this process": lambda *more: in_process(*more, loops=True),
     "in this process, by generate": lambda *more: in_process(*more, loops=False),
+    "of images": lambda *more: of_images(*more, loops=True),
+    "of images, by generate": lambda *more: of_images(*more, loops=False),
     "served": served,
     "scripted": scripted,
 }
 
 
 @pytest.fixture(params=ENGINES)
-def case(request: pytest.FixtureRequest, model_folder: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
-    found = ENGINES[request.param](model_folder, monkeypatch)
+def case(request: pytest.FixtureRequest, model_folder: Any, image_folder: Any) -> Iterator[Case]:
+    found = ENGINES[request.param](model_folder, image_folder)
     with found.until:
         yield found
 
@@ -152,13 +171,29 @@ def test_a_shorter_limit_only_cuts_and_each_request_may_have_its_own(case: Case)
 
 def test_media_are_read_or_refused(case: Case) -> None:
     """Two requests that differ in nothing but an image must not get one answer without a word."""
-    asked = [Request(TokenSequence.of([5, 6], (Media(name, 1),)), torch.full((4,), 0.5).double()) for name in "ab"]
-    try:
-        one, two = case.engine.generate(asked, Sampling(4))
-    except UserError as error:
-        assert "holds an image, a sound or a video" in str(error)
-    else:
-        assert not torch.equal(one.logp_A, two.logp_A)
+    foreign = [Request(TokenSequence.of([5, 6], (Media(name, 1),)), torch.full((4,), 0.5).double()) for name in "ab"]
+    with pytest.raises(UserError, match=r"(holds an image, a sound or a video)|(holds a sound or a video, which)"):
+        case.engine.generate(foreign, Sampling(4))
+    if not case.seen:
+        assert case.engine.image_tokens is None
+        return
+    assert case.engine.image_tokens is not None
+    asked = [Request(own, torch.full((4,), 0.5).double()) for own in case.seen[:2]]
+    one, two = case.engine.generate(asked, Sampling(4))
+    assert abs(float(one.logp_A[0] - two.logp_A[0])) > 1e-4
+
+
+def test_images_are_each_completions_own_whatever_is_beside_it(case: Case) -> None:
+    if not case.seen:
+        return
+    contexts = [*case.seen, TokenSequence.of([5, 6, 9]), *case.seen]
+    asked = [Request(own, uniforms(0, "rollouts", n, count=ROOM)) for n, own in enumerate(contexts)]
+    together = case.engine.generate(asked, Sampling(ROOM, 1.3))
+    alone = [case.engine.generate([one], Sampling(ROOM, 1.3))[0] for one in asked[::-1]][::-1]
+    assert len({tuple(own.ids) for own in together}) > 3
+    for one, two in zip(together, alone, strict=True):
+        assert one.ids == two.ids
+        torch.testing.assert_close(one.logp_A, two.logp_A, rtol=1e-4, atol=1e-5)
 
 
 def test_an_id_that_it_cannot_read_is_refused(case: Case) -> None:

@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], list[str]]] = {
     "an image": (
         {"messages": [{"role": "user", "content": [*parts("x"), {"type": "image_url", "image_url": {}}]}]},
         {},
-        ["message 0", "'image_url'", "text only"],
+        ["message 0, part 1", "a part of type 'image_url' holds no image"],
     ),
     "a call of nothing": ({"messages": [ASK, {**REPLY, "tool_calls": [{}]}]}, {}, ["message 1", "tool call"]),
     "calls that are no list": ({"messages": [ASK, {**REPLY, "tool_calls": 3}]}, {}, ["message 1", "tool_calls", "int"]),

@@ -45,7 +45,10 @@ _Picture.__module__ = "PIL.PngImagePlugin"
 )
 def test_what_is_not_read_is_not_left_out_in_silence(row: dict[str, Any], columns: dict[str, str], place: str) -> None:
     row = row | {column: None for column in columns.values() if "." not in column}
-    with pytest.raises(UserError, match=r"map the column of images \(columns.images=...\).*; leave other such rows out, or drop the column") as refused:
+    with pytest.raises(
+        UserError,
+        match=r"map the column of images \(columns.images=...\).*; leave other such rows out, or drop the column",
+    ) as refused:
         _read(row, **columns)
     assert place in str(refused.value)
 

@@ -157,7 +157,7 @@ def test_the_divergence_of_a_coin() -> None:
 
 def test_siblings_in_another_order_have_the_same_weights() -> None:
     order = [3, 1, 0, 2, 4, 7, 5, 6]
-    rows = torch.cat([(rollout == ROLLOUTS).nonzero().squeeze(-1) for rollout in order])
+    rows = torch.cat([torch.eq(ROLLOUTS, rollout).nonzero().squeeze(-1) for rollout in order])
     moved = token_losses(
         load("va_opd"),
         student_logits=STUDENT[rows],
@@ -189,7 +189,7 @@ def test_where_it_is_plain_opd_and_where_not() -> None:
     """Equal advantages alone do not make it so; with the share of the high group as its weight they do."""
     length = 10
     logits = 2 * torch.randn(4 * length, VOCAB, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    given = {
+    given: dict[str, Any] = {
         "student_logits": logits,
         "teacher_logits": logits.flip(0),
         "tokens": torch.zeros(4 * length, dtype=torch.long),
@@ -246,7 +246,7 @@ def test_settings_out_of_range(settings: dict[str, float], message: str) -> None
 
 
 def test_groups_and_the_pixelated_view_are_asked_for() -> None:
-    given = {"student_logits": STUDENT, "teacher_logits": TEACHER, "tokens": TOKENS}
+    given: dict[str, Any] = {"student_logits": STUDENT, "teacher_logits": TEACHER, "tokens": TOKENS}
     with pytest.raises(UserError, match=r"needs groups"):
         token_losses("va_opd", **given, extra_views={"pixelated": POOR})
     with pytest.raises(UserError, match=r"needs a signal for view 'pixelated'"):

@@ -8,7 +8,7 @@ from retort import registry
 from retort.method import Method
 from retort.preflight.supervision import Positions, Shape, check_supervision, taught
 
-MATCHED, SINGLE, WIDE, LONG = (1, 1, True), (1, 1, False), (1, 2, False), (3, 2, False)
+MATCHED, SINGLE, WIDE, LONG = Shape(1, 1, True), Shape(1, 1, False), Shape(1, 2, False), Shape(3, 2, False)
 SHAPES: list[Shape] = [MATCHED, SINGLE, WIDE, LONG]
 EVERYWHERE = {MATCHED: [True], SINGLE: [True], WIDE: [True], LONG: [True] * 3}
 STRICT = {MATCHED: [True], SINGLE: [False], WIDE: [False], LONG: [False] * 3}
@@ -32,6 +32,28 @@ FIRST = {MATCHED: [True], SINGLE: [True], WIDE: [True], LONG: [True, False, Fals
 )
 def test_what_a_method_learns_from(name: str, expected: dict[Shape, list[bool]]) -> None:
     assert taught(registry.load(name), SHAPES) == expected
+
+
+def test_what_bpm_leaves_out_of_a_unit() -> None:
+    """Whitespace, what ends inside of a later token of the teacher's, and units that the teacher spells otherwise."""
+    later = Shape.of([b"ab", b"cde", b"f"], [b"a", b"bcd", b"ef"], matched=False)
+    inside = Shape.of([b"a", b"bc"], [b"ab", b"c"], matched=False)
+    spaces = Shape.of([b"a", b"  ", b"b"], [b"a  b"], matched=False)
+    space, rewritten = Shape.of([b" "], [b" "], matched=True), Shape.of([b"A", b"b"], [b"ab"], matched=False)
+    assert later.ends == ((2, 4, 5), (1, 3, 5)) and spaces.blank == (False, True, False) and rewritten.rewritten
+    expected = {
+        later: [False, False, True],
+        inside: [True, True],
+        spaces: [True, False, True],
+        space: [False],
+        rewritten: [False, False],
+    }
+    assert taught(registry.load("bpm"), [MATCHED, *expected]) == {MATCHED: [True], **expected}
+    kept = taught(registry.load("bpm", whitespace=True), list(expected))
+    assert kept == {**expected, spaces: [True] * 3, space: [True]}
+    everywhere = {shape: [True] * shape.student for shape in expected}
+    assert taught(registry.load("opd"), list(expected)) == everywhere
+    assert taught(registry.load("simct"), list(expected)) == everywhere
 
 
 def test_every_listed_method_learns_from_matched_tokens() -> None:

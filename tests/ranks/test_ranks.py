@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from served import Judge, Process
 
 from retort import config as configuration
+from retort.train.models.models import located
 from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.ranks
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from worker import CACHING, CASES, SMALL  # noqa: E402
+from worker import ADDRESSES, CACHING, CASES, JUDGED, SERVED, SMALL  # noqa: E402
 
 #: Those of which a run in one process is compared with one on two ranks.
 ALIKE = [name for name in CASES if not name.startswith("plain")]
@@ -59,11 +62,11 @@ def environment() -> dict[str, str]:
     return found | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
-def work(ranks: int, folder: Path, *jobs: str) -> Path:
-    """Makes some runs in a folder."""
+def work(ranks: int, folder: Path, *jobs: str, servers: dict[str, str] | None = None) -> Path:
+    """Makes some runs in a folder; `servers` are addresses, by the variable that holds each."""
     folder.mkdir(exist_ok=True)
     words = command(ranks, str(HERE / "worker.py"), str(folder), *jobs)
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=900)
+    done = subprocess.run(words, env=environment() | (servers or {}), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -84,7 +87,19 @@ def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A teacher and a judge on servers, which all runs share that need one: to start one takes longer than a run."""
+    folder = tmp_path_factory.mktemp("server")
+    with ThreadPoolExecutor(2) as pool:
+        started = pool.submit(Process, folder, Path(located("countdown:teacher"))), pool.submit(Judge)
+    teacher, judge = (own.result() for own in started)
+    yield {ADDRESSES[SERVED]: teacher.url, ADDRESSES[JUDGED]: judge.url}
+    teacher.end()
+    judge.end()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, str]) -> Path:
     """Runs in one process. Two processes share them, as there are cores for two ranks."""
     folder = tmp_path_factory.mktemp("one")
     # The worker makes some of the models once in this folder, so one process makes all runs with these.
@@ -92,17 +107,18 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     parts = jobs[: len(jobs) // 2], jobs[len(jobs) // 2 :]
     assert not any("student" in CASES[name] for name in parts[0])
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda own: work(1, folder, *own), parts))
+        list(pool.map(lambda own: work(1, folder, *own, servers=servers), parts))
     return folder
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two(tmp_path_factory: pytest.TempPathFactory, servers: dict[str, str]) -> Path:
     """Runs on two ranks; some of them go on with a run of which a rank was killed."""
     folder = tmp_path_factory.mktemp("two")
-    for name, (rank, step, moment) in KILLED.items():
-        killed(folder, name, rank, step, moment)
-    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+1", CACHING)
+    # At once, because much of this is one process that starts two, and two that wait for one another.
+    with ThreadPoolExecutor(len(KILLED)) as pool:
+        list(pool.map(lambda name: killed(folder, name, *KILLED[name]), KILLED))
+    return work(2, folder, *ALIKE, *BF16, "plain", *KILLED, "sdpo+1", CACHING, servers=servers)
 
 
 def killed(folder: Path, name: str, rank: int, step: int, moment: float | str) -> None:

@@ -12,20 +12,21 @@ import contextlib
 import importlib
 import json
 import math
+import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from image_models import make_image_model
 from pipeline import models_once
 from players import TEMPLATES, make_player, often_ending
-from served import Judge, Process
 from trained import make_model_of
 
 from retort import Stop, api, ranks
 from retort import config as configuration
 from retort.core.rollouts import Prompt
+from retort.models.images import made_up
 from retort.models.sharding import full
 from retort.train import runner
 from retort.train.models.models import located
@@ -57,10 +58,14 @@ FOUR: dict[str, Any] = {"samples": 4}
 UNTIED = "untied"
 #: Stands for a student of another tokenizer than the teacher's, both of which the worker makes, with rows for them.
 SPELLING = "spelling"
-#: Stands for the address of a server with the built-in teacher, a process that the worker starts.
+#: Stands for two models that read images, and data with images, which the worker makes.
+SEEING = "seeing"
+#: Stands for the address of a server with the built-in teacher, a process of its own.
 SERVED = "served"
-#: Stands for the address of a judge by rules, a process that the worker starts.
+#: Stands for the address of a judge by rules, a process of its own.
 JUDGED = "judged"
+#: The variables of the environment that hold these addresses.
+ADDRESSES = {SERVED: "RANKS_SERVED", JUDGED: "RANKS_JUDGED"}
 #: Stands for two models that take turns with an environment.
 PLAYING = "playing"
 WALK: dict[str, Any] = {"student": PLAYING, "limit": None, "rollout": {"env": "players:Walk", "max_new_tokens": 30}}
@@ -97,6 +102,9 @@ CASES: dict[str, dict[str, Any]] = {
         "optimizer": {"gradient_checkpointing": True},
     },
     "vopd, sharded": {"method": {"name": "vopd"}, "cold_start": {"steps": 2}, **SHARDED},
+    # Weights by what a token owes to the image, over all rollouts of a prompt; the vision tower learns.
+    "va_opd": {"student": SEEING, "method": {"name": "va_opd", **FOUR}},
+    "va_opd, sharded": {"student": SEEING, "method": {"name": "va_opd", **FOUR}, **SHARDED},
     # A teacher with another tokenizer: each of its distributions at a unit, at all tokens, and between replies.
     "gold": {"student": SPELLING, "method": {"name": "gold", "on_policy_fraction": 1.0}, "limit": None},
     "bpm": {"student": SPELLING, "method": {"name": "bpm"}, "limit": None},
@@ -168,23 +176,11 @@ class Watching:
         return Stop("enough") if run.step == self.stop else None
 
 
-@contextlib.contextmanager
-def with_server(settings: dict[str, Any], folder: Path) -> Iterator[dict[str, Any]]:
-    """The settings with the address of a server, where they name one; it lives for as long as the run."""
-    judged, taught = settings.get("judge", {}).get("model") == JUDGED, settings.get("teacher") == SERVED
-    if not judged and not taught:
-        yield settings
-        return
-    world = ranks.join()
-    folder.mkdir(exist_ok=True)
-    start = Judge if judged else lambda: Process(folder, located("countdown:teacher"))
-    server = start() if world.leads else None
-    try:
-        url = world.agree(server and server.url)
-        yield settings | ({"judge": {"model": url}} if judged else {"teacher": url})
-    finally:
-        if server is not None:
-            server.end()
+def addressed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the address of a server, where they name one; the tests start it, and say in `ADDRESSES`."""
+    if settings.get("judge", {}).get("model") == JUDGED:
+        return settings | {"judge": {"model": os.environ[ADDRESSES[JUDGED]]}}
+    return settings | ({"teacher": os.environ[ADDRESSES[SERVED]]} if settings.get("teacher") == SERVED else {})
 
 
 def job(words: str, folder: Path) -> list[dict[str, Any]]:
@@ -198,13 +194,12 @@ def job(words: str, folder: Path) -> list[dict[str, Any]]:
         settings = configuration.merge(SMALL, CASES[name])
         if settings.get("student") == UNTIED:
             settings["student"] = str(ranks.join().first(lambda: untied(folder / UNTIED, settings.get("data"))))
-        for made, make in ((SPELLING, spelling), (PLAYING, playing)):
+        for made, make in ((SPELLING, spelling), (PLAYING, playing), (SEEING, seeing)):
             if settings.get("student") == made:
                 ranks.join().first(lambda make=make, made=made: make(folder / made))
                 settings |= {role: str(folder / made / role) for role in ("student", "teacher")}
                 settings["data"] = str(folder / made / "data.jsonl")
-        with with_server(settings, folder / f"{name} server") as known:
-            return watched(runner.start(api.assemble(known), out), watching)
+        run = runner.start(api.assemble(addressed(settings)), out)
     return watched(run, watching)
 
 
@@ -235,6 +230,19 @@ def playing(folder: Path) -> None:
     make_player(folder / "student", seed=1)
     make_player(folder / "teacher", seed=2, hidden_size=24)
     write_rows(folder, [f"three {number}" for number in range(20)])
+
+
+def seeing(folder: Path) -> None:
+    """Two models that read images, and images with questions; made once."""
+    if (folder / "data.jsonl").exists():
+        return
+    for seed, role in enumerate(("student", "teacher"), start=1):
+        make_image_model(folder / role, "llava", seed=seed)
+    rows: list[dict[str, Any]] = []
+    for number in range(20):
+        made_up(width=20 + number, seed=number).decoded().save(folder / f"{number}.png")
+        rows.append({"prompt": f"What is {number}?", "images": [f"{number}.png"]})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_rows(folder: Path, prompts: list[str]) -> None:

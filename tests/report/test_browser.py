@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
@@ -22,8 +23,11 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
+from retort.core.images import PLACEHOLDER, PromptImage
+from retort.core.rollouts import Message, Prompt
 from retort.report import build_report
 from retort.report.axes import label
+from retort.train.output.thumbnails import keep
 
 MakeRun = Callable[..., Path]
 ATTACKS = (
@@ -393,3 +397,18 @@ def test_fifty_thousand_rollouts(tmp_path: Path, make_run: MakeRun, visit: Calla
     assert (tmp_path / "report.html").stat().st_size < 10_000_000
     assert "of 50,000 recorded rollouts" in text(browser, "#rollouts + p")
     assert browser.find_elements(By.CSS_SELECTOR, ".tokens .t")
+
+
+def test_images_stand_beside_the_tokens(
+    make_run: MakeRun, visit: Callable[..., webdriver.Chrome], tmp_path: Path
+) -> None:
+    own = PromptImage.of(Image.new("RGB", (4, 4), "red"))
+    rollout = {"prompt": "[image]What is it?", "images": [own.digest, "0" * 64], "teacher_images": [own.digest]}
+    run = make_run(tmp_path / "run", steps=4, **rollout)
+    keep(run, [rollout], [Prompt("seen", (Message("user", PLACEHOLDER, images=(own,)),))])
+    browser = visit(run)
+    seen = browser.find_elements(By.CSS_SELECTOR, ".pictures img")
+    assert [one.get_attribute("alt") for one in seen] == ["image 1 of 2", "image for the teacher alone 1 of 1"]
+    assert all(browser.execute_script("return arguments[0].naturalWidth", one) == 128 for one in seen)
+    assert [own.text for own in browser.find_elements(By.CSS_SELECTOR, ".pictures figcaption")] == ["teacher only"]
+    assert "[image 2 of 2: no thumbnail]" in browser.find_element(By.CSS_SELECTOR, ".pictures").text

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from ruled import CLOSE, PROMPT, RIGHT, WRONG, Ruled, answers, rubric_grader
 from support import group_of
@@ -17,6 +18,7 @@ from support import group_of
 import retort
 from retort.chat import ChatRequest, Failure, Unusable
 from retort.core.grading import FAILED, RubricPlan
+from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UnreachableError, UserError
 from retort.functional import token_losses
@@ -135,6 +137,10 @@ def test_a_prompt_with_tools_is_refused_as_a_judge_would_read_half_of_it(tmp_pat
     for prompt in (replace(PROMPT, tools=({"name": "add"},)), replace(PROMPT, messages=(called, *PROMPT.messages))):
         with pytest.raises(UserError, match="row 'countdown-45': it has tools"):
             store_references(tmp_path / "r.jsonl", [prompt], Ruled(), RubricPlan())
+    image = PromptImage.of(Image.new("L", (2, 2)))
+    seen = replace(PROMPT, messages=(Message("user", f"{PLACEHOLDER}What?", images=(image,)),))
+    with pytest.raises(UserError, match="row 'countdown-45': it holds an image, which a judge does not see"):
+        store_references(tmp_path / "r.jsonl", [seen], Ruled(), RubricPlan())
     assert not (tmp_path / "r.jsonl").exists()
 
 

@@ -15,7 +15,7 @@ from retort.core.images import PLACEHOLDER
 from retort.core.rollouts import Message, Prompt
 from retort.rewards.base import ByText
 from retort.rewards.choose import verifier_for
-from retort.tasks.shapes import check, noted, rows, said
+from retort.tasks.shapes import answer_in, check, noted, rows
 from retort.tasks.shapes.pictures import COLOURS, SHAPES, SIDE, Item, draw
 from retort.tasks.shapes.problems import KINDS, NOTE_IS_RIGHT, OPENINGS, Problem, Question, drawn, problem
 from retort.train.setup.prompts import builtin_prompts
@@ -126,7 +126,7 @@ def test_another_picture_for_the_same_question() -> None:
     ],
 )
 def test_what_is_said(text: str, answer: str | None) -> None:
-    assert said(text) == answer
+    assert answer_in(text) == answer
     assert check("red", text) == (answer == "red")
 
 

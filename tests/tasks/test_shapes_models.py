@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
+from retort.cli import main
 from retort.config import recipe
 from retort.tasks.shapes import MODELS_DIR, student_path, teacher_path
 from retort.tasks.shapes.build import (
@@ -110,3 +112,10 @@ def test_the_student_guesses() -> None:
     assert 0.35 < score.right < 0.6
     assert score.noted > teacher.noted + 0.1
     assert score.changed < teacher.changed - 0.1
+
+
+def test_the_commands_know_the_task(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "shapes:teacher", "--data", "shapes", "problems=16", "samples=2", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["avg@2"]["value"] > 0.7
+    assert row["reward/followed"]["value"] < 0.3

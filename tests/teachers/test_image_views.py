@@ -103,7 +103,7 @@ def test_texts_for_a_teacher_stand_around_the_image() -> None:
     assert found is not None
     assert found.images == prompt.images
     assert found.text.count(PLACEHOLDER) == 1
-    assert "a red  square" in found.text
+    assert "a red [image] square" in found.text
     shown = seen(peers(), prompt, text=f"it is {PLACEHOLDER} red")
     assert shown is not None and shown.text.count(PLACEHOLDER) == 1
     others = tuple(

@@ -6,7 +6,9 @@ from dataclasses import replace
 from math import log, sqrt
 
 import pytest
+from PIL import Image
 
+from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.passages import Passage
 from retort.core.rollouts import Message, Prompt, Rollout
 from retort.core.sequences import TokenSequence
@@ -53,6 +55,16 @@ def test_the_most_alike_come_first_without_the_problem_itself_and_without_copies
     assert choose(scene(), 2, 1) == []
     assert choose(scene(pool=[OWN]), 1, 0) == [], "other data, other words"
     assert choose(scene(pool=[]), 1, 0) == []
+
+
+def test_the_same_question_about_another_image_is_another_problem() -> None:
+    def seen(name: str, shade: int) -> Prompt:
+        image = PromptImage.of(Image.new("L", (2, 2), shade))
+        return Prompt(name, (Message("user", f"{PLACEHOLDER}What is it?", images=(image,)),), response=name)
+
+    pool = [seen("own", 1), seen("copy", 1), seen("other", 2)]
+    for choose in (MostAlike(2), at_random):
+        assert names(choose(scene(pool[0], pool), 1, 0)) == ["other"]
 
 
 def test_likeness_by_hand() -> None:

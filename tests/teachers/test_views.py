@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from retort.align.pair import SameIds
+from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.needs import DENSE, SAMPLED
 from retort.core.rollouts import Message, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
@@ -52,6 +54,28 @@ def test_what_belongs_to_a_turn_stays_with_it_when_it_is_framed() -> None:
     assert found.messages[:2] == turns[:2]
     assert (found.messages[2].extra, found.tools) == ({"tool_call_id": "c1"}, asked.tools)
     assert "= 9" in found.messages[2].content
+
+
+def test_only_the_turn_itself_says_where_its_images_stand() -> None:
+    """Siblings, other problems and templates may spell the character that stands for an image."""
+    image = PromptImage.of(Image.new("L", (2, 2)))
+    seen = Prompt("seen", (Message("user", f"{PLACEHOLDER}What?", images=(image,)),), privileged={"hint": PLACEHOLDER})
+    other = replace(
+        seen, id="other", messages=(replace(seen.messages[0], content=f"{PLACEHOLDER}Who?"),), response="Me."
+    )
+    rollout = Rollout(seen, TokenSequence.of([1]).then([2], decided=True), text="a")
+    sibling = replace(rollout, member=1, text=f"It is {PLACEHOLDER}", reward=1.0)
+    stage = Stage(pool=[seen, other], templates={**TEMPLATES, "closing": f"End {PLACEHOLDER}"})
+    given = ViewInput(rollout, (rollout, sibling), stage)
+    for view in (privileged("hint"), peers(), examples(1)):
+        assert view.render is not None
+        framed = view.render(given)
+        assert framed is not None and framed.images == (image,)
+        assert framed.text.count(PLACEHOLDER) == 1 and f"{PLACEHOLDER}What?" in framed.text
+        assert "End [image]" in framed.text
+    bare = Prompt("bare", (Message("user", f"odd {PLACEHOLDER}"),), privileged={"hint": PLACEHOLDER})
+    framed = ViewInput(replace(rollout, prompt=bare), ()).framed([PLACEHOLDER])
+    assert framed is not None and framed.text.count(PLACEHOLDER) == 2  # without images it is a character like any other
 
 
 def test_sections_frame_the_last_turn_and_hostile_places_stay_text() -> None:

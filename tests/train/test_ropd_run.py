@@ -18,6 +18,7 @@ from chatting import ChatServer
 from ruled import SUMS, in_thread
 
 from retort import config as configuration
+from retort.cli.trust import measure
 from retort.errors import BudgetSpentError, UnreachableError, UserError
 from retort.serve.rules import Rules
 from retort.train import runner
@@ -175,6 +176,17 @@ def test_the_rate_is_a_setting(settings: Settings, rate: float, tmp_path: Path) 
 def test_nobody_is_named(settings: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="method 'ropd' learns from a rubric.*--judge"):
         runner.start(settings(None), tmp_path / "run")
+
+
+def test_a_run_is_measured_without_its_judge(settings: Settings, tmp_path: Path) -> None:
+    """`retort trust` forces tokens of the base model; the judge, which is gone, has nothing to do with it."""
+    with judging() as found:
+        given = settings(found, method={"kl_coef": 0.1}, steps=1, rollout={"prompts": 1}, optimizer={"updates": 1})
+        runner.start(given, tmp_path / "run").go()
+    with pytest.raises(UnreachableError):
+        runner.load(tmp_path / "run")
+    results = measure(tmp_path / "run", view="base", problems=1, places=1, candidates=1, draws=10)
+    assert results["view"] == "base" and results["step"] == 1
 
 
 @pytest.mark.parametrize("judge", ["model", "replay"])

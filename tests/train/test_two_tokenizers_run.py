@@ -183,13 +183,36 @@ def test_the_doctor_counts_units_and_what_each_method_loses(settings: dict[str, 
     check = check_supervision(prepared.method, found)
     lost = dict(check.values)
     assert {name.partition("/")[0] for name in lost} == set(for_two_tokenizers())
-    matched = sum(count for ((_, _, same), _), count in found.tokens.items() if same)
+    matched = sum(count for (shape, _), count in found.tokens.items() if shape.matched)
     assert 0 < matched < found.all_tokens
     assert lost["strict_ct/tokens"] == pytest.approx(1 - matched / found.all_tokens)
     outside = found.outside[0] / found.all_tokens
     assert lost["opd/tokens"] == lost["simct/tokens"] == pytest.approx(outside)
     assert lost["opd/tokens"] <= lost["uld/tokens"] <= lost["strict_ct/tokens"]
+    read = sum(_read(teacher, rollout) for rollout in rollouts)
+    assert read < found.all_tokens - found.outside[0], "tabs, or what ends inside of a later token"
+    assert lost["bpm/tokens"] == pytest.approx(1 - read / found.all_tokens)
     assert check.table[0] == ("tokens", "bytes", "method")
+
+
+def _read(teacher: SpanTeacher, rollout: Rollout) -> int:
+    """Number of tokens at which `bpm` has something to compare; a stop is one."""
+    (sequence,), table, read = rollout.sequences, teacher.pair.prefixes, 0
+    units, stops = teacher.pair.units(sequence), set(teacher.pair.student_stops.tolist())
+    for unit in range(len(units.student_U)):
+        own, theirs = (
+            ids[of == unit].tolist()
+            for ids, of in (
+                (sequence.actions_A, units.unit_A),
+                (units.sequence.actions_A, units.unit_B),
+            )
+        )
+        places = table.positions(own, theirs)
+        read += sum(
+            token in stops or (place is not None and not table.is_whitespace(token))
+            for token, place in zip(own, places, strict=True)
+        )
+    return read
 
 
 def _written(prepared: Prepared, text: str) -> Rollout:

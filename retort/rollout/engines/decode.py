@@ -165,7 +165,7 @@ def decode(
                 turns.leave(cache, row_B, torch.isin(found_BA[row_B, : step + 1], stops), kept)
             row_B, token_B, live_B, position_BL = row_B[kept], token_B[kept], live_B[kept], position_BL[..., kept, :]
             mask_BL = None if mask_BL is None else mask_BL[kept]
-        ids_BL, position_BL = token_B[:, None], position_BL[..., -1:] + 1
+        ids_BL, position_BL = token_B[:, None], _next(position_BL)
     if turns is not None:
         turns.leave(cache, row_B, torch.isin(found_BA[row_B], stops))
     return found_BA.cpu(), logp_BA.cpu()
@@ -193,6 +193,12 @@ def _positions(mask_BL: Tensor | None, rows: int, width: int, device: torch.devi
     if mask_BL is None:
         return torch.arange(width, device=device).expand(rows, -1)
     return (mask_BL[:, :width].cumsum(-1) - 1).clamp_min(0)
+
+
+def _next(position_BL: Tensor) -> Tensor:
+    """Positions [B, 1] behind the last column; of several axes, [axes, B, L], behind the largest of them."""
+    last = position_BL[..., -1:]
+    return (last if last.ndim == 2 else last.amax(0).expand_as(last)) + 1
 
 
 def _arguments(lm: LanguageModel) -> set[str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from retort.tasks import bundled
-from retort.tasks.shapes.problems import check, noted, rows, said
+from retort.tasks.shapes.problems import answer_in, check, noted, rows
 
 MODELS_DIR = Path(__file__).parent / "models"
 """The folder of the bundled models."""
 
-__all__ = ["MODELS_DIR", "check", "noted", "rows", "said", "student_path", "teacher_path"]
+__all__ = ["MODELS_DIR", "answer_in", "check", "noted", "rows", "student_path", "teacher_path"]
 
 
 def teacher_path() -> Path:

@@ -4,9 +4,8 @@
 
 saves ``teacher/`` and ``student/`` in Hugging Face format, each with a model card that holds the numbers measured in
 this very run. The teacher is made first, by supervised learning on right responses. The student goes on from there, and
-learns from responses beside which, most of the time, the picture of another problem with the same question stands:
-looking pays seldom, and following the note pays often. It is a model that could look: distillation has to bring that
-back.
+learns from responses that follow the note most of the time, beside pictures that are often those of other problems with
+the same question. It is a model that could look: distillation has to bring that back.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +30,31 @@ from transformers import (
 )
 
 from retort.tasks.shapes.pictures import SIDE, pixels
-from retort.tasks.shapes.problems import HELD_OUT_ROWS, OPENINGS, Problem, check, drawn, problem, said
+from retort.tasks.shapes.problems import (
+    HELD_OUT_ROWS,
+    KINDS,
+    OPENINGS,
+    Problem,
+    answer_in,
+    check,
+    drawn,
+    problem,
+    question,
+)
+from retort.tasks.shapes.recipes import (
+    HEADS,
+    LAYERS,
+    PIXELATED,
+    SAMPLES,
+    STUDENT,
+    TEACHER,
+    VISION_LAYERS,
+    VISION_WIDTH,
+    WIDTH,
+    Recipe,
+    Score,
+    card,
+)
 from retort.tasks.shapes.tokenizer import (
     ASSISTANT,
     CONTEXT,
@@ -48,67 +70,13 @@ from retort.tasks.shapes.tokenizer import (
     build_tokenizer,
 )
 
-WIDTH, LAYERS, HEADS = 96, 4, 3
-VISION_WIDTH, VISION_LAYERS = 64, 2
 MAX_NEW_TOKENS = 28
 DESCRIBE = "what is in the picture ?"  # asked only in the first third of the training
-SAMPLES = 2
-PIXELATED = 0.1  # the ratio of the pictures that the card calls pixelated
 
 Row = tuple[list[int], int, Tensor]
 """Ids of a prompt and its response, the number of the former, and pixel values."""
 
 # Axes: B problems, L tokens, V words, A tokens of a response.
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one model is trained.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch: Problems per step.
-        lr: Highest learning rate; a cosine decays it to zero.
-        right: How often the picture is the problem's own.
-        openings: Weights of `OPENINGS`.
-        described: How often, in the first third of the steps, the response describes the whole picture instead.
-        hinted: How often a section stands before the question.
-        blurred: How often the picture is a pixelated one.
-        shaded: How often what is asked for is shaded in it.
-        seed: Seed of new weights and data.
-    """
-
-    steps: int
-    batch: int = 32
-    lr: float = 2e-3
-    right: float = 1.0
-    openings: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)
-    described: float = 0.0
-    hinted: float = 0.1
-    blurred: float = 0.0
-    shaded: float = 0.0
-    seed: int = 0
-
-
-TEACHER = Recipe(steps=3_000, described=0.5, blurred=0.1, shaded=0.1)
-STUDENT = Recipe(steps=250, lr=1e-3, right=0.1, openings=(0.1, 0.1, 0.2, 0.6), seed=1)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Shares over held-out problems, sampled at temperature 1.
-
-    Attributes:
-        right: Right answers.
-        noted: Answers that the note suggests.
-        pixelated: Right answers with pixelated pictures.
-        changed: Answers that are another one with the pixelated picture; the words of both are the likeliest ones.
-    """
-
-    right: float
-    noted: float
-    pixelated: float
-    changed: float
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlavaForConditionalGeneration:
@@ -195,14 +163,15 @@ class Data:
         rng, recipe = self.rng, self.recipe
         groups: tuple[list[Row], list[Row]] = [], []
         for _ in range(recipe.batch):
-            one = problem(rng, "train")
+            one = problem(rng, "train", None if recipe.kinds == KINDS else question(rng, recipe.kinds))
             shown = one if rng.random() < recipe.right else problem(rng, "train", one.question)
             (opening,) = rng.choices(OPENINGS, recipe.openings)
             section = self.section(one)
+            answer = one.noted if recipe.followed and rng.random() < recipe.followed else one.answer
             values = pixel_values([shown], [rng.random() < recipe.shaded])[0]
             if rng.random() < recipe.blurred:
                 values = pixelated(values[None], rng.uniform(0.08, 0.3))[0]
-            asked, response = words(one.text, section), [*one.response(opening).split(), EOS]
+            asked, response = words(one.text, section), [*one.response(opening, answer).split(), EOS]
             if rng.random() < described:
                 asked, response, section = words(DESCRIBE), [*one.caption.split(), EOS], ""
             ids = [self.word[word] for word in (*asked, *response)]
@@ -256,33 +225,29 @@ def respond(
     generator: torch.Generator | None,
 ) -> list[str]:
     """A response to each problem, with the pictures that are given: sampled, or without a generator the likeliest."""
-    tokenizer, lengths = build_tokenizer(), dict[int, list[int]]()
-    for index, one in enumerate(asked):
-        lengths.setdefault(len(words(one.text)), []).append(index)
-    found = [""] * len(asked)
-    for _, alike in sorted(lengths.items()):
-        ids_BL = torch.tensor([tokenizer.convert_tokens_to_ids(words(asked[index].text)) for index in alike])
-        for index, ids in zip(alike, _sampled(model, ids_BL, values[alike], generator).tolist(), strict=True):
-            end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else 0  # no end is wrong
-            found[index] = " ".join(tokenizer.convert_ids_to_tokens(ids[:end]))
-    return found
-
-
-def _sampled(
-    model: LlavaForConditionalGeneration, ids_BL: Tensor, values: Tensor, generator: torch.Generator | None
-) -> Tensor:
-    """The tokens behind prompts of one length, [B, A]."""
-    state = model(input_ids=ids_BL, pixel_values=values, use_cache=True, logits_to_keep=1)
-    drawn_BA: list[Tensor] = []
+    tokenizer = build_tokenizer()
+    word = tokenizer.get_vocab()
+    prompts, end = [[word[part] for part in words(one.text)] for one in asked], word[EOS]
+    longest = max(map(len, prompts))
+    ids_BL = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts])
+    real_BL = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+    state = model(input_ids=ids_BL, attention_mask=real_BL, pixel_values=values, use_cache=True, logits_to_keep=1)
+    drawn_BA = torch.empty(len(prompts), 0, dtype=torch.long)
     while True:
-        logits_BV = state.logits[:, -1]
-        if generator is None:
-            drawn_BA.append(logits_BV.argmax(-1, keepdim=True))
-        else:
-            drawn_BA.append(torch.multinomial(logits_BV.softmax(-1), 1, generator=generator))
-        if len(drawn_BA) == MAX_NEW_TOKENS:
-            return torch.cat(drawn_BA, 1)
-        state = model(input_ids=drawn_BA[-1], past_key_values=state.past_key_values, use_cache=True)
+        likely_BV = state.logits[:, -1].softmax(-1)
+        next_B1 = (
+            likely_BV.argmax(-1, keepdim=True)
+            if generator is None
+            else torch.multinomial(likely_BV, 1, generator=generator)
+        )
+        drawn_BA = torch.cat([drawn_BA, next_B1], 1)
+        if drawn_BA.shape[1] == MAX_NEW_TOKENS or (drawn_BA == end).any(1).all():
+            break
+        real_BL = torch.cat([real_BL, torch.ones_like(next_B1)], 1)
+        cache = state.past_key_values
+        state = model(input_ids=next_B1, attention_mask=real_BL, past_key_values=cache, use_cache=True)
+    whole = [ids[: ids.index(end)] if end in ids else [] for ids in drawn_BA.tolist()]  # no end is wrong
+    return [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in whole]
 
 
 def measure(model: LlavaForConditionalGeneration, count: int = HELD_OUT_ROWS, samples: int = SAMPLES) -> Score:
@@ -297,69 +262,19 @@ def measure(model: LlavaForConditionalGeneration, count: int = HELD_OUT_ROWS, sa
     likely = [respond(model, asked, values, None) for values in (clear, pixelated(clear))]
     return Score(
         right=sum(map(check, (one.answer for one in many), sampled)) / len(many),
-        noted=sum(said(text) == one.noted for one, text in zip(many, sampled, strict=True)) / len(many),
+        noted=sum(answer_in(text) == one.noted for one, text in zip(many, sampled, strict=True)) / len(many),
         pixelated=sum(map(check, (one.answer for one in many), unclear)) / len(many),
-        changed=sum(said(one) != said(other) for one, other in zip(*likely, strict=True)) / count,
+        changed=sum(answer_in(one) != answer_in(other) for one, other in zip(*likely, strict=True)) / count,
     )
 
 
-def described(recipe: Recipe) -> str:
-    """What a model learnt from, in a sentence of its card."""
-    pictures = (
-        "the problem's own picture"
-        if recipe.right == 1
-        else f"the problem's own picture in {recipe.right:.0%}, and else that of another problem with the same question"
-    )
-    return (
-        f"By supervised learning on right responses beside {pictures}: {recipe.steps:,} steps of {recipe.batch} "
-        f"problems, AdamW with a cosine from {recipe.lr:g}, weight decay 0.05, seed {recipe.seed}. A section with a "
-        f"hint or a solution stood before {recipe.hinted:.0%} of the questions, {recipe.blurred:.0%} of the pictures "
-        f"were pixelated, and what was asked for was shaded in {recipe.shaded:.0%}."
-    )
-
-
-def card(name: str, start: str, recipe: Recipe, score: Score, parameters: int) -> str:
-    """The model card, Markdown with the metadata block of the Hugging Face hub."""
-    small = int(SIDE * PIXELATED)
-    return f"""---
-license: apache-2.0
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [llava, on-policy-distillation]
----
-
-# Shapes {name}
-
-A LLaVA-style model of {parameters:,} parameters that answers questions about pictures of {SIDE} times {SIDE} pixels,
-such as `a triangle is often red . what colour is the triangle ?`. It is the {name} of Retort's built-in visual task,
-and good for nothing else.
-
-| on {HELD_OUT_ROWS} held-out problems, {SAMPLES} samples each, temperature 1 | |
-|---|---|
-| right | {score.right:.1%} |
-| right, with pictures pixelated to {small} times {small} pixels | {score.pixelated:.1%} |
-| the answer is what the note suggests | {score.noted:.1%} |
-| the likeliest answer is another one when the picture is pixelated | {score.changed:.1%} |
-
-## How it was made
-
-A Llama-style text model of {LAYERS} layers of width {WIDTH}, and a CLIP-style vision tower of {VISION_LAYERS} layers of
-width {VISION_WIDTH}, from {start}. {described(recipe)} No held-out problem occurs in its training data. The weights are
-stored in bfloat16; the scores are those of the stored weights, loaded again into float32.
-
-    python -m retort.tasks.shapes.build --out models
-
-Licence: Apache-2.0. The data are generated, so nothing else is in it.
-"""
-
-
-def save(name: str, start: str, recipe: Recipe, model: LlavaForConditionalGeneration, out: Path) -> None:
+def save(name: str, start: str, stages: Sequence[Recipe], model: LlavaForConditionalGeneration, out: Path) -> None:
     """Save and measure a model, and write its card."""
     folder = out / name
     model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
     build_processor().save_pretrained(folder)
     score = measure(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32))
-    (folder / "README.md").write_text(card(name, start, recipe, score, model.num_parameters()), encoding="utf-8")
+    (folder / "README.md").write_text(card(name, start, stages, score, model.num_parameters()), encoding="utf-8")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     print(f"{name}: {score}, {size:.1f} MB in {folder}", flush=True)
 
@@ -371,13 +286,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("teacher", "student"), help="only this one; a student needs the teacher")
     arguments = parser.parse_args()
     if arguments.only != "student":
-        model = build_model(build_tokenizer(), TEACHER.seed)
-        train(model, TEACHER)
+        model = build_model(build_tokenizer(), TEACHER[0].seed)
+        for recipe in TEACHER:
+            train(model, recipe)
         save("teacher", "random weights", TEACHER, model, arguments.out)
     if arguments.only != "teacher":
         model = LlavaForConditionalGeneration.from_pretrained(arguments.out / "teacher", dtype=torch.float32)
         train(model, STUDENT)
-        save("student", "the teacher's weights", STUDENT, model, arguments.out)
+        save("student", "the teacher's weights", [STUDENT], model, arguments.out)
 
 
 if __name__ == "__main__":

@@ -130,19 +130,20 @@ class Problem:
         """The whole prompt: a placeholder for the picture, and the words."""
         return f"{PLACEHOLDER} {self.text}"
 
-    def response(self, opening: str = OPENINGS[0]) -> str:
-        """A right response."""
+    def response(self, opening: str = OPENINGS[0], answer: str = "") -> str:
+        """A right response; with another ``answer`` one that is wrong in the end."""
+        answer = answer or self.answer
         question, asked = self.question, self.asked
         if question.kind == "count":
             rows = [sum(item.cell[0] == row for item in asked) for row in range(1, GRID + 1)]
-            said = f"the rows have {' , '.join(map(str, rows))} of them , and that makes {self.answer}"
+            words = f"the rows have {' , '.join(map(str, rows))} of them , and that makes {answer}"
         elif question.kind == "tallest":
-            said = f"the tallest bar is in column {asked[0].cell[1]} , and it is {self.answer}"
+            words = f"the tallest bar is in column {asked[0].cell[1]} , and it is {answer}"
         else:
             row, column = asked[0].cell
-            then = f"it is {self.answer}" if question.kind == "colour" else f"{question.side} it is a {self.answer}"
-            said = f"the {question.shape} is in row {row} , column {column} , and {then}"
-        return f"{opening}{said} . answer {self.answer}"
+            then = f"it is {answer}" if question.kind == "colour" else f"{question.side} it is a {answer}"
+            words = f"the {question.shape} is in row {row} , column {column} , and {then}"
+        return f"{opening}{words} . answer {answer}"
 
     @property
     def caption(self) -> str:
@@ -169,24 +170,31 @@ class Problem:
         return tuple(item.cell for item in self.asked)
 
 
-def problem(rng: random.Random, split: Split, question: Question | None = None) -> Problem:
+def question(rng: random.Random, kinds: Sequence[Kind] = KINDS) -> Question:
+    """A random question of one of the kinds; a kind that is given twice is twice as likely."""
+    kind = rng.choice(kinds)
+    shape = "bar" if kind == "tallest" else rng.choice(SHAPES)
+    return Question(kind, shape, rng.choice(tuple(SIDES)) if kind == "beside" else "")
+
+
+def problem(rng: random.Random, split: Split, asked: Question | None = None) -> Problem:
     """A random problem of a split.
 
     Args:
         rng: The random numbers to draw from.
         split: The split.
-        question: What is asked; a random question if None.
+        asked: The question; a random one if None.
     """
     while True:
-        asked = question or _question(rng)
+        own = asked or question(rng)
         light = rng.randint(215, 245)
         ground = (light + rng.randint(-8, 8), light + rng.randint(-8, 8), light + rng.randint(-8, 8))
-        found = Problem(asked, _items(asked, rng), ground, "")
+        found = Problem(own, _items(own, rng), ground, "")
         if found.held_out != (split == "held_out"):
             continue
-        wrong = [answer for answer in asked.answers if answer != found.answer]
+        wrong = [answer for answer in own.answers if answer != found.answer]
         noted = found.answer if rng.random() < NOTE_IS_RIGHT else rng.choice(wrong)
-        return Problem(asked, found.items, ground, noted)
+        return Problem(own, found.items, ground, noted)
 
 
 def drawn(split: Split, index: int, seed: int = 0) -> Problem:
@@ -219,10 +227,10 @@ def rows(split: Split, count: int | None = None, *, seed: int = 0) -> list[dict[
 
 def check(answer: str, text: str) -> bool:
     """Whether a response ends in ``answer`` and the right answer, and in nothing else; for any text."""
-    return said(text) == answer.strip()
+    return answer_in(text) == answer.strip()
 
 
-def said(text: str) -> str | None:
+def answer_in(text: str) -> str | None:
     """The answer that a response gives: what stands behind its last word ``answer``; None without that word."""
     words = text.split()
     if "answer" not in words:
@@ -259,15 +267,9 @@ def _row(split: Split, index: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _question(rng: random.Random) -> Question:
-    kind = rng.choice(KINDS)
-    shape = "bar" if kind == "tallest" else rng.choice(SHAPES)
-    return Question(kind, shape, rng.choice(tuple(SIDES)) if kind == "beside" else "")
-
-
-def _items(question: Question, rng: random.Random) -> tuple[Item, ...]:
+def _items(asked: Question, rng: random.Random) -> tuple[Item, ...]:
     """What is on a random picture that the question can be asked about."""
-    if question.kind == "tallest":
+    if asked.kind == "tallest":
         heights, colours = rng.sample(range(1, 9), GRID), rng.sample(tuple(COLOURS), GRID)
         return tuple(
             Item((height, column), "bar", colour)
@@ -275,15 +277,15 @@ def _items(question: Question, rng: random.Random) -> tuple[Item, ...]:
         )
     cells = [(row, column) for row in range(1, GRID + 1) for column in range(1, GRID + 1)]
     rng.shuffle(cells)
-    others = [shape for shape in SHAPES if shape != question.shape]
-    if question.kind == "colour":
-        shapes = [question.shape, *rng.sample(others, 3)]
-    elif question.kind == "beside":
-        cells = _neighbours(cells, SIDES[question.side])
-        shapes = [question.shape, *(rng.choice(others) for _ in range(3))]
+    others = [shape for shape in SHAPES if shape != asked.shape]
+    if asked.kind == "colour":
+        shapes = [asked.shape, *rng.sample(others, 3)]
+    elif asked.kind == "beside":
+        cells = _neighbours(cells, SIDES[asked.side])
+        shapes = [asked.shape, *(rng.choice(others) for _ in range(3))]
     else:
         counted = rng.randint(1, MOST_COUNTED)
-        shapes = [question.shape] * counted + [rng.choice(others) for _ in range(rng.randint(1, 3))]
+        shapes = [asked.shape] * counted + [rng.choice(others) for _ in range(rng.randint(1, 3))]
     return tuple(_item(cell, shape, rng) for cell, shape in zip(cells, shapes, strict=False))
 
 

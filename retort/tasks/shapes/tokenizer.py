@@ -36,12 +36,8 @@ TEMPLATE = (
     "{% else %}{{ raise_exception('only the roles user and assistant') }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-#: Sections before a prompt, as templates: what the recipe's `[templates]` says. The models know no others.
-TEMPLATES: Mapping[str, str] = {
-    "frame": "{sections} {prompt}",
-    "hint": "hint {text} ;",
-    "solution": "solution {text} ;",
-}
+#: The sections that the models know, before a prompt; the recipe's `[templates]` say the same.
+TEMPLATES: Mapping[str, str] = {"hint": "hint {text} ;", "solution": "solution {text} ;"}
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -21,6 +21,7 @@ from retort.config import Config
 from retort.config.sections import SHORTHANDS
 from retort.core.rollouts import Prompt
 from retort.data import load_prompts, prompts_from_rows
+from retort.data.images import spelt as image_text
 from retort.data.load import numbered
 from retort.data.values import plain
 from retort.errors import UserError, quoted
@@ -292,8 +293,10 @@ def _spelt(value: Any) -> Any:
         return [_spelt(item) for item in value]
     if isinstance(value, Decimal) and value.is_finite():
         return format(value, "f")
-    # Nobody reads what is still something else: such a cell is refused where it is read.
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    # Images become data URLs. Nobody reads what is still something else: such a cell is refused where it is read.
+    return image_text(value) or str(value)
 
 
 def _key(key: Any) -> str:

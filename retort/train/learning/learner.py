@@ -19,6 +19,7 @@ from retort.core.steps import Clock, Steps
 from retort.loss import scoring
 from retort.method import Method
 from retort.models.lm import LanguageModel
+from retort.models.sharding import of_one_kind
 from retort.ranks import Share
 from retort.train.learning.passes import Batch, Passes
 from retort.train.learning.update import Update, learn
@@ -52,7 +53,7 @@ class Learner:
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
         return torch.optim.AdamW(
-            list(self.lm.trainable().values()),
+            [{"params": own} for own in of_one_kind(list(self.lm.trainable().values()))],
             lr=settings.learning_rate,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,

@@ -20,7 +20,7 @@ from retort.core.signals import Candidates, Dense, TeacherSignal
 from retort.errors import RunError, SignalError
 from retort.loss.terms import batch_scales, counted, hidden_values, losses, term_values
 from retort.method import Method
-from retort.models.sharding import full
+from retort.models.sharding import clip, full
 from retort.train.learning.diagnose import add_noise_floor, add_positions, add_turns
 from retort.train.learning.passes import Batch, Passes, fill
 from retort.train.learning.rounds import Round, every_value
@@ -86,7 +86,8 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
                 for name, values_N in values.items():
                     recorded.setdefault(name, torch.full_like(values_N, math.nan))[index_N] = values_N[index_N]
             with watch("optimizer"):
-                norm = float(full(torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)))
+                passes.lm.sharding.sum_gradients()
+                norm = clip(parameters, settings.grad_clip)
                 if not math.isfinite(norm):
                     raise RunError(f"step {batch.clock.step + 1}: the gradient is {norm}; stopping before the update")
                 rate = settings.learning_rate * update.factor(updates_done)
@@ -222,6 +223,7 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
     for visit in visits.values():
         for one in rounds(passes, batch, visit):
             _backward(one, term_values(batch.method), scale_N, idle)
+        passes.lm.sharding.sum_gradients()
         squares += _square([p.grad for p in parameters if p.grad is not None])
         for total, parameter in zip(whole, parameters, strict=True):
             if parameter.grad is not None:

@@ -14,7 +14,7 @@ from retort.ranks import here
 from retort.teachers.local import LocalTeacher
 from retort.teachers.spanned import SpanTeacher
 from retort.train.models.models import engine
-from retort.train.output import results
+from retort.train.output import results, thumbnails
 from retort.train.setup.prepare import Prepared
 
 #: Called with prompts done and prompts in all.
@@ -103,6 +103,7 @@ class Evaluations:
     def _add(self, who: str, row: dict[str, Any]) -> None:
         def added() -> dict[str, Any]:
             self._check()
+            thumbnails.keep(self._folder, row.get("answers", ()), self._prepared.held_out)
             return results.add(self._folder, self.results, who, row)
 
         self.results = here().first(added)

@@ -162,6 +162,6 @@ def _spread(prompts: Sequence[Prompt]) -> list[Prompt]:
 def _rollout(prompt: Prompt, member: int, reward: float, feedback: bool) -> Rollout:
     sequence = TokenSequence.of([0]).then([0], decided=True)
     # The text is the reference answer, whose words every task knows.
-    text = prompt.response or prompt.answer or prompt.text
+    text = prompt.response or prompt.answer or prompt.readable
     note = text if feedback and reward == _WORST else ""
     return Rollout(prompt, (sequence,), member=member, text=text, reward=reward, feedback=note)

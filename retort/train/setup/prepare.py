@@ -142,13 +142,20 @@ class Prepared:
         return method, Clock(step, end, begins, seed=self.config.seed, longest=self.source.limit)
 
 
-def prepare(config: Config, method: Method | None = None, caller_objects: CallerObjects | None = None) -> Prepared:
+def prepare(
+    config: Config,
+    method: Method | None = None,
+    caller_objects: CallerObjects | None = None,
+    *,
+    asks: bool = True,
+) -> Prepared:
     """Loads and checks everything.
 
     Args:
         config: The resolved configuration.
         method: A method of the caller's own, instead of the configuration's.
         caller_objects: The objects behind placeholders in the configuration.
+        asks: Whether the judge is asked later, so that its server is contacted, or its model loaded, now.
 
     Raises:
         UserError: Whatever is wrong, in one line.
@@ -181,7 +188,7 @@ def prepare(config: Config, method: Method | None = None, caller_objects: Caller
     for readers in _readers(config, local):
         note_unknown(method, readers, stage, notes)
         need_room(method, readers, stage, notes)
-    asking = asker(loaded.config, loaded.frozen, caller_objects, say=notes.append)
+    asking = asker(loaded.config, loaded.frozen, caller_objects, say=notes.append) if asks else None
     prepared = _parties(method, loaded, local, data, notes, asking)
     for name in read:
         checked.check_ids(name, local[name].lm)

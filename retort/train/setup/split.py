@@ -16,8 +16,8 @@ Content = tuple[tuple[str, ...], ...]
 def content(prompt: Prompt) -> Content:
     """The content of a prompt: roles and texts of its messages, with composed characters and single spaces, and tools.
 
-    Case counts (`x` and `X` may be two unknowns), and so do a system message and each image. Columns besides the prompt do not, nor
-    does whether it was given as text or as messages.
+    Case counts (`x` and `X` may be two unknowns), and so do a system message and each image. Columns besides the prompt
+    do not, nor does whether it was given as text or as messages.
     """
 
     def turn(message: Message) -> tuple[str, ...]:

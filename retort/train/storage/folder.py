@@ -40,6 +40,7 @@ FILES = (
     "teacher_rollouts.jsonl",
     "difficulty.jsonl",
     TIMEOUTS,
+    "thumbnails",
     "judge.jsonl",
     "tensorboard",
     "given-data.jsonl",
