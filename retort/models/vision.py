@@ -319,6 +319,11 @@ def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None
     ]
 
 
+def parameters_of(vision: Vision | None) -> list[Parameter]:
+    """See `Vision.parameters`; none of a model of text alone."""
+    return [] if vision is None else vision.parameters()
+
+
 def _named(function: Any) -> set[str]:
     """Names of a function's arguments."""
     return set(inspect.signature(cast("Any", function)).parameters)
