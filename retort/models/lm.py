@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from retort.models.adapter import Adapter
 from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
+from retort.models.images import ImageProcessing
 from retort.models.offload import Offload
 from retort.models.quantized import count
 from retort.models.sharding import Sharding
@@ -131,8 +132,7 @@ class LanguageModel:
     @property
     def rows(self) -> int:
         """Number of ids that it can read: rows of its embedding."""
-        embedding: Any = self.model.get_input_embeddings()
-        weight = getattr(embedding, "weight", None)
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return self.head().width if weight is None else int(weight.shape[0])
 
     def digest(self) -> str:
@@ -231,8 +231,8 @@ class LanguageModel:
     def save_tokens(self, folder: Path) -> None:
         """Saves the tokenizer, and the processor of a model that reads images, beside a model."""
         self.tokenizer.save_pretrained(folder)
-        if self.vision is not None:
-            self.vision.processing.save(folder)
+        if isinstance(self.image_tokens, ImageProcessing):
+            self.image_tokens.save(folder)
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -318,8 +318,8 @@ class LanguageModel:
     def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
         """Raises `UserError` if one of these holds media that the model does not read; `where` names them."""
         found = [sequence for sequence in sequences if sequence.media]
-        if found and self.vision is not None:
-            self.vision.check(found, where)
+        if found and isinstance(self.image_tokens, ImageProcessing):
+            self.image_tokens.check(found, where)
         elif found:
             raise UserError(
                 f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "
