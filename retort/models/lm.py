@@ -25,7 +25,7 @@ from retort.models.images import ImageProcessing
 from retort.models.offload import Offload
 from retort.models.quantized import count
 from retort.models.sharding import Sharding
-from retort.models.vision import Vision, parameters_of
+from retort.models.vision import Vision, tower_of
 from retort.models.working import WorkingCopy
 from retort.ranks import World
 
@@ -188,7 +188,7 @@ class LanguageModel:
         Raises:
             UserError: A family that cannot be spread.
         """
-        self.sharding.spread(self.model, world, self.name, parameters_of(self.vision))
+        self.sharding.spread(self.model, world, self.name, tower_of(self.vision))
         if self.adapter is not None:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self.whole(), torch.no_grad(), self.compute():  # a first pass, which also settles who is whose parent
@@ -202,7 +202,7 @@ class LanguageModel:
         """
         if world.size == 1 or self.sharding.on:
             return
-        self.sharding.spread_layers(self.model, world, self.name, parameters_of(self.vision))
+        self.sharding.spread_layers(self.model, world, self.name, tower_of(self.vision))
         with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
             self._probe()
 

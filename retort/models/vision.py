@@ -310,6 +310,11 @@ class Vision:
         return torch.cat([part.float().flatten() for part in (found.pooled_TD, *found.deeper)])
 
 
+def tower_of(vision: Vision | None) -> list[Parameter]:
+    """All parameters that make features of images; none of a model of text alone."""
+    return [] if vision is None else vision.parameters()
+
+
 def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None) -> list[Placed]:
     """The images of sequences that are rows of a batch, each moved by its shift."""
     return [
@@ -317,11 +322,6 @@ def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None
         for row, sequence in enumerate(rows)
         for own in sequence.media
     ]
-
-
-def parameters_of(vision: Vision | None) -> list[Parameter]:
-    """See `Vision.parameters`; none of a model of text alone."""
-    return [] if vision is None else vision.parameters()
 
 
 def _named(function: Any) -> set[str]:
