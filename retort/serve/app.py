@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 import retort
 from retort.errors import RetortError, UserError, shortened, visible
@@ -175,7 +175,16 @@ def _answered(body: bytes, work: Work) -> bytes:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError("the body is no safetensors file with the request's settings in its metadata") from None
-    return _safetensors(work(tensors, settings))
+    try:
+        return _safetensors(work(tensors, settings))
+    except (RetortError, OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if "media_M4" not in tensors:
+            raise
+        # Families expect their own tokens around images, and fail in their own words where these are missing.
+        said = " ".join(str(error).split())
+        raise UserError(f"the model cannot read the images where the request has them: {said}") from None
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:

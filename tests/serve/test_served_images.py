@@ -22,6 +22,7 @@ from retort import config as configuration
 from retort.core.images import PromptImage
 from retort.core.sequences import Media, TokenSequence
 from retort.errors import UserError
+from retort.models.fingerprint import digests_of, fingerprint_of
 from retort.models.load import load_model
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.hf import HFEngine
@@ -79,7 +80,7 @@ def asked(lm: Any, images: list[PromptImage], text: str, answer: str) -> TokenSe
     for image in images:
         own = list(lm.image_tokens.ids(image))
         media.append(Media(image.digest, len(ids), len(own), image))
-        ids += own
+        ids += [*own, *lm.tokenizer.encode(" ")]  # some families need a token between images
     context = TokenSequence.of([*ids, *lm.tokenizer.encode(text)], tuple(media))
     return context.then(lm.tokenizer.encode(answer), decided=True)
 
@@ -266,3 +267,38 @@ def test_a_server_with_a_model_of_text_takes_no_image(model_folder: Any, home: P
         with httpx2.Client(base_url=url) as http:
             found = post(http, with_bytes([PromptImage.of(picture(1))]))
             assert (found.status_code, found.json()["detail"]) == (400, "its model reads text alone")
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl"])
+def test_families_are_read_as_they_are_here(family: str, tmp_path: Path) -> None:
+    """Their processors come over the wire, also one whose part for videos cannot be made here."""
+    folder = make_image_model(tmp_path / "model", family, seed=3)
+    lm = load_model(str(folder), role="teacher", precision="fp32", device=torch.device("cpu"))
+    with in_thread(lm) as url:
+        served = connected(url, lm)
+        images = [PromptImage.of(picture(1)), PromptImage.of(picture(2, (30, 64)))]
+        sequences = [asked(served, images, "two", "a b"), asked(served, images[1:], "one", "c d e")]
+        assert torch.equal(served.all_hidden(sequences, 500), lm.all_hidden(sequences, 500))
+        assert fingerprint_of(served, digests_of(served)) != fingerprint_of(lm, digests_of(lm)), "its word alone"
+        assert digests_of(served) == digests_of(lm)
+
+
+def test_images_that_a_family_cannot_read_where_they_are_end_no_server(tmp_path: Path) -> None:
+    lm = load_model(
+        str(make_image_model(tmp_path / "model", "qwen2_5_vl")),
+        role="teacher",
+        precision="fp32",
+        device=torch.device("cpu"),
+    )
+    images = [PromptImage.of(picture(seed)) for seed in (1, 2)]
+    one, two = (list(lm.image_tokens.ids(own)) for own in images)  # type: ignore[union-attr]
+    media = (
+        Media(images[0].digest, 1, len(one), images[0]),
+        Media(images[1].digest, 1 + len(one), len(two), images[1]),
+    )
+    touching = TokenSequence.of([5, *one, *two, 6], media).then([7], decided=True)
+    with in_thread(lm) as url:
+        served = connected(url, lm)
+        with pytest.raises(UserError, match="it answers 400: the model cannot read the images where the request has"):
+            served.all_hidden([touching], 500)
+        served.verify(1e-6)
