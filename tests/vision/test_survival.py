@@ -88,3 +88,20 @@ def test_a_run_whose_image_is_not_what_it_was_is_not_resumed(stopped: Path, tmp_
     print(error.value)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
+def test_the_card_says_how_to_use_a_student_that_reads_images_and_that_works(
+    stopped: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = stopped / "whole" / "model"
+    text = (model / "README.md").read_text()
+    assert "\npipeline_tag: image-text-to-text\n" in text
+    assert "\n- images: in 5 of these prompts; the vision tower learnt\n" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    (model / "picture.png").write_bytes(picture(1).encoded())
+    monkeypatch.chdir(model)
+    try:
+        exec(compile(code, "README.md", "exec"), {})
+    finally:
+        (model / "picture.png").unlink()
+    assert capsys.readouterr().out.strip()
