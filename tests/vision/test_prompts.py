@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from imaged import asked
+from imaged import asked, picture
 
 from retort.align.chat import Renderer, TemplateOptions
+from retort.align.history import Exchange
+from retort.core.images import PLACEHOLDER
 from retort.core.rollouts import Message, Prompt
 from retort.errors import UserError
 from retort.models.described import describe
+from retort.rollout.conversation import Conversation
 from retort.train.setup.templates import check_rendered
 
 
@@ -65,3 +68,22 @@ def test_an_image_is_refused_where_there_is_no_chat_template(image_folder: Calla
     render.tokenizer.chat_template = None
     with pytest.raises(UserError, match="whose place a chat template writes, and the tokenizer .* has none"):
         render(dataclasses.replace(asked(), plain=True))
+
+
+@pytest.mark.parametrize("family", ["llava", "idefics3", "qwen2_vl"])
+def test_an_image_in_the_reply_of_an_environment_is_read(image_folder: Callable[[str], Path], family: str) -> None:
+    render = reader(image_folder(family))
+    tokenizer, options = render.tokenizer, render.template_options
+    stop: int = tokenizer.eos_token_id  # type: ignore[assignment]
+    talked = Conversation(asked(), [render(asked())], image_tokens=render.image_tokens)
+    for text, reply in (
+        ("red", Message("user", f"{PLACEHOLDER} and this ?", images=(picture(5),))),
+        ("blue", Message("user", "sure \ufffc ?")),
+    ):
+        talked.decide([*tokenizer.encode(text), stop])
+        talked.go_on(talked.replied(Exchange(text, (reply,)), stop, tokenizer, options, None))
+    assert [own.payload for own in talked.sequence.media] == [picture(0), picture(5)]
+    assert len(talked.sequences) == 2, "a reply of text is added to what stands"
+    for own in talked.sequence.media:
+        written = tuple(talked.sequence.tokens_L[own.position : own.position + own.length].tolist())
+        assert render.image_tokens is not None and written == tuple(render.image_tokens.ids(own.payload))
