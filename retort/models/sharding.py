@@ -138,17 +138,22 @@ class Sharding:
         self._modules, self._world, self._only_layers = list(layers), world, True
 
     def sum_gradients(self) -> None:
-        """Sums, over all ranks, the gradients of what is whole on each; those of slices are summed already."""
+        """Sums, over all ranks, the gradients of what is whole on each; those of slices are summed already.
+
+        A parameter that no rank used has none, as in a single process: an optimizer would let it decay.
+        """
         from torch import distributed
 
         learning = [own for own in self._apart if own.requires_grad]
         if not learning:
             return
         given = [own.new_zeros(own.shape) if own.grad is None else own.grad for own in learning]
-        flat = torch.cat([gradient.flatten() for gradient in given])
+        used = given[0].new_tensor([float(own.grad is not None) for own in learning])
+        flat = torch.cat([used, *(gradient.flatten() for gradient in given)])
         distributed.all_reduce(flat)
-        for own, part in zip(learning, flat.split([own.numel() for own in learning]), strict=True):
-            own.grad = part.view(own.shape).clone()
+        used, *parts = flat.split([len(learning), *(own.numel() for own in learning)])
+        for own, part, ranks in zip(learning, parts, used.tolist(), strict=True):
+            own.grad = part.view(own.shape).clone() if ranks else None
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:

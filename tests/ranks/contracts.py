@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import image_models
 import pytest
 import support
 import torch
@@ -267,6 +268,8 @@ def main(folder: Path) -> int:
     made, narrower = support.make_model, support.make_narrower  # transformers writes a model on the first rank alone
     support.make_model = lambda folder, **given: world.first(lambda: made(folder, **given))
     support.make_narrower = lambda *given: world.first(lambda: narrower(*given))
+    seeing = image_models.make_image_model
+    image_models.make_image_model = lambda *given, **more: world.first(lambda: seeing(*given, **more))
     words = [
         "-x",
         "-m",
