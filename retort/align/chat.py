@@ -276,8 +276,8 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
         )
     if prompt.images:
         raise UserError(
-            f"prompt '{prompt.id}' holds an image, whose place only a chat template can write; give it as it was before "
-            "it was rendered, and leave out rollout.rendered"
+            f"prompt '{prompt.id}' holds an image, whose place only a chat template can write; give it as it was "
+            "before it was rendered, and leave out rollout.rendered"
         )
     ids = _bare(prompt, tokenizer, control=True)
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids

@@ -9,7 +9,8 @@ RETORT = (
 WORDS = "settings: a TOML file, or words such as optimizer.learning_rate=1e-5; later ones win"
 TRAIN = (
     "Trains a student. Without arguments it runs the built-in task, in minutes on a laptop. With --student, --teacher "
-    "and --data it takes any causal language models of transformers. `retort settings` lists all settings."
+    "and --data it takes any causal language or image-text models of transformers. `retort settings` lists all "
+    "settings."
 )
 EVAL = "Generates completions of the data's prompts, grades them, and prints avg@k and pass@k with their intervals."
 SCORE = (

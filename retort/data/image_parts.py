@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retort.core.images import PLACEHOLDER, WRITTEN, PromptImage
+from retort.core.images import PLACEHOLDER, TEXT_PLACEHOLDER, PromptImage
 from retort.core.rollouts import Message
 from retort.data.media import holds_something
 from retort.errors import UserError, counted, quoted
@@ -81,10 +81,10 @@ class RowImages:
                     "write a part of type image for each"
                 )
             return tuple(messages)
-        counts = [message.content.count(WRITTEN) * (message.role != "assistant") for message in messages]
+        counts = [message.content.count(TEXT_PLACEHOLDER) * (message.role != "assistant") for message in messages]
         if self._given and sum(counts) not in (0, len(self._column)):
             raise UserError(
-                f"{where}: the text has {counted(sum(counts), 'placeholder')} {WRITTEN} for "
+                f"{where}: the text has {counted(sum(counts), 'placeholder')} {TEXT_PLACEHOLDER} for "
                 f"{counted(len(self._column), 'image')}; each image needs one, and each placeholder an image"
             )
         if not self._column:
@@ -94,7 +94,7 @@ class RowImages:
     def _written(self, where: str, messages: Sequence[Message], counts: Sequence[int]) -> tuple[Message, ...]:
         left = iter(self._column)
         return tuple(
-            with_images(where, message, message.content.split(WRITTEN), [next(left) for _ in range(count)])
+            with_images(where, message, message.content.split(TEXT_PLACEHOLDER), [next(left) for _ in range(count)])
             if count
             else message
             for message, count in zip(messages, counts, strict=True)
@@ -105,7 +105,7 @@ class RowImages:
         if len(users) != 1:
             raise UserError(
                 f"{where}: it is not clear to which of {counted(len(users), 'turn')} of the user the images belong; "
-                f"write {WRITTEN} where each of them stands"
+                f"write {TEXT_PLACEHOLDER} where each of them stands"
             )
         own = messages[users[0]]
         texts = [*[""] * len(self._column), own.content]

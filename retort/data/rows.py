@@ -107,8 +107,8 @@ class RowReader:
         if not holds_something(found):
             if holds_a_number(found):
                 raise UserError(
-                    f"{at}: holds {a_kind(found)} of which no image is read; expected paths, bytes or data URLs: map the "
-                    "column that holds these (columns.images=...), or leave this one out"
+                    f"{at}: holds {a_kind(found)} of which no image is read; expected paths, bytes or data URLs: map "
+                    "the column that holds these (columns.images=...), or leave this one out"
                 )
             return []
         value = listed(self._cell(row, ours))

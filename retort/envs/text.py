@@ -94,8 +94,14 @@ class TextEpisodes:
         """See `Environment`. The first observation replaces the prompt's last message.
 
         Raises:
-            UserError: The first observation is no text; or tools are asked for and there are none.
+            UserError: The first observation is no text; or that message holds an image; or tools are asked for and
+                there are none.
         """
+        if prompt.messages[-1].images:
+            raise UserError(
+                f"row '{prompt.id}' holds an image, and the environment {self.name} writes the prompt itself, as text; "
+                "leave the image out, or write an environment with begin_group (retort.envs.base)"
+            )
         return [self._begun(prompt) for _ in members]
 
     def _begun(self, prompt: Prompt) -> Episode:

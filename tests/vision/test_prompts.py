@@ -13,6 +13,7 @@ from retort.align.chat import Renderer, TemplateOptions
 from retort.align.history import Exchange
 from retort.core.images import PLACEHOLDER
 from retort.core.rollouts import Message, Prompt
+from retort.envs.text import TextEpisodes
 from retort.errors import UserError
 from retort.models.described import describe
 from retort.rollout.conversation import Conversation
@@ -87,3 +88,8 @@ def test_an_image_in_the_reply_of_an_environment_is_read(image_folder: Callable[
     for own in talked.sequence.media:
         written = tuple(talked.sequence.tokens_L[own.position : own.position + own.length].tolist())
         assert render.image_tokens is not None and written == tuple(render.image_tokens.ids(own.payload))
+
+
+def test_an_image_that_an_environment_of_text_would_drop_is_refused() -> None:
+    with pytest.raises(UserError, match="row '1' holds an image, and the environment add writes the prompt itself"):
+        TextEpisodes(lambda: None, "add").begin_group(asked(), [0])  # type: ignore[arg-type, return-value]

@@ -13,7 +13,7 @@ from retort.align.encode import spelt
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.align.text import decode
 from retort.config import Config
-from retort.core.images import WRITTEN
+from retort.core.images import TEXT_PLACEHOLDER
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -148,7 +148,7 @@ def _need_images(prompts: Sequence[Prompt], render: Renderer) -> None:
     own = str(render.tokenizer.convert_ids_to_tokens(render.image_tokens.placeholder))
     for prompt in prompts:
         asked = "" if prompt.images else "\0".join(turn.content for turn in prompt.messages if turn.role != "assistant")
-        found = next((written for written in dict.fromkeys((own, WRITTEN)) if written in asked), None)
+        found = next((written for written in dict.fromkeys((own, TEXT_PLACEHOLDER)) if written in asked), None)
         if found is not None:
             raise UserError(
                 f"row '{prompt.id}' writes the placeholder {found}, and has no image; give it in the column 'images' "
