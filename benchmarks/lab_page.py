@@ -147,8 +147,9 @@ def _known(value: Callable[[Mapping[str, Any]], float | None], row: Mapping[str,
 
 def plots(rows: Rows, folder: Path, stem: str = "lab") -> None:
     """Three figures: a panel per method, with all the others in grey behind it."""
+    average = next((own for row in rows for own in row["after"] if own.startswith("avg@")), "avg@8")
     accuracy = {
-        name: [[(p["tokens"] / 1000, 100 * p["avg@8"]) for p in row["curve"]] for row in found]
+        name: [[(p["tokens"] / 1000, 100 * p[average]) for p in row["curve"]] for row in found]
         for name, found in _by(rows)
     }
     entropy = {
@@ -159,7 +160,7 @@ def plots(rows: Rows, folder: Path, stem: str = "lab") -> None:
         name: [sorted((int(k), 100 * share) for k, share in row["pass_at"]["student after"].items()) for row in found]
         for name, found in _by(rows)
     }
-    panels(accuracy, folder / f"{stem}-accuracy.svg", "tokens learnt from, thousands", "avg@8, %")
+    panels(accuracy, folder / f"{stem}-accuracy.svg", "tokens learnt from, thousands", f"{average}, %")
     panels(passes, folder / f"{stem}-pass-at-k.svg", "k", "pass@k, %")
     panels(entropy, folder / f"{stem}-entropy.svg", "step", "own entropy, nats")
 
