@@ -52,19 +52,20 @@ class Gaussian(Policy):
         """Differential entropy [C], nats, float64; it may be negative."""
         return self._width * (self._log_std_C + 0.5 * math.log(2.0 * math.pi * math.e))
 
-    def reverse_kl(self, teacher: Gaussian) -> Tensor:
+    def reverse_kl(self, teacher: Policy) -> Tensor:
         r"""KL(self || teacher), [C], nats, float64.
 
         With one standard deviation on both sides it is :math:`\Vert\mu_S - \mu_T\Vert^2 / 2\sigma^2`, and equals the
         forward KL.
         """
-        log_ratio_C = self._log_std_C - teacher._log_std_C
+        other = _gaussian(teacher)
+        log_ratio_C = self._log_std_C - other._log_std_C
         of_spread_C = 0.5 * torch.expm1(2.0 * log_ratio_C) - log_ratio_C
-        return 0.5 * teacher._squares(self.mean_ND) + self._width * of_spread_C
+        return 0.5 * other._squares(self.mean_ND) + self._width * of_spread_C
 
-    def forward_kl(self, teacher: Gaussian) -> Tensor:
+    def forward_kl(self, teacher: Policy) -> Tensor:
         """KL(teacher || self), [C], nats, float64."""
-        return teacher.reverse_kl(self)
+        return _gaussian(teacher).reverse_kl(self)
 
     @property
     def _width(self) -> int:
@@ -77,6 +78,12 @@ class Gaussian(Policy):
     def _squares(self, latents_ND: Tensor) -> Tensor:
         """Squared distance from the mean, in standard deviations, summed over elements, [C]."""
         return ((latents_ND - self.mean_ND) / self.std_N[:, None]).square().sum(-1, dtype=torch.float64)
+
+
+def _gaussian(policy: Policy) -> Gaussian:
+    if not isinstance(policy, Gaussian):
+        raise SignalError(f"nothing compares a Gaussian over latents with a {type(policy).__name__}")
+    return policy
 
 
 def check_gaussian(mean_ND: Tensor, std_N: Tensor, source: str, valid_N: Tensor | None = None) -> None:

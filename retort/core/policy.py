@@ -7,8 +7,6 @@ alone works for both.
 
 from __future__ import annotations
 
-from typing import Self
-
 from torch import Tensor
 
 from retort.core.needs import NeedKind
@@ -29,11 +27,11 @@ class Policy:
         """Entropy, [C], nats."""
         raise self._missing("entropy")
 
-    def reverse_kl(self, teacher: Self) -> Tensor:
+    def reverse_kl(self, teacher: Policy) -> Tensor:
         """KL(self || teacher), [C], nats."""
         raise self._missing("divergence to another")
 
-    def forward_kl(self, teacher: Self) -> Tensor:
+    def forward_kl(self, teacher: Policy) -> Tensor:
         """KL(teacher || self), [C], nats."""
         raise self._missing("divergence to another")
 

@@ -154,5 +154,7 @@ def test_a_distribution_is_a_policy_to_the_bit() -> None:
     policy = Distribution(logits)
     assert torch.equal(policy.logp_of(tokens), policy.logp_at(tokens[:, None]).squeeze(-1))
     assert policy.offers == {"dense"}
+    with pytest.raises(SignalError, match="nothing compares a Gaussian over latents with a Distribution"):
+        Policy(MEAN, STD).reverse_kl(policy)
     with pytest.raises(SignalError, match="not available"):
         Base().logp_of(tokens)
