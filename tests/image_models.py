@@ -81,7 +81,8 @@ def _llava(settings: dict[str, Any]) -> tuple[Any, Any]:
         num_additional_image_tokens=1,
         chat_template=tokenizer.chat_template,
     )
-    config = transformers.LlavaConfig(
+    kind: Any = transformers.LlavaConfig
+    config = kind(
         vision_config={"model_type": "clip_vision_model", **VISION, "image_size": 16, "patch_size": 4},
         text_config={"model_type": "llama", **_text(tokenizer)},
         image_token_id=processor.image_token_id,
@@ -103,7 +104,8 @@ def _idefics3(settings: dict[str, Any]) -> tuple[Any, Any]:
         image_seq_len=4,
         chat_template=tokenizer.chat_template,
     )
-    config = transformers.Idefics3Config(
+    kind: Any = transformers.Idefics3Config
+    config = kind(
         vision_config={**VISION, "image_size": 16, "patch_size": 4},
         text_config={"model_type": "llama", **_text(tokenizer)},
         image_token_id=processor.image_token_id,

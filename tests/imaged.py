@@ -70,6 +70,11 @@ def seeing(folder: Path, rows: int = 5) -> None:
             "teacher_images": [f"{rows - place}.png"],
             "answer": "red",
             "hint": "warm",
+            "solution": "It is red.",
+            "demonstration": "It is red.",
+            "response": "It is red.",
+            "wrong": "It is blue.",
+            "clean": f"colour {place} ?",
         }
         for place in range(rows)
     ]

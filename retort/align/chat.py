@@ -83,8 +83,8 @@ def render(
         At least one id.
 
     Raises:
-        UserError: Messages without a chat template or where prompts are rendered already, a conversation that the
-            template refuses, nothing to encode, or a control token that cannot be text.
+        UserError: Messages or images without a chat template or where prompts are rendered already, a conversation that
+            the template refuses, nothing to encode, or a control token that cannot be text.
     """
     try:
         return _ids(prompt, tokenizer, template_options, opened)
@@ -104,6 +104,11 @@ def _ids(
         ids = _as_it_stands(prompt, tokenizer)
     elif tokenizer.chat_template:
         ids = _templated(prompt, tokenizer, template_options, opened)
+    elif prompt.images:
+        raise UserError(
+            f"prompt '{prompt.id}' holds an image, whose place a chat template writes, and the tokenizer"
+            f"{_named(tokenizer)} has none; give it one (chat_template.jinja in its folder)"
+        )
     elif prompt.plain:
         ids = _bare(prompt, tokenizer)
     else:
@@ -268,6 +273,11 @@ def _as_it_stands(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[in
         raise UserError(
             f"prompt '{prompt.id}' is a conversation, which is not rendered yet; rollout.rendered is for texts in a "
             "column 'prompt'"
+        )
+    if prompt.images:
+        raise UserError(
+            f"prompt '{prompt.id}' holds an image, whose place only a chat template can write; give it as it was before "
+            "it was rendered, and leave out rollout.rendered"
         )
     ids = _bare(prompt, tokenizer, control=True)
     return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id else ids

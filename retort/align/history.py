@@ -8,7 +8,7 @@ rendered anew, from texts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from retort.align.chat import TemplateOptions, as_text, rendered
@@ -84,7 +84,7 @@ def anew(
     cannot_reply(prompt, tokenizer, template_options)
     whole, last = prompt.then(history), history[-1]
     context = rendered(whole, tokenizer, template_options, image_tokens, split=True)
-    other = prompt.then([*history[:-1], Message(last.role, f"Retortagain {last.content}", last.extra)])
+    other = prompt.then([*history[:-1], replace(last, content=f"Retortagain {last.content}")])
     if as_text(conversation(whole.messages), tokenizer, template_options, tools=prompt.tools) == as_text(
         conversation(other.messages), tokenizer, template_options, tools=prompt.tools
     ):

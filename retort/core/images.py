@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 #: The character of a message's text in whose place an image stands: Unicode's object replacement character.
 PLACEHOLDER = "\ufffc"
+#: The placeholder of an image in a text, as data sets write it.
+WRITTEN = "<image>"
 #: What people, graders and models that read text alone see in its place.
 IN_WORDS = "[image]"
 #: The formats that are read, by their names in Pillow. Others are refused, since some of them start programs.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retort.core.images import PLACEHOLDER, PromptImage
+from retort.core.images import PLACEHOLDER, WRITTEN, PromptImage
 from retort.core.rollouts import Message
 from retort.data.media import holds_something
 from retort.errors import UserError, counted, quoted
@@ -15,8 +15,6 @@ __all__ = ["IMAGE_PARTS", "RowImages", "with_images"]
 
 #: Types of parts that are images: of transformers, of OpenAI's two interfaces.
 IMAGE_PARTS = ("image", "image_url", "input_image")
-#: The placeholder of an image in a text, as data sets write it.
-_WRITTEN = "<image>"
 #: Keys of a part that say something of it, and hold no image.
 _ABOUT = ("type", "index", "text", "detail", "cache_control")
 
@@ -83,10 +81,10 @@ class RowImages:
                     "write a part of type image for each"
                 )
             return tuple(messages)
-        counts = [message.content.count(_WRITTEN) * (message.role != "assistant") for message in messages]
+        counts = [message.content.count(WRITTEN) * (message.role != "assistant") for message in messages]
         if self._given and sum(counts) not in (0, len(self._column)):
             raise UserError(
-                f"{where}: the text has {counted(sum(counts), 'placeholder')} {_WRITTEN} for "
+                f"{where}: the text has {counted(sum(counts), 'placeholder')} {WRITTEN} for "
                 f"{counted(len(self._column), 'image')}; each image needs one, and each placeholder an image"
             )
         if not self._column:
@@ -96,7 +94,7 @@ class RowImages:
     def _written(self, where: str, messages: Sequence[Message], counts: Sequence[int]) -> tuple[Message, ...]:
         left = iter(self._column)
         return tuple(
-            with_images(where, message, message.content.split(_WRITTEN), [next(left) for _ in range(count)])
+            with_images(where, message, message.content.split(WRITTEN), [next(left) for _ in range(count)])
             if count
             else message
             for message, count in zip(messages, counts, strict=True)
@@ -107,7 +105,7 @@ class RowImages:
         if len(users) != 1:
             raise UserError(
                 f"{where}: it is not clear to which of {counted(len(users), 'turn')} of the user the images belong; "
-                f"write {_WRITTEN} where each of them stands"
+                f"write {WRITTEN} where each of them stands"
             )
         own = messages[users[0]]
         texts = [*[""] * len(self._column), own.content]

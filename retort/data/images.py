@@ -22,10 +22,12 @@ from retort.files import unnameable
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["MAX_IMAGE_PIXELS", "ImageFolder", "ImageReader", "spelt"]
+__all__ = ["MAX_IMAGE_PIXELS", "ImageFolder", "ImageReader", "shown_size", "spelt"]
 
 #: Most pixels of an image; more are refused before they are decoded (four bytes each in memory, and copies).
 MAX_IMAGE_PIXELS = 50_000_000
+#: How many times as long as the other a side may be: some processors scale the shorter one to hundreds of pixels.
+_MOST_LONGER = 200
 #: Most bytes of an encoded image.
 _MOST_BYTES = 2**28
 #: Keys of a mapping that holds an image, in the order in which they are tried: of `datasets`, OpenAI, and transformers.
@@ -138,7 +140,7 @@ class ImageReader:
     def _known(self, at: str, encoded: bytes, source: bytes | Path) -> PromptImage:
         digest = digest_of(encoded)
         if digest not in self._digests:
-            self._digests[digest] = PromptImage(digest, source, _checked(at, encoded))
+            self._digests[digest] = PromptImage(digest, source, shown_size(at, encoded))
         return self._digests[digest]
 
 
@@ -201,8 +203,16 @@ def _from_base64(at: str, text: str) -> bytes:
         raise UserError(f"{at}: is not base64 ({short(error)}): {quoted(text, 40)}") from None
 
 
-def _checked(at: str, encoded: bytes) -> tuple[int, int]:
-    """Width and height of an encoded image, as it is shown, after its header was checked and its pixels decoded."""
+def shown_size(at: str, encoded: bytes) -> tuple[int, int]:
+    """Width and height of an encoded image, as it is shown, after its header was checked and its pixels decoded.
+
+    Args:
+        at: Where it is, for messages.
+        encoded: Its bytes.
+
+    Raises:
+        UserError: It is of no format that is read, broken, too large or too narrow.
+    """
     if not encoded:
         raise UserError(f"{at}: is empty (0 bytes)")
     with warnings.catch_warnings():  # Pillow's on size, and on metadata that are not needed
@@ -230,6 +240,11 @@ def _refuse_large(at: str, size: tuple[int, int]) -> None:
         )
     if not size[0] * size[1]:
         raise UserError(f"{at}: the image has {size[0]} x {size[1]} pixels; there is nothing to see")
+    if max(size) > _MOST_LONGER * min(size):
+        raise UserError(
+            f"{at}: the image has {size[0]} x {size[1]} pixels; processors of images would make it far larger, so one "
+            f"side has at most {_MOST_LONGER} times the pixels of the other: crop it"
+        )
 
 
 def _refuse_kind(at: str, image: Image) -> None:

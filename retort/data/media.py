@@ -7,7 +7,7 @@ from typing import Any
 
 from retort.errors import UserError, quoted
 
-__all__ = ["check_media", "holds_something"]
+__all__ = ["check_media", "holds_a_number", "holds_something"]
 
 #: Columns, and keys of a turn, in which data sets keep media; case does not matter.
 _ENDS = ("", "s", "_path", "_paths", "_file", "_files", "_url", "_urls")
@@ -54,6 +54,13 @@ def holds_something(value: Any) -> bool:
     if isinstance(value, Sequence):
         return any(map(holds_something, value))
     return str(value) not in ("<NA>", "NaT")  # pandas' marks of a missing cell
+
+
+def holds_a_number(value: Any) -> bool:
+    """Whether a cell is a number other than 0, or a list with one: an id, or pixels."""
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview):
+        return any(map(holds_a_number, value))
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value and value != 0
 
 
 def _is_media(value: Any) -> bool:

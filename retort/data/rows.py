@@ -13,9 +13,9 @@ from retort.data.columns import PRIVILEGED, Seen, lookup, no_prompt
 from retort.data.conversations import LAST_ROLES, as_conversation, conversation, read_tools
 from retort.data.image_parts import RowImages
 from retort.data.images import ImageFolder, ImageReader
-from retort.data.media import check_media, holds_something
+from retort.data.media import check_media, holds_a_number, holds_something
 from retort.data.values import listed, optional, plain, text
-from retort.errors import UserError
+from retort.errors import UserError, a_kind
 
 __all__ = ["RowReader"]
 
@@ -103,10 +103,15 @@ class RowReader:
 
     def _images(self, where: str, row: Mapping[str, Any], ours: str, folder: ImageFolder) -> list[PromptImage]:
         theirs = self.columns.get(ours, ours)
-        if not holds_something(plain(lookup(row, theirs))):
+        found, at = plain(lookup(row, theirs)), f"{where}, '{theirs}'"
+        if not holds_something(found):
+            if holds_a_number(found):
+                raise UserError(
+                    f"{at}: holds {a_kind(found)} of which no image is read; expected paths, bytes or data URLs: map the "
+                    "column that holds these (columns.images=...), or leave this one out"
+                )
             return []
         value = listed(self._cell(row, ours))
-        at = f"{where}, '{theirs}'"
         if isinstance(value, list):
             return [self._read_image(f"{at}, item {number}", item, folder) for number, item in enumerate(value)]
         return [self._read_image(at, value, folder)]

@@ -82,11 +82,10 @@ def describe(
 
     if isinstance(source, Endpoint):
         read = describe(name, source.reads, role, stop=stop, trust_remote_code=trust_remote_code)
-        return replace(read, config=_within(read.config, source.offers.context))
+        # Such a server is sent ids alone, whatever images the model behind the tokenizer reads.
+        return replace(read, config=_within(read.config, source.offers.context), image_tokens=None)
     label = f"{role} {name}"
-    seen = None
-    if not isinstance(source, Server):
-        seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
+    seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     if isinstance(seen, ImageProcessing):
         tokenizer = seen.adopt(tokenizer)

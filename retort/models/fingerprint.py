@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from retort.models.images import ImageProcessing
 from retort.models.lm import LanguageModel
 from retort.models.stored import StoredModel
 
@@ -21,7 +22,8 @@ def digests_of(lm: LanguageModel) -> dict[str, str]:
     """
     if isinstance(lm, StoredModel):
         return dict(lm.digests)
-    images = {} if lm.vision is None else {"processor": _hash(lm.vision.processing.settings())}
+    seen = lm.image_tokens  # also of a model on a server
+    images = {"processor": _hash(seen.settings())} if isinstance(seen, ImageProcessing) else {}
     return images | {
         "weights": lm.whole_digest(),
         "configuration": _hash(json.dumps(_configuration(lm.model.config.to_dict()), sort_keys=True, default=str)),

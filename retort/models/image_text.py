@@ -15,6 +15,7 @@ from retort.models import gguf
 from retort.models.files import locate
 from retort.models.images import ImageProcessing
 from retort.models.in_memory import InMemoryModel
+from retort.models.server import Server
 
 #: Files of a processor; a folder with neither is read as a model of text alone.
 _FILES = ("processor_config.json", "preprocessor_config.json")
@@ -36,15 +37,15 @@ class Unreadable:
 
 
 def find_processor(
-    label: str, name: str, source: str | InMemoryModel | None, *, trust_remote_code: bool
+    label: str, name: str, source: str | InMemoryModel | Server | None, *, trust_remote_code: bool
 ) -> ImageProcessing | Unreadable | None:
     """The processor of a model that reads images; None for a model of text alone.
 
     Args:
         label: Role and name of the model.
         name: The user's name for it.
-        source: Its location, if not `name`; or a model that the caller holds.
-        trust_remote_code: Run code that comes with the model.
+        source: Its location, if not `name`; or a model that the caller or a server holds.
+        trust_remote_code: Run code that comes with the model; of a server's never.
 
     Raises:
         UserError: There is no such model.
@@ -57,10 +58,13 @@ def find_processor(
     try:
         if isinstance(source, InMemoryModel):
             return None if source.processor is None else _of(label, copy.deepcopy(source.processor))
-        location = locate(label, name, source)
+        location, server = locate(label, name, source), source if isinstance(source, Server) else None
+        trust_remote_code = trust_remote_code and server is None
         config = None if gguf.is_gguf(location) else _config(location, trust_remote_code)
         if config is None or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
             return None
+        if server is not None and not server.about.images:
+            raise _CannotError(f"{label}: it reads no images there; its server says why when it starts")
         if not any(_settings(location, name) for name in _FILES):
             if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
                 return None

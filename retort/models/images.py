@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from retort.core.images import PromptImage
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError, shortened
 
 #: Numbers of processed images, and image features, that are kept: 256 MiB of each in fp32.
@@ -29,27 +31,31 @@ class Bounded:
         """Begins empty; the sizes of all that is kept sum to at most `room`."""
         self._room, self._size, self._filled = room, size, 0
         self._found: OrderedDict[Hashable, Any] = OrderedDict()
+        self._lock = threading.RLock()  # requests to a server are put together in several threads
 
     def get(self, key: Hashable) -> Any:
         """What is kept under a key; None where nothing is."""
-        if key in self._found:
-            self._found.move_to_end(key)
-        return self._found.get(key)
+        with self._lock:
+            if key in self._found:
+                self._found.move_to_end(key)
+            return self._found.get(key)
 
     def put(self, key: Hashable, made: Any) -> None:
         """Keeps something under a key that has nothing yet."""
-        self._filled += self._size(made)
-        self._found[key] = made
-        while self._filled > self._room and len(self._found) > 1:
-            self._filled -= self._size(self._found.popitem(last=False)[1])
+        with self._lock:
+            self._filled += self._size(made)
+            self._found[key] = made
+            while self._filled > self._room and len(self._found) > 1:
+                self._filled -= self._size(self._found.popitem(last=False)[1])
 
     def got(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What is kept under a key, or else is made, and kept."""
-        found = self.get(key)
-        if found is None:
-            found = make()
-            self.put(key, found)
-        return found
+        with self._lock:
+            found = self.get(key)
+            if found is None:
+                found = make()
+                self.put(key, found)
+            return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,6 +143,24 @@ class ImageProcessing:
         parts.pop("attention_mask", None)
         kinds = {name: tuple(parts.pop(name)[0].tolist()) for name in list(parts) if name.endswith("token_type_ids")}
         return ids, Processed(parts, kinds)
+
+    def check(self, sequences: Sequence[TokenSequence], where: str) -> None:
+        """Checks that the tokens of all images are those that this processor makes.
+
+        Raises:
+            UserError: One is no image, or has other tokens.
+        """
+        for sequence in sequences:
+            for own in sequence.media:
+                if not isinstance(own.payload, PromptImage):
+                    raise UserError(f"{where} holds a sound or a video, which {self.name} does not read")
+                expected = self.ids(own.payload)
+                found = tuple(sequence.tokens_L[own.position : own.position + own.length].tolist())
+                if found != tuple(expected):
+                    raise UserError(
+                        f"{where} holds an image as {own.length} tokens, and the processor of {self.name} makes "
+                        f"{len(expected)} of it; render it with that model's own processor"
+                    )
 
     def adopt(self, tokenizer: Any) -> Any:
         """The tokenizer of the processor, which knows its tokens, with the template that belongs to it.

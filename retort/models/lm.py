@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -21,10 +21,11 @@ from retort.models.adapter import Adapter
 from retort.models.batches import token_batches
 from retort.models.digests import sample_digest, whole_digest
 from retort.models.heads import head_of, own_rows
+from retort.models.images import ImageProcessing
 from retort.models.offload import Offload
 from retort.models.quantized import count
 from retort.models.sharding import Sharding
-from retort.models.vision import Vision
+from retort.models.vision import Vision, tower_of
 from retort.models.working import WorkingCopy
 from retort.ranks import World
 
@@ -131,8 +132,7 @@ class LanguageModel:
     @property
     def rows(self) -> int:
         """Number of ids that it can read: rows of its embedding."""
-        embedding: Any = self.model.get_input_embeddings()
-        weight = getattr(embedding, "weight", None)
+        weight = getattr(self.model.get_input_embeddings(), "weight", None)
         return self.head().width if weight is None else int(weight.shape[0])
 
     def digest(self) -> str:
@@ -182,17 +182,13 @@ class LanguageModel:
         with self.sharding.whole_state(self.model) as state:
             yield state
 
-    @property
-    def _apart(self) -> list[Parameter]:
-        return [] if self.vision is None else self.vision.parameters()
-
     def spread(self, world: World) -> None:
         """Spreads the weights over ranks, each of which keeps a slice; whoever holds parameters asks for them anew.
 
         Raises:
             UserError: A family that cannot be spread.
         """
-        self.sharding.spread(self.model, world, self.name, self._apart)
+        self.sharding.spread(self.model, world, self.name, tower_of(self.vision))
         if self.adapter is not None:
             self.adapter.tensors = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         with self.whole(), torch.no_grad(), self.compute():  # a first pass, which also settles who is whose parent
@@ -206,7 +202,7 @@ class LanguageModel:
         """
         if world.size == 1 or self.sharding.on:
             return
-        self.sharding.spread_layers(self.model, world, self.name, self._apart)
+        self.sharding.spread_layers(self.model, world, self.name, tower_of(self.vision))
         with torch.no_grad():  # a first pass outside of inference mode, whose tensors could not be written to later
             self._probe()
 
@@ -235,8 +231,8 @@ class LanguageModel:
     def save_tokens(self, folder: Path) -> None:
         """Saves the tokenizer, and the processor of a model that reads images, beside a model."""
         self.tokenizer.save_pretrained(folder)
-        if self.vision is not None:
-            self.vision.processing.save(folder)
+        if isinstance(self.image_tokens, ImageProcessing):
+            self.image_tokens.save(folder)
 
     @contextlib.contextmanager
     def without_adapter(self) -> Iterator[None]:
@@ -322,8 +318,8 @@ class LanguageModel:
     def check_media(self, sequences: Iterable[TokenSequence], where: str) -> None:
         """Raises `UserError` if one of these holds media that the model does not read; `where` names them."""
         found = [sequence for sequence in sequences if sequence.media]
-        if found and self.vision is not None:
-            self.vision.check(found, where)
+        if found and isinstance(self.image_tokens, ImageProcessing):
+            self.image_tokens.check(found, where)
         elif found:
             raise UserError(
                 f"{where} holds an image, a sound or a video, and {self.name} is read as a model of text alone; "

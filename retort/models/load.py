@@ -68,7 +68,7 @@ def load_model(
         refuse_bits(label, bits, role, source or name)
     if isinstance(source, Server):
         found = describe(name, source, role, stop=stop)
-        return ServedModel.of(source, found.tokenizer, found.config, device)
+        return ServedModel.of(source, found.tokenizer, found.config, device, found.image_tokens)
     seen = find_processor(label, name, source, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(name, source, role, trust_remote_code=trust_remote_code)
     model, notes = read_model(

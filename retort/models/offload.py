@@ -213,12 +213,13 @@ class InFiles:
             self._places = [self._find(name, weight, keys, files) for name, weight in weights.items()]
 
     def _find(self, name: str, weight: Tensor, keys: Sequence[tuple[Path, str]], files: Mapping[Path, Any]) -> _Kept:
-        for file, key in keys:
-            # A name in the files may have a prefix of the family's, such as that of the text model of a larger one.
-            if key == name or key.endswith(f".{name}"):
-                place = _Kept(file, key, weight.dtype, weight.device, weight.shape)
-                if _same(_of(place, files), weight):
-                    return place
+        # A name in the files may begin otherwise: a text model may be part of a larger one, or its parts were renamed.
+        alike = [(_common(key, name), file, key) for file, key in keys]
+        least = min(2, name.count(".") + 1)
+        for _, file, key in sorted((own for own in alike if own[0] >= least), key=lambda own: -own[0]):
+            place = _Kept(file, key, weight.dtype, weight.device, weight.shape)
+            if tuple(files[file].get_slice(key).get_shape()) == weight.shape and _same(_of(place, files), weight):
+                return place
         raise UserError(
             f"{self._label}: offload = disk needs every weight in its files as the model holds it, and '{name}' is "
             "not: that family makes it of others when it is loaded; set offload=cpu on a GPU, or leave it out"
@@ -257,6 +258,12 @@ class InFiles:
                 if now != before:
                     raise UserError(f"{self._label}: {file} was changed since it was loaded; put back what it was")
             yield files
+
+
+def _common(one: str, other: str) -> int:
+    """How many parts at the end of two names are the same."""
+    parts = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parts))
 
 
 def _state(file: Path) -> tuple[int, int, int]:

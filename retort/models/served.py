@@ -17,22 +17,28 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from retort.align.images import ImageTokens
 from retort.align.stops import StopTokens
 from retort.core.head import Head
 from retort.core.random_streams import uniforms
-from retort.core.sequences import TokenSequence
+from retort.core.sequences import Media, TokenSequence
 from retort.errors import SignalError, UserError
+from retort.models.images import ImageProcessing, made_up
 from retort.models.lm import LanguageModel
 from retort.models.server import Server, about_of
 from retort.ranks import World
 from retort.wire.batches import neighbours
-from retort.wire.protocol import GENERATE, HEAD, HIDDEN, SCORE, About, packed
+from retort.wire.client import RefusedError
+from retort.wire.media import images_in
+from retort.wire.protocol import GENERATE, HEAD, HIDDEN, LACKING, SCORE, About, packed
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: What an answer takes besides its numbers, bytes.
 _ENVELOPE = 2**16
 #: Sequences of the probe, and tokens of each.
 _PROBES, _PROBE_TOKENS = 4, 16
+#: Attempts at a request whose images the server did not keep.
+_ATTEMPTS = 3
 
 
 class _Shell(torch.nn.Module):
@@ -63,7 +69,9 @@ class ServedModel(LanguageModel):
     scores: list[float] = field(kw_only=True)
 
     @staticmethod
-    def of(server: Server, tokenizer: Any, config: Any, device: torch.device) -> ServedModel:
+    def of(
+        server: Server, tokenizer: Any, config: Any, device: torch.device, image_tokens: ImageTokens | None
+    ) -> ServedModel:
         """Makes a served model a language model of this process.
 
         Args:
@@ -71,6 +79,7 @@ class ServedModel(LanguageModel):
             tokenizer: Its tokenizer.
             config: Its configuration of transformers.
             device: The device on which its numbers are wanted.
+            image_tokens: How images are written into its prompts; None for a model of text alone.
 
         Raises:
             UserError: The server cannot be asked, or contradicts itself.
@@ -92,6 +101,7 @@ class ServedModel(LanguageModel):
             rounded=about.rounded,
             server=server,
             scores=[],
+            image_tokens=image_tokens,
         )
         made.scores = made.probe()
         if server.narrow and about.precision != "bf16":
@@ -169,7 +179,7 @@ class ServedModel(LanguageModel):
         steps, width = sum(own.steps for own in sequences), self.about.width
         dtype = torch.bfloat16 if self.server.narrow else self.model.dtype
         limit = steps * width * dtype.itemsize + _ENVELOPE
-        found = self._ask(HIDDEN, packed(sequences), {"narrow": self.server.narrow}, limit).get("hidden_ND")
+        found = self._ask(HIDDEN, sequences, {"narrow": self.server.narrow}, limit).get("hidden_ND")
         if found is None or tuple(found.shape) != (steps, width) or found.dtype != dtype:
             shape = None if found is None else [*found.shape]
             raise SignalError(f"{self.name}: was asked for {steps} hidden states of {width}, and sent {shape}")
@@ -213,25 +223,25 @@ class ServedModel(LanguageModel):
 
         def part(number: int) -> dict[str, Tensor]:
             own, steps = sequences[groups[number]], slice(starts[number], starts[number + 1])
-            sent = packed(own) | ({} if ids_NK is None else {"ids_NK": ids_NK[steps].cpu()})
-            return self._part(own, sent, {**settings, "budget": budget})
+            given = {} if ids_NK is None else {"ids_NK": ids_NK[steps].cpu()}
+            return self._part(own, given, {**settings, "budget": budget})
 
         parts = self.server.client.each(part, range(len(groups)))
         return {name: torch.cat([own[name] for own in parts]).to(self.device) for name in parts[0]}
 
     def _part(
-        self, sequences: Sequence[TokenSequence], sent: Mapping[str, Tensor], settings: Mapping[str, Any]
+        self, sequences: Sequence[TokenSequence], more: Mapping[str, Tensor], settings: Mapping[str, Any]
     ) -> dict[str, Tensor]:
         """The answer to one request for numbers, once it is known to be about what was asked."""
         tokens_N = torch.cat([own.actions_A for own in sequences])
         steps, top_k = len(tokens_N), int(settings["top_k"])
         kept = min(top_k, int(settings["vocab"]))
-        given = sent["ids_NK"].shape[1] if "ids_NK" in sent else 0
+        given = more["ids_NK"].shape[1] if "ids_NK" in more else 0
         shapes: dict[str, tuple[int, ...]] = {"tokens_N": (steps,), "sampled": (steps,)}
         shapes |= {"entropy": (steps,)} if settings["entropy"] else {}
         shapes |= {"ids": (steps, kept), "logp": (steps, kept)} if top_k else {}
         shapes |= {"at": (steps, given)} if given else {}
-        found = self._ask(SCORE, sent, settings, 16 * steps * (4 + kept + given) + _ENVELOPE)
+        found = self._ask(SCORE, sequences, settings, 16 * steps * (4 + kept + given) + _ENVELOPE, more)
         for name, shape in shapes.items():
             own = found.get(name)
             if own is None or tuple(own.shape) != shape:
@@ -254,9 +264,9 @@ class ServedModel(LanguageModel):
             uniforms: Random numbers of each.
             settings: Of the sampling.
         """
-        sent = packed([own.read() for own in sequences])
-        sent |= {"uniforms_U": torch.cat(list(uniforms)), "rooms_S": torch.tensor([len(own) for own in uniforms])}
-        return self._ask(GENERATE, sent, settings, 16 * sum(map(len, uniforms)) + _ENVELOPE)
+        more = {"uniforms_U": torch.cat(list(uniforms)), "rooms_S": torch.tensor([len(own) for own in uniforms])}
+        contexts = [own.read() for own in sequences]
+        return self._ask(GENERATE, contexts, settings, 16 * sum(map(len, uniforms)) + _ENVELOPE, more)
 
     def probe(self) -> list[float]:
         """Log-probs that the server gives to the tokens of a few fixed sequences, nats."""
@@ -284,7 +294,13 @@ class ServedModel(LanguageModel):
             (uniforms(0, "probe", "server", number, count=_PROBE_TOKENS) * vocab).long().tolist()
             for number in range(_PROBES)
         ]
-        return [TokenSequence.of(own[:1]).then(own[1:], decided=True) for own in ids], vocab
+        contexts = [TokenSequence.of(own[:1]) for own in ids]
+        if isinstance(self.image_tokens, ImageProcessing):  # the last one's; else another processor would not show
+            image = made_up()
+            own = self.image_tokens.ids(image)
+            if len(own) + _PROBE_TOKENS <= self.context:
+                contexts[-1] = contexts[-1].then(own, media=(Media(image.digest, 0, len(own), image),))
+        return [own.then(more[1:], decided=True) for own, more in zip(contexts, ids, strict=True)], vocab
 
     def listen(self, say: Callable[[str], object]) -> None:
         """See `retort.teachers.base.Remote`."""
@@ -311,8 +327,28 @@ class ServedModel(LanguageModel):
             )
 
     def _ask(
-        self, path: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], limit: int
+        self,
+        path: str,
+        sequences: Sequence[TokenSequence],
+        settings: Mapping[str, Any],
+        limit: int,
+        more: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Asks the server about the weights that it had at the start: it refuses where it has others."""
-        asked = {**settings, "weights": self.about.digest}
-        return self.server.client.post_tensors(path, tensors, asked, most_bytes=limit)
+        """Asks the server about the weights that it had at the start: it refuses where it has others.
+
+        Images that it does not hold are sent before; one that was started anew, or made room for others, lacks some.
+        """
+        asked, sent = {**settings, "weights": self.about.digest}, packed(sequences) | dict(more or {})
+        images = images_in(sequences)
+        for _ in range(_ATTEMPTS):
+            self.server.images.send(images)
+            try:
+                return self.server.client.post_tensors(path, sent, asked, most_bytes=limit)
+            except RefusedError as error:
+                if error.status != LACKING:
+                    raise
+            self.server.images.forget(images)
+        raise UserError(
+            f"{self.name}: it does not keep the {len(images)} images of one batch until they are read; make them "
+            "smaller, set optimizer.batch_tokens lower, or let fewer runs ask it at once"
+        )

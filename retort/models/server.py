@@ -7,7 +7,7 @@ import binascii
 import re
 import shutil
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from retort.errors import UnreachableError, UserError, quoted
+from retort.models.sent_images import SentImages
 from retort.wire import Client
 from retort.wire.client import MissingPathError
 from retort.wire.protocol import ABOUT, FILES, VERSION, About
@@ -38,12 +39,14 @@ class Server:
         about: Its model, as it describes it.
         folder: The model's small files, for as long as this object lives.
         narrow: Whether hidden states travel in bf16 whatever the model's precision is.
+        images: Sends it images.
     """
 
     client: Client
     about: About
     folder: Path
     narrow: bool = False
+    images: SentImages = field(kw_only=True)
 
     @staticmethod
     def at(client: Client, *, narrow: bool = False) -> Server:
@@ -66,7 +69,7 @@ class Server:
         except MissingPathError:
             raise OtherServer(f"{url}: something answers there, but it is no `retort serve`") from None
         contents = _files(url, files)
-        found = Server(client, about, Path(mkdtemp(prefix="retort-")), narrow)
+        found = Server(client, about, Path(mkdtemp(prefix="retort-")), narrow, images=SentImages(client))
         weakref.finalize(found, shutil.rmtree, found.folder, ignore_errors=True)
         for name, content in contents.items():
             (found.folder / name).write_bytes(content)

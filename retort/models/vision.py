@@ -135,24 +135,6 @@ class Vision:
         """Whether a parameter of the tower or the projector learns."""
         return not self.modules() or any(parameter.requires_grad for parameter in self.parameters())
 
-    def check(self, sequences: Sequence[TokenSequence], where: str) -> None:
-        """Checks that the tokens of all images are those that this model's processor makes.
-
-        Raises:
-            UserError: One is no image, or has other tokens.
-        """
-        for sequence in sequences:
-            for own in sequence.media:
-                if not isinstance(own.payload, PromptImage):
-                    raise UserError(f"{where} holds a sound or a video, which {self.processing.name} does not read")
-                expected = self.processing.ids(own.payload)
-                found = tuple(sequence.tokens_L[own.position : own.position + own.length].tolist())
-                if found != tuple(expected):
-                    raise UserError(
-                        f"{where} holds an image as {own.length} tokens, and the processor of {self.processing.name} "
-                        f"makes {len(expected)} of it; render it with that model's own processor"
-                    )
-
     def check_counts(self, images: Sequence[PromptImage], *, most: int = _COUNTED) -> None:
         """Checks that the tower makes as many features of images as the processor writes tokens.
 
@@ -326,6 +308,11 @@ class Vision:
         """Features of a made-up image as one vector, in which all weights of the tower take part."""
         found = self.features([made_up()])[0]
         return torch.cat([part.float().flatten() for part in (found.pooled_TD, *found.deeper)])
+
+
+def tower_of(vision: Vision | None) -> list[Parameter]:
+    """All parameters that make features of images; none of a model of text alone."""
+    return [] if vision is None else vision.parameters()
 
 
 def placed_in(rows: Sequence[TokenSequence], shifts: Sequence[int] | None = None) -> list[Placed]:

@@ -75,7 +75,7 @@ class Conversation:
             tokenizer: The model's tokenizer.
             template_options: Options of chat templates.
             history: Number of exchanges to show, rendered anew; None: all of them, in a conversation that grows as long
-                as the chat template does not write earlier turns anew.
+                as the chat template does not write earlier turns anew, and replies hold no image.
 
         Raises:
             UserError: The chat template cannot write the reply, see `reply_ids` and `retort.align.history.anew`.
@@ -101,6 +101,8 @@ class Conversation:
         self, stop: int, tokenizer: PreTrainedTokenizerBase, template_options: TemplateOptions
     ) -> TokenSequence | None:
         """The last sequence with the last reply; None where the chat template would write it otherwise."""
+        if any(reply.images for reply in self.exchanges[-1].replies):
+            return None  # the reply alone has no place for what stands for its images
         prompt = self.prompt.then(self.histories[-1]) if self.histories else self.prompt
         try:
             ids = reply_ids(prompt, self.exchanges[-1].replies, stop, tokenizer, template_options)

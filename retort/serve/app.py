@@ -7,19 +7,26 @@ import hmac
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import OutOfMemoryError, Tensor
 
 import retort
 from retort.errors import RetortError, UserError, shortened, visible
+from retort.serve.images import LackingError
 from retort.serve.scorer import OtherWeightsError, Scorer, TooLargeError
-from retort.wire.protocol import ABOUT, FILES, GENERATE, HEAD, HEALTH, HIDDEN, SCORE, TENSORS
+from retort.wire.media import MOST_SENT
+from retort.wire.protocol import ABOUT, FILES, GENERATE, HEAD, HEALTH, HIDDEN, IMAGES, LACKING, SCORE, TENSORS
 
 #: Seconds after which a client whose request found no room may come back.
 _LATER = "1"
 #: Bytes of a request for each token: its id, whether it was decided, what else may be said of it.
 _TOKEN_BYTES = 64
+#: Bytes of a request besides its tokens or images.
+_ENVELOPE = 2**20
+#: Bytes of all requests that are read, wait or are computed: 1 GiB. Further ones are told to come back.
+_MOST_READ = 2**30
 #: Makes an answer of a request's tensors and settings.
 Work = Callable[[Mapping[str, Tensor], Any], dict[str, Tensor]]
 #: Answer of a server whose weights are others than a request is about.
@@ -43,7 +50,7 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
         raise UserError(f"retort serve needs the package '{error.name}': pip install 'retort-distill[serve]'") from None
 
     app = FastAPI(title="retort serve", version=retort.__version__, docs_url=None, redoc_url=None, openapi_url=None)
-    compute = _Turns(most_waiting)
+    compute, read = _Turns(most_waiting), _Read()
 
     @app.middleware("http")
     async def keyed(request: Request, go_on: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -53,9 +60,11 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
             return _refusal(401, "a key is needed")
         return await go_on(request)
 
-    def route(path: str, work: Work) -> None:
+    def route(path: str, work: Work, most: int, told: str) -> None:
         async def answer(request: Request) -> Response:
-            return await _posted(request, work, compute, scorer.most_tokens)
+            return await _posted(
+                request, lambda body: compute(lambda: _answered(body, work), TENSORS), read, most, told
+            )
 
         answer.__annotations__ = {"request": Request, "return": Response}  # those here are names of this function
         app.post(path)(answer)
@@ -75,23 +84,37 @@ def application(scorer: Scorer, *, key: str = "", most_waiting: int = 64) -> Any
     page(ABOUT, lambda: scorer.about.model_dump_json().encode(), "application/json")
     page(FILES, lambda: json.dumps(scorer.files).encode(), "application/json")
     page(HEAD, lambda: _safetensors(scorer.head()), TENSORS)
-    route(HIDDEN, scorer.hidden)
-    route(SCORE, scorer.score)
-    route(GENERATE, scorer.generate)
+    tokens = (scorer.most_tokens * _TOKEN_BYTES + _ENVELOPE, f"a request has at most {scorer.most_tokens} tokens")
+    route(HIDDEN, scorer.hidden, *tokens)
+    route(SCORE, scorer.score, *tokens)
+    route(GENERATE, scorer.generate, *tokens)
+    route(IMAGES, scorer.hold, MOST_SENT + _ENVELOPE, f"a request sends at most {MOST_SENT:,} bytes of images")
     return app
 
 
-async def _posted(request: Any, work: Work, compute: _Turns, most_tokens: int) -> Any:
+@dataclass
+class _Read:
+    """The bytes of all bodies in memory."""
+
+    filled: int = 0
+
+
+async def _posted(request: Any, answer: Callable[[bytes], Awaitable[Any]], read: _Read, most: int, told: str) -> Any:
     """The answer to a request with a body, or the refusal of one that is too long or of another type."""
     if request.headers.get("Content-Type") != TENSORS:  # no page of a browser can send that by itself
         return _refusal(415, f"the body is {TENSORS}: a safetensors file")
-    found, limit = bytearray(), most_tokens * _TOKEN_BYTES + 2**20
-    async for part in request.stream():
-        found += part
-        if len(found) > limit:
-            return _refusal(413, f"a request has at most {most_tokens} tokens")
-    body = bytes(found)
-    return await compute(lambda: _answered(body, work), TENSORS)
+    found = bytearray()
+    try:
+        async for part in request.stream():
+            found += part
+            read.filled += len(part)
+            if len(found) > most:
+                return _refusal(413, told)
+            if read.filled > _MOST_READ:
+                return _refusal(429, "other requests take all memory for them", **{"Retry-After": _LATER})
+        return await answer(bytes(found))
+    finally:
+        read.filled -= len(found)
 
 
 class _Turns:
@@ -116,6 +139,8 @@ class _Turns:
             found = await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except OtherWeightsError as error:
             return _refusal(_CONFLICT, str(error))
+        except LackingError as error:
+            return _refusal(LACKING, str(error))
         except TooLargeError as error:
             return _refusal(413, str(error))
         except UserError as error:
@@ -150,7 +175,16 @@ def _answered(body: bytes, work: Work) -> bytes:
         tensors = load(body)
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError("the body is no safetensors file with the request's settings in its metadata") from None
-    return _safetensors(work(tensors, settings))
+    try:
+        return _safetensors(work(tensors, settings))
+    except (RetortError, OutOfMemoryError):
+        raise
+    except RuntimeError as error:
+        if "media_M4" not in tensors:
+            raise
+        # Families expect their own tokens around images, and fail in their own words where these are missing.
+        said = " ".join(str(error).split())
+        raise UserError(f"the model cannot read the images where the request has them: {said}") from None
 
 
 def _safetensors(tensors: Mapping[str, Tensor]) -> bytes:

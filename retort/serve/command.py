@@ -12,6 +12,7 @@ import torch
 from retort import config as configuration
 from retort.config import Config
 from retort.errors import UserError, did_you_mean
+from retort.models.image_text import Unreadable
 from retort.serve import rules
 from retort.serve.app import application
 from retort.serve.scorer import Scorer
@@ -84,6 +85,8 @@ def _of_model(config: Config, model: str, key: str, most_tokens: int, say: Calla
     lm = load(config, model, "teacher")
     for note in lm.notes:
         say(f"note: {note}")
+    if isinstance(lm.image_tokens, Unreadable):
+        say(f"note: it reads text alone: {lm.image_tokens.reason}")
     name = Path(model).name if Path(model).exists() else model
     app = application(Scorer(lm, name=name, most_tokens=most_tokens), key=key)
     return app, f"{name} ({lm.precision} on {lm.device.type})"

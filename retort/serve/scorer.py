@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +15,14 @@ from torch import Tensor
 
 import retort
 from retort.align.pair import SameIds
+from retort.core.images import PromptImage
 from retort.core.needs import ENTROPY, SAMPLED, Need
 from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.hf import HFEngine
+from retort.serve.images import HeldImages
 from retort.teachers.local import LocalTeacher, numbers
 from retort.wire.protocol import VERSION, About, unpacked
 
@@ -62,7 +64,11 @@ class _Sampling(_Asked):
 
 
 class Scorer:
-    """A model, and what it answers to requests. One request is computed at a time."""
+    """A model, and what it answers to requests. One request is computed at a time.
+
+    Attributes:
+        images: The images that clients sent.
+    """
 
     def __init__(self, lm: LanguageModel, *, name: str, most_tokens: int) -> None:
         """Takes a frozen model.
@@ -72,7 +78,7 @@ class Scorer:
             name: Its name for clients.
             most_tokens: Most tokens of one request.
         """
-        self.lm, self.most_tokens = lm, most_tokens
+        self.lm, self.most_tokens, self.images = lm, most_tokens, HeldImages()
         head = lm.head()
         self.about = About(
             protocol=VERSION,
@@ -96,14 +102,15 @@ class Scorer:
             rereads_from=lm.rereads_from,
             rounded=lm.rounded,
             most_tokens=most_tokens,
+            images=lm.vision is not None,
         )
 
     @cached_property
     def files(self) -> dict[str, str]:
-        """Files of tokenizer and configuration by name, in base64."""
+        """Files of tokenizer, processor and configuration by name, in base64."""
         lm = self.lm
         with TemporaryDirectory(prefix="retort-") as folder:
-            lm.tokenizer.save_pretrained(folder)
+            lm.save_tokens(Path(folder))
             lm.model.config.save_pretrained(folder)
             lm.saved_generation.save_pretrained(folder)
             found = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
@@ -114,6 +121,15 @@ class Scorer:
         head = self.lm.head()
         found = {"weight_VD": head.weight_VD, "bias_V": head.bias_V}
         return {name: own.detach().cpu().contiguous() for name, own in found.items() if own is not None}
+
+    def hold(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
+        """Holds the images that a request sends; see `HeldImages.exchanged`.
+
+        Raises:
+            UserError: The request is none, an image in it cannot be read, or the model reads text alone.
+        """
+        self._check_sees()
+        return self.images.exchanged(tensors)
 
     def hidden(self, tensors: Mapping[str, Tensor], settings: Any) -> dict[str, Tensor]:
         """Last hidden states at the decided tokens, `hidden_ND`, all sequences in one pass; in bf16 if `narrow`.
@@ -195,7 +211,9 @@ class Scorer:
     def _sequences(self, tensors: Mapping[str, Tensor]) -> list[TokenSequence]:
         """The sequences of a request, which the model can read."""
         try:
-            found = unpacked(tensors)
+            found = unpacked(tensors, self._shown)
+        except UserError:  # an image that is not held
+            raise
         except ValueError as error:
             raise UserError(str(error)) from None
         longest = max(map(len, found), default=0)
@@ -205,3 +223,13 @@ class Scorer:
             raise UserError(f"a sequence has {longest} tokens, and the model's context {self.lm.context}")
         self.lm.check_readable(found)
         return found
+
+    def _shown(self, digests: Sequence[str]) -> list[PromptImage]:
+        """The images that a request names."""
+        self._check_sees()
+        return self.images.got(digests)
+
+    def _check_sees(self) -> None:
+        """Raises `UserError` where the model reads text alone."""
+        if not self.about.images:
+            raise UserError("its model reads text alone")

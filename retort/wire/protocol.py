@@ -5,19 +5,23 @@ Everything that is large travels as safetensors. Axis letters: see `retort.core`
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from retort.core.images import PromptImage
 from retort.core.sequences import TokenSequence
+from retort.wire.media import as_tensors, placed_media
 
 #: Of the protocol; a server and a client of different versions refuse each other.
-VERSION = 1
+VERSION = 2
 HEALTH, ABOUT, FILES, HEAD = "/health", "/v1/retort", "/v1/tokenizer", "/v1/head"
-HIDDEN, SCORE, GENERATE = "/v1/hidden", "/v1/score", "/v1/generate"
+HIDDEN, SCORE, GENERATE, IMAGES = "/v1/hidden", "/v1/score", "/v1/generate", "/v1/images"
+#: Answer of a server that does not hold an image which a request names; a client sends it, and asks again.
+LACKING = 424
 #: Type of a body of tensors.
 TENSORS = "application/octet-stream"
 #: Largest answer with a tokenizer, bytes.
@@ -46,6 +50,7 @@ class About(BaseModel):
         packs, shared_prefixes, together_up_to, rereads_from: See `retort.models.lm.LanguageModel`.
         rounded: How its weights were rounded in their file.
         most_tokens: Most tokens of one request.
+        images: Whether it reads images.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
@@ -71,20 +76,27 @@ class About(BaseModel):
     rereads_from: int | None
     rounded: str = Field(max_length=1000)
     most_tokens: int = Field(ge=1)
+    images: bool
 
 
 def packed(sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-    """Sequences as tensors: all tokens end to end, which of them were decided, and the length of each sequence."""
+    """Sequences as tensors: all tokens end to end, which of them were decided, and the length of each sequence.
+
+    Images among them are named by their digests, see `retort.wire.media`.
+    """
     none = torch.zeros(0, dtype=torch.long)
     return {
         "tokens_T": torch.cat([none, *(own.tokens_L for own in sequences)]),
         "decided_T": torch.cat([none.bool(), *(own.action_mask_L for own in sequences)]).to(torch.uint8),
         "lengths_S": torch.tensor([len(own) for own in sequences], dtype=torch.long),
+        **as_tensors(sequences),
     }
 
 
-def unpacked(tensors: Mapping[str, Tensor]) -> list[TokenSequence]:
-    """The sequences behind tensors of a client's.
+def unpacked(
+    tensors: Mapping[str, Tensor], images: Callable[[Sequence[str]], Sequence[PromptImage]]
+) -> list[TokenSequence]:
+    """The sequences behind tensors of a client's, with the images behind the digests that they name.
 
     Raises:
         ValueError: They are none.
@@ -101,4 +113,4 @@ def unpacked(tensors: Mapping[str, Tensor]) -> list[TokenSequence]:
     if total and int(tokens_T.min()) < 0:
         raise ValueError("a token has an id below 0")
     parts = zip(tokens_T.split(lengths), decided_T.bool().split(lengths), strict=True)
-    return [TokenSequence(own_L, mask_L) for own_L, mask_L in parts]
+    return placed_media(tensors, [TokenSequence(own_L, mask_L) for own_L, mask_L in parts], images)

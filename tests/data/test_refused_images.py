@@ -113,6 +113,10 @@ def test_contents_that_are_no_usable_image(tmp_path: Path, name: str) -> None:
         ([["a.png"]], "is a list; expected a path"),
         ([RED, None], "'image', item 1: is NoneType"),
         ([object()], "is an object"),
+        (139, "'image': holds an int of which no image is read"),
+        ([[[255, 0, 0], [0, 0, 0]]], "'image': holds a list of which no image is read"),
+        (float("nan"), None),
+        (0, None),
     ],
 )
 def test_values_that_name_no_image(

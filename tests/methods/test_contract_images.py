@@ -12,9 +12,12 @@ import pipeline
 import pytest
 from imaged import seeing
 
+from retort import registry
+from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
 from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED
 from retort.train.models import models
+from retort.train.output import record
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("opd", {}),
@@ -51,6 +54,17 @@ def _named(name: str, given: dict[str, Any]) -> str:
     return "-".join([name, *map(str, given)])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in registry.names() if name != "ropd"])
+def test_every_method_learns_from_prompts_with_images(name: str, seeing_run: dict[str, Any]) -> None:
+    test_packs_of_image_prompts_give_what_single_sequences_give(name, {}, seeing_run)
+
+
+def test_a_judge_of_text_is_given_no_prompt_with_an_image(seeing_run: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="holds an image, which a judge does not see"):
+        pipeline.prepared({**seeing_run, "judge": {"model": "teacher"}}, "ropd")
+
+
 @pytest.mark.parametrize(("name", "given"), METHODS, ids=[_named(*one) + f"-{at}" for at, one in enumerate(METHODS)])
 def test_packs_of_image_prompts_give_what_single_sequences_give(
     name: str, given: dict[str, Any], seeing_run: dict[str, Any]
@@ -77,6 +91,17 @@ def test_the_poorer_image_changes_what_the_teacher_says_and_only_where_an_image_
     assert float(advantage_N.min()) == 0.0 < float(advantage_N.max())
     for group in batch.steps.group_N.unique():  # type: ignore[union-attr]
         assert float(weight_N[batch.steps.group_N == group].sum()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("name", "given", "seen"), [("va_opd", {}, False), ("dopd", {"hint": "images"}, True)])
+def test_the_record_names_images_of_the_teacher_alone_only_where_a_teacher_sees_them(
+    name: str, given: dict[str, Any], seen: bool, seeing_run: dict[str, Any]
+) -> None:
+    setup = pipeline.prepared(seeing_run, name, **given)
+    batch = pipeline.scored(setup, pipeline.ragged(setup))
+    rows = record.rows(batch, {}, 1, 9, setup.student.tokenizer)
+    assert all(row["images"] for row in rows)
+    assert [("teacher_images" in row) for row in rows] == [seen] * len(rows)
 
 
 @pytest.mark.parametrize("again", [True, False])

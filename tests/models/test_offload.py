@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from image_models import make_image_model
+from imaged import picture
 from safetensors.torch import load_file, save_file
 
 from retort.core.random_streams import uniforms
-from retort.core.sequences import TokenSequence
+from retort.core.sequences import Media, TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.models.load import load_model
@@ -152,3 +154,16 @@ def test_a_prefix_of_the_family_s_is_no_other_weight(own: Path) -> None:
         InFiles("teacher x", str(own), {"layers.7.nothing": torch.zeros(1)})
     lm.offload.begin(lm.model, [lm.head().weight_VD], "disk", partial(InFiles, "teacher x", str(own)), Room())
     assert torch.equal(lm.all_hidden(texts(), 64), expected)
+
+
+def test_an_image_text_model_leaves_whose_files_name_its_parts_otherwise(tmp_path: Path) -> None:
+    folder = make_image_model(tmp_path / "model", "llava", seed=2)
+    lm, gone = loaded(folder), away(folder)
+    image = picture()
+    tokens = list(lm.image_tokens.ids(image))  # type: ignore[union-attr]
+    prompt = TokenSequence.of([5, *tokens, 9], (Media(image.digest, 1, len(tokens), image),))
+    sequences = [*texts(), prompt.then([7, 8, 20], decided=True), prompt.then([11], decided=True)]
+    expected = lm.all_hidden(sequences, 512)
+    assert taken(gone) == head_bytes(gone)
+    assert torch.equal(gone.all_hidden(sequences, 512), expected)
+    assert taken(gone) == head_bytes(gone), "its vision tower leaves, too"

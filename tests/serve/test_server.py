@@ -125,6 +125,6 @@ def test_the_command_says_where_it_listens(model_folder: Callable[..., Path]) ->
                 r"serving \w+ \(fp32 on cpu\) at (http://127\.0\.0\.1:\d+); stop it with Ctrl-C\n", line
             )
             assert found is not None, line
-            assert httpx2.get(f"{found[1]}/v1/retort").json()["protocol"] == 1
+            assert httpx2.get(f"{found[1]}/v1/retort").json()["protocol"] == 2
         finally:
             process.terminate()

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from completions import Server, serving
+from image_models import make_image_model
+from imaged import picture
 
 from retort import config as configuration
 from retort.errors import UserError
@@ -87,3 +89,17 @@ def test_scores_of_weights_that_nobody_names_are_not_stored(
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "refused").exists(), "nothing was begun"
     assert not cache.exists()
+
+
+def test_images_are_refused_before_anything_is_generated(
+    tiny_run: dict[str, Any], tmp_path: Path, server: Server
+) -> None:
+    student = make_image_model(tmp_path / "student", "llava")
+    (tmp_path / "image.png").write_bytes(picture().encoded())
+    (tmp_path / "data.jsonl").write_text('{"prompt": "what ?", "images": ["image.png"], "answer": "a"}\n')
+    images = {"student": str(student), "data": str(tmp_path / "data.jsonl")}
+    address = f"{server.url}/max=20"
+    with pytest.raises(UserError, match=f"holds an image, and the teacher {address} reads text alone") as refused:
+        run(tiny_run, tmp_path / "run", address, {"name": "opd"}, **images)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run").exists(), "nothing was begun"

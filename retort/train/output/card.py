@@ -27,6 +27,26 @@ from retort.train.setup.prepare import Prepared
 #: Name of an adapter's folder, beside that of the model.
 ADAPTER = "adapter"
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+#: The way to use a student that reads images, for its folder under a name of the reader's.
+_SEEING = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # of this model
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+asked = [{"type": "image", "path": "picture.png"}, {"type": "text", "text": "What is this?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": asked}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
+)
+written = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(written, skip_special_tokens=True))
+```
+"""
 #: Pattern of a licence identifier as the hub writes it, such as apache-2.0.
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,60}")
 
@@ -44,6 +64,7 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
     settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
     base, (licence, words) = _hub_name(student.name), model_licence(student.name)
     front = _base_model(base) + ([f"license: {licence}"] if licence else [])
+    front += ["pipeline_tag: image-text-to-text"] if student.vision else []
     lines = [
         *_front("transformers", ["on-policy-distillation", "retort"], front),
         f"# {_plain_text(_short(student.name))}, distilled with {_plain_text(method.name)}",
@@ -65,15 +86,24 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
         *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
         f"- stops with: {_code(named_stops(student.stops, student.tokenizer))}",
         f"- data: {_code(_short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
+        *([_images(prepared)] if student.vision else []),
         f"- training: {step} steps, each on {plan_summary(method.rollout, prepared.source.count)}; AdamW, learning "
         f"rate {optimizer.learning_rate:g}, {optimizer.schedule} schedule, warm-up {optimizer.warmup}; seed "
         f"{config.seed}; fp32 master weights, {prepared.student.precision} products",
         f"- versions: {_versions()}",
         f"- licence: {words}; what the teacher's allows is for you to check",
         "",
+        *([_SEEING] if student.vision else []),
         *_table(results),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _images(prepared: Prepared) -> str:
+    """A line on the images that a student has seen, and on whether its tower learnt from them."""
+    vision, prompts = prepared.student.vision, prepared.source.prompts
+    learnt = "learnt" if vision is not None and vision.learns else "did not learn"
+    return f"- images: in {sum(bool(own.images) for own in prompts)} of these prompts; the vision tower {learnt}"
 
 
 def beside(prepared: Prepared) -> dict[str, LanguageModel]:

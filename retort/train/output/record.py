@@ -42,11 +42,14 @@ def rows(
     chosen = permutation(batch.clock.seed, "record", step, count=len(pack.rollouts))[:count]
     apart = {name for view in batch.method.views if (name := f"{view}{UNITS}") in values}
     columns = {name.removeprefix("watch."): values_N for name, values_N in values.items() if name not in apart}
+    shown = any(view.images == "teacher" for view in batch.method.views.values())
     found: list[dict[str, Any]] = []
     for index in sorted(chosen):
         own = {name: values[name][pack.steps_of([index])] for name in apart}
         units = unit_rows(pack.rollouts[index], own, teachers or {})
         row = token_row(pack, index, columns, tokenizer)
+        if not shown:  # the data have such images, but no teacher of this run sees them
+            row.pop("teacher_images", None)
         found.append({"step": step, **row, **({"units": units} if units else {})})
     return found
 

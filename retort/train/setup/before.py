@@ -35,6 +35,7 @@ from retort.train.events import tracking
 from retort.train.models.models import bits_of
 from retort.train.models.offloading import refuse_offload
 from retort.train.setup import templates
+from retort.train.setup.images import refuse_text_alone
 from retort.train.setup.whole_head import needs_whole_head, refuse_slices
 
 
@@ -93,6 +94,7 @@ def check_before_loading(
     found: dict[str, Described] = {role: _describe(config, role, *model) for role, model in models.items()}
     for name, other in list(found.items())[1:]:
         need_alignment(config, method, name, found["student"], other)
+    refuse_text_alone(found, [*train, *held_out])
     config = templates.settled(config, {role: one.tokenizer for role, one in found.items()}, notes)
     renders = {
         role: Renderer(one.tokenizer, config.rollout.template_options, one.image_tokens) for role, one in found.items()

@@ -13,6 +13,7 @@ from retort.align.encode import spelt
 from retort.align.template import looks_rendered, of_another_family, thinks, turns, unlike_a_turn
 from retort.align.text import decode
 from retort.config import Config
+from retort.core.images import WRITTEN
 from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.method import Method
@@ -119,9 +120,12 @@ def check_rendered(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -
         Notes on control tokens that are read as text, and on beginnings that are there twice.
 
     Raises:
-        UserError: Prompts look rendered: see `retort.align.template.looks_rendered`.
+        UserError: Prompts look rendered: see `retort.align.template.looks_rendered`; or one writes a placeholder for an
+            image, and has none.
     """
-    tokenizer, template_options = next((render.tokenizer, render.template_options) for render in readers.values())
+    first = next(iter(readers.values()))
+    tokenizer, template_options = first.tokenizer, first.template_options
+    _need_images(prompts, first)
     notes = [] if template_options.rendered else _spelt(prompts, tokenizer, template_options)
     for role, render in readers.items():
         bos = render.tokenizer.bos_token_id
@@ -132,6 +136,24 @@ def check_rendered(prompts: Sequence[Prompt], readers: Mapping[str, Renderer]) -
                 "template writes both; take one out of it"
             )
     return notes
+
+
+def _need_images(prompts: Sequence[Prompt], render: Renderer) -> None:
+    """Refuses prompts without an image that write a placeholder for one, to a model that reads images.
+
+    The model would read a word where an image was meant. A prompt that has images may spell a placeholder.
+    """
+    if render.image_tokens is None:
+        return
+    own = str(render.tokenizer.convert_ids_to_tokens(render.image_tokens.placeholder))
+    for prompt in prompts:
+        asked = "" if prompt.images else "\0".join(turn.content for turn in prompt.messages if turn.role != "assistant")
+        found = next((written for written in dict.fromkeys((own, WRITTEN)) if written in asked), None)
+        if found is not None:
+            raise UserError(
+                f"row '{prompt.id}' writes the placeholder {found}, and has no image; give it in the column 'images' "
+                "(or map the column that holds it, columns.images=...), or take the placeholder out of the text"
+            )
 
 
 def _spelt(
