@@ -7,18 +7,22 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from retort import flows
 from retort.align.spans import Mode
+from retort.core.distribution import as_compute
+from retort.core.gaussian import Gaussian as GaussianPolicy
 from retort.core.head import Head
 from retort.core.losses import TokenLosses
-from retort.core.signals import TeacherSignal
+from retort.core.signals import Gaussian, TeacherSignal
 from retort.core.steps import Clock
 from retort.errors import UserError
+from retort.loss.latents import latent_losses
 from retort.loss.one_batch import BatchInputs, Confidences, OneBatch, as_head
 from retort.loss.two_tokenizers import TwoTokenizations
 from retort.method import Method
 from retort.registry import load
 
-__all__ = ["Head", "cross_token_losses", "linear_token_losses", "token_losses"]
+__all__ = ["Head", "cross_token_losses", "flow_losses", "linear_token_losses", "token_losses"]
 
 
 def token_losses(
@@ -262,3 +266,96 @@ def cross_token_losses(
         raise UserError(f"shared hold ids outside the student's vocabulary of {width}")
     signals = {"teacher": both.spans(teacher_logits, found.temperature, width)}
     return batch.evaluate(student_logits, None, width, signals, len(student_tokens) or 1, None)
+
+
+def flow_losses(
+    method: Method | str,
+    *,
+    student_velocity: Tensor,
+    teacher_velocity: Tensor | None = None,
+    latents: Tensor,
+    next_latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    sampler: flows.Sampler = "sde",
+    noise_level: float,
+    sigma_max: float | None = None,
+    rollouts: Tensor | None = None,
+    groups: Tensor | None = None,
+    rewards: Tensor | None = None,
+    old_logp: Tensor | None = None,
+    extra_views: Mapping[str, Tensor] | None = None,
+) -> TokenLosses:
+    """Applies a method to the denoising steps of a flow-matching model: the next latent takes the place of a token.
+
+    Row n is one step of a trajectory of the student: from `latents[n]` at `sigmas[n]` it arrived at `next_latents[n]`.
+    Both models' velocities are predicted at `latents`, with the same prompt and guidance. The sampler makes a Gaussian
+    of each (`retort.flows.denoising_step`); their log-densities and their KL are summed over the elements of a latent,
+    in float64, with no hidden scale.
+
+    Any method that reads no vocabulary works, by the same code as for tokens. `opd` takes the log-ratio of the latent
+    that was decided. `gkd` with `divergence=reverse_kl` differentiates the KL in closed form; with `forward_kl` it is
+    the same number, since both sides have the sampler's deviation. `flow_opd` and `diffusion_opd` (`retort.flows`) have
+    one term, `distillation`, whose value is the true KL in nats.
+
+    Args:
+        method: A `Method`, or a name for the paper's defaults.
+        student_velocity: [N, ...], live, any float dtype; computed in fp32 (float64 stays float64).
+        teacher_velocity: Of the same shape, under the view `teacher`; no gradient reaches it.
+        latents: Latents at which the velocities were predicted, of the same shape.
+        next_latents: Latents that the student arrived at, of the same shape.
+        sigmas: Noise level of `latents`, [N], more than 0 and at most 1.
+        next_sigmas: That of `next_latents`, [N], at least 0 and below `sigmas`. 0 is refused under `cps`, which adds no
+            noise there; the other two do.
+        sampler: By which the student arrived at them: `sde` (Flow-GRPO), `cps` or `dance_sde`.
+        noise_level: The sampler's noise, dimensionless, positive: without noise the KL is infinite.
+        sigma_max: The schedule's second sigma, which `sde` needs where a sigma is 1.
+        rollouts: Trajectory of each step, [N], int64 from 0; one trajectory by default.
+        groups: Prompt of each trajectory, [R], or repeated per step, [N].
+        rewards: Reward of each trajectory, [R], or repeated per step, [N].
+        old_logp: The student's log-densities of `next_latents` before the first update on this batch, nats, [N].
+        extra_views: Velocities of further models by view, such as `base` or `anchor`.
+
+    Returns:
+        `TokenLosses`, one row per step; values are float64.
+
+    Raises:
+        UserError: The method reads what latents do not have (a vocabulary, text), inputs do not fit, or a step is
+            certain.
+        SignalError: A velocity or a latent is not finite.
+
+    Example:
+        >>> from torch import tensor
+        >>> from retort.functional import flow_losses
+        >>> losses = flow_losses(
+        ...     "flow_opd",
+        ...     student_velocity=tensor([[1.0, 0.0]]),
+        ...     teacher_velocity=tensor([[0.0, 0.0]]),
+        ...     latents=tensor([[0.0, 0.0]]),
+        ...     next_latents=tensor([[0.1, 0.2]]),
+        ...     sigmas=tensor([0.5]),
+        ...     next_sigmas=tensor([0.25]),
+        ...     noise_level=0.5,
+        ... )
+        >>> losses.loss  # (0.25 / 2) * (1 / 0.5 + 0.5 / 2)^2
+        tensor(0.6328, dtype=torch.float64)
+    """
+    if isinstance(method, str):
+        method = flows.METHODS[method]() if method in flows.METHODS else load(method)
+    views = ({} if teacher_velocity is None else {"teacher": teacher_velocity}) | dict(extra_views or {})
+    if next_latents.shape != latents.shape:
+        raise UserError(f"next_latents must be {tuple(latents.shape)} as latents are, not {tuple(next_latents.shape)}")
+
+    def step(velocity: Tensor) -> flows.DenoisingStep:
+        return flows.denoising_step(sampler, velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
+
+    mean, std_N = step(student_velocity)
+    decided_ND = as_compute(next_latents.detach()).flatten(1).to(mean.dtype)
+    taught = {name: step(velocity.detach()) for name, velocity in views.items()}
+    signals = {
+        name: Gaussian.of(mean.flatten(1), std_N, decided_ND, source=name) for name, (mean, std_N) in taught.items()
+    }
+    policy = GaussianPolicy(mean.flatten(1), std_N, "student")
+    return latent_losses(
+        method, policy, decided_ND, signals, rollouts=rollouts, groups=groups, rewards=rewards, old_logp=old_logp
+    )

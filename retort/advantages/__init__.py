@@ -5,6 +5,7 @@ Some exports are helpers and no advantages: `lower_clip` is a bound on the log-r
 `Summand`.
 """
 
+from retort.advantages.closed_form import minus_divergence
 from retort.advantages.log_ratio import (
     capped_log_ratio,
     clipped_log_ratio,
@@ -40,6 +41,7 @@ __all__ = [
     "log_ratio",
     "lower_clip",
     "members",
+    "minus_divergence",
     "per_rollout",
     "power_difference",
     "return_to_go",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from retort.core.context import Context
 from retort.core.losses import times
-from retort.core.needs import SAMPLED
+from retort.core.needs import PROBABILITY, SAMPLED
 from retort.core.parts import Advantage, Quantity, Stat
 from retort.core.schedules import Schedule
 from retort.core.steps import Clock, Steps
@@ -149,7 +149,9 @@ def power_difference(power: float) -> Advantage:
         teacher_N, old_N = context.decided_logps(view)
         return (power * teacher_N).exp() - (power * old_N).exp()
 
-    return Advantage(f"power_difference({power:g})", value, frozenset({SAMPLED}))
+    return Advantage(
+        f"power_difference({power:g})", value, frozenset({SAMPLED}), student_needs=frozenset({PROBABILITY})
+    )
 
 
 def clipped_log_ratio(low: float, high: float = math.inf) -> Advantage:

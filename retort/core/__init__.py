@@ -7,7 +7,7 @@ Axis letters, used at the end of every tensor's name:
     R  rollouts in a pack
     V  vocabulary
     K  kept candidates of a distribution
-    D  width of a hidden state
+    D  width of a hidden state, or elements of a latent
     C  one chunk of N
     L  all tokens of one rollout: prompt, actions and tool replies, interleaved
     A  the decision steps of one rollout (those of its L tokens that the policy generated)

@@ -28,10 +28,12 @@ class Context:
 
     Attributes:
         policy: The policy by which the student decides; `student` is the same where that is a distribution over tokens.
+            What asks `policy` and the signals' `policy` alone does not depend on what a step decides.
         signals: Each view's signal at these steps.
         steps: The table of these steps.
         clock: The progress of the run.
         student_hidden_ND: The student's last hidden states, live; only for estimators that read them.
+        latents_ND: The next latents that were decided, where steps denoise; None where they decide tokens.
     """
 
     policy: Policy
@@ -39,6 +41,7 @@ class Context:
     steps: Steps
     clock: Clock = field(default_factory=Clock)
     student_hidden_ND: Tensor | None = None
+    latents_ND: Tensor | None = None
     _made: dict[Hashable, Any] = field(default_factory=lambda: {}, repr=False)
 
     @staticmethod
@@ -75,9 +78,11 @@ class Context:
         """The student's live distribution over the shared vocabulary, already at the loss temperature.
 
         Raises:
-            SignalError: The policy decides no tokens, or its logits are not available (hidden states are compared
-                outside of the loss core).
+            SignalError: The policy decides no tokens but latents, or its logits are not available (hidden states are
+                compared outside of the loss core).
         """
+        if self.latents_ND is not None:
+            raise SignalError("a denoising step decides no token, so the student has no distribution over a vocabulary")
         if not isinstance(self.policy, Distribution):
             raise SignalError("the student's distribution over tokens is not available where this is evaluated")
         return self.policy
@@ -106,13 +111,13 @@ class Context:
 
     @cached_property
     def student_logp_N(self) -> Tensor:
-        """Live log-prob of the sampled token, nats."""
-        return self.student.logp_at(self.steps.tokens_N[:, None]).squeeze(-1)
+        """Live log-prob of what was decided, nats: of the sampled token, or of the next latent."""
+        return self.policy.logp_of(self.steps.tokens_N if self.latents_ND is None else self.latents_ND)
 
     @cached_property
     def student_entropy_N(self) -> Tensor:
         """Live entropy, nats, differentiable."""
-        return self.student.entropy()
+        return self.policy.entropy()
 
     def decided_logps(self, view: str, of: str | None = None) -> tuple[Tensor, Tensor]:
         """Log-probs of what was decided, under the teacher and under the student before the first update, nats, [N].

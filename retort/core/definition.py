@@ -54,16 +54,16 @@ class Core:
         self, product_CV: Tensor, steps: Steps, signals: Mapping[str, TeacherSignal], rows: slice
     ) -> dict[str, Tensor]:
         """Returns the values of some steps from the student's product [C, V], differentiable in it."""
+        policy = self.policy(product_CV)
+        views = {name: signal.rows(rows, self.vocab) for name, signal in signals.items()}
+        return self.values(Context(policy, views, steps.select(rows), self.clock))
+
+    def policy(self, product_CV: Tensor) -> Distribution:
+        """The student's policy at some steps, from its product [C, V] with the head. Only here are logits made."""
         logits_CV = product_CV if self.head is None else self.head.shape(product_CV)
         if self.temperature != 1.0:
             logits_CV = as_compute(logits_CV) / self.temperature  # not in bf16: the teacher's are divided in fp32, too
-        context = Context(
-            Distribution(as_compute(logits_CV), WHOLE if self.head is None else self.head.shard),
-            {name: signal.rows(rows, self.vocab) for name, signal in signals.items()},
-            steps.select(rows),
-            self.clock,
-        )
-        return self.values(context)
+        return Distribution(as_compute(logits_CV), WHOLE if self.head is None else self.head.shard)
 
     def dense(self, hidden_ND: Tensor) -> dict[str, Tensor]:
         """Evaluates all steps at once, by plain autograd. This is the definition."""

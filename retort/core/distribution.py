@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retort.core.needs import NeedKind
 from retort.core.policy import Policy
 
 
@@ -89,6 +90,8 @@ class Distribution(Policy):
         shard: The ids that the logits are about.
     """
 
+    offers: frozenset[NeedKind] = frozenset({"dense"})
+
     def __init__(self, logits_CV: Tensor, shard: Shard = WHOLE) -> None:
         """Takes logits [C, V] in fp32 or float64."""
         self.logits_CV = logits_CV
@@ -123,6 +126,10 @@ class Distribution(Policy):
         return ids_CK, logits_CK - self.normaliser_C[:, None]
 
     # --- differentiable in the logits ---
+
+    def logp_of(self, decided: Tensor) -> Tensor:
+        """Log-probs [C] of the tokens that were decided, [C], nats."""
+        return self.logp_at(decided[:, None]).squeeze(-1)
 
     def logp_at(self, ids_CK: Tensor) -> Tensor:
         """Log-probs [C, K] of given ids, nats."""

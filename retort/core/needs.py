@@ -20,7 +20,9 @@ NeedKind = Literal[
     "entropy_bound",
     "temperature",
     "dense",
+    "gaussian",
     "hidden",
+    "probability",
     "spans",
     "disagreement",
 ]
@@ -34,13 +36,17 @@ class Need:
         kind: `sampled` (log-prob of the sampled token), `topk` (the teacher's own most likely ids), `logp_at`
             (log-probs of ids from another model), `entropy` (of the whole distribution, nats), `entropy_bound` (a
             lower bound of it, from a top-k), `temperature` (all that it gives also at a temperature other than 1),
-            `dense` (every log-prob), `hidden` (the teacher's last hidden states), `spans` (aligned units of tokens,
-            see `retort.core.signals.Spans`), `disagreement` (how far several teachers differ, nats), `text`.
+            `dense` (every log-prob), `gaussian` (mean and standard deviation of the next latent), `hidden` (the
+            teacher's last hidden states), `spans` (aligned units of tokens, see `retort.core.signals.Spans`),
+            `probability` (of what was decided: a token has one, a latent has a density), `disagreement` (how far
+            several teachers differ, nats), `text`.
         k: Number of candidates, for `topk` and `logp_at`.
         ids_of: For `logp_at`, the model whose most likely ids they are.
         or_spans: Whether a signal of spans meets it as well, because the part has a form of its own for units. It asks
             for nothing else, so needs that differ in it are equal.
         or_bound: For `entropy`, whether a lower bound meets it as well; such needs are equal, too.
+        or_gaussian: For `dense`, whether a Gaussian over latents meets it as well, because the part asks `Policy`
+            alone; such needs are equal, too.
     """
 
     kind: NeedKind
@@ -48,6 +54,7 @@ class Need:
     ids_of: Literal["teacher", "student"] = "teacher"
     or_spans: bool = field(default=False, compare=False)
     or_bound: bool = field(default=False, compare=False)
+    or_gaussian: bool = field(default=False, compare=False)
 
     def __str__(self) -> str:
         names = {
@@ -58,7 +65,9 @@ class Need:
             "entropy_bound": "a lower bound of its entropy",
             "temperature": "its numbers at a temperature other than 1",
             "dense": "the whole distribution",
+            "gaussian": "mean and standard deviation of the next latent",
             "hidden": "its last hidden states",
+            "probability": "the probability of what was decided",
             "spans": "its scores of aligned spans of tokens",
             "disagreement": "how far several teachers differ",
         }
@@ -68,7 +77,11 @@ class Need:
 SAMPLED = Need("sampled")
 ENTROPY = Need("entropy")
 DENSE = Need("dense")
+#: The whole policy, of whichever kind: parts that compare policies by `Policy` alone need no more.
+POLICY = Need("dense", or_gaussian=True)
+GAUSSIAN = Need("gaussian")
 HIDDEN = Need("hidden")
+PROBABILITY = Need("probability")
 SPANS = Need("spans")
 TEMPERATURE = Need("temperature")
 DISAGREEMENT = Need("disagreement")
@@ -85,7 +98,7 @@ def logp_at(k: int) -> Need:
 #: The needs that a capability meets besides its own. Everything follows from a whole distribution over the student's
 #: ids: there every token is a unit by itself.
 IMPLIED: Mapping[NeedKind, frozenset[NeedKind]] = {
-    "dense": frozenset({"sampled", "topk", "logp_at", "entropy", "spans", "temperature"}),
+    "dense": frozenset({"sampled", "topk", "logp_at", "entropy", "spans", "temperature", "probability"}),
     "spans": frozenset({"temperature"}),
 }
 
@@ -98,7 +111,8 @@ def can_meet(capabilities: Iterable[Capability], need: Need) -> bool:
         >>> [can_meet({"sampled", Need("topk", 20)}, Need("topk", k)) for k in (16, 32)]
         [True, False]
     """
-    kinds = {need.kind, *(["spans"] if need.or_spans else []), *(["entropy_bound"] if need.or_bound else [])}
+    either = {"spans": need.or_spans, "entropy_bound": need.or_bound, "gaussian": need.or_gaussian}
+    kinds = {need.kind, *(kind for kind, also in either.items() if also)}
     for has in capabilities:
         kind = has.kind if isinstance(has, Need) else has
         enough = not isinstance(has, Need) or need.k <= has.k
@@ -117,7 +131,7 @@ def shared(each: Sequence[Iterable[Capability]], kinds: Iterable[NeedKind]) -> f
     Example:
         >>> from retort.core.needs import Need, shared
         >>> shared([{"dense"}, {Need("topk", 20)}], ["sampled", "topk"])
-        frozenset({Need(kind='topk', k=20, ids_of='teacher', or_spans=False, or_bound=False)})
+        frozenset({Need(kind='topk', k=20, ids_of='teacher', or_spans=False, or_bound=False, or_gaussian=False)})
     """
     found = set[Capability]()
     for kind in kinds:

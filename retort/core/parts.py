@@ -68,6 +68,8 @@ class Part:
         stats: Statistics of the whole batch that it reads.
         uses_old_logp: Whether it compares the student with itself before the first update on a batch; read for a term's
             estimator and weight.
+        student_needs: What it needs of the student's policy beyond the log-prob of what was decided, and beyond what
+            its needs of teachers say: a number over a vocabulary, which a denoising step does not have.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Part:
     also: Mapping[str, frozenset[Need]] = field(default_factory=lambda: {})
     stats: tuple[Stat, ...] = ()
     uses_old_logp: bool = field(default=False, kw_only=True)
+    student_needs: frozenset[Need] = field(default=frozenset(), kw_only=True)
 
     def at(self, context: Context, view: str) -> Tensor:
         """Returns its value at the steps of a context.

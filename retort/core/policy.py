@@ -1,11 +1,39 @@
-"""The policy by which a student decides at each step."""
+"""The policy by which a student or a teacher decides at each step. Axis letters: see `retort.core`.
+
+A step decides either a token or the next latent of a denoising process. `retort.core.distribution.Distribution` is the
+policy over tokens, `retort.core.gaussian.Gaussian` that over latents. Whatever computes with a policy by these numbers
+alone works for both.
+"""
 
 from __future__ import annotations
 
+from torch import Tensor
+
+from retort.core.needs import NeedKind
+from retort.errors import SignalError
+
 
 class Policy:
-    """Base class of policies; it promises nothing yet.
+    """What all policies can say about each of C steps, nats, differentiable. The base class can say nothing."""
 
-    `retort.core.distribution.Distribution` is the policy over tokens. A policy over denoising steps would be a second
-    subclass, and terms would read it as terms about tokens read `Context.student`.
-    """
+    #: The kinds of `Need` that the policy meets, of whoever decides by it.
+    offers: frozenset[NeedKind] = frozenset()
+
+    def logp_of(self, decided: Tensor) -> Tensor:
+        """Log-prob of what was decided, [C], nats: of tokens [C], or of latents [C, D] (a density)."""
+        raise self._missing("log-prob of what was decided")
+
+    def entropy(self) -> Tensor:
+        """Entropy, [C], nats."""
+        raise self._missing("entropy")
+
+    def reverse_kl(self, teacher: Policy) -> Tensor:
+        """KL(self || teacher), [C], nats."""
+        raise self._missing("divergence to another")
+
+    def forward_kl(self, teacher: Policy) -> Tensor:
+        """KL(teacher || self), [C], nats."""
+        raise self._missing("divergence to another")
+
+    def _missing(self, what: str) -> SignalError:
+        return SignalError(f"the policy is not available where this is evaluated, so it has no {what}")

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from retort.core.schedules import ScalarOrSchedule, at
 
+#: The id in the table of a step that decides a latent and no token; no vocabulary has it.
+NO_TOKEN = -1
+
 
 @dataclass(frozen=True)
 class Clock:
@@ -55,7 +58,7 @@ class Steps:
     """The N decision steps of some rollouts, end to end, without padding: an immutable table of [N] columns.
 
     Attributes:
-        tokens_N: Id of the token that was decided, int64.
+        tokens_N: Id of the token that was decided, int64; `NO_TOKEN` where a step decides the next latent.
         rollout_N: Index of the rollout, int64; a rollout's steps come in order.
         position_N: Index of the step within its rollout, int64.
         turn_N: Index of the turn, int64; None where turns are not known.

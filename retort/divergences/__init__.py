@@ -4,6 +4,7 @@ from retort.divergences.adaptive import akl, todi, total_variation
 from retort.divergences.alpha_beta import ab_values, alpha_beta
 from retort.divergences.byte_prefix import Direction, byte_prefix, stop_bridge
 from retort.divergences.clipped import clipped, clipped_mass, clipped_values
+from retort.divergences.gaussian import gaussian_kl
 from retort.divergences.gold import Merge, merged_distance
 from retort.divergences.jsd import jsd, jsd_values
 from retort.divergences.kl import Support, forward_kl, full, kl_values, reverse_kl, teacher_top
@@ -34,6 +35,7 @@ __all__ = [
     "clipped_values",
     "forward_kl",
     "full",
+    "gaussian_kl",
     "jsd",
     "jsd_values",
     "k1",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
-from retort.core.needs import DENSE, Need
+from retort.core.needs import POLICY, Need
 from retort.core.parts import Divergence
 from retort.errors import UserError
 
@@ -55,7 +55,7 @@ def kl_values(p_logp_NV: Tensor, q_logp_NV: Tensor) -> Tensor:
 
 
 def forward_kl(support: Support | None = None) -> Divergence:
-    r"""Forward KL, mode covering: :math:`D_{KL}(p_T \Vert p_S)`, nats.
+    r"""Forward KL, mode covering: :math:`D_{KL}(p_T \Vert p_S)`, nats; over the whole vocabulary, or of two Gaussians.
 
     With `teacher_top(k)` the teacher is renormalised inside its top-k while the student keeps its full-vocabulary
     softmax (EOPD, arXiv 2603.07079): the gradient with respect to a student logit is :math:`p_S - \tilde p_T`, so
@@ -65,9 +65,9 @@ def forward_kl(support: Support | None = None) -> Divergence:
     if top is None:
 
         def exact(context: Context, view: str) -> Tensor:
-            return context.student.forward_kl(context.signal(view).distribution)
+            return context.policy.forward_kl(context.signal(view).policy)
 
-        return Divergence("forward_kl", exact, frozenset({DENSE}))
+        return Divergence("forward_kl", exact, frozenset({POLICY}))
 
     def truncated(context: Context, view: str) -> Tensor:
         ids_NK, teacher_logp_NK = context.signal(view).topk(top)
@@ -78,9 +78,9 @@ def forward_kl(support: Support | None = None) -> Divergence:
 
 
 def reverse_kl() -> Divergence:
-    r"""Reverse KL over the whole vocabulary, mode seeking: :math:`D_{KL}(p_S \Vert p_T)`, nats."""
+    r"""Reverse KL, mode seeking: :math:`D_{KL}(p_S \Vert p_T)`, nats; over all ids, or of two Gaussians."""
 
     def exact(context: Context, view: str) -> Tensor:
-        return context.student.reverse_kl(context.signal(view).distribution)
+        return context.policy.reverse_kl(context.signal(view).policy)
 
-    return Divergence("reverse_kl", exact, frozenset({DENSE}))
+    return Divergence("reverse_kl", exact, frozenset({POLICY}))

@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from retort.core.context import Context
-from retort.core.needs import DENSE, logp_at
+from retort.core.needs import POLICY, logp_at
 from retort.core.parts import Baseline
 from retort.divergences.kl import kl_values
 from retort.divergences.support import student_topk
@@ -41,9 +41,9 @@ def reverse_kl_value(top_k: int | None = None) -> Baseline:
             scores = shared_scores(context, view)
             return -scores.units.at_first(on_student_top(scores, top_k).detach())
         if top_k is None:
-            return -context.student.reverse_kl(teacher.distribution).detach()
+            return -context.policy.reverse_kl(teacher.policy).detach()
         ids_NK, student_logp_NK = student_topk(context, view, top_k)
         return -kl_values(student_logp_NK.log_softmax(-1), teacher.logp_at(ids_NK).log_softmax(-1))
 
     name = "reverse_kl_value" if top_k is None else f"reverse_kl_value(top-{top_k})"
-    return Baseline(name, value, frozenset({replace(DENSE if top_k is None else logp_at(top_k), or_spans=True)}))
+    return Baseline(name, value, frozenset({replace(POLICY if top_k is None else logp_at(top_k), or_spans=True)}))

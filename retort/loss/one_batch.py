@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ from retort.registry import load
 
 #: How sure K teachers say to be, 0 to 100: of all rollouts, [K], or of each, [R, K]; None or NaN: one says nothing.
 Confidences = Tensor | Sequence[float | None] | Sequence[Sequence[float | None]]
+
+#: (values of some steps, their slice) -> their part of the loss, a scalar.
+Loss = Callable[[Mapping[str, Tensor], slice], Tensor]
+#: A loss, None where none was asked for, and the values of all steps, [N] each, by name.
+Passed = tuple[Tensor | None, dict[str, Tensor]]
+
+
+class PassOver(Protocol):
+    """Evaluates a function of the context at all steps of a batch: a pass over what the student computed."""
+
+    def __call__(self, values: Values, steps: Steps, clock: Clock, loss: Loss | None) -> Passed:
+        """Returns the loss made of the values, if one is asked for, and the values; both are differentiable."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -180,18 +194,38 @@ class OneBatch:
         whole = head is None or not head.shard.spread  # a rank with some of the ids does not know how many there are
         if whole and len(tokens_N) and not 0 <= int(tokens_N.min()) <= int(tokens_N.max()) < vocab:
             raise UserError(f"tokens hold ids outside the shared vocabulary of {vocab}")
-        core = Core(term_values(self.method), self.steps, self._read(), signals, head, vocab, self.method.temperature)
+        core = Core(term_values(self.method), self.steps, self.clock, signals, head, vocab, self.method.temperature)
+
+        def passed(values: Values, steps: Steps, clock: Clock, loss: Loss | None) -> Passed:
+            here = replace(core, values=values, steps=steps, clock=clock)
+            if loss is None:
+                return None, per_token(here, hidden_ND, chunk=chunk)
+            return loss_pass(here, hidden_ND, loss, chunk=chunk)
+
+        return self.apply(signals, passed, states_ND)
+
+    def apply(
+        self, signals: Mapping[str, TeacherSignal], passed: PassOver, states_ND: Tensor | None = None
+    ) -> TokenLosses:
+        """Applies the method; it does not ask what a step decides, which only `passed` knows.
+
+        Args:
+            signals: Each view's signal at the steps that count.
+            passed: Evaluates functions of the context at these steps.
+            states_ND: The student's hidden states there, for terms that compare them.
+        """
+        begun = self._read()
         valid = {name: signal.valid_N for name, signal in signals.items()}
 
         @torch.no_grad()
         def evaluated(values: Values, steps: Steps, clock: Clock) -> dict[str, Tensor]:
-            return per_token(replace(core, values=values, steps=steps, clock=clock), hidden_ND, chunk=chunk)
+            return passed(values, steps, clock, None)[1]
 
-        steps = scored(self.method, self.steps, core.clock, valid, evaluated, several=False)
-        counted_N = {name: in_N.to(tokens_N.device) for name, in_N in counted(self.method, valid, core.count).items()}
+        steps = scored(self.method, self.steps, begun, valid, evaluated, several=False)
+        device = steps.tokens_N.device
+        counted_N = {name: in_N.to(device) for name, in_N in counted(self.method, valid, len(steps)).items()}
         scale_N = batch_scales(self.method, steps, counted_N)
-        state, clock = self._controlled(steps, core.clock, valid, evaluated)
-        core = replace(core, steps=steps, clock=clock)
+        state, clock = self._controlled(steps, begun, valid, evaluated)
 
         def terms_of(values: Mapping[str, Tensor], rows: slice) -> tuple[Tensor, dict[str, TokenLoss]]:
             return losses(
@@ -202,7 +236,9 @@ class OneBatch:
                 scale_N={name: scale_N[rows] for name, scale_N in scale_N.items()},
             )
 
-        loss, values = loss_pass(core, hidden_ND, lambda values, rows: terms_of(values, rows)[0], chunk=chunk)
+        scalar: Loss = lambda values, rows: terms_of(values, rows)[0]  # noqa: E731
+        loss, values = passed(term_values(self.method), steps, clock, scalar)
+        assert loss is not None
         if outside := hidden_values(self.method, states_ND, signals, steps, clock):
             loss, values = loss + terms_of(outside, slice(None))[0], {**values, **outside}
         terms = terms_of(values, slice(None))[1]

@@ -40,7 +40,7 @@ def student_entropy() -> Quantity:
     def value(context: Context, view: str) -> Tensor:
         return context.student_entropy_N.detach()
 
-    return Quantity("student_entropy", value)
+    return Quantity("student_entropy", value, student_needs=frozenset({ENTROPY}))
 
 
 def sampled_reverse_kl() -> Quantity:

@@ -32,4 +32,4 @@ def student_variance() -> Quantity:
     def value(context: Context, view: str) -> Tensor:
         return _variance(context.student)
 
-    return Quantity("student_variance", value)
+    return Quantity("student_variance", value, student_needs=frozenset({DENSE}))

@@ -25,6 +25,7 @@ def above(quantity: Quantity, threshold: float) -> Weight:
         quantity.also,
         quantity.stats,
         uses_old_logp=quantity.uses_old_logp,
+        student_needs=quantity.student_needs,
     )
 
 
@@ -42,6 +43,7 @@ def below(quantity: Quantity, threshold: float) -> Weight:
         quantity.also,
         quantity.stats,
         uses_old_logp=quantity.uses_old_logp,
+        student_needs=quantity.student_needs,
     )
 
 
@@ -59,4 +61,5 @@ def both(one: Weight, other: Weight) -> Weight:
         also,
         one.stats + other.stats,
         uses_old_logp=one.uses_old_logp or other.uses_old_logp,
+        student_needs=one.student_needs | other.student_needs,
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from retort.core.context import Context
-from retort.core.needs import SAMPLED
+from retort.core.needs import PROBABILITY, SAMPLED
 from retort.core.parts import Quantity, Stat, Weight, unchanged
 from retort.core.steps import Clock, Steps
 from retort.errors import UserError
@@ -74,7 +74,7 @@ class Regimes:
                 return context.signal(of).sampled_logp_N
 
             # Each statistic needs both views, so that steps without a context under one of them enter no mean.
-            return Quantity(f"{of}_logp", value, also=views)
+            return Quantity(f"{of}_logp", value, also=views, student_needs=frozenset({PROBABILITY}))
 
         def finish(teacher_logp_N: Tensor, steps: Steps, clock: Clock) -> Tensor:
             student_logp_N = steps.stored[f"{name}.student_logp"]

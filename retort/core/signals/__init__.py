@@ -4,6 +4,7 @@ from retort.core.distribution import as_compute
 from retort.core.signals.base import SignalRows, TeacherSignal
 from retort.core.signals.by_ids import Candidates, Sampled, TopK, entropy_lower_bound
 from retort.core.signals.dense import Dense, DistributionRows, Factors, entropy
+from retort.core.signals.gaussian import Gaussian
 from retort.core.signals.several import Differing, all_valid, arithmetic, disagreement, joined, listed
 from retort.core.signals.spans import LONGEST_UNIT, SPAN_KINDS, Spans, columns_of, matched, unit_columns
 from retort.core.signals.theirs import PositionInUnit, PrefixTable, TeacherTokens
@@ -17,6 +18,7 @@ __all__ = [
     "Differing",
     "DistributionRows",
     "Factors",
+    "Gaussian",
     "PositionInUnit",
     "PrefixTable",
     "Sampled",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from retort.core.distribution import Distribution
 from retort.core.needs import NeedKind, require_finite
+from retort.core.policy import Policy
 from retort.core.signals.units import Units
 from retort.errors import SignalError
 
@@ -38,8 +39,13 @@ class SignalRows:
         return SignalError(f"{self.source}: its signal ({type(self).__name__}) has no {what}")
 
     @property
+    def policy(self) -> Policy:
+        """The teacher's whole policy: its distribution over tokens, or its Gaussian over next latents."""
+        return self.distribution
+
+    @property
     def sampled_logp_N(self) -> Tensor:
-        """Log-prob of the sampled token, nats."""
+        """Log-prob of what was decided, nats: of the sampled token, or of the next latent."""
         raise self._missing("log-prob of the sampled token")
 
     @property
