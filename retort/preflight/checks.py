@@ -16,7 +16,6 @@ from retort.align.text import control_tokens, decode
 from retort.align.tokens import vocabulary_width
 from retort.core.needs import SAMPLED
 from retort.core.rollouts import Message, Pack, Prompt, Rollout
-from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense, Sampled
 from retort.errors import UserError, shortened, visible
 from retort.models.lm import LanguageModel
@@ -356,14 +355,15 @@ def _probe(prepared: Prepared) -> tuple[Pack, str] | None:
     rollouts: list[Rollout] = []
     answered = all(prompt.response is not None for prompt in prepared.source.prompts[:PROBES])
     for prompt in prepared.source.prompts[:PROBES]:
-        prompt_ids = local.render(prompt).ids
+        context = local.render(prompt)
         if answered:
-            ids = _response_ids(prompt_ids, str(prompt.response), _teacher(prepared))
-        else:
-            ids, prompt_ids = prompt_ids[1:], prompt_ids[:1]
+            ids = _response_ids(context.ids, str(prompt.response), _teacher(prepared))
+        else:  # behind its images, whose tokens nobody decides
+            start = max([1, *(own.position + own.length for own in context.media)])
+            context, ids = context.part(0, start), context.ids[start:]
         ids = [token for token in ids if token < local.alignment.width][:PROBE_TOKENS]
         if ids:
-            rollouts.append(Rollout(prompt, (TokenSequence.of(prompt_ids).then(ids, decided=True),)))
+            rollouts.append(Rollout(prompt, (context.then(ids, decided=True),)))
     return (Pack.of(rollouts), f"{'answers' if answered else 'prompts'} of the data") if rollouts else None
 
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, LlavaForConditionalGeneration
 
+from retort import config as configuration
 from retort.cli import main
 from retort.config import recipe
+from retort.preflight import checks
 from retort.tasks.shapes import MODELS_DIR, student_path, teacher_path
 from retort.tasks.shapes.build import (
     DESCRIBE,
@@ -28,6 +30,7 @@ from retort.tasks.shapes.build import (
 from retort.tasks.shapes.problems import OPENINGS, drawn
 from retort.tasks.shapes.tokenizer import CONTEXT, IMAGE, IMAGE_TOKENS, TEMPLATES, build_processor, build_tokenizer
 from retort.train.models.models import located
+from retort.train.setup.prepare import prepare
 
 PATHS = {"teacher": teacher_path, "student": student_path}
 
@@ -119,3 +122,9 @@ def test_the_commands_know_the_task(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert row["avg@2"]["value"] > 0.7
     assert row["reward/followed"]["value"] < 0.3
+
+
+def test_the_doctor_shows_the_teacher_the_pictures() -> None:
+    prepared = prepare(configuration.resolve({**recipe("shapes"), "limit": 40, "eval": {"problems": 4}}))
+    found = dict(checks.check_teacher_loaded(prepared).values)
+    assert found["nats_per_token"] < 0.4, "without the pictures it is 0.9"

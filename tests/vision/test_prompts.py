@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from imaged import asked, picture
 
+from retort import config as configuration
 from retort.align.chat import Renderer, TemplateOptions
 from retort.align.history import Exchange
 from retort.core.images import PLACEHOLDER
@@ -17,6 +19,7 @@ from retort.envs.text import TextEpisodes
 from retort.errors import UserError
 from retort.models.described import describe
 from retort.rollout.conversation import Conversation
+from retort.train.setup.prepare import prepare
 from retort.train.setup.templates import check_rendered
 
 
@@ -93,3 +96,9 @@ def test_an_image_in_the_reply_of_an_environment_is_read(image_folder: Callable[
 def test_an_image_that_an_environment_of_text_would_drop_is_refused() -> None:
     with pytest.raises(UserError, match="row '1' holds an image, and the environment add writes the prompt itself"):
         TextEpisodes(lambda: None, "add").begin_group(asked(), [0])  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize("vision", ["frozen", "trained"])
+def test_a_tower_that_a_student_has_not_is_neither_frozen_nor_trained(vision: str, tiny_run: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=rf"optimizer.vision = {vision}: the student .* reads no images; leave it out"):
+        prepare(configuration.resolve({**tiny_run, "optimizer": {"vision": vision}}))

@@ -10,6 +10,7 @@ from typing import Any
 from retort.align.chat import Renderer
 from retort.config import Config
 from retort.core.rollouts import Prompt
+from retort.core.sequences import TokenSequence
 from retort.errors import UserError
 from retort.models.lm import LanguageModel, Precision
 from retort.models.lora import add_adapter
@@ -75,7 +76,7 @@ def load_models(
     first = teaching[0] if teaching else ""
     found = load_frozen(config, paths[first], first, caller_objects) if teaching else None
     teacher = found if isinstance(found, LanguageModel) else None
-    chosen = _precision(config, student, teacher, [render(prompt).ids for prompt in train[:64]], notes)
+    chosen = _precision(config, student, teacher, [render(prompt) for prompt in train[:64]], notes)
     config = config.changed("precision", chosen)
     if teacher is not None and teacher.here and teacher.precision != chosen:
         found = teacher = load(config, paths[first], first, caller_objects)
@@ -144,6 +145,8 @@ def _pair_notes(pair: Sequence[LanguageModel]) -> list[str]:
 def _adapt(config: Config, student: LanguageModel) -> None:
     """Adds the adapter that the settings name to the student, or freezes what is not to learn."""
     lora, vision = config.lora, config.optimizer.vision
+    if vision != "auto" and student.vision is None:
+        raise UserError(f"optimizer.vision = {vision}: the student {student.name} reads no images; leave it out")
     if vision == "frozen" and student.vision is not None:
         student.vision.freeze()
     if lora.rank:
@@ -156,7 +159,7 @@ def _precision(
     config: Config,
     student: LanguageModel,
     teacher: LanguageModel | None,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[TokenSequence],
     notes: list[str],
 ) -> Precision:
     """Resolves the precision (`auto` is measured on this pair), and sets the student to it."""

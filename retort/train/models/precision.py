@@ -28,14 +28,14 @@ _COMPLETIONS, _GENERATED = 8, 16
 
 
 def settle(
-    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[list[int]], seed: int
+    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[TokenSequence], seed: int
 ) -> tuple[Precision, str]:
     """Chooses between bf16, in which the models are, and fp32.
 
     Args:
         student: A model in bf16; it is left so.
         teacher: A model in bf16, if there is one.
-        prompts: Ids of some prompts, as the student reads them.
+        prompts: Some prompts, as the student reads them.
         seed: The seed of the run.
 
     Returns:
@@ -45,7 +45,7 @@ def settle(
         UserError: A model lacks rows for its tokens.
     """
     # Longer prompts are refused where all are checked.
-    usual = [ids for ids in prompts if 0 < len(ids) < student.context]
+    usual = [context for context in prompts if 0 < len(context) < student.context]
     if not usual:
         return "bf16", "precision is bf16 (auto): no prompt is of a length at which it could be measured"
     noise, apart = measured(student, teacher, usual, seed)
@@ -60,7 +60,7 @@ def settle(
 
 @torch.no_grad()
 def measured(
-    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[list[int]], seed: int
+    student: LanguageModel, teacher: LanguageModel | None, prompts: Sequence[TokenSequence], seed: int
 ) -> tuple[float, float | None]:
     """Measures the rounding error of bf16 in the student, and its divergence from the teacher.
 
@@ -80,10 +80,10 @@ def measured(
     except OtherTokenizer:  # their divergence is not that of two distributions over the same ids
         pair, teacher = SameIds(width), None
     same = SameIds(pair.vocab)
-    generated = min(_GENERATED, student.context - max(len(ids) for ids in prompts[:_COMPLETIONS]))
+    generated = min(_GENERATED, student.context - max(map(len, prompts[:_COMPLETIONS])))
     requests = [
-        Request(TokenSequence.of(ids), uniforms(seed, "precision", n, count=generated))
-        for n, ids in enumerate(prompts[:_COMPLETIONS])
+        Request(context, uniforms(seed, "precision", n, count=generated))
+        for n, context in enumerate(prompts[:_COMPLETIONS])
     ]
     engine = HFEngine(student, vocab=same.vocab, max_parallel=_COMPLETIONS)
     completions = engine.generate(requests, Sampling(generated))

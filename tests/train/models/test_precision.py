@@ -22,7 +22,7 @@ from retort.train.models import models, precision
 from retort.train.setup import memory
 from retort.train.setup.prepare import prepare
 
-PROMPTS = [[5 + n, 45, 7] for n in range(6)]
+PROMPTS = [TokenSequence.of([5 + n, 45, 7]) for n in range(6)]
 
 
 def load(folder: Path, role: str) -> Any:
@@ -61,7 +61,7 @@ def test_bf16_is_kept_where_there_is_more_to_learn_than_it_rounds_away(
     assert student.precision == "bf16"
     chosen, note = precision.settle(student, None, PROMPTS, 0)
     assert (chosen, "precision=fp32" in note) == ("bf16", True)
-    assert precision.settle(student, None, [[]], 0)[0] == "bf16"
+    assert precision.settle(student, None, [TokenSequence.of([])], 0)[0] == "bf16"
 
 
 def test_a_run_whose_pair_refuses_bf16_is_in_fp32_on_both_sides(
