@@ -27,13 +27,14 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "n
 FAMILIES = ("llava", "idefics3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
-def make_image_model(folder: Path, family: str, *, seed: int = 0, **settings: Any) -> Path:
+def make_image_model(folder: Path, family: str, *, seed: int = 0, biases: float = 0.0, **settings: Any) -> Path:
     """A random-weight model folder of an image-text family, with its tokenizer and its processor.
 
     Args:
         folder: An empty folder.
         family: One of `FAMILIES`.
         seed: Of the weights.
+        biases: Their size. Those of keys have no gradient, so where they are 0 nothing but rounding is left of them.
         settings: Further ones of the image processor.
     """
     torch.manual_seed(seed)
@@ -42,6 +43,9 @@ def make_image_model(folder: Path, family: str, *, seed: int = 0, **settings: An
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0.0, 0.3)
+        for name, parameter in model.named_parameters():
+            if biases and name.endswith("bias"):
+                parameter.normal_(0.0, biases)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -237,7 +237,7 @@ def seeing(folder: Path) -> None:
     if (folder / "data.jsonl").exists():
         return
     for seed, role in enumerate(("student", "teacher"), start=1):
-        make_image_model(folder / role, "llava", seed=seed)
+        make_image_model(folder / role, "llava", seed=seed, biases=0.1)
     rows: list[dict[str, Any]] = []
     for number in range(20):
         made_up(width=20 + number, seed=number).decoded().save(folder / f"{number}.png")
