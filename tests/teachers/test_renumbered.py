@@ -134,7 +134,7 @@ def test_a_run_with_it_is_the_run_without(
 
 
 def test_what_bf16_rounds_away_is_measured_alike(model_folder: Callable[..., Path], student: Any) -> None:
-    prompts = [student.tokenizer("3 + 4 =")["input_ids"]]
+    prompts = [TokenSequence.of(student.tokenizer("3 + 4 =")["input_ids"])]
     learner, same, other = (
         load_model(str(model_folder(**one)), role=role, precision="bf16", device=torch.device("cpu"))
         for role, one in (
