@@ -19,8 +19,8 @@ from retort.rollout.plan import RolloutPlan
 
 @method(
     paper=Paper(
-        title="ResOPD: Tail Residualization for On-Policy Distillation",
-        authors="{The ResOPD authors}",
+        title="ResOPD: Tail Residualization for Sparse On-Policy Distillation",
+        authors="Yang, Penghui and Xing, Long and Dai, Xuanlang and Liu, Ziyu and Chen, Kai and Zang, Yuhang",
         year=2026,
         arxiv="2610.04882",
         url="https://github.com/InternLM/ResOPD",

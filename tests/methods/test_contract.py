@@ -57,6 +57,7 @@ WHOLE_BATCH = {
     "sead": "its zones are shares of the batch; a run's micro-batches, below, share them",
     "unisd": "disagreement is over a quantile of the batch's, and a half is divided by its own rollouts",
     "uni_opd": "a half is divided by its own rollouts, and has other groups",
+    "tropd": "its draws are keyed by the place in the answer",
     "va_opd": "siblings are compared, and a half may end within a rollout",
     **dict.fromkeys(("mad_opd", "mt_opd", "opad"), "a half is divided by its own rollouts"),
 }
@@ -98,6 +99,7 @@ IN_ORDER: dict[str, str] = {
     "cl_egrsd": "its gate looks a few tokens ahead",
     "pw_opsd": "it weighs by the place in the answer",
     "sdft": "the first tokens of an answer are left out",
+    "tropd": "its draws are keyed by the place in the answer",
 }
 
 

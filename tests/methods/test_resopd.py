@@ -135,7 +135,7 @@ def test_the_exact_variance_is_that_of_every_token(top_k: int) -> None:
 
 
 def test_the_variance_is_usually_lower_and_not_always() -> None:
-    """3,000 pairs of 50 ids: lower where the teacher is near; of pairs that have nothing in common some are far higher."""
+    """3,000 pairs of 50 ids: lower where the teacher is near; of pairs without anything in common not always."""
     draw = torch.Generator().manual_seed(0)
     student, other = (4.0 * torch.randn(3000, 50, generator=draw, dtype=F64) for _ in range(2))
 
