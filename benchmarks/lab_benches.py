@@ -21,6 +21,8 @@ class Entry:
         run: Further settings of the run, such as a teacher.
         shown: What the method's teacher sees besides the student's prompt, in words.
         rewards: Whether rewards take part, in words; empty: as the method says.
+        weaker: Models of the run that are none of the built-in ones (`weaker_models`), by the name that the run has for
+            them.
     """
 
     method: str
@@ -29,6 +31,7 @@ class Entry:
     run: Mapping[str, Any] = field(default_factory=dict)
     shown: str = ""
     rewards: str = ""
+    weaker: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
     for method in registry.names():
-        if needs_more(method) or asks_several(method) or registry.load(method).grading is not None:
+        if needs_more(method) or asks_several(method) or registry.load(method).grading is not None or method in NEWER:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
         found.update(own or {method: Entry(method)})
@@ -91,6 +94,8 @@ def itself() -> dict[str, Entry]:
     return {**found, **_PAIRED}
 
 
+#: Methods that have a bench of their own, beside `opd` and `eopd`.
+NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd"})
 #: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
 _COUNTDOWN: Mapping[str, Any] = {
     "student": "countdown:student",
@@ -366,6 +371,52 @@ _LOOKERS: Mapping[str, Entry] = {
     ),
 }
 SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
+_TEACHER_BASE = {"teacher_base": "teacher_base"}
+_WEAK_PAIR = {"teacher": "weak", "teacher_minus": "weaker"}
+_BEYOND: Mapping[str, Entry] = {
+    "opd": Entry("opd"),
+    "eopd": Entry("eopd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-16 is of 150,000"),
+    "resopd": Entry("resopd"),
+    "tropd": Entry("tropd", {"top_k": 8}, "top-8 of 266 ids; the paper's top-64 is of 150,000"),
+    "tropd, refused left out": Entry("tropd", {"forward_coef": 0.0}, "refused tokens teach nothing"),
+    "topd": Entry("topd", {}, "one pass over each batch"),
+    "topd, token reward": Entry(
+        "topd", {"returns": "token", "normalise": False}, "the bounded reward alone, without returns and normaliser"
+    ),
+    "topd, three passes": Entry(
+        "topd",
+        {},
+        "three passes over each batch, which is three times the work",
+        run={"optimizer": {**_COUNTDOWN["optimizer"], "epochs": 3}},
+    ),
+    "opd2": Entry(
+        "opd2",
+        {"top_k": 266, "temperature": 1.0},
+        "at temperature 1 and not 0.7, as all others; its base is the teacher after a tenth of its training",
+        weaker=_TEACHER_BASE,
+    ),
+    "opd2, scale 1": Entry(
+        "opd2",
+        {"top_k": 266, "temperature": 1.0, "scale": 1.0},
+        "likewise, and the reward as it is, not times 0.1",
+        weaker=_TEACHER_BASE,
+    ),
+    "ida_opd": Entry("ida_opd"),
+    "w2s_opd": Entry(
+        "w2s_opd",
+        {},
+        "no teacher: a pair of models weaker than the student, one after further training of the other",
+        weaker=_WEAK_PAIR,
+    ),
+    "w2s_opd, alpha 0.3": Entry("w2s_opd", {"alpha": 0.3}, "likewise, a third of the difference", weaker=_WEAK_PAIR),
+}
+#: The newer methods on the first bench's task; the variance of whole gradients is measured at every tenth batch.
+BEYOND = Bench(
+    "lab-beyond",
+    {**_COUNTDOWN, "record": {"rollouts": 1, "gradient_variance_every": 10}},
+    4,
+    lambda: _BEYOND,
+)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -374,4 +425,5 @@ BENCHES: Mapping[str, Bench] = {
     "agents": AGENTS,
     "judges": JUDGES,
     "shapes": SHAPES,
+    "beyond": BEYOND,
 }

@@ -46,7 +46,8 @@ def topd(
 
     The reward is the paper's. Return and normaliser are reconstructed from a note that names both and prints neither.
     The paper reports AIME24 at 50.4 after 24.6 with `opd` (30B to 8B), a weak number for `opd`; nobody has published a
-    re-run. Reusing a batch (`optimizer.updates`) is said to matter much.
+    re-run. Several passes over a
+    batch (`optimizer.epochs`) are said to matter much; how many is not in the note.
 
     Example:
         >>> student, teacher = tensor([[0.5, 0.5]] * 2).log(), tensor([[1.0, 0.0]] * 2).log()
@@ -63,10 +64,7 @@ def topd(
         limits=(
             Limit({"teacher_weight": 1.0, "returns": "token", "normalise": False, "clip": None}, equals=("opd", {})),
         ),
-        recipe={
-            "rollout": {"prompts": 4096, "max_new_tokens": 16384},
-            "optimizer": {"updates": 4},
-        },
+        recipe={"rollout": {"prompts": 4096, "max_new_tokens": 16384}},
         watch=(
             Watch("reverse_kl", sampled_reverse_kl()),
             Watch("proximal_log_ratio", proximal_log_ratio(teacher_weight)),
