@@ -264,7 +264,7 @@ class Run:
         return timed()
 
     def _signals(self, method: Method, groups: Sequence[Group], needs: Needs) -> dict[str, TeacherSignal]:
-        return ask(self.teachers, method, groups, needs, self.learner.top_ids, self.world)
+        return ask(self.teachers, method, groups, needs, self.learner, self.world)
 
     def _completions(self, method: Method, probe: Probe, clock: Clock) -> list[Group]:
         return self.teachers.with_passages(method, in_groups(self.source.probed(method.rollout, probe, clock)))

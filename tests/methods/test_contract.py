@@ -37,6 +37,7 @@ NOT_ZERO = {
     "sod": "the reward has a term of its own",
     "dasd": "its advantage holds the verifier's, whatever the teacher says",
     "eopd": "the forward term's minimum is the truncated teacher: its value there is -ln of the top-k mass",
+    "lgr": "its reward is for what the teacher says one token later",
     "unisd": "a wrong demonstration that says the same is not a margin away",
     "uni_opd": "right rollouts are moved up and wrong ones down where the teacher prefers neither",
 }
@@ -202,7 +203,7 @@ def test_needs_are_sufficient(name: str) -> None:
         k = max((need.k for need in needs if need.kind == "logp_at"), default=0)
         ids_NK = toy.logits.detach().div(method.temperature).topk(min(k, toy.vocab)).indices if k else None
         kinds = {need.kind for need in needs}
-        small[view] = reduced(whole, needs, ids_NK) if kinds.isdisjoint({"dense", "spans"}) else whole
+        small[view] = toy.ahead(needs, reduced(whole, needs, ids_NK) if kinds.isdisjoint({"dense", "spans"}) else whole)
     if all(isinstance(signal, Dense) for signal in small.values()):
         pytest.skip("needs the whole distribution")
     ours = toy.losses(method, teacher_logits=small.pop("teacher", None), extra_views=small)
@@ -213,7 +214,7 @@ def test_needs_are_sufficient(name: str) -> None:
 def test_needs_are_minimal(name: str) -> None:
     """A teacher that lacks any one of the needs is refused, by name, before anything is computed."""
     method = registry.load(name)
-    able = dict.fromkeys(method.views, frozenset({"dense", "hidden"}))
+    able = dict.fromkeys(method.views, frozenset({"dense", "hidden", "lookahead"}))
     for view in method.views:
         for need in method.needs(view):
             lacking = frozenset(other.kind for other in method.needs(view) if other.kind != need.kind)
