@@ -95,7 +95,7 @@ def itself() -> dict[str, Entry]:
 
 
 #: Methods that have a bench of their own, beside `opd` and `eopd`.
-NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd"})
+NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd", "lgr"})
 #: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
 _COUNTDOWN: Mapping[str, Any] = {
     "student": "countdown:student",
@@ -408,6 +408,8 @@ _BEYOND: Mapping[str, Entry] = {
         "no teacher: a pair of models weaker than the student, one after further training of the other",
         weaker=_WEAK_PAIR,
     ),
+    "lgr": Entry("lgr", {}, "looks ahead above an entropy of 1 nat"),
+    "lgr, threshold 0.5": Entry("lgr", {"entropy_threshold": 0.5}, "looks ahead above an entropy of 0.5 nats"),
     "w2s_opd, alpha 0.3": Entry("w2s_opd", {"alpha": 0.3}, "likewise, a third of the difference", weaker=_WEAK_PAIR),
 }
 #: The newer methods on the first bench's task; the variance of whole gradients is measured at every tenth batch.
