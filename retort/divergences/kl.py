@@ -69,7 +69,8 @@ def forward_kl(support: Support | None = None) -> Divergence:
     renormalised, value and gradient are those times the teacher's mass on the k ids, but for a constant in the value,
     which may be below 0.
     """
-    top = None if support is None else support.top
+    chosen = full() if support is None else support
+    top = chosen.top
     if top is None:
 
         def exact(context: Context, view: str) -> Tensor:
@@ -79,10 +80,10 @@ def forward_kl(support: Support | None = None) -> Divergence:
 
     def truncated(context: Context, view: str) -> Tensor:
         ids_NK, teacher_logp_NK = context.signal(view).topk(top)
-        kept_logp_NK = teacher_logp_NK.log_softmax(-1) if support.renormalised else teacher_logp_NK
+        kept_logp_NK = teacher_logp_NK.log_softmax(-1) if chosen.renormalised else teacher_logp_NK
         return kl_values(kept_logp_NK, context.student.logp_at(ids_NK))
 
-    how = "" if support.renormalised else ", not renormalised"
+    how = "" if chosen.renormalised else ", not renormalised"
     return Divergence(f"forward_kl(teacher top-{top}{how})", truncated, frozenset({Need("topk", top)}))
 
 

@@ -17,6 +17,7 @@ from retort.core.rollouts import Group, Pack
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Ahead, Candidates, Dense, Factors, Sampled, TeacherSignal, TopK
 from retort.errors import SignalError
+from retort.models.branches import branch_states
 from retort.models.lm import LanguageModel
 from retort.teachers.base import ScoreRequest
 from retort.teachers.lookahead import look_ahead, their_ids
@@ -95,7 +96,7 @@ class LocalTeacher(Reader):
                 their_ids(self.alignment, ids_NK[read_N]),
                 chosen_N[read_N],
                 # Branches are read once and never again, so states are not looked for in a cache.
-                lambda branches: self.lm.all_hidden(branches, self.batch_tokens),
+                lambda sequences, forks: branch_states(self.lm, sequences, forks, self.batch_tokens),
                 lambda tokens_B, hidden_BD: self.dense(tokens_B, hidden_BD, request.temperature, head),
                 self.lm.context,
             )

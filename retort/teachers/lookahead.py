@@ -16,21 +16,17 @@ from retort.core.per_token import in_blocks
 from retort.core.sequences import TokenSequence
 from retort.core.signals import Dense
 from retort.errors import SignalError
+from retort.models.branches import Fork
 
-
-def branch(sequence: TokenSequence, step: int, candidate: int) -> TokenSequence:
-    """Everything before a decision, the candidate in its place, and one token more, whose scores are looked for.
-
-    Only these two are decisions, so that all branches of a step begin with one prompt, which a model computes once.
-    """
-    return sequence.before(step).read().then([candidate, candidate], decided=True)
+#: (sequences, the forks of each) -> the hidden state after each candidate, [B, D].
+States = Callable[[Sequence[TokenSequence], Sequence[Sequence[Fork]]], Tensor]
 
 
 def look_ahead(
     sequences: Sequence[TokenSequence],
     ids_NK: Tensor,
     chosen_N: Tensor,
-    states: Callable[[Sequence[TokenSequence]], Tensor],
+    states: States,
     dense: Callable[[Tensor, Tensor], Dense],
     longest: int,
 ) -> Tensor:
@@ -40,27 +36,34 @@ def look_ahead(
         sequences: What the teacher reads, in its own ids, with N decisions in all.
         ids_NK: The candidates at every step, in the teacher's ids; below 0 where it has none.
         chosen_N: The steps to look at, bool.
-        states: Gives the teacher's hidden states at the decisions of sequences, end to end.
+        states: Reads the branches.
         dense: (tokens [B], hidden states [B, D]) -> the whole distribution there.
         longest: Tokens of the longest sequence that the teacher reads; longer branches are left out.
     """
-    steps = [(own, step) for own in sequences for step in range(own.steps)]
-    places, branches = list[tuple[int, int]](), list[TokenSequence]()
-    for place in chosen_N.nonzero().flatten().tolist():  # pyright: ignore[reportUnknownVariableType]
-        own, step = steps[int(place)]
-        for column, candidate in enumerate(ids_NK[int(place)].tolist()):  # pyright: ignore
-            made = branch(own, step, int(candidate)) if candidate >= 0 else None
-            if made is not None and len(made) - 1 <= longest:
-                places.append((int(place), column))
-                branches.append(made)
-    if not branches:
-        return torch.full(ids_NK.shape, math.nan)
-    hidden_BD = states(branches)[1::2]  # each branch has two decisions, of which the first is the candidate itself
-    signal = dense(torch.zeros(len(branches), dtype=torch.long), hidden_BD)
-    sure_B = torch.cat([rows.topk(1)[1].exp().squeeze(-1).cpu() for rows in in_blocks(signal, signal.width)])
-    found_NK, index = torch.full(ids_NK.shape, math.nan, dtype=sure_B.dtype), torch.tensor(places)
-    found_NK[index[:, 0], index[:, 1]] = sure_B.clamp_max(1.0)
+    looked_NK = chosen_N[:, None] & (ids_NK >= 0)
+    forks: list[list[Fork]] = []
+    place = 0
+    for own in sequences:
+        there: list[Fork] = []
+        for at in _decisions(own):
+            if at >= longest:
+                looked_NK[place] = False
+            elif bool(looked_NK[place].any()):
+                there.append(Fork(at, tuple(ids_NK[place][looked_NK[place]].tolist())))
+            place += 1
+        forks.append(there)
+    hidden_BD = states(sequences, forks)
+    found_NK = torch.full(ids_NK.shape, math.nan, dtype=torch.float64)
+    if len(hidden_BD):
+        signal = dense(torch.zeros(len(hidden_BD), dtype=torch.long), hidden_BD)
+        sure_B = torch.cat([rows.topk(1)[1].exp().squeeze(-1).cpu() for rows in in_blocks(signal, signal.width)])
+        found_NK[looked_NK] = sure_B.double().clamp_max(1.0)
     return found_NK
+
+
+def _decisions(sequence: TokenSequence) -> list[int]:
+    """The places in L of what was decided."""
+    return sequence.action_mask_L.nonzero().flatten().tolist()  # pyright: ignore
 
 
 def their_ids(alignment: Alignment, ids_NK: Tensor) -> Tensor:

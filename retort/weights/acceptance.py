@@ -22,13 +22,18 @@ def drawn(_: Tensor, steps: Steps, clock: Clock) -> Tensor:
     They are keyed by the run's seed and not advanced, so they do not depend on how a batch is cut, and a resumed run
     draws the same.
     """
-    found_N = torch.zeros(len(steps), dtype=torch.float64)
-    rollout_N, position_N = steps.rollout_N.cpu(), steps.position_N.cpu()
-    for rollout in rollout_N.unique().tolist():  # pyright: ignore[reportUnknownVariableType]
-        rows = (rollout_N == rollout).nonzero().squeeze(-1)
-        longest = int(position_N[rows].max()) + 1
-        own = uniforms(clock.seed, "acceptance", clock.step, int(rollout), count=longest)
-        found_N[rows] = own[position_N[rows]]
+    rollouts, position_N = steps.rollouts(), steps.position_N.cpu()
+    number_N = rollouts.number_N.cpu()
+    count = len(rollouts.steps_R)
+    # Drawn by the rollout's own index, so that a masked rollout does not change the draws of the others.
+    index_R = torch.zeros(count, dtype=torch.long).index_copy_(0, number_N, steps.rollout_N.cpu())
+    longest_R = torch.zeros(count, dtype=torch.long).scatter_reduce_(0, number_N, position_N + 1, "amax")
+    own = [
+        uniforms(clock.seed, "acceptance", clock.step, int(index), count=int(longest))
+        for index, longest in zip(index_R, longest_R, strict=True)
+    ]
+    starts_R = longest_R.cumsum(0) - longest_R
+    found_N = torch.cat([torch.zeros(0, dtype=torch.float64), *own])[starts_R[number_N] + position_N]
     return found_N.to(steps.rollout_N.device)
 
 
