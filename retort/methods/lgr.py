@@ -36,9 +36,10 @@ def lgr(
     by all counted tokens. The longer a student's own text, the less sure a teacher becomes of what follows, and the
     less its word is worth; the reward leads back to where it can help.
 
-    Each token above the threshold costs k further positions of the teacher, which read a common prefix once where the
-    model can be packed (what that comes to: docs/performance.md). A teacher in this process or behind `retort serve`
-    can be asked so; servers of completions cannot.
+    Each token above the threshold costs k further positions of the teacher. A completion is read once, and all of its
+    candidates beside it in the same row, where the model can do that: 2 to 4 times the teacher's work, measured in
+    docs/performance.md. A teacher in this process or behind `retort serve` can be asked so (a server reads every branch
+    from its beginning); servers of completions cannot.
 
     Args:
         coef: gamma; the paper has 1 to 1.5 (0.1 does nothing, 10 repeats tokens). 0 is `opd`.

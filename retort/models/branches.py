@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from retort.models.lm import LanguageModel
 
 #: A row is read instead of branches where it saves this factor of tokens; a row is a pass of its own.
 WORTH = 2
+#: Whether rows gave what branches give, by model; one that is not here has not been tried yet.
+TRIED = WeakKeyDictionary[LanguageModel, bool]()
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def _in_row(lm: LanguageModel, sequence: TokenSequence, forks: Sequence[Fork]) -
     by_branches = sum(fork.at + 2 * len(fork.ids) for fork in forks)
     if by_branches < WORTH * read or (lm.together_up_to is not None and read > lm.together_up_to):
         return False
-    if lm.forks is None:
-        lm.forks = _can(lm)
-    return lm.forks
+    if lm not in TRIED:
+        TRIED[lm] = _can(lm)
+    return TRIED[lm]
 
 
 def _can(lm: LanguageModel) -> bool:

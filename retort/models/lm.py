@@ -61,8 +61,6 @@ class LanguageModel:
         together_up_to: Longest sequence, tokens, that may be computed with others; longer ones are computed alone.
             None: any may.
         rereads_from: Length, tokens, beyond which the model computes all earlier tokens differently; None: never.
-        forks: Whether a sequence and candidates in it are read in one row, see `retort.models.branches`; None: that has
-            not been tried yet.
         tried: Lengths in its settings beyond which all of that was tried.
         adapter: The adapter of a student that learns by one; it is inside the model, see `retort.models.adapter`.
         working: The weights in bf16 for computations without gradient; shared by all models that share the weights.
@@ -84,7 +82,6 @@ class LanguageModel:
     shared_prefixes: bool = False
     together_up_to: int | None = None
     rereads_from: int | None = None
-    forks: bool | None = None
     tried: list[int] = field(default_factory=lambda: [])
     adapter: Adapter | None = None
     working: WorkingCopy = field(default_factory=WorkingCopy)

@@ -52,7 +52,7 @@ def test_rows_are_the_branches(
     read = list[int]()
     row = branches._one_row  # type: ignore[attr-defined]
     monkeypatch.setattr(branches, "_one_row", lambda *args: read.append(len(args[2])) or row(*args))
-    lm.forks = True
+    branches.TRIED[lm] = True
     found = branch_states(lm, sequences, forks, budget)
     torch.testing.assert_close(found, plain(lm, sequences, forks), rtol=1e-4, atol=1e-5)
     assert read == rows, "the long one in a row, the short one by branches"
@@ -63,17 +63,17 @@ def test_a_model_that_cannot_is_found_out_and_read_by_branches(
 ) -> None:
     sequences, forks = given()
     expected = plain(lm, sequences, forks)
-    lm.forks = None
+    branches.TRIED.pop(lm, None)
     branch_states(lm, sequences, forks, 1000)
-    assert lm.forks is True
+    assert branches.TRIED[lm]
 
     def blind(*args: object) -> Tensor:
         return torch.zeros(len(args[2]), expected.shape[1])  # type: ignore[arg-type]
 
     monkeypatch.setattr(branches, "_one_row", blind)
-    lm.forks = None
+    del branches.TRIED[lm]
     torch.testing.assert_close(branch_states(lm, sequences, forks, 1000), expected, rtol=1e-4, atol=1e-5)
-    assert lm.forks is False
+    assert not branches.TRIED[lm]
 
 
 def test_nothing_to_read_is_nothing(lm: LanguageModel) -> None:
