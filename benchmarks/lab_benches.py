@@ -95,7 +95,7 @@ def itself() -> dict[str, Entry]:
 
 
 #: Methods that have a bench of their own, beside `opd` and `eopd`.
-NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd", "lgr"})
+NEWER = frozenset({"resopd", "tropd", "topd", "opd2", "ida_opd", "w2s_opd", "lgr", "reopd"})
 #: The built-in models and prompts, 40 batches of 64 prompts x 4 rollouts.
 _COUNTDOWN: Mapping[str, Any] = {
     "student": "countdown:student",
@@ -301,6 +301,7 @@ _AGENTS: Mapping[str, Entry] = {
     "opd": Entry("opd"),
     "tcod, forward": Entry("tcod", {"curriculum": "forward", "every": 1}, _GROWS),
     "tcod, backward": Entry("tcod", {"curriculum": "backward", "every": 1}, "one more turn every batch"),
+    "reopd": Entry("reopd", {}, "one turn an episode, so that it learns from far fewer tokens"),
     "sod": Entry("sod"),
     "atod": Entry("atod", {"anneal_steps": 20}, "annealed over 20 of 30 batches; the paper over 80"),
 }

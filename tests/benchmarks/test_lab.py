@@ -31,7 +31,9 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
     looking = {entry.method for entry in lab.BENCHES["shapes"].entries().values()}
     newer = {entry.method for entry in lab.BENCHES["beyond"].entries().values()}
-    assert taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | newer == set(registry.names())
+    playing = {entry.method for entry in lab.BENCHES["agents"].entries().values()}
+    known = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | newer | playing
+    assert known == set(registry.names())
     assert newer & taking_part["lab"] == {"opd", "eopd"}  # controls
     assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
@@ -233,7 +235,7 @@ def _episodes(method: str, seed: int, success: float) -> dict[str, Any]:
 
 def test_the_page_of_agents_has_success_and_the_divergence_by_turn(lab: ModuleType) -> None:
     jobs = list(lab.jobs(lab.BENCHES["agents"], Path("runs"), (), 1))
-    assert {"opd", "tcod", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
+    assert {"opd", "tcod", "reopd", "sod", "atod"} == {job.settings["method"]["name"] for job in jobs}
     assert [job.method for job in jobs if job.settings["method"].get("coef") == 0.0] == ["reward alone"]
     for job in jobs:
         settings = config.resolve(config.recipe("rooms"), job.settings)
