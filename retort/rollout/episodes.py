@@ -106,6 +106,8 @@ class EpisodeSetup:
         if curriculum is None:
             return self
         if curriculum.kind == "drawn":
+            if isinstance(self.environment, SingleTurn):  # a completion is the one turn that there is
+                return self
             return replace(self, environment=AtDrawnTurn(self.environment, curriculum.decay, seed, done), turns=1)
         horizon = curriculum.horizon(done)
         if curriculum.kind == "backward":

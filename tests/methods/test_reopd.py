@@ -53,6 +53,11 @@ def test_the_student_reads_the_experts_turns_and_plays_one() -> None:
     assert len({len(episode.prompt.messages) for episode in episodes}) > 1
 
 
+def test_a_completion_without_an_environment_is_the_one_turn_that_there_is() -> None:
+    setup = EpisodeSetup()
+    assert setup.within(TurnCurriculum("drawn"), 0) is setup
+
+
 def test_a_run_on_the_game_has_one_turn_an_episode(tmp_path: Path) -> None:
     sections = {
         "steps": 1,
