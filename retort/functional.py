@@ -341,7 +341,7 @@ def flow_losses(
         tensor(0.6328, dtype=torch.float64)
     """
     if isinstance(method, str):
-        method = flows.METHODS[method]() if method in flows.METHODS else load(method)
+        method = load(method)
     views = ({} if teacher_velocity is None else {"teacher": teacher_velocity}) | dict(extra_views or {})
     if next_latents.shape != latents.shape:
         raise UserError(f"next_latents must be {tuple(latents.shape)} as latents are, not {tuple(next_latents.shape)}")

@@ -14,7 +14,6 @@ from retort.core.needs import TEMPERATURE, Capability, can_meet
 from retort.core.numbers import refuse_truth
 from retort.core.signals import SPAN_KINDS
 from retort.errors import UserError, did_you_mean, quoted
-from retort.flows import METHODS as FOR_FLOWS
 from retort.method import Method, groups_of
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
@@ -57,13 +56,8 @@ def builder(name: str) -> Callable[..., Method]:
     """The function that makes a method; its signature holds the settings and their defaults.
 
     Raises:
-        UserError: Unknown name, with the nearest one; or a method of denoising steps, which no run trains yet.
+        UserError: Unknown name, with the nearest one.
     """
-    if name in FOR_FLOWS:
-        raise UserError(
-            f"method '{name}' teaches denoising steps, which no run trains yet; its loss is in "
-            f"retort.functional.flow_losses, and retort.flows.{name} makes the method"
-        )
     if name not in names():
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, names())}")
     return getattr(importlib.import_module(f"retort.methods.{name}"), name)

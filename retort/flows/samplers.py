@@ -14,17 +14,15 @@ otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from retort.core.distribution import as_compute
+from retort.core.trajectory import Sampler
 from retort.errors import UserError, did_you_mean
-
-#: How a denoising step adds noise.
-Sampler = Literal["sde", "cps", "dance_sde"]
 
 
 class DenoisingStep(NamedTuple):
@@ -72,9 +70,7 @@ def denoising_step(
     """
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{sampler}'; {did_you_mean(sampler, SAMPLERS)}")
-    if sampler == "sde":
-        return sde(velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
-    return SAMPLERS[sampler](velocity, latents, sigmas, next_sigmas, noise_level)
+    return SAMPLERS[sampler](velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
 
 
 def sde(
@@ -122,7 +118,13 @@ def sde(
 
 
 def dance_sde(
-    velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, noise_level: float
+    velocity: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    noise_level: float,
+    *,
+    sigma_max: float | None = None,
 ) -> DenoisingStep:
     r"""The sampler of DanceGRPO: :math:`s = \eta`, the same at every step.
 
@@ -134,6 +136,7 @@ def dance_sde(
         sigmas: As there.
         next_sigmas: As there.
         noise_level: eta.
+        sigma_max: Not needed.
 
     Raises:
         UserError: As there.
@@ -142,7 +145,15 @@ def dance_sde(
     return _integrated(v, x, sigma_N, next_N, torch.full_like(sigma_N, noise_level))
 
 
-def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, noise_level: float) -> DenoisingStep:
+def cps(
+    velocity: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    noise_level: float,
+    *,
+    sigma_max: float | None = None,
+) -> DenoisingStep:
     r"""Coefficient-preserving sampling: part of the predicted noise is replaced by new noise of the same size.
 
     .. math:: std = \sigma_{next} \sin(a\pi/2), \quad
@@ -157,6 +168,7 @@ def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, 
         sigmas: As there.
         next_sigmas: As there.
         noise_level: a, at most 1, where all of the noise is new.
+        sigma_max: Not needed.
 
     Raises:
         UserError: As there; or a noise level above 1.
@@ -178,8 +190,21 @@ def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, 
     return DenoisingStep(_over(1.0 - next_N, x) * clean + _over(kept_N, x) * noise, std_N)
 
 
+class _Step(Protocol):
+    def __call__(
+        self,
+        velocity: Tensor,
+        latents: Tensor,
+        sigmas: Tensor,
+        next_sigmas: Tensor,
+        noise_level: float,
+        *,
+        sigma_max: float | None = None,
+    ) -> DenoisingStep: ...
+
+
 #: The samplers by name.
-SAMPLERS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], DenoisingStep]] = {
+SAMPLERS: Mapping[str, _Step] = {
     "sde": sde,
     "cps": cps,
     "dance_sde": dance_sde,

@@ -3,8 +3,8 @@
 from retort.divergences import reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
-from retort.flows.methods._latents import of_latents
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._latents import of_latents
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
 

@@ -6,8 +6,8 @@ from retort.advantages import log_ratio, minus_divergence
 from retort.divergences import reverse_kl
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator, pathwise, score_function
-from retort.flows.methods._latents import of_latents
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._latents import of_latents
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
