@@ -44,6 +44,8 @@ def make_flow_run(
     lines(folder / "rollouts.jsonl", [_rollout(step, draw) for step in range(1, STEPS + 1, 5)])
     rows = [_row(folder, who, draw, points=points, prompts=prompts, pixels=pixels) for who in RIGHT]
     table = {"k": 4, "problems": 24, "seed": seed, "task": config["data"], "threshold": 0.8, "rows": rows}
+    means = {who: sum(own.values()) / len(own) for who, own in RIGHT.items()}
+    table["pass_at"] = {who: {str(k): 1 - (1 - mean) ** k for k in (1, 2, 4)} for who, mean in means.items()}
     (folder / "eval.json").write_text(json.dumps(table))
     return folder
 
@@ -52,7 +54,7 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def changed(run: Path, who: str, **more: Any) -> Path:
+def changed(run: Path, who: str, /, **more: Any) -> Path:
     """Replaces parts of a model's row."""
     table = json.loads((run / "eval.json").read_text())
     next(row for row in table["rows"] if row["who"] == who).update(more)
@@ -117,9 +119,13 @@ def _row(folder: Path, who: str, draw: random.Random, **how: Any) -> dict[str, A
         return {"value": value, "low": max(0.0, value - spread), "high": min(1.0, value + spread)}
 
     right = RIGHT[who]
-    row: dict[str, Any] = {"who": who} | {f"reward/{name}": around(value) for name, value in right.items()}
+    mean = sum(right.values()) / len(right)
+    row: dict[str, Any] = {"who": who, "avg@4": around(mean), "pass@4": around(1 - (1 - mean) ** 4)}
+    row |= {f"reward/{name}": around(value) for name, value in right.items()}
     row["by_domain"] = {
-        domain: {name: around(min(1.0, value + (0.03 if name == domain else -0.04)), 0.08) for name, value in right.items()}
+        domain: {
+            name: around(min(1.0, value + (0.03 if name == domain else -0.04)), 0.08) for name, value in right.items()
+        }
         for domain in right
     }
     if who.startswith("student"):
@@ -137,7 +143,9 @@ def _images(folder: Path, who: str, draw: random.Random, prompts: int, pixels: i
         for member in range(2):
             glyph, tint = (draw.random() < RIGHT[who][name] for name in ("glyph", "color"))
             content = png(
-                drawn(letter if glyph else draw.choice("OQS"), color if tint else draw.choice(list(COLORS)), pixels, draw)
+                drawn(
+                    letter if glyph else draw.choice("OQS"), color if tint else draw.choice(list(COLORS)), pixels, draw
+                )
             )
             name = f"samples/{hashlib.sha256(content).hexdigest()}.png"
             (folder / name).write_bytes(content)

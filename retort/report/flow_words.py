@@ -20,6 +20,7 @@ _BY_STEP = re.compile(r"(.+)/step/(\d{1,6})")
 #: Replaced in this order, the longest first.
 _WORDS = (
     ("by position in the completion", "along the denoising"),
+    ("problems with a right answer among k", "prompts with a right sample among k"),
     ("student tokens per second", "denoising steps per second"),
     ("completions", "samples"),
     ("completion", "sample"),

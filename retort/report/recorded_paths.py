@@ -36,7 +36,7 @@ def paths_table(groups: Sequence[Group]) -> str:
     body = "".join(_row(run, row, name, largest, several) for run, row in known)
     return (
         f"<details><summary>{len(known)} recorded trajectories, step by step</summary>"
-        f'<p class="muted">Shaded by {SHADED[name]} in nats, the darkest from {largest:.3g}; noise is on the left.</p>'
+        f'<p class="muted">Shaded by {SHADED[name]} in nats, strongest from {largest:.3g}; noise is on the left.</p>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Recorded trajectories">'
         f'<table class="by-step"><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></details>'
     )

@@ -73,7 +73,8 @@ def _headline(group: Group) -> list[str]:
     gap = _change(group, measured, "Reverse KL to the teacher", lambda value: f"{value:.3f}", unit)
     if solved is None:
         return [*_rewards(group), *gap]
-    found = _change(group, solved, solved, lambda value: percent(value, 1))
+    name = f"Mean reward ({solved})" if all_flows([group]) else solved
+    found = _change(group, solved, name, lambda value: percent(value, 1))
     before, teacher = (number(group.cell(who, solved).get("value")) for who in (BEFORE, TEACHER))
     if found and teacher is not None:
         more = f"; the teacher reaches {percent(teacher, 1)}"
@@ -83,7 +84,7 @@ def _headline(group: Group) -> list[str]:
         found = [found[0].removesuffix(".") + more + "."]
     # A teacher that solves no more than the student did has nothing to give in right answers.
     nothing_to_gain = teacher is not None and before is not None and teacher <= before
-    return [*gap, *found] if nothing_to_gain else [*found, *gap]
+    return [*gap, *found] if nothing_to_gain else [*found, *_rewards(group), *gap]
 
 
 def _rewards(group: Group) -> list[str]:
@@ -244,7 +245,9 @@ def _side_by_side(groups: Sequence[Group]) -> str:
         ]
         cells += [_difference(paired(group, groups[0], AFTER, metric), kind) for group in compared]
         cells += [_value(taught[0].cell(TEACHER, metric), kind) for taught in teachers]
-        body.append(f'<tr><th scope="row">{_named(metric, groups)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        body.append(
+            f'<tr><th scope="row">{_named(metric, groups)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
     caption = "The student after each run, and before it"
     if compared:
         caption += "; differences are taken within each seed, bold where the interval excludes 0"
@@ -337,7 +340,7 @@ def _pass_at(groups: Sequence[Group], several: bool) -> str:
     ticks = sorted({x for one in series for x, _ in one.points})
     return plot(
         "pass@k",
-        "problems with a right answer among k",
+        words_of(groups)("problems with a right answer among k"),
         series,
         kind="share",
         x_label="k",

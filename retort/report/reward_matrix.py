@@ -44,7 +44,7 @@ def matrix_section(groups: Sequence[Group]) -> str:
     return (
         '<section aria-labelledby="rewards"><h2 id="rewards">Rewards</h2>'
         '<p class="muted">Mean rewards of samples of held-out prompts, of all and of each domain; in brackets the 95 % '
-        f"interval over {over}. The darker, the nearer to 1.</p>{shown}</section>"
+        f"interval over {over}. The stronger the shade, the nearer to 1.</p>{shown}</section>"
     )
 
 
@@ -54,12 +54,12 @@ def _matrix(groups: Sequence[Group], several: bool) -> str:
         return ""
     domains = list(dict.fromkeys(d for g in groups for run in g.runs for row in rows(run) for d in _domains(run, row)))
     parts = ["", *domains[:MOST_DOMAINS]]
-    shown = [(part, name) for part in parts for name in rewards if any(_cell(g, w, part, name) for g, w in _every(groups))]
+    shown = [
+        (part, name) for part in parts for name in rewards if any(_cell(g, w, part, name) for g, w in _every(groups))
+    ]
     spans = [(part, sum(own == part for own, _ in shown)) for part in parts]
     top = "".join(
-        f'<th scope="colgroup" class="part" colspan="{count}">{escape(f"prompts of {part}" if part else "all prompts")}</th>'
-        for part, count in spans
-        if count
+        f'<th scope="colgroup" class="part" colspan="{count}">{_of(part)}</th>' for part, count in spans if count
     )
     first = [index == 0 or shown[index - 1][0] != part for index, (part, _) in enumerate(shown)]
     names = "".join(
@@ -73,6 +73,10 @@ def _matrix(groups: Sequence[Group], several: bool) -> str:
     )
 
 
+def _of(domain: str) -> str:
+    return escape(f"prompts of {domain}" if domain else "all prompts")
+
+
 def _every(groups: Sequence[Group]) -> list[tuple[Group, str]]:
     order = {BEFORE: 0, AFTER: 1}
     found = [(group, who) for group in groups for who in group.whos()]
@@ -81,16 +85,16 @@ def _every(groups: Sequence[Group]) -> list[tuple[Group, str]]:
 
 def _once(groups: Sequence[Group], several: bool) -> list[tuple[Group, str, str]]:
     """All models with their names; the student before and teachers that are the same in several runs once."""
-    found: list[tuple[Group, str, str]] = []
+    found: list[tuple[Group, str]] = []
     known: list[tuple[str, list[Mapping[str, Any]]]] = []
     for group, who in _every(groups):
         content = (who, [_numbers(run, who) for run in group.runs])
         if who == AFTER or content not in known:
-            again = any(who == other for _, other, _ in found)
-            name = f"{who}, {group.name}" if several and (who == AFTER or again) else who
-            found.append((group, who, name))
+            found.append((group, who))
         known.append(content)
-    return found
+    whos = [who for _, who in found]
+    each = [several and (who == AFTER or whos.count(who) > 1) for who in whos]
+    return [(group, who, f"{who}, {group.name}" if own else who) for own, (group, who) in zip(each, found, strict=True)]
 
 
 def _numbers(run: RunFiles, who: str) -> Mapping[str, Any]:
@@ -99,9 +103,7 @@ def _numbers(run: RunFiles, who: str) -> Mapping[str, Any]:
     return {**own, BY_DOMAIN: _domains(run, row)}
 
 
-def _model_row(
-    group: Group, who: str, name: str, shown: Sequence[tuple[str, str]], first: Sequence[bool]
-) -> str:
+def _model_row(group: Group, who: str, name: str, shown: Sequence[tuple[str, str]], first: Sequence[bool]) -> str:
     cells = "".join(
         _shown(_cell(group, who, part, reward), begins) for begins, (part, reward) in zip(first, shown, strict=True)
     )

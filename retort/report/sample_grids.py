@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retort.errors import counted
 from retort.report.alike import tables
 from retort.report.axes import minus
 from retort.report.groups import Group
 from retort.report.read import RunFiles
+from retort.report.result import AFTER, BEFORE
 from retort.report.samples import Album, Sample, samples_of
 from retort.report.scatter import Cloud, scatter_figures
 from retort.report.words import escape, listed
 
-AFTER = "student after"
 #: Most prompts and models of a grid, and most samples of a prompt and a model.
 MOST_PROMPTS, MOST_MODELS, MOST_MEMBERS = 12, 12, 4
 
@@ -46,8 +46,8 @@ def samples_section(groups: Sequence[Group]) -> str:
     first = " Of the first seed of each." if any(group.several for group in groups) else ""
     return (
         '<section aria-labelledby="samples"><h2 id="samples">Samples</h2>'
-        '<p class="muted">Of held-out prompts, denoised without added noise. Samples of one prompt and one number begin '
-        f"with the same noise in all models.{first}</p>{_left_out(album)}{shown}</section>"
+        '<p class="muted">Of held-out prompts, denoised without added noise. Samples of one prompt and one number '
+        f"begin with the same noise in all models.{first}</p>{_left_out(album)}{shown}</section>"
     )
 
 
@@ -69,11 +69,14 @@ def _columns(groups: Sequence[Group], several: bool) -> list[_Column]:
             own = samples_of(run, who)
             shared = who != AFTER and any(one.who == who and one.samples == own for one in found)
             if own and not shared:
-                again = any(one.who == who for one in found)
-                name = f"{who}, {group.name}" if several and (who == AFTER or again) else who
-                found.append(_Column(name, who, run, own))
-    order = {"student before": 0, AFTER: 1}
-    return sorted(found, key=lambda one: order.get(one.who, 2))[:MOST_MODELS]
+                found.append(_Column(f"{who}, {group.name}", who, run, own))
+    whos = [one.who for one in found]
+    named = [
+        one if several and (one.who == AFTER or whos.count(one.who) > 1) else replace(one, name=one.who)
+        for one in found
+    ]
+    order = {BEFORE: 0, AFTER: 1}
+    return sorted(named, key=lambda one: order.get(one.who, 2))[:MOST_MODELS]
 
 
 # --- images ---
@@ -92,10 +95,10 @@ def _grid(columns: Sequence[_Column], album: Album) -> str:
     more = f" The first {len(chosen)} of {len(prompts)} prompts." if len(prompts) > len(chosen) else ""
     experts = any(column.is_expert(domain) for column in with_images for _, _, domain in chosen)
     ring = " A frame marks the teacher of the prompt’s domain." if experts else ""
-    caption = f"<caption>Rewards stand beneath each image.{ring}{more}</caption>"
     return (
+        f'<p class="muted">Rewards stand beneath each image.{ring}{more}</p>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Images by prompt and model">'
-        f'<table class="grid-of-samples">{caption}<thead><tr><th scope="col">Prompt</th>{head}</tr></thead>'
+        f'<table class="grid-of-samples"><thead><tr><th scope="col">Prompt</th>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 

@@ -68,7 +68,9 @@ def scatter_figures(clouds: Sequence[Cloud], kinds: Sequence[str]) -> str:
         if len(kinds) > 1 and kind
     )
     if any(cloud.beneath for cloud in clouds):
-        grey = '<svg class="key" viewBox="0 0 18 6" aria-hidden="true"><circle class="dot c6" cx="9" cy="3" r="3"/></svg>'
+        grey = (
+            '<svg class="key" viewBox="0 0 18 6" aria-hidden="true"><circle class="dot c6" cx="9" cy="3" r="3"/></svg>'
+        )
         legend += f"<li>{grey}teacher, beneath</li>"
     legend = f'<ul class="legend">{legend}</ul>' if legend else ""
     return f'{legend}<div class="clouds">{"".join(_figure(cloud, kinds, frame) for cloud in clouds)}</div>'
@@ -86,7 +88,8 @@ def _figure(cloud: Cloud, kinds: Sequence[str], frame: _Frame) -> str:
     return (
         f'<figure class="cloud"><figcaption><h3>{escape(cloud.name)}</h3> '
         f'<small class="muted">{escape(minus(" · ".join(about)))}</small></figcaption>'
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="{spoken}">{_grid(frame)}{beneath}{drawn}</svg></figure>'
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" role="img" aria-label="{spoken}">{_grid(frame)}{beneath}{drawn}'
+        "</svg></figure>"
     )
 
 
