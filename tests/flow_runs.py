@@ -13,6 +13,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 STEPS, DECIDED = 60, 9
+#: Parts of a model's row that stand beside the table.
+BESIDE = ("by_domain", "kl_by_step", "samples")
 COLORS = {"red": "#d1372c", "green": "#2f9e57", "blue": "#2b62c9", "yellow": "#e0ac1c"}
 #: Right characters and right colours, of each model.
 RIGHT = {
@@ -46,6 +48,8 @@ def make_flow_run(
     table = {"k": 4, "problems": 24, "seed": seed, "task": config["data"], "threshold": 0.8, "rows": rows}
     means = {who: sum(own.values()) / len(own) for who, own in RIGHT.items()}
     table["pass_at"] = {who: {str(k): 1 - (1 - mean) ** k for k in (1, 2, 4)} for who, mean in means.items()}
+    for name in BESIDE:
+        table[name] = {row["who"]: row.pop(name) for row in rows if name in row}
     (folder / "eval.json").write_text(json.dumps(table))
     return folder
 
@@ -55,9 +59,13 @@ def lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def changed(run: Path, who: str, /, **more: Any) -> Path:
-    """Replaces parts of a model's row."""
+    """Replaces parts of what is known of a model."""
     table = json.loads((run / "eval.json").read_text())
-    next(row for row in table["rows"] if row["who"] == who).update(more)
+    for name, part in more.items():
+        if name in BESIDE:
+            table[name][who] = part
+        else:
+            next(row for row in table["rows"] if row["who"] == who)[name] = part
     (run / "eval.json").write_text(json.dumps(table))
     return run
 
@@ -71,7 +79,7 @@ def png(image: Image.Image) -> bytes:
 def _metrics(step: int, draw: random.Random) -> dict[str, Any]:
     fall = math.exp(-4 * step / STEPS)
     by_step = {
-        f"reverse_kl/step/{k}": (0.004 + 0.09 * fall) * (0.4 + 0.25 * k) * draw.uniform(0.8, 1.2)
+        f"reverse_kl/step-{k}": (0.004 + 0.09 * fall) * (0.4 + 0.25 * k) * draw.uniform(0.8, 1.2)
         for k in range(1, DECIDED + 1)
     }
     kl = sum(by_step.values()) / DECIDED
@@ -86,11 +94,10 @@ def _metrics(step: int, draw: random.Random) -> dict[str, Any]:
         "reward/glyph": 0.86 - 0.44 * fall + draw.gauss(0, 0.03),
         "reward/color": 0.9 - 0.52 * fall + draw.gauss(0, 0.03),
         "teacher_share/glyph": 0.5 + draw.gauss(0, 0.04),
-        "length": DECIDED,
         "grad_norm": 0.9 * fall + draw.uniform(0.05, 0.1),
         "lr": 1e-3,
-        "tokens": 64 * DECIDED,
-        "tokens_per_second": 2100 + draw.gauss(0, 90),
+        "denoising_steps": 64 * DECIDED,
+        "denoising_steps_per_second": 2100 + draw.gauss(0, 90),
         "time/generate": 0.3,
         "time/step": 0.6,
     }
@@ -107,9 +114,10 @@ def _rollout(step: int, draw: random.Random) -> dict[str, Any]:
         "prompt_id": f"glyphs-{step}",
         "prompt": f"{color} {letter} top left",
         "member": step % 4,
-        "status": "completed",
+        "domain": "glyph",
         "reward": float(draw.random() > fall),
-        "ids": [-1] * DECIDED,
+        "rewards": {"glyph": 1.0, "color": 0.0},
+        "sigmas": [1 - k / (DECIDED + 1) for k in range(DECIDED)],
         "columns": {"reverse_kl": kl, "sampled_reverse_kl": [x + draw.gauss(0, 0.01) for x in kl]},
     }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from retort.report.alike import tables
 from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
-from retort.report.flow_words import all_flows, is_by_step, words_of
+from retort.report.flow_words import DECIDED, all_flows, is_by_step, words_of
 from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
@@ -245,7 +245,7 @@ def curves_section(groups: Sequence[Group]) -> str:
     ]
     if all_flows(groups):
         known = _of_flows(groups, known, known.index(accuracy))
-    shown = {key for curves in known for key in curves.keys} | {"tokens"}
+    shown = {key for curves in known for key in curves.keys} | {"tokens", DECIDED}
     apart = {key for run in runs for key in run.curves if is_by_turn(key) or is_by_step(key)}
     every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))} - apart
     held_out = _keys(groups, "eval/")
@@ -283,7 +283,8 @@ def _of_flows(groups: Sequence[Group], known: Sequence[Curves], split: int) -> l
         Curves("Held-out rewards", "during the run", {key: key.removeprefix("eval/reward/") for key in held_out}),
     )
     fitted = [replace(curves, title=words(curves.title), unit=words(curves.unit)) for curves in known]
-    return [*fitted[:split], *rewards, *fitted[split:]]
+    throughput = Curves("Throughput", "denoising steps per second", {f"{DECIDED}_per_second": "steps per second"})
+    return [*fitted[:split], *rewards, *fitted[split:], throughput]
 
 
 def _is_held_out(curves: Curves) -> bool:

@@ -7,8 +7,8 @@ from typing import Any
 
 from retort.report.alike import tables
 from retort.report.curves import COLORS
-from retort.report.flow_words import step_of
-from retort.report.groups import Group, Points, all_runs, over_seeds, rows
+from retort.report.flow_words import of_model, step_of
+from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import Series, plot
 from retort.report.read import RunFiles, as_list, as_object, number, spread
 from retort.report.recorded_paths import paths_table
@@ -67,8 +67,7 @@ def _held_out(groups: Sequence[Group], where: str, several: bool) -> str:
 
 
 def _cells(run: RunFiles, who: str) -> Sequence[Any]:
-    own = next((row for row in rows(run) if row.get("who") == who), {})
-    return as_list(own.get("kl_by_step")) or as_list(as_object(run.eval.get("kl_by_step")).get(who))
+    return as_list(of_model(run, who, "kl_by_step"))
 
 
 def _by_step(run: RunFiles, who: str) -> dict[float, float]:

@@ -8,33 +8,34 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from retort.report.groups import Group, all_runs, rows
 from retort.report.read import RunFiles, as_object
 
-__all__ = ["all_flows", "apart", "flow_facts", "is_by_step", "is_flow", "step_of", "words_of"]
+__all__ = ["all_flows", "apart", "flow_facts", "is_by_step", "is_flow", "of_model", "step_of", "words_of"]
 
-#: What only flow runs have in a row of `eval.json`.
-OF_FLOWS = ("samples", "kl_by_step")
-_BY_STEP = re.compile(r"(.+)/step/(\d{1,6})")
+#: What only flow runs have in `eval.json`.
+OF_FLOWS = ("samples", "kl_by_step", "by_domain")
+_BY_STEP = re.compile(r"(.+)/step-(\d{1,6})")
+#: The metric that counts what a student decides, if those are denoising steps.
+DECIDED = "denoising_steps"
 #: Replaced in this order, the longest first.
 _WORDS = (
     ("by position in the completion", "along the denoising"),
     ("problems with a right answer among k", "prompts with a right sample among k"),
-    ("student tokens per second", "denoising steps per second"),
+    ("Accuracy during the run", "Mean reward during the run"),
     ("completions", "samples"),
     ("completion", "sample"),
     ("tokens", "denoising steps"),
     ("token", "denoising step"),
     ("problems", "prompts"),
     ("problem", "prompt"),
-    ("Length", "Decided steps"),
-    ("length", "decided steps"),
 )
 
 
 def step_of(key: str) -> tuple[str, int] | None:
-    """The curve and the number of the denoising step of a metric `<curve>/step/<number>`; None of any other."""
+    """The curve and the number of the denoising step of a metric `<curve>/step-<number>`; None of any other."""
     found = _BY_STEP.fullmatch(key)
     return None if found is None else (found[1], int(found[2]))
 
@@ -46,9 +47,20 @@ def is_by_step(key: str) -> bool:
 
 def is_flow(run: RunFiles) -> bool:
     """Whether a run's student decides denoising steps, by what its files hold."""
-    if any(name in row for row in rows(run) for name in OF_FLOWS):
-        return True
-    return any(isinstance(run.eval.get(name), dict) for name in OF_FLOWS) or any(map(is_by_step, run.curves))
+    found = any(name in own for own in (run.eval, *rows(run)) for name in OF_FLOWS)
+    return found or DECIDED in run.curves or any(map(is_by_step, run.curves))
+
+
+def of_model(run: RunFiles, who: str, name: str) -> Any:
+    """What `eval.json` holds of one model under a name of `OF_FLOWS`: in the model's row, or beside the table.
+
+    Args:
+        run: The files of a run.
+        who: Name of the model's row.
+        name: The part.
+    """
+    row = next((row for row in rows(run) if row.get("who") == who), {})
+    return row.get(name) or as_object(run.eval.get(name)).get(who)
 
 
 def all_flows(groups: Sequence[Group]) -> bool:

@@ -8,14 +8,13 @@ from typing import Any
 from retort.evaluate import Estimate
 from retort.report.alike import tables
 from retort.report.axes import minus
+from retort.report.flow_words import of_model
 from retort.report.groups import Group, rows
 from retort.report.read import RunFiles, as_object, number
 from retort.report.result import AFTER, BEFORE
 from retort.report.words import escape
 
 REWARD = "reward/"
-#: The part of a row of `eval.json` with rewards by domain: domain -> reward -> value, low, high.
-BY_DOMAIN = "by_domain"
 #: Most domains and rewards that a page shows.
 MOST_DOMAINS, MOST_REWARDS = 12, 8
 _SHADES = 5
@@ -24,10 +23,7 @@ _SHADES = 5
 def rewards_of(groups: Sequence[Group]) -> list[str]:
     """Names of the rewards that were measured, in order."""
     found = dict.fromkeys(name.removeprefix(REWARD) for g in groups for name in g.metrics() if name.startswith(REWARD))
-    for group in groups:
-        for run in group.runs:
-            for row in rows(run):
-                found |= {name: None for own in _domains(run, row).values() for name in own}
+    found |= {name: None for own in _tables(groups) for rewards in own.values() for name in rewards}
     return list(found)[:MOST_REWARDS]
 
 
@@ -52,7 +48,7 @@ def _matrix(groups: Sequence[Group], several: bool) -> str:
     rewards = rewards_of(groups)
     if not rewards:
         return ""
-    domains = list(dict.fromkeys(d for g in groups for run in g.runs for row in rows(run) for d in _domains(run, row)))
+    domains = list(dict.fromkeys(domain for own in _tables(groups) for domain in own))
     parts = ["", *domains[:MOST_DOMAINS]]
     shown = [
         (part, name) for part in parts for name in rewards if any(_cell(g, w, part, name) for g, w in _every(groups))
@@ -98,9 +94,8 @@ def _once(groups: Sequence[Group], several: bool) -> list[tuple[Group, str, str]
 
 
 def _numbers(run: RunFiles, who: str) -> Mapping[str, Any]:
-    row = _row(run, who)
-    own = {name: cell for name, cell in row.items() if name.startswith(REWARD)}
-    return {**own, BY_DOMAIN: _domains(run, row)}
+    row = next((row for row in rows(run) if row.get("who") == who), {})
+    return {**{name: cell for name, cell in row.items() if name.startswith(REWARD)}, "": _domains(run, who)}
 
 
 def _model_row(group: Group, who: str, name: str, shown: Sequence[tuple[str, str]], first: Sequence[bool]) -> str:
@@ -128,16 +123,16 @@ def _digits(value: float) -> str:
 # --- numbers ---
 
 
-def _row(run: RunFiles, who: str) -> Mapping[str, Any]:
-    return next((row for row in rows(run) if row.get("who") == who), {})
+def _tables(groups: Sequence[Group]) -> list[dict[str, dict[str, Mapping[str, Any]]]]:
+    """Rewards by domain of all models of all runs."""
+    return [_domains(run, who) for group in groups for run in group.runs for who in group.whos()]
 
 
-def _domains(run: RunFiles, row: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+def _domains(run: RunFiles, who: str) -> dict[str, dict[str, Mapping[str, Any]]]:
     """Rewards of one model by domain."""
-    found = as_object(row.get(BY_DOMAIN)) or as_object(as_object(run.eval.get(BY_DOMAIN)).get(str(row.get("who"))))
     return {
         str(domain): {str(name).removeprefix(REWARD): as_object(cell) for name, cell in as_object(own).items()}
-        for domain, own in found.items()
+        for domain, own in as_object(of_model(run, who, "by_domain")).items()
     }
 
 
@@ -145,7 +140,7 @@ def _cell(group: Group, who: str, domain: str, reward: str) -> Mapping[str, Any]
     """A cell of the matrix: over seeds if there are several, else over prompts."""
     if not domain:
         return group.cell(who, f"{REWARD}{reward}")
-    cells = [_domains(run, _row(run, who)).get(domain, {}).get(reward, {}) for run in group.runs]
+    cells = [_domains(run, who).get(domain, {}).get(reward, {}) for run in group.runs]
     if not group.several:
         return cells[0]
     values = [value for cell in cells if (value := number(cell.get("value"))) is not None]

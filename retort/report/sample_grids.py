@@ -83,10 +83,10 @@ def _columns(groups: Sequence[Group], several: bool) -> list[_Column]:
 
 
 def _grid(columns: Sequence[_Column], album: Album) -> str:
-    with_images = [one for one in columns if any(sample.image for sample in one.samples)]
+    with_images = [one for one in columns if any(sample.image is not None for sample in one.samples)]
     prompts: dict[tuple[str, str, str], None] = {}
     for column in with_images:
-        prompts |= {(one.prompt, one.text, one.domain): None for one in column.samples if one.image}
+        prompts |= {(one.prompt, one.text, one.domain): None for one in column.samples if one.image is not None}
     if not prompts:
         return ""
     chosen = list(prompts)[:MOST_PROMPTS]
@@ -111,7 +111,7 @@ def _prompt_row(key: tuple[str, str, str], columns: Sequence[_Column], album: Al
 
 
 def _cell(key: tuple[str, str, str], column: _Column, album: Album) -> str:
-    own = [one for one in column.samples if (one.prompt, one.text, one.domain) == key and one.image]
+    own = [one for one in column.samples if (one.prompt, one.text, one.domain) == key and one.image is not None]
     own = sorted(own, key=lambda one: one.member)[:MOST_MEMBERS]
     expert = ' class="expert"' if column.is_expert(key[2]) else ""
     shown = "".join(_image(one, column, album) for one in own) or '<span class="muted">–</span>'

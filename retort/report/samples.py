@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retort.report.groups import Group, all_runs, rows
+from retort.report.flow_words import of_model
+from retort.report.groups import Group, all_runs
 from retort.report.read import RunFiles, as_list, as_object, number
 
 __all__ = ["FOLDER", "Album", "Picture", "Sample", "picture_name", "samples_of", "with_samples"]
@@ -44,7 +45,7 @@ class Sample:
         domain: The prompt's domain; empty where it has none.
         member: Its number among the samples of its prompt; samples of one number begin with the same noise.
         rewards: By name.
-        image: Name of its file in the folder `samples`; None where it has none.
+        image: Name of its file in the folder `samples`; None where it has none, and empty where that is no name.
         point: x and y, of a flow of points.
     """
 
@@ -64,9 +65,8 @@ def samples_of(run: RunFiles, who: str) -> list[Sample]:
         run: The files of a run.
         who: The name of the model's row in the table.
     """
-    own = next((row for row in rows(run) if row.get("who") == who), {})
-    named = as_list(own.get("samples")) or as_list(as_object(run.eval.get("samples")).get(who))
-    return [_sample(one) for one in named[:MOST_SAMPLES] if isinstance(one, Mapping)]
+    named = as_list(of_model(run, who, "samples"))[:MOST_SAMPLES]
+    return [_sample(one) for one in named if isinstance(one, Mapping)]
 
 
 def _sample(row: Mapping[str, Any]) -> Sample:
@@ -81,7 +81,7 @@ def _sample(row: Mapping[str, Any]) -> Sample:
         domain=_text(row.get("domain")),
         member=0 if member is None else int(member),
         rewards=dict(list(known.items())[:MOST_REWARDS]),
-        image=picture_name(row.get("image")),
+        image=None if row.get("image") is None else picture_name(row["image"]) or "",
         point=point,
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow_runs import changed, make_flow_run
+from flow_runs import make_flow_run
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -421,11 +421,12 @@ def test_the_samples_of_a_flow_run(points: bool, tmp_path: Path, visit: Callable
     """Images and points of all models are seen, in both schemes and in a narrow window; hostile texts do nothing."""
     hostile = "".join(ATTACKS)
     run = make_flow_run(tmp_path / "run", points=points, prompts=2)
-    rows = json.loads((run / "eval.json").read_text())["rows"]
-    for row in rows:
-        samples = [{**one, "text": one["domain"] + hostile, "rewards": {hostile: 1.0}} for one in row["samples"]]
-        changed(run, row["who"], samples=samples, **{f"reward/{hostile}": {"value": 0.5}})
-    changed(run, "teacher glyph", who=hostile)
+    results = json.loads((run / "eval.json").read_text())
+    for row in results["rows"]:
+        own = results["samples"][row["who"]]
+        row["samples"] = [{**one, "text": one["domain"] + hostile, "rewards": {hostile: 1.0}} for one in own]
+        row |= {f"reward/{hostile}": {"value": 0.5}} | ({"who": hostile} if row["who"] == "teacher glyph" else {})
+    (run / "eval.json").write_text(json.dumps(results))
     for width, scheme in ((1280, "light"), (390, "dark")):
         browser = visit(run, width=width, scheme=scheme)
         assert browser.title == "flow_opd · run"

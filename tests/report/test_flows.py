@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flow_runs import DECIDED, changed, lines, make_flow_run, png
+from flow_runs import BESIDE, DECIDED, changed, lines, make_flow_run, png
 from PIL import Image
 from report_page import Page
 
@@ -88,7 +88,7 @@ def test_no_words_of_text_runs(images: Path) -> None:
         "Rewards",
         "pass@k",
         "Held-out rewards",
-        "Decided steps",
+        "Throughput",
         "How often each teacher spoke",
     } <= set(plots)
     assert not {"Length", "Reverse KL along the completion", "Truncated"} & set(plots)
@@ -103,17 +103,14 @@ def test_the_reward_matrix_has_models_down_and_rewards_by_domain_across(images: 
     assert rows[0][1].split(maxsplit=1)[1].strip() == "[0.37, 0.47]"
 
 
-def test_a_matrix_by_domain_may_stand_beside_the_rows(images: Path) -> None:
-    whole = table(shown(images), "Rewards by model")
+def test_parts_may_stand_in_the_rows(images: Path) -> None:
+    whole = shown(images).raw
     results = json.loads((images / "eval.json").read_text())
-    results["by_domain"] = {row["who"]: row.pop("by_domain") for row in results["rows"]}
-    results["samples"] = {row["who"]: row.pop("samples") for row in results["rows"]}
-    results["kl_by_step"] = {row["who"]: row.pop("kl_by_step") for row in results["rows"] if "kl_by_step" in row}
+    for name in BESIDE:
+        part = results.pop(name)
+        results["rows"] = [row | ({name: part[row["who"]]} if row["who"] in part else {}) for row in results["rows"]]
     (images / "eval.json").write_text(json.dumps(results))
-    page = shown(images)
-    assert table(page, "Rewards by model") == whole
-    assert len(page.all("img")) == 4 * IMAGES
-    assert len(page.plots()["Reverse KL on held-out prompts"]["series"]) == 2
+    assert shown(images).raw == whole
 
 
 def test_samples_stand_side_by_side_by_prompt_and_model(images: Path) -> None:
@@ -145,7 +142,7 @@ def test_divergences_by_denoising_step(images: Path) -> None:
 
 
 def test_steps_may_be_counted_from_zero_and_windows_leave_some_out(images: Path) -> None:
-    rows = [{"step": s, "reverse_kl/step/0": 0.5, "reverse_kl/step/2": 0.25, "own/step/1": 1.0} for s in (1, 2)]
+    rows = [{"step": s, "reverse_kl/step-0": 0.5, "reverse_kl/step-2": 0.25, "own/step-1": 1.0} for s in (1, 2)]
     lines(images / "metrics.jsonl", rows)
     page = shown(changed(images, AFTER, kl_by_step=[0.1, None, {"value": 0.3}, "x"]))
     plots = page.plots()
@@ -350,18 +347,18 @@ def test_without_pillow_a_line_says_what_is_missing(images: Path, monkeypatch: p
 def test_hostile_texts_are_escaped(images: Path) -> None:
     results = json.loads((images / "eval.json").read_text())
     for row in results["rows"]:
-        row |= {"who": row["who"] if "student" in row["who"] else ATTACK, f"reward/{ATTACK}": {"value": 0.5}}
-        row["by_domain"] = {ATTACK: {ATTACK: {"value": 0.5}}}
-        row["samples"] = [
+        samples = [
             {key: ATTACK if isinstance(value, str) and key != "image" else value for key, value in one.items()}
             | {"rewards": {ATTACK: 1.0}}
-            for one in row["samples"]
+            for one in results["samples"][row["who"]]
         ]
-        row["samples"] += [{"prompt": ATTACK, "text": ATTACK, "domain": ATTACK, "point": [0.0, 1.0]}]
+        row |= {"who": row["who"] if "student" in row["who"] else ATTACK, f"reward/{ATTACK}": {"value": 0.5}}
+        row["by_domain"] = {ATTACK: {ATTACK: {"value": 0.5}}}
+        row["samples"] = [*samples, {"prompt": ATTACK, "text": ATTACK, "domain": ATTACK, "point": [0.0, 1.0]}]
     (images / "eval.json").write_text(json.dumps(results))
     rollouts = [json.loads(line) for line in (images / "rollouts.jsonl").read_text().splitlines()]
     lines(images / "rollouts.jsonl", [row | {"prompt": ATTACK, "status": ATTACK} for row in rollouts])
-    metrics = {"step": 1, f"{ATTACK}/step/1": 0.5, f"reward/{ATTACK}": 0.5, f"eval/reward/{ATTACK}": 0.5}
+    metrics = {"step": 1, f"{ATTACK}/step-1": 0.5, f"reward/{ATTACK}": 0.5, f"eval/reward/{ATTACK}": 0.5}
     lines(images / "metrics.jsonl", [metrics])
     config = json.loads((images / "config.json").read_text())
     config["flow"] = {"sampler": ATTACK, "steps": [ATTACK], "guidance": {ATTACK: 1}}
