@@ -20,6 +20,7 @@ COLORS = {"red": "#d1372c", "green": "#2f9e57", "blue": "#2b62c9", "yellow": "#e
 RIGHT = {
     "student before": {"glyph": 0.42, "color": 0.38},
     "student after": {"glyph": 0.86, "color": 0.9},
+    "teacher": {"glyph": 0.97, "color": 0.99},  # each prompt's own expert
     "teacher glyph": {"glyph": 0.97, "color": 0.21},
     "teacher color": {"glyph": 0.18, "color": 0.99},
 }
@@ -186,7 +187,7 @@ def _points(who: str, draw: random.Random) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for index in range(400):
         domain = ("glyph", "color")[index % 2]
-        spread = 0.05 if domain == own else 0.1 if who == "student after" else 0.45
+        spread = 0.05 if own in (domain, "teacher") else 0.1 if who == "student after" else 0.45
         angle = math.pi * draw.random() + (math.pi if domain == "color" else 0)
         x = math.cos(angle) + (1 if domain == "color" else 0)
         y = math.sin(angle) + (0.4 if domain == "color" else 0)

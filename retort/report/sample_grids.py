@@ -10,13 +10,16 @@ from retort.report.alike import tables
 from retort.report.axes import minus
 from retort.report.groups import Group
 from retort.report.read import RunFiles
-from retort.report.result import AFTER, BEFORE
+from retort.report.result import AFTER, BEFORE, TEACHER
 from retort.report.samples import Album, Sample, samples_of
 from retort.report.scatter import Cloud, scatter_figures
 from retort.report.words import escape, listed
 
 #: Most prompts and models of a grid, and most samples of a prompt and a model.
 MOST_PROMPTS, MOST_MODELS, MOST_MEMBERS = 12, 12, 4
+
+#: Id, text and domain.
+_Prompt = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,13 @@ def _columns(groups: Sequence[Group], several: bool) -> list[_Column]:
 
 def _grid(columns: Sequence[_Column], album: Album) -> str:
     with_images = [one for one in columns if any(sample.image is not None for sample in one.samples)]
-    prompts: dict[tuple[str, str, str], None] = {}
+    prompts: dict[_Prompt, None] = {}
     for column in with_images:
         prompts |= {(one.prompt, one.text, one.domain): None for one in column.samples if one.image is not None}
     if not prompts:
         return ""
     chosen = list(prompts)[:MOST_PROMPTS]
+    with_images = _without_routed(with_images, chosen)
     head = "".join(f'<th scope="col">{escape(column.name)}</th>' for column in with_images)
     body = "".join(_prompt_row(key, with_images, album) for key in chosen)
     more = f" The first {len(chosen)} of {len(prompts)} prompts." if len(prompts) > len(chosen) else ""
@@ -103,14 +107,20 @@ def _grid(columns: Sequence[_Column], album: Album) -> str:
     )
 
 
-def _prompt_row(key: tuple[str, str, str], columns: Sequence[_Column], album: Album) -> str:
+def _without_routed(columns: Sequence[_Column], prompts: Sequence[_Prompt]) -> list[_Column]:
+    """Without the teacher that is each prompt's own expert, where all experts have columns: they hold the same."""
+    known = all(any(one.is_expert(domain) for one in columns) for _, _, domain in prompts)
+    return [one for one in columns if not (known and one.who == TEACHER)]
+
+
+def _prompt_row(key: _Prompt, columns: Sequence[_Column], album: Album) -> str:
     _, text, domain = key
     about = f"<small>{escape(domain)}</small>" if domain else ""
     cells = "".join(_cell(key, column, album) for column in columns)
     return f'<tr><th scope="row">{escape(text or key[0])}{about}</th>{cells}</tr>'
 
 
-def _cell(key: tuple[str, str, str], column: _Column, album: Album) -> str:
+def _cell(key: _Prompt, column: _Column, album: Album) -> str:
     own = [one for one in column.samples if (one.prompt, one.text, one.domain) == key and one.image is not None]
     own = sorted(own, key=lambda one: one.member)[:MOST_MEMBERS]
     expert = ' class="expert"' if column.is_expert(key[2]) else ""

@@ -436,10 +436,10 @@ def test_the_samples_of_a_flow_run(points: bool, tmp_path: Path, visit: Callable
         assert matrix.count(visible(hostile)) == 2, "a reward and a model"
         script = "return [...document.querySelectorAll('.grid-of-samples img')].map((x) => [x.naturalWidth, x.alt])"
         seen = browser.execute_script(script)
-        assert [width for width, _ in seen] == [24] * (0 if points else 2 * 2 * 4)
+        assert [width for width, _ in seen] == [24] * (0 if points else 2 * 2 * 5)
         assert all(visible(hostile) in alt for _, alt in seen)
         script = "return [...document.querySelectorAll('.cloud-dots')].map((x) => x.getBoundingClientRect().width > 0)"
-        assert browser.execute_script(script) == [True] * (2 * 3 + 2 * 2 if points else 0)
+        assert browser.execute_script(script) == [True] * (2 * 3 + 3 * 2 if points else 0)
     plot = browser.find_element(By.CSS_SELECTOR, "svg[data-title='Reverse KL on held-out prompts']")
     plot.send_keys(Keys.ARROW_RIGHT)
     assert "student before 0.036" in (
