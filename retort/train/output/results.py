@@ -11,15 +11,17 @@ from retort.config import Config
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
+from retort.evaluate.flows import FlowEvaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
 from retort.rewards.user import is_user_defined
+from retort.train.output import samples
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Parts of an evaluator's row that are stored beside the table, by model.
-_BESIDE = ("pass_at", "profile", "given_up")
+_BESIDE = ("pass_at", "profile", "given_up", "by_domain", "kl_by_step", "samples")
 
 
-def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str, Any]:
+def read(folder: Path, evaluator: Evaluator | FlowEvaluator | None, config: Config) -> dict[str, Any]:
     """Reads the table of a resumed run, or makes an empty one.
 
     Raises:
@@ -70,8 +72,11 @@ def scores(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds or replaces a row, and writes the table to disk; its completions go to `answers.jsonl`."""
-    order = [BEFORE, AFTER, TEACHER]
+    """Adds or replaces a row, and writes the table to disk.
+
+    Its completions go to `answers.jsonl`, the images of its samples to the folder `samples`.
+    """
+    order, row = [BEFORE, AFTER, TEACHER], samples.keep(folder, row)
     cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
     updated = {**results, "rows": sorted(rows, key=lambda found: order.index(found["who"]))}
