@@ -35,12 +35,12 @@ def check_latents(method: Method) -> None:
     if lacking:
         raise UserError(
             f"method '{method.name}' cannot teach denoising steps, which decide latents and no tokens: it needs "
-            f"{' and '.join(lacking)}; methods that can: {', '.join(_able())}"
+            f"{' and '.join(lacking)}; methods that can: {', '.join(for_latents())}"
         )
 
 
-def _able() -> list[str]:
-    """Names of the published methods that can teach denoising steps at their default settings."""
+def for_latents() -> list[str]:
+    """Names of the published methods that can teach denoising steps, at their default settings, sorted."""
     return [name for name in registry.names() if not _lacking(registry.load(name))]
 
 
