@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
 from retort.errors import UserError, did_you_mean, quoted, shortened, visible
@@ -29,8 +30,9 @@ _LONGEST = 1_000_000
 class SmallFlow:
     """A small conditional flow, see `retort.flows.base.VelocityModel`.
 
-    A prompt is the words in it, split at spaces, in any order; a prompt without words is the unconditional one. A latent
-    with three axes is a picture, whose pixels from 0 to 1 are -1 to 1 in the latent; one with a single axis is a point.
+    A prompt is the words in it, split at spaces, in any order; a prompt without words is the unconditional one. A
+    latent with three axes is a picture, whose pixels from 0 to 1 are -1 to 1 in the latent; one with a single axis is a
+    point.
 
     Attributes:
         module: The network.
@@ -63,8 +65,8 @@ class SmallFlow:
             config: What it is.
             seed: Seed of the weights.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
+            torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
             return SmallFlow(SmallNet(config))
 
     @staticmethod
@@ -171,16 +173,17 @@ def _weights(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Ten
     if not file.is_file():
         raise UserError(f"{file}: missing; a flow's weights are in it")
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = set(opened.keys())
+        opening: Any = safe_open(file, framework="pt")  # safetensors names no types
+        with opening as opened:
+            names = set[str](opened.keys())
             for name in sorted(names ^ shapes.keys()):
                 surplus = "in it, but not in the model of config.json" if name in names else "missing"
                 raise UserError(f"{file}: tensor '{visible(shortened(name, 60))}' is {surplus}")
             for name, shape in shapes.items():
-                there = tuple(opened.get_slice(name).get_shape())
+                there = tuple[int, ...](opened.get_slice(name).get_shape())
                 if there != shape:
                     raise UserError(f"{file}: tensor '{name}' is {there}, and {shape} by config.json")
-            found = {name: opened.get_tensor(name) for name in shapes}
+            found: dict[str, Tensor] = {name: opened.get_tensor(name) for name in shapes}
     except (SafetensorError, OSError) as error:
         words = " ".join(str(error).split())
         raise UserError(f"{file}: no safetensors file, or a damaged one ({visible(shortened(words, 100))})") from error

@@ -124,7 +124,8 @@ class SmallNet(nn.Module):
         if len(shape) == 1:
             return values_NPX[:, 0]
         rows, columns = (size // self.config.patch for size in shape[1:])
-        return F.pixel_shuffle(values_NPX.transpose(1, 2).unflatten(2, (rows, columns)), self.config.patch)
+        values_NXHW = values_NPX.transpose(1, 2).reshape(len(values_NPX), -1, rows, columns)
+        return F.pixel_shuffle(values_NXHW, self.config.patch)
 
 
 class Block(nn.Module):
