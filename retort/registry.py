@@ -29,7 +29,7 @@ def for_tokens() -> list[str]:
     """Names of the methods that a student of tokens can learn by, at their default settings, sorted.
 
     They are all but those that need steps which decide latents. Which ones can teach such steps is said by
-    `retort.loss.latents.for_latents`; a method may do both.
+    `retort.loss.latents.check_latents`; a method may do both.
     """
     return [name for name in names() if not load(name).needs_latents]
 

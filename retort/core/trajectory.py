@@ -51,7 +51,7 @@ class Trajectory(TokenSequence):
     Attributes:
         latents: All states, [L, ...], on the CPU, fp32 (float64 of a model in float64); the first is noise, the last is
             data.
-        sigmas_L: Noise level of each state, float64, falling.
+        sigmas_L: Noise level of each state, float64, falling; of examples it falls from every second one to 0.
         noise: How the decided steps add noise, or that they are those of an example; None where none is decided.
 
     Raises:

@@ -21,59 +21,61 @@ from retort.flows.sampling import FlowRequest, Key, samples
 LEAST_SIGMA = 1e-3
 
 
-def example(sample: Tensor, key: Key) -> Trajectory:
-    r"""A step from between noise and a sample straight to the sample, :math:`(1-\sigma) x_0 + \sigma \epsilon` to x0.
+def example(sample: Tensor, key: Key, *, count: int = 1) -> Trajectory:
+    r"""Steps from between noise and a sample straight to the sample, :math:`(1-\sigma) x_0 + \sigma \epsilon` to x0.
 
-    The velocity that it asks for is :math:`\epsilon - x_0`. Sigma is uniform from `LEAST_SIGMA` to 1 and epsilon
+    The velocity that each asks for is :math:`\epsilon - x_0`. Sigma is uniform from `LEAST_SIGMA` to 1 and epsilon
     standard normal. The sources of the methods state no distribution of sigma; this is the plain one.
 
     Args:
         sample: x0, [...], a latent without noise.
-        key: Of the draws of sigma and epsilon.
+        key: Of the draws of sigmas and epsilons.
+        count: Number of steps. They are one trajectory, of which every second state is the sample.
 
     Example:
         >>> import torch
         >>> from retort.flows.examples import example
-        >>> path = example(torch.tensor([1.0, 2.0]), (0, "teacher", "a prompt", 0))
-        >>> path.steps, path.last, float(path.sigmas_L[-1])
-        (1, tensor([1., 2.]), 0.0)
+        >>> path = example(torch.tensor([1.0, 2.0]), (0, "teacher", "a prompt", 0), count=3)
+        >>> path.steps, path.last, path.sigmas_L[1::2].tolist()
+        (3, tensor([1., 2.]), [0.0, 0.0, 0.0])
     """
-    sigma = 1.0 - (1.0 - LEAST_SIGMA) * float(uniforms(*key, "sigma", count=1))
-    noise = torch.randn(sample.shape, generator=generator(*key, "noise"), dtype=torch.float32).to(sample.dtype)
-    between = (1.0 - sigma) * sample + sigma * noise
-    return Trajectory.of_states(
-        torch.stack([between, sample]), torch.tensor([sigma, 0.0], dtype=torch.float64), torch.ones(1), Straight()
-    )
+    sigma_A = 1.0 - (1.0 - LEAST_SIGMA) * uniforms(*key, "sigma", count=count)
+    noise = torch.randn(count, *sample.shape, generator=generator(*key, "noise"), dtype=torch.float32).to(sample.dtype)
+    at = sigma_A.reshape(-1, *(1 for _ in sample.shape)).to(sample.dtype)
+    between = (1.0 - at) * sample + at * noise
+    states = torch.stack([between, sample.expand_as(between)], 1).flatten(0, 1)
+    sigmas_L = torch.stack([sigma_A, torch.zeros_like(sigma_A)], 1).flatten()
+    return Trajectory.of_states(states, sigmas_L, torch.arange(2 * count - 1) % 2 == 0, Straight())
 
 
 def examples(
-    models: Sequence[FlowModel], requests: Sequence[FlowRequest], keys: Sequence[Key], *, steps: int, batch: int
+    models: Sequence[FlowModel],
+    requests: Sequence[FlowRequest],
+    keys: Sequence[Key],
+    *,
+    count: int,
+    steps: int,
+    batch: int,
 ) -> list[Trajectory]:
     """Examples out of samples that teachers make without noise on the way.
 
-    A teacher is asked for its own requests alone. Requests to one teacher with the same text and the same key of noise
-    are one sample, which is made once; so several examples of it, each with a sigma of its own, cost no more.
-
     Args:
-        models: The teacher of each request: its expert, where prompts have experts.
+        models: The teacher of each request: its expert, where prompts have experts. Each makes its own samples alone.
         requests: What is asked for; keys of windows are not read.
         keys: Of the draws of each example, see `example`.
+        count: Steps out of each sample.
         steps: Denoising steps of a sample.
         batch: Latents per forward pass.
 
     Returns:
-        A trajectory of two states for each request, in order, on the CPU.
+        A trajectory for each request, in order, on the CPU.
 
     Raises:
         RunError: A sample is not finite.
     """
-    made: dict[tuple[int, str, Key], Tensor] = {}
+    made: dict[int, Tensor] = {}
     for model in {id(own): own for own in models}.values():
-        own = {
-            (id(model), request.text, request.noise): request
-            for asked, request in zip(models, requests, strict=True)
-            if asked is model
-        }
-        made |= dict(zip(own, samples(model, list(own.values()), steps=steps, batch=batch), strict=True))
-    asked = zip(models, requests, keys, strict=True)
-    return [example(made[id(model), request.text, request.noise], key) for model, request, key in asked]
+        own = [place for place, asked in enumerate(models) if asked is model]
+        found = samples(model, [requests[place] for place in own], steps=steps, batch=batch)
+        made |= dict(zip(own, found, strict=True))
+    return [example(made[place], key, count=count) for place, key in enumerate(keys)]

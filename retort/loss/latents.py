@@ -35,12 +35,12 @@ def check_latents(method: Method) -> None:
     if lacking:
         raise UserError(
             f"method '{method.name}' cannot teach denoising steps, which decide latents and no tokens: it needs "
-            f"{' and '.join(lacking)}; methods that can: {', '.join(for_latents())}"
+            f"{' and '.join(lacking)}; methods that can: {', '.join(_able())}"
         )
 
 
-def for_latents() -> list[str]:
-    """Names of the published methods that can teach denoising steps, at their default settings, sorted."""
+def _able() -> list[str]:
+    """Names of the published methods that can teach denoising steps at their default settings."""
     return [name for name in registry.names() if not _lacking(registry.load(name))]
 
 

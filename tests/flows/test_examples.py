@@ -38,7 +38,7 @@ def requests(texts: Sequence[str] = TEXTS) -> list[FlowRequest]:
 
 
 def given(teacher: FlowModel, **more: Any) -> list[Trajectory]:
-    return examples([teacher] * len(TEXTS), requests(), keys(), **{"steps": 6, "batch": 3, **more})
+    return examples([teacher] * len(TEXTS), requests(), keys(), **{"count": 3, "steps": 6, "batch": 3, **more})
 
 
 def cold(loss: str = "sft") -> Method:
@@ -57,14 +57,14 @@ def losses(method: Method, student: FlowModel, steps: DecidedSteps, teacher: Flo
 
 
 def flow_matching(student: FlowModel, samples_n: Tensor, texts: Sequence[str]) -> Tensor:
-    """Mean square error of the velocity, from its definition and the keys of the draws."""
+    """Mean square errors of the velocity, from its definition and the keys of the draws, three of each sample."""
     errors: list[Tensor] = []
     for sample, text, key in zip(samples_n, texts, keys(len(texts)), strict=True):
-        draw = torch.rand(1, generator=generator(*key, "sigma"), dtype=F64)
-        sigma = 1.0 - (1.0 - LEAST_SIGMA) * draw
-        noise = torch.randn(sample.shape, generator=generator(*key, "noise")).to(F64)
-        v = student.velocity(((1 - sigma) * sample + sigma * noise)[None], sigma, [text])[0]
-        errors.append((v - (noise - sample)).square().mean())
+        sigmas = 1.0 - (1.0 - LEAST_SIGMA) * torch.rand(3, generator=generator(*key, "sigma"), dtype=F64)
+        noises = torch.randn(3, *sample.shape, generator=generator(*key, "noise")).to(F64)
+        for sigma, noise in zip(sigmas, noises, strict=True):
+            v = student.velocity(((1 - sigma) * sample + sigma * noise)[None], sigma[None], [text])[0]
+            errors.append((v - (noise - sample)).square().mean())
     return torch.stack(errors)
 
 
@@ -77,6 +77,7 @@ def test_the_cold_start_of_a_method_is_flow_matching_on_the_teachers_samples() -
     student, teacher = model(seed=1), model(seed=2)
     steps = DecidedSteps.of(given(teacher), TEXTS)
     found = losses(cold(), student, steps)
+    assert len(steps) == 12
     there = samples(teacher, requests(), steps=6, batch=8)
     by_definition = flow_matching(student, there, TEXTS)
     torch.testing.assert_close(found.terms["sft"].value, by_definition, rtol=1e-9, atol=1e-9)
@@ -115,43 +116,37 @@ def test_the_likelihood_of_a_latent_is_above_the_least_that_its_noise_allows() -
 
 
 def test_an_example_ends_at_the_sample_and_its_draws_are_its_keys() -> None:
-    sample = torch.linspace(-1, 1, 6, dtype=F64).reshape(2, 3)
-    found = [example(sample, key) for key in keys(200)]
-    assert all(torch.equal(own.last, sample) and own.noise == Straight() and own.steps == 1 for own in found)
-    sigmas = torch.tensor([float(own.sigmas_L[0]) for own in found])
+    sample, key = torch.linspace(-1, 1, 6, dtype=F64).reshape(2, 3), keys()[0]
+    found = example(sample, key, count=400)
+    assert found.steps == 400 and found.noise == Straight() and torch.equal(found.last, sample)
+    steps = DecidedSteps.of([found], ["a"])
+    assert bool((steps.next_latents == sample).all()) and not bool(steps.next_sigmas_N.any())
+    sigmas = steps.sigmas_N
     assert LEAST_SIGMA <= sigmas.min() < 0.05 and 0.95 < sigmas.max() <= 1.0
     assert sigmas.mean().item() == pytest.approx(0.5, abs=0.08)
-    noise = torch.stack(
-        [(own.latents[0] - (1 - s) * sample) / s for own, s in zip(found, sigmas, strict=True) if s > 0.1]
-    )
+    noise = (steps.latents - (1 - sigmas)[:, None, None] * sample) / sigmas[:, None, None]
     assert noise.mean().item() == pytest.approx(0.0, abs=0.1) and noise.std().item() == pytest.approx(1.0, abs=0.1)
-    again = example(sample, keys(200)[7])
-    assert torch.equal(again.latents, found[7].latents) and torch.equal(again.sigmas_L, found[7].sigmas_L)
+    again, other = example(sample, key, count=400), example(sample, keys()[1], count=400)
+    assert torch.equal(again.latents, found.latents) and torch.equal(again.sigmas_L, found.sigmas_L)
+    assert not torch.equal(other.sigmas_L, found.sigmas_L)
 
 
-def test_batches_do_not_matter_and_a_sample_is_made_once() -> None:
+def test_batches_do_not_matter() -> None:
     teacher = model(seed=2)
-    one, other = given(teacher, batch=1), given(teacher, batch=4)
-    for mine, theirs in zip(one, other, strict=True):
+    for mine, theirs in zip(given(teacher, batch=1), given(teacher, batch=4), strict=True):
         torch.testing.assert_close(mine.latents, theirs.latents, rtol=1e-12, atol=1e-12)
         assert torch.equal(mine.sigmas_L, theirs.sigmas_L)
-    assert isinstance(teacher.of, Linear)
-    teacher.of.rows.clear()
-    same = [requests()[0]] * 3
-    three = examples([teacher] * 3, same, keys(3), steps=6, batch=8)
-    assert teacher.of.rows == [1] * 6
-    assert all(torch.equal(own.last, three[0].last) for own in three)
-    assert len({float(own.sigmas_L[0]) for own in three}) == 3
 
 
 def test_each_expert_is_asked_for_its_own_alone() -> None:
     experts = [model(seed=2), model(seed=3), model(seed=4)]
-    found = examples([experts[0], experts[1], experts[0], experts[1]], requests(), keys(), steps=6, batch=8)
-    for number, expert in enumerate((experts[0], experts[1], experts[0], experts[1])):
+    asked = [experts[number] for number in (0, 1, 0, 1)]
+    found = examples(asked, requests(), keys(), count=1, steps=6, batch=8)
+    assert [isinstance(own.of, Linear) and own.of.rows for own in experts] == [[2] * 6, [2] * 6, []]
+    for number, expert in enumerate(asked):
         (alone,) = samples(expert, [requests()[number]], steps=6, batch=8)
         torch.testing.assert_close(found[number].last, alone, rtol=1e-12, atol=1e-12)
-    assert [isinstance(own.of, Linear) and own.of.rows[:6] for own in experts] == [[2] * 6, [2] * 6, []]
-    assert examples([], [], [], steps=6, batch=8) == []
+    assert examples([], [], [], count=1, steps=6, batch=8) == []
 
 
 def test_examples_and_steps_with_noise_are_not_learnt_together() -> None:
@@ -188,7 +183,7 @@ def test_a_student_learns_what_its_teacher_makes() -> None:
     for batch in range(40):
         own: list[Key] = [(0, "teacher", batch, number) for number in range(32)]
         asked = [FlowRequest(text, key, key) for text, key in zip(TEXTS * 8, own, strict=True)]
-        paths = examples([teacher] * len(asked), asked, own, steps=5, batch=64)
+        paths = examples([teacher] * len(asked), asked, own, count=1, steps=5, batch=64)
         loss = losses(cold(), student, DecidedSteps.of(paths, TEXTS * 8)).loss
         adam.zero_grad()
         loss.backward()
