@@ -72,7 +72,9 @@ def test_the_order_of_words_does_not_matter_and_their_number_does() -> None:
 
 def test_an_unknown_word_is_named() -> None:
     flow = SmallFlow.new(CONFIG, 0)
-    with pytest.raises(UserError, match=r"prompt 'a rign': this model does not know the word 'rign'; did you mean 'ring'"):
+    with pytest.raises(
+        UserError, match=r"prompt 'a rign': this model does not know the word 'rign'; did you mean 'ring'"
+    ):
         flow.condition(["a ring", "a rign"])
     with pytest.raises(UserError) as caught:
         flow.condition(["a \x1b[31m" + "x" * 900])
