@@ -79,7 +79,7 @@ def read_folder(label: str, name: str) -> PipelineFolder:
         index = read_object(path / INDEX)
     except UserError as error:
         raise UserError(f"{label}: {error}; name a folder that diffusers saved") from None
-    import diffusers
+    import diffusers  # pyright: ignore[reportMissingImports]
 
     kind = _class(label, "diffusers", index.get("_class_name"), (diffusers.DiffusionPipeline,))
     parts = _parts(label, kind, index)
@@ -90,7 +90,7 @@ def read_folder(label: str, name: str) -> PipelineFolder:
 
 def _fetched(label: str, name: str) -> Path:
     """The folder of a pipeline of the hub, on this machine."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportMissingImports]
 
     with errors_about(label):
         return Path(
@@ -119,8 +119,8 @@ def _parts(label: str, kind: type[Any], index: Mapping[str, Any]) -> dict[str, t
             raise UserError(f"{label}: {INDEX} names no {part}, which a {kind.__name__} needs; copy the folder again")
     if found["scheduler"].__name__ != SCHEDULER:
         raise UserError(
-            f"{label}: its scheduler is {found['scheduler'].__name__}, no flow-matching one that Retort knows; it must be "
-            f"{SCHEDULER}"
+            f"{label}: its scheduler is {found['scheduler'].__name__}, no flow-matching one that Retort knows; "
+            f"it must be {SCHEDULER}"
         )
     return found
 
@@ -158,7 +158,7 @@ def _check_files(label: str, folder: Path, kind: type[Any]) -> None:
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         raise UserError(
-            f"{label}: the weights of {folder.name} are pickled ({pickled[0]}), and unpickling can run code; convert them "
-            "to safetensors (save_pretrained of a recent diffusers does)"
+            f"{label}: the weights of {folder.name} are pickled ({pickled[0]}), and unpickling can run code; convert "
+            "them to safetensors (save_pretrained of a recent diffusers does)"
         )
     raise UserError(f"{label}: no weights in {folder.name}/; copy the folder again")

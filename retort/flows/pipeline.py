@@ -196,8 +196,8 @@ class _Layout:
         self.shape = tuple(latents.shape[1:])
         if latents.ndim != 4 or not torch.equal(self.packed(latents), hidden):
             raise UserError(
-                f"a {type(pipeline).__name__} gives its transformer latents {tuple(hidden.shape)}, which are no pictures; "
-                "that pipeline cannot be used"
+                f"a {type(pipeline).__name__} gives its transformer latents {tuple(hidden.shape)}, which are no "
+                "pictures; that pipeline cannot be used"
             )
 
     def packed(self, latents: Tensor) -> Tensor:
@@ -278,8 +278,8 @@ def _check_decoder(pipeline: Any, shape: tuple[int, ...], size: tuple[int, int])
     made = tuple(side * pipeline.vae_scale_factor for side in shape[1:])
     if made != size:
         raise UserError(
-            f"the pipeline makes images of {made[0]} x {made[1]} pixels instead of {size[0]} x {size[1]}; set flow.height "
-            "and flow.width to what it can make"
+            f"the pipeline makes images of {made[0]} x {made[1]} pixels instead of {size[0]} x {size[1]}; set "
+            "flow.height and flow.width to what it can make"
         )
 
 
