@@ -40,7 +40,8 @@ class Trajectory(TokenSequence):
     """The states of one sample from noise to data, L of them, and which steps decided the next one.
 
     Attributes:
-        latents: All states, [L, ...], fp32, on the CPU; the first is noise, the last is data.
+        latents: All states, [L, ...], on the CPU, fp32 (float64 of a model in float64); the first is noise, the last is
+            data.
         sigmas_L: Noise level of each state, float64, falling.
         noise: How the decided steps add noise; None where none is decided.
 
