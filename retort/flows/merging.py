@@ -18,7 +18,7 @@ from retort.core.head import LowRank
 from retort.errors import UserError
 from retort.flows import lora
 from retort.flows.base import VelocityModel
-from retort.flows.load import open_flow
+from retort.flows.load import is_adapter, open_flow
 from retort.models.adapter import NAME, Adapter
 
 Expert = str | Path | VelocityModel
@@ -46,7 +46,7 @@ def merged_start(student: VelocityModel, experts: Sequence[Expert], *, products:
     """
     if not experts:
         raise UserError("flow.start: there is no expert to merge")
-    adapters = [_is_adapter(expert) for expert in experts]
+    adapters = [not isinstance(expert, VelocityModel) and is_adapter(expert) for expert in experts]
     if all(adapters):
         _merge_adapters(student, [Path(str(expert)).expanduser() for expert in experts], products=products)
     elif any(adapters):
@@ -208,10 +208,6 @@ def _set_weights(student: VelocityModel, weights: Mapping[str, Tensor]) -> None:
         )
     for name, target in targets.items():
         target.copy_(weights[name])
-
-
-def _is_adapter(expert: Expert) -> bool:
-    return not isinstance(expert, VelocityModel) and (Path(expert).expanduser() / lora.CONFIG).is_file()
 
 
 def _name(expert: Expert) -> str:

@@ -46,7 +46,10 @@ class PipelineFlow:
         latent_shape: [channels, height, width] before the pipeline packs them for its transformer.
         pipeline: The pipeline.
         size: Height and width of images, pixels.
+        library: The library that opens its folder.
     """
+
+    library = "diffusers"
 
     def __init__(
         self, pipeline: Any, *, height: int | None = None, width: int | None = None, source: Path | None = None
@@ -177,10 +180,10 @@ class PipelineFlow:
         index = {name: value for name, value in self.pipeline.config.items() if name != "_name_or_path"}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def copied(self) -> PipelineFlow:
-        """Another one with a copy of the transformer, which shares text encoders and VAE."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineFlow:
+        """Another one with a copy of the transformer, which shares text encoders and VAE: they are frozen."""
         other = copy.copy(self)
-        other.module = copy.deepcopy(self.module)
+        other.module = copy.deepcopy(self.module, memo)
         other.pipeline = type(self.pipeline)(**{**self.pipeline.components, "transformer": other.module})
         other.pipeline.set_progress_bar_config(disable=True)
         return other

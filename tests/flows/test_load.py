@@ -79,6 +79,13 @@ def test_an_adapter_is_opened_over_the_base_that_it_names_or_another(base: Path,
     assert torch.equal(velocity(opened), before) and over is not opened
 
 
+def test_an_opened_model_is_no_base_where_the_adapter_names_another_that_is_there(expert: Path, tmp_path: Path) -> None:
+    small(seed=4).save(tmp_path / "other")
+    other = open_flow(tmp_path / "other", role="student")
+    over = open_flow(expert, role="teacher", base=other)
+    torch.testing.assert_close(velocity(over), velocity(open_flow(expert, role="teacher")))
+
+
 def test_a_base_that_has_an_adapter_already_is_a_mistake(base: Path, expert: Path) -> None:
     student = open_flow(base, role="student")
     add_lora(student.module, rank=2, alpha=1.0)

@@ -17,8 +17,9 @@ from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
 from retort.core.trajectory import Noise
 from retort.errors import UserError
-from retort.flows.load import is_flow, open_flow
-from retort.flows.lora import ATTENTION, add_lora, merged_start
+from retort.flows.load import is_adapter, is_flow, open_flow
+from retort.flows.lora import ATTENTION, add_lora
+from retort.flows.merging import merged_start
 from retort.flows.model import FlowModel
 from retort.flows.sampling import FlowSampling
 from retort.loss.latents import check_latents
@@ -273,11 +274,6 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
         if not again and model.digest() == student.digest():
             raise UserError(f"{name} {path} holds the same weights as the student, so it would teach nothing")
         found[name] = model
-    if config.flow.start != "student":
-        experts = [found[name] for name in config.teachers.models]
-        if not experts:
-            raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
-        merged_start(student, experts, products=config.flow.start == "merge_products")
     if config.lora.rank:
         lora = config.lora
         student.adapter = add_lora(
@@ -287,6 +283,12 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             targets=lora.targets if config.set_by_user("lora.targets") else (ATTENTION,),
             rslora=lora.rslora,
             seed=config.seed,
-            name=student.name,
+            name=located(student.name),
         )
+    if config.flow.start != "student":
+        places = {name: located(paths[name]) for name in config.teachers.models}
+        if not places:
+            raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
+        experts = [place if is_adapter(place) else found[name].of for name, place in places.items()]
+        merged_start(student.of, experts, products=config.flow.start == "merge_products")
     return found
