@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,13 @@ class PipelineFolder:
         path: Where it is.
         kind: Class of the pipeline.
         parts: Class of each part, by its name.
+        absent: Parts that it goes without, such as a third text encoder.
     """
 
     path: Path
     kind: type[Any]
     parts: Mapping[str, type[Any]]
+    absent: Sequence[str]
 
 
 def need_diffusers() -> None:
@@ -85,7 +87,8 @@ def read_folder(label: str, name: str) -> PipelineFolder:
     parts = _parts(label, kind, index)
     for part, made in parts.items():
         _check_files(label, path / part, made)
-    return PipelineFolder(path, kind, parts)
+    absent = [part for part in inspect.signature(kind.__init__).parameters if index.get(part) == [None, None]]
+    return PipelineFolder(path, kind, parts, absent)
 
 
 def _fetched(label: str, name: str) -> Path:

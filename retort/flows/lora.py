@@ -143,7 +143,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     adapter.save(folder)
-    settings = json.dumps(read_object(folder / CONFIG), sort_keys=True)
+    config = read_object(folder / CONFIG)
+    settings = json.dumps({f"{_TRANSFORMER}{name}": value for name, value in config.items()}, sort_keys=True)
     tensors = {
         f"{_TRANSFORMER}{name.removeprefix(_PREFIX)}": tensor for name, tensor in load_file(folder / WEIGHTS).items()
     }
