@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from retort.flows.base import Condition, VelocityModel
+from retort.models.adapter import Adapter
+from retort.models.sharding import Sharding
 
 #: Prompts whose conditioning is kept, at most; the oldest is dropped first.
 KEPT = 4096
@@ -25,6 +28,8 @@ class FlowModel:
             `v(empty) + w (v(prompt) - v(empty))`; 1 for none.
         precision: `fp32`, or `bf16` for products in bf16; weights are fp32 either way.
         frozen: Whether nothing of it learns.
+        adapter: The LoRA adapter that learns in the place of its weights, if there is one.
+        sharding: Its weights are whole: a flow model learns in one process.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class FlowModel:
     ) -> None:
         """Takes a velocity model on its device; a frozen one gets no gradient from now on."""
         self.of, self.name, self.guidance, self.precision, self.frozen = of, name, guidance, precision, frozen
+        self.adapter: Adapter | None = None
+        self.sharding = Sharding()
         self._conditions: dict[str, Condition] = {}
         if frozen:
             of.module.requires_grad_(False)
@@ -50,6 +57,15 @@ class FlowModel:
     def trainable(self) -> dict[str, Tensor]:
         """The parameters that learn, by name."""
         return {name: own for name, own in self.of.module.named_parameters() if own.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Writes it into an empty folder, an adapter merged; see `VelocityModel.save`."""
+        self.of.save(folder)
+
+    @property
+    def library(self) -> str:
+        """The library that opens its folder, as a model card names it."""
+        return "diffusers" if "diffusers" in type(self.of).__module__ else "retort"
 
     def digest(self) -> str:
         """Digest of all its weights."""
