@@ -82,12 +82,13 @@ class SmallNet(nn.Module):
         self.config = config
         width = config.width
         self.patch_in = nn.Linear(config.patch_values, width)
-        self.position = nn.Parameter(0.02 * torch.randn(config.patches, width))
+        self.position = nn.Parameter(0.5 * torch.randn(config.patches, width))
         self.time_in, self.time_out = nn.Linear(width, width), nn.Linear(width, width)
         self.words_in, self.words_out = nn.Linear(len(config.words), width), nn.Linear(width, width)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.layers)])
         self.modulation = nn.Linear(width, 2 * width)
         self.patch_out = nn.Linear(width, config.patch_values)
+        nn.init.normal_(self.words_in.weight)  # a prompt has few words: each must count
         for layer in (self.modulation, self.patch_out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -129,13 +130,14 @@ class SmallNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, both modulated."""
+    """Attention and an MLP, both modulated; where there is one patch only, no attention."""
 
     def __init__(self, config: SmallConfig) -> None:
         """Makes one that at first changes nothing."""
         super().__init__()
-        self.attn, self.mlp = Attention(config.width, config.heads), MLP(config.width, config.mlp)
-        self.modulation = nn.Linear(config.width, 6 * config.width)
+        self.attn = Attention(config.width, config.heads) if config.patches > 1 else None
+        self.mlp = MLP(config.width, config.mlp)
+        self.modulation = nn.Linear(config.width, (3 if self.attn is None else 6) * config.width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
@@ -146,9 +148,12 @@ class Block(nn.Module):
             x_NPD: Hidden states.
             about_ND: What time and prompt are.
         """
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(about_ND)[:, None].chunk(6, -1)
-        x_NPD = x_NPD + gate * self.attn(_normal(x_NPD) * (1 + scale) + shift)
-        return x_NPD + mlp_gate * self.mlp(_normal(x_NPD) * (1 + mlp_scale) + mlp_shift)
+        modulation_N1X = self.modulation(about_ND)[:, None]
+        shift, scale, gate = modulation_N1X[..., -3 * x_NPD.shape[-1] :].chunk(3, -1)
+        if self.attn is not None:
+            first_shift, first_scale, first_gate = modulation_N1X[..., : 3 * x_NPD.shape[-1]].chunk(3, -1)
+            x_NPD = x_NPD + first_gate * self.attn(_normal(x_NPD) * (1 + first_scale) + first_shift)
+        return x_NPD + gate * self.mlp(_normal(x_NPD) * (1 + scale) + shift)
 
 
 class Attention(nn.Module):

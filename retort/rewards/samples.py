@@ -9,7 +9,7 @@ no model. What is asked for stands in the prompt; where it does not, in the row'
 | `color` | a colour word, one of the task glyphs | the mean of the ink is nearest to it |
 | `position` | `top left`, `top right`, `bottom left` or `bottom right` | the middle of the ink is in that quarter |
 | `count` | a number from one to nine; else one, where a single character is asked for | it has so many marks |
-| `on_shape` | the name of a shape of the task plane | the point is at most 0.2 from it |
+| `on_shape` | the name of a shape of the task plane | the point is at most 0.3 from it |
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,10 @@ class Fit:
     batch: int = 64
     lr: float = 2e-3
     seed: int = 0
+
+    def other(self, seed: int) -> Fit:
+        """The same with other random numbers; with itself for seed 0."""
+        return replace(self, seed=self.seed + 1000 * seed)
 
 
 def fit(flow: SmallFlow, draw: Batch, how: Fit, *, name: str = "") -> None:

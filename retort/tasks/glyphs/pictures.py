@@ -6,7 +6,7 @@ every machine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,6 @@ SIDE = 24
 """Width and height of a picture, pixels."""
 MARK = 10
 """Width and height of a character, pixels: 5 by 5 cells of 2 by 2."""
-SHIFTS = 3
-"""A character stands in its quarter of the picture 0, 1 or 2 pixels from the left and from the top."""
 
 FONT: Mapping[str, tuple[str, ...]] = {
     "A": (".###.", "#...#", "#####", "#...#", "#...#"),
@@ -58,14 +56,12 @@ class Marks:
         glyph_N: Index of the character in `FONT`, int64.
         color_N: Index of its colour in `COLORS`.
         position_N: Index of its quarter in `POSITIONS`.
-        shift_N2: How far it stands from the top and from the left of its quarter, pixels, below `SHIFTS`.
         ground_N: Grey of the background, 0 to 1.
     """
 
     glyph_N: Tensor
     color_N: Tensor
     position_N: Tensor
-    shift_N2: Tensor
     ground_N: Tensor
 
 
@@ -78,7 +74,7 @@ def templates() -> Tensor:
 def pictures(marks: Marks) -> Tensor:
     """Draws them, [N, 3, 24, 24], values from 0 to 1."""
     quarters = torch.tensor(list(POSITIONS.values())) * (SIDE // 2)
-    start_N2 = quarters[marks.position_N] + marks.shift_N2
+    start_N2 = quarters[marks.position_N] + 1  # in the middle of its quarter
     mask_NHW = torch.zeros(len(marks.glyph_N), SIDE, SIDE)
     own = torch.arange(MARK)
     rows, columns = start_N2[:, :1] + own, start_N2[:, 1:] + own
@@ -89,14 +85,13 @@ def pictures(marks: Marks) -> Tensor:
     return mask * ink + (1 - mask) * ground
 
 
-def picture(glyph: str, color: str, position: str, shift: Sequence[int] = (1, 1), ground: float = 0.1) -> Tensor:
+def picture(glyph: str, color: str, position: str, ground: float = 0.1) -> Tensor:
     """Draws one, [3, 24, 24].
 
     Args:
         glyph: A key of `FONT`.
         color: A key of `COLORS`.
         position: A key of `POSITIONS`.
-        shift: How far it stands from the top and from the left of its quarter, pixels.
         ground: Grey of the background, 0 to 1.
 
     Example:
@@ -108,12 +103,9 @@ def picture(glyph: str, color: str, position: str, shift: Sequence[int] = (1, 1)
         torch.tensor([list(names).index(name)])
         for names, name in ((FONT, glyph), (COLORS, color), (POSITIONS, position))
     )
-    return pictures(Marks(glyph_N, color_N, position_N, torch.tensor([list(shift)]), torch.tensor([ground])))[0]
+    return pictures(Marks(glyph_N, color_N, position_N, torch.tensor([ground])))[0]
 
 
 def random_marks(glyph_N: Tensor, color_N: Tensor, position_N: Tensor, generator: torch.Generator) -> Marks:
-    """Marks whose shift and background are drawn at random."""
-    count = len(glyph_N)
-    shift_N2 = torch.randint(SHIFTS, (count, 2), generator=generator)
-    ground_N = 0.05 + 0.15 * torch.rand(count, generator=generator)
-    return Marks(glyph_N, color_N, position_N, shift_N2, ground_N)
+    """Marks whose background is drawn at random."""
+    return Marks(glyph_N, color_N, position_N, 0.05 + 0.15 * torch.rand(len(glyph_N), generator=generator))

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 #: How thick a curve is drawn: standard deviation of its points around it.
-SPREAD = 0.05
+SPREAD = 0.1
 #: A point counts as on a shape up to this distance from it.
-NEAR = 0.2
+NEAR = 0.3
 #: Distance of the eight Gaussians from the origin.
 _RADIUS = 1.6
 
