@@ -30,6 +30,7 @@ from retort.rewards.samples import SampleGrader
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.flow import FlowTeacher, refuse_other_flow, refuse_other_prompts
 from retort.train.events import tracking
+from retort.train.flows.cold_start import Examples, maker, with_examples
 from retort.train.flows.passes import FlowPasses, flow_rounds
 from retort.train.flows.settings import own_settings
 from retort.train.flows.source import FlowSource
@@ -156,8 +157,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     config = own_settings(config)
     tracking.need(config.tracker)
     notes: list[str] = []
-    method = for_latents(method or registry.load(**config.method))
-    config = pair.without_idle_teacher(config, method)
+    method = for_latents(with_examples(config, method or registry.load(**config.method)))
+    config = pair.without_idle_teacher(config, method, may_write=True)
     _check_method(method)
     student, teacher, data = pair.named(config, method)
     if config.threads:
@@ -188,7 +189,15 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     return FlowPrepared(
         config=config,
         method=method,
-        source=FlowSource(train, batch_prompts(config, len(train)), config.seed, own, sampling, grader),
+        source=FlowSource(
+            train,
+            batch_prompts(config, len(train)),
+            config.seed,
+            own,
+            sampling,
+            grader,
+            _examples(config, method, teachers),
+        ),
         teachers=Teachers(teachers),
         learner=Learner(
             FlowPasses.over(own, config.flow.batch),
@@ -201,6 +210,15 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
         models=models,
         notes=notes,
     )
+
+
+def _examples(config: Config, method: Method, teachers: Mapping[str, Any]) -> Examples | None:
+    """Who makes what a cold start learns from, where there is one."""
+    if method.before is None:
+        return None
+    flow = config.flow
+    count = flow.window or flow.window_end or flow.steps - 1
+    return Examples(maker(teachers["teacher"]), config.seed, flow.eval_steps, flow.batch, count)
 
 
 def _check_method(method: Method) -> None:
@@ -216,7 +234,8 @@ def _check_method(method: Method) -> None:
         )
     for phase in [method] if method.before is None else [method.before[1], method]:
         plan = phase.rollout
-        if plan.sources != {"student"} or plan.replay is not None or plan.order is not None:
+        own = phase is method or plan.sources != {"teacher"}
+        if (own and plan.sources != {"student"}) or plan.replay is not None or plan.order is not None:
             raise UserError(
                 f"method '{phase.name}' also learns from what the student did not sample now, or orders prompts by "
                 "difficulty; for denoising steps switch that off (method.on_policy_fraction=1), or choose another"
