@@ -106,6 +106,8 @@ def _chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:
         ]
         if not found:
             known = sorted({ATTENTION, ALL_LINEAR, *(name.rpartition(".")[2] for name in linear)})
+            if target == ATTENTION:
+                raise UserError("lora.targets: the model has no projections of attention; set lora.targets=all-linear")
             raise UserError(f"lora.targets: the model has no linear layer '{target}'; {did_you_mean(target, known)}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)

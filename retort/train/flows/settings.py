@@ -15,7 +15,7 @@ _READ = (
 
 
 def own_settings(config: Config) -> Config:
-    """The settings of a run of denoising steps: of those that are for text alone, what a method's paper says is left out.
+    """The settings of a run of denoising steps, without what a method's paper says of settings for text alone.
 
     Raises:
         UserError: The user set one, which would do nothing; the message names it.

@@ -92,7 +92,10 @@ def test_models_and_rows_as_objects(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_merged_start(folder: Path, tmp_path: Path, rank: int) -> None:
-    run = started(settings(folder, flow={"start": "merge"}, lora={"rank": rank}), tmp_path / "run")
+    run = started(
+        settings(folder, flow={"start": "merge"}, lora={"rank": rank, "targets": ["all-linear"]} if rank else {}),
+        tmp_path / "run",
+    )
     weights = [load_file(folder / name / "model.safetensors") for name in EXPERTS]
     own = {name.replace(".base_layer", ""): x for name, x in run.student.of.module.state_dict().items()}  # type: ignore
     for name, first in weights[0].items():
@@ -153,13 +156,7 @@ def test_a_run_on_other_weights_is_not_resumed(folder: Path, tmp_path: Path) -> 
 
 
 def test_a_method_of_denoising_steps_needs_a_student_that_denoises(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="flow_opd"):
-        started(
-            {
-                "student": "countdown:student",
-                "teacher": "countdown:teacher",
-                "data": "countdown",
-                "method": {"name": "flow_opd"},
-            },
-            tmp_path / "run",
-        )
+    given = {"student": "countdown:student", "teacher": "countdown:teacher", "data": "countdown", "limit": 4}
+    given |= {"method": {"name": "flow_opd"}, "eval": {"problems": 0}}
+    with pytest.raises(UserError, match="the student, too, must be a flow model"):
+        started(given, tmp_path / "run").go()
