@@ -12,7 +12,6 @@ import torch
 
 from retort import registry
 from retort.config import Config
-from retort.core.needs import GAUSSIAN
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
 from retort.core.trajectory import Noise
@@ -135,12 +134,7 @@ def decides_latents(config: Config, method: Method | None, caller_objects: Calle
     place = located(name)
     if Path(place).exists():
         return is_flow(place)
-    return bool(config.flow.model_fields_set) or needs_latents(method or registry.load(**config.method))
-
-
-def needs_latents(method: Method) -> bool:
-    """Whether a method is about denoising steps alone."""
-    return any(need == GAUSSIAN for view in method.views for need in method.needs(view))
+    return bool(config.flow.model_fields_set) or (method or registry.load(**config.method)).needs_latents
 
 
 def prepare_flow(config: Config, method: Method | None, caller_objects: CallerObjects) -> FlowPrepared:
