@@ -152,7 +152,7 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     tracking.need(config.tracker)
     notes: list[str] = []
     method = for_latents(with_examples(config, method or registry.load(**config.method)))
-    config = pair.without_idle_teacher(config, method, may_write=True)
+    config = pair.without_idle_teacher(config, method, may_generate=True)
     _check_method(method)
     student, teacher, data = pair.named(config, method)
     if config.threads:

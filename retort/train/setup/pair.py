@@ -28,19 +28,19 @@ def teacher_use(method: Method) -> str | None:
     return None
 
 
-def without_idle_teacher(config: Config, method: Method, *, may_write: bool = False) -> Config:
+def without_idle_teacher(config: Config, method: Method, *, may_generate: bool = False) -> Config:
     """Removes a teacher that nothing asks from the settings; that of a built-in task goes without a note.
 
     Args:
         config: The resolved configuration.
         method: The method.
-        may_write: Whether the run can have each of several teachers make the completions of its own prompts.
+        may_generate: Whether the run can have each of several teachers generate the completions of its own prompts.
 
     Raises:
         UserError: A teacher of the user's own would do nothing; or several of them, see `refuse_several`.
     """
     if config.teachers.models:
-        refuse_several(config, method, may_write=may_write)
+        refuse_several(config, method, may_generate=may_generate)
     elif config.teacher is None or teacher_use(method) is not None:
         return config
     if config.teacher is None:
@@ -57,13 +57,13 @@ def without_idle_teacher(config: Config, method: Method, *, may_write: bool = Fa
     )
 
 
-def refuse_several(config: Config, method: Method, *, may_write: bool = False) -> None:
+def refuse_several(config: Config, method: Method, *, may_generate: bool = False) -> None:
     """Refuses several teachers where they have no meaning.
 
     Args:
         config: The resolved configuration.
         method: The method.
-        may_write: As in `without_idle_teacher`.
+        may_generate: As in `without_idle_teacher`.
 
     Raises:
         UserError: No view asks a teacher; a name is no model's; teachers would generate; or the best by reward is to be
@@ -82,7 +82,7 @@ def refuse_several(config: Config, method: Method, *, may_write: bool = False) -
                 f"models.{name}.path"
             )
     for phase in phases:
-        if "teacher" in phase.rollout.sources and not may_write:
+        if "teacher" in phase.rollout.sources and not may_generate:
             remedy = "cold_start.answers=dataset" if phase is not method else "method.on_policy_fraction=1"
             raise UserError(
                 f"method '{phase.name}' learns from completions of a teacher, and of several (teachers.models) none is "
