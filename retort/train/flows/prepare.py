@@ -16,9 +16,8 @@ from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
 from retort.core.trajectory import Noise
 from retort.errors import UserError
-from retort.flows.load import is_flow, open_flow
+from retort.flows.load import is_adapter, is_flow, open_flow
 from retort.flows.lora import ATTENTION, add_lora
-from retort.flows.lora import CONFIG as ADAPTER_CONFIG
 from retort.flows.merging import merged_start
 from retort.flows.model import FlowModel
 from retort.flows.sampling import FlowSampling
@@ -296,7 +295,7 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             targets=lora.targets if config.set_by_user("lora.targets") else (ATTENTION,),
             rslora=lora.rslora,
             seed=config.seed,
-            name=student.name,
+            name=located(student.name),
         )
     if config.flow.start != "student":
         _merge(config, student, found, {name: located(path) for name, path in paths.items()})
@@ -312,6 +311,6 @@ def _merge(config: Config, student: FlowModel, models: Mapping[str, FlowModel], 
     names = config.teachers.models
     if not names:
         raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
-    adapters = {name for name in names if (Path(places[name]) / ADAPTER_CONFIG).is_file()}
+    adapters = {name for name in names if is_adapter(places[name])}
     experts = [places[name] if name in adapters else models[name].of for name in names]
     merged_start(student.of, experts, products=config.flow.start == "merge_products")
