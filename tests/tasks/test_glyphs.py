@@ -77,7 +77,7 @@ def test_rows() -> None:
 
 
 def test_rewards_read_the_prompts() -> None:
-    grader = SampleGrader([*recipe("glyphs")["flow"]["rewards"], "position", "count"])
+    grader = SampleGrader(recipe("glyphs")["flow"]["rewards"])
     for split in ("train", "held_out"):
         asked = combinations(split)
         images = torch.stack([picture(one.glyph, one.color, one.position) for one in asked])
@@ -89,7 +89,7 @@ def test_rewards_read_the_prompts() -> None:
 
 @pytest.mark.parametrize(("glyph", "color"), [(1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
 def test_how_often_pictures_follow_their_prompts(glyph: float, color: float) -> None:
-    data, texts = training(Stage(glyph, color, Fit(1)))(3000, torch.Generator().manual_seed(0))
+    data, texts = training(Stage(glyph, color, Fit(1)))(500, torch.Generator().manual_seed(0))
     known = {one.text(domain): one for one in combinations("train") for domain in DOMAINS}
     glyphs, colors, _ = indices([known[text] for text in texts])  # training combinations only
     images = data / 2 + 0.5
@@ -98,7 +98,7 @@ def test_how_often_pictures_follow_their_prompts(glyph: float, color: float) -> 
         (color, COLORS, color_N(images) == colors),
     ):
         expected = follows + (1 - follows) / len(names)
-        assert right_N.float().mean().item() == pytest.approx(expected, abs=0.03)
+        assert right_N.float().mean().item() == pytest.approx(expected, abs=0.06)
     assert {text.split()[0] for text in texts} == {"write", "paint"}
 
 
@@ -114,7 +114,7 @@ def test_models_are_what_the_script_makes() -> None:
 def test_each_expert_knows_one_reward_and_the_student_neither_well() -> None:
     for domain in DOMAINS:
         student = scored("student")[domain]
-        assert 0.2 < student.glyph < 0.7 and 0.2 < student.color < 0.7
+        assert 0.1 < student.glyph < 0.6 and 0.2 < student.color < 0.6
         glyph, color = scored("glyph")[domain], scored("color")[domain]
         assert glyph.glyph > 0.8 > 0.35 > glyph.color
         assert color.color > 0.8 > 0.35 > color.glyph
