@@ -159,3 +159,25 @@ def _quiet(pipeline: Any) -> Any:
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipeline
+
+
+def small(*, width: int = 16, seed: int = 0) -> Any:
+    """A small flow of points, float64, whose every weight has a size."""
+    from retort.flows.small import SmallConfig, SmallFlow
+
+    flow = SmallFlow.new(SmallConfig(latent_shape=(2,), words=("ring", "moon"), width=width), seed=seed)
+    flow.module.double()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(seed)
+        for weight in flow.module.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator).double() * 0.1)
+    return flow
+
+
+def tuned(adapter: Any, seed: int) -> Any:
+    """Gives an adapter's factors a size, as training does."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in adapter.tensors.values():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return adapter

@@ -1,7 +1,7 @@
 """What a pipeline of diffusers hands to its transformer, learnt by calling it: no family is known by name.
 
-The pipeline's own `__call__` runs with its transformer's `forward` replaced, which records the arguments. So prompts are
-encoded, noise levels shifted and latents packed as the pipeline does it.
+The pipeline's own `__call__` runs with its transformer's `forward` replaced, which records the arguments. So prompts
+are encoded, noise levels shifted and latents packed as the pipeline does it.
 """
 
 # pyright: basic

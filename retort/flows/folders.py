@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,11 +47,13 @@ class PipelineFolder:
         path: Where it is.
         kind: Class of the pipeline.
         parts: Class of each part, by its name.
+        absent: Parts that it goes without, such as a third text encoder.
     """
 
     path: Path
     kind: type[Any]
     parts: Mapping[str, type[Any]]
+    absent: Sequence[str]
 
 
 def need_diffusers() -> None:
@@ -79,18 +81,19 @@ def read_folder(label: str, name: str) -> PipelineFolder:
         index = read_object(path / INDEX)
     except UserError as error:
         raise UserError(f"{label}: {error}; name a folder that diffusers saved") from None
-    import diffusers
+    import diffusers  # pyright: ignore[reportMissingImports]
 
     kind = _class(label, "diffusers", index.get("_class_name"), (diffusers.DiffusionPipeline,))
     parts = _parts(label, kind, index)
     for part, made in parts.items():
         _check_files(label, path / part, made)
-    return PipelineFolder(path, kind, parts)
+    absent = [part for part in inspect.signature(kind.__init__).parameters if index.get(part) == [None, None]]
+    return PipelineFolder(path, kind, parts, absent)
 
 
 def _fetched(label: str, name: str) -> Path:
     """The folder of a pipeline of the hub, on this machine."""
-    from diffusers import DiffusionPipeline
+    from diffusers import DiffusionPipeline  # pyright: ignore[reportMissingImports]
 
     with errors_about(label):
         return Path(
@@ -119,8 +122,8 @@ def _parts(label: str, kind: type[Any], index: Mapping[str, Any]) -> dict[str, t
             raise UserError(f"{label}: {INDEX} names no {part}, which a {kind.__name__} needs; copy the folder again")
     if found["scheduler"].__name__ != SCHEDULER:
         raise UserError(
-            f"{label}: its scheduler is {found['scheduler'].__name__}, no flow-matching one that Retort knows; it must be "
-            f"{SCHEDULER}"
+            f"{label}: its scheduler is {found['scheduler'].__name__}, no flow-matching one that Retort knows; "
+            f"it must be {SCHEDULER}"
         )
     return found
 
@@ -158,7 +161,7 @@ def _check_files(label: str, folder: Path, kind: type[Any]) -> None:
     pickled = [name for name in names if name.endswith(_PICKLED)]
     if pickled:
         raise UserError(
-            f"{label}: the weights of {folder.name} are pickled ({pickled[0]}), and unpickling can run code; convert them "
-            "to safetensors (save_pretrained of a recent diffusers does)"
+            f"{label}: the weights of {folder.name} are pickled ({pickled[0]}), and unpickling can run code; convert "
+            "them to safetensors (save_pretrained of a recent diffusers does)"
         )
     raise UserError(f"{label}: no weights in {folder.name}/; copy the folder again")

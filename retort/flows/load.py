@@ -8,8 +8,10 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 
 from retort.errors import UserError
 from retort.files import unnameable
@@ -22,6 +24,8 @@ CONFIG, KEY = "config.json", "retort_flow"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 #: Longest settings that are looked into, bytes.
 _LONGEST = 1_000_000
+#: Where modules were opened from.
+_PLACES: WeakKeyDictionary[nn.Module, Path] = WeakKeyDictionary()
 
 
 def is_flow(path: str | Path, base: str | Path | None = None) -> bool:
@@ -43,7 +47,7 @@ def is_flow(path: str | Path, base: str | Path | None = None) -> bool:
         if (folder / lora.CONFIG).is_file():
             named = base or _settings(folder / lora.CONFIG).get("base_model_name_or_path")
             # An adapter over an adapter is none.
-            return isinstance(named, str | Path) and not _is_adapter(named) and is_flow(named)
+            return isinstance(named, str | Path) and not is_adapter(named) and is_flow(named)
         return KEY in _settings(folder / CONFIG)
     except OSError:
         return False
@@ -68,8 +72,8 @@ def open_flow(
         device: Where it goes.
         height: Height of images, pixels; the pipeline's own by default. Small flows have the size that they have.
         width: Width of images.
-        base: An adapter's base, instead of the one that its folder names. An opened one is copied, and the two share
-            text encoders and decoder.
+        base: An adapter's base, instead of the one that its folder names. An opened one is used unless the folder names
+            another that is there; it is copied, and the two share text encoders and decoder.
 
     Raises:
         UserError: It cannot be opened, or an adapter is for another base.
@@ -85,7 +89,7 @@ def open_flow(
     if problem is not None:
         raise UserError(f"{label}: {problem}")
     folder = Path(path).expanduser()
-    if _is_adapter(folder):
+    if is_adapter(folder):
         found = _adapted(label, folder, device=device, height=height, width=width, base=base)
     elif _is_small(folder):
         found = _small(label, folder, device, (height, width))
@@ -94,6 +98,7 @@ def open_flow(
 
         found = PipelineFlow.open(label, str(path), device=device, height=height, width=width)
     found.module.requires_grad_(role == "student").eval()
+    _PLACES[found.module] = folder
     return found
 
 
@@ -108,15 +113,19 @@ def _adapted(
 ) -> VelocityModel:
     """The base of an adapter with it in its weights."""
     factors = lora.read_factors(label, folder)
-    named = base or lora.read_settings(label, folder).get("base_model_name_or_path")
+    named = lora.read_settings(label, folder).get("base_model_name_or_path")
+    if base is not None and (not isinstance(base, VelocityModel) or not named or _shares(base, named)):
+        named = base
     if not named or not isinstance(named, str | Path | VelocityModel):
         raise UserError(
             f"{label}: {lora.CONFIG} names no base (base_model_name_or_path); write the base's folder there"
         )
     if isinstance(named, VelocityModel):
-        found = _copied(named)
+        if lora.adapter_in(named.module) is not None:
+            raise ValueError("a base with an adapter in it: open the experts before the student gets its adapter")
+        found = copy.deepcopy(named)
         found.module.to(device)
-    elif _is_adapter(named):
+    elif is_adapter(named):
         raise UserError(f"{label}: its base {named} is an adapter, too; merge that one, and name the merged folder")
     else:
         found = open_flow(named, role=f"{label}: its base", device=device, height=height, width=width)
@@ -124,11 +133,10 @@ def _adapted(
     return found
 
 
-def _copied(model: VelocityModel) -> VelocityModel:
-    if lora.adapter_in(model.module) is not None:
-        raise ValueError("a base with an adapter in it: open the experts before the student gets its adapter")
-    own: Any = getattr(model, "copied", None)
-    return copy.deepcopy(model) if own is None else own()
+def _shares(base: VelocityModel, named: object) -> bool:
+    """Whether an opened model is the base that an adapter's folder names, or the one that it names is not there."""
+    place = Path(str(named)).expanduser()
+    return not place.exists() or base.module not in _PLACES or place.resolve() == _PLACES[base.module].resolve()
 
 
 def _small(label: str, folder: Path, device: torch.device | str, size: tuple[int | None, int | None]) -> VelocityModel:
@@ -148,7 +156,8 @@ def _small(label: str, folder: Path, device: torch.device | str, size: tuple[int
     return found
 
 
-def _is_adapter(path: str | Path) -> bool:
+def is_adapter(path: str | Path) -> bool:
+    """Whether a name is that of an adapter's folder."""
     return (Path(path).expanduser() / lora.CONFIG).is_file()
 
 

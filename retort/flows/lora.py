@@ -1,4 +1,4 @@
-r"""LoRA adapters in velocity models, by `peft`: putting one in, merging it, and reading the factors of an adapter's folder.
+r"""LoRA adapters in velocity models, by `peft`: putting one in, merging it, reading the factors of a folder.
 
 A layer's product gains :math:`s\,B A x` (Hu et al. 2021, arXiv 2106.09685); s is alpha / rank.
 """
@@ -105,10 +105,13 @@ def _chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:
             if target == ALL_LINEAR or any(name == end or name.endswith(f".{end}") for end in ends)
         ]
         if not found:
-            known = sorted({ATTENTION, ALL_LINEAR, *(name.rpartition(".")[2] for name in linear)})
-            if target == ATTENTION:
-                raise UserError("lora.targets: the model has no projections of attention; set lora.targets=all-linear")
-            raise UserError(f"lora.targets: the model has no linear layer '{target}'; {did_you_mean(target, known)}")
+            short = sorted({name.rpartition(".")[2] for name in linear} - {ATTENTION})
+            what = (
+                f"no projections of attention by the names of diffusers; its linear layers: {', '.join(short[:20])}"
+                if target == ATTENTION
+                else f"no linear layer '{target}'; {did_you_mean(target, [*short, ATTENTION, ALL_LINEAR])}"
+            )
+            raise UserError(f"lora.targets: the model has {what}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 
@@ -140,7 +143,8 @@ def save_adapter(adapter: Adapter, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     adapter.save(folder)
-    settings = json.dumps(read_object(folder / CONFIG), sort_keys=True)
+    config = read_object(folder / CONFIG)
+    settings = json.dumps({f"{_TRANSFORMER}{name}": value for name, value in config.items()}, sort_keys=True)
     tensors = {
         f"{_TRANSFORMER}{name.removeprefix(_PREFIX)}": tensor for name, tensor in load_file(folder / WEIGHTS).items()
     }
@@ -161,8 +165,8 @@ def read_factors(label: str, folder: Path) -> dict[str, LowRank]:
     for name, allowed in _PLAIN.items():
         if settings.get(name) not in allowed:
             raise UserError(
-                f"{label}: {CONFIG}: {name} is {quoted(settings.get(name), 60)}, and only plain LoRA adapters are read; "
-                "merge this one into its base by the library that made it"
+                f"{label}: {CONFIG}: {name} is {quoted(settings.get(name), 60)}, and only plain LoRA adapters are "
+                "read; merge this one into its base by the library that made it"
             )
     tensors = _tensors(label, folder)
     layers = sorted({name.removesuffix(_DOWN).removesuffix(_UP) for name in tensors})
@@ -225,7 +229,7 @@ def add_product(module: nn.Module, factors: Mapping[str, LowRank], label: str) -
         label: What messages call the adapter.
 
     Raises:
-        UserError: A layer is not in the module, or of another shape: the adapter is of another base. Nothing is changed.
+        UserError: A layer is not in the module, or of another shape: the adapter is of another base. Nothing changes.
     """
     weights = {name: weight_of(module, name, factor, label) for name, factor in factors.items()}
     for name, factor in factors.items():

@@ -18,7 +18,7 @@ from retort.core.head import LowRank
 from retort.errors import UserError
 from retort.flows import lora
 from retort.flows.base import VelocityModel
-from retort.flows.load import open_flow
+from retort.flows.load import is_adapter, open_flow
 from retort.models.adapter import NAME, Adapter
 
 Expert = str | Path | VelocityModel
@@ -29,9 +29,9 @@ def merged_start(student: VelocityModel, experts: Sequence[Expert], *, products:
     """Gives a student the mean of its experts, in place.
 
     LoRA experts must be adapters over the student's own weights. The mean of the factors becomes the student's adapter
-    if it has one (of the same rank, on the same layers), and otherwise is added to its weights. The mean of the products
-    has a higher rank than an adapter, so it is added to the weights in any case, and the student's adapter begins at 0:
-    such an adapter by itself belongs to the merged weights, not to the original base.
+    if it has one (of the same rank, on the same layers), and otherwise is added to its weights. The mean of the
+    products has a higher rank than an adapter, so it is added to the weights in any case, and the student's adapter
+    begins at 0: such an adapter by itself belongs to the merged weights, not to the original base.
 
     Experts with weights of their own: the student's weights become their mean, and its adapter begins at 0.
 
@@ -46,7 +46,7 @@ def merged_start(student: VelocityModel, experts: Sequence[Expert], *, products:
     """
     if not experts:
         raise UserError("flow.start: there is no expert to merge")
-    adapters = [_is_adapter(expert) for expert in experts]
+    adapters = [not isinstance(expert, VelocityModel) and is_adapter(expert) for expert in experts]
     if all(adapters):
         _merge_adapters(student, [Path(str(expert)).expanduser() for expert in experts], products=products)
     elif any(adapters):
@@ -123,8 +123,8 @@ def _same_layers(experts: Mapping[str, Mapping[str, LowRank]]) -> list[str]:
         if odd:
             there, lacking = (first_name, name) if odd[0] in first else (name, first_name)
             raise UserError(
-                f"flow.start: {there} adapts layer '{odd[0]}' and {lacking} does not; only adapters of the same layers are "
-                "merged"
+                f"flow.start: {there} adapts layer '{odd[0]}' and {lacking} does not; only adapters of the same layers "
+                "are merged"
             )
     return list(first)
 
@@ -141,8 +141,8 @@ def _merge_adapters(student: VelocityModel, folders: Sequence[Path], *, products
     if len(bases) > 1:
         (one, first), (two, second), *_ = bases.items()
         raise UserError(
-            f"flow.start: {first} is an adapter over {one}, and {second} one over {two}; only adapters over the same base "
-            "are merged"
+            f"flow.start: {first} is an adapter over {one}, and {second} one over {two}; only adapters over the same "
+            "base are merged"
         )
     own = lora.adapter_in(student.module)
     if products or own is None:
@@ -183,8 +183,8 @@ def _mean_weights(experts: Sequence[Expert]) -> dict[str, Tensor]:
         state = lora.merged_state(model.module)
         if total and {name: x.shape for name, x in state.items()} != {name: x.shape for name, x in total.items()}:
             raise UserError(
-                f"flow.start: {_name(expert)} has other weights than {_name(experts[0])} by name or shape; only experts "
-                "of one architecture are merged"
+                f"flow.start: {_name(expert)} has other weights than {_name(experts[0])} by name or shape; only "
+                "experts of one architecture are merged"
             )
         for name, value in state.items():
             kinds[name] = value.dtype
@@ -203,15 +203,11 @@ def _set_weights(student: VelocityModel, weights: Mapping[str, Tensor]) -> None:
     ]
     if odd:
         raise UserError(
-            f"flow.start: the experts' weights are not of the student's architecture ('{odd[0]}'); name experts that were "
-            "trained from the student"
+            f"flow.start: the experts' weights are not of the student's architecture ('{odd[0]}'); name experts that "
+            "were trained from the student"
         )
     for name, target in targets.items():
         target.copy_(weights[name])
-
-
-def _is_adapter(expert: Expert) -> bool:
-    return not isinstance(expert, VelocityModel) and (Path(expert).expanduser() / lora.CONFIG).is_file()
 
 
 def _name(expert: Expert) -> str:

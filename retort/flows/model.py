@@ -65,7 +65,7 @@ class FlowModel:
     @property
     def library(self) -> str:
         """The library that opens its folder, as a model card names it."""
-        return "diffusers" if "diffusers" in type(self.of).__module__ else "retort"
+        return getattr(self.of, "library", "retort")
 
     def digest(self) -> str:
         """Digest of all its weights."""

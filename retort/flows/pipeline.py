@@ -46,7 +46,10 @@ class PipelineFlow:
         latent_shape: [channels, height, width] before the pipeline packs them for its transformer.
         pipeline: The pipeline.
         size: Height and width of images, pixels.
+        library: The library that opens its folder.
     """
+
+    library = "diffusers"
 
     def __init__(
         self, pipeline: Any, *, height: int | None = None, width: int | None = None, source: Path | None = None
@@ -71,10 +74,13 @@ class PipelineFlow:
         with errors_about(f"images of {self.size[0]} x {self.size[1]}", "the pipeline refuses them"):
             one, two = (ask(pipeline, texts, 2, self.size) for texts in ([_SHORT], [_SHORT, _LONG]))
             self._time_scale = time_scale(pipeline, self.size)
-        self._rows, self._constants = _sorted(pipeline, one.arguments, two.arguments)
-        self._layout = _Layout(pipeline, one.arguments[LATENTS], self.size)
-        self.latent_shape = self._layout.shape
-        _check_decoder(pipeline, self.latent_shape, self.size)
+            self._rows, self._constants = _sorted(pipeline, one.arguments, two.arguments)
+            self._layout = _Layout(pipeline, one.arguments[LATENTS], self.size)
+            self.latent_shape = self._layout.shape
+            _check_decoder(pipeline, self.latent_shape, self.size)
+            # Some transformers refuse sizes that their pipeline lets pass.
+            with torch.no_grad():
+                self.velocity(torch.zeros(1, *self.latent_shape), torch.ones(1), self.condition([_SHORT]))
 
     @staticmethod
     def open(
@@ -162,9 +168,13 @@ class PipelineFlow:
         The transformer's weights are written, with an adapter that is in it merged. All other parts are copied from the
         folder that was opened.
         """
+        import diffusers  # pyright: ignore[reportMissingImports]
+
+        folder.mkdir(parents=True, exist_ok=True)
         transformer = self.pipeline.transformer
+        settings = {name: value for name, value in transformer.config.items() if name != "_name_or_path"}
         with torch.device("meta"):
-            whole: Any = type(transformer).from_config(transformer.config)
+            whole: Any = type(transformer).from_config(settings)
         whole.load_state_dict(merged_state(self.module), assign=True)
         parts = {name: part for name, part in self.pipeline.components.items() if part is not None}
         for name, part in parts.items():
@@ -174,13 +184,14 @@ class PipelineFlow:
                 _copy(self.source / name, folder / name)
             else:
                 part.save_pretrained(folder / name)
-        index = {name: value for name, value in self.pipeline.config.items() if name != "_name_or_path"}
+        index = {"_class_name": type(self.pipeline).__name__, "_diffusers_version": diffusers.__version__}
+        index |= {name: value for name, value in self.pipeline.config.items() if not name.startswith("_")}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    def copied(self) -> PipelineFlow:
-        """Another one with a copy of the transformer, which shares text encoders and VAE."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineFlow:
+        """Another one with a copy of the transformer, which shares text encoders and VAE: they are frozen."""
         other = copy.copy(self)
-        other.module = copy.deepcopy(self.module)
+        other.module = copy.deepcopy(self.module, memo)
         other.pipeline = type(self.pipeline)(**{**self.pipeline.components, "transformer": other.module})
         other.pipeline.set_progress_bar_config(disable=True)
         return other
@@ -196,8 +207,8 @@ class _Layout:
         self.shape = tuple(latents.shape[1:])
         if latents.ndim != 4 or not torch.equal(self.packed(latents), hidden):
             raise UserError(
-                f"a {type(pipeline).__name__} gives its transformer latents {tuple(hidden.shape)}, which are no pictures; "
-                "that pipeline cannot be used"
+                f"a {type(pipeline).__name__} gives its transformer latents {tuple(hidden.shape)}, which are no "
+                "pictures; that pipeline cannot be used"
             )
 
     def packed(self, latents: Tensor) -> Tensor:
@@ -227,8 +238,12 @@ def _loaded(label: str, found: PipelineFolder) -> Any:
         wrong, _ = account(part, info)
         if wrong:
             raise UserError(f"{label}: the weights of {name} are not those of its config.json: {'; '.join(wrong)}")
+        # In memory of a file, weights begin wherever its header ends, and some products round by that.
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.data = tensor.data.clone()
         parts[name] = part.eval().requires_grad_(False)
-    return found.kind.from_pretrained(found.path, **parts, trust_remote_code=False)
+    absent = dict.fromkeys(found.absent)  # diffusers wants to be told of parts that a folder goes without
+    return found.kind.from_pretrained(found.path, **parts, **absent, trust_remote_code=False)
 
 
 def _own_size(pipeline: Any) -> tuple[int, int]:
@@ -278,14 +293,18 @@ def _check_decoder(pipeline: Any, shape: tuple[int, ...], size: tuple[int, int])
     made = tuple(side * pipeline.vae_scale_factor for side in shape[1:])
     if made != size:
         raise UserError(
-            f"the pipeline makes images of {made[0]} x {made[1]} pixels instead of {size[0]} x {size[1]}; set flow.height "
-            "and flow.width to what it can make"
+            f"the pipeline makes images of {made[0]} x {made[1]} pixels instead of {size[0]} x {size[1]}; set "
+            "flow.height and flow.width to what it can make"
         )
 
 
 def _described(part: Any) -> str:
     """Class and settings of a part, in one line."""
-    settings = {name: value for name, value in part.config.items() if not name.startswith("_") and value is not None}
+    settings = {
+        name: list(value) if isinstance(value, tuple) else value  # as it is once it was in a file
+        for name, value in part.config.items()
+        if not name.startswith("_") and value is not None
+    }
     return f"{type(part).__name__} ({', '.join(f'{name} {value}' for name, value in sorted(settings.items()))})"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retort.errors import UserError, did_you_mean, quoted, shortened, visible
 from retort.flows.base import Condition
+from retort.flows.lora import merged_state
 from retort.flows.small_net import SmallConfig, SmallNet
 
 #: The key of `config.json` by which a folder is one of these.
@@ -90,7 +91,7 @@ class SmallFlow:
         return SmallFlow(net.requires_grad_(True))
 
     def save(self, folder: Path, *, dtype: torch.dtype | None = None) -> None:
-        """Saves it.
+        """Saves it, with an adapter that is in it merged.
 
         Args:
             folder: An empty folder, or one that does not exist.
@@ -99,7 +100,7 @@ class SmallFlow:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: own.detach().to("cpu", dtype or own.dtype).contiguous()
-            for name, own in self.module.state_dict().items()
+            for name, own in merged_state(self.module).items()
         }
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         text = json.dumps(self.config.model_dump(mode="json"), ensure_ascii=False, indent=1)

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import flow_models
 import pytest
 import torch
 from torch import Tensor
 
 from retort.flows.base import Condition, VelocityModel
+from retort.flows.load import open_flow
+from retort.flows.pipeline import PipelineFlow
 from retort.flows.small import SmallConfig, SmallFlow
 
 #: Prompts that every model below reads.
@@ -27,11 +30,20 @@ def small(latent_shape: tuple[int, ...]) -> SmallFlow:
     return flow
 
 
+def of_diffusers(folder: Path) -> VelocityModel:
+    return open_flow(folder, role="student", height=32, width=24)
+
+
 #: How a model is made, and how one is opened again.
 MODELS: dict[str, tuple[Callable[[], VelocityModel], Callable[[Path], VelocityModel]]] = {
     "small, points": (lambda: small((2,)), SmallFlow.open),
     "small, images": (lambda: small((3, 8, 8)), SmallFlow.open),
+    "sd3": (lambda: PipelineFlow(flow_models.sd3(), height=32, width=24), of_diffusers),
+    "flux": (lambda: PipelineFlow(flow_models.flux(), height=32, width=24), of_diffusers),
 }
+#: Those of diffusers, which has an environment of its own (`make flow`).
+DIFFUSERS = ("sd3", "flux")
+EACH = [pytest.param(name, marks=pytest.mark.flow) if name in DIFFUSERS else name for name in MODELS]
 
 
 @cache
@@ -39,7 +51,7 @@ def made(name: str) -> VelocityModel:
     return MODELS[name][0]()
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=EACH)
 def model(request: pytest.FixtureRequest) -> VelocityModel:
     return made(request.param)
 
@@ -125,7 +137,7 @@ def test_samples_are_decoded(model: VelocityModel) -> None:
         assert samples.min() >= 0 and samples.max() <= 1
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_saved_opens_with_the_same_bits(name: str, tmp_path: Path) -> None:
     model = made(name)
     model.save(tmp_path / "saved")

@@ -127,7 +127,9 @@ def test_the_mean_of_the_experts_is_between() -> None:
         assert getattr(student[domain], domain) < getattr(merge[domain], domain) < best - 0.1
 
 
-def test_the_script_repeats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(build, "STUDENT", (Stage(1.0, 1.0, Fit(steps=2, batch=4)), Stage(0.5, 0.5, Fit(1, batch=4))))
     monkeypatch.setattr(build, "EXPERTS", {"glyph": Stage(1.0, 0.0, Fit(steps=2, batch=4))})
     monkeypatch.setattr(build, "measure", lambda flow, domain: Score(0.5, 0.25))

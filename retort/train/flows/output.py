@@ -19,6 +19,7 @@ from retort.core.trajectory import Trajectory
 from retort.data import fingerprint
 from retort.errors import RunError, UserError
 from retort.files import disk_full, new_folder, reason, write_text
+from retort.flows.lora import save_adapter
 from retort.loss.terms import wanted
 from retort.train.flows.card import flow_card
 from retort.train.flows.evaluations import FlowEvaluations
@@ -174,14 +175,14 @@ class FlowOutput:
                 found[f"reverse_kl/step-{place + 1}"] = float(own_N.mean())
         return found
 
-    def write_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
+    def save_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
         """See `Output`: a folder that `retort train` opens again, of a diffusers pipeline a whole one."""
         check()
         student = self.prepared.student
         try:
             if student.adapter is not None:
                 with new_folder(folder.with_name(ADAPTER)) as temporary:
-                    student.adapter.save(temporary)
+                    save_adapter(student.adapter, temporary)
             with new_folder(folder) as temporary:
                 student.save(temporary)
                 write_text(temporary / "README.md", flow_card(self.prepared, results, step))
