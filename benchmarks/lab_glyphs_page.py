@@ -18,10 +18,10 @@ INTRO = """# The lab of flows
 
 <!-- Written by benchmarks/lab.py --bench glyphs; edit benchmarks/lab_glyphs_page.py. -->
 
-Two experts each know one reward of the task [glyphs](../glyphs.md): the right character, or the right colour. Can one student
-learn both from them on its own trajectories, and does it better than GRPO on the rewards, or than the mean of the experts'
-weights alone? All share prompts, order, random numbers of a seed and one learning rate, and denoise as often. **Nothing is
-tuned for any of them.**
+Two experts each know one reward of the task [glyphs](../glyphs.md): the right character, or the right colour. Can one
+student learn both from them on its own trajectories, and does it better than GRPO on the rewards, or than the mean of
+the experts' weights alone? All share prompts, order, random numbers of a seed and one learning rate, and denoise as
+often. **Nothing is tuned for any of them.**
 
 ```sh
 python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # runs what is missing; --report only writes this page
@@ -29,9 +29,9 @@ python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # runs what is 
 
 """
 LEGEND = """
-± is half of a 95 % interval over seeds (Student's t){weak}. *Character* and *colour* are the shares of right samples among the
-held-out prompts of that expert's domain, *mean* their mean. The KL is that of a denoising step to the expert's, nats. *Seconds*
-are those of the steps alone in the fastest run, on one thread, beside other work.
+± is half of a 95 % interval over seeds (Student's t){weak}. *Character* and *colour* are the shares of right samples
+among the held-out prompts of that expert's domain, *mean* their mean. The KL is that of a denoising step to the
+expert's, nats. *Seconds* are those of the steps alone in the fastest run, on one thread, beside other work.
 """
 
 
