@@ -73,7 +73,7 @@ def reads_images(method: str) -> bool:
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
-    for method in registry.names():
+    for method in registry.for_tokens():
         if needs_more(method) or asks_several(method) or registry.load(method).grading is not None:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
@@ -366,6 +366,17 @@ _LOOKERS: Mapping[str, Entry] = {
     ),
 }
 SHAPES = Bench("lab-shapes", _SHAPES, 4, lambda: _LOOKERS)
+#: Small images of characters, whose experts each know one reward. All that is not said here is as the task's recipe.
+GLYPHS = Bench(
+    "lab-glyphs",
+    {"data": "glyphs", "eval": {}},
+    16,
+    lambda: {
+        "flow_opd": Entry("flow_opd", {}, "16 images a prompt, not 24"),
+        "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+        "diffusion_opd": Entry("diffusion_opd", {}, "16 images a prompt, not 8; the experts by routing, too"),
+    },
+)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -374,4 +385,5 @@ BENCHES: Mapping[str, Bench] = {
     "agents": AGENTS,
     "judges": JUDGES,
     "shapes": SHAPES,
+    "glyphs": GLYPHS,
 }

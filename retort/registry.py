@@ -25,6 +25,15 @@ def names() -> list[str]:
     return sorted(module.name for module in found if not module.name.startswith("_"))
 
 
+def for_tokens() -> list[str]:
+    """Names of the methods that a student of tokens can learn by, at their default settings, sorted.
+
+    They are all but those that need steps which decide latents. Which ones can teach such steps is said by
+    `retort.loss.latents.check_latents`; a method may do both.
+    """
+    return [name for name in names() if not load(name).needs_latents]
+
+
 def for_two_tokenizers() -> list[str]:
     """Names of the methods that a teacher with another tokenizer can serve, at their default settings, sorted.
 

@@ -176,10 +176,9 @@ class RichObserver:
         self._times.clear()
 
     def _speed(self, decided: float, seconds: float) -> str:
+        words = f"{_DECISIONS[self._decides]}/s"
         rate = decided / seconds
-        return (
-            f"{rate:,.0f} {_DECISIONS[self._decides]}/s" if rate >= 10 else f"{rate:.2g} {_DECISIONS[self._decides]}/s"
-        )
+        return f"{rate:,.0f} {words}" if rate >= 10 else f"{rate:.2g} {words}"
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The before/after table."""

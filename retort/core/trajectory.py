@@ -35,6 +35,15 @@ class Noise:
     sigma_max: float | None = None
 
 
+@dataclass(frozen=True)
+class Straight:
+    """How a decided step goes on where it was not sampled by a student but is an example: straight to its end.
+
+    Its deviation is the size of the step times sqrt(D / 2), with D elements of a latent. With it the KL of two models
+    is the mean square of the difference of their velocities, the loss of flow matching; nothing is drawn by it.
+    """
+
+
 @dataclass(frozen=True, eq=False)
 class Trajectory(TokenSequence):
     """The states of one sample from noise to data, L of them, and which steps decided the next one.
@@ -42,8 +51,8 @@ class Trajectory(TokenSequence):
     Attributes:
         latents: All states, [L, ...], on the CPU, fp32 (float64 of a model in float64); the first is noise, the last is
             data.
-        sigmas_L: Noise level of each state, float64, falling.
-        noise: How the decided steps add noise; None where none is decided.
+        sigmas_L: Noise level of each state, float64, falling; of examples it falls from every second one to 0.
+        noise: How the decided steps add noise, or that they are those of an example; None where none is decided.
 
     Raises:
         ValueError: Tensors of different lengths, or decided steps without noise.
@@ -59,7 +68,7 @@ class Trajectory(TokenSequence):
 
     latents: Tensor = field(default_factory=lambda: torch.empty(0))
     sigmas_L: Tensor = field(default_factory=lambda: torch.empty(0))
-    noise: Noise | None = None
+    noise: Noise | Straight | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,7 +79,7 @@ class Trajectory(TokenSequence):
             raise ValueError("a step without noise decides nothing")
 
     @staticmethod
-    def of_states(latents: Tensor, sigmas_L: Tensor, decided: Tensor, noise: Noise | None) -> Trajectory:
+    def of_states(latents: Tensor, sigmas_L: Tensor, decided: Tensor, noise: Noise | Straight | None) -> Trajectory:
         """Builds it.
 
         Args:

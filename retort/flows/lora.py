@@ -106,12 +106,13 @@ def _chosen(module: nn.Module, targets: Sequence[str]) -> list[str]:
         ]
         if not found:
             short = sorted({name.rpartition(".")[2] for name in linear} - {ATTENTION})
-            what = (
-                f"no projections of attention by the names of diffusers; its linear layers: {', '.join(short[:20])}"
-                if target == ATTENTION
-                else f"no linear layer '{target}'; {did_you_mean(target, [*short, ATTENTION, ALL_LINEAR])}"
-            )
-            raise UserError(f"lora.targets: the model has {what}")
+            if target == ATTENTION:
+                raise UserError(
+                    "lora.targets: the model has no projections of attention; set lora.targets=all-linear, or name "
+                    f"some of its linear layers: {', '.join(short[:20])}"
+                )
+            known = did_you_mean(target, [*short, ATTENTION, ALL_LINEAR])
+            raise UserError(f"lora.targets: the model has no linear layer '{target}'; {known}")
         chosen.update(dict.fromkeys(found))
     return list(chosen)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from retort.core.distribution import as_compute
-from retort.core.trajectory import Sampler
+from retort.core.trajectory import Noise, Sampler, Straight
 from retort.errors import UserError, did_you_mean
 
 
@@ -71,6 +71,49 @@ def denoising_step(
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{sampler}'; {did_you_mean(sampler, SAMPLERS)}")
     return SAMPLERS[sampler](velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
+
+
+def decided_step(
+    noise: Noise | Straight, velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor
+) -> DenoisingStep:
+    """The Gaussian of what the steps of a trajectory decided.
+
+    Args:
+        noise: How they did.
+        velocity: As in `denoising_step`.
+        latents: As there.
+        sigmas: As there.
+        next_sigmas: As there.
+
+    Raises:
+        UserError: As there.
+    """
+    match noise:
+        case Noise(sampler, level, sigma_max):
+            return denoising_step(sampler, velocity, latents, sigmas, next_sigmas, level, sigma_max=sigma_max)
+        case Straight():
+            return straight(velocity, latents, sigmas, next_sigmas)
+
+
+def straight(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor) -> DenoisingStep:
+    r"""The step of an example, :math:`N(x + v d,\ \tfrac D2 d^2 I)` with the step d in sigma and D elements.
+
+    Of two velocities its KL is :math:`\Vert v - u \Vert^2 / D`, their mean square difference, at every sigma. So an
+    example at :math:`x = (1-\sigma) x_0 + \sigma \epsilon` whose next latent is the data :math:`x_0` is worth
+    :math:`\Vert v - (\epsilon - x_0) \Vert^2 / D`, the loss of flow matching.
+
+    Args:
+        velocity: As in `denoising_step`.
+        latents: As there.
+        sigmas: As there.
+        next_sigmas: As there; usually 0.
+
+    Raises:
+        UserError: As there.
+    """
+    v, x, sigma_N, next_N = _checked(velocity, latents, sigmas, next_sigmas, 1.0)
+    step_N = next_N - sigma_N
+    return DenoisingStep(x + v * _over(step_N, x), step_N.abs() * math.sqrt(0.5 * x[0].numel()))
 
 
 def sde(

@@ -11,10 +11,10 @@ from torch import Tensor
 from retort.core.distribution import as_compute
 from retort.core.gaussian import Gaussian
 from retort.core.rollouts import Rollout
-from retort.core.trajectory import Noise, Trajectory
+from retort.core.trajectory import Noise, Straight, Trajectory
 from retort.errors import UserError
 from retort.flows.model import FlowModel
-from retort.flows.samplers import DenoisingStep, denoising_step
+from retort.flows.samplers import DenoisingStep, decided_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +27,7 @@ class DecidedSteps:
         sigmas_N: Noise levels of `latents`, float64, on the CPU.
         next_sigmas_N: Those of `next_latents`, float64, on the CPU.
         texts: The prompt of each step.
-        noise: How all of them added noise.
+        noise: How all of them added noise, or that they are those of examples.
     """
 
     latents: Tensor
@@ -35,7 +35,7 @@ class DecidedSteps:
     sigmas_N: Tensor
     next_sigmas_N: Tensor
     texts: tuple[str, ...]
-    noise: Noise
+    noise: Noise | Straight
 
     @staticmethod
     def of(trajectories: Sequence[Trajectory], texts: Sequence[str]) -> DecidedSteps:
@@ -117,11 +117,9 @@ def step_of(model: FlowModel, steps: DecidedSteps) -> DenoisingStep:
     Returns:
         The mean, [N, ...], differentiable in the model's parameters, and the standard deviations, [N].
     """
-    latents, noise = steps.latents.to(model.device), steps.noise
+    latents = steps.latents.to(model.device)
     v = model.velocity(latents, steps.sigmas_N, steps.texts)
-    return denoising_step(
-        noise.sampler, v, latents, steps.sigmas_N, steps.next_sigmas_N, noise.level, sigma_max=noise.sigma_max
-    )
+    return decided_step(steps.noise, v, latents, steps.sigmas_N, steps.next_sigmas_N)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def flow_opd(
 
     Example:
         >>> velocities = {"student_velocity": tensor([[1.0], [1.0]]), "teacher_velocity": tensor([[0.0], [1.0]])}
-        >>> losses = flow_losses("flow_opd", **velocities, **given)
+        >>> losses = flow_losses("flow_opd", **velocities, **two_steps)
         >>> losses.terms["distillation"].value  # the means differ by 0.25 * 1.125, the deviation is 0.25
         tensor([0.6328, 0.0000], dtype=torch.float64)
     """

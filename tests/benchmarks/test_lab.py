@@ -30,7 +30,10 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     judges = {entry.method for entry in lab.BENCHES["judges"].entries().values()}
     several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
     looking = {entry.method for entry in lab.BENCHES["shapes"].entries().values()}
-    assert taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking == set(registry.names())
+    denoising = {entry.method for entry in lab.BENCHES["glyphs"].entries().values()}
+    everybody = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | denoising
+    assert everybody == set(registry.names())
+    assert denoising == set(registry.names()) - set(registry.for_tokens())
     assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
     assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])

@@ -65,7 +65,7 @@ def named(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["-".join([name, *(f"{key}={value}" for key, value in given.items())]) for name, given in cases]
 
 
-DEFAULTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in registry.names()]
+DEFAULTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in registry.for_tokens()]
 EVERY = [case for case in [*DEFAULTS, *SERVED, *ALSO[1:]] if asks_for_ids(registry.load(case[0], **case[1]))]
 
 

@@ -22,7 +22,7 @@ from retort.flows.lora import ATTENTION, add_lora
 from retort.flows.merging import merged_start
 from retort.flows.model import FlowModel
 from retort.flows.sampling import FlowSampling
-from retort.loss.latents import check_latents
+from retort.loss.latents import for_latents
 from retort.method import Method
 from retort.ranks import here
 from retort.rewards.samples import SampleGrader
@@ -30,7 +30,7 @@ from retort.rollout.plan import RolloutPlan
 from retort.teachers.flow import FlowTeacher, refuse_other_flow, refuse_other_prompts
 from retort.train.events import tracking
 from retort.train.flows.passes import FlowPasses, flow_rounds
-from retort.train.flows.settings import refuse_settings
+from retort.train.flows.settings import own_settings
 from retort.train.flows.source import FlowSource
 from retort.train.given.given import CallerObjects
 from retort.train.learning.learner import Learner
@@ -152,10 +152,10 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     Raises:
         UserError: Whatever is wrong, in one line.
     """
-    refuse_settings(config)
+    config = own_settings(config)
     tracking.need(config.tracker)
     notes: list[str] = []
-    method = method or registry.load(**config.method)
+    method = for_latents(method or registry.load(**config.method))
     config = pair.without_idle_teacher(config, method)
     _check_method(method)
     student, teacher, data = pair.named(config, method)
@@ -214,7 +214,6 @@ def _check_method(method: Method) -> None:
             "`retort train` without torchrun"
         )
     for phase in [method] if method.before is None else [method.before[1], method]:
-        check_latents(phase)
         plan = phase.rollout
         if plan.sources != {"student"} or plan.replay is not None or plan.order is not None:
             raise UserError(
@@ -286,9 +285,18 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             name=located(student.name),
         )
     if config.flow.start != "student":
-        places = {name: located(paths[name]) for name in config.teachers.models}
-        if not places:
-            raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
-        experts = [place if is_adapter(place) else found[name].of for name, place in places.items()]
-        merged_start(student.of, experts, products=config.flow.start == "merge_products")
+        _merge(config, student, found, {name: located(path) for name, path in paths.items()})
     return found
+
+
+def _merge(config: Config, student: FlowModel, models: Mapping[str, FlowModel], places: Mapping[str, str]) -> None:
+    """Begins the student with the mean of its teachers.
+
+    Raises:
+        UserError: There is one teacher, or their weights have no mean.
+    """
+    names = config.teachers.models
+    if not names:
+        raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
+    experts = [places[name] if is_adapter(places[name]) else models[name].of for name in names]
+    merged_start(student.of, experts, products=config.flow.start == "merge_products")

@@ -1,4 +1,4 @@
-"""Settings that mean something for students of text alone: a run of denoising steps refuses them."""
+"""Settings that mean something for students of text alone, which a run of denoising steps does not read."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ _READ = (
 )
 
 
-def refuse_settings(config: Config) -> None:
-    """Refuses settings that would do nothing, where they are not at their defaults.
+def own_settings(config: Config) -> Config:
+    """The settings of a run of denoising steps, without what a method's paper says of settings for text alone.
 
     Raises:
-        UserError: One is set; the message names it.
+        UserError: The user set one, which would do nothing; the message names it.
     """
     plain: Config = Config()
     for key in keys():
-        read = any(key == name or key.startswith(f"{name}.") for name in _READ)
-        if not read and config.value(key) != plain.value(key):
+        if any(key == name or key.startswith(f"{name}.") for name in _READ) or config.value(key) == plain.value(key):
+            continue
+        if config.set_by_user(key):
             raise UserError(
                 f"{key} is for students of text, and this one decides denoising steps; leave it out (docs/flow.md)"
             )
+        config = config.changed(key, plain.value(key))
+    return config
