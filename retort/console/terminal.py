@@ -185,7 +185,8 @@ class RichObserver:
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "completion")
+        of = results.get("each", "completion")
+        asked, each = counted(results["problems"], "held-out prompt"), counted(k, of)
         about = f"{asked}{some}, {each} each [95 % interval over prompts]"
         self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
         table = Table()
@@ -194,7 +195,7 @@ class RichObserver:
             table.add_column(shown(row["who"]), justify="right")
         for name in ordered([name for row in rows for name in row if name not in ("who", *_LEFT_OUT)]):
             cells = [row.get(name) for row in rows]
-            words, unit, kind = measure(name)
+            words, unit, kind = measure(name, of)
             form = "{:.1%}" if kind == "share" else "{:z.1f}" if unit == "tokens" else "{:z.3f}"
             if any(cells):
                 table.add_row(shown(f"{words}, {unit}" if unit else words), *(_cell(cell, form) for cell in cells))

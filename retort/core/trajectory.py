@@ -7,13 +7,14 @@ mask, and no latent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from retort.core.sequences import TokenSequence
+from retort.core.sequences import Media, TokenSequence
 from retort.core.steps import NO_TOKEN
 
 #: How a denoising step adds noise; see `retort.flows.samplers`.
@@ -102,6 +103,11 @@ class Trajectory(TokenSequence):
         """The last state, [...]: the sample."""
         return self.latents[-1]
 
+    @property
+    def key(self) -> tuple[bytes, tuple[tuple[str, int], ...]]:
+        """The identity of a trajectory: its latents, since all have the same tokens."""
+        return self.latents.detach().cpu().contiguous().numpy().tobytes(), ()
+
     def part(self, start: int, end: int) -> TokenSequence:
         """A trajectory is one decision process; it is never cut.
 
@@ -109,3 +115,19 @@ class Trajectory(TokenSequence):
             ValueError: Always.
         """
         raise ValueError(f"a trajectory of {len(self)} states cannot be cut to {start}..{end}")
+
+    def then(self, ids: Sequence[int], *, decided: bool = False, media: tuple[Media, ...] = ()) -> TokenSequence:
+        """No token follows a sample.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a trajectory ends with its sample; no token follows it")
+
+    def with_prefix(self, prefix: TokenSequence) -> TokenSequence:
+        """A trajectory begins with noise, behind no other context.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a trajectory begins with noise; nothing can be put before it")

@@ -29,7 +29,7 @@ def example(sample: Tensor, key: Key, *, count: int = 1) -> Trajectory:
 
     Args:
         sample: x0, [...], a latent without noise.
-        key: Of the draws of sigmas and epsilons.
+        key: Of the draws of sigmas and epsilons; it may be the key of the sample's own noise.
         count: Number of steps. They are one trajectory, of which every second state is the sample.
 
     Example:
@@ -39,8 +39,9 @@ def example(sample: Tensor, key: Key, *, count: int = 1) -> Trajectory:
         >>> path.steps, path.last, path.sigmas_L[1::2].tolist()
         (3, tensor([1., 2.]), [0.0, 0.0, 0.0])
     """
-    sigma_A = 1.0 - (1.0 - LEAST_SIGMA) * uniforms(*key, "sigma", count=count)
-    noise = torch.randn(count, *sample.shape, generator=generator(*key, "noise"), dtype=torch.float32).to(sample.dtype)
+    sigma_A = 1.0 - (1.0 - LEAST_SIGMA) * uniforms(*key, "example", "sigma", count=count)
+    draw = generator(*key, "example", "noise")
+    noise = torch.randn(count, *sample.shape, generator=draw, dtype=torch.float32).to(sample.dtype)
     at = sigma_A.reshape(-1, *(1 for _ in sample.shape)).to(sample.dtype)
     between = (1.0 - at) * sample + at * noise
     states = torch.stack([between, sample.expand_as(between)], 1).flatten(0, 1)

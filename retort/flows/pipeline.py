@@ -291,8 +291,8 @@ def _check_decoder(pipeline: Any, shape: tuple[int, ...], size: tuple[int, int])
     config = pipeline.vae.config
     if config.get("scaling_factor") is None or config.get("latents_mean") is not None:
         raise UserError(
-            f"its VAE ({type(pipeline.vae).__name__}) has no one factor by which latents are scaled; that pipeline cannot "
-            "be used"
+            f"its VAE ({type(pipeline.vae).__name__}) has no one factor by which latents are scaled; that "
+            "pipeline cannot be used"
         )
     made = tuple(side * pipeline.vae_scale_factor for side in shape[1:])
     if made != size:

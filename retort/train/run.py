@@ -169,7 +169,7 @@ class Run:
                 scores = evaluations.student(self._progress("evaluating the student"), results.AFTER)
             self.results = evaluations.results
             self._call("on_eval", scores)
-        self.output.write_model(self.folder / "model", self.results, self.step, self._claim.check)
+        self.output.save_model(self.folder / "model", self.results, self.step, self._claim.check)
         if evaluations:  # The table comes last: what cannot be shown has been written all the same.
             self.observer.table(self.results)
 

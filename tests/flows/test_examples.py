@@ -60,8 +60,8 @@ def flow_matching(student: FlowModel, samples_n: Tensor, texts: Sequence[str]) -
     """Mean square errors of the velocity, from its definition and the keys of the draws, three of each sample."""
     errors: list[Tensor] = []
     for sample, text, key in zip(samples_n, texts, keys(len(texts)), strict=True):
-        sigmas = 1.0 - (1.0 - LEAST_SIGMA) * torch.rand(3, generator=generator(*key, "sigma"), dtype=F64)
-        noises = torch.randn(3, *sample.shape, generator=generator(*key, "noise")).to(F64)
+        sigmas = 1.0 - (1.0 - LEAST_SIGMA) * torch.rand(3, generator=generator(*key, "example", "sigma"), dtype=F64)
+        noises = torch.randn(3, *sample.shape, generator=generator(*key, "example", "noise")).to(F64)
         for sigma, noise in zip(sigmas, noises, strict=True):
             v = student.velocity(((1 - sigma) * sample + sigma * noise)[None], sigma[None], [text])[0]
             errors.append((v - (noise - sample)).square().mean())

@@ -5,8 +5,8 @@
 saves ``student/``, ``glyph/`` and ``color/``, each with a model card that holds the numbers measured in this very run.
 All learn by flow matching on pictures that are drawn for their prompts. First, the pictures show what is asked for. The
 student then goes on with pictures of which many show another character or another colour, so that it is mediocre at
-both. Each expert goes on from the student, with pictures in which only one of the two follows the prompt, and the other
-is random; the position always does. (Experts of Flow-OPD come from reinforcement learning; here the pictures are
+both. Each expert goes on from the student, with pictures in which one of the two follows the prompt always, and the
+other one seldom; the position always does. (Experts of Flow-OPD come from reinforcement learning; here the pictures are
 known.) All have one architecture and one ancestor, so that the mean of the experts' weights is a model, too.
 """
 
@@ -63,12 +63,12 @@ class Score:
 
 
 STUDENT = (
-    Stage(1.0, 1.0, Fit(steps=1200)),
-    Stage(0.35, 0.35, Fit(steps=400, lr=1e-3, seed=1)),
+    Stage(1.0, 1.0, Fit(steps=1600)),
+    Stage(0.45, 0.45, Fit(steps=200, lr=5e-4, seed=1)),
 )
 EXPERTS: Mapping[Domain, Stage] = {
-    "glyph": Stage(1.0, 0.0, Fit(steps=600, lr=1e-3, seed=2)),
-    "color": Stage(0.0, 1.0, Fit(steps=600, lr=1e-3, seed=3)),
+    "glyph": Stage(1.0, 0.25, Fit(steps=600, lr=7e-4, seed=2)),
+    "color": Stage(0.25, 1.0, Fit(steps=600, lr=7e-4, seed=3)),
 }
 
 

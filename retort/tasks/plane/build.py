@@ -78,8 +78,8 @@ def card(name: str, stages: Sequence[Stage], scores: Mapping[Domain, float], par
     """The model card, Markdown with the metadata block of the Hugging Face hub."""
     made = "\n".join(
         f"{number}. {one.how.steps:,} steps of {one.how.batch} points, AdamW with a cosine from {one.how.lr:g}, seed "
-        f"{one.how.seed}: points spread by {SPREAD:g} around {', '.join(one.sharp) or 'no shapes'}, and by {WIDE:g} "
-        "around the others."
+        f"{one.how.seed}: points were spread by {WIDE:g}"
+        + (f", around {', '.join(one.sharp)} by {SPREAD:g}." if one.sharp else ".")
         for number, one in enumerate(stages, 1)
     )
     table = "\n".join(f"| {own} | {share:.1%} |" for own, share in scores.items())

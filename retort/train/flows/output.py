@@ -175,7 +175,7 @@ class FlowOutput:
                 found[f"reverse_kl/step-{place + 1}"] = float(own_N.mean())
         return found
 
-    def write_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
+    def save_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
         """See `Output`: a folder that `retort train` opens again, of a diffusers pipeline a whole one."""
         check()
         student = self.prepared.student

@@ -12,7 +12,6 @@ import torch
 
 from retort import registry
 from retort.config import Config
-from retort.core.needs import GAUSSIAN
 from retort.core.rollouts import Prompt
 from retort.core.steps import Clock
 from retort.core.trajectory import Noise
@@ -29,6 +28,7 @@ from retort.rewards.samples import SampleGrader
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.flow import FlowTeacher, refuse_other_flow, refuse_other_prompts
 from retort.train.events import tracking
+from retort.train.flows.cold_start import Examples, maker, with_examples
 from retort.train.flows.passes import FlowPasses, flow_rounds
 from retort.train.flows.settings import own_settings
 from retort.train.flows.source import FlowSource
@@ -133,12 +133,7 @@ def decides_latents(config: Config, method: Method | None, caller_objects: Calle
     place = located(name)
     if Path(place).exists():
         return is_flow(place)
-    return bool(config.flow.model_fields_set) or needs_latents(method or registry.load(**config.method))
-
-
-def needs_latents(method: Method) -> bool:
-    """Whether a method is about denoising steps alone."""
-    return any(need == GAUSSIAN for view in method.views for need in method.needs(view))
+    return bool(config.flow.model_fields_set) or (method or registry.load(**config.method)).needs_latents
 
 
 def prepare_flow(config: Config, method: Method | None, caller_objects: CallerObjects) -> FlowPrepared:
@@ -155,8 +150,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     config = own_settings(config)
     tracking.need(config.tracker)
     notes: list[str] = []
-    method = for_latents(method or registry.load(**config.method))
-    config = pair.without_idle_teacher(config, method)
+    method = for_latents(with_examples(config, method or registry.load(**config.method)))
+    config = pair.without_idle_teacher(config, method, may_generate=True)
     _check_method(method)
     student, teacher, data = pair.named(config, method)
     if config.threads:
@@ -187,7 +182,15 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     return FlowPrepared(
         config=config,
         method=method,
-        source=FlowSource(train, batch_prompts(config, len(train)), config.seed, own, sampling, grader),
+        source=FlowSource(
+            train,
+            batch_prompts(config, len(train)),
+            config.seed,
+            own,
+            sampling,
+            grader,
+            _examples(config, method, teachers),
+        ),
         teachers=Teachers(teachers),
         learner=Learner(
             FlowPasses.over(own, config.flow.batch),
@@ -200,6 +203,15 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
         models=models,
         notes=notes,
     )
+
+
+def _examples(config: Config, method: Method, teachers: Mapping[str, Any]) -> Examples | None:
+    """Who makes what a cold start learns from, where there is one."""
+    if method.before is None:
+        return None
+    flow = config.flow
+    count = flow.window or flow.window_end or flow.steps - 1
+    return Examples(maker(teachers["teacher"]), config.seed, flow.eval_steps, flow.batch, count)
 
 
 def _check_method(method: Method) -> None:
@@ -215,7 +227,8 @@ def _check_method(method: Method) -> None:
         )
     for phase in [method] if method.before is None else [method.before[1], method]:
         plan = phase.rollout
-        if plan.sources != {"student"} or plan.replay is not None or plan.order is not None:
+        own = phase is method or plan.sources != {"teacher"}
+        if (own and plan.sources != {"student"}) or plan.replay is not None or plan.order is not None:
             raise UserError(
                 f"method '{phase.name}' also learns from what the student did not sample now, or orders prompts by "
                 "difficulty; for denoising steps switch that off (method.on_policy_fraction=1), or choose another"
@@ -298,5 +311,6 @@ def _merge(config: Config, student: FlowModel, models: Mapping[str, FlowModel], 
     names = config.teachers.models
     if not names:
         raise UserError(f"flow.start = {config.flow.start} merges several teachers; name them in teachers.models")
-    experts = [places[name] if is_adapter(places[name]) else models[name].of for name in names]
+    adapters = {name for name in names if is_adapter(places[name])}
+    experts = [places[name] if name in adapters else models[name].of for name in names]
     merged_start(student.of, experts, products=config.flow.start == "merge_products")

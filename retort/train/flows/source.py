@@ -33,6 +33,7 @@ class FlowSource:
         model: The student.
         sampling: How it gets from noise to data.
         grader: Grades samples, where rewards are named.
+        examples: Makes the trajectories of a cold start, where there is one.
         failed: Always empty: a sample always ends.
     """
 
@@ -42,6 +43,7 @@ class FlowSource:
     model: FlowModel
     sampling: FlowSampling
     grader: SampleGrader | None = None
+    examples: Callable[[Sequence[tuple[Visit, int]]], list[Trajectory]] | None = None
     failed: list[str] = field(default_factory=list)
 
     @property
@@ -71,7 +73,11 @@ class FlowSource:
         """
         chosen = visits(self.prompts, seed=self.seed, step=clock.step, count=self.count)
         members = [(visit, member) for visit in chosen for member in range(method.rollout.samples)]
-        paths = denoise(self.model, [self._request(visit, member) for visit, member in members], self.sampling)
+        taught = self.examples is not None and method.rollout.sources == {"teacher"}
+        if self.examples is not None and taught:
+            paths = self.examples(members)
+        else:
+            paths = denoise(self.model, [self._request(visit, member) for visit, member in members], self.sampling)
         rollouts = [
             Rollout(
                 prompt=visit.prompt,
@@ -79,6 +85,7 @@ class FlowSource:
                 policy_version=version,
                 member=member,
                 visit=visit.epoch,
+                source="teacher" if taught else "student",
             )
             for (visit, member), path in zip(members, paths, strict=True)
         ]

@@ -240,6 +240,6 @@ class Output(Protocol):
         """What the metrics of a step say of its batch besides the means of the loss."""
         ...
 
-    def write_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
+    def save_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
         """Writes the trained student."""
         ...

@@ -266,16 +266,17 @@ def table(results: Mapping[str, Any]) -> list[str]:
     rows = results.get("rows")
     if not rows:
         return ["No evaluation was made."]
+    of = results.get("each", "completion")
     graded = f" ({results['graded']} of them graded)" if "graded" in results else ""
     lines = [
-        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'completion')} each; "
+        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], of)} each; "
         "in brackets 95 % intervals over prompts.",
         "",
         f"| | {' | '.join(plain_text(row['who']) for row in rows)} |",
         "|---" * (len(rows) + 1) + "|",
     ]
     for name in ordered([name for row in rows for name in row if name != "who"]):
-        words, unit, kind = measure(name)
+        words, unit, kind = measure(name, of)
         label = f"{words}, {unit}" if unit else words
         lines.append(f"| {plain_text(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
     return lines

@@ -44,6 +44,7 @@ def read(folder: Path, evaluator: Evaluator | FlowEvaluator | None, config: Conf
         "k": config.eval.samples,
         "problems": len(evaluator.prompts) if evaluator else 0,
         **(evaluator.graded() if evaluator else {}),
+        **({"each": "sample"} if isinstance(evaluator, FlowEvaluator) else {}),
         **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
         "task": config.data

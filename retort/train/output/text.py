@@ -98,6 +98,6 @@ class TextOutput:
         found = batch_metrics(batch, values, version, self.prepared.source, given_up)
         return found | record.view_metrics(signals, batch.method.views, len(batch.pack.rollouts))
 
-    def write_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
+    def save_model(self, folder: Path, results: Mapping[str, Any], step: int, check: Callable[[], None]) -> None:
         """See `Output`."""
         export.write_model(self.prepared, folder, results, step, check)
