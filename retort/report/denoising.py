@@ -89,8 +89,7 @@ def _plot(title: str, unit: str, series: Sequence[Series]) -> str:
     series = [one for one in series if one.points]
     if not any(len(one.points) > 1 for one in series):
         return ""
-    values = [y for one in series for _, y in one.points]
-    log = min(values) > 0 and max(values) > _FAR * min(values)
+    log = _is_far([y for one in series for _, y in one.points])
     if log:  # a band that reaches below 0 has no lower end there
         series = [Series(one.label, one.points, one.color, one.dash, one.run) for one in series]
     ticks = sorted({x for one in series for x, _ in one.points})
@@ -163,4 +162,11 @@ def _over_training(groups: Sequence[Group], name: str) -> str:
     if not series:
         return ""
     title, unit = _titled(name, "")
-    return plot(f"{title.removesuffix(' by denoising step')} over training", f"{unit}, at some denoising steps", series)
+    log = _is_far([y for one in series for _, y in one.points])
+    words = f"{unit}, at some denoising steps{', logarithmic' if log else ''}"
+    return plot(f"{title.removesuffix(' by denoising step')} over training", words, series, log=log)
+
+
+def _is_far(values: Sequence[float]) -> bool:
+    """Whether values are so far apart that only a logarithmic axis shows them all."""
+    return min(values) > 0 and max(values) > _FAR * min(values)

@@ -72,7 +72,7 @@ def _headline(group: Group) -> list[str]:
     measured, unit = ("reverse_kl", token) if by_tokens else ("reverse_kl_per_byte", " nats a byte")
     gap = _change(group, measured, "Reverse KL to the teacher", lambda value: f"{value:.3f}", unit)
     if solved is None:
-        return [*_rewards(group), *gap]
+        return gap
     name = f"Mean reward ({solved})" if all_flows([group]) else solved
     found = _change(group, solved, name, lambda value: percent(value, 1))
     before, teacher = (number(group.cell(who, solved).get("value")) for who in (BEFORE, TEACHER))
@@ -92,7 +92,8 @@ def _rewards(group: Group) -> list[str]:
     if not all_flows([group]):
         return []
     found: list[str] = []
-    for name in [name for name in group.metrics() if name.startswith(REWARD)][:MOST_REWARDS]:
+    names = [name for name in group.metrics() if name.startswith(REWARD)]
+    for name in names[:MOST_REWARDS] if len(names) > 1 else []:  # a single one is the mean reward
         sentences = _change(group, name, name.removeprefix(REWARD), lambda value: f"{value:.2f}")
         others = [who for who in group.whos() if who not in (BEFORE, AFTER)]
         best = max((v for who in others if (v := number(group.cell(who, name).get("value"))) is not None), default=None)
@@ -168,7 +169,7 @@ def result_section(groups: Sequence[Group]) -> str:
     shown = "".join(
         f"{on.format(escape(found.name))}"
         f'<p class="muted">{escape(_about(found.groups, several))}</p>'
-        f'<div class="result{" wide" if several else ""}"><div>{table}</div>{pass_at}</div>'
+        f'<div class="result{" wide" if several or all_flows(found.groups) else ""}"><div>{table}</div>{pass_at}</div>'
         for found, table, pass_at in parts
         if table or pass_at
     )

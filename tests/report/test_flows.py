@@ -71,7 +71,7 @@ def test_the_sections_of_a_flow_run(images: Path) -> None:
     assert "Mean reward (avg@4) rose from 40.0\u202f% to 88.0\u202f%" in page.text
     assert "glyph rose from 0.42 to 0.86; the best teacher reaches 0.97." in page.text
     assert "Reverse KL to the teacher fell from 0.126 to 0.008 nats a denoising step." in page.text
-    assert "24 prompts held out of glyphs; 4 samples each" in page.text
+    assert "24 prompts of glyphs; 4 samples each" in page.text
     assert "10" in page.text[page.text.index("Denoising steps") :][:40]
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
@@ -159,7 +159,18 @@ def test_recorded_trajectories_are_shaded_step_by_step(images: Path) -> None:
     own = json.loads((images / "rollouts.jsonl").read_text().splitlines()[0])["columns"]["reverse_kl"]
     assert float(rows[0][4]) == pytest.approx(sum(own) / len(own), abs=1e-4)
     page = shown(images)
-    assert f"step 1: {own[0]:.3g} nats" in [cell.get("title") for cell in page.all("i")]
+    assert f"noise level 1: {own[0]:.3g} nats" in [cell.get("title") for cell in page.all("i")]
+
+
+def test_steps_of_a_window_stand_below_those_of_others(images: Path) -> None:
+    paths = [([0.9, 0.5], [0.5, -1.0]), ([0.5, 0.1], [0.25, 0.125]), ([0.9], [1.0, 2.0])]
+    rows = [{"step": 1, "sigmas": sigmas, "columns": {"reverse_kl": kl}} for sigmas, kl in paths]
+    lines(images / "rollouts.jsonl", rows)
+    told = [str(cell["title"]) for cell in shown(images).all("i")]
+    assert told[:3] == ["noise level 0.9: 0.5 nats", "noise level 0.5: -1 nats", "noise level 0.1: not decided"]
+    assert told[5:8] == ["noise level 0.9: not decided", "noise level 0.5: 0.25 nats", "noise level 0.1: 0.125 nats"]
+    # The third has another number of levels than of values: its steps are counted.
+    assert told[13:] == ["step 1: 1 nats", "step 2: 2 nats"]
 
 
 def test_points_are_scatter_plots_with_the_teachers_beneath(tmp_path: Path) -> None:
