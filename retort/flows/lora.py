@@ -174,7 +174,7 @@ def read_factors(label: str, folder: Path) -> dict[str, LowRank]:
     found = dict[str, LowRank]()
     for name in layers:
         down, up = tensors.get(name + _DOWN), tensors.get(name + _UP)
-        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or len(down) != up.shape[1]:
+        if down is None or up is None or down.ndim != 2 or up.ndim != 2 or not 0 < len(down) == up.shape[1]:
             raise UserError(f"{label}: {WEIGHTS}: {name} has no two factors that fit; copy the adapter again")
         if not (bool(down.isfinite().all()) and bool(up.isfinite().all())):
             raise UserError(f"{label}: {WEIGHTS}: {name} holds NaN or infinity; that adapter is broken")
