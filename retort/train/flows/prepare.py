@@ -166,6 +166,8 @@ def prepare_flow(config: Config, method: Method | None, caller_objects: CallerOb
     train, held_out = read_prompts(config, data, notes, caller_objects)
     grader = _grader(config, method, [*train, *held_out])
     config = fit_steps(config, method, len(train), notes)
+    if config.lora.rank and not config.set_by_user("lora.targets"):
+        config = config.changed("lora.targets", [ATTENTION])
     notes[:0] = paper_settings(config, method)
     models = _models(config, pair.model_paths(config, method, student, teacher), caller_objects)
     own = models["student"]
@@ -292,7 +294,7 @@ def _models(config: Config, paths: Mapping[str, str], caller_objects: CallerObje
             student.of.module,
             rank=lora.rank,
             alpha=lora.alpha or 2.0 * lora.rank,
-            targets=lora.targets if config.set_by_user("lora.targets") else (ATTENTION,),
+            targets=lora.targets,
             rslora=lora.rslora,
             seed=config.seed,
             name=located(student.name),
