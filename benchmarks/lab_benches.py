@@ -76,7 +76,7 @@ def reads_images(method: str) -> bool:
 def outside() -> dict[str, Entry]:
     """Every method that is registered and learns from another model on the student's own prompt, and its variants."""
     found: dict[str, Entry] = {}
-    for method in registry.names():
+    for method in registry.for_tokens():
         if needs_more(method) or asks_several(method) or registry.load(method).grading is not None or method in NEWER:
             continue
         own = {name: Entry(*entry) for name, entry in _OUTSIDE.items() if entry[0] == method}
@@ -420,6 +420,36 @@ BEYOND = Bench(
     4,
     lambda: _BEYOND,
 )
+#: Small pictures of characters, whose experts each know one reward: 60 batches of 32 pictures. What is not said here is
+#: as the task's recipe has it.
+_GLYPHS: Mapping[str, Any] = {
+    "data": "glyphs",
+    "steps": 60,
+    "rollout": {"prompts": 16},
+    "optimizer": {"learning_rate": 1e-3, "updates": 2},
+    "eval": {"problems": 96, "samples": 4, "every": 0},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_ALONE: Mapping[str, Any] = {"flow": {"start": "student"}}
+#: GRPO on the rewards of both domains, without a term of the teacher; as many pictures, in groups of eight.
+_GRPO: Mapping[str, Any] = {"coef": 0.0, "samples": 8, "clip_low": None, "clip_high": None}
+_FEW: Mapping[str, Any] = {"rollout": {"prompts": 4}}
+_DENOISERS: Mapping[str, Entry] = {
+    "flow_opd": Entry("flow_opd", {}, "2 pictures a prompt, not 24; it begins with the mean of the experts"),
+    "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
+    "flow_opd, after samples": Entry(
+        "flow_opd",
+        {},
+        "20 of the 60 batches learn from the experts' samples",
+        run={**_ALONE, "cold_start": {"steps": 20}},
+    ),
+    "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts; `sod` without its teacher", run=_FEW),
+    "GRPO-mix, from the student": Entry("sod", _GRPO, "the same from the student", run={**_FEW, **_ALONE}),
+    "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
+}
+GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -429,4 +459,5 @@ BENCHES: Mapping[str, Bench] = {
     "judges": JUDGES,
     "shapes": SHAPES,
     "beyond": BEYOND,
+    "glyphs": GLYPHS,
 }

@@ -31,6 +31,7 @@ from retort.train.given.arguments import (
     teachers_argument,
 )
 from retort.train.given.given import CallerObjects, collect
+from retort.train.output.text import TextOutput
 from retort.train.setup.default_method import default_method
 from retort.train.surroundings import ordinary
 
@@ -220,9 +221,9 @@ def check(run: runner.Run) -> None:
         UserError: One is fatal, and the settings do not say `checks = "warn"`.
     """
     how = run.prepared.config.checks
-    if how == "skip":
+    if how == "skip" or not isinstance(run.output, TextOutput):
         return
-    found = examine_setup(run.prepared, quick=True)
+    found = examine_setup(run.output.prepared, quick=True)
     if how == "refuse":
         refuse(found)
     # What differs between chat templates, and what prompts spell, is among the notes already.

@@ -295,8 +295,8 @@ def flow_losses(
 
     Any method that reads no vocabulary works, by the same code as for tokens. `opd` takes the log-ratio of the latent
     that was decided. `gkd` with `divergence=reverse_kl` differentiates the KL in closed form; with `forward_kl` it is
-    the same number, since both sides have the sampler's deviation. `flow_opd` and `diffusion_opd` (`retort.flows`) have
-    one term, `distillation`, whose value is the true KL in nats.
+    the same number, since both sides have the sampler's deviation. `flow_opd` and `diffusion_opd` have one term,
+    `distillation`, whose value is the true KL in nats.
 
     Args:
         method: A `Method`, or a name for the paper's defaults.
@@ -341,7 +341,7 @@ def flow_losses(
         tensor(0.6328, dtype=torch.float64)
     """
     if isinstance(method, str):
-        method = flows.METHODS[method]() if method in flows.METHODS else load(method)
+        method = load(method)
     views = ({} if teacher_velocity is None else {"teacher": teacher_velocity}) | dict(extra_views or {})
     if next_latents.shape != latents.shape:
         raise UserError(f"next_latents must be {tuple(latents.shape)} as latents are, not {tuple(next_latents.shape)}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retort.controllers import Controller
 from retort.core.grading import RubricPlan
-from retort.core.needs import Need
+from retort.core.needs import GAUSSIAN, Need
 from retort.core.numbers import Unbounded as Unbounded
 from retort.core.numbers import check_numbers
 from retort.core.options import Groups
@@ -249,6 +249,11 @@ class Method:
     def needs_groups(self) -> str | None:
         """The first of its parts that compares the rollouts of one prompt, if any."""
         return next((f"statistic '{stat.name}'" for stat, _ in self.stats.values() if stat.groups), None)
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether some part needs steps that decide latents, as those of a flow model do; a token student has none."""
+        return any(GAUSSIAN in self.needs(view) for view in self.views)
 
     def needs(self, view: str = "teacher") -> frozenset[Need]:
         """The method's needs of the teacher behind a view."""

@@ -14,7 +14,6 @@ from retort.core.needs import TEMPERATURE, Capability, can_meet
 from retort.core.numbers import refuse_truth
 from retort.core.signals import SPAN_KINDS
 from retort.errors import UserError, did_you_mean, quoted
-from retort.flows import METHODS as FOR_FLOWS
 from retort.method import Method, groups_of
 
 _ARGUMENT = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
@@ -24,6 +23,15 @@ def names() -> list[str]:
     """Names of all published methods, sorted."""
     found = pkgutil.iter_modules(retort.methods.__path__)
     return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def for_tokens() -> list[str]:
+    """Names of the methods that a student of tokens can learn by, at their default settings, sorted.
+
+    They are all but those that need steps which decide latents. Which ones can teach such steps is said by
+    `retort.loss.latents.check_latents`; a method may do both.
+    """
+    return [name for name in names() if not load(name).needs_latents]
 
 
 def for_two_tokenizers() -> list[str]:
@@ -57,13 +65,8 @@ def builder(name: str) -> Callable[..., Method]:
     """The function that makes a method; its signature holds the settings and their defaults.
 
     Raises:
-        UserError: Unknown name, with the nearest one; or a method of denoising steps, which no run trains yet.
+        UserError: Unknown name, with the nearest one.
     """
-    if name in FOR_FLOWS:
-        raise UserError(
-            f"method '{name}' teaches denoising steps, which no run trains yet; its loss is in "
-            f"retort.functional.flow_losses, and retort.flows.{name} makes the method"
-        )
     if name not in names():
         raise UserError(f"unknown method '{name}'; {did_you_mean(name, names())}")
     return getattr(importlib.import_module(f"retort.methods.{name}"), name)

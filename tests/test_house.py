@@ -35,6 +35,10 @@ THEIRS = {
     "_supports_default_dynamic_cache",
     # trl, which a benchmark measures
     "_chunked_divergence_loss",
+    # diffusers
+    "_optional_components",
+    "_pack_latents",
+    "_unpack_latents",
     # torch
     "_is_amx_tile_supported",
     "_is_avx512_bf16_supported",

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from retort.console.terminal import RichObserver, examination_table
 from retort.errors import quoted, shortened, visible
-from retort.train.output.card import _code, _plain_text  # pyright: ignore[reportPrivateUsage]
+from retort.train.output.card import code, plain_text
 
 OBEYED = {
     "escape": ("\x1b[31m", r"\x1b[31m"),
@@ -88,10 +88,10 @@ def test_markup_is_text(way: Callable[[RichObserver, str], None], text: str) -> 
 
 
 def test_words_and_code_of_a_card() -> None:
-    assert _plain_text("a|<b>`*[x](y)\n") == r"a\|\<b\>\`\*\[x\](y)\\n"
-    assert _code("a") == "`a`"
-    assert _code("a`b``c") == "```a`b``c```"
-    assert _code("`\x1b") == r"`` `\x1b ``"
+    assert plain_text("a|<b>`*[x](y)\n") == r"a\|\<b\>\`\*\[x\](y)\\n"
+    assert code("a") == "`a`"
+    assert code("a`b``c") == "```a`b``c```"
+    assert code("`\x1b") == r"`` `\x1b ``"
 
 
 def test_long_values_are_cut() -> None:

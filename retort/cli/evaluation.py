@@ -11,7 +11,9 @@ import torch
 from retort import config as configuration
 from retort.align.chat import Renderer
 from retort.align.tokens import vocabulary_width
+from retort.cli.flow_evaluation import evaluate_flow, is_flow_model
 from retort.config import Config
+from retort.config.flow import FlowSection
 from retort.config.synonyms import ours_for
 from retort.envs.registry import rewards
 from retort.errors import UserError, did_you_mean
@@ -48,6 +50,12 @@ _READ = frozenset(
     }
     | {"optimizer.batch_tokens"}
 )
+#: The same of flow models.
+_OF_FLOWS = frozenset(
+    {"device", "precision", "seed", "split", "threads"}
+    | {f"eval.{name}" for name in ("problems", "samples")}
+    | {f"flow.{name}" for name in FlowSection.model_fields if name not in ("start", "window", "window_end")}
+)
 
 
 def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], observer: Observer) -> dict[str, Any]:
@@ -55,7 +63,7 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
 
     Args:
         model: Folder, hub name, or a built-in one such as `countdown:student`.
-        data: `countdown`, `ranking`, `coached`, `bait`, `rooms`, `shapes`, or a data file with answers.
+        data: A built-in task, such as `countdown` or `glyphs`, or a data file with answers.
         teacher: Folder or hub name, if distributions are to be compared.
         words: Settings as `key=value`: those of the section `eval` by their bare name, others by their full one.
         observer: Who watches.
@@ -63,10 +71,11 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
     Returns:
         A table of one row, in the form of `eval.json`.
     """
-    full = [_full(word) for word in words]
+    full, flow = [_full(word) for word in words], is_flow_model(model)
+    read = _OF_FLOWS if flow else _READ
     for key in (word.partition("=")[0] for word in full if "=" in word):
-        if key not in _READ and not key.startswith("columns."):
-            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, _READ) or did_you_mean(key, _READ)}")
+        if key not in read and not key.startswith("columns."):
+            raise UserError(f"retort eval does not read '{key}'; {ours_for(key, read) or did_you_mean(key, read)}")
     given = configuration.overrides(full)
     recipe = configuration.recipe(data) if data in configuration.BUILTIN else {}
     config = configuration.resolve(recipe, {"data": data, "eval": {}}, given, with_recipe=False)
@@ -76,6 +85,10 @@ def evaluate(model: str, data: str, teacher: str | None, words: Sequence[str], o
         torch.set_num_threads(config.threads)
     notes: list[str] = []
     prompts = eval_prompts(config, data, notes)
+    if flow:
+        for note in notes:
+            observer.note(note)
+        return evaluate_flow(config, model, prompts, teacher, observer)
     own, played = data not in configuration.BUILTIN, config.environment
     if played is not None and (is_user_defined(config.task) or not rewards(played)):
         played = None

@@ -17,7 +17,9 @@ from retort.files import write_text
 from retort.method import Method
 from retort.teachers.local import LocalTeacher
 from retort.train.events.observe import Observer, Silent
-from retort.train.runner import Run, load
+from retort.train.output.text import token_parts
+from retort.train.runner import load
+from retort.train.setup.prepare import Prepared
 from retort.train.storage import checkpoint
 
 FILE = "trust.json"
@@ -66,8 +68,8 @@ def measure(
     if view not in known.views:
         raise UserError(f"view '{view}' is none of method '{known.name}': {', '.join(known.views)}")
     run = load(path, observer or Silent(), method=method, asks=False)
-    prepared = run.prepared
-    prompts, source = _prompts(run, view, problems)
+    prepared = token_parts(run.output, "retort trust")
+    prompts, source = _prompts(prepared, view, problems)
     verifier = prepared.eval_grader if source == HELD_OUT else prepared.source.grader
     if verifier is None:
         raise UserError("nobody can say which answers are right: the data needs an `answer`")
@@ -123,12 +125,12 @@ def _need_one_turn(config: configuration.Config) -> None:
         )
 
 
-def _prompts(run: Run, view: str, problems: int) -> tuple[list[Prompt], str]:
+def _prompts(prepared: Prepared, view: str, problems: int) -> tuple[list[Prompt], str]:
     """Prompts that the view can show something of."""
-    columns = run.prepared.method.views[view].columns
-    for source, prompts in ((HELD_OUT, run.prepared.held_out), ("training prompts", run.prepared.source.prompts)):
+    columns = prepared.method.views[view].columns
+    for source, prompts in ((HELD_OUT, prepared.held_out), ("training prompts", prepared.source.prompts)):
         fit = [prompt for prompt in prompts if all(prompt.shown(column) for column in columns)]
-        evaluator = run.prepared.eval_grader if source == HELD_OUT else run.prepared.source.grader
+        evaluator = prepared.eval_grader if source == HELD_OUT else prepared.source.grader
         if evaluator is not None:
             fit = [prompt for prompt in fit if evaluator.can_grade(prompt)]
         if fit:

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from retort import registry
+from retort.config.flow import FlowSection
 from retort.config.judge import JudgeSection
 from retort.config.precedence import flat, leave_open, merge
 from retort.config.rollouts import RolloutSection
@@ -60,7 +61,7 @@ DEFAULT_METHOD = "eopd"
 #: The same where the teacher has another tokenizer than the student. docs/real.md says why.
 DEFAULT_FOR_TWO_TOKENIZERS = "simct"
 #: Data that ships with Retort, each with a recipe of that name.
-BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms", "shapes")
+BUILTIN = ("countdown", "ranking", "coached", "bait", "rooms", "shapes", "plane", "glyphs")
 RECIPES = Path(__file__).parent / "recipes"
 
 
@@ -96,7 +97,8 @@ class Config(Section):
     data: PathOrName | None = Field(
         default=None,
         description="prompts to learn from: a file, a folder, a glob or a hub name (docs/data.md), with a column "
-        "prompt or messages; or countdown, ranking, coached, bait, rooms, shapes, which ship with Retort",
+        "prompt or messages; or countdown, ranking, coached, bait, rooms, shapes, plane, glyphs, which ship with "
+        "Retort",
     )
     prompt_template: str | None = Field(
         default=None,
@@ -178,6 +180,7 @@ class Config(Section):
     teachers: TeachersSection = TeachersSection()
     cache: CacheSection = CacheSection()
     judge: JudgeSection = JudgeSection()
+    flow: FlowSection = FlowSection()
 
     @property
     def builtin(self) -> bool:

@@ -27,6 +27,8 @@ _CURVES = (
     ("student_entropy", "entropy", "{:z.3f} nats"),
     ("length", "length", "{:,.0f} tokens"),
 )
+#: What a student decides, as metrics count it, and in words.
+_DECISIONS = {"tokens": "tokens", "denoising_steps": "denoising steps"}
 #: Steps over which they are averaged.
 _OVER = 10
 #: What the table leaves to the report.
@@ -89,6 +91,7 @@ class RichObserver:
         self._curves = Text()
         self._phase: str | None = None
         self._seen: list[dict[str, Any]] = []
+        self._decides = "tokens"
         self._times: Counter[str] = Counter()
         self._begun = self._said = 0.0
 
@@ -131,7 +134,8 @@ class RichObserver:
             self._open("distilling", steps)
         self._seen = [*self._seen, dict(metrics)][-_OVER:]
         self._times.update({key.removeprefix("time/"): metrics[key] for key in metrics if key.startswith("time/")})
-        self._times["tokens"] += metrics.get("tokens", 0)
+        self._decides = next((name for name in _DECISIONS if name in metrics), self._decides)
+        self._times["decisions"] += metrics.get(self._decides, 0)
         text = self._now(metrics)
         self._advance(step, text)
         if step in (1, steps) or step % max(1, steps // 10) == 0 or self._quiet():
@@ -141,11 +145,11 @@ class RichObserver:
             self._time_by_part()
 
     def _now(self, metrics: Mapping[str, Any]) -> str:
-        """The main curves, each averaged over recent steps, and the speed: all tokens over all seconds."""
+        """The main curves, each averaged over recent steps, and the speed: all decisions over all seconds."""
         count = len(self._seen)
         parts = [f"{label} {form.format(self._mean(name))}" for name, label, form in _CURVES if name in metrics]
-        tokens, seconds = (sum(row.get(key, 0) for row in self._seen) for key in ("tokens", "time/step"))
-        parts += [_speed(tokens, seconds)] if seconds else []
+        decided, seconds = (sum(row.get(key, 0) for row in self._seen) for key in (self._decides, "time/step"))
+        parts += [self._speed(decided, seconds)] if seconds else []
         over = "this step" if count == 1 else f"mean of the last {count} steps"
         means = f"{over}: {', '.join(parts)}" if parts else ""
         accuracies = [name for name in metrics if name.startswith("eval/avg@")]
@@ -162,20 +166,27 @@ class RichObserver:
         return time.monotonic() - self._said > _PATIENCE
 
     def _time_by_part(self) -> None:
-        whole, tokens = self._times.pop("step", 0.0), self._times.pop("tokens", 0)
+        whole, decided = self._times.pop("step", 0.0), self._times.pop("decisions", 0)
         shares = {part: seconds / whole for part, seconds in self._times.items()} if whole else {}
         shares["everything else"] = shares.pop("other", 0.0)
         parts = ", ".join(f"{part} {share:.1%}" for part, share in shares.items() if share >= 0.0005)
-        total = f" {whole:,.1f} s for {tokens:,} tokens ({_speed(tokens, whole)})" if whole else ""
+        words = _DECISIONS[self._decides]
+        total = f" {whole:,.1f} s for {decided:,} {words} ({self._speed(decided, whole)})" if whole else ""
         self.console.print(f"time of the steps:{total}: {parts}", soft_wrap=True, highlight=False)
         self._times.clear()
+
+    def _speed(self, decided: float, seconds: float) -> str:
+        words = f"{_DECISIONS[self._decides]}/s"
+        rate = decided / seconds
+        return f"{rate:,.0f} {words}" if rate >= 10 else f"{rate:.2g} {words}"
 
     def table(self, results: Mapping[str, Any]) -> None:
         """The before/after table."""
         self.close()
         k, rows = results["k"], results["rows"]
         some = f", {results['graded']} of them graded" if "graded" in results else ""
-        asked, each = counted(results["problems"], "held-out prompt"), counted(k, "completion")
+        of = results.get("each", "completion")
+        asked, each = counted(results["problems"], "held-out prompt"), counted(k, of)
         about = f"{asked}{some}, {each} each [95 % interval over prompts]"
         self.console.print(shown(about, "italic"), highlight=False)  # above it: a title breaks at the table's width
         table = Table()
@@ -184,7 +195,7 @@ class RichObserver:
             table.add_column(shown(row["who"]), justify="right")
         for name in ordered([name for row in rows for name in row if name not in ("who", *_LEFT_OUT)]):
             cells = [row.get(name) for row in rows]
-            words, unit, kind = measure(name)
+            words, unit, kind = measure(name, of)
             form = "{:.1%}" if kind == "share" else "{:z.1f}" if unit == "tokens" else "{:z.3f}"
             if any(cells):
                 table.add_row(shown(f"{words}, {unit}" if unit else words), *(_cell(cell, form) for cell in cells))
@@ -303,8 +314,3 @@ def trust_table(found: Mapping[str, Any]) -> Table:
         )
     table.caption = ". ".join(why_unknown(found)) or None
     return table
-
-
-def _speed(tokens: float, seconds: float) -> str:
-    rate = tokens / seconds
-    return f"{rate:,.0f} tokens/s" if rate >= 10 else f"{rate:.2g} tokens/s"

@@ -45,8 +45,11 @@ class Gaussian(Policy):
 
     def logp_of(self, decided: Tensor) -> Tensor:
         """Log-density of latents [C, D], summed over their elements, [C], nats, float64."""
-        normaliser_C = self._log_std_C + 0.5 * math.log(2.0 * math.pi)
-        return -0.5 * self._squares(decided) - self._width * normaliser_C
+        return self.best_logp() - 0.5 * self._squares(decided)
+
+    def best_logp(self) -> Tensor:
+        """Log-density at the mean, [C], nats, float64."""
+        return -self._width * (self._log_std_C + 0.5 * math.log(2.0 * math.pi))
 
     def entropy(self) -> Tensor:
         """Differential entropy [C], nats, float64; it may be negative."""

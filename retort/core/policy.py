@@ -27,6 +27,13 @@ class Policy:
         """Entropy, [C], nats."""
         raise self._missing("entropy")
 
+    def best_logp(self) -> Tensor | float:
+        """The highest log-prob that a policy of this kind can give to a decision, nats: 0, or [C] where it is less.
+
+        Tokens can be certain. Of a latent the noise of the step sets a bound, whatever a model says.
+        """
+        return 0.0
+
     def reverse_kl(self, teacher: Policy) -> Tensor:
         """KL(self || teacher), [C], nats."""
         raise self._missing("divergence to another")

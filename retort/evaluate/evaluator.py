@@ -21,13 +21,14 @@ from retort.core.context import Context
 from retort.core.needs import DENSE, SPANS, Need, can_meet
 from retort.core.per_token import Core, per_token
 from retort.core.random_streams import UniformStream
-from retort.core.rollouts import RIGHT_FROM, Pack, Prompt, Rollout, Status, in_groups
+from retort.core.rollouts import Pack, Prompt, Rollout, Status, in_groups
 from retort.core.steps import Clock
 from retort.evaluate.measures import bounds
-from retort.evaluate.passk import Estimate, pass_at_k
+from retort.evaluate.passk import Estimate
 from retort.evaluate.per_byte import IN_UNITS, against_units, byte_counts, ratios
 from retort.evaluate.pixelated import CHANGED, ORIGINAL, PIXELATED, Pixelated
 from retort.evaluate.profile import Profile
+from retort.evaluate.rewarded import of_parts, of_rewards, tally_parts
 from retort.models.lm import LanguageModel
 from retort.ranks import Share, here
 from retort.rewards.base import Grader, graded
@@ -161,7 +162,7 @@ class Evaluator:
                 first.append(known[0] if known else None)
                 if known:
                     rewards.append(known)
-                _tally_parts(parts, [rollout.reward_parts for rollout in own])
+                tally_parts(parts, [rollout.reward_parts for rollout in own])
                 _tally(tallies, "length", [float(rollout.steps) for rollout in own])
                 _tally(tallies, "truncated", [float(rollout.status == Status.TRUNCATED) for rollout in own])
                 _tally(tallies, "splits", [float(rollout.splits) for rollout in own])
@@ -181,7 +182,7 @@ class Evaluator:
                 progress(min(start + _BLOCK, len(self.prompts)), len(self.prompts))
         if not any(tallies["splits"][0]):
             del tallies["splits"]
-        row = {**self._row(rewards, tallies), **_parts(parts), "profile": profile.plain()}
+        row = {**self._row(rewards, tallies), **of_parts(parts), "profile": profile.plain()}
         lost = self._given_up() - before
         row |= {"given_up": lost} if lost else {}
         return {**row, "answers": answers} if answers else row
@@ -271,16 +272,7 @@ class Evaluator:
     def _row(
         self, rewards: Sequence[Sequence[float]], tallies: dict[str, tuple[list[float], list[float]]]
     ) -> dict[str, Any]:
-        row: dict[str, Any] = {}
-        k = self.samples
-        if rewards:
-            right = [sum(reward >= RIGHT_FROM for reward in own) for own in rewards]
-            sums, each = [sum(own) for own in rewards], [float(k)] * len(rewards)
-            inside = all(0 <= reward <= 1 for own in rewards for reward in own)
-            row[f"avg@{k}"] = Estimate.share(sums, each) if inside else Estimate.ratio(sums, each)
-            row[f"pass@{k}"] = Estimate.share([pass_at_k(k, count, k) for count in right], [1.0] * len(right))
-            ladder = sorted({2**power for power in range(k.bit_length()) if 2**power <= k} | {k})
-            row["pass_at"] = {str(j): sum(pass_at_k(k, count, j) for count in right) / len(right) for j in ladder}
+        row: dict[str, Any] = of_rewards(rewards, self.samples)
         for name, (sums, counts) in tallies.items():
             found = (Estimate.share if name in _SHARES else Estimate.ratio)(sums, counts)
             row[name] = None if found is None else found.within(*bounds(name))
@@ -318,24 +310,6 @@ def _measures(values: Mapping[str, Tensor], threshold: float) -> dict[str, Tenso
     for name in ("forward_kl", "student_entropy", "teacher_entropy"):
         found[f"{name}_uncertain"] = values[name].masked_fill(~uncertain_N, float("nan"))
     return found
-
-
-def _tally_parts(parts: dict[str, list[float]], samples: Sequence[Mapping[str, float]]) -> None:
-    """Adds one prompt's mean of each part over the samples that have it."""
-    for name in dict.fromkeys(name for sample in samples for name in sample):
-        own = [sample[name] for sample in samples if name in sample]
-        parts.setdefault(name, []).append(sum(own) / len(own))
-
-
-def _parts(parts: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """The estimate of each part over prompts; one whose values all lie within 0 and 1 is a share."""
-    row: dict[str, Any] = {}
-    for name, values in parts.items():
-        inside = all(0 <= value <= 1 for value in values)
-        estimate = Estimate.share(values, [1.0] * len(values)) if inside else Estimate.mean(values)
-        assert estimate is not None  # a part is there because a sample had it
-        row[f"reward/{name}"] = estimate.plain()
-    return row
 
 
 def _tally(tallies: dict[str, tuple[list[float], list[float]]], name: str, values: Sequence[float]) -> None:

@@ -49,8 +49,19 @@ _SIGNED = ("reverse_kl_per_byte",)
 _PART = "reward/"
 
 
-def measure(name: str) -> Measure:
-    """The label of any measure; `avg@k`, `pass@k` and a verifier's own measures keep their names."""
+#: The same of samples of flow models, where it differs.
+_OF_SAMPLES: Mapping[str, Measure] = {"reverse_kl": Measure("reverse KL, all denoising steps", "nats")}
+
+
+def measure(name: str, each: str = "completion") -> Measure:
+    """The label of any measure; `avg@k`, `pass@k` and a verifier's own measures keep their names.
+
+    Args:
+        name: Its name in `eval.json`.
+        each: What there are k of for each prompt: `completion`, or `sample`.
+    """
+    if each == "sample" and name in _OF_SAMPLES:
+        return _OF_SAMPLES[name]
     if name.startswith(("avg@", "pass@")):
         return Measure(name, "", "share")
     return MEASURES.get(name, Measure(name.removeprefix(_PART)))

@@ -14,17 +14,15 @@ otherwise.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from retort.core.distribution import as_compute
+from retort.core.trajectory import Noise, Sampler, Straight
 from retort.errors import UserError, did_you_mean
-
-#: How a denoising step adds noise.
-Sampler = Literal["sde", "cps", "dance_sde"]
 
 
 class DenoisingStep(NamedTuple):
@@ -72,9 +70,50 @@ def denoising_step(
     """
     if sampler not in SAMPLERS:
         raise UserError(f"unknown sampler '{sampler}'; {did_you_mean(sampler, SAMPLERS)}")
-    if sampler == "sde":
-        return sde(velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
-    return SAMPLERS[sampler](velocity, latents, sigmas, next_sigmas, noise_level)
+    return SAMPLERS[sampler](velocity, latents, sigmas, next_sigmas, noise_level, sigma_max=sigma_max)
+
+
+def decided_step(
+    noise: Noise | Straight, velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor
+) -> DenoisingStep:
+    """The Gaussian of what the steps of a trajectory decided.
+
+    Args:
+        noise: How they did.
+        velocity: As in `denoising_step`.
+        latents: As there.
+        sigmas: As there.
+        next_sigmas: As there.
+
+    Raises:
+        UserError: As there.
+    """
+    match noise:
+        case Noise(sampler, level, sigma_max):
+            return denoising_step(sampler, velocity, latents, sigmas, next_sigmas, level, sigma_max=sigma_max)
+        case Straight():
+            return straight(velocity, latents, sigmas, next_sigmas)
+
+
+def straight(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor) -> DenoisingStep:
+    r"""The step of an example, :math:`N(x + v d,\ \tfrac D2 d^2 I)` with the step d in sigma and D elements.
+
+    Of two velocities its KL is :math:`\Vert v - u \Vert^2 / D`, their mean square difference, at every sigma. So an
+    example at :math:`x = (1-\sigma) x_0 + \sigma \epsilon` whose next latent is the data :math:`x_0` is worth
+    :math:`\Vert v - (\epsilon - x_0) \Vert^2 / D`, the loss of flow matching.
+
+    Args:
+        velocity: As in `denoising_step`.
+        latents: As there.
+        sigmas: As there.
+        next_sigmas: As there; usually 0.
+
+    Raises:
+        UserError: As there.
+    """
+    v, x, sigma_N, next_N = _checked(velocity, latents, sigmas, next_sigmas, 1.0)
+    step_N = next_N - sigma_N
+    return DenoisingStep(x + v * _over(step_N, x), step_N.abs() * math.sqrt(0.5 * x[0].numel()))
 
 
 def sde(
@@ -122,7 +161,13 @@ def sde(
 
 
 def dance_sde(
-    velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, noise_level: float
+    velocity: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    noise_level: float,
+    *,
+    sigma_max: float | None = None,
 ) -> DenoisingStep:
     r"""The sampler of DanceGRPO: :math:`s = \eta`, the same at every step.
 
@@ -134,6 +179,7 @@ def dance_sde(
         sigmas: As there.
         next_sigmas: As there.
         noise_level: eta.
+        sigma_max: Not needed.
 
     Raises:
         UserError: As there.
@@ -142,7 +188,15 @@ def dance_sde(
     return _integrated(v, x, sigma_N, next_N, torch.full_like(sigma_N, noise_level))
 
 
-def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, noise_level: float) -> DenoisingStep:
+def cps(
+    velocity: Tensor,
+    latents: Tensor,
+    sigmas: Tensor,
+    next_sigmas: Tensor,
+    noise_level: float,
+    *,
+    sigma_max: float | None = None,
+) -> DenoisingStep:
     r"""Coefficient-preserving sampling: part of the predicted noise is replaced by new noise of the same size.
 
     .. math:: std = \sigma_{next} \sin(a\pi/2), \quad
@@ -157,6 +211,7 @@ def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, 
         sigmas: As there.
         next_sigmas: As there.
         noise_level: a, at most 1, where all of the noise is new.
+        sigma_max: Not needed.
 
     Raises:
         UserError: As there; or a noise level above 1.
@@ -178,8 +233,21 @@ def cps(velocity: Tensor, latents: Tensor, sigmas: Tensor, next_sigmas: Tensor, 
     return DenoisingStep(_over(1.0 - next_N, x) * clean + _over(kept_N, x) * noise, std_N)
 
 
+class _Step(Protocol):
+    def __call__(
+        self,
+        velocity: Tensor,
+        latents: Tensor,
+        sigmas: Tensor,
+        next_sigmas: Tensor,
+        noise_level: float,
+        *,
+        sigma_max: float | None = None,
+    ) -> DenoisingStep: ...
+
+
 #: The samplers by name.
-SAMPLERS: Mapping[str, Callable[[Tensor, Tensor, Tensor, Tensor, float], DenoisingStep]] = {
+SAMPLERS: Mapping[str, _Step] = {
     "sde": sde,
     "cps": cps,
     "dance_sde": dance_sde,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,9 +39,29 @@ def check_latents(method: Method) -> None:
         )
 
 
+def for_latents(method: Method) -> Method:
+    """The method without those of its curves that a denoising step does not have, such as the student's entropy.
+
+    Raises:
+        UserError: See `check_latents`.
+    """
+    check_latents(method)
+    watch = tuple(own for own in method.watch if not any(_unmet(part.student_needs) for part in _all_parts(own.parts)))
+    before = None if method.before is None else (method.before[0], for_latents(method.before[1]))
+    return replace(method, watch=watch, before=before)
+
+
 def _able() -> list[str]:
     """Names of the published methods that can teach denoising steps at their default settings."""
-    return [name for name in registry.names() if not _lacking(registry.load(name))]
+    made = {name: registry.load(name) for name in registry.names()}
+    return [name for name, own in made.items() if not _lacking(own) and not _in_words(own)]
+
+
+def _in_words(method: Method) -> bool:
+    """Whether a teacher of it reads or says more than the student's own prompt, in words."""
+    return method.grading is not None or any(
+        view.render is not None or view.images is not None or view.model == "student" for view in method.views.values()
+    )
 
 
 def _lacking(method: Method) -> list[str]:

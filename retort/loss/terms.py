@@ -15,7 +15,7 @@ from torch import Tensor
 from retort.core import reduce
 from retort.core.context import Context
 from retort.core.losses import TokenLoss, times
-from retort.core.needs import SAMPLED, TEMPERATURE, Capability, Need, NeedKind, can_meet, listed
+from retort.core.needs import GAUSSIAN, SAMPLED, TEMPERATURE, Capability, Need, NeedKind, can_meet, listed
 from retort.core.parts import Part, per_step
 from retort.core.policy import Policy
 from retort.core.signals import TeacherSignal
@@ -40,6 +40,8 @@ def check_needs(method: Method, offers: Mapping[str, frozenset[Capability]]) -> 
         if missing:
             wants = " and ".join(str(need) for need in missing)
             why = "it has another tokenizer" if "spans" in offers[view] else "choose another teacher or one of these"
+            if GAUSSIAN in missing:
+                why = "the student, too, must be a flow model: it decides latents, not tokens"
             raise UserError(
                 f"method '{method.name}' needs {wants} from '{view}'; that teacher gives only: {listed(offers[view])} "
                 f"({why}; methods that it serves: {', '.join(served_by(offers[view])) or 'none'})"

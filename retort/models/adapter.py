@@ -32,8 +32,8 @@ class Adapter:
         """Wraps the layers that `peft` has put into a model.
 
         Args:
-            model: A model of transformers, with the adapter's layers inside.
-            wrapper: `peft`'s own object around it, which saves the adapter's folder.
+            model: A model with the adapter's layers inside.
+            wrapper: `peft`'s own object around it, which saves the adapter's folder; None where it is never saved.
             settings: Rank, alpha, targets, rslora: two adapters with different settings are not the same.
         """
         from peft.tuners.lora import LoraLayer
@@ -43,7 +43,9 @@ class Adapter:
             name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)
         }
         self.tensors: dict[str, Parameter] = {
-            name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if any(part.startswith("lora_") for part in name.split("."))
         }
         self._on = True
 

@@ -11,7 +11,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -20,8 +20,8 @@ import torch
 from retort.errors import RetortError, UserError
 from retort.models import gguf
 from retort.models.in_memory import InMemoryModel
-from retort.models.quantized import plain
 from retort.models.server import Server
+from retort.models.weight_faults import OTHER_PARTS, PARTS, account
 from retort.models.weight_files import weight_files
 
 if TYPE_CHECKING:
@@ -30,18 +30,8 @@ if TYPE_CHECKING:
 #: The treatment of weights that do not fit: an error, or a note.
 Weights = Literal["refuse", "warn"]
 
-#: Weights of parts that a text model does without, and buffers in older files: the text model is the same either way.
-_OTHER_PARTS = re.compile(
-    r"(^|\.)(mtp|vision_tower|vision_model|visual|vision_encoder|multi_modal_projector|image_newline|audio_tower"
-    r"|audio_encoder|embed_vision|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
-)
-#: The same for a model that reads images.
-_PARTS = re.compile(
-    r"(^|\.)(mtp|audio_tower|audio_encoder|embed_audio)(\.|$)|rotary_emb\.inv_freq$|(^|\.)position_ids$"
-)
 #: Files that a tokenizer may be read from.
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json", "tokenization_*.py")
-_NAMED = 3
 _GGUF = (
     "holds GGUF files; name the file itself ({}) to read it (docs/gguf.md), or better take the folder that it was "
     "made from"
@@ -209,7 +199,7 @@ def read_model(
     if isinstance(source, InMemoryModel):
         with errors_about(label, "cannot be copied"):
             held = source.copy(learns=role == "student", dtype=dtype, attention=attention)
-        return held, _weight_notes(label, weights, *_account(held, {}, set()))
+        return held, _weight_notes(label, weights, *account(held, {}, set()))
     location = locate(label, name, source)
     file = gguf.is_gguf(location)
     kind = AutoModelForImageTextToText if images else AutoModelForCausalLM
@@ -233,8 +223,8 @@ def read_model(
     model, info = loaded
     if file:
         gguf.without_leftovers(model)
-    others = _PARTS if images else _OTHER_PARTS
-    wrong, notes = _account(model, info, set() if file else _dropped(location, model, others), others)
+    others = PARTS if images else OTHER_PARTS
+    wrong, notes = account(model, info, set() if file else _dropped(location, model, others), others)
     notes += gguf.notes(location) if file else []
     return cast("PreTrainedModel", model), _weight_notes(label, weights, wrong, notes)
 
@@ -260,50 +250,6 @@ def _dropped(location: str, model: Any, others: re.Pattern[str]) -> set[str]:
         with safe_open(file, framework="pt") as weights:
             names.update(weights.keys())
     return {name for name in names if any(pattern.search(name) for pattern in patterns)}
-
-
-def _account(
-    model: Any, info: Mapping[str, Any], dropped: Set[str] = frozenset(), parts: re.Pattern[str] = _OTHER_PARTS
-) -> tuple[list[str], list[str]]:
-    """Faults of a model's weights, and notes on facts that are no faults."""
-    wrong, notes = list[str](), list[str]()
-    surplus = set(map(str, info.get("unexpected_keys", ())))
-    others = {key for key in surplus if parts.search(key)} | dropped
-    shapes = {str(key): (tuple(there), tuple(here)) for key, there, here in info.get("mismatched_keys", ())}
-    missing = sorted(set(map(str, info.get("missing_keys", ()))) - shapes.keys())
-    if missing:
-        wrong.append(f"{_counted(missing)} missing")
-    if surplus - others:
-        wrong.append(f"{_counted(sorted(surplus - others))} in the files, but not in the model")
-    if shapes:
-        key = min(shapes)
-        there, here = shapes[key]
-        wrong.append(f"{_counted(sorted(shapes))} of another shape ({key}: {there} in the files, {here} in the model)")
-    broken = _not_finite(model, {*missing, *shapes})
-    if broken:
-        wrong.append(f"{_counted(broken)} with NaN or infinity in it")
-    if others:
-        notes.append(f"{_counted(sorted(others))} in its files, of parts that text does not need: left out")
-    return wrong, notes
-
-
-def _not_finite(model: Any, besides: set[str]) -> list[str]:
-    """Names of tensors that hold NaN or infinity."""
-    found, seen = list[str](), set[int]()
-    for name, tensor in ((name, part) for name, kept in model.state_dict().items() for part in plain(kept)):
-        if name in besides or not tensor.is_floating_point() or not tensor.numel() or tensor.data_ptr() in seen:
-            continue
-        seen.add(tensor.data_ptr())  # tied tensors are checked once
-        # The extremes are NaN where any element is, and no mask has to be allocated.
-        extremes = torch.aminmax(tensor if tensor.element_size() > 1 else tensor.float())
-        if not all(bool(extreme.isfinite()) for extreme in extremes):
-            found.append(name)
-    return sorted(found)
-
-
-def _counted(keys: list[str]) -> str:
-    shown = ", ".join(keys[:_NAMED])
-    return f"{len(keys)} tensor(s) ({shown}{', ...' if len(keys) > _NAMED else ''})"
 
 
 def _wrong_with(path: Path) -> str | None:

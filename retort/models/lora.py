@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,35 +48,60 @@ def add_adapter(
         UserError: `peft` is not installed, a target is not in the model, or it is tied to another weight.
     """
     need_peft()
+    settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
+    chosen = _targets(lm, targets, vision=vision)
+    lm.adapter = put_in(lm.model, chosen, settings, name=lm.name, seed=seed, task_type="CAUSAL_LM")
+
+
+def put_in(
+    model: Any,
+    chosen: str | list[str],
+    settings: Mapping[str, Any],
+    *,
+    name: str,
+    seed: int,
+    task_type: str | None = None,
+) -> Adapter:
+    """Puts `peft`'s layers into any module, in place. A is drawn from a stream of its own, B is 0; all else is frozen.
+
+    Args:
+        model: The module.
+        chosen: The layers, as `peft` takes them.
+        settings: Rank, alpha, targets (as the user named them) and rslora.
+        name: The model's name or folder, which `peft` notes in the adapter's folder.
+        seed: The run's seed.
+        task_type: What `peft` calls the kind of model.
+
+    Raises:
+        UserError: `peft` refuses the layers.
+    """
     from peft import LoraConfig, get_peft_model
 
-    settings = {"rank": rank, "alpha": alpha, "targets": list(targets), "rslora": rslora}
     config: LoraConfig = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,  # pyright: ignore[reportArgumentType] -- peft divides it, so a fraction works, too
+        r=settings["rank"],
+        lora_alpha=settings["alpha"],
         lora_dropout=0.0,
-        target_modules=_targets(lm, targets, vision=vision),
-        use_rslora=rslora,
+        target_modules=chosen,
+        use_rslora=settings["rslora"],
         bias="none",
-        task_type="CAUSAL_LM",
+        task_type=task_type,
     )
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), warnings.catch_warnings():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses a name that transformers will drop
         # For fused experts peft makes a pattern of its own, and warns when that matches nothing.
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)
         torch.manual_seed(key(seed, "adapter"))
         try:
-            wrapper: Any = get_peft_model(lm.model, config)  # pyright: ignore[reportArgumentType]
+            wrapper: Any = get_peft_model(model, config)
         except ValueError as error:
-            raise UserError(f"lora.targets: {_refusal(lm, targets, error)}") from None
-    wrapper.peft_config[NAME].base_model_name_or_path = lm.name
-    lm.adapter = Adapter(lm.model, wrapper, settings)
+            raise UserError(f"lora.targets: {_refusal(model, settings['targets'], error)}") from None
+    wrapper.peft_config[NAME].base_model_name_or_path = name
+    return Adapter(model, wrapper, settings)
 
 
-def _refusal(lm: LanguageModel, targets: Sequence[str], error: ValueError) -> str:
+def _refusal(model: Any, targets: Sequence[str], error: ValueError) -> str:
     """The reason why `peft` refuses targets; its own message begins with the printed layer, which has many lines."""
-    model: Any = lm.model
     for target in targets:
         for name, module in model.named_modules():
             if (name == target or name.endswith(f".{target}")) and getattr(module, "weight", None) is None:

@@ -15,10 +15,12 @@ from retort.models.described import describe
 from retort.models.stored import StoredModel
 from retort.preflight.checks import quick_checks
 from retort.preflight.findings import Check, Examination
+from retort.preflight.flows import examine_flow
 from retort.preflight.rounding import rounding_checks
 from retort.preflight.rubric_context import rubric_context
 from retort.preflight.rubrics import draft_checks, rubric_spending
 from retort.preflight.trial import run_trial, trial_checks
+from retort.train.flows.prepare import decides_latents, prepare_flow
 from retort.train.given.given import CallerObjects
 from retort.train.models.models import sources
 from retort.train.setup.before import needs_ids
@@ -39,7 +41,13 @@ def examine(
         quick: Leave out the checks that generate.
         caller_objects: The objects behind placeholders in the configuration.
     """
-    first = _tokenizers(config, method, caller_objects or CallerObjects())
+    objects = caller_objects or CallerObjects()
+    try:
+        if decides_latents(config, method, objects):
+            return examine_flow(prepare_flow(config, method, objects), quick=quick)
+    except UserError as error:
+        return Examination((_refused(str(error)),), quick)
+    first = _tokenizers(config, method, objects)
     if not any(check.verdict == "fatal" for check in first):
         try:
             return examine_setup(prepare(config, method, caller_objects), quick=quick, before=first)

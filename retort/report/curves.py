@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from retort.report.alike import tables
 from retort.report.by_turn import by_turn_figures, is_by_turn, other_figures
+from retort.report.flow_words import DECIDED, all_flows, is_by_step, words_of
 from retort.report.groups import Group, Points, all_runs, over_seeds
 from retort.report.plots import SMOOTH_FROM, Kind, Series, plot, smoothed
 
@@ -242,11 +243,14 @@ def curves_section(groups: Sequence[Group]) -> str:
         *(_by_position(groups, name, title, unit) for name, title, unit in POSITIONS),
         _times(groups),
     ]
-    shown = {key for curves in known for key in curves.keys} | {"tokens"}
-    every = {key for run in runs for key in run.curves if not (key.startswith(("time/", "eval/")) or is_by_turn(key))}
+    if all_flows(groups):
+        known = _of_flows(groups, known, known.index(accuracy))
+    shown = {key for curves in known for key in curves.keys} | {"tokens", DECIDED}
+    apart = {key for run in runs for key in run.curves if is_by_turn(key) or is_by_step(key)}
+    every = {key for run in runs for key in run.curves if not key.startswith(("time/", "eval/"))} - apart
     held_out = _keys(groups, "eval/")
     others = [*sorted(every - shown), *(key for key in held_out if key not in shown)]
-    main = "".join((_eval_figures if curves in (accuracy, IMAGES) else _figure)(groups, curves) for curves in known)
+    main = "".join((_eval_figures if _is_held_out(curves) else _figure)(groups, curves) for curves in known)
     main += by_turn_figures(groups)
     turns = other_figures(groups)
     rest = "".join([(_eval_figures if key in held_out else _figure)(groups, _other(key)) for key in others] + turns)
@@ -269,6 +273,22 @@ def curves_section(groups: Sequence[Group]) -> str:
         '<p class="muted">The numbers above a plot are its last ones; point at a plot, or go along it with the arrow '
         f'keys, to read every plot at that step. {drawn}</p><div class="plots">{main}</div>{more}</section>'
     )
+
+
+def _of_flows(groups: Sequence[Group], known: Sequence[Curves], split: int) -> list[Curves]:
+    """The plots of runs whose student decides denoising steps: in their words, and with each reward."""
+    words, trained, held_out = words_of(groups), _keys(groups, "reward/"), _keys(groups, "eval/reward/")
+    rewards = (
+        Curves("Rewards", "mean over training samples", {key: key.removeprefix("reward/") for key in trained}),
+        Curves("Held-out rewards", "during the run", {key: key.removeprefix("eval/reward/") for key in held_out}),
+    )
+    fitted = [replace(curves, title=words(curves.title), unit=words(curves.unit)) for curves in known]
+    throughput = Curves("Throughput", "denoising steps per second", {f"{DECIDED}_per_second": "steps per second"})
+    return [*fitted[:split], *rewards, *fitted[split:], throughput]
+
+
+def _is_held_out(curves: Curves) -> bool:
+    return all(key.startswith("eval/") for key in curves.keys)
 
 
 def _keys(groups: Sequence[Group], prefix: str) -> list[str]:

@@ -13,13 +13,18 @@ from retort.errors import RunError, UserError
 from retort.files import reason, write_text
 from retort.report.alike import remarks
 from retort.report.curves import COLORS, curves_section
+from retort.report.denoising import steps_section
+from retort.report.flow_words import apart, flow_facts
 from retort.report.groups import Group, all_runs, grouped, leaves, method_name
 from retort.report.images import with_images
 from retort.report.plots import KEY
 from retort.report.profiles import profiles_section
 from retort.report.read import FILES, RunFiles, as_object, find_runs, read_runs
 from retort.report.result import headlines, result_section
+from retort.report.reward_matrix import matrix_section
 from retort.report.rollouts import rollouts_section
+from retort.report.sample_grids import samples_section
+from retort.report.samples import with_samples
 from retort.report.trust import trust_section
 from retort.report.words import escape, path
 
@@ -89,17 +94,22 @@ def _asset(name: str) -> str:
 
 
 def _page(groups: Sequence[Group]) -> str:
-    style, script = _asset("page.css"), "".join(map(_asset, ("plots.js", "episodes.js", "tokens.js")))
+    flows, texts = apart(groups)
+    style = _asset("page.css") + (_asset("flows.css") if flows else "")
+    script = "".join(map(_asset, ("plots.js", "episodes.js", "tokens.js")))
     title = _title(groups)
     # Only this style and this script may run, and nothing may be loaded, whatever a model wrote.
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
-    ) + ("; img-src data:" if with_images(groups) else "")
+    ) + ("; img-src data:" if with_images(groups) or with_samples(groups) else "")
     sections = (
+        matrix_section(flows),
         result_section(groups),
+        samples_section(flows),
+        steps_section(flows),
         profiles_section(groups),
         trust_section(groups),
-        rollouts_section(groups),
+        rollouts_section(texts),
         curves_section(groups),
         _settings(groups),
     )
@@ -127,7 +137,10 @@ def _hash(text: str) -> str:
 
 #: Labels of the links at the top, by the id of the section.
 LINKS = {
+    "rewards": "Rewards",
     "result": "Before and after",
+    "samples": "Samples",
+    "steps": "Step by step",
     "where": "Where they disagree",
     "trust": "What to trust",
     "rollouts": "Token by token",
@@ -214,6 +227,7 @@ def _facts(group: Group) -> str:
     keys = ("student", "teacher", "base", *others, "data", "task", "steps", "precision", "device")
     config = {**others, **run.config, "teacher": run.config.get("teacher") or _itself(run)}
     found = [(key.capitalize(), str(config[key])) for key in keys if config.get(key) not in (None, "")]
+    found += flow_facts(run)
     if "seed" in run.config:
         found.append(("Seed", group.seeds().removeprefix("seed ")))
     items = "".join(

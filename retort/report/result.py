@@ -11,6 +11,7 @@ from retort.evaluate.measures import Measure, measure, ordered
 from retort.report.alike import source_name, tables
 from retort.report.axes import Kind, minus, percent
 from retort.report.curves import run_series
+from retort.report.flow_words import all_flows, words_of
 from retort.report.groups import Group, Points, all_runs, over_seeds, paired
 from retort.report.plots import Series, plot
 from retort.report.read import as_object, number
@@ -19,6 +20,8 @@ from retort.report.words import escape, listed
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
 #: Colours of those three in plots about one run; the last of the palette is grey.
 WHO_COLORS: Mapping[str, int] = {AFTER: 0, TEACHER: 2, BEFORE: 6}
+#: What the names of rewards begin with, and how many of them the page begins with.
+REWARD, MOST_REWARDS = "reward/", 3
 WHO_DASHES: Mapping[str, int] = {AFTER: 0, BEFORE: 1, TEACHER: 2}
 
 
@@ -65,11 +68,13 @@ def _headline(group: Group) -> list[str]:
     """Sentences on accuracy and on the distance to the teacher; the one with more to gain comes first."""
     solved = next((name for name in group.metrics() if name.startswith("avg@")), None)
     by_tokens = "reverse_kl" in group.metrics()
-    measured, unit = ("reverse_kl", " nats a token") if by_tokens else ("reverse_kl_per_byte", " nats a byte")
+    token = words_of([group])(" nats a token")
+    measured, unit = ("reverse_kl", token) if by_tokens else ("reverse_kl_per_byte", " nats a byte")
     gap = _change(group, measured, "Reverse KL to the teacher", lambda value: f"{value:.3f}", unit)
     if solved is None:
         return gap
-    found = _change(group, solved, solved, lambda value: percent(value, 1))
+    name = f"Mean reward ({solved})" if all_flows([group]) else solved
+    found = _change(group, solved, name, lambda value: percent(value, 1))
     before, teacher = (number(group.cell(who, solved).get("value")) for who in (BEFORE, TEACHER))
     if found and teacher is not None:
         more = f"; the teacher reaches {percent(teacher, 1)}"
@@ -79,7 +84,23 @@ def _headline(group: Group) -> list[str]:
         found = [found[0].removesuffix(".") + more + "."]
     # A teacher that solves no more than the student did has nothing to give in right answers.
     nothing_to_gain = teacher is not None and before is not None and teacher <= before
-    return [*gap, *found] if nothing_to_gain else [*found, *gap]
+    return [*gap, *found] if nothing_to_gain else [*found, *_rewards(group), *gap]
+
+
+def _rewards(group: Group) -> list[str]:
+    """Sentences on the first rewards of a flow student, whose samples are not right or wrong."""
+    if not all_flows([group]):
+        return []
+    found: list[str] = []
+    names = [name for name in group.metrics() if name.startswith(REWARD)]
+    for name in names[:MOST_REWARDS] if len(names) > 1 else []:  # a single one is the mean reward
+        sentences = _change(group, name, name.removeprefix(REWARD), lambda value: f"{value:.2f}")
+        others = [who for who in group.whos() if who not in (BEFORE, AFTER)]
+        best = max((v for who in others if (v := number(group.cell(who, name).get("value"))) is not None), default=None)
+        which = "the best teacher" if len(others) > 1 else "the teacher"
+        more = "" if best is None else f"; {which} reaches {minus(f'{best:.2f}')}"
+        found += [f"{sentence.removesuffix('.')}{more}." for sentence in sentences]
+    return found
 
 
 def _change(group: Group, metric: str, name: str, shown: Callable[[float], str], unit: str = "") -> list[str]:
@@ -148,7 +169,7 @@ def result_section(groups: Sequence[Group]) -> str:
     shown = "".join(
         f"{on.format(escape(found.name))}"
         f'<p class="muted">{escape(_about(found.groups, several))}</p>'
-        f'<div class="result{" wide" if several else ""}"><div>{table}</div>{pass_at}</div>'
+        f'<div class="result{" wide" if several or all_flows(found.groups) else ""}"><div>{table}</div>{pass_at}</div>'
         for found, table, pass_at in parts
         if table or pass_at
     )
@@ -175,8 +196,9 @@ def _about(groups: Sequence[Group], several: bool) -> str:
     words += [f"{lost} completions count as wrong because their comparison did not finish"] if lost else []
     seeds = any(group.several for group in groups)
     words += [f"in brackets the 95 % interval over {'seeds (Student’s t)' if seeds else 'problems'}"]
-    words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about else []
-    text = "; ".join(words)
+    flows = all_flows(groups)
+    words += [f"uncertain: entropy above {about['threshold']} nats"] if "threshold" in about and not flows else []
+    text = words_of(groups)("; ".join(words))
     once = several and not seeds
     more = " One seed each: the intervals say how exactly the models were measured, not what another seed would give."
     return f"{text[0].upper()}{text[1:]}.{more if once else ''}"
@@ -184,22 +206,31 @@ def _about(groups: Sequence[Group], several: bool) -> str:
 
 def _one_table(group: Group) -> str:
     """The table of one experiment: metrics down, models across."""
-    whos = group.whos()
+    shown = _shown(group, alone=True)
+    whos = [who for who in group.whos() if not all_flows([group]) or any(group.cell(who, name) for name in shown)]
     gap = {metric: share for metric in group.metrics() if (share := _recovered(group, metric)) is not None}
     head = [*whos, *(["gap recovered"] if gap else [])]
     body: list[str] = []
-    for metric in ordered(group.metrics()):
+    for metric in ordered(shown):
         kind = _label(metric).kind
         cells = "".join(f"<td>{_value(group.cell(who, metric), kind)}</td>" for who in whos)
         recovered = gap.get(metric)
         last = f"<td>{'' if recovered is None else f'<b>{percent(recovered, 0)}</b>'}</td>" if gap else ""
-        body.append(f'<tr><th scope="row">{_named(metric)}</th>{cells}{last}</tr>')
-    return _table(head, body)
+        body.append(f'<tr><th scope="row">{_named(metric, [group])}</th>{cells}{last}</tr>')
+    return _table(head, body) if body else ""
+
+
+def _shown(group: Group, *, alone: bool = False) -> list[str]:
+    """The measures in the table; those of a single flow run without its rewards, which have a table of their own."""
+    if not all_flows([group]):
+        return group.metrics()
+    taken = [m for m in group.metrics() if any("value" in group.cell(who, m) for who in group.whos())]
+    return [metric for metric in taken if not (alone and metric.startswith(REWARD))]
 
 
 def _side_by_side(groups: Sequence[Group]) -> str:
     """The table of several experiments: metrics down; students, differences from the first, and teachers across."""
-    metrics = list(dict.fromkeys(metric for group in groups for metric in group.metrics()))
+    metrics = list(dict.fromkeys(metric for group in groups for metric in _shown(group)))
     compared = [group for group in groups[1:] if any("n" in paired(group, groups[0], AFTER, m) for m in metrics)]
     teachers = _teachers(groups, metrics)
     head = [group.name for group in groups]
@@ -215,7 +246,9 @@ def _side_by_side(groups: Sequence[Group]) -> str:
         ]
         cells += [_difference(paired(group, groups[0], AFTER, metric), kind) for group in compared]
         cells += [_value(taught[0].cell(TEACHER, metric), kind) for taught in teachers]
-        body.append(f'<tr><th scope="row">{_named(metric)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        body.append(
+            f'<tr><th scope="row">{_named(metric, groups)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
     caption = "The student after each run, and before it"
     if compared:
         caption += "; differences are taken within each seed, bold where the interval excludes 0"
@@ -242,8 +275,10 @@ def _table(head: Sequence[str], body: Sequence[str], caption: str = "") -> str:
     )
 
 
-def _named(metric: str) -> str:
+def _named(metric: str, groups: Sequence[Group]) -> str:
     words, unit, _ = _label(metric)
+    if not metric.startswith(REWARD):  # a reward's name is its own
+        words, unit = map(words_of(groups), (words, unit))
     return f"{escape(words)}{f' <span class=muted>{escape(unit)}</span>' if unit else ''}"
 
 
@@ -306,7 +341,7 @@ def _pass_at(groups: Sequence[Group], several: bool) -> str:
     ticks = sorted({x for one in series for x, _ in one.points})
     return plot(
         "pass@k",
-        "problems with a right answer among k",
+        words_of(groups)("problems with a right answer among k"),
         series,
         kind="share",
         x_label="k",

@@ -200,10 +200,14 @@ def name_of(grade: UserGrading) -> str:
     return f"{IN_MEMORY}{name or type(grade).__qualname__}"
 
 
-def imported(task: str) -> UserGrading:
+def imported(task: str, *, setting: str = "task") -> UserGrading:
     """Imports the function, or the object with a method `grade(group)`, that `module:name` names.
 
     The current folder is searched, too, after all others.
+
+    Args:
+        task: The name.
+        setting: The setting that has it, for messages.
 
     Raises:
         UserError: No such module or function, or the module cannot be imported.
@@ -222,22 +226,22 @@ def imported(task: str) -> UserGrading:
     except ModuleNotFoundError as error:
         missing = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f" (it imports '{error.name}')"
         raise UserError(
-            f"task = {task}: there is no module '{module if missing else error.name}' here{missing}; start retort in "
-            "the folder of the module, or put that on PYTHONPATH"
+            f"{setting} = {task}: there is no module '{module if missing else error.name}' here{missing}; start retort "
+            "in the folder of the module, or put that on PYTHONPATH"
         ) from error
     except (Exception, SystemExit) as error:
         words = " ".join(str(error).split())[:300]
-        raise UserError(f"task = {task}: importing '{module}' raised {type(error).__name__}: {words}") from error
+        raise UserError(f"{setting} = {task}: importing '{module}' raised {type(error).__name__}: {words}") from error
     where = getattr(named, "__file__", None) or "built into Python"
     for part in name.split("."):
         if not hasattr(named, part):
             names = [known for known in vars(named) if not known.startswith("_") and callable(getattr(named, known))]
-            raise UserError(f"task = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
+            raise UserError(f"{setting} = {task}: '{module}' ({where}) has no '{part}'; {did_you_mean(part, names)}")
         named = getattr(named, part)
     if not _grades(named):
         raise UserError(
-            f"task = {task}: that is a {type(named).__name__}; name a function of a prompt and a completion, or an "
-            "object with a method grade(group)"
+            f"{setting} = {task}: that is a {type(named).__name__}; name a function of a prompt and a completion, or "
+            "an object with a method grade(group)"
         )
     return cast("UserGrading", named)
 

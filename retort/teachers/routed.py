@@ -25,6 +25,8 @@ class RoutedTeacher(SeveralTeachers):
     """Each prompt has its teacher, who alone scores its rollouts; the others are not asked about them."""
 
     how = "by prompt"
+    # Each step is that of one teacher, so Gaussians over latents stay Gaussians.
+    listed = (*SeveralTeachers.listed, "gaussian")
 
     def __init__(self, teachers: Mapping[str, Teacher], route: Route) -> None:
         """Builds the teacher.

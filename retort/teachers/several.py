@@ -44,8 +44,15 @@ class SeveralTeachers:
             weights: A weight for each, at least 0; divided by their sum. None: all alike.
 
         Raises:
-            UserError: A weight is missing or no number of at least 0, or all are 0.
+            UserError: A weight is missing or no number of at least 0, or all are 0; or a teacher scores latents, and
+                they are not put together step by step.
         """
+        of_latents = [name for name, own in teachers.items() if "gaussian" in own.capabilities]
+        if of_latents and "gaussian" not in self.listed:
+            raise UserError(
+                f"teachers.combine: {of_latents[0]} scores denoising steps, and of several Gaussians together there is "
+                "no Gaussian; use combine = route, by which each prompt has one teacher"
+            )
         given = [1.0] * len(teachers) if weights is None else [float(weight) for weight in weights]
         if len(given) != len(teachers) or not all(0 <= weight < math.inf for weight in given) or not sum(given):
             raise UserError(

@@ -26,14 +26,8 @@ from retort.train.given.given import CallerObjects, going_on
 from retort.train.learning.control import Control
 from retort.train.learning.probes import Probes
 from retort.train.learning.rates import Rates
-from retort.train.output import export, record, results, thumbnails
-from retort.train.output.batch_metrics import batch_metrics
-from retort.train.output.evaluations import Evaluations
-from retort.train.output.identity import identity
-from retort.train.output.saved import refuse_other_run, state_of
-from retort.train.output.summary import summary
-from retort.train.setup.prepare import Prepared
-from retort.train.source import difficulty
+from retort.train.output import results
+from retort.train.output.base import Evaluated, Output, Parts
 from retort.train.storage import checkpoint
 from retort.train.storage.folder import Claim, NoClaim, refuse_files
 from retort.train.storage.metrics import JsonLines, Stopwatch
@@ -45,7 +39,7 @@ class Run:
     """A distillation run.
 
     Attributes:
-        prepared: The parts of the run; `source`, `teachers` and `learner` are its three parties.
+        output: What it leaves behind, and its parts; `source`, `teachers` and `learner` are its three parties.
         folder: The folder of its files.
         observer: Receives progress, notes and tables.
         step: Number of batches done.
@@ -60,7 +54,7 @@ class Run:
     Nothing is written before `go`.
     """
 
-    prepared: Prepared
+    output: Output
     folder: Path
     observer: Observer = field(default_factory=Silent)
     step: int = 0
@@ -72,6 +66,7 @@ class Run:
     world: World = field(default_factory=here)
 
     def __post_init__(self) -> None:
+        self.prepared: Parts = self.output.prepared
         self.source, self.teachers, self.learner = self.prepared.source, self.prepared.teachers, self.prepared.learner
         self.source.open(self.folder, lambda: self.step)
         self.control = Control(self.prepared.method.controllers, self.prepared.config.seed)
@@ -88,7 +83,7 @@ class Run:
         self._newest = checkpoint.newest(self.folder / "checkpoints")
         self._claim = Claim(self.folder) if self.world.leads else NoClaim(self.folder)
         self.observer = self.observer if self.world.leads else Silent()
-        self._identity = identity(self.prepared)
+        self._identity = self.output.identity()
         self._go_on = going_on(self.prepared.config, self.folder)
         self.prepared.spread(lambda text: self.observer.note(text))
 
@@ -132,7 +127,7 @@ class Run:
     def _go(self) -> None:
         self.open()
         try:
-            self.observer.summary(summary(self.prepared), self.prepared.notes)
+            self.observer.summary(self.output.summary(), self.prepared.notes)
             config = self.prepared.config
             tracker = open_tracker(config.tracker, run_dir=self.folder, config=config.model_dump())
             with contextlib.closing(tracker), self._interrupted:
@@ -145,7 +140,7 @@ class Run:
 
     def _train(self, tracker: Tracker) -> None:
         every = self.prepared.config.checkpoint.every
-        evaluations = Evaluations(self.prepared, self.folder, self._claim.check)
+        evaluations = self.output.evaluations(self.folder, self._claim.check)
         self.results = evaluations.results
         if not evaluations:
             self.observer.note("no prompts are held out, so there is no evaluation (eval.problems, eval.data)")
@@ -174,7 +169,7 @@ class Run:
                 scores = evaluations.student(self._progress("evaluating the student"), results.AFTER)
             self.results = evaluations.results
             self._call("on_eval", scores)
-        export.write_model(self.prepared, self.folder / "model", self.results, self.step, self._claim.check)
+        self.output.save_model(self.folder / "model", self.results, self.step, self._claim.check)
         if evaluations:  # The table comes last: what cannot be shown has been written all the same.
             self.observer.table(self.results)
 
@@ -238,21 +233,17 @@ class Run:
             self.control.learn(batch, self.learner)
         self.step += 1
         self._claim.check()
-        count, behind = self.prepared.config.record.rollouts, self.teachers.behind(method)
-        recorded = record.rows(batch, values, self.step, count, self.student.tokenizer, behind)
-        for row in recorded:
+        for row in self.output.record(batch, values, self.step, self.folder):
             self.rollouts.append(row)
-        if self.world.leads:
-            thumbnails.keep(self.folder, recorded, [own.prompt for own in batch.pack.rollouts])
         metrics = {"step": self.step, **means.values()}
-        metrics |= batch_metrics(batch, values, version, self.source, lost)
-        metrics |= record.view_metrics(signals, method.views, len(batch.pack.rollouts)) | self.prepared.metrics()
+        metrics |= self.output.metrics(batch, values, signals, version, lost) | self.prepared.metrics()
         metrics |= {f"control/{name}": value for name, value in batch.clock.controller_outputs.items()}
         metrics |= probed
 
         def timed() -> dict[str, Any]:
             times = watch.values()
-            speed = {"tokens": len(batch.pack), "tokens_per_second": len(batch.pack) / times["time/step"]}
+            decided, unit = len(batch.pack), self.output.decides
+            speed = {unit: decided, f"{unit}_per_second": decided / times["time/step"]}
             return {**metrics, **speed, **times}
 
         def without_probe() -> None:  # The step is learnt: it is logged and saved, and probed when the run goes on.
@@ -286,8 +277,8 @@ class Run:
     def _difficulties(self, method: Method, clock: Clock) -> dict[str, float] | None:
         if method.rollout.order is not None and self._difficulty is None:
             progress = self._progress("measuring how hard each prompt is")
-            self._difficulty = difficulty.difficulties(
-                self.source, method.rollout, self.folder, first=clock.done == 0, progress=progress
+            self._difficulty = self.prepared.difficulties(
+                method.rollout, self.folder, first=clock.done == 0, progress=progress
             )
         return self._difficulty
 
@@ -310,7 +301,7 @@ class Run:
         if self._saved is not None and self._saved == folder / f"step-{self.step}":
             return self._saved
         weights, tensors, counts = self.learner.tensors()
-        state = {**counts, **state_of(self.prepared, best, self._advised, self._identity)}
+        state = {**counts, **self.output.state(best, self._advised, self._identity)}
         state["owes_probe"] = self.probes.owed
         parts = self.control.tensors() | self.source.tensors() | self.teachers.tensors()
         self.world.first(self._claim.check)
@@ -322,7 +313,7 @@ class Run:
     def restore(self, path: Path) -> None:
         """Restores the state of a checkpoint. The run's files stay as they are until `go`."""
         found = checkpoint.load(path)
-        refuse_other_run(path, found, self.prepared, self._identity, self.observer.note)
+        self.output.refuse_other_run(path, found, self._identity, self.observer.note)
         self.step = found.step
         self.learner.restore(found)
         self.control.restore(found.parts)
@@ -351,7 +342,7 @@ class Run:
 
         return report
 
-    def _evaluate_first(self, evaluations: Evaluations) -> None:
+    def _evaluate_first(self, evaluations: Evaluated) -> None:
         """Evaluates the teacher, and the student before it learns.
 
         A run that was resumed without an earlier evaluation (it was switched on later) has no "before" any more.
@@ -363,7 +354,7 @@ class Run:
             self.results = evaluations.results
             self._call("on_eval", scores)
 
-    def _evaluate_now(self, evaluations: Evaluations) -> dict[str, float]:
+    def _evaluate_now(self, evaluations: Evaluated) -> dict[str, float]:
         # Not interruptible: the step is learnt but not logged yet, and a checkpoint now would claim a missing line.
         scores = evaluations.student(lambda done, total: self.observer.phase("evaluating the student", done, total))
         good = evaluations.goodness(scores)

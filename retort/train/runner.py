@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,11 @@ from retort.method import Method
 from retort.ranks import here, join
 from retort.rewards.user import IN_MEMORY
 from retort.train.events.observe import Observer, Silent
+from retort.train.flows.output import FlowOutput
+from retort.train.flows.prepare import decides_latents, prepare_flow
 from retort.train.given.given import CallerObjects
+from retort.train.output.base import Output
+from retort.train.output.text import TextOutput
 from retort.train.run import Run
 from retort.train.setup.prepare import prepare
 from retort.train.setup.stored import need_scores
@@ -48,14 +51,14 @@ def start(
     """
     join()
     here().first(lambda: refuse_taken(folder))  # it tries the lock, which only one process can have
-    prepared = prepare(config, method, caller_objects)
-    need_scores(prepared)
+    output = _made(config, method, caller_objects or CallerObjects(), starts=True)
+    prepared = output.prepared
     config = prepared.config  # The resolved settings name no idle teacher.
     # Settings chosen at the start are saved as chosen, so that a resumed run cannot choose otherwise.
     chosen = {
-        "precision": prepared.student.precision,
+        "precision": prepared.learner.lm.precision,
         "attention": prepared.attention,
-        "device": prepared.student.device.type,
+        "device": prepared.learner.lm.device.type,
         "steps": prepared.steps,
     }
     # Paths are saved in full: a run may be resumed from another folder than it was started from.
@@ -72,7 +75,7 @@ def start(
     }
     resolved = config.moved(lambda path: str(_absolute(path))).model_copy(update=kept)
     return Run(
-        replace(prepared, config=resolved),
+        output.with_config(resolved),
         folder,
         observer or Silent(),
         caller_objects=caller_objects or CallerObjects(),
@@ -145,8 +148,8 @@ def load(
     caller_objects = (caller_objects or CallerObjects()).again(config, folder)
     if chosen is not None:
         checkpoint.verify(chosen)  # A damaged checkpoint is refused before minutes are spent on loading models.
-    prepared = prepare(config, method, caller_objects, asks=asks)
-    run = Run(prepared, folder, observer or Silent(), caller_objects=caller_objects)
+    output = _made(config, method, caller_objects, asks=asks)
+    run = Run(output, folder, observer or Silent(), caller_objects=caller_objects)
     if chosen is not None:
         run.restore(chosen)
         if steps is not None:
@@ -156,6 +159,26 @@ def load(
     for note in caller_objects.notes:
         run.observer.note(note)
     return run
+
+
+def _made(
+    config: Config, method: Method | None, caller_objects: CallerObjects, *, starts: bool = False, asks: bool = True
+) -> Output:
+    """The parts of a run, and what it leaves behind, by what its student decides; `asks` as in `prepare`.
+
+    Args:
+        config: The resolved configuration.
+        method: The caller's own method, if there is one.
+        caller_objects: The objects behind placeholders.
+        starts: Whether the run starts anew, and is to be refused where it could not end.
+        asks: Whether a judge is asked.
+    """
+    if decides_latents(config, method, caller_objects):
+        return FlowOutput(prepare_flow(config, method, caller_objects))
+    prepared = prepare(config, method, caller_objects, asks=asks)
+    if starts:
+        need_scores(prepared)
+    return TextOutput(prepared)
 
 
 def _absolute(path: str | None) -> str | None:

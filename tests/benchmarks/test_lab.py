@@ -30,11 +30,14 @@ def test_every_method_takes_part_on_one_bench_with_the_same_models_and_prompts(l
     judges = {entry.method for entry in lab.BENCHES["judges"].entries().values()}
     several = {own["method"]["name"] for own in importlib.import_module("debaters").METHODS.values()}
     looking = {entry.method for entry in lab.BENCHES["shapes"].entries().values()}
+    denoising = {entry.method for entry in lab.BENCHES["glyphs"].entries().values()}
     newer = {entry.method for entry in lab.BENCHES["beyond"].entries().values()}
     playing = {entry.method for entry in lab.BENCHES["agents"].entries().values()}
-    known = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | newer | playing
-    assert known == set(registry.names())
+    everybody = taking_part["lab"] | taking_part["lab-itself"] | judges | several | looking | denoising
+    assert everybody | newer | playing == set(registry.names())
     assert newer & taking_part["lab"] == {"opd", "eopd"}  # controls
+    assert denoising - set(registry.for_tokens()) == set(registry.names()) - set(registry.for_tokens())
+    assert denoising & set(registry.for_tokens()) == {"sod"}, "its term of rewards alone is GRPO"
     assert looking - taking_part["lab"] == {"va_opd"}
     assert several == {"mad_opd", "mt_opd", "opad"}
     assert several.isdisjoint(taking_part["lab"] | taking_part["lab-itself"])

@@ -16,6 +16,8 @@ import pytest
 import support
 import torch
 from completions import serving
+from flows.linear import model as flow
+from flows.paths import rollouts as trajectories
 from remote import RemoteTeacher
 from served import connected, in_thread
 from torch import Tensor
@@ -28,7 +30,9 @@ from retort.core.needs import (
     DENSE,
     DISAGREEMENT,
     ENTROPY,
+    GAUSSIAN,
     HIDDEN,
+    POLICY,
     SAMPLED,
     SPANS,
     TEMPERATURE,
@@ -38,13 +42,15 @@ from retort.core.needs import (
 )
 from retort.core.rollouts import Group, Message, Outcome, Pack, Prompt, Rollout, in_groups
 from retort.core.sequences import TokenSequence
-from retort.core.signals import Dense, SignalRows, TeacherSignal
-from retort.errors import SignalError
+from retort.core.signals import Dense, Gaussian, SignalRows, TeacherSignal
+from retort.errors import SignalError, UserError
+from retort.flows.steps import DecidedSteps, step_of
 from retort.models.endpoint import Endpoint
 from retort.models.load import load_model
 from retort.models.offload import InFiles, Room
 from retort.teachers.base import ScoreRequest, Teacher
 from retort.teachers.endpoint import EndpointTeacher
+from retort.teachers.flow import FlowTeacher
 from retort.teachers.itself import OwnWeights, SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.mixture import MixtureTeacher
@@ -393,3 +399,49 @@ def test_what_stands_between_decided_tokens_is_read(made: Made, lm: Any, monkeyp
     expected = of_plain(made, plain(lm, groups), groups)
     for found, other in zip(numbers(made, rows(said), groups), expected, strict=True):
         torch.testing.assert_close(found, other, rtol=1e-4, atol=1e-5)
+
+
+def of_latents() -> FlowTeacher:
+    return FlowTeacher(flow(seed=3), batch=5)
+
+
+#: Teachers of denoising steps, all with the same model: there a step decides a latent, and nothing is said of ids.
+LATENT_TEACHERS: dict[str, Callable[[], Teacher]] = {
+    "flow": of_latents,
+    "routed flows": lambda: RoutedTeacher({"a": of_latents(), "b": of_latents()}, by_length),
+}
+
+
+@pytest.mark.parametrize("name", LATENT_TEACHERS)
+def test_of_latents_it_is_about_the_latents_decided_in_the_order_of_the_groups(name: str) -> None:
+    groups = in_groups(trajectories())
+    for own in (groups, groups[::-1]):
+        said = LATENT_TEACHERS[name]().score(own, ScoreRequest(View(), frozenset({GAUSSIAN})))
+        said.check_tokens(written(own))
+        assert isinstance(said, Gaussian)
+        steps = DecidedSteps.of_rollouts([one for group in own for one in group])
+        said.check_decided(steps.decided_ND)
+        expected = step_of(flow(seed=3), steps)
+        torch.testing.assert_close(said.mean_ND, expected.mean.flatten(1).detach(), rtol=1e-12, atol=1e-12)
+        assert torch.equal(said.std_N, expected.std_N)
+
+
+@pytest.mark.parametrize("name", LATENT_TEACHERS)
+def test_of_latents_its_capabilities_are_what_it_then_gives(name: str) -> None:
+    teacher, groups = LATENT_TEACHERS[name](), in_groups(trajectories())
+    kinds = (SAMPLED, GAUSSIAN, POLICY, DENSE, ENTROPY, Need("topk", K), logp_at(K), HIDDEN, SPANS, DISAGREEMENT)
+    said = [need for need in kinds if can_meet(teacher.capabilities, need)]
+    assert said == [SAMPLED, GAUSSIAN, POLICY], "and POLICY is DENSE to whoever compares needs"
+    for need in said:
+        assert can_meet(teacher.score(groups, ScoreRequest(View(), frozenset({need}))).offers, need)
+
+
+@pytest.mark.parametrize("name", LATENT_TEACHERS)
+def test_of_latents_nothing_that_learns_is_in_what_it_says_and_no_other_prompt_is_read(name: str) -> None:
+    teacher, groups = LATENT_TEACHERS[name](), in_groups(trajectories())
+    first, second = (teacher.score(groups, ScoreRequest(View(), frozenset({SAMPLED}))) for _ in range(2))
+    found, again = (one.rows(slice(None)).sampled_logp_N for one in (first, second))
+    assert not found.requires_grad
+    assert torch.equal(found, again)
+    with pytest.raises(UserError, match="a flow model reads the student's own prompt"):
+        teacher.score(groups, ScoreRequest(privileged("solution", model="teacher"), frozenset({SAMPLED})))

@@ -1,4 +1,8 @@
-"""What every registered method promises: on a toy model in float64, and through the pipeline of a run."""
+"""What every method of tokens promises: on a toy model in float64, and through the pipeline of a run.
+
+What is true of methods of either kind of step is asked of all that are registered; `test_contract_latents.py` has what
+is true of those that teach denoising steps.
+"""
 
 import doctest
 import inspect
@@ -29,7 +33,9 @@ from retort.train.storage import checkpoint
 
 pytestmark = pytest.mark.usefixtures("images_as_text")
 
-NAMES = registry.names()
+NAMES = registry.for_tokens()
+#: Also those that only a flow model can learn by.
+EVERY = registry.names()
 #: Methods whose loss is not 0 at student == teacher, and why.
 NOT_ZERO = {
     **dict.fromkeys(("cl_egrsd", "egrsd", "rlsd", "ropd"), "the reward gives the direction, whatever the teacher says"),
@@ -238,7 +244,7 @@ def test_a_teacher_of_sampled_log_probs_serves_opd_and_no_other() -> None:
             check_needs(registry.load(name), sampled)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_one_file_one_function_all_defaults(name: str) -> None:
     build = registry.builder(name)
     assert build.__name__ == name
@@ -271,7 +277,7 @@ def complaints(name: str, found: list[doctest.Example]) -> str:
     return "".join(said)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EVERY)
 def test_the_example_in_the_docstring_is_right(name: str) -> None:
     found = examples(name)
     assert any(name in example.source for example in found), "the docstring has no example that makes the method"
@@ -280,7 +286,7 @@ def test_the_example_in_the_docstring_is_right(name: str) -> None:
 
 
 def test_no_two_methods_have_the_same_example() -> None:
-    plain = {name: "".join(one.source.replace(name, "") for one in examples(name)) for name in NAMES}
+    plain = {name: "".join(one.source.replace(name, "") for one in examples(name)) for name in EVERY}
     assert len(set(plain.values())) == len(plain)
 
 

@@ -55,7 +55,7 @@ def _named(name: str, given: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in registry.names() if name != "ropd"])
+@pytest.mark.parametrize("name", [name for name in registry.for_tokens() if name != "ropd"])
 def test_every_method_learns_from_prompts_with_images(name: str, seeing_run: dict[str, Any]) -> None:
     test_packs_of_image_prompts_give_what_single_sequences_give(name, {}, seeing_run)
 

@@ -15,7 +15,7 @@ from toy import Toy
 from retort import registry
 from retort.method import Method
 
-NAMES = registry.names()
+NAMES = registry.for_tokens()
 #: Methods whose loss depends on which turn a token is of.
 READ_TURNS: list[tuple[str, dict[str, Any]]] = [
     ("sod", {}),

@@ -17,7 +17,7 @@ from retort.core.signals import Sampled
 from retort.errors import UserError
 from retort.functional import token_losses
 
-NAMES = registry.names()
+NAMES = registry.for_tokens()
 F64 = torch.float64
 
 

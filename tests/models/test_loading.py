@@ -293,7 +293,7 @@ def test_an_error_of_our_own_is_no_fault_of_the_folder(
     ours = compile("def broken(*args): return {}['ours']", files.__file__, "exec")
     found: dict[str, Any] = {}
     exec(ours, found)
-    monkeypatch.setattr(files, "_account", found["broken"])
+    monkeypatch.setattr(files, "account", found["broken"])
     monkeypatch.setattr(LanguageModel, "head", found["broken"])
     with pytest.raises(KeyError, match="ours"):
         load(model_folder(seed=1))

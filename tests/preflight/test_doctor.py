@@ -354,7 +354,9 @@ def test_it_changes_nothing(builtin: Prepared) -> None:
     assert (builtin.student.digest(), builtin.notes, builtin.student.model.training) == before
 
 
-@pytest.mark.parametrize(("name", "more"), [*((name, {}) for name in registry.names()), ("opct", {"discount": 0.9})])
+@pytest.mark.parametrize(
+    ("name", "more"), [*((name, {}) for name in registry.for_tokens()), ("opct", {"discount": 0.9})]
+)
 @pytest.mark.usefixtures("images_as_text")
 @pipeline.models_once()
 def test_every_method_can_be_examined(name: str, more: dict[str, Any], tiny_run: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_runs import make_flow_run
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -25,6 +26,7 @@ from selenium.webdriver.support.select import Select
 
 from retort.core.images import PLACEHOLDER, PromptImage
 from retort.core.rollouts import Message, Prompt
+from retort.errors import visible
 from retort.report import build_report
 from retort.report.axes import label
 from retort.train.output.thumbnails import keep
@@ -412,3 +414,40 @@ def test_images_stand_beside_the_tokens(
     assert all(browser.execute_script("return arguments[0].naturalWidth", one) == 128 for one in seen)
     assert [own.text for own in browser.find_elements(By.CSS_SELECTOR, ".pictures figcaption")] == ["teacher only"]
     assert "[image 2 of 2: no thumbnail]" in browser.find_element(By.CSS_SELECTOR, ".pictures").text
+
+
+@pytest.mark.parametrize("points", [False, True], ids=["images", "points"])
+def test_the_samples_of_a_flow_run(points: bool, tmp_path: Path, visit: Callable[..., webdriver.Chrome]) -> None:
+    """Images and points of all models are seen, in both schemes and in a narrow window; hostile texts do nothing."""
+    hostile = "".join(ATTACKS)
+    run = make_flow_run(tmp_path / "run", points=points, prompts=2)
+    results = json.loads((run / "eval.json").read_text())
+    for row in results["rows"]:
+        own = results["samples"][row["who"]]
+        row["samples"] = [{**one, "text": one["domain"] + hostile, "rewards": {hostile: 1.0}} for one in own]
+        row |= {f"reward/{hostile}": {"value": 0.5}} | ({"who": hostile} if row["who"] == "teacher glyph" else {})
+    (run / "eval.json").write_text(json.dumps(results))
+    for width, scheme in ((1280, "light"), (390, "dark")):
+        browser = visit(run, width=width, scheme=scheme)
+        assert browser.title == "flow_opd · run"
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert browser.execute_script("return document.scripts.length") == 1
+        matrix = browser.find_element(By.CSS_SELECTOR, "table.matrix").get_attribute("textContent") or ""
+        assert matrix.count(visible(hostile)) == 2, "a reward and a model"
+        script = "return [...document.querySelectorAll('.grid-of-samples img')].map((x) => [x.naturalWidth, x.alt])"
+        seen = browser.execute_script(script)
+        assert [width for width, _ in seen] == [24] * (0 if points else 2 * 2 * 5)
+        assert all(visible(hostile) in alt for _, alt in seen)
+        script = "return [...document.querySelectorAll('.cloud-dots')].map((x) => x.getBoundingClientRect().width > 0)"
+        assert browser.execute_script(script) == [True] * (2 * 3 + 3 * 2 if points else 0)
+    plot = browser.find_element(By.CSS_SELECTOR, "svg[data-title='Reverse KL on held-out prompts']")
+    plot.send_keys(Keys.ARROW_RIGHT)
+    assert "student before 0.036" in (
+        browser.find_element(By.CSS_SELECTOR, ".unseen").get_attribute("textContent") or ""
+    )
+    browser.find_element(By.CSS_SELECTOR, "#steps ~ details summary").send_keys(Keys.ENTER)
+    script = "return [...document.querySelectorAll('.cells i')].map((x) => getComputedStyle(x).backgroundColor)"
+    assert len(set(browser.execute_script(script))) == 6, "from none to the strongest shade"
+    assert browser.find_element(By.CSS_SELECTOR, ".cells").is_displayed()
+    levels = [int(head.tag_name[1]) for head in browser.find_elements(By.CSS_SELECTOR, "h1, h2, h3")]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels)), "no level is skipped"

@@ -18,7 +18,7 @@ from retort.train import runner
 from retort.train.setup.pair import teacher_use
 
 #: Methods that read a teacher other than the student's own weights.
-NAMES = [name for name in registry.names() if teacher_use(registry.load(name)) is not None]
+NAMES = [name for name in registry.for_tokens() if teacher_use(registry.load(name)) is not None]
 
 
 @pytest.fixture(scope="module")

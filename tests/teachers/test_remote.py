@@ -32,6 +32,7 @@ from retort.teachers.local import reduced
 from retort.teachers.view import View
 from retort.train import runner
 from retort.train.learning.passes import Passes
+from retort.train.output.text import TextOutput
 from retort.train.run import Run
 
 #: What a remote teacher serves, by method and settings.
@@ -64,7 +65,7 @@ def named(cases: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
     return ["-".join([name, *(f"{key}={value}" for key, value in given.items())]) for name, given in cases]
 
 
-DEFAULTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in registry.names()]
+DEFAULTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in registry.for_tokens()]
 EVERY = [case for case in [*DEFAULTS, *SERVED, *ALSO[1:]] if asks_for_ids(registry.load(case[0], **case[1]))]
 
 
@@ -193,7 +194,7 @@ def test_a_probe_asks_a_remote_teacher_in_the_same_way(tiny_run: dict[str, Any],
     remote = {name: RemoteTeacher(own) for name, own in setup.teachers.models.items()}
     far = replace(setup, teachers=setup.teachers.with_models(remote))
     clock = replace(pipeline.CLOCK, longest=source.limit)
-    runs = [Run(own, tmp_path) for own in (far, setup)]
+    runs = [Run(TextOutput(own), tmp_path) for own in (far, setup)]
     found, expected = (run.control.probe(method, clock, partial(run.probes.measure, method)) for run in runs)
     assert found.keys() == {"probe/looks.margin"}
     assert found == pytest.approx(expected, rel=1e-5)

@@ -81,6 +81,12 @@ class Gaussian(TeacherSignal):
         taken = (take_rows(values, index_N) for values in (self.mean_ND, self.std_N, self.decided_ND))
         return Gaussian(take_rows(self.tokens_N, index_N), self.source, *taken, valid_N=self._valid(index_N))
 
+    def to(self, device: torch.device) -> Gaussian:
+        """The same on a device."""
+        moved = (values.to(device) for values in (self.mean_ND, self.std_N, self.decided_ND))
+        valid_N = None if self.valid_N is None else self.valid_N.to(device)
+        return Gaussian(self.tokens_N.to(device), self.source, *moved, valid_N=valid_N, counts=self.counts)
+
     def check_decided(self, decided_ND: Tensor) -> None:
         """Raises `SignalError` unless the signal is about exactly these latents."""
         if self.decided_ND.shape != decided_ND.shape:

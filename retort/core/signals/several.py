@@ -14,6 +14,7 @@ from retort.core.needs import NeedKind, require_finite
 from retort.core.signals.base import SignalRows, TeacherSignal, same_length, take_rows
 from retort.core.signals.by_ids import Candidates, Sampled, TopK
 from retort.core.signals.dense import Dense, as_compute
+from retort.core.signals.gaussian import Gaussian
 from retort.errors import SignalError
 
 
@@ -22,8 +23,8 @@ def joined(
 ) -> TeacherSignal:
     """One signal whose every step is a step of one of several signals, unchanged.
 
-    Whole distributions stay functions that give a few steps at a time. Hidden states are dropped: those of two models
-    mean nothing beside one another.
+    Whole distributions stay functions that give a few steps at a time; Gaussians keep their means. Hidden states are
+    dropped: those of two models mean nothing beside one another.
 
     Args:
         signals: Signals of one kind, over the same ids.
@@ -55,6 +56,13 @@ def joined(
         )
     if all(isinstance(signal, Sampled) for signal in signals):
         return Sampled(logp_N=column(lambda own: own.logp_N), **about)
+    if all(isinstance(signal, Gaussian) for signal in signals):
+        return Gaussian(
+            mean_ND=column(lambda own: own.mean_ND),
+            std_N=column(lambda own: own.std_N),
+            decided_ND=column(lambda own: own.decided_ND),
+            **about,
+        )
     if all(isinstance(signal, TopK) for signal in signals):
         return _joined_lists([s for s in signals if isinstance(s, TopK)], column, about)
     if all(isinstance(signal, Candidates) for signal in signals):

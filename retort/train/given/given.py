@@ -26,6 +26,7 @@ from retort.data.load import numbered
 from retort.data.values import plain
 from retort.errors import UserError, quoted
 from retort.files import parse_object, reason, write_bytes
+from retort.flows.base import VelocityModel
 from retort.models.in_memory import InMemoryModel
 from retort.ranks import here, local_size
 from retort.rewards.base import Grader
@@ -104,6 +105,7 @@ class CallerObjects:
 
     Attributes:
         models: Models by their placeholder.
+        flows: Velocity models by their placeholder.
         rows: Rows by their setting.
         grade: A verifier.
     """
@@ -111,6 +113,11 @@ class CallerObjects:
     models: Mapping[str, InMemoryModel] = field(default_factory=lambda: {})
     rows: Mapping[str, Rows] = field(default_factory=lambda: {})
     grade: UserGrading | None = None
+    flows: Mapping[str, VelocityModel] = field(default_factory=lambda: {})
+
+    def flow(self, name: str) -> VelocityModel | None:
+        """The velocity model behind a placeholder; None for any other text."""
+        return self.flows.get(name)
 
     def source(self, name: str) -> InMemoryModel | None:
         """The model behind a placeholder; None for any other text."""
@@ -144,9 +151,9 @@ class CallerObjects:
         """
         inside = [name for name, path in config.model_paths.items() if path == in_memory(name)]
         for name in inside:
-            if in_memory(name) not in self.models:
+            if in_memory(name) not in {*self.models, *self.flows}:
                 raise _absent(folder, name, _again(name))
-        for name in (text.removeprefix(IN_MEMORY) for text in self.models):
+        for name in (text.removeprefix(IN_MEMORY) for text in (*self.models, *self.flows)):
             if name not in inside:
                 raise _named(folder, name, "named in its settings")
         task = str(config.task or "")
@@ -222,6 +229,7 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
     """
     found: dict[str, Any] = {}
     models: dict[str, InMemoryModel] = {}
+    flows: dict[str, VelocityModel] = {}
     rows: dict[str, Rows] = {}
     for name, thing in named.items():
         if thing is None:
@@ -230,7 +238,11 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
             found[name] = path_argument(ROWS[name][0] if name in ROWS else name, thing)
         elif name not in ROWS:
             model = name.removeprefix("models.").removesuffix(".path")
-            found[name], models[in_memory(model)] = in_memory(model), InMemoryModel.from_pair(model, thing)
+            found[name] = in_memory(model)
+            if isinstance(thing, VelocityModel):
+                flows[in_memory(model)] = thing
+            else:
+                models[in_memory(model)] = InMemoryModel.from_pair(model, thing)
         else:
             evaluated = settings.get("eval")
             evaluated = cast("Mapping[str, Any]", evaluated) if isinstance(evaluated, Mapping) else {}
@@ -241,7 +253,7 @@ def collect(named: Mapping[str, Any], settings: Mapping[str, Any], grade: Any) -
         found["task"] = grade
     elif grade is not None:
         found["task"] = name_of(grade)
-    return found, CallerObjects(models, rows, None if isinstance(grade, str) else grade)
+    return found, CallerObjects(models, rows, None if isinstance(grade, str) else grade, flows)
 
 
 def in_memory(name: str) -> str:

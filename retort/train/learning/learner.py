@@ -22,7 +22,8 @@ from retort.models.lm import LanguageModel
 from retort.models.sharding import of_one_kind
 from retort.ranks import Share
 from retort.train.learning.passes import Batch, Passes
-from retort.train.learning.update import Update, learn
+from retort.train.learning.spread_head import rounds
+from retort.train.learning.update import Rounds, Update, learn
 from retort.train.storage import checkpoint
 from retort.train.storage.metrics import Means, Stopwatch
 
@@ -36,6 +37,7 @@ class Learner:
         settings: The settings of optimizer and updates.
         moved: Called after every optimizer step with their number in the run, for weights that follow the student's.
         variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
+        rounds: The passes with gradient over a batch.
         updates: Number of optimizer steps done.
         begun: Number of optimizer steps done when the current method took over.
     """
@@ -44,6 +46,7 @@ class Learner:
     settings: OptimizerSection
     moved: Callable[[int], None] | None = None
     variance_every: int = 0
+    rounds: Rounds = rounds
     updates: int = 0
     begun: int = 0
 
@@ -124,7 +127,9 @@ class Learner:
         Returns:
             The means to log, and the per-step values of the first pass over the batch, [N] each.
         """
-        update = Update(self.passes, self.settings, self.optimizer, factor, self.variance_every, self.moved)
+        update = Update(
+            self.passes, self.settings, self.optimizer, factor, self.variance_every, self.moved, self.rounds
+        )
         self.updates, means, values = learn(update, batch, self.updates, watch)
         return means, values
 

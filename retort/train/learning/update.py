@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,12 +13,10 @@ from torch import Tensor
 from retort.config.sections import OptimizerSection
 from retort.core import reduce
 from retort.core.definition import Values
-from retort.core.losses import TokenLoss, times
-from retort.core.per_token import loss_pass
+from retort.core.losses import TokenLoss
 from retort.core.random_streams import permutation
-from retort.core.signals import Candidates, Dense, TeacherSignal
-from retort.errors import RunError, SignalError
-from retort.loss.terms import batch_scales, counted, hidden_values, losses, term_values
+from retort.errors import RunError
+from retort.loss.terms import batch_scales, counted, losses, term_values
 from retort.method import Method
 from retort.models.sharding import clip, full
 from retort.train.learning.diagnose import add_noise_floor, add_positions, add_turns
@@ -27,6 +25,9 @@ from retort.train.learning.rounds import Round, every_value
 from retort.train.learning.spread_head import rounds
 from retort.train.learning.variance import adam_variance
 from retort.train.storage.metrics import Means, Stopwatch
+
+#: Gives the passes with gradient over some rollouts of a batch, by their place in the pack.
+Rounds = Callable[[Passes, Batch, Sequence[int]], Iterator[Round]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,7 @@ class Update:
         factor: Maps an optimizer step to a factor on the learning rate.
         variance_every: Batches from one measurement of the gradient's variance to the next; 0 for none.
         moved: Called after every optimizer step with their number in the run, for weights that follow the student's.
+        rounds: Gives the passes with gradient over some rollouts of a batch, by their place in the pack.
     """
 
     passes: Passes
@@ -48,6 +50,7 @@ class Update:
     factor: Callable[[int], float]
     variance_every: int = 0
     moved: Callable[[int], None] | None = None
+    rounds: Rounds = rounds
 
 
 def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> tuple[int, Means, dict[str, Tensor]]:
@@ -75,10 +78,10 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
             chosen = sorted(order[part * rollouts // parts : (part + 1) * rollouts // parts])
             if epoch == part == 0 and every and batch.clock.step % every == 0:
                 with watch("variance"):
-                    variance = batch_variance(passes, batch, chosen)
+                    variance = batch_variance(passes, batch, chosen, update.rounds)
                 if variance is not None:
                     logged.add("batch_gradient_variance", variance)
-            values = _gradients(passes, batch, chosen, logged, watch)
+            values = _gradients(update, batch, chosen, logged, watch)
             if epoch == part == 0 and _one_distribution(batch.method):
                 add_noise_floor(logged, pack, chosen, values["student_logp"])
             if epoch == 0:
@@ -107,22 +110,22 @@ def learn(update: Update, batch: Batch, updates_done: int, watch: Stopwatch) -> 
 
 
 def _gradients(
-    passes: Passes, batch: Batch, chosen: Sequence[int], logged: Means, watch: Stopwatch
+    update: Update, batch: Batch, chosen: Sequence[int], logged: Means, watch: Stopwatch
 ) -> dict[str, Tensor]:
     """Forward and backward over the rollouts of one optimizer step; values [N], NaN for other rollouts."""
-    method, pack = batch.method, batch.pack
+    method, pack, passes = batch.method, batch.pack, update.passes
     every, scale_N = every_value(batch), _scales(batch, chosen)
     found: dict[str, Tensor] = {}
     names = ["loss", *(f"loss/{term.name}" for term in method.terms)]
-    parts_done = [(one.own, *_backward(one, every, scale_N, watch)) for one in rounds(passes, batch, chosen)]
+    parts_done = [(one, *_backward(one, every, scale_N, watch)) for one in update.rounds(passes, batch, chosen)]
 
     def finished() -> list[list[float]]:
         with watch("backward"):  # a GPU is waited for once, after all of them
             added = torch.stack([added for _, added, _ in parts_done]).tolist() if parts_done else []
-        for (micro, _, values), row in zip(parts_done, added, strict=True):
+        for (one, _, values), row in zip(parts_done, added, strict=True):
             if not math.isfinite(row[0]):
-                raise _not_finite(passes, batch, micro, values)
-            fill(found, pack, micro, values)
+                raise one.not_finite(values)
+            fill(found, pack, one.own, values)
         return added
 
     total = dict.fromkeys(names, 0.0)
@@ -163,24 +166,16 @@ def _backward(
 
     All of it stays on the device, and nothing here waits for it: the caller checks whether it is finite.
     """
-    batch, lm = one.batch, one.passes.lm
+    batch, device = one.batch, one.passes.lm.device
     counted_N = counted(batch.method, batch.valid, len(batch.steps))
 
     def at(index_N: Tensor, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: column_N[index_N].to(lm.device) for name, column_N in columns.items()}
+        return {name: column_N[index_N].to(device) for name, column_N in columns.items()}
 
     here = at(one.own_N, scale_N)
     own_part = partial(_terms, batch, at(one.own_N, counted_N), here)
     part = partial(_terms, batch, at(one.index_N, counted_N), at(one.index_N, scale_N))
-    with watch("student"):
-        hidden_ND = one.hidden()
-    with watch("loss"), lm.compute():
-        core = one.core(every)
-        together_ND = one.together(hidden_ND)
-        loss, values = loss_pass(core, together_ND, lambda values, rows: part(values, rows)[0], chunk=one.chunk)
-        values = one.cut(values)
-        if outside := hidden_values(batch.method, hidden_ND, *one.own_signals(core), core.clock):
-            loss, values = loss + own_part(outside, slice(None))[0], {**values, **outside}
+    loss, values = one.losses(every, part, own_part, watch)
     with watch("backward"):
         loss.backward()
     values = {name: value_N.detach() for name, value_N in values.items()}
@@ -189,7 +184,7 @@ def _backward(
     return torch.stack([x.detach().double() for x in (one.loss(loss, own_loss), *totals)]), values
 
 
-def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float | None:
+def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int], rounds: Rounds = rounds) -> float | None:
     r"""The variance of one optimizer step's gradient over prompts and completions, summed over all weights.
 
     .. math:: \frac{n}{n-1} \Big( \sum_p \lVert G_p \rVert^2 - \frac{1}{n} \big\lVert \sum_p G_p \big\rVert^2 \Big)
@@ -207,6 +202,7 @@ def batch_variance(passes: Passes, batch: Batch, chosen: Sequence[int]) -> float
         passes: The student; no gradient may be waiting.
         batch: The scored rollouts.
         chosen: Indices of the rollouts of the optimizer step.
+        rounds: As in `Update`.
 
     Returns:
         The variance; None if all rollouts are of one visit.
@@ -269,42 +265,3 @@ def _terms(
         counted_N={name: in_N[rows] for name, in_N in counted_N.items()},
         scale_N={name: scale_N[rows] for name, scale_N in scale_N.items()},
     )
-
-
-def _not_finite(passes: Passes, batch: Batch, sequences: Sequence[int], values: Mapping[str, Tensor]) -> RunError:
-    """The error for a loss that is not finite: it names the token, the rollout and the id."""
-    steps = batch.pack.steps_in(sequences)
-    for term in batch.method.terms:
-        weight_N, value_N = (values[f"{term.name}.{what}"].detach() for what in ("weight", "value"))
-        bad = (~times(weight_N, value_N).isfinite()).nonzero()
-        if not len(bad) or batch.clock.at(term.coef) == 0:
-            continue
-        step = int(steps[int(bad[0])])
-        rollout = batch.pack.rollouts[int(batch.steps.rollout_N[step])]
-        place_there = int(batch.share.local(torch.tensor(step)))
-        ids = _banned(batch.signals[term.against], place_there, int(batch.steps.tokens_N[step]))
-        names = ", ".join(f"{i} ({passes.lm.tokenizer.convert_ids_to_tokens(i)!r})" for i in ids[:3])
-        banned = f"the teacher gives probability 0 to id {names}, which the student may generate"
-        position = int(batch.steps.position_N[step])
-        return RunError(
-            f"step {batch.clock.step + 1}: term '{term.name}' is infinite at token {position} of a completion "
-            f"of '{rollout.prompt.id}': {banned if ids else 'a value overflowed'}; stopping before the update "
-            "(a forward KL or jsd stays finite where the teacher rules out an id)"
-        )
-    return RunError(f"step {batch.clock.step + 1}: the loss is not finite; stopping before the update")
-
-
-def _banned(signal: TeacherSignal, step: int, token: int) -> list[int]:
-    """Ids of probability 0 for the teacher at a step: the generated one, or all it can name."""
-    if isinstance(signal, Dense):
-        logp_V = signal.rows(torch.tensor([step])).logp_NV[0]
-        banned = (logp_V == float("-inf")).nonzero().squeeze(-1).tolist()
-        return [token] if token in banned else banned
-    candidates = (
-        signal.ids_NK[step][signal.logp_NK[step] == float("-inf")].tolist() if isinstance(signal, Candidates) else []
-    )
-    try:
-        excluded = float(signal.rows(torch.tensor([step])).sampled_logp_N[0]) == float("-inf")
-    except SignalError:
-        return candidates
-    return [token] if excluded else candidates

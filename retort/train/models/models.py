@@ -5,7 +5,8 @@ Every model has a name, by which views and settings call it: `student`, `teacher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -236,19 +237,24 @@ def located(name: str) -> str:
     Raises:
         UserError: The model is missing; the message says how to make it.
     """
-    from retort.tasks import coached, countdown, ranking, rooms, shapes
+    from retort.tasks import coached, countdown, glyphs, plane, ranking, rooms, shapes
 
-    bundled = {
-        f"{task.__name__.rpartition('.')[2]}:{role}": path
-        for task in (countdown, ranking, coached, rooms, shapes)
-        for role, path in (("student", task.student_path), ("teacher", task.teacher_path))
-    }
-    if name not in bundled:
+    task, _, role = name.partition(":")
+    tasks = (coached, countdown, glyphs, plane, ranking, rooms, shapes)
+    found = next((own for own in tasks if own.__name__ == f"retort.tasks.{task}"), None)
+    if found is None or role not in roles(found):
         return name
     try:
-        return str(bundled[name]())
+        return str(roles(found)[role]())
     except FileNotFoundError as error:
         raise UserError(f"{name}: {error}") from None
+
+
+def roles(task: Any) -> dict[str, Callable[[], Path]]:
+    """The models of a built-in task by name: a student and a teacher, or several teachers by their domains."""
+    domains: Sequence[str] = getattr(task, "DOMAINS", ())
+    teachers: dict[str, Callable[[], Path]] = {name: (lambda own=name: task.teacher_paths()[own]) for name in domains}
+    return {"student": task.student_path, **(teachers or {"teacher": task.teacher_path})}
 
 
 def device_for(config: Config) -> str:

@@ -9,12 +9,12 @@ from torch import Tensor
 from retort.train.learning.diagnose import against_rewards
 from retort.train.learning.passes import Batch
 from retort.train.output import record
+from retort.train.output.base import RolloutSource
 from retort.train.output.units import unit_metrics
-from retort.train.source.source import Source
 
 
 def batch_metrics(
-    batch: Batch, values: Mapping[str, Tensor], version: int, source: Source, given_up: int
+    batch: Batch, values: Mapping[str, Tensor], version: int, source: RolloutSource, given_up: int
 ) -> dict[str, float]:
     """Numbers of a batch by their names in `metrics.jsonl`.
 

@@ -63,38 +63,38 @@ def card(prepared: Prepared, results: Mapping[str, Any], step: int) -> str:
     student, teacher = prepared.student, prepared.teachers.lms.get("teacher")
     settings = ", ".join(f"{name} = {value}" for name, value in method.settings.items())
     base, (licence, words) = _hub_name(student.name), model_licence(student.name)
-    front = _base_model(base) + ([f"license: {licence}"] if licence else [])
-    front += ["pipeline_tag: image-text-to-text"] if student.vision else []
+    more = _base_model(base) + ([f"license: {licence}"] if licence else [])
+    more += ["pipeline_tag: image-text-to-text"] if student.vision else []
     lines = [
-        *_front("transformers", ["on-policy-distillation", "retort"], front),
-        f"# {_plain_text(_short(student.name))}, distilled with {_plain_text(method.name)}",
+        *front("transformers", ["on-policy-distillation", "retort"], more),
+        f"# {plain_text(short(student.name))}, distilled with {plain_text(method.name)}",
         "",
         _trained(method.rollout.sources),
         "",
-        f"- student: {_code(_short(student.name))} ({student.parameters:,} parameters{_rounded(student)})",
+        f"- student: {code(short(student.name))} ({student.parameters:,} parameters{_rounded(student)})",
         *([_adapted(prepared)] if student.adapter else []),
         *(
-            [f"- teacher: {_code(_short(teacher.name))} ({teacher.parameters:,} parameters{_rounded(teacher)})"]
+            [f"- teacher: {code(short(teacher.name))} ({teacher.parameters:,} parameters{_rounded(teacher)})"]
             if teacher
             else []
         ),
-        *([f"- teacher: {_plain_text(prepared.teachers.models['teacher'].name)}"] if config.teachers.models else []),
+        *([f"- teacher: {plain_text(prepared.teachers.models['teacher'].name)}"] if config.teachers.models else []),
         *[f"- teacher: {text}" for text in self_teachers(method)],
-        *[f"- {who}: {_code(_short(lm.name))}{_rounded(lm)}, frozen" for who, lm in beside(prepared).items()],
-        f"- method: {_code(method.name)} ({_plain_text(standing(method))})",
-        f"- settings of the method: {_plain_text(settings) or 'none'}",
-        *([f"- before it: {_code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
-        f"- stops with: {_code(named_stops(student.stops, student.tokenizer))}",
-        f"- data: {_code(_short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
+        *[f"- {who}: {code(short(lm.name))}{_rounded(lm)}, frozen" for who, lm in beside(prepared).items()],
+        f"- method: {code(method.name)} ({plain_text(standing(method))})",
+        f"- settings of the method: {plain_text(settings) or 'none'}",
+        *([f"- before it: {code(method.before[1].name)}, {method.before[0]} batches"] if method.before else []),
+        f"- stops with: {code(named_stops(student.stops, student.tokenizer))}",
+        f"- data: {code(short(str(config.data)))}, {len(prepared.source.prompts)} prompts",
         *([_images(prepared)] if student.vision else []),
         f"- training: {step} steps, each on {plan_summary(method.rollout, prepared.source.count)}; AdamW, learning "
         f"rate {optimizer.learning_rate:g}, {optimizer.schedule} schedule, warm-up {optimizer.warmup}; seed "
         f"{config.seed}; fp32 master weights, {prepared.student.precision} products",
-        f"- versions: {_versions()}",
+        f"- versions: {versions()}",
         f"- licence: {words}; what the teacher's allows is for you to check",
         "",
         *([_SEEING] if student.vision else []),
-        *_table(results),
+        *table(results),
     ]
     return "\n".join(lines) + "\n"
 
@@ -117,10 +117,10 @@ def adapter_card(prepared: Prepared) -> str:
     student = prepared.student
     base = _hub_name(student.name)
     lines = [
-        *_front("peft", ["lora", "on-policy-distillation", "retort"], _base_model(base)),
-        f"# A LoRA adapter of {_plain_text(_short(student.name))}, distilled with {_plain_text(prepared.method.name)}",
+        *front("peft", ["lora", "on-policy-distillation", "retort"], _base_model(base)),
+        f"# A LoRA adapter of {plain_text(short(student.name))}, distilled with {plain_text(prepared.method.name)}",
         "",
-        f"Load {_code(_short(student.name))}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 "
+        f"Load {code(short(student.name))}, then `PeftModel.from_pretrained(model, folder)`. It was trained on fp32 "
         "weights; the same student, merged, is the folder `model` of the run.",
     ]
     return "\n".join(lines) + "\n"
@@ -151,17 +151,17 @@ def model_licence(name: str) -> tuple[str | None, str]:
     if gguf.is_gguf(name):
         found = gguf.licence(name) or ""
         if _LICENCE.fullmatch(found):
-            return found, f"{_code(found)}, as the student's file states"
+            return found, f"{code(found)}, as the student's file states"
         return None, "not known: the student's file states none"
     folder = place if place.is_dir() else _cached(name)
     if folder is None:
         return None, "not known here: see the student's page"
     found = _front_matter(folder / "README.md").get("license")
     if isinstance(found, str) and _LICENCE.fullmatch(found):
-        return found, f"{_code(found)}, as the student's card states"
+        return found, f"{code(found)}, as the student's card states"
     file = next((folder / one for one in _LICENCE_FILES if (folder / one).is_file()), None)
     if file is not None:
-        return None, f"see the student's {_code(file.name)}, which begins with {_code(_first_line(file))}"
+        return None, f"see the student's {code(file.name)}, which begins with {code(_first_line(file))}"
     return None, "not known: the student's folder states none"
 
 
@@ -202,12 +202,13 @@ def _hub_name(name: str) -> str | None:
     return None if own or HUB_NAME.fullmatch(name) is None else name
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
     """A short name: hub names and built-in names whole, of a path its last part."""
     return name if _hub_name(name) == name or name in BUILTIN or located(name) != name else Path(name).name
 
 
-def _versions() -> str:
+def versions() -> str:
+    """Versions of what a run computes with, in one line."""
     import transformers
 
     import retort
@@ -220,16 +221,17 @@ def _base_model(name: str | None) -> list[str]:
     return [f"base_model: {json.dumps(name)}"] if name else []
 
 
-def _front(library: str, tags: list[str], more: list[str]) -> list[str]:
+def front(library: str, tags: list[str], more: list[str]) -> list[str]:
+    """The front matter of a card."""
     return ["---", f"library_name: {library}", f"tags: [{', '.join(tags)}]", *more, "---", ""]
 
 
-def _plain_text(text: str) -> str:
+def plain_text(text: str) -> str:
     """Escapes a text for the card: no markup, no HTML, no table cell, no control character."""
     return re.sub(r"([\\\\`*\[\]<>|&])", r"\\\1", visible(text))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """Formats a text as code, between more backticks than it holds in a row."""
     inside = visible(text)
     fence = "`" * (max((len(run) for run in re.findall("`+", inside)), default=0) + 1)
@@ -259,23 +261,24 @@ def _trained(sources: frozenset[str]) -> str:
     return f"Trained by distillation with Retort: {wrote} gave the completions, and the teacher scored every token."
 
 
-def _table(results: Mapping[str, Any]) -> list[str]:
+def table(results: Mapping[str, Any]) -> list[str]:
     """Measures down, models across, as the console shows them."""
     rows = results.get("rows")
     if not rows:
         return ["No evaluation was made."]
+    of = results.get("each", "completion")
     graded = f" ({results['graded']} of them graded)" if "graded" in results else ""
     lines = [
-        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], 'completion')} each; "
+        f"Held-out prompts: {results['problems']}{graded}, {counted(results['k'], of)} each; "
         "in brackets 95 % intervals over prompts.",
         "",
-        f"| | {' | '.join(_plain_text(row['who']) for row in rows)} |",
+        f"| | {' | '.join(plain_text(row['who']) for row in rows)} |",
         "|---" * (len(rows) + 1) + "|",
     ]
     for name in ordered([name for row in rows for name in row if name != "who"]):
-        words, unit, kind = measure(name)
+        words, unit, kind = measure(name, of)
         label = f"{words}, {unit}" if unit else words
-        lines.append(f"| {_plain_text(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
+        lines.append(f"| {plain_text(label)} | {' | '.join(_cell(row.get(name), kind) for row in rows)} |")
     return lines
 
 

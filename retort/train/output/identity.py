@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from retort.config import Config
 from retort.config.sections import SHORTHANDS
 from retort.core.rollouts import Prompt
 from retort.core.sequences import TokenSequence
 from retort.data import fingerprint
 from retort.errors import UserError
+from retort.method import Method
 from retort.models.fingerprint import digests_of
 from retort.teachers.reader import Reader
 from retort.train.setup.prepare import Prepared
@@ -47,10 +49,6 @@ def identity(prepared: Prepared) -> dict[str, Any]:
 
     Weights are hashed whole (about a second per gigabyte), and prompts as each model reads them.
     """
-    import transformers
-
-    import retort
-
     digests: dict[str, str] = {}
     for role, lm in prepared.lms.items():
         digests |= {f"the {role}'s {what}": digest for what, digest in digests_of(lm).items()}
@@ -61,13 +59,22 @@ def identity(prepared: Prepared) -> dict[str, Any]:
             [*prepared.source.prompts, *prepared.held_out], render
         )
     digests["the held-out prompts"] = fingerprint([*prepared.held_out, *prepared.source.probe])
-    versions = {
+    settings = settings_of(prepared.config, prepared.method)
+    return {"settings": settings, "digests": digests, "versions": versions_now()}
+
+
+def versions_now() -> dict[str, str]:
+    """Versions of what a run computes with."""
+    import transformers
+
+    import retort
+
+    return {
         "retort": retort.__version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    return {"settings": _settings(prepared), "digests": digests, "versions": versions}
 
 
 def compare(
@@ -131,11 +138,10 @@ def _why(refused: list[str]) -> str:
     return ""
 
 
-def _settings(prepared: Prepared) -> dict[str, str]:
+def settings_of(config: Config, method: Method) -> dict[str, str]:
     """Settings that count, as JSON by dotted name, including the numbers of the caller's own method."""
-    method = prepared.method
     plain = {name: v for name, v in method.settings.items() if isinstance(v, (bool, int, float, str, type(None)))}
-    found = dict(_flat(prepared.config.model_dump())) | {
+    found = dict(_flat(config.model_dump())) | {
         f"method {name}": json.dumps(value) for name, value in {"name": method.name, **plain}.items()
     }
     return {name: value for name, value in found.items() if not _belongs_to(name, FREE)}

@@ -11,15 +11,19 @@ from retort.config import Config
 from retort.data import fingerprint
 from retort.errors import UserError
 from retort.evaluate.evaluator import Evaluator
+from retort.evaluate.flows import FlowEvaluator
 from retort.files import parse_object, read_object, write_bytes, write_text
 from retort.rewards.user import is_user_defined
+from retort.train.output import samples
 
 BEFORE, AFTER, TEACHER = "student before", "student after", "teacher"
+#: Begins the label of one of several teachers.
+_ONE_TEACHER = f"{TEACHER} "
 #: Parts of an evaluator's row that are stored beside the table, by model.
-_BESIDE = ("pass_at", "profile", "given_up")
+_BESIDE = ("pass_at", "profile", "given_up", "by_domain", "kl_by_step", "samples")
 
 
-def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str, Any]:
+def read(folder: Path, evaluator: Evaluator | FlowEvaluator | None, config: Config) -> dict[str, Any]:
     """Reads the table of a resumed run, or makes an empty one.
 
     Raises:
@@ -40,6 +44,7 @@ def read(folder: Path, evaluator: Evaluator | None, config: Config) -> dict[str,
         "k": config.eval.samples,
         "problems": len(evaluator.prompts) if evaluator else 0,
         **(evaluator.graded() if evaluator else {}),
+        **({"each": "sample"} if isinstance(evaluator, FlowEvaluator) else {}),
         **({"held_out": fingerprint(evaluator.prompts)} if evaluator else {}),
         "seed": config.seed,
         "task": config.data
@@ -64,17 +69,25 @@ def has(results: Mapping[str, Any], who: str) -> bool:
     return any(row["who"] == who for row in results["rows"])
 
 
+def of_teacher(name: str) -> str:
+    """The label of the row of one of several teachers."""
+    return _ONE_TEACHER + name
+
+
 def scores(row: Mapping[str, Any]) -> dict[str, float]:
     """The means of an evaluator's row by name."""
     return {name: cell["value"] for name, cell in row.items() if isinstance(cell, Mapping) and "value" in cell}
 
 
 def add(folder: Path, results: Mapping[str, Any], who: str, row: Mapping[str, Any]) -> dict[str, Any]:
-    """Adds or replaces a row, and writes the table to disk; its completions go to `answers.jsonl`."""
-    order = [BEFORE, AFTER, TEACHER]
+    """Adds or replaces a row, and writes the table to disk.
+
+    Its completions go to `answers.jsonl`, the images of its samples to the folder `samples`.
+    """
+    order, row = [BEFORE, AFTER, TEACHER], samples.keep(folder, row)
     cells = {name: cell for name, cell in row.items() if name not in ("answers", *_BESIDE)}
     rows = [old for old in results["rows"] if old["who"] != who] + [{"who": who, **cells}]
-    updated = {**results, "rows": sorted(rows, key=lambda found: order.index(found["who"]))}
+    updated = {**results, "rows": sorted(rows, key=lambda found: [*order, found["who"]].index(found["who"]))}
     for name in (name for name in _BESIDE if name in results or name in row):
         updated[name] = {**results.get(name, {}), **({who: row[name]} if name in row else {})}
     updated["gap_recovered"] = _recovered(updated)
@@ -90,7 +103,7 @@ def _odd(found: Mapping[str, Any]) -> str | None:
         return "holds no table ('k' and 'rows')"
     for number, row in enumerate(rows):
         who = row.get("who") if isinstance(row, Mapping) else None
-        if who not in (BEFORE, AFTER, TEACHER):
+        if who not in (BEFORE, AFTER, TEACHER) and not (isinstance(who, str) and who.startswith(_ONE_TEACHER)):
             return f"row {number} of its table is of nobody who is evaluated"
         for name, cell in row.items():
             ends = [cell.get(end) for end in ("value", "low", "high")] if isinstance(cell, Mapping) else []

@@ -28,14 +28,19 @@ def teacher_use(method: Method) -> str | None:
     return None
 
 
-def without_idle_teacher(config: Config, method: Method) -> Config:
+def without_idle_teacher(config: Config, method: Method, *, may_generate: bool = False) -> Config:
     """Removes a teacher that nothing asks from the settings; that of a built-in task goes without a note.
 
+    Args:
+        config: The resolved configuration.
+        method: The method.
+        may_generate: Whether the run can have each of several teachers generate the completions of its own prompts.
+
     Raises:
-        UserError: A teacher of the user's own would do nothing.
+        UserError: A teacher of the user's own would do nothing; or several of them, see `refuse_several`.
     """
     if config.teachers.models:
-        refuse_several(config, method)
+        refuse_several(config, method, may_generate=may_generate)
     elif config.teacher is None or teacher_use(method) is not None:
         return config
     if config.teacher is None:
@@ -52,15 +57,20 @@ def without_idle_teacher(config: Config, method: Method) -> Config:
     )
 
 
-def refuse_several(config: Config, method: Method) -> None:
+def refuse_several(config: Config, method: Method, *, may_generate: bool = False) -> None:
     """Refuses several teachers where they have no meaning.
+
+    Args:
+        config: The resolved configuration.
+        method: The method.
+        may_generate: As in `without_idle_teacher`.
 
     Raises:
         UserError: No view asks a teacher; a name is no model's; teachers would generate; or the best by reward is to be
             found of a single completion.
     """
-    several = config.teachers
-    if not any(view.model == "teacher" for view in method.views.values()):
+    several, phases = config.teachers, [method] if method.before is None else [method.before[1], method]
+    if not any(view.model == "teacher" for phase in phases for view in phase.views.values()):
         raise UserError(
             f"teachers.models = {several.models} are given, but method '{method.name}' asks no teacher; leave them "
             "out, or choose a method that asks one (see `retort methods`)"
@@ -71,8 +81,8 @@ def refuse_several(config: Config, method: Method) -> None:
                 f"teachers.models names '{name}', which is no model of the run; give its folder or hub name as "
                 f"models.{name}.path"
             )
-    for phase in [method] if method.before is None else [method.before[1], method]:
-        if "teacher" in phase.rollout.sources:
+    for phase in phases:
+        if "teacher" in phase.rollout.sources and not may_generate:
             remedy = "cold_start.answers=dataset" if phase is not method else "method.on_policy_fraction=1"
             raise UserError(
                 f"method '{phase.name}' learns from completions of a teacher, and of several (teachers.models) none is "

@@ -23,6 +23,7 @@ from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
 from retort.rollout.episodes import EpisodeSetup
+from retort.rollout.plan import RolloutPlan
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
 from retort.teachers.reader import Reader
@@ -43,6 +44,7 @@ from retort.train.setup.grading import rubric_grader
 from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
+from retort.train.source import difficulty
 from retort.train.source.source import Source
 from retort.train.storage.folder import refuse_unshared
 from retort.train.teaching.authors import drafting
@@ -132,6 +134,12 @@ class Prepared:
     def metrics(self) -> dict[str, float]:
         """Of a step: what the teachers counted, and what was spent on a model that is asked; all ranks call it."""
         return self.teachers.metrics() | ({} if self.asker is None else step_metrics(self.asker))
+
+    def difficulties(
+        self, plan: RolloutPlan, folder: Path, *, first: bool, progress: Callable[[int, int], None]
+    ) -> dict[str, float]:
+        """How hard each prompt is, see `retort.train.source.difficulty.difficulties`."""
+        return difficulty.difficulties(self.source, plan, folder, first=first, progress=progress)
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""

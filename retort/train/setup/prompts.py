@@ -119,7 +119,7 @@ def builtin_prompts(task: str, split: str, count: int | None) -> list[Prompt]:
 
 @lru_cache(maxsize=8)  # One split takes solving thousands of puzzles: the result is kept for the session.
 def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
-    from retort.tasks import coached, countdown, ranking, rooms, shapes
+    from retort.tasks import coached, countdown, glyphs, plane, ranking, rooms, shapes
 
     source = {
         "countdown": countdown.rows,
@@ -128,6 +128,8 @@ def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
         "bait": coached.bait_rows,
         "rooms": rooms.rows,
         "shapes": shapes.rows,
+        "plane": plane.rows,
+        "glyphs": glyphs.rows,
     }[task]
     rows = source("held_out" if split == "held_out" else "train", count)
     return tuple(
@@ -139,6 +141,7 @@ def _builtin(task: str, split: str, count: int | None) -> tuple[Prompt, ...]:
             privileged={name: str(row[name]) for name in coached.PRIVILEGED if name in row},
             clean=(Message("user", str(row["clean"])),) if "clean" in row else None,
             teacher_images=row.get("teacher_images", ()),
+            domain=str(row.get("domain", "")),
         )
         for row in rows
     )

@@ -41,6 +41,7 @@ FILES = (
     "difficulty.jsonl",
     TIMEOUTS,
     "thumbnails",
+    "samples",
     "judge.jsonl",
     "tensorboard",
     "given-data.jsonl",

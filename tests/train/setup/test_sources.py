@@ -35,6 +35,7 @@ from retort.teachers.base import ScoreRequest
 from retort.teachers.view import View
 from retort.train import runner
 from retort.train.events.observe import Silent
+from retort.train.output.text import TextOutput
 from retort.train.run import Run
 from retort.train.setup.prepare import Prepared, prepare
 from retort.train.source.cache import FILE, RolloutCache
@@ -409,7 +410,7 @@ def test_the_probe_is_the_token_weighted_entropy_of_prompts_never_trained_on(
     setup = setup_of(tiny_run, load("decoupled_kl", lengths=(2, 4), probe_every=1), eval={"problems": 0})
     assert len(setup.source.probe) == 6
     assert not {p.id for p in setup.source.probe} & {p.id for p in setup.source.prompts}
-    run = Run(setup, tmp_path)
+    run = Run(TextOutput(setup), tmp_path)
     clock = Clock(1, 4, seed=setup.config.seed, longest=setup.source.limit)
     found = run.control.probe(setup.method, clock, partial(run.probes.measure, setup.method))["probe/length.entropy"]
     assert run.control.controller_outputs(setup.method)["length.horizon"] == 4

@@ -3,8 +3,8 @@
 from retort.divergences import reverse_kl
 from retort.errors import UserError
 from retort.estimators import pathwise
-from retort.flows.methods._latents import of_latents
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._latents import of_latents
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
 
@@ -37,7 +37,7 @@ def diffusion_opd(*, scale: float = 1.0, samples: int = 8) -> Method:
 
     Example:
         >>> velocities = {"student_velocity": tensor([[1.0], [1.0]]), "teacher_velocity": tensor([[0.0], [2.0]])}
-        >>> losses = flow_losses(diffusion_opd(scale=0.5), **velocities, **given)
+        >>> losses = flow_losses(retort.load("diffusion_opd", scale=0.5), **velocities, **two_steps)
         >>> losses.loss  # both means differ by 0.25 * 1.125: half of 0.6328 nats
         tensor(0.3164, dtype=torch.float64)
     """

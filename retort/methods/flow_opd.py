@@ -6,8 +6,8 @@ from retort.advantages import log_ratio, minus_divergence
 from retort.divergences import reverse_kl
 from retort.errors import UserError, did_you_mean
 from retort.estimators import Estimator, pathwise, score_function
-from retort.flows.methods._latents import of_latents
 from retort.method import Limit, Method, Paper, Term, Watch, method
+from retort.methods._latents import of_latents
 from retort.quantities import sampled_reverse_kl
 from retort.rollout.plan import RolloutPlan
 from retort.teachers.view import View
@@ -57,7 +57,7 @@ def flow_opd(
 
     Example:
         >>> velocities = {"student_velocity": tensor([[1.0], [1.0]]), "teacher_velocity": tensor([[0.0], [1.0]])}
-        >>> losses = flow_losses("flow_opd", **velocities, **given)
+        >>> losses = flow_losses("flow_opd", **velocities, **two_steps)
         >>> losses.terms["distillation"].value  # the means differ by 0.25 * 1.125, the deviation is 0.25
         tensor([0.6328, 0.0000], dtype=torch.float64)
     """

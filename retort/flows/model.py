@@ -1,0 +1,115 @@
+"""A velocity model in a run: guidance, precision, what of it learns, and prompts that are read once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from retort.flows.base import Condition, VelocityModel
+from retort.models.adapter import Adapter
+from retort.models.sharding import Sharding
+
+#: Prompts whose conditioning is kept, at most; the oldest is dropped first.
+KEPT = 4096
+
+
+class FlowModel:
+    """A velocity model and what a run knows of it.
+
+    Attributes:
+        of: The velocity model.
+        name: Its name for messages.
+        guidance: Scale w of classifier-free guidance, with which the velocity is
+            `v(empty) + w (v(prompt) - v(empty))`; 1 for none.
+        precision: `fp32`, or `bf16` for products in bf16; weights are fp32 either way.
+        frozen: Whether nothing of it learns.
+        adapter: The LoRA adapter that learns in the place of its weights, if there is one.
+        sharding: Its weights are whole: a flow model learns in one process.
+    """
+
+    def __init__(
+        self, of: VelocityModel, name: str, *, guidance: float = 1.0, precision: str = "fp32", frozen: bool = False
+    ) -> None:
+        """Takes a velocity model on its device; a frozen one gets no gradient from now on."""
+        self.of, self.name, self.guidance, self.precision, self.frozen = of, name, guidance, precision, frozen
+        self.adapter: Adapter | None = None
+        self.sharding = Sharding()
+        self._conditions: dict[str, Condition] = {}
+        if frozen:
+            of.module.requires_grad_(False)
+        of.module.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.of.module.parameters()).device
+
+    @property
+    def parameters(self) -> int:
+        """Number of its weights."""
+        return sum(own.numel() for own in self.of.module.parameters())
+
+    def trainable(self) -> dict[str, Tensor]:
+        """The parameters that learn, by name."""
+        return {name: own for name, own in self.of.module.named_parameters() if own.requires_grad}
+
+    def save(self, folder: Path) -> None:
+        """Writes it into an empty folder, an adapter merged; see `VelocityModel.save`."""
+        self.of.save(folder)
+
+    @property
+    def library(self) -> str:
+        """The library that opens its folder, as a model card names it."""
+        return getattr(self.of, "library", "retort")
+
+    def digest(self) -> str:
+        """Digest of all its weights."""
+        found = hashlib.blake2b(digest_size=16)
+        for name, own in sorted(self.of.module.state_dict().items()):
+            found.update(name.encode())
+            found.update(own.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
+
+    @contextlib.contextmanager
+    def compute(self) -> Generator[None]:
+        """Within it products are in the model's precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            yield
+
+    def velocity(self, latents: Tensor, sigmas_N: Tensor, texts: Sequence[str]) -> Tensor:
+        """The velocity with guidance, [N, ...], in the dtype of the latents.
+
+        Args:
+            latents: [N, ...]; they are moved to the model.
+            sigmas_N: Their noise levels, [N].
+            texts: The prompt of each.
+        """
+        latents, sigmas_N = latents.to(self.device), sigmas_N.to(self.device, latents.dtype)
+        condition = self._condition(texts)
+        with self.compute():
+            if self.guidance == 1.0:
+                return self.of.velocity(latents, sigmas_N, condition).to(latents.dtype)
+            both = Condition.joined([self._condition([""] * len(texts)), condition])
+            twice = self.of.velocity(torch.cat([latents, latents]), torch.cat([sigmas_N, sigmas_N]), both)
+        bare, guided = twice.to(latents.dtype).chunk(2)
+        return bare + self.guidance * (guided - bare)
+
+    def _condition(self, texts: Sequence[str]) -> Condition:
+        """One row for each text; each is encoded once."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._conditions]
+        if new:
+            with torch.no_grad():
+                encoded = self.of.condition(new)
+            for place, text in enumerate(new):
+                self._conditions[text] = encoded.rows(torch.tensor([place])).to("cpu")
+        rows = list(dict.fromkeys(texts))
+        known = Condition.joined([self._conditions[text] for text in rows])
+        while len(self._conditions) > KEPT:
+            del self._conditions[next(iter(self._conditions))]
+        places: Mapping[str, int] = {text: place for place, text in enumerate(rows)}
+        return known.rows(torch.tensor([places[text] for text in texts])).to(self.device)
