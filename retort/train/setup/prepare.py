@@ -14,7 +14,6 @@ from retort import registry
 from retort.chat.asking import Asking
 from retort.config import Config
 from retort.core.rollouts import Prompt
-from retort.core.steps import Clock
 from retort.errors import UserError
 from retort.method import Method
 from retort.methods._cold_start import with_cold_start
@@ -43,6 +42,7 @@ from retort.train.setup.contexts import need_context, need_room, note_unknown
 from retort.train.setup.grading import rubric_grader
 from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
+from retort.train.setup.phases import Phased
 from retort.train.setup.texts import check_texts
 from retort.train.source import difficulty
 from retort.train.source.source import Source
@@ -53,7 +53,7 @@ from retort.train.teaching.teachers import Teachers
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
+class Prepared(Phased):
     """The parts of a run before its first step.
 
     Attributes:
@@ -95,12 +95,6 @@ class Prepared:
         """Number of batches of rollouts in the run."""
         return step_count(self.config, len(self.source.prompts))
 
-    @property
-    def phases(self) -> list[tuple[int, Method]]:
-        """The step at which each method of the run begins: the method's own, with what comes before it."""
-        before = self.method.before
-        return [(0, self.method)] if before is None else [(0, before[1]), (before[0], self.method)]
-
     def spread(self, say: Callable[[str], None]) -> None:
         """Spreads the models over the ranks, as the settings say; in a single process it does nothing.
 
@@ -140,14 +134,6 @@ class Prepared:
     ) -> dict[str, float]:
         """How hard each prompt is, see `retort.train.source.difficulty.difficulties`."""
         return difficulty.difficulties(self.source, plan, folder, first=first, progress=progress)
-
-    def at(self, step: int) -> tuple[Method, Clock]:
-        """The current method after so many batches, and the clock."""
-        phases = self.phases
-        number = max(index for index, (begins, _) in enumerate(phases) if begins <= step)
-        end = phases[number + 1][0] if number + 1 < len(phases) else self.steps
-        begins, method = phases[number]
-        return method, Clock(step, end, begins, seed=self.config.seed, longest=self.source.limit)
 
 
 def prepare(
