@@ -32,12 +32,19 @@ def summary(prepared: Prepared) -> dict[str, str]:
         "data": f"{config.data}: {len(source.prompts):,} prompts to learn from, {len(prepared.held_out)} held out",
         "graded by": source.grader.name if source.grader else "nothing (the data has no answers)",
         **({"rewards": f"points of a rubric, by {_rubricator(config)}"} if source.rubric_grader else {}),
+        **({"written by": _writer(prepared)} if prepared.writer else {}),
         "batch": f"{plan_summary(method.rollout, prepared.source.count)}, {updates} optimizer steps",
         **({"environment": _environment(prepared)} if config.environment else {}),
         "run": f"{prepared.steps} steps (batches), learning rate {config.optimizer.learning_rate:g}, "
         f"{config.optimizer.schedule} schedule, {student.precision} on {student.device.type}, seed {config.seed}",
         "memory": str(forecast(prepared)),
     }
+
+
+def _writer(prepared: Prepared) -> str:
+    asked = prepared.config.rollout
+    corrected = "policy gradients corrected for it" if asked.correction == "auto" else "uncorrected"
+    return f"vLLM of {asked.vllm_python}, in a process of its own, {corrected}"
 
 
 def _rubricator(config: Config) -> str:

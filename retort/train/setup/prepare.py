@@ -18,10 +18,12 @@ from retort.core.steps import Clock
 from retort.errors import UserError
 from retort.method import Method
 from retort.methods._cold_start import with_cold_start
+from retort.methods._engine import corrected_for_engine
 from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
+from retort.rollout.engines.vllm import PROBE_PROMPTS, VLLMEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
@@ -36,6 +38,7 @@ from retort.train.models.judge import asker, check_settings, open_record, step_m
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
 from retort.train.models.several import several
+from retort.train.models.writer import check_writer, make_writer
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
@@ -44,7 +47,7 @@ from retort.train.setup.images import check_images
 from retort.train.setup.needs import Data, read_data
 from retort.train.setup.texts import check_texts
 from retort.train.source.source import Source
-from retort.train.storage.folder import refuse_unshared
+from retort.train.storage.folder import ENGINE, refuse_unshared
 from retort.train.teaching.authors import drafting
 from retort.train.teaching.cached import cached, hint_at_cache, refuse_unknown_weights, stored_models
 from retort.train.teaching.teachers import Teachers
@@ -65,6 +68,7 @@ class Prepared:
         attention: The attention implementation; None for each model's own default.
         notes: Notes for the user before the run starts.
         asker: Asks a model that only talks, where the settings name one.
+        writer: Writes the rollouts in a process of its own, where the settings ask for that; it is the source's engine.
     """
 
     config: Config
@@ -77,6 +81,7 @@ class Prepared:
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
+    writer: VLLMEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -125,13 +130,32 @@ class Prepared:
             UserError: A rank does not see the folder, or the record in it is damaged.
         """
         refuse_unshared(folder, here())
+        if self.writer is not None:
+            self.writer.open(folder / ENGINE)
         asking = self.asker
         if asking is not None:
             here().each(lambda: open_record(asking, folder, step))
 
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Starts who writes the rollouts in a process of its own, and says how far it is from the trainer.
+
+        Raises:
+            UserError: It does not start with the student, or computes something else.
+        """
+        if self.writer is not None:
+            self.writer.update(self.writer.newest())
+            say(f"vLLM writes: its log-probs are {self.writer.noise_floor:.1e} nats a token from the student's here")
+
+    def close(self) -> None:
+        """Ends what the run started beside itself."""
+        if self.writer is not None:
+            self.writer.close()
+
     def metrics(self) -> dict[str, float]:
-        """Of a step: what the teachers counted, and what was spent on a model that is asked; all ranks call it."""
-        return self.teachers.metrics() | ({} if self.asker is None else step_metrics(self.asker))
+        """Of a step: what teachers, writer and a model that is asked have to say; all ranks call it."""
+        asked, writes = self.asker, self.writer
+        found = {} if asked is None else step_metrics(asked)
+        return self.teachers.metrics() | found | ({} if writes is None else writes.metrics())
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
@@ -164,6 +188,7 @@ def prepare(
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
+    check_writer(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -206,6 +231,8 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
+    if config.rollout.engine != "own" and config.rollout.correction == "auto":
+        method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
         return method
@@ -250,13 +277,21 @@ def _parties(
     if config.teachers.models:
         models["teacher"] = several(config.teachers, models, [*data.train, *data.probe, *data.held_out], data.full)
     vocab, optimizer = local["student"].alignment.vocab, config.optimizer
+    learner = Learner(
+        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
+        optimizer,
+        moved=None if own is None else own.moved,
+        variance_every=config.record.gradient_variance_every,
+    )
+    probe = [loaded.render(prompt) for prompt in data.train[:PROBE_PROMPTS]]
+    writer = make_writer(config, student, vocab, probe, lambda: learner.updates)
     source = Source(
         prompts=data.train,
         probe=data.probe,
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=engine(config, student, vocab),
+        engine=engine(config, student, vocab) if writer is None else writer,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
@@ -274,12 +309,6 @@ def _parties(
         whole=student.whole,
         teacher_whole=local["teacher"].lm.whole if "teacher" in local else nullcontext,
         shown=local["student"].shown,
-    )
-    learner = Learner(
-        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
-        optimizer,
-        moved=None if own is None else own.moved,
-        variance_every=config.record.gradient_variance_every,
     )
     start = student.digest() if own is not None and own.from_start else None
     return Prepared(
@@ -301,6 +330,7 @@ def _parties(
         attention=loaded.attention,
         notes=notes,
         asker=asking,
+        writer=writer,
     )
 
 
