@@ -19,7 +19,7 @@ def corrected_for_engine(method: Method) -> Method:
     Args:
         method: Any method.
     """
-    weight = engine_correction()
+    weight, made = engine_correction(), method.made_of
     changed = tuple(_corrected(term) for term in method.terms)
     before = None if method.before is None else (method.before[0], corrected_for_engine(method.before[1]))
     if changed == method.terms:
@@ -27,7 +27,9 @@ def corrected_for_engine(method: Method) -> Method:
     known = {watch.name for watch in method.watch}
     curves = (Watch("importance", weight), Watch("ess", weight, summed_up=effective_sample_size))
     added = tuple(curve for curve in curves if curve.name not in known)
-    return replace(method, terms=changed, watch=(*method.watch, *added), before=before)
+    if method.parts_as_published:  # the engine is no part of what a paper says
+        made = (made[0], changed, *made[2:])
+    return replace(method, terms=changed, made_of=made, watch=(*method.watch, *added), before=before)
 
 
 def _corrected(term: Term) -> Term:

@@ -159,7 +159,8 @@ class VLLMEngine:
             if before is None or not isinstance(error, UserError | UnreachableError):
                 raise
             kept = f"keeps those of version {had}" if self._server is not None else "is ended"
-            raise type(error)(f"the student's weights of version {version} are not in vLLM, which {kept}: {error}") from None
+            said = f"the student's weights of version {version} are not in vLLM, which {kept}: {error}"
+            raise type(error)(said) from None
         self._weights = folder
         if before is not None:
             remove(before)
@@ -213,8 +214,8 @@ class VLLMEngine:
         highest = int(context.tokens_L.max())
         if highest >= self._rows:
             raise UserError(
-                f"a prompt holds {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), which not all models "
-                "of the run have, and vLLM cannot read what it must not write; use rollout.engine=own"
+                f"a prompt holds {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}), which not all "
+                "models of the run have, and vLLM cannot read what it must not write; use rollout.engine=own"
             )
         if len(context) + room > self.longest:
             raise UserError(

