@@ -105,9 +105,9 @@ class RolloutSection(Section):
         description="nats by which vLLM's log-probs of a probe may differ from the student's on average; beyond that "
         "the run stops",
     )
-    correction: Literal["auto", "none"] = Field(
-        default="auto",
-        description="auto: where another program than the trainer writes, policy gradients are weighed by "
+    correction: Literal["truncated", "none"] = Field(
+        default="truncated",
+        description="truncated: where another program than the trainer writes, policy gradients are weighed by "
         "min(p_trainer / p_engine, 2) (docs/engines.md); none: they are not",
     )
 

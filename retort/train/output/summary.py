@@ -43,7 +43,7 @@ def summary(prepared: Prepared) -> dict[str, str]:
 
 def _writer(prepared: Prepared) -> str:
     asked = prepared.config.rollout
-    corrected = "policy gradients corrected for it" if asked.correction == "auto" else "uncorrected"
+    corrected = "policy gradients corrected for it" if asked.correction == "truncated" else "uncorrected"
     return f"vLLM of {asked.vllm_python}, in a process of its own, {corrected}"
 
 

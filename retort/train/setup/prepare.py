@@ -231,7 +231,7 @@ def run_method(config: Config, method: Method | None) -> Method:
     record, several_teach = config.record, bool(config.teachers.models)
     method = method or registry.load(**config.method)
     method = watching(method, record.overlap, record.overlap_every, several=several_teach)
-    if config.rollout.engine != "own" and config.rollout.correction == "auto":
+    if config.rollout.engine != "own" and config.rollout.correction == "truncated":
         method = corrected_for_engine(method)
     cold = config.cold_start
     if not cold.steps:
