@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -99,9 +100,11 @@ def measured(name: str, folder: Path, python: str, rounds: int) -> list[list[obj
             own.generate(asked, sampling)
             seconds: list[tuple[float, float]] = []
             for _ in range(rounds):
-                both = timed(lambda: own.generate(asked, sampling)), timed(lambda: other.generate(asked, sampling))
+                both = (timed(partial(own.generate, asked, sampling)), timed(partial(other.generate, asked, sampling)))
                 seconds.append(both)
-                measure.progress(f"{name}, {'ragged' if ragged else 'equal'}: own {both[0]:.2f} s, vLLM {both[1]:.2f} s")
+                measure.progress(
+                    f"{name}, {'ragged' if ragged else 'equal'}: own {both[0]:.2f} s, vLLM {both[1]:.2f} s"
+                )
             ratios = sorted(theirs / mine for mine, theirs in seconds)
             ratio = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
             best = [written / min(side) for side in zip(*seconds, strict=True)]

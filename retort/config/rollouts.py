@@ -93,7 +93,9 @@ class RolloutSection(Section):
         "student's weights are sent (docs/engines.md)",
     )
     vllm_python: str | None = Field(
-        default=None, min_length=1, description="interpreter of the environment that has vLLM, for rollout.engine=vllm"
+        default=None,
+        min_length=1,
+        description="interpreter of the environment that has vLLM; null: none, where rollout.engine is own",
     )
     vllm_options: list[str] = Field(
         default=[], description="further arguments of vLLM's server, such as --tensor-parallel-size=2"

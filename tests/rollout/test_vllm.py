@@ -26,9 +26,9 @@ from retort.rollout.engines import guard
 from retort.rollout.engines.base import Request, Sampling
 from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import reason, vllm_of
-from retort.rollout.engines.vllm_weights import weights_of, write_weights
+from retort.rollout.engines.vllm_weights import save_weights, weights_of
 from retort.train import runner
-from retort.train.models.writer import check_writer, make_writer
+from retort.train.models.other_engine import check_other_engine, other_engine
 
 CPU = torch.device("cpu")
 
@@ -93,11 +93,12 @@ def test_no_writer_is_made_for_the_own_loop_and_none_for_a_student_that_sees(
     model_folder: Any, image_folder: Callable[[str], Path], prompts_file: Path
 ) -> None:
     own = resolved(model_folder, prompts_file)
-    check_writer(own)
-    assert make_writer(own, student(model_folder(seed=1)), 58, [], int) is None
+    check_other_engine(own)
+    rendered: Any = None  # no prompt is rendered here
+    assert other_engine(own, student(model_folder(seed=1)), 58, [], rendered, int) is None
     other = resolved(model_folder, prompts_file, engine="vllm", vllm_python="python")
     with pytest.raises(UserError, match=r"writes text alone, and .* reads images; use rollout.engine=own"):
-        make_writer(other, student(image_folder("qwen3_vl")), 58, [], int)
+        other_engine(other, student(image_folder("qwen3_vl")), 58, [], rendered, int)
 
 
 def test_requests_that_vllm_cannot_do_are_refused_before_it_is_asked(model_folder: Any) -> None:
@@ -121,7 +122,7 @@ def test_the_weights_written_are_the_model_s_over_the_ids_that_are_tokens(
     """Another program that reads them computes the same; a head that was the embedding is one of its own."""
     lm = student(model_folder(seed=3, tie_word_embeddings=tied))
     config = lm.model.config.to_dict()
-    text = write_weights(lm, weights_of(lm), tmp_path / "weights-0", 50, untied=True)
+    text = save_weights(lm, weights_of(lm), tmp_path / "weights-0", 50, untied=True)
     assert lm.model.config.to_dict() == config
     assert text["vocab_size"] == 50
     names = {path.name for path in (tmp_path / "weights-0").iterdir()}
@@ -139,7 +140,7 @@ def test_an_adapter_is_merged_into_the_weights_written(model_folder: Any, tmp_pa
     with torch.no_grad():
         for parameter in lm.trainable().values():
             parameter.normal_(0.0, 0.3)
-    write_weights(lm, weights_of(lm), tmp_path / "weights-0", 58, untied=False)
+    save_weights(lm, weights_of(lm), tmp_path / "weights-0", 58, untied=False)
     read: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "weights-0", dtype=torch.float32)
     ids_1L = torch.tensor([[5, 9, 12, 30]])
     with torch.no_grad():

@@ -22,7 +22,7 @@ from retort.files import remove
 from retort.models.lm import LanguageModel
 from retort.rollout.engines.base import Completion, Request, Sampling
 from retort.rollout.engines.vllm_server import VLLMServer, memory_of
-from retort.rollout.engines.vllm_weights import weights_of, write_weights
+from retort.rollout.engines.vllm_weights import save_weights, weights_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -143,7 +143,7 @@ class VLLMEngine:
             folder = folder.with_name(f"{folder.name}-anew")
         with self.lm.whole():
             given = weights_of(self.lm) if weights is None else weights
-            text = write_weights(self.lm, given, folder, self._rows, untied=self._cpu)
+            text = save_weights(self.lm, given, folder, self._rows, untied=self._cpu)
         before, had = self._weights, self.version
         try:
             if self._server is None:

@@ -23,7 +23,7 @@ def weights_of(lm: LanguageModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def write_weights(
+def save_weights(
     lm: LanguageModel, weights: Mapping[str, Tensor], folder: Path, vocab: int, *, untied: bool
 ) -> dict[str, Any]:
     """Writes a model for vLLM, in the precision in which it computes.

@@ -23,7 +23,7 @@ from retort.models.lm import LanguageModel
 from retort.ranks import here
 from retort.rewards.base import Grader
 from retort.rollout.by_teacher import TeacherGenerator
-from retort.rollout.engines.vllm import PROBE_PROMPTS, VLLMEngine
+from retort.rollout.engines.vllm import VLLMEngine
 from retort.rollout.episodes import EpisodeSetup
 from retort.teachers.itself import SelfTeacher
 from retort.teachers.local import LocalTeacher
@@ -37,8 +37,8 @@ from retort.train.learning.passes import HeadUse, Passes
 from retort.train.models.judge import asker, check_settings, open_record, step_metrics
 from retort.train.models.loading import Loaded, load_models
 from retort.train.models.models import device_for, engine, sources, teacher_of
+from retort.train.models.other_engine import check_other_engine, other_engine
 from retort.train.models.several import several
-from retort.train.models.writer import check_writer, make_writer
 from retort.train.setup import pair
 from retort.train.setup.before import batch_prompts, check_before_loading, need_groups, step_count
 from retort.train.setup.contexts import need_context, need_room, note_unknown
@@ -68,7 +68,7 @@ class Prepared:
         attention: The attention implementation; None for each model's own default.
         notes: Notes for the user before the run starts.
         asker: Asks a model that only talks, where the settings name one.
-        writer: Writes the rollouts in a process of its own, where the settings ask for that; it is the source's engine.
+        other_engine: The source's engine, where it is a process of its own.
     """
 
     config: Config
@@ -81,7 +81,7 @@ class Prepared:
     attention: str | None = None
     notes: list[str] = field(default_factory=list)
     asker: Asking | None = None
-    writer: VLLMEngine | None = None
+    other_engine: VLLMEngine | None = None
 
     @property
     def student(self) -> LanguageModel:
@@ -130,32 +130,34 @@ class Prepared:
             UserError: A rank does not see the folder, or the record in it is damaged.
         """
         refuse_unshared(folder, here())
-        if self.writer is not None:
-            self.writer.open(folder / ENGINE)
+        if self.other_engine is not None:
+            self.other_engine.open(folder / ENGINE)
         asking = self.asker
         if asking is not None:
             here().each(lambda: open_record(asking, folder, step))
 
     def begin(self, say: Callable[[str], None]) -> None:
-        """Starts who writes the rollouts in a process of its own, and says how far it is from the trainer.
+        """Starts the engine that is a process of its own, and says how far it is from the trainer.
 
         Raises:
             UserError: It does not start with the student, or computes something else.
         """
-        if self.writer is not None:
-            self.writer.update(self.writer.newest())
-            say(f"vLLM writes: its log-probs are {self.writer.noise_floor:.1e} nats a token from the student's here")
+        if self.other_engine is not None:
+            self.other_engine.update(self.other_engine.newest())
+            say(
+                f"vLLM writes: its log-probs are {self.other_engine.noise_floor:.1e} nats a token from the student's here"
+            )
 
     def close(self) -> None:
         """Ends what the run started beside itself."""
-        if self.writer is not None:
-            self.writer.close()
+        if self.other_engine is not None:
+            self.other_engine.close()
 
     def metrics(self) -> dict[str, float]:
-        """Of a step: what teachers, writer and a model that is asked have to say; all ranks call it."""
-        asked, writes = self.asker, self.writer
+        """Of a step: what teachers, an engine and a model that is asked have to say; all ranks call it."""
+        asked, other = self.asker, self.other_engine
         found = {} if asked is None else step_metrics(asked)
-        return self.teachers.metrics() | found | ({} if writes is None else writes.metrics())
+        return self.teachers.metrics() | found | ({} if other is None else other.metrics())
 
     def at(self, step: int) -> tuple[Method, Clock]:
         """The current method after so many batches, and the clock."""
@@ -188,7 +190,7 @@ def prepare(
     method = run_method(config, method)
     config = pair.without_idle_teacher(config, method)
     check_settings(config)
-    check_writer(config)
+    check_other_engine(config)
     names = pair.named(config, method)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -276,22 +278,16 @@ def _parties(
         models["student"] = SelfTeacher(cast("LocalTeacher", local["student"]), own)
     if config.teachers.models:
         models["teacher"] = several(config.teachers, models, [*data.train, *data.probe, *data.held_out], data.full)
-    vocab, optimizer = local["student"].alignment.vocab, config.optimizer
-    learner = Learner(
-        Passes(student, vocab, optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
-        optimizer,
-        moved=None if own is None else own.moved,
-        variance_every=config.record.gradient_variance_every,
-    )
-    probe = [loaded.render(prompt) for prompt in data.train[:PROBE_PROMPTS]]
-    writer = make_writer(config, student, vocab, probe, lambda: learner.updates)
+    vocab = local["student"].alignment.vocab
+    learner = _learner(config, student, vocab, own)
+    other = other_engine(config, student, vocab, data.train, loaded.render, lambda: learner.updates)
     source = Source(
         prompts=data.train,
         probe=data.probe,
         count=batch_prompts(config, len(data.train)),
         limit=config.rollout.max_new_tokens,
         seed=config.seed,
-        engine=engine(config, student, vocab) if writer is None else writer,
+        engine=engine(config, student, vocab) if other is None else other,
         render=loaded.render,
         stops=student.stops,
         vocab=vocab,
@@ -330,7 +326,17 @@ def _parties(
         attention=loaded.attention,
         notes=notes,
         asker=asking,
-        writer=writer,
+        other_engine=other,
+    )
+
+
+def _learner(config: Config, student: LanguageModel, vocab: int, own: Any) -> Learner:
+    """Trains the student; `own`: the weights of a self-teacher, where there is one."""
+    return Learner(
+        Passes(student, vocab, config.optimizer.batch_tokens, head=HeadUse(config.ranks.head)),
+        config.optimizer,
+        moved=None if own is None else own.moved,
+        variance_every=config.record.gradient_variance_every,
     )
 
 

@@ -1,22 +1,23 @@
-"""vLLM as the writer of a run's rollouts: checks of the settings, and the engine."""
+"""An engine in a process of its own (vLLM) for the rollouts of a run: checks of the settings, and the engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from retort.align.chat import Renderer
 from retort.config import Config
-from retort.core.sequences import TokenSequence
+from retort.core.rollouts import Prompt
 from retort.errors import UserError
 from retort.models.lm import LanguageModel
 from retort.ranks import here
-from retort.rollout.engines.vllm import VLLMEngine, VLLMSettings
+from retort.rollout.engines.vllm import PROBE_PROMPTS, VLLMEngine, VLLMSettings
 from retort.rollout.engines.vllm_server import vllm_of
 
 #: Arguments of the server that are chosen here.
 _OURS = ("--model", "--host", "--port", "--uds", "--skip-tokenizer-init", "--enable-scale-out", "--logprobs-mode")
 
 
-def check_writer(config: Config) -> None:
+def check_other_engine(config: Config) -> None:
     """Checks, before anything is loaded, that the settings name someone who can write.
 
     Raises:
@@ -41,8 +42,13 @@ def check_writer(config: Config) -> None:
     vllm_of(asked.vllm_python)
 
 
-def make_writer(
-    config: Config, lm: LanguageModel, vocab: int, probe: Sequence[TokenSequence], newest: Callable[[], int]
+def other_engine(
+    config: Config,
+    lm: LanguageModel,
+    vocab: int,
+    prompts: Sequence[Prompt],
+    render: Renderer,
+    newest: Callable[[], int],
 ) -> VLLMEngine | None:
     """The engine in another process that the settings ask for; None for the loop in this one.
 
@@ -50,7 +56,8 @@ def make_writer(
         config: The resolved configuration.
         lm: The student.
         vocab: Only ids below this are tokens.
-        probe: Prompts of the run as the student reads them, which both sides complete and score.
+        prompts: Those of the run; the first few are the probe that both sides complete and score.
+        render: Renders a prompt as the student reads it.
         newest: Returns the number of optimizer steps that the student has taken.
 
     Raises:
@@ -59,7 +66,7 @@ def make_writer(
     asked = config.rollout
     if asked.engine == "own":
         return None
-    assert asked.vllm_python is not None  # checked by `check_writer`
+    assert asked.vllm_python is not None  # checked by `check_other_engine`
     if lm.image_tokens is not None:
         raise UserError(f"rollout.engine=vllm writes text alone, and {lm.name} reads images; use rollout.engine=own")
     settings = VLLMSettings(
@@ -70,7 +77,7 @@ def make_writer(
         bound=asked.noise_bound,
         trust_remote_code=config.trust_remote_code,
     )
-    return VLLMEngine(lm, vocab, settings, newest, probe)
+    return VLLMEngine(lm, vocab, settings, newest, [render(prompt) for prompt in prompts[:PROBE_PROMPTS]])
 
 
 def _longest(config: Config) -> int | None:
