@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,12 @@ ENGINE = torch.tensor([0.5, 0.4, 0.1]).log()
 def test_the_weight_is_the_ratio_at_most_two() -> None:
     """Loss of opd at a step: -(ln 0.8 - ln 0.5); weights 1, 0.5 / 0.4, and 2 for 0.5 / 0.1."""
     method = corrected_for_engine(load("opd"))
-    given = {"student_logits": STUDENT, "teacher_logits": TEACHER, "tokens": TOKENS, "engine_logp": ENGINE}
+    given: dict[str, Any] = {
+        "student_logits": STUDENT,
+        "teacher_logits": TEACHER,
+        "tokens": TOKENS,
+        "engine_logp": ENGINE,
+    }
     found, bare = token_losses(method, **given), token_losses("opd", **given)
     assert float(bare.loss) == pytest.approx(-math.log(1.6))
     assert float(found.loss) == pytest.approx(-math.log(1.6) * (1 + 1.25 + 2) / 3)
@@ -40,6 +46,6 @@ def test_terms_that_correct_by_themselves_or_need_none_stay_as_they_are() -> Non
 
 
 def test_answers_that_no_engine_wrote_have_the_weight_one() -> None:
-    given = {"student_logits": STUDENT, "teacher_logits": TEACHER, "tokens": TOKENS}
+    given: dict[str, Any] = {"student_logits": STUDENT, "teacher_logits": TEACHER, "tokens": TOKENS}
     found = token_losses(corrected_for_engine(load("opd")), **given)
     assert float(found.loss) == pytest.approx(-math.log(1.6))

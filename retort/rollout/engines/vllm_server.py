@@ -37,6 +37,8 @@ _SURROUNDINGS = {
 }
 #: What is meant for our own interpreter, and a key that only others would ask for.
 _NOT_PASSED = ("PYTHONPATH", "PYTHONHOME", "VLLM_API_KEY")
+#: Words of lines that only say that there is another error before them.
+_TOLD_AGAIN = ("See root cause", "See stack trace (above)")
 _VERSIONS = """
 import importlib.metadata, json
 found = {}
@@ -152,7 +154,7 @@ class VLLMServer:
         try:
             return self._client.post_json(path, body)
         except (UserError, UnreachableError) as error:
-            if self._ended():
+            if "EngineCore" in str(error) or self._ended():  # its front may outlive what computes
                 raise UnreachableError(f"vLLM has ended{self._reason()}; its log: {self.log}") from None
             said = shortened(str(error).partition(" (at the first attempt)")[0], 300)
             raise UnreachableError(f"vLLM at {said}; its log: {self.log}", "http") from None
@@ -200,7 +202,7 @@ def reason(log: str) -> str:
     named = ("Error", "Exception", "error")
     errors = [line for line in told if line.split(":")[0].endswith(named) or ": error: " in line]
     # An exception of its engine is told again by those around it, in general words.
-    own = [line for line in errors if "Engine core initialization failed" not in line and "See root cause" not in line]
+    own = [line for line in errors if not any(words in line for words in _TOLD_AGAIN)]
     return (own or errors or told or [""])[-1]
 
 

@@ -144,9 +144,8 @@ class Prepared:
         """
         if self.other_engine is not None:
             self.other_engine.update(self.other_engine.newest())
-            say(
-                f"vLLM writes: its log-probs are {self.other_engine.noise_floor:.1e} nats a token from the student's here"
-            )
+            noise = self.other_engine.noise_floor
+            say(f"vLLM generates: its log-probs are {noise:.1e} nats a token from the student's here")
 
     def close(self) -> None:
         """Ends what the run started beside itself."""
