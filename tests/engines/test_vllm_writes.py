@@ -114,7 +114,7 @@ SETTINGS: dict[str, Any] = {
     "teacher": "countdown:teacher",
     "data": "countdown",
     "method": {"name": "opd"},
-    "steps": 3,
+    "steps": 6,
     "precision": "fp32",
     "device": "cpu",
     "lora": {"rank": 4},
@@ -145,7 +145,7 @@ def alive(folder: Path) -> list[int]:
 
 def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(tmp_path: Path) -> None:
     whole = runner.start(configuration.resolve(SETTINGS, {}), tmp_path / "whole").go()
-    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 3
+    assert [row["engine/noise_floor"] < 1e-4 for row in whole.metrics] == [True] * 6
     assert all(row["importance"] == pytest.approx(1.0, abs=1e-3) for row in whole.metrics)
     assert not alive(tmp_path / "whole")
     folder = tmp_path / "killed"
@@ -164,7 +164,7 @@ def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(
         time.sleep(0.05)
     assert not alive(folder)
     resumed = runner.resume(folder).go()
-    assert [row["step"] for row in resumed.metrics] == [1, 2, 3]
+    assert [row["step"] for row in resumed.metrics] == [1, 2, 3, 4, 5, 6]
     assert [row["loss"] for row in resumed.metrics] == pytest.approx([row["loss"] for row in whole.metrics], abs=1e-3)
     assert not alive(folder)
     assert not list((folder / "engine").glob("weights-*"))
@@ -172,7 +172,7 @@ def test_a_run_killed_in_the_middle_leaves_no_child_and_goes_on_to_the_same_end(
 
 def test_a_run_that_vllm_does_not_start_for_ends_saved_in_one_line(tmp_path: Path) -> None:
     given = {"rollout": {**SETTINGS["rollout"], "vllm_options": ["--nonsense=1"]}}
-    said = r"vLLM does not start with this student: .*--nonsense=1.*vllm\.log; everything is saved at step 0 of 3"
+    said = r"vLLM does not start with this student: .*--nonsense=1.*vllm\.log; everything is saved at step 0 of 6"
     with pytest.raises(UserError, match=said) as found:
         runner.start(configuration.resolve(SETTINGS | given, {}), tmp_path / "run").go()
     assert "\n" not in str(found.value)
