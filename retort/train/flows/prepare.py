@@ -89,6 +89,12 @@ class FlowPrepared(Phased):
     def open(self, folder: Path, step: Callable[[], int]) -> None:
         """Asks no model in words, and keeps nothing."""
 
+    def begin(self, say: Callable[[str], None]) -> None:
+        """Starts nothing: trajectories are made in this process."""
+
+    def close(self) -> None:
+        """Has started nothing."""
+
     def metrics(self) -> dict[str, float]:
         """Numbers of a step that the teachers counted."""
         return self.teachers.metrics()
