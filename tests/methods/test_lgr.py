@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pipeline
@@ -12,6 +13,7 @@ from torch import Tensor
 from toy import Toy
 
 import retort
+from retort import config
 from retort.core.losses import TokenLosses
 from retort.core.needs import Need
 from retort.core.rollouts import in_groups
@@ -20,6 +22,7 @@ from retort.errors import SignalError, UserError
 from retort.functional import token_losses
 from retort.teachers.base import ScoreRequest
 from retort.teachers.local import LocalTeacher
+from retort.train.setup.prepare import prepare
 
 F64 = torch.float64
 #: Nearly uniform over three ids, at 1.05 nats.
@@ -62,6 +65,13 @@ def test_a_teacher_that_cannot_look_ahead_is_refused() -> None:
     with pytest.raises(UserError, match="a look one token ahead after the student's top-4"):
         token_losses("lgr", student_logits=toy.logits, teacher_logits=toy.teacher_logits, tokens=toy.tokens)
     assert retort.load("lgr", coef=0.0).needs().isdisjoint({Need("lookahead", 4, "student")})
+
+
+def test_a_cache_alone_is_no_teacher_that_looks_ahead(tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    named = {**tiny_run, "method": {"name": "lgr"}, "cache": {"dir": str(tmp_path), "only": True}}
+    with pytest.raises(UserError, match="method 'lgr' reads candidates that are not stored") as caught:
+        prepare(config.resolve(named))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("k", [0, 1])
