@@ -7,6 +7,7 @@
     python benchmarks/lab.py --bench written --out runs/lab-itself   # teachers that write first: lab-written.md
     python benchmarks/lab.py --bench shapes --out runs/lab-shapes    # who looks at the picture: lab-shapes.md
     python benchmarks/lab.py --bench glyphs --out runs/lab-glyphs    # flows, taught by two experts: lab-glyphs.md
+    python benchmarks/lab.py --bench plane --out runs/lab-plane      # the same of points in the plane: lab-plane.md
     python benchmarks/lab.py --out runs/lab --report     # only the page, from the runs that are there
     python benchmarks/lab.py --only opd eopd --seeds 5
 
@@ -29,13 +30,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import lab_agents_page
-import lab_glyphs_page
+import lab_flows_page
 import lab_itself_page
 import lab_judges_page
 import lab_shapes_page
 import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, SHAPES, WRITTEN, Bench, Entry
+from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, PLANE, SHAPES, WRITTEN, Bench, Entry
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -166,12 +167,13 @@ def main() -> None:
         text = lab_written_page.page(rows, about(shown), wanted)
     elif shown is SHAPES:
         text = lab_shapes_page.page(rows, about(shown), wanted)
-    elif shown is GLYPHS:
-        text = lab_glyphs_page.page(rows, about(shown), wanted)
+    elif shown in (GLYPHS, PLANE):
+        task = lab_flows_page.GLYPHS if shown is GLYPHS else lab_flows_page.PLANE
+        text = lab_flows_page.page(task, rows, about(shown), wanted)
     else:
         text = page(rows, about(shown), wanted)
     path.write_text(text, encoding="utf-8")
-    if shown in (WRITTEN, GLYPHS):
+    if shown in (WRITTEN, GLYPHS, PLANE):
         print(f"{path}, from {len(rows)} of {len(own)} runs")
         raise SystemExit(1 if failed else 0)
     if shown is AGENTS:

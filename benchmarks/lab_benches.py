@@ -402,6 +402,43 @@ _DENOISERS: Mapping[str, Entry] = {
     "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
 }
 GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
+#: Points in the plane: 40 batches of 192 points, as the task's recipe has them.
+_PLANE: Mapping[str, Any] = {
+    "data": "plane",
+    "steps": 40,
+    "rollout": {"prompts": 48},
+    "eval": {"problems": 96, "samples": 8, "every": 0},
+    "checkpoint": {"every": 0},
+    "record": {"rollouts": 1},
+}
+_EIGHT: Mapping[str, Any] = {"rollout": {"prompts": 24}}
+_SLOWER: Mapping[str, Any] = {"optimizer": {"learning_rate": 2e-4}}
+_IN_THE_PLANE: Mapping[str, Entry] = {
+    "flow_opd": Entry("flow_opd", {}, "4 points a prompt, not 24; it begins with the mean of the experts"),
+    "flow_opd, from the student": Entry("flow_opd", {}, "the same without that beginning", run=_ALONE),
+    "flow_opd, after samples": Entry(
+        "flow_opd",
+        {},
+        "10 of the 40 batches learn from the experts' samples",
+        run={**_ALONE, "cold_start": {"steps": 10}},
+    ),
+    "flow_opd, sampled": Entry("flow_opd", {"gradient": "sampled_log_ratio"}, "the log-ratio of what was decided"),
+    "flow_opd, detached": Entry(
+        "flow_opd", {"gradient": "paper_detached"}, "the form of the project page, which has no direction"
+    ),
+    "opd": Entry("opd", {}, "with its paper's clip and correction"),
+    "gkd": Entry(
+        "gkd",
+        {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
+        "reverse KL on the student's trajectories alone",
+    ),
+    "GRPO-mix": Entry(
+        "sod", _GRPO, "rewards alone, from the mean of the experts: `sod` without teacher", run=_EIGHT
+    ),
+    "GRPO-mix, 2e-4": Entry("sod", _GRPO, "the same at a tenth of the learning rate", run={**_EIGHT, **_SLOWER}),
+    "GRPO-mix, 2e-4, from the student": Entry("sod", _GRPO, "from the student", run={**_EIGHT, **_SLOWER, **_ALONE}),
+}
+PLANE = Bench("lab-plane", _PLANE, 4, lambda: _IN_THE_PLANE)
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
@@ -411,4 +448,5 @@ BENCHES: Mapping[str, Bench] = {
     "judges": JUDGES,
     "shapes": SHAPES,
     "glyphs": GLYPHS,
+    "plane": PLANE,
 }
