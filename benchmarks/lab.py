@@ -36,7 +36,7 @@ import lab_judges_page
 import lab_shapes_page
 import lab_written_page
 import servers
-from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, PLANE, SHAPES, WRITTEN, Bench, Entry
+from lab_benches import AGENTS, BENCHES, FASTER, GLYPHS, ITSELF, JUDGES, PAIRED, PLANE, SHAPES, WRITTEN, Bench
 from lab_itself_page import rewards_of
 from lab_page import page, plots
 from runs import Job, run_all
@@ -53,15 +53,12 @@ def jobs(bench: Bench, out: Path, only: Sequence[str], seeds: int, judge: str = 
             folder = out / bench.folder / name.replace(", ", "-").replace(" ", "-") / f"seed-{seed}"
             given = {"name": entry.method, **_samples(entry.method, bench.samples), **entry.settings}
             # The teacher is the same in all runs, and evaluated in one.
-            judged = {**bench.base["eval"], "teacher": seed == 0 and name in (entry.method, "opd") and _control(entry)}
+            control = name == bench.control if bench.control else entry.method == "opd"
+            judged = {**bench.base["eval"], "teacher": seed == 0 and control}
             settings = {**bench.base, **entry.run, "eval": judged, "method": given, "seed": seed}
             if registry.load(entry.method).grading is not None:
                 settings["judge"] = {"model": judge}
             yield Job(bench.name, name, seed, folder, settings)
-
-
-def _control(entry: Entry) -> bool:
-    return entry.method in ("opd", "flow_opd")
 
 
 def _samples(method: str, samples: int) -> dict[str, int]:

@@ -42,6 +42,7 @@ class Bench:
         samples: Rollouts per prompt, of every method that lets one choose.
         entries: Who takes part, by name; controls first.
         judge: What `retort serve` serves for those of its runs that ask a judge; empty if none does.
+        control: The row in whose first run the teacher is evaluated; empty for all of `opd`.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Bench:
     entries: Callable[[], Mapping[str, Entry]]
     folder: str = ""
     judge: str = ""
+    control: str = ""
 
 
 def needs_more(method: str) -> bool:
@@ -401,7 +403,7 @@ _DENOISERS: Mapping[str, Entry] = {
     "GRPO-mix, 2e-5, from the student": Entry("sod", _GRPO, "from the student", run={**_FEW, **_SLOW, **_ALONE}),
     "diffusion_opd": Entry("diffusion_opd", {}, "2 pictures a prompt, not 8; the experts by routing, too"),
 }
-GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS)
+GLYPHS = Bench("lab-glyphs", _GLYPHS, 2, lambda: _DENOISERS, control="flow_opd")
 #: Points in the plane: 40 batches of 192 points, as the task's recipe has them.
 _PLANE: Mapping[str, Any] = {
     "data": "plane",
@@ -432,13 +434,11 @@ _IN_THE_PLANE: Mapping[str, Entry] = {
         {"divergence": "reverse_kl", "on_policy_fraction": 1.0, "temperature": 1.0},
         "reverse KL on the student's trajectories alone",
     ),
-    "GRPO-mix": Entry(
-        "sod", _GRPO, "rewards alone, from the mean of the experts: `sod` without teacher", run=_EIGHT
-    ),
+    "GRPO-mix": Entry("sod", _GRPO, "rewards alone, from the mean of the experts: `sod` without teacher", run=_EIGHT),
     "GRPO-mix, 2e-4": Entry("sod", _GRPO, "the same at a tenth of the learning rate", run={**_EIGHT, **_SLOWER}),
     "GRPO-mix, 2e-4, from the student": Entry("sod", _GRPO, "from the student", run={**_EIGHT, **_SLOWER, **_ALONE}),
 }
-PLANE = Bench("lab-plane", _PLANE, 4, lambda: _IN_THE_PLANE)
+PLANE = Bench("lab-plane", _PLANE, 4, lambda: _IN_THE_PLANE, control="flow_opd")
 BENCHES: Mapping[str, Bench] = {
     "outside": OUTSIDE,
     "itself": ITSELF,
